@@ -1,0 +1,60 @@
+# On a fresh machine `make sweep` and `make test` need nothing but Python.
+#
+#   make test PYTHON=python3.12 VENV=.venv312     another interpreter, beside the first
+#   make test ARGS='-k attention'                 any options of pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+WORKDIR ?= workdir/digits_token_budget
+# A fixed release: an open range takes the newest build, with several GB of CUDA packages. The CPU
+# build serves as well where the package index offers it.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+
+.PHONY: sweep test parity lint types imports smoke
+
+sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
+	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py --workdir=$(WORKDIR)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+parity: $(VENV)/.parity  ## against live torch models
+	$(BIN)/python -m pytest -n 2 tests/parity $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev $(VENV)/.test
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+smoke: $(VENV)/.core  ## every runnable config, a few steps each, through the command line
+	$(BIN)/python tests/smoke/run.py $(ARGS)
+
+# A stamp is newer than setup.py once its extra is installed.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: setup.py | $(BIN)/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: setup.py | $(BIN)/python
+	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/.dev: setup.py | $(BIN)/python
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/.parity: setup.py | $(BIN)/python
+	$(PIP) '$(TORCH)'
+	$(PIP) --editable '.[test,parity]'
+	touch $@

@@ -1,0 +1,58 @@
+"""Packaging of vlm_jax. `make sweep` and `make test` install it; see the Makefile."""
+
+import setuptools
+
+CORE = [
+    "absl-py>=2.1",
+    "etils[epath,epy]>=1.12",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "huggingface_hub>=1.0",
+    # Python 3.11 gets jax 0.10.2; Python 3.12 gets jax 0.12 or later. Both are tested.
+    "jax>=0.10.2",
+    "jaxtyping>=0.3.11",
+    "jinja2>=3.1",
+    "matplotlib>=3.10",
+    "ml_collections>=1.1.0",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "pillow>=11.0",
+    "plotly>=6.0",
+    "rich>=13.9",
+    "safetensors>=0.5",
+    "scikit-learn>=1.6",
+    "scipy>=1.14",
+    "tokenizers>=0.21",
+]
+
+EXTRAS = {
+    "test": [
+        "beartype>=0.22",
+        "ipykernel>=6.29",
+        "nbclient>=0.10.2",
+        "nbformat>=5.10",
+        "pytest>=8.4",
+        "pytest-xdist>=3.6",
+    ],
+    # Live reference models. The Makefile installs a fixed torch first; see TORCH there.
+    "parity": ["torch>=2.6", "transformers>=5.0"],
+    "dev": ["import-linter>=2.5", "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.14"],
+    "gpu": ["jax[cuda13]>=0.10.2"],
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "ray": ["ray[default]>=2.40"],
+    "video": ["av>=14.0"],
+    "eval": ["lmms-eval>=0.5"],
+}
+
+setuptools.setup(
+    name="vlm_jax",
+    version="0.1.0",
+    description="Vision-language models in JAX, with the number of visual tokens as one integer.",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["vlm_jax", "vlm_jax.*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,320 @@
+import json
+import pickle
+import zipfile
+
+import huggingface_hub
+import huggingface_hub.constants
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from vlm_jax.checkpoints import hub
+from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint, read_config, save_checkpoint
+
+TENSORS = {
+    "b.weight": np.arange(24, dtype=np.float32).reshape(4, 6),
+    "a.bias": np.arange(6).astype(ml_dtypes.bfloat16),
+    "scale": np.asarray(2.5, np.float32),
+    "ids": np.arange(5),
+    "mask": np.array([True, False]),
+    "half": np.arange(3, dtype=np.float16),
+}
+
+
+def assert_same(found, expected):
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        assert found[key].shape == tensor.shape and found[key].dtype == tensor.dtype
+        read = np.asarray(found[key][...])
+        assert read.dtype == tensor.dtype
+        np.testing.assert_array_equal(read, tensor)
+
+
+def sharded(folder):
+    save_checkpoint(folder, TENSORS, max_shard_bytes=100)
+    return json.loads((folder / hub.INDEX_FILE).read_text())
+
+
+def test_one_file_round_trip(tmp_path):
+    written = save_checkpoint(tmp_path / "new", TENSORS)
+    assert [path.name for path in written] == ["model.safetensors"]
+    assert_same(open_checkpoint(tmp_path / "new"), TENSORS)
+    assert_same(open_checkpoint(str(written[0])), TENSORS)
+    assert len(open_checkpoint(tmp_path / "new")) == len(TENSORS)
+
+
+def test_shards_round_trip(tmp_path):
+    index = sharded(tmp_path)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
+    assert index["weight_map"].keys() == TENSORS.keys()
+    names = sorted(set(index["weight_map"].values()))
+    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, hub.INDEX_FILE]
+    assert_same(open_checkpoint(tmp_path), TENSORS)
+    assert_same(open_checkpoint(tmp_path / hub.INDEX_FILE), TENSORS)
+
+
+def test_files_are_what_the_reference_library_reads_and_writes(tmp_path):
+    (path,) = save_checkpoint(tmp_path, TENSORS)
+    read = safetensors.numpy.load_file(path)
+    for key, tensor in TENSORS.items():
+        np.testing.assert_array_equal(read[key], tensor)
+    with safetensors.safe_open(path, framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_slices_are_read_alone(tmp_path):
+    save_checkpoint(tmp_path, TENSORS)
+    weight = open_checkpoint(tmp_path)["b.weight"]
+    np.testing.assert_array_equal(weight[1:3, 2:4], [[8, 9], [14, 15]])
+    assert open_checkpoint(tmp_path)["scale"][()] == 2.5
+
+
+def test_views_are_written_in_their_own_order(tmp_path):
+    save_checkpoint(tmp_path, {"w": TENSORS["b.weight"].T, "part": TENSORS["b.weight"][:, 1]})
+    found = open_checkpoint(tmp_path)
+    np.testing.assert_array_equal(found["w"][...], TENSORS["b.weight"].T)
+    np.testing.assert_array_equal(found["part"][...], [1, 7, 13, 19])
+
+
+def test_npz_round_trip(tmp_path):
+    path = tmp_path / "vit.npz"
+    # NumPy stores bfloat16 as two bytes without a meaning.
+    np.savez(path, **{f"params/{key}": tensor for key, tensor in TENSORS.items()})
+    expected = {f"params/{key}": tensor for key, tensor in TENSORS.items()}
+    assert_same(open_checkpoint(path), expected)
+    assert_same(open_checkpoint(tmp_path), expected)
+    np.testing.assert_array_equal(open_checkpoint(path)["params/b.weight"][1:2, :2], [[6, 7]])
+
+
+def test_npz_with_fortran_order_and_a_long_header(tmp_path):
+    array = np.asfortranarray(TENSORS["b.weight"])
+    with zipfile.ZipFile(tmp_path / "model.npz", "w") as archive, archive.open("w.npy", "w") as file:
+        np.lib.format.write_array(file, array, version=(2, 0))
+    np.testing.assert_array_equal(open_checkpoint(tmp_path)["w"][...], array)
+
+
+def test_of_several_files_the_usual_name_is_taken(tmp_path):
+    np.savez(tmp_path / "model.npz", x=np.zeros(1))
+    np.savez(tmp_path / "cases.npz", y=np.zeros(1))
+    assert set(open_checkpoint(tmp_path)) == {"x"}
+    save_checkpoint(tmp_path, {"z": np.zeros(1)})
+    assert set(open_checkpoint(tmp_path)) == {"z"}
+
+
+def test_an_ambiguous_folder_is_an_error(tmp_path):
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", x=np.zeros(1))
+    with pytest.raises(CheckpointFileError, match=r"which of a.npz, b.npz is meant"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(
+        CheckpointFileError, match=r"no model.safetensors, model.safetensors.index.json or .npz"
+    ):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "model.pkl"])
+def test_pickles_are_refused_with_a_way_out(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps({"w": 1}))
+    for source in (path, tmp_path):
+        with pytest.raises(
+            CheckpointFileError, match=r"can run any code(.|\n)*safetensors\.torch\.save_file"
+        ):
+            open_checkpoint(source)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "model.h5"
+    path.write_bytes(b"")
+    with pytest.raises(
+        CheckpointFileError, match=r"model.h5: cannot be read as a checkpoint; expected .safe"
+    ):
+        open_checkpoint(path)
+
+
+def test_a_pickled_array_in_an_npz_is_refused(tmp_path):
+    path = tmp_path / "model.npz"
+    np.savez(path, good=np.zeros(2), bad=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(CheckpointFileError, match="bad is a pickled array, which is not read"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, -1])
+def test_a_safetensors_file_cut_short_is_named(tmp_path, length):
+    (path,) = save_checkpoint(tmp_path, TENSORS)
+    content = path.read_bytes()[:length]
+    path.write_bytes(content)
+    with pytest.raises(
+        CheckpointFileError, match=rf"model.safetensors \({len(content)} bytes\): damaged or cut"
+    ):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 100, -1])
+def test_an_npz_file_cut_short_is_named(tmp_path, length):
+    path = tmp_path / "model.npz"
+    np.savez(path, **{key: TENSORS[key] for key in ("ids", "b.weight")})
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CheckpointFileError, match=r"model.npz \(\d+ bytes\): damaged or cut short"):
+        open_checkpoint(path)
+
+
+def test_an_npz_member_that_is_no_array_is_named(tmp_path):
+    path = tmp_path / "model.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", b"not an array at all")
+    with pytest.raises(CheckpointFileError, match=r"model.npz .* damaged"):
+        open_checkpoint(path)
+
+
+def test_a_flipped_bit_in_an_npz_is_found_on_reading(tmp_path):
+    path = tmp_path / "model.npz"
+    np.savez(path, w=np.zeros(1000, np.float32))
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointFileError, match=r"w.npy of .*model.npz .* damaged"):
+        open_checkpoint(path)["w"][...]
+
+
+def test_the_pointer_of_git_lfs_is_recognised(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(CheckpointFileError, match="git lfs pull"):
+        open_checkpoint(path)
+
+
+def test_a_dtype_that_numpy_lacks_is_named(tmp_path):
+    header = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    with pytest.raises(CheckpointFileError, match=r"w is stored as F8_E4M3; can be read: F64"):
+        open_checkpoint(path)
+
+
+def test_every_disagreement_of_index_and_shards_is_listed(tmp_path):
+    index = sharded(tmp_path)
+    first = "model-00001-of-00002.safetensors"
+    held = sorted(key for key, name in index["weight_map"].items() if name == first)
+    del index["weight_map"][held[0]]
+    index["weight_map"] |= {"new": first, "lost": "model-00003.safetensors", "far": "../model.safetensors"}
+    (tmp_path / hub.INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(CheckpointFileError) as caught:
+        open_checkpoint(tmp_path)
+    message = str(caught.value)
+    assert f"new is not in {first}" in message
+    assert f"{held[0]} is in {first} but not in the index" in message
+    assert "the shard model-00003.safetensors is missing (1 tensors)" in message
+    assert "../model.safetensors is not the name of a file next to the index" in message
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_without_a_map_is_an_error(tmp_path, content):
+    (tmp_path / hub.INDEX_FILE).write_text(content)
+    with pytest.raises(CheckpointFileError, match="no `weight_map`"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "not JSON"), ("[1]", "JSON object, found a list")])
+def test_a_config_that_cannot_be_read(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointFileError, match=rf"config.json: .*{message}"):
+        read_config(tmp_path)
+
+
+def test_config(tmp_path):
+    with pytest.raises(CheckpointFileError, match=r"config.json: no such file"):
+        read_config(tmp_path)
+    (tmp_path / "vision.json").write_text('{"hidden_size": 4}')
+    assert read_config(tmp_path, name="vision.json") == {"hidden_size": 4}
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path):
+    save_checkpoint(tmp_path, {"w": np.zeros(1)})
+    with pytest.raises(CheckpointFileError, match=r"model.safetensors exists"):
+        save_checkpoint(tmp_path, TENSORS, max_shard_bytes=100)
+    assert set(open_checkpoint(tmp_path)) == {"w"}
+    sharded(tmp_path / "shards")
+    with pytest.raises(CheckpointFileError, match=r"index.json exists"):
+        save_checkpoint(tmp_path / "shards", TENSORS)
+
+
+def test_dtypes_that_safetensors_lacks_are_listed_and_nothing_is_written(tmp_path):
+    tensors = {"text": np.array(["a"]), "object": np.array([None]), "good": np.zeros(1)}
+    with pytest.raises(CheckpointFileError, match=r"text \(<U1\), object \(object\)"):
+        save_checkpoint(tmp_path / "new", tensors)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("fails_at", ["write", "rename"])
+def test_nothing_is_left_of_a_save_that_fails(tmp_path, monkeypatch, fails_at):
+    calls = []
+
+    def failing(real):
+        def call(*args, **settings):
+            calls.append(args)
+            if len(calls) == 2:
+                raise OSError("no space left on device")
+            return real(*args, **settings)
+
+        return call
+
+    if fails_at == "write":
+        monkeypatch.setattr(safetensors.numpy, "save_file", failing(safetensors.numpy.save_file))
+    else:
+        monkeypatch.setattr(hub.os, "replace", failing(hub.os.replace))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(tmp_path, TENSORS, max_shard_bytes=100)
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path):
+    tensors = {key: np.zeros(size, np.uint8) for key, size in (("a", 4), ("b", 100), ("c", 4), ("d", 5))}
+    save_checkpoint(tmp_path, tensors, max_shard_bytes=9)
+    weight_map = json.loads((tmp_path / hub.INDEX_FILE).read_text())["weight_map"]
+    assert [weight_map[key][6:11] for key in "abcd"] == ["00001", "00002", "00003", "00003"]
+
+
+@pytest.mark.parametrize("name", ["missing", "a/b/c", "/no/such/folder", "./x", "../x"])
+def test_what_is_neither_a_path_nor_a_repository(name):
+    with pytest.raises(CheckpointFileError, match="no such file or folder, nor the `organisation/name`"):
+        open_checkpoint(name)
+
+
+def test_without_a_connection_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        CheckpointFileError, match=r"could not be downloaded from the Hugging Face hub(.|\n)*path"
+    ):
+        open_checkpoint("nobody/nothing")
+
+
+def test_a_repository_is_downloaded_and_opened(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, TENSORS)
+    asked = {}
+
+    def snapshot_download(repo_id, *, revision, allow_patterns):
+        asked.update(repo_id=repo_id, revision=revision, allow_patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same(open_checkpoint("google/siglip", revision="main"), TENSORS)
+    assert asked["repo_id"] == "google/siglip" and asked["revision"] == "main"
+    assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["allow_patterns"])
+
+
+def test_errors_of_the_hub_keep_their_reason(monkeypatch):
+    def snapshot_download(*args, **settings):
+        raise LocalEntryNotFoundError("no internet")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(CheckpointFileError, match="LocalEntryNotFoundError: no internet"):
+        open_checkpoint("google/siglip")

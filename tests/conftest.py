@@ -1,0 +1,66 @@
+"""What every test runs under: 8 fake CPU devices, strict numerics, no network and no skipped test."""
+
+import os
+import pathlib
+
+# Read when JAX starts, so they stand before its import. One thread for each kernel: several workers
+# share the machine, and the arrays of tests are small.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+from absl import flags
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def configure_jax() -> None:
+    """Strict rank promotion, full-precision products and a compilation cache that outlives the run."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    cache = pathlib.Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ROOT / ".cache" / "jax"))
+    # A folder for each worker: JAX writes entries in place, and a neighbour could read half of one.
+    cache /= os.environ.get("PYTEST_XDIST_WORKER", "single")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+configure_jax()
+flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags, which no command line sets here
+
+
+def fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turns a skipped, or expectedly failing, test or file into a failure that says so."""
+    reason = getattr(report, "wasxfail", None)
+    if not report.skipped and reason is None:
+        return
+    kind = "skipped" if reason is None else "expected to fail"
+    if reason is None:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    else:
+        del report.wasxfail  # type: ignore[union-attr]
+    report.outcome = "failed"
+    report.longrepr = (
+        f"{report.nodeid} was {kind} ({reason}). No test is skipped here: repair it, remove it, or move "
+        "it to a suite of its own with a make target."
+    )
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    fail_if_skipped(report)
+    return report

@@ -1,0 +1,196 @@
+"""The digit source: answers derived again from the pages, streams made again from (seed, index)."""
+
+import re
+
+import numpy as np
+import pytest
+
+from vlm_jax.config import ConfigError, parse
+from vlm_jax.data import SOURCES
+from vlm_jax.data.source import Tools
+from vlm_jax.types import CellBatch
+
+
+def format_box(box, height, width):
+    return f"{box} of {height}x{width}"
+
+
+def prepare_image(image):
+    return image.astype(np.float32) / 255
+
+
+TOOLS = Tools(format_box=format_box, read_image=lambda path: None, prepare_image=prepare_image)
+SMALL = {"rows": 3, "cols": 4, "page_size": 48, "variants": 1, "evaluation_size": 20}
+
+
+def opened(**options):
+    return parse(SOURCES["digits"], {**SMALL, **options}, "config.data").open(TOOLS)
+
+
+def page_of(source, sample, seed_keys):
+    """The page that a sample was made of, composed again from its generator's keys."""
+    pages = source._train_pages if seed_keys[0] == 0 else source._test_pages
+    page = pages.compose(np.random.default_rng(seed_keys))
+    if sample.images:
+        np.testing.assert_array_equal(sample.images[0], page.pixels)
+    return page
+
+
+def answer_by_search(question: str, page) -> str:
+    """The answer, found by going through the page cell by cell."""
+    words = question.split()
+    cells = [(row, col, int(page.classes[row, col])) for row in range(3) for col in range(4)]
+    if words[0] == "read":
+        _, _, row, _, col = words
+        return next(str(digit) for r, c, digit in cells if (r + 1, c + 1) == (int(row), int(col)))
+    if words[0] == "transcribe":
+        return "".join(str(digit) for row, _, digit in cells if row + 1 == int(words[2]))
+    asked = int(words[1])
+    if words[0] == "count":
+        return str(sum(digit == asked for _, _, digit in cells))
+    row, col = next((row, col) for row, col, digit in cells if digit == asked)
+    return f"{[int(edge) for edge in page.boxes[row, col]]} of 48x48"
+
+
+def test_answers_of_the_training_stream_are_right():
+    source = opened(turns_per_page=5)
+    stream = source.train("questions", seed=3)
+    for index in range(60):
+        sample = stream[index]
+        assert len(sample.turns) == 5
+        page = page_of(source, sample, (0, 3, 0, index))
+        for turn in sample.turns:
+            assert turn.answer == answer_by_search(turn.question, page)
+            assert turn.question.split()[0] == turn.task
+
+
+def test_answers_of_the_evaluation_are_right_and_every_task_has_its_share():
+    source = opened()
+    samples = source.evaluation(seed=0)
+    assert [sample.turns[0].task for sample in samples] == [
+        task for task in ("read", "transcribe", "count", "locate") for _ in range(20)
+    ]
+    for number, sample in enumerate(samples):
+        (turn,) = sample.turns
+        page = page_of(source, sample, (1, 0, 0, number // 20, number % 20))
+        assert turn.answer == answer_by_search(turn.question, page)
+    assert len({sample.sample_id for sample in samples}) == len(samples)
+
+
+def test_questions_have_the_four_forms_and_stay_on_the_page():
+    stream = opened().train("questions", seed=0)
+    forms = r"read row [123] column [1234]|transcribe row [123]|count \d|locate \d"
+    questions = [turn.question for index in range(300) for turn in stream[index].turns]
+    assert all(re.fullmatch(forms, question) for question in questions)
+    # Every cell and row is asked for: 12 + 3 questions, and each digit counted and located.
+    assert len(set(questions)) == 12 + 3 + 10 + 10
+
+
+def test_a_counted_digit_is_usually_on_the_page_and_sometimes_not():
+    stream = opened(task_weights={"count": 1.0}).train("questions", seed=0)
+    answers = [int(turn.answer) for index in range(250) for turn in stream[index].turns]
+    # One in five asks for any digit, which 12 cells lack with probability 0.9 ** 12 = 0.28: 5.6% in all.
+    absent = np.mean(np.array(answers) == 0)
+    assert abs(absent - 0.2 * 0.9**12) < 5 * np.sqrt(0.056 * 0.944 / 1000)
+
+
+def test_tasks_are_asked_by_their_weights():
+    source = opened(task_weights={"read": 3.0, "locate": 1.0, "count": 0.0})
+    assert source.tasks == ("read", "locate")
+    stream = source.train("questions", seed=0)
+    asked = [turn.task for index in range(250) for turn in stream[index].turns]
+    assert set(asked) == {"read", "locate"}
+    assert abs(np.mean(np.array(asked) == "read") - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 1000)
+    assert {sample.turns[0].task for sample in source.evaluation(0)} == {"read", "locate"}
+
+
+def test_an_element_depends_on_seed_and_index_alone():
+    one, two = opened().train("questions", seed=5), opened().train("questions", seed=5)
+    for index in (7, 0, 10**12):
+        _, ours, theirs = two[3], one[index], two[index]
+        np.testing.assert_array_equal(ours.images[0], theirs.images[0])
+        assert ours.turns == theirs.turns
+        assert ours.sample_id == theirs.sample_id == f"digits/train/5/{index}"
+    assert (one[1].images[0] != one[2].images[0]).any()
+    assert (one[1].images[0] != opened().train("questions", seed=6)[1].images[0]).any()
+
+
+def test_the_evaluation_of_a_task_is_fixed_by_the_seed_whatever_else_is_asked():
+    alone = opened(task_weights={"count": 1.0}).evaluation(seed=2)
+    among = [sample for sample in opened(augment=False).evaluation(seed=2) if sample.turns[0].task == "count"]
+    assert [sample.turns for sample in alone] == [sample.turns for sample in among]
+    for ours, theirs in zip(alone, among, strict=True):
+        np.testing.assert_array_equal(ours.images[0], theirs.images[0])
+    assert [s.turns for s in alone] != [
+        s.turns for s in opened(task_weights={"count": 1.0}).evaluation(seed=3)
+    ]
+
+
+def test_text_pages_hold_the_digits_in_reading_order_and_ask_for_no_box():
+    source = opened()
+    stream = source.train("text_pages", seed=1)
+    for index in range(40):
+        sample = stream[index]
+        assert sample.images == ()
+        page = page_of(source, sample, (0, 1, 1, index))
+        assert sample.context == "".join(str(page.classes[row, col]) for row in range(3) for col in range(4))
+        assert all(turn.answer == answer_by_search(turn.question, page) for turn in sample.turns)
+        assert "locate" not in {turn.task for turn in sample.turns}
+    assert {s.turns[0].task for s in source.evaluation(0, "text_pages")} == {"read", "transcribe", "count"}
+    with pytest.raises(
+        ConfigError, match=r"config\.data\.task_weights: the stream 'text_pages' has no boxes"
+    ):
+        opened(task_weights={"locate": 1.0}).train("text_pages", seed=0)
+
+
+def test_cells_hold_classes_and_boxes_as_fractions():
+    source = opened(augment=False)
+    element = source.train("cells", seed=4)[9]
+    assert isinstance(element, CellBatch)
+    page = source._train_pages.compose(np.random.default_rng((0, 4, 2, 9)))
+    np.testing.assert_array_equal(element.images[0, 0], page.pixels.astype(np.float32) / 255)
+    assert element.images.shape == (1, 1, 48, 48, 1)
+    np.testing.assert_array_equal(element.classes, page.classes[None])
+    np.testing.assert_allclose(element.boxes, page.boxes[None] / 48, atol=1e-7)
+    # All ink of the page is inside of the boxes.
+    image = element.images[0, 0, :, :, 0].copy()
+    for left, top, right, bottom in np.rint(element.boxes.reshape(-1, 4) * 48).astype(int):
+        assert image[top:bottom, left:right].any()
+        image[top:bottom, left:right] = 0
+    assert not image.any()
+    assert len(source.evaluation(0, "cells")) == 20
+
+
+def test_only_training_pages_are_augmented():
+    source = opened(noise=20.0)
+    paper = [np.mean(source.train("questions", 0)[index].images[0] == 0) for index in range(20)]
+    clean = [np.mean(sample.images[0] == 0) for sample in source.evaluation(0)]
+    # Noise makes half of the paper brighter than black.
+    assert np.mean(clean) > np.mean(paper) + 0.15
+    plain = opened(augment=False)._train_pages.compose(np.random.default_rng(0)).pixels
+    assert not ((plain > 0) & (plain < 24)).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"task_weights": {"reed": 1.0}},
+            r"config\.data\.task_weights\.reed: no such task; did you mean 'read'",
+        ),
+        ({"task_weights": {"read": -1.0}}, r"config\.data\.task_weights\.read: 0 or more expected"),
+        ({"task_weights": {"read": 0.0}}, r"config\.data\.task_weights: no task has a weight"),
+        ({"turns_per_page": 0}, r"config\.data\.turns_per_page: at least 1"),
+        ({"evaluation_size": 0}, r"config\.data\.evaluation_size: at least 1"),
+        ({"max_digit": 99}, r"config\.data\.max_digit: a digit of 99 pixels does not fit"),
+        ({"max_digits": 9}, r"config\.data\.max_digits: unknown or unused key; did you mean 'max_digit'"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused_by_their_key(options, message):
+    with pytest.raises(ConfigError, match=message):
+        opened(**options)
+
+
+def test_an_unknown_stream_is_refused():
+    with pytest.raises(ConfigError, match="digits: no stream 'question'; did you mean 'questions'"):
+        opened().train("question", seed=0)

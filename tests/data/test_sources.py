@@ -1,0 +1,102 @@
+"""What every source of the table promises, whatever its kind."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.config import parse
+from vlm_jax.data import SOURCES
+from vlm_jax.data.loader import batch_at
+from vlm_jax.data.source import Settings, Source, Tools
+from vlm_jax.processors.boxes import format_box
+from vlm_jax.processors.digits_vocabulary import digits_tokenizer
+from vlm_jax.processors.image import open_image
+from vlm_jax.processors.vqa import VqaProcessor
+from vlm_jax.types import Sample
+
+
+def vqa_files_section(folder):
+    rng = np.random.default_rng(0)
+    for name in ("train", "test"):
+        lines = []
+        for number in range(8):
+            Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(
+                folder / f"{name}{number}.png"
+            )
+            line = {
+                "id": number,
+                "image": f"{name}{number}.png",
+                "question": f"count {number}",
+                "answer": "3",
+            }
+            lines.append(json.dumps(line))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return {
+        "train_path": str(folder / "train.jsonl"),
+        "evaluation_path": str(folder / "test.jsonl"),
+        "channels": 1,
+    }
+
+
+SECTIONS = {
+    "digits": lambda folder: {"variants": 1, "evaluation_size": 4},
+    "vqa_files": vqa_files_section,
+}
+
+
+@pytest.fixture
+def processor():
+    return VqaProcessor(
+        tokenizer=digits_tokenizer(),
+        image_size=(48, 48),
+        channels=1,
+        mean=(0.5,),
+        std=(0.5,),
+        filter="bilinear",
+        num_visual_tokens=4,
+        num_images=1,
+        max_length=128,
+        max_prompt_length=16,
+        max_answer_length=24,
+    )
+
+
+def test_every_kind_is_under_contract():
+    assert set(SECTIONS) == set(SOURCES)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_source_keeps_its_contract(kind, tmp_path, processor):
+    settings = parse(SOURCES[kind], SECTIONS[kind](tmp_path), "config.data")
+    assert isinstance(settings, Settings)
+    source = settings.open(Tools(format_box, open_image, processor.prepare_image))
+    assert isinstance(source, Source)
+    assert (source.tasks, source.channels, source.streams) == (
+        settings.tasks,
+        settings.channels,
+        settings.streams,
+    )
+    assert "questions" in source.streams
+
+    for sample in [source.train("questions", 0)[0], *source.evaluation(0)]:
+        assert isinstance(sample, Sample)
+        assert all(turn.task in source.tasks for turn in sample.turns)
+        assert all(image.dtype == np.uint8 and image.shape[2] == source.channels for image in sample.images)
+    samples = list(source.evaluation(0))
+    assert [s.turns for s in samples] == [s.turns for s in source.evaluation(0)]
+    assert all(len(sample.turns) == 1 for sample in samples)
+    assert len({sample.sample_id for sample in samples}) == len(samples)
+
+    # The stream is endless, and a batch is made again from (seed, step).
+    rows, again = (source.train("questions", 5).map(processor) for _ in range(2))
+    ours, theirs = batch_at(rows, 4, 10_000), batch_at(again, 4, 10_000)
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    np.testing.assert_array_equal(ours.images, theirs.images)
+    assert (ours.tokens != batch_at(rows, 4, 10_001).tokens).any()
+    assert ours.images.shape == (4, 1, 48, 48, 1)
+    # What is learned decodes to the answers.
+    first = source.train("questions", 5)[40_000]
+    learned = ours.targets[0][ours.loss_weights[0] == 1.0]
+    assert processor.tokenizer.decode(learned) == "".join(turn.answer for turn in first.turns)

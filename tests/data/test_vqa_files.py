@@ -1,0 +1,226 @@
+"""Files of visual questions: what is read, what a corrupt image does, and which lines are refused."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from vlm_jax.config import ConfigError, parse
+from vlm_jax.data import SOURCES
+from vlm_jax.data.source import Tools
+from vlm_jax.data.vqa_files import TooManyCorruptImages
+from vlm_jax.data.vqa_records import MalformedRecords, read_records
+
+
+def read_image(path, *, channels, max_pixels):
+    """An image of the number that its file holds; a file without a number is corrupt."""
+    with open(path) as file:
+        value = int(file.read())
+    assert max_pixels == 1000
+    return np.full((2, 3, channels), value, np.uint8)
+
+
+TOOLS = Tools(format_box=lambda *a: "", read_image=read_image, prepare_image=lambda image: image)
+
+
+def write(folder, name, count, corrupt=()):
+    (folder / "images").mkdir(exist_ok=True)
+    lines = []
+    for number in range(count):
+        picture = folder / "images" / f"{name}{number}"
+        picture.write_text("broken" if number in corrupt else str(number))
+        record = {
+            "id": number,
+            "image": f"images/{name}{number}",
+            "question": f"q{number}",
+            "answer": f"a{number}",
+        }
+        lines.append(json.dumps(record))
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def opened(folder, corrupt=(), **options):
+    section = {
+        "train_path": write(folder, "train", 10, corrupt),
+        "evaluation_path": write(folder, "test", 6, corrupt),
+        "max_pixels": 1000,
+        **options,
+    }
+    return parse(SOURCES["vqa_files"], section, "config.data").open(TOOLS)
+
+
+def numbers(dataset, count):
+    return [int(dataset[index].images[0][0, 0, 0]) for index in range(count)]
+
+
+def test_a_sample_is_its_line_and_its_image(tmp_path):
+    source = opened(tmp_path, channels=1)
+    samples = list(source.evaluation(seed=0))
+    assert [int(sample.images[0].max()) for sample in samples] == list(range(6))
+    assert [(t.question, t.answer, t.task) for s in samples for t in s.turns] == [
+        (f"q{number}", f"a{number}", "vqa") for number in range(6)
+    ]
+    assert samples[4].sample_id == f"{tmp_path}/test.jsonl:4"
+    assert samples[4].images[0].shape == (2, 3, 1)
+    assert source.tasks == ("vqa",)
+    assert source.channels == 1
+
+
+def test_training_goes_through_every_record_once_an_epoch_in_another_order(tmp_path):
+    stream = opened(tmp_path).train("questions", seed=1)
+    read = numbers(stream, 30)
+    for epoch in range(3):
+        assert sorted(read[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert read[:10] != read[10:20]
+    assert read == numbers(opened(tmp_path).train("questions", seed=1), 30)
+    assert read != numbers(opened(tmp_path).train("questions", seed=2), 30)
+
+
+def test_a_corrupt_image_is_named_counted_once_and_skipped(tmp_path, caplog):
+    source = opened(tmp_path, corrupt=(3, 4), max_corrupt=2)
+    whole = numbers(opened(tmp_path / "..", max_corrupt=2).train("questions", seed=1), 30)
+    opened(tmp_path, corrupt=(3, 4), max_corrupt=2)
+    with caplog.at_level(logging.WARNING):
+        read = numbers(source.train("questions", seed=1), 30)
+    # Records 3 and 4 are replaced by the next that can be read; nothing else moves.
+    assert read == [5 if number in (3, 4) else number for number in whole]
+    assert sorted(source.train_records.corrupt) == ["3", "4"]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    assert sum("record '3' skipped" in warning and "'broken'" in warning for warning in warnings) == 1
+    assert "(2 of at most 2)" in warnings[1]
+
+
+def test_one_corrupt_image_too_many_is_an_error_that_names_them_all(tmp_path):
+    stream = opened(tmp_path, corrupt=(2, 5, 7), max_corrupt=2).train("questions", seed=0)
+    with pytest.raises(TooManyCorruptImages, match=r"3 records .* config\.data\.max_corrupt=2") as caught:
+        numbers(stream, 10)
+    for number in (2, 5, 7):
+        assert f"\n  {number}: invalid literal" in str(caught.value)
+
+
+def test_the_limit_is_no_corrupt_image_by_default_and_a_missing_file_counts(tmp_path):
+    source = opened(tmp_path)
+    (tmp_path / "images" / "test2").unlink()
+    with pytest.raises(
+        TooManyCorruptImages, match=r"test\.jsonl: 1 records .* over config\.data\.max_corrupt=0"
+    ):
+        list(source.evaluation(seed=0))
+
+
+def test_a_file_without_any_readable_image_is_an_error_below_the_limit(tmp_path):
+    stream = opened(tmp_path, corrupt=range(10), max_corrupt=50).train("questions", seed=0)
+    with pytest.raises(TooManyCorruptImages, match=r"train\.jsonl: no record has a readable image"):
+        stream[0]
+
+
+def test_the_evaluation_leaves_corrupt_records_out_and_can_be_read_again(tmp_path):
+    evaluation = opened(tmp_path, corrupt=(1,), max_corrupt=1).evaluation(seed=0)
+    for _ in range(2):
+        assert [int(sample.images[0].max()) for sample in evaluation] == [0, 2, 3, 4, 5]
+
+
+def test_a_smaller_evaluation_is_drawn_by_the_seed_in_the_order_of_the_file(tmp_path):
+    drawn = [
+        [int(s.images[0].max()) for s in opened(tmp_path, evaluation_size=3).evaluation(seed=seed)]
+        for seed in (0, 0, 1, 2, 3, 4)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(indices) for indices in drawn}) > 1
+    assert all(indices == sorted(set(indices)) and len(indices) == 3 for indices in drawn)
+
+
+def test_turns_of_a_conversation_are_trained_together_and_asked_one_by_one(tmp_path):
+    source = opened(tmp_path, tasks=("chat", "yes_no"))
+    line = {
+        "id": "c",
+        "image": ["images/test0", "images/test1"],
+        "turns": [["x", "1"], ["y", "2"]],
+        "task": "yes_no",
+    }
+    (tmp_path / "test.jsonl").write_text(json.dumps(line))
+    (tmp_path / "train.jsonl").write_text(json.dumps(line))
+    settings = dataclasses.replace(source.settings, num_images=2)
+    asked = list(settings.open(TOOLS).evaluation(seed=0))
+    assert [sample.sample_id.split(":")[1] for sample in asked] == ["c#1", "c#2"]
+    assert [sample.turns[0].question for sample in asked] == ["x", "y"]
+    assert {turn.task for sample in asked for turn in sample.turns} == {"yes_no"}
+    assert len(asked[0].images) == 2
+    (record,) = read_records(str(tmp_path / "test.jsonl"), ("chat", "yes_no"), 2, "train_path")
+    assert [(turn.question, turn.answer) for turn in record.turns] == [("x", "1"), ("y", "2")]
+
+
+GOOD = {"id": "g", "image": "a.png", "question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"id": "x", ', "not JSON: "),
+        ("[1, 2]", "a JSON object expected, got list"),
+        (json.dumps({**GOOD, "id": "x", "imge": "b"}), "unknown key 'imge'; did you mean 'image'"),
+        (json.dumps({"image": "a.png", "question": "q", "answer": "a"}), "key 'id' is missing"),
+        (json.dumps({"id": "x", "question": "q", "answer": "a"}), "key 'image' is missing"),
+        (json.dumps({**GOOD, "id": 1.5}), "id: a text or an integer expected, got 1.5"),
+        (json.dumps(GOOD), "id 'g' is that of line 1 too"),
+        (json.dumps({**GOOD, "id": "x", "image": []}), "image: a path or a list of paths expected"),
+        (json.dumps({**GOOD, "id": "x", "image": ["a", "b"]}), "2 images, but config.data.num_images is 1"),
+        (json.dumps({**GOOD, "id": "x", "task": "chat"}), "task 'chat' is not one of config.data.tasks: vqa"),
+        (json.dumps({**GOOD, "id": "x", "turns": [["q", "a"]]}), "both 'turns' and 'question' are given"),
+        (json.dumps({"id": "x", "image": "a", "turns": []}), "turns: a list of .* pairs expected"),
+        (
+            json.dumps({"id": "x", "image": "a", "turns": [["q"]]}),
+            "a question and an answer, .* got \\['q'\\]",
+        ),
+        (
+            json.dumps({"id": "x", "image": "a", "question": "q"}),
+            "'question' and 'answer', or 'turns', expected",
+        ),
+        (json.dumps({**GOOD, "id": "x", "answer": ""}), ".* two texts that are not empty, expected"),
+    ],
+)
+def test_a_faulty_line_is_named_when_the_file_is_opened(tmp_path, line, message):
+    path = tmp_path / "set.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
+    with pytest.raises(MalformedRecords, match=rf"1 lines .*\n.*set\.jsonl:3: {message}"):
+        read_records(str(path), ("vqa",), 1, "train_path")
+
+
+def test_all_faulty_lines_are_reported_together(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text("\n".join(["nonsense"] * 23))
+    with pytest.raises(MalformedRecords, match=r"(?s)23 lines .*:1: .*:20: .*and 3 more"):
+        read_records(str(path), ("vqa",), 1, "train_path")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 4}, r"config\.data\.channels: .* got 4"),
+        ({"tasks": ()}, r"config\.data\.tasks: at least one"),
+        ({"num_images": 0}, r"config\.data\.num_images: at least 1"),
+        ({"max_corrupt": -1}, r"config\.data\.max_corrupt: 0 or more"),
+        ({"evaluation_size": 0}, r"config\.data\.evaluation_size: at least 1"),
+        ({"train_path": "nowhere.jsonl"}, r"config\.data\.train_path: there is no file 'nowhere\.jsonl'"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused_by_their_key(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path, **options)
+
+
+def test_training_and_evaluation_may_not_be_the_same_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.data\.evaluation_path: it is the training file"):
+        opened(tmp_path, evaluation_path=str(tmp_path / "train.jsonl"))
+
+
+def test_a_file_without_records_and_an_unknown_stream_are_refused(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match=r"config\.data\.evaluation_path: '.*empty\.jsonl' has no record"):
+        opened(tmp_path, evaluation_path=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ConfigError, match="vqa_files: no stream 'cells'; known here: questions"):
+        opened(tmp_path).train("cells", seed=0)

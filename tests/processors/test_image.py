@@ -1,0 +1,153 @@
+"""Images: every mode that Pillow writes, against pixels known beforehand, and files that are broken."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.processors.image import FILTERS, CorruptImage, normalize, open_image, resize, to_channels
+
+
+def saved(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT"]
+    chunks = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def test_rgb_and_grey_are_read_as_they_are(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(saved(Image.fromarray(RGB)))
+    np.testing.assert_array_equal(open_image(path), RGB)
+    np.testing.assert_array_equal(open_image(str(path)), RGB)
+    grey = saved(Image.fromarray(RGB[:, :, 0]))
+    np.testing.assert_array_equal(open_image(grey, channels=1), RGB[:, :, :1])
+    np.testing.assert_array_equal(open_image(grey, channels=3), np.repeat(RGB[:, :, :1], 3, axis=2))
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: to be turned a quarter clockwise
+    np.testing.assert_array_equal(open_image(saved(Image.fromarray(RGB), exif=exif)), np.rot90(RGB, k=-1))
+
+
+def test_a_palette_is_resolved():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putdata([1, 0])
+    assert open_image(saved(picture)).tolist() == [[[200, 100, 50], [10, 20, 30]]]
+
+
+def test_transparency_is_laid_over_white():
+    rgba = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
+    pixels = open_image(saved(Image.fromarray(rgba)))
+    assert pixels[0, 0].tolist() == [200, 0, 0]
+    assert pixels[0, 1].tolist() == [255, 255, 255]
+    # Black at alpha 128/255 over white leaves 255 * (1 - 128/255) = 127.
+    assert pixels[0, 2].tolist() == [127, 127, 127]
+
+
+def test_a_transparent_palette_colour_is_white():
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([10, 20, 30, 200, 100, 50])
+    picture.putdata([1, 0])
+    assert open_image(saved(picture, transparency=0)).tolist() == [[[200, 100, 50], [255, 255, 255]]]
+
+
+def test_sixteen_bits_keep_the_upper_eight():
+    deep = np.array([[0, 255, 256, 65535, 0x1234]], np.uint16)
+    assert open_image(saved(Image.fromarray(deep)), channels=1)[0, :, 0].tolist() == [0, 0, 1, 255, 0x12]
+
+
+def test_one_bit_is_black_and_white():
+    picture = Image.fromarray(np.array([[0, 255, 0]], np.uint8)).convert("1")
+    assert open_image(saved(picture), channels=1)[0, :, 0].tolist() == [0, 255, 0]
+
+
+def test_cmyk_becomes_rgb():
+    # Full cyan ink takes all red away; no ink at all is white.
+    picture = Image.fromarray(np.array([[[255, 0, 0, 0], [0, 0, 0, 0]]], np.uint8), mode="CMYK")
+    assert open_image(saved(picture, "TIFF")).tolist() == [[[0, 255, 255], [255, 255, 255]]]
+
+
+def test_luma_weighs_red_green_and_blue_as_itu_601():
+    pure = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], np.uint8)
+    expected = 255 * np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(to_channels(pure, 1)[0, :, 0], expected, atol=1.0)
+    assert to_channels(pure, 3) is pure
+    with pytest.raises(ValueError, match=r"1 or 3 channels, got one of shape \(1, 3, 3\) to make 4 of"):
+        to_channels(pure, 4)
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (b"", "UnidentifiedImageError: no known image format"),
+        (b"<html>not found</html>", "UnidentifiedImageError: no known image format"),
+        (saved(Image.fromarray(RGB), "BMP")[:-20], "OSError: .*truncated"),
+        (png_header(8, 8), "OSError: .*truncated"),
+        (
+            png_header(8_000, 20_000),
+            "DecompressionBombWarning|20000x8000 pixels, more than max_pixels=100000000",
+        ),
+        (png_header(30_000, 30_000), "DecompressionBombError"),
+        (saved(Image.fromarray(RGB.astype(np.float32)[:, :, 0]), "TIFF"), "no known range"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_reason(tmp_path, broken, why):
+    path = tmp_path / "broken.png"
+    path.write_bytes(broken)
+    with pytest.raises(CorruptImage, match=rf"broken\.png: .*({why})"):
+        open_image(path)
+    with pytest.raises(CorruptImage, match=f"record 7: .*({why})"):
+        open_image(broken, name="record 7")
+
+
+def test_an_image_over_the_limit_is_refused_and_one_at_the_limit_is_not():
+    data = saved(Image.fromarray(RGB))
+    assert open_image(data, max_pixels=35).shape == (5, 7, 3)
+    with pytest.raises(CorruptImage, match="bytes: its header claims 5x7 pixels, more than max_pixels=34"):
+        open_image(data, max_pixels=34)
+
+
+def test_a_missing_file_is_no_corrupt_image(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        open_image(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("name", sorted(FILTERS))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resizing_equals_pillow(name, channels):
+    image = np.random.default_rng(1).integers(0, 256, (20, 31, channels), dtype=np.uint8)
+    resized = resize(image, (9, 40), name)
+    assert resized.shape == (9, 40, channels)
+    for channel in range(channels):
+        picture = Image.fromarray(image[:, :, channel]).resize(
+            (40, 9), getattr(Image.Resampling, name.upper())
+        )
+        np.testing.assert_array_equal(resized[:, :, channel], np.asarray(picture))
+
+
+def test_the_box_filter_halves_by_averaging_four_pixels():
+    image = np.array([[[0], [100]], [[200], [20]]], np.uint8)
+    assert resize(image, (1, 1), "box").tolist() == [[[80]]]
+    assert resize(image, (2, 2), "box") is image
+
+
+def test_pixels_are_rescaled_and_normalised_per_channel():
+    image = np.array([[[0, 51, 255]]], np.uint8)
+    values = normalize(image, mean=(0.5, 0.2, 0.0), std=(0.5, 0.1, 2.0))
+    assert values.dtype == np.float32
+    np.testing.assert_allclose(values, [[[-1.0, 0.0, 0.5]]], atol=1e-6)

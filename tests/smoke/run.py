@@ -1,0 +1,90 @@
+"""Runs every runnable config for a few steps through its command line.
+
+A config is runnable when its file defines `get_config` and stands neither in `configs/presets/` nor at
+`configs/base.py`. It takes the string argument `smoke`, which shrinks its steps and sizes, as in
+`--config=configs/x.py:smoke`; a config that does not is a failure.
+
+    python tests/smoke/run.py [PART_OF_A_PATH ...]
+"""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = pathlib.Path("configs")
+TIMEOUT_SECONDS = 600
+
+# Run in a process of its own, as a config may import others from the repository root.
+ACCEPTS_SMOKE = """
+import importlib, sys
+get_config = importlib.import_module(sys.argv[1]).get_config
+if get_config("smoke").to_json_best_effort() == get_config().to_json_best_effort():
+    sys.exit("get_config('smoke') is the same as get_config(): it must shrink steps and sizes")
+"""
+
+
+def runnable_configs() -> list[pathlib.Path]:
+    """Paths, relative to the repository root, of every runnable config."""
+    found = []
+    for path in sorted((ROOT / CONFIGS).rglob("*.py")):
+        relative = path.relative_to(ROOT)
+        if relative == CONFIGS / "base.py" or CONFIGS / "presets" in relative.parents:
+            continue
+        body = ast.parse(path.read_text(), filename=str(relative)).body
+        if any(isinstance(node, ast.FunctionDef) and node.name == "get_config" for node in body):
+            found.append(relative)
+    return found
+
+
+def call(arguments: Sequence[str]) -> str | None:
+    """Runs Python with `arguments` from the repository root; returns what went wrong, or None."""
+    # A new interpreter finds configs/ and vlm_jax/ from the root, whatever the folder of this script.
+    command = [sys.executable, *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"ran past {TIMEOUT_SECONDS} s"
+    return None if done.returncode == 0 else f"exit status {done.returncode}"
+
+
+def smoke(path: pathlib.Path) -> str | None:
+    """Runs one config; returns what went wrong, or None."""
+    module = ".".join(path.with_suffix("").parts)
+    if problem := call(["-c", ACCEPTS_SMOKE, module]):
+        return f"get_config does not accept 'smoke': {problem}"
+    command = "sweep" if CONFIGS / "sweeps" in path.parents else "train"
+    with tempfile.TemporaryDirectory(prefix="smoke_") as workdir:
+        arguments = ["-m", f"vlm_jax.cli.{command}", f"--config={path}:smoke", f"--workdir={workdir}"]
+        if problem := call(arguments):
+            return f"vlm_jax.cli.{command}: {problem}"
+        if not os.listdir(workdir):
+            return f"vlm_jax.cli.{command} left nothing in its workdir"
+    return None
+
+
+def main(parts: Sequence[str]) -> int:
+    configs = [path for path in runnable_configs() if not parts or any(part in str(path) for part in parts)]
+    if not configs:
+        print(f"No runnable config under {CONFIGS}/ matches {list(parts) or 'anything'}.", file=sys.stderr)
+        return 1
+    problems = []
+    for path in configs:
+        print(f"--- {path}", flush=True)
+        start = time.monotonic()
+        problem = smoke(path)
+        print(f"--- {path}: {problem or 'passed'} in {time.monotonic() - start:.0f} s", flush=True)
+        if problem:
+            problems.append(f"{path}: {problem}")
+    print("\n".join(problems))
+    print(f"{len(configs) - len(problems)} passed, {len(problems)} failed")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Token budgets: the one integer that every connector and reducer answers to.
+
+Pure Python, no arrays: everything here runs before any parameter exists.
+"""
+
+import math
+from collections.abc import Iterable
+
+from vlm_jax.types import Grid
+
+
+class InfeasibleBudget(ValueError):
+    """A token budget that a kind cannot meet; the message names the nearest ones that it can."""
+
+
+class InfeasibleGrid(ValueError):
+    """A grid of features that a kind cannot take; the message names the constraint and the fix."""
+
+
+def refuse(kind: str, budget: int, grid: Grid, feasible: Iterable[int], why: str) -> InfeasibleBudget:
+    """Builds the error for `budget`, naming the nearest feasible budgets below and above.
+
+    Args:
+      kind: the connector's or reducer's name in its table.
+      budget: the number of tokens that was asked for.
+      grid: (rows, columns) of the features that it reduces.
+      feasible: every budget that the kind can meet on this grid.
+      why: the constraint, as a clause.
+    """
+    below = max((b for b in feasible if b < budget), default=None)
+    above = min((b for b in feasible if b > budget), default=None)
+    nearest = " and ".join(str(b) for b in (below, above) if b is not None) or "none"
+    return InfeasibleBudget(
+        f"config.token_budget: {kind} cannot give {budget} tokens from a {grid[0]}x{grid[1]} grid, because "
+        f"{why}; nearest feasible: {nearest}"
+    )
+
+
+def grid_of_size(size: int, grid: Grid) -> Grid | None:
+    """The (rows, columns) with rows * columns == size that fits inside `grid`, nearest in aspect.
+
+    Aspect may change by a factor of two at most: 2 tokens of a square grid may be 1x2, while
+    5 may not be 1x5. Of two equally near ones the flatter wins. Returns None when none fits.
+    """
+    rows, cols = grid
+    candidates = [(r, size // r) for r in range(1, rows + 1) if size % r == 0 and size // r <= cols]
+    aspect = math.log(rows / cols)
+    near = [(abs(math.log(r / c) - aspect), r, c) for r, c in candidates]
+    near = [entry for entry in near if entry[0] <= math.log(2) + 1e-9]
+    if not near:
+        return None
+    _, r, c = min(near)
+    return r, c
+
+
+def sizes_of_grids(grid: Grid) -> list[int]:
+    """Every size for which `grid_of_size` finds a grid, ascending."""
+    return [size for size in range(1, grid[0] * grid[1] + 1) if grid_of_size(size, grid) is not None]

@@ -1,0 +1,344 @@
+"""What happens to arrays between a released checkpoint and our parameters: invertible operations.
+
+An operation takes the tensors under a rule's source keys to the arrays of its targets. Each has an
+exact inverse, so the table that imports a checkpoint also exports it. An operation of one array
+(`Transpose`, `Reshape`, `Permute`) that meets several applies to each of them.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
+
+
+class Op(abc.ABC):
+    """A bijection from n arrays to m arrays."""
+
+    @abc.abstractmethod
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The target arrays, views of the sources where that is possible."""
+
+    @abc.abstractmethod
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        """The shapes that arrays of `shapes` come out with.
+
+        Raises:
+          ValueError: the operation cannot take these shapes; the message says which it wants.
+        """
+
+    @property
+    @abc.abstractmethod
+    def inverse(self) -> "Op":
+        """The operation that undoes this one."""
+
+    def source_index(self, index: Index) -> Index | None:
+        """Where the block `index` of the one target lies in the one source.
+
+        None where the block cannot be read apart, so that the whole source is needed.
+        """
+        del index
+        return None
+
+
+class _OneArray(Op):
+    """An operation of one array, applied to each of several."""
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(self._array(array) for array in arrays)
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        return tuple(self._shape(shape) for shape in shapes)
+
+    @abc.abstractmethod
+    def _array(self, array: np.ndarray) -> np.ndarray: ...
+
+    @abc.abstractmethod
+    def _shape(self, shape: Shape) -> Shape: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(_OneArray):
+    """The array as it is."""
+
+    def _array(self, array: np.ndarray) -> np.ndarray:
+        return array
+
+    def _shape(self, shape: Shape) -> Shape:
+        return shape
+
+    @property
+    def inverse(self) -> Op:
+        return self
+
+    def source_index(self, index: Index) -> Index | None:
+        return index
+
+
+@dataclasses.dataclass(frozen=True)
+class Transpose(_OneArray):
+    """Axis `axes[i]` of the source becomes axis i of the target."""
+
+    axes: tuple[int, ...]
+
+    def __post_init__(self):
+        if sorted(self.axes) != list(range(len(self.axes))):
+            raise ValueError(f"{self}: axes must be a permutation of 0 .. {len(self.axes) - 1}")
+
+    def _array(self, array: np.ndarray) -> np.ndarray:
+        return array.transpose(self.axes)
+
+    def _shape(self, shape: Shape) -> Shape:
+        if len(shape) != len(self.axes):
+            raise ValueError(f"{self} takes {len(self.axes)} axes, not the shape {shape}")
+        return tuple(shape[axis] for axis in self.axes)
+
+    @property
+    def inverse(self) -> Op:
+        return Transpose(tuple(self.axes.index(i) for i in range(len(self.axes))))
+
+    def source_index(self, index: Index) -> Index | None:
+        return tuple(index[self.axes.index(i)] for i in range(len(self.axes)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reshape(_OneArray):
+    """An array of exactly the shape `source` becomes one of the shape `target`, in C order."""
+
+    source: Shape
+    target: Shape
+
+    def __post_init__(self):
+        if math.prod(self.source) != math.prod(self.target):
+            raise ValueError(
+                f"{self}: {math.prod(self.source)} elements cannot become {math.prod(self.target)}"
+            )
+
+    def _array(self, array: np.ndarray) -> np.ndarray:
+        return array.reshape(self.target)
+
+    def _shape(self, shape: Shape) -> Shape:
+        if shape != self.source:
+            raise ValueError(f"{self} takes the shape {self.source}, not {shape}")
+        return self.target
+
+    @property
+    def inverse(self) -> Op:
+        return Reshape(self.target, self.source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Permute(_OneArray):
+    """Row `order[i]` of the source along `axis` becomes row i of the target."""
+
+    axis: int
+    order: tuple[int, ...]
+
+    def __post_init__(self):
+        if sorted(self.order) != list(range(len(self.order))):
+            raise ValueError(f"Permute: order must be a permutation of 0 .. {len(self.order) - 1}")
+
+    def _array(self, array: np.ndarray) -> np.ndarray:
+        return np.take(array, self.order, axis=self.axis)
+
+    def _shape(self, shape: Shape) -> Shape:
+        if len(shape) <= self.axis or shape[self.axis] != len(self.order):
+            raise ValueError(
+                f"Permute orders {len(self.order)} rows along axis {self.axis}, not the shape {shape}"
+            )
+        return shape
+
+    @property
+    def inverse(self) -> Op:
+        return Permute(self.axis, tuple(int(i) for i in np.argsort(self.order)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Split(Op):
+    """One array is cut along `axis` into parts of `sizes`."""
+
+    axis: int
+    sizes: tuple[int, ...]
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        (array,) = arrays
+        return tuple(np.split(array, np.cumsum(self.sizes)[:-1], axis=self.axis))
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        fits = len(shapes) == 1 and len(shapes[0]) > self.axis and shapes[0][self.axis] == sum(self.sizes)
+        if not fits:
+            raise ValueError(
+                f"{self} takes one array with {sum(self.sizes)} rows on axis {self.axis}, not {shapes}"
+            )
+        (shape,) = shapes
+        return tuple((*shape[: self.axis], size, *shape[self.axis + 1 :]) for size in self.sizes)
+
+    @property
+    def inverse(self) -> Op:
+        return Concatenate(self.axis, self.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Concatenate(Op):
+    """Arrays with `sizes` rows along `axis` are joined into one."""
+
+    axis: int
+    sizes: tuple[int, ...]
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        return (np.concatenate(arrays, axis=self.axis),)
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        long_enough = all(len(shape) > self.axis for shape in shapes)
+        found = tuple(shape[self.axis] for shape in shapes) if long_enough else None
+        others = {(*shape[: self.axis], *shape[self.axis + 1 :]) for shape in shapes}
+        if found != self.sizes or len(others) != 1:
+            raise ValueError(
+                f"{self} takes arrays that differ on axis {self.axis} alone, not the shapes {shapes}"
+            )
+        return ((*shapes[0][: self.axis], sum(self.sizes), *shapes[0][self.axis + 1 :]),)
+
+    @property
+    def inverse(self) -> Op:
+        return Split(self.axis, self.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel(Op):
+    """Array i goes through operation i; every operation is one of a single array."""
+
+    ops: tuple[Op, ...]
+
+    def __init__(self, *ops: Op):
+        object.__setattr__(self, "ops", ops)
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(op(array)[0] for op, array in zip(self.ops, arrays, strict=True))
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        if len(shapes) != len(self.ops):
+            raise ValueError(f"{self} takes {len(self.ops)} arrays, not {len(shapes)}")
+        return tuple(op.shapes(shape)[0] for op, shape in zip(self.ops, shapes, strict=True))
+
+    @property
+    def inverse(self) -> Op:
+        return Parallel(*(op.inverse for op in self.ops))
+
+
+@dataclasses.dataclass(frozen=True)
+class Each(Op):
+    """`op` on every slice of the leading axis: for a release that already stacks its layers."""
+
+    op: Op
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        slices = [self.op(*parts) for parts in zip(*arrays, strict=True)]
+        return tuple(np.stack(parts) for parts in zip(*slices, strict=True))
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        counts = {shape[:1] for shape in shapes}
+        if len(counts) != 1 or counts == {()}:
+            raise ValueError(f"{self} takes arrays of one and the same leading axis, not the shapes {shapes}")
+        (count,) = counts
+        return tuple((*count, *shape) for shape in self.op.shapes(*(shape[1:] for shape in shapes)))
+
+    @property
+    def inverse(self) -> Op:
+        return Each(self.op.inverse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Op):
+    """One operation after the other, the first one first."""
+
+    ops: tuple[Op, ...]
+
+    def __init__(self, *ops: Op):
+        object.__setattr__(self, "ops", ops)
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        for op in self.ops:
+            arrays = op(*arrays)
+        return arrays
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        for op in self.ops:
+            shapes = op.shapes(*shapes)
+        return shapes
+
+    @property
+    def inverse(self) -> Op:
+        return Chain(*(op.inverse for op in reversed(self.ops)))
+
+    def source_index(self, index: Index) -> Index | None:
+        found: Index | None = index
+        for op in reversed(self.ops):
+            if found is None:
+                return None
+            found = op.source_index(found)
+        return found
+
+
+OPS: dict[str, type[Op]] = {
+    "identity": Identity,
+    "transpose": Transpose,
+    "reshape": Reshape,
+    "permute": Permute,
+    "split": Split,
+    "concatenate": Concatenate,
+    "parallel": Parallel,
+    "each": Each,
+    "chain": Chain,
+}
+
+IDENTITY = Identity()
+LINEAR = Transpose((1, 0))  # torch [out, in] -> kernel [in, out]
+CONV2D = Transpose((2, 3, 1, 0))  # torch [out, in, height, width] -> kernel [height, width, in, out]
+
+
+def patch_linear(patch_size: int, channels: int, features: int) -> Op:
+    """A torch patch convolution -> the linear kernel [patch * patch * channels, features]."""
+    window = (patch_size, patch_size, channels)
+    return Chain(CONV2D, Reshape((*window, features), (math.prod(window), features)))
+
+
+def fused_linear(*sizes: int) -> Op:
+    """One torch weight [sum(sizes), in] -> kernels [in, size]: query, key and value one under the other."""
+    return Chain(Split(0, sizes), LINEAR)
+
+
+def fused_bias(*sizes: int) -> Op:
+    """One bias [sum(sizes)] -> biases [size]."""
+    return Split(0, sizes)
+
+
+def grouped_linear(num_groups: int, sizes: Sequence[int], in_dim: int) -> Op:
+    """A torch weight whose rows come group by group -> one kernel [in, num_groups * size] a part.
+
+    Per-head [query, key, value] is `grouped_linear(num_heads, (head_dim,) * 3, in_dim)`; InternLM2's
+    wqkv, where each key-value head comes after its query heads, is
+    `grouped_linear(num_kv_heads, (queries_per_kv * head_dim, head_dim, head_dim), in_dim)`.
+
+    Args:
+      num_groups: groups in the weight's rows.
+      sizes: rows of each part inside a group.
+      in_dim: columns of the weight.
+    """
+    return Chain(_grouped(num_groups, tuple(sizes), (in_dim,)), LINEAR)
+
+
+def grouped_bias(num_groups: int, sizes: Sequence[int]) -> Op:
+    """The bias that belongs to a `grouped_linear`."""
+    return _grouped(num_groups, tuple(sizes), ())
+
+
+def _grouped(num_groups: int, sizes: tuple[int, ...], rest: Shape) -> Op:
+    return Chain(
+        Reshape((num_groups * sum(sizes), *rest), (num_groups, sum(sizes), *rest)),
+        Split(1, sizes),
+        Parallel(*(Reshape((num_groups, size, *rest), (num_groups * size, *rest)) for size in sizes)),
+    )

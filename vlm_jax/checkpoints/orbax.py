@@ -1,0 +1,151 @@
+"""A run's checkpoints: parameters, optimizer and input position, saved by Orbax in the background."""
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names it and the way on."""
+
+
+class RunCheckpoints:
+    """The numbered checkpoints of one workdir.
+
+    Saving returns at once and goes on in the background; a checkpoint appears under its number
+    only when it is whole, so a killed run leaves the one before.
+
+    Args:
+      directory: where the numbered folders are, local or `gs://`; made when missing.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int):
+        self.directory = epath.Path(directory)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest(self) -> int | None:
+        """Number of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+        """Starts saving.
+
+        Args:
+          step: the checkpoint's number.
+          state: a pytree of arrays.
+          position: where the input iterator stands, as JSON types.
+
+        Raises:
+          CheckpointError: this save, or the one before it, failed (no space, no permission).
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
+        with self._failures(f"saving checkpoint {step}"):
+            self._manager.save(step, args=args)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+          CheckpointError: the save in progress failed.
+        """
+        with self._failures("saving a checkpoint"):
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """Reads one checkpoint, every array straight to its sharding.
+
+        Args:
+          step: its number.
+          like: a pytree of `jax.ShapeDtypeStruct` with shardings.
+
+        Returns:
+          The state and the position.
+
+        Raises:
+          CheckpointError: it is damaged or holds other shapes.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged file
+            older = [s for s in self._manager.all_steps() if s < step]
+            way_on = (
+                f"the run then goes on from checkpoint {max(older)}" if older else "the run then starts anew"
+            )
+            raise CheckpointError(
+                f"checkpoint {step} in {self.directory} cannot be read: it is damaged or of another model. Delete "
+                f"the folder {self.directory / str(step)} and run the same command; {way_on}. "
+                f"Reported: {_first_line(error)}"
+            ) from error
+        return restored["state"], restored["position"]
+
+    def close(self) -> None:
+        """Waits, then frees the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def _failures(self, action: str) -> "_SaveFailures":
+        return _SaveFailures(self, action)
+
+
+class _SaveFailures:
+    """Turns any failure of Orbax inside a `with` into one CheckpointError."""
+
+    def __init__(self, checkpoints: RunCheckpoints, action: str):
+        self._checkpoints, self._action = checkpoints, action
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if not isinstance(error, Exception):
+            return
+        latest = self._checkpoints.latest()
+        kept = "no checkpoint is left" if latest is None else f"checkpoint {latest} is whole"
+        raise CheckpointError(
+            f"{self._action} in {self._checkpoints.directory} failed: {_first_line(error)}. {kept}; free space or "
+            f"mend the permissions, and the same command goes on from there"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+
+
+def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, Any]:
+    """Reads some parts of the newest checkpoint of another run.
+
+    Args:
+      directory: that run's checkpoint directory.
+      parts: {part: pytree of `jax.ShapeDtypeStruct` with shardings}.
+
+    Raises:
+      CheckpointError: there is no checkpoint, or a part of it has other shapes.
+    """
+    with ocp.CheckpointManager(epath.Path(directory)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"no whole checkpoint in {directory}; train that run to its end first")
+        like = {"params": parts}
+        restore_args = jax.tree.map(
+            lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like
+        )
+        arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                restored = reader.restore(epath.Path(directory) / str(step) / "state", args=arguments)
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}"
+            ) from error
+    for leaf, found in zip(jax.tree.leaves(like), jax.tree.leaves(restored), strict=True):
+        if leaf.shape != found.shape:
+            raise CheckpointError(
+                f"checkpoint {step} in {directory} holds shape {found.shape}, not {leaf.shape}"
+            )
+    return restored["params"]

@@ -1,0 +1,24 @@
+"""Connectors: visual features of the encoder in, visual tokens of the decoder's width out.
+
+The contract, which `tests/contracts/test_connectors.py` holds every entry of `CONNECTORS` to:
+
+- a Linen module with the fields `features` (the decoder's width), `dtype` and `param_dtype`;
+- `num_tokens(grid) -> int`, pure Python, callable before `init`; raises `InfeasibleGrid` for a
+  grid that the kind cannot take;
+- `for_budget(budget, grid) -> dict`, a class method that solves the kind's own fields so that
+  `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets;
+- `__call__(features: VisualFeatures, *, deterministic: bool) -> VisualTokens`; what a masked
+  feature holds changes nothing.
+"""
+
+from vlm_jax.connectors.mlp import MlpConnector
+from vlm_jax.connectors.pixel_shuffle import PixelShuffle
+from vlm_jax.connectors.pool import Pool
+from vlm_jax.connectors.resampler import Resampler
+
+CONNECTORS = {
+    "mlp": MlpConnector,
+    "pool": Pool,
+    "pixel_shuffle": PixelShuffle,
+    "resampler": Resampler,
+}

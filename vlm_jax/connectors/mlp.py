@@ -1,0 +1,44 @@
+"""LLaVA-1.5's connector: a two-layer MLP on every feature; nothing is reduced."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlm_jax.budget import refuse
+from vlm_jax.layers.mlp import Mlp
+from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+
+
+class MlpConnector(nn.Module):
+    """linear, GELU, linear, feature by feature.
+
+    Attributes:
+      features: the decoder's width D.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Liu et al. 2023 (LLaVA-1.5), section 3.2; LLaVA, multimodal_projector/builder.py, mlp2x_gelu.
+    """
+
+    features: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def num_tokens(self, grid: Grid) -> int:
+        """As many as there are features."""
+        return grid[0] * grid[1]
+
+    @classmethod
+    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+        """No field to solve; the budget must be the number of features."""
+        if budget != grid[0] * grid[1]:
+            raise refuse("mlp", budget, grid, [grid[0] * grid[1]], "it keeps every feature")
+        return {}
+
+    @nn.compact
+    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
+        del deterministic  # nothing is drawn
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(features.tokens)
+        return VisualTokens(tokens, features.mask)

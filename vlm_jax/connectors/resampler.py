@@ -1,0 +1,77 @@
+"""Qwen-VL's resampler: learned queries read all features by one cross-attention."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlm_jax import axes
+from vlm_jax.budget import grid_of_size
+from vlm_jax.layers.attention import Context, MultiHeadAttention
+from vlm_jax.layers.dense import Dense, named
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.position_embedding import sincos_2d
+from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+
+
+class Resampler(nn.Module):
+    """One cross-attention layer from `num_queries` learned queries to the features.
+
+    Sin-cos positions are added to queries and keys, never to values. Queries stand for the
+    cells of a grid where their number forms one, else for points along the diagonal.
+
+    Attributes:
+      features: the decoder's width D.
+      num_queries: tokens given, solved from the budget.
+      num_heads: attention heads.
+      norm_epsilon: epsilon of both LayerNorms.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Bai et al. 2023 (Qwen-VL), section 2.1; Qwen-VL-Chat, visual.py, Resampler.
+    """
+
+    features: int
+    num_queries: int
+    num_heads: int
+    norm_epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def num_tokens(self, grid: Grid) -> int:
+        """The number of queries, whatever the grid."""
+        del grid
+        return self.num_queries
+
+    @classmethod
+    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+        """As many queries as tokens; every positive budget is feasible."""
+        del grid
+        return {"num_queries": budget}
+
+    def query_positions(self, grid: Grid) -> jnp.ndarray:
+        """[num_queries, D] sin-cos embeddings of the queries' places, stretched over `grid`."""
+        query_grid = grid_of_size(self.num_queries, (max(grid), max(grid)))
+        if query_grid is not None:
+            return jnp.asarray(sincos_2d(query_grid, self.features, table_grid=grid))
+        square = sincos_2d((self.num_queries, self.num_queries), self.features, table_grid=grid)
+        return jnp.asarray(square[:: self.num_queries + 1])
+
+    @nn.compact
+    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
+        del deterministic  # nothing is drawn
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        batch = features.tokens.shape[0]
+        init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
+        queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
+        kv = Dense(self.features, (axes.CHANNELS_IN, axes.EMBED), use_bias=False, name="kv_proj", **settings)
+        kv = Norm("layer", self.norm_epsilon, name="kv_norm", **settings)(kv(features.tokens))
+        q = Norm("layer", self.norm_epsilon, name="query_norm", **settings)(queries[None])
+        q = q + self.query_positions(features.grid).astype(self.dtype)[None]
+        keys = kv + jnp.asarray(sincos_2d(features.grid, self.features)).astype(self.dtype)[None]
+        query_segments = jnp.ones((batch, self.num_queries), jnp.int32)
+        context = Context("full", query_segments, features.mask.astype(jnp.int32))
+        attention = MultiHeadAttention(self.num_heads, name="attention", **settings)
+        q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
+        tokens, _ = attention(q, context, inputs_k=keys, inputs_v=kv)
+        return VisualTokens(tokens, jnp.broadcast_to(features.mask.any(1, keepdims=True), tokens.shape[:2]))

@@ -1,0 +1,56 @@
+"""Questions about a page of digits, and their answers.
+
+| task | question | answer |
+|---|---|---|
+| read | `read row 2 column 3` | the digit there; rows and columns count from 1 |
+| transcribe | `transcribe row 2` | the row's digits, as `7419` |
+| count | `count 7` | how many cells hold a 7, 0 included |
+| locate | `locate 7` | the box of the first 7 in reading order, as the box formatter writes it |
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vlm_jax.data.pages import Page
+from vlm_jax.data.scans import NUM_CLASSES
+from vlm_jax.types import Turn
+
+TASKS = ("read", "transcribe", "count", "locate")
+TASKS_WITHOUT_PIXELS = ("read", "transcribe", "count")
+# How often `count` asks for a digit of the page; else for any digit, which is often on no cell.
+COUNT_PRESENT = 0.8
+
+
+def ask(task: str, page: Page, draws: Sequence[float], format_box: Callable[..., str]) -> Turn:
+    """Asks one question about a page.
+
+    Args:
+      task: one of TASKS.
+      page: what is asked about.
+      draws: three numbers in [0, 1) that choose the question among the task's questions.
+      format_box: (box in pixels, height, width) -> text.
+    """
+    classes = page.classes
+    rows, cols = classes.shape
+    row, col = int(draws[0] * rows), int(draws[1] * cols)
+    if task == "read":
+        return Turn(f"read row {row + 1} column {col + 1}", str(int(classes[row, col])), task)
+    if task == "transcribe":
+        return Turn(f"transcribe row {row + 1}", "".join(map(str, classes[row].tolist())), task)
+    digit = int(classes[row, col])
+    if task == "count":
+        if draws[2] >= COUNT_PRESENT:
+            digit = int((draws[2] - COUNT_PRESENT) / (1.0 - COUNT_PRESENT) * NUM_CLASSES)
+        return Turn(f"count {digit}", str(int(np.count_nonzero(classes == digit))), task)
+    if task == "locate":
+        first = int(np.argmax(classes == digit))  # of the flattened page: reading order
+        box = page.boxes.reshape(-1, 4)[first].tolist()
+        height, width, _ = page.pixels.shape
+        return Turn(f"locate {digit}", format_box(box, height, width), task)
+    raise ValueError(f"no task '{task}'; there are {', '.join(TASKS)}")
+
+
+def digits_in_reading_order(page: Page) -> str:
+    """The page as text: its digits row by row, without any mark between."""
+    return "".join(map(str, page.classes.ravel().tolist()))

@@ -1,0 +1,208 @@
+"""The digit pages as a data source: visual questions, the same without pictures, and dense targets.
+
+Streams:
+  questions: samples with one picture and several turns of random tasks.
+  text_pages: the same questions, without picture; `context` is the page's digits in reading order,
+    and `locate` is left out, because text has no boxes.
+  cells: `CellBatch`es of one page, for training an encoder by itself.
+
+Element i of a training stream is made from (seed, stream, i) alone.
+"""
+
+import dataclasses
+import functools
+
+import grain
+import numpy as np
+
+from vlm_jax.config import ConfigError, did_you_mean
+from vlm_jax.data.digit_questions import TASKS, TASKS_WITHOUT_PIXELS, ask, digits_in_reading_order
+from vlm_jax.data.pages import DigitPages, Page
+from vlm_jax.data.source import ENDLESS, Tools
+from vlm_jax.types import CellBatch, Grid, Sample
+
+STREAMS = ("questions", "text_pages", "cells")
+# First key of every generator, so that no two uses of a seed draw the same pages.
+TRAIN_KEY, TEST_KEY = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """Settings of the digit pages, keys of config.data.
+
+    Attributes:
+      rows: rows of cells.
+      cols: columns of cells.
+      page_size: side of the square page, pixels.
+      min_digit: smallest side of a pasted digit, pixels.
+      max_digit: largest side of a pasted digit, pixels; at most the cell's.
+      task_weights: how often each task is asked, relative to the others; a task without weight, or
+        left out, is neither trained nor evaluated.
+      turns_per_page: questions about one page, in training.
+      evaluation_size: samples for each task (and pages of the stream `cells`) of the evaluation.
+      augment: whether training pages are warped, paled and made noisy; test pages never are.
+      variants: warped copies of every scan, with `augment`.
+      intensity: largest loss of ink of a page, a fraction, with `augment`.
+      noise: largest standard deviation of a page's noise, in grey levels of 255, with `augment`.
+    """
+
+    rows: int = 4
+    cols: int = 4
+    page_size: int = 48
+    min_digit: int = 8
+    max_digit: int = 12
+    task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    turns_per_page: int = 4
+    evaluation_size: int = 128
+    augment: bool = True
+    variants: int = 8
+    intensity: float = 0.25
+    noise: float = 8.0
+
+    streams = STREAMS
+    channels = 1
+    num_images = 1
+    num_classes = 10
+
+    @property
+    def context_length(self) -> int:
+        """Digits of a page, each a token of the text that stands for it."""
+        return self.rows * self.cols
+
+    @property
+    def cells(self) -> Grid:
+        """Rows and columns of the stream `cells`."""
+        return self.rows, self.cols
+
+    def __post_init__(self):
+        for task, weight in self.task_weights.items():
+            if task not in TASKS:
+                raise ConfigError(f"config.data.task_weights.{task}: no such task{did_you_mean(task, TASKS)}")
+            if weight < 0:
+                raise ConfigError(f"config.data.task_weights.{task}: 0 or more expected, got {weight}")
+        if not self.tasks:
+            raise ConfigError(
+                "config.data.task_weights: no task has a weight; give one of " + ", ".join(TASKS)
+            )
+        for key in ("turns_per_page", "evaluation_size"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"config.data.{key}: at least 1 expected, got {getattr(self, key)}")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks with a weight, in the order of the table of tasks."""
+        return tuple(task for task in TASKS if self.task_weights.get(task, 0.0) > 0)
+
+    def open(self, tools: Tools) -> "DigitSource":
+        """Renders the scans of both splits.
+
+        Raises:
+          ConfigError: the page cannot be composed.
+        """
+        return DigitSource(self, tools)
+
+
+class DigitSource:
+    """The digit pages, opened; see the module for its streams."""
+
+    streams = STREAMS
+    channels = 1
+
+    def __init__(self, settings: Digits, tools: Tools):
+        self.settings = settings
+        self.tasks = settings.tasks
+        self._tools = tools
+        pages = functools.partial(
+            DigitPages,
+            rows=settings.rows,
+            cols=settings.cols,
+            page_size=settings.page_size,
+            min_digit=settings.min_digit,
+            max_digit=settings.max_digit,
+        )
+        augmentation = {key: getattr(settings, key) for key in ("variants", "intensity", "noise")}
+        self._train_pages = pages("train", **(augmentation if settings.augment else {}))
+        self._test_pages = pages("test")
+
+    def train(self, stream: str, seed: int) -> grain.MapDataset[Sample | CellBatch]:
+        """An endless stream of training pages.
+
+        Args:
+          stream: "questions", "text_pages" or "cells".
+          seed: 0 or more.
+
+        Returns:
+          A MapDataset of Sample, or for "cells" of CellBatch with B = 1.
+
+        Raises:
+          ConfigError: no such stream, or no task that it could ask.
+        """
+        tasks = self._tasks_of(stream)
+        weights = np.array([self.settings.task_weights[task] for task in tasks])
+        bounds = np.cumsum(weights / weights.sum())[:-1]
+
+        def element(index: int) -> Sample | CellBatch:
+            rng = np.random.default_rng((TRAIN_KEY, seed, STREAMS.index(stream), index))
+            page = self._train_pages.compose(rng)
+            if stream == "cells":
+                return self._cells(page)
+            turns = self.settings.turns_per_page
+            # Systematic sampling: one draw for all turns keeps a page's mix of tasks, and with it
+            # the length of its row, as near to the weights as whole turns can be.
+            places = rng.permutation((np.arange(turns) + rng.random()) / turns)
+            chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
+            questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
+            return self._sample(f"digits/train/{seed}/{index}", stream, page, questions)
+
+        return grain.MapDataset.range(ENDLESS).map(element)
+
+    def evaluation(self, seed: int, stream: str = "questions") -> list[Sample | CellBatch]:
+        """The fixed set of pages of test scans that a seed stands for.
+
+        Returns:
+          `evaluation_size` samples of one turn for every task, task by task, each with a page of its
+          own; or as many CellBatches with B = 1.
+
+        Raises:
+          ConfigError: as for `train`.
+        """
+        elements = []
+        for task in self._tasks_of(stream) if stream != "cells" else ("cells",):
+            # Keyed by the task's place among all tasks: to leave one out does not change the others.
+            place = TASKS.index(task) if task in TASKS else len(TASKS)
+            for index in range(self.settings.evaluation_size):
+                rng = np.random.default_rng((TEST_KEY, seed, STREAMS.index(stream), place, index))
+                page = self._test_pages.compose(rng)
+                if stream == "cells":
+                    elements.append(self._cells(page))
+                else:
+                    name = f"digits/test/{seed}/{task}/{index}"
+                    elements.append(self._sample(name, stream, page, [(task, rng.random(3).tolist())]))
+        return elements
+
+    def _tasks_of(self, stream: str) -> tuple[str, ...]:
+        if stream not in STREAMS:
+            raise ConfigError(f"digits: no stream '{stream}'{did_you_mean(stream, STREAMS)}")
+        if stream != "text_pages":
+            return self.tasks
+        tasks = tuple(task for task in self.tasks if task in TASKS_WITHOUT_PIXELS)
+        if not tasks:
+            raise ConfigError(
+                "config.data.task_weights: the stream 'text_pages' has no boxes to locate; "
+                "give a weight to one of " + ", ".join(TASKS_WITHOUT_PIXELS)
+            )
+        return tasks
+
+    def _sample(self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]]) -> Sample:
+        turns = tuple(ask(task, page, draws, self._tools.format_box) for task, draws in questions)
+        if stream == "text_pages":
+            return Sample(name, images=(), turns=turns, context=digits_in_reading_order(page))
+        return Sample(name, images=(page.pixels,), turns=turns)
+
+    def _cells(self, page: Page) -> CellBatch:
+        height, width, _ = page.pixels.shape
+        return CellBatch(
+            images=self._tools.prepare_image(page.pixels)[None, None],
+            classes=page.classes[None].astype(np.int32),
+            boxes=(page.boxes / (width, height, width, height))[None].astype(np.float32),
+        )

@@ -1,0 +1,126 @@
+"""Batches of a stream: in order, sharded, checkpointable, and each to be made again by its number.
+
+The stream is a `grain.MapDataset` of batches of one (leading dimension 1), endless or not. Batch
+`step` joins the elements step * batch_size and following; shard s of n makes the s-th of n equal
+parts of it. So a batch depends on the stream and the step alone: not on threads, on what was read
+before, or on the number of shards.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import grain
+import jax
+import numpy as np
+
+from vlm_jax.config import ConfigError
+from vlm_jax.types import Batch, CellBatch
+
+Rows = TypeVar("Rows", Batch, CellBatch)
+
+
+def join(rows: Sequence[Rows]) -> Rows:
+    """One batch of several, in order, numpy arrays throughout.
+
+    Raises:
+      ValueError: the batches differ in shape, or one lacks a field that another has.
+    """
+    leaves, structure = jax.tree.flatten(rows[0])
+    columns = [leaves]
+    for place, row in enumerate(rows[1:], start=1):
+        other, other_structure = jax.tree.flatten(row)
+        if other_structure != structure:
+            raise ValueError(
+                f"element {place} of the batch has other fields than element 0: {other_structure} and "
+                f"{structure}; every sample of a stream must have the same number of images"
+            )
+        columns.append(other)
+    for field in zip(*columns, strict=True):
+        if len({leaf.shape[1:] for leaf in field}) > 1:
+            raise ValueError(
+                f"the elements of a batch differ in shape: {sorted({leaf.shape[1:] for leaf in field})}; "
+                "resize the images and pad the rows to one size"
+            )
+    return jax.tree.unflatten(structure, [np.concatenate(field) for field in zip(*columns, strict=True)])
+
+
+class _Batches:
+    """Random access to one shard's part of every batch."""
+
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, shard_index: int, shard_count: int):
+        if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
+            raise ConfigError(
+                f"config.batch_size: the global batch of {batch_size} cannot be split evenly over "
+                f"{shard_count} hosts; set it to a positive multiple of {shard_count}"
+            )
+        if not 0 <= shard_index < shard_count:
+            raise ValueError(f"shard_index must be in [0, {shard_count}), got {shard_index}")
+        if len(dataset) < batch_size:
+            raise ConfigError(
+                f"config.batch_size: the data has {len(dataset)} samples, too few for one batch "
+                f"of {batch_size}"
+            )
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._part = batch_size // shard_count
+        self._offset = shard_index * self._part
+
+    def __len__(self) -> int:
+        return len(self._dataset) // self._batch_size
+
+    def __getitem__(self, index: int) -> Batch | CellBatch:
+        first = index * self._batch_size + self._offset
+        rows: list[Any] = [self._dataset[element] for element in range(first, first + self._part)]
+        return join(rows)
+
+
+def batch_at(
+    dataset: grain.MapDataset, batch_size: int, step: int, *, shard_index: int = 0, shard_count: int = 1
+) -> Batch | CellBatch:
+    """Makes batch `step` (from 0) again, equal to what `batches` yields at that step.
+
+    Args:
+      dataset: stream of batches of one.
+      batch_size: rows of the global batch.
+      step: which batch.
+      shard_index: whose part of it, in [0, shard_count).
+      shard_count: hosts that share the batch; 1 makes the global batch.
+
+    Raises:
+      ConfigError: batch_size is no multiple of shard_count, or larger than the dataset.
+      IndexError: the dataset has no batch `step`.
+    """
+    steps = _Batches(dataset, batch_size, shard_index, shard_count)
+    if not 0 <= step < len(steps):
+        raise IndexError(f"the data has {len(steps)} batches of {batch_size}, and none at step {step}")
+    return steps[step]
+
+
+def batches(
+    dataset: grain.MapDataset,
+    batch_size: int,
+    *,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    num_threads: int = 1,
+    prefetch: int = 2,
+) -> grain.DatasetIterator:
+    """Iterates over one shard's part of every batch; a last, smaller batch is dropped.
+
+    The iterator is a checkpoint item of Orbax (`grain.checkpoint`), or `get_state` and `set_state`
+    resume it at the next batch not yet yielded. An error in a thread is raised by `next`.
+
+    Args:
+      dataset: stream of batches of one.
+      batch_size: rows of the global batch; a shard's has batch_size / shard_count.
+      shard_index: this host, in [0, shard_count).
+      shard_count: hosts.
+      num_threads: threads that make batches ahead of time; 0 makes them in `next`.
+      prefetch: batches to be ready ahead of time, at least num_threads to keep all threads busy.
+
+    Raises:
+      ConfigError: batch_size is no multiple of shard_count, or larger than the dataset.
+    """
+    steps = grain.MapDataset.source(_Batches(dataset, batch_size, shard_index, shard_count))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(steps.to_iter_dataset(options))

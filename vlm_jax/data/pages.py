@@ -1,0 +1,131 @@
+"""Pages of handwritten digits: one digit a cell, at a random size and a random place in it."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from vlm_jax.config import ConfigError
+from vlm_jax.data.scans import NUM_CLASSES, Split, render
+
+MOST_SIZES = 8  # renderings are kept in at most this many sizes, evenly spread
+NOISE_BANK = 1 << 16  # where the noise of a page begins in the bank of normal deviates
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """One page.
+
+    Attributes:
+      pixels: 0 is paper, 255 is ink.
+      classes: the digit in the cell at (row, column).
+      boxes: (left, top, right, bottom) of the ink of that digit in pixels of the page, right and
+        bottom excluded.
+    """
+
+    pixels: UInt8[np.ndarray, "height width 1"]
+    classes: Int[np.ndarray, "R C"]
+    boxes: Int[np.ndarray, "R C 4"]
+
+
+class DigitPages:
+    """Composes pages from the scans of one split.
+
+    A page is made by copying renderings that were made once, so that it takes some tens of
+    microseconds.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        rows: int,
+        cols: int,
+        page_size: int,
+        min_digit: int,
+        max_digit: int,
+        variants: int = 0,
+        intensity: float = 0.0,
+        noise: float = 0.0,
+    ):
+        """Renders the scans of `split`, or takes them from an earlier call.
+
+        Args:
+          split: "train" or "test".
+          rows: rows of cells, R.
+          cols: columns of cells, C.
+          page_size: side of the square page, pixels.
+          min_digit: smallest side of a pasted digit, pixels; its ink may be narrower.
+          max_digit: largest side, pixels; must fit into the smallest cell.
+          variants: warped copies of every scan to draw from, next to the scan itself.
+          intensity: a page's ink is multiplied by a number in [1 - intensity, 1].
+          noise: a page's noise is normal, with a standard deviation in [0, noise] grey levels of 255.
+
+        Raises:
+          ConfigError: an impossible value, by its key under config.data.
+        """
+        for key, value in (("rows", rows), ("cols", cols), ("min_digit", min_digit)):
+            if value < 1:
+                raise ConfigError(f"config.data.{key}: at least 1 expected, got {value}")
+        if max_digit < min_digit:
+            raise ConfigError(f"config.data.max_digit: {max_digit} is below min_digit, {min_digit}")
+        cell = min(page_size // rows, page_size // cols)
+        if max_digit > cell:
+            raise ConfigError(
+                f"config.data.max_digit: a digit of {max_digit} pixels does not fit into a cell of {cell} "
+                f"({rows}x{cols} cells on {page_size} pixels); set it to {cell} or less, or enlarge page_size"
+            )
+        if variants < 0:
+            raise ConfigError(f"config.data.variants: 0 or more expected, got {variants}")
+        if not 0.0 <= intensity < 1.0:
+            raise ConfigError(f"config.data.intensity: a fraction in [0, 1) expected, got {intensity}")
+        if noise < 0.0:
+            raise ConfigError(f"config.data.noise: 0 or more grey levels expected, got {noise}")
+        self.rows, self.cols, self.page_size = rows, cols, page_size
+        self._intensity, self._noise = intensity, noise
+        spread = np.linspace(min_digit, max_digit, min(MOST_SIZES, max_digit - min_digit + 1))
+        self._renderings = render(split, tuple(int(size) for size in np.rint(spread)), variants)
+        self._sizes = np.array(self._renderings.sizes)
+        row, col = np.divmod(np.arange(rows * cols), cols)
+        self._corner = np.stack([col * page_size // cols, row * page_size // rows])  # x, y of each cell
+        end = np.stack([(col + 1) * page_size // cols, (row + 1) * page_size // rows])
+        self._extent = end - self._corner
+        if noise:
+            deviates = np.random.default_rng(0).standard_normal(NOISE_BANK + page_size**2)
+            self._deviates = deviates.astype(np.float32)
+
+    def compose(self, rng: np.random.Generator) -> Page:
+        """Draws one page; every choice is uniform.
+
+        Digits are drawn first, then one of the digit's scans (and variants), so that the classes are
+        balanced. The size is the side of the pasted square; offsets keep the square in its cell.
+        """
+        table = self._renderings
+        digit, scan, scale, *offset = rng.random((5, self.rows * self.cols))
+        classes = (digit * NUM_CLASSES).astype(np.int64)
+        chosen = table.first[classes] + (scan * table.count[classes]).astype(np.int64)
+        size_index = (scale * len(self._sizes)).astype(np.int64)
+        size = self._sizes[size_index]
+        place = self._corner + (np.stack(offset) * (self._extent - size + 1)).astype(np.int64)  # x, y
+        boxes = table.boxes[size_index, chosen] + np.concatenate([place, place]).T
+
+        pixels = np.zeros((self.page_size, self.page_size), np.uint8)
+        for x, y, side, which, row in zip(
+            *(a.tolist() for a in (*place, size, size_index, chosen)), strict=True
+        ):
+            pixels[y : y + side, x : x + side] = table.pixels[which][row]
+        grid = (self.rows, self.cols)
+        return Page(self._weathered(pixels, rng)[:, :, None], classes.reshape(grid), boxes.reshape(*grid, 4))
+
+    def _weathered(self, pixels: UInt8[np.ndarray, "size size"], rng: np.random.Generator) -> np.ndarray:
+        """The page with paler ink and noise, as far as the two are set."""
+        if not self._intensity and not self._noise:
+            return pixels
+        paler, louder, start = rng.random(3)
+        page = pixels * np.float32(1.0 - self._intensity * paler)
+        if self._noise:
+            first = int(start * NOISE_BANK)
+            page += self._deviates[first : first + page.size].reshape(page.shape) * np.float32(
+                self._noise * louder
+            )
+        return np.clip(np.rint(page), 0, 255).astype(np.uint8)

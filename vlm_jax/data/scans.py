@@ -1,0 +1,147 @@
+"""The 1,797 handwritten digit scans that ship inside scikit-learn, split, warped and scaled.
+
+Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998; the scans are
+8x8 pixels with 17 grey levels.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+from sklearn.datasets import load_digits
+
+Split = Literal["train", "test"]
+NUM_CLASSES = 10
+SCAN_SIZE = 8
+TEST_EVERY = 5  # of the scans of a class, in the order of the file, every fifth is for testing
+FAINTEST_INK = 24  # of 255: paler pixels of a rendered scan are paper, so that a box means something
+
+# How far a warped variant may go: handwriting that another writer could have written.
+MAX_ROTATION = math.radians(10.0)
+MAX_SHEAR = 0.15
+SMALLEST_SCALE = 0.85
+PALEST = 0.7  # ink of the palest variant, as a fraction of the scan's
+
+
+@dataclasses.dataclass(frozen=True)
+class Scans:
+    """Scans of one split, sorted by class.
+
+    Attributes:
+      pixels: 0 is paper, 255 is ink.
+      classes: the digit that each scan shows.
+    """
+
+    pixels: UInt8[np.ndarray, "n 8 8"]
+    classes: Int[np.ndarray, "n"]
+
+
+@functools.cache
+def load_scans(split: Split) -> Scans:
+    """The scans of a split.
+
+    The split is fixed: it depends on no seed, holds every fifth scan of every class (20%) back for
+    testing, and no scan is in both parts.
+    """
+    levels, classes = load_digits(return_X_y=True)
+    grey = np.rint(levels * (255 / 16)).astype(np.uint8).reshape(-1, SCAN_SIZE, SCAN_SIZE)
+    chosen = []
+    for digit in range(NUM_CLASSES):
+        scans = np.flatnonzero(classes == digit)
+        for_test = np.arange(len(scans)) % TEST_EVERY == TEST_EVERY - 1
+        chosen.append(scans[for_test if split == "test" else ~for_test])
+    order = np.concatenate(chosen)
+    return Scans(pixels=grey[order], classes=classes[order])
+
+
+@dataclasses.dataclass(frozen=True)
+class Renderings:
+    """Every scan of a split in every variant and size, ready to be pasted.
+
+    The renderings of a class are neighbours: those of digit c are first[c] to first[c] + count[c].
+
+    Attributes:
+      sizes: side of the square renderings of each table, pixels, ascending.
+      pixels: one table for each size; pixels paler than FAINTEST_INK are 0.
+      boxes: (left, top, right, bottom) of each rendering's ink in each table, pixels, right and
+        bottom excluded.
+      first: first rendering of each class.
+      count: number of renderings of each class.
+    """
+
+    sizes: tuple[int, ...]
+    pixels: tuple[UInt8[np.ndarray, "n _ _"], ...]
+    boxes: Int[np.ndarray, "sizes n 4"]
+    first: Int[np.ndarray, "10"]
+    count: Int[np.ndarray, "10"]
+
+
+@functools.lru_cache(maxsize=8)
+def render(split: Split, sizes: tuple[int, ...], variants: int) -> Renderings:
+    """Renders the scans of a split once, for all pages to come.
+
+    Args:
+      split: "train" or "test".
+      sizes: sides in pixels, ascending.
+      variants: warped copies of each scan, next to the scan itself; the warps are drawn from a
+        fixed generator, so that a page depends on the run's seed alone.
+    """
+    scans = load_scans(split)
+    rng = np.random.default_rng(0)
+    tables: list[list[np.ndarray]] = [[] for _ in sizes]
+    for scan in scans.pixels:
+        picture = Image.fromarray(scan)
+        warps = [_random_warp(rng) for _ in range(variants)]
+        inks = 1.0 - (1.0 - PALEST) * rng.random(variants)
+        for table, size in zip(tables, sizes, strict=True):
+            table.append(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)))
+            for warp, ink in zip(warps, inks, strict=True):
+                table.append(_warped(picture, warp, size) * ink)
+    pixels = tuple(_without_faint(np.stack(table)) for table in tables)
+    count = np.bincount(scans.classes, minlength=NUM_CLASSES) * (1 + variants)
+    return Renderings(
+        sizes=sizes,
+        pixels=pixels,
+        boxes=np.stack([_ink_boxes(table) for table in pixels]),
+        first=np.concatenate([[0], np.cumsum(count)[:-1]]),
+        count=count,
+    )
+
+
+def _random_warp(rng: np.random.Generator) -> np.ndarray:
+    """The 2x2 matrix from a rendering's coordinates to its scan's, both centred, same unit."""
+    angle = rng.uniform(-MAX_ROTATION, MAX_ROTATION)
+    shear = rng.uniform(-MAX_SHEAR, MAX_SHEAR)
+    scale = rng.uniform(SMALLEST_SCALE, 1.0, size=2)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return np.linalg.inv(rotation @ np.array([[1.0, shear], [0.0, 1.0]]) @ np.diag(scale))
+
+
+def _warped(picture: Image.Image, warp: np.ndarray, size: int) -> np.ndarray:
+    """The scan warped about its centre and scaled to size x size pixels."""
+    matrix = warp * (SCAN_SIZE / size)
+    shift = SCAN_SIZE / 2 - matrix @ np.array([size / 2, size / 2])
+    coefficients = (*matrix[0], shift[0], *matrix[1], shift[1])
+    return np.asarray(
+        picture.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    )
+
+
+def _without_faint(pixels: np.ndarray) -> UInt8[np.ndarray, "n size size"]:
+    grey = np.rint(pixels).astype(np.uint8)
+    grey[grey < FAINTEST_INK] = 0
+    return grey
+
+
+def _ink_boxes(pixels: UInt8[np.ndarray, "n size size"]) -> Int[np.ndarray, "n 4"]:
+    """The tightest (left, top, right, bottom) about the pixels that are not 0."""
+    size = pixels.shape[1]
+    cols, rows = pixels.max(axis=1) > 0, pixels.max(axis=2) > 0
+    return np.stack(
+        [cols.argmax(1), rows.argmax(1), size - cols[:, ::-1].argmax(1), size - rows[:, ::-1].argmax(1)],
+        axis=1,
+    )

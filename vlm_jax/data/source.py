@@ -1,0 +1,90 @@
+"""What every data source offers, and what it borrows from the processors' room.
+
+A source is opened in two steps, so that a config can be checked before anything is read:
+its settings are a dataclass (parsed from `config.data`, checked when made), and `settings.open(tools)`
+reads the data and returns a `Source`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Protocol, runtime_checkable
+
+import grain
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from vlm_jax.types import CellBatch, Grid, Sample
+
+# Elements of a stream without end: element i is made from (seed, i), whatever i.
+ENDLESS = 1 << 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+    """Functions of the processors' room, handed in because `data` does not import it.
+
+    Attributes:
+      format_box: (box in pixels, height, width) -> the box as text; `processors.boxes.format_box`.
+      read_image: (path, *, channels, max_pixels) -> uint8 [height, width, channels]; raises OSError
+        or ValueError for a file without a usable image; `processors.image.open_image`.
+      prepare_image: uint8 [height, width, channels] -> the encoder's float32 pixels;
+        `VqaProcessor.prepare_image`.
+    """
+
+    format_box: Callable[..., str]
+    read_image: Callable[..., UInt8[np.ndarray, "height width channels"]]
+    prepare_image: Callable[
+        [UInt8[np.ndarray, "height width channels"]], Float[np.ndarray, "new_height new_width new_channels"]
+    ]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An opened source.
+
+    Attributes:
+      streams: names that `train` and `evaluation` take; "questions" is always one.
+      tasks: every task that a turn of this source can have, in a fixed order.
+      channels: of its pictures, 1 or 3.
+    """
+
+    streams: tuple[str, ...]
+    tasks: tuple[str, ...]
+    channels: int
+
+    def train(self, stream: str, seed: int) -> grain.MapDataset[Sample | CellBatch]:
+        """An endless stream whose element i depends on (seed, i) and the data alone."""
+        ...
+
+    def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Sample | CellBatch]:
+        """A fixed, finite set that shares no picture with training; may be iterated again."""
+        ...
+
+
+@runtime_checkable
+class Settings(Protocol):
+    """The config section of a source; all but the data is known before it is opened.
+
+    Attributes:
+      streams: names that `train` and `evaluation` take.
+      num_images: pictures of every sample of `questions`.
+      context_length: most tokens that the text of a sample without pictures takes.
+      cells: rows and columns of the stream `cells`, or None without one.
+      num_classes: classes of a cell.
+    """
+
+    streams: tuple[str, ...]
+    num_images: int
+    context_length: int
+    cells: Grid | None
+    num_classes: int
+
+    @property
+    def tasks(self) -> tuple[str, ...]: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    def open(self, tools: Tools) -> Source:
+        """Reads the data and checks it."""
+        ...

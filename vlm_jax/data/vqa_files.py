@@ -1,0 +1,224 @@
+"""Visual questions in JSONL files next to their images, as a data source.
+
+`vqa_records` tells the format. Lines are all checked when the source is opened; an image is opened
+when its sample is asked for.
+"""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from vlm_jax.config import ConfigError, did_you_mean
+from vlm_jax.data.source import Tools
+from vlm_jax.data.vqa_records import Record, read_records
+from vlm_jax.types import Sample
+
+STREAMS = ("questions",)
+_log = logging.getLogger(__name__)
+
+
+class TooManyCorruptImages(RuntimeError):
+    """More records without a readable image than `max_corrupt`; the message names all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VqaFiles:
+    """Settings of a set of files, keys of config.data.
+
+    Attributes:
+      train_path: JSONL file, local or `gs://`.
+      evaluation_path: JSONL file of the evaluation; not the training file.
+      channels: 1 (grey) or 3 (RGB) that images are converted to.
+      num_images: images that every line has.
+      tasks: names that a line's `task` may have.
+      max_corrupt: records without a readable image that each of the two files may have; they are
+        skipped, each with a warning.
+      max_pixels: height * width over which an image counts as corrupt.
+      evaluation_size: records to evaluate, drawn by the seed; None for all.
+    """
+
+    train_path: str
+    evaluation_path: str
+    channels: int = 3
+    num_images: int = 1
+    tasks: tuple[str, ...] = ("vqa",)
+    max_corrupt: int = 0
+    max_pixels: int = 100_000_000
+    evaluation_size: int | None = None
+
+    streams = STREAMS
+    cells = None
+    context_length = 0
+    num_classes = 0
+
+    def __post_init__(self):
+        if self.channels not in (1, 3):
+            raise ConfigError(f"config.data.channels: images have 1 or 3 channels, got {self.channels}")
+        if not self.tasks:
+            raise ConfigError("config.data.tasks: at least one task expected")
+        if self.num_images < 1:
+            raise ConfigError(f"config.data.num_images: at least 1 expected, got {self.num_images}")
+        if self.max_corrupt < 0:
+            raise ConfigError(f"config.data.max_corrupt: 0 or more expected, got {self.max_corrupt}")
+        if self.evaluation_size is not None and self.evaluation_size < 1:
+            raise ConfigError(f"config.data.evaluation_size: at least 1 expected, got {self.evaluation_size}")
+        if self.train_path == self.evaluation_path:
+            raise ConfigError(
+                f"config.data.evaluation_path: it is the training file, {self.train_path}; "
+                "hold examples back for it"
+            )
+
+    def open(self, tools: Tools) -> "VqaFileSource":
+        """Reads and checks both files.
+
+        Raises:
+          ConfigError: a file does not exist.
+          MalformedRecords: lines that are no records.
+        """
+        return VqaFileSource(self, tools)
+
+
+class Records:
+    """Random access to the samples of a file, for grain; skips what cannot be read.
+
+    A record without a readable image is named in a warning and counted, once, and from then on the
+    next readable record of the file stands in its place, so that every index has a sample and
+    batches keep their order on every shard.
+    """
+
+    def __init__(self, path: str, settings: VqaFiles, key: str, tools: Tools):
+        self._path = path
+        self._settings = settings
+        self._tools = tools
+        self._corrupt: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._records = read_records(path, settings.tasks, settings.num_images, key)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def corrupt(self) -> dict[str, str]:
+        """Records without a readable image so far: id to reason."""
+        with self._lock:
+            return dict(self._corrupt)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, or the next that can be read.
+
+        Raises:
+          TooManyCorruptImages: more than `max_corrupt` records cannot be read, or none can.
+        """
+        for step in range(len(self)):
+            sample = self.read((index + step) % len(self))
+            if sample is not None:
+                return sample
+        raise TooManyCorruptImages(f"{self._path}: no record has a readable image")
+
+    def read(self, index: int) -> Sample | None:
+        """The sample at `index`, or None if an image of it cannot be read.
+
+        Raises:
+          TooManyCorruptImages: more than `max_corrupt` records cannot be read.
+        """
+        record = self._records[index]
+        try:
+            images = tuple(
+                self._tools.read_image(
+                    path, channels=self._settings.channels, max_pixels=self._settings.max_pixels
+                )
+                for path in record.images
+            )
+        except (OSError, ValueError) as error:
+            self._count(record, error)
+            return None
+        return Sample(f"{self._path}:{record.record_id}", images, record.turns)
+
+    def _count(self, record: Record, error: Exception) -> None:
+        with self._lock:
+            if record.record_id in self._corrupt:
+                return
+            self._corrupt[record.record_id] = str(error)
+            corrupt = dict(self._corrupt)
+        limit = self._settings.max_corrupt
+        _log.warning(
+            "%s: record '%s' skipped, its image cannot be read: %s (%d of at most %d)",
+            *(self._path, record.record_id, error, len(corrupt), limit),
+        )
+        if len(corrupt) > limit:
+            listed = "\n".join(f"  {record_id}: {reason}" for record_id, reason in corrupt.items())
+            raise TooManyCorruptImages(
+                f"{self._path}: {len(corrupt)} records without a readable image, over "
+                f"config.data.max_corrupt={limit}:\n{listed}\nRepair or remove them, or raise the limit."
+            )
+
+
+class VqaFileSource:
+    """A pair of JSONL files, opened."""
+
+    streams = STREAMS
+
+    def __init__(self, settings: VqaFiles, tools: Tools):
+        self.settings = settings
+        self.tasks = settings.tasks
+        self.channels = settings.channels
+        self.train_records = Records(settings.train_path, settings, "train_path", tools)
+        self.evaluation_records = Records(settings.evaluation_path, settings, "evaluation_path", tools)
+
+    def train(self, stream: str, seed: int) -> grain.MapDataset[Sample]:
+        """The training records, shuffled anew by (seed, epoch), without end.
+
+        Raises:
+          ConfigError: no such stream.
+        """
+        _check_stream(stream)
+        return grain.MapDataset.source(self.train_records).seed(seed).shuffle().repeat()
+
+    def evaluation(self, seed: int, stream: str = "questions") -> "EvaluationSamples":
+        """The evaluation records in the order of the file, one sample for every turn.
+
+        A question of a longer conversation is asked by itself, and its sample is named `id#turn`.
+        Images are read anew at every iteration; a record without a readable image is left out.
+
+        Raises:
+          ConfigError: no such stream.
+        """
+        _check_stream(stream)
+        count, size = len(self.evaluation_records), self.settings.evaluation_size
+        chosen = np.arange(count)
+        if size is not None and size < count:
+            chosen = np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
+        return EvaluationSamples(self.evaluation_records, chosen.tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSamples:
+    """Samples of one turn, read as they are iterated, any number of times.
+
+    Attributes:
+      records: where they are from.
+      indices: the records to read, in order.
+    """
+
+    records: Records
+    indices: list[int]
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index in self.indices:
+            sample = self.records.read(index)
+            if sample is None:
+                continue
+            if len(sample.turns) == 1:
+                yield sample
+                continue
+            for number, turn in enumerate(sample.turns, start=1):
+                yield dataclasses.replace(sample, sample_id=f"{sample.sample_id}#{number}", turns=(turn,))
+
+
+def _check_stream(stream: str) -> None:
+    if stream not in STREAMS:
+        raise ConfigError(f"vqa_files: no stream '{stream}'{did_you_mean(stream, STREAMS)}")

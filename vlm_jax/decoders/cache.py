@@ -1,0 +1,45 @@
+"""The key-value cache: a pytree of fixed size, written in place of its empty slots."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from vlm_jax.layers.attention import KeyValue
+from vlm_jax.types import struct
+
+
+@struct
+class Cache:
+    """Keys and values of every layer for `S` slots of each row.
+
+    Every row writes at the same slot, so padding inside a row leaves slots whose segment is 0;
+    positions come with the tokens, and rows of different lengths need nothing else.
+
+    Attributes:
+      layers: keys and values, [L, B, S, K, H].
+      segment_ids: segment of each slot; 0 where a slot is empty or padding.
+      length: slots written so far.
+    """
+
+    layers: KeyValue
+    segment_ids: Int[Array, "B S"]
+    length: Int[Array, ""]
+
+    @classmethod
+    def empty(
+        cls, depth: int, batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+    ) -> "Cache":
+        """An empty cache of `length` slots a row."""
+        shape = (depth, batch_size, length, num_kv_heads, head_dim)
+        return cls(
+            KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+            jnp.zeros((batch_size, length), jnp.int32),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def with_segments(self, segment_ids: Int[Array, "B T"]) -> "Cache":
+        """The cache with the next T slots given to `segment_ids`; keys and values follow."""
+        written = jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, self.length))
+        return dataclasses.replace(self, segment_ids=written, length=self.length + segment_ids.shape[1])

@@ -1,0 +1,1 @@
+"""The parts that every encoder, connector and decoder is made of."""

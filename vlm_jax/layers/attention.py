@@ -1,0 +1,232 @@
+"""The one attention entry, and the multi-head module around it.
+
+`attention` takes segment ids and a mask kind and picks the implementation by platform:
+
+| platform | implementation |
+|---|---|
+| CPU, and GPU in float32 | `xla`: two einsums and a float32 softmax |
+| GPU in bfloat16 or float16 | `cudnn`: flash, through `jax.nn.dot_product_attention` |
+| TPU | `splash`: JAX's Pallas kernel, where its tile sizes divide; else `xla` |
+
+No model names a kernel.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.rope import rotate
+from vlm_jax.types import static_field, struct
+
+MaskKind = Literal["full", "causal"]
+Implementation = Literal["xla", "cudnn", "splash"]
+
+_SPLASH_TILE = 128  # lanes of a TPU register; splash wants lengths that are multiples of it
+
+
+class KeyValue(NamedTuple):
+    """Cached keys and values of one layer, or of all with a leading layer axis."""
+
+    key: Float[Array, "*L B S K H"]
+    value: Float[Array, "*L B S K H"]
+
+
+@struct
+class Context:
+    """What attention needs beyond the activations, the same for every layer of a stack.
+
+    Attributes:
+      mask_kind: `full` (each position sees its segment) or `causal` (and nothing after itself).
+      query_segments: segment ids of the queries; None where all is one segment.
+      key_segments: segment ids of the keys, cached ones included.
+      branches: branch ids of queries and keys alike (there is no cache then); a position reads
+        branch 0 and its own. None where there is one branch.
+      angles: RoPE angles of the queries' positions, or None.
+      offset: index of the first query among the keys, and where new keys are written to the
+        cache; None for 0.
+    """
+
+    mask_kind: MaskKind = static_field()
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+    branches: Int[Array, "B T"] | None = None
+    angles: Float[Array, "B T half"] | None = None
+    offset: Int[Array, ""] | None = None
+
+
+def allowed(
+    context: Context, num_queries: int, num_keys: int
+) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
+    """True where a query may look at a key; None where every one may look at all."""
+    mask = None
+    if context.mask_kind == "causal":
+        rows = jnp.arange(num_queries)[:, None] + (0 if context.offset is None else context.offset)
+        mask = (rows >= jnp.arange(num_keys)[None, :])[None]
+    if context.query_segments is not None and context.key_segments is not None:
+        same = context.query_segments[:, :, None] == context.key_segments[:, None, :]
+        mask = same if mask is None else mask & same
+    if context.branches is not None:
+        keys = context.branches[:, None, :]
+        readable = (keys == 0) | (keys == context.branches[:, :, None])
+        mask = readable if mask is None else mask & readable
+    return mask
+
+
+def choose_implementation(query: jax.Array, key: jax.Array, context: Context) -> Implementation:
+    """The implementation for the default platform; see the module's table."""
+    platform = jax.default_backend()
+    if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0:
+        return "cudnn"
+    tiled = query.shape[1] % _SPLASH_TILE == 0 and key.shape[1] % _SPLASH_TILE == 0
+    if platform == "tpu" and tiled and context.offset is None and context.branches is None:
+        return "splash"
+    return "xla"
+
+
+def attention(
+    query: Float[Array, "B T Q H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    context: Context,
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T Q H"]:
+    """Softmax attention; query head q reads key head q // (Q // K).
+
+    Args:
+      query: queries, any float dtype.
+      key: keys; K divides Q.
+      value: values.
+      context: mask kind, segment ids and offset.
+      scale: factor of the logits; H ** -0.5 when None.
+      implementation: forces one; chosen by platform when None.
+
+    Returns:
+      Outputs in the dtype of `query`. A query that may look at no key gets a finite value
+      without meaning; padding is the only such case.
+
+    Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    implementation = implementation or choose_implementation(query, key, context)
+    if implementation == "splash":
+        return _splash(query, key, value, context, scale)
+    mask = allowed(context, query.shape[1], key.shape[1])
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=None if mask is None else mask[:, None], scale=scale, implementation="cudnn"
+        )
+    return _xla(query, key, value, mask, scale)
+
+
+def _xla(query, key, value, mask, scale):
+    batch, length, heads, dim = query.shape
+    groups = heads // key.shape[2]
+    grouped = query.reshape(batch, length, key.shape[2], groups, dim)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped * jnp.asarray(scale, query.dtype), key)
+    logits = logits.astype(jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, dim)
+
+
+def _splash(query, key, value, context, scale):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    shape = (query.shape[1], key.shape[1])
+    if context.mask_kind == "causal":
+        head_mask = splash.CausalMask(shape)
+    else:
+        head_mask = splash.FullMask(shape)
+    kernel = splash.make_splash_mha_single_device(splash.MultiHeadMask([head_mask] * query.shape[2]))
+    groups = query.shape[2] // key.shape[2]
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (query * scale, key, value)]
+    q, k, v = heads_first[0], *(jnp.repeat(x, groups, axis=1) for x in heads_first[1:])
+    if context.query_segments is None:
+        out = jax.vmap(kernel)(q, k, v)
+    else:
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(context.query_segments, context.key_segments))
+    return jnp.swapaxes(out, 1, 2).astype(query.dtype)
+
+
+class MultiHeadAttention(nn.Module):
+    """Projections around `attention`: self-attention, or cross-attention when `inputs_kv` is given.
+
+    Attributes:
+      num_heads: query heads Q.
+      num_kv_heads: key and value heads K; Q when None.
+      head_dim: H; width / Q when None.
+      use_bias: biases on the query, key and value projections.
+      out_bias: a bias on the output projection.
+      qk_norm: normalises queries and keys per head before RoPE, or None.
+      norm_epsilon: epsilon of `qk_norm`.
+      out_dim: width of the output; the input's when None.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    use_bias: bool = True
+    out_bias: bool = True
+    qk_norm: NormKind | None = None
+    norm_epsilon: float = 1e-6
+    out_dim: int | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        *,
+        inputs_k: Float[Array, "B S E"] | None = None,
+        inputs_v: Float[Array, "B S E"] | None = None,
+        cache: KeyValue | None = None,
+    ) -> tuple[Float[Array, "B T F"], KeyValue | None]:
+        """Attends from `x` to `inputs_k` (itself when None) and, before it, to the cache.
+
+        Returns:
+          The output, and the cache with the new keys and values written at `context.offset`.
+        """
+        inputs_k = x if inputs_k is None else inputs_k
+        inputs_v = inputs_k if inputs_v is None else inputs_v
+        kv_heads = self.num_kv_heads or self.num_heads
+        head_dim = self.head_dim or x.shape[-1] // self.num_heads
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def heads(inputs, count, axis, name):
+            dense = Dense(count * head_dim, (axes.EMBED, axis), use_bias=self.use_bias, name=name, **settings)
+            return dense(inputs).reshape(*inputs.shape[:-1], count, head_dim)
+
+        query = heads(x, self.num_heads, axes.HEADS, "query")
+        key = heads(inputs_k, kv_heads, axes.KV_HEADS, "key")
+        value = heads(inputs_v, kv_heads, axes.KV_HEADS, "value")
+        if self.qk_norm is not None:
+            norm = {"kind": self.qk_norm, "epsilon": self.norm_epsilon, "axis_name": axes.HEAD_DIM, **settings}
+            query, key = Norm(name="query_norm", **norm)(query), Norm(name="key_norm", **norm)(key)
+        if context.angles is not None:
+            query, key = rotate(query, context.angles), rotate(key, context.angles)
+        if cache is not None:
+            start = (0, 0 if context.offset is None else context.offset, 0, 0)
+            cache = KeyValue(
+                *(
+                    jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), start)
+                    for old, fresh in zip(cache, (key, value), strict=True)
+                )
+            )
+            key, value = cache.key.astype(self.dtype), cache.value.astype(self.dtype)
+        out = attention(query, key, value, context).reshape(*x.shape[:-1], -1)
+        width = self.out_dim or x.shape[-1]
+        dense = Dense(width, (axes.HEADS, axes.EMBED), use_bias=self.out_bias, name="out", **settings)
+        return dense(out), cache

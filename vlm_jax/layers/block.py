@@ -1,0 +1,128 @@
+"""The transformer block, and a stack of it that is scanned over depth."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention
+from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.norm import Norm, NormKind
+
+RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
+
+REMAT_POLICIES: dict[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Attributes:
+      num_heads, num_kv_heads, head_dim, qk_norm: as in `MultiHeadAttention`.
+      mlp_dim: hidden width of the feed-forward.
+      activation, gated: as in `Mlp`.
+      norm: kind of both norms.
+      norm_epsilon: epsilon of every norm.
+      qkv_bias: biases on query, key and value.
+      use_bias: biases on the other linear layers.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Dosovitskiy et al. 2021, eq. 2 and 3; Touvron et al. 2023 with RMSNorm and SwiGLU.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    activation: str
+    norm: NormKind
+    norm_epsilon: float
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    gated: bool = False
+    qkv_bias: bool = True
+    use_bias: bool = True
+    qk_norm: NormKind | None = None
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], cache: KeyValue | None, context: Context
+    ) -> tuple[Float[Array, "B T D"], KeyValue | None]:
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
+        attended, cache = MultiHeadAttention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            use_bias=self.qkv_bias,
+            out_bias=self.use_bias,
+            qk_norm=self.qk_norm,
+            norm_epsilon=self.norm_epsilon,
+            name="attention",
+            **settings,
+        )(Norm(name="attention_norm", **norm)(x), context, cache=cache)
+        x = x + attended
+        mlp = Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=self.use_bias, name="mlp", **settings)
+        x = x + mlp(Norm(name="mlp_norm", **norm)(x))
+        return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
+
+
+class _ScannedBlock(TransformerBlock):
+    """A block in the form that `nn.scan` wants: also returns its input when asked to."""
+
+    collect: bool = False
+
+    @nn.compact
+    def __call__(self, x, cache, context):  # type: ignore[override]
+        y, cache = super().__call__(x, cache, context)
+        return y, (cache, x if self.collect else None)
+
+
+class TransformerStack(nn.Module):
+    """`depth` blocks, scanned: parameters carry a leading layer axis, compile time does not grow.
+
+    Attributes:
+      depth: number of blocks.
+      remat: `none` keeps all activations for the backward pass; `full` keeps the inputs of
+        every block; `dots` keeps matrix products; `dots_no_batch` keeps those without a batch
+        dimension, that is all but attention's.
+      unroll: blocks a loop iteration; `depth` unrolls fully.
+      block: keyword arguments of `TransformerBlock`.
+    """
+
+    depth: int
+    block: dict[str, Any]
+    remat: RematPolicy = "none"
+    unroll: int = 1
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, *, cache: KeyValue | None = None, collect: bool = False
+    ) -> tuple[Float[Array, "B T D"], KeyValue | None, Float[Array, "L B T D"] | None]:
+        """Returns the last output, the updated cache, and, with `collect`, [depth + 1, B, T, D].
+
+        The collected states are the input of every block and the output of the last.
+        """
+        block = _ScannedBlock
+        if self.remat != "none":
+            policy = REMAT_POLICIES[self.remat]
+            block = nn.remat(block, policy=policy, prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=self.depth,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+        )
+        x, (cache, inputs) = scanned(collect=collect, name="layers", **self.block)(x, cache, context)
+        return x, cache, jnp.concatenate([inputs, x[None]]) if collect else None

@@ -1,0 +1,103 @@
+"""Parameters with logical axes: every parameter of the package is made through these helpers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+
+Initializer = Callable[..., jax.Array]
+
+KERNEL_INIT = nn.initializers.lecun_normal()
+
+
+class Named(nn.LogicallyPartitioned):
+    """A parameter with a logical name for every dimension; a stack of layers adds its own in front.
+
+    Flax's own box constrains its value to the mesh whenever it is opened; here the names say where
+    a parameter lives (`sharding.rules.shardings`), and opening the box does nothing else.
+    """
+
+    def unbox(self, apply_constraint: bool = False) -> Any:
+        del apply_constraint
+        return self.value
+
+
+def named(init: Initializer, *names: str) -> Initializer:
+    """An initialiser whose parameter carries one logical axis name a dimension."""
+
+    def boxed(*args: Any, **kwargs: Any) -> Named:
+        return Named(init(*args, **kwargs), names)
+
+    return boxed
+
+
+class Dense(nn.Module):
+    """A linear layer on the last axis, [.., in] -> [.., features].
+
+    Attributes:
+      features: output width.
+      kernel_axes: logical names of the kernel's two axes, input first.
+      use_bias: adds a bias, named after the output axis.
+      kernel_init: initialiser of the kernel.
+      dtype: dtype of the product; parameters are cast to it.
+      param_dtype: dtype of the stored parameters.
+    """
+
+    features: int
+    kernel_axes: tuple[str, str]
+    use_bias: bool = True
+    kernel_init: Initializer = KERNEL_INIT
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        kernel = self.param(
+            "kernel", named(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features), self.param_dtype
+        )
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param(
+                "bias", named(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
+            )
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+class Embed(nn.Module):
+    """A table of `num_rows` vectors; `__call__` looks ids up, `attend` gives x @ table.T.
+
+    Attributes:
+      num_rows: ids are 0 to num_rows - 1.
+      features: width of a row.
+      init_stddev: of the drawn table.
+      dtype: dtype of what is looked up.
+      param_dtype: dtype of the stored table.
+
+    Raises nothing for an id out of range (JAX clamps it); ids are checked on the host.
+    """
+
+    num_rows: int
+    features: int
+    init_stddev: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        self.embedding = self.param(
+            "embedding",
+            named(nn.initializers.normal(self.init_stddev), axes.VOCAB, axes.EMBED),
+            (self.num_rows, self.features),
+            self.param_dtype,
+        )
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        return jnp.dot(x, self.embedding.astype(self.dtype).T)

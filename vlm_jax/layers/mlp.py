@@ -1,0 +1,61 @@
+"""Feed-forward blocks: plain (two linear layers) and gated (SwiGLU and its kin)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.dense import Dense
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """x * sigmoid(1.702 x). Source: openai/CLIP, clip/model.py, QuickGELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": quick_gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class Mlp(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated.
+
+    Attributes:
+      hidden_dim: width between the two products.
+      activation: a name of `ACTIVATIONS`.
+      gated: multiplies by a second projection, as in SwiGLU.
+      out_dim: output width; the input's when None.
+      use_bias: biases on every linear layer.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 (GLU variants), eq. 6.
+    """
+
+    hidden_dim: int
+    activation: str
+    gated: bool = False
+    out_dim: int | None = None
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        settings = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        act = ACTIVATIONS[self.activation]
+        hidden = Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name="up", **settings)(x)
+        if self.gated:
+            hidden = act(Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name="gate", **settings)(x)) * hidden
+        else:
+            hidden = act(hidden)
+        return Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)(hidden)

@@ -1,0 +1,66 @@
+"""2D position tables: sin-cos and learned, at the grid of training or interpolated to another."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.dense import named
+from vlm_jax.types import Grid
+
+
+def sincos_2d(grid: Grid, dim: int, *, table_grid: Grid | None = None, temperature: float = 10_000.0) -> np.ndarray:
+    """[rows * cols, dim] float32 of sin and cos of the column, then of the row.
+
+    Args:
+      grid: rows and columns to give.
+      dim: width, a multiple of 4.
+      table_grid: rows and columns of training; coordinates of `grid` are stretched over it, so
+        that the same place of the image gets the same embedding. None leaves them unstretched.
+      temperature: longest wavelength over 2 pi, in patches.
+
+    Raises:
+      ValueError: dim is no multiple of 4.
+
+    Source: big_vision, models/vit.py, posemb_sincos_2d (order sin x, cos x, sin y, cos y).
+    """
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width that is a multiple of 4, got {dim}")
+    quarter = dim // 4
+    omega = 1.0 / temperature ** (np.arange(quarter) / max(quarter - 1, 1))
+    reference = table_grid or grid
+    y, x = (
+        (np.arange(size) + 0.5) * (full / size) - 0.5 for size, full in zip(grid, reference, strict=True)
+    )
+    y, x = np.meshgrid(y, x, indexing="ij")
+    angle_y, angle_x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
+    table = np.concatenate([np.sin(angle_x), np.cos(angle_x), np.sin(angle_y), np.cos(angle_y)], axis=1)
+    return table.astype(np.float32)
+
+
+class LearnedPositions2D(nn.Module):
+    """A learned table over `table_grid`, resized bicubically (antialiased) to any other grid.
+
+    Attributes:
+      table_grid: rows and columns of the table as trained.
+      features: width.
+      param_dtype: dtype of the stored table.
+    """
+
+    table_grid: Grid
+    features: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, grid: Grid) -> Float[Array, "N D"]:
+        rows, cols = self.table_grid
+        init = named(nn.initializers.normal(1 / np.sqrt(self.features)), axes.POSITION, axes.EMBED)
+        table = self.param("table", init, (rows * cols, self.features), self.param_dtype)
+        if grid == self.table_grid:
+            return table
+        square = table.astype(jnp.float32).reshape(rows, cols, self.features)
+        return jax.image.resize(square, (*grid, self.features), "bicubic").reshape(-1, self.features)

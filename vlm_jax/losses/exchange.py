@@ -1,0 +1,222 @@
+"""Two-tower losses over a batch that is split over devices; none ever holds all the logits.
+
+Every device keeps its images. How the texts of the others reach it is the exchange:
+
+| exchange | what a device holds at one time | messages |
+|---|---|---|
+| gather | all features, and its rows (for softmax: its columns too) of the logits | one all-gather |
+| reduce | one device's texts, sent to all at once by a sum of zeros and them | as many sums as devices |
+| shift | one device's texts, handed to the next neighbour after use | one neighbour, one direction |
+| ring | the same, one half of the texts in each direction | both neighbours, half as large |
+
+In the last three the gradients of the texts (and the softmax sums of their columns) travel with
+the texts, and the logits exist in tiles. `gather` is the definition, differentiated by JAX.
+Source: open_clip's `SigLipLoss(dist_impl=gather | reduce | shift | bidir)`; Zhai et al. 2023,
+section 3.3. Deviation: `bidir` sends whole blocks both ways for half as many steps; halves sent
+around the full ring load the links alike, hold half as much, and arrive at their owner.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+
+from vlm_jax.losses.pairwise import DEFAULT_BLOCK_SIZE, Axis, Towers, Visit, axis_names, stream, vary
+from vlm_jax.losses.two_tower import LOSSES, check_block_size, pack
+from vlm_jax.types import Array
+
+
+def _count(tree: Any) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def _rotate(axis: Axis, visit: Visit, home: Any, streams: list[tuple[Any, Any, int, int]]) -> tuple[Any, Any]:
+    """Passes streams of (fixed, travelling, direction, first row in the owner's block) around the ring."""
+    size, me = lax.axis_size(axis), lax.axis_index(axis)
+    local = _count(home)
+
+    def send(tree: Any, direction: int) -> Any:
+        neighbours = [(i, (i + direction) % size) for i in range(size)]
+        return jax.tree.map(lambda x: lax.ppermute(x, axis, neighbours), tree)
+
+    def meet(step: Any, home: Any, blocks: list[tuple[Any, Any]]) -> tuple[Any, list[Any]]:
+        travelled = []
+        for (fixed, travelling), (_, _, direction, first) in zip(blocks, streams, strict=True):
+            owner = (me - direction * step) % size
+            home, travelling = visit(home, fixed, travelling, (me - owner) * local - first)
+            travelled.append(travelling)
+        return home, travelled
+
+    def turn(step: Any, carry: Any) -> Any:
+        home, blocks = carry
+        # The next texts do not wait for this visit: they may travel while it computes.
+        onward = [send(fixed, s[2]) for (fixed, _), s in zip(blocks, streams, strict=True)]
+        home, travelled = meet(step, home, blocks)
+        travelled = [send(x, s[2]) for x, s in zip(travelled, streams, strict=True)]
+        return home, list(zip(onward, travelled, strict=True))
+
+    carry = (home, [(fixed, travelling) for fixed, travelling, _, _ in streams])
+    home, blocks = lax.fori_loop(0, size - 1, turn, carry)
+    home, travelled = meet(size - 1, home, blocks)
+    return home, [send(x, s[2]) for x, s in zip(travelled, streams, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """Blocks of texts go around in one direction."""
+
+    axis: Axis
+
+    def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
+        home, (travelling,) = _rotate(self.axis, visit, home, [(fixed, travelling, 1, 0)])
+        return home, travelling
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """The first half of every block goes around in one direction, the second half in the other."""
+
+    axis: Axis
+
+    def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
+        half = _count(home) // 2
+        if half == 0:  # one example a device
+            return Shift(self.axis)(visit, home, fixed, travelling, combine)
+        low, high = (
+            jax.tree.map(lambda x, part=part: x[part], (fixed, travelling))
+            for part in (slice(half), slice(half, None))
+        )
+        home, travelled = _rotate(self.axis, visit, home, [(*low, 1, 0), (*high, -1, half)])
+        return home, jax.tree.map(lambda *parts: jnp.concatenate(parts), *travelled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduce:
+    """One device after the other shows its texts to all."""
+
+    axis: Axis
+
+    def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
+        me = lax.axis_index(self.axis)
+        local = _count(home)
+        nothing = travelling
+
+        def turn(owner: Any, carry: Any) -> Any:
+            home, travelling = carry
+            shown = jax.tree.map(lambda x: lax.psum(jnp.where(me == owner, x, 0), self.axis), fixed)
+            home, partial = visit(home, vary(shown, self.axis), nothing, (me - owner) * local)
+            total = vary(combine(partial), self.axis)
+            mine = jax.tree.map(lambda x, y: jnp.where(me == owner, x, y), total, travelling)
+            return home, mine
+
+        return lax.fori_loop(0, lax.axis_size(self.axis), turn, (home, travelling))
+
+
+STREAMED = {"reduce": Reduce, "shift": Shift, "ring": Ring}
+EXCHANGES = ("gather", *STREAMED)
+
+
+def _choose(kind: str, name: str, known: Any) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+
+
+def device_loss(
+    loss: str, axis: Axis, *, exchange: str = "ring", block_size: int = DEFAULT_BLOCK_SIZE
+) -> Callable[..., Any]:
+    """A loss for use inside a `jax.shard_map` over `axis`, as a function of one device's features.
+
+    Args and errors as `distributed`. The function returned takes the keyword arguments of
+    the single-device loss, with features [B / devices, D], and returns the loss of the whole batch,
+    the same on every device. Call it under `check_vma=True` (the default): gradients rely on it.
+    """
+    _choose("loss", loss, LOSSES)
+    _choose("exchange", exchange, EXCHANGES)
+    check_block_size(block_size)
+    objective = LOSSES[loss]
+
+    def gathered(towers: Towers, scalars: Any) -> tuple[jax.Array, ...]:
+        every = jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), towers)
+        first = lax.axis_index(axis) * towers.image.shape[0]
+        return tuple(lax.pmean(part, axis) for part in objective.full(towers, every, scalars, first))
+
+    def on_device(
+        image_features: Array,
+        text_features: Array,
+        *,
+        scale: ArrayLike,
+        bias: ArrayLike = 0.0,
+        **teacher: Any,
+    ) -> Any:
+        towers, scalars = pack(objective, image_features, text_features, scale=scale, bias=bias, **teacher)
+        scalars = vary(scalars, axis)
+        if exchange == "gather":
+            parts = gathered(towers, scalars)
+        else:
+            rows = min(block_size, towers.image.shape[0])
+            parts = stream(objective, STREAMED[exchange](axis), rows)(towers, scalars)
+        return parts if objective.has_teacher else parts[0]
+
+    return on_device
+
+
+def distributed(
+    loss: str,
+    mesh: Mesh,
+    axis: Axis = "data",
+    *,
+    exchange: str = "ring",
+    block_size: int = DEFAULT_BLOCK_SIZE,
+) -> Callable[..., Any]:
+    """A two-tower loss of global arrays whose examples are split over `axis` of `mesh`.
+
+    Args:
+      loss: a key of `LOSSES`.
+      mesh: devices; axes not in `axis` compute the same.
+      axis: mesh axis, or axes, that the examples are split over.
+      exchange: one of `EXCHANGES`; values and gradients are those of the single-device loss.
+      block_size: images in a tile of logits, on each device; `gather` has no tiles.
+
+    Returns:
+      A function of the arguments of the single-device loss (`block_size` aside), for use under
+      `jax.jit`: features [B, D], scale, bias, and the teacher's. It returns what that loss returns.
+
+    Raises:
+      ValueError: an unknown loss, exchange or mesh axis, a block size below 1; on the call, a batch
+        that does not divide by the devices along `axis`, and what the single-device loss raises.
+    """
+    inner = device_loss(loss, axis, exchange=exchange, block_size=block_size)
+    for name in axis_names(axis):
+        _choose("mesh axis", name, mesh.axis_names)
+    devices = functools.reduce(lambda count, name: count * mesh.shape[name], axis_names(axis), 1)
+
+    def call(image_features: Array, text_features: Array, **arguments: Any) -> Any:
+        arguments.setdefault("bias", 0.0)
+        towers, scalars = pack(LOSSES[loss], image_features, text_features, **arguments)
+        batch = towers.image.shape[0]
+        if batch % devices:
+            raise ValueError(
+                f"expected a batch that divides by the {devices} devices along mesh axis {axis!r}, got "
+                f"{batch} examples; use {batch - batch % devices} or {batch + devices - batch % devices}"
+            )
+
+        def shard(towers, scalars):
+            teacher = {}
+            if LOSSES[loss].has_teacher:
+                teacher = {
+                    "teacher_image_features": towers.teacher_image,
+                    "teacher_text_features": towers.teacher_text,
+                    "teacher_scale": scalars.teacher_scale,
+                }
+            return inner(towers.image, towers.text, scale=scalars.scale, bias=scalars.bias, **teacher)
+
+        return jax.shard_map(shard, mesh=mesh, in_specs=(P(axis), P()), out_specs=P())(towers, scalars)
+
+    return call

@@ -1,0 +1,47 @@
+"""SigLIP's sigmoid loss: every pair of an image and a text is a binary classification of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vlm_jax.losses.pairwise import Axis, Scalars, Tile, Towers, make_tile
+
+
+def _pair_losses(tile: Tile) -> jax.Array:
+    # -log sigmoid(logit) where the pair belongs together, -log sigmoid(-logit) elsewhere.
+    return jax.nn.softplus(jnp.where(tile.positive, -tile.student, tile.student))
+
+
+class Sigmoid:
+    """The objective `mean_i sum_j -log sigmoid(±logit_ij)`, plus on the pairs, minus elsewhere.
+
+    Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", eq. 1 and algorithm 1.
+    """
+
+    one_pass = True
+    has_teacher = False
+
+    def full(self, own: Towers, every: Towers, scalars: Scalars, first: Any) -> tuple[jax.Array]:
+        tile = make_tile(Towers(own.image, every.text), scalars, first)
+        return (jnp.sum(_pair_losses(tile)) / own.image.shape[0],)
+
+    def empty(self, rows: int, columns: int) -> tuple[jax.Array, None]:
+        return jnp.zeros(rows, jnp.float32), None
+
+    def statistics(self, tile: Tile) -> tuple[jax.Array, None]:
+        return jnp.sum(_pair_losses(tile), axis=1), None
+
+    def merge(self, left: Any, right: Any) -> Any:
+        return jax.tree.map(jnp.add, left, right)
+
+    def combine(self, statistics: Any, axis: Axis | None) -> Any:
+        return lax.psum(statistics, axis)
+
+    def totals(self, rows: jax.Array, columns: None) -> tuple[jax.Array]:
+        return (jnp.sum(rows),)
+
+    def gradient(self, tile: Tile, rows: Any, columns: Any, weights: tuple[Any]) -> jax.Array:
+        sign = jnp.where(tile.positive, -1.0, 1.0)
+        return weights[0] * sign * jax.nn.sigmoid(sign * tile.student)

@@ -1,0 +1,46 @@
+"""An encoder under a dense head: what is in each cell of a page, and where."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.dense import Dense
+from vlm_jax.types import Grid
+
+
+class CellReader(nn.Module):
+    """Averages the features of every cell; two linear heads give its class and its box.
+
+    Dense supervision teaches an encoder to read and to locate much faster than answers do, so
+    it comes first where no released weights are loaded.
+
+    Attributes:
+      encoder: an entry of `encoders.ENCODERS`, whose grid the cells divide.
+      cells: rows and columns of cells R, C.
+      num_classes: classes of a cell.
+    """
+
+    encoder: nn.Module
+    cells: Grid
+    num_classes: int
+
+    def setup(self):
+        self.classes = Dense(self.num_classes, (axes.EMBED, axes.CLASSES))
+        self.boxes = Dense(4, (axes.EMBED, axes.CLASSES))
+
+    def __call__(
+        self, images: Float[Array, "B height width channels"]
+    ) -> tuple[Float[Array, "B R C K"], Float[Array, "B R C 4"]]:
+        """Class logits, and (left, top, right, bottom) as fractions of the page; float32.
+
+        Raises:
+          ValueError: the cells do not divide the encoder's grid.
+        """
+        features = self.encoder(images)
+        (rows, cols), (cell_rows, cell_cols) = features.grid, self.cells
+        if rows % cell_rows or cols % cell_cols:
+            raise ValueError(f"{cell_rows}x{cell_cols} cells do not divide the encoder's {rows}x{cols} grid")
+        shape = (-1, cell_rows, rows // cell_rows, cell_cols, cols // cell_cols, features.tokens.shape[-1])
+        cells = features.tokens.reshape(shape).mean((2, 4))
+        return self.classes(cells).astype(jnp.float32), self.boxes(cells).astype(jnp.float32)

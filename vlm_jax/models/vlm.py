@@ -1,0 +1,81 @@
+"""The vision-language model: encoder, reducer, connector, decoder, and one gather between."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.decoders.cache import Cache
+from vlm_jax.types import TEXT_SLOT, Batch, VisualTokens
+
+
+class VLM(nn.Module):
+    """Composes an encoder, a connector and a decoder; it has no parameters of its own.
+
+    Attributes:
+      encoder: an entry of `encoders.ENCODERS`.
+      connector: an entry of `connectors.CONNECTORS`.
+      decoder: an entry of `decoders.DECODERS`.
+      reducer: an entry of `reducers.REDUCERS`, or None.
+    """
+
+    encoder: nn.Module
+    connector: nn.Module
+    decoder: nn.Module
+    reducer: nn.Module | None = None
+
+    def visual_tokens(
+        self, images: Float[Array, "B height width channels"], *, deterministic: bool = True
+    ) -> VisualTokens:
+        """Tokens of a flat batch of images.
+
+        Raises:
+          ValueError: the connector gave another number of tokens than its `num_tokens` says.
+        """
+        features = self.encoder(images)
+        if self.reducer is not None:
+            features = self.reducer(features, deterministic=deterministic)
+        tokens = self.connector(features, deterministic=deterministic)
+        expected = self.connector.num_tokens(features.grid)
+        if tokens.tokens.shape[1] != expected:
+            raise ValueError(
+                f"{type(self.connector).__name__} gave {tokens.tokens.shape[1]} tokens for a {features.grid} grid, "
+                f"but its num_tokens says {expected}; one of the two is wrong"
+            )
+        return tokens
+
+    def embed(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T D"]:
+        """Embeddings of every position: text looked up, visual slots gathered from the table."""
+        text = self.decoder.embed(batch.tokens)
+        if batch.images is None:
+            return text
+        size, count = batch.images.shape[:2]
+        flat = batch.images.reshape(-1, *batch.images.shape[2:])
+        tokens = self.visual_tokens(flat, deterministic=deterministic).tokens
+        table = tokens.reshape(size, count * tokens.shape[1], tokens.shape[2]).astype(text.dtype)
+        index = batch.visual_index[..., None]
+        rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
+        return jnp.where(index == TEXT_SLOT, text, rows)
+
+    def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"]:
+        """Float32 logits at every position."""
+        embeddings = self.embed(batch, deterministic=deterministic)
+        hidden, _ = self.decoder(embeddings, batch.positions, batch.segment_ids, branch_ids=batch.branch_ids)
+        return self.decoder.logits(hidden)
+
+    def prefill(self, batch: Batch, cache_length: int) -> tuple[Float[Array, "B V"], Cache]:
+        """Runs a prompt whose rows end at the last column (left-padded).
+
+        Returns:
+          Logits of the last column, and a cache of `cache_length` slots with the prompt in it.
+        """
+        cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length)
+        hidden, cache = self.decoder(self.embed(batch), batch.positions, batch.segment_ids, cache)
+        return self.decoder.logits(hidden[:, -1]), cache
+
+    def extend(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Runs T more text tokens after the cache; logits of the last."""
+        segments = jnp.ones_like(tokens)
+        hidden, cache = self.decoder(self.decoder.embed(tokens), positions, segments, cache)
+        return self.decoder.logits(hidden[:, -1]), cache

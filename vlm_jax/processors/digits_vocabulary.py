@@ -1,0 +1,36 @@
+"""The built-in word-level vocabulary of the digit pages.
+
+Every digit of a number is a token of its own, and numbers stand without spaces: the row of the
+digits 7, 4, 1, 9 is `7419`, four tokens, and decodes to `7419` again.
+"""
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from vlm_jax.processors.tokenizer import Tokenizer
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<image>", "<unk>")
+TASK_WORDS = ("read", "transcribe", "count", "locate", "row", "column")
+DIGITS = tuple("0123456789")
+BOX_TOKENS = ("<box>", "</box>", "(", ")", ",")
+
+# A tag, a digit, a word, or any other single mark; the space between them is dropped.
+_WORD = r"</?[a-z]+>|[0-9]|[^\s0-9<>(),]+|\S"
+
+
+def digits_tokenizer() -> Tokenizer:
+    """The tokenizer of the digit pages' questions and answers.
+
+    `decode` gives back the canonical text: one space about every task word, none elsewhere, so
+    `decode(encode(text)) == text` for `read row 2 column 3`, `7419` and `<box>(12,30),(450,999)</box>`.
+    """
+    words = (*SPECIAL_TOKENS, *TASK_WORDS, *DIGITS, *BOX_TOKENS)
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(word, f" {word} ") for word in TASK_WORDS]
+        + [decoders.Fuse(), decoders.Replace("  ", " "), decoders.Strip(" ", 1, 1)]
+    )
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return Tokenizer(backend, origin="the digit pages' vocabulary")

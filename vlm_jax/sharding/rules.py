@@ -1,0 +1,97 @@
+"""Which mesh axis carries which logical axis; the first rule of a name wins."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax import axes
+from vlm_jax.sharding.mesh import CONTEXT, DATA, FSDP, TENSOR
+
+MeshAxes = str | tuple[str, ...] | None
+
+RULES: dict[str, MeshAxes] = {
+    # Parameters: the wide axis over `tensor`, the residual one over `fsdp`.
+    axes.LAYERS: None,
+    axes.EMBED: FSDP,
+    axes.MLP: TENSOR,
+    axes.HEADS: TENSOR,
+    axes.KV_HEADS: TENSOR,
+    axes.HEAD_DIM: None,
+    axes.VOCAB: TENSOR,
+    axes.POSITION: None,
+    axes.QUERY: None,
+    axes.PATCH: None,
+    axes.CHANNELS_IN: None,
+    axes.CLASSES: None,
+    axes.NORM: None,
+    # Activations.
+    axes.BATCH: (DATA, FSDP),
+    axes.LENGTH: CONTEXT,
+    axes.ACTIVATION_EMBED: None,
+}
+
+BATCH_AXES = (DATA, FSDP)
+
+
+def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Mesh axes for one array.
+
+    A mesh axis serves one dimension only, the first that wants it; a dimension that the mesh
+    axis does not divide stays whole, since XLA shards evenly.
+
+    Raises:
+      KeyError: a logical name without a rule.
+    """
+    taken: set[str] = set()
+    entries: list[MeshAxes] = []
+    for name, size in zip(names, shape, strict=True):
+        wanted = RULES[name] if name is not None else None
+        group = (wanted,) if isinstance(wanted, str) else wanted or ()
+        count = 1
+        for axis in group:
+            count *= mesh.shape[axis]
+        if not group or taken & set(group) or size % count:
+            entries.append(None)
+        else:
+            taken |= set(group)
+            entries.append(wanted)
+    return PartitionSpec(*entries)
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of a tree whose leaves carry logical names.
+
+    Args:
+      boxed: shapes (or arrays) as `init` gives them, in Flax's `LogicallyPartitioned` boxes;
+        a leaf without a box, such as a step counter, is replicated.
+      mesh: the mesh of the run.
+    """
+
+    def of(leaf):
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            if not jax.tree.leaves(leaf.value):  # what an optimizer masks out
+                return leaf.value
+            return NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(of, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Traces inside see the mesh and the rules, so that activations' constraints take effect.
+
+    `with mesh:` would not do: Flax's logical constraints are silent no-ops under it.
+    """
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
+        yield
+
+
+def distribute(batch: Any, mesh: Mesh) -> Any:
+    """Puts this process's rows of a batch on its devices; the result is the global batch."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -1,0 +1,252 @@
+"""The one training loop: stages, checkpoints, resumption, metrics."""
+
+import dataclasses
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from vlm_jax.build import System
+from vlm_jax.checkpoints.orbax import RunCheckpoints, read_parts
+from vlm_jax.config import ConfigError, did_you_mean, parse
+from vlm_jax.optim.adamw import OptimizerSettings, adamw
+from vlm_jax.sharding.rules import distribute, shardings, use_mesh
+from vlm_jax.train.input import stage_batches
+from vlm_jax.train.objectives import OBJECTIVES
+from vlm_jax.train.stages import Span, parse_schedule, span_at
+from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
+from vlm_jax.train.step import compile_step, peak_bytes
+from vlm_jax.train.workdir import MetricsLog, claim
+
+Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps in all, the step's metrics)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; everything is saved, and the same command goes on."""
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number; the message names the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """`config.loop`.
+
+    Attributes:
+      save_every: steps between checkpoints; one is also saved at the end of every stage.
+      keep: newest checkpoints that stay.
+      log_every: steps between writes of `metrics.jsonl`, which has a line for each step.
+    """
+
+    save_every: int = 200
+    keep: int = 2
+    log_every: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished run gives.
+
+    Attributes:
+      params: parameters by part, on the mesh.
+      step_seconds: median seconds of a step of the last stage; None when no step was taken.
+      peak_bytes: bytes that one device needs for a step of the last stage.
+    """
+
+    params: Params
+    step_seconds: float | None
+    peak_bytes: int
+
+
+class Trainer:
+    """Takes a config's stages from wherever its workdir stands to their end.
+
+    Args:
+      config: the run's config; see `configs/base.py`.
+      system: what `build(config)` made.
+      mesh: devices.
+      workdir: the run's folder, local or `gs://`.
+      init_from: checkpoint directory of another run whose encoder and decoder this one starts
+        from, or None to start from scratch.
+      progress: called after every step that was logged.
+
+    Raises:
+      ConfigError: a stage that cannot be run, or a workdir of another config.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        system: System,
+        mesh: Mesh,
+        workdir: epath.PathLike,
+        *,
+        init_from: epath.PathLike | None = None,
+        progress: Progress = lambda step, steps, metrics: None,
+    ):
+        self.system, self.mesh, self.workdir = system, mesh, epath.Path(workdir)
+        self._seed, self._init_from, self._progress = config.seed, init_from, progress
+        self._settings = parse(LoopSettings, config.loop, "config.loop")
+        self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
+        self._spans = parse_schedule(tuple(config.schedule), config.stages)
+        self._boxed = jax.eval_shape(system.init, jax.random.key(0))
+        self._check_stages()
+        claim(self.workdir, config)
+        self._stop = False
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages."""
+        return self._spans[-1].stop
+
+    def run(self) -> Outcome:
+        """Trains what is left.
+
+        Raises:
+          Interrupted: SIGTERM came; the state is saved.
+          Diverged: the loss is not finite; the checkpoint before it stays.
+          CheckpointError: a checkpoint cannot be written or read.
+        """
+        checkpoints = RunCheckpoints(self.workdir / "checkpoints", self._settings.keep)
+        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        try:
+            return self._run(checkpoints)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            checkpoints.close()
+
+    def _run(self, checkpoints: RunCheckpoints) -> Outcome:
+        step = checkpoints.latest() or 0
+        span = span_at(self._spans, step)
+        position: dict[str, Any] = {}
+        if checkpoints.latest() is None:
+            state = self._first_state(span)
+        else:
+            state, position = checkpoints.restore(step, self._abstract_state(span))
+        log = MetricsLog(self.workdir, step)
+        while True:
+            state, compiled, seconds = self._run_stage(span, state, position, log, checkpoints)
+            if span is self._spans[-1]:
+                break
+            span, position = span_at(self._spans, span.stop), {}
+            state = self._enter(span, state)
+            checkpoints.save(span.start, state, position)
+        return Outcome(state.params, statistics.median(seconds) if seconds else None, peak_bytes(compiled))
+
+    def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
+        """Steps from the state's to the stage's last; returns the state, the program, step times."""
+        stage = span.stage
+        iterator = stage_batches(self.system, stage, self._seed)
+        if position:
+            iterator.set_state(position)
+        step = int(state.step)
+        batch = distribute(next(iterator), self.mesh) if step < span.stop else self._probe_batch(span)
+        compiled = compile_step(
+            self._abstract_state(span),
+            batch,
+            self.mesh,
+            objective=OBJECTIVES[stage.objective](self.system),
+            tx=self._tx(span),
+            trained=tuple(stage.learning_rates),
+        )
+        key = jax.random.key(self._seed)
+        pending: list[tuple[int, Any]] = []
+        seconds: list[float] = []
+        since = time.perf_counter()
+        while step < span.stop:
+            state, metrics = compiled(state, batch, key)
+            step += 1
+            pending.append((step, metrics))
+            last = step == span.stop
+            due = step % self._settings.save_every == 0 or self._stop
+            if last or due or step % self._settings.log_every == 0:
+                self._flush(pending, stage.label, log)
+                now = time.perf_counter()
+                seconds += [(now - since) / len(pending)] * len(pending)
+                pending, since = [], now
+            if due and not last or (last and span is self._spans[-1]):
+                checkpoints.save(step, state, iterator.get_state())
+                if self._stop and step < self.num_steps:
+                    checkpoints.wait()
+                    raise Interrupted(f"stopped by SIGTERM and saved at step {step} of {self.num_steps}")
+                since = time.perf_counter()
+            if not last:
+                batch = distribute(next(iterator), self.mesh)
+        return state, compiled, seconds
+
+    def _flush(self, pending: list[tuple[int, Any]], label: str, log: MetricsLog) -> None:
+        lines = []
+        for step, metrics in pending:
+            values = {name: float(value) for name, value in metrics.items()}
+            lines.append({"step": step, "stage": label, **values})
+            if not np.isfinite(values["loss"]):
+                log.append(lines)
+                raise Diverged(
+                    f"the loss is {values['loss']} at step {step} (stage {label}); lower its learning_rates or the "
+                    "optimizer's clip_norm. The newest checkpoint is from before this step"
+                )
+        log.append(lines)
+        self._progress(lines[-1]["step"], self.num_steps, lines[-1])
+
+    def _first_state(self, span: Span) -> TrainState:
+        """Parameters drawn on their devices, or read from the run that this one starts from."""
+        with use_mesh(self.mesh):
+            init = jax.jit(lambda key: nn.meta.unbox(self.system.init(key)), out_shardings=self._param_shardings())
+            params = init(jax.random.key(self._seed))
+        if self._init_from is not None:
+            shapes = abstract(self._boxed, self.mesh)
+            params |= read_parts(self._init_from, {part: shapes[part] for part in ("encoder", "decoder")})
+        return self._enter(span, TrainState(np.int32(0), params, None))
+
+    def _enter(self, span: Span, state: TrainState) -> TrainState:
+        """The state at the start of a stage: the same parameters, a fresh optimizer."""
+        like = self._abstract_state(span)
+        out = jax.tree.map(lambda leaf: leaf.sharding, like)
+        tx, trained = self._tx(span), tuple(span.stage.learning_rates)
+
+        def fresh(step, params):
+            return dataclasses.replace(init_boxed(params, tx, trained), step=step)
+
+        with use_mesh(self.mesh):
+            return jax.jit(fresh, out_shardings=out, donate_argnums=1)(np.int32(span.start), state.params)
+
+    def _abstract_state(self, span: Span) -> TrainState:
+        tx, trained = self._tx(span), tuple(span.stage.learning_rates)
+        return abstract(jax.eval_shape(lambda params: init_boxed(params, tx, trained), self._boxed), self.mesh)
+
+    def _param_shardings(self) -> Any:
+        return shardings(self._boxed, self.mesh)
+
+    def _tx(self, span: Span):
+        stage = span.stage
+        return adamw(self._optimizer, stage.learning_rates, stage.warmup_steps, stage.steps)
+
+    def _probe_batch(self, span: Span) -> Any:
+        """A batch to compile for when the stage has no step left."""
+        return distribute(next(stage_batches(self.system, span.stage, self._seed)), self.mesh)
+
+    def _check_stages(self) -> None:
+        for span in self._spans:
+            stage, path = span.stage, f"config.stages.{span.stage.label}"
+            if stage.objective not in OBJECTIVES:
+                raise ConfigError(f"{path}.objective: none '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}")
+            if stage.stream not in self.system.source.streams:
+                streams = self.system.source.streams
+                raise ConfigError(f"{path}.stream: none '{stage.stream}'{did_you_mean(stage.stream, streams)}")
+            if (stage.stream == "cells") != (stage.objective == "read_cells"):
+                raise ConfigError(f"{path}: the objective read_cells and the stream cells go together")
+            for part in stage.learning_rates:
+                if part not in self._boxed:
+                    raise ConfigError(f"{path}.learning_rates.{part}: no such part{did_you_mean(part, self._boxed)}")
+
+    def _on_sigterm(self, signum: int, frame: Any) -> None:
+        del signum, frame
+        self._stop = True

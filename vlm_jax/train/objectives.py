@@ -1,0 +1,53 @@
+"""What a stage minimises: one entry a kind, all with one signature.
+
+An objective is called with the parameters of all parts, a batch of the kind that its streams
+yield, and a key for whatever it draws; it returns the loss and named scalars beside it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.build import System
+from vlm_jax.losses.cross_entropy import cross_entropy
+from vlm_jax.types import Batch, CellBatch
+
+Metrics = dict[str, jax.Array]
+Objective = Callable[[dict[str, Any], Any, jax.Array], tuple[jax.Array, Metrics]]
+
+BOX_WEIGHT = 5.0  # of the boxes' L1 against the classes' cross entropy, as in DETR
+
+
+def next_token(system: System) -> Objective:
+    """Cross entropy of the answers' tokens, given images (or text alone) and questions."""
+
+    def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        parts = {part: params[part] for part in ("encoder", "connector", "decoder")}
+        logits = system.model.apply({"params": parts}, batch, deterministic=False, rngs={"reduce": key})
+        value, accuracy = cross_entropy(logits, batch.targets, batch.loss_weights)
+        return value, {"accuracy": accuracy}
+
+    return loss
+
+
+def read_cells(system: System) -> Objective:
+    """Class and box of every cell of a page: dense supervision of the encoder.
+
+    Source: cross entropy and 5 times L1 as in Carion et al. 2020 (DETR), section 3.1, without
+    the matching, since a cell knows its target.
+    """
+
+    def loss(params: dict[str, Any], batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        del key
+        variables = {"params": {"encoder": params["encoder"], **params["cell_head"]}}
+        logits, boxes = system.cell_reader.apply(variables, batch.images[:, 0])
+        value, accuracy = cross_entropy(logits, batch.classes, jnp.ones(batch.classes.shape))
+        distance = jnp.abs(boxes - batch.boxes).sum(-1).mean()
+        return value + BOX_WEIGHT * distance, {"accuracy": accuracy, "box_l1": distance}
+
+    return loss
+
+
+OBJECTIVES: dict[str, Callable[[System], Objective]] = {"next_token": next_token, "read_cells": read_cells}

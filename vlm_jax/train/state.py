@@ -1,0 +1,50 @@
+"""What a run carries from step to step, and where each leaf of it lives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from vlm_jax.sharding.rules import shardings
+from vlm_jax.types import struct
+
+Params = dict[str, Any]  # {part: its parameters}
+
+
+@struct
+class TrainState:
+    """Attributes:
+    step: steps taken since the start of the run, all stages together.
+    params: parameters by part: encoder, connector, decoder and any pre-training head.
+    opt_state: the current stage's optimizer state, of its trained parts only.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+def split(params: Params, trained: tuple[str, ...]) -> tuple[Params, Params]:
+    """(trained parts, frozen parts)."""
+    return (
+        {part: params[part] for part in trained},
+        {part: tree for part, tree in params.items() if part not in trained},
+    )
+
+
+def init_boxed(boxed_params: Params, tx: optax.GradientTransformation, trained: tuple[str, ...]) -> TrainState:
+    """A state whose leaves keep their logical names, to be traced for its shapes and shardings."""
+    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]))
+
+
+def abstract(boxed: Any, mesh: Mesh) -> Any:
+    """Shape, dtype and sharding of every leaf of a boxed tree of shapes."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        shardings(boxed, mesh),
+    )

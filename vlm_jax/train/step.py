@@ -1,0 +1,70 @@
+"""One optimizer step, compiled over the mesh."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlm_jax.sharding.rules import use_mesh
+from vlm_jax.train.objectives import Metrics, Objective
+from vlm_jax.train.state import TrainState, split
+
+
+def train_step(
+    state: TrainState,
+    batch: Any,
+    key: jax.Array,
+    *,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    trained: tuple[str, ...],
+) -> tuple[TrainState, Metrics]:
+    """Gradient of the trained parts, update, next state.
+
+    The key of the step is folded from the run's and the step's number, so that a step can be
+    taken again. Frozen parts are no argument of the gradient: nothing is computed for them.
+    """
+    params, frozen = split(state.params, trained)
+    key = jax.random.fold_in(key, state.step)
+
+    def loss_of(params):
+        return objective({**frozen, **params}, batch, key)
+
+    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    updates, opt_state = tx.update(grads, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+    return TrainState(state.step + 1, {**frozen, **params}, opt_state), metrics
+
+
+def compile_step(
+    abstract_state: TrainState,
+    batch: Any,
+    mesh: Mesh,
+    *,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    trained: tuple[str, ...],
+) -> jax.stages.Compiled:
+    """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state."""
+
+    def step(state, batch, key):
+        return train_step(state, batch, key, objective=objective, tx=tx, trained=trained)
+
+    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    with use_mesh(mesh):
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated))
+        return jitted.lower(abstract_state, batch, jax.random.key(0)).compile()
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that one device needs for a compiled program: arguments, results and temporaries."""
+    memory = compiled.memory_analysis()
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )

@@ -1,0 +1,79 @@
+"""A run's folder: which config made it, and its metrics, step by step."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from vlm_jax.config import ConfigError, differences, plain
+
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file under another name and renames it, so that it is never seen half written."""
+    draft = path.with_name(path.name + ".partial")
+    draft.write_text(text)
+    draft.rename(path)
+
+
+def claim(workdir: epath.Path, config: Any) -> None:
+    """Makes the folder for a config, or checks that the same config made it.
+
+    Raises:
+      ConfigError: another config made the folder; the message lists what differs.
+    """
+    path = workdir / CONFIG_FILE
+    ours = plain(config)
+    if path.exists():
+        lines = differences(json.loads(path.read_text()), ours)
+        if lines:
+            raise ConfigError(
+                f"{workdir} was made by another config; use another --workdir, or the config that made it. "
+                "There and here:\n  " + "\n  ".join(lines)
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir} is not empty and holds no {CONFIG_FILE}: no run made it; use another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(ours, indent=2) + "\n")
+
+
+class MetricsLog:
+    """One JSON line a step in `metrics.jsonl`.
+
+    Args:
+      workdir: the run's folder.
+      step: steps that the run has behind it; lines of later steps, written by a run that was
+        killed after its last checkpoint, are taken out, since those steps are taken again.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int):
+        self._path = workdir / METRICS_FILE
+        lines = [line for line in read_lines(self._path) if line["step"] <= step]
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Adds whole lines at the end."""
+        with self._path.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line that was cut off by a kill is left out.
+
+    Raises:
+      ValueError: a line before the last that is no JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    objects = []
+    for number, line in enumerate(lines, 1):
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}:{number}: not a JSON line: {line[:80]!r}") from error
+    return objects

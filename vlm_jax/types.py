@@ -1,0 +1,173 @@
+"""What flows between the rooms, and the letters that shapes are written in.
+
+Letters of shape annotations, everywhere in the package:
+
+| letter | meaning |
+|---|---|
+| B | examples in a batch |
+| I | images of one example (tiles and frames count as images) |
+| T, S | positions of a sequence: queries, keys |
+| N | visual features of one image, as an encoder returns them |
+| M | visual tokens of one image, as a connector returns them |
+| R, C | rows and columns of a patch grid |
+| D | width |
+| V | vocabulary size |
+| L | layers |
+| Q, K, H | query heads, key and value heads, head dimension |
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:
+    Array = Any
+else:  # host arrays, device arrays, and the shapes that stand for them before anything runs
+    Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+
+Class = TypeVar("Class")
+
+
+def static_field(**settings: Any) -> Any:
+    """A field of a `struct` that is part of the tree's structure, not a leaf."""
+    return dataclasses.field(metadata={"static": True}, **settings)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static_field, dataclasses.field))
+def struct(cls: type[Class]) -> type[Class]:
+    """A frozen dataclass that is a pytree of its fields.
+
+    Unlike `flax.struct.dataclass`, a tree operation rebuilds it without `__init__`, so that the
+    annotated shapes are checked where a batch is made and not where a transformation maps its
+    leaves to shardings, shapes or None.
+    """
+    made = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    static = tuple(field.name for field in fields if field.metadata.get("static"))
+    leaves = tuple(field.name for field in fields if field.name not in static)
+
+    def flatten(value: Any) -> tuple[tuple, tuple]:
+        return tuple(getattr(value, name) for name in leaves), tuple(getattr(value, name) for name in static)
+
+    def flatten_with_keys(value: Any) -> tuple[tuple, tuple]:
+        children, structure = flatten(value)
+        return tuple((jax.tree_util.GetAttrKey(name), child) for name, child in zip(leaves, children, strict=True)), structure
+
+    def unflatten(structure: tuple, children: tuple) -> Any:
+        value = object.__new__(made)
+        for name, child in zip(leaves + static, (*children, *structure), strict=True):
+            object.__setattr__(value, name, child)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
+    return made
+
+# (rows, columns) of patches or tokens.
+Grid = tuple[int, int]
+
+PADDING_SEGMENT = 0  # segment ids count from 1; 0 is padding
+TEXT_SLOT = -1  # visual_index of a position that holds text
+
+
+@struct
+class VisualFeatures:
+    """What an encoder returns for a flat batch of images.
+
+    Attributes:
+      tokens: features in row-major order of `grid`, width D_v.
+      mask: True where a feature is real.
+      grid: (rows, columns), static; rows * columns == N. Features that no longer form a
+        rectangle (after dropping) have the grid (1, N).
+      pooled: the encoder's own image embedding where it has a head for one, else None.
+      hidden: [L + 1, B, N, D] inputs of every block and the last output, only when asked for.
+    """
+
+    tokens: Float[Array, "B N D"]
+    mask: Bool[Array, "B N"]
+    grid: Grid = static_field()
+    pooled: Float[Array, "B E"] | None = None
+    hidden: Float[Array, "L B P D"] | None = None
+
+
+@struct
+class VisualTokens:
+    """What a connector returns: M tokens of the decoder's width for every image."""
+
+    tokens: Float[Array, "B M D"]
+    mask: Bool[Array, "B M"]
+
+
+@struct
+class Batch:
+    """One batch of sequences, laid out on the host.
+
+    Attributes:
+      tokens: vocabulary ids; any id where a visual token goes.
+      positions: RoPE positions, counted from 0 in every segment.
+      segment_ids: 0 is padding; a position attends only inside its segment.
+      visual_index: which row of the example's visual table fills the position, or -1 for text.
+        Rows are the image tokens in order: image i's token m is row i * M + m.
+      branch_ids: None, or what a position reads of its segment: branch 0 and its own branch.
+      images: float32 pixels, normalised by the processor, or None for text alone.
+      targets: the id to be predicted at each position (already shifted), any id without weight.
+      loss_weights: 1.0 where the prediction counts.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    visual_index: Int[Array, "B T"]
+    branch_ids: Int[Array, "B T"] | None = None
+    images: Float[Array, "B I height width channels"] | None = None
+    targets: Int[Array, "B T"] | None = None
+    loss_weights: Float[Array, "B T"] | None = None
+
+
+@struct
+class CellBatch:
+    """Pages with a dense target: the class of every cell of a page, and where it lies.
+
+    Attributes:
+      images: float32 pixels.
+      classes: class of the cell at (row, column).
+      boxes: (left, top, right, bottom) of the cell's content, as fractions of the page.
+    """
+
+    images: Float[Array, "B 1 height width channels"]
+    classes: Int[Array, "B R C"]
+    boxes: Float[Array, "B R C 4"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One question about a sample's images, and its answer.
+
+    Attributes:
+      question: text before the model answers.
+      answer: text that the model is to give.
+      task: which metric scores the answer; free text for sets with a single task.
+    """
+
+    question: str
+    answer: str
+    task: str = "vqa"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What a data source yields, before any tokenizer or image size is known.
+
+    Attributes:
+      sample_id: names the sample in every message about it.
+      images: uint8 pictures of any size, [height, width, channels].
+      turns: the conversation, in order; the images stand before the first question.
+      context: text that stands where the images would, before the first question.
+    """
+
+    sample_id: str
+    images: tuple[np.ndarray, ...]
+    turns: tuple[Turn, ...]
+    context: str = ""
