@@ -1,7 +1,8 @@
 """The sections that every runnable config has, at sizes for pages of handwritten digits.
 
-A runnable config calls `get_config()`, changes what differs and returns it locked. No value is
-derived here: `vlm_jax/build.py` does that.
+A runnable config calls `get_config()`, changes what differs and returns it locked. Every key has a
+reader, which documents it: `vlm_jax/build.py` for what is built, the settings classes that it names
+for the rest. No value is derived here.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,24 @@ def get_config() -> ConfigDict:
     # Visual tokens of one image that reach the decoder, whatever the connector.
     config.token_budget = 64
 
-    config.data = ConfigDict({"kind": "digits"})
+    config.data = ConfigDict(
+        {
+            "kind": "digits",
+            "rows": 4,
+            "cols": 4,
+            "page_size": 48,
+            "min_digit": 8,
+            "max_digit": 12,
+            "task_weights": {"read": 2.0, "transcribe": 2.0, "count": 1.0, "locate": 1.0},
+            "turns_per_page": 6,
+            "text_scales": (1, 2),  # as 16 and as 64 visual tokens show a page
+            "evaluation_size": 400,
+            "augment": True,
+            "variants": 8,
+            "intensity": 0.1,
+            "noise": 2.0,
+        }
+    )
     config.processor = ConfigDict(
         {
             "image_size": (48, 48),
@@ -31,19 +49,47 @@ def get_config() -> ConfigDict:
         }
     )
     config.encoder = ConfigDict(
-        {"kind": "vit", "patch_size": 6, "width": 96, "depth": 3, "num_heads": 4, "mlp_dim": 384}
+        {
+            "kind": "vit",
+            "patch_size": 6,
+            "width": 96,
+            "depth": 3,
+            "num_heads": 4,
+            "mlp_dim": 384,
+            "position": "learned",
+            "remat": "full",
+        }
     )
     config.reducer = ConfigDict({"kind": "none"})
     config.connector = ConfigDict({"kind": "mlp"})
     config.decoder = ConfigDict(
-        {"kind": "transformer", "width": 96, "depth": 3, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 256}
+        {
+            "kind": "transformer",
+            "width": 96,
+            "depth": 3,
+            "num_heads": 4,
+            "num_kv_heads": 4,
+            "mlp_dim": 256,
+            "rope_theta": 100.0,  # sequences are at most 128 positions long
+            "tie_embeddings": False,
+            "remat": "none",
+        }
     )
 
     # Stages in the order that they are run in; each is described under `stages`.
     config.schedule = ()
     config.stages = ConfigDict()
-    config.optimizer = ConfigDict()
-    config.loop = ConfigDict()
-    config.evaluation = ConfigDict({"batch_size": 128})
-    config.mesh = ConfigDict()
+    config.optimizer = ConfigDict(
+        {
+            "b1": 0.9,
+            "b2": 0.95,
+            "epsilon": 1e-8,
+            "weight_decay": 0.05,
+            "clip_norm": 1.0,
+            "final_scale": 0.0,
+        }
+    )
+    config.loop = ConfigDict({"save_every": 200, "keep": 2, "log_every": 20})
+    config.evaluation = ConfigDict({"batch_size": 200})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1})
     return config

@@ -1,0 +1,17 @@
+"""Vision-language models as an encoder, a connector and a decoder."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlm_jax.pretrained import from_pretrained
+
+__all__ = ["from_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what the package exports when it is first asked for, so that `import vlm_jax` stays light."""
+    if name == "from_pretrained":
+        from vlm_jax.pretrained import from_pretrained
+
+        return from_pretrained
+    raise AttributeError(f"module 'vlm_jax' has no attribute '{name}'")

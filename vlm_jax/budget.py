@@ -3,8 +3,8 @@
 Pure Python, no arrays: everything here runs before any parameter exists.
 """
 
-import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 from vlm_jax.types import Grid
 
@@ -42,15 +42,16 @@ def grid_of_size(size: int, grid: Grid) -> Grid | None:
     Aspect may change by a factor of two at most: 2 tokens of a square grid may be 1x2, while
     5 may not be 1x5. Of two equally near ones the flatter wins. Returns None when none fits.
     """
+    if size < 1:
+        return None
     rows, cols = grid
     candidates = [(r, size // r) for r in range(1, rows + 1) if size % r == 0 and size // r <= cols]
-    aspect = math.log(rows / cols)
-    near = [(abs(math.log(r / c) - aspect), r, c) for r, c in candidates]
-    near = [entry for entry in near if entry[0] <= math.log(2) + 1e-9]
-    if not near:
+    changes = [(Fraction(r * cols, c * rows), r, c) for r, c in candidates]
+    # Exact, where two logarithms of one ratio and its inverse could differ in their last digit.
+    near = min(((max(change, 1 / change), r, c) for change, r, c in changes), default=None)
+    if near is None or near[0] > 2:
         return None
-    _, r, c = min(near)
-    return r, c
+    return near[1:]
 
 
 def sizes_of_grids(grid: Grid) -> list[int]:

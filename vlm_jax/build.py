@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.config import ConfigError, choose, parse
+from vlm_jax.config import ConfigError, check_keys, choose, parse
 from vlm_jax.connectors import CONNECTORS
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
@@ -28,6 +28,9 @@ from vlm_jax.processors.vqa import VqaProcessor
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.types import Batch, Grid
 
+# Every key of a run's config; the last ones are read by the trainer and the evaluation.
+KEYS = ("seed", "dtype", "param_dtype", "token_budget", "data", "processor", "encoder", "reducer", "connector",
+        "decoder", "schedule", "stages", "optimizer", "loop", "mesh", "evaluation")  # fmt: skip
 PARTS = ("encoder", "connector", "decoder")
 CELL_HEAD = "cell_head"
 
@@ -118,6 +121,10 @@ def build(config: Any) -> System:
       ConfigError: an unknown, unused, missing or ill-typed key, or sizes that do not fit.
       InfeasibleBudget: the reducer or the connector cannot meet `config.token_budget`.
     """
+    check_keys(config, KEYS, "config")
+    missing = [key for key in KEYS if key not in config]
+    if missing:
+        raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     source = _parse_kind(SOURCES, config.data, "config.data")
     tokenizer = digits_tokenizer() if settings.tokenizer == "digits" else Tokenizer.from_file(settings.tokenizer)

@@ -48,7 +48,7 @@ def choose(table: Mapping[str, Any], kind: str, path: str) -> Any:
     return table[kind]
 
 
-def parse(cls: type[Settings], section: Mapping[str, Any], path: str, **derived: Any) -> Settings:
+def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Settings:
     """Makes a `cls` of a config section.
 
     Args:

@@ -80,7 +80,7 @@ class VisualFeatures:
       tokens: features in row-major order of `grid`, width D_v.
       mask: True where a feature is real.
       grid: (rows, columns), static; rows * columns == N. Features that no longer form a
-        rectangle (after dropping) have the grid (1, N).
+        rectangle (after dropping, or of several packed images) have the grid (1, N).
       pooled: the encoder's own image embedding where it has a head for one, else None.
       hidden: [L + 1, B, N, D] inputs of every block and the last output, only when asked for.
     """
@@ -98,6 +98,35 @@ class VisualTokens:
 
     tokens: Float[Array, "B M D"]
     mask: Bool[Array, "B M"]
+
+
+@struct
+class PackedPatches:
+    """Patches of several images and video frames of any size in one sequence, laid out on the host.
+
+    The processor's order of patches is that of the released systems: image after image, frame after
+    frame, blocks of merge_size x merge_size neighbours row by row, and a block's patches row by row.
+    Windows may ask for another order inside the sequence; features come back in the processor's.
+
+    Attributes:
+      patches: normalised pixels of every patch, flattened as (channel, frame, row, column).
+      positions: (row, column) of a patch in its image, in patches.
+      sizes: (rows, columns) of the image that a patch is of, in patches.
+      segment_ids: counts images and frames from 1; 0 is padding. Full attention stays inside.
+      window_ids: counts windows from 1; 0 is padding. None where patches lie in the processor's order.
+      order: place in the sequence of every patch in the processor's order, padding last; None
+        where window_ids is None.
+      window_length: patches of a row of whole windows, the largest that one window can have; 0
+        without windows.
+    """
+
+    patches: Float[Array, "B N P"]
+    positions: Int[Array, "B N 2"]
+    sizes: Int[Array, "B N 2"]
+    segment_ids: Int[Array, "B N"]
+    window_ids: Int[Array, "B N"] | None = None
+    order: Int[Array, "B N"] | None = None
+    window_length: int = static_field(default=0)
 
 
 @struct

@@ -27,12 +27,12 @@ def test_values_and_gradients_on_8_devices(compare, name, exchange):
     place = functools.partial(jax.device_put, device=NamedSharding(mesh, P("data")))
     # 5 examples a device: halves of the ring differ, and tiles of 3 leave a rest.
     _, gradients = compare(name, distributed(name, mesh, exchange=exchange, block_size=3), 40, prepare=place)
-    assert gradients[0].sharding.spec == P("data", None) or gradients[0].sharding.spec == P("data")
+    assert {len(shard.data) for shard in gradients[0].addressable_shards} == {5}
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("batch", [3, 6])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["sigmoid", "distillation"])
 def test_an_odd_number_of_devices_with_one_example_or_two(compare, name, batch, exchange):
     compare(name, distributed(name, mesh_of(3), exchange=exchange), batch)
 
@@ -45,7 +45,7 @@ def test_examples_split_over_two_of_three_axes(compare, name, exchange):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["sigmoid", "distillation"])
 def test_locked_image(compare, name, exchange):
     compare(name, locked_image(distributed(name, mesh_of(4), exchange=exchange)), 16, locked=True)
 
@@ -60,8 +60,7 @@ def test_inside_a_shard_map_of_the_caller(compare, name, exchange):
 
         def block(image, text, arguments):
             # As a train step has it: the features are made on the device.
-            parts = inner(jnp.tanh(image), jnp.tanh(text), **arguments)
-            return parts
+            return inner(jnp.tanh(image), jnp.tanh(text), **arguments)
 
         mapped = jax.shard_map(block, mesh=mesh_of(4), in_specs=(P("data"), P("data"), specs), out_specs=P())
         return mapped(jnp.arctanh(image), jnp.arctanh(text), arguments)

@@ -40,5 +40,6 @@ class MlpConnector(nn.Module):
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(features.tokens)
+        real = jnp.where(features.mask[..., None], features.tokens, 0)
+        tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(real)
         return VisualTokens(tokens, features.mask)

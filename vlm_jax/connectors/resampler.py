@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from vlm_jax import axes
-from vlm_jax.budget import grid_of_size
+from vlm_jax.budget import grid_of_size, refuse
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense, named
 from vlm_jax.layers.norm import Norm
@@ -23,7 +24,7 @@ class Resampler(nn.Module):
     Attributes:
       features: the decoder's width D.
       num_queries: tokens given, solved from the budget.
-      num_heads: attention heads.
+      num_heads: attention heads; D // 128 when None, as Qwen-VL has them, and 1 at least.
       norm_epsilon: epsilon of both LayerNorms.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -33,7 +34,7 @@ class Resampler(nn.Module):
 
     features: int
     num_queries: int
-    num_heads: int
+    num_heads: int | None = None
     norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -46,7 +47,8 @@ class Resampler(nn.Module):
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
         """As many queries as tokens; every positive budget is feasible."""
-        del grid
+        if budget < 1:
+            raise refuse("resampler", budget, grid, [1], "it has one query at least")
         return {"num_queries": budget}
 
     def query_positions(self, grid: Grid) -> jnp.ndarray:
@@ -54,8 +56,11 @@ class Resampler(nn.Module):
         query_grid = grid_of_size(self.num_queries, (max(grid), max(grid)))
         if query_grid is not None:
             return jnp.asarray(sincos_2d(query_grid, self.features, table_grid=grid))
-        square = sincos_2d((self.num_queries, self.num_queries), self.features, table_grid=grid)
-        return jnp.asarray(square[:: self.num_queries + 1])
+        # The point i of the diagonal has the column of a row of points and the row of a column of them.
+        count, half = self.num_queries, self.features // 2
+        columns = sincos_2d((1, count), self.features, table_grid=grid)[:, :half]
+        rows = sincos_2d((count, 1), self.features, table_grid=grid)[:, half:]
+        return jnp.asarray(np.concatenate([columns, rows], axis=1))
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
@@ -64,14 +69,16 @@ class Resampler(nn.Module):
         batch = features.tokens.shape[0]
         init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
+        real = jnp.where(features.mask[..., None], features.tokens, 0)  # 0 times NaN would be NaN
         kv = Dense(self.features, (axes.CHANNELS_IN, axes.EMBED), use_bias=False, name="kv_proj", **settings)
-        kv = Norm("layer", self.norm_epsilon, name="kv_norm", **settings)(kv(features.tokens))
+        kv = Norm("layer", self.norm_epsilon, name="kv_norm", **settings)(kv(real))
         q = Norm("layer", self.norm_epsilon, name="query_norm", **settings)(queries[None])
         q = q + self.query_positions(features.grid).astype(self.dtype)[None]
         keys = kv + jnp.asarray(sincos_2d(features.grid, self.features)).astype(self.dtype)[None]
         query_segments = jnp.ones((batch, self.num_queries), jnp.int32)
         context = Context("full", query_segments, features.mask.astype(jnp.int32))
-        attention = MultiHeadAttention(self.num_heads, name="attention", **settings)
+        num_heads = self.num_heads or max(self.features // 128, 1)
+        attention = MultiHeadAttention(num_heads, name="attention", **settings)
         q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
         tokens, _ = attention(q, context, inputs_k=keys, inputs_v=kv)
         return VisualTokens(tokens, jnp.broadcast_to(features.mask.any(1, keepdims=True), tokens.shape[:2]))

@@ -51,6 +51,10 @@ def ask(task: str, page: Page, draws: Sequence[float], format_box: Callable[...,
     raise ValueError(f"no task '{task}'; there are {', '.join(TASKS)}")
 
 
-def digits_in_reading_order(page: Page) -> str:
-    """The page as text: its digits row by row, without any mark between."""
-    return "".join(map(str, page.classes.ravel().tolist()))
+def digits_in_reading_order(page: Page, scale: int = 1) -> str:
+    """The page as text: its digits row by row, without any mark between.
+
+    Every cell is written as a square of `scale` by `scale` times its digit, as a finer grid of
+    visual tokens would show it.
+    """
+    return "".join(map(str, page.classes.repeat(scale, 0).repeat(scale, 1).ravel().tolist()))

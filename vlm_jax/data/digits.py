@@ -39,6 +39,8 @@ class Digits:
       task_weights: how often each task is asked, relative to the others; a task without weight, or
         left out, is neither trained nor evaluated.
       turns_per_page: questions about one page, in training.
+      text_scales: sides of the square of letters that stands for a cell in `text_pages`, one drawn for
+        each page.
       evaluation_size: samples for each task (and pages of the stream `cells`) of the evaluation.
       augment: whether training pages are warped, paled and made noisy; test pages never are.
       variants: warped copies of every scan, with `augment`.
@@ -53,6 +55,7 @@ class Digits:
     max_digit: int = 12
     task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
     turns_per_page: int = 4
+    text_scales: tuple[int, ...] = (1,)
     evaluation_size: int = 128
     augment: bool = True
     variants: int = 8
@@ -66,8 +69,8 @@ class Digits:
 
     @property
     def context_length(self) -> int:
-        """Digits of a page, each a token of the text that stands for it."""
-        return self.rows * self.cols
+        """Most digits of the text that stands for a page, each a token."""
+        return self.rows * self.cols * max(self.text_scales) ** 2
 
     @property
     def cells(self) -> Grid:
@@ -84,6 +87,8 @@ class Digits:
             raise ConfigError(
                 "config.data.task_weights: no task has a weight; give one of " + ", ".join(TASKS)
             )
+        if not self.text_scales or min(self.text_scales) < 1:
+            raise ConfigError(f"config.data.text_scales: at least one, each 1 or more; got {self.text_scales}")
         for key in ("turns_per_page", "evaluation_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"config.data.{key}: at least 1 expected, got {getattr(self, key)}")
@@ -152,7 +157,9 @@ class DigitSource:
             places = rng.permutation((np.arange(turns) + rng.random()) / turns)
             chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
             questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
-            return self._sample(f"digits/train/{seed}/{index}", stream, page, questions)
+            scales = self.settings.text_scales
+            scale = scales[int(rng.random() * len(scales))]
+            return self._sample(f"digits/train/{seed}/{index}", stream, page, questions, scale)
 
         return grain.MapDataset.range(ENDLESS).map(element)
 
@@ -193,10 +200,10 @@ class DigitSource:
             )
         return tasks
 
-    def _sample(self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]]) -> Sample:
+    def _sample(self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int = 1) -> Sample:
         turns = tuple(ask(task, page, draws, self._tools.format_box) for task, draws in questions)
         if stream == "text_pages":
-            return Sample(name, images=(), turns=turns, context=digits_in_reading_order(page))
+            return Sample(name, images=(), turns=turns, context=digits_in_reading_order(page, scale))
         return Sample(name, images=(page.pixels,), turns=turns)
 
     def _cells(self, page: Page) -> CellBatch:

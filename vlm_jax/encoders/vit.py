@@ -1,58 +1,56 @@
 """The vision transformer: one module for every plain ViT, told apart by its fields."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.attention import Context
-from vlm_jax.layers.block import RematPolicy, TransformerStack
-from vlm_jax.layers.norm import Norm
+from vlm_jax.encoders.resnet_stem import ResNetStem
+from vlm_jax.encoders.trunk import Trunk
+from vlm_jax.layers.dense import named
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D, sincos_2d
+from vlm_jax.layers.resize import ResizeKind
 from vlm_jax.types import Grid, VisualFeatures
 
 
-class ViT(nn.Module):
-    """Patches, positions, `depth` pre-norm blocks, a final norm.
+class ViT(Trunk, kw_only=True):
+    """Patches, positions, `depth` pre-norm blocks, a final norm, and heads: see `Trunk` for its fields.
+
+    | model | fields |
+    |---|---|
+    | ViT (vision_transformer) | class_token, class_position, pooling `token`; `gap` without the class token |
+    | ViT (big_vision) | class_token, pooling `token`; or pooling `map` |
+    | CLIP | class_token, class_position, pre_norm, no patch_bias, `quick_gelu`, final_norm `pooled` |
+    | SigLIP, SigLIP 2 | pooling `map` |
+    | Qwen-VL | pre_norm, no patch_bias, final_norm `none`, position_interpolation `bicubic` |
 
     Attributes:
       image_size: (height, width) in pixels of training; the position table's size comes of it.
-      patch_size: side of a patch in pixels.
-      width: residual width D_v.
-      depth: number of blocks.
-      num_heads: attention heads.
-      mlp_dim: hidden width of the feed-forward.
-      position: `learned` or `sincos`; either is interpolated for another image size.
-      activation: a name of `layers.mlp.ACTIVATIONS`.
-      norm_epsilon: epsilon of every LayerNorm.
-      remat, unroll: as in `TransformerStack`.
-      dtype: dtype of the products.
-      param_dtype: dtype of the stored parameters.
+      patch_size: side of a patch in pixels, or in cells of the stem's map.
+      patch_bias: a bias on the patch embedding.
+      position: `learned`, `sincos` or `none`; the first two are interpolated for another image size.
+      position_interpolation: how a learned table is, a kind of `layers.resize`.
+      class_token: a learned token before the patches.
+      class_position: a row of the position table for the class token.
+      stem_layers: residual units in every stage of a ResNet in front of the patches (a hybrid; empty
+        for the root alone), or None.
+      stem_width: channels of that ResNet's root.
 
     Source: Dosovitskiy et al. 2021, section 3.1; big_vision, models/vit.py.
     """
 
     image_size: tuple[int, int]
     patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    position: Literal["learned", "sincos"] = "learned"
-    activation: str = "gelu_tanh"
-    norm_epsilon: float = 1e-6
-    remat: RematPolicy = "none"
-    unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @property
-    def features(self) -> int:
-        """Width D_v of the features."""
-        return self.width
+    patch_bias: bool = True
+    position: Literal["learned", "sincos", "none"] = "learned"
+    position_interpolation: ResizeKind = "bicubic_antialias"
+    class_token: bool = False
+    class_position: bool = False
+    stem_layers: tuple[int, ...] | None = None
+    stem_width: int = 64
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches of an image of `height` x `width` pixels; a rest is dropped.
@@ -60,40 +58,41 @@ class ViT(nn.Module):
         Raises:
           ValueError: not even one patch fits.
         """
-        grid = (height // self.patch_size, width // self.patch_size)
+        rows, cols = height, width
+        if self.stem_layers is not None:
+            rows, cols = ResNetStem(layers=self.stem_layers, width=self.stem_width, parent=None).grid(height, width)
+        grid = (rows // self.patch_size, cols // self.patch_size)
         if min(grid) < 1:
             raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}")
         return grid
 
     @nn.compact
-    def __call__(
-        self, images: Float[Array, "B height width channels"], *, collect: bool = False
-    ) -> VisualFeatures:
+    def __call__(self, images: Float[Array, "B height width channels"], *, collect: bool = False) -> VisualFeatures:
         """Encodes normalised pixels; `collect` also returns every block's input in `hidden`."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.class_position and not self.class_token:
+            raise ValueError("class_position is a place for the class token; set class_token too")
         grid = self.grid(*images.shape[1:3])
-        x = PatchEmbed(self.patch_size, self.width, name="patch_embed", **settings)(images)
+        x = images
+        if self.stem_layers is not None:
+            x = ResNetStem(layers=self.stem_layers, width=self.stem_width, name="stem", **settings)(x)
+        x = PatchEmbed(self.patch_size, self.width, self.patch_bias, name="patch_embed", **settings)(x)
         table_grid = self.grid(*self.image_size)
         if self.position == "learned":
-            positions = LearnedPositions2D(table_grid, self.width, self.param_dtype, name="positions")(grid)
-        else:
-            positions = jnp.asarray(sincos_2d(grid, self.width, table_grid=table_grid))
-        x = x + positions.astype(self.dtype)[None]
-        x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
-        stack = TransformerStack(
-            self.depth,
-            {
-                "num_heads": self.num_heads,
-                "mlp_dim": self.mlp_dim,
-                "activation": self.activation,
-                "norm": "layer",
-                "norm_epsilon": self.norm_epsilon,
-                **settings,
-            },
-            remat=self.remat,
-            unroll=self.unroll,
-            name="blocks",
-        )
-        x, _, hidden = stack(x, Context("full"), collect=collect)
-        x = Norm("layer", self.norm_epsilon, name="final_norm", **settings)(x)
-        return VisualFeatures(x, jnp.ones(x.shape[:2], bool), grid, hidden=hidden)
+            table = LearnedPositions2D(
+                table_grid, self.width, self.param_dtype, self.position_interpolation, name="positions"
+            )
+            x = x + table(grid).astype(self.dtype)[None]
+        elif self.position == "sincos":
+            x = x + jnp.asarray(sincos_2d(grid, self.width, table_grid=table_grid)).astype(self.dtype)[None]
+        if self.class_token:
+            x = jnp.concatenate([self._class_token(x.shape[0]), x], axis=1)
+        return self.encode(x, grid, None, num_prefix=int(self.class_token), collect=collect)
+
+    def _class_token(self, batch: int) -> Float[Array, "B 1 D"]:
+        """The class token with its position; the two are apart, since other loaders keep them apart."""
+        init = named(nn.initializers.normal(0.02), axes.POSITION, axes.EMBED)
+        token = self.param("class_token", init, (1, self.width), self.param_dtype)
+        if self.class_position:
+            token = token + self.param("class_position", init, (1, self.width), self.param_dtype)
+        return jnp.broadcast_to(token.astype(self.dtype)[None], (batch, 1, self.width))

@@ -18,6 +18,17 @@ MIN_IOU = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """`config.evaluation`.
+
+    Attributes:
+      batch_size: prompts that are answered together.
+    """
+
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
     """One sample, what the model said, and whether it counts as right."""
 

@@ -78,13 +78,15 @@ def allowed(
     return mask
 
 
-def choose_implementation(query: jax.Array, key: jax.Array, context: Context) -> Implementation:
-    """The implementation for the default platform; see the module's table."""
+def choose_implementation(
+    query: jax.Array, key: jax.Array, context: Context, *, biased: bool = False
+) -> Implementation:
+    """The implementation for the default platform; see the module's table. Splash takes no bias."""
     platform = jax.default_backend()
     if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0:
         return "cudnn"
     tiled = query.shape[1] % _SPLASH_TILE == 0 and key.shape[1] % _SPLASH_TILE == 0
-    if platform == "tpu" and tiled and context.offset is None and context.branches is None:
+    if platform == "tpu" and tiled and context.offset is None and context.branches is None and not biased:
         return "splash"
     return "xla"
 
@@ -95,6 +97,7 @@ def attention(
     value: Float[Array, "B S K H"],
     context: Context,
     *,
+    bias: Float[Array, "B Q T S"] | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T Q H"]:
@@ -105,6 +108,7 @@ def attention(
       key: keys; K divides Q.
       value: values.
       context: mask kind, segment ids and offset.
+      bias: added to the scaled logits, as relative positions are.
       scale: factor of the logits; H ** -0.5 when None.
       implementation: forces one; chosen by platform when None.
 
@@ -115,23 +119,29 @@ def attention(
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    implementation = implementation or choose_implementation(query, key, context)
+    implementation = implementation or choose_implementation(query, key, context, biased=bias is not None)
     if implementation == "splash":
+        if bias is not None:
+            raise ValueError("the splash kernel takes no bias; leave the implementation to be chosen")
         return _splash(query, key, value, context, scale)
     mask = allowed(context, query.shape[1], key.shape[1])
     if implementation == "cudnn":
+        mask = None if mask is None else mask[:, None]
+        bias = None if bias is None else bias.astype(query.dtype)
         return jax.nn.dot_product_attention(
-            query, key, value, mask=None if mask is None else mask[:, None], scale=scale, implementation="cudnn"
+            query, key, value, bias, mask, scale=scale, implementation="cudnn"
         )
-    return _xla(query, key, value, mask, scale)
+    return _xla(query, key, value, mask, bias, scale)
 
 
-def _xla(query, key, value, mask, scale):
+def _xla(query, key, value, mask, bias, scale):
     batch, length, heads, dim = query.shape
     groups = heads // key.shape[2]
     grouped = query.reshape(batch, length, key.shape[2], groups, dim)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped * jnp.asarray(scale, query.dtype), key)
     logits = logits.astype(jnp.float32)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32).reshape(logits.shape)
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -10,6 +9,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import named
+from vlm_jax.layers.resize import ResizeKind, resize
 from vlm_jax.types import Grid
 
 
@@ -43,17 +43,19 @@ def sincos_2d(grid: Grid, dim: int, *, table_grid: Grid | None = None, temperatu
 
 
 class LearnedPositions2D(nn.Module):
-    """A learned table over `table_grid`, resized bicubically (antialiased) to any other grid.
+    """A learned table over `table_grid`, interpolated to any other grid.
 
     Attributes:
       table_grid: rows and columns of the table as trained.
       features: width.
       param_dtype: dtype of the stored table.
+      interpolation: how, a kind of `layers.resize`.
     """
 
     table_grid: Grid
     features: int
     param_dtype: Any = jnp.float32
+    interpolation: ResizeKind = "bicubic_antialias"
 
     @nn.compact
     def __call__(self, grid: Grid) -> Float[Array, "N D"]:
@@ -63,4 +65,4 @@ class LearnedPositions2D(nn.Module):
         if grid == self.table_grid:
             return table
         square = table.astype(jnp.float32).reshape(rows, cols, self.features)
-        return jax.image.resize(square, (*grid, self.features), "bicubic").reshape(-1, self.features)
+        return resize(square, grid, self.interpolation).reshape(-1, self.features)

@@ -10,10 +10,11 @@ from vlm_jax.types import Grid
 
 
 class CellReader(nn.Module):
-    """Averages the features of every cell; two linear heads give its class and its box.
+    """Two linear heads on every feature give the class and the box of the cell that it lies in.
 
     Dense supervision teaches an encoder to read and to locate much faster than answers do, so
-    it comes first where no released weights are loaded.
+    it comes first where no released weights are loaded. Each feature answers by itself, so that
+    each is worth a visual token, averaged with its neighbours or not.
 
     Attributes:
       encoder: an entry of `encoders.ENCODERS`, whose grid the cells divide.
@@ -31,8 +32,10 @@ class CellReader(nn.Module):
 
     def __call__(
         self, images: Float[Array, "B height width channels"]
-    ) -> tuple[Float[Array, "B R C K"], Float[Array, "B R C 4"]]:
+    ) -> tuple[Float[Array, "B R C F K"], Float[Array, "B R C F 4"]]:
         """Class logits, and (left, top, right, bottom) as fractions of the page; float32.
+
+        F features lie in every cell.
 
         Raises:
           ValueError: the cells do not divide the encoder's grid.
@@ -42,5 +45,6 @@ class CellReader(nn.Module):
         if rows % cell_rows or cols % cell_cols:
             raise ValueError(f"{cell_rows}x{cell_cols} cells do not divide the encoder's {rows}x{cols} grid")
         shape = (-1, cell_rows, rows // cell_rows, cell_cols, cols // cell_cols, features.tokens.shape[-1])
-        cells = features.tokens.reshape(shape).mean((2, 4))
+        cells = features.tokens.reshape(shape).transpose(0, 1, 3, 2, 4, 5)
+        cells = cells.reshape(*cells.shape[:3], -1, cells.shape[-1])
         return self.classes(cells).astype(jnp.float32), self.boxes(cells).astype(jnp.float32)

@@ -204,7 +204,7 @@ class Trainer:
         if self._init_from is not None:
             shapes = abstract(self._boxed, self.mesh)
             params |= read_parts(self._init_from, {part: shapes[part] for part in ("encoder", "decoder")})
-        return self._enter(span, TrainState(np.int32(0), params, None))
+        return self._enter(span, TrainState(np.zeros((), np.int32), params, None))
 
     def _enter(self, span: Span, state: TrainState) -> TrainState:
         """The state at the start of a stage: the same parameters, a fresh optimizer."""
@@ -216,7 +216,7 @@ class Trainer:
             return dataclasses.replace(init_boxed(params, tx, trained), step=step)
 
         with use_mesh(self.mesh):
-            return jax.jit(fresh, out_shardings=out, donate_argnums=1)(np.int32(span.start), state.params)
+            return jax.jit(fresh, out_shardings=out, donate_argnums=1)(np.full((), span.start, np.int32), state.params)
 
     def _abstract_state(self, span: Span) -> TrainState:
         tx, trained = self._tx(span), tuple(span.stage.learning_rates)

@@ -43,8 +43,9 @@ def read_cells(system: System) -> Objective:
         del key
         variables = {"params": {"encoder": params["encoder"], **params["cell_head"]}}
         logits, boxes = system.cell_reader.apply(variables, batch.images[:, 0])
-        value, accuracy = cross_entropy(logits, batch.classes, jnp.ones(batch.classes.shape))
-        distance = jnp.abs(boxes - batch.boxes).sum(-1).mean()
+        classes = jnp.broadcast_to(batch.classes[..., None], logits.shape[:-1])
+        value, accuracy = cross_entropy(logits, classes, jnp.ones(classes.shape))
+        distance = jnp.abs(boxes - batch.boxes[..., None, :]).sum(-1).mean()
         return value + BOX_WEIGHT * distance, {"accuracy": accuracy, "box_l1": distance}
 
     return loss

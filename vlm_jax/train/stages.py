@@ -1,7 +1,6 @@
 """Stages of a run: what is learned, from which stream, by which parts of the model."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
@@ -39,7 +38,7 @@ class Span:
     stop: int
 
 
-def parse_schedule(schedule: tuple[str, ...], stages: Mapping[str, Any]) -> tuple[Span, ...]:
+def parse_schedule(schedule: tuple[str, ...], stages: Any) -> tuple[Span, ...]:
     """The stages in the order of `config.schedule`, with the steps that each covers.
 
     Args:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from vlm_jax.sharding.rules import shardings
-from vlm_jax.types import struct
+from vlm_jax.types import Array, struct
 
 Params = dict[str, Any]  # {part: its parameters}
 

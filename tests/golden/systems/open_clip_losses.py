@@ -25,7 +25,7 @@ Outputs = dict[str, Any]
 
 
 def _gradients(prefix: str, names: list[str], loss: Callable[..., Any], *arguments: Any) -> Outputs:
-    grads = jax.grad(loss, argnums=tuple(range(len(arguments))))(*arguments)
+    grads = jax.jit(jax.grad(loss, argnums=tuple(range(len(arguments)))))(*arguments)
     return {f"{prefix}_grad_{name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
@@ -40,7 +40,7 @@ def _teacher(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
 def _full_batch(inputs: dict[str, np.ndarray]) -> Outputs:
     features = (jnp.asarray(inputs["img"]), jnp.asarray(inputs["txt"]))
     scale, sigmoid_scale, bias = (jnp.asarray(inputs[name]) for name in ("scale", "sscale", "bias"))
-    block_size = len(inputs["img"]) // 2 - 1 or 1  # several tiles and, as a rule, a rest
+    block_size = max(len(inputs["img"]) // 2 - 1, 1)  # several tiles and, as a rule, a rest
 
     def distill(image, text, scale):
         return distillation_loss(image, text, scale=scale, block_size=block_size, **_teacher(inputs))
@@ -99,7 +99,7 @@ def _gathering_ranks(
             own, first = every, 0
         return jnp.stack(objective.full(own, every, scalars, first))[None]
 
-    ranks = jax.shard_map(rank, mesh=_ranks(world), in_specs=P("rank"), out_specs=P("rank"))
+    ranks = jax.jit(jax.shard_map(rank, mesh=_ranks(world), in_specs=P("rank"), out_specs=P("rank")))
     arguments = (inputs["img"], inputs["txt"], jnp.full(world, inputs["scale"]))
     losses = ranks(*arguments, teacher)
     prefix = f"{kind}_local{local:d}_grad{with_grad:d}"

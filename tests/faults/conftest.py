@@ -1,0 +1,47 @@
+"""Real processes: the command line in a process of its own, to be killed."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = pathlib.Path(__file__).parent / "tiny.py"
+
+
+class Command:
+    """`python -m vlm_jax.cli.train` on the tiny config, with one device and a shared program cache."""
+
+    def __init__(self, cache: pathlib.Path):
+        self._cache = cache
+
+    def start(self, workdir, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
+        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-m", "vlm_jax.cli.train", f"--config={CONFIG}", f"--workdir={workdir}"]
+        words += [f"--compilation_cache={self._cache}", *arguments]
+        return subprocess.Popen(
+            [*prefix, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, workdir, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
+        """(exit status, what went to standard error)."""
+        process = self.start(workdir, *arguments, prefix=prefix)
+        _, errors = process.communicate(timeout=300)
+        return process.returncode, errors
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory) -> Command:
+    return Command(tmp_path_factory.mktemp("programs"))
+
+
+def wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+    """Returns when `metrics.jsonl` has the step's line."""
+    path = workdir / "metrics.jsonl"
+    while not (path.exists() and f'"step": {step},' in path.read_text()):
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended with {process.returncode} before step {step}: {process.communicate()[1]}")
+        time.sleep(0.02)

@@ -1,0 +1,28 @@
+"""A disk that fills up while a run saves: a file system of a few hundred kilobytes."""
+
+import json
+
+# A mount of its own for the one process, so that nothing is left behind.
+SMALL_DISK = ("unshare", "--map-root-user", "--mount", "sh", "-c")
+
+
+def test_a_full_disk_is_explained_and_the_run_goes_on_when_there_is_space(command, tmp_path):
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    kept.mkdir()
+    # What the disk holds in the end is copied out before the mount is gone.
+    script = (
+        f'mount -t tmpfs -o size=600k tmpfs "{disk}" && "$@"; status=$?; cp -r "{disk}/." "{kept}"; exit $status'
+    )
+    status, errors = command.finish(disk / "run", prefix=(*SMALL_DISK, script, "sh"))
+    assert status == 1, errors
+    assert "No space left on device" in errors
+    assert "free space" in errors
+    assert "Traceback" not in errors
+    numbered = [path for path in (kept / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert all((path / "_CHECKPOINT_METADATA").exists() for path in numbered)  # whole ones only
+
+    status, errors = command.finish(kept / "run")  # the same folder, where there is space
+    assert status == 0, errors
+    lines = [json.loads(line) for line in (kept / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 125))

@@ -1,0 +1,43 @@
+"""SIGTERM and SIGKILL, sent to a real process at whatever it is doing."""
+
+import json
+import signal
+
+from tests.faults.conftest import wait_for_step
+
+
+def curve(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["stage"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_a_run_that_was_terminated_and_killed_gives_the_same_curve(command, tmp_path):
+    status, errors = command.finish(tmp_path / "whole")
+    assert status == 0, errors
+    whole = curve(tmp_path / "whole")
+    assert [step for step, *_ in whole] == list(range(1, 125))
+
+    broken = tmp_path / "broken"
+    process = command.start(broken)
+    wait_for_step(broken, 10, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "stopped by SIGTERM and saved at step" in errors and "the same command goes on" in errors
+    stopped_at = curve(broken)[-1][0]
+    assert 10 <= stopped_at < 124
+    assert (broken / "checkpoints" / str(stopped_at)).is_dir()
+
+    process = command.start(broken)
+    wait_for_step(broken, min(stopped_at + 30, 123), process)
+    process.kill()
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    assert len(curve(broken)) < 124 or not (broken / "evaluation.json").exists()
+
+    status, errors = command.finish(broken)
+    assert status == 0, errors
+    assert curve(broken) == whole
+    assert json.loads((broken / "evaluation.json").read_text()) == json.loads(
+        (tmp_path / "whole" / "evaluation.json").read_text()
+    )

@@ -1,0 +1,35 @@
+"""Interpolation beside torch's own, on odd sizes up and down."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from vlm_jax.layers.resize import resize, resize_axis
+
+SIZES = [((7, 9), (5, 12)), ((12, 10), (3, 4)), ((3, 4), (11, 8)), ((15, 15), (96, 96)), ((1, 2), (3, 5))]
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area"])
+@pytest.mark.parametrize(("before", "after"), SIZES)
+def test_two_axes_as_torch(kind, before, after):
+    x = np.random.default_rng(0).normal(size=(2, *before, 3)).astype(np.float32)
+    mode, _, antialias = kind.partition("_")
+    extra = {} if mode == "area" else {"align_corners": False, "antialias": bool(antialias)}
+    expected = functional.interpolate(torch.from_numpy(x.transpose(0, 3, 1, 2)), size=after, mode=mode, **extra)
+    np.testing.assert_allclose(resize(x, after, kind), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(7, 13), (13, 7), (3, 27)])
+def test_one_axis_as_torch(before, after):
+    x = np.random.default_rng(0).normal(size=(before, 4)).astype(np.float32)
+    expected = functional.interpolate(torch.from_numpy(x.T[None]), size=after, mode="linear")[0].numpy().T
+    np.testing.assert_allclose(resize_axis(x, 0, after, "bilinear"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 7), (7, 4), (2, 9)])
+def test_corner_linear_is_torch_with_aligned_corners(before, after):
+    """And so scipy's zoom of order 1, whose first and last samples stay in place."""
+    x = np.random.default_rng(0).normal(size=(before, 4)).astype(np.float32)
+    expected = functional.interpolate(torch.from_numpy(x.T[None]), size=after, mode="linear", align_corners=True)
+    np.testing.assert_allclose(resize_axis(x, 0, after, "corner_linear"), expected[0].numpy().T, atol=1e-5)

@@ -1,0 +1,183 @@
+"""The loop against itself on another mesh, interrupted, and stage by stage."""
+
+import copy
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from vlm_jax.build import build
+from vlm_jax.checkpoints.orbax import CheckpointError
+from vlm_jax.config import ConfigError
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.train.loop import Diverged, Interrupted, Trainer
+from vlm_jax.train.workdir import read_lines
+
+
+def losses(workdir) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_lines(epath.Path(workdir) / "metrics.jsonl")}
+
+
+def train(config, mesh, workdir, **settings):
+    return Trainer(config, build(config), mesh, workdir, **settings).run()
+
+
+def test_sharded_losses_equal_those_of_one_device(config, one_device, tmp_path):
+    with config.unlocked():
+        config.schedule = ("answering",)
+        del config.stages["seeing"]
+        config.stages.answering.steps = 20
+        config.stages.answering.learning_rates = {"encoder": 1e-3, "connector": 2e-3, "decoder": 1e-3}
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    outcome = train(config, mesh, tmp_path / "eight")
+    kernel = outcome.params["decoder"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.shape == (2, 16, 32)
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 8, 16)  # embed over fsdp, mlp over tensor
+    train(config, one_device, tmp_path / "one")
+    eight, one = losses(tmp_path / "eight"), losses(tmp_path / "one")
+    assert sorted(eight) == sorted(one) == list(range(1, 21))
+    np.testing.assert_allclose([eight[s] for s in one], [one[s] for s in one], atol=1e-4)
+    assert one[20] < one[1]
+
+
+def test_a_frozen_part_stays_and_a_trained_one_moves(config, one_device, tmp_path):
+    first = copy.deepcopy(config)
+    with first.unlocked():
+        first.schedule = ("seeing",)
+        del first.stages["answering"]
+    after_first = train(first, one_device, tmp_path / "first").params
+    after_both = train(config, one_device, tmp_path / "both").params
+    for part, moved in (("encoder", False), ("cell_head", False), ("connector", True), ("decoder", True)):
+        pairs = zip(jax.tree.leaves(after_first[part]), jax.tree.leaves(after_both[part]), strict=True)
+        same = [bool(np.array_equal(a, b)) for a, b in pairs]
+        # Biases of keys have no gradient but the softmax's rounding, so not every leaf must move.
+        assert all(same) if not moved else sum(same) == 0, (part, same)
+
+
+def test_a_run_stopped_by_sigterm_goes_on_to_the_same_losses(config, one_device, tmp_path):
+    train(config, one_device, tmp_path / "whole")
+    stops = iter([3, 4, 7])  # inside the first stage, at its end, inside the second
+    stop = next(stops)
+
+    def terminate(step, steps, metrics):
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for _ in range(3):
+        with pytest.raises(Interrupted, match="saved at step"):
+            train(config, one_device, tmp_path / "stopped", progress=terminate)
+        stop = next(stops, None)
+    train(config, one_device, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert sorted(losses(tmp_path / "whole")) == list(range(1, 13))
+
+
+def test_lines_after_the_checkpoint_are_taken_again_once(config, one_device, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(step, steps, metrics):
+        if step == 9:  # checkpoints stand at 5 and 4
+            raise Killed
+
+    train(config, one_device, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(config, one_device, tmp_path / "killed", progress=kill)
+    assert sorted(losses(tmp_path / "killed")) == list(range(1, 10))
+    train(config, one_device, tmp_path / "killed")
+    lines = read_lines(epath.Path(tmp_path / "killed" / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_again(config, one_device, tmp_path):
+    first = train(config, one_device, tmp_path)
+    written = (tmp_path / "metrics.jsonl").read_text()
+    second = train(config, one_device, tmp_path)
+    assert second.step_seconds is None and first.step_seconds is not None
+    assert (tmp_path / "metrics.jsonl").read_text() == written
+    for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_init_from_takes_encoder_and_decoder_and_draws_the_rest(config, one_device, tmp_path):
+    source = train(config, one_device, tmp_path / "source").params
+    other = copy.deepcopy(config)
+    with other.unlocked():
+        other.seed = 7
+    trainer = Trainer(other, build(other), one_device, tmp_path / "x", init_from=tmp_path / "source" / "checkpoints")
+    start = trainer._first_state(trainer._spans[0]).params
+    for part, same in (("encoder", True), ("decoder", True), ("connector", False)):
+        kernels = [
+            (a, b)
+            for a, b in zip(jax.tree.leaves(source[part]), jax.tree.leaves(start[part]), strict=True)
+            if a.ndim > 1
+        ]
+        assert all(bool(np.array_equal(a, b)) is same for a, b in kernels), part
+
+
+def test_a_workdir_of_another_config_is_refused_by_key(config, one_device, tmp_path):
+    Trainer(config, build(config), one_device, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_text()
+    with config.unlocked():
+        config.optimizer.b2 = 0.9
+    with pytest.raises(ConfigError, match=r"made by another config(.|\n)*config\.optimizer\.b2: 0\.95 here, 0\.9 there"):
+        Trainer(config, build(config), one_device, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    with pytest.raises(ConfigError, match="no run made it"):
+        Trainer(config, build(config), one_device, tmp_path / "mine")
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_on(config, one_device, tmp_path):
+    train(config, one_device, tmp_path)
+    checkpoints = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert checkpoints == [10, 12]
+    files = [path for path in (tmp_path / "checkpoints" / "12").rglob("*") if path.is_file()]
+    for path in files:
+        if path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"checkpoint 12 .*Delete the folder .*12 .*goes on from checkpoint 10"):
+        train(config, one_device, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(config, one_device, tmp_path):
+    with config.unlocked():
+        config.processor.std = (1e-38,)  # pixels overflow
+    with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step 1 \(stage seeing\)"):
+        train(config, one_device, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": ("seeing", "answer")}, r"config\.schedule: no stage 'answer' .*did you mean 'answering'"),
+        ({"schedule": ("seeing",)}, r"config\.stages\.answering: unknown or unused key"),
+        ({"stages.seeing.objective": "read_cell"}, r"stages\.seeing\.objective: none 'read_cell'.*'read_cells'"),
+        ({"stages.answering.stream": "question"}, r"stages\.answering\.stream: none 'question'.*'questions'"),
+        ({"stages.answering.stream": "cells"}, "go together"),
+        ({"stages.answering.learning_rates": {"conector": 1.0}}, r"learning_rates\.conector.*'connector'"),
+        ({"stages.answering.learning_rates": {}}, "no part is trained"),
+        ({"stages.answering.warmup_steps": 8}, "8 is not shorter than 8 steps"),
+        ({"stages.answering.batch": 8}, r"config\.stages\.answering\.batch: unknown.*'batch_size'"),
+        ({"loop.save_evry": 8}, r"config\.loop\.save_evry: unknown or unused key; did you mean 'save_every'"),
+        ({"optimizer.b1": "high"}, r"config\.optimizer\.b1: expected float, got 'high'"),
+    ],
+)
+def test_a_stage_that_cannot_be_run_is_refused_before_anything_is_written(
+    config, one_device, tmp_path, change, message
+):
+    with config.unlocked(), config.ignore_type():
+        for path, value in change.items():
+            *sections, key = path.split(".")
+            section = config
+            for name in sections:
+                section = section[name]
+            section[key] = value
+    with pytest.raises(ConfigError, match=message):
+        Trainer(config, build(config), one_device, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,198 @@
+"""Reads out of a vision transformer what it holds and computes, by way of the modules that it runs.
+
+Nothing here repeats the model's arithmetic. Modules are found by their class while the encoder is
+traced (`flax.linen.intercept_methods`), so any encoder made of `PatchEmbed`, `MultiHeadAttention` and
+`TransformerStack` can be read, whatever its fields are and wherever it keeps its parameters.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jaxtyping import Float
+
+from vlm_jax.layers.attention import MultiHeadAttention
+from vlm_jax.layers.block import TransformerStack
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.patch_embed import PatchEmbed
+from vlm_jax.layers.position_embedding import LearnedPositions2D
+from vlm_jax.types import Array
+
+_WEIGHTS = "attention_weights"
+_PATCHES = "patches"
+_STACK_INPUT = "stack_input"
+
+
+class _Called(NamedTuple):
+    module: nn.Module  # unbound
+    path: tuple[str, ...]
+    args: tuple
+
+
+def attention_weights(
+    vit: nn.Module, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
+) -> Float[Array, "L B heads T T"]:
+    """Softmax weights of every self-attention layer, float32; rows are queries and sum to 1.
+
+    Attention is linear in its values, so the model's own attention is run once more with unit vectors
+    for values and without its output projection: what comes out is its weights, after its norms,
+    positions, mask and scale.
+
+    Args:
+      vit: an encoder whose depth is one `TransformerStack`; class or register tokens may stand before
+        its patches.
+      params: its parameters, boxed or not.
+      images: normalised pixels.
+
+    Raises:
+      ValueError: the encoder has no self-attention, or several stacks of it.
+    """
+    sown = _sown(vit, nn.meta.unbox(params), images, _sow_weights)
+    found = {path[:-1]: value for path, value in sown.items() if path[-1] == _WEIGHTS}
+    if len(found) != 1 or next(iter(found.values())).ndim != 5:
+        layers = ", ".join("/".join(path) for path in found) or "none"
+        raise ValueError(
+            f"{type(vit).__name__}: expected the self-attention of one TransformerStack, found {layers}"
+        )
+    return next(iter(found.values()))
+
+
+def _sow_weights(
+    next_fun: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
+) -> Any:
+    module, result = context.module, next_fun(*args, **kwargs)
+    is_attention = isinstance(module, MultiHeadAttention) and context.method_name == "__call__"
+    # The copy that is run below has no path; cross-attention (of a pooling head) is not asked for.
+    if not is_attention or not module.path or kwargs.get("inputs_k") is not None:
+        return result
+    alone, variables = module.clone(parent=None), {"params": module.variables["params"]}
+    length, heads = args[0].shape[1], module.num_heads
+    head_dim = module.head_dim or args[0].shape[-1] // heads
+    columns = []
+    for start in range(0, length, head_dim):  # as many keys at a time as a value has entries
+        with nn.intercept_methods(_unit_values(start, head_dim)):
+            read, _ = alone.apply(variables, *args, **kwargs)
+        columns.append(read.reshape(-1, length, heads, head_dim))
+    weights = jnp.concatenate(columns, axis=-1)[..., :length].transpose(0, 2, 1, 3)
+    module.sow("intermediates", _WEIGHTS, weights.astype(jnp.float32))
+    return result
+
+
+def _unit_values(start: int, head_dim: int) -> Callable[..., Any]:
+    """Makes the value of key start + i the unit vector i, and the output projection the identity."""
+
+    def intercept(next_fun, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, Dense) or module.name not in ("value", "out"):
+            return next_fun(*args, **kwargs)
+        if module.name == "out":
+            return args[0]
+        value = next_fun(*args, **kwargs)
+        units = jnp.eye(value.shape[1], head_dim, -start, value.dtype)
+        return jnp.broadcast_to(jnp.tile(units, value.shape[-1] // head_dim)[None], value.shape)
+
+    return intercept
+
+
+def patch_filters(
+    vit: nn.Module, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
+) -> Float[Array, "p p c D"]:
+    """The kernel of the patch embedding: D filters of p x p pixels and c channels.
+
+    Raises:
+      ValueError: the encoder has no `PatchEmbed`, or several.
+    """
+    found = _calls(vit, params, images, PatchEmbed)
+    if len(found) != 1:
+        raise ValueError(f"{type(vit).__name__}: expected one PatchEmbed, found {len(found)}")
+    return jnp.asarray(_subtree(params, found[0].path)["kernel"])
+
+
+def position_embeddings(
+    vit: nn.Module, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
+) -> Float[Array, "R C D"] | None:
+    """What the encoder adds to the patches of such images for their places, class token left out.
+
+    A learned table is read as it is, or as it is interpolated to the images' grid. Other embeddings
+    are measured: the input of the blocks less the patch embeddings.
+
+    Returns:
+      Embeddings by row and column; None where nothing is added that is the same for every image (as
+      with rotary positions alone).
+    """
+    params = nn.meta.unbox(params)
+    rows, cols = jax.eval_shape(lambda x: vit.apply({"params": params}, x), images).grid
+    learned = _calls(vit, params, images, LearnedPositions2D)
+    if learned:
+        module, path, args = learned[0]
+        table = module.apply({"params": _subtree(params, path)}, *args)
+        return jnp.asarray(table).reshape(rows, cols, -1)
+    added = _added_to_patches(vit, params, jnp.concatenate([jnp.zeros_like(images[:1]), images]))
+    if added is None:
+        return None
+    size = jnp.abs(added).max()
+    # Differences of numbers of a few units carry their rounding.
+    tolerance = 64 * jnp.finfo(getattr(vit, "dtype", jnp.float32)).eps * jnp.maximum(size, 1.0)
+    if size == 0 or jnp.ptp(added, axis=0).max() > tolerance:
+        return None
+    return added[0].reshape(rows, cols, -1)
+
+
+def _added_to_patches(vit: nn.Module, params: Any, images: jax.Array) -> jax.Array | None:
+    """[B, N, D] float32: inputs of the blocks less patch embeddings; None without one of each."""
+
+    def sow(next_fun, args, kwargs, context):
+        module, result = context.module, next_fun(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(module, PatchEmbed):
+            module.sow("intermediates", _PATCHES, result)
+        if context.method_name == "__call__" and isinstance(module, TransformerStack):
+            module.sow("intermediates", _STACK_INPUT, args[0])
+        return result
+
+    sown = _sown(vit, params, images, sow)
+    patches, inputs = (
+        [value for path, value in sown.items() if path[-1] == name] for name in (_PATCHES, _STACK_INPUT)
+    )
+    if len(patches) != 1 or len(inputs) != 1:
+        return None
+    count = patches[0].shape[1]
+    return inputs[0][:, -count:].astype(jnp.float32) - patches[0].astype(jnp.float32)
+
+
+def _sown(vit: nn.Module, params: Any, images: Any, interceptor: Callable[..., Any]) -> dict[Any, jax.Array]:
+    """What an interceptor sows while the encoder runs, by path."""
+
+    @jax.jit
+    def run(params, images):
+        with nn.intercept_methods(interceptor):
+            return vit.apply({"params": params}, images, mutable=["intermediates"])[1]
+
+    intermediates: Any = flatten_dict(dict(run(params, images).get("intermediates", {})))
+    return {path: value for path, (value,) in intermediates.items()}
+
+
+def _calls(vit: nn.Module, params: Mapping[str, Any], images: Any, kind: type[nn.Module]) -> list[_Called]:
+    """Every call of a module of `kind`, in order, without computing anything."""
+    found = []
+
+    def record(next_fun, args, kwargs, context):
+        if isinstance(context.module, kind) and context.method_name == "__call__":
+            found.append(_Called(context.module.clone(parent=None), context.module.path, args))
+        return next_fun(*args, **kwargs)
+
+    def run(params, images):
+        with nn.intercept_methods(record):
+            return vit.apply({"params": params}, images)
+
+    jax.eval_shape(run, nn.meta.unbox(params), images)
+    return found
+
+
+def _subtree(params: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
+    tree = nn.meta.unbox(params)
+    for name in path:
+        tree = tree[name]
+    return tree

@@ -1,0 +1,169 @@
+"""Which patches every visual token reads, for any connector and any reducer before it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Float, UInt8
+from matplotlib.figure import Figure
+
+from vlm_jax.types import Array, Grid, VisualFeatures, VisualTokens
+
+Connect = Callable[[VisualFeatures], VisualTokens]
+
+
+def connection(
+    connector: nn.Module,
+    params: Mapping[str, Any],
+    reducer: nn.Module | None = None,
+    reducer_params: Mapping[str, Any] | None = None,
+) -> Connect:
+    """The deterministic path from features to tokens, by way of a reducer where there is one."""
+
+    def connect(features: VisualFeatures) -> VisualTokens:
+        if reducer is not None:
+            reduced = reducer.apply({"params": reducer_params or {}}, features, deterministic=True)
+            features = cast(VisualFeatures, reduced)
+        return cast(VisualTokens, connector.apply({"params": params}, features, deterministic=True))
+
+    return connect
+
+
+def token_maps(
+    connect: Connect,
+    features: VisualFeatures,
+    *,
+    num_projections: int | None = None,
+    seed: int = 0,
+    tokens_at_once: int = 8,
+) -> Float[Array, "B M N"]:
+    """The share of each feature n in what moves each token m.
+
+    The influence of n on m is the Frobenius norm of the Jacobian d token_m / d feature_n [D, D_v] at
+    these features; a row of influences is divided by its sum. So a token that is a fixed linear map of
+    a weighted mean of features shows the weights. What a connector or reducer chooses (features kept,
+    dropped or merged) counts as fixed, since a choice has no derivative.
+
+    A random projection: the squared norm of a block is the sum of the squared norms of its products
+    with any orthonormal basis of the D outputs. Over P of them drawn at random, times D / P, its
+    expectation is the same; shares of their roots are off by order 1 / P, and by nothing at P = D.
+
+    Args:
+      connect: features in, tokens out, as `connection` gives it; no image changes another's tokens.
+      features: of one or several images; `hidden` and `pooled` are held fixed.
+      num_projections: P, 1 to D; None computes all D outputs. Each costs one backward pass a token.
+      seed: of the projections.
+      tokens_at_once: backward passes that run side by side; memory grows with it.
+
+    Returns:
+      float32, each row the map of one token, which sums to 1; 0 for a masked token, for one that
+      depends on no feature, and for a feature that changes no token.
+
+    Raises:
+      ValueError: num_projections is out of range.
+
+    Source: Luo et al. 2016 (effective receptive fields), section 2, who take the derivative of an
+    output by an input as its influence; here of vectors by vectors, hence the norm. Hutchinson 1990
+    for the estimate, with orthonormal in place of independent directions.
+    """
+    width = jax.eval_shape(connect, features).tokens.shape[-1]
+    if num_projections is None:
+        directions = jnp.eye(width)
+    elif 1 <= num_projections <= width:
+        drawn = jax.random.normal(jax.random.key(seed), (width, num_projections))
+        directions = jnp.linalg.qr(drawn)[0].T * (width / num_projections) ** 0.5
+    else:
+        raise ValueError(
+            f"expected 1 to {width} projections of tokens of width {width}, got {num_projections}"
+        )
+
+    @jax.jit
+    def run(features: VisualFeatures, directions: jax.Array) -> jax.Array:
+        def forward(tokens):
+            result = connect(dataclasses.replace(features, tokens=tokens))
+            return result.tokens, result.mask
+
+        tokens, pull, mask = jax.vjp(forward, features.tokens, has_aux=True)
+
+        def squared_norms(token):
+            def add(total, direction):
+                here = jax.nn.one_hot(token, tokens.shape[1])[None, :, None] * direction[None, None, :]
+                (gradient,) = pull(jnp.broadcast_to(here, tokens.shape).astype(tokens.dtype))
+                return total + jnp.square(gradient.astype(jnp.float32)).sum(-1), None
+
+            return jax.lax.scan(add, jnp.zeros(features.mask.shape), directions)[0]
+
+        squares = jax.lax.map(squared_norms, jnp.arange(tokens.shape[1]), batch_size=tokens_at_once)
+        influence = jnp.where(mask[..., None], jnp.sqrt(squares).transpose(1, 0, 2), 0)
+        total = influence.sum(-1, keepdims=True)
+        return influence / jnp.where(total > 0, total, 1)
+
+    return run(features, directions)
+
+
+def draw_token_maps(
+    image: UInt8[np.ndarray, "height width channels"],
+    maps: Float[Array, "M N"],
+    grid: Grid,
+    *,
+    patch_size: int | None = None,
+    tokens: Sequence[int] | None = None,
+) -> Figure:
+    """The page once for each token, with the patches that the token reads laid over it in red.
+
+    Colour runs from nothing to the largest share of each token, which stands in its title; a masked
+    token has an empty map.
+
+    Args:
+      image: the page, in grey or in colour.
+      maps: the maps of one image's tokens, from `token_maps`.
+      grid: rows and columns of the N features.
+      patch_size: side of a patch in pixels, where the image is not a whole number of patches; None
+        stretches the grid over the image.
+      tokens: which tokens to draw; all when None.
+
+    Raises:
+      ValueError: the maps are not of that grid.
+    """
+    maps = np.asarray(maps)
+    rows, cols = grid
+    if maps.shape[1] != rows * cols:
+        raise ValueError(
+            f"expected maps over the {rows * cols} features of a {rows}x{cols} grid, got {maps.shape[1]}; "
+            "give the grid of the features that token_maps was called with"
+        )
+    height, width = image.shape[:2]
+    bottom, right = (height, width) if patch_size is None else (rows * patch_size, cols * patch_size)
+    chosen = range(len(maps)) if tokens is None else tokens
+    across = max(1, round(float(np.sqrt(len(chosen) * height / width))))
+    down = -(-len(chosen) // across)
+    side = min(2.2, 14.0 / max(across, down))
+    figure = Figure(
+        figsize=(side * across, (side * height / width + 0.22) * down + 0.4), layout="constrained"
+    )
+    figure.suptitle("Patches that each visual token reads (token, largest share)", fontsize=9)
+    page = 0.5 + image.mean(-1) / 510  # a pale grey page, so that the map's colour stands out
+    for place, token in enumerate(chosen):
+        shares = maps[token].reshape(grid)
+        peak = float(shares.max())
+        axes = figure.add_subplot(down, across, place + 1)
+        axes.imshow(page, cmap="gray", vmin=0, vmax=1)
+        alpha = 0.8 * shares / (peak or 1.0)
+        axes.imshow(
+            shares,
+            cmap="Reds",
+            vmin=-(peak or 1.0),  # the lower half of the colours is too pale
+            vmax=peak or 1.0,
+            alpha=alpha,
+            extent=(-0.5, right - 0.5, bottom - 0.5, -0.5),
+            interpolation="nearest",
+        )
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        axes.set_title(f"{token}: {peak:.0%}", fontsize=7, pad=2)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure

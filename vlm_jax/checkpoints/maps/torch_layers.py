@@ -1,0 +1,54 @@
+"""The rules of single layers as torch stores them: `weight` and `bias` under a prefix."""
+
+from collections.abc import Mapping, Sequence
+
+from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Chain, Op, Reshape, Split, fused_linear
+from vlm_jax.checkpoints.rules import Rule
+
+Where = Mapping[str, Sequence[int]]
+
+
+def linear(source: str, target: str, *, bias: bool = True, where: Where | None = None) -> tuple[Rule, ...]:
+    """`torch.nn.Linear` -> `Dense`."""
+    rules = (Rule(f"{source}.weight", f"{target}/kernel", LINEAR, where or {}),)
+    return (*rules, Rule(f"{source}.bias", f"{target}/bias", where=where or {})) if bias else rules
+
+
+def layer_norm(source: str, target: str, *, where: Where | None = None) -> tuple[Rule, ...]:
+    """`torch.nn.LayerNorm` -> `Norm`."""
+    return (
+        Rule(f"{source}.weight", f"{target}/scale", where=where or {}),
+        Rule(f"{source}.bias", f"{target}/bias", where=where or {}),
+    )
+
+
+def conv(source: str, target: str, *, bias: bool = False) -> tuple[Rule, ...]:
+    """`torch.nn.Conv2d` -> `Conv` or `PatchEmbed`."""
+    rules = (Rule(f"{source}.weight", f"{target}/kernel", CONV2D),)
+    return (*rules, Rule(f"{source}.bias", f"{target}/bias")) if bias else rules
+
+
+def pointwise_conv(source: str, target: str, in_dim: int, out_dim: int) -> tuple[Rule, ...]:
+    """A `torch.nn.Conv2d` of window 1 without bias -> `Dense`."""
+    op = Chain(CONV2D, Reshape((1, 1, in_dim, out_dim), (in_dim, out_dim)))
+    return (Rule(f"{source}.weight", f"{target}/kernel", op),)
+
+
+def fused(
+    source: str,
+    targets: tuple[str, ...],
+    width: int,
+    *,
+    bias: bool = True,
+    where: Where | None = None,
+    weight: str = ".weight",
+    bias_name: str = ".bias",
+) -> tuple[Rule, ...]:
+    """One product for several of equal width, one under the other -> a `Dense` each."""
+    sizes = (width,) * len(targets)
+
+    def rule(ending: str, parameter: str, op: Op) -> Rule:
+        return Rule(source + ending, tuple(f"{target}/{parameter}" for target in targets), op, where or {})
+
+    rules = (rule(weight, "kernel", fused_linear(*sizes)),)
+    return (*rules, rule(bias_name, "bias", Split(0, sizes))) if bias else rules

@@ -1,0 +1,67 @@
+"""What the commands share: the config flags, the compilation cache, and one clear line for an error."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.checkpoints.orbax import CheckpointError
+from vlm_jax.config import ConfigError
+from vlm_jax.train.loop import Diverged, Interrupted
+
+# Errors whose message is meant for the user, without a traceback.
+EXPLAINED = (ConfigError, InfeasibleBudget, CheckpointError, Diverged)
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, and --config.KEY=VALUE to change it.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, local or gs://; made when missing.")
+CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/vlm_jax/xla", "Folder of compiled programs, kept between runs; empty for none."
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other processes of a TPU slice or cluster (jax.distributed.initialize)."
+)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a command's main function; an explained error is one message and exit status 1.
+
+    A run that was asked to stop (SIGTERM) and saved itself exits with status 0.
+    """
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unexpected argument: {argv[1]}")
+        if CACHE.value:
+            jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        if DISTRIBUTED.value:
+            jax.distributed.initialize()
+        try:
+            main()
+        except Interrupted as stop:
+            print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        except EXPLAINED as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(1)
+
+    try:
+        app.run(guarded)
+    except AttributeError as error:  # an override of a key that the config does not have
+        print(f"ConfigError: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def config_path() -> str:
+    """The config file as it was given."""
+    return flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]
+
+
+def overrides() -> tuple[str, ...]:
+    """The `--config.KEY=VALUE` arguments as they were given."""
+    return tuple(word for word in sys.argv[1:] if word.startswith("--config."))

@@ -1,0 +1,40 @@
+"""python -m vlm_jax.cli.train --config=configs/X.py --workdir=DIR"""
+
+import json
+
+import rich.console
+import rich.progress
+from etils import epath
+
+from vlm_jax.build import build
+from vlm_jax.cli import command
+from vlm_jax.config import parse
+from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.train.loop import Trainer
+from vlm_jax.train.workdir import write_whole
+
+
+def main() -> None:
+    """Trains every stage of a config, then evaluates; writes `metrics.jsonl` and `evaluation.json`."""
+    config, workdir = command.CONFIG.value, epath.Path(command.WORKDIR.value)
+    evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
+    system = build(config)
+    mesh = make_mesh(parse(MeshSettings, config.mesh, "config.mesh"))
+    console = rich.console.Console()
+    with rich.progress.Progress(console=console) as bar:
+        task = bar.add_task("training")
+
+        def progress(step, steps, metrics):
+            bar.update(task, total=steps, completed=step, description=f"{metrics['stage']} {metrics['loss']:.3f}")
+
+        outcome = Trainer(config, system, mesh, workdir, progress=progress).run()
+    samples = system.open_source().evaluation(config.seed)
+    table = accuracy(answer_all(system, outcome.params, samples, evaluation.batch_size))
+    write_whole(workdir / "evaluation.json", json.dumps(table, indent=2) + "\n")
+    for name, entry in table.items():
+        console.print(f"{name}: {entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, n={entry['n']})")
+
+
+if __name__ == "__main__":
+    command.run(main)

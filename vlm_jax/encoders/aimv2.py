@@ -1,0 +1,146 @@
+"""AIMv2, the vision tower of Ovis 2: RMSNorm, SwiGLU, a norm on patches, neighbours merged into features."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.attention import Context
+from vlm_jax.layers.block import RematPolicy, TransformerStack
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.patch_embed import PatchEmbed
+from vlm_jax.layers.position_embedding import LearnedPositions2D
+from vlm_jax.types import Grid, VisualFeatures
+
+
+class AIMv2(nn.Module):
+    """Patches, their norm, positions, `depth` blocks; hidden_stride ** 2 neighbours make one feature.
+
+    A grid that hidden_stride does not divide is padded with zeros at the bottom and the right, after
+    the blocks; the padding is part of the features at the edge.
+
+    Attributes:
+      image_size: (height, width) in pixels of training; the position table's size comes of it.
+      patch_size: side of a patch in pixels.
+      width: residual width.
+      depth: number of blocks.
+      num_heads: attention heads.
+      mlp_dim: hidden width of the feed-forward.
+      hidden_stride: side in patches of a feature, whose width is width * hidden_stride ** 2.
+      qkv_bias: biases on query, key and value.
+      use_bias: biases on the other linear layers of the blocks.
+      final_norm: normalises features after the last block. Ovis 2 does not, its port in transformers
+        does. The parameters exist either way.
+      select_layer: which hidden state becomes features: -1 the last block's output, 0 the embeddings.
+      norm_epsilon: epsilon of every RMSNorm.
+      remat, unroll: as in `TransformerStack`.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Fini et al. 2024 (AIMv2), section 2; AIDC-AI/Ovis, ovis/model/visual_tokenizer.
+    """
+
+    image_size: tuple[int, int]
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    hidden_stride: int = 2
+    qkv_bias: bool = False
+    use_bias: bool = False
+    final_norm: bool = False
+    select_layer: int = -1
+    norm_epsilon: float = 1e-5
+    remat: RematPolicy = "none"
+    unroll: int = 1
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def features(self) -> int:
+        """Width D_v of the features."""
+        return self.width * self.hidden_stride**2
+
+    def patch_grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches of an image of `height` x `width` pixels; a rest is dropped.
+
+        Raises:
+          ValueError: not even one patch fits.
+        """
+        grid = (height // self.patch_size, width // self.patch_size)
+        if min(grid) < 1:
+            raise ValueError(
+                f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}"
+            )
+        return grid
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of features of an image of `height` x `width` pixels.
+
+        Raises:
+          ValueError: not even one patch fits.
+        """
+        rows, cols = self.patch_grid(height, width)
+        return -(-rows // self.hidden_stride), -(-cols // self.hidden_stride)
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "B height width channels"], *, collect: bool = False
+    ) -> VisualFeatures:
+        """Encodes normalised pixels; `collect` also returns every block's input in `hidden`."""
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = {"kind": "rms", "epsilon": self.norm_epsilon, **settings}
+        height, width = images.shape[1:3]
+        x = PatchEmbed(self.patch_size, self.width, name="patch_embed", **settings)(images)
+        x = Norm(name="patch_norm", **norm)(x)
+        table = LearnedPositions2D(
+            self.patch_grid(*self.image_size), self.width, self.param_dtype, name="positions"
+        )
+        x = x + table(self.patch_grid(height, width)).astype(self.dtype)[None]
+        x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+        stack = TransformerStack(
+            self.depth,
+            {
+                "num_heads": self.num_heads,
+                "mlp_dim": self.mlp_dim,
+                "activation": "silu",
+                "gated": True,
+                "norm": "rms",
+                "norm_epsilon": self.norm_epsilon,
+                "qkv_bias": self.qkv_bias,
+                "use_bias": self.use_bias,
+                **settings,
+            },
+            remat=self.remat,
+            unroll=self.unroll,
+            name="blocks",
+        )
+        selected = self.select_layer != -1
+        x, _, hidden = stack(x, Context("full"), collect=collect or selected)
+        if selected and hidden is not None:
+            x = hidden[self.select_layer]
+        normed = Norm(name="final_norm", **norm)(x)
+        x = merge_neighbours(
+            normed if self.final_norm else x, self.patch_grid(height, width), self.hidden_stride
+        )
+        mask = jnp.ones(x.shape[:2], bool)
+        return VisualFeatures(x, mask, self.grid(height, width), hidden=hidden if collect else None)
+
+
+def merge_neighbours(x: Float[Array, "B N D"], grid: Grid, stride: int) -> Float[Array, "B M E"]:
+    """Puts stride x stride neighbours side by side, in (row, column, channel) order.
+
+    Args:
+      x: features in row-major order of `grid`.
+      grid: rows and columns; zeros are added at the bottom and the right up to a multiple of stride.
+      stride: side of what becomes one feature.
+    """
+    batch, _, width = x.shape
+    rows, cols = (-(-size // stride) for size in grid)
+    x = x.reshape(batch, *grid, width)
+    x = jnp.pad(x, ((0, 0), (0, rows * stride - grid[0]), (0, cols * stride - grid[1]), (0, 0)))
+    x = x.reshape(batch, rows, stride, cols, stride, width).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch, rows * cols, stride * stride * width)

@@ -1,0 +1,166 @@
+"""The vision towers of Qwen2-VL and Qwen2.5-VL: any resolution, 2D rotary positions, optional windows."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.encoders.packed import check_packed, merged_grid, packed_features, window_in_blocks
+from vlm_jax.layers.block import RematPolicy
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.rope_2d import rope_2d_angles
+from vlm_jax.layers.windowed_stack import WindowedStack
+from vlm_jax.types import Grid, PackedPatches, VisualFeatures
+
+
+class PatchMerger(nn.Module):
+    """Norm, then merge_size x merge_size neighbours side by side through two linear layers.
+
+    Attributes:
+      merge_size: side in patches of what becomes one feature.
+      out_dim: width of a feature.
+      norm: kind of the norm.
+      norm_epsilon: its epsilon.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Wang et al. 2024 (Qwen2-VL), section 2.1; transformers, PatchMerger.
+    """
+
+    merge_size: int
+    out_dim: int
+    norm: NormKind
+    norm_epsilon: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B M E"]:
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = Norm(self.norm, self.norm_epsilon, name="norm", **settings)(x)
+        block = self.merge_size**2
+        x = x.reshape(x.shape[0], x.shape[1] // block, block * x.shape[2])
+        x = Dense(x.shape[-1], (axes.EMBED, axes.MLP), name="up", **settings)(x)
+        x = nn.gelu(x, approximate=False)
+        return Dense(self.out_dim, (axes.MLP, axes.EMBED), name="down", **settings)(x)
+
+
+class QwenViT(nn.Module):
+    """Packed patches, `depth` blocks with 2D rotary positions, and the patch merger.
+
+    There is neither a position table nor a final norm. Images come packed (`processors.patches.pack`
+    with `merge_size` and `window` of this module), and so do features.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      temporal_patch_size: frames of a patch; an image is repeated.
+      width: residual width.
+      depth: number of blocks.
+      num_heads: attention heads.
+      mlp_dim: hidden width of the feed-forward.
+      activation, gated: as in `layers.mlp.Mlp`.
+      norm: kind of every norm.
+      out_dim: width of merged features; None leaves the merger out, and features are those of the
+        patches, merge_size ** 2 neighbours after another.
+      channels: colours of a pixel.
+      merge_size: side in patches of a merged feature.
+      window_size: side in pixels of an attention window; None where every layer sees whole images.
+      full_layers: the layers that see whole images; None for all.
+      select_layer: which hidden state becomes features: -1 the last block's output, -2 the one before,
+        0 the embeddings.
+      norm_epsilon: epsilon of every norm.
+      rope_theta: base of the rotary wavelengths.
+      remat: as in `TransformerStack`.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    activation: str
+    gated: bool
+    norm: NormKind
+    out_dim: int | None
+    channels: int = 3
+    merge_size: int = 2
+    window_size: int | None = None
+    full_layers: tuple[int, ...] | None = None
+    select_layer: int = -1
+    norm_epsilon: float = 1e-6
+    rope_theta: float = 10_000.0
+    remat: RematPolicy = "none"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def features(self) -> int:
+        """Width D_v of the features."""
+        return self.out_dim or self.width
+
+    @property
+    def window(self) -> int | None:
+        """Side of an attention window in blocks of merge_size x merge_size patches."""
+        if self.window_size is None:
+            return None
+        return window_in_blocks(self.window_size, self.patch_size, self.merge_size)
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of features of one image of `height` x `width` pixels.
+
+        Raises:
+          ValueError: the image is not made of whole blocks.
+        """
+        rows, cols = merged_grid(height, width, self.patch_size, self.merge_size)
+        side = self.merge_size if self.out_dim is None else 1
+        return rows * side, cols * side
+
+    @nn.compact
+    def __call__(self, packed: PackedPatches, *, collect: bool = False) -> VisualFeatures:
+        """Encodes packed patches; `collect` also returns every block's input in `hidden`.
+
+        Raises:
+          ValueError: the patches were cut or packed for another encoder.
+        """
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        check_packed(packed, self.patch_dim, self.merge_size, self.window)
+        embed = Dense(self.width, (axes.PATCH, axes.EMBED), use_bias=False, name="patch_embed", **settings)
+        x = nn.with_logical_constraint(
+            embed(packed.patches), (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
+        )
+        angles = rope_2d_angles(packed.positions, self.width // self.num_heads, self.rope_theta)
+        stack = WindowedStack(
+            self.depth,
+            {
+                "num_heads": self.num_heads,
+                "mlp_dim": self.mlp_dim,
+                "activation": self.activation,
+                "gated": self.gated,
+                "norm": self.norm,
+                "norm_epsilon": self.norm_epsilon,
+                **settings,
+            },
+            full_layers=self.full_layers,
+            remat=self.remat,
+            name="blocks",
+        )
+        x, hidden = stack(x, packed, angles, select_layer=self.select_layer, collect=collect)
+        if self.out_dim is None:
+            return packed_features(x, packed, 1, hidden)
+        merger = PatchMerger(
+            self.merge_size, self.out_dim, self.norm, self.norm_epsilon, name="merger", **settings
+        )
+        return packed_features(merger(x), packed, self.merge_size**2, hidden)

@@ -1,0 +1,134 @@
+"""The vision tower of Ovis 2.5: SigLIP 2 at native resolution, with a resampled table and 2D rotary positions."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlm_jax import axes
+from vlm_jax.encoders.packed import check_packed, merged_grid, packed_features, window_in_blocks
+from vlm_jax.layers.block import RematPolicy
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.resampled_positions import ResampledPositions
+from vlm_jax.layers.rope_2d import rope_2d_angles
+from vlm_jax.layers.windowed_stack import WindowedStack
+from vlm_jax.types import Grid, PackedPatches, VisualFeatures
+
+
+class Siglip2NaViT(nn.Module):
+    """Packed patches, positions, `depth` pre-norm blocks; hidden_stride ** 2 neighbours make one feature.
+
+    Features are those of the last block without the final norm, as Ovis 2.5 reads them. Images come
+    packed (`processors.patches.pack` with merge_size=hidden_stride and `window` of this module).
+
+    Attributes:
+      image_size: side in pixels of the images that the position table was made for.
+      patch_size: side of a patch in pixels.
+      width: residual width.
+      depth: number of blocks.
+      num_heads: attention heads.
+      mlp_dim: hidden width of the feed-forward.
+      hidden_stride: side in patches of a feature, whose width is width * hidden_stride ** 2.
+      temporal_patch_size: frames of a patch.
+      channels: colours of a pixel.
+      activation: a name of `layers.mlp.ACTIVATIONS`.
+      window_size: side in pixels of an attention window; None where every layer sees whole images.
+      full_layers: the layers that see whole images; None for all.
+      use_table: adds the position table, resized to every image.
+      use_rope: turns queries and keys with row and column.
+      final_norm: normalises features after the last block. The parameters exist either way.
+      select_layer: which hidden state becomes features, as in `QwenViT`.
+      norm_epsilon: epsilon of every LayerNorm.
+      rope_theta: base of the rotary wavelengths.
+      remat: as in `TransformerStack`.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Lu et al. 2025 (Ovis2.5), section 2; AIDC-AI/Ovis2.5-9B, modeling_ovis2_5.py, Siglip2NavitModel.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    hidden_stride: int = 2
+    temporal_patch_size: int = 1
+    channels: int = 3
+    activation: str = "gelu_tanh"
+    window_size: int | None = None
+    full_layers: tuple[int, ...] | None = None
+    use_table: bool = True
+    use_rope: bool = True
+    final_norm: bool = False
+    select_layer: int = -1
+    norm_epsilon: float = 1e-6
+    rope_theta: float = 10_000.0
+    remat: RematPolicy = "none"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def features(self) -> int:
+        """Width D_v of the features."""
+        return self.width * self.hidden_stride**2
+
+    @property
+    def window(self) -> int | None:
+        """Side of an attention window in blocks of hidden_stride x hidden_stride patches."""
+        if self.window_size is None:
+            return None
+        return window_in_blocks(self.window_size, self.patch_size, self.hidden_stride)
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of features of one image of `height` x `width` pixels.
+
+        Raises:
+          ValueError: the image is not made of whole blocks.
+        """
+        return merged_grid(height, width, self.patch_size, self.hidden_stride)
+
+    @nn.compact
+    def __call__(self, packed: PackedPatches, *, collect: bool = False) -> VisualFeatures:
+        """Encodes packed patches; `collect` also returns every block's input in `hidden`.
+
+        Raises:
+          ValueError: the patches were cut or packed for another encoder.
+        """
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        check_packed(packed, self.patch_dim, self.hidden_stride, self.window)
+        x = Dense(self.width, (axes.PATCH, axes.EMBED), name="patch_embed", **settings)(packed.patches)
+        side = self.image_size // self.patch_size
+        positions = ResampledPositions(side, self.width, self.param_dtype, name="positions")
+        table = positions(packed.positions, packed.sizes)
+        x = x + table.astype(self.dtype) if self.use_table else x
+        x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+        head_dim = self.width // self.num_heads
+        angles = rope_2d_angles(packed.positions, head_dim, self.rope_theta) if self.use_rope else None
+        stack = WindowedStack(
+            self.depth,
+            {
+                "num_heads": self.num_heads,
+                "mlp_dim": self.mlp_dim,
+                "activation": self.activation,
+                "norm": "layer",
+                "norm_epsilon": self.norm_epsilon,
+                **settings,
+            },
+            full_layers=self.full_layers,
+            remat=self.remat,
+            name="blocks",
+        )
+        x, hidden = stack(x, packed, angles, select_layer=self.select_layer, collect=collect)
+        normed = Norm("layer", self.norm_epsilon, name="final_norm", **settings)(x)
+        x = normed if self.final_norm else x
+        block = self.hidden_stride**2
+        merged = x.reshape(x.shape[0], x.shape[1] // block, block * self.width)
+        return packed_features(merged, packed, block, hidden)

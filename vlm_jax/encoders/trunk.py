@@ -1,0 +1,175 @@
+"""What every plain vision transformer shares: blocks, norms, layer selection and pooling heads."""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.attention import Context
+from vlm_jax.layers.block import RematPolicy, TransformerStack
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.pooling import MapHead, reduce_tokens
+from vlm_jax.types import Grid, VisualFeatures
+
+Pooling = Literal["none", "token", "gap", "max", "map"]
+
+
+class Trunk(nn.Module, kw_only=True):
+    """Embedded patches in, `VisualFeatures` out; subclasses embed.
+
+    Attributes:
+      width: residual width.
+      depth: number of blocks of the model.
+      num_heads: attention heads.
+      mlp_dim: hidden width of the feed-forward.
+      activation: a name of `layers.mlp.ACTIVATIONS`.
+      norm_epsilon: epsilon of every LayerNorm.
+      qkv_bias: biases on query, key and value.
+      pre_norm: a LayerNorm before the first block, as CLIP has.
+      final_norm: what the last LayerNorm is for: all `tokens`, the `pooled` vector alone (Hugging
+        Face's CLIP leaves its tokens as they are), or `none`.
+      select_layer: the tokens are hidden state number `select_layer` as it is, without the last
+        norm: 0 is the input of the first block, -1 the output of the last, -2 that of the one
+        before. Blocks behind it are not built: they have no parameters and cost nothing. None runs
+        the whole model.
+      keep_class_token: whether the tokens given out start with the class token.
+      pooling: how an image gets one vector: its first `token` (the class token where there is
+        one), the mean (`gap`) or `max` of its patches, attention pooling (`map`), or `none`.
+      representation_size: width of a linear layer with tanh behind the pooling, or None. Where
+        nothing is pooled it works on every token.
+      projection_dim: width of a linear layer without bias behind that, or None.
+      remat, unroll: as in `TransformerStack`.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    activation: str = "gelu_tanh"
+    norm_epsilon: float = 1e-6
+    qkv_bias: bool = True
+    pre_norm: bool = False
+    final_norm: Literal["tokens", "pooled", "none"] = "tokens"
+    select_layer: int | None = None
+    keep_class_token: bool = False
+    pooling: Pooling = "none"
+    representation_size: int | None = None
+    projection_dim: int | None = None
+    remat: RematPolicy = "none"
+    unroll: int = 1
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def features(self) -> int:
+        """Width D_v of the features."""
+        if self.pooling == "none":
+            return self.projection_dim or self.representation_size or self.width
+        return self.width
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are built: those up to `select_layer`.
+
+        Raises:
+          ValueError: there is no such hidden state, or the last norm or the pooling want more blocks.
+        """
+        if self.select_layer is None:
+            return self.depth
+        if not -self.depth - 1 <= self.select_layer <= self.depth:
+            raise ValueError(
+                f"select_layer {self.select_layer}: {self.depth} blocks have the hidden states 0 to {self.depth}, "
+                f"counted from behind -1 to {-self.depth - 1}"
+            )
+        if self.pooling != "none" or self.representation_size or self.projection_dim:
+            raise ValueError(
+                "select_layer gives a hidden state as it is; set pooling to 'none' and leave representation_size "
+                "and projection_dim out"
+            )
+        return self.select_layer % (self.depth + 1)
+
+    def encode(
+        self,
+        x: Float[Array, "B T D"],
+        grid: Grid,
+        mask: Bool[Array, "B T"] | None,
+        *,
+        num_prefix: int,
+        collect: bool,
+    ) -> VisualFeatures:
+        """Runs the blocks and the heads; to be called inside a subclass's compact `__call__`.
+
+        Args:
+          x: embedded tokens, positions added.
+          grid: rows and columns of the patches.
+          mask: True where a token is real; None where all are.
+          num_prefix: tokens before the patches: 1 with a class token, else 0.
+          collect: also returns every hidden state.
+        """
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = {"kind": "layer", "epsilon": self.norm_epsilon, **settings}
+        if self.pre_norm:
+            x = Norm(name="pre_norm", **norm)(x)
+        x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+        block = {
+            "num_heads": self.num_heads,
+            "mlp_dim": self.mlp_dim,
+            "activation": self.activation,
+            "norm": "layer",
+            "norm_epsilon": self.norm_epsilon,
+            "qkv_bias": self.qkv_bias,
+            **settings,
+        }
+        segments = None if mask is None else mask.astype(jnp.int32)
+        hidden = x[None] if collect else None
+        if self.num_blocks:
+            stack = TransformerStack(self.num_blocks, block, self.remat, self.unroll, name="blocks")
+            x, _, hidden = stack(x, Context("full", segments, segments), collect=collect)
+        if self.final_norm == "tokens" and self.select_layer is None:
+            x = Norm(name="final_norm", **norm)(x)
+        pooled = self._pool(x, mask, num_prefix)
+        if pooled is None:
+            x = self._represent(x)
+        else:
+            pooled = self._represent(pooled)
+        if num_prefix and self.keep_class_token:
+            grid = (1, x.shape[1])
+        elif num_prefix:
+            x = x[:, num_prefix:]
+            mask = None if mask is None else mask[:, num_prefix:]
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        return VisualFeatures(x, mask, grid, pooled=pooled, hidden=hidden)
+
+    def _pool(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, num_prefix: int
+    ) -> Float[Array, "B D"] | None:
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.pooling == "none":
+            if self.final_norm == "pooled" and self.select_layer is None:
+                raise ValueError("final_norm 'pooled' has nothing to normalise where pooling is 'none'")
+            return None
+        if self.pooling == "map":
+            head = MapHead(self.num_heads, self.mlp_dim, self.activation, self.norm_epsilon, name="head", **settings)
+            pooled = head(x, mask)
+        elif self.pooling == "token":
+            pooled = reduce_tokens(x, "first")
+        else:
+            patches = None if mask is None else mask[:, num_prefix:]
+            pooled = reduce_tokens(x[:, num_prefix:], "mean" if self.pooling == "gap" else "max", patches)
+        if self.final_norm == "pooled":
+            pooled = Norm("layer", self.norm_epsilon, name="final_norm", **settings)(pooled)
+        return pooled
+
+    def _represent(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width = (axes.EMBED, axes.CLASSES)
+        if self.representation_size is not None:
+            x = jnp.tanh(Dense(self.representation_size, width, name="representation", **settings)(x))
+        if self.projection_dim is not None:
+            x = Dense(self.projection_dim, width, use_bias=False, name="projection", **settings)(x)
+        return x

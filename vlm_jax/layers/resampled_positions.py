@@ -1,0 +1,73 @@
+"""A learned position table read at the places of packed patches, each image with a size of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.layers.dense import named
+
+_A = -0.75  # torch's bicubic; Pillow and jax.image.resize have -0.5
+
+
+def cubic_weights(
+    positions: Int[Array, "B N"], sizes: Int[Array, "B N"], side: int
+) -> Float[Array, "B N {side}"]:
+    """What place `positions` of `sizes` reads of a row of `side` samples: four taps, clamped to the row.
+
+    The result is row `positions` of `layers.resize.interpolation_weights(side, sizes, "bicubic")`, for sizes
+    that are data: torch's `interpolate(mode="bicubic", align_corners=False)` without antialiasing.
+
+    Args:
+      positions: index of a sample after resizing.
+      sizes: number of samples after resizing, at least 1.
+      side: number of samples before.
+
+    Source: Keys 1981, eq. 4.
+    """
+    centres = (positions.astype(jnp.float32) + 0.5) * (side / sizes.astype(jnp.float32)) - 0.5
+    first = jnp.floor(centres)
+    t = centres - first
+
+    def near(d):
+        return ((_A + 2) * d - (_A + 3)) * d * d + 1
+
+    def far(d):
+        return ((_A * d - 5 * _A) * d + 8 * _A) * d - 4 * _A
+
+    weights = jnp.stack([far(t + 1), near(t), near(1 - t), far(2 - t)], axis=-1)
+    taps = first.astype(jnp.int32)[..., None] + jnp.arange(-1, 3)[None, None]
+    onto = jax.nn.one_hot(jnp.clip(taps, 0, side - 1), side, dtype=jnp.float32)
+    return jnp.sum(weights[..., None] * onto, axis=-2)
+
+
+class ResampledPositions(nn.Module):
+    """A learned square table of `side` x `side` rows, resized bicubically to every image's grid.
+
+    The two axes' weights make one matrix [N, side * side], so reading the table and its gradient are
+    one matrix product each, whatever images are packed together.
+
+    Attributes:
+      side: rows and columns of the table.
+      features: width.
+      param_dtype: dtype of the stored table.
+    """
+
+    side: int
+    features: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]) -> Float[Array, "B N D"]:
+        """Gives, in float32, what is added at (row, column) `positions` of an image of `sizes` patches."""
+        init = named(nn.initializers.normal(1 / np.sqrt(self.features)), axes.POSITION, axes.EMBED)
+        table = self.param("table", init, (self.side**2, self.features), self.param_dtype)
+        rows, cols = (cubic_weights(positions[..., i], sizes[..., i], self.side) for i in (0, 1))
+        weights = rows[..., :, None] * cols[..., None, :]
+        flat = weights.reshape(*positions.shape[:2], self.side**2)
+        # A default-precision product of a TPU would round weights and table to bfloat16.
+        return jnp.dot(flat, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,199 @@
+"""A stack of blocks in which some layers attend to whole images and the others inside windows."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.attention import Context
+from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy, TransformerBlock
+from vlm_jax.types import PackedPatches
+
+Kind = Literal["full", "window"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Layers as a pattern that repeats, and what comes after the last whole repetition.
+
+    Attributes:
+      period: kinds of the layers of the pattern.
+      repeats: how often it comes.
+      rest: kinds of the layers that follow.
+    """
+
+    period: tuple[Kind, ...]
+    repeats: int
+    rest: tuple[Kind, ...]
+
+
+def schedule(kinds: tuple[Kind, ...]) -> Schedule:
+    """The pattern with the fewest programs: one for every run of equal layers in the pattern and the rest.
+
+    32 layers of which every eighth is full are four times (7 windowed, 1 full): two programs, as for 8
+    layers or 80. Only a list without any regularity compiles more of them with more layers.
+    """
+    candidates = [Schedule(kinds, 1, ())]
+    for length in range(1, len(kinds) + 1):
+        period = kinds[:length]
+        repeats = 1
+        while kinds[repeats * length : (repeats + 1) * length] == period:
+            repeats += 1
+        candidates.append(Schedule(period, repeats, kinds[repeats * length :]))
+    return min(candidates, key=lambda s: (len(runs(s.period)) + len(runs(s.rest)), len(s.period)))
+
+
+def runs(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
+    """Neighbours of the same kind together: (kind, number of layers)."""
+    found: list[tuple[Kind, int]] = []
+    for kind in kinds:
+        if found and found[-1][0] == kind:
+            found[-1] = (kind, found[-1][1] + 1)
+        else:
+            found.append((kind, 1))
+    return found
+
+
+def restore_order(
+    x: Float[Array, "*L B N D"], packed: PackedPatches, *, group: int = 1
+) -> Float[Array, "*L B N D"]:
+    """Features of packed patches in the processor's order, padding last.
+
+    Args:
+      x: one feature for every `group` neighbouring patches of the sequence.
+      packed: how the patches were laid out.
+      group: patches a feature; windows are made of whole groups.
+    """
+    if packed.order is None:
+        return x
+    places = packed.order[:, ::group] // group
+    return jnp.take_along_axis(x, places.reshape((1,) * (x.ndim - 3) + (*places.shape, 1)), axis=-2)
+
+
+class WindowedStack(nn.Module):
+    """`depth` blocks over packed patches, scanned, with the parameters of `TransformerStack`.
+
+    A windowed layer folds the sequence into rows of `packed.window_length`, each holding whole windows,
+    and attends inside a row: its attention costs N * window_length, not N * N. The layout is made on
+    the host (`processors.patches.pack`), so that a layer moves no token.
+
+    Attributes:
+      depth: number of blocks.
+      block: keyword arguments of `TransformerBlock`.
+      full_layers: indices of the layers that attend to a whole image; None for all.
+      remat: as in `TransformerStack`.
+
+    Source: Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
+    """
+
+    depth: int
+    block: dict[str, Any]
+    full_layers: tuple[int, ...] | None = None
+    remat: RematPolicy = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        packed: PackedPatches,
+        angles: Float[Array, "B N half"] | None = None,
+        *,
+        select_layer: int = -1,
+        collect: bool = False,
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "L B N D"] | None]:
+        """Runs the blocks up to the hidden state `select_layer`.
+
+        Args:
+          x: embeddings in the order of `packed`.
+          packed: segments and windows; its patches are not looked at.
+          angles: rotary angles of every patch, or None.
+          select_layer: which of the depth + 1 states to return, from the end when negative: 0 is x itself,
+            -1 the last block's output. Blocks after it are not run; their parameters exist all the same.
+          collect: also returns the input of every block that is run and the last output.
+
+        Raises:
+          ValueError: a layer outside the stack, or windowed layers without windows in `packed`.
+        """
+        if not -self.depth - 1 <= select_layer <= self.depth:
+            raise ValueError(f"select_layer {select_layer}: a stack of {self.depth} has {self.depth + 1} states")
+        count = select_layer % (self.depth + 1)
+        kinds = self._kinds()[:count]
+        if "window" in kinds and packed.window_ids is None:
+            raise ValueError(
+                f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, and "
+                "the patches were packed without any: give `window` to processors.patches.pack"
+            )
+        params = self.param("layers", self._init, x.shape[-1])
+        used = jax.tree.map(lambda leaf: leaf[:count], params)
+        layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)
+        plan = schedule(kinds)
+        split = len(plan.period) * plan.repeats
+        if plan.repeats > 1:
+            shape = (plan.repeats, len(plan.period))
+            repeated = jax.tree.map(lambda leaf: leaf[:split].reshape(*shape, *leaf.shape[1:]), used)
+            x, first = jax.lax.scan(lambda x, part: layers(x, part, plan.period), x, repeated)
+        else:
+            x, first = layers(x, jax.tree.map(lambda leaf: leaf[:split], used), plan.period)
+        x, last = layers(x, jax.tree.map(lambda leaf: leaf[split:], used), plan.rest)
+        if not collect:
+            return x, None
+        return x, jnp.concatenate([first.reshape(-1, *x.shape), last, x[None]])
+
+    def _kinds(self) -> tuple[Kind, ...]:
+        full = range(self.depth) if self.full_layers is None else self.full_layers
+        if beyond := [i for i in full if not 0 <= i < self.depth]:
+            raise ValueError(f"full_layers {beyond} are not among the layers 0 to {self.depth - 1}")
+        return tuple("full" if i in full else "window" for i in range(self.depth))
+
+    def _init(self, rng: jax.Array, width: int) -> Any:
+        block = TransformerBlock(**self.block, parent=None)
+        sample = jnp.zeros((1, 1, width))
+        stacked = jax.vmap(lambda key: block.init(key, sample, None, Context("full"))["params"])(
+            jax.random.split(rng, self.depth)
+        )
+        return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: axes.LAYERS})
+
+
+class _Layers:
+    """Applies some layers to packed tokens; `collect` gives their inputs."""
+
+    def __init__(self, block: nn.Module, remat: RematPolicy, packed: PackedPatches, angles: Any, collect: bool):
+        def layer(x, params, context):
+            return block.apply({"params": params}, x, None, context)[0]  # type: ignore[index]
+
+        policy = None if remat == "none" else REMAT_POLICIES[remat]
+        self._layer = layer if remat == "none" else jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        self._collect = collect
+        self._window_length = packed.window_length
+        self._contexts = {"full": Context("full", packed.segment_ids, packed.segment_ids, angles=angles)}
+        if packed.window_ids is not None:
+            windows = self._fold(packed.window_ids)
+            folded = None if angles is None else self._fold(angles)
+            self._contexts["window"] = Context("full", windows, windows, angles=folded)
+
+    def _fold(self, x: Any) -> Any:
+        return x.reshape(-1, self._window_length, *x.shape[2:])
+
+    def __call__(self, x: Any, params: Any, kinds: tuple[Kind, ...]) -> tuple[Any, Any]:
+        """Runs layers of `kinds` with stacked parameters; returns x and [layers, B, N, D] or None."""
+        start, shape = 0, x.shape
+        hidden = [jnp.zeros((0, *shape), x.dtype)]
+        for kind, count in runs(kinds):
+            mine = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], params)
+            y = x if kind == "full" else self._fold(x)
+
+            def body(y, layer, kind=kind):
+                return self._layer(y, layer, self._contexts[kind]), y.reshape(shape) if self._collect else None
+
+            if count == 1:
+                y, states = body(y, jax.tree.map(lambda leaf: leaf[0], mine))
+                states = None if states is None else states[None]
+            else:
+                y, states = jax.lax.scan(body, y, mine)
+            x, start = y.reshape(shape), start + count
+            hidden.append(states)
+        return x, jnp.concatenate(hidden) if self._collect else None

@@ -1,0 +1,51 @@
+"""Released checkpoints by their own configs: `vlm_jax.from_pretrained`, and the table of families.
+
+One file a family turns the released config, with the defaults that released files leave out, into a
+module, its rules and the keys that it ignores (`family.Description`).
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from vlm_jax.pretrained import sam
+from vlm_jax.pretrained.family import Family
+from vlm_jax.pretrained.loader import Pretrained, load
+
+# What a released config calls its kind of model (`loader.marker`) -> who describes it.
+FAMILIES: dict[str, Family] = {
+    "sam": sam.describe,
+    "sam_vision_model": sam.describe,
+}
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    image_size: tuple[int, int] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Pretrained:
+    """Loads a released checkpoint under its own names.
+
+    Args:
+      source: a folder with `config.json` and safetensors (one file or shards) or an `.npz`; such a file
+        itself; or `organisation/name` on the Hugging Face hub.
+      dtype: what parameters are stored and computed in: float32, bfloat16 or float16.
+      mesh: devices to load to, each reading its own shards; the default device when None.
+      image_size: (height, width) in pixels to resize position tables to, in the way of the release's
+        own loader; the size of the release when None.
+      config: the released settings, for an `.npz` that comes without a `config.json`.
+
+    Returns:
+      The module, its parameters and the way back.
+
+    Raises:
+      PretrainedError: no family for the config, or settings that nothing here computes.
+      CheckpointFileError: files missing, damaged, or in a format that could run code.
+      CheckpointMismatch: unused, missing and misshapen keys, all in one message.
+    """
+    return load(source, FAMILIES, dtype=dtype, mesh=mesh, image_size=image_size, config=config)

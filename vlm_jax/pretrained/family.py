@@ -1,0 +1,100 @@
+"""What a family file of this folder gives: a released config turned into a module and its rules."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from flax import linen as nn
+
+from vlm_jax.checkpoints.rules import Rule, SourceTensor
+
+
+class PretrainedError(ValueError):
+    """A released config that cannot be turned into a module; the message names the key and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A released checkpoint in terms of this package.
+
+    Attributes:
+      module: the Linen module; nothing in it has parameters yet.
+      inputs: shapes of the positional arguments of its `__call__` (`jax.ShapeDtypeStruct`s and trees of
+        them), through which the shapes of its parameters are found.
+      rules: which released tensors make which parameters; targets are paths in `params`.
+      ignore: regular expressions for whole released keys that the module has no use for. They are
+        carried along unread and written back by `save_pretrained`.
+      resize: `(params, image_size) -> (config, params)`, the released config and the parameters at
+        another image size, or None where the release works at any size or at one only.
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+    resize: Callable[[Any, tuple[int, int]], tuple[dict[str, Any], Any]] | None = None
+
+
+class Family(Protocol):
+    """`describe(config, checkpoint, dtype=.., param_dtype=..)`, one for every released schema.
+
+    `config` is the released dict, with the defaults that released files leave out still missing.
+    `checkpoint` serves for its keys and shapes, where the config does not tell: the prefix that a saved
+    class puts before its names, or the length of a position table.
+    """
+
+    def __call__(
+        self, config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    ) -> Description: ...
+
+
+def find_prefix(keys: Iterable[str], ending: str) -> str:
+    """What stands before `ending` in the one key that ends so; `""` where no key does.
+
+    Raises:
+      PretrainedError: several keys end so, under different prefixes.
+    """
+    found = sorted({key.removesuffix(ending) for key in keys if key == ending or key.endswith("." + ending)})
+    if len(found) > 1:
+        raise PretrainedError(f"expected one tensor named ..{ending}, found it under {', '.join(map(repr, found))}")
+    return found[0] if found else ""
+
+
+def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The config with the class defaults that released files leave out.
+
+    Args:
+      config: the released section.
+      defaults: key -> default; `REQUIRED` where the release must give the key.
+      where: names the section in messages.
+
+    Raises:
+      PretrainedError: a required key is missing.
+    """
+    missing = [key for key, value in defaults.items() if value is REQUIRED and key not in config]
+    if missing:
+        raise PretrainedError(f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not there")
+    return {**defaults, **config}
+
+
+REQUIRED: Any = object()
+
+
+def check_supported(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    """Refuses settings whose maths nothing here computes.
+
+    Args:
+      config: a section with its defaults in place.
+      expected: key -> the values that can be computed.
+      where: names the section in messages.
+
+    Raises:
+      PretrainedError: lists every key with another value.
+    """
+    wrong = [
+        f"{where}.{key}: expected {' or '.join(map(repr, values))}, got {config[key]!r}"
+        for key, values in expected.items()
+        if key in config and config[key] not in values
+    ]
+    if wrong:
+        raise PretrainedError("\n".join(wrong))

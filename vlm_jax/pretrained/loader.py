@@ -1,0 +1,174 @@
+"""Released checkpoints in and out: `from_pretrained` and what it returns."""
+
+import copy
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from vlm_jax.checkpoints.hub import Checkpoint, fetch, open_checkpoint, read_config, save_archive, save_checkpoint
+from vlm_jax.checkpoints.rules import export_params, import_params
+from vlm_jax.config import did_you_mean
+from vlm_jax.pretrained.family import Description, Family, PretrainedError
+from vlm_jax.sharding.rules import shardings
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A released model, ready to be applied, trained on, or written back.
+
+    Attributes:
+      config: the released settings, in the schema of the release.
+      module: the Linen module.
+      params: its parameters, a tree without boxes.
+      description: how the two hang together; see `family.Description`.
+      checkpoint: the files that it came from, for the tensors that the module has no use for.
+    """
+
+    config: dict[str, Any]
+    module: nn.Module
+    params: Any
+    description: Description
+    checkpoint: Checkpoint
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """`module.apply` with the parameters; `method=` and `mutable=` as there."""
+        return self.module.apply({"params": self.params}, *args, **kwargs)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, params: Any = None) -> tuple[Path, ...]:
+        """Writes config and weights under the released names, as the release's own code reads them.
+
+        Args:
+          folder: made if need be; must not hold a checkpoint.
+          params: what is written instead of `self.params`, such as trained parameters.
+
+        Returns:
+          The files written.
+
+        Raises:
+          CheckpointFileError: the folder holds a checkpoint already.
+          CheckpointMismatch: `params` has not the shapes of `self.params`.
+        """
+        tensors: dict[str, Any] = export_params(self.description.rules, self.params if params is None else params)
+        for key, tensor in self.checkpoint.items():
+            if key not in tensors and any(re.fullmatch(pattern, key) for pattern in self.description.ignore):
+                tensors[key] = np.asarray(tensor[...])
+        save = save_archive if self.checkpoint.origin.endswith(".npz") else save_checkpoint
+        files = save(folder, tensors)
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        return (*files, path)
+
+
+def marker(config: Mapping[str, Any]) -> str:
+    """What a released config calls its kind of model.
+
+    `model_type` of Hugging Face files; `open_clip` for a `model_cfg`; `vit_jax` for the config of
+    vision_transformer, which has a `classifier`; else big_vision's `model_name`.
+
+    Raises:
+      PretrainedError: the config has none of these.
+    """
+    if "model_type" in config:
+        return str(config["model_type"])
+    if "model_cfg" in config:
+        return "open_clip"
+    if "classifier" in config and "patches" in config:
+        return "vit_jax"
+    if "model_name" in config:
+        return f"big_vision.{config['model_name']}"
+    raise PretrainedError(
+        "the config does not say what it describes: expected the key model_type (Hugging Face), model_cfg "
+        f"(open_clip), classifier (vision_transformer) or model_name (big_vision), got {', '.join(sorted(config))}"
+    )
+
+
+def choose_family(config: Mapping[str, Any], families: Mapping[str, Family]) -> Family:
+    """The entry of the registration table for a released config.
+
+    Raises:
+      PretrainedError: no entry; lists those there are.
+    """
+    name = marker(config)
+    if name not in families:
+        raise PretrainedError(
+            f"no family is registered for '{name}'{did_you_mean(name, families)}\nregistered: "
+            + ", ".join(sorted(families))
+        )
+    return families[name]
+
+
+def load(
+    source: str | os.PathLike[str],
+    families: Mapping[str, Family],
+    *,
+    dtype: str,
+    mesh: Mesh | None,
+    image_size: tuple[int, int] | None,
+    config: Mapping[str, Any] | None,
+) -> Pretrained:
+    """`from_pretrained` with the registration table as an argument."""
+    if dtype not in DTYPES:
+        raise PretrainedError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    path = fetch(source)
+    if config is None:
+        config = read_config(path if path.is_dir() else path.parent)
+    released = copy.deepcopy(dict(config))
+    checkpoint = open_checkpoint(path)
+    family = choose_family(released, families)
+    dtypes = {"dtype": DTYPES[dtype], "param_dtype": DTYPES[dtype]}
+    description = family(released, checkpoint, **dtypes)
+    params = import_params(description.rules, checkpoint, _targets(description, mesh), ignore=description.ignore)
+    if image_size is not None:
+        if description.resize is None:
+            raise PretrainedError(f"image_size: '{marker(released)}' is not resized at load; it has no position table")
+        released, params = description.resize(params, image_size)
+        description = family(released, _Resized(checkpoint, description, params), **dtypes)
+    if mesh is None or image_size is not None:
+        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params,
+                              _targets(description, mesh))
+    return Pretrained(released, description.module, params, description, checkpoint)
+
+
+class _Resized(Mapping):
+    """A checkpoint as it would be, were it saved after its tables were resized."""
+
+    def __init__(self, checkpoint: Checkpoint, description: Description, params: Any):
+        self._tensors = {**checkpoint, **export_params(description.rules, params)}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._tensors[key]
+
+    def __iter__(self):
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _targets(description: Description, mesh: Mesh | None) -> Any:
+    """Shapes of the parameters, each with its sharding when there is a mesh."""
+
+    def init(*inputs: Any) -> Any:
+        return description.module.init(jax.random.key(0), *inputs)["params"]
+
+    boxed = jax.eval_shape(init, *description.inputs)
+    shapes = nn.meta.unbox(boxed)
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(boxed, mesh),
+    )

@@ -1,0 +1,189 @@
+"""Images and videos of any size as patches, and patches packed into one sequence of a fixed length.
+
+All of it is NumPy on the host: a compiled model sees the same shapes whatever was packed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vlm_jax.types import PADDING_SEGMENT, PackedPatches
+
+# Frames (after merging neighbours in time), rows and columns of patches.
+Grid3D = tuple[int, int, int]
+
+
+def patchify(
+    frames: Float[np.ndarray, "frames height width channels"],
+    *,
+    patch_size: int,
+    temporal_patch_size: int = 1,
+    merge_size: int = 1,
+) -> tuple[Float[np.ndarray, "N P"], Grid3D]:
+    """Cuts an image (one frame) or a video into the rows of `PackedPatches.patches`, and gives its grid.
+
+    Args:
+      frames: normalised pixels. The last frame is repeated up to a multiple of temporal_patch_size.
+      patch_size: side of a patch in pixels.
+      temporal_patch_size: frames of a patch.
+      merge_size: side in patches of the blocks that stay together.
+
+    Raises:
+      ValueError: height or width is no multiple of patch_size * merge_size.
+
+    Source: transformers, Qwen2VLImageProcessor._preprocess.
+    """
+    count, height, width, channels = frames.shape
+    unit = patch_size * merge_size
+    if height % unit or width % unit or not height or not width:
+        raise ValueError(
+            f"frames of {height}x{width} pixels cannot be cut into blocks of {merge_size}x{merge_size} patches of "
+            f"{patch_size} pixels; resize both sides to a multiple of {unit}"
+        )
+    frames = np.concatenate([frames, np.repeat(frames[-1:], -count % temporal_patch_size, axis=0)])
+    grid = (len(frames) // temporal_patch_size, height // patch_size, width // patch_size)
+    blocks = frames.reshape(
+        *(grid[0], temporal_patch_size),
+        *(grid[1] // merge_size, merge_size, patch_size),
+        *(grid[2] // merge_size, merge_size, patch_size),
+        channels,
+    )
+    rows = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return rows.reshape(grid[0] * grid[1] * grid[2], -1), grid
+
+
+def pack(
+    patches: Float[np.ndarray, "n P"],
+    grids: Sequence[Sequence[int]] | Int[np.ndarray, "images 3"],
+    *,
+    merge_size: int = 1,
+    window: int | None = None,
+    length: int | None = None,
+) -> PackedPatches:
+    """Lays the patches of several images out as one sequence, a batch of 1.
+
+    With windows the sequence is made of rows of window_length = (window * merge_size) ** 2 places, each
+    filled with whole windows, largest first; windows cut off at an image's edge share a row. Without
+    windows the patches lie in the given order.
+
+    Args:
+      patches: rows of all images in the processor's order; see `PackedPatches`.
+      grids: (frames, rows, columns) of every image or video, in patches.
+      merge_size: side in patches of the blocks that become one visual token.
+      window: side of an attention window, in blocks; None where no layer has windows.
+      length: number of places, so that other images give the same shapes; as short as possible when
+        None.
+
+    Raises:
+      ValueError: the grids do not fit the patches, the blocks, or the length.
+    """
+    units = _checked(len(patches), grids, merge_size)
+    block = merge_size**2
+    row_length = block if window is None else window**2 * block
+    windows = None if window is None else window_of_blocks(grids, merge_size, window)
+    places = np.arange(units) if windows is None else _fill_rows(windows, row_length // block)
+    needed = -(-(int(places.max(initial=-1)) + 1) // (row_length // block)) * row_length
+    length = needed if length is None else length
+    if length < needed or length % row_length:
+        raise ValueError(
+            f"{units * block} patches need {needed} places and are to be packed into {length}; give a multiple "
+            f"of {row_length} that is at least {needed}, or fewer images"
+        )
+    # In the processor's order: the place of every patch.
+    place = (places[:, None] * block + np.arange(block)).reshape(-1)
+
+    def laid_out(values: np.ndarray, padding: int) -> np.ndarray:
+        sequence = np.full((1, length, *values.shape[1:]), padding, values.dtype)
+        sequence[0, place] = values
+        return sequence
+
+    positions, sizes, segments = _of_patches(grids, merge_size)
+    order = None
+    if windows is not None:
+        order = np.concatenate([place, np.setdiff1d(np.arange(length), place)])[None].astype(np.int32)
+    return PackedPatches(
+        patches=laid_out(patches, 0),
+        positions=laid_out(positions, 0),
+        sizes=laid_out(sizes, 1),
+        segment_ids=laid_out(segments, PADDING_SEGMENT),
+        window_ids=None if windows is None else laid_out(np.repeat(windows, block), PADDING_SEGMENT),
+        order=order,
+        window_length=0 if window is None else row_length,
+    )
+
+
+def window_of_blocks(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int, window: int) -> np.ndarray:
+    """int32 [blocks], from 1: the window that each block of merge_size x merge_size patches belongs to.
+
+    Windows are `window` x `window` blocks of one frame, counted row by row; those at the right and lower
+    edge are smaller. Sorting blocks by window, stably, gives `window_index` of the released code.
+
+    Source: Bai et al. 2025 (Qwen2.5-VL), section 2.1.1; transformers, get_vision_window_index.
+    """
+    found, count = [], 0
+    for frames, rows, cols in np.asarray(grids).tolist():
+        row, col = np.arange(rows // merge_size) // window, np.arange(cols // merge_size) // window
+        of_frame = row[:, None] * (col[-1] + 1) + col
+        per_frame = int(of_frame[-1, -1]) + 1
+        of_image = np.arange(frames)[:, None, None] * per_frame + of_frame + 1 + count
+        found.append(of_image.reshape(-1))
+        count += frames * per_frame
+    return np.concatenate(found).astype(np.int32)
+
+
+def _checked(num_patches: int, grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int) -> int:
+    """The number of blocks, after all that can be wrong with the grids was looked for."""
+    table = np.asarray(grids)
+    if table.ndim != 2 or table.shape[1] != 3 or not len(table) or table.min() < 1:
+        raise ValueError(f"grids must be rows of (frames, rows, columns), each at least 1, got {table.tolist()}")
+    if odd := [tuple(grid) for grid in table.tolist() if grid[1] % merge_size or grid[2] % merge_size]:
+        raise ValueError(
+            f"grids {odd} cannot be merged by {merge_size}x{merge_size}: rows and columns must be multiples of "
+            f"{merge_size}; resize the images to multiples of {merge_size} patches"
+        )
+    expected = int(table.prod(axis=1).sum())
+    if num_patches != expected:
+        raise ValueError(f"the grids {table.tolist()} have {expected} patches in all, but {num_patches} were given")
+    return expected // merge_size**2
+
+
+def _of_patches(
+    grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, column), (rows, columns) and the frame counted from 1, of every patch in order."""
+    positions, sizes, segments, count = [], [], [], 0
+    for frames, rows, cols in np.asarray(grids).tolist():
+        blocks = np.stack(np.mgrid[:rows, :cols], axis=-1)
+        blocks = blocks.reshape(rows // merge_size, merge_size, cols // merge_size, merge_size, 2)
+        of_frame = blocks.swapaxes(1, 2).reshape(-1, 2)
+        positions.append(np.tile(of_frame, (frames, 1)))
+        sizes.append(np.tile([[rows, cols]], (frames * rows * cols, 1)))
+        segments.append(np.repeat(np.arange(count, count + frames) + 1, rows * cols))
+        count += frames
+    return tuple(np.concatenate(part).astype(np.int32) for part in (positions, sizes, segments))  # type: ignore
+
+
+def _fill_rows(windows: np.ndarray, capacity: int) -> np.ndarray:
+    """The place of every block: windows go, the largest first, into the first row that has room.
+
+    Any two rows hold more than `capacity` blocks together (but for the last), so no more than twice the
+    rows that the blocks would fill are ever used.
+    """
+    counts = np.bincount(windows)[1:]
+    used: list[int] = []
+    starts = np.zeros(len(counts), int)
+    first = 0  # rows before it are full
+    for i in np.argsort(-counts, kind="stable"):
+        row = next((r for r in range(first, len(used)) if used[r] + counts[i] <= capacity), len(used))
+        if row == len(used):
+            used.append(0)
+        starts[i] = row * capacity + used[row]
+        used[row] += int(counts[i])
+        while first < len(used) and used[first] == capacity:
+            first += 1
+    by_window = np.argsort(windows, kind="stable")
+    rank = np.arange(len(windows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.empty(len(windows), int)
+    places[by_window] = np.repeat(starts, counts) + rank
+    return places

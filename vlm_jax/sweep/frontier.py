@@ -1,0 +1,341 @@
+"""Accuracy against cost: which points are worth their cost, and the figure that shows it."""
+
+import dataclasses
+import io
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, PercentFormatter
+
+Number = float | int
+
+# Okabe and Ito's colour-blind-safe palette without its yellow, which is faint on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+CONTROL_COLORS = ("#6E6E6E", "#9A9A9A")
+FRONT_COLOR = "#FFDF80"  # a pale band behind the points
+# A shape for matplotlib and its name in plotly. Seven, so that shape and colour do not repeat together.
+MARKERS = (
+    ("o", "circle"),
+    ("s", "square"),
+    ("^", "triangle-up"),
+    ("D", "diamond"),
+    ("v", "triangle-down"),
+    ("P", "cross"),
+    ("X", "x"),
+)
+# On the token axis, connectors that meet the same budget are set side by side, this many octaves apart.
+DODGE_OCTAVES = 0.08
+LOG_FROM_RATIO = 8.0  # costs that span less than this factor are drawn on a linear axis
+REQUIRED = frozenset(
+    {"connector", "token_budget", "num_visual_tokens", "accuracy", "num_params", "flops"}
+    | {"step_seconds", "peak_bytes", "seed", "command"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A cost: its title, and the number of base units in one displayed unit."""
+
+    title: str
+    divisor: float
+    unit: str
+
+
+AXES = {
+    "tokens": Axis("Visual tokens per image", 1.0, ""),
+    "flops": Axis("Forward FLOPs per example: encoder + connector + prefill", 1e9, "G"),
+    "parameters": Axis("Parameters: encoder + connector + decoder", 1e6, "M"),
+    "step_seconds": Axis("Time of a training step", 1e-3, "ms"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers in [0, 1], its 95% interval, and the questions behind each run's share."""
+
+    mean: Number
+    low: Number
+    high: Number
+    n: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontierPoint:
+    """One connector at one budget, its seeds taken together.
+
+    Attributes:
+      label: `connector@budget`.
+      costs: by key of AXES, in base units; the mean over seeds. A step time that no seed measured
+        is left out.
+      accuracy: by task. The mean over seeds; the interval reaches from the lowest low to the highest
+        high of the seeds, which is the run's own interval where there is one seed.
+      runs: the results that the point is made of.
+    """
+
+    label: str
+    connector: str
+    costs: dict[str, Number]
+    accuracy: dict[str, Accuracy]
+    runs: tuple[dict[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How a connector is drawn, in matplotlib's and in plotly's words."""
+
+    color: str
+    marker: str
+    symbol: str
+    dashed: bool
+
+
+def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:
+    """The points that no other point beats, by cost.
+
+    Args:
+      points: (cost, value); a low cost and a high value are wanted.
+
+    Returns:
+      Indices, by rising cost. A point is left out when another costs no more and is worth no less,
+      and is better in one of the two. So of equal costs only the highest value stays, of equal values
+      only the lowest cost, and points that are equal in both stay together, in the order given.
+
+    Raises:
+      ValueError: a cost or value that is not finite.
+    """
+    for index, point in enumerate(points):
+        if not all(map(math.isfinite, point)):
+            raise ValueError(f"a Pareto front needs finite costs and values, point {index} is {point}")
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if not front or points[index][1] > points[front[-1]][1] or points[index] == points[front[-1]]:
+            front.append(index)
+    return front
+
+
+def total_costs(result: dict[str, Any]) -> dict[str, Number]:
+    """The costs of one result, by key of AXES, in base units; an unmeasured step time is left out."""
+    costs = {
+        "tokens": result["num_visual_tokens"],
+        "flops": sum(result["flops"].values()),
+        "parameters": sum(result["num_params"].values()),
+        "step_seconds": result["step_seconds"],
+    }
+    return {key: cost for key, cost in costs.items() if cost is not None}
+
+
+def combine_seeds(results: Sequence[dict[str, Any]]) -> list[FrontierPoint]:
+    """Turns results into points, in order of first appearance.
+
+    Raises:
+      ValueError: no results, one without a required key, none with an accuracy, or seeds of one
+        connector and budget that realised different numbers of tokens.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for index, result in enumerate(results):
+        if missing := sorted(REQUIRED - result.keys()):
+            raise ValueError(f"result {index} lacks {', '.join(missing)}; it has {', '.join(sorted(result))}")
+        groups.setdefault(f"{result['connector']}@{result['token_budget']}", []).append(result)
+    if not any(result["accuracy"] for result in results):
+        raise ValueError(f"nothing to report: {len(results)} results, none with an accuracy; run the sweep")
+    return [_combine(label, runs) for label, runs in groups.items()]
+
+
+def _combine(label: str, runs: list[dict[str, Any]]) -> FrontierPoint:
+    counts = sorted({run["num_visual_tokens"] for run in runs})
+    if len(counts) > 1:
+        raise ValueError(f"seeds of {label} realised different numbers of tokens: {counts}; report one sweep")
+    costs: dict[str, Number] = {}
+    for key in AXES:
+        known = [cost[key] for cost in map(total_costs, runs) if key in cost]
+        if known:
+            costs[key] = sum(known) / len(known)
+    accuracy = {}
+    for task in tasks_of(runs):
+        shares = [run["accuracy"][task] for run in runs if task in run["accuracy"]]
+        accuracy[task] = Accuracy(
+            mean=sum(share["mean"] for share in shares) / len(shares),
+            low=min(share["low"] for share in shares),
+            high=max(share["high"] for share in shares),
+            n=min(share["n"] for share in shares),
+        )
+    return FrontierPoint(label, runs[0]["connector"], costs, accuracy, tuple(runs))
+
+
+def tasks_of(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Every task of the results, in order of first appearance."""
+    return list(dict.fromkeys(task for result in results for task in result["accuracy"]))
+
+
+def front_of(points: Sequence[FrontierPoint], task: str, axis: str) -> list[int]:
+    """Indices of the points on the Pareto front of a task's accuracy against a cost; controls count."""
+    having = [i for i, point in enumerate(points) if task in point.accuracy and axis in point.costs]
+    front = pareto_front([(points[index].costs[axis], points[index].accuracy[task].mean) for index in having])
+    return [having[position] for position in front]
+
+
+def styles(connectors: Sequence[str], controls: frozenset[str]) -> dict[str, Style]:
+    """A colour and a shape for every connector: bright for candidates, grey and dashed for controls."""
+    made = {}
+    for is_control, palette in ((False, COLORS), (True, CONTROL_COLORS)):
+        members = [name for name in dict.fromkeys(connectors) if (name in controls) == is_control]
+        for index, name in enumerate(members):
+            # Controls take shapes from the end of the list, so that they seldom share a candidate's.
+            marker, symbol = MARKERS[(-1 - index if is_control else index) % len(MARKERS)]
+            made[name] = Style(palette[index % len(palette)], marker, symbol, is_control)
+    return {name: made[name] for name in dict.fromkeys(connectors)}
+
+
+def axis_scale(points: Sequence[FrontierPoint], axis: str) -> str:
+    """`log` for tokens and for costs that span a wide range, `linear` for the rest."""
+    costs = [point.costs[axis] for point in points if axis in point.costs]
+    if not costs or min(costs) <= 0:
+        return "linear"
+    return "log" if axis == "tokens" or max(costs) >= LOG_FROM_RATIO * min(costs) else "linear"
+
+
+def dodge(points: Sequence[FrontierPoint]) -> list[float]:
+    """What a point's token count is multiplied by when drawn: equal counts are set side by side."""
+    names = list(dict.fromkeys(point.connector for point in points))
+    factors = []
+    for point in points:
+        beside = {other.connector for other in points if other.costs["tokens"] == point.costs["tokens"]}
+        order = sorted(beside, key=names.index)
+        place = order.index(point.connector) - (len(order) - 1) / 2
+        factors.append(2.0 ** (DODGE_OCTAVES * place))
+    return factors
+
+
+def drawn_costs(points: Sequence[FrontierPoint], axis: str) -> list[float | None]:
+    """Where each point stands on a horizontal axis, in displayed units; None without that cost."""
+    side_by_side = (axis, axis_scale(points, axis)) == ("tokens", "log")
+    factors = dodge(points) if side_by_side else [1.0] * len(points)
+    return [
+        factor * point.costs[axis] / AXES[axis].divisor if axis in point.costs else None
+        for factor, point in zip(factors, points, strict=True)
+    ]
+
+
+def frontier_figure(results: Sequence[dict[str, Any]], *, controls: frozenset[str]) -> Figure:
+    """Draws accuracy per task (rows) against visual tokens and against FLOPs (columns).
+
+    Args:
+      results: one dict a point and seed, as the sweep writes them.
+      controls: connectors that are drawn grey and dashed.
+
+    Returns:
+      A figure 1600 pixels wide. Error bars are the 95% intervals, rings and the staircase are the
+      Pareto front.
+
+    Raises:
+      ValueError: nothing to draw; see `combine_seeds`.
+    """
+    points, tasks = combine_seeds(results), tasks_of(results)
+    figure = Figure(figsize=(10, 1.3 + 2.7 * len(tasks)), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # type: ignore[union-attr]
+    panels = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
+    for row, task in zip(panels, tasks, strict=True):
+        for panel, axis in zip(row, ("tokens", "flops"), strict=True):
+            _draw_panel(panel, points, task, axis, controls)
+        row[0].set_ylabel("accuracy")
+    for panel, axis in zip(panels[-1], ("tokens", "flops"), strict=True):
+        unit = AXES[axis].unit
+        panel.set_xlabel(AXES[axis].title + (f" ({unit})" if unit else ""))
+    figure.align_ylabels()
+    looks = styles([point.connector for point in points], controls)
+    handles = [
+        Line2D([], [], color=look.color, marker=look.marker, linestyle="--" if look.dashed else "-")
+        for look in looks.values()
+    ]
+    ring = {"marker": "o", "markerfacecolor": "none", "markeredgecolor": "black", "markersize": 10}
+    handles.append(Line2D([], [], color=FRONT_COLOR, linewidth=5, **ring))
+    names = [f"{name} (control)" if name in controls else name for name in looks]
+    legend = figure.legend(
+        handles,
+        [*names, "Pareto front"],
+        loc="outside upper center",
+        ncols=5,
+        frameon=False,
+        title="Accuracy against cost, with 95% intervals",
+    )
+    legend.get_title().set_fontsize(13)
+    return figure
+
+
+def _draw_panel(
+    panel: Axes, points: Sequence[FrontierPoint], task: str, axis: str, controls: frozenset[str]
+) -> None:
+    """Draws one task against one cost."""
+    looks, at = styles([point.connector for point in points], controls), drawn_costs(points, axis)
+    for name, look in looks.items():
+        drawn = [i for i, point in enumerate(points) if point.connector == name and task in point.accuracy]
+        drawn.sort(key=lambda i: at[i])
+        shares = [points[i].accuracy[task] for i in drawn]
+        panel.errorbar(
+            [at[i] for i in drawn],
+            [share.mean for share in shares],
+            # Rounding may put a mean of 1 a hair over its interval.
+            yerr=[
+                [max(0.0, share.mean - share.low) for share in shares],
+                [max(0.0, share.high - share.mean) for share in shares],
+            ],
+            color=look.color,
+            marker=look.marker,
+            linestyle="--" if look.dashed else "-",
+            label=name,
+            markersize=5,
+            linewidth=1.2,
+            elinewidth=0.9,
+            capsize=2,
+        )
+    front = front_of(points, task, axis)
+    across, up = [at[i] for i in front], [points[i].accuracy[task].mean for i in front]
+    panel.step(across, up, where="post", color=FRONT_COLOR, linewidth=5, zorder=1, gid="front")
+    panel.plot(across, up, "o", markerfacecolor="none", markeredgecolor="black", markersize=11, gid="rings")
+    counts = sorted({point.accuracy[task].n for point in points if task in point.accuracy})
+    asked = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    panel.set_title(f"{task}  ({asked} questions a run)", loc="left", fontsize=10, parse_math=False)
+    panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    panel.grid(color="0.9", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    if axis_scale(points, axis) == "log":
+        _log_costs(panel, axis, [point.costs[axis] / AXES[axis].divisor for point in points])
+
+
+def _log_costs(panel: Axes, axis: str, costs: Sequence[Number]) -> None:
+    """Makes a panel's horizontal axis logarithmic, with ticks on the token counts where they have room."""
+    base, subs = (2, (1.0,)) if axis == "tokens" else (10, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
+    if base == 10 and max(costs) > 30 * min(costs):
+        subs = (1.0, 3.0)
+    panel.set_xscale("log", base=base)
+    panel.minorticks_off()
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
+    counts = sorted(set(costs))
+    has_room = len(counts) <= 12 and all(b >= 1.25 * a for a, b in itertools.pairwise(counts))
+    own = axis == "tokens" and has_room
+    panel.xaxis.set_major_locator(FixedLocator(counts) if own else LogLocator(base, subs=subs))
+
+
+def draw_frontier(results: Sequence[dict[str, Any]], path: epath.Path, *, controls: frozenset[str]) -> None:
+    """Writes `frontier_figure` as a PNG, over an earlier one.
+
+    Raises:
+      ValueError: nothing to draw; see `combine_seeds`. No file is written.
+    """
+    drawn = io.BytesIO()
+    frontier_figure(results, controls=controls).savefig(drawn, format="png")
+    replace_whole(path, drawn.getvalue())
+
+
+def replace_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file under another name and puts it in the place of the old one: never seen half written."""
+    draft = path.with_name(path.name + ".partial")
+    draft.write_bytes(content)
+    draft.replace(path)

@@ -1,0 +1,284 @@
+"""The report of a sweep: one HTML file that needs no network, with a chart, a table and sample pages."""
+
+import base64
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from markupsafe import Markup
+from PIL import Image
+from plotly.offline import get_plotlyjs
+
+from vlm_jax.processors.boxes import parse_boxes, to_pixels
+from vlm_jax.sweep.frontier import (
+    AXES,
+    Accuracy,
+    FrontierPoint,
+    Number,
+    axis_scale,
+    combine_seeds,
+    drawn_costs,
+    front_of,
+    replace_whole,
+    styles,
+    tasks_of,
+    total_costs,
+)
+
+Rectangle = tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One page with a question, and what every point answered.
+
+    Attributes:
+      image: the page, grey (1 channel) or RGB (3 channels).
+      question: what was asked about it.
+      reference: the right answer.
+      task: which metric scored the answer.
+      answers: {point label, as `pool@16`: (text, whether it counts as right)}.
+    """
+
+    image: UInt8[np.ndarray, "height width channels"]
+    question: str
+    reference: str
+    task: str
+    answers: dict[str, tuple[str, bool]]
+
+
+def write_report(
+    results: Sequence[dict[str, Any]],
+    path: epath.Path,
+    *,
+    controls: frozenset[str],
+    examples: Sequence[Example],
+    title: str,
+) -> None:
+    """Writes the report as one self-contained HTML file, over an earlier one.
+
+    Args:
+      results: one dict a point and seed, as the sweep writes them.
+      path: of the file.
+      controls: connectors that are there to be compared with.
+      examples: sample pages, in the order shown; may be empty.
+      title: of the page.
+
+    Raises:
+      ValueError: nothing to report; see `combine_seeds`. No file is written.
+    """
+    replace_whole(path, report_html(results, controls=controls, examples=examples, title=title).encode())
+
+
+def report_html(
+    results: Sequence[dict[str, Any]], *, controls: frozenset[str], examples: Sequence[Example], title: str
+) -> str:
+    """The page that `write_report` writes; every text of the results and examples is escaped."""
+    points, tasks = combine_seeds(results), tasks_of(results)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"percent": percent, "quantity": quantity}
+    room = resources.files("vlm_jax.sweep")
+    template = environment.from_string((room / "report.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=title,
+        tasks=tasks,
+        axes=AXES,
+        controls=controls,
+        findings=[finding for task in tasks for finding in find(points, task, controls)],
+        rows=table_rows(points, tasks),
+        chart=chart_data(points, tasks, controls),
+        cards=[card(example) for example in examples],
+        scores=score_examples(points, examples),
+        style=Markup((room / "report.css").read_text(encoding="utf-8")),
+        script=Markup((room / "report.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def percent(share: Number) -> str:
+    """A share in [0, 1], in percent with one decimal."""
+    return f"{100 * share:.1f}"
+
+
+def quantity(value: Number) -> str:
+    """A number with three significant digits or more, without an exponent where it can be read without."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What the results say about one task.
+
+    A point is as good when its accuracy is in the interval of the best point's, or above it.
+
+    Attributes:
+      task: the task.
+      best: the candidate (no control, where there is one that is not) with the highest accuracy.
+      fewest_tokens: the candidate with the fewest tokens that is as good.
+      fewest_flops: the candidate with the fewest FLOPs that is as good.
+      controls: the controls with no more tokens than `fewest_tokens`, best first.
+      rivals: those of them that are as good.
+    """
+
+    task: str
+    best: FrontierPoint
+    fewest_tokens: FrontierPoint
+    fewest_flops: FrontierPoint
+    controls: tuple[FrontierPoint, ...]
+    rivals: tuple[FrontierPoint, ...]
+
+
+def find(points: Sequence[FrontierPoint], task: str, controls: frozenset[str]) -> list[Finding]:
+    """The finding on a task: one, or none where only controls were measured on it."""
+    measured = [point for point in points if task in point.accuracy]
+    candidates = [point for point in measured if point.connector not in controls]
+    if not candidates:
+        return []
+
+    def mean(point: FrontierPoint) -> Number:
+        return point.accuracy[task].mean
+
+    best = max(candidates, key=lambda point: (mean(point), -point.costs["tokens"], -point.costs["flops"]))
+    floor = best.accuracy[task].low
+    as_good = [point for point in candidates if mean(point) >= floor]
+    fewest_tokens = min(as_good, key=lambda point: (point.costs["tokens"], -mean(point)))
+    fewest_flops = min(as_good, key=lambda point: (point.costs["flops"], -mean(point)))
+    beside = [
+        point
+        for point in measured
+        if point.connector in controls and point.costs["tokens"] <= fewest_tokens.costs["tokens"]
+    ]
+    beside.sort(key=mean, reverse=True)
+    rivals = tuple(point for point in beside if mean(point) >= floor)
+    return [Finding(task, best, fewest_tokens, fewest_flops, tuple(beside), rivals)]
+
+
+def table_rows(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """One row for every run, with the fronts that its point is on, by task."""
+    fronts = {task: {axis: front_of(points, task, axis) for axis in ("tokens", "flops")} for task in tasks}
+    return [
+        {
+            "point": point,
+            "run": run,
+            "costs": {key: cost / AXES[key].divisor for key, cost in total_costs(run).items()},
+            "peak_mib": run["peak_bytes"] / 2**20,
+            "fronts": {
+                task: [axis for axis in fronts[task] if index in fronts[task][axis]] for task in tasks
+            },
+        }
+        for index, point in enumerate(points)
+        for run in point.runs
+    ]
+
+
+def chart_data(
+    points: Sequence[FrontierPoint], tasks: Sequence[str], controls: frozenset[str]
+) -> dict[str, Any]:
+    """What the chart's script reads: costs in displayed units, accuracies, fronts as indices of points."""
+    drawn = {axis: drawn_costs(points, axis) for axis in AXES}
+    return {
+        "tasks": list(tasks),
+        "axes": {
+            key: {
+                "title": axis.title + (f" ({axis.unit})" if axis.unit else ""),
+                "scale": axis_scale(points, key),
+            }
+            for key, axis in AXES.items()
+        },
+        "points": [
+            {
+                "label": point.label,
+                "connector": point.connector,
+                "costs": {key: cost / AXES[key].divisor for key, cost in point.costs.items()},
+                "drawn_costs": {axis: drawn[axis][index] for axis in AXES},
+                "accuracy": {task: dataclasses.asdict(share) for task, share in point.accuracy.items()},
+                "details": details(point),
+            }
+            for index, point in enumerate(points)
+        ],
+        "fronts": {task: {axis: front_of(points, task, axis) for axis in AXES} for task in tasks},
+        "styles": {
+            name: dataclasses.asdict(style) | {"control": name in controls}
+            for name, style in styles([point.connector for point in points], controls).items()
+        },
+    }
+
+
+def details(point: FrontierPoint) -> list[str]:
+    """Every figure of a point, line by line."""
+
+    def parts(key: str, divisor: float) -> str:
+        names = point.runs[0][key]
+        means = {name: sum(run[key][name] for run in point.runs) / len(point.runs) for name in names}
+        return ", ".join(f"{name} {quantity(mean / divisor)}" for name, mean in means.items())
+
+    def interval(share: Accuracy) -> str:
+        return f"{percent(share.mean)}% [{percent(share.low)}, {percent(share.high)}], n = {share.n}"
+
+    costs = {key: quantity(cost / AXES[key].divisor) for key, cost in point.costs.items()}
+    peak = max(run["peak_bytes"] for run in point.runs) / 2**20
+    return [
+        *(f"{task}: {interval(share)}" for task, share in point.accuracy.items()),
+        f"visual tokens: {costs['tokens']}",
+        f"GFLOPs: {costs['flops']} ({parts('flops', 1e9)})",
+        f"parameters, M: {costs['parameters']} ({parts('num_params', 1e6)})",
+        f"training step: {costs['step_seconds']} ms"
+        if "step_seconds" in costs
+        else "training step: not measured",
+        f"peak memory: {quantity(peak)} MiB",
+        f"seeds: {', '.join(str(run['seed']) for run in point.runs)}",
+    ]
+
+
+def card(example: Example) -> dict[str, Any]:
+    """What the page shows of an example: its picture as a data URL, and every box in pixels of it."""
+    height, width, _ = example.image.shape
+    return {
+        "example": example,
+        "height": height,
+        "width": width,
+        "picture": picture_url(example.image),
+        "reference_boxes": drawn_boxes(example.reference, height, width),
+        "answer_boxes": {
+            label: drawn_boxes(text, height, width) for label, (text, _) in example.answers.items()
+        },
+    }
+
+
+def drawn_boxes(text: str, height: int, width: int) -> list[Rectangle]:
+    """(left, top, width, height) in pixels of the page, of every well-formed box in a text."""
+    corners = [to_pixels(box, height, width) for box in parse_boxes(text)]
+    return [(left, top, right - left, bottom - top) for left, top, right, bottom in corners]
+
+
+def picture_url(image: UInt8[np.ndarray, "height width channels"]) -> str:
+    """A picture as a `data:` URL of a PNG.
+
+    Raises:
+      ValueError: neither 1 channel nor 3.
+    """
+    channels = image.shape[-1]
+    if channels not in (1, 3):
+        raise ValueError(f"a page of a report has 1 or 3 channels, got one of shape {image.shape}")
+    encoded = io.BytesIO()
+    Image.fromarray(image[..., 0] if channels == 1 else image).save(encoded, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
+
+
+def score_examples(
+    points: Iterable[FrontierPoint], examples: Sequence[Example]
+) -> dict[str, tuple[int, int]]:
+    """{label: (examples answered rightly, examples answered)}, points of the results first, in their order."""
+    given = dict.fromkeys(label for example in examples for label in example.answers)
+    known = [point.label for point in points if point.label in given]
+    scores = {}
+    for label in dict.fromkeys([*known, *given]):
+        correct = [example.answers[label][1] for example in examples if label in example.answers]
+        scores[label] = (sum(correct), len(correct))
+    return scores

@@ -1,0 +1,241 @@
+"""Runs a sweep: the shared stages once, then every point; resumes where it was stopped."""
+
+import json
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+from etils import epath
+from ml_collections import ConfigDict
+
+from vlm_jax.build import build
+from vlm_jax.config import config_hash, parse
+from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.sweep.frontier import draw_frontier
+from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settings
+from vlm_jax.sweep.report import Example, write_report
+from vlm_jax.train.loop import Outcome, Trainer
+from vlm_jax.train.stages import parse_schedule
+from vlm_jax.train.workdir import claim, read_lines, write_whole
+
+RESULTS_FILE, FRONTIER_FILE, REPORT_FILE = "results.jsonl", "frontier.png", "report.html"
+ANSWERS_FILE = "answers.jsonl"
+EXAMPLES_PER_TASK = 4
+
+
+class Sweep:
+    """One workdir's sweep.
+
+    Args:
+      config: `base`, `candidates` and `sweep`; see `configs/sweeps`.
+      workdir: folder of the sweep, local or `gs://`.
+      only: labels of the points to run; all when empty. They do not count as another sweep.
+      config_path: of the config, for the commands that reproduce points.
+      overrides: command-line overrides of the config, for the same.
+
+    Raises:
+      ConfigError, InfeasibleBudget: before anything is written.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.PathLike,
+        *,
+        config_path: str,
+        only: tuple[str, ...] = (),
+        overrides: tuple[str, ...] = (),
+        console: rich.console.Console | None = None,
+    ):
+        self.workdir = epath.Path(workdir)
+        self._config, self._config_path, self._overrides = config, config_path, overrides
+        self._console = console or rich.console.Console()
+        self._settings = sweep_settings(config)
+        self.points = list_points(config, only)
+        self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
+        claim(self.workdir, config)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Trains what is not finished, then draws the frontier and writes the report.
+
+        Returns:
+          One dict a finished point, as in `results.jsonl`.
+        """
+        self._console.print(plan_table(self.points))
+        results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
+        self._check_results(results)
+        todo = [point for point in self.points if point.label not in results]
+        if todo:
+            with self._progress(todo) as progress:
+                seeds = dict.fromkeys(point.config.seed for point in todo)
+                starts = {seed: self._train_shared(seed, progress) for seed in seeds}
+                for point in todo:
+                    results[point.label] = self._run_point(point, starts[point.config.seed], progress)
+                    self._write_results(results.values())
+        ordered = [results[point.label] for point in self.points]
+        self._report(ordered)
+        self._console.print(results_table(ordered))
+        for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
+            self._console.print(f"{self.workdir / name}", soft_wrap=True)
+        return ordered
+
+    def _train_shared(self, seed: int, progress: "_Progress") -> epath.Path | None:
+        """Checkpoint directory of the shared stages for a seed, trained when they are not."""
+        if not self._settings.shared:
+            return None
+        config = shared_config(self._config.base, seed, self._settings.shared)
+        name = f"shared_{seed}"
+        Trainer(
+            config, build(config), self._mesh, self.workdir / name, progress=progress.report("shared stages")
+        ).run()
+        return self.workdir / name / "checkpoints"
+
+    def _run_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> dict[str, Any]:
+        folder = self.workdir / "points" / point.label
+        trainer = Trainer(
+            point.config, point.system, self._mesh, folder, init_from=start, progress=progress.report(point.label)
+        )
+        outcome = trainer.run()
+        evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
+        samples = point.system.open_source().evaluation(point.config.seed)
+        answers = answer_all(point.system, outcome.params, samples, evaluation.batch_size)
+        lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
+        write_whole(folder / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        return self._result(point, outcome, accuracy(answers))
+
+    def _result(self, point: Point, outcome: Outcome, table: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "label": point.label,
+            "connector": point.connector,
+            "token_budget": point.config.token_budget,
+            "num_visual_tokens": point.costs.num_visual_tokens,
+            "accuracy": table,
+            "num_params": point.costs.num_params,
+            "flops": point.costs.flops,
+            "step_seconds": outcome.step_seconds,
+            "peak_bytes": outcome.peak_bytes,
+            "seed": point.config.seed,
+            "config_hash": config_hash(point.config),
+            "command": self._command(point),
+        }
+
+    def _command(self, point: Point) -> str:
+        words = ["python", "-m", "vlm_jax.cli.sweep", f"--config={self._config_path}", *self._overrides]
+        return shlex.join([*words, f"--only={point.label}", f"--workdir=workdir/{point.label}"])
+
+    def _write_results(self, results: Iterable[dict[str, Any]]) -> None:
+        write_whole(self.workdir / RESULTS_FILE, "".join(json.dumps(line) + "\n" for line in results))
+
+    def _check_results(self, results: dict[str, dict[str, Any]]) -> None:
+        """Finished points were made by the configs that they would have today."""
+        for point in self.points:
+            line = results.get(point.label)
+            if line is not None and line["config_hash"] != config_hash(point.config):
+                raise ValueError(
+                    f"{self.workdir / RESULTS_FILE}: point {point.label} was made by config {line['config_hash']}, "
+                    f"not {config_hash(point.config)}; the package's way of making points has changed. Use another "
+                    "--workdir"
+                )
+
+    def _report(self, results: list[dict[str, Any]]) -> None:
+        controls = frozenset(self._settings.controls)
+        draw_frontier(results, self.workdir / FRONTIER_FILE, controls=controls)
+        title = f"Visual token budgets: {self._config_path}"
+        write_report(results, self.workdir / REPORT_FILE, controls=controls, examples=self._examples(), title=title)
+
+    def _examples(self) -> list[Example]:
+        """The first samples of every task, with what each point answered."""
+        point = self.points[0]
+        answers: dict[str, dict[str, dict[str, Any]]] = {}
+        for other in self.points:
+            lines = read_lines(self.workdir / "points" / other.label / ANSWERS_FILE)
+            answers[other.label] = {line["sample_id"]: line for line in lines}
+        examples, taken = [], dict.fromkeys(point.system.source.tasks, 0)
+        for sample in point.system.open_source().evaluation(point.config.seed):
+            turn = sample.turns[0]
+            given = {label: lines[sample.sample_id] for label, lines in answers.items() if sample.sample_id in lines}
+            if taken[turn.task] < EXAMPLES_PER_TASK and given:
+                taken[turn.task] += 1
+                spoken = {label: (line["text"], line["correct"]) for label, line in given.items()}
+                examples.append(Example(sample.images[0], turn.question, turn.answer, turn.task, spoken))
+        return examples
+
+    def _progress(self, todo: list[Point]) -> "_Progress":
+        steps = [(point.label, _num_steps(point.config)) for point in todo]
+        if self._settings.shared:
+            shared = shared_config(self._config.base, todo[0].config.seed, self._settings.shared)
+            steps.insert(0, ("shared stages", _num_steps(shared)))
+        return _Progress(steps, self._console)
+
+
+def _num_steps(config: ConfigDict) -> int:
+    return parse_schedule(tuple(config.schedule), config.stages)[-1].stop
+
+
+class _Progress:
+    """A live display of the whole sweep: points done, steps done, time left."""
+
+    def __init__(self, steps: list[tuple[str, int]], console: rich.console.Console):
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("left"),
+            rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+            rich.progress.TextColumn("{task.fields[note]}"),
+        )
+        self._bar = rich.progress.Progress(*columns, console=console, speed_estimate_period=120)
+        self._steps, self._done = dict(steps), dict.fromkeys(dict(steps), 0)
+        total = sum(self._steps.values())
+        self._task = self._bar.add_task(f"{len(steps)} runs", total=total, note="")
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.stop()
+
+    def report(self, label: str):
+        """The callback of one run."""
+
+        def update(step: int, steps: int, metrics: dict[str, Any]) -> None:
+            self._done[label] = step
+            note = f"{label}: {metrics['stage']}, loss {metrics['loss']:.3f}"
+            self._bar.update(self._task, completed=sum(self._done.values()), note=note)
+
+        return update
+
+
+def plan_table(points: list[Point]) -> rich.table.Table:
+    """What will be run, as it is known before anything trains."""
+    table = rich.table.Table(title=f"{len(points)} points, by shape")
+    for column in ("point", "tokens", "encoder", "connector", "decoder", "encoder", "connector", "prefill"):
+        table.add_column(column, justify="left" if column == "point" else "right")
+    table.columns[2].header, table.columns[5].header = "params: encoder", "MFLOPs: encoder"
+    for point in points:
+        params, flops = point.costs.num_params, point.costs.flops
+        cells = [f"{params[part]:,}" for part in ("encoder", "connector", "decoder")]
+        cells += [f"{flops[part] / 1e6:,.2f}" for part in ("encoder", "connector", "prefill")]
+        table.add_row(point.label, str(point.costs.num_visual_tokens), *cells)
+    return table
+
+
+def results_table(results: list[dict[str, Any]]) -> rich.table.Table:
+    """Accuracy of every point, task by task, with its interval."""
+    tasks = list(dict.fromkeys(task for result in results for task in result["accuracy"]))
+    table = rich.table.Table(title="accuracy on unseen data, with 95% intervals")
+    for column in ("point", "tokens", *tasks):
+        table.add_column(column, justify="left" if column == "point" else "right")
+    for result in results:
+        cells = []
+        for task in tasks:
+            entry = result["accuracy"].get(task)
+            cells.append(f"{entry['mean']:.3f} ({entry['low']:.2f} to {entry['high']:.2f})" if entry else "")
+        table.add_row(result["label"], str(result["num_visual_tokens"]), *cells)
+    return table
