@@ -82,14 +82,15 @@ class VisualFeatures:
       grid: (rows, columns), static; rows * columns == N. Features that no longer form a
         rectangle (after dropping, or of several packed images) have the grid (1, N).
       pooled: the encoder's own image embedding where it has a head for one, else None.
-      hidden: [L + 1, B, N, D] inputs of every block and the last output, only when asked for.
+      hidden: [L + 1, B, P, W] inputs of every block and the last output, only when asked for; P and
+        the residual width W are those of the blocks.
     """
 
     tokens: Float[Array, "B N D"]
     mask: Bool[Array, "B N"]
     grid: Grid = static_field()
     pooled: Float[Array, "B E"] | None = None
-    hidden: Float[Array, "L B P D"] | None = None
+    hidden: Float[Array, "L B P W"] | None = None
 
 
 @struct

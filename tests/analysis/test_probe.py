@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from tests.analysis.toys import ClassTokenEncoder, RotaryEncoder, randomised
-from vlm_jax.analysis.probe import attention_weights, patch_filters, position_embeddings
+from tests.analysis.toys import RotaryEncoder, randomised
+from vlm_jax.analysis.probe import attention_weights, first_filters, patch_size, position_embeddings
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.position_embedding import sincos_2d
 
@@ -46,7 +46,9 @@ def layers_of(params, stack="blocks"):
     return [jax.tree.map(lambda x, i=i: x[i], params) for i in range(depth)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"remat": "dots", "unroll": 3}, {"num_heads": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"remat": "dots", "unroll": 3}, {"num_heads": 2}, {"pre_norm": True, "pooling": "map"}]
+)
 def test_weights_times_values_give_the_output_of_every_block(changes):
     module, params = vit(**changes)
     weights = np.asarray(attention_weights(module, params, IMAGES), np.float64)
@@ -107,15 +109,18 @@ def test_an_encoder_without_one_stack_of_attention_is_refused():
         attention_weights(module, params, IMAGES)
     module = RotaryEncoder(stacks=0)
     params = module.init(jax.random.key(0), IMAGES)["params"]
-    with pytest.raises(ValueError, match="RotaryEncoder: .* found none"):
+    with pytest.raises(ValueError, match=r"RotaryEncoder: .* found none"):
         attention_weights(module, params, IMAGES)
 
 
-def test_filters_are_the_kernel_of_the_patch_embedding():
+def test_filters_are_the_kernel_of_the_patch_embedding_or_of_the_root_of_a_stem():
+    module, params = vit(stem_layers=(1,), stem_width=32, patch_size=1)
+    kernel = first_filters(module, params, IMAGES)
+    np.testing.assert_array_equal(kernel, params["stem"]["conv_root"]["kernel"])
     module, params = vit()
-    np.testing.assert_array_equal(patch_filters(module, params, IMAGES), params["patch_embed"]["kernel"])
-    with pytest.raises(ValueError, match="expected one PatchEmbed, found 0"):
-        patch_filters(Plain(), {}, IMAGES)
+    np.testing.assert_array_equal(first_filters(module, params, IMAGES), params["patch_embed"]["kernel"])
+    with pytest.raises(ValueError, match=r"a layer with a kernel .* found none"):
+        first_filters(Plain(), {}, IMAGES)
 
 
 class Plain(nn.Module):
@@ -142,11 +147,23 @@ def test_position_embeddings_are_what_the_encoder_adds_to_its_patches(position, 
         np.testing.assert_allclose(found.reshape(15, 16), sincos_2d((3, 5), 16), atol=1e-6)
 
 
-def test_position_embeddings_leave_the_class_token_out():
-    module = ClassTokenEncoder(4, 16, 1, 2, 8)
-    params = module.init(jax.random.key(0), IMAGES)["params"]
-    found = np.asarray(position_embeddings(module, params, IMAGES))
-    np.testing.assert_allclose(found.reshape(15, 16), params["positions"][0, 1:], atol=1e-6)
+@pytest.mark.parametrize("changes", [{"class_token": True, "class_position": True}, {"pre_norm": True}])
+@pytest.mark.parametrize("position", ["learned", "sincos"])
+def test_position_embeddings_do_not_depend_on_what_stands_around_them(position, changes):
+    plain = position_embeddings(*vit(position=position), IMAGES)
+    module, params = vit(position=position, **changes)
+    if position == "learned":
+        params["positions"]["table"] = plain.reshape(15, 16)
+    np.testing.assert_allclose(position_embeddings(module, params, IMAGES), plain, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"), [({}, 4), ({"stem_layers": (1, 1), "stem_width": 32, "patch_size": 2}, 16)]
+)
+def test_the_patch_size_counts_pixels(changes, expected):
+    fields = {"image_size": (12, 20), "patch_size": 4, "width": 16, "depth": 3, "num_heads": 4, "mlp_dim": 8}
+    module = ViT(**fields | changes)
+    assert {patch_size(module, height, 40) for height in (33, 40, 47, 64)} == {expected}
 
 
 @pytest.mark.parametrize("stacks", [0, 1, 2])
@@ -156,5 +173,5 @@ def test_rotary_positions_are_no_embeddings(stacks):
 
 
 def test_what_differs_between_images_is_no_position_embedding():
-    module = RotaryEncoder(pre_norm=True)  # the input of the blocks is no longer a sum
+    module = RotaryEncoder(unit=True)  # the input of the blocks is no longer a sum
     assert position_embeddings(module, module.init(jax.random.key(0), IMAGES)["params"], IMAGES) is None

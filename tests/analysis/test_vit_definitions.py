@@ -3,17 +3,19 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.analysis.toys import ClassTokenEncoder
 from tests.analysis.vit_definitions import NAMES, definitions
 from tests.golden import comparison
 from tests.golden.conftest import DATA
 from vlm_jax.encoders.vit import ViT
 
 FOLDERS = [
-    folder for folder in comparison.find(DATA) if any(NAMES.fullmatch(n) for n in comparison.read(folder).expected)
+    folder
+    for folder in comparison.find(DATA)
+    if any(NAMES.fullmatch(n) for n in comparison.read(folder).expected)
 ]
 
 
@@ -22,12 +24,14 @@ def test_there_are_folders():
 
 
 def released_params(folder, config):
-    """The released arrays under the package's names; the class token's are left in their place."""
+    """The released arrays under the package's names."""
     released = dict(np.load(folder / "model.npz"))
     depth, width = config["transformer"]["num_layers"], config["hidden_size"]
 
     def stacked(name, *shape):
-        return np.stack([released[f"Transformer/encoderblock_{i}/{name}"].reshape(shape) for i in range(depth)])
+        return np.stack(
+            [released[f"Transformer/encoderblock_{i}/{name}"].reshape(shape) for i in range(depth)]
+        )
 
     def dense(name, *kernel):
         return {"kernel": stacked(f"{name}/kernel", *kernel), "bias": stacked(f"{name}/bias", kernel[1])}
@@ -51,9 +55,10 @@ def released_params(folder, config):
         "final_norm": {part: released[f"Transformer/encoder_norm/{part}"] for part in ("scale", "bias")},
     }
     table = released["Transformer/posembed_input/pos_embedding"]
-    if "cls" in released:
-        return params | {"cls": released["cls"], "positions": table}
-    return params | {"positions": {"table": table[0]}}
+    if "cls" not in released:
+        return params | {"positions": {"table": table[0]}}
+    first = {"class_token": released["cls"][0], "class_position": table[0, :1]}
+    return params | first | {"positions": {"table": table[0, 1:]}}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -65,11 +70,9 @@ def test_definitions_hold(folder):
     fields |= {"num_heads": transformer["num_heads"], "mlp_dim": transformer["mlp_dim"]}
     images = (golden.inputs["images_u8"].astype(np.float32) - 127.5) / 127.5
     params = released_params(folder, config)
-    if "cls" in params:
-        module = ClassTokenEncoder(**fields)
-    else:
-        module = ViT(image_size=images.shape[1:3], **fields)
-    found = jax.tree.map(np.asarray, definitions(folder, module, params, images))
+    has_class = "class_token" in params
+    module = ViT(image_size=images.shape[1:3], class_token=has_class, class_position=has_class, **fields)
+    found = jax.tree.map(np.asarray, definitions(folder, module, params, jnp.asarray(images)))
     assert set(found) == {name for name in golden.expected if NAMES.fullmatch(name)}
     wrong = {
         name: comparison.compare(golden.entries[name], value, golden.expected[name])

@@ -1,4 +1,4 @@
-"""Small encoders made of the package's layers, for what its ViT does not have."""
+"""A small encoder made of the package's layers, for what its ViT does not have."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ from flax import linen as nn
 
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.block import TransformerStack
-from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.rope import rope_angles
 from vlm_jax.types import VisualFeatures
@@ -22,7 +21,10 @@ class RotaryEncoder(nn.Module):
     num_kv_heads: int = 2
     stacks: int = 1
     pooled: bool = False
-    pre_norm: bool = False
+    unit: bool = False
+
+    def grid(self, height, width):
+        return height // self.patch_size, width // self.patch_size
 
     def context(self, batch, length):
         positions = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
@@ -33,9 +35,9 @@ class RotaryEncoder(nn.Module):
     @nn.compact
     def __call__(self, images, *, collect=False):
         x = PatchEmbed(self.patch_size, self.width, name="patch_embed")(images)
-        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
-        if self.pre_norm:
-            x = Norm("layer", 1e-6, name="pre_norm")(x)
+        grid = self.grid(*images.shape[1:3])
+        if self.unit:
+            x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
         block = {
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
@@ -54,31 +56,6 @@ class RotaryEncoder(nn.Module):
             head = MultiHeadAttention(self.num_heads, name="head")
             pooled = head(x.mean(1, keepdims=True), Context("full"), inputs_k=x)[0][:, 0]
         return VisualFeatures(x, jnp.ones(x.shape[:2], bool), grid, pooled=pooled, hidden=hidden)
-
-
-class ClassTokenEncoder(nn.Module):
-    """A class token before the patches, and one table of positions for all."""
-
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-
-    @nn.compact
-    def __call__(self, images):
-        x = PatchEmbed(self.patch_size, self.width, name="patch_embed")(images)
-        grid = (images.shape[1] // self.patch_size, images.shape[2] // self.patch_size)
-        count = x.shape[1]
-        prefix = self.param("cls", nn.initializers.normal(), (1, 1, self.width))
-        x = jnp.concatenate([jnp.tile(prefix, (len(x), 1, 1)), x], axis=1)
-        x = x + self.param("positions", nn.initializers.normal(), (1, count + 1, self.width))
-        block = {"mlp_dim": self.mlp_dim, "activation": "gelu_tanh", "norm": "layer", "norm_epsilon": 1e-6}
-        x, _, _ = TransformerStack(self.depth, {"num_heads": self.num_heads, **block}, name="blocks")(
-            x, Context("full")
-        )
-        x = Norm("layer", 1e-6, name="final_norm")(x)[:, 1:]
-        return VisualFeatures(x, jnp.ones(x.shape[:2], bool), grid)
 
 
 def randomised(params, seed=0, scale=0.3):

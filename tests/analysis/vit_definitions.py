@@ -14,7 +14,7 @@ import numpy as np
 from vlm_jax.analysis.attention_distance import mean_attention_distance
 from vlm_jax.analysis.filters import filter_components
 from vlm_jax.analysis.position_similarity import position_similarity
-from vlm_jax.analysis.probe import attention_weights, patch_filters, position_embeddings
+from vlm_jax.analysis.probe import attention_weights, first_filters, position_embeddings
 
 NAMES = re.compile(r"attn\d+|mean_attn_distance(_renorm)?|pos_cos_sim|filter_(pcs|sv)_(un)?centred")
 
@@ -29,12 +29,10 @@ def definitions(folder: Path, module: Any, params: Any, images: np.ndarray) -> d
       images: the folder's images, normalised; all of them.
     """
     manifest = json.loads((folder / "golden.json").read_text())["arrays"]
-    wanted = [
-        name for name, entry in manifest.items() if entry["role"] == "output" and NAMES.fullmatch(name)
-    ]
+    wanted = [name for name, entry in manifest.items() if entry["role"] == "output" and NAMES.fullmatch(name)]
     weights = np.asarray(attention_weights(module, params, images))
     table = position_embeddings(module, params, images)
-    kernel = np.asarray(patch_filters(module, params, images))
+    kernel = np.asarray(first_filters(module, params, images))
     rows, cols = table.shape[:2]
     found = {}
     with np.load(folder / "cases.npz") as cases:
@@ -52,9 +50,7 @@ def definitions(folder: Path, module: Any, params: Any, images: np.ndarray) -> d
                 filters = filter_components(kernel, shape[0], centred=not name.endswith("_uncentred"))
                 is_picture = "_pcs_" in name
                 found[name] = (
-                    _with_signs_of(cases[name], filters.components)
-                    if is_picture
-                    else filters.singular_values
+                    _with_signs_of(cases[name], filters.components) if is_picture else filters.singular_values
                 )
     return found
 

@@ -15,7 +15,7 @@ from vlm_jax.connectors import CONNECTORS
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 from vlm_jax.types import VisualFeatures
 
-from .conftest import defined, leaves, small
+from .kinds import defined, leaves, small
 
 GRIDS = [(8, 8), (7, 5), (1, 6), (4, 8)]
 WIDTH_IN, WIDTH_OUT, BATCH = 12, 16, 4
@@ -76,8 +76,10 @@ def apply(connector):
 def test_every_accepted_budget_is_met(kind, grid):
     assert accepted(kind, grid), f"{kind} accepts no budget at all on {grid}"
     for budget in accepted(kind, grid):
+        assert solve(kind, grid, budget).num_tokens(grid) == budget  # before there is a parameter
+    step = -(-len(accepted(kind, grid)) // 8)  # tracing takes its time
+    for budget in {*accepted(kind, grid)[::step], accepted(kind, grid)[-1]}:
         connector = solve(kind, grid, budget)
-        assert connector.num_tokens(grid) == budget  # before there is a parameter
         init = functools.partial(connector.init_with_output, deterministic=True)
         out, _ = jax.eval_shape(init, jax.random.key(0), images(grid))
         assert out.tokens.shape == (BATCH, budget, WIDTH_OUT)

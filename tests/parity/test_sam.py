@@ -1,5 +1,7 @@
 """A tiny random SAM of transformers, through files, rules and back."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_image_encoder_layer_by_layer_and_back(tmp_path, whole):
     encoder = model.vision_encoder
     with torch.no_grad():
         expected = encoder(torch.from_numpy(images.transpose(0, 3, 1, 2)), output_hidden_states=True)
-    found = ours.apply(images, collect=True)
+    found = jax.jit(lambda x: ours.apply(x, collect=True))(jnp.asarray(images))
     assert found.grid == (5, 5) and ours.module.features == 8
     states = [state.reshape(2, 25, 16).numpy() for state in expected.hidden_states]
     assert len(states) == len(found.hidden) == 6

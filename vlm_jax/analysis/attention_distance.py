@@ -64,7 +64,8 @@ def draw_attention_distance(distances: Float[Array, "L heads"], title: str) -> F
     axes.scatter(
         np.repeat(layers, heads), distances.ravel(), s=18, color="tab:blue", label="one head", zorder=2
     )
-    axes.set(xlabel="layer", ylabel="mean attention distance (pixels)", title=title, ylim=(0, None))
+    axes.set(xlabel="layer", ylabel="mean attention distance (pixels)", title=title)
+    axes.set_ylim(0, 1.05 * float(distances.max()) or 1.0)
     axes.set_xticks(layers[:: max(1, depth // 12)])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="best")

@@ -28,13 +28,13 @@ class FilterComponents(NamedTuple):
 def filter_components(
     kernel: Float[Array, "p p c D"], count: int, *, centred: bool = True
 ) -> FilterComponents:
-    """The first `count` principal components of the D filters of a patch embedding.
+    """The first `count` principal components of the D filters of a first layer.
 
     A component and its negative are the same; the one is given whose entry of largest magnitude is
     positive.
 
     Args:
-      kernel: the patch embedding, as `probe.patch_filters` gives it.
+      kernel: the filters, as `probe.first_filters` gives it.
       count: how many components; at most the smaller of D and p * p * c.
       centred: subtracts the mean filter first, as principal component analysis does.
 

@@ -5,6 +5,7 @@ traced (`flax.linen.intercept_methods`), so any encoder made of `PatchEmbed`, `M
 `TransformerStack` can be read, whatever its fields are and wherever it keeps its parameters.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,13 +18,14 @@ from jaxtyping import Float
 from vlm_jax.layers.attention import MultiHeadAttention
 from vlm_jax.layers.block import TransformerStack
 from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.types import Array
 
 _WEIGHTS = "attention_weights"
 _PATCHES = "patches"
-_STACK_INPUT = "stack_input"
+_BLOCKS_INPUT = "blocks_input"
 
 
 class _Called(NamedTuple):
@@ -50,7 +52,7 @@ def attention_weights(
     Raises:
       ValueError: the encoder has no self-attention, or several stacks of it.
     """
-    sown = _sown(vit, nn.meta.unbox(params), images, _sow_weights)
+    sown = _sown(vit, _arrays(params), images, _sow_weights)
     found = {path[:-1]: value for path, value in sown.items() if path[-1] == _WEIGHTS}
     if len(found) != 1 or next(iter(found.values())).ndim != 5:
         layers = ", ".join("/".join(path) for path in found) or "none"
@@ -97,64 +99,87 @@ def _unit_values(start: int, head_dim: int) -> Callable[..., Any]:
     return intercept
 
 
-def patch_filters(
+def patch_size(vit: Any, height: int, width: int) -> int:
+    """Pixels from one patch to the next, down an image of that size; a hybrid's stem counts.
+
+    Read off the encoder's `grid`: by how much the image grows for one more row.
+    """
+    rows = vit.grid(height, width)[0]
+    first, second = (
+        next(taller for taller in itertools.count(height) if vit.grid(taller, width)[0] == rows + more)
+        for more in (1, 2)
+    )
+    return second - first
+
+
+def first_filters(
     vit: nn.Module, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
 ) -> Float[Array, "p p c D"]:
-    """The kernel of the patch embedding: D filters of p x p pixels and c channels.
+    """D filters of p x p pixels and c channels: the kernel of the first layer that has such a kernel.
+
+    That is the patch embedding, or the root of a hybrid's stem, as it is stored.
 
     Raises:
-      ValueError: the encoder has no `PatchEmbed`, or several.
+      ValueError: no layer has a kernel of four axes.
     """
-    found = _calls(vit, params, images, PatchEmbed)
-    if len(found) != 1:
-        raise ValueError(f"{type(vit).__name__}: expected one PatchEmbed, found {len(found)}")
+
+    def has_filters(module: nn.Module) -> bool:
+        return getattr(module.variables.get("params", {}).get("kernel"), "ndim", 0) == 4
+
+    found = _calls(vit, params, images, has_filters)
+    if not found:
+        raise ValueError(f"{type(vit).__name__}: expected a layer with a kernel [p, p, c, D], found none")
     return jnp.asarray(_subtree(params, found[0].path)["kernel"])
 
 
 def position_embeddings(
-    vit: nn.Module, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
+    vit: Any, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
 ) -> Float[Array, "R C D"] | None:
     """What the encoder adds to the patches of such images for their places, class token left out.
 
     A learned table is read as it is, or as it is interpolated to the images' grid. Other embeddings
-    are measured: the input of the blocks less the patch embeddings.
+    are measured: what goes into the blocks, or into a norm before them, less the patch embeddings.
 
     Returns:
       Embeddings by row and column; None where nothing is added that is the same for every image (as
       with rotary positions alone).
     """
-    params = nn.meta.unbox(params)
-    rows, cols = jax.eval_shape(lambda x: vit.apply({"params": params}, x), images).grid
-    learned = _calls(vit, params, images, LearnedPositions2D)
+    params = _arrays(params)
+    rows, cols = vit.grid(*images.shape[1:3])
+    learned = _calls(vit, params, images, lambda module: isinstance(module, LearnedPositions2D))
     if learned:
         module, path, args = learned[0]
         table = module.apply({"params": _subtree(params, path)}, *args)
         return jnp.asarray(table).reshape(rows, cols, -1)
+    images = jnp.asarray(images)
     added = _added_to_patches(vit, params, jnp.concatenate([jnp.zeros_like(images[:1]), images]))
     if added is None:
         return None
     size = jnp.abs(added).max()
     # Differences of numbers of a few units carry their rounding.
     tolerance = 64 * jnp.finfo(getattr(vit, "dtype", jnp.float32)).eps * jnp.maximum(size, 1.0)
-    if size == 0 or jnp.ptp(added, axis=0).max() > tolerance:
+    if size == 0 or not jnp.ptp(added, axis=0).max() <= tolerance:  # which holds of nan too
         return None
     return added[0].reshape(rows, cols, -1)
 
 
 def _added_to_patches(vit: nn.Module, params: Any, images: jax.Array) -> jax.Array | None:
     """[B, N, D] float32: inputs of the blocks less patch embeddings; None without one of each."""
+    entered = []
 
     def sow(next_fun, args, kwargs, context):
-        module, result = context.module, next_fun(*args, **kwargs)
-        if context.method_name == "__call__" and isinstance(module, PatchEmbed):
+        module, is_call = context.module, context.method_name == "__call__"
+        if is_call and isinstance(module, Norm | TransformerStack) and len(module.path) == 1 and not entered:
+            entered.append(module.path)
+            module.sow("intermediates", _BLOCKS_INPUT, args[0])
+        result = next_fun(*args, **kwargs)
+        if is_call and isinstance(module, PatchEmbed):
             module.sow("intermediates", _PATCHES, result)
-        if context.method_name == "__call__" and isinstance(module, TransformerStack):
-            module.sow("intermediates", _STACK_INPUT, args[0])
         return result
 
     sown = _sown(vit, params, images, sow)
     patches, inputs = (
-        [value for path, value in sown.items() if path[-1] == name] for name in (_PATCHES, _STACK_INPUT)
+        [value for path, value in sown.items() if path[-1] == name] for name in (_PATCHES, _BLOCKS_INPUT)
     )
     if len(patches) != 1 or len(inputs) != 1:
         return None
@@ -174,12 +199,14 @@ def _sown(vit: nn.Module, params: Any, images: Any, interceptor: Callable[..., A
     return {path: value for path, (value,) in intermediates.items()}
 
 
-def _calls(vit: nn.Module, params: Mapping[str, Any], images: Any, kind: type[nn.Module]) -> list[_Called]:
-    """Every call of a module of `kind`, in order, without computing anything."""
+def _calls(
+    vit: nn.Module, params: Mapping[str, Any], images: Any, wanted: Callable[[nn.Module], bool]
+) -> list[_Called]:
+    """Every call of a module that is wanted, in order, without computing anything."""
     found = []
 
     def record(next_fun, args, kwargs, context):
-        if isinstance(context.module, kind) and context.method_name == "__call__":
+        if context.method_name == "__call__" and wanted(context.module):
             found.append(_Called(context.module.clone(parent=None), context.module.path, args))
         return next_fun(*args, **kwargs)
 
@@ -187,8 +214,13 @@ def _calls(vit: nn.Module, params: Mapping[str, Any], images: Any, kind: type[nn
         with nn.intercept_methods(record):
             return vit.apply({"params": params}, images)
 
-    jax.eval_shape(run, nn.meta.unbox(params), images)
+    jax.eval_shape(run, _arrays(params), images)
     return found
+
+
+def _arrays(params: Mapping[str, Any]) -> Any:
+    """Parameters as device arrays, out of their boxes."""
+    return jax.tree.map(jnp.asarray, nn.meta.unbox(params))
 
 
 def _subtree(params: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:

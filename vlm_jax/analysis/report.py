@@ -4,8 +4,10 @@ import base64
 import dataclasses
 import io
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import jinja2
 import numpy as np
 from etils import epath
@@ -16,9 +18,9 @@ from matplotlib.figure import Figure
 from vlm_jax.analysis.attention_distance import draw_attention_distance, mean_attention_distance
 from vlm_jax.analysis.filters import FilterComponents, draw_filters, filter_components
 from vlm_jax.analysis.position_similarity import draw_position_similarity, position_similarity
-from vlm_jax.analysis.probe import attention_weights, patch_filters, position_embeddings
+from vlm_jax.analysis.probe import attention_weights, first_filters, patch_size, position_embeddings
 from vlm_jax.analysis.token_maps import Connect, draw_token_maps, token_maps
-from vlm_jax.types import Array, Grid, VisualFeatures
+from vlm_jax.types import Array, Grid
 
 ARRAYS_FILE = "arrays.npz"
 HTML_FILE = "report.html"
@@ -36,7 +38,7 @@ class Analysis:
       num_prefix: tokens before the patches, such as a class token.
       attention_distance: in pixels; attention to the tokens before the patches counts as distance 0.
       attention_distance_renormalised: the same, each patch's weights divided by their sum over patches.
-      filters: principal components of the patch embedding.
+      filters: principal components of the first layer's.
       similarity: cosines of the position embeddings; None where none are added.
       token_maps: maps of the tokens of the first image; None where no connector was given.
       page: the first image, for the token maps.
@@ -67,7 +69,7 @@ class Analysis:
 
 
 def analyse(
-    vit: nn.Module,
+    vit: Any,
     params: Mapping[str, Any],
     images: Float[Array, "B height width channels"],
     *,
@@ -90,42 +92,40 @@ def analyse(
     Raises:
       ValueError: no image, or an encoder that cannot be read; see `probe`.
     """
-    images = np.asarray(images)
+    images = np.asarray(images)  # on the host; a batch at a time goes to the device
     if not len(images):
         raise ValueError("expected at least one image, got none")
-    kernel = np.asarray(patch_filters(vit, params, images[:1]))
-    patch_size, width = kernel.shape[0], kernel.shape[-1]
-    features = cast(VisualFeatures, vit.apply({"params": nn.meta.unbox(params)}, images[:1]))
-    grid = features.grid
+    first = jnp.asarray(images[:1])
+    kernel = np.asarray(first_filters(vit, params, first))
+    grid, side = vit.grid(*images.shape[1:3]), patch_size(vit, *images.shape[1:3])
 
     distances, num_prefix = [], 0
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     for batch in batches:
-        weights = np.asarray(attention_weights(vit, params, batch))
+        weights = np.asarray(attention_weights(vit, params, jnp.asarray(batch)))
         num_prefix = weights.shape[-1] - grid[0] * grid[1]
         distances.append(
-            [
-                mean_attention_distance(weights, grid, patch_size, renormalise=choice)
-                for choice in (False, True)
-            ]
+            [mean_attention_distance(weights, grid, side, renormalise=choice) for choice in (False, True)]
         )
     # The last batch may be smaller, so it counts for less.
     sizes = [len(batch) for batch in batches]
     plain, renormalised = np.average(distances, axis=0, weights=sizes).astype(np.float32)
 
-    table = position_embeddings(vit, params, images[:1])
+    table = position_embeddings(vit, params, first)
     maps = None
     if connect is not None:
+        unboxed = jax.tree.map(jnp.asarray, nn.meta.unbox(params))
+        features = vit.apply({"params": unboxed}, first)
         maps = np.asarray(token_maps(connect, features, num_projections=num_projections)[0])
     return Analysis(
         name=type(vit).__name__,
         num_images=len(images),
         grid=grid,
-        patch_size=patch_size,
+        patch_size=side,
         num_prefix=num_prefix,
         attention_distance=plain,
         attention_distance_renormalised=renormalised,
-        filters=filter_components(kernel, min(num_components, width, kernel[..., 0].size)),
+        filters=filter_components(kernel, min(num_components, kernel.shape[-1], kernel[..., 0].size)),
         similarity=None if table is None else position_similarity(table),
         token_maps=maps,
         page=_displayable(images[0]),
@@ -147,8 +147,9 @@ def figures(analysis: Analysis) -> dict[str, Figure]:
         drawn["position_similarity"] = draw_position_similarity(analysis.similarity)
     drawn["filters"] = draw_filters(analysis.filters)
     if analysis.token_maps is not None:
+        patches = analysis.grid[0] * analysis.grid[1]  # a class token's share is not drawn
         drawn["token_maps"] = draw_token_maps(
-            analysis.page, analysis.token_maps, analysis.grid, patch_size=analysis.patch_size
+            analysis.page, analysis.token_maps[:, -patches:], analysis.grid, patch_size=analysis.patch_size
         )
     return drawn
 
@@ -196,7 +197,7 @@ _CAPTIONS = {
     "no patches counts as distance 0.",
     "position_similarity": "The tile at row r and column c shows the cosine similarity of the embedding of "
     "the patch at (r, c) with those of all patches. Dosovitskiy et al. 2021, figure 7 (centre).",
-    "filters": "Principal components of the filters of the patch embedding, less their mean; grey is 0. "
+    "filters": "Principal components of the filters of the first layer, less their mean; grey is 0. "
     "Dosovitskiy et al. 2021, figure 7 (left).",
     "token_maps": "Norms of the derivative of each visual token of the first image by each patch feature, "
     "as shares of their sum. After Luo et al. 2016, section 2.",

@@ -152,13 +152,12 @@ def draw_token_maps(
         peak = float(shares.max())
         axes = figure.add_subplot(down, across, place + 1)
         axes.imshow(page, cmap="gray", vmin=0, vmax=1)
-        alpha = 0.8 * shares / (peak or 1.0)
         axes.imshow(
             shares,
             cmap="Reds",
-            vmin=-(peak or 1.0),  # the lower half of the colours is too pale
-            vmax=peak or 1.0,
-            alpha=alpha,
+            vmin=-(peak or 1.0),  # from the middle of the colours, short of their dark end
+            vmax=1.5 * (peak or 1.0),
+            alpha=0.65 * shares / (peak or 1.0),
             extent=(-0.5, right - 0.5, bottom - 0.5, -0.5),
             interpolation="nearest",
         )

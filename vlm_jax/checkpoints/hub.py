@@ -1,4 +1,4 @@
-"""Released checkpoint files: safetensors and NumPy archives in, safetensors out.
+"""Released checkpoint files: safetensors and NumPy archives, in and out.
 
 Files are opened for their names, shapes and dtypes; a tensor is read when it is asked for, and of a
 safetensors file only the slice that is asked for. Formats that run code when they are read (pickles:
@@ -206,6 +206,32 @@ def save_checkpoint(
             temporary(INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
             names.append(INDEX_FILE)
     return tuple(folder / name for name in names)
+
+
+def save_archive(folder: str | os.PathLike[str], tensors: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Writes tensors as `model.npz`, the file of vision_transformer and big_vision.
+
+    Args:
+      folder: made if need be; it may hold other files, but no `model.npz`.
+      tensors: key -> NumPy or JAX array.
+
+    Returns:
+      The files written.
+
+    Raises:
+      CheckpointFileError: the folder holds such a file already.
+    """
+    path = Path(folder) / "model.npz"
+    if path.exists():
+        raise CheckpointFileError(f"{path} exists: write to another folder, or remove the old checkpoint")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _renamed_when_complete(path.parent) as temporary, temporary(path.name).open("wb") as file:
+        # Not savez(**tensors): a key may be called `file`.
+        with zipfile.ZipFile(file, "w") as archive:
+            for key, tensor in tensors.items():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(tensor), allow_pickle=False)
+    return (path,)
 
 
 def _shards(tensors: Mapping[str, Any], max_bytes: int) -> list[list[str]]:

@@ -33,6 +33,7 @@ def run(main: Callable[[], Any]) -> None:
     A run that was asked to stop (SIGTERM) and saved itself exits with status 0.
     """
     flags.mark_flags_as_required(["config", "workdir"])
+    flags.FLAGS.set_default("verbosity", -1)  # warnings; Orbax reports every file at the level below
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:

@@ -1,6 +1,7 @@
 """The key-value cache: a pytree of fixed size, written in place of its empty slots."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ class Cache:
 
     @classmethod
     def empty(
-        cls, depth: int, batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+        cls, depth: int, batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any
     ) -> "Cache":
         """An empty cache of `length` slots a row."""
         shape = (depth, batch_size, length, num_kv_heads, head_dim)

@@ -1,5 +1,6 @@
 """What the encoders of packed patches share: the check of their inputs, their grid and their output."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -37,8 +38,8 @@ def window_in_blocks(window_size: int, patch_size: int, merge_size: int) -> int:
     return window
 
 
-def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window: int | None) -> None:
-    """Refuses patches that were cut or packed for another encoder.
+def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:
+    """Gives the patches as device arrays, or refuses those that were cut or packed for another encoder.
 
     Raises:
       ValueError: names what differs.
@@ -54,6 +55,7 @@ def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window:
             f"expected patches packed in windows of {expected} (window={window} blocks of {merge_size}x{merge_size}), "
             f"got {packed.window_length}"
         )
+    return jax.tree.map(jnp.asarray, packed)
 
 
 def packed_features(

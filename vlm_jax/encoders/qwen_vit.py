@@ -136,7 +136,7 @@ class QwenViT(nn.Module):
           ValueError: the patches were cut or packed for another encoder.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        check_packed(packed, self.patch_dim, self.merge_size, self.window)
+        packed = check_packed(packed, self.patch_dim, self.merge_size, self.window)
         embed = Dense(self.width, (axes.PATCH, axes.EMBED), use_bias=False, name="patch_embed", **settings)
         x = nn.with_logical_constraint(
             embed(packed.patches), (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)

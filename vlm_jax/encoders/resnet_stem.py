@@ -8,8 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.conv import Conv
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import KERNEL_INIT, named
 from vlm_jax.types import Grid
 
 _GROUPS = 32
@@ -17,14 +16,119 @@ _NORM_EPSILON = 1e-6
 _STD_EPSILON = 1e-5
 
 
-class StdConv(Conv):
+class StdConv(nn.Module):
     """A convolution whose kernel is standardised over its window and input channels, padded `SAME`.
 
-    Source: Qiao et al. 2019 (Weight standardization); vision_transformer, models_resnet.py, StdConv.
+    Attributes:
+      features: output channels.
+      window: side of the window.
+      stride: step of the window.
+      dtype: dtype of the product.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Qiao et al. 2019 (Weight standardization); vision_transformer, models_resnet.py.
     """
 
-    def standardised(self, kernel: jax.Array) -> jax.Array:
-        """The kernel less its mean, over (its standard deviation + 1e-5), in float32."""
-        kernel = kernel.astype(jnp.float32)
+    features: int
+    window: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
+        kernel = self.param(
+            "kernel",
+            named(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
+            (self.window, self.window, x.shape[-1], self.features),
+            self.param_dtype,
+        ).astype(jnp.float32)
         centred = kernel - kernel.mean((0, 1, 2), keepdims=True)
-        return centred / (jnp.sqrt(jnp.square(centred).mean((0, 1, 2), keepdims=True)) + _STD_EPSILON)
+        kernel = centred / (jnp.sqrt(jnp.square(centred).mean((0, 1, 2), keepdims=True)) + _STD_EPSILON)
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.stride, self.stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class GroupNorm(nn.Module):
+    """Normalises 32 groups of channels over all rows and columns; statistics in float32.
+
+    Source: Wu and He 2018, eq. 7.
+    """
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B rows cols D"]) -> Float[Array, "B rows cols D"]:
+        width = x.shape[-1]
+        scale = self.param("scale", named(nn.initializers.ones, axes.NORM), (width,), self.param_dtype)
+        bias = self.param("bias", named(nn.initializers.zeros, axes.NORM), (width,), self.param_dtype)
+        groups = x.astype(jnp.float32).reshape(*x.shape[:3], _GROUPS, -1)
+        centred = groups - groups.mean((1, 2, 4), keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 2, 4), keepdims=True) + _NORM_EPSILON)
+        scale, bias = (p.astype(jnp.float32)[None, None, None] for p in (scale, bias))
+        return (normed.reshape(x.shape) * scale + bias).astype(self.dtype)
+
+
+class ResidualUnit(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions around a skip, which is projected where the shape changes."""
+
+    features: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width, skip = 4 * self.features, x
+        if x.shape[-1] != width or self.stride != 1:
+            skip = StdConv(width, 1, self.stride, name="conv_skip", **settings)(x)
+            skip = GroupNorm(name="norm_skip", **settings)(skip)
+        y = StdConv(self.features, 1, name="conv1", **settings)(x)
+        y = jax.nn.relu(GroupNorm(name="norm1", **settings)(y))
+        y = StdConv(self.features, 3, self.stride, name="conv2", **settings)(y)
+        y = jax.nn.relu(GroupNorm(name="norm2", **settings)(y))
+        y = StdConv(width, 1, name="conv3", **settings)(y)
+        return jax.nn.relu(skip + GroupNorm(name="norm3", **settings)(y))
+
+
+class ResNetStem(nn.Module):
+    """A root that quarters the image, and stages that halve it again from the second on.
+
+    Attributes:
+      layers: residual units in every stage; none for the root alone.
+      width: channels of the root; stage i gives 4 * width * 2**i.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Dosovitskiy et al. 2021, section 3.1 (hybrid); vision_transformer, models_resnet.py.
+    """
+
+    layers: tuple[int, ...]
+    width: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def map_size(self, height: int, width: int) -> Grid:
+        """Rows and columns of the map of an image of `height` x `width` pixels."""
+        step = 4 * 2 ** max(len(self.layers) - 1, 0)
+        return -(-height // step), -(-width // step)
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B rows cols D"]:
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = StdConv(self.width, 7, 2, name="conv_root", **settings)(images)
+        x = jax.nn.relu(GroupNorm(name="norm_root", **settings)(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, count in enumerate(self.layers, 1):
+            for unit in range(1, count + 1):
+                stride = 2 if stage > 1 and unit == 1 else 1
+                features = self.width * 2 ** (stage - 1)
+                x = ResidualUnit(features, stride, name=f"stage{stage}_unit{unit}", **settings)(x)
+        return x

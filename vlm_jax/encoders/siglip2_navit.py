@@ -23,7 +23,8 @@ class Siglip2NaViT(nn.Module):
     packed (`processors.patches.pack` with merge_size=hidden_stride and `window` of this module).
 
     Attributes:
-      image_size: side in pixels of the images that the position table was made for.
+      table_side: rows and columns of the position table, which is resized to every image; None adds no
+        positions to the embeddings.
       patch_size: side of a patch in pixels.
       width: residual width.
       depth: number of blocks.
@@ -35,7 +36,6 @@ class Siglip2NaViT(nn.Module):
       activation: a name of `layers.mlp.ACTIVATIONS`.
       window_size: side in pixels of an attention window; None where every layer sees whole images.
       full_layers: the layers that see whole images; None for all.
-      use_table: adds the position table, resized to every image.
       use_rope: turns queries and keys with row and column.
       final_norm: normalises features after the last block. The parameters exist either way.
       select_layer: which hidden state becomes features, as in `QwenViT`.
@@ -48,7 +48,7 @@ class Siglip2NaViT(nn.Module):
     Source: Lu et al. 2025 (Ovis2.5), section 2; AIDC-AI/Ovis2.5-9B, modeling_ovis2_5.py, Siglip2NavitModel.
     """
 
-    image_size: int
+    table_side: int | None
     patch_size: int
     width: int
     depth: int
@@ -60,7 +60,6 @@ class Siglip2NaViT(nn.Module):
     activation: str = "gelu_tanh"
     window_size: int | None = None
     full_layers: tuple[int, ...] | None = None
-    use_table: bool = True
     use_rope: bool = True
     final_norm: bool = False
     select_layer: int = -1
@@ -103,12 +102,11 @@ class Siglip2NaViT(nn.Module):
           ValueError: the patches were cut or packed for another encoder.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        check_packed(packed, self.patch_dim, self.hidden_stride, self.window)
+        packed = check_packed(packed, self.patch_dim, self.hidden_stride, self.window)
         x = Dense(self.width, (axes.PATCH, axes.EMBED), name="patch_embed", **settings)(packed.patches)
-        side = self.image_size // self.patch_size
-        positions = ResampledPositions(side, self.width, self.param_dtype, name="positions")
-        table = positions(packed.positions, packed.sizes)
-        x = x + table.astype(self.dtype) if self.use_table else x
+        if self.table_side is not None:
+            table = ResampledPositions(self.table_side, self.width, self.param_dtype, name="positions")
+            x = x + table(packed.positions, packed.sizes).astype(self.dtype)
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
         head_dim = self.width // self.num_heads
         angles = rope_2d_angles(packed.positions, head_dim, self.rope_theta) if self.use_rope else None

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.layers.attention import Context
@@ -40,7 +40,8 @@ class Trunk(nn.Module, kw_only=True):
         one), the mean (`gap`) or `max` of its patches, attention pooling (`map`), or `none`.
       representation_size: width of a linear layer with tanh behind the pooling, or None. Where
         nothing is pooled it works on every token.
-      projection_dim: width of a linear layer without bias behind that, or None.
+      projection_dim: width of a linear layer behind that, or None.
+      projection_bias: a bias on it.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -60,6 +61,7 @@ class Trunk(nn.Module, kw_only=True):
     pooling: Pooling = "none"
     representation_size: int | None = None
     projection_dim: int | None = None
+    projection_bias: bool = False
     remat: RematPolicy = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -97,7 +99,7 @@ class Trunk(nn.Module, kw_only=True):
         self,
         x: Float[Array, "B T D"],
         grid: Grid,
-        mask: Bool[Array, "B T"] | None,
+        segments: Int[Array, "B T"] | None,
         *,
         num_prefix: int,
         collect: bool,
@@ -107,7 +109,8 @@ class Trunk(nn.Module, kw_only=True):
         Args:
           x: embedded tokens, positions added.
           grid: rows and columns of the patches.
-          mask: True where a token is real; None where all are.
+          segments: 0 where a token is padding; tokens of one segment attend to each other. None where
+            all are of one.
           num_prefix: tokens before the patches: 1 with a class token, else 0.
           collect: also returns every hidden state.
         """
@@ -125,7 +128,7 @@ class Trunk(nn.Module, kw_only=True):
             "qkv_bias": self.qkv_bias,
             **settings,
         }
-        segments = None if mask is None else mask.astype(jnp.int32)
+        mask = None if segments is None else segments > 0
         hidden = x[None] if collect else None
         if self.num_blocks:
             stack = TransformerStack(self.num_blocks, block, self.remat, self.unroll, name="blocks")
@@ -171,5 +174,5 @@ class Trunk(nn.Module, kw_only=True):
         if self.representation_size is not None:
             x = jnp.tanh(Dense(self.representation_size, width, name="representation", **settings)(x))
         if self.projection_dim is not None:
-            x = Dense(self.projection_dim, width, use_bias=False, name="projection", **settings)(x)
+            x = Dense(self.projection_dim, width, self.projection_bias, name="projection", **settings)(x)
         return x

@@ -28,7 +28,8 @@ class ViT(Trunk, kw_only=True):
     | Qwen-VL | pre_norm, no patch_bias, final_norm `none`, position_interpolation `bicubic` |
 
     Attributes:
-      image_size: (height, width) in pixels of training; the position table's size comes of it.
+      image_size: (height, width) in pixels of training; the position table's size comes of it. None
+        where no table is learned: sin-cos positions then count patches, at any size.
       patch_size: side of a patch in pixels, or in cells of the stem's map.
       patch_bias: a bias on the patch embedding.
       position: `learned`, `sincos` or `none`; the first two are interpolated for another image size.
@@ -42,7 +43,7 @@ class ViT(Trunk, kw_only=True):
     Source: Dosovitskiy et al. 2021, section 3.1; big_vision, models/vit.py.
     """
 
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     patch_size: int
     patch_bias: bool = True
     position: Literal["learned", "sincos", "none"] = "learned"
@@ -60,7 +61,7 @@ class ViT(Trunk, kw_only=True):
         """
         rows, cols = height, width
         if self.stem_layers is not None:
-            rows, cols = ResNetStem(layers=self.stem_layers, width=self.stem_width, parent=None).grid(height, width)
+            rows, cols = ResNetStem(layers=self.stem_layers, width=self.stem_width, parent=None).map_size(height, width)
         grid = (rows // self.patch_size, cols // self.patch_size)
         if min(grid) < 1:
             raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}")
@@ -77,8 +78,10 @@ class ViT(Trunk, kw_only=True):
         if self.stem_layers is not None:
             x = ResNetStem(layers=self.stem_layers, width=self.stem_width, name="stem", **settings)(x)
         x = PatchEmbed(self.patch_size, self.width, self.patch_bias, name="patch_embed", **settings)(x)
-        table_grid = self.grid(*self.image_size)
+        table_grid = None if self.image_size is None else self.grid(*self.image_size)
         if self.position == "learned":
+            if table_grid is None:
+                raise ValueError("learned positions have a table: give image_size, the size of training")
             table = LearnedPositions2D(
                 table_grid, self.width, self.param_dtype, self.position_interpolation, name="positions"
             )

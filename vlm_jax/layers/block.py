@@ -1,5 +1,6 @@
 """The transformer block, and a stack of it that is scanned over depth."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -99,7 +100,7 @@ class TransformerStack(nn.Module):
     """
 
     depth: int
-    block: dict[str, Any]
+    block: Mapping[str, Any]
     remat: RematPolicy = "none"
     unroll: int = 1
 

@@ -1,6 +1,7 @@
 """A stack of blocks in which some layers attend to whole images and the others inside windows."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -91,7 +92,7 @@ class WindowedStack(nn.Module):
     """
 
     depth: int
-    block: dict[str, Any]
+    block: Mapping[str, Any]
     full_layers: tuple[int, ...] | None = None
     remat: RematPolicy = "none"
 

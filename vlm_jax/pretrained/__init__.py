@@ -10,12 +10,20 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from vlm_jax.pretrained import sam
+from vlm_jax.pretrained import deepseek_vl, ovis, qwen2_vl, sam
 from vlm_jax.pretrained.family import Family
 from vlm_jax.pretrained.loader import Pretrained, load
 
 # What a released config calls its kind of model (`loader.marker`) -> who describes it.
 FAMILIES: dict[str, Family] = {
+    "multi_modality": deepseek_vl.describe,
+    "ovis": ovis.describe_ovis2,
+    "ovis2": ovis.describe_ovis2_hf,
+    "ovis2_5": ovis.describe_ovis2_5,
+    "qwen2_vl": qwen2_vl.describe,
+    "qwen2_vl_vision": qwen2_vl.describe,
+    "qwen2_5_vl": qwen2_vl.describe,
+    "qwen2_5_vl_vision": qwen2_vl.describe,
     "sam": sam.describe,
     "sam_vision_model": sam.describe,
 }
@@ -26,7 +34,7 @@ def from_pretrained(
     *,
     dtype: str = "float32",
     mesh: Mesh | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Pretrained:
     """Loads a released checkpoint under its own names.
@@ -36,8 +44,8 @@ def from_pretrained(
         itself; or `organisation/name` on the Hugging Face hub.
       dtype: what parameters are stored and computed in: float32, bfloat16 or float16.
       mesh: devices to load to, each reading its own shards; the default device when None.
-      image_size: (height, width) in pixels to resize position tables to, in the way of the release's
-        own loader; the size of the release when None.
+      image_size: side in pixels of the square images that position tables are interpolated for, in the
+        way of the release's own loader; as released when None.
       config: the released settings, for an `.npz` that comes without a `config.json`.
 
     Returns:

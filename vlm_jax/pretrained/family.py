@@ -1,8 +1,9 @@
 """What a family file of this folder gives: a released config turned into a module and its rules."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from flax import linen as nn
 
@@ -24,17 +25,18 @@ class Description:
       rules: which released tensors make which parameters; targets are paths in `params`.
       ignore: regular expressions for whole released keys that the module has no use for. They are
         carried along unread and written back by `save_pretrained`.
-      resize: `(params, image_size) -> (config, params)`, the released config and the parameters at
-        another image size, or None where the release works at any size or at one only.
+      resize: `(params, side) -> (config, params)`, the released config and the parameters for square
+        images of another side in pixels; None where the release works at any size or at one only.
     """
 
     module: nn.Module
     inputs: tuple[Any, ...]
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
-    resize: Callable[[Any, tuple[int, int]], tuple[dict[str, Any], Any]] | None = None
+    resize: Callable[[Any, int], tuple[dict[str, Any], Any]] | None = None
 
 
+@runtime_checkable
 class Family(Protocol):
     """`describe(config, checkpoint, dtype=.., param_dtype=..)`, one for every released schema.
 
@@ -78,6 +80,41 @@ def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where:
 
 
 REQUIRED: Any = object()
+
+
+# What released configs call an activation -> a name of `layers.mlp.ACTIVATIONS`.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
+
+
+def one_side(value: int | Sequence[int], where: str) -> int:
+    """The side of a square, which releases give once or for both axes.
+
+    Raises:
+      PretrainedError: the axes differ.
+    """
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise PretrainedError(f"{where}: expected a square, got {value}")
+    return sides.pop()
+
+
+def square_root(count: int, where: str) -> int:
+    """The side of a square table with so many rows.
+
+    Raises:
+      PretrainedError: it is no square.
+    """
+    side = math.isqrt(count)
+    if side * side != count:
+        raise PretrainedError(f"{where}: expected the rows of a square grid, got {count}")
+    return side
 
 
 def check_supported(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], where: str) -> None:

@@ -74,7 +74,7 @@ class Pretrained:
 def marker(config: Mapping[str, Any]) -> str:
     """What a released config calls its kind of model.
 
-    `model_type` of Hugging Face files; `open_clip` for a `model_cfg`; `vit_jax` for the config of
+    `model_type` of Hugging Face files; `open_clip` for a `model_cfg` or a `vision_cfg`; `vit_jax` for the config of
     vision_transformer, which has a `classifier`; else big_vision's `model_name`.
 
     Raises:
@@ -82,7 +82,7 @@ def marker(config: Mapping[str, Any]) -> str:
     """
     if "model_type" in config:
         return str(config["model_type"])
-    if "model_cfg" in config:
+    if "model_cfg" in config or "vision_cfg" in config:
         return "open_clip"
     if "classifier" in config and "patches" in config:
         return "vit_jax"
@@ -115,7 +115,7 @@ def load(
     *,
     dtype: str,
     mesh: Mesh | None,
-    image_size: tuple[int, int] | None,
+    image_size: int | None,
     config: Mapping[str, Any] | None,
 ) -> Pretrained:
     """`from_pretrained` with the registration table as an argument."""
@@ -132,7 +132,7 @@ def load(
     params = import_params(description.rules, checkpoint, _targets(description, mesh), ignore=description.ignore)
     if image_size is not None:
         if description.resize is None:
-            raise PretrainedError(f"image_size: '{marker(released)}' is not resized at load; it has no position table")
+            raise PretrainedError(f"image_size: '{marker(released)}' is not resized at load")
         released, params = description.resize(params, image_size)
         description = family(released, _Resized(checkpoint, description, params), **dtypes)
     if mesh is None or image_size is not None:

@@ -30,7 +30,7 @@ def digits_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True)
     backend.decoder = decoders.Sequence(
         [decoders.Replace(word, f" {word} ") for word in TASK_WORDS]
-        + [decoders.Fuse(), decoders.Replace("  ", " "), decoders.Strip(" ", 1, 1)]
+        + [decoders.Fuse(), decoders.Replace("  ", " "), decoders.Replace(tokenizers.Regex("^ +| +$"), "")]
     )
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     return Tokenizer(backend, origin="the digit pages' vocabulary")

@@ -11,7 +11,7 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
 
 Number = float | int
 
@@ -200,6 +200,20 @@ def axis_scale(points: Sequence[FrontierPoint], axis: str) -> str:
     return "log" if axis == "tokens" or max(costs) >= LOG_FROM_RATIO * min(costs) else "linear"
 
 
+def log_ticks(points: Sequence[FrontierPoint], axis: str) -> list[float]:
+    """Marks of a logarithmic axis, in displayed units: token counts that have room, or round numbers."""
+    counts = sorted({point.costs[axis] / AXES[axis].divisor for point in points if axis in point.costs})
+    low, high = counts[0], counts[-1]
+    if axis == "tokens":
+        if len(counts) <= 12 and all(b >= 1.25 * a for a, b in itertools.pairwise(counts)):
+            return [float(count) for count in counts]
+        return [2.0**power for power in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
+    steps = (1, 1.5, 2, 3, 5, 7) if high <= 12 * low else (1, 2, 5) if high <= 1e3 * low else (1,)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{step}e{power}") for power in powers for step in steps]
+    return [tick for tick in ticks if low / 1.5 <= tick <= high * 1.5]
+
+
 def dodge(points: Sequence[FrontierPoint]) -> list[float]:
     """What a point's token count is multiplied by when drawn: equal counts are set side by side."""
     names = list(dict.fromkeys(point.connector for point in points))
@@ -212,14 +226,15 @@ def dodge(points: Sequence[FrontierPoint]) -> list[float]:
     return factors
 
 
-def drawn_costs(points: Sequence[FrontierPoint], axis: str) -> list[float | None]:
-    """Where each point stands on a horizontal axis, in displayed units; None without that cost."""
+def drawn_costs(points: Sequence[FrontierPoint], axis: str) -> dict[int, float]:
+    """Where points stand on a horizontal axis, in displayed units, by index of those with that cost."""
     side_by_side = (axis, axis_scale(points, axis)) == ("tokens", "log")
     factors = dodge(points) if side_by_side else [1.0] * len(points)
-    return [
-        factor * point.costs[axis] / AXES[axis].divisor if axis in point.costs else None
-        for factor, point in zip(factors, points, strict=True)
-    ]
+    return {
+        index: factors[index] * point.costs[axis] / AXES[axis].divisor
+        for index, point in enumerate(points)
+        if axis in point.costs
+    }
 
 
 def frontier_figure(results: Sequence[dict[str, Any]], *, controls: frozenset[str]) -> Figure:
@@ -306,21 +321,10 @@ def _draw_panel(
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     if axis_scale(points, axis) == "log":
-        _log_costs(panel, axis, [point.costs[axis] / AXES[axis].divisor for point in points])
-
-
-def _log_costs(panel: Axes, axis: str, costs: Sequence[Number]) -> None:
-    """Makes a panel's horizontal axis logarithmic, with ticks on the token counts where they have room."""
-    base, subs = (2, (1.0,)) if axis == "tokens" else (10, (1.0, 1.5, 2.0, 3.0, 5.0, 7.0))
-    if base == 10 and max(costs) > 30 * min(costs):
-        subs = (1.0, 3.0)
-    panel.set_xscale("log", base=base)
-    panel.minorticks_off()
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
-    counts = sorted(set(costs))
-    has_room = len(counts) <= 12 and all(b >= 1.25 * a for a, b in itertools.pairwise(counts))
-    own = axis == "tokens" and has_room
-    panel.xaxis.set_major_locator(FixedLocator(counts) if own else LogLocator(base, subs=subs))
+        panel.set_xscale("log", base=2 if axis == "tokens" else 10)
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
+        panel.xaxis.set_major_locator(FixedLocator(log_ticks(points, axis)))
 
 
 def draw_frontier(results: Sequence[dict[str, Any]], path: epath.Path, *, controls: frozenset[str]) -> None:

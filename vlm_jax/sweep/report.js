@@ -47,14 +47,11 @@
   function draw() {
     const css = getComputedStyle(document.documentElement);
     const [ink, line, paper] = ["--ink", "--line", "--paper"].map((name) => css.getPropertyValue(name).trim());
-    const { title, scale } = data.axes[axis.value];
+    const { title, scale, ticks } = data.axes[axis.value];
     const [band, rings] = frontTraces(ink);
     const traces = [band, ...Object.entries(data.styles).map(([name, style]) => connectorTrace(name, style)), rings];
     const horizontal = { title: { text: title }, type: scale, gridcolor: line, linecolor: ink, zeroline: false };
-    if (axis.value === "tokens" && scale === "log") {
-      const counts = [...new Set(data.points.map((p) => p.costs.tokens))];
-      Object.assign(horizontal, { tickmode: "array", tickvals: counts, ticktext: counts.map(String) });
-    }
+    if (ticks) Object.assign(horizontal, { tickmode: "array", tickvals: ticks, ticktext: ticks.map(String) });
     Plotly.react(chart, traces, {
       xaxis: horizontal,
       yaxis: { title: { text: "accuracy, " + plain(task.value) }, tickformat: ".0%", gridcolor: line, linecolor: ink, zeroline: false },
@@ -64,7 +61,11 @@
       hoverlabel: { align: "left", bgcolor: paper, font: { color: ink } },
       hovermode: "closest",
       margin: { l: 70, r: 20, t: 20, b: 60 },
-    }, { responsive: true, displaylogo: false });
+    }, {
+      responsive: true, displaylogo: false, displayModeBar: chart.clientWidth < 700 ? false : "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d"],
+      showSendToCloud: false, plotlyServerURL: "", // results stay in this file
+    });
   }
 
   function showAnswers() {

@@ -25,6 +25,7 @@ from vlm_jax.sweep.frontier import (
     combine_seeds,
     drawn_costs,
     front_of,
+    log_ticks,
     replace_whole,
     styles,
     tasks_of,
@@ -82,6 +83,7 @@ def report_html(
     """The page that `write_report` writes; every text of the results and examples is escaped."""
     points, tasks = combine_seeds(results), tasks_of(results)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the legend keeps the sweep's order
     environment.filters |= {"percent": percent, "quantity": quantity}
     room = resources.files("vlm_jax.sweep")
     template = environment.from_string((room / "report.html").read_text(encoding="utf-8"))
@@ -89,7 +91,7 @@ def report_html(
         title=title,
         tasks=tasks,
         axes=AXES,
-        controls=controls,
+        controls=[name for name in dict.fromkeys(point.connector for point in points) if name in controls],
         findings=[finding for task in tasks for finding in find(points, task, controls)],
         rows=table_rows(points, tasks),
         chart=chart_data(points, tasks, controls),
@@ -147,8 +149,10 @@ def find(points: Sequence[FrontierPoint], task: str, controls: frozenset[str]) -
     best = max(candidates, key=lambda point: (mean(point), -point.costs["tokens"], -point.costs["flops"]))
     floor = best.accuracy[task].low
     as_good = [point for point in candidates if mean(point) >= floor]
-    fewest_tokens = min(as_good, key=lambda point: (point.costs["tokens"], -mean(point)))
-    fewest_flops = min(as_good, key=lambda point: (point.costs["flops"], -mean(point)))
+    fewest_tokens = min(
+        as_good, key=lambda point: (point.costs["tokens"], -mean(point), point.costs["flops"])
+    )
+    fewest_flops = min(as_good, key=lambda point: (point.costs["flops"], -mean(point), point.costs["tokens"]))
     beside = [
         point
         for point in measured
@@ -168,9 +172,7 @@ def table_rows(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> list[di
             "run": run,
             "costs": {key: cost / AXES[key].divisor for key, cost in total_costs(run).items()},
             "peak_mib": run["peak_bytes"] / 2**20,
-            "fronts": {
-                task: [axis for axis in fronts[task] if index in fronts[task][axis]] for task in tasks
-            },
+            "fronts": {task: [axis for axis, on in fronts[task].items() if index in on] for task in tasks},
         }
         for index, point in enumerate(points)
         for run in point.runs
@@ -188,6 +190,7 @@ def chart_data(
             key: {
                 "title": axis.title + (f" ({axis.unit})" if axis.unit else ""),
                 "scale": axis_scale(points, key),
+                "ticks": log_ticks(points, key) if axis_scale(points, key) == "log" else None,
             }
             for key, axis in AXES.items()
         },
@@ -196,7 +199,7 @@ def chart_data(
                 "label": point.label,
                 "connector": point.connector,
                 "costs": {key: cost / AXES[key].divisor for key, cost in point.costs.items()},
-                "drawn_costs": {axis: drawn[axis][index] for axis in AXES},
+                "drawn_costs": {axis: drawn[axis].get(index) for axis in AXES},
                 "accuracy": {task: dataclasses.asdict(share) for task, share in point.accuracy.items()},
                 "details": details(point),
             }
@@ -228,9 +231,7 @@ def details(point: FrontierPoint) -> list[str]:
         f"visual tokens: {costs['tokens']}",
         f"GFLOPs: {costs['flops']} ({parts('flops', 1e9)})",
         f"parameters, M: {costs['parameters']} ({parts('num_params', 1e6)})",
-        f"training step: {costs['step_seconds']} ms"
-        if "step_seconds" in costs
-        else "training step: not measured",
+        f"training step: {costs['step_seconds'] + ' ms' if 'step_seconds' in costs else 'not measured'}",
         f"peak memory: {quantity(peak)} MiB",
         f"seeds: {', '.join(str(run['seed']) for run in point.runs)}",
     ]
@@ -274,7 +275,7 @@ def picture_url(image: UInt8[np.ndarray, "height width channels"]) -> str:
 def score_examples(
     points: Iterable[FrontierPoint], examples: Sequence[Example]
 ) -> dict[str, tuple[int, int]]:
-    """{label: (examples answered rightly, examples answered)}, points of the results first, in their order."""
+    """{label: (examples answered rightly, examples answered)}, in the order of the points."""
     given = dict.fromkeys(label for example in examples for label in example.answers)
     known = [point.label for point in points if point.label in given]
     scores = {}

@@ -83,6 +83,16 @@ class Sweep:
             self._console.print(f"{self.workdir / name}", soft_wrap=True)
         return ordered
 
+    def outcome(self, label: str) -> Outcome:
+        """Parameters and costs of a point, from its last checkpoint; trains what is left of it.
+
+        Raises:
+          KeyError: the sweep has no such point.
+        """
+        point = {point.label: point for point in self.points}[label]
+        with self._progress([point]) as progress:
+            return self._train_point(point, self._train_shared(point.config.seed, progress), progress)
+
     def _train_shared(self, seed: int, progress: "_Progress") -> epath.Path | None:
         """Checkpoint directory of the shared stages for a seed, trained when they are not."""
         if not self._settings.shared:
@@ -94,17 +104,20 @@ class Sweep:
         ).run()
         return self.workdir / name / "checkpoints"
 
+    def _folder(self, point: Point) -> epath.Path:
+        return self.workdir / "points" / point.label
+
+    def _train_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> Outcome:
+        report, folder = progress.report(point.label), self._folder(point)
+        return Trainer(point.config, point.system, self._mesh, folder, init_from=start, progress=report).run()
+
     def _run_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> dict[str, Any]:
-        folder = self.workdir / "points" / point.label
-        trainer = Trainer(
-            point.config, point.system, self._mesh, folder, init_from=start, progress=progress.report(point.label)
-        )
-        outcome = trainer.run()
+        outcome = self._train_point(point, start, progress)
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
         samples = point.system.open_source().evaluation(point.config.seed)
         answers = answer_all(point.system, outcome.params, samples, evaluation.batch_size)
         lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
-        write_whole(folder / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(self._folder(point) / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
         return self._result(point, outcome, accuracy(answers))
 
     def _result(self, point: Point, outcome: Outcome, table: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +165,7 @@ class Sweep:
         point = self.points[0]
         answers: dict[str, dict[str, dict[str, Any]]] = {}
         for other in self.points:
-            lines = read_lines(self.workdir / "points" / other.label / ANSWERS_FILE)
+            lines = read_lines(self._folder(other) / ANSWERS_FILE)
             answers[other.label] = {line["sample_id"]: line for line in lines}
         examples, taken = [], dict.fromkeys(point.system.source.tasks, 0)
         for sample in point.system.open_source().evaluation(point.config.seed):

@@ -57,12 +57,12 @@ class Outcome:
 
     Attributes:
       params: parameters by part, on the mesh.
-      step_seconds: median seconds of a step of the last stage; None when no step was taken.
+      step_seconds: median seconds of a step of the last stage, its input included.
       peak_bytes: bytes that one device needs for a step of the last stage.
     """
 
     params: Params
-    step_seconds: float | None
+    step_seconds: float
     peak_bytes: int
 
 
@@ -133,16 +133,18 @@ class Trainer:
             state, position = checkpoints.restore(step, self._abstract_state(span))
         log = MetricsLog(self.workdir, step)
         while True:
-            state, compiled, seconds = self._run_stage(span, state, position, log, checkpoints)
+            state, compiled = self._run_stage(span, state, position, log, checkpoints)
             if span is self._spans[-1]:
                 break
             span, position = span_at(self._spans, span.stop), {}
             state = self._enter(span, state)
             checkpoints.save(span.start, state, position)
-        return Outcome(state.params, statistics.median(seconds) if seconds else None, peak_bytes(compiled))
+        lines = log.read()
+        seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
+        return Outcome(state.params, statistics.median(seconds), peak_bytes(compiled))
 
     def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
-        """Steps from the state's to the stage's last; returns the state, the program, step times."""
+        """Steps from the state's to the stage's last; returns the state and the program."""
         stage = span.stage
         iterator = stage_batches(self.system, stage, self._seed)
         if position:
@@ -159,7 +161,6 @@ class Trainer:
         )
         key = jax.random.key(self._seed)
         pending: list[tuple[int, Any]] = []
-        seconds: list[float] = []
         since = time.perf_counter()
         while step < span.stop:
             state, metrics = compiled(state, batch, key)
@@ -168,10 +169,9 @@ class Trainer:
             last = step == span.stop
             due = step % self._settings.save_every == 0 or self._stop
             if last or due or step % self._settings.log_every == 0:
-                self._flush(pending, stage.label, log)
-                now = time.perf_counter()
-                seconds += [(now - since) / len(pending)] * len(pending)
-                pending, since = [], now
+                jax.block_until_ready(metrics)
+                self._flush(pending, stage.label, (time.perf_counter() - since) / len(pending), log)
+                pending, since = [], time.perf_counter()
             if due and not last or (last and span is self._spans[-1]):
                 checkpoints.save(step, state, iterator.get_state())
                 if self._stop and step < self.num_steps:
@@ -180,13 +180,13 @@ class Trainer:
                 since = time.perf_counter()
             if not last:
                 batch = distribute(next(iterator), self.mesh)
-        return state, compiled, seconds
+        return state, compiled
 
-    def _flush(self, pending: list[tuple[int, Any]], label: str, log: MetricsLog) -> None:
+    def _flush(self, pending: list[tuple[int, Any]], label: str, seconds: float, log: MetricsLog) -> None:
         lines = []
         for step, metrics in pending:
             values = {name: float(value) for name, value in metrics.items()}
-            lines.append({"step": step, "stage": label, **values})
+            lines.append({"step": step, "stage": label, **values, "seconds": seconds})
             if not np.isfinite(values["loss"]):
                 log.append(lines)
                 raise Diverged(

@@ -15,7 +15,7 @@ def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file under another name and renames it, so that it is never seen half written."""
     draft = path.with_name(path.name + ".partial")
     draft.write_text(text)
-    draft.rename(path)
+    draft.replace(path)
 
 
 def claim(workdir: epath.Path, config: Any) -> None:
@@ -53,6 +53,10 @@ class MetricsLog:
         self._path = workdir / METRICS_FILE
         lines = [line for line in read_lines(self._path) if line["step"] <= step]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines so far, of earlier runs too."""
+        return read_lines(self._path)
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Adds whole lines at the end."""

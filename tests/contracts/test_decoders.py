@@ -1,0 +1,175 @@
+"""The contract of `vlm_jax.decoders`, for every entry of the table."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vlm_jax import decoders
+from vlm_jax.decoders import DECODERS
+from vlm_jax.sharding.rules import distribute, shardings, use_mesh
+
+from .kinds import SIZES, defined, leaves, small
+
+LENGTH, VOCAB = 8, SIZES["vocab_size"]
+
+every_kind = pytest.mark.parametrize("kind", DECODERS)
+
+
+def full(decoder, tokens, positions, segments, branches=None):
+    hidden, _ = decoder(decoder.embed(tokens), positions, segments, branch_ids=branches)
+    return decoder.logits(hidden)
+
+
+def with_cache(decoder, tokens, positions, segments, cache):
+    hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache)
+    return decoder.logits(hidden), cache
+
+
+def row(tokens):
+    """One sequence as arguments of `full`: tokens, positions from 0, segment 1."""
+    tokens = jnp.asarray(tokens, jnp.int32)[None]
+    return tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
+
+
+@functools.cache
+def made(kind):
+    decoder = small(DECODERS[kind])
+    init = jax.jit(functools.partial(decoder.init, method=full))
+    boxed = init(jax.random.key(0), *row(np.zeros(LENGTH)))
+    rng = np.random.default_rng(1)
+    return decoder, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), boxed)
+
+
+@functools.cache
+def run(kind, method=full, **fields):
+    decoder, boxed = made(kind)
+    return jax.jit(functools.partial(decoder.clone(**fields).apply, nn.meta.unbox(boxed), method=method))
+
+
+@pytest.fixture
+def text():
+    return np.random.default_rng(2).integers(0, VOCAB, size=LENGTH)
+
+
+@every_kind
+def test_shapes_are_those_of_the_fields(kind, text):
+    decoder, boxed = made(kind)
+    assert decoder.vocab_size == VOCAB
+    embedded = decoder.apply(boxed, row(text)[0], method="embed")
+    assert embedded.shape == (1, LENGTH, decoder.width)
+    hidden, cache = jax.eval_shape(decoder.apply, boxed, embedded, *row(text)[1:])
+    assert hidden.shape == embedded.shape and cache is None
+    logits = run(kind)(*row(text))
+    assert logits.shape == (1, LENGTH, VOCAB) and logits.dtype == jnp.float32
+
+
+@every_kind
+@pytest.mark.parametrize("prompt", [1, 3])
+def test_cached_equals_uncached_token_by_token(kind, text, prompt):
+    tokens, positions, segments = row(text)
+    expected = run(kind)(tokens, positions, segments)
+    cache = made(kind)[0].init_cache(1, LENGTH + 2)  # more slots than are used
+    structure = jax.tree.map(jnp.shape, cache)
+    step = run(kind, with_cache)
+    for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, LENGTH))]:
+        piece = (x[:, start:stop] for x in (tokens, positions, segments))
+        logits, cache = step(*piece, cache)
+        np.testing.assert_allclose(logits, expected[:, start:stop], atol=2e-5)
+    assert jax.tree.map(jnp.shape, cache) == structure
+
+
+@every_kind
+@pytest.mark.parametrize("cached", [False, True])
+def test_padding_on_either_side_changes_nothing(kind, text, cached):
+    tokens, positions, segments = row(text[:5])
+    expected = run(kind)(tokens, positions, segments)
+    for widths, kept in (((3, 0), slice(3, None)), ((0, 3), slice(0, 5))):
+        # What padding holds, ids and positions, is of no account.
+        padded = [
+            jnp.pad(x, ((0, 0), widths), constant_values=value)
+            for x, value in ((tokens, 7), (positions, 2), (segments, 0))
+        ]
+        if cached:
+            logits, _ = run(kind, with_cache)(*padded, made(kind)[0].init_cache(1, LENGTH))
+        else:
+            logits = run(kind)(*padded)
+        np.testing.assert_allclose(logits[:, kept], expected, atol=2e-5)
+        assert np.isfinite(logits).all()
+
+
+@every_kind
+def test_packed_segments_do_not_see_each_other(kind, text):
+    positions, segments = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]]), jnp.array([[1, 1, 1, 2, 2, 2, 2, 2]])
+    packed = run(kind)(row(text)[0], positions, segments)
+    np.testing.assert_allclose(packed[:, :3], run(kind)(*row(text[:3])), atol=2e-5)
+    np.testing.assert_allclose(packed[:, 3:], run(kind)(*row(text[3:])), atol=2e-5)
+
+
+@every_kind
+def test_a_branch_reads_the_prefix_and_itself(kind, text):
+    branches = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2]])
+    positions = jnp.array([[0, 1, 2, 3, 4, 3, 4, 5]])
+    together = run(kind)(row(text)[0], positions, jnp.ones((1, LENGTH), jnp.int32), branches)
+    first, second = text[:5], np.concatenate([text[:3], text[5:]])
+    np.testing.assert_allclose(together[:, :5], run(kind)(*row(first)), atol=2e-5)
+    np.testing.assert_allclose(together[:, 5:], run(kind)(*row(second))[:, 3:], atol=2e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("place", [0, 4, LENGTH - 1])
+def test_a_token_changes_nothing_before_it(kind, text, place):
+    changed = text.copy()
+    changed[place] = (changed[place] + 1) % VOCAB
+    before, after = run(kind)(*row(text)), run(kind)(*row(changed))
+    np.testing.assert_array_equal(before[:, :place], after[:, :place])
+    assert (np.abs(before - after).max(-1)[:, place:] > 1e-4).all()
+
+
+@every_kind
+def test_only_distances_between_positions_matter(kind, text):
+    tokens, positions, segments = row(text)
+    shifted = run(kind)(tokens, positions + 5, segments)
+    np.testing.assert_allclose(shifted, run(kind)(tokens, positions, segments), atol=5e-5)
+    stretched = run(kind)(tokens, positions * 2, segments)
+    assert np.abs(stretched - shifted).max() > 1e-3
+
+
+@every_kind
+def test_every_parameter_has_a_finite_gradient(kind, text):
+    decoder, boxed = made(kind)
+
+    def loss(params):
+        logits = decoder.apply(params, *row(text), method=full)
+        return jnp.sum(jnp.sin(logits + jnp.arange(VOCAB)[None, None]))
+
+    for path, grad in leaves(jax.jit(jax.grad(loss))(boxed)).items():
+        assert np.isfinite(grad).all(), path
+        assert np.abs(grad).max() > 1e-5, path
+
+
+@every_kind
+def test_bfloat16_is_near_to_float32(kind, text):
+    exact, low = run(kind)(*row(text)), run(kind, dtype=jnp.bfloat16)(*row(text))
+    assert low.dtype == jnp.float32  # logits are, whatever computes them
+    assert np.linalg.norm(low - exact) / np.linalg.norm(exact) < 0.03
+
+
+@every_kind
+def test_sharded_equals_unsharded(kind, mesh):
+    decoder, boxed = made(kind)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, VOCAB, size=(8, LENGTH)), jnp.int32)
+    batch = (tokens, jnp.tile(jnp.arange(LENGTH)[None], (8, 1)), jnp.ones_like(tokens))
+    placed = jax.device_put(nn.meta.unbox(boxed), shardings(boxed, mesh))
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(placed))
+    with use_mesh(mesh):
+        got = jax.jit(functools.partial(decoder.apply, method=full))(placed, *distribute(batch, mesh))
+    np.testing.assert_allclose(got, run(kind)(*batch), atol=2e-5)
+
+
+def test_every_decoder_of_the_folder_is_in_the_table():
+    missing = [cls.__name__ for cls in defined(decoders, "init_cache") if cls not in DECODERS.values()]
+    assert not missing, f"add {missing} to DECODERS in vlm_jax/decoders/__init__.py"

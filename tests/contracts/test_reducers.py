@@ -1,0 +1,161 @@
+"""The contract of `vlm_jax.reducers`, for every entry of the table."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax import reducers
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.reducers import REDUCERS
+from vlm_jax.reducers.downsample_image import DownsampleImage
+from vlm_jax.reducers.random_drop import RandomDrop
+from vlm_jax.types import VisualFeatures
+
+from .kinds import defined, small
+
+GRIDS = [(8, 8), (7, 5), (1, 6), (4, 8)]
+PATCH = 6
+
+# "none" is no module: the table says so with None, and `build` leaves the reducer out.
+KINDS = [kind for kind, cls in REDUCERS.items() if cls is not None]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
+
+
+def numbered(grid, batch=3, mask=None):
+    """Features that hold their image's and their own number."""
+    count = grid[0] * grid[1]
+    image, place = np.meshgrid(np.arange(batch), np.arange(count), indexing="ij")
+    tokens = np.stack([image, place], axis=-1).astype(np.float32)
+    mask = np.ones((batch, count), bool) if mask is None else mask
+    return VisualFeatures(jnp.asarray(tokens), jnp.asarray(mask), grid)
+
+
+def split_budgets(kind, grid):
+    """(accepted budgets with their reducers, refused ones with their messages)."""
+    good, bad = {}, {}
+    for budget in range(-1, grid[0] * grid[1] + 4):
+        try:
+            good[budget] = small(REDUCERS[kind], **REDUCERS[kind].for_budget(budget, grid))
+        except InfeasibleBudget as error:
+            bad[budget] = str(error)
+    return good, bad
+
+
+def reduce(reducer, features, *, key=None, deterministic=True):
+    rngs = {} if key is None else {"reduce": key}
+    return jax.jit(lambda features: reducer.apply({}, features, deterministic=deterministic, rngs=rngs))(features)
+
+
+@every_kind
+@every_grid
+def test_every_accepted_budget_is_met(kind, grid):
+    good, _ = split_budgets(kind, grid)
+    assert good
+    height, width = grid[0] * PATCH, grid[1] * PATCH
+    for budget, reducer in good.items():
+        size = reducer.image_size(height, width, grid)
+        shown = (size[0] // PATCH, size[1] // PATCH)  # the grid that the encoder then gives
+        assert all(1 <= small <= full for small, full in zip(size, (height, width), strict=True))
+        reduced = reducer.reduced_grid(shown)
+        assert reduced[0] * reduced[1] == budget
+        shape = jax.eval_shape(lambda f, r=reducer: r.apply({}, f, deterministic=True), numbered(shown))
+        assert shape.grid == reduced
+        assert shape.tokens.shape == (3, budget, 2) and shape.mask.shape == (3, budget)
+
+
+@every_kind
+@every_grid
+def test_a_refusal_names_the_nearest_budgets_that_are_met(kind, grid):
+    good, bad = split_budgets(kind, grid)
+    assert min(good) >= 1 and max(bad) > grid[0] * grid[1]  # no reducer makes features
+    for budget, message in bad.items():
+        assert kind in message and f"{grid[0]}x{grid[1]}" in message and str(budget) in message
+        named = {int(number) for number in re.findall(r"\d+", message.split("nearest feasible:")[1])}
+        below, above = [b for b in good if b < budget], [b for b in good if b > budget]
+        assert named == {*below[-1:], *above[:1]}, message
+
+
+@every_kind
+def test_what_is_left_are_features_in_their_order(kind):
+    reducer = small(REDUCERS[kind], **REDUCERS[kind].for_budget(16, (8, 8)))
+    shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
+    tokens = np.asarray(reduce(reducer, numbered(shown)).tokens)
+    np.testing.assert_array_equal(tokens[..., 0], np.arange(3)[:, None] * np.ones((1, 16)))
+    assert (np.diff(tokens[..., 1], axis=1) > 0).all()
+
+
+@every_kind
+def test_deterministic_calls_agree_and_need_no_key(kind):
+    reducer = small(REDUCERS[kind], **REDUCERS[kind].for_budget(16, (8, 8)))
+    shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
+    first, second = (reduce(reducer, numbered(shown)) for _ in range(2))
+    np.testing.assert_array_equal(first.tokens, second.tokens)
+
+
+@every_kind
+def test_a_reducer_has_no_parameters(kind):
+    reducer = small(REDUCERS[kind], **REDUCERS[kind].for_budget(16, (8, 8)))
+    shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
+    variables = jax.eval_shape(lambda f: reducer.init(jax.random.key(0), f, deterministic=True), numbered(shown))
+    assert not jax.tree.leaves(variables)
+
+
+def test_random_draws_every_subset_of_its_size_alike():
+    """Chi-square of how often each of 12 features is kept, over 2000 images, against 5 of 12."""
+    features = numbered((3, 4), batch=2000)
+    tokens = reduce(RandomDrop(5), features, key=jax.random.key(1), deterministic=False).tokens
+    counts = np.bincount(np.asarray(tokens)[..., 1].astype(int).reshape(-1), minlength=12)
+    assert counts.sum() == 10_000
+    # Drawn without replacement, the statistic is 11 * (1 - 5/12) on average; 30 is far beyond it.
+    assert ((counts - 10_000 / 12) ** 2 / (10_000 / 12)).sum() < 30
+
+
+def test_random_draws_anew_with_every_key():
+    features = numbered((8, 8))
+    run = [reduce(RandomDrop(16), features, key=jax.random.key(k), deterministic=False).tokens for k in (1, 1, 2)]
+    np.testing.assert_array_equal(run[0], run[1])
+    assert not np.array_equal(run[0], run[2])
+    assert not np.array_equal(run[0][0, :, 1], run[0][1, :, 1])  # nor do two images share a subset
+
+
+def test_random_drops_masked_features_first():
+    rng = np.random.default_rng(0)
+    mask = rng.permuted(np.tile(np.arange(64) < 20, (3, 1)), axis=1)
+    mask[2] = np.arange(64) < 10  # fewer than are kept
+    for deterministic in (True, False):
+        out = reduce(RandomDrop(16), numbered((8, 8), mask=mask), key=jax.random.key(0), deterministic=deterministic)
+        np.testing.assert_array_equal(out.mask.sum(1), [16, 16, 10])
+        places = np.asarray(out.tokens)[..., 1].astype(int)
+        np.testing.assert_array_equal(out.mask, np.take_along_axis(mask, places, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("budget", "grid", "size", "expected"),
+    [
+        (16, (8, 8), (48, 48), (24, 24)),
+        (8, (8, 8), (48, 48), (12, 24)),  # 2x4 and 4x2 are equally near: the flatter wins
+        (6, (8, 8), (48, 48), (12, 18)),
+        (8, (4, 8), (56, 112), (28, 56)),
+        (64, (8, 8), (48, 48), (48, 48)),
+    ],
+)
+def test_downsample_image_shrinks_each_side_with_its_patches(budget, grid, size, expected):
+    reducer = DownsampleImage(**DownsampleImage.for_budget(budget, grid))
+    assert reducer.image_size(*size, grid) == expected
+
+
+def test_downsample_image_passes_features_on():
+    features = numbered((2, 4), mask=np.arange(24).reshape(3, 8) % 5 > 0)
+    out = reduce(DownsampleImage((2, 4)), features)
+    np.testing.assert_array_equal(out.tokens, features.tokens)
+    np.testing.assert_array_equal(out.mask, features.mask)
+
+
+def test_every_reducer_of_the_folder_is_in_the_table():
+    missing = [cls.__name__ for cls in defined(reducers, "reduced_grid") if cls not in REDUCERS.values()]
+    assert not missing, f"add {missing} to REDUCERS in vlm_jax/reducers/__init__.py"
+    assert [kind for kind, cls in REDUCERS.items() if cls is None] == ["none"]

@@ -1,0 +1,114 @@
+"""Ovis 2.5's vision tower: all layers full, and with windows.
+
+The tower is given the official patches, which the folder lists as outputs of the image processor. Of a
+video there are the tokens of the visual vocabulary alone, so its head is written out here.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vlm_jax
+from tests.golden import comparison
+from vlm_jax.encoders.packed import window_in_blocks
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.resampled_positions import ResampledPositions
+from vlm_jax.layers.rope_2d import rope_2d_angles
+from vlm_jax.pretrained.ovis import NAVIT_DEFAULTS
+from vlm_jax.processors.patches import pack, window_of_blocks
+
+VOCABULARY = "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
+PROCESSOR = "Ovis 2.5's image processor, not part of the tower, which is given these patches"
+SYSTEM = "the whole system: needs the visual vocabulary and the language model"
+NOT_COMPARED = {
+    r"(vit|video)\.(pixel_values|grid_thws)": PROCESSOR,
+    r"mm\d*\.grid_thws": PROCESSOR,
+    r"vt\.(head_linear|head_logits|tokens)": VOCABULARY,
+    r"vte\..*": VOCABULARY,
+    r"(text|chat|sft|batch)\..*": "language model, chat template and labels: no vision in it, or all of the system",
+    r"mm\d*\.(?!grid_thws).*": SYSTEM,
+    r"video\.(input_ids|logits|generated)": SYSTEM,
+    r"grad\..*": "gradients of the language model's loss: " + SYSTEM,
+}
+# Arrays of the same weights under other settings -> the fields of the module that differ.
+VARIANTS = {
+    "vit.norope_last_layer": {"use_rope": False},
+    "vit.nope_last_layer": {"table_side": None},
+    "vit.fullattn_last_layer": {"full_layers": None, "window_size": None},
+}
+
+
+class Tower:
+    """The loaded tower on the packed patches of one of the folder's inputs."""
+
+    def __init__(self, model, patches, grids):
+        self.model, self.patches, self.grids = model, patches, grids
+
+    def packed(self, window):
+        return pack(self.patches, self.grids, merge_size=self.model.module.hidden_stride, window=window)
+
+    def encode(self, **fields):
+        """Features of the blocks and [depth + 1, patches, width], in the processor's order."""
+        module = self.model.module.clone(**fields)
+        apply = jax.jit(lambda params, packed: module.apply({"params": params}, packed, collect=True))
+        features = apply(self.model.params, self.packed(module.window))
+        return features.tokens[0][features.mask[0]], features.hidden[:, 0, : len(self.patches)]
+
+
+def _embeddings(tower: Tower) -> dict[str, np.ndarray]:
+    """The parts of the embeddings, each by the layer that makes it."""
+    module, params, packed = tower.model.module, tower.model.params, jax.tree.map(jnp.asarray, tower.packed(None))
+    embed = Dense(module.width, ("patch", "embed"))
+    found = {
+        "vit.patch_embed": embed.apply({"params": params["patch_embed"]}, packed.patches),
+        "vit.rope_angles": rope_2d_angles(packed.positions, module.width // module.num_heads, module.rope_theta),
+    }
+    if module.table_side is not None:
+        table = ResampledPositions(module.table_side, module.width)
+        found["vit.pos_embed"] = table.apply({"params": params["positions"]}, packed.positions, packed.sizes)
+    return {name: array[0] for name, array in found.items()}
+
+
+def _windows(tower: Tower, config: dict) -> dict[str, np.ndarray]:
+    """The order of blocks by window, which the release computes for full attention as well."""
+    module = tower.model.module
+    size = {**NAVIT_DEFAULTS, **config["vit_config"]}["window_size"]
+    windows = window_of_blocks(
+        tower.grids, module.hidden_stride, window_in_blocks(size, module.patch_size, module.hidden_stride)
+    )
+    return {
+        "vit.window_index": np.argsort(windows, kind="stable"),
+        "vit.cu_window_seqlens": np.cumsum(np.bincount(windows)) * module.hidden_stride**2,
+    }
+
+
+def _vocabulary_tokens(model, features, num_rows: int) -> np.ndarray:
+    """Linear layer, LayerNorm, softmax, and zeros for the indicators, from the tensors carried along."""
+    head = {name: model.checkpoint[f"visual_tokenizer.head.{name}"][...] for name in ("0.weight", "1.weight", "1.bias")}
+    x = features @ head["0.weight"].T
+    x = x - x.mean(-1, keepdims=True)
+    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * head["1.weight"][None] + head["1.bias"][None]
+    return jnp.pad(jax.nn.softmax(x), ((0, 0), (0, num_rows - x.shape[1])))
+
+
+def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every vision array that the folder's manifest names."""
+    del inputs  # pixels before the image processor, and text
+    expected = comparison.read(folder).expected
+    config = json.loads((folder / "config.json").read_text())
+    model = vlm_jax.from_pretrained(folder)
+    tower = Tower(model, expected["vit.pixel_values"], expected["vit.grid_thws"])
+    features, hidden = tower.encode()
+    found = {**_embeddings(tower), **_windows(tower, config), "vt.features": features, "vit.embeddings": hidden[0]}
+    found |= {f"vit.layer.{i}": state for i, state in enumerate(hidden[1:])}
+    normed, _ = tower.encode(final_norm=True)
+    found["vit.last_hidden_state"] = normed.reshape(hidden[0].shape)
+    for name in VARIANTS.keys() & expected.keys():
+        found[name] = tower.encode(**VARIANTS[name])[1][-1]
+    if "video.tokens" in expected:
+        video = Tower(model, expected["video.pixel_values"], expected["video.grid_thws"])
+        found["video.tokens"] = _vocabulary_tokens(model, video.encode()[0], expected["video.tokens"].shape[-1])
+    return {name: np.asarray(array) for name, array in found.items() if name in expected}

@@ -1,0 +1,259 @@
+"""Attention against softmax written out, query by query."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.experimental import pallas as pl
+
+from vlm_jax.layers import attention as module
+from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, attention, choose_implementation
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+BRANCHES = np.array([[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 0]])
+
+
+def arrays(batch=2, queries=6, keys=6, heads=4, kv_heads=2, dim=8, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = ((batch, queries, heads, dim), (batch, keys, kv_heads, dim), (batch, keys, kv_heads, dim))
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def readable(batch, queries, keys, *, causal=False, offset=0, query_segments=None, key_segments=None, branches=None):
+    """Position by position, which key a query reads."""
+    mask = np.ones((batch, queries, keys), bool)
+    for b, t, s in np.ndindex(mask.shape):
+        if causal and s > t + offset:
+            mask[b, t, s] = False
+        if query_segments is not None and query_segments[b, t] != key_segments[b, s]:
+            mask[b, t, s] = False
+        if branches is not None and branches[b, s] not in (0, branches[b, t]):
+            mask[b, t, s] = False
+    return mask
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_heads(reference, kv_heads):
+    q, k, v = arrays(kv_heads=kv_heads, keys=5)
+    np.testing.assert_allclose(attention(q, k, v, Context("full")), reference.attention(q, k, v), atol=1e-5)
+
+
+def test_scale_and_bias(reference):
+    q, k, v = arrays()
+    bias = np.random.default_rng(1).normal(size=(2, 4, 6, 6)).astype(np.float32)
+    out = attention(q, k, v, Context("full"), scale=0.3, bias=jnp.asarray(bias))
+    np.testing.assert_allclose(out, reference.attention(q, k, v, scale=0.3, bias=bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "causal"])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("branched", [False, True])
+def test_masks(reference, kind, segmented, branched):
+    q, k, v = arrays()
+    segments = jnp.asarray(SEGMENTS) if segmented else None
+    context = Context(kind, segments, segments, jnp.asarray(BRANCHES) if branched else None)
+    mask = readable(
+        2, 6, 6,
+        causal=kind == "causal",
+        query_segments=SEGMENTS if segmented else None,
+        key_segments=SEGMENTS if segmented else None,
+        branches=BRANCHES if branched else None,
+    )  # fmt: skip
+    np.testing.assert_allclose(attention(q, k, v, context), reference.attention(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 5])
+def test_causal_with_an_offset_among_longer_keys(reference, offset):
+    q, k, v = arrays(queries=3, keys=8)
+    key_segments = np.array([[0, 1, 1, 1, 1, 1, 1, 1], [1] * 8])
+    query_segments = np.ones((2, 3), int)
+    given = [jnp.asarray(x) for x in (query_segments, key_segments)]
+    out = attention(q, k, v, Context("causal", *given, offset=jnp.asarray(offset)))
+    mask = readable(
+        2, 3, 8, causal=True, offset=offset, query_segments=query_segments, key_segments=key_segments
+    )  # fmt: skip
+    expected, meaningful = reference.attention(q, k, v, mask), mask.any(-1)
+    np.testing.assert_allclose(np.asarray(out)[meaningful], expected[meaningful], atol=1e-5)
+    assert np.isfinite(out).all()
+
+
+def test_a_query_without_a_key_stays_finite_forwards_and_backwards():
+    q, k, v = arrays()
+    context = Context("full", jnp.ones((2, 6), jnp.int32), jnp.zeros((2, 6), jnp.int32))
+    out, grads = jax.value_and_grad(lambda qkv: attention(*qkv, context).sum())([q, k, v])
+    assert np.isfinite(out) and all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_softmax_is_in_float32_whatever_the_dtype(reference):
+    q, k, v = arrays(dtype=jnp.bfloat16)
+    # Of 1 + 1/256 and 1 bfloat16 keeps no difference, so 300 keys alike would lose their sum.
+    k, v = jnp.tile(k[:, :1], (1, 300, 1, 1)), jnp.ones((2, 300, 2, 8), jnp.bfloat16)
+    out = attention(q, k, v, Context("full"))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(out), 1.0, atol=0.01)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Pallas kernels run by its interpreter, step by step on the CPU."""
+    real = pl.pallas_call
+
+    def call(*args, **kwargs):
+        return real(*args, **{**kwargs, "interpret": True})
+
+    monkeypatch.setattr(pl, "pallas_call", call)
+
+
+@pytest.mark.parametrize("kind", ["full", "causal"])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_splash_equals_the_written_out_softmax(reference, interpreted, kind, segmented):
+    length = 128
+    q, k, v = arrays(batch=2, queries=length, keys=length, heads=2, kv_heads=1, dim=16)
+    segments = np.repeat([[1, 2, 2, 0], [1, 1, 1, 1]], 32, axis=1)
+    given = jnp.asarray(segments) if segmented else None
+    out = jax.jit(lambda *qkv: attention(*qkv, Context(kind, given, given), implementation="splash"))(q, k, v)
+    mask = readable(
+        2, length, length,
+        causal=kind == "causal",
+        query_segments=segments if segmented else None,
+        key_segments=segments,
+    )  # fmt: skip
+    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-4)
+
+
+def test_splash_has_the_gradients_of_xla(interpreted):
+    q, k, v = arrays(batch=1, queries=128, keys=128, heads=2, kv_heads=1, dim=16)
+    segments = jnp.repeat(jnp.array([[1, 2]]), 64, axis=1)
+
+    def grads(implementation):
+        def loss(qkv):
+            context = Context("causal", segments, segments)
+            return jnp.sum(jnp.sin(attention(*qkv, context, implementation=implementation)))
+
+        return jax.jit(jax.grad(loss))([q, k, v])
+
+    for name, got, expected in zip("qkv", grads("splash"), grads("xla"), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
+
+
+def test_splash_refuses_a_bias():
+    q, k, v = arrays(queries=128, keys=128)
+    with pytest.raises(ValueError, match="no bias"):
+        attention(q, k, v, Context("full"), bias=jnp.zeros((2, 4, 128, 128)), implementation="splash")
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "dim", "length", "context", "expected"),
+    [
+        ("cpu", jnp.float32, 64, 128, Context("causal"), "xla"),
+        ("gpu", jnp.float32, 64, 128, Context("causal"), "xla"),
+        ("gpu", jnp.bfloat16, 64, 100, Context("causal"), "cudnn"),
+        ("gpu", jnp.float16, 64, 128, Context("full"), "cudnn"),
+        ("gpu", jnp.bfloat16, 12, 128, Context("full"), "xla"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("full"), "splash"),
+        ("tpu", jnp.float32, 64, 256, Context("causal"), "splash"),
+        ("tpu", jnp.bfloat16, 64, 100, Context("full"), "xla"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("causal", offset=jnp.zeros((), jnp.int32)), "xla"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("full", branches=jnp.zeros((1, 128), jnp.int32)), "xla"),
+    ],
+)
+def test_the_platform_chooses(monkeypatch, platform, dtype, dim, length, context, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    x = jnp.zeros((1, length, 1, dim), dtype)
+    assert choose_implementation(x, x, context) == expected
+
+
+def test_a_bias_keeps_splash_away(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    x = jnp.zeros((1, 128, 1, 64))
+    assert choose_implementation(x, x, Context("full"), biased=True) == "xla"
+
+
+def test_cudnn_is_called_with_mask_bias_and_scale(monkeypatch, reference):
+    """The kernel itself needs a GPU; what it is given is what JAX's own attention understands."""
+    real, asked = jax.nn.dot_product_attention, []
+
+    def stand_in(*args, implementation, **kwargs):
+        asked.append(implementation)
+        return real(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(module.jax.nn, "dot_product_attention", stand_in)
+    q, k, v = arrays()
+    bias = np.random.default_rng(1).normal(size=(2, 4, 6, 6)).astype(np.float32)
+    segments = jnp.asarray(SEGMENTS)
+    out = attention(
+        q, k, v, Context("causal", segments, segments), bias=jnp.asarray(bias), scale=0.3, implementation="cudnn"
+    )  # fmt: skip
+    mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
+    np.testing.assert_allclose(out, reference.attention(q, k, v, mask, scale=0.3, bias=bias), atol=1e-5)
+    assert asked == ["cudnn"]
+
+
+def projected(reference, x, params, heads):
+    return reference.dense(np.asarray(x, np.float64), params).reshape(*x.shape[:2], heads, -1)
+
+
+@pytest.mark.parametrize("qk_norm", [None, "rms", "layer"])
+def test_multi_head_attention(reference, qk_norm):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 12)), jnp.float32)
+    positions = np.array([[0, 1, 2, 0, 1, 0], [3, 4, 5, 6, 7, 8]])
+    theta, half = 100.0, 4
+    angles = jnp.asarray(positions[..., None] * theta ** (-np.arange(half) / half), jnp.float32)
+    segments = jnp.asarray(SEGMENTS)
+    layer = MultiHeadAttention(4, num_kv_heads=2, head_dim=8, qk_norm=qk_norm, norm_epsilon=1e-3, out_dim=10)
+    context = Context("causal", segments, segments, angles=angles)
+    params = nn.meta.unbox(layer.init(jax.random.key(0), x, context))
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(p.dtype), params)
+    out, cache = layer.apply(params, x, context)
+    assert cache is None
+
+    p = jax.tree.map(np.float64, params["params"])
+    q, k, v = (projected(reference, x, p[n], h) for n, h in (("query", 4), ("key", 2), ("value", 2)))
+    if qk_norm == "rms":
+        q, k = (reference.rms_norm(y, p[n]["scale"], 1e-3) for y, n in ((q, "query_norm"), (k, "key_norm")))
+    if qk_norm == "layer":
+        q, k = (
+            reference.layer_norm(y, p[n]["scale"], p[n]["bias"], 1e-3)
+            for y, n in ((q, "query_norm"), (k, "key_norm"))
+        )
+    q, k = reference.rotate(q, positions, theta), reference.rotate(k, positions, theta)
+    mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
+    expected = reference.dense(reference.attention(q, k, v, mask).reshape(2, 6, -1), p["out"])
+    assert out.shape == (2, 6, 10)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+def test_cross_attention_reads_keys_and_values_from_two_places(reference):
+    rng = np.random.default_rng(0)
+    x, keys, values = (jnp.asarray(rng.normal(size=(2, n, d)), jnp.float32) for n, d in ((3, 8), (5, 6), (5, 6)))
+    layer = MultiHeadAttention(2, use_bias=False, out_bias=False)
+    params = nn.meta.unbox(layer.init(jax.random.key(0), x, Context("full"), inputs_k=keys, inputs_v=values))
+    assert all(set(tree) == {"kernel"} for tree in params["params"].values())
+    out, _ = layer.apply(params, x, Context("full"), inputs_k=keys, inputs_v=values)
+    p = jax.tree.map(np.float64, params["params"])
+    q, k, v = (projected(reference, y, p[n], 2) for y, n in ((x, "query"), (keys, "key"), (values, "value")))
+    expected = reference.dense(reference.attention(q, k, v).reshape(2, 3, -1), p["out"])
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_a_cache_is_written_at_the_offset_and_read_with_what_was_there(reference):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 2, 8)), jnp.float32)
+    old = KeyValue(*(jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(2)))
+    layer = MultiHeadAttention(2)
+    ones = jnp.ones((1, 2), jnp.int32)
+    key_segments = jnp.array([[1, 1, 1, 1, 1, 0]])
+    context = Context("causal", ones, key_segments, offset=jnp.asarray(3))
+    params = nn.meta.unbox(layer.init(jax.random.key(0), x, context, cache=old))
+    out, cache = layer.apply(params, x, context, cache=old)
+    p = jax.tree.map(np.float64, params["params"])
+    q, k, v = (projected(reference, x, p[n], 2) for n in ("query", "key", "value"))
+    keys, values = np.array(old.key, np.float64), np.array(old.value, np.float64)
+    keys[:, 3:5], values[:, 3:5] = k, v
+    np.testing.assert_allclose(cache.key, keys, atol=1e-5)
+    np.testing.assert_allclose(cache.value, values, atol=1e-5)
+    mask = np.array([[[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]], bool)
+    expected = reference.dense(reference.attention(q, keys, values, mask).reshape(1, 2, -1), p["out"])
+    np.testing.assert_allclose(out, expected, atol=1e-5)

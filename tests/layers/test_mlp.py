@@ -1,0 +1,48 @@
+"""Feed-forward blocks against NumPy; activations against scipy's normal distribution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from scipy.special import expit
+from scipy.stats import norm
+
+from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
+
+REFERENCES = {
+    "gelu": lambda x: x * norm.cdf(x),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x * expit(1.702 * x),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x * expit(x),
+}
+
+
+def test_every_activation_has_a_reference():
+    assert set(ACTIVATIONS) == set(REFERENCES)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    x = np.linspace(-6, 6, 101)
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), REFERENCES[name](x), atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize("out_dim", [None, 5])
+def test_mlp(reference, gated, use_bias, out_dim):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 3, 6)), jnp.float32)
+    layer = Mlp(8, "silu", gated=gated, out_dim=out_dim, use_bias=use_bias)
+    params = nn.meta.unbox(layer.init(jax.random.key(0), x))["params"]
+    params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(p.dtype), params)
+    assert set(params) == {"up", "down", *(["gate"] if gated else [])}
+    assert all(set(tree) == {"kernel", *(["bias"] if use_bias else [])} for tree in params.values())
+    hidden = reference.dense(np.float64(x), params["up"])
+    act = REFERENCES["silu"]
+    hidden = act(reference.dense(np.float64(x), params["gate"])) * hidden if gated else act(hidden)
+    out = layer.apply({"params": params}, x)
+    assert out.shape == (2, 3, out_dim or 6)
+    np.testing.assert_allclose(out, reference.dense(hidden, params["down"]), atol=1e-5)

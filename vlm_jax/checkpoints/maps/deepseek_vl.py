@@ -1,0 +1,57 @@
+"""DeepSeek-VL's vision towers under the names of its own release."""
+
+from vlm_jax.checkpoints.maps.sam import SEGMENT_ANYTHING, encoder_rules, neck_rules
+from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear
+from vlm_jax.checkpoints.ops import Reshape
+from vlm_jax.checkpoints.rules import Rule, prefixed
+
+
+def siglip_rules(*, grid: tuple[int, int], width: int) -> tuple[Rule, ...]:
+    """The SigLIP tower, in timm's names -> `ViT`; query, key and value are one product there.
+
+    Args:
+      grid: rows and columns of patches.
+      width: residual width.
+    """
+    positions = Reshape((1, grid[0] * grid[1], width), (grid[0] * grid[1], width))
+    block, ours = "blocks.{layer}", "blocks/layers"
+    heads = tuple(f"{ours}/attention/{name}" for name in ("query", "key", "value"))
+    return (
+        *conv("patch_embed.proj", "patch_embed", bias=True),
+        Rule("pos_embed", "positions/table", positions),
+        *layer_norm(f"{block}.norm1", f"{ours}/attention_norm"),
+        *fused(f"{block}.attn.qkv", heads, width),
+        *linear(f"{block}.attn.proj", f"{ours}/attention/out"),
+        *layer_norm(f"{block}.norm2", f"{ours}/mlp_norm"),
+        *linear(f"{block}.mlp.fc1", f"{ours}/mlp/up"),
+        *linear(f"{block}.mlp.fc2", f"{ours}/mlp/down"),
+        *layer_norm("norm", "final_norm"),
+    )
+
+
+def sam_rules(
+    *, grid: tuple[int, int], width: int, neck_dim: int, num_downsamples: int, runs: tuple[tuple[str, range], ...]
+) -> tuple[Rule, ...]:
+    """The SAM tower, in segment-anything's names, with the down-sampling and the high-resolution branch.
+
+    Args:
+      grid, width, neck_dim, runs: as in `sam.encoder_rules`.
+      num_downsamples: convolutions behind the neck.
+    """
+    branch = ("neck_hd.0", "neck_hd.1", "neck_hd.2", "neck_hd.3")
+    rules = [*encoder_rules(SEGMENT_ANYTHING, grid=grid, width=width, neck_dim=neck_dim, runs=runs)]
+    for i in range(num_downsamples):
+        rules += conv(f"downsamples.{i}", f"downsample_{i}")
+    return (
+        *rules,
+        *neck_rules(branch, "high_res_neck", width, neck_dim),
+        Rule("hd_alpha_downsamples", "high_res_scale"),
+    )
+
+
+def hybrid_rules(high: tuple[Rule, ...], low: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Both towers -> `Hybrid`."""
+    return (
+        *prefixed(high, "vision_model.vision_tower_high.vision_tower.", "high/"),
+        *prefixed(low, "vision_model.vision_tower_low.vision_tower.", "low/"),
+    )

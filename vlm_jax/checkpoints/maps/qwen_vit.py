@@ -1,0 +1,49 @@
+"""The vision towers of Qwen2-VL and Qwen2.5-VL, in released files under `visual.`."""
+
+import math
+
+from vlm_jax.checkpoints.maps.torch_layers import fused, layer_norm, linear
+from vlm_jax.checkpoints.ops import LINEAR, Chain, Op, Reshape
+from vlm_jax.checkpoints.rules import Rule
+
+
+def conv_of_patches(features: int, window: tuple[int, ...]) -> Op:
+    """A torch convolution [out, channels, (frames,) rows, columns] of whole patches -> a kernel [patch, out].
+
+    Args:
+      features: outputs.
+      window: the weight's other axes; patches are flattened in this order.
+    """
+    return Chain(Reshape((features, *window), (features, math.prod(window))), LINEAR)
+
+
+def rms_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """An RMSNorm, which has a weight alone -> `Norm`."""
+    return (Rule(f"{source}.weight", f"{target}/scale"),)
+
+
+def encoder_rules(*, width: int, window: tuple[int, int, int, int], gated: bool) -> tuple[Rule, ...]:
+    """Patches, blocks and the merger of a `QwenViT`.
+
+    Args:
+      width: residual width.
+      window: (channels, frames, rows, columns) of a patch.
+      gated: SwiGLU and RMSNorm (Qwen2.5-VL), else a plain feed-forward and LayerNorm (Qwen2-VL).
+    """
+    block, target = "blocks.{layer}", "blocks/layers"
+    heads = tuple(f"{target}/attention/{name}" for name in ("query", "key", "value"))
+    norm = rms_norm if gated else layer_norm
+    names = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"} if gated else {"fc1": "up", "fc2": "down"}
+    rules = [
+        Rule("patch_embed.proj.weight", "patch_embed/kernel", conv_of_patches(width, window)),
+        *norm(f"{block}.norm1", f"{target}/attention_norm"),
+        *fused(f"{block}.attn.qkv", heads, width),
+        *linear(f"{block}.attn.proj", f"{target}/attention/out"),
+        *norm(f"{block}.norm2", f"{target}/mlp_norm"),
+        *norm("merger.ln_q", "merger/norm"),
+        *linear("merger.mlp.0", "merger/up"),
+        *linear("merger.mlp.2", "merger/down"),
+    ]
+    for released, ours in names.items():
+        rules += linear(f"{block}.mlp.{released}", f"{target}/mlp/{ours}")
+    return tuple(rules)

@@ -1,0 +1,108 @@
+"""Two encoders on one image, one of them at a lower resolution, as in DeepSeek-VL."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.resize import resize
+from vlm_jax.types import Grid, VisualFeatures
+
+Combine = Literal["feature", "sequence", "sum", "tuple"]
+ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class Hybrid(nn.Module):
+    """A high-resolution encoder on the image and a low-resolution one on the image made smaller.
+
+    | combine | tokens | what must agree |
+    |---|---|---|
+    | `feature` | channels of both, high first | grids |
+    | `sequence` | tokens of both, high first; no rectangle any more, so the grid is (1, N) | widths |
+    | `sum` | their sum | grids and widths |
+    | `tuple` | (high, low) as two `VisualFeatures`, for a connector that takes both | nothing |
+
+    Attributes:
+      high: the encoder of the image as it comes.
+      low: the encoder of the image at `low_size`.
+      low_size: pixels of the shorter side of the image that `low` sees; the longer one follows,
+        truncated. Bilinear with antialias, before either encoder normalises.
+      combine: a row of the table.
+      high_statistics: (mean, standard deviation) for every channel, with which `high` normalises its
+        pixels; None where the processor has done so.
+      low_statistics: the same for `low`. With either, the images are on [0, 1].
+
+    Source: Lu et al. 2024 (DeepSeek-VL), section 3.1; DeepSeek-VL, models/clip_encoder.py,
+    HybridVisionTower, where `sum` is called `add`.
+    """
+
+    high: nn.Module
+    low: nn.Module
+    low_size: int
+    combine: Combine
+    high_statistics: ChannelStatistics | None = None
+    low_statistics: ChannelStatistics | None = None
+
+    @property
+    def features(self) -> int:
+        """Width D_v of the features; of a `tuple` the widths of both together."""
+        if self.combine in ("feature", "tuple"):
+            return self.high.features + self.low.features
+        return self.high.features
+
+    def low_image_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels that `low` sees of an image of `height` x `width` pixels."""
+        shorter = min(height, width)
+        return self.low_size * height // shorter, self.low_size * width // shorter
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of the features of an image of `height` x `width` pixels; of a `tuple` high's.
+
+        Raises:
+          ValueError: the image is too small for an encoder, or the encoders do not fit together.
+        """
+        high = self.high.grid(height, width)
+        low = self.low.grid(*self.low_image_size(height, width))
+        if self.combine in ("feature", "sum") and high != low:
+            raise ValueError(f"combine '{self.combine}' needs equal grids, got {high} (high) and {low} (low)")
+        if self.combine in ("sequence", "sum") and self.high.features != self.low.features:
+            raise ValueError(
+                f"combine '{self.combine}' needs equal widths, got {self.high.features} (high) and "
+                f"{self.low.features} (low)"
+            )
+        return (1, high[0] * high[1] + low[0] * low[1]) if self.combine == "sequence" else high
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "B height width channels"]
+    ) -> VisualFeatures | tuple[VisualFeatures, VisualFeatures]:
+        """Encodes pixels: on [0, 1] where there are statistics, else normalised."""
+        size = images.shape[1:3]
+        grid = self.grid(*size)
+        small = resize(images, self.low_image_size(*size), "bilinear_antialias")
+        high = self.high(_normalise(images, self.high_statistics))
+        low = self.low(_normalise(small, self.low_statistics))
+        if self.combine == "tuple":
+            return high, low
+        if self.combine == "sequence":
+            tokens = jnp.concatenate([high.tokens, low.tokens], axis=1)
+            mask = jnp.concatenate([high.mask, low.mask], axis=1)
+        else:
+            mask = high.mask & low.mask
+            if self.combine == "feature":
+                tokens = jnp.concatenate([high.tokens, low.tokens], axis=-1)
+            else:
+                tokens = high.tokens + low.tokens
+        tokens = nn.with_logical_constraint(tokens, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+        return VisualFeatures(tokens, mask, grid)
+
+
+def _normalise(
+    images: Float[Array, "B height width channels"], statistics: ChannelStatistics | None
+) -> Float[Array, "B height width channels"]:
+    if statistics is None:
+        return images
+    mean, std = (jnp.asarray(values, images.dtype)[None, None, None] for values in statistics)
+    return (images - mean) / std

@@ -1,0 +1,145 @@
+"""S²: any encoder at several scales, large images in pieces, features joined on the channels."""
+
+import itertools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.resize import resize
+from vlm_jax.types import Grid, VisualFeatures
+
+
+def split_chessboard(images: Float[Array, "B h w c"], splits: Grid) -> Float[Array, "S h2 w2 c"]:
+    """Cuts every image into `splits` pieces a side; the batch runs over (row, column, image).
+
+    Raises:
+      ValueError: the pieces would not be of one size.
+    """
+    batch, height, width, channels = images.shape
+    if height % splits[0] or width % splits[1]:
+        raise ValueError(f"{height}x{width} pixels cannot be cut into {splits[0]}x{splits[1]} equal pieces")
+    x = images.reshape(batch, splits[0], height // splits[0], splits[1], width // splits[1], channels)
+    x = x.transpose(1, 3, 0, 2, 4, 5)
+    return x.reshape(-1, *x.shape[3:])
+
+
+def merge_chessboard(maps: Float[Array, "S r c D"], splits: Grid) -> Float[Array, "B R C D"]:
+    """The inverse of `split_chessboard`, on maps of features."""
+    rows, cols, width = maps.shape[1:]
+    x = maps.reshape(*splits, -1, rows, cols, width).transpose(2, 0, 3, 1, 4, 5)
+    return x.reshape(-1, splits[0] * rows, splits[1] * cols, width)
+
+
+class MultiScale(nn.Module):
+    """Runs one encoder over the image at several sizes and concatenates the features' channels.
+
+    Each scale is the image resized (bicubic, not antialiased). A scale larger than `max_split_size`
+    is cut into the fewest equal pieces that are not, and their features are put together again; area
+    pooling brings every scale to the grid of scale `resize_output_to`. Tokens that the encoder puts in
+    front of its grid, such as a class token, are averaged over the pieces and stay in front.
+
+    Pieces of one size, of all scales, go through the encoder in one batch, where the reference calls it
+    once a scale.
+
+    Attributes:
+      encoder: what gives the features of a piece.
+      scales: factors of the image's size, one a scale, truncated to whole pixels; empty where
+        `image_sizes` gives them.
+      image_sizes: (height, width) in pixels, one a scale.
+      max_split_size: side in pixels of the largest piece; the image's own height and width when None.
+      resize_output_to: which scale, counted from 0, gives the grid.
+
+    Source: Shi et al. 2024 (S²), section 3.1; s2wrapper/core.py, forward.
+    """
+
+    encoder: nn.Module
+    scales: tuple[int | float, ...]
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    max_split_size: int | None = None
+    resize_output_to: int = 0
+
+    @property
+    def features(self) -> int:
+        """Width D_v of the features."""
+        return self.encoder.features * max(len(self.scales), len(self.image_sizes))
+
+    def sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of every scale of an image.
+
+        Raises:
+          ValueError: both or none of `scales` and `image_sizes` are given, no such scale gives the grid, or
+            the image is empty.
+        """
+        if min(height, width) < 1:
+            raise ValueError(f"an image of {height}x{width} pixels has nothing to encode")
+        if bool(self.scales) == bool(self.image_sizes):
+            raise ValueError(f"give either scales or image_sizes, got {self.scales} and {self.image_sizes}")
+        sizes = self.image_sizes or tuple((int(height * scale), int(width * scale)) for scale in self.scales)
+        if not 0 <= self.resize_output_to < len(sizes):
+            raise ValueError(f"resize_output_to: expected one of the {len(sizes)} scales, got {self.resize_output_to}")
+        return sizes
+
+    def splits(self, height: int, width: int) -> tuple[Grid, ...]:
+        """Rows and columns of pieces of every scale of an image of `height` x `width` pixels.
+
+        Raises:
+          ValueError: as `sizes`, or the pieces of a scale would not be of one size; lists all such scales.
+        """
+        largest = (height, width) if self.max_split_size is None else (self.max_split_size,) * 2
+        sizes = self.sizes(height, width)
+        splits = tuple((math.ceil(size[0] / largest[0]), math.ceil(size[1] / largest[1])) for size in sizes)
+        if problems := [
+            f"{size[0]}x{size[1]} pixels in {count[0]}x{count[1]} pieces"
+            for size, count in zip(sizes, splits, strict=True)
+            if size[0] % count[0] or size[1] % count[1]
+        ]:
+            raise ValueError(
+                f"pieces of at most {largest[0]}x{largest[1]} pixels do not divide every scale: "
+                f"{'; '.join(problems)}; change the scale or max_split_size"
+            )
+        return splits
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of the features of an image of `height` x `width` pixels."""
+        size = self.sizes(height, width)[self.resize_output_to]
+        splits = self.splits(height, width)[self.resize_output_to]
+        rows, cols = self.encoder.grid(size[0] // splits[0], size[1] // splits[1])
+        return rows * splits[0], cols * splits[1]
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "B height width channels"]) -> VisualFeatures:
+        """Encodes normalised pixels."""
+        batch, height, width, _ = images.shape
+        sizes, splits, grid = self.sizes(height, width), self.splits(height, width), self.grid(height, width)
+        pieces = [
+            split_chessboard(resize(images, size, "bicubic"), count)
+            for size, count in zip(sizes, splits, strict=True)
+        ]
+        maps, prefixes = [], []
+        for tokens, count in zip(self._encode(pieces), splits, strict=True):
+            piece_grid = self.encoder.grid(*pieces[len(maps)].shape[1:3])
+            prefix, patches = jnp.split(tokens, [tokens.shape[1] - math.prod(piece_grid)], axis=1)
+            merged = merge_chessboard(patches.reshape(len(patches), *piece_grid, -1), count)
+            maps.append(resize(merged, grid, "area").reshape(batch, math.prod(grid), -1))
+            prefixes.append(prefix.reshape(math.prod(count), batch, *prefix.shape[1:]).mean(axis=0))
+        prefix = jnp.concatenate(prefixes, axis=-1)
+        tokens = jnp.concatenate([prefix, jnp.concatenate(maps, axis=-1)], axis=1)
+        tokens = nn.with_logical_constraint(tokens, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+        grid = (1, tokens.shape[1]) if prefix.shape[1] else grid
+        return VisualFeatures(tokens, jnp.ones(tokens.shape[:2], bool), grid)
+
+    def _encode(self, pieces: list[Float[Array, "_ _ _ c"]]) -> list[Float[Array, "_ _ D"]]:
+        """The features of every scale's pieces, one call of the encoder for each size of piece."""
+        shapes = [piece.shape[1:3] for piece in pieces]
+        found: list[Any] = [None] * len(pieces)
+        for shape in dict.fromkeys(shapes):
+            same = [i for i, other in enumerate(shapes) if other == shape]
+            tokens = self.encoder(jnp.concatenate([pieces[i] for i in same])).tokens
+            ends = list(itertools.accumulate(len(pieces[i]) for i in same))[:-1]
+            for i, part in zip(same, jnp.split(tokens, ends), strict=True):
+                found[i] = part
+        return found

@@ -1,0 +1,78 @@
+"""SigLIP 2's NaFlex: a ViT on patches of images of any size and aspect ratio."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.encoders.trunk import Trunk
+from vlm_jax.layers.dense import Dense, named
+from vlm_jax.types import Grid, PackedPatches, VisualFeatures
+
+
+class NaflexViT(Trunk, kw_only=True):
+    """A `Trunk` on flattened patches; the position table is interpolated to the grid of every image.
+
+    Unlike the other encoders of native resolution it flattens a patch as (row, column, channel), and
+    expects patches row by row. An image is attended to by its own patches only, so that several may
+    share a sequence; but a pooling head reads a whole sequence, which then has to hold one image.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      table_grid: rows and columns of the learned position table.
+      patch_bias: a bias on the patch embedding.
+
+    Source: Tschannen et al. 2025 (SigLIP 2), section 2.4.2; big_vision, models/proj/image_text/naflex_vit.py.
+    """
+
+    patch_size: int
+    table_grid: Grid
+    patch_bias: bool = True
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches of an image whose sides the processor made multiples of a patch.
+
+        Raises:
+          ValueError: they are not.
+        """
+        if height % self.patch_size or width % self.patch_size or min(height, width) < 1:
+            raise ValueError(f"expected sides that are multiples of {self.patch_size} pixels, got {height}x{width}")
+        return height // self.patch_size, width // self.patch_size
+
+    @nn.compact
+    def __call__(self, packed: PackedPatches, *, collect: bool = False) -> VisualFeatures:
+        """Encodes patches of normalised pixels; the grid of the features is (1, N)."""
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = Dense(self.width, (axes.PATCH, axes.EMBED), self.patch_bias, name="patch_embed", **settings)
+        init = named(nn.initializers.normal(self.width**-0.5), axes.POSITION, axes.EMBED)
+        table = self.param("positions", init, (self.table_grid[0] * self.table_grid[1], self.width), self.param_dtype)
+        table = table.astype(jnp.float32).reshape(*self.table_grid, self.width)
+        places = _interpolate(table, packed.positions, packed.sizes)
+        x = embed(packed.patches) + places.astype(self.dtype)
+        return self.encode(x, (1, x.shape[1]), packed.segment_ids, num_prefix=0, collect=collect)
+
+
+def _interpolate(
+    table: Float[Array, "R C D"], positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]
+) -> Float[Array, "B N D"]:
+    """The table, resized to the size of each patch's image, at the patch's place.
+
+    Linear with antialiasing between half-pixel centres; sizes are data, so nothing is compiled anew for
+    another image. What is padded (size 0) reads its place from a grid of one patch.
+    """
+    rows, cols = (
+        _weights(positions[..., axis], jnp.maximum(sizes[..., axis], 1), table.shape[axis]) for axis in (0, 1)
+    )
+    weights = (rows[..., :, None] * cols[..., None, :]).reshape(*rows.shape[:2], -1)
+    flat = table.reshape(-1, table.shape[-1])
+    return jnp.einsum("bns,sd->bnd", weights, flat, precision=jax.lax.Precision.HIGHEST)
+
+
+def _weights(index: Int[Array, "B N"], size: Int[Array, "B N"], table_size: int) -> Float[Array, "B N S"]:
+    """Row `index` of the matrix that takes `table_size` samples to `size`: a triangle, normalised."""
+    step = table_size / size.astype(jnp.float32)
+    centre = (index.astype(jnp.float32) + 0.5) * step - 0.5
+    distance = centre[..., None] - jnp.arange(table_size, dtype=jnp.float32)[None, None]
+    weights = jnp.maximum(1 - jnp.abs(distance) / jnp.maximum(step, 1)[..., None], 0)
+    return weights / weights.sum(-1, keepdims=True)

@@ -1,0 +1,179 @@
+"""CLIP of transformers: both towers together, or each alone, with its projection or without."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.checkpoints.maps.clip import clip_rules, clip_text_rules, clip_vision_rules
+from vlm_jax.checkpoints.ops import LINEAR
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.decoders.text_tower import TextTower
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.pretrained.family import ACTIVATIONS, Description, check_supported, find_prefix, one_side, with_defaults
+from vlm_jax.pretrained.tables import resizer
+
+# transformers, models/clip/configuration_clip.py.
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+TEXT_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
+}
+DEFAULTS: dict[str, Any] = {"projection_dim": 512, "logit_scale_init_value": 2.6592}
+IGNORE = (r".*embeddings\.position_ids",)  # counts from 0, in files of older versions
+# Before transformers 4.31 configs had this number, and the text's end was found as the highest id.
+_LEGACY_END = 2
+
+
+def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+    """The ViT of a `CLIPVisionConfig`; its pooled vector is the normalised class token.
+
+    Args:
+      config: the released section.
+      where: names the section in messages.
+      **fields: more fields of `ViT`, or other values: `select_layer=-2, pooling="none"` for LLaVA.
+    """
+    settings = with_defaults(config, VISION_DEFAULTS, where)
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
+    side = one_side(settings["image_size"], f"{where}.image_size")
+    own = {
+        "image_size": (side, side),
+        "patch_size": one_side(settings["patch_size"], f"{where}.patch_size"),
+        "width": settings["hidden_size"],
+        "depth": settings["num_hidden_layers"],
+        "num_heads": settings["num_attention_heads"],
+        "mlp_dim": settings["intermediate_size"],
+        "activation": ACTIVATIONS[settings["hidden_act"]],
+        "norm_epsilon": settings["layer_norm_eps"],
+        "patch_bias": False,
+        "class_token": True,
+        "class_position": True,
+        "position_interpolation": "bicubic",
+        "pre_norm": True,
+        "final_norm": "pooled",
+        "pooling": "token",
+    }
+    return ViT(**{**own, **fields})
+
+
+def text_tower(config: Mapping[str, Any], where: str, **fields: Any) -> TextTower:
+    """The text tower of a `CLIPTextConfig`, without its projection; arguments as of `vision_tower`."""
+    settings = with_defaults(config, TEXT_DEFAULTS, where)
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
+    end = settings["eos_token_id"]
+    own = {
+        "vocab_size": settings["vocab_size"],
+        "context_length": settings["max_position_embeddings"],
+        "width": settings["hidden_size"],
+        "depth": settings["num_hidden_layers"],
+        "num_heads": settings["num_attention_heads"],
+        "mlp_dim": settings["intermediate_size"],
+        "activation": ACTIVATIONS[settings["hidden_act"]],
+        "norm_epsilon": settings["layer_norm_eps"],
+        "causal": True,
+        "pooling": "highest" if end == _LEGACY_END else "end",
+        "end_token": None if end == _LEGACY_END else end,
+        "projection_bias": False,
+    }
+    return TextTower(**{**own, **fields})
+
+
+def vision_rules(vit: ViT) -> tuple[Rule, ...]:
+    """The rules of a `vision_tower`."""
+    side = 0 if vit.image_size is None else vit.grid(*vit.image_size)[0]
+    return clip_vision_rules(vit.width, side * side)
+
+
+def image_shape(vit: ViT, channels: int) -> jax.ShapeDtypeStruct:
+    """One image of one patch."""
+    return jax.ShapeDtypeStruct((1, vit.patch_size, vit.patch_size, channels), jnp.float32)
+
+
+TEXT_SHAPE = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """A `CLIPModel`."""
+    del checkpoint
+    settings = with_defaults(config, DEFAULTS, "clip")
+    # Where a release has both, `.._config_dict` holds what differs from the defaults, and wins.
+    sections = {
+        name: {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+        for name in ("vision_config", "text_config")
+    }
+    fields = {"projection_dim": settings["projection_dim"], "dtype": dtype, "param_dtype": param_dtype}
+    vision = vision_tower(sections["vision_config"], "clip.vision_config", **fields)
+    text = text_tower(sections["text_config"], "clip.text_config", **fields)
+    channels = with_defaults(sections["vision_config"], VISION_DEFAULTS, "clip.vision_config")["num_channels"]
+    return Description(
+        TwoTower(vision, text, settings["logit_scale_init_value"]),
+        (image_shape(vision, channels), TEXT_SHAPE),
+        (
+            *prefixed(vision_rules(vision), "vision_model.", "image/"),
+            *prefixed(clip_text_rules(), "text_model.", "text/"),
+            *clip_rules(),
+        ),
+        IGNORE,
+        resizer(config, vision, path=("image",), keys=("vision_config", "image_size")),
+    )
+
+
+def describe_vision(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """A `CLIPVisionModel`, or a `CLIPVisionModelWithProjection` where the checkpoint has the projection."""
+    settings = with_defaults(config, VISION_DEFAULTS, "clip_vision_model")
+    projected = "visual_projection.weight" in checkpoint
+    fields = {"dtype": dtype, "param_dtype": param_dtype}
+    vision = vision_tower(
+        config, "clip_vision_model", projection_dim=settings["projection_dim"] if projected else None, **fields
+    )
+    prefix = find_prefix(checkpoint, "embeddings.class_embedding")
+    return Description(
+        vision,
+        (image_shape(vision, settings["num_channels"]),),
+        (
+            *prefixed(vision_rules(vision), prefix),
+            Rule("visual_projection.weight", "projection/kernel", LINEAR),
+        ),
+        IGNORE,
+        resizer(config, vision, keys=("image_size",)),
+    )
+
+
+def describe_text(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """A `CLIPTextModel`, or a `CLIPTextModelWithProjection` where the checkpoint has the projection."""
+    settings = with_defaults(config, TEXT_DEFAULTS, "clip_text_model")
+    projected = "text_projection.weight" in checkpoint
+    fields = {"dtype": dtype, "param_dtype": param_dtype}
+    text = text_tower(
+        config, "clip_text_model", projection_dim=settings["projection_dim"] if projected else None, **fields
+    )
+    prefix = find_prefix(checkpoint, "embeddings.token_embedding.weight")
+    rules = (*prefixed(clip_text_rules(), prefix), Rule("text_projection.weight", "projection/kernel", LINEAR))
+    return Description(text, (TEXT_SHAPE,), rules, IGNORE)

@@ -1,0 +1,145 @@
+"""The vision towers of Qwen2-VL and Qwen2.5-VL, alone or in the files of the whole system."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlm_jax.checkpoints.maps.qwen_vit import encoder_rules
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.encoders.qwen_vit import QwenViT
+from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, find_prefix
+from vlm_jax.pretrained.family import with_defaults
+from vlm_jax.processors.patches import pack
+from vlm_jax.types import PackedPatches
+
+# transformers, models/qwen2_vl/configuration_qwen2_vl.py, Qwen2VLVisionConfig; the width of the tower and
+# that of its output have class defaults that fit one size of the release, so a config must give them.
+_COMMON: dict[str, Any] = {
+    "depth": 32,
+    "num_heads": 16,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "rope_parameters": None,
+}
+QWEN2_DEFAULTS: dict[str, Any] = {
+    **_COMMON,
+    "embed_dim": 1280,
+    "hidden_size": REQUIRED,
+    "hidden_act": "quick_gelu",
+    "mlp_ratio": 4,
+}
+# The same of models/qwen2_5_vl, Qwen2_5_VLVisionConfig.
+QWEN2_5_DEFAULTS: dict[str, Any] = {
+    **_COMMON,
+    "hidden_size": REQUIRED,
+    "hidden_act": "silu",
+    "intermediate_size": 3420,
+    "window_size": 112,
+    "out_hidden_size": REQUIRED,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+
+
+def qwen2_encoder(config: Mapping[str, Any], where: str, **fields: Any) -> QwenViT:
+    """The tower of a `Qwen2VLVisionConfig`: LayerNorm, quick GELU, every layer sees whole images.
+
+    Args:
+      config: the released section.
+      where: names the section in messages.
+      **fields: more fields of `QwenViT`.
+
+    Raises:
+      PretrainedError: settings missing, or not computed here.
+    """
+    settings = with_defaults(config, QWEN2_DEFAULTS, where)
+    return QwenViT(
+        width=settings["embed_dim"],
+        mlp_dim=int(settings["embed_dim"] * settings["mlp_ratio"]),
+        gated=False,
+        norm="layer",
+        out_dim=settings["hidden_size"],
+        **_common_fields(settings, where),
+        **fields,
+    )
+
+
+def qwen2_5_encoder(config: Mapping[str, Any], where: str, **fields: Any) -> QwenViT:
+    """The tower of a `Qwen2_5_VLVisionConfig`: RMSNorm, SwiGLU, windows outside the listed layers.
+
+    Args:
+      config: the released section.
+      where: names the section in messages.
+      **fields: more fields of `QwenViT`.
+
+    Raises:
+      PretrainedError: settings missing, or not computed here.
+    """
+    settings = with_defaults(config, QWEN2_5_DEFAULTS, where)
+    return QwenViT(
+        width=settings["hidden_size"],
+        mlp_dim=settings["intermediate_size"],
+        gated=True,
+        norm="rms",
+        out_dim=settings["out_hidden_size"],
+        window_size=settings["window_size"],
+        # An index beyond the last layer names no layer, for the release as well.
+        full_layers=tuple(i for i in settings["fullatt_block_indexes"] if i < settings["depth"]),
+        **_common_fields(settings, where),
+        **fields,
+    )
+
+
+def _common_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    rope = {"rope_type": "axial", "rope_theta": 10_000.0, **(settings["rope_parameters"] or {})}
+    check_supported(settings, {"hidden_act": ("quick_gelu", "silu", "gelu")}, where)
+    check_supported(rope, {"rope_type": ("axial",)}, f"{where}.rope_parameters")
+    for key in ("patch_size", "temporal_patch_size"):
+        if not isinstance(settings[key], int):
+            raise PretrainedError(f"{where}.{key}: expected one integer, got {settings[key]!r}")
+    return {
+        "patch_size": settings["patch_size"],
+        "temporal_patch_size": settings["temporal_patch_size"],
+        "merge_size": settings["spatial_merge_size"],
+        "depth": settings["depth"],
+        "num_heads": settings["num_heads"],
+        "activation": settings["hidden_act"],
+        "rope_theta": float(rope["rope_theta"]),
+        # The first releases call it in_chans.
+        "channels": settings.get("in_channels", settings.get("in_chans", 3)),
+    }
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """The tower and its merger; the language model is carried along.
+
+    In released files the tower's names start with `visual.`, in those of some versions of transformers
+    with `model.visual.`, and in a tower's own with nothing.
+    """
+    kind = config["model_type"]
+    encoder = qwen2_5_encoder if kind.startswith("qwen2_5_vl") else qwen2_encoder
+    where = f"{kind}.vision_config" if "vision_config" in config else kind
+    module = encoder(config.get("vision_config", config), where, dtype=dtype, param_dtype=param_dtype)
+    window = (module.channels, module.temporal_patch_size, module.patch_size, module.patch_size)
+    rules = encoder_rules(width=module.width, window=window, gated=module.gated)
+    prefix = find_prefix(checkpoint, "patch_embed.proj.weight")
+    inputs = packed_shapes(module.patch_dim, module.merge_size, module.window)
+    return Description(module, (inputs,), prefixed(rules, source=prefix), ignore=beside([prefix]))
+
+
+def packed_shapes(patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:
+    """Shapes of the smallest image that can be packed for an encoder."""
+    patches = np.zeros((merge_size**2, patch_dim), np.float32)
+    packed = pack(patches, [(1, merge_size, merge_size)], merge_size=merge_size, window=window)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), packed)
+
+
+def beside(prefixes: Iterable[str]) -> tuple[str, ...]:
+    """Regular expressions for all keys of a system outside its part that starts with one of `prefixes`."""
+    kept = "|".join(re.escape(prefix) for prefix in prefixes)
+    return (f"(?!{kept}).*",) if kept else ()

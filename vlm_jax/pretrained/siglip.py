@@ -1,0 +1,172 @@
+"""SigLIP and SigLIP 2 of transformers: both towers together, or each alone.
+
+SigLIP 2 at a fixed resolution is released as `siglip`; `siglip2` is NaFlex.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.checkpoints.maps import clip as maps
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.decoders.text_tower import TextTower
+from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.pretrained.clip import IGNORE, TEXT_SHAPE, image_shape
+from vlm_jax.pretrained.family import (
+    ACTIVATIONS,
+    Description,
+    check_supported,
+    find_prefix,
+    one_side,
+    square_root,
+    with_defaults,
+)
+from vlm_jax.pretrained.tables import resizer
+from vlm_jax.types import PackedPatches
+
+# transformers, models/siglip/configuration_siglip.py and models/siglip2/configuration_siglip2.py.
+_COMMON: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+_VISION: dict[str, Any] = {**_COMMON, "num_channels": 3, "patch_size": 16, "vision_use_head": True}
+VISION_DEFAULTS: dict[str, Any] = {**_VISION, "image_size": 224}
+NAFLEX_DEFAULTS: dict[str, Any] = {**_VISION, "num_patches": 256}
+TEXT_DEFAULTS: dict[str, Any] = {
+    **_COMMON,
+    "vocab_size": 32000,
+    "max_position_embeddings": 64,
+    "projection_size": None,
+}
+# models/siglip/modeling_siglip.py draws both at random; these are the starting values of the paper.
+_LOG_SCALE, _BIAS = 2.302585092994046, -10.0
+
+
+def _vision_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
+    return {
+        "patch_size": one_side(settings["patch_size"], f"{where}.patch_size"),
+        "width": settings["hidden_size"],
+        "depth": settings["num_hidden_layers"],
+        "num_heads": settings["num_attention_heads"],
+        "mlp_dim": settings["intermediate_size"],
+        "activation": ACTIVATIONS[settings["hidden_act"]],
+        "norm_epsilon": settings["layer_norm_eps"],
+        "pooling": "map" if settings["vision_use_head"] else "none",
+    }
+
+
+def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+    """The ViT of a `SiglipVisionConfig`.
+
+    Args:
+      config: the released section.
+      where: names the section in messages.
+      **fields: more fields of `ViT`, or other values.
+    """
+    settings = with_defaults(config, VISION_DEFAULTS, where)
+    side = one_side(settings["image_size"], f"{where}.image_size")
+    own = {**_vision_fields(settings, where), "image_size": (side, side), "position_interpolation": "bicubic"}
+    return ViT(**{**own, **fields})
+
+
+def naflex_tower(config: Mapping[str, Any], where: str, **fields: Any) -> NaflexViT:
+    """The NaFlex ViT of a `Siglip2VisionConfig`; arguments as of `vision_tower`."""
+    settings = with_defaults(config, NAFLEX_DEFAULTS, where)
+    side = square_root(settings["num_patches"], f"{where}.num_patches")
+    return NaflexViT(**{**_vision_fields(settings, where), "table_grid": (side, side), **fields})
+
+
+def text_tower(config: Mapping[str, Any], where: str, **fields: Any) -> TextTower:
+    """The text tower of a `SiglipTextConfig` or `Siglip2TextConfig`; arguments as of `vision_tower`."""
+    settings = with_defaults(config, TEXT_DEFAULTS, where)
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
+    own = {
+        "vocab_size": settings["vocab_size"],
+        "context_length": settings["max_position_embeddings"],
+        "width": settings["hidden_size"],
+        "depth": settings["num_hidden_layers"],
+        "num_heads": settings["num_attention_heads"],
+        "mlp_dim": settings["intermediate_size"],
+        "activation": ACTIVATIONS[settings["hidden_act"]],
+        "norm_epsilon": settings["layer_norm_eps"],
+        "causal": False,
+        "pooling": "last",
+        "projection_dim": settings["projection_size"] or settings["hidden_size"],
+    }
+    return TextTower(**{**own, **fields})
+
+
+def _vision(
+    config: Mapping[str, Any], where: str, naflex: bool, dtypes: Mapping[str, Any]
+) -> tuple[ViT | NaflexViT, tuple[Rule, ...], Any]:
+    """The image tower, its rules and the shape of an input."""
+    if naflex:
+        channels = with_defaults(config, NAFLEX_DEFAULTS, where)["num_channels"]
+        tower = naflex_tower(config, where, **dtypes)
+        return tower, maps.siglip2_vision_rules(tower.width), patches_shape(tower, channels)
+    channels = with_defaults(config, VISION_DEFAULTS, where)["num_channels"]
+    tower = vision_tower(config, where, **dtypes)
+    return tower, maps.siglip_vision_rules(tower.width), image_shape(tower, channels)
+
+
+def patches_shape(tower: NaflexViT, channels: int) -> PackedPatches:
+    """One image of one patch."""
+    pairs = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
+    patches = jax.ShapeDtypeStruct((1, 1, tower.patch_size**2 * channels), jnp.float32)
+    return PackedPatches(patches, pairs, pairs, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """A `SiglipModel` or `Siglip2Model`."""
+    del checkpoint
+    kind, dtypes = config["model_type"], {"dtype": dtype, "param_dtype": param_dtype}
+    naflex = kind == "siglip2"
+    section = config.get("vision_config") or {}
+    vision, vision_rules, image = _vision(section, f"{kind}.vision_config", naflex, dtypes)
+    text = text_tower(config.get("text_config") or {}, f"{kind}.text_config", **dtypes)
+    resize = None
+    if isinstance(vision, ViT):
+        resize = resizer(config, vision, path=("image",), keys=("vision_config", "image_size"))
+    return Description(
+        TwoTower(vision, text, _LOG_SCALE, _BIAS),
+        (image, TEXT_SHAPE),
+        (
+            *prefixed(vision_rules, "vision_model.", "image/"),
+            *prefixed(maps.siglip_text_rules(), "text_model.", "text/"),
+            *maps.siglip_rules(),
+        ),
+        IGNORE,
+        resize,
+    )
+
+
+def describe_vision(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """A `SiglipVisionModel` or `Siglip2VisionModel`."""
+    kind = config["model_type"]
+    naflex = kind == "siglip2_vision_model"
+    vision, rules, image = _vision(config, kind, naflex, {"dtype": dtype, "param_dtype": param_dtype})
+    prefix = find_prefix(checkpoint, "embeddings.patch_embedding.weight")
+    resize = resizer(config, vision, keys=("image_size",)) if isinstance(vision, ViT) else None
+    return Description(vision, (image,), prefixed(rules, prefix), IGNORE, resize)
+
+
+def describe_text(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """A `SiglipTextModel` or `Siglip2TextModel`."""
+    text = text_tower(config, config["model_type"], dtype=dtype, param_dtype=param_dtype)
+    prefix = find_prefix(checkpoint, "embeddings.token_embedding.weight")
+    return Description(text, (TEXT_SHAPE,), prefixed(maps.siglip_text_rules(), prefix), IGNORE)
