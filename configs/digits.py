@@ -7,9 +7,9 @@ from configs.presets import digits_stages
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Average pooling to 16 tokens; `smoke` shrinks every stage to a few steps."""
+    """Average pooling to 8 tokens; `smoke` shrinks every stage to a few steps."""
     config = base.get_config()
-    config.token_budget = 16
+    config.token_budget = 8
     config.connector = ConfigDict({"kind": "pool"})
     config.stages = digits_stages.pretraining()
     config.stages.update(digits_stages.three_stages())
@@ -18,4 +18,6 @@ def get_config(arg: str = "") -> ConfigDict:
         digits_stages.shrink(config.stages)
         config.data.evaluation_size = 4
         config.evaluation.batch_size = 16
+    elif arg:
+        raise ValueError(f"this config takes smoke, not '{arg}'")
     return config.lock()

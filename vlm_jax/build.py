@@ -5,6 +5,7 @@ connector's own fields from the token budget, widths and vocabulary from each ot
 """
 
 import dataclasses
+import typing
 from typing import Any
 
 import jax
@@ -12,12 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.config import ConfigError, check_keys, choose, parse
+from vlm_jax.config import ConfigError, check_keys, choose, convert, parse
 from vlm_jax.connectors import CONNECTORS
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders import DECODERS
-from vlm_jax.encoders import ENCODERS
+from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.boxes import format_box
@@ -68,7 +69,7 @@ class System:
 
     Attributes:
       model: the vision-language model.
-      cell_reader: its encoder under the dense head of the `read_cells` objective.
+      cell_reader: its encoder under a dense head, where a stage's objective is `read_cells`.
       processor: makes rows of samples.
       source: where samples come from; `open_source` reads it.
       grid: rows and columns of patches that the encoder gives.
@@ -130,7 +131,7 @@ def build(config: Any) -> System:
     tokenizer = digits_tokenizer() if settings.tokenizer == "digits" else Tokenizer.from_file(settings.tokenizer)
     dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
 
-    encoder = _parse_kind(ENCODERS, config.encoder, "config.encoder", image_size=settings.image_size, **dtypes)
+    encoder = _encoder(config.encoder, "config.encoder", settings.image_size, dtypes)
     decoder = _parse_kind(DECODERS, config.decoder, "config.decoder", vocab_size=tokenizer.vocab_size, **dtypes)
     full_grid = encoder.grid(*settings.image_size)
     budget = _positive(config.token_budget, "config.token_budget")
@@ -170,10 +171,9 @@ def build(config: Any) -> System:
         max_prompt_length=visual + settings.max_question_length,
         max_answer_length=settings.max_answer_length,
     )
-    cells = source.cells
     return System(
         model=VLM(encoder, connector, decoder, reducer),
-        cell_reader=None if cells is None else CellReader(encoder, cells, source.num_classes),
+        cell_reader=_cell_reader(config, encoder, source, grid),
         processor=processor,
         source=source,
         grid=grid,
@@ -184,6 +184,39 @@ def build(config: Any) -> System:
 @dataclasses.dataclass(frozen=True)
 class _NoFields:
     """Settings of a kind without any."""
+
+
+def _cell_reader(config: Any, encoder: Any, source: Settings, grid: Grid) -> CellReader | None:
+    wanting = [label for label in config.schedule if config.stages.get(label, {}).get("objective") == "read_cells"]
+    if not wanting:
+        return None
+    if source.cells is None:
+        raise ConfigError(f"config.stages.{wanting[0]}.objective: config.data.kind {config.data.kind} has no cells")
+    if any(side % cells for side, cells in zip(grid, source.cells, strict=True)):
+        raise ConfigError(
+            f"config.stages.{wanting[0]}.objective: {source.cells} cells do not divide the encoder's {grid} patches; "
+            "change config.encoder.patch_size"
+        )
+    return CellReader(encoder, source.cells, source.num_classes)
+
+
+def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[str, Any]) -> nn.Module:
+    """An encoder. One made of encoders has a section for each, which may set an `image_size` of its own."""
+    if "kind" not in section or section["kind"] not in COMPOSITE_ENCODERS:
+        return _parse_kind({**ENCODERS, **COMPOSITE_ENCODERS}, section, path, image_size=image_size, **dtypes)
+    hints = typing.get_type_hints(COMPOSITE_ENCODERS[section["kind"]])
+    parts = {}
+    for name in (field for field, hint in hints.items() if hint is nn.Module):
+        if name not in section or not hasattr(section[name], "items"):
+            raise ConfigError(f"{path}.{name}: expected the section of an encoder, with its kind")
+        inner, size = dict(section[name].items()), image_size
+        if "image_size" in inner:
+            size = convert(inner.pop("image_size"), tuple[int, int], f"{path}.{name}.image_size")
+        parts[name] = _encoder(inner, f"{path}.{name}", size, dtypes)
+    rest = {key: section[key] for key in section if key not in parts}
+    if rest.get("combine") == "tuple":
+        raise ConfigError(f"{path}.combine: 'tuple' gives two sets of features, and a connector takes one")
+    return _parse_kind(COMPOSITE_ENCODERS, rest, path, **parts)
 
 
 def _parse_kind(table: dict[str, Any], section: Any, path: str, **derived: Any) -> Any:

@@ -18,7 +18,7 @@ def pretraining() -> ConfigDict:
             "decoder_pretraining": {
                 "objective": "next_token",
                 "stream": "text_pages",
-                "steps": 300,
+                "steps": 500,
                 "batch_size": 32,
                 "warmup_steps": 30,
                 "learning_rates": {"decoder": 3e-3},

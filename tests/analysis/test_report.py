@@ -61,7 +61,7 @@ def test_the_arrays_are_those_of_each_analysis(tmp_path):
             np.testing.assert_allclose(arrays[name], array, atol=1e-5, err_msg=name)
 
     text = path.read_text()
-    assert "ViT" in text and "3 images" in text and "1 tokens before the patches" in text
+    assert "ViT" in text and "Images: 3." in text and "Tokens before the patches: 1." in text
     for row in expected["attention_distance_renormalised"]:
         assert "".join(f"<td>{value:.1f}</td>" for value in (*row, row.mean())) in text
 

@@ -15,6 +15,7 @@ from vlm_jax.connectors import CONNECTORS
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 from vlm_jax.types import VisualFeatures
 
+from ..parameters import drawn
 from .kinds import defined, leaves, small
 
 GRIDS = [(8, 8), (7, 5), (1, 6), (4, 8)]
@@ -58,12 +59,10 @@ def solve(kind, grid, budget=None, **fields):
 
 @functools.cache
 def trained(kind, grid=(4, 8)):
-    """A connector and its boxed parameters, none of them left at zero."""
+    """A connector and boxed parameters."""
     connector = solve(kind, grid)
-    init = jax.jit(functools.partial(connector.init, deterministic=True))
-    params = init(jax.random.key(0), images(grid))
-    rng = np.random.default_rng(1)
-    return connector, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), params)
+    init = functools.partial(connector.init, deterministic=True)
+    return connector, drawn(jax.eval_shape(init, jax.random.key(0), images(grid)))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from vlm_jax import decoders
 from vlm_jax.decoders import DECODERS
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 
+from ..parameters import drawn
 from .kinds import SIZES, defined, leaves, small
 
 LENGTH, VOCAB = 8, SIZES["vocab_size"]
@@ -38,10 +39,8 @@ def row(tokens):
 @functools.cache
 def made(kind):
     decoder = small(DECODERS[kind])
-    init = jax.jit(functools.partial(decoder.init, method=full))
-    boxed = init(jax.random.key(0), *row(np.zeros(LENGTH)))
-    rng = np.random.default_rng(1)
-    return decoder, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(x.dtype), boxed)
+    init = functools.partial(decoder.init, method=full)
+    return decoder, drawn(jax.eval_shape(init, jax.random.key(0), *row(np.zeros(LENGTH))))
 
 
 @functools.cache

@@ -12,6 +12,8 @@ from scipy.special import expit
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import REMAT_POLICIES, TransformerBlock, TransformerStack
 
+from ..parameters import drawn
+
 DEPTH, WIDTH = 3, 8
 BLOCK = {
     "num_heads": 2,
@@ -33,9 +35,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def params(x):
-    boxed = jax.jit(TransformerStack(DEPTH, BLOCK).init)(jax.random.key(0), x, CONTEXT)
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(p.dtype), nn.meta.unbox(boxed))
+    return nn.meta.unbox(drawn(jax.eval_shape(TransformerStack(DEPTH, BLOCK).init, jax.random.key(0), x, CONTEXT)))
 
 
 def layer_params(params, i):

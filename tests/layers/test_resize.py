@@ -56,7 +56,9 @@ def test_rows_and_columns_are_resized_apart_and_the_dtype_stays():
     np.testing.assert_allclose(resize_axis(x[0, 0], 0, 8, "area"), np.repeat(x[0, 0], 2, axis=0))
 
 
-@pytest.mark.parametrize(("sizes", "kind", "message"), [((3, 0), "area", "3 samples to 0"), ((3, 2), "lanczos", "no inter")])
+@pytest.mark.parametrize(
+    ("sizes", "kind", "message"), [((3, 0), "area", "3 samples to 0"), ((3, 2), "lanczos", "no inter")]
+)
 def test_what_cannot_be_resized_is_named(sizes, kind, message):
     with pytest.raises(Exception, match=message if kind in KINDS else "lanczos"):
         interpolation_weights(*sizes, kind)

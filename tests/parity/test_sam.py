@@ -40,7 +40,12 @@ def test_image_encoder_layer_by_layer_and_back(tmp_path, whole):
     if whole:
         parts = {
             "prompt_encoder_config": {"hidden_size": 8, "image_size": 20, "patch_size": 4},
-            "mask_decoder_config": {"hidden_size": 8, "num_attention_heads": 2, "mlp_dim": 8, "iou_head_hidden_dim": 8},
+            "mask_decoder_config": {
+                "hidden_size": 8,
+                "num_attention_heads": 2,
+                "mlp_dim": 8,
+                "iou_head_hidden_dim": 8,
+            },
         }
         model = randomised(SamModel(SamConfig(vision_config={**TINY, "num_pos_feats": 4}, **parts)))
     else:

@@ -221,8 +221,8 @@ th, td { padding: 0.1rem 0.6rem; text-align: right; }
 </head>
 <body>
 <h1>Analysis of {{ a.name }}</h1>
-<p>{{ a.num_images }} images, {{ a.grid[0] }} rows and {{ a.grid[1] }} columns of patches of
-{{ a.patch_size }} pixels, {{ a.num_prefix }} tokens before the patches.</p>
+<p>Images: {{ a.num_images }}. Patches: {{ a.grid[0] }} rows and {{ a.grid[1] }} columns of
+{{ a.patch_size }} pixels. Tokens before the patches: {{ a.num_prefix }}.</p>
 {% for name, png in pictures.items() %}
 <figure id="{{ name }}">
 <img src="data:image/png;base64,{{ png }}" alt="{{ name }}">

@@ -1,21 +1,33 @@
 """What the commands share: the config flags, the compilation cache, and one clear line for an error."""
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.checkpoints.orbax import CheckpointError
 from vlm_jax.config import ConfigError
+from vlm_jax.data.vqa_files import TooManyCorruptImages
+from vlm_jax.data.vqa_records import MalformedRecords
+from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.train.loop import Diverged, Interrupted
 
 # Errors whose message is meant for the user, without a traceback.
-EXPLAINED = (ConfigError, InfeasibleBudget, CheckpointError, Diverged)
+EXPLAINED = (
+    ConfigError,
+    InfeasibleBudget,
+    CheckpointError,
+    Diverged,
+    MalformedRecords,
+    SequenceTooLong,
+    TooManyCorruptImages,
+)
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, and --config.KEY=VALUE to change it.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, local or gs://; made when missing.")
@@ -33,11 +45,14 @@ def run(main: Callable[[], Any]) -> None:
     A run that was asked to stop (SIGTERM) and saved itself exits with status 0.
     """
     flags.mark_flags_as_required(["config", "workdir"])
-    flags.FLAGS.set_default("verbosity", -1)  # warnings; Orbax reports every file at the level below
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument: {argv[1]}")
+        # Orbax reports every file, and a failed save with its threads' tracebacks; failures are
+        # raised as CheckpointError and said once, below.
+        logging.set_verbosity(logging.WARNING)
+        logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
         if CACHE.value:
             jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -49,6 +64,11 @@ def run(main: Callable[[], Any]) -> None:
             print(f"{stop}; the same command goes on from there", file=sys.stderr)
         except EXPLAINED as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            sys.exit(1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            print(f"{error}: free space on {WORKDIR.value}; the same command goes on from there", file=sys.stderr)
             sys.exit(1)
 
     try:

@@ -1,7 +1,9 @@
 """Qwen-VL's resampler: learned queries read all features by one cross-attention."""
 
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -12,6 +14,7 @@ from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense, named
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.position_embedding import sincos_2d
+from vlm_jax.layers.resize import resize
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 
@@ -19,13 +22,16 @@ class Resampler(nn.Module):
     """One cross-attention layer from `num_queries` learned queries to the features.
 
     Sin-cos positions are added to queries and keys, never to values. Queries stand for the
-    cells of a grid where their number forms one, else for points along the diagonal.
+    cells of a grid where their number forms one, else for points along the diagonal. With `released`
+    the layer is Qwen-VL's own to the last detail, for a square number of queries.
 
     Attributes:
       features: the decoder's width D.
       num_queries: tokens given, solved from the budget.
       num_heads: attention heads; D // 128 when None, as Qwen-VL has them, and 1 at least.
-      norm_epsilon: epsilon of both LayerNorms.
+      released: positions are a stored table of the queries' grid, which is interpolated for the keys;
+        features of the decoder's width are not projected; a norm and a projection follow.
+      norm_epsilon: epsilon of every LayerNorm.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -35,6 +41,7 @@ class Resampler(nn.Module):
     features: int
     num_queries: int
     num_heads: int | None = None
+    released: bool = False
     norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -62,23 +69,49 @@ class Resampler(nn.Module):
         rows = sincos_2d((count, 1), self.features, table_grid=grid)[:, half:]
         return jnp.asarray(np.concatenate([columns, rows], axis=1))
 
+    def _stored_positions(self, grid: Grid) -> tuple[jax.Array, jax.Array]:
+        """The stored table [num_queries, D], and the same at the features' grid; both are not trained."""
+        side = math.isqrt(self.num_queries)
+        if side * side != self.num_queries:
+            raise ValueError(f"released positions are those of a square grid of queries, got {self.num_queries}")
+
+        def init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+            del key
+            return jnp.asarray(sincos_2d((side, side), shape[1], last=False), dtype)
+
+        shape = (self.num_queries, self.features)
+        table = self.param("positions", named(init, axes.QUERY, axes.EMBED), shape, self.param_dtype)
+        table = jax.lax.stop_gradient(table.astype(jnp.float32))
+        return table, resize(table.reshape(side, side, -1), grid, "bicubic").reshape(-1, self.features)
+
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = {"kind": "layer", "epsilon": self.norm_epsilon, **settings}
         batch = features.tokens.shape[0]
         init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
-        real = jnp.where(features.mask[..., None], features.tokens, 0)  # 0 times NaN would be NaN
-        kv = Dense(self.features, (axes.CHANNELS_IN, axes.EMBED), use_bias=False, name="kv_proj", **settings)
-        kv = Norm("layer", self.norm_epsilon, name="kv_norm", **settings)(kv(real))
-        q = Norm("layer", self.norm_epsilon, name="query_norm", **settings)(queries[None])
-        q = q + self.query_positions(features.grid).astype(self.dtype)[None]
-        keys = kv + jnp.asarray(sincos_2d(features.grid, self.features)).astype(self.dtype)[None]
+        kv = jnp.where(features.mask[..., None], features.tokens, 0)  # 0 times NaN would be NaN
+        if not self.released or kv.shape[-1] != self.features:
+            kv = Dense(self.features, (axes.CHANNELS_IN, axes.EMBED), use_bias=False, name="kv_proj", **settings)(kv)
+        kv = Norm(name="kv_norm", **norm)(kv)
+        q = Norm(name="query_norm", **norm)(queries[None])
+        if self.released:
+            query_positions, key_positions = self._stored_positions(features.grid)
+        else:
+            query_positions = self.query_positions(features.grid)
+            key_positions = jnp.asarray(sincos_2d(features.grid, self.features))
+        q = q + query_positions.astype(self.dtype)[None]
+        keys = kv + key_positions.astype(self.dtype)[None]
         query_segments = jnp.ones((batch, self.num_queries), jnp.int32)
         context = Context("full", query_segments, features.mask.astype(jnp.int32))
         num_heads = self.num_heads or max(self.features // 128, 1)
         attention = MultiHeadAttention(num_heads, name="attention", **settings)
         q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
         tokens, _ = attention(q, context, inputs_k=keys, inputs_v=kv)
+        if self.released:
+            tokens = Norm(name="post_norm", **norm)(tokens)
+            names = (axes.EMBED, axes.CLASSES)
+            tokens = Dense(self.features, names, use_bias=False, name="projection", **settings)(tokens)
         return VisualTokens(tokens, jnp.broadcast_to(features.mask.any(1, keepdims=True), tokens.shape[:2]))

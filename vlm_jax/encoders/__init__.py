@@ -2,9 +2,21 @@
 
 The contract: a Linen module with `features` (its output width), a pure
 `grid(height, width) -> (rows, cols)` that can be called before `init`, and
-`__call__(images) -> VisualFeatures`.
+`__call__(images) -> VisualFeatures`. Encoders of `PACKED_ENCODERS` take `PackedPatches` instead, in which
+images of any size share a sequence; their features have the grid (1, N). `COMPOSITE_ENCODERS` are made of
+other encoders, and take what those take.
 """
 
+from vlm_jax.encoders.aimv2 import AIMv2
+from vlm_jax.encoders.hybrid import Hybrid
+from vlm_jax.encoders.multiscale import MultiScale
+from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.encoders.qwen_vit import QwenViT
+from vlm_jax.encoders.resnet import ModifiedResNet
+from vlm_jax.encoders.sam import SAM
+from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.encoders.vit import ViT
 
-ENCODERS = {"vit": ViT}
+ENCODERS = {"vit": ViT, "aimv2": AIMv2, "resnet": ModifiedResNet, "sam": SAM}
+COMPOSITE_ENCODERS = {"hybrid": Hybrid, "multiscale": MultiScale}
+PACKED_ENCODERS = {"naflex": NaflexViT, "qwen_vit": QwenViT, "siglip2_navit": Siglip2NaViT}

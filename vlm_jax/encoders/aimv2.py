@@ -7,6 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.norm import Norm
@@ -31,9 +32,10 @@ class AIMv2(nn.Module):
       hidden_stride: side in patches of a feature, whose width is width * hidden_stride ** 2.
       qkv_bias: biases on query, key and value.
       use_bias: biases on the other linear layers of the blocks.
-      final_norm: normalises features after the last block. Ovis 2 does not, its port in transformers
-        does. The parameters exist either way.
-      select_layer: which hidden state becomes features: -1 the last block's output, 0 the embeddings.
+      final_norm: normalises features after the last block. Ovis 2 does not, its port in transformers does.
+      select_layer: features are hidden state number `select_layer` without the final norm: 0 is the
+        embeddings, -1 the output of the last block. Blocks behind it are not built. None runs the
+        whole model.
       norm_epsilon: epsilon of every RMSNorm.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
@@ -52,7 +54,7 @@ class AIMv2(nn.Module):
     qkv_bias: bool = False
     use_bias: bool = False
     final_norm: bool = False
-    select_layer: int = -1
+    select_layer: int | None = None
     norm_epsilon: float = 1e-5
     remat: RematPolicy = "none"
     unroll: int = 1
@@ -101,8 +103,9 @@ class AIMv2(nn.Module):
         )
         x = x + table(self.patch_grid(height, width)).astype(self.dtype)[None]
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+        depth = blocks_up_to(self.select_layer, self.depth)
         stack = TransformerStack(
-            self.depth,
+            depth,
             {
                 "num_heads": self.num_heads,
                 "mlp_dim": self.mlp_dim,
@@ -118,16 +121,14 @@ class AIMv2(nn.Module):
             unroll=self.unroll,
             name="blocks",
         )
-        selected = self.select_layer != -1
-        x, _, hidden = stack(x, Context("full"), collect=collect or selected)
-        if selected and hidden is not None:
-            x = hidden[self.select_layer]
-        normed = Norm(name="final_norm", **norm)(x)
-        x = merge_neighbours(
-            normed if self.final_norm else x, self.patch_grid(height, width), self.hidden_stride
-        )
+        hidden = x[None] if collect else None
+        if depth:
+            x, _, hidden = stack(x, Context("full"), collect=collect)
+        if self.final_norm and self.select_layer is None:
+            x = Norm(name="final_norm", **norm)(x)
+        x = merge_neighbours(x, self.patch_grid(height, width), self.hidden_stride)
         mask = jnp.ones(x.shape[:2], bool)
-        return VisualFeatures(x, mask, self.grid(height, width), hidden=hidden if collect else None)
+        return VisualFeatures(x, mask, self.grid(height, width), hidden=hidden)
 
 
 def merge_neighbours(x: Float[Array, "B N D"], grid: Grid, stride: int) -> Float[Array, "B M E"]:

@@ -80,7 +80,9 @@ class MultiScale(nn.Module):
             raise ValueError(f"give either scales or image_sizes, got {self.scales} and {self.image_sizes}")
         sizes = self.image_sizes or tuple((int(height * scale), int(width * scale)) for scale in self.scales)
         if not 0 <= self.resize_output_to < len(sizes):
-            raise ValueError(f"resize_output_to: expected one of the {len(sizes)} scales, got {self.resize_output_to}")
+            raise ValueError(
+                f"resize_output_to: expected one of the {len(sizes)} scales, got {self.resize_output_to}"
+            )
         return sizes
 
     def splits(self, height: int, width: int) -> tuple[Grid, ...]:

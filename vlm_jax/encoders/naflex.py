@@ -48,12 +48,12 @@ class NaflexViT(Trunk, kw_only=True):
         init = named(nn.initializers.normal(self.width**-0.5), axes.POSITION, axes.EMBED)
         table = self.param("positions", init, (self.table_grid[0] * self.table_grid[1], self.width), self.param_dtype)
         table = table.astype(jnp.float32).reshape(*self.table_grid, self.width)
-        places = _interpolate(table, packed.positions, packed.sizes)
+        places = interpolate_table(table, packed.positions, packed.sizes)
         x = embed(packed.patches) + places.astype(self.dtype)
         return self.encode(x, (1, x.shape[1]), packed.segment_ids, num_prefix=0, collect=collect)
 
 
-def _interpolate(
+def interpolate_table(
     table: Float[Array, "R C D"], positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]
 ) -> Float[Array, "B N D"]:
     """The table, resized to the size of each patch's image, at the patch's place.

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.encoders.packed import check_packed, merged_grid, packed_features, window_in_blocks
+from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.block import RematPolicy
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
@@ -51,16 +52,21 @@ class PatchMerger(nn.Module):
 class QwenViT(nn.Module):
     """Packed patches, `depth` blocks with 2D rotary positions, and the patch merger.
 
+    | model | fields |
+    |---|---|
+    | Qwen2-VL | activation `quick_gelu`, not gated, norm `layer` |
+    | Qwen2.5-VL | window_size 112 and full_layers (7, 15, 23, 31) |
+
     There is neither a position table nor a final norm. Images come packed (`processors.patches.pack`
     with `merge_size` and `window` of this module), and so do features.
 
     Attributes:
       patch_size: side of a patch in pixels.
-      temporal_patch_size: frames of a patch; an image is repeated.
       width: residual width.
       depth: number of blocks.
       num_heads: attention heads.
       mlp_dim: hidden width of the feed-forward.
+      temporal_patch_size: frames of a patch; an image is repeated.
       activation, gated: as in `layers.mlp.Mlp`.
       norm: kind of every norm.
       out_dim: width of merged features; None leaves the merger out, and features are those of the
@@ -69,8 +75,8 @@ class QwenViT(nn.Module):
       merge_size: side in patches of a merged feature.
       window_size: side in pixels of an attention window; None where every layer sees whole images.
       full_layers: the layers that see whole images; None for all.
-      select_layer: which hidden state becomes features: -1 the last block's output, -2 the one before,
-        0 the embeddings.
+      select_layer: features are hidden state number `select_layer`: 0 is the embeddings, -1 the output of
+        the last block. Blocks behind it are not built. None runs the whole model.
       norm_epsilon: epsilon of every norm.
       rope_theta: base of the rotary wavelengths.
       remat: as in `TransformerStack`.
@@ -81,20 +87,20 @@ class QwenViT(nn.Module):
     """
 
     patch_size: int
-    temporal_patch_size: int
     width: int
     depth: int
     num_heads: int
     mlp_dim: int
-    activation: str
-    gated: bool
-    norm: NormKind
-    out_dim: int | None
+    temporal_patch_size: int = 2
+    activation: str = "silu"
+    gated: bool = True
+    norm: NormKind = "rms"
+    out_dim: int | None = None
     channels: int = 3
     merge_size: int = 2
     window_size: int | None = None
     full_layers: tuple[int, ...] | None = None
-    select_layer: int = -1
+    select_layer: int | None = None
     norm_epsilon: float = 1e-6
     rope_theta: float = 10_000.0
     remat: RematPolicy = "none"
@@ -142,8 +148,9 @@ class QwenViT(nn.Module):
             embed(packed.patches), (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
         )
         angles = rope_2d_angles(packed.positions, self.width // self.num_heads, self.rope_theta)
+        depth = blocks_up_to(self.select_layer, self.depth)
         stack = WindowedStack(
-            self.depth,
+            depth,
             {
                 "num_heads": self.num_heads,
                 "mlp_dim": self.mlp_dim,
@@ -153,11 +160,11 @@ class QwenViT(nn.Module):
                 "norm_epsilon": self.norm_epsilon,
                 **settings,
             },
-            full_layers=self.full_layers,
+            full_layers=None if self.full_layers is None else tuple(i for i in self.full_layers if i < depth),
             remat=self.remat,
             name="blocks",
         )
-        x, hidden = stack(x, packed, angles, select_layer=self.select_layer, collect=collect)
+        x, hidden = stack(x, packed, angles, collect=collect)
         if self.out_dim is None:
             return packed_features(x, packed, 1, hidden)
         merger = PatchMerger(

@@ -7,9 +7,9 @@ from flax import linen as nn
 
 from vlm_jax import axes
 from vlm_jax.encoders.packed import check_packed, merged_grid, packed_features, window_in_blocks
+from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.block import RematPolicy
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.resampled_positions import ResampledPositions
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.windowed_stack import WindowedStack
@@ -19,17 +19,18 @@ from vlm_jax.types import Grid, PackedPatches, VisualFeatures
 class Siglip2NaViT(nn.Module):
     """Packed patches, positions, `depth` pre-norm blocks; hidden_stride ** 2 neighbours make one feature.
 
-    Features are those of the last block without the final norm, as Ovis 2.5 reads them. Images come
+    Features are those of the last block as they are: Ovis 2.5 has a norm behind it that it never uses.
+    Images come
     packed (`processors.patches.pack` with merge_size=hidden_stride and `window` of this module).
 
     Attributes:
-      table_side: rows and columns of the position table, which is resized to every image; None adds no
-        positions to the embeddings.
       patch_size: side of a patch in pixels.
       width: residual width.
       depth: number of blocks.
       num_heads: attention heads.
       mlp_dim: hidden width of the feed-forward.
+      table_side: rows and columns of the position table, which is resized to every image; None adds no
+        positions to the embeddings.
       hidden_stride: side in patches of a feature, whose width is width * hidden_stride ** 2.
       temporal_patch_size: frames of a patch.
       channels: colours of a pixel.
@@ -37,8 +38,8 @@ class Siglip2NaViT(nn.Module):
       window_size: side in pixels of an attention window; None where every layer sees whole images.
       full_layers: the layers that see whole images; None for all.
       use_rope: turns queries and keys with row and column.
-      final_norm: normalises features after the last block. The parameters exist either way.
-      select_layer: which hidden state becomes features, as in `QwenViT`.
+      select_layer: features are hidden state number `select_layer`: 0 is the embeddings, -1 the output of
+        the last block. Blocks behind it are not built. None runs the whole model.
       norm_epsilon: epsilon of every LayerNorm.
       rope_theta: base of the rotary wavelengths.
       remat: as in `TransformerStack`.
@@ -48,12 +49,12 @@ class Siglip2NaViT(nn.Module):
     Source: Lu et al. 2025 (Ovis2.5), section 2; AIDC-AI/Ovis2.5-9B, modeling_ovis2_5.py, Siglip2NavitModel.
     """
 
-    table_side: int | None
     patch_size: int
     width: int
     depth: int
     num_heads: int
     mlp_dim: int
+    table_side: int | None = 32
     hidden_stride: int = 2
     temporal_patch_size: int = 1
     channels: int = 3
@@ -61,8 +62,7 @@ class Siglip2NaViT(nn.Module):
     window_size: int | None = None
     full_layers: tuple[int, ...] | None = None
     use_rope: bool = True
-    final_norm: bool = False
-    select_layer: int = -1
+    select_layer: int | None = None
     norm_epsilon: float = 1e-6
     rope_theta: float = 10_000.0
     remat: RematPolicy = "none"
@@ -110,8 +110,9 @@ class Siglip2NaViT(nn.Module):
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
         head_dim = self.width // self.num_heads
         angles = rope_2d_angles(packed.positions, head_dim, self.rope_theta) if self.use_rope else None
+        depth = blocks_up_to(self.select_layer, self.depth)
         stack = WindowedStack(
-            self.depth,
+            depth,
             {
                 "num_heads": self.num_heads,
                 "mlp_dim": self.mlp_dim,
@@ -120,13 +121,11 @@ class Siglip2NaViT(nn.Module):
                 "norm_epsilon": self.norm_epsilon,
                 **settings,
             },
-            full_layers=self.full_layers,
+            full_layers=None if self.full_layers is None else tuple(i for i in self.full_layers if i < depth),
             remat=self.remat,
             name="blocks",
         )
-        x, hidden = stack(x, packed, angles, select_layer=self.select_layer, collect=collect)
-        normed = Norm("layer", self.norm_epsilon, name="final_norm", **settings)(x)
-        x = normed if self.final_norm else x
+        x, hidden = stack(x, packed, angles, collect=collect)
         block = self.hidden_stride**2
         merged = x.reshape(x.shape[0], x.shape[1] // block, block * self.width)
         return packed_features(merged, packed, block, hidden)

@@ -223,7 +223,12 @@ class MultiHeadAttention(nn.Module):
         key = heads(inputs_k, kv_heads, axes.KV_HEADS, "key")
         value = heads(inputs_v, kv_heads, axes.KV_HEADS, "value")
         if self.qk_norm is not None:
-            norm = {"kind": self.qk_norm, "epsilon": self.norm_epsilon, "axis_name": axes.HEAD_DIM, **settings}
+            norm = {
+                "kind": self.qk_norm,
+                "epsilon": self.norm_epsilon,
+                "axis_name": axes.HEAD_DIM,
+                **settings,
+            }
             query, key = Norm(name="query_norm", **norm)(query), Norm(name="key_norm", **norm)(key)
         if context.angles is not None:
             query, key = rotate(query, context.angles), rotate(key, context.angles)

@@ -13,7 +13,9 @@ from vlm_jax.layers.resize import ResizeKind, resize
 from vlm_jax.types import Grid
 
 
-def sincos_2d(grid: Grid, dim: int, *, table_grid: Grid | None = None, temperature: float = 10_000.0) -> np.ndarray:
+def sincos_2d(
+    grid: Grid, dim: int, *, table_grid: Grid | None = None, temperature: float = 10_000.0, last: bool = True
+) -> np.ndarray:
     """[rows * cols, dim] float32 of sin and cos of the column, then of the row.
 
     Args:
@@ -22,6 +24,8 @@ def sincos_2d(grid: Grid, dim: int, *, table_grid: Grid | None = None, temperatu
       table_grid: rows and columns of training; coordinates of `grid` are stretched over it, so
         that the same place of the image gets the same embedding. None leaves them unstretched.
       temperature: longest wavelength over 2 pi, in patches.
+      last: whether the longest wavelength is among those used (MoCo v3, big_vision), or would be the
+        next after them (MAE, Qwen-VL).
 
     Raises:
       ValueError: dim is no multiple of 4.
@@ -31,7 +35,7 @@ def sincos_2d(grid: Grid, dim: int, *, table_grid: Grid | None = None, temperatu
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that is a multiple of 4, got {dim}")
     quarter = dim // 4
-    omega = 1.0 / temperature ** (np.arange(quarter) / max(quarter - 1, 1))
+    omega = 1.0 / temperature ** (np.arange(quarter) / max(quarter - last, 1))
     reference = table_grid or grid
     y, x = (
         (np.arange(size) + 0.5) * (full / size) - 0.5 for size, full in zip(grid, reference, strict=True)

@@ -2,7 +2,7 @@
 
 | kind | the call that it equals |
 |---|---|
-| `bilinear`, `bicubic` | torch `interpolate(.., align_corners=False)`; bicubic has a = -0.75 and clamps at the edge |
+| `bilinear`, `bicubic` | torch `interpolate(align_corners=False)`; bicubic: a = -0.75, clamped at the edge |
 | `bilinear_antialias`, `bicubic_antialias` | the same with `antialias=True`; bicubic then has a = -0.5 |
 | `area` | torch `interpolate(mode="area")`, which is adaptive average pooling |
 | `corner_linear` | scipy `ndimage.zoom(order=1)`: first and last sample stay where they are |
@@ -20,7 +20,9 @@ from jaxtyping import Float
 
 from vlm_jax.types import Array, Grid
 
-ResizeKind = Literal["bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "corner_linear"]
+ResizeKind = Literal[
+    "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "corner_linear"
+]
 
 
 def resize(
@@ -39,7 +41,9 @@ def resize(
     return resize_axis(resize_axis(x, -3, grid[0], kind), -2, grid[1], kind)
 
 
-def resize_axis(x: Float[Array, "*shape"], axis: int, size: int, kind: ResizeKind) -> Float[Array, "*new_shape"]:
+def resize_axis(
+    x: Float[Array, "*shape"], axis: int, size: int, kind: ResizeKind
+) -> Float[Array, "*new_shape"]:
     """Interpolates one axis to `size` samples; as `resize`."""
     weights = interpolation_weights(x.shape[axis], size, kind)
     if size == x.shape[axis]:

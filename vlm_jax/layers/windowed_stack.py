@@ -83,7 +83,7 @@ class WindowedStack(nn.Module):
     the host (`processors.patches.pack`), so that a layer moves no token.
 
     Attributes:
-      depth: number of blocks.
+      depth: number of blocks; none hands its input on.
       block: keyword arguments of `TransformerBlock`.
       full_layers: indices of the layers that attend to a whole image; None for all.
       remat: as in `TransformerStack`.
@@ -103,43 +103,38 @@ class WindowedStack(nn.Module):
         packed: PackedPatches,
         angles: Float[Array, "B N half"] | None = None,
         *,
-        select_layer: int = -1,
         collect: bool = False,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "L B N D"] | None]:
-        """Runs the blocks up to the hidden state `select_layer`.
+        """Returns the last output and, with `collect`, [depth + 1, B, N, D].
 
         Args:
           x: embeddings in the order of `packed`.
           packed: segments and windows; its patches are not looked at.
           angles: rotary angles of every patch, or None.
-          select_layer: which of the depth + 1 states to return, from the end when negative: 0 is x itself,
-            -1 the last block's output. Blocks after it are not run; their parameters exist all the same.
-          collect: also returns the input of every block that is run and the last output.
+          collect: also returns the input of every block and the output of the last.
 
         Raises:
           ValueError: a layer outside the stack, or windowed layers without windows in `packed`.
         """
-        if not -self.depth - 1 <= select_layer <= self.depth:
-            raise ValueError(f"select_layer {select_layer}: a stack of {self.depth} has {self.depth + 1} states")
-        count = select_layer % (self.depth + 1)
-        kinds = self._kinds()[:count]
+        kinds = self._kinds()
+        if not kinds:
+            return x, x[None] if collect else None
         if "window" in kinds and packed.window_ids is None:
             raise ValueError(
                 f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, and "
                 "the patches were packed without any: give `window` to processors.patches.pack"
             )
         params = self.param("layers", self._init, x.shape[-1])
-        used = jax.tree.map(lambda leaf: leaf[:count], params)
         layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)
         plan = schedule(kinds)
         split = len(plan.period) * plan.repeats
         if plan.repeats > 1:
             shape = (plan.repeats, len(plan.period))
-            repeated = jax.tree.map(lambda leaf: leaf[:split].reshape(*shape, *leaf.shape[1:]), used)
+            repeated = jax.tree.map(lambda leaf: leaf[:split].reshape(*shape, *leaf.shape[1:]), params)
             x, first = jax.lax.scan(lambda x, part: layers(x, part, plan.period), x, repeated)
         else:
-            x, first = layers(x, jax.tree.map(lambda leaf: leaf[:split], used), plan.period)
-        x, last = layers(x, jax.tree.map(lambda leaf: leaf[split:], used), plan.rest)
+            x, first = layers(x, jax.tree.map(lambda leaf: leaf[:split], params), plan.period)
+        x, last = layers(x, jax.tree.map(lambda leaf: leaf[split:], params), plan.rest)
         if not collect:
             return x, None
         return x, jnp.concatenate([first.reshape(-1, *x.shape), last, x[None]])

@@ -10,12 +10,42 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from vlm_jax.pretrained import deepseek_vl, ovis, qwen2_vl, sam
+from vlm_jax.pretrained import (
+    big_vision,
+    clip,
+    deepseek_vl,
+    llava,
+    open_clip,
+    ovis,
+    qwen2_vl,
+    qwen_vl,
+    sam,
+    siglip,
+    vision_transformer,
+    vit,
+)
 from vlm_jax.pretrained.family import Family
 from vlm_jax.pretrained.loader import Pretrained, load
 
 # What a released config calls its kind of model (`loader.marker`) -> who describes it.
 FAMILIES: dict[str, Family] = {
+    "big_vision.proj.image_text.text_transformer": big_vision.describe_text,
+    "big_vision.proj.image_text.two_towers": big_vision.describe_two_towers,
+    "big_vision.vit": big_vision.describe_vit,
+    "clip": clip.describe,
+    "clip_text_model": clip.describe_text,
+    "clip_vision_model": clip.describe_vision,
+    "open_clip": open_clip.describe,
+    "qwen": qwen_vl.describe,
+    "siglip": siglip.describe,
+    "siglip_text_model": siglip.describe_text,
+    "siglip_vision_model": siglip.describe_vision,
+    "siglip2": siglip.describe,
+    "siglip2_text_model": siglip.describe_text,
+    "siglip2_vision_model": siglip.describe_vision,
+    "vit": vit.describe,
+    "vit_jax": vision_transformer.describe,
+    "llava_llama": llava.describe,
     "multi_modality": deepseek_vl.describe,
     "ovis": ovis.describe_ovis2,
     "ovis2": ovis.describe_ovis2_hf,

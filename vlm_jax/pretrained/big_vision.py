@@ -126,13 +126,18 @@ def _vit(
     return vit, maps.vit_rules(sizes, rows, scanned=settings["scan"])
 
 
-def _naflex(config: Mapping[str, Any], where: str, **fields: Any) -> tuple[NaflexViT, tuple[Rule, ...]]:
+def _naflex(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
+) -> tuple[NaflexViT, tuple[Rule, ...]]:
+    """A NaFlex ViT, the side of whose patches is the processor's business and no part of its config."""
     settings = _settings(config, NAFLEX_DEFAULTS, where)
     grid = settings["nposemb"]
     if not settings["posemb"].startswith("learn_2d"):
         raise PretrainedError(f"{where}.posemb: expected 'learn_2d' or 'learn_2d(..)', got {settings['posemb']!r}")
     check_supported(settings, {"patchln_pre": (False,), "patchln_post": (False,)}, where)
-    patch = one_side(settings["patch_size"], f"{where}.patch_size")
+    kernel = checkpoint.get(f"{prefix}embedding/kernel")
+    pixels = 1 if kernel is None else kernel.shape[0] // 3
+    patch = square_root(pixels, f"{prefix}embedding/kernel, its rows by colour")
     vit = NaflexViT(patch_size=patch, table_grid=(grid, grid), **_trunk_fields(settings, where), **fields)
     return vit, maps.naflex_rules(maps.Sizes(vit.width, vit.num_heads), grid, scanned=settings["scan"])
 
@@ -177,13 +182,15 @@ def describe_vit(
     prefix = _prefix(checkpoint)
     vit, rules = _vit(config.get("model", {}), checkpoint, prefix, "model", dtype=dtype, param_dtype=param_dtype)
     classes = config.get("num_classes")
+    table_key = f"{prefix}pos_embedding"
     if not classes:
-        return Description(vit, (image_shape(vit, 3),), prefixed(rules, prefix), resize=resizer(config, vit))
+        resize = resizer(config, vit, table_key=table_key)
+        return Description(vit, (image_shape(vit, 3),), prefixed(rules, prefix), resize=resize)
     return Description(
         Classifier(vit, classes),
         (image_shape(vit, 3),),
         (*prefixed(rules, prefix, "encoder/"), *prefixed(maps.dense("head", "head"), prefix)),
-        resize=resizer(config, vit, path=("encoder",)),
+        resize=resizer(config, vit, path=("encoder",), table_key=table_key),
     )
 
 
@@ -209,11 +216,12 @@ def describe_two_towers(
     fields = {"projection_dim": image_dim, "projection_bias": True, **dtypes}
     section, resize = settings.get("image", {}), None
     if settings["image_model"] == _NAFLEX:
-        image, rules = _naflex(section, "model.image", **fields)
+        image, rules = _naflex(section, checkpoint, f"{prefix}img/", "model.image", **fields)
         image_input = patches_shape(image, 3)
     else:
         image, rules = _vit(section, checkpoint, f"{prefix}img/", "model.image", **fields)
-        image_input, resize = image_shape(image, 3), resizer(config, image, path=("image",))
+        image_input = image_shape(image, 3)
+        resize = resizer(config, image, path=("image",), table_key=f"{prefix}img/pos_embedding")
     text, text_rules = _text(settings.get("text", {}), checkpoint, f"{prefix}txt/", "model.text", text_dim, dtypes)
     log_scale = math.log(settings["temperature_init"])
     return Description(

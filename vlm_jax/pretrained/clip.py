@@ -137,7 +137,7 @@ def describe(
             *clip_rules(),
         ),
         IGNORE,
-        resizer(config, vision, path=("image",), keys=("vision_config", "image_size")),
+        resizer(config, vision, path=("image",), size_key=("vision_config", "image_size")),
     )
 
 
@@ -160,7 +160,7 @@ def describe_vision(
             Rule("visual_projection.weight", "projection/kernel", LINEAR),
         ),
         IGNORE,
-        resizer(config, vision, keys=("image_size",)),
+        resizer(config, vision, size_key=("image_size",)),
     )
 
 

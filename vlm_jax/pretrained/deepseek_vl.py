@@ -17,8 +17,20 @@ from vlm_jax.pretrained.sam import stacks
 
 # The release names its towers and leaves their sizes to its code: models/siglip_vit.py and models/sam.py.
 MODELS: dict[str, dict[str, Any]] = {
-    "siglip_so400m_patch14_384": {"patch_size": 14, "width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362},
-    "siglip_so400m_patch14_224": {"patch_size": 14, "width": 1152, "layers": 27, "heads": 16, "mlp_ratio": 3.7362},
+    "siglip_so400m_patch14_384": {
+        "patch_size": 14,
+        "width": 1152,
+        "layers": 27,
+        "heads": 16,
+        "mlp_ratio": 3.7362,
+    },
+    "siglip_so400m_patch14_224": {
+        "patch_size": 14,
+        "width": 1152,
+        "layers": 27,
+        "heads": 16,
+        "mlp_ratio": 3.7362,
+    },
     "siglip_large_patch16_384": {"patch_size": 16, "width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4},
     "sam_vit_b": {"width": 768, "layers": 12, "heads": 12, "global_attn_indexes": [2, 5, 8, 11]},
     "sam_b_downsample": {
@@ -55,7 +67,9 @@ def describe(
     which no release has, adds names or gives them other sizes.
     """
     del checkpoint  # the release has one schema
-    section = with_defaults(config.get("vision_config", {}), {"cls": REQUIRED, "params": REQUIRED}, "vision_config")
+    section = with_defaults(
+        config.get("vision_config", {}), {"cls": REQUIRED, "params": REQUIRED}, "vision_config"
+    )
     check_supported(section, {"cls": ("CLIPVisionTower", "HybridVisionTower")}, "vision_config")
     params, dtypes = section["params"], {"dtype": dtype, "param_dtype": param_dtype}
     registry = {**MODELS, **config.get("model_registry", {})}
@@ -73,7 +87,9 @@ def describe(
     return Description(module, (pixels,), rules, ignore=(*NOT_VISION, *UNUSED))
 
 
-def _hybrid(params: Mapping[str, Any], registry: Mapping[str, Any], dtypes: dict) -> tuple[Hybrid, tuple[Rule, ...]]:
+def _hybrid(
+    params: Mapping[str, Any], registry: Mapping[str, Any], dtypes: dict
+) -> tuple[Hybrid, tuple[Rule, ...]]:
     where = "vision_config.params"
     defaults = {"high_res_cfg": REQUIRED, "low_res_cfg": REQUIRED, "concat_type": "tuple"}
     params = with_defaults(params, defaults, where)
@@ -107,7 +123,9 @@ def _tower(
     return _siglip(registry[name], image_size, settings["select_layer"], dtypes)
 
 
-def _siglip(sizes: Mapping[str, Any], image_size: tuple[int, int], select_layer: int, dtypes: dict) -> tuple[Any, Any]:
+def _siglip(
+    sizes: Mapping[str, Any], image_size: tuple[int, int], select_layer: int, dtypes: dict
+) -> tuple[Any, Any]:
     """A layer is selected by leaving out those behind it; the last norm stays."""
     depth = sizes["layers"]
     kept = min(depth, depth + select_layer + 1) if select_layer <= 0 else min(depth, select_layer)

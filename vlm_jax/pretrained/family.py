@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
@@ -12,6 +13,11 @@ from vlm_jax.checkpoints.rules import Rule, SourceTensor
 
 class PretrainedError(ValueError):
     """A released config that cannot be turned into a module; the message names the key and the fix."""
+
+
+# (params, side) -> the released config and the parameters at that size, and the released keys whose shapes
+# then are others.
+Resize = Callable[[Any, int], tuple[dict[str, Any], Any, dict[str, jax.ShapeDtypeStruct]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +31,15 @@ class Description:
       rules: which released tensors make which parameters; targets are paths in `params`.
       ignore: regular expressions for whole released keys that the module has no use for. They are
         carried along unread and written back by `save_pretrained`.
-      resize: `(params, side) -> (config, params)`, the released config and the parameters for square
-        images of another side in pixels; None where the release works at any size or at one only.
+      resize: makes the release one for square images of another side in pixels; None where it works at
+        any size or at one only.
     """
 
     module: nn.Module
     inputs: tuple[Any, ...]
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
-    resize: Callable[[Any, int], tuple[dict[str, Any], Any]] | None = None
+    resize: Resize | None = None
 
 
 @runtime_checkable

@@ -65,7 +65,11 @@ def describe(
         dtype=dtype,
         param_dtype=param_dtype,
     )
-    ignore = (*NOT_VISION, re.escape(PREFIX) + r"(post_layernorm|embeddings\.position_ids).*", *_left_out(vit))
+    ignore = (
+        *NOT_VISION,
+        re.escape(PREFIX) + r"(post_layernorm|embeddings\.position_ids).*",
+        *_left_out(vit),
+    )
     rules = prefixed(clip.vision_rules(vit), PREFIX)
     channels = tower.get("num_channels", 3)
     if not settings["s2"]:
@@ -89,4 +93,6 @@ def _scales(text: str) -> list[int]:
     try:
         return sorted(map(int, text.split(",")))
     except ValueError as error:
-        raise PretrainedError(f"s2_scales: expected sides in pixels such as '336,672', got {text!r}") from error
+        raise PretrainedError(
+            f"s2_scales: expected sides in pixels such as '336,672', got {text!r}"
+        ) from error

@@ -74,8 +74,8 @@ class Pretrained:
 def marker(config: Mapping[str, Any]) -> str:
     """What a released config calls its kind of model.
 
-    `model_type` of Hugging Face files; `open_clip` for a `model_cfg` or a `vision_cfg`; `vit_jax` for the config of
-    vision_transformer, which has a `classifier`; else big_vision's `model_name`.
+    `model_type` of Hugging Face files; `open_clip` for a `model_cfg` or a `vision_cfg`; `vit_jax` for the
+    config of vision_transformer, which has a `classifier`; else big_vision's `model_name`.
 
     Raises:
       PretrainedError: the config has none of these.
@@ -133,28 +133,12 @@ def load(
     if image_size is not None:
         if description.resize is None:
             raise PretrainedError(f"image_size: '{marker(released)}' is not resized at load")
-        released, params = description.resize(params, image_size)
-        description = family(released, _Resized(checkpoint, description, params), **dtypes)
+        released, params, shapes = description.resize(params, image_size)
+        description = family(released, {**checkpoint, **shapes}, **dtypes)
     if mesh is None or image_size is not None:
-        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params,
-                              _targets(description, mesh))
+        placed = _targets(description, mesh)
+        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params, placed)
     return Pretrained(released, description.module, params, description, checkpoint)
-
-
-class _Resized(Mapping):
-    """A checkpoint as it would be, were it saved after its tables were resized."""
-
-    def __init__(self, checkpoint: Checkpoint, description: Description, params: Any):
-        self._tensors = {**checkpoint, **export_params(description.rules, params)}
-
-    def __getitem__(self, key: str) -> Any:
-        return self._tensors[key]
-
-    def __iter__(self):
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def _targets(description: Description, mesh: Mesh | None) -> Any:

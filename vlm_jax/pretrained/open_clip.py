@@ -117,7 +117,7 @@ def describe(
         rows = image.grid(*image.image_size)[0] if image.image_size else 0
         rules, shape = maps.vit_rules(image.width, rows * rows), image_shape(image, 3)
         keys = (*(("model_cfg",) if wrapped else ()), "vision_cfg", "image_size")
-        resize = resizer(config, image, path=("image",), keys=keys)
+        resize = resizer(config, image, path=("image",), size_key=keys)
     else:
         rules, resize = maps.resnet_rules(), None
         shape = jax.ShapeDtypeStruct((1, *image.image_size, 3), jnp.float32)

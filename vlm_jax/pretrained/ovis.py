@@ -87,7 +87,8 @@ def describe_ovis2(
         qkv_bias=module.qkv_bias,
         use_bias=module.use_bias,
     )
-    return _of_images(module, settings, checkpoint, rules, "preprocessor.patchifier.proj.weight")
+    names = ("preprocessor.patchifier.proj.weight", r"trunk\.post_trunk_norm\.weight")
+    return _of_images(module, settings, checkpoint, rules, *names)
 
 
 def describe_ovis2_hf(
@@ -126,7 +127,7 @@ def describe_ovis2_5(
         table=module.table_side is not None,
     )
     inputs = packed_shapes(module.patch_dim, module.hidden_stride, module.window)
-    return Description(module, (inputs,), prefixed(rules, source=prefix), ignore=beside([prefix]))
+    return Description(module, (inputs,), prefixed(rules, source=prefix), beside(prefix, r"post_layernorm\.(weight|bias)"))
 
 
 def navit(config: Mapping[str, Any], where: str, **fields: Any) -> Siglip2NaViT:
@@ -182,8 +183,9 @@ def _of_images(
     checkpoint: Mapping[str, SourceTensor],
     rules: tuple[Rule, ...],
     ending: str,
+    *unused: str,
 ) -> Description:
-    """The tower under the prefix of the key that ends so; all else is carried along."""
+    """The tower under the prefix of the key that ends so; all else, and what is unused, is carried along."""
     prefix = find_prefix(checkpoint, ending)
     pixels = jax.ShapeDtypeStruct((1, *module.image_size, settings["num_channels"]), jnp.float32)
-    return Description(module, (pixels,), prefixed(rules, source=prefix), ignore=beside([prefix]))
+    return Description(module, (pixels,), prefixed(rules, source=prefix), beside(prefix, *unused))

@@ -1,7 +1,7 @@
 """The vision towers of Qwen2-VL and Qwen2.5-VL, alone or in the files of the whole system."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -129,7 +129,7 @@ def describe(
     rules = encoder_rules(width=module.width, window=window, gated=module.gated)
     prefix = find_prefix(checkpoint, "patch_embed.proj.weight")
     inputs = packed_shapes(module.patch_dim, module.merge_size, module.window)
-    return Description(module, (inputs,), prefixed(rules, source=prefix), ignore=beside([prefix]))
+    return Description(module, (inputs,), prefixed(rules, source=prefix), beside(prefix))
 
 
 def packed_shapes(patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:
@@ -139,7 +139,12 @@ def packed_shapes(patch_dim: int, merge_size: int, window: int | None) -> Packed
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), packed)
 
 
-def beside(prefixes: Iterable[str]) -> tuple[str, ...]:
-    """Regular expressions for all keys of a system outside its part that starts with one of `prefixes`."""
-    kept = "|".join(re.escape(prefix) for prefix in prefixes)
-    return (f"(?!{kept}).*",) if kept else ()
+def beside(prefix: str, *unused: str) -> tuple[str, ...]:
+    """Regular expressions for the keys of a system that a part of it has no use for.
+
+    Args:
+      prefix: what the part's own keys start with; nothing where there is no more than the part.
+      unused: regular expressions for keys of the part, after the prefix.
+    """
+    start = re.escape(prefix)
+    return (*([f"(?!{start}).*"] if prefix else []), *(start + pattern for pattern in unused))

@@ -66,7 +66,9 @@ def vision_encoder(config: Mapping[str, Any], where: str, **fields: Any) -> SAM:
 
 def stacks(module: SAM) -> tuple[tuple[str, range], ...]:
     """The scanned stacks of an encoder and the blocks that each holds, as the map wants them."""
-    return tuple((run.name, range(run.start, run.stop)) for run in block_runs(module.depth, module.global_blocks))
+    return tuple(
+        (run.name, range(run.start, run.stop)) for run in block_runs(module.depth, module.global_blocks)
+    )
 
 
 def describe(

@@ -137,7 +137,7 @@ def describe(
     text = text_tower(config.get("text_config") or {}, f"{kind}.text_config", **dtypes)
     resize = None
     if isinstance(vision, ViT):
-        resize = resizer(config, vision, path=("image",), keys=("vision_config", "image_size"))
+        resize = resizer(config, vision, path=("image",), size_key=("vision_config", "image_size"))
     return Description(
         TwoTower(vision, text, _LOG_SCALE, _BIAS),
         (image, TEXT_SHAPE),
@@ -159,7 +159,7 @@ def describe_vision(
     naflex = kind == "siglip2_vision_model"
     vision, rules, image = _vision(config, kind, naflex, {"dtype": dtype, "param_dtype": param_dtype})
     prefix = find_prefix(checkpoint, "embeddings.patch_embedding.weight")
-    resize = resizer(config, vision, keys=("image_size",)) if isinstance(vision, ViT) else None
+    resize = resizer(config, vision, size_key=("image_size",)) if isinstance(vision, ViT) else None
     return Description(vision, (image,), prefixed(rules, prefix), IGNORE, resize)
 
 

@@ -1,6 +1,6 @@
 """Position tables of ViTs at another image size."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,12 +8,16 @@ import jax.numpy as jnp
 
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.resize import resize
-
-Resize = Callable[[Any, int], tuple[dict[str, Any], Any]]
+from vlm_jax.pretrained.family import Resize
 
 
 def resizer(
-    config: Mapping[str, Any], vit: ViT, *, path: Sequence[str] = (), keys: Sequence[str] | None = None
+    config: Mapping[str, Any],
+    vit: ViT,
+    *,
+    path: Sequence[str] = (),
+    size_key: Sequence[str] | None = None,
+    table_key: str | None = None,
 ) -> Resize:
     """The `resize` of a `Description` whose one table is a ViT's.
 
@@ -21,19 +25,23 @@ def resizer(
       config: the released config.
       vit: the encoder, at its released size.
       path: where its parameters stand.
-      keys: where the config holds the side in pixels; None where it does not.
+      size_key: where the config holds the side in pixels; None where it does not.
+      table_key: the released key of a table [1, rows, width] that tells the side instead.
     """
 
-    def apply(params: Any, side: int) -> tuple[dict[str, Any], Any]:
-        grid = vit.grid(side, side)
-        changed = _replaced(config, keys, side) if keys is not None else dict(config)
+    def apply(params: Any, side: int) -> tuple[dict[str, Any], Any, dict[str, jax.ShapeDtypeStruct]]:
+        changed = dict(config) if size_key is None else _replaced(config, size_key, side)
         if vit.position != "learned" or vit.image_size is None:
-            return changed, params
+            return changed, params, {}
         where = (*path, "positions", "table")
         table = jnp.asarray(_at(params, where))
         square = table.reshape(*vit.grid(*vit.image_size), -1)
-        resized = resize(square, grid, vit.position_interpolation).reshape(-1, table.shape[-1])
-        return changed, _replaced(params, where, jax.device_get(resized))
+        resized = resize(square, vit.grid(side, side), vit.position_interpolation).reshape(-1, table.shape[-1])
+        shapes = {}
+        if table_key is not None:
+            shape = (1, len(resized) + vit.class_position, table.shape[-1])
+            shapes[table_key] = jax.ShapeDtypeStruct(shape, table.dtype)
+        return changed, _replaced(params, where, resized), shapes
 
     return apply
 

@@ -42,9 +42,10 @@ def describe(
         layers = tuple(settings["resnet"]["num_layers"])
         stem = {"stem_layers": layers, "stem_width": int(_ROOT_WIDTH * settings["resnet"]["width_factor"])}
         step = 4 * 2 ** max(len(layers) - 1, 0)
-    table = checkpoint.get("Transformer/posembed_input/pos_embedding")
+    table_key = "Transformer/posembed_input/pos_embedding"
+    table = checkpoint.get(table_key)
     rows = class_token + 1 if table is None else table.shape[1]
-    side = step * patch * square_root(rows - class_token, "Transformer/posembed_input/pos_embedding")
+    side = step * patch * square_root(rows - class_token, table_key)
     vit = ViT(
         image_size=(side, side),
         patch_size=patch,
@@ -69,10 +70,10 @@ def describe(
         rules = (*rules, *prefixed(stem_rules, "", "stem/"))
     image = image_shape(vit, 3)
     if not settings["num_classes"]:
-        return Description(vit, (image,), rules, resize=resizer(config, vit))
+        return Description(vit, (image,), rules, resize=resizer(config, vit, table_key=table_key))
     return Description(
         Classifier(vit, settings["num_classes"]),
         (image,),
         (*prefixed(rules, "", "encoder/"), *maps.dense("head", "head")),
-        resize=resizer(config, vit, path=("encoder",)),
+        resize=resizer(config, vit, path=("encoder",), table_key=table_key),
     )

@@ -78,11 +78,11 @@ def describe(
     image = jax.ShapeDtypeStruct((1, vit.patch_size, vit.patch_size, settings["num_channels"]), jnp.float32)
     if not classes:
         return Description(
-            vit, (image,), prefixed(rules, prefix), resize=resizer(config, vit, keys=("image_size",))
+            vit, (image,), prefixed(rules, prefix), resize=resizer(config, vit, size_key=("image_size",))
         )
     return Description(
         Classifier(vit, checkpoint["classifier.weight"].shape[0]),
         (image,),
         (*prefixed(rules, prefix, "encoder/"), *linear("classifier", "head")),
-        resize=resizer(config, vit, path=("encoder",), keys=("image_size",)),
+        resize=resizer(config, vit, path=("encoder",), size_key=("image_size",)),
     )

@@ -36,7 +36,9 @@ class Fixed(nn.Module):
 
     def __call__(self, images):
         grid = self.grid(*images.shape[1:3])
-        x = images.reshape(len(images), grid[0], self.side, grid[1], self.side, -1).transpose(0, 1, 3, 2, 4, 5)
+        x = images.reshape(len(images), grid[0], self.side, grid[1], self.side, -1).transpose(
+            0, 1, 3, 2, 4, 5
+        )
         tokens = self.function(x).reshape(len(images), -1, self.features)
         if self.prefix is not None:
             tokens = jnp.concatenate([self.prefix(tokens), tokens], axis=1)
@@ -104,7 +106,7 @@ def simple_outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray], entries:
     arrays = {name: jnp.asarray(array).transpose(0, 2, 3, 1) for name, array in inputs.items()}
     encoders, found = fixed_encoders(folder), {}
     for name, call in json.loads((folder / "calls.json").read_text())["calls"].items():
-        features = multiscale(encoders[call["model"]], call).apply({}, arrays["x"])
+        features = jax.jit(multiscale(encoders[call["model"]], call).apply)({}, arrays["x"])
         found[name] = features.tokens
         if call.get("output_shape") == "bchw":
             maps = features.tokens.reshape(len(features.tokens), *features.grid, -1)
@@ -112,7 +114,9 @@ def simple_outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray], entries:
     for name, entry in entries.items():
         if name.startswith("bicubic_"):
             count, channels, rows, cols = entry["shape"]
-            found[name] = resize(arrays["x"][:count, ..., :channels], (rows, cols), "bicubic").transpose(0, 3, 1, 2)
+            found[name] = resize(arrays["x"][:count, ..., :channels], (rows, cols), "bicubic").transpose(
+                0, 3, 1, 2
+            )
         elif name.endswith("_split"):
             image = arrays[name.replace("_split", "_in")]
             splits = (image.shape[1] // entry["shape"][2], image.shape[2] // entry["shape"][3])

@@ -10,7 +10,7 @@ _HEADS = tuple(f"{_BLOCKS}/attention/{name}" for name in ("query", "key", "value
 
 
 def encoder_rules(*, width: int, num_patches: int, qkv_bias: bool, use_bias: bool) -> tuple[Rule, ...]:
-    """The names of apple/aimv2 and of AIDC-AI/Ovis2, after `visual_tokenizer.backbone.`.
+    """The names of AIDC-AI/Ovis2, after `visual_tokenizer.backbone.`; its `post_trunk_norm` is never used.
 
     Args:
       width: residual width.
@@ -31,7 +31,6 @@ def encoder_rules(*, width: int, num_patches: int, qkv_bias: bool, use_bias: boo
         *linear(f"{block}.mlp.fc1", f"{_BLOCKS}/mlp/gate", bias=use_bias),
         *linear(f"{block}.mlp.fc3", f"{_BLOCKS}/mlp/up", bias=use_bias),
         *linear(f"{block}.mlp.fc2", f"{_BLOCKS}/mlp/down", bias=use_bias),
-        *rms_norm("trunk.post_trunk_norm", "final_norm"),
     )
 
 

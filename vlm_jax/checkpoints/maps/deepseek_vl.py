@@ -30,7 +30,12 @@ def siglip_rules(*, grid: tuple[int, int], width: int) -> tuple[Rule, ...]:
 
 
 def sam_rules(
-    *, grid: tuple[int, int], width: int, neck_dim: int, num_downsamples: int, runs: tuple[tuple[str, range], ...]
+    *,
+    grid: tuple[int, int],
+    width: int,
+    neck_dim: int,
+    num_downsamples: int,
+    runs: tuple[tuple[str, range], ...],
 ) -> tuple[Rule, ...]:
     """The SAM tower, in segment-anything's names, with the down-sampling and the high-resolution branch.
 

@@ -55,13 +55,18 @@ def encoder_rules(
       qkv_bias: whether query, key and value have biases.
     """
     positions = Reshape((1, *grid, width), (grid[0] * grid[1], width))
-    rules = [*conv(names.patch_embed, "patch_embed", bias=True), Rule("pos_embed", "positions/table", positions)]
+    rules = [
+        *conv(names.patch_embed, "patch_embed", bias=True),
+        Rule("pos_embed", "positions/table", positions),
+    ]
     for run, blocks in runs:
         rules += _block_rules(names, run, {"layer": blocks}, width, qkv_bias)
     return (*rules, *neck_rules(names.neck, "neck", width, neck_dim))
 
 
-def neck_rules(sources: tuple[str, str, str, str], target: str, width: int, neck_dim: int) -> tuple[Rule, ...]:
+def neck_rules(
+    sources: tuple[str, str, str, str], target: str, width: int, neck_dim: int
+) -> tuple[Rule, ...]:
     """Two convolutions and two norms, in the order of the forward pass."""
     project, project_norm, smooth, smooth_norm = sources
     return (

@@ -7,7 +7,7 @@ from vlm_jax.checkpoints.rules import Rule
 
 
 def encoder_rules(*, width: int, window: tuple[int, ...] | None, table: bool) -> tuple[Rule, ...]:
-    """Patches, positions, blocks and the final norm of a `Siglip2NaViT`.
+    """Patches, positions and blocks of a `Siglip2NaViT`. `post_layernorm` is stored and never used.
 
     Args:
       width: residual width.
@@ -30,7 +30,6 @@ def encoder_rules(*, width: int, window: tuple[int, ...] | None, table: bool) ->
         Rule("embeddings.patch_embedding.bias", "patch_embed/bias"),
         *layer_norm(f"{block}.layer_norm1", f"{target}/attention_norm"),
         *layer_norm(f"{block}.layer_norm2", f"{target}/mlp_norm"),
-        *layer_norm("post_layernorm", "final_norm"),
     ]
     if table:
         rules.append(Rule("embeddings.position_embedding.weight", "positions/table"))

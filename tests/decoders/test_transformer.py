@@ -1,0 +1,86 @@
+"""The Llama decoder against NumPy, from ids to logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vlm_jax.decoders.transformer import Transformer
+
+from ..parameters import drawn
+
+VOCAB, WIDTH, LENGTH, DEPTH = 11, 12, 5, 2
+
+
+def rms_norm(x, params, epsilon=1e-6):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * params["scale"]
+
+
+def rotate(x, theta):
+    half = x.shape[-1] // 2
+    angles = np.arange(len(x))[:, None, None] * theta ** (-np.arange(half) / half)
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def attend(x, params, heads, kv_heads, theta):
+    q, k, v = (
+        (x @ params[name]["kernel"]).reshape(LENGTH, count, -1)
+        for name, count in (("query", heads), ("key", kv_heads), ("value", kv_heads))
+    )
+    q, k = rotate(q, theta), rotate(k, theta)
+    out = np.zeros_like(q)
+    for t, h in np.ndindex(LENGTH, heads):
+        kv = h * kv_heads // heads
+        weights = np.exp(k[: t + 1, kv] @ q[t, h] / np.sqrt(q.shape[-1]))
+        out[t, h] = weights @ v[: t + 1, kv] / weights.sum()
+    return out.reshape(LENGTH, -1) @ params["out"]["kernel"]
+
+
+def written_out(ids, params, decoder):
+    x = params["embedding"]["embedding"][ids]
+    for i in range(DEPTH):
+        p = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]["layers"])
+        normed = rms_norm(x, p["attention_norm"])
+        x = x + attend(normed, p["attention"], decoder.num_heads, decoder.num_kv_heads, decoder.rope_theta)
+        normed = rms_norm(x, p["mlp_norm"])
+        gate, up = (normed @ p["mlp"][name]["kernel"] for name in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p["mlp"]["down"]["kernel"]
+    x = rms_norm(x, params["final_norm"])
+    return x @ (params["embedding"]["embedding"].T if decoder.tie_embeddings else params["head"]["kernel"])
+
+
+def logits_of(decoder, ids):
+    hidden, _ = decoder(decoder.embed(ids), jnp.arange(LENGTH)[None], jnp.ones((1, LENGTH), jnp.int32))
+    return decoder.logits(hidden)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_heads": 3, "num_kv_heads": 3, "tie_embeddings": True},
+        {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "tie_embeddings": False, "rope_theta": 50.0},
+    ],
+)
+def test_logits_are_those_written_out(fields):
+    decoder = Transformer(VOCAB, WIDTH, depth=DEPTH, mlp_dim=16, **fields)
+    ids = np.random.default_rng(0).integers(0, VOCAB, size=(1, LENGTH))
+    init = functools.partial(decoder.init, method=logits_of)
+    params = nn.meta.unbox(drawn(jax.eval_shape(init, jax.random.key(0), jnp.asarray(ids))))
+    got = jax.jit(lambda p: decoder.apply(p, jnp.asarray(ids), method=logits_of))(params)
+    expected = written_out(ids[0], jax.tree.map(np.float64, params["params"]), decoder)
+    np.testing.assert_allclose(got[0], expected, atol=5e-5)
+    names = {"embedding", "blocks", "final_norm", *([] if decoder.tie_embeddings else ["head"])}
+    assert set(params["params"]) == names
+
+
+def test_logits_of_a_fresh_model_are_of_the_order_of_one():
+    """A tied table that is drawn too wide would start training from a huge loss."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 500, size=(1, LENGTH)))
+    for tied in (True, False):
+        decoder = Transformer(500, 64, depth=1, num_heads=2, num_kv_heads=1, mlp_dim=32, tie_embeddings=tied)
+        logits, _ = jax.jit(lambda key, d=decoder: d.init_with_output(key, ids, method=logits_of))(jax.random.key(0))
+        assert 0.5 < float(jnp.std(logits)) < 2.0

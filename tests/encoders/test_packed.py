@@ -1,0 +1,176 @@
+"""The contract of encoders that take packed patches, for every entry of the table."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vlm_jax.encoders.qwen_vit import QwenViT
+from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
+from vlm_jax.processors.patches import pack
+
+SIZES = {"patch_size": 2, "width": 16, "depth": 4, "num_heads": 2, "mlp_dim": 24}
+WINDOWS = {"window_size": 8, "full_layers": (1, 3)}
+GRIDS = [(1, 6, 4), (2, 4, 10)]
+KINDS = {
+    "qwen2_vl": QwenViT(**SIZES, activation="quick_gelu", gated=False, norm="layer", out_dim=12),
+    "qwen2_5_vl": QwenViT(**SIZES, **WINDOWS, out_dim=12),
+    "without a merger": QwenViT(**SIZES, **WINDOWS),
+    "siglip2_navit": Siglip2NaViT(**SIZES, table_side=5),
+    "siglip2_navit in windows": Siglip2NaViT(**SIZES, **WINDOWS, table_side=None),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def block_of(encoder):
+    return encoder.merge_size if isinstance(encoder, QwenViT) else encoder.hidden_stride
+
+
+def packed_for(encoder, grids=GRIDS, seed=0, **more):
+    count = int(np.prod(grids, axis=1).sum())
+    patches = np.random.default_rng(seed).normal(size=(count, encoder.patch_dim)).astype(np.float32)
+    return pack(patches, grids, merge_size=block_of(encoder), window=encoder.window, **more)
+
+
+@functools.cache
+def params_of(kind):
+    encoder = KINDS[kind]
+    shapes = nn.meta.unbox(jax.eval_shape(encoder.init, jax.random.key(0), packed_for(encoder)))
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda x: random.normal(size=x.shape).astype(np.float32) * 0.3, shapes)
+
+
+@functools.cache
+def encode(kind):
+    return jax.jit(functools.partial(KINDS[kind].apply, collect=True))
+
+
+@every_kind
+def test_features_come_in_the_processors_order_with_their_mask(kind):
+    """Each image of a pack gets what it gets alone."""
+    encoder = KINDS[kind]
+    packed = packed_for(encoder, length=192)
+    together = encode(kind)(params_of(kind), packed)
+    group = 192 // together.tokens.shape[1]
+    assert together.tokens.shape == (1, 192 // group, encoder.features) and together.grid == (1, 192 // group)
+    np.testing.assert_array_equal(together.mask[0], np.arange(192 // group) < 104 // group)
+    assert together.hidden.shape == (encoder.depth + 1, 1, 192, encoder.width)
+    patches = packed_for(encoder).patches[0]
+    if packed.order is not None:
+        patches = patches[packed_for(encoder).order[0]]
+    start = 0
+    for grid in [(1, 6, 4), (1, 4, 10), (1, 4, 10)]:  # a video's frames are images of their own
+        stop = start + grid[1] * grid[2]
+        alone = pack(patches[start:stop], [grid], merge_size=block_of(encoder), window=encoder.window, length=192)
+        features = encode(kind)(params_of(kind), alone)
+        expected = together.tokens[0, start // group : stop // group]
+        np.testing.assert_allclose(features.tokens[0, : len(expected)], expected, atol=1e-4)
+        np.testing.assert_allclose(
+            features.hidden[:, 0, : stop - start], together.hidden[:, 0, start:stop], atol=1e-4
+        )
+        start = stop
+
+
+@every_kind
+def test_the_grid_is_known_before_init(kind):
+    encoder = KINDS[kind]
+    rows, cols = encoder.grid(12, 20)
+    packed = packed_for(encoder, [(1, 6, 10)])
+    features = jax.eval_shape(encoder.apply, params_of(kind), packed)
+    assert int(np.sum(packed.segment_ids > 0)) // (packed.segment_ids.size // features.tokens.shape[1]) == rows * cols
+    for size in ((12, 18), (6, 20), (0, 4)):
+        with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels .* multiple of 4"):
+            encoder.grid(*size)
+
+
+@every_kind
+def test_a_batch_holds_several_sequences(kind):
+    encoder = KINDS[kind]
+    parts = [packed_for(encoder, [grid], seed=seed, length=64) for seed, grid in enumerate([(1, 4, 6), (1, 8, 4)])]
+    batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    tokens = encode(kind)(params_of(kind), batch).tokens
+    for i, part in enumerate(parts):
+        alone = encode(kind)(params_of(kind), part)
+        np.testing.assert_allclose(tokens[i][alone.mask[0]], alone.tokens[0][alone.mask[0]], atol=1e-4)
+
+
+@every_kind
+def test_every_parameter_is_named_and_has_a_finite_gradient(kind):
+    encoder, packed = KINDS[kind], packed_for(KINDS[kind])
+    boxed = jax.eval_shape(encoder.init, jax.random.key(0), packed)
+    for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
+        assert len(leaf.names) == leaf.value.ndim
+
+    def loss(params):
+        out = encoder.apply(params, packed)
+        return jnp.sum(jnp.where(out.mask[..., None], jnp.sin(out.tokens + jnp.arange(encoder.features)[None, None]), 0))
+
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params_of(kind))):
+        where = jax.tree_util.keystr(path)
+        assert np.isfinite(grad).all(), where
+        # Softmax does not see what is added to all keys alike; without rotation a key's bias is that.
+        assert np.abs(grad).max() > 1e-6, where
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "siglip2_navit in windows"])
+@pytest.mark.parametrize("select", [0, 2, -1, -2])
+def test_select_layer_gives_a_hidden_state(kind, select):
+    whole = KINDS[kind].clone(out_dim=None) if kind == "qwen2_5_vl" else KINDS[kind]
+    selected = whole.clone(select_layer=select)
+    packed, params = packed_for(whole), params_of(kind)
+    hidden = encode(kind)(params, packed).hidden[select]
+    built = select % 5
+    layers = jax.tree.map(lambda leaf: leaf[:built], params["params"].get("blocks"))
+    kept = {"params": {**params["params"], "blocks": layers}}
+    shapes = nn.meta.unbox(jax.eval_shape(selected.init, jax.random.key(0), packed))["params"]
+    assert ("blocks" in shapes) == (built > 0)
+    tokens = jax.jit(selected.apply)(kept, packed).tokens
+    np.testing.assert_allclose(tokens.reshape(hidden.shape)[0, :104], hidden[0, :104], atol=1e-4)
+
+
+def test_select_layer_beyond_the_depth_is_refused():
+    encoder = KINDS["qwen2_5_vl"].clone(select_layer=5)
+    with pytest.raises(ValueError, match="4 blocks have the hidden states 0 to 4"):
+        encoder.init(jax.random.key(0), packed_for(encoder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"patch_size": 4}, "expected patches of 96 values .* got 24"),
+        ({"window_size": 12}, "windows of 36 .window=3 .* got 16"),
+        ({"window_size": 3}, r"window_size: expected at least 4 pixels"),
+    ],
+)
+def test_patches_of_another_encoder_are_refused(fields, message):
+    packed = packed_for(KINDS["qwen2_5_vl"])
+    with pytest.raises(ValueError, match=message):
+        KINDS["qwen2_5_vl"].clone(**fields).init(jax.random.key(0), packed)
+
+
+def test_patches_packed_without_windows_or_blocks_are_refused():
+    patches = np.zeros((6, 24), np.float32)
+    with pytest.raises(ValueError, match="6 places cannot be merged by 2x2"):
+        KINDS["qwen2_vl"].init(jax.random.key(0), pack(patches, [(1, 2, 3)]))
+    with pytest.raises(ValueError, match=r"layers \[0, 2\] attend inside windows"):
+        KINDS["qwen2_5_vl"].init(jax.random.key(0), pack(patches[:4], [(1, 2, 2)], merge_size=2))
+
+
+def count(encoder):
+    shapes = jax.eval_shape(encoder.init, jax.random.key(0), packed_for(encoder, [(1, 2, 2)]))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_released_sizes():
+    """Parameters under `visual.` of Qwen2.5-VL-7B and -3B, and of Qwen2-VL-7B and -2B."""
+    sizes = {"patch_size": 14, "width": 1280, "depth": 32, "num_heads": 16}
+    windows = {"window_size": 112, "full_layers": (7, 15, 23, 31)}
+    qwen2_5 = QwenViT(**sizes, **windows, mlp_dim=3420, out_dim=3584)
+    assert count(qwen2_5) == 676_550_144
+    assert count(qwen2_5.clone(out_dim=2048)) == 668_684_288
+    qwen2 = QwenViT(**sizes, mlp_dim=5120, activation="quick_gelu", gated=False, norm="layer", out_dim=3584)
+    assert count(qwen2) == 675_759_104
+    assert count(qwen2.clone(out_dim=1536)) == 665_271_296

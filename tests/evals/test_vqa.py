@@ -1,0 +1,116 @@
+"""Accuracy and its interval, and what counts as an answer."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from configs import base
+from vlm_jax.build import build
+from vlm_jax.evals import vqa
+from vlm_jax.evals.vqa import Answer, accuracy, answer_all, exact, overlap, wilson_interval
+from vlm_jax.types import Sample, Turn
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials"), [(0, 1), (1, 1), (0, 7), (7, 7), (3, 10), (1, 400), (399, 400), (250, 400)]
+)
+def test_the_interval_is_wilsons(successes, trials):
+    expected = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    low, high = wilson_interval(successes, trials)
+    np.testing.assert_allclose((low, high), (expected.low, expected.high), atol=1e-12)
+    assert 0.0 <= low <= successes / trials <= high <= 1.0
+
+
+def test_an_interval_needs_a_trial():
+    with pytest.raises(ValueError, match="at least one trial"):
+        wilson_interval(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [("7", "7", True), (" 7 ", "7\n", True), ("7 1", "71", False), ("", "7", False), ("A", "a", False)],
+)
+def test_exact(answer, reference, right):
+    assert exact(answer, reference) is right
+
+
+def box(*numbers):
+    return "<box>({},{}),({},{})</box>".format(*numbers)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        (box(0, 0, 100, 100), True),
+        (box(0, 0, 100, 50), True),  # half of it: 0.5, which is enough
+        (box(0, 0, 100, 49), False),
+        (box(50, 0, 150, 100), False),  # 5000 of 15000
+        (box(500, 500, 600, 600), False),
+        (box(0, 0, 100, 100) + box(0, 0, 100, 100), False),  # one box is asked for
+        ("the digit is at " + box(0, 0, 100, 100), True),
+        ("", False),
+    ],
+)
+def test_overlap(answer, right):
+    assert overlap(answer, box(0, 0, 100, 100)) is right
+
+
+def sample(name, task, answer="7"):
+    picture = np.zeros((48, 48, 1), np.uint8)
+    return Sample(name, (picture,), (Turn("read 0 0", answer, task),))
+
+
+def test_accuracy_counts_task_by_task():
+    results = {"read": [True, True, False, True], "locate": [False, False]}
+    answers = [Answer(sample(str(i), task), "", ok) for task, oks in results.items() for i, ok in enumerate(oks)]
+    table = accuracy(answers)
+    assert set(table) == {"read", "locate"}
+    for task, oks in results.items():
+        interval = binomtest(sum(oks), len(oks)).proportion_ci(0.95, method="wilson")
+        assert table[task]["mean"] == sum(oks) / len(oks) and table[task]["n"] == len(oks)
+        np.testing.assert_allclose((table[task]["low"], table[task]["high"]), interval, atol=1e-12)
+    assert accuracy([]) == {}
+
+
+@pytest.fixture(scope="module")
+def system():
+    return build(base.get_config())
+
+
+def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatch, system):
+    tokenizer = system.processor.tokenizer
+    digits = tokenizer.encode("749")
+    seven = tokenizer.encode("7")
+    assert tokenizer.decode(digits) == "749"
+    eos, length = tokenizer.eos_id, system.processor.max_answer_length
+    there = tokenizer.encode(box(0, 0, 100, 90))
+    written = [
+        (sample("right", "read"), [*seven, eos, *digits], "7", True),  # what follows the end is not read
+        (sample("wrong", "read", "4"), [*seven, eos], "7", False),
+        (sample("long", "transcribe", "749"), [*digits, eos], "749", True),
+        (sample("endless", "read", "749"), (digits * length)[:length], None, False),
+        (sample("box", "locate", box(0, 0, 100, 100)), [*there, eos], box(0, 0, 100, 90), True),
+    ]
+    queue, sizes = [ids + [tokenizer.pad_id] * (length - len(ids)) for _, ids, _, _ in written], []
+
+    def stand_in(model, params, batch, *, max_new_tokens, eos_id, pad_id):
+        assert (model, max_new_tokens, eos_id, pad_id) == (system.model, length, eos, tokenizer.pad_id)
+        sizes.append(batch.tokens.shape[0])
+        rows, queue[:2] = queue[:2], []
+        return np.asarray(rows + [rows[-1]] * (2 - len(rows)))
+
+    monkeypatch.setattr(vqa, "generate", stand_in)
+    answers = answer_all(system, {}, [given for given, *_ in written], batch_size=2)
+    assert sizes == [2, 2, 2]  # one program: the last batch is filled up
+    assert len(answers) == len(written)
+    for answer, (given, _, text, correct) in zip(answers, written, strict=True):
+        assert answer.sample is given
+        assert text is None or answer.text == text
+        assert answer.correct is correct, given.sample_id
+
+
+def test_an_endless_answer_is_wrong_even_when_its_text_is_right(monkeypatch, system):
+    ids = system.processor.tokenizer.encode("7")
+    monkeypatch.setattr(vqa, "generate", lambda *args, **kwargs: np.asarray([ids]))
+    (answer,) = answer_all(system, {}, [sample("x", "read")], batch_size=1)
+    assert answer.text == "7" == answer.sample.turns[0].answer and not answer.correct

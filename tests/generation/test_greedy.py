@@ -1,0 +1,139 @@
+"""Generation against a loop that runs the whole sequence again for every token."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vlm_jax.connectors.pool import Pool
+from vlm_jax.decoders.transformer import Transformer
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.generation.greedy import generate
+from vlm_jax.models.vlm import VLM
+from vlm_jax.types import Batch
+
+from ..parameters import drawn
+
+VOCAB, PAD, NEW, PROMPT = 40, 39, 6, 7
+NEVER = VOCAB  # no id, so no row ends
+
+MODEL = VLM(
+    ViT(image_size=(8, 16), patch_size=4, width=8, depth=1, num_heads=2, mlp_dim=16),
+    Pool(16, (1, 2)),
+    Transformer(VOCAB, 16, depth=2, num_heads=2, num_kv_heads=1, mlp_dim=24, tie_embeddings=False),
+)
+
+
+def prompt(text, image, length=PROMPT):
+    """An image's two tokens and text, at the end of a row of `length` columns."""
+    size = 2 + len(text)
+    pad = length - size
+
+    def row(values, fill):
+        return jnp.asarray([[fill] * pad + list(values)], jnp.int32)
+
+    return Batch(
+        tokens=row([0, 0, *text], PAD),
+        positions=row(range(size), 0),
+        segment_ids=row([1] * size, 0),
+        visual_index=row([0, 1, *[-1] * len(text)], -1),
+        images=image[None, None],
+    )
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Prompts of three lengths, each with its image."""
+    rng = np.random.default_rng(0)
+    pictures = jnp.asarray(rng.normal(size=(3, 8, 16, 3)), jnp.float32)
+    return [(rng.integers(0, 38, size=n).tolist(), pictures[i]) for i, n in enumerate((5, 2, 3))]
+
+
+@pytest.fixture(scope="module")
+def params(rows):
+    return nn.meta.unbox(drawn(jax.eval_shape(MODEL.init, jax.random.key(0), prompt(*rows[0]))))["params"]
+
+
+@pytest.fixture(scope="module")
+def naive(params, rows):
+    """The answers without a cache: the whole row again for every token, without padding before it."""
+    full = jax.jit(lambda batch: MODEL.apply({"params": params}, batch))
+    answers = []
+    for text, image in rows:
+        text, answer = list(text), []
+        for _ in range(NEW):
+            # Filled on the right to one length; a causal model does not see that.
+            batch = prompt(text + [0] * (PROMPT + NEW - 2 - len(text)), image, PROMPT + NEW)
+            answer.append(int(jnp.argmax(full(batch)[0, 1 + len(text)])))
+            text.append(answer[-1])
+        answers.append(answer)
+    return answers
+
+
+def stack(batches):
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
+
+
+@pytest.fixture(scope="module")
+def ragged(rows):
+    return stack([prompt(*row) for row in rows])
+
+
+def run(params, batch, eos_id=NEVER):
+    return np.asarray(generate(MODEL, params, batch, max_new_tokens=NEW, eos_id=eos_id, pad_id=PAD)).tolist()
+
+
+def test_the_naive_answers_tell_something(naive):
+    assert len({tuple(answer) for answer in naive}) == 3
+    assert all(len(set(answer)) > 2 for answer in naive)
+
+
+def test_a_ragged_batch_gives_what_the_naive_loop_gives_row_by_row(params, ragged, naive):
+    assert run(params, ragged) == naive
+
+
+def test_a_row_alone_gives_what_it_gives_in_a_batch(params, rows, naive):
+    assert run(params, prompt(*rows[1])) == [naive[1]]
+    assert run(params, prompt(*rows[1], length=4)) == [naive[1]]  # without padding
+
+
+def test_what_padding_holds_changes_nothing(params, ragged, naive):
+    hidden = ragged.segment_ids == 0
+    other = dataclasses.replace(
+        ragged,
+        tokens=jnp.where(hidden, 5, ragged.tokens),
+        positions=jnp.where(hidden, 3, ragged.positions),
+    )
+    assert run(params, other) == naive
+
+
+def test_a_row_ends_at_its_end_token_and_is_padded(params, ragged, naive):
+    eos = naive[0][2]
+
+    def cut(answer):
+        if eos not in answer:
+            return answer
+        stop = answer.index(eos) + 1
+        return answer[:stop] + [PAD] * (NEW - stop)
+
+    assert cut(naive[0]) != naive[0]
+    assert run(params, ragged, eos) == [cut(answer) for answer in naive]
+
+
+def test_the_loop_stops_when_every_row_has_ended(params, rows, naive):
+    """Rows that all end at once leave the rest as it was filled, without a step."""
+    eos = naive[0][0]
+    assert run(params, prompt(*rows[0]), eos) == [[eos] + [PAD] * (NEW - 1)]
+
+
+def test_fewer_new_tokens_are_the_first_of_more(params, ragged, naive):
+    short = generate(MODEL, params, ragged, max_new_tokens=2, eos_id=NEVER, pad_id=PAD)
+    assert np.asarray(short).tolist() == [answer[:2] for answer in naive]
+
+
+def test_parts_that_the_model_does_not_know_are_left_out(params, ragged, naive):
+    """A state may carry heads of pre-training beside the model's own parts."""
+    assert run({**params, "cell_head": {"kernel": jnp.ones(2)}}, ragged) == naive

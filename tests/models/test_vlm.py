@@ -1,0 +1,127 @@
+"""Composition: the one gather, and what stands between images and logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vlm_jax.connectors.pool import Pool
+from vlm_jax.reducers.random_drop import RandomDrop
+
+from .conftest import TOKENS, VOCAB, WIDTH, make_model
+
+
+def test_every_position_holds_what_the_index_says(model, params, batch):
+    embedded = jax.jit(lambda p, b: model.apply(p, b, method="embed"))(params, batch)
+    table = np.asarray(params["params"]["decoder"]["embedding"]["embedding"])
+    expected = np.zeros((2, 7, WIDTH))
+    for row in range(2):
+        one = batch.images[row]  # the row's own images, by themselves
+        tokens = model.apply(params, one, method="visual_tokens").tokens.reshape(2 * TOKENS, WIDTH)
+        for place, index in enumerate(np.asarray(batch.visual_index[row])):
+            word = table[batch.tokens[row, place]]
+            expected[row, place] = word if index < 0 else tokens[index]
+    np.testing.assert_allclose(embedded, expected, atol=1e-5)
+
+
+def test_the_parts_follow_each_other(model, params, batch):
+    parts = params["params"]
+    flat = batch.images.reshape(4, 8, 16, 3)
+    features = model.encoder.apply({"params": parts["encoder"]}, flat)
+    expected = model.connector.apply({"params": parts["connector"]}, features, deterministic=True)
+    got = jax.jit(lambda p, x: model.apply(p, x, method="visual_tokens"))(params, flat)
+    np.testing.assert_allclose(got.tokens, expected.tokens, atol=1e-5)
+    assert set(parts) == {"encoder", "connector", "decoder"}  # and nothing of its own
+
+
+def test_text_alone_needs_no_encoder(model, params, batch):
+    text = dataclasses.replace(batch, images=None, visual_index=jnp.full((2, 7), -1))
+    only = {"params": {"decoder": params["params"]["decoder"]}}
+    logits = jax.jit(model.apply)(only, text)
+    assert logits.shape == (2, 7, VOCAB)
+    table = params["params"]["decoder"]["embedding"]["embedding"]
+    embedded = jnp.take(table, batch.tokens, axis=0)
+    decoder = {"params": params["params"]["decoder"]}
+    hidden, _ = model.decoder.apply(decoder, embedded, batch.positions, batch.segment_ids)
+    np.testing.assert_allclose(logits, jnp.einsum("btd,vd->btv", hidden, table), atol=1e-5)
+
+
+def test_images_reach_the_logits_of_their_own_row(model, params, batch):
+    run = jax.jit(model.apply)
+    before, after = run(params, batch), run(params, dataclasses.replace(batch, images=batch.images.at[1].set(0)))
+    np.testing.assert_allclose(before[0], after[0], atol=1e-5)
+    # Row 1 begins with text, which cannot see the image after it.
+    np.testing.assert_allclose(before[1, :1], after[1, :1], atol=1e-5)
+    assert (np.abs(before - after)[1, 1:].max(-1) > 1e-3).all()
+
+
+def test_branches_reach_the_decoder(model, params, batch):
+    run = jax.jit(model.apply)
+    branches = jnp.array([[0, 0, 0, 0, 0, 1, 2], [0] * 7])
+    branched = run(params, dataclasses.replace(batch, branch_ids=branches))
+    np.testing.assert_allclose(branched[:, :6], run(params, batch)[:, :6], atol=1e-5)
+    alone = dataclasses.replace(
+        batch,
+        tokens=batch.tokens.at[0, 5].set(batch.tokens[0, 6]),
+        positions=batch.positions.at[0, 5].set(6),
+    )
+    np.testing.assert_allclose(branched[0, 6], run(params, alone)[0, 5], atol=2e-5)
+
+
+class Liar(Pool):
+    """Gives one token fewer than it says."""
+
+    def num_tokens(self, grid):
+        return super().num_tokens(grid) + 1
+
+
+def test_a_connector_that_gives_another_count_than_it_says_is_caught(batch):
+    model = make_model(connector=Liar(WIDTH, (1, TOKENS)))
+    with pytest.raises(ValueError, match=r"Liar gave 2 tokens for a \(2, 4\) grid, but its num_tokens says 3"):
+        jax.eval_shape(model.init, jax.random.key(0), batch)
+
+
+def test_a_reducer_stands_before_the_connector(params, batch):
+    model = make_model(reducer=RandomDrop(2))
+    flat = batch.images.reshape(4, 8, 16, 3)
+
+    @jax.jit
+    def run(params, key):
+        fixed = model.apply(params, flat, method="visual_tokens").tokens
+        drawn = model.apply(params, flat, deterministic=False, rngs={"reduce": key}, method="visual_tokens").tokens
+        return fixed, drawn
+
+    fixed, drawn = run(params, jax.random.key(7))
+    parts = params["params"]
+    features = model.encoder.apply({"params": parts["encoder"]}, flat)
+    reduced = RandomDrop(2).apply({}, features, deterministic=True)
+    expected = model.connector.apply({"params": parts["connector"]}, reduced, deterministic=True).tokens
+    np.testing.assert_allclose(fixed, expected, atol=1e-5)
+    assert np.abs(drawn - fixed).max() > 1e-3
+
+
+@pytest.mark.parametrize("prompt", [3, 6])
+def test_prefill_and_extend_give_the_logits_of_the_whole(model, params, batch, prompt):
+    # What follows the prompt is text.
+    index = jnp.where(jnp.arange(7)[None] < prompt, batch.visual_index, -1)
+    batch = dataclasses.replace(batch, visual_index=index)
+    expected = jax.jit(model.apply)(params, batch)
+    first = dataclasses.replace(
+        batch,
+        **{k: getattr(batch, k)[:, :prompt] for k in ("tokens", "positions", "segment_ids", "visual_index")},
+    )
+    logits, cache = jax.jit(lambda p, b: model.apply(p, b, 7, method="prefill"))(params, first)
+    np.testing.assert_allclose(logits, expected[:, prompt - 1], atol=2e-5)
+    extend = jax.jit(lambda p, *args: model.apply(p, *args, method="extend"))
+    logits, _ = extend(params, batch.tokens[:, prompt:], batch.positions[:, prompt:], cache)
+    np.testing.assert_allclose(logits, expected[:, -1], atol=2e-5)
+
+
+def test_embeddings_keep_the_decoders_dtype(batch):
+    model = make_model(decoder=make_model().decoder.clone(dtype=jnp.bfloat16))
+    params = jax.eval_shape(model.init, jax.random.key(0), batch)
+    embedded = jax.eval_shape(lambda p: model.apply(nn.meta.unbox(p), batch, method="embed"), params)
+    assert embedded.dtype == jnp.bfloat16

@@ -1,0 +1,225 @@
+"""Qwen2-VL's and Qwen2.5-VL's towers beside transformers: loaded, applied, written back, loaded there."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers.vision_utils import get_vision_window_index
+
+import vlm_jax
+from vlm_jax.pretrained.qwen2_vl import packed_shapes, qwen2_5_encoder, qwen2_encoder
+from vlm_jax.processors.patches import pack, patchify
+
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 64,
+    "bos_token_id": 5,
+    "eos_token_id": 6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+}
+IDS = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
+VISION = {"num_heads": 4, "patch_size": 4, "hidden_size": 32}
+SYSTEMS = {
+    "qwen2_vl": (
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLConfig,
+        {**VISION, "depth": 3, "embed_dim": 48, "mlp_ratio": 2},
+    ),
+    "qwen2_5_vl": (
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        {
+            **VISION,
+            "depth": 5,
+            "intermediate_size": 40,
+            "out_hidden_size": 24,
+            "window_size": 16,
+            "fullatt_block_indexes": [1, 3],
+        },
+    ),
+}
+# Images of several sizes, one smaller than a window, and a video of three temporal patches.
+GRIDS = [(1, 6, 4), (3, 4, 10), (1, 2, 2), (1, 8, 8)]
+every_system = pytest.mark.parametrize("system", SYSTEMS)
+
+
+@functools.cache
+def made(system):
+    """A model with random values everywhere: fresh biases and scales are constants, and hide a mix-up."""
+    cls, config, vision = SYSTEMS[system]
+    torch.manual_seed(0)
+    model = cls(config(text_config=TEXT, vision_config=vision, **IDS)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "visual" in name:
+                parameter.normal_(std=0.3 if parameter.ndim > 1 else 0.5)
+    return model
+
+
+@pytest.fixture(params=SYSTEMS)
+def saved(request, tmp_path):
+    """The model and the folder that transformers saved it to."""
+    made(request.param).save_pretrained(tmp_path / "torch")
+    return made(request.param), tmp_path / "torch"
+
+
+def patches_of(config):
+    width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    count = int(np.prod(GRIDS, axis=1).sum())
+    return np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+
+
+def reference(tower, patches):
+    """Outputs of every block and of the merger; the blocks' in the processor's order."""
+    states = []
+    hooks = [
+        block.register_forward_hook(lambda module, inputs, output: states.append(output)) for block in tower.blocks
+    ]
+    grids = torch.tensor(GRIDS)
+    with torch.no_grad():
+        merged = tower(torch.from_numpy(patches), grids).pooler_output.numpy()
+    for hook in hooks:
+        hook.remove()
+    config, states = tower.config, torch.stack(states).numpy()
+    if hasattr(config, "window_size"):
+        index, _ = get_vision_window_index(
+            grids, config.spatial_merge_size, config.window_size, config.patch_size
+        )
+        blocks = states.reshape(len(states), len(index), -1)
+        states = blocks[:, np.argsort(index.numpy())].reshape(states.shape)
+    return states, merged
+
+
+def apply(model, patches, **more):
+    packed = pack(patches, GRIDS, merge_size=model.module.merge_size, window=model.module.window, **more)
+    features = jax.jit(functools.partial(model.module.apply, collect=True))({"params": model.params}, packed)
+    return features.hidden[1:, 0, : len(patches)], features.tokens[0][features.mask[0]]
+
+
+def error(ours, theirs):
+    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+
+
+def check(model, tower, **more):
+    patches = patches_of(tower.config)
+    states, merged = reference(tower, patches)
+    ours, features = apply(model, patches, **more)
+    assert ours.shape == states.shape and features.shape == merged.shape
+    assert error(ours[0], states[0]) <= 1e-5
+    assert error(ours[-1], states[-1]) <= 1e-4
+    assert error(features, merged) <= 1e-4
+
+
+@pytest.mark.parametrize("length", [None, 512])
+def test_images_and_a_video_in_one_sequence(saved, length):
+    model, folder = saved
+    check(vlm_jax.from_pretrained(folder), model.model.visual, length=length)
+
+
+def test_written_back_transformers_loads_it(saved, tmp_path):
+    model, folder = saved
+    ours = vlm_jax.from_pretrained(folder)
+    ours.save_pretrained(tmp_path / "ours")
+    again, report = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    patches = patches_of(model.model.visual.config)
+    for before, after in zip(reference(model.model.visual, patches), reference(again.model.visual, patches), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("system", "tower"),
+    [
+        ("qwen2_vl", Qwen2VisionTransformerPretrainedModel),
+        ("qwen2_5_vl", Qwen2_5_VisionTransformerPretrainedModel),
+    ],
+)
+def test_a_tower_alone(system, tower, tmp_path):
+    visual = made(system).model.visual
+    visual.save_pretrained(tmp_path / "torch")
+    ours = vlm_jax.from_pretrained(tmp_path / "torch")
+    check(ours, visual)
+    ours.save_pretrained(tmp_path / "ours")
+    again, report = tower.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert all(torch.equal(tensor, visual.state_dict()[key]) for key, tensor in again.state_dict().items())
+
+
+def test_names_of_other_versions(saved):
+    """Some versions save `model.visual.`; the first releases say in_chans, and no rope_parameters."""
+    model, folder = saved
+    path = folder / "model.safetensors"
+    renamed = {f"model.{key}" if key.startswith("visual.") else key: x for key, x in load_file(path).items()}
+    save_file(renamed, path)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["in_chans"] = config["vision_config"].pop("in_channels")
+    del config["vision_config"]["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    check(vlm_jax.from_pretrained(folder), model.model.visual)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_patches_are_those_of_the_released_processor(frames):
+    video = np.random.default_rng(0).integers(0, 255, size=(frames, 56, 112, 3), dtype=np.uint8)
+    mean, std = np.array([0.5, 0.4, 0.3]), np.array([0.2, 0.3, 0.4])
+    processor = Qwen2VLImageProcessorPil(
+        do_resize=False, image_mean=mean.tolist(), image_std=std.tolist(), patch_size=14, merge_size=2
+    )
+    normalised = ((video / 255 - mean) / std).astype(np.float32)
+    patches, grid = patchify(normalised, patch_size=14, temporal_patch_size=2, merge_size=2)
+    images = processor(list(video) if frames == 1 else [video[0]], return_tensors="np")
+    assert tuple(images["image_grid_thw"][0]) == (1, *grid[1:])
+    if frames == 1:
+        np.testing.assert_allclose(patches, images["pixel_values"], atol=1e-5)
+    else:  # the processor takes images alone: a still video is one, over and over
+        still, _ = patchify(
+            np.repeat(normalised[:1], frames, 0), patch_size=14, temporal_patch_size=2, merge_size=2
+        )
+        np.testing.assert_allclose(still, np.tile(images["pixel_values"], (2, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tower", "config", "encoder"),
+    [
+        (Qwen2VisionTransformerPretrainedModel, Qwen2VLVisionConfig(hidden_size=1536), qwen2_encoder),
+        (
+            Qwen2_5_VisionTransformerPretrainedModel,
+            Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=3584),
+            qwen2_5_encoder,
+        ),
+        (
+            Qwen2_5_VisionTransformerPretrainedModel,
+            Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=2048),
+            qwen2_5_encoder,
+        ),
+    ],
+)
+def test_real_sizes_have_as_many_parameters(tower, config, encoder):
+    with torch.device("meta"):
+        theirs = sum(parameter.numel() for parameter in tower(config).parameters())
+    ours = encoder(config.to_dict(), "vision_config")
+    packed = packed_shapes(ours.patch_dim, ours.merge_size, ours.window)
+    shapes = jax.eval_shape(ours.init, jax.random.key(0), packed)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == theirs

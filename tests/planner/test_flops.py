@@ -1,0 +1,117 @@
+"""Counted FLOPs against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from vlm_jax.layers.attention import Context
+from vlm_jax.layers.block import TransformerStack
+from vlm_jax.planner.flops import count_flops
+
+M, K, N = 3, 5, 7
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+X, W = shape(M, K), shape(K, N)
+
+
+def product(x, w):
+    return jnp.tanh(x @ w)
+
+
+def test_products():
+    assert count_flops(product, X, W) == 2 * M * K * N
+    assert count_flops(lambda x, *, w: x @ w, X, w=W) == 2 * M * K * N
+    batched = count_flops(lambda q, k: jnp.einsum("btqh,bsqh->bqts", q, k), shape(2, 3, 4, 5), shape(2, 6, 4, 5))
+    assert batched == 2 * 2 * 4 * 3 * 6 * 5
+    assert count_flops(lambda x: jnp.exp(x) + x.sum(), X) == 0  # element-wise work is not counted
+
+
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (2, 2), (4, 1)])
+def test_convolutions(groups, stride):
+    def run(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        )
+
+    side = (10 - 3) // stride + 1
+    expected = 2 * (2 * side * side * 8) * (3 * 3 * 4 // groups)
+    assert count_flops(run, shape(2, 10, 10, 4), shape(3, 3, 4 // groups, 8)) == expected
+
+
+def test_a_scan_counts_every_iteration():
+    def run(x, ws):
+        return jax.lax.scan(lambda x, w: (product(x, w), None), x, ws)[0]
+
+    assert count_flops(run, shape(M, K), shape(4, K, K)) == 4 * 2 * M * K * K
+    nested = lambda x, ws: jax.lax.scan(lambda x, w: (run(x, w), None), x, ws)[0]  # noqa: E731
+    assert count_flops(nested, shape(M, K), shape(6, 4, K, K)) == 6 * 4 * 2 * M * K * K
+
+
+def test_a_loop_of_known_length_is_a_scan():
+    assert count_flops(lambda x, w: jax.lax.fori_loop(0, 4, lambda _, x: x @ w, x), X, shape(K, K)) == 4 * 2 * M * K * K
+
+
+def test_inside_jit_and_custom_derivatives():
+    wrapped = jax.custom_vjp(product)
+    wrapped.defvjp(lambda x, w: (product(x, w), (x, w)), lambda res, g: (g @ res[1].T, res[0].T @ g))
+    assert count_flops(lambda x, w: jax.jit(product)(x, w) + wrapped(x, w), X, W) == 2 * 2 * M * K * N
+    assert count_flops(lambda x, w: jax.nn.relu(x @ w), X, W) == 2 * M * K * N  # relu is a custom_jvp
+
+
+def test_the_backward_pass_and_what_remat_does_again():
+    def loss(function):
+        return jax.grad(lambda w, x: function(x, w).sum())
+
+    once = 2 * M * K * N
+    assert count_flops(loss(product), W, X) == 2 * once  # the product, and the kernel's gradient
+    assert count_flops(loss(jax.checkpoint(product)), W, X) == 3 * once  # the product twice
+
+
+def test_branches_count_the_dearest():
+    def run(flag, x, w):
+        return jax.lax.cond(flag, lambda: x @ w @ w.T, lambda: x)
+
+    assert count_flops(run, jax.ShapeDtypeStruct((), bool), X, W) == 2 * 2 * M * K * N
+
+
+def test_a_while_loop_is_refused():
+    def run(x, w):
+        return jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x @ w, x)
+
+    with pytest.raises(ValueError, match="while_loop"):
+        count_flops(run, X, shape(K, K))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_transformer_stack(remat):
+    """Kaplan et al. 2020, table 1, with grouped keys and a gated feed-forward; backward is twice forward."""
+    batch, length, width, heads, kv_heads, head_dim, mlp_dim, depth = 2, 6, 16, 4, 2, 8, 24, 3
+    block = {
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "mlp_dim": mlp_dim,
+        "activation": "silu",
+        "gated": True,
+        "norm": "rms",
+        "norm_epsilon": 1e-6,
+    }
+    stack = TransformerStack(depth, block, remat=remat)
+    x = shape(batch, length, width)
+    params = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), x, Context("causal")))
+    weights = width * head_dim * (2 * heads + 2 * kv_heads) + 3 * width * mlp_dim
+    forward = depth * batch * (2 * length * weights + 2 * 2 * length * length * heads * head_dim)
+
+    def run(params, x):
+        return stack.apply(params, x, Context("causal"))[0]
+
+    assert count_flops(run, params, x) == forward
+    both = count_flops(jax.grad(lambda p, x: run(p, x).sum(), argnums=(0, 1)), params, x)
+    # Rematerialised, a block runs again but for its last product, which no gradient needs.
+    again = depth * batch * 2 * length * (weights - width * mlp_dim) + depth * batch * 4 * length**2 * heads * head_dim
+    assert both == 3 * forward + (again if remat == "full" else 0)

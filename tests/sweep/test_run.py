@@ -1,0 +1,174 @@
+"""A sweep of two tiny points: what is listed, run, kept, resumed and written."""
+
+import io
+import json
+
+import pytest
+import rich.console
+from ml_collections import ConfigDict
+
+from tests.train.conftest import tiny_config
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.config import ConfigError
+from vlm_jax.sweep import run as sweep_run
+from vlm_jax.sweep.points import list_points
+from vlm_jax.sweep.run import Sweep
+
+PATCHES, WIDTH, DEPTH, MLP = 4, 16, 2, 32
+
+
+@pytest.fixture
+def config() -> ConfigDict:
+    sweep = ConfigDict()
+    sweep.base = tiny_config()
+    with sweep.base.unlocked():
+        sweep.base.encoder.patch_size = 12
+    sweep.candidates = ConfigDict(
+        {
+            "pool": {"budgets": (1,), "connector": {"kind": "pool"}},
+            "random": {"budgets": (2,), "connector": {"kind": "mlp"}, "reducer": {"kind": "random"}},
+        }
+    )
+    sweep.sweep = ConfigDict({"shared": ("seeing",), "seeds": (0,), "controls": ("random",)})
+    return sweep.lock()
+
+
+@pytest.fixture
+def console():
+    return rich.console.Console(file=io.StringIO(), width=200)
+
+
+def make(config, workdir, console, **settings) -> Sweep:
+    return Sweep(config, workdir, config_path="configs/tiny.py", console=console, **settings)
+
+
+def lines(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+
+
+def test_points_are_costed_by_shape_in_closed_form(config):
+    points = {point.label: point for point in list_points(config)}
+    assert list(points) == ["pool@1", "random@2"]
+    block_products = 4 * WIDTH * WIDTH + 2 * WIDTH * MLP
+    attention = 2 * PATCHES * PATCHES * WIDTH  # logits and weighted values, all heads
+    encoder = PATCHES * 12 * 12 * WIDTH + DEPTH * (PATCHES * block_products + attention)
+    pool = points["pool@1"].costs
+    assert pool.flops["encoder"] == 2 * encoder
+    assert points["random@2"].costs.flops["connector"] == 2 * 2 * (2 * WIDTH * WIDTH)  # two tokens, two layers
+    prompt = 1 + points["random@2"].system.processor.max_prompt_length - 1
+    gated = 4 * WIDTH * WIDTH + 3 * WIDTH * MLP
+    vocabulary = 26
+    decoder = DEPTH * (prompt * gated + 2 * prompt * prompt * WIDTH) + WIDTH * vocabulary
+    assert points["random@2"].costs.flops["prefill"] == 2 * decoder
+    norms, biases = 4 * WIDTH, 5 * WIDTH + MLP  # of a block
+    blocks = DEPTH * (block_products + norms + biases)
+    assert pool.num_params["encoder"] == blocks + (12 * 12 + 1) * WIDTH + PATCHES * WIDTH + 2 * WIDTH
+    assert pool.num_params["connector"] == 2 * (WIDTH * WIDTH + WIDTH)
+    assert pool.num_visual_tokens == 1
+
+
+def test_a_sweep_is_run_written_resumed_and_kept(config, console, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    evaluated = []
+    real = sweep_run.answer_all
+
+    def dies_in_the_second_point(system, *arguments):
+        evaluated.append(system.num_visual_tokens)
+        if evaluated == [1, 2]:
+            raise Killed
+        return real(system, *arguments)
+
+    monkeypatch.setattr(sweep_run, "answer_all", dies_in_the_second_point)
+    with pytest.raises(Killed):
+        make(config, tmp_path / "sweep", console).run()
+    (first,) = lines(tmp_path / "sweep")
+    trained = (tmp_path / "sweep" / "points" / "random@2" / "metrics.jsonl").read_text()
+    assert len(trained.splitlines()) == 8
+
+    results = make(config, tmp_path / "sweep", console).run()
+    assert evaluated == [1, 2, 2]  # the finished point was kept, the other one was not trained again
+    assert (tmp_path / "sweep" / "points" / "random@2" / "metrics.jsonl").read_text() == trained
+    assert lines(tmp_path / "sweep") == results and results[0] == first
+
+    make(config, tmp_path / "sweep", console).run()
+    assert evaluated == [1, 2, 2]
+
+    result = results[1]
+    assert {key: result[key] for key in ("connector", "token_budget", "num_visual_tokens", "seed")} == {
+        "connector": "random",
+        "token_budget": 2,
+        "num_visual_tokens": 2,
+        "seed": 0,
+    }
+    assert set(result["accuracy"]) == {"read", "transcribe", "count", "locate"}
+    for entry in result["accuracy"].values():
+        assert entry["n"] == 3 and 0 <= entry["low"] <= entry["mean"] <= entry["high"] <= 1
+    assert result["command"] == (
+        "python -m vlm_jax.cli.sweep --config=configs/tiny.py --only=random@2 --workdir=workdir/random@2"
+    )
+    assert (tmp_path / "sweep" / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "sweep" / "report.html").read_text()
+    assert all(result["command"] in report for result in results)
+    printed = console.file.getvalue()
+    assert "2 points, by shape" in printed and printed.index("by shape") < printed.index("95% intervals")
+
+
+def test_the_command_of_a_point_makes_it_again(config, console, tmp_path):
+    whole = make(config, tmp_path / "whole", console).run()
+    alone = make(config, tmp_path / "alone", console, only=("random@2",)).run()
+    assert [result["label"] for result in alone] == ["random@2"]
+    measured = ("step_seconds",)
+    assert {k: v for k, v in alone[0].items() if k not in measured} == {
+        k: v for k, v in whole[1].items() if k not in measured
+    }
+
+
+def test_points_start_from_the_shared_stages(config, console, tmp_path):
+    sweep = make(config, tmp_path / "sweep", console)
+    sweep.run()
+    frozen = sweep.outcome("pool@1").params["encoder"]["patch_embed"]["kernel"]
+    other = sweep.outcome("random@2").params["encoder"]["patch_embed"]["kernel"]
+    assert (frozen == other).all()  # the encoder is frozen after the shared stage
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda c: c.candidates.pool.update({"budgets": (3,)}),
+            InfeasibleBudget,
+            "candidate 'pool' at 3 tokens: .*nearest feasible: 2 and 4",
+        ),
+        (lambda c: c.candidates.pool.update({"conector": {}}), ConfigError, r"candidates\.pool\.conector: unknown"),
+        (lambda c: c.candidates.pool.connector.update({"factor": 2}), ConfigError, r"config\.connector\.factor: unknown"),
+        (lambda c: c.sweep.update({"controls": ("rando",)}), ConfigError, "no candidate 'rando'; did you mean 'random'"),
+        (lambda c: c.sweep.update({"shared": ("answering",)}), ConfigError, "must be the first stages"),
+        (
+            lambda c: c.base.stages.seeing.learning_rates.update({"connector": 1e-3}),
+            ConfigError,
+            "a shared stage trains no connector",
+        ),
+        (lambda c: c.base.update({"token_bugdet": 1}), ConfigError, r"config\.token_bugdet: .*'token_budget'"),
+    ],
+)
+def test_a_bad_sweep_is_refused_before_anything_is_written(config, console, tmp_path, change, error, message):
+    with config.unlocked(), config.base.unlocked():
+        change(config)
+    with pytest.raises(error, match=message):
+        make(config, tmp_path / "sweep", console)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_an_unknown_point_is_refused(config, console, tmp_path):
+    with pytest.raises(ConfigError, match="no point 'pool@2'; did you mean 'pool@1'"):
+        make(config, tmp_path / "sweep", console, only=("pool@2",))
+
+
+def test_the_workdir_of_another_sweep_is_refused(config, console, tmp_path):
+    make(config, tmp_path / "sweep", console)
+    with config.unlocked():
+        config.base.optimizer.weight_decay = 0.5
+    with pytest.raises(ConfigError, match=r"config\.base\.optimizer\.weight_decay: 0\.05 here, 0\.5 there"):
+        make(config, tmp_path / "sweep", console)

@@ -1,0 +1,75 @@
+"""Encoders that are made of encoders, from a config."""
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from vlm_jax.build import build
+from vlm_jax.config import ConfigError
+from vlm_jax.encoders.hybrid import Hybrid
+from vlm_jax.encoders.multiscale import MultiScale
+
+VIT = {"kind": "vit", "patch_size": 12, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8}
+SAM = {**VIT, "kind": "sam", "neck_dim": 8, "global_blocks": (0,)}
+
+
+def built(encoder, budget):
+    config = base.get_config()
+    config.encoder = ConfigDict(encoder)
+    config.token_budget = budget
+    return build(config)
+
+
+def test_several_scales():
+    system = built({"kind": "multiscale", "encoder": VIT, "scales": (1, 2)}, budget=16)
+    encoder = system.model.encoder
+    assert isinstance(encoder, MultiScale) and encoder.encoder.image_size == (48, 48)
+    assert system.grid == (4, 4) and encoder.features == 16
+    params = jax.eval_shape(system.init, jax.random.key(0))
+    assert params["encoder"]["encoder"]["positions"]["table"].value.shape == (16, 8)
+
+
+def test_a_part_may_have_an_image_size_of_its_own():
+    low = {**VIT, "patch_size": 6, "image_size": (24, 24)}
+    section = {"kind": "hybrid", "high": SAM, "low": low, "low_size": 24, "combine": "feature"}
+    system = built(section, budget=16)
+    encoder = system.model.encoder
+    assert isinstance(encoder, Hybrid) and encoder.features == 16
+    assert encoder.high.image_size == (48, 48) and encoder.low.image_size == (24, 24)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"kind": "multiscale", "scales": (1,)},
+            "config.encoder.encoder: expected the section of an encoder",
+        ),
+        (
+            {"kind": "multiscale", "scales": (1,), "encoder": 3},
+            "config.encoder.encoder: expected the section",
+        ),
+        (
+            {"kind": "multiscale", "scales": (1,), "encoder": {"kind": "vot"}},
+            "config.encoder.encoder.kind.*'vit'",
+        ),
+        ({"kind": "multiscal", "scales": (1,), "encoder": VIT}, "did you mean 'multiscale'"),
+        ({"kind": "multiscale", "scale": (1,), "encoder": VIT}, "config.encoder.scale: unknown"),
+        (
+            {"kind": "multiscale", "scales": (1,), "encoder": {**VIT, "image_size": 48}},
+            "config.encoder.encoder.image_size: expected",
+        ),
+        (
+            {"kind": "hybrid", "high": SAM, "low": VIT, "low_size": 24, "combine": "tuple"},
+            "config.encoder.combine: 'tuple' gives two sets",
+        ),
+        (
+            {"kind": "hybrid", "high": SAM, "low": VIT, "low_size": 24, "combine": "mean"},
+            "config.encoder.combine: 'mean' is not one of",
+        ),
+    ],
+)
+def test_a_wrong_section_is_named(section, message):
+    with pytest.raises(ConfigError, match=message):
+        built(section, budget=16)

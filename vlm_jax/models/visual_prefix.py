@@ -1,0 +1,24 @@
+"""An encoder and a connector: pixels in, the visual tokens of a language model out."""
+
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax.types import VisualTokens
+
+
+class VisualPrefix(nn.Module):
+    """The visual half of a `VLM`, under the same names.
+
+    Attributes:
+      encoder: an entry of `encoders.ENCODERS`.
+      connector: an entry of `connectors.CONNECTORS`.
+    """
+
+    encoder: nn.Module
+    connector: nn.Module
+
+    def __call__(
+        self, images: Float[Array, "B height width channels"], *, deterministic: bool = True
+    ) -> VisualTokens:
+        """Tokens of a flat batch of images."""
+        return self.connector(self.encoder(images), deterministic=deterministic)

@@ -1,0 +1,71 @@
+"""Qwen-VL (v1): its ViT and its resampler; the language model is carried along."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.checkpoints.maps.qwen_vl import encoder_rules, projection_rules, resampler_rules
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.connectors.resampler import Resampler
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.clip import image_shape
+from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, square_root, with_defaults
+
+# Qwen/Qwen-VL-Chat, visual.py, VisionTransformer.
+DEFAULTS: dict[str, Any] = {
+    "patch_size": REQUIRED,
+    "width": REQUIRED,
+    "layers": REQUIRED,
+    "heads": REQUIRED,
+    "mlp_ratio": REQUIRED,
+    "n_queries": 256,
+    "output_dim": 512,
+}
+PREFIX = "transformer.visual."
+IGNORE = (r"(?!transformer\.visual\.).*",)
+_TABLE_ROWS = 256  # whatever image_size says
+_HEAD_DIM = 128  # of the resampler
+
+
+def encoder(settings: Mapping[str, Any], table_rows: int, **fields: Any) -> ViT:
+    """The ViT of a `visual` section with its defaults in place."""
+    side = settings["patch_size"] * square_root(table_rows, f"{PREFIX}positional_embedding")
+    return ViT(
+        image_size=(side, side),
+        patch_size=settings["patch_size"],
+        patch_bias=False,
+        width=settings["width"],
+        depth=settings["layers"],
+        num_heads=settings["heads"],
+        mlp_dim=int(settings["width"] * settings["mlp_ratio"]),
+        activation="gelu",
+        pre_norm=True,
+        final_norm="none",
+        position_interpolation="bicubic",
+        **fields,
+    )
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """The ViT and the resampler behind it."""
+    if "visual" not in config:
+        raise PretrainedError("qwen: expected a section `visual`; Qwen without vision is not read here")
+    settings, dtypes = with_defaults(config["visual"], DEFAULTS, "visual"), {"dtype": dtype, "param_dtype": param_dtype}
+    table = checkpoint.get(f"{PREFIX}positional_embedding")
+    vit = encoder(settings, _TABLE_ROWS if table is None else table.shape[0], **dtypes)
+    width = settings["output_dim"]
+    connector = Resampler(
+        features=width,
+        num_queries=settings["n_queries"],
+        num_heads=width // _HEAD_DIM,
+        released=True,
+        **dtypes,
+    )
+    rules = (
+        *prefixed(encoder_rules(vit.width, vit.num_heads), PREFIX, "encoder/"),
+        *prefixed(resampler_rules(width), f"{PREFIX}attn_pool.", "connector/"),
+        *prefixed(projection_rules(), PREFIX, "connector/"),
+    )
+    return Description(VisualPrefix(vit, connector), (image_shape(vit, 3),), rules, IGNORE)
