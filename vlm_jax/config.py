@@ -69,9 +69,7 @@ def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Setti
     missing = [
         key
         for key, field in own.items()
-        if key not in section
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if key not in section and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError("\n".join(f"{path}.{key}: missing, and it has no default" for key in missing))

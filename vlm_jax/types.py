@@ -54,7 +54,9 @@ def struct(cls: type[Class]) -> type[Class]:
 
     def flatten_with_keys(value: Any) -> tuple[tuple, tuple]:
         children, structure = flatten(value)
-        return tuple((jax.tree_util.GetAttrKey(name), child) for name, child in zip(leaves, children, strict=True)), structure
+        return tuple(
+            (jax.tree_util.GetAttrKey(name), child) for name, child in zip(leaves, children, strict=True)
+        ), structure
 
     def unflatten(structure: tuple, children: tuple) -> Any:
         value = object.__new__(made)
@@ -64,6 +66,7 @@ def struct(cls: type[Class]) -> type[Class]:
 
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
     return made
+
 
 # (rows, columns) of patches or tokens.
 Grid = tuple[int, int]

@@ -43,5 +43,7 @@ def wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen) -
     path = workdir / "metrics.jsonl"
     while not (path.exists() and f'"step": {step},' in path.read_text()):
         if process.poll() is not None:
-            raise AssertionError(f"the run ended with {process.returncode} before step {step}: {process.communicate()[1]}")
+            raise AssertionError(
+                f"the run ended with {process.returncode} before step {step}: {process.communicate()[1]}"
+            )
         time.sleep(0.02)

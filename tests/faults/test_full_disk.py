@@ -11,9 +11,7 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_when_there_is_space(comman
     disk.mkdir()
     kept.mkdir()
     # What the disk holds in the end is copied out before the mount is gone.
-    script = (
-        f'mount -t tmpfs -o size=600k tmpfs "{disk}" && "$@"; status=$?; cp -r "{disk}/." "{kept}"; exit $status'
-    )
+    script = f'mount -t tmpfs -o size=600k tmpfs "{disk}" && "$@"; status=$?; cp -r "{disk}/." "{kept}"; exit $status'
     status, errors = command.finish(disk / "run", prefix=(*SMALL_DISK, script, "sh"))
     assert status == 1, errors
     assert "No space left on device" in errors

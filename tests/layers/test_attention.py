@@ -8,7 +8,11 @@ from flax import linen as nn
 from jax.experimental import pallas as pl
 
 from vlm_jax.layers import attention as module
-from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, attention, choose_implementation
+from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation
+
+from ..parameters import drawn
+
+attention = jax.jit(module.attention, static_argnames=("scale", "implementation"))
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
 BRANCHES = np.array([[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 0]])
@@ -20,7 +24,9 @@ def arrays(batch=2, queries=6, keys=6, heads=4, kv_heads=2, dim=8, seed=0, dtype
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def readable(batch, queries, keys, *, causal=False, offset=0, query_segments=None, key_segments=None, branches=None):
+def readable(
+    batch, queries, keys, *, causal=False, offset=0, query_segments=None, key_segments=None, branches=None
+):
     """Position by position, which key a query reads."""
     mask = np.ones((batch, queries, keys), bool)
     for b, t, s in np.ndindex(mask.shape):
@@ -81,7 +87,7 @@ def test_causal_with_an_offset_among_longer_keys(reference, offset):
 def test_a_query_without_a_key_stays_finite_forwards_and_backwards():
     q, k, v = arrays()
     context = Context("full", jnp.ones((2, 6), jnp.int32), jnp.zeros((2, 6), jnp.int32))
-    out, grads = jax.value_and_grad(lambda qkv: attention(*qkv, context).sum())([q, k, v])
+    out, grads = jax.jit(jax.value_and_grad(lambda qkv: attention(*qkv, context).sum()))([q, k, v])
     assert np.isfinite(out) and all(np.isfinite(grad).all() for grad in grads)
 
 
@@ -112,7 +118,9 @@ def test_splash_equals_the_written_out_softmax(reference, interpreted, kind, seg
     q, k, v = arrays(batch=2, queries=length, keys=length, heads=2, kv_heads=1, dim=16)
     segments = np.repeat([[1, 2, 2, 0], [1, 1, 1, 1]], 32, axis=1)
     given = jnp.asarray(segments) if segmented else None
-    out = jax.jit(lambda *qkv: attention(*qkv, Context(kind, given, given), implementation="splash"))(q, k, v)
+    out = jax.jit(lambda *qkv: module.attention(*qkv, Context(kind, given, given), implementation="splash"))(
+        q, k, v
+    )
     mask = readable(
         2, length, length,
         causal=kind == "causal",
@@ -129,7 +137,7 @@ def test_splash_has_the_gradients_of_xla(interpreted):
     def grads(implementation):
         def loss(qkv):
             context = Context("causal", segments, segments)
-            return jnp.sum(jnp.sin(attention(*qkv, context, implementation=implementation)))
+            return jnp.sum(jnp.sin(module.attention(*qkv, context, implementation=implementation)))
 
         return jax.jit(jax.grad(loss))([q, k, v])
 
@@ -140,7 +148,7 @@ def test_splash_has_the_gradients_of_xla(interpreted):
 def test_splash_refuses_a_bias():
     q, k, v = arrays(queries=128, keys=128)
     with pytest.raises(ValueError, match="no bias"):
-        attention(q, k, v, Context("full"), bias=jnp.zeros((2, 4, 128, 128)), implementation="splash")
+        module.attention(q, k, v, Context("full"), bias=jnp.zeros((2, 4, 128, 128)), implementation="splash")
 
 
 @pytest.mark.parametrize(
@@ -182,9 +190,15 @@ def test_cudnn_is_called_with_mask_bias_and_scale(monkeypatch, reference):
     q, k, v = arrays()
     bias = np.random.default_rng(1).normal(size=(2, 4, 6, 6)).astype(np.float32)
     segments = jnp.asarray(SEGMENTS)
-    out = attention(
-        q, k, v, Context("causal", segments, segments), bias=jnp.asarray(bias), scale=0.3, implementation="cudnn"
-    )  # fmt: skip
+    out = module.attention(
+        q,
+        k,
+        v,
+        Context("causal", segments, segments),
+        bias=jnp.asarray(bias),
+        scale=0.3,
+        implementation="cudnn",
+    )
     mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
     np.testing.assert_allclose(out, reference.attention(q, k, v, mask, scale=0.3, bias=bias), atol=1e-5)
     assert asked == ["cudnn"]
@@ -203,10 +217,8 @@ def test_multi_head_attention(reference, qk_norm):
     segments = jnp.asarray(SEGMENTS)
     layer = MultiHeadAttention(4, num_kv_heads=2, head_dim=8, qk_norm=qk_norm, norm_epsilon=1e-3, out_dim=10)
     context = Context("causal", segments, segments, angles=angles)
-    params = nn.meta.unbox(layer.init(jax.random.key(0), x, context))
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(p.dtype), params)
-    out, cache = layer.apply(params, x, context)
+    params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x, context)))
+    out, cache = jax.jit(layer.apply)(params, x, context)
     assert cache is None
 
     p = jax.tree.map(np.float64, params["params"])
@@ -227,11 +239,14 @@ def test_multi_head_attention(reference, qk_norm):
 
 def test_cross_attention_reads_keys_and_values_from_two_places(reference):
     rng = np.random.default_rng(0)
-    x, keys, values = (jnp.asarray(rng.normal(size=(2, n, d)), jnp.float32) for n, d in ((3, 8), (5, 6), (5, 6)))
+    x, keys, values = (
+        jnp.asarray(rng.normal(size=(2, n, d)), jnp.float32) for n, d in ((3, 8), (5, 6), (5, 6))
+    )
     layer = MultiHeadAttention(2, use_bias=False, out_bias=False)
-    params = nn.meta.unbox(layer.init(jax.random.key(0), x, Context("full"), inputs_k=keys, inputs_v=values))
+    given = {"inputs_k": keys, "inputs_v": values}
+    params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x, Context("full"), **given)))
     assert all(set(tree) == {"kernel"} for tree in params["params"].values())
-    out, _ = layer.apply(params, x, Context("full"), inputs_k=keys, inputs_v=values)
+    out, _ = jax.jit(layer.apply)(params, x, Context("full"), **given)
     p = jax.tree.map(np.float64, params["params"])
     q, k, v = (projected(reference, y, p[n], 2) for y, n in ((x, "query"), (keys, "key"), (values, "value")))
     expected = reference.dense(reference.attention(q, k, v).reshape(2, 3, -1), p["out"])
@@ -246,8 +261,8 @@ def test_a_cache_is_written_at_the_offset_and_read_with_what_was_there(reference
     ones = jnp.ones((1, 2), jnp.int32)
     key_segments = jnp.array([[1, 1, 1, 1, 1, 0]])
     context = Context("causal", ones, key_segments, offset=jnp.asarray(3))
-    params = nn.meta.unbox(layer.init(jax.random.key(0), x, context, cache=old))
-    out, cache = layer.apply(params, x, context, cache=old)
+    params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x, context, cache=old)))
+    out, cache = jax.jit(layer.apply)(params, x, context, cache=old)
     p = jax.tree.map(np.float64, params["params"])
     q, k, v = (projected(reference, x, p[n], 2) for n in ("query", "key", "value"))
     keys, values = np.array(old.key, np.float64), np.array(old.value, np.float64)

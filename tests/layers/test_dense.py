@@ -9,29 +9,31 @@ from flax import linen as nn
 from vlm_jax import axes
 from vlm_jax.layers.dense import Dense, Embed, Named, named
 
+from ..parameters import drawn
+
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 2, 3, 4)])
 def test_dense_is_a_product_and_a_bias(shape):
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype(np.float32)
     layer = Dense(5, (axes.EMBED, axes.MLP))
-    params = layer.init(jax.random.key(0), jnp.asarray(x))["params"]
+    params = drawn(jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x)))["params"]
     assert params["kernel"].names == (axes.EMBED, axes.MLP) and params["bias"].names == (axes.MLP,)
-    kernel, bias = np.float64(params["kernel"].value), rng.normal(size=5)
-    given = {"kernel": params["kernel"].value, "bias": jnp.asarray(bias, jnp.float32)}
-    np.testing.assert_allclose(layer.apply({"params": given}, jnp.asarray(x)), np.float64(x) @ kernel + bias, atol=1e-5)
+    kernel, bias = (np.float64(params[name].value) for name in ("kernel", "bias"))
+    out = layer.apply({"params": params}, jnp.asarray(x))
+    np.testing.assert_allclose(out, np.float64(x) @ kernel + bias, atol=1e-5)
 
 
 def test_dense_computes_in_dtype_and_stores_in_param_dtype():
     layer = Dense(5, (axes.EMBED, axes.MLP), dtype=jnp.bfloat16, param_dtype=jnp.float32)
-    out, params = layer.init_with_output(jax.random.key(0), jnp.ones((2, 4)))
+    out, params = jax.jit(layer.init_with_output)(jax.random.key(0), jnp.ones((2, 4)))
     assert out.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
 
 
 def test_kernels_keep_the_variance_of_what_they_read():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 512)), jnp.float32)
-    out, _ = Dense(512, (axes.EMBED, axes.MLP)).init_with_output(jax.random.key(0), x)
+    out, _ = jax.jit(Dense(512, (axes.EMBED, axes.MLP)).init_with_output)(jax.random.key(0), x)
     assert 0.9 < float(jnp.std(out)) < 1.1
 
 

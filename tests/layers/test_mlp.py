@@ -10,6 +10,8 @@ from scipy.stats import norm
 
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
 
+from ..parameters import drawn
+
 REFERENCES = {
     "gelu": lambda x: x * norm.cdf(x),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
@@ -29,20 +31,19 @@ def test_activations(name):
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), REFERENCES[name](x), atol=1e-5)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("use_bias", [False, True])
-@pytest.mark.parametrize("out_dim", [None, 5])
+@pytest.mark.parametrize(
+    ("gated", "use_bias", "out_dim"), [(False, True, None), (True, False, 5), (True, True, None)]
+)
 def test_mlp(reference, gated, use_bias, out_dim):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 3, 6)), jnp.float32)
     layer = Mlp(8, "silu", gated=gated, out_dim=out_dim, use_bias=use_bias)
-    params = nn.meta.unbox(layer.init(jax.random.key(0), x))["params"]
-    params = jax.tree.map(lambda p: p + 0.3 * rng.normal(size=p.shape).astype(p.dtype), params)
+    params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x)))["params"]
     assert set(params) == {"up", "down", *(["gate"] if gated else [])}
     assert all(set(tree) == {"kernel", *(["bias"] if use_bias else [])} for tree in params.values())
     hidden = reference.dense(np.float64(x), params["up"])
     act = REFERENCES["silu"]
     hidden = act(reference.dense(np.float64(x), params["gate"])) * hidden if gated else act(hidden)
-    out = layer.apply({"params": params}, x)
+    out = jax.jit(layer.apply)({"params": params}, x)
     assert out.shape == (2, 3, out_dim or 6)
     np.testing.assert_allclose(out, reference.dense(hidden, params["down"]), atol=1e-5)

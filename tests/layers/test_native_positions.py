@@ -20,7 +20,10 @@ def test_products_depend_on_the_difference_of_places_alone():
 
     def product(query_place, key_place):
         places = (jnp.array([[place]]) for place in (query_place, key_place))
-        turned = [rotate(x, rope_2d_angles(place, 16, 10_000.0)) for x, place in zip((query, key), places, strict=True)]
+        turned = [
+            rotate(x, rope_2d_angles(place, 16, 10_000.0))
+            for x, place in zip((query, key), places, strict=True)
+        ]
         return float(jnp.sum(turned[0] * turned[1]))
 
     query, key = jnp.asarray(query), jnp.asarray(key)
@@ -45,7 +48,9 @@ def test_images_of_several_sizes_read_one_table():
     places = np.concatenate([np.stack(np.mgrid[:rows, :cols], -1).reshape(-1, 2) for rows, cols in sizes])
     of_image = np.concatenate([np.tile([size], (size[0] * size[1], 1)) for size in sizes])
     found = ResampledPositions(side, width).apply(
-        {"params": {"table": table.reshape(-1, width)}}, jnp.asarray(places)[None], jnp.asarray(of_image)[None]
+        {"params": {"table": table.reshape(-1, width)}},
+        jnp.asarray(places)[None],
+        jnp.asarray(of_image)[None],
     )
     expected = [resize(jnp.asarray(table), size, "bicubic").reshape(-1, width) for size in sizes]
     np.testing.assert_allclose(found[0], np.concatenate(expected), atol=1e-5)

@@ -11,11 +11,15 @@ from vlm_jax.layers.norm import Norm
 
 def given(kind, x, **fields):
     layer = Norm(kind, 1e-3, **fields)
-    params = nn.meta.unbox(layer.init(jax.random.key(0), x))["params"]
+    params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
     assert all((leaf == (name == "scale")).all() for name, leaf in params.items())  # ones and zeros
     rng = np.random.default_rng(1)
-    params = {name: leaf + jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for name, leaf in params.items()}
-    return layer.apply({"params": params}, x), {name: np.float64(leaf) for name, leaf in params.items()}
+    params = {
+        name: leaf + jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for name, leaf in params.items()
+    }
+    return jax.jit(layer.apply)({"params": params}, x), {
+        name: np.float64(leaf) for name, leaf in params.items()
+    }
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 4, 5)])

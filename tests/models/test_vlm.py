@@ -1,6 +1,7 @@
 """Composition: the one gather, and what stands between images and logits."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,12 @@ from .conftest import TOKENS, VOCAB, WIDTH, make_model
 
 def test_every_position_holds_what_the_index_says(model, params, batch):
     embedded = jax.jit(lambda p, b: model.apply(p, b, method="embed"))(params, batch)
+    visual = jax.jit(lambda p, x: model.apply(p, x, method="visual_tokens"))
     table = np.asarray(params["params"]["decoder"]["embedding"]["embedding"])
     expected = np.zeros((2, 7, WIDTH))
     for row in range(2):
         one = batch.images[row]  # the row's own images, by themselves
-        tokens = model.apply(params, one, method="visual_tokens").tokens.reshape(2 * TOKENS, WIDTH)
+        tokens = visual(params, one).tokens.reshape(2 * TOKENS, WIDTH)
         for place, index in enumerate(np.asarray(batch.visual_index[row])):
             word = table[batch.tokens[row, place]]
             expected[row, place] = word if index < 0 else tokens[index]
@@ -30,8 +32,9 @@ def test_every_position_holds_what_the_index_says(model, params, batch):
 def test_the_parts_follow_each_other(model, params, batch):
     parts = params["params"]
     flat = batch.images.reshape(4, 8, 16, 3)
-    features = model.encoder.apply({"params": parts["encoder"]}, flat)
-    expected = model.connector.apply({"params": parts["connector"]}, features, deterministic=True)
+    features = jax.jit(model.encoder.apply)({"params": parts["encoder"]}, flat)
+    connect = jax.jit(functools.partial(model.connector.apply, deterministic=True))
+    expected = connect({"params": parts["connector"]}, features)
     got = jax.jit(lambda p, x: model.apply(p, x, method="visual_tokens"))(params, flat)
     np.testing.assert_allclose(got.tokens, expected.tokens, atol=1e-5)
     assert set(parts) == {"encoder", "connector", "decoder"}  # and nothing of its own
@@ -45,13 +48,16 @@ def test_text_alone_needs_no_encoder(model, params, batch):
     table = params["params"]["decoder"]["embedding"]["embedding"]
     embedded = jnp.take(table, batch.tokens, axis=0)
     decoder = {"params": params["params"]["decoder"]}
-    hidden, _ = model.decoder.apply(decoder, embedded, batch.positions, batch.segment_ids)
+    hidden, _ = jax.jit(model.decoder.apply)(decoder, embedded, batch.positions, batch.segment_ids)
     np.testing.assert_allclose(logits, jnp.einsum("btd,vd->btv", hidden, table), atol=1e-5)
 
 
 def test_images_reach_the_logits_of_their_own_row(model, params, batch):
     run = jax.jit(model.apply)
-    before, after = run(params, batch), run(params, dataclasses.replace(batch, images=batch.images.at[1].set(0)))
+    before, after = (
+        run(params, batch),
+        run(params, dataclasses.replace(batch, images=batch.images.at[1].set(0))),
+    )
     np.testing.assert_allclose(before[0], after[0], atol=1e-5)
     # Row 1 begins with text, which cannot see the image after it.
     np.testing.assert_allclose(before[1, :1], after[1, :1], atol=1e-5)
@@ -80,7 +86,9 @@ class Liar(Pool):
 
 def test_a_connector_that_gives_another_count_than_it_says_is_caught(batch):
     model = make_model(connector=Liar(WIDTH, (1, TOKENS)))
-    with pytest.raises(ValueError, match=r"Liar gave 2 tokens for a \(2, 4\) grid, but its num_tokens says 3"):
+    with pytest.raises(
+        ValueError, match=r"Liar gave 2 tokens for a \(2, 4\) grid, but its num_tokens says 3"
+    ):
         jax.eval_shape(model.init, jax.random.key(0), batch)
 
 
@@ -91,14 +99,17 @@ def test_a_reducer_stands_before_the_connector(params, batch):
     @jax.jit
     def run(params, key):
         fixed = model.apply(params, flat, method="visual_tokens").tokens
-        drawn = model.apply(params, flat, deterministic=False, rngs={"reduce": key}, method="visual_tokens").tokens
+        drawn = model.apply(
+            params, flat, deterministic=False, rngs={"reduce": key}, method="visual_tokens"
+        ).tokens
         return fixed, drawn
 
     fixed, drawn = run(params, jax.random.key(7))
     parts = params["params"]
-    features = model.encoder.apply({"params": parts["encoder"]}, flat)
+    features = jax.jit(model.encoder.apply)({"params": parts["encoder"]}, flat)
     reduced = RandomDrop(2).apply({}, features, deterministic=True)
-    expected = model.connector.apply({"params": parts["connector"]}, reduced, deterministic=True).tokens
+    connect = jax.jit(functools.partial(model.connector.apply, deterministic=True))
+    expected = connect({"params": parts["connector"]}, reduced).tokens
     np.testing.assert_allclose(fixed, expected, atol=1e-5)
     assert np.abs(drawn - fixed).max() > 1e-3
 

@@ -61,8 +61,14 @@ def test_shardings_follow_the_names_and_replicate_the_rest(mesh):
         "masked": Named(None, (axes.EMBED, axes.MLP)),
     }
     got = shardings(tree, mesh)
-    assert got == {"kernel": NamedSharding(mesh, P("fsdp", "tensor")), "step": NamedSharding(mesh, P()), "masked": None}
-    placed = jax.device_put(nn.meta.unbox({k: tree[k] for k in ("kernel", "step")}), {k: got[k] for k in ("kernel", "step")})
+    assert got == {
+        "kernel": NamedSharding(mesh, P("fsdp", "tensor")),
+        "step": NamedSharding(mesh, P()),
+        "masked": None,
+    }
+    placed = jax.device_put(
+        nn.meta.unbox({k: tree[k] for k in ("kernel", "step")}), {k: got[k] for k in ("kernel", "step")}
+    )
     assert {shard.data.shape for shard in placed["kernel"].addressable_shards} == {(2, 3)}
     assert placed["step"].sharding.is_fully_replicated
 
@@ -75,7 +81,9 @@ def test_use_mesh_makes_constraints_take_effect(mesh):
     x = jnp.arange(8 * 4 * 2, dtype=jnp.float32).reshape(8, 4, 2)
     with use_mesh(mesh):
         compiled = jax.jit(constrained).lower(x).compile()
-    assert compiled.output_shardings.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), "context", None)), 3)
+    assert compiled.output_shardings.is_equivalent_to(
+        NamedSharding(mesh, P(("data", "fsdp"), "context", None)), 3
+    )
     out = compiled(jax.device_put(x, compiled.input_shardings[0][0]))
     assert {shard.data.shape for shard in out.addressable_shards} == {(2, 4, 2)}
     np.testing.assert_array_equal(out, 2.0 * np.asarray(x))

@@ -20,8 +20,7 @@ def result(connector, budget, accuracy, *, seed=0, encoder_flops=4e8, **replaced
         "token_budget": budget,
         "num_visual_tokens": budget,
         "accuracy": {
-            task: {"mean": mean, "low": low, "high": high, "n": 200}
-            for task, (mean, low, high) in accuracy.items()
+            task: {"mean": mean, "low": low, "high": high, "n": 200} for task, (mean, low, high) in accuracy.items()
         },
         "num_params": {"encoder": 1_000_000, "connector": 200_000, "decoder": 2_000_000},
         "flops": {"encoder": int(encoder_flops), "connector": 1_000_000, "prefill": 5_000_000 * budget},
@@ -99,9 +98,7 @@ def test_every_point_is_drawn_with_its_interval_and_costs():
                     np.testing.assert_allclose(got[:, 1:], np.array(wanted)[:, 1:])
                     # Equal token counts are set apart by less than a tenth of an octave.
                     tolerance = 0.1 if panel is by_tokens else 1e-9
-                    np.testing.assert_allclose(
-                        np.log2(got[:, 0]), np.log2(np.array(wanted)[:, 0]), atol=tolerance
-                    )
+                    np.testing.assert_allclose(np.log2(got[:, 0]), np.log2(np.array(wanted)[:, 0]), atol=tolerance)
     pool, random = bars(panels[0])["pool"][1], bars(panels[0])["random"][0]
     assert pool[0] < 16 < random[0]
     assert bars(panels[0])["mlp"][0][0] == 64
@@ -182,9 +179,7 @@ def test_a_token_count_of_zero_gets_a_linear_axis():
 
 def test_many_connectors_keep_apart_in_colour_and_shape():
     names = [f"kind_{index}" for index in range(9)] + ["random"]
-    figure = frontier_figure(
-        [result(name, 16, {"vqa": (0.5, 0.4, 0.6)}) for name in names], controls=CONTROLS
-    )
+    figure = frontier_figure([result(name, 16, {"vqa": (0.5, 0.4, 0.6)}) for name in names], controls=CONTROLS)
     looks = [(line.get_color(), line.get_marker()) for line in figure.legends[0].get_lines()[:-1]]
     assert len(looks) == 10
     assert all(a != b for a, b in itertools.combinations(looks, 2))

@@ -73,8 +73,7 @@ def result(connector, budget, accuracy, **replaced):
         "token_budget": budget,
         "num_visual_tokens": budget,
         "accuracy": {
-            task: {"mean": mean, "low": low, "high": high, "n": 200}
-            for task, (mean, low, high) in accuracy.items()
+            task: {"mean": mean, "low": low, "high": high, "n": 200} for task, (mean, low, high) in accuracy.items()
         },
         "num_params": {"encoder": 1_000_000, "connector": 250_000, "decoder": 2_000_000},
         "flops": {"encoder": 400_000_000, "connector": 1_000_000, "prefill": 5_000_000 * budget},
@@ -105,9 +104,7 @@ EXAMPLES = [
         "locate",
         {"mlp@64": (ANSWERED, True), "pool@16": (ATTACK, False), "pool@4": (ANSWERED + REFERENCE, False)},
     ),
-    Example(
-        np.repeat(PIXELS, 3, -1), "read row 1", "7", "read", {"mlp@64": ("", False), "pool@16": ("7", True)}
-    ),
+    Example(np.repeat(PIXELS, 3, -1), "read row 1", "7", "read", {"mlp@64": ("", False), "pool@16": ("7", True)}),
 ]
 
 
@@ -164,9 +161,7 @@ def test_a_models_answer_stays_text(page):
 
 def test_the_tables_numbers(page):
     rows = list(one(one(page.all("section", id="points")).all("tbody")).all("tr"))
-    assert [row.attributes["data-point"] for row in rows] == [
-        f"{r['connector']}@{r['token_budget']}" for r in RESULTS
-    ]
+    assert [row.attributes["data-point"] for row in rows] == [f"{r['connector']}@{r['token_budget']}" for r in RESULTS]
     assert [[cell.text for cell in row.all("td")][:-1] for row in rows] == [
         ["0", "64", "T F 90.0[85.0, 94.0]", "50.0[43.0, 57.0]", "0.721", "3.25", "50", "300"],
         ["0", "16", "T F 88.0[83.0, 92.0]", "T F 60.0[53.0, 67.0]", "0.481", "3.25", "50", "300"],
@@ -258,8 +253,7 @@ def test_what_the_summary_says(page):
         "Fewest tokens within the interval of the best read accuracy: pool at 16 tokens, 88.0% [83.0, 92.0], "
         "for 25% of the best's tokens and 66.7% of its FLOPs.",
         "Fewest FLOPs within it: pool at 16 tokens, 88.0% [83.0, 92.0], 0.481 GFLOPs.",
-        "No control is within it with 16 tokens or fewer; the nearest is random at 16 tokens, "
-        "50.0% [43.0, 57.0].",
+        "No control is within it with 16 tokens or fewer; the nearest is random at 16 tokens, 50.0% [43.0, 57.0].",
     ]
     assert [p.text for p in locate.all("p")] == [
         "Best: pool at 16 tokens, 60.0% [53.0, 67.0].",
@@ -294,9 +288,7 @@ def test_pages_are_shown_pixel_for_pixel(page):
 
 
 def test_an_answer_of_nothing_says_so(page):
-    assert [dd.text for dd in list(page.all("article"))[1].all("dd", data_label="mlp@64")] == [
-        "(nothing) ✗ wrong"
-    ]
+    assert [dd.text for dd in list(page.all("article"))[1].all("dd", data_label="mlp@64")] == ["(nothing) ✗ wrong"]
 
 
 def test_one_point_without_examples(tmp_path):

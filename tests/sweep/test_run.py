@@ -142,8 +142,16 @@ def test_points_start_from_the_shared_stages(config, console, tmp_path):
             "candidate 'pool' at 3 tokens: .*nearest feasible: 2 and 4",
         ),
         (lambda c: c.candidates.pool.update({"conector": {}}), ConfigError, r"candidates\.pool\.conector: unknown"),
-        (lambda c: c.candidates.pool.connector.update({"factor": 2}), ConfigError, r"config\.connector\.factor: unknown"),
-        (lambda c: c.sweep.update({"controls": ("rando",)}), ConfigError, "no candidate 'rando'; did you mean 'random'"),
+        (
+            lambda c: c.candidates.pool.connector.update({"factor": 2}),
+            ConfigError,
+            r"config\.connector\.factor: unknown",
+        ),
+        (
+            lambda c: c.sweep.update({"controls": ("rando",)}),
+            ConfigError,
+            "no candidate 'rando'; did you mean 'random'",
+        ),
         (lambda c: c.sweep.update({"shared": ("answering",)}), ConfigError, "must be the first stages"),
         (
             lambda c: c.base.stages.seeing.learning_rates.update({"connector": 1e-3}),

@@ -13,7 +13,9 @@ def tiny_config() -> ConfigDict:
     """Two stages of a few steps: dense pre-training, then answers with the encoder frozen."""
     config = base.get_config()
     config.token_budget = 4
-    config.data.update({"rows": 2, "cols": 2, "page_size": 24, "variants": 2, "evaluation_size": 3, "text_scales": (1,)})
+    config.data.update(
+        {"rows": 2, "cols": 2, "page_size": 24, "variants": 2, "evaluation_size": 3, "text_scales": (1,)}
+    )
     config.processor.update({"image_size": (24, 24)})
     config.encoder.update({"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32})
     config.decoder.update({"width": 16, "depth": 2, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 32})

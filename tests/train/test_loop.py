@@ -124,7 +124,9 @@ def test_a_workdir_of_another_config_is_refused_by_key(config, one_device, tmp_p
     before = (tmp_path / "run" / "config.json").read_text()
     with config.unlocked():
         config.optimizer.b2 = 0.9
-    with pytest.raises(ConfigError, match=r"made by another config(.|\n)*config\.optimizer\.b2: 0\.95 here, 0\.9 there"):
+    with pytest.raises(
+        ConfigError, match=r"made by another config(.|\n)*config\.optimizer\.b2: 0\.95 here, 0\.9 there"
+    ):
         Trainer(config, build(config), one_device, tmp_path / "run")
     assert (tmp_path / "run" / "config.json").read_text() == before
     (tmp_path / "mine").mkdir()

@@ -225,12 +225,14 @@ def save_archive(folder: str | os.PathLike[str], tensors: Mapping[str, Any]) -> 
     if path.exists():
         raise CheckpointFileError(f"{path} exists: write to another folder, or remove the old checkpoint")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed_when_complete(path.parent) as temporary, temporary(path.name).open("wb") as file:
-        # Not savez(**tensors): a key may be called `file`.
-        with zipfile.ZipFile(file, "w") as archive:
-            for key, tensor in tensors.items():
-                with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(tensor), allow_pickle=False)
+    # Not np.savez: a key may be called `file`.
+    with (
+        _renamed_when_complete(path.parent) as temporary,
+        zipfile.ZipFile(temporary(path.name), "w") as archive,
+    ):
+        for key, tensor in tensors.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(tensor), allow_pickle=False)
     return (path,)
 
 

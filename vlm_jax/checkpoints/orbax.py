@@ -73,9 +73,7 @@ class RunCheckpoints:
             restored = self._manager.restore(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged file
             older = [s for s in self._manager.all_steps() if s < step]
-            way_on = (
-                f"the run then goes on from checkpoint {max(older)}" if older else "the run then starts anew"
-            )
+            way_on = f"the run then goes on from checkpoint {max(older)}" if older else "the run then starts anew"
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} cannot be read: it is damaged or of another model. Delete "
                 f"the folder {self.directory / str(step)} and run the same command; {way_on}. "
@@ -132,20 +130,14 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
         if step is None:
             raise CheckpointError(f"no whole checkpoint in {directory}; train that run to its end first")
         like = {"params": parts}
-        restore_args = jax.tree.map(
-            lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like
-        )
+        restore_args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like)
         arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
                 restored = reader.restore(epath.Path(directory) / str(step) / "state", args=arguments)
         except Exception as error:
-            raise CheckpointError(
-                f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}"
-            ) from error
+            raise CheckpointError(f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}") from error
     for leaf, found in zip(jax.tree.leaves(like), jax.tree.leaves(restored), strict=True):
         if leaf.shape != found.shape:
-            raise CheckpointError(
-                f"checkpoint {step} in {directory} holds shape {found.shape}, not {leaf.shape}"
-            )
+            raise CheckpointError(f"checkpoint {step} in {directory} holds shape {found.shape}, not {leaf.shape}")
     return restored["params"]

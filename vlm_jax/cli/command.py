@@ -39,6 +39,13 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "With --distributed, HOST:PORT of process 0 where JAX does not find it by itself."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address, processes in all.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address, this process, from 0.")
+
+
 def run(main: Callable[[], Any]) -> None:
     """Runs a command's main function; an explained error is one message and exit status 1.
 
@@ -57,7 +64,7 @@ def run(main: Callable[[], Any]) -> None:
             jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         if DISTRIBUTED.value:
-            jax.distributed.initialize()
+            jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         try:
             main()
         except Interrupted as stop:

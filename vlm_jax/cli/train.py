@@ -11,6 +11,7 @@ from vlm_jax.cli import command
 from vlm_jax.config import parse
 from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.workdir import write_whole
 
@@ -31,7 +32,8 @@ def main() -> None:
         outcome = Trainer(config, system, mesh, workdir, progress=progress).run()
     samples = system.open_source().evaluation(config.seed)
     table = accuracy(answer_all(system, outcome.params, samples, evaluation.batch_size))
-    write_whole(workdir / "evaluation.json", json.dumps(table, indent=2) + "\n")
+    if is_primary():
+        write_whole(workdir / "evaluation.json", json.dumps(table, indent=2) + "\n")
     for name, entry in table.items():
         console.print(f"{name}: {entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, n={entry['n']})")
 

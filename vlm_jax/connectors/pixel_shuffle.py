@@ -38,8 +38,8 @@ class PixelShuffle(nn.Module):
         """
         if grid[0] % self.factor or grid[1] % self.factor:
             raise InfeasibleGrid(
-                f"pixel_shuffle: factor {self.factor} does not divide a {grid[0]}x{grid[1]} grid; choose an image "
-                f"size that gives multiples of {self.factor} patches"
+                f"pixel_shuffle: factor {self.factor} does not divide a {grid[0]}x{grid[1]} grid; choose an "
+                f"image size that gives multiples of {self.factor} patches"
             )
         return grid[0] * grid[1] // self.factor**2
 
@@ -57,7 +57,7 @@ class PixelShuffle(nn.Module):
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         count = self.num_tokens(features.grid)
-        batch, _, width = features.tokens.shape
+        batch = features.tokens.shape[0]
         rows, cols = (side // self.factor for side in features.grid)
 
         def squares(x):

@@ -17,8 +17,8 @@ def merged_grid(height: int, width: int, patch_size: int, merge_size: int) -> Gr
     unit = patch_size * merge_size
     if height % unit or width % unit or min(height, width) < unit:
         raise ValueError(
-            f"an image of {height}x{width} pixels is not made of {merge_size}x{merge_size} patches of {patch_size} "
-            f"pixels; resize both sides to a multiple of {unit}"
+            f"an image of {height}x{width} pixels is not made of blocks of {merge_size}x{merge_size} patches "
+            f"of {patch_size} pixels; resize both sides to a multiple of {unit}"
         )
     return height // unit, width // unit
 
@@ -32,8 +32,8 @@ def window_in_blocks(window_size: int, patch_size: int, merge_size: int) -> int:
     window = window_size // merge_size // patch_size
     if window < 1:
         raise ValueError(
-            f"window_size: expected at least {merge_size * patch_size} pixels (a block of {merge_size}x{merge_size} "
-            f"patches of {patch_size}), got {window_size}"
+            f"window_size: expected at least {merge_size * patch_size} pixels (a block of "
+            f"{merge_size}x{merge_size} patches of {patch_size}), got {window_size}"
         )
     return window
 
@@ -46,14 +46,18 @@ def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window:
     """
     _, length, found = packed.patches.shape
     if found != patch_dim:
-        raise ValueError(f"expected patches of {patch_dim} values (channels x frames x rows x columns), got {found}")
+        raise ValueError(
+            f"expected patches of {patch_dim} values (channels x frames x rows x columns), got {found}"
+        )
     if length % merge_size**2:
-        raise ValueError(f"{length} places cannot be merged by {merge_size}x{merge_size}; pack with this merge_size")
+        raise ValueError(
+            f"{length} places cannot be merged by {merge_size}x{merge_size}; pack with this merge_size"
+        )
     expected = 0 if window is None else (window * merge_size) ** 2
     if packed.window_length not in (0, expected):
         raise ValueError(
-            f"expected patches packed in windows of {expected} (window={window} blocks of {merge_size}x{merge_size}), "
-            f"got {packed.window_length}"
+            f"expected patches packed in windows of {expected} (window={window} blocks of "
+            f"{merge_size}x{merge_size}), got {packed.window_length}"
         )
     return jax.tree.map(jnp.asarray, packed)
 

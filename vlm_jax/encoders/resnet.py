@@ -32,7 +32,9 @@ class FrozenBatchNorm(nn.Module):
         ones, zeros = (named(init, axes.NORM) for init in (nn.initializers.ones, nn.initializers.zeros))
         inits = {"scale": ones, "bias": zeros, "mean": zeros, "variance": ones}
         p = {
-            name: self.param(name, init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)[None, None, None]
+            name: self.param(name, init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)[
+                None, None, None
+            ]
             for name, init in inits.items()
         }
         mean, variance = jax.lax.stop_gradient((p["mean"], p["variance"]))
@@ -106,7 +108,11 @@ class AttentionPool(nn.Module):
         table = self.param("positions", init, (self.num_positions + 1, x.shape[-1]), self.param_dtype)
         x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + table.astype(self.dtype)[None]
         attention = MultiHeadAttention(
-            self.num_heads, out_dim=self.out_dim, name="attention", dtype=self.dtype, param_dtype=self.param_dtype
+            self.num_heads,
+            out_dim=self.out_dim,
+            name="attention",
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
         )
         pooled, _ = attention(x[:, :1], Context("full"), inputs_k=x)
         return pooled[:, 0]

@@ -1,4 +1,4 @@
-"""The vision tower of Ovis 2.5: SigLIP 2 at native resolution, with a resampled table and 2D rotary positions."""
+"""The vision tower of Ovis 2.5: SigLIP 2 at any resolution, a resampled table and 2D rotary positions."""
 
 from typing import Any
 

@@ -85,13 +85,13 @@ class Trunk(nn.Module, kw_only=True):
             return self.depth
         if not -self.depth - 1 <= self.select_layer <= self.depth:
             raise ValueError(
-                f"select_layer {self.select_layer}: {self.depth} blocks have the hidden states 0 to {self.depth}, "
-                f"counted from behind -1 to {-self.depth - 1}"
+                f"select_layer {self.select_layer}: {self.depth} blocks have the hidden states 0 to "
+                f"{self.depth}, counted from behind -1 to {-self.depth - 1}"
             )
         if self.pooling != "none" or self.representation_size or self.projection_dim:
             raise ValueError(
-                "select_layer gives a hidden state as it is; set pooling to 'none' and leave representation_size "
-                "and projection_dim out"
+                "select_layer gives a hidden state as it is; set pooling to 'none' and leave "
+                "representation_size and projection_dim out"
             )
         return self.select_layer % (self.depth + 1)
 
@@ -157,7 +157,9 @@ class Trunk(nn.Module, kw_only=True):
                 raise ValueError("final_norm 'pooled' has nothing to normalise where pooling is 'none'")
             return None
         if self.pooling == "map":
-            head = MapHead(self.num_heads, self.mlp_dim, self.activation, self.norm_epsilon, name="head", **settings)
+            head = MapHead(
+                self.num_heads, self.mlp_dim, self.activation, self.norm_epsilon, name="head", **settings
+            )
             pooled = head(x, mask)
         elif self.pooling == "token":
             pooled = reduce_tokens(x, "first")

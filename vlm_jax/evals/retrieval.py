@@ -65,9 +65,7 @@ def retrieval_recall(
     """
     images, texts = (np.asarray(x, np.float32) for x in (image_features, text_features))
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
-        raise ValueError(
-            f"expected image and text features [I, D] and [T, D], got {images.shape} and {texts.shape}"
-        )
+        raise ValueError(f"expected image and text features [I, D] and [T, D], got {images.shape} and {texts.shape}")
     if text_image is None:
         if len(images) != len(texts):
             raise ValueError(
@@ -77,9 +75,7 @@ def retrieval_recall(
         text_image = np.arange(len(texts))
     text_image = np.asarray(text_image)
     if text_image.shape != (len(texts),):
-        raise ValueError(
-            f"expected text_image of shape ({len(texts)},), one entry a text, got {text_image.shape}"
-        )
+        raise ValueError(f"expected text_image of shape ({len(texts)},), one entry a text, got {text_image.shape}")
     _check_values(images, texts, text_image, (*ks, block_size))
 
     groups = np.arange(len(images))
@@ -90,9 +86,7 @@ def retrieval_recall(
     return {f"{name}/recall@{k}": float(np.mean(rank < k)) for name, rank in ranks.items() for k in ks}
 
 
-def _check_values(
-    images: np.ndarray, texts: np.ndarray, text_image: np.ndarray, counts: tuple[int, ...]
-) -> None:
+def _check_values(images: np.ndarray, texts: np.ndarray, text_image: np.ndarray, counts: tuple[int, ...]) -> None:
     for name, features in (("image", images), ("text", texts)):
         broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
         if broken.size:
@@ -104,8 +98,6 @@ def _check_values(
         )
     alone = np.setdiff1d(np.arange(len(images)), text_image)
     if alone.size:
-        raise ValueError(
-            f"expected a text for every image, got none for image {alone[0]} ({alone.size} such); drop it"
-        )
+        raise ValueError(f"expected a text for every image, got none for image {alone[0]} ({alone.size} such); drop it")
     if min(counts) < 1:
         raise ValueError(f"expected every k and block_size to be at least 1, got {counts}")

@@ -11,6 +11,7 @@ import numpy as np
 from vlm_jax.build import System
 from vlm_jax.generation.greedy import generate
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
+from vlm_jax.sharding.processes import to_host
 from vlm_jax.types import Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
@@ -86,7 +87,7 @@ def answer_all(system: System, params: dict[str, Any], samples: Iterable[Sample]
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
-        for sample, row in zip(group, np.asarray(ids).tolist(), strict=False):
+        for sample, row in zip(group, to_host(ids).tolist(), strict=False):
             ended = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
             text, turn = tokenizer.decode(ended), sample.turns[0]
             correct = tokenizer.eos_id in row and SCORERS.get(turn.task, exact)(text, turn.answer)

@@ -13,8 +13,7 @@ def _normalise(features: np.ndarray, names: Sequence[str]) -> np.ndarray:
     broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
     if broken.size:
         raise ValueError(
-            f"expected features of a finite length above 0, got length {norms[broken[0], 0]} for "
-            f"{names[broken[0]]!r}"
+            f"expected features of a finite length above 0, got length {norms[broken[0], 0]} for {names[broken[0]]!r}"
         )
     return features / norms
 
@@ -59,9 +58,7 @@ def class_embeddings(
         batch = prompts[start : start + batch_size]
         encoded = np.asarray(encode_text(batch + batch[-1:] * (batch_size - len(batch))), np.float32)
         if encoded.ndim != 2 or len(encoded) != batch_size:
-            raise ValueError(
-                f"expected features [{batch_size}, D] of {batch_size} prompts, got shape {encoded.shape}"
-            )
+            raise ValueError(f"expected features [{batch_size}, D] of {batch_size} prompts, got shape {encoded.shape}")
         features.append(encoded[: len(batch)])
     normalised = _normalise(np.concatenate(features), prompts)
     means = normalised.reshape(len(class_names), len(templates), -1).mean(axis=1)
@@ -96,18 +93,12 @@ def top_k_accuracy(
     images, classes = (np.asarray(x, np.float32) for x in (image_features, classes))
     labels = np.asarray(labels)
     if images.ndim != 2 or classes.ndim != 2 or images.shape[1] != classes.shape[1]:
-        raise ValueError(
-            f"expected features [B, D] and classes [C, D], got {images.shape} and {classes.shape}"
-        )
+        raise ValueError(f"expected features [B, D] and classes [C, D], got {images.shape} and {classes.shape}")
     if labels.shape != (len(images),) or not len(images):
-        raise ValueError(
-            f"expected one label for each of {len(images)} (at least 1) images, got shape {labels.shape}"
-        )
+        raise ValueError(f"expected one label for each of {len(images)} (at least 1) images, got shape {labels.shape}")
     outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if outside.size:
-        raise ValueError(
-            f"expected labels in [0, {len(classes)}), got {labels[outside[0]]} for image {outside[0]}"
-        )
+        raise ValueError(f"expected labels in [0, {len(classes)}), got {labels[outside[0]]} for image {outside[0]}")
     if k < 1 or block_size < 1:
         raise ValueError(f"expected k and block_size of at least 1, got {k} and {block_size}")
     for name, features in (("image", images), ("class", classes)):

@@ -37,9 +37,7 @@ def sincos_2d(
     quarter = dim // 4
     omega = 1.0 / temperature ** (np.arange(quarter) / max(quarter - last, 1))
     reference = table_grid or grid
-    y, x = (
-        (np.arange(size) + 0.5) * (full / size) - 0.5 for size, full in zip(grid, reference, strict=True)
-    )
+    y, x = ((np.arange(size) + 0.5) * (full / size) - 0.5 for size, full in zip(grid, reference, strict=True))
     y, x = np.meshgrid(y, x, indexing="ij")
     angle_y, angle_x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
     table = np.concatenate([np.sin(angle_x), np.cos(angle_x), np.sin(angle_y), np.cos(angle_y)], axis=1)

@@ -121,8 +121,8 @@ class WindowedStack(nn.Module):
             return x, x[None] if collect else None
         if "window" in kinds and packed.window_ids is None:
             raise ValueError(
-                f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, and "
-                "the patches were packed without any: give `window` to processors.patches.pack"
+                f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, "
+                "and the patches were packed without any: give `window` to processors.patches.pack"
             )
         params = self.param("layers", self._init, x.shape[-1])
         layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)
@@ -157,7 +157,9 @@ class WindowedStack(nn.Module):
 class _Layers:
     """Applies some layers to packed tokens; `collect` gives their inputs."""
 
-    def __init__(self, block: nn.Module, remat: RematPolicy, packed: PackedPatches, angles: Any, collect: bool):
+    def __init__(
+        self, block: nn.Module, remat: RematPolicy, packed: PackedPatches, angles: Any, collect: bool
+    ):
         def layer(x, params, context):
             return block.apply({"params": params}, x, None, context)[0]  # type: ignore[index]
 
@@ -177,13 +179,15 @@ class _Layers:
     def __call__(self, x: Any, params: Any, kinds: tuple[Kind, ...]) -> tuple[Any, Any]:
         """Runs layers of `kinds` with stacked parameters; returns x and [layers, B, N, D] or None."""
         start, shape = 0, x.shape
-        hidden = [jnp.zeros((0, *shape), x.dtype)]
+        hidden: list[Any] = [jnp.zeros((0, *shape), x.dtype)]
         for kind, count in runs(kinds):
             mine = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], params)
             y = x if kind == "full" else self._fold(x)
 
             def body(y, layer, kind=kind):
-                return self._layer(y, layer, self._contexts[kind]), y.reshape(shape) if self._collect else None
+                return self._layer(y, layer, self._contexts[kind]), y.reshape(
+                    shape
+                ) if self._collect else None
 
             if count == 1:
                 y, states = body(y, jax.tree.map(lambda leaf: leaf[0], mine))

@@ -4,12 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-
-
 from vlm_jax.checkpoints.maps import big_vision as maps
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
-from vlm_jax.decoders.text_tower import TextTower
+from vlm_jax.decoders.text_tower import TextPooling, TextTower
 from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.encoders.trunk import Pooling
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
@@ -71,8 +70,23 @@ TWO_TOWER_DEFAULTS: dict[str, Any] = {
     "temperature_init": 1.0,
     "bias_init": None,
 }
-_POOLING = {"gap": "gap", "map": "map", "tok": "token", "0": "token", "max": "max", "none": "none"}
-_TEXT_POOLING = {"last": "last", "first": "first", "mean": "mean", "gap": "mean", "max": "max", "gmp": "max", "map": "map"}
+_POOLING: dict[str, Pooling] = {
+    "gap": "gap",
+    "map": "map",
+    "tok": "token",
+    "0": "token",
+    "max": "max",
+    "none": "none",
+}
+_TEXT_POOLING: dict[str, TextPooling] = {
+    "last": "last",
+    "first": "first",
+    "mean": "mean",
+    "gap": "mean",
+    "max": "max",
+    "gmp": "max",
+    "map": "map",
+}
 _NAFLEX = "proj.image_text.naflex_vit"
 
 
@@ -133,7 +147,9 @@ def _naflex(
     settings = _settings(config, NAFLEX_DEFAULTS, where)
     grid = settings["nposemb"]
     if not settings["posemb"].startswith("learn_2d"):
-        raise PretrainedError(f"{where}.posemb: expected 'learn_2d' or 'learn_2d(..)', got {settings['posemb']!r}")
+        raise PretrainedError(
+            f"{where}.posemb: expected 'learn_2d' or 'learn_2d(..)', got {settings['posemb']!r}"
+        )
     check_supported(settings, {"patchln_pre": (False,), "patchln_post": (False,)}, where)
     kernel = checkpoint.get(f"{prefix}embedding/kernel")
     pixels = 1 if kernel is None else kernel.shape[0] // 3
@@ -180,7 +196,9 @@ def describe_vit(
 ) -> Description:
     """A ViT under its classification head, or alone where `num_classes` is None or 0."""
     prefix = _prefix(checkpoint)
-    vit, rules = _vit(config.get("model", {}), checkpoint, prefix, "model", dtype=dtype, param_dtype=param_dtype)
+    vit, rules = _vit(
+        config.get("model", {}), checkpoint, prefix, "model", dtype=dtype, param_dtype=param_dtype
+    )
     classes = config.get("num_classes")
     table_key = f"{prefix}pos_embedding"
     if not classes:
@@ -199,7 +217,9 @@ def describe_text(
 ) -> Description:
     """A text tower alone."""
     prefix, dtypes = _prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
-    text, rules = _text(config.get("model", {}), checkpoint, prefix, "model", config.get("num_classes"), dtypes)
+    text, rules = _text(
+        config.get("model", {}), checkpoint, prefix, "model", config.get("num_classes"), dtypes
+    )
     return Description(text, (TEXT_SHAPE,), prefixed(rules, prefix))
 
 
@@ -222,7 +242,9 @@ def describe_two_towers(
         image, rules = _vit(section, checkpoint, f"{prefix}img/", "model.image", **fields)
         image_input = image_shape(image, 3)
         resize = resizer(config, image, path=("image",), table_key=f"{prefix}img/pos_embedding")
-    text, text_rules = _text(settings.get("text", {}), checkpoint, f"{prefix}txt/", "model.text", text_dim, dtypes)
+    text, text_rules = _text(
+        settings.get("text", {}), checkpoint, f"{prefix}txt/", "model.text", text_dim, dtypes
+    )
     log_scale = math.log(settings["temperature_init"])
     return Description(
         TwoTower(image, text, log_scale, settings["bias_init"]),

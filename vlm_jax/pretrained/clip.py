@@ -12,7 +12,14 @@ from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.two_tower import TwoTower
-from vlm_jax.pretrained.family import ACTIVATIONS, Description, check_supported, find_prefix, one_side, with_defaults
+from vlm_jax.pretrained.family import (
+    ACTIVATIONS,
+    Description,
+    check_supported,
+    find_prefix,
+    one_side,
+    with_defaults,
+)
 from vlm_jax.pretrained.tables import resizer
 
 # transformers, models/clip/configuration_clip.py.
@@ -149,7 +156,10 @@ def describe_vision(
     projected = "visual_projection.weight" in checkpoint
     fields = {"dtype": dtype, "param_dtype": param_dtype}
     vision = vision_tower(
-        config, "clip_vision_model", projection_dim=settings["projection_dim"] if projected else None, **fields
+        config,
+        "clip_vision_model",
+        projection_dim=settings["projection_dim"] if projected else None,
+        **fields,
     )
     prefix = find_prefix(checkpoint, "embeddings.class_embedding")
     return Description(
@@ -175,5 +185,8 @@ def describe_text(
         config, "clip_text_model", projection_dim=settings["projection_dim"] if projected else None, **fields
     )
     prefix = find_prefix(checkpoint, "embeddings.token_embedding.weight")
-    rules = (*prefixed(clip_text_rules(), prefix), Rule("text_projection.weight", "projection/kernel", LINEAR))
+    rules = (
+        *prefixed(clip_text_rules(), prefix),
+        Rule("text_projection.weight", "projection/kernel", LINEAR),
+    )
     return Description(text, (TEXT_SHAPE,), rules, IGNORE)

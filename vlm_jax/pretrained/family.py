@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
@@ -15,9 +14,9 @@ class PretrainedError(ValueError):
     """A released config that cannot be turned into a module; the message names the key and the fix."""
 
 
-# (params, side) -> the released config and the parameters at that size, and the released keys whose shapes
-# then are others.
-Resize = Callable[[Any, int], tuple[dict[str, Any], Any, dict[str, jax.ShapeDtypeStruct]]]
+# (params, side) -> the released config and the parameters at that size, and stand-ins for the released
+# tensors whose shapes then are others.
+Resize = Callable[[Any, int], tuple[dict[str, Any], Any, dict[str, SourceTensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,12 @@ class Family(Protocol):
     """
 
     def __call__(
-        self, config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+        self,
+        config: Mapping[str, Any],
+        checkpoint: Mapping[str, SourceTensor],
+        *,
+        dtype: Any,
+        param_dtype: Any,
     ) -> Description: ...
 
 
@@ -64,7 +68,9 @@ def find_prefix(keys: Iterable[str], ending: str) -> str:
     """
     found = sorted({key.removesuffix(ending) for key in keys if key == ending or key.endswith("." + ending)})
     if len(found) > 1:
-        raise PretrainedError(f"expected one tensor named ..{ending}, found it under {', '.join(map(repr, found))}")
+        raise PretrainedError(
+            f"expected one tensor named ..{ending}, found it under {', '.join(map(repr, found))}"
+        )
     return found[0] if found else ""
 
 
@@ -81,7 +87,9 @@ def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where:
     """
     missing = [key for key, value in defaults.items() if value is REQUIRED and key not in config]
     if missing:
-        raise PretrainedError(f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not there")
+        raise PretrainedError(
+            f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not there"
+        )
     return {**defaults, **config}
 
 

@@ -14,7 +14,14 @@ from vlm_jax.encoders.resnet import ModifiedResNet
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.pretrained.clip import TEXT_SHAPE, image_shape
-from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, one_side, with_defaults
+from vlm_jax.pretrained.family import (
+    REQUIRED,
+    Description,
+    PretrainedError,
+    check_supported,
+    one_side,
+    with_defaults,
+)
 from vlm_jax.pretrained.tables import resizer
 
 # open_clip, src/open_clip/model.py, CLIPVisionCfg, CLIPTextCfg and CLIP.
@@ -34,7 +41,12 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "layers": 12,
     "mlp_ratio": 4.0,
 }
-DEFAULTS: dict[str, Any] = {"embed_dim": REQUIRED, "vision_cfg": REQUIRED, "text_cfg": REQUIRED, "quick_gelu": False}
+DEFAULTS: dict[str, Any] = {
+    "embed_dim": REQUIRED,
+    "vision_cfg": REQUIRED,
+    "text_cfg": REQUIRED,
+    "quick_gelu": False,
+}
 _LOG_SCALE = math.log(1 / 0.07)
 _NORM_EPSILON = 1e-5
 # Counters of training, and the sizes that OpenAI's files hold as tensors.
@@ -51,7 +63,9 @@ def _section(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str)
     check_supported(config, neutral, where)
     unknown = [key for key, value in config.items() if value and key not in defaults and key not in neutral]
     if unknown:
-        raise PretrainedError("\n".join(f"{where}.{key}: {config[key]!r} is not computed here" for key in unknown))
+        raise PretrainedError(
+            "\n".join(f"{where}.{key}: {config[key]!r} is not computed here" for key in unknown)
+        )
     return with_defaults(config, defaults, where)
 
 

@@ -10,8 +10,14 @@ import numpy as np
 from vlm_jax.checkpoints.maps.qwen_vit import encoder_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.qwen_vit import QwenViT
-from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, find_prefix
-from vlm_jax.pretrained.family import with_defaults
+from vlm_jax.pretrained.family import (
+    REQUIRED,
+    Description,
+    PretrainedError,
+    check_supported,
+    find_prefix,
+    with_defaults,
+)
 from vlm_jax.processors.patches import pack
 from vlm_jax.types import PackedPatches
 

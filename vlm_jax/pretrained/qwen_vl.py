@@ -52,7 +52,10 @@ def describe(
     """The ViT and the resampler behind it."""
     if "visual" not in config:
         raise PretrainedError("qwen: expected a section `visual`; Qwen without vision is not read here")
-    settings, dtypes = with_defaults(config["visual"], DEFAULTS, "visual"), {"dtype": dtype, "param_dtype": param_dtype}
+    settings, dtypes = (
+        with_defaults(config["visual"], DEFAULTS, "visual"),
+        {"dtype": dtype, "param_dtype": param_dtype},
+    )
     table = checkpoint.get(f"{PREFIX}positional_embedding")
     vit = encoder(settings, _TABLE_ROWS if table is None else table.shape[0], **dtypes)
     width = settings["output_dim"]

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vlm_jax.checkpoints.rules import SourceTensor
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.resize import resize
 from vlm_jax.pretrained.family import Resize
@@ -29,18 +30,20 @@ def resizer(
       table_key: the released key of a table [1, rows, width] that tells the side instead.
     """
 
-    def apply(params: Any, side: int) -> tuple[dict[str, Any], Any, dict[str, jax.ShapeDtypeStruct]]:
+    def apply(params: Any, side: int) -> tuple[dict[str, Any], Any, dict[str, SourceTensor]]:
         changed = dict(config) if size_key is None else _replaced(config, size_key, side)
         if vit.position != "learned" or vit.image_size is None:
             return changed, params, {}
         where = (*path, "positions", "table")
         table = jnp.asarray(_at(params, where))
         square = table.reshape(*vit.grid(*vit.image_size), -1)
-        resized = resize(square, vit.grid(side, side), vit.position_interpolation).reshape(-1, table.shape[-1])
-        shapes = {}
+        resized = resize(square, vit.grid(side, side), vit.position_interpolation).reshape(
+            -1, table.shape[-1]
+        )
+        shapes: dict[str, SourceTensor] = {}
         if table_key is not None:
             shape = (1, len(resized) + vit.class_position, table.shape[-1])
-            shapes[table_key] = jax.ShapeDtypeStruct(shape, table.dtype)
+            shapes[table_key] = np.broadcast_to(np.zeros((), table.dtype), shape)  # takes no memory
         return changed, _replaced(params, where, resized), shapes
 
     return apply

@@ -5,10 +5,18 @@ from typing import Any
 
 from vlm_jax.checkpoints.maps import big_vision as maps
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.encoders.trunk import Pooling
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.pretrained.clip import image_shape
-from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, one_side, square_root, with_defaults
+from vlm_jax.pretrained.family import (
+    REQUIRED,
+    Description,
+    check_supported,
+    one_side,
+    square_root,
+    with_defaults,
+)
 from vlm_jax.pretrained.tables import resizer
 
 # vision_transformer, vit_jax/configs/models.py; `num_classes` stands beside the model's config there.
@@ -21,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "num_classes": None,
     "resnet": None,
 }
-_POOLING = {"token": "token", "gap": "gap", "unpooled": "none", "token_unpooled": "none"}
+_POOLING: dict[str, Pooling] = {"token": "token", "gap": "gap", "unpooled": "none", "token_unpooled": "none"}
 _ROOT_WIDTH = 64
 
 

@@ -11,7 +11,14 @@ from vlm_jax.checkpoints.maps.vit import encoder_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
-from vlm_jax.pretrained.family import ACTIVATIONS, Description, check_supported, find_prefix, one_side, with_defaults
+from vlm_jax.pretrained.family import (
+    ACTIVATIONS,
+    Description,
+    check_supported,
+    find_prefix,
+    one_side,
+    with_defaults,
+)
 from vlm_jax.pretrained.tables import resizer
 
 # transformers, models/vit/configuration_vit.py, ViTConfig.

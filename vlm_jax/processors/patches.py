@@ -38,8 +38,8 @@ def patchify(
     unit = patch_size * merge_size
     if height % unit or width % unit or not height or not width:
         raise ValueError(
-            f"frames of {height}x{width} pixels cannot be cut into blocks of {merge_size}x{merge_size} patches of "
-            f"{patch_size} pixels; resize both sides to a multiple of {unit}"
+            f"frames of {height}x{width} pixels are not made of blocks of {merge_size}x{merge_size} patches "
+            f"of {patch_size} pixels; resize both sides to a multiple of {unit}"
         )
     frames = np.concatenate([frames, np.repeat(frames[-1:], -count % temporal_patch_size, axis=0)])
     grid = (len(frames) // temporal_patch_size, height // patch_size, width // patch_size)
@@ -87,8 +87,8 @@ def pack(
     length = needed if length is None else length
     if length < needed or length % row_length:
         raise ValueError(
-            f"{units * block} patches need {needed} places and are to be packed into {length}; give a multiple "
-            f"of {row_length} that is at least {needed}, or fewer images"
+            f"{units * block} patches need {needed} places and are to be packed into {length}; give a "
+            f"multiple of {row_length} that is at least {needed}, or fewer images"
         )
     # In the processor's order: the place of every patch.
     place = (places[:, None] * block + np.arange(block)).reshape(-1)
@@ -136,15 +136,19 @@ def _checked(num_patches: int, grids: Sequence[Sequence[int]] | np.ndarray, merg
     """The number of blocks, after all that can be wrong with the grids was looked for."""
     table = np.asarray(grids)
     if table.ndim != 2 or table.shape[1] != 3 or not len(table) or table.min() < 1:
-        raise ValueError(f"grids must be rows of (frames, rows, columns), each at least 1, got {table.tolist()}")
+        raise ValueError(
+            f"grids must be rows of (frames, rows, columns), each at least 1, got {table.tolist()}"
+        )
     if odd := [tuple(grid) for grid in table.tolist() if grid[1] % merge_size or grid[2] % merge_size]:
         raise ValueError(
-            f"grids {odd} cannot be merged by {merge_size}x{merge_size}: rows and columns must be multiples of "
-            f"{merge_size}; resize the images to multiples of {merge_size} patches"
+            f"grids {odd} cannot be merged by {merge_size}x{merge_size}: rows and columns must be multiples "
+            f"of {merge_size}; resize the images to multiples of {merge_size} patches"
         )
     expected = int(table.prod(axis=1).sum())
     if num_patches != expected:
-        raise ValueError(f"the grids {table.tolist()} have {expected} patches in all, but {num_patches} were given")
+        raise ValueError(
+            f"the grids {table.tolist()} have {expected} patches in all, but {num_patches} were given"
+        )
     return expected // merge_size**2
 
 
@@ -154,7 +158,7 @@ def _of_patches(
     """(row, column), (rows, columns) and the frame counted from 1, of every patch in order."""
     positions, sizes, segments, count = [], [], [], 0
     for frames, rows, cols in np.asarray(grids).tolist():
-        blocks = np.stack(np.mgrid[:rows, :cols], axis=-1)
+        blocks = np.moveaxis(np.mgrid[:rows, :cols], 0, -1)
         blocks = blocks.reshape(rows // merge_size, merge_size, cols // merge_size, merge_size, 2)
         of_frame = blocks.swapaxes(1, 2).reshape(-1, 2)
         positions.append(np.tile(of_frame, (frames, 1)))

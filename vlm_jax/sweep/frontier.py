@@ -283,9 +283,7 @@ def frontier_figure(results: Sequence[dict[str, Any]], *, controls: frozenset[st
     return figure
 
 
-def _draw_panel(
-    panel: Axes, points: Sequence[FrontierPoint], task: str, axis: str, controls: frozenset[str]
-) -> None:
+def _draw_panel(panel: Axes, points: Sequence[FrontierPoint], task: str, axis: str, controls: frozenset[str]) -> None:
     """Draws one task against one cost."""
     looks, at = styles([point.connector for point in points], controls), drawn_costs(points, axis)
     for name, look in looks.items():

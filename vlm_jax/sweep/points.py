@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from typing import Any
 
 import jax
 from flax import linen as nn

@@ -149,9 +149,7 @@ def find(points: Sequence[FrontierPoint], task: str, controls: frozenset[str]) -
     best = max(candidates, key=lambda point: (mean(point), -point.costs["tokens"], -point.costs["flops"]))
     floor = best.accuracy[task].low
     as_good = [point for point in candidates if mean(point) >= floor]
-    fewest_tokens = min(
-        as_good, key=lambda point: (point.costs["tokens"], -mean(point), point.costs["flops"])
-    )
+    fewest_tokens = min(as_good, key=lambda point: (point.costs["tokens"], -mean(point), point.costs["flops"]))
     fewest_flops = min(as_good, key=lambda point: (point.costs["flops"], -mean(point), point.costs["tokens"]))
     beside = [
         point
@@ -179,9 +177,7 @@ def table_rows(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> list[di
     ]
 
 
-def chart_data(
-    points: Sequence[FrontierPoint], tasks: Sequence[str], controls: frozenset[str]
-) -> dict[str, Any]:
+def chart_data(points: Sequence[FrontierPoint], tasks: Sequence[str], controls: frozenset[str]) -> dict[str, Any]:
     """What the chart's script reads: costs in displayed units, accuracies, fronts as indices of points."""
     drawn = {axis: drawn_costs(points, axis) for axis in AXES}
     return {
@@ -246,9 +242,7 @@ def card(example: Example) -> dict[str, Any]:
         "width": width,
         "picture": picture_url(example.image),
         "reference_boxes": drawn_boxes(example.reference, height, width),
-        "answer_boxes": {
-            label: drawn_boxes(text, height, width) for label, (text, _) in example.answers.items()
-        },
+        "answer_boxes": {label: drawn_boxes(text, height, width) for label, (text, _) in example.answers.items()},
     }
 
 
@@ -272,9 +266,7 @@ def picture_url(image: UInt8[np.ndarray, "height width channels"]) -> str:
     return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
 
 
-def score_examples(
-    points: Iterable[FrontierPoint], examples: Sequence[Example]
-) -> dict[str, tuple[int, int]]:
+def score_examples(points: Iterable[FrontierPoint], examples: Sequence[Example]) -> dict[str, tuple[int, int]]:
     """{label: (examples answered rightly, examples answered)}, in the order of the points."""
     given = dict.fromkeys(label for example in examples for label in example.answers)
     known = [point.label for point in points if point.label in given]

@@ -15,6 +15,7 @@ from vlm_jax.build import build
 from vlm_jax.config import config_hash, parse
 from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.sharding.processes import is_primary
 from vlm_jax.sweep.frontier import draw_frontier
 from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settings
 from vlm_jax.sweep.report import Example, write_report
@@ -77,7 +78,8 @@ class Sweep:
                     results[point.label] = self._run_point(point, starts[point.config.seed], progress)
                     self._write_results(results.values())
         ordered = [results[point.label] for point in self.points]
-        self._report(ordered)
+        if is_primary():
+            self._report(ordered)
         self._console.print(results_table(ordered))
         for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
             self._console.print(f"{self.workdir / name}", soft_wrap=True)
@@ -99,9 +101,7 @@ class Sweep:
             return None
         config = shared_config(self._config.base, seed, self._settings.shared)
         name = f"shared_{seed}"
-        Trainer(
-            config, build(config), self._mesh, self.workdir / name, progress=progress.report("shared stages")
-        ).run()
+        Trainer(config, build(config), self._mesh, self.workdir / name, progress=progress.report("shared stages")).run()
         return self.workdir / name / "checkpoints"
 
     def _folder(self, point: Point) -> epath.Path:
@@ -117,7 +117,8 @@ class Sweep:
         samples = point.system.open_source().evaluation(point.config.seed)
         answers = answer_all(point.system, outcome.params, samples, evaluation.batch_size)
         lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
-        write_whole(self._folder(point) / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+        if is_primary():
+            write_whole(self._folder(point) / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
         return self._result(point, outcome, accuracy(answers))
 
     def _result(self, point: Point, outcome: Outcome, table: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +142,8 @@ class Sweep:
         return shlex.join([*words, f"--only={point.label}", f"--workdir=workdir/{point.label}"])
 
     def _write_results(self, results: Iterable[dict[str, Any]]) -> None:
-        write_whole(self.workdir / RESULTS_FILE, "".join(json.dumps(line) + "\n" for line in results))
+        if is_primary():
+            write_whole(self.workdir / RESULTS_FILE, "".join(json.dumps(line) + "\n" for line in results))
 
     def _check_results(self, results: dict[str, dict[str, Any]]) -> None:
         """Finished points were made by the configs that they would have today."""

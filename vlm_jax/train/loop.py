@@ -17,6 +17,7 @@ from vlm_jax.build import System
 from vlm_jax.checkpoints.orbax import RunCheckpoints, read_parts
 from vlm_jax.config import ConfigError, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
+from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 from vlm_jax.train.input import stage_batches
 from vlm_jax.train.objectives import OBJECTIVES
@@ -139,6 +140,7 @@ class Trainer:
             span, position = span_at(self._spans, span.stop), {}
             state = self._enter(span, state)
             checkpoints.save(span.start, state, position)
+        wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
         return Outcome(state.params, statistics.median(seconds), peak_bytes(compiled))
@@ -167,14 +169,19 @@ class Trainer:
             step += 1
             pending.append((step, metrics))
             last = step == span.stop
-            due = step % self._settings.save_every == 0 or self._stop
-            if last or due or step % self._settings.log_every == 0:
+            logs = last or step % self._settings.log_every == 0 or step % self._settings.save_every == 0
+            if jax.process_count() == 1:
+                stops = self._stop
+            else:  # processes agree where they log, so that none waits for the others at every step
+                stops = logs and any_process(self._stop)
+            due = step % self._settings.save_every == 0 or stops
+            if logs or due:
                 jax.block_until_ready(metrics)
                 self._flush(pending, stage.label, (time.perf_counter() - since) / len(pending), log)
                 pending, since = [], time.perf_counter()
-            if due and not last or (last and span is self._spans[-1]):
+            if (due and not last) or (last and span is self._spans[-1]):
                 checkpoints.save(step, state, iterator.get_state())
-                if self._stop and step < self.num_steps:
+                if stops and step < self.num_steps:
                     checkpoints.wait()
                     raise Interrupted(f"stopped by SIGTERM and saved at step {step} of {self.num_steps}")
                 since = time.perf_counter()
@@ -237,7 +244,9 @@ class Trainer:
         for span in self._spans:
             stage, path = span.stage, f"config.stages.{span.stage.label}"
             if stage.objective not in OBJECTIVES:
-                raise ConfigError(f"{path}.objective: none '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}")
+                raise ConfigError(
+                    f"{path}.objective: none '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}"
+                )
             if stage.stream not in self.system.source.streams:
                 streams = self.system.source.streams
                 raise ConfigError(f"{path}.stream: none '{stage.stream}'{did_you_mean(stage.stream, streams)}")

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from vlm_jax.config import ConfigError, differences, plain
+from vlm_jax.sharding.processes import is_primary
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 
@@ -19,11 +20,13 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def claim(workdir: epath.Path, config: Any) -> None:
-    """Makes the folder for a config, or checks that the same config made it.
+    """Makes the folder for a config, or checks that the same config made it; the primary process does.
 
     Raises:
       ConfigError: another config made the folder; the message lists what differs.
     """
+    if not is_primary():
+        return
     path = workdir / CONFIG_FILE
     ours = plain(config)
     if path.exists():
@@ -51,6 +54,8 @@ class MetricsLog:
 
     def __init__(self, workdir: epath.Path, step: int):
         self._path = workdir / METRICS_FILE
+        if not is_primary():
+            return
         lines = [line for line in read_lines(self._path) if line["step"] <= step]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -59,7 +64,9 @@ class MetricsLog:
         return read_lines(self._path)
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Adds whole lines at the end."""
+        """Adds whole lines at the end; the primary process does."""
+        if not is_primary():
+            return
         with self._path.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -37,7 +37,9 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> Outputs:
         found["img_encoded"] = found["img_encoded"][:, :real]
         found |= _tables(inputs, wanted)
     first = {name: int(entry["shape"][0]) for name, entry in wanted.items() if entry["shape"]}
-    return {name: np.asarray(found[name])[: first.get(name)] if name in first else found[name] for name in wanted}
+    return {
+        name: np.asarray(found[name])[: first.get(name)] if name in first else found[name] for name in wanted
+    }
 
 
 def _packed(inputs: dict[str, np.ndarray]) -> PackedPatches:

@@ -21,7 +21,9 @@ from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.pretrained.ovis import NAVIT_DEFAULTS
 from vlm_jax.processors.patches import pack, window_of_blocks
 
-VOCABULARY = "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
+VOCABULARY = (
+    "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
+)
 PROCESSOR = "Ovis 2.5's image processor, not part of the tower, which is given these patches"
 SYSTEM = "the whole system: needs the visual vocabulary and the language model"
 NOT_COMPARED = {
@@ -29,7 +31,7 @@ NOT_COMPARED = {
     r"mm\d*\.grid_thws": PROCESSOR,
     r"vt\.(head_linear|head_logits|tokens)": VOCABULARY,
     r"vte\..*": VOCABULARY,
-    r"(text|chat|sft|batch)\..*": "language model, chat template and labels: no vision in it, or all of the system",
+    r"(text|chat|sft|batch)\..*": "language model and chat template: no array of the tower",
     r"mm\d*\.(?!grid_thws).*": SYSTEM,
     r"video\.(input_ids|logits|generated)": SYSTEM,
     r"grad\..*": "gradients of the language model's loss: " + SYSTEM,
@@ -61,11 +63,17 @@ class Tower:
 
 def _embeddings(tower: Tower) -> dict[str, np.ndarray]:
     """The parts of the embeddings, each by the layer that makes it."""
-    module, params, packed = tower.model.module, tower.model.params, jax.tree.map(jnp.asarray, tower.packed(None))
+    module, params, packed = (
+        tower.model.module,
+        tower.model.params,
+        jax.tree.map(jnp.asarray, tower.packed(None)),
+    )
     embed = Dense(module.width, ("patch", "embed"))
     found = {
         "vit.patch_embed": embed.apply({"params": params["patch_embed"]}, packed.patches),
-        "vit.rope_angles": rope_2d_angles(packed.positions, module.width // module.num_heads, module.rope_theta),
+        "vit.rope_angles": rope_2d_angles(
+            packed.positions, module.width // module.num_heads, module.rope_theta
+        ),
     }
     if module.table_side is not None:
         table = ResampledPositions(module.table_side, module.width)
@@ -89,13 +97,19 @@ def _windows(tower: Tower, config: dict) -> dict[str, np.ndarray]:
 def _normed(model, x) -> np.ndarray:
     """The last norm, which the tower has no use for."""
     name = "visual_tokenizer.vit.vision_model.post_layernorm"
-    params = {ours: model.checkpoint[f"{name}.{theirs}"][...] for ours, theirs in (("scale", "weight"), ("bias", "bias"))}
+    params = {
+        ours: model.checkpoint[f"{name}.{theirs}"][...]
+        for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+    }
     return Norm("layer", model.module.norm_epsilon).apply({"params": params}, x)
 
 
 def _vocabulary_tokens(model, features, num_rows: int) -> np.ndarray:
     """Linear layer, LayerNorm, softmax, and zeros for the indicators, from the tensors carried along."""
-    head = {name: model.checkpoint[f"visual_tokenizer.head.{name}"][...] for name in ("0.weight", "1.weight", "1.bias")}
+    head = {
+        name: model.checkpoint[f"visual_tokenizer.head.{name}"][...]
+        for name in ("0.weight", "1.weight", "1.bias")
+    }
     x = features @ head["0.weight"].T
     x = x - x.mean(-1, keepdims=True)
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * head["1.weight"][None] + head["1.bias"][None]
@@ -110,12 +124,19 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     model = vlm_jax.from_pretrained(folder)
     tower = Tower(model, expected["vit.pixel_values"], expected["vit.grid_thws"])
     features, hidden = tower.encode()
-    found = {**_embeddings(tower), **_windows(tower, config), "vt.features": features, "vit.embeddings": hidden[0]}
+    found = {
+        **_embeddings(tower),
+        **_windows(tower, config),
+        "vt.features": features,
+        "vit.embeddings": hidden[0],
+    }
     found |= {f"vit.layer.{i}": state for i, state in enumerate(hidden[1:])}
     found["vit.last_hidden_state"] = _normed(model, hidden[-1])
     for name in VARIANTS.keys() & expected.keys():
         found[name] = tower.encode(**VARIANTS[name])[1][-1]
     if "video.tokens" in expected:
         video = Tower(model, expected["video.pixel_values"], expected["video.grid_thws"])
-        found["video.tokens"] = _vocabulary_tokens(model, video.encode()[0], expected["video.tokens"].shape[-1])
+        found["video.tokens"] = _vocabulary_tokens(
+            model, video.encode()[0], expected["video.tokens"].shape[-1]
+        )
     return {name: np.asarray(array) for name, array in found.items() if name in expected}

@@ -1,4 +1,4 @@
-"""vision_transformer (vit_jax): ViTs, their hybrids, position tables at other sizes, and figure 7 of the paper."""
+"""vision_transformer (vit_jax): ViTs, hybrids, position tables at other sizes, figure 7 of the paper."""
 
 import json
 import re
@@ -60,13 +60,16 @@ def _stem(encoder: nn.Module, params: Any, images: jax.Array) -> Outputs:
 
     @jax.jit
     def run(params, images):
-        return encoder.apply({"params": params}, images, mutable=["intermediates"], capture_intermediates=True)[1]
+        return encoder.apply(
+            {"params": params}, images, mutable=["intermediates"], capture_intermediates=True
+        )[1]
 
     sown = run(params, images[:1])["intermediates"]
     maps = {name: value["__call__"][0] for name, value in sown["stem"].items() if name != "__call__"}
     grid = encoder.grid(*images.shape[1:3])
     stages = {
-        f"block{stage}": maps[f"stage{stage}_unit{count}"] for stage, count in enumerate(encoder.stem_layers, 1)
+        f"block{stage}": maps[f"stage{stage}_unit{count}"]
+        for stage, count in enumerate(encoder.stem_layers, 1)
     }
     return {
         "conv_root": maps["conv_root"][:, ::2, ::2],

@@ -44,7 +44,10 @@ def _attention(source: str, target: str, sizes: Sizes, scanned: bool) -> tuple[R
         op: Op = Reshape(shape, flat)
         return Rule(f"{source}/{name}", f"{target}/{name}", Each(op) if scanned else op)
 
-    rules = [rule("out/kernel", (*split, width), (width, width)), Rule(f"{source}/out/bias", f"{target}/out/bias")]
+    rules = [
+        rule("out/kernel", (*split, width), (width, width)),
+        Rule(f"{source}/out/bias", f"{target}/out/bias"),
+    ]
     for name in ("query", "key", "value"):
         rules += [
             rule(f"{name}/kernel", (width, *split), (width, width)),

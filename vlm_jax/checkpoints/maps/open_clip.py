@@ -51,7 +51,10 @@ def resnet_rules() -> tuple[Rule, ...]:
         rules += [*conv(f"conv{i}", f"stem_conv{i}"), *_batch_norm(f"bn{i}", f"stem_norm{i}")]
     block, target = "layer{stage}.{block}", "stage{stage}_block{block}"
     for i in (1, 2, 3):
-        rules += [*conv(f"{block}.conv{i}", f"{target}/conv{i}"), *_batch_norm(f"{block}.bn{i}", f"{target}/norm{i}")]
+        rules += [
+            *conv(f"{block}.conv{i}", f"{target}/conv{i}"),
+            *_batch_norm(f"{block}.bn{i}", f"{target}/norm{i}"),
+        ]
     names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "c_proj": "out"}
     for theirs, ours in names.items():
         rules += linear(f"attnpool.{theirs}", f"head/attention/{ours}")

@@ -1,0 +1,47 @@
+"""LLaVA's configs: its tower by name, the selected layer, several scales, and what is refused."""
+
+import jax.numpy as jnp
+import pytest
+
+from vlm_jax.pretrained import llava
+from vlm_jax.pretrained.family import PretrainedError
+
+DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
+LLAVA = {
+    "model_type": "llava_llama",
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_vision_select_layer": -2,
+}
+
+
+def test_llava_selects_a_layer_and_says_which_tensors_it_leaves_out():
+    description = llava.describe(LLAVA, {}, **DTYPES)
+    module = description.module
+    assert module.num_blocks == 23 and module.grid(336, 336) == (24, 24) and not module.keep_class_token
+    left = [pattern for pattern in description.ignore if "encoder" in pattern]
+    assert len(left) == 1 and r"layers\.23\." in left[0]
+    whole = llava.describe(
+        {**LLAVA, "mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}, {}, **DTYPES
+    )
+    assert whole.module.num_blocks == 24 and whole.module.keep_class_token
+    assert not any("encoder" in pattern for pattern in whole.ignore)
+
+
+def test_llava_at_several_scales_splits_by_the_smallest():
+    module = llava.describe({**LLAVA, "s2": True, "s2_scales": "1008,336,672"}, {}, **DTYPES).module
+    assert module.image_sizes == ((336, 336), (672, 672), (1008, 1008)) and module.max_split_size == 336
+    assert module.splits(1008, 1008) == ((1, 1), (2, 2), (3, 3)) and module.grid(1008, 1008) == (24, 24)
+    assert module.features == 3 * 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mm_vision_tower": "openai/clip-vit-large-patch14-335"}, "no settings here.*patch14-336"),
+        ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature: expected 'patch' or 'cls_patch'"),
+        ({"s2": True, "s2_scales": "336;672"}, "s2_scales: expected sides in pixels"),
+    ],
+)
+def test_what_llava_cannot_be_is_refused(change, message):
+    with pytest.raises(PretrainedError, match=message):
+        llava.describe({**LLAVA, **change}, {}, **DTYPES)

@@ -1,0 +1,121 @@
+"""Real sizes by shape alone: no parameter is made.
+
+The numbers are those of the releases; `tests/parity` counts the models of transformers beside them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs.presets import vision_encoders
+from vlm_jax.config import parse
+from vlm_jax.encoders import ENCODERS
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.loader import choose_family
+
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+_CLIP_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+
+# Released configs, as sparse as the files are, and the published numbers of parameters.
+RELEASES = {
+    "ViT-L/16 with 1000 classes": (
+        {
+            "model_name": "ViT-L_16",
+            "patches": {"size": [16, 16]},
+            "hidden_size": 1024,
+            "transformer": {"mlp_dim": 4096, "num_heads": 16, "num_layers": 24},
+            "classifier": "token",
+            "num_classes": 1000,
+        },
+        {"Transformer/posembed_input/pos_embedding": (1, 197, 1024)},
+        304_326_632,
+    ),
+    "CLIP ViT-L/14 at 336": (
+        {
+            "model_type": "clip",
+            "projection_dim": 768,
+            "vision_config": {**_LARGE, "image_size": 336, "patch_size": 14},
+            "text_config": _CLIP_TEXT,
+        },
+        {},
+        427_944_193,
+    ),
+    "CLIP ViT-L/14 at 336, of open_clip": (
+        {
+            "embed_dim": 768,
+            "quick_gelu": True,
+            "vision_cfg": {"image_size": 336, "layers": 24, "width": 1024, "patch_size": 14},
+            "text_cfg": {"width": 768, "heads": 12, "layers": 12},
+        },
+        {},
+        427_944_193,
+    ),
+    "CLIP RN50": (
+        {
+            "embed_dim": 1024,
+            "quick_gelu": True,
+            "vision_cfg": {"image_size": 224, "layers": [3, 4, 6, 3], "width": 64},
+            "text_cfg": {"width": 512, "heads": 8, "layers": 12},
+        },
+        {},
+        # open_clip counts 102,007,137 parameters; the running statistics are tensors beside them.
+        102_007_137 + 2 * 26_624,
+    ),
+    "SigLIP so400m/14 at 384": (
+        {
+            "model_type": "siglip",
+            "vision_config": {**_SO400M, "image_size": 384, "patch_size": 14},
+            "text_config": _SO400M,
+        },
+        {},
+        877_960_498,
+    ),
+    "SigLIP so400m/14 at 384, of big_vision": (
+        {
+            "model_name": "proj.image_text.two_towers",
+            "model": {
+                "image": {"variant": "So400m/14", "pool_type": "map"},
+                "text": {"variant": "So400m", "vocab_size": 32_000},
+                "out_dim": [None, 1152],
+                "temperature_init": 10.0,
+                "bias_init": -10.0,
+            },
+        },
+        {"params/img/pos_embedding": (1, 729, 1152), "params/txt/pos_embedding": (1, 64, 1152)},
+        877_960_498,
+    ),
+}
+
+
+def count(module, *inputs):
+    boxed = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x), *inputs)
+    return sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(boxed)))
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_parameters_of_releases(name):
+    config, tables, published = RELEASES[name]
+    tables = {key: np.broadcast_to(np.zeros((), np.float32), shape) for key, shape in tables.items()}
+    family = choose_family(config, FAMILIES)
+    description = family(config, tables, dtype=jnp.float32, param_dtype=jnp.float32)
+    assert count(description.module, *description.inputs) == published
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("vit_l16_224", 303_301_632),
+        ("clip_vit_l14_336", 303_507_456),
+        ("siglip_so400m_14_384", 428_225_600),
+        ("siglip2_g_opt_16_384", 1_163_659_776),
+    ],
+)
+def test_parameters_of_encoder_presets(preset, published):
+    config = getattr(vision_encoders, preset)()
+    section = {key: value for key, value in config.encoder.items() if key != "kind"}
+    size = config.processor.image_size
+    encoder = parse(ENCODERS[config.encoder.kind], section, "config.encoder", image_size=size)
+    assert count(encoder, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)) == published

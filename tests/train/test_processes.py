@@ -1,0 +1,69 @@
+"""Two real processes of four devices each, against one process of eight."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+
+from tests.faults.conftest import wait_for_step
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MESH = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(workdir, cache, devices: int, count: int = 1, index: int = 0, port: int = 0) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    words = [sys.executable, "-m", "vlm_jax.cli.train", "--config=tests/train/two_processes.py", *MESH]
+    words += [f"--workdir={workdir}", f"--compilation_cache={cache}"]
+    if count > 1:
+        words += ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
+        words += [f"--num_processes={count}", f"--process_id={index}"]
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+
+
+def losses(workdir) -> list[float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(tmp_path):
+    finish([start(tmp_path / "one", "", 8)])
+    port = free_port()
+    pair = [start(tmp_path / "two", "", 4, 2, index, port) for index in range(2)]
+    wait_for_step(tmp_path / "two", 6, pair[0])
+    pair[1].send_signal(signal.SIGTERM)  # one of them is asked; both must save
+    finish(pair)
+    stopped = len(losses(tmp_path / "two"))
+    assert 6 <= stopped < 44
+
+    port = free_port()
+    finish([start(tmp_path / "two", "", 4, 2, index, port) for index in range(2)])
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 44
+    np.testing.assert_allclose(two, one, atol=1e-4)
+    tables = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
+    assert [set(table) for table in tables] == [{"read", "transcribe", "count", "locate"}] * 2

@@ -1,0 +1,102 @@
+"""DeepSeek-VL's vision side as transformers stores it: SigLIP, or SAM and SigLIP together."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.checkpoints.maps.clip import siglip_vision_rules
+from vlm_jax.checkpoints.maps.sam import HUGGING_FACE, encoder_rules, neck_rules
+from vlm_jax.checkpoints.maps.torch_layers import conv
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.encoders.hybrid import Hybrid
+from vlm_jax.encoders.sam import SAM
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.pretrained.family import REQUIRED, Description, find_prefix, with_defaults
+from vlm_jax.pretrained.sam import VISION_DEFAULTS, stacks, vision_encoder
+from vlm_jax.pretrained.siglip import vision_tower
+
+# The config leaves these to the processor; they are those of the released 7B model.
+HIGH_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+LOW_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NOT_VISION = (r"(.*\.)?language_model\..*", r"(.*\.)?aligner\..*", r"lm_head\..*")
+UNUSED = (r"(.*\.)?vision_model\.(vision_model\.)?head\..*",)  # the attention pooling of SigLIP
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """`DeepseekVLModel`'s SigLIP; projector and language model are carried along."""
+    settings = with_defaults(config, {"vision_config": REQUIRED}, "deepseek_vl")
+    module = _siglip(settings["vision_config"], "deepseek_vl", {"dtype": dtype, "param_dtype": param_dtype})
+    pixels = jax.ShapeDtypeStruct((1, *_size(module), 3), jnp.float32)
+    return Description(module, (pixels,), _siglip_rules(module, checkpoint), (*NOT_VISION, *UNUSED))
+
+
+def describe_hybrid(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """`DeepseekVLHybridModel`'s two towers, on images on [0, 1]; the rest is carried along."""
+    where, dtypes = "deepseek_vl_hybrid", {"dtype": dtype, "param_dtype": param_dtype}
+    required = {"vision_config": REQUIRED, "high_res_vision_config": REQUIRED}
+    settings = with_defaults(config, required, where)
+    low = _siglip(settings["vision_config"], where, dtypes)
+    section = settings["high_res_vision_config"]
+    neck_dim = with_defaults(section, VISION_DEFAULTS, f"{where}.high_res_vision_config")["output_channels"]
+    rows, cols = low.grid(*_size(low))
+    high = vision_encoder(
+        section,
+        f"{where}.high_res_vision_config",
+        downsample_dims=(2 * neck_dim, 4 * neck_dim),
+        downsample_from=(4 * rows, 4 * cols),
+        high_res_branch=True,
+        **dtypes,
+    )
+    module = Hybrid(high, low, min(_size(low)), "tuple", HIGH_STATISTICS, LOW_STATISTICS)
+    rules = (
+        *prefixed(_sam_rules(high, checkpoint), target="high/"),
+        *prefixed(_siglip_rules(low, checkpoint), target="low/"),
+    )
+    pixels = jax.ShapeDtypeStruct((1, *high.image_size, 3), jnp.float32)
+    return Description(module, (pixels,), rules, (*NOT_VISION, *UNUSED))
+
+
+def _siglip(section: Mapping[str, Any], where: str, dtypes: dict[str, Any]) -> ViT:
+    return vision_tower(section, f"{where}.vision_config", pooling="none", **dtypes)
+
+
+def _siglip_rules(module: ViT, checkpoint: Mapping[str, SourceTensor]) -> tuple[Rule, ...]:
+    prefix = find_prefix(checkpoint, "embeddings.patch_embedding.weight")
+    return prefixed(siglip_vision_rules(module.width), source=prefix)
+
+
+def _sam_rules(module: SAM, checkpoint: Mapping[str, SourceTensor]) -> tuple[Rule, ...]:
+    whole = find_prefix(checkpoint, "high_res_vision_alpha")
+    neck = ("conv1", "layer_norm1", "conv2", "layer_norm2")
+    branch = (
+        *neck_rules(
+            tuple(f"high_res_vision_neck.{name}" for name in neck),  # type: ignore[arg-type]
+            "high_res_neck",
+            module.width,
+            module.neck_dim,
+        ),
+        *conv("high_res_vision_proj.conv1", "downsample_0"),
+        *conv("high_res_vision_proj.conv2", "downsample_1"),
+        Rule("high_res_vision_alpha", "high_res_scale"),
+    )
+    encoder = encoder_rules(
+        HUGGING_FACE,
+        grid=module.patch_grid(*module.image_size),
+        width=module.width,
+        neck_dim=module.neck_dim,
+        runs=stacks(module),
+        qkv_bias=module.qkv_bias,
+    )
+    prefix = find_prefix(checkpoint, "patch_embed.projection.weight")
+    return (*prefixed(encoder, source=prefix), *prefixed(branch, source=whole))
+
+
+def _size(module: ViT) -> tuple[int, int]:
+    assert module.image_size is not None  # a SigLIP config always tells
+    return module.image_size
