@@ -58,7 +58,7 @@ def struct(cls: type[Class]) -> type[Class]:
             (jax.tree_util.GetAttrKey(name), child) for name, child in zip(leaves, children, strict=True)
         ), structure
 
-    def unflatten(structure: tuple, children: tuple) -> Any:
+    def unflatten(structure: Any, children: Any) -> Any:
         value = object.__new__(made)
         for name, child in zip(leaves + static, (*children, *structure), strict=True):
             object.__setattr__(value, name, child)

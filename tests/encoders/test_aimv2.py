@@ -20,9 +20,7 @@ def params():
 
 
 def encode(**fields):
-    return jax.jit(functools.partial(ENCODER.clone(**fields).apply, collect=True))(
-        params(), jnp.asarray(IMAGES)
-    )
+    return jax.jit(functools.partial(ENCODER.clone(**fields).apply, collect=True))(params(), jnp.asarray(IMAGES))
 
 
 @pytest.mark.parametrize(("grid", "stride"), [((5, 5), 2), ((4, 6), 2), ((3, 4), 3), ((2, 3), 1)])

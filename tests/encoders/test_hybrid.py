@@ -61,9 +61,7 @@ def test_each_encoder_has_its_own_statistics():
     high, low = ((0.5, 0.25, 0.1), (0.5, 0.2, 0.3)), ((0.1, 0.2, 0.3), (2.0, 1.0, 0.5))
     module = Hybrid(Pixels(4), Pixels(2), 4, "tuple", high_statistics=high, low_statistics=low)
     for out, plain, (mean, std) in zip(module.apply({}, IMAGES), (HIGH, LOW), (high, low), strict=True):
-        np.testing.assert_allclose(
-            out.tokens, (np.asarray(plain) - np.array(mean)) / np.array(std), atol=1e-5
-        )
+        np.testing.assert_allclose(out.tokens, (np.asarray(plain) - np.array(mean)) / np.array(std), atol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "expected"), [((8, 12), (4, 6)), ((15, 10), (6, 4)), ((7, 16), (4, 9))])

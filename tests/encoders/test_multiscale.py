@@ -68,12 +68,10 @@ def test_area_pooling_of_the_larger_scale_keeps_its_places():
     x = images()
     out = MultiScale(Means(), scales=(1, 1)).apply({}, x).tokens
     np.testing.assert_array_equal(out[..., :3], out[..., 3:])
-    # 16x16 pixels in pieces of 4: the pooled features are means of 4x4 pixels of the enlarged image.
-    large = MultiScale(Means(), scales=(), image_sizes=((16, 16),), max_split_size=4)
-    small = (
-        MultiScale(Means(), scales=(), image_sizes=((8, 8), (16, 16)), max_split_size=4).apply({}, x).tokens
-    )
-    pooled = large.apply({}, x).tokens.reshape(2, 4, 2, 4, 2, 3).mean((2, 4)).reshape(2, 16, 3)
+    # 24x24 pixels in pieces of 4: the pooled features are means of 6x6 pixels of the enlarged image.
+    large = MultiScale(Means(), scales=(), image_sizes=((24, 24),), max_split_size=4)
+    small = MultiScale(Means(), scales=(), image_sizes=((8, 8), (24, 24)), max_split_size=4).apply({}, x).tokens
+    pooled = large.apply({}, x).tokens.reshape(2, 4, 3, 4, 3, 3).mean((2, 4)).reshape(2, 16, 3)
     np.testing.assert_allclose(small[..., 3:], pooled, atol=1e-6)
 
 

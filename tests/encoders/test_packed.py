@@ -64,15 +64,11 @@ def test_features_come_in_the_processors_order_with_their_mask(kind):
     start = 0
     for grid in [(1, 6, 4), (1, 4, 10), (1, 4, 10)]:  # a video's frames are images of their own
         stop = start + grid[1] * grid[2]
-        alone = pack(
-            patches[start:stop], [grid], merge_size=block_of(encoder), window=encoder.window, length=192
-        )
+        alone = pack(patches[start:stop], [grid], merge_size=block_of(encoder), window=encoder.window, length=192)
         features = encode(kind)(params_of(kind), alone)
         expected = together.tokens[0, start // group : stop // group]
         np.testing.assert_allclose(features.tokens[0, : len(expected)], expected, atol=1e-4)
-        np.testing.assert_allclose(
-            features.hidden[:, 0, : stop - start], together.hidden[:, 0, start:stop], atol=1e-4
-        )
+        np.testing.assert_allclose(features.hidden[:, 0, : stop - start], together.hidden[:, 0, start:stop], atol=1e-4)
         start = stop
 
 
@@ -82,10 +78,7 @@ def test_the_grid_is_known_before_init(kind):
     rows, cols = encoder.grid(12, 20)
     packed = packed_for(encoder, [(1, 6, 10)])
     features = jax.eval_shape(encoder.apply, params_of(kind), packed)
-    assert (
-        int(np.sum(packed.segment_ids > 0)) // (packed.segment_ids.size // features.tokens.shape[1])
-        == rows * cols
-    )
+    assert int(np.sum(packed.segment_ids > 0)) // (packed.segment_ids.size // features.tokens.shape[1]) == rows * cols
     for size in ((12, 18), (6, 20), (0, 4)):
         with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels .* multiple of 4"):
             encoder.grid(*size)
@@ -94,9 +87,7 @@ def test_the_grid_is_known_before_init(kind):
 @every_kind
 def test_a_batch_holds_several_sequences(kind):
     encoder = KINDS[kind]
-    parts = [
-        packed_for(encoder, [grid], seed=seed, length=64) for seed, grid in enumerate([(1, 4, 6), (1, 8, 4)])
-    ]
+    parts = [packed_for(encoder, [grid], seed=seed, length=64) for seed, grid in enumerate([(1, 4, 6), (1, 8, 4)])]
     batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     tokens = encode(kind)(params_of(kind), batch).tokens
     for i, part in enumerate(parts):

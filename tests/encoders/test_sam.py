@@ -17,6 +17,7 @@ from vlm_jax.encoders.sam import (
     partition_windows,
     relative_positions,
 )
+from vlm_jax.layers.resize import interpolation_weights
 from vlm_jax.planner.flops import count_flops
 
 TINY = SAM(
@@ -54,9 +55,7 @@ def encode(**fields):
 
 def test_the_base_encoder_has_the_published_number_of_parameters():
     module = SAM((1024, 1024), 16, 768, 12, 12, 3072, 256, (2, 5, 8, 11))
-    shapes = jax.eval_shape(
-        module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1024, 1024, 3), jnp.float32)
-    )
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1024, 1024, 3), jnp.float32))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 89_670_912
     assert module.grid(1024, 1024) == (64, 64) and module.features == 256
 
@@ -94,9 +93,7 @@ def test_a_table_of_distances_is_read_at_query_minus_key():
     # Half as many keys: each stands for two places, and the last is at no distance from query 2.
     np.testing.assert_array_equal(relative_positions(table, 4, 2)[:, 1, 0], [0, 1, 2, 3])
     # A linear table stays linear where it is interpolated, away from the clamped ends.
-    np.testing.assert_allclose(
-        relative_positions(table, 7, 7)[3, 1:6, 0], 3 + np.arange(2, -3, -1) * 7 / 13, atol=1e-5
-    )
+    np.testing.assert_allclose(relative_positions(table, 7, 7)[3, 1:6, 0], 3 + np.arange(2, -3, -1) * 7 / 13, atol=1e-5)
 
 
 def test_relative_attention_is_the_softmax_of_its_formula():
@@ -116,9 +113,7 @@ def test_relative_attention_is_the_softmax_of_its_formula():
         logits = np.array(
             [
                 [
-                    q @ key[b, i, j, h] / 2
-                    + q @ p["row_distances"][r - i + 2]
-                    + q @ p["column_distances"][c - j + 3]
+                    q @ key[b, i, j, h] / 2 + q @ p["row_distances"][r - i + 2] + q @ p["column_distances"][c - j + 3]
                     for j in range(4)
                 ]
                 for i in range(3)
@@ -171,6 +166,16 @@ def test_down_sampling_sets_the_grid_whatever_the_image():
         assert features.tokens.shape == (2, 9, 7) and TINY.features == 7
 
 
+def test_the_neck_is_resized_bilinearly_and_without_antialias():
+    fields = {"downsample_dims": (), "high_res_branch": False}
+    neck = encode(downsample_from=None, **fields)(pixels(20, 24))
+    assert neck.grid == (5, 6)
+    rows, cols = interpolation_weights(5, 2, "bilinear"), interpolation_weights(6, 3, "bilinear")
+    expected = np.einsum("bijd,ri,cj->brcd", neck.tokens.reshape(2, 5, 6, 6), rows, cols)
+    found = encode(downsample_from=(2, 3), **fields)(pixels(20, 24))
+    np.testing.assert_allclose(found.tokens, expected.reshape(2, 6, 6), atol=1e-5)
+
+
 def test_the_high_resolution_branch_is_what_its_scale_adds():
     images = pixels(20, 24)
     both, alone = encode()(images).tokens, encode(high_res_branch=False)(images).tokens
@@ -200,9 +205,7 @@ def test_remat_and_unrolling_change_no_gradient(fields):
     def gradient(module):
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(module.apply(p, images).tokens))))(params())
 
-    for plain, other in zip(
-        *map(jax.tree.leaves, (gradient(TINY), gradient(TINY.clone(**fields)))), strict=True
-    ):
+    for plain, other in zip(*map(jax.tree.leaves, (gradient(TINY), gradient(TINY.clone(**fields)))), strict=True):
         np.testing.assert_allclose(plain, other, atol=1e-4)
 
 

@@ -20,10 +20,7 @@ def test_products_depend_on_the_difference_of_places_alone():
 
     def product(query_place, key_place):
         places = (jnp.array([[place]]) for place in (query_place, key_place))
-        turned = [
-            rotate(x, rope_2d_angles(place, 16, 10_000.0))
-            for x, place in zip((query, key), places, strict=True)
-        ]
+        turned = [rotate(x, rope_2d_angles(place, 16, 10_000.0)) for x, place in zip((query, key), places, strict=True)]
         return float(jnp.sum(turned[0] * turned[1]))
 
     query, key = jnp.asarray(query), jnp.asarray(key)

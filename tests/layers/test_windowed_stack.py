@@ -37,9 +37,7 @@ def initialised(stack, packed):
     variables = nn.meta.unbox(jax.eval_shape(stack.init, jax.random.key(0), packed.patches, packed))
     leaves, structure = jax.tree.flatten(variables)
     random = np.random.default_rng(1)
-    return jax.tree.unflatten(
-        structure, [random.normal(size=x.shape).astype(np.float32) * 0.3 for x in leaves]
-    )
+    return jax.tree.unflatten(structure, [random.normal(size=x.shape).astype(np.float32) * 0.3 for x in leaves])
 
 
 def unrolled(params, packed, depth, full):
@@ -83,9 +81,7 @@ def test_equals_layers_with_masks(depth, full):
     packed = packed_patches()
     stack = WindowedStack(depth, BLOCK, full_layers=full)
     params = initialised(stack, packed)
-    out, hidden = jax.jit(lambda p, x: stack.apply(p, x.patches, x, angles_of(x), collect=True))(
-        params, packed
-    )
+    out, hidden = jax.jit(lambda p, x: stack.apply(p, x.patches, x, angles_of(x), collect=True))(params, packed)
     every = tuple(range(depth)) if full is None else full
     expected = jax.jit(lambda p, x: unrolled(p, x, depth, every))(params, packed)
     real = np.asarray(packed.segment_ids[0] > 0)

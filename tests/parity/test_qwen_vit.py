@@ -91,8 +91,7 @@ def reference(tower, patches):
     """Outputs of every block and of the merger; the blocks' in the processor's order."""
     states = []
     hooks = [
-        block.register_forward_hook(lambda module, inputs, output: states.append(output))
-        for block in tower.blocks
+        block.register_forward_hook(lambda module, inputs, output: states.append(output)) for block in tower.blocks
     ]
     grids = torch.tensor(GRIDS)
     with torch.no_grad():
@@ -101,9 +100,7 @@ def reference(tower, patches):
         hook.remove()
     config, states = tower.config, torch.stack(states).numpy()
     if hasattr(config, "window_size"):
-        index, _ = get_vision_window_index(
-            grids, config.spatial_merge_size, config.window_size, config.patch_size
-        )
+        index, _ = get_vision_window_index(grids, config.spatial_merge_size, config.window_size, config.patch_size)
         blocks = states.reshape(len(states), len(index), -1)
         states = blocks[:, np.argsort(index.numpy())].reshape(states.shape)
     return states, merged

@@ -16,9 +16,7 @@ def test_two_axes_as_torch(kind, before, after):
     x = np.random.default_rng(0).normal(size=(2, *before, 3)).astype(np.float32)
     mode, _, antialias = kind.partition("_")
     extra = {} if mode == "area" else {"align_corners": False, "antialias": bool(antialias)}
-    expected = functional.interpolate(
-        torch.from_numpy(x.transpose(0, 3, 1, 2)), size=after, mode=mode, **extra
-    )
+    expected = functional.interpolate(torch.from_numpy(x.transpose(0, 3, 1, 2)), size=after, mode=mode, **extra)
     np.testing.assert_allclose(resize(x, after, kind), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
 
 
@@ -33,7 +31,5 @@ def test_one_axis_as_torch(before, after):
 def test_corner_linear_is_torch_with_aligned_corners(before, after):
     """And so scipy's zoom of order 1, whose first and last samples stay in place."""
     x = np.random.default_rng(0).normal(size=(before, 4)).astype(np.float32)
-    expected = functional.interpolate(
-        torch.from_numpy(x.T[None]), size=after, mode="linear", align_corners=True
-    )
+    expected = functional.interpolate(torch.from_numpy(x.T[None]), size=after, mode="linear", align_corners=True)
     np.testing.assert_allclose(resize_axis(x, 0, after, "corner_linear"), expected[0].numpy().T, atol=1e-5)

@@ -125,7 +125,7 @@ def test_an_unknown_kind_lists_the_known_ones(folder):
     with pytest.raises(PretrainedError, match=r"'sigklip'; did you mean 'siglip'\?\nregistered: .*clip.*vit_jax"):
         vlm_jax.from_pretrained(folder)
     (folder / "config.json").write_text('{"hidden_size": 4}')
-    with pytest.raises(PretrainedError, match="does not say what it describes.*got hidden_size"):
+    with pytest.raises(PretrainedError, match=r"does not say what it describes.*got hidden_size"):
         vlm_jax.from_pretrained(folder)
 
 

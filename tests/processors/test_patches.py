@@ -18,9 +18,7 @@ def test_patchify_cuts_where_a_loop_would():
     patches, grid = patchify(frames, patch_size=2, temporal_patch_size=2, merge_size=2)
     assert grid == (2, 4, 6)
     expected = [
-        frames[2 * t : 2 * t + 2, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2]
-        .transpose(3, 0, 1, 2)
-        .reshape(-1)
+        frames[2 * t : 2 * t + 2, 2 * row : 2 * row + 2, 2 * col : 2 * col + 2].transpose(3, 0, 1, 2).reshape(-1)
         for t in range(2)
         for row_block in range(2)
         for col_block in range(3)
@@ -104,10 +102,7 @@ def test_rows_are_never_more_than_twice_those_that_patches_fill(seed):
 
 
 def test_packed_sequences_form_a_batch():
-    parts = [
-        pack(numbered(grids), grids, merge_size=2, window=2, length=64)
-        for grids in ([(1, 4, 6)], [(1, 8, 4)])
-    ]
+    parts = [pack(numbered(grids), grids, merge_size=2, window=2, length=64) for grids in ([(1, 4, 6)], [(1, 8, 4)])]
     batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     assert batch.patches.shape == (2, 64, 3) and batch.window_length == 16
 

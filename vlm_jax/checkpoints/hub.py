@@ -7,6 +7,7 @@ safetensors file only the slice that is asked for. Formats that run code when th
 
 import contextlib
 import json
+import math
 import os
 import re
 import zipfile
@@ -64,6 +65,15 @@ class LazyTensor:
     def __getitem__(self, index: Any) -> np.ndarray:
         """Reads the block `index`: `...`, or a slice of step 1 for every axis."""
         return self._read(index)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Reads the whole tensor, as `np.asarray` asks it to."""
+        return np.array(self[...], dtype=dtype, copy=copy)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor as stored."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.shape}, {self.dtype})"
@@ -126,13 +136,9 @@ def fetch(source: str | os.PathLike[str], *, revision: str | None = None) -> Pat
         return path
     name = os.fspath(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise CheckpointFileError(
-            f"{name}: no such file or folder, nor the `organisation/name` of a hub repository"
-        )
+        raise CheckpointFileError(f"{name}: no such file or folder, nor the `organisation/name` of a hub repository")
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED))
-        )
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointFileError(
             f"{name}: no such file or folder here, and it could not be downloaded from the Hugging Face hub "
@@ -180,16 +186,10 @@ def save_checkpoint(
     folder = Path(folder)
     for name in (SINGLE_FILE, INDEX_FILE):
         if (folder / name).exists():
-            raise CheckpointFileError(
-                f"{folder / name} exists: write to another folder, or remove the old checkpoint"
-            )
+            raise CheckpointFileError(f"{folder / name} exists: write to another folder, or remove the old checkpoint")
     writable = {np.dtype(dtype) for dtype in _DTYPES.values()}
-    if wrong := [
-        f"{key} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.dtype not in writable
-    ]:
-        raise CheckpointFileError(
-            f"{folder}: safetensors cannot hold {', '.join(wrong)}; cast to a number type"
-        )
+    if wrong := [f"{key} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.dtype not in writable]:
+        raise CheckpointFileError(f"{folder}: safetensors cannot hold {', '.join(wrong)}; cast to a number type")
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, max_shard_bytes)
     names = [SINGLE_FILE]
@@ -310,9 +310,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     for key, part in slices.items():
         stored = part.get_dtype()
         if stored not in _DTYPES:
-            raise CheckpointFileError(
-                f"{path}: {key} is stored as {stored}; can be read: {', '.join(_DTYPES)}"
-            )
+            raise CheckpointFileError(f"{path}: {key} is stored as {stored}; can be read: {', '.join(_DTYPES)}")
         shape = tuple(part.get_shape())
         tensors[key] = LazyTensor(shape, _DTYPES[stored], _safetensors_reader(file, key))
     return tensors
@@ -345,9 +343,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
         problems += [f"{key} is in {name} but not in the index" for key in sorted(held.keys() - listed)]
         tensors |= {key: held[key] for key in listed & held.keys()}
     if problems:
-        raise CheckpointFileError(
-            f"{path} and its shards disagree; download them again:\n  " + "\n  ".join(problems)
-        )
+        raise CheckpointFileError(f"{path} and its shards disagree; download them again:\n  " + "\n  ".join(problems))
     return tensors
 
 

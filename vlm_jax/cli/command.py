@@ -85,6 +85,11 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(1)
 
 
+def workdir() -> epath.Path:
+    """The folder of the run."""
+    return epath.Path(str(WORKDIR.value))
+
+
 def config_path() -> str:
     """The config file as it was given."""
     return flags.FLAGS["config"].config_filename  # type: ignore[attr-defined]

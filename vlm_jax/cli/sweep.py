@@ -12,7 +12,7 @@ def main() -> None:
     """Sweeps connectors and budgets; see `vlm_jax.sweep.run`."""
     Sweep(
         command.CONFIG.value,
-        command.WORKDIR.value,
+        command.workdir(),
         config_path=command.config_path(),
         only=tuple(ONLY.value),
         overrides=command.overrides(),

@@ -4,7 +4,6 @@ import json
 
 import rich.console
 import rich.progress
-from etils import epath
 
 from vlm_jax.build import build
 from vlm_jax.cli import command
@@ -18,7 +17,7 @@ from vlm_jax.train.workdir import write_whole
 
 def main() -> None:
     """Trains every stage of a config, then evaluates; writes `metrics.jsonl` and `evaluation.json`."""
-    config, workdir = command.CONFIG.value, epath.Path(command.WORKDIR.value)
+    config, workdir = command.CONFIG.value, command.workdir()
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
     system = build(config)
     mesh = make_mesh(parse(MeshSettings, config.mesh, "config.mesh"))

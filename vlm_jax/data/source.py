@@ -7,7 +7,7 @@ reads the data and returns a `Source`.
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -52,11 +52,11 @@ class Source(Protocol):
     tasks: tuple[str, ...]
     channels: int
 
-    def train(self, stream: str, seed: int) -> grain.MapDataset[Sample | CellBatch]:
+    def train(self, stream: str, seed: int) -> grain.MapDataset[Any]:
         """An endless stream whose element i depends on (seed, i) and the data alone."""
         ...
 
-    def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Sample | CellBatch]:
+    def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Any]:
         """A fixed, finite set that shares no picture with training; may be iterated again."""
         ...
 

@@ -108,9 +108,7 @@ class TextTower(nn.Module):
         """
         length = tokens.shape[1]
         if length > self.context_length:
-            raise ValueError(
-                f"texts of {length} tokens are longer than the {self.context_length} of the tower"
-            )
+            raise ValueError(f"texts of {length} tokens are longer than the {self.context_length} of the tower")
         x = self.embedding(tokens) + self.positions[:length].astype(self.dtype)[None]
         x, _, hidden = self.blocks(x, Context("causal" if self.causal else "full"), collect=collect)
         x = self.final_norm(x)

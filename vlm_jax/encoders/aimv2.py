@@ -74,9 +74,7 @@ class AIMv2(nn.Module):
         """
         grid = (height // self.patch_size, width // self.patch_size)
         if min(grid) < 1:
-            raise ValueError(
-                f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}"
-            )
+            raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}")
         return grid
 
     def grid(self, height: int, width: int) -> Grid:
@@ -89,18 +87,14 @@ class AIMv2(nn.Module):
         return -(-rows // self.hidden_stride), -(-cols // self.hidden_stride)
 
     @nn.compact
-    def __call__(
-        self, images: Float[Array, "B height width channels"], *, collect: bool = False
-    ) -> VisualFeatures:
+    def __call__(self, images: Float[Array, "B height width channels"], *, collect: bool = False) -> VisualFeatures:
         """Encodes normalised pixels; `collect` also returns every block's input in `hidden`."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": "rms", "epsilon": self.norm_epsilon, **settings}
         height, width = images.shape[1:3]
         x = PatchEmbed(self.patch_size, self.width, name="patch_embed", **settings)(images)
         x = Norm(name="patch_norm", **norm)(x)
-        table = LearnedPositions2D(
-            self.patch_grid(*self.image_size), self.width, self.param_dtype, name="positions"
-        )
+        table = LearnedPositions2D(self.patch_grid(*self.image_size), self.width, self.param_dtype, name="positions")
         x = x + table(self.patch_grid(height, width)).astype(self.dtype)[None]
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
         depth = blocks_up_to(self.select_layer, self.depth)

@@ -80,9 +80,7 @@ class MultiScale(nn.Module):
             raise ValueError(f"give either scales or image_sizes, got {self.scales} and {self.image_sizes}")
         sizes = self.image_sizes or tuple((int(height * scale), int(width * scale)) for scale in self.scales)
         if not 0 <= self.resize_output_to < len(sizes):
-            raise ValueError(
-                f"resize_output_to: expected one of the {len(sizes)} scales, got {self.resize_output_to}"
-            )
+            raise ValueError(f"resize_output_to: expected one of the {len(sizes)} scales, got {self.resize_output_to}")
         return sizes
 
     def splits(self, height: int, width: int) -> tuple[Grid, ...]:
@@ -118,8 +116,7 @@ class MultiScale(nn.Module):
         batch, height, width, _ = images.shape
         sizes, splits, grid = self.sizes(height, width), self.splits(height, width), self.grid(height, width)
         pieces = [
-            split_chessboard(resize(images, size, "bicubic"), count)
-            for size, count in zip(sizes, splits, strict=True)
+            split_chessboard(resize(images, size, "bicubic"), count) for size, count in zip(sizes, splits, strict=True)
         ]
         maps, prefixes = [], []
         for tokens, count in zip(self._encode(pieces), splits, strict=True):

@@ -37,9 +37,7 @@ class NaflexViT(Trunk, kw_only=True):
           ValueError: they are not.
         """
         if height % self.patch_size or width % self.patch_size or min(height, width) < 1:
-            raise ValueError(
-                f"expected sides that are multiples of {self.patch_size} pixels, got {height}x{width}"
-            )
+            raise ValueError(f"expected sides that are multiples of {self.patch_size} pixels, got {height}x{width}")
         return height // self.patch_size, width // self.patch_size
 
     @nn.compact
@@ -48,9 +46,7 @@ class NaflexViT(Trunk, kw_only=True):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = Dense(self.width, (axes.PATCH, axes.EMBED), self.patch_bias, name="patch_embed", **settings)
         init = named(nn.initializers.normal(self.width**-0.5), axes.POSITION, axes.EMBED)
-        table = self.param(
-            "positions", init, (self.table_grid[0] * self.table_grid[1], self.width), self.param_dtype
-        )
+        table = self.param("positions", init, (self.table_grid[0] * self.table_grid[1], self.width), self.param_dtype)
         table = table.astype(jnp.float32).reshape(*self.table_grid, self.width)
         places = interpolate_table(table, packed.positions, packed.sizes)
         x = embed(packed.patches) + places.astype(self.dtype)

@@ -46,13 +46,9 @@ def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window:
     """
     _, length, found = packed.patches.shape
     if found != patch_dim:
-        raise ValueError(
-            f"expected patches of {patch_dim} values (channels x frames x rows x columns), got {found}"
-        )
+        raise ValueError(f"expected patches of {patch_dim} values (channels x frames x rows x columns), got {found}")
     if length % merge_size**2:
-        raise ValueError(
-            f"{length} places cannot be merged by {merge_size}x{merge_size}; pack with this merge_size"
-        )
+        raise ValueError(f"{length} places cannot be merged by {merge_size}x{merge_size}; pack with this merge_size")
     expected = 0 if window is None else (window * merge_size) ** 2
     if packed.window_length not in (0, expected):
         raise ValueError(

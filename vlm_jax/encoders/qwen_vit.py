@@ -144,9 +144,7 @@ class QwenViT(nn.Module):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         packed = check_packed(packed, self.patch_dim, self.merge_size, self.window)
         embed = Dense(self.width, (axes.PATCH, axes.EMBED), use_bias=False, name="patch_embed", **settings)
-        x = nn.with_logical_constraint(
-            embed(packed.patches), (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)
-        )
+        x = nn.with_logical_constraint(embed(packed.patches), (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
         angles = rope_2d_angles(packed.positions, self.width // self.num_heads, self.rope_theta)
         depth = blocks_up_to(self.select_layer, self.depth)
         stack = WindowedStack(
@@ -167,7 +165,5 @@ class QwenViT(nn.Module):
         x, hidden = stack(x, packed, angles, collect=collect)
         if self.out_dim is None:
             return packed_features(x, packed, 1, hidden)
-        merger = PatchMerger(
-            self.merge_size, self.out_dim, self.norm, self.norm_epsilon, name="merger", **settings
-        )
+        merger = PatchMerger(self.merge_size, self.out_dim, self.norm, self.norm_epsilon, name="merger", **settings)
         return packed_features(merger(x), packed, self.merge_size**2, hidden)

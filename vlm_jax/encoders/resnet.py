@@ -32,9 +32,7 @@ class FrozenBatchNorm(nn.Module):
         ones, zeros = (named(init, axes.NORM) for init in (nn.initializers.ones, nn.initializers.zeros))
         inits = {"scale": ones, "bias": zeros, "mean": zeros, "variance": ones}
         p = {
-            name: self.param(name, init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)[
-                None, None, None
-            ]
+            name: self.param(name, init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)[None, None, None]
             for name, init in inits.items()
         }
         mean, variance = jax.lax.stop_gradient((p["mean"], p["variance"]))

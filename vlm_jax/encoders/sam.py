@@ -44,9 +44,7 @@ def block_runs(depth: int, global_blocks: tuple[int, ...]) -> tuple[Run, ...]:
         raise ValueError(f"global blocks {unknown} do not exist: there are {depth} blocks, counted from 0")
     first = min(global_blocks, default=None)
     runs = []
-    for (is_global, _), members in itertools.groupby(
-        range(depth), lambda i: (i in global_blocks, i == first)
-    ):
+    for (is_global, _), members in itertools.groupby(range(depth), lambda i: (i in global_blocks, i == first)):
         indices = list(members)
         runs.append(Run(f"run_{len(runs)}", indices[0], indices[-1] + 1, not is_global))
     return tuple(runs)
@@ -127,9 +125,7 @@ class RelativeAttention(nn.Module):
         query, key = heads(axes.HEADS, "query"), heads(axes.KV_HEADS, "key")
         on_map = query.reshape(batch, rows, cols, self.num_heads, head_dim)
         by_row = jnp.einsum("brcnh,rkh->bnrck", on_map, positions("row_distances", self.table_grid[0], rows))
-        by_col = jnp.einsum(
-            "brcnh,ckh->bnrck", on_map, positions("column_distances", self.table_grid[1], cols)
-        )
+        by_col = jnp.einsum("brcnh,ckh->bnrck", on_map, positions("column_distances", self.table_grid[1], cols))
         bias = by_row[..., :, None] + by_col[..., None, :]
         bias = bias.reshape(batch, self.num_heads, rows * cols, rows * cols)
         out = attention(query, key, heads(axes.KV_HEADS, "value"), Context("full"), bias=bias)
@@ -168,9 +164,7 @@ class SamBlock(nn.Module):
         self, x: Float[Array, "B R C D"], _: None = None
     ) -> tuple[Float[Array, "B R C D"], Float[Array, "B R C D"] | None]:
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        attend = RelativeAttention(
-            self.num_heads, self.table_grid, self.qkv_bias, name="attention", **settings
-        )
+        attend = RelativeAttention(self.num_heads, self.table_grid, self.qkv_bias, name="attention", **settings)
         normed = Norm("layer", self.norm_epsilon, name="attention_norm", **settings)(x)
         if self.window_size is None:
             attended = attend(normed)
@@ -193,9 +187,7 @@ class Neck(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B R C D"]) -> Float[Array, "B R C E"]:
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = Dense(self.features, (axes.EMBED, axes.CHANNELS_IN), use_bias=False, name="project", **settings)(
-            x
-        )
+        x = Dense(self.features, (axes.EMBED, axes.CHANNELS_IN), use_bias=False, name="project", **settings)(x)
         x = Norm("layer", NECK_EPSILON, name="project_norm", **settings)(x)
         x = Conv(self.features, window=3, padding=1, name="smooth", **settings)(x)
         return Norm("layer", NECK_EPSILON, name="smooth_norm", **settings)(x)
@@ -263,9 +255,7 @@ class SAM(nn.Module):
         """
         grid = (height // self.patch_size, width // self.patch_size)
         if min(grid) < 1:
-            raise ValueError(
-                f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}"
-            )
+            raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}")
         return grid
 
     def grid(self, height: int, width: int) -> Grid:
@@ -276,9 +266,7 @@ class SAM(nn.Module):
         return rows, cols
 
     @nn.compact
-    def __call__(
-        self, images: Float[Array, "B height width channels"], *, collect: bool = False
-    ) -> VisualFeatures:
+    def __call__(self, images: Float[Array, "B height width channels"], *, collect: bool = False) -> VisualFeatures:
         """Encodes normalised pixels; `collect` also returns every block's input in `hidden`."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         table_grid, grid = self.patch_grid(*self.image_size), self.patch_grid(*images.shape[1:3])

@@ -157,9 +157,7 @@ class Trunk(nn.Module, kw_only=True):
                 raise ValueError("final_norm 'pooled' has nothing to normalise where pooling is 'none'")
             return None
         if self.pooling == "map":
-            head = MapHead(
-                self.num_heads, self.mlp_dim, self.activation, self.norm_epsilon, name="head", **settings
-            )
+            head = MapHead(self.num_heads, self.mlp_dim, self.activation, self.norm_epsilon, name="head", **settings)
             pooled = head(x, mask)
         elif self.pooling == "token":
             pooled = reduce_tokens(x, "first")

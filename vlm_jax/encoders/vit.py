@@ -61,20 +61,14 @@ class ViT(Trunk, kw_only=True):
         """
         rows, cols = height, width
         if self.stem_layers is not None:
-            rows, cols = ResNetStem(layers=self.stem_layers, width=self.stem_width, parent=None).map_size(
-                height, width
-            )
+            rows, cols = ResNetStem(layers=self.stem_layers, width=self.stem_width, parent=None).map_size(height, width)
         grid = (rows // self.patch_size, cols // self.patch_size)
         if min(grid) < 1:
-            raise ValueError(
-                f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}"
-            )
+            raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}")
         return grid
 
     @nn.compact
-    def __call__(
-        self, images: Float[Array, "B height width channels"], *, collect: bool = False
-    ) -> VisualFeatures:
+    def __call__(self, images: Float[Array, "B height width channels"], *, collect: bool = False) -> VisualFeatures:
         """Encodes normalised pixels; `collect` also returns every block's input in `hidden`."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.class_position and not self.class_token:

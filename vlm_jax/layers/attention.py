@@ -11,7 +11,7 @@
 No model names a kernel.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +60,7 @@ class Context:
     offset: Int[Array, ""] | None = None
 
 
-def allowed(
-    context: Context, num_queries: int, num_keys: int
-) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
+def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
     """True where a query may look at a key; None where every one may look at all."""
     mask = None
     if context.mask_kind == "causal":
@@ -128,9 +126,7 @@ def attention(
     if implementation == "cudnn":
         mask = None if mask is None else mask[:, None]
         bias = None if bias is None else bias.astype(query.dtype)
-        return jax.nn.dot_product_attention(
-            query, key, value, bias, mask, scale=scale, implementation="cudnn"
-        )
+        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
     return _xla(query, key, value, mask, bias, scale)
 
 
@@ -164,7 +160,7 @@ def _splash(query, key, value, context, scale):
         out = jax.vmap(kernel)(q, k, v)
     else:
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(context.query_segments, context.key_segments))
-    return jnp.swapaxes(out, 1, 2).astype(query.dtype)
+    return jnp.swapaxes(cast(jax.Array, out), 1, 2).astype(query.dtype)
 
 
 class MultiHeadAttention(nn.Module):

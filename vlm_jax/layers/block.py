@@ -1,7 +1,7 @@
 """The transformer block, and a stack of it that is scanned over depth."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -120,10 +120,10 @@ class TransformerStack(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=cast(Any, (0, nn.broadcast)),
             length=self.depth,
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: axes.LAYERS},
         )
         x, (cache, inputs) = scanned(collect=collect, name="layers", **self.block)(x, cache, context)
-        return x, cache, jnp.concatenate([inputs, x[None]]) if collect else None
+        return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None

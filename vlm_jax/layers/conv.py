@@ -50,8 +50,6 @@ class Conv(nn.Module):
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         if self.use_bias:
-            bias = self.param(
-                "bias", named(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype
-            )
+            bias = self.param("bias", named(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)[None, None, None]
         return y

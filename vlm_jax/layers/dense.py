@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 
-Initializer = Callable[..., jax.Array]
+Initializer = Callable[..., Any]
 
 KERNEL_INIT = nn.initializers.lecun_normal()
 

@@ -61,9 +61,7 @@ class MapHead(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], mask: Bool[Array, "B N"] | None = None
-    ) -> Float[Array, "B D"]:
+    def __call__(self, x: Float[Array, "B N D"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, "B D"]:
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         init = named(nn.initializers.xavier_uniform(), axes.QUERY, axes.EMBED)
         probe = self.param("probe", init, (1, x.shape[-1]), self.param_dtype).astype(self.dtype)

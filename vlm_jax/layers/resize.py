@@ -20,9 +20,7 @@ from jaxtyping import Float
 
 from vlm_jax.types import Array, Grid
 
-ResizeKind = Literal[
-    "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "corner_linear"
-]
+ResizeKind = Literal["bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "corner_linear"]
 
 
 def resize(
@@ -41,9 +39,7 @@ def resize(
     return resize_axis(resize_axis(x, -3, grid[0], kind), -2, grid[1], kind)
 
 
-def resize_axis(
-    x: Float[Array, "*shape"], axis: int, size: int, kind: ResizeKind
-) -> Float[Array, "*new_shape"]:
+def resize_axis(x: Float[Array, "*shape"], axis: int, size: int, kind: ResizeKind) -> Float[Array, "*new_shape"]:
     """Interpolates one axis to `size` samples; as `resize`."""
     weights = interpolation_weights(x.shape[axis], size, kind)
     if size == x.shape[axis]:

@@ -59,9 +59,7 @@ def runs(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
     return found
 
 
-def restore_order(
-    x: Float[Array, "*L B N D"], packed: PackedPatches, *, group: int = 1
-) -> Float[Array, "*L B N D"]:
+def restore_order(x: Float[Array, "*L B N D"], packed: PackedPatches, *, group: int = 1) -> Float[Array, "*L B N D"]:
     """Features of packed patches in the processor's order, padding last.
 
     Args:
@@ -157,9 +155,7 @@ class WindowedStack(nn.Module):
 class _Layers:
     """Applies some layers to packed tokens; `collect` gives their inputs."""
 
-    def __init__(
-        self, block: nn.Module, remat: RematPolicy, packed: PackedPatches, angles: Any, collect: bool
-    ):
+    def __init__(self, block: nn.Module, remat: RematPolicy, packed: PackedPatches, angles: Any, collect: bool):
         def layer(x, params, context):
             return block.apply({"params": params}, x, None, context)[0]  # type: ignore[index]
 
@@ -185,9 +181,7 @@ class _Layers:
             y = x if kind == "full" else self._fold(x)
 
             def body(y, layer, kind=kind):
-                return self._layer(y, layer, self._contexts[kind]), y.reshape(
-                    shape
-                ) if self._collect else None
+                return self._layer(y, layer, self._contexts[kind]), y.reshape(shape) if self._collect else None
 
             if count == 1:
                 y, states = body(y, jax.tree.map(lambda leaf: leaf[0], mine))

@@ -62,9 +62,7 @@ class TwoTower(nn.Module):
         if self.initial_bias is not None:
             self.bias = self.param("bias", named(constant(self.initial_bias)), (), jnp.float32)
 
-    def encode_image(
-        self, images: Float[Array, "B height width channels"] | PackedPatches
-    ) -> Float[Array, "B E"]:
+    def encode_image(self, images: Float[Array, "B height width channels"] | PackedPatches) -> Float[Array, "B E"]:
         """The image tower's pooled vectors, not normalised.
 
         Raises:

@@ -17,8 +17,6 @@ class VisualPrefix(nn.Module):
     encoder: nn.Module
     connector: nn.Module
 
-    def __call__(
-        self, images: Float[Array, "B height width channels"], *, deterministic: bool = True
-    ) -> VisualTokens:
+    def __call__(self, images: Float[Array, "B height width channels"], *, deterministic: bool = True) -> VisualTokens:
         """Tokens of a flat batch of images."""
         return self.connector(self.encoder(images), deterministic=deterministic)

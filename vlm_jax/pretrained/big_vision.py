@@ -147,9 +147,7 @@ def _naflex(
     settings = _settings(config, NAFLEX_DEFAULTS, where)
     grid = settings["nposemb"]
     if not settings["posemb"].startswith("learn_2d"):
-        raise PretrainedError(
-            f"{where}.posemb: expected 'learn_2d' or 'learn_2d(..)', got {settings['posemb']!r}"
-        )
+        raise PretrainedError(f"{where}.posemb: expected 'learn_2d' or 'learn_2d(..)', got {settings['posemb']!r}")
     check_supported(settings, {"patchln_pre": (False,), "patchln_post": (False,)}, where)
     kernel = checkpoint.get(f"{prefix}embedding/kernel")
     pixels = 1 if kernel is None else kernel.shape[0] // 3
@@ -196,9 +194,7 @@ def describe_vit(
 ) -> Description:
     """A ViT under its classification head, or alone where `num_classes` is None or 0."""
     prefix = _prefix(checkpoint)
-    vit, rules = _vit(
-        config.get("model", {}), checkpoint, prefix, "model", dtype=dtype, param_dtype=param_dtype
-    )
+    vit, rules = _vit(config.get("model", {}), checkpoint, prefix, "model", dtype=dtype, param_dtype=param_dtype)
     classes = config.get("num_classes")
     table_key = f"{prefix}pos_embedding"
     if not classes:
@@ -217,9 +213,7 @@ def describe_text(
 ) -> Description:
     """A text tower alone."""
     prefix, dtypes = _prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
-    text, rules = _text(
-        config.get("model", {}), checkpoint, prefix, "model", config.get("num_classes"), dtypes
-    )
+    text, rules = _text(config.get("model", {}), checkpoint, prefix, "model", config.get("num_classes"), dtypes)
     return Description(text, (TEXT_SHAPE,), prefixed(rules, prefix))
 
 
@@ -242,9 +236,7 @@ def describe_two_towers(
         image, rules = _vit(section, checkpoint, f"{prefix}img/", "model.image", **fields)
         image_input = image_shape(image, 3)
         resize = resizer(config, image, path=("image",), table_key=f"{prefix}img/pos_embedding")
-    text, text_rules = _text(
-        settings.get("text", {}), checkpoint, f"{prefix}txt/", "model.text", text_dim, dtypes
-    )
+    text, text_rules = _text(settings.get("text", {}), checkpoint, f"{prefix}txt/", "model.text", text_dim, dtypes)
     log_scale = math.log(settings["temperature_init"])
     return Description(
         TwoTower(image, text, log_scale, settings["bias_init"]),

@@ -67,9 +67,7 @@ def describe(
     which no release has, adds names or gives them other sizes.
     """
     del checkpoint  # the release has one schema
-    section = with_defaults(
-        config.get("vision_config", {}), {"cls": REQUIRED, "params": REQUIRED}, "vision_config"
-    )
+    section = with_defaults(config.get("vision_config", {}), {"cls": REQUIRED, "params": REQUIRED}, "vision_config")
     check_supported(section, {"cls": ("CLIPVisionTower", "HybridVisionTower")}, "vision_config")
     params, dtypes = section["params"], {"dtype": dtype, "param_dtype": param_dtype}
     registry = {**MODELS, **config.get("model_registry", {})}
@@ -87,9 +85,7 @@ def describe(
     return Description(module, (pixels,), rules, ignore=(*NOT_VISION, *UNUSED))
 
 
-def _hybrid(
-    params: Mapping[str, Any], registry: Mapping[str, Any], dtypes: dict
-) -> tuple[Hybrid, tuple[Rule, ...]]:
+def _hybrid(params: Mapping[str, Any], registry: Mapping[str, Any], dtypes: dict) -> tuple[Hybrid, tuple[Rule, ...]]:
     where = "vision_config.params"
     defaults = {"high_res_cfg": REQUIRED, "low_res_cfg": REQUIRED, "concat_type": "tuple"}
     params = with_defaults(params, defaults, where)
@@ -123,9 +119,7 @@ def _tower(
     return _siglip(registry[name], image_size, settings["select_layer"], dtypes)
 
 
-def _siglip(
-    sizes: Mapping[str, Any], image_size: tuple[int, int], select_layer: int, dtypes: dict
-) -> tuple[Any, Any]:
+def _siglip(sizes: Mapping[str, Any], image_size: tuple[int, int], select_layer: int, dtypes: dict) -> tuple[Any, Any]:
     """A layer is selected by leaving out those behind it; the last norm stays."""
     depth = sizes["layers"]
     kept = min(depth, depth + select_layer + 1) if select_layer <= 0 else min(depth, select_layer)

@@ -68,9 +68,7 @@ def find_prefix(keys: Iterable[str], ending: str) -> str:
     """
     found = sorted({key.removesuffix(ending) for key in keys if key == ending or key.endswith("." + ending)})
     if len(found) > 1:
-        raise PretrainedError(
-            f"expected one tensor named ..{ending}, found it under {', '.join(map(repr, found))}"
-        )
+        raise PretrainedError(f"expected one tensor named ..{ending}, found it under {', '.join(map(repr, found))}")
     return found[0] if found else ""
 
 
@@ -87,9 +85,7 @@ def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where:
     """
     missing = [key for key, value in defaults.items() if value is REQUIRED and key not in config]
     if missing:
-        raise PretrainedError(
-            f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not there"
-        )
+        raise PretrainedError(f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not there")
     return {**defaults, **config}
 
 

@@ -75,9 +75,7 @@ def describe(
     if not settings["s2"]:
         return Description(vit, (clip.image_shape(vit, channels),), rules, ignore)
     sizes = _scales(settings["s2_scales"])
-    module = MultiScale(
-        vit, scales=(), image_sizes=tuple((size, size) for size in sizes), max_split_size=sizes[0]
-    )
+    module = MultiScale(vit, scales=(), image_sizes=tuple((size, size) for size in sizes), max_split_size=sizes[0])
     pixels = jax.ShapeDtypeStruct((1, sizes[-1], sizes[-1], channels), jnp.float32)
     return Description(module, (pixels,), prefixed(rules, target="encoder/"), ignore)
 
@@ -93,6 +91,4 @@ def _scales(text: str) -> list[int]:
     try:
         return sorted(map(int, text.split(",")))
     except ValueError as error:
-        raise PretrainedError(
-            f"s2_scales: expected sides in pixels such as '336,672', got {text!r}"
-        ) from error
+        raise PretrainedError(f"s2_scales: expected sides in pixels such as '336,672', got {text!r}") from error

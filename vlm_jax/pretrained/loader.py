@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -67,12 +66,10 @@ class Pretrained:
           CheckpointFileError: the folder holds a checkpoint already.
           CheckpointMismatch: `params` has not the shapes of `self.params`.
         """
-        tensors: dict[str, Any] = export_params(
-            self.description.rules, self.params if params is None else params
-        )
+        tensors: dict[str, Any] = export_params(self.description.rules, self.params if params is None else params)
         for key, tensor in self.checkpoint.items():
             if key not in tensors and any(re.fullmatch(pattern, key) for pattern in self.description.ignore):
-                tensors[key] = np.asarray(tensor[...])
+                tensors[key] = tensor  # read when its shard is written
         save = save_archive if self.checkpoint.origin.endswith(".npz") else save_checkpoint
         files = save(folder, tensors)
         path = Path(folder) / "config.json"
@@ -99,8 +96,7 @@ def marker(config: Mapping[str, Any]) -> str:
         return f"big_vision.{config['model_name']}"
     raise PretrainedError(
         "the config does not say what it describes: expected the key model_type (Hugging Face), model_cfg "
-        "(open_clip), classifier (vision_transformer) or model_name (big_vision), got "
-        + ", ".join(sorted(config))
+        "(open_clip), classifier (vision_transformer) or model_name (big_vision), got " + ", ".join(sorted(config))
     )
 
 
@@ -139,9 +135,7 @@ def load(
     family = choose_family(released, families)
     dtypes = {"dtype": DTYPES[dtype], "param_dtype": DTYPES[dtype]}
     description = family(released, checkpoint, **dtypes)
-    params = import_params(
-        description.rules, checkpoint, _targets(description, mesh), ignore=description.ignore
-    )
+    params = import_params(description.rules, checkpoint, _targets(description, mesh), ignore=description.ignore)
     if image_size is not None:
         if description.resize is None:
             raise PretrainedError(f"image_size: '{marker(released)}' is not resized at load")
@@ -149,9 +143,7 @@ def load(
         description = family(released, {**checkpoint, **shapes}, **dtypes)
     if mesh is None or image_size is not None:
         placed = _targets(description, mesh)
-        params = jax.tree.map(
-            lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params, placed
-        )
+        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params, placed)
     return Pretrained(released, description.module, params, description, checkpoint)
 
 

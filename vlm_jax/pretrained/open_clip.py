@@ -63,9 +63,7 @@ def _section(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str)
     check_supported(config, neutral, where)
     unknown = [key for key, value in config.items() if value and key not in defaults and key not in neutral]
     if unknown:
-        raise PretrainedError(
-            "\n".join(f"{where}.{key}: {config[key]!r} is not computed here" for key in unknown)
-        )
+        raise PretrainedError("\n".join(f"{where}.{key}: {config[key]!r} is not computed here" for key in unknown))
     return with_defaults(config, defaults, where)
 
 

@@ -115,9 +115,7 @@ def describe_ovis2_5(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
     """Ovis 2.5; language model, visual vocabulary and its head are carried along."""
-    module = navit(
-        config.get("vit_config", config), "ovis2_5.vit_config", dtype=dtype, param_dtype=param_dtype
-    )
+    module = navit(config.get("vit_config", config), "ovis2_5.vit_config", dtype=dtype, param_dtype=param_dtype)
     ending = "embeddings.patch_embedding.weight"
     prefix = find_prefix(checkpoint, ending)
     # Released as a convolution, or as a linear layer where the config gives num_patches.

@@ -43,9 +43,7 @@ def vision_encoder(config: Mapping[str, Any], where: str, **fields: Any) -> SAM:
       **fields: more fields of `SAM`.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
-    check_supported(
-        settings, {"hidden_act": ("gelu",), "use_abs_pos": (True,), "use_rel_pos": (True,)}, where
-    )
+    check_supported(settings, {"hidden_act": ("gelu",), "use_abs_pos": (True,), "use_rel_pos": (True,)}, where)
     size = settings["image_size"]
     mlp_dim = settings["mlp_dim"]
     return SAM(
@@ -66,9 +64,7 @@ def vision_encoder(config: Mapping[str, Any], where: str, **fields: Any) -> SAM:
 
 def stacks(module: SAM) -> tuple[tuple[str, range], ...]:
     """The scanned stacks of an encoder and the blocks that each holds, as the map wants them."""
-    return tuple(
-        (run.name, range(run.start, run.stop)) for run in block_runs(module.depth, module.global_blocks)
-    )
+    return tuple((run.name, range(run.start, run.stop)) for run in block_runs(module.depth, module.global_blocks))
 
 
 def describe(

@@ -37,9 +37,7 @@ def resizer(
         where = (*path, "positions", "table")
         table = jnp.asarray(_at(params, where))
         square = table.reshape(*vit.grid(*vit.image_size), -1)
-        resized = resize(square, vit.grid(side, side), vit.position_interpolation).reshape(
-            -1, table.shape[-1]
-        )
+        resized = resize(square, vit.grid(side, side), vit.position_interpolation).reshape(-1, table.shape[-1])
         shapes: dict[str, SourceTensor] = {}
         if table_key is not None:
             shape = (1, len(resized) + vit.class_position, table.shape[-1])

@@ -136,9 +136,7 @@ def _checked(num_patches: int, grids: Sequence[Sequence[int]] | np.ndarray, merg
     """The number of blocks, after all that can be wrong with the grids was looked for."""
     table = np.asarray(grids)
     if table.ndim != 2 or table.shape[1] != 3 or not len(table) or table.min() < 1:
-        raise ValueError(
-            f"grids must be rows of (frames, rows, columns), each at least 1, got {table.tolist()}"
-        )
+        raise ValueError(f"grids must be rows of (frames, rows, columns), each at least 1, got {table.tolist()}")
     if odd := [tuple(grid) for grid in table.tolist() if grid[1] % merge_size or grid[2] % merge_size]:
         raise ValueError(
             f"grids {odd} cannot be merged by {merge_size}x{merge_size}: rows and columns must be multiples "
@@ -146,9 +144,7 @@ def _checked(num_patches: int, grids: Sequence[Sequence[int]] | np.ndarray, merg
         )
     expected = int(table.prod(axis=1).sum())
     if num_patches != expected:
-        raise ValueError(
-            f"the grids {table.tolist()} have {expected} patches in all, but {num_patches} were given"
-        )
+        raise ValueError(f"the grids {table.tolist()} have {expected} patches in all, but {num_patches} were given")
     return expected // merge_size**2
 
 

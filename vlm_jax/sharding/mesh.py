@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -30,7 +32,7 @@ class MeshSettings:
     expert: int = 1
 
 
-def make_mesh(settings: MeshSettings, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays the devices out.
 
     Args:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -61,12 +62,12 @@ class Point:
 
     label: str
     connector: str
-    config: ConfigDict
+    config: Any
     system: System
     costs: Costs
 
 
-def sweep_settings(config: ConfigDict) -> SweepSettings:
+def sweep_settings(config: Any) -> SweepSettings:
     """Parses `config.sweep`, and checks what it names against the rest."""
     settings = parse(SweepSettings, config.sweep, "config.sweep")
     check_keys(config, ("base", "candidates", "sweep"), "config")
@@ -88,7 +89,7 @@ def sweep_settings(config: ConfigDict) -> SweepSettings:
     return settings
 
 
-def list_points(config: ConfigDict, only: tuple[str, ...] = ()) -> list[Point]:
+def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     """Every candidate at every one of its budgets and every seed, cheapest budgets first.
 
     A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and
@@ -124,8 +125,8 @@ def list_points(config: ConfigDict, only: tuple[str, ...] = ()) -> list[Point]:
 
 
 def point_config(
-    base: ConfigDict, candidate: ConfigDict, budget: int, seed: int, shared: tuple[str, ...]
-) -> ConfigDict:
+    base: Any, candidate: Any, budget: int, seed: int, shared: tuple[str, ...]
+) -> Any:
     """The base with a candidate's sections, its budget and seed, without the shared stages."""
     run = ConfigDict(copy.deepcopy(base.to_dict()))
     for section in SECTIONS:
@@ -137,7 +138,7 @@ def point_config(
     return run
 
 
-def shared_config(base: ConfigDict, seed: int, shared: tuple[str, ...]) -> ConfigDict:
+def shared_config(base: Any, seed: int, shared: tuple[str, ...]) -> Any:
     """The base with the shared stages alone."""
     run = ConfigDict(copy.deepcopy(base.to_dict()))
     run.seed, run.schedule = seed, shared
@@ -151,7 +152,7 @@ def costs(system: System) -> Costs:
     boxed = jax.eval_shape(system.init, jax.random.key(0))
     params = {"params": {part: nn.meta.unbox(boxed[part]) for part in system.num_params()}}
     row = jax.ShapeDtypeStruct((1, processor.max_prompt_length), jax.numpy.int32)
-    images = system.example().images
+    images: Any = system.example().images
     prompt = Batch(row, row, row, row, images=images)
     flat = jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
     encoder = count_flops(lambda p, x: model.apply(p, x, method=lambda m, x: m.encoder(x)), params, flat)

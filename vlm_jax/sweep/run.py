@@ -44,7 +44,7 @@ class Sweep:
 
     def __init__(
         self,
-        config: ConfigDict,
+        config: Any,
         workdir: epath.PathLike,
         *,
         config_path: str,
@@ -187,7 +187,7 @@ class Sweep:
         return _Progress(steps, self._console)
 
 
-def _num_steps(config: ConfigDict) -> int:
+def _num_steps(config: Any) -> int:
     return parse_schedule(tuple(config.schedule), config.stages)[-1].stop
 
 

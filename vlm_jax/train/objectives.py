@@ -5,12 +5,13 @@ yield, and a key for whatever it draws; it returns the loss and named scalars be
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from vlm_jax.build import System
+from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.types import Batch, CellBatch
 
@@ -26,7 +27,7 @@ def next_token(system: System) -> Objective:
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         parts = {part: params[part] for part in ("encoder", "connector", "decoder")}
         logits = system.model.apply({"params": parts}, batch, deterministic=False, rngs={"reduce": key})
-        value, accuracy = cross_entropy(logits, batch.targets, batch.loss_weights)
+        value, accuracy = cross_entropy(cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights))
         return value, {"accuracy": accuracy}
 
     return loss
@@ -39,10 +40,12 @@ def read_cells(system: System) -> Objective:
     the matching, since a cell knows its target.
     """
 
+    reader = cast(CellReader, system.cell_reader)  # there is one where a stage has this objective
+
     def loss(params: dict[str, Any], batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del key
         variables = {"params": {"encoder": params["encoder"], **params["cell_head"]}}
-        logits, boxes = system.cell_reader.apply(variables, batch.images[:, 0])
+        logits, boxes = reader.apply(variables, batch.images[:, 0])
         classes = jnp.broadcast_to(batch.classes[..., None], logits.shape[:-1])
         value, accuracy = cross_entropy(logits, classes, jnp.ones(classes.shape))
         distance = jnp.abs(boxes - batch.boxes[..., None, :]).sum(-1).mean()

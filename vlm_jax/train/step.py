@@ -28,12 +28,12 @@ def train_step(
     params, frozen = split(state.params, trained)
     key = jax.random.fold_in(key, state.step)
 
-    def loss_of(params):
+    def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
         return objective({**frozen, **params}, batch, key)
 
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, opt_state = tx.update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
+    params: Any = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     return TrainState(state.step + 1, {**frozen, **params}, opt_state), metrics
 
@@ -61,7 +61,7 @@ def compile_step(
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes that one device needs for a compiled program: arguments, results and temporaries."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return int(
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes

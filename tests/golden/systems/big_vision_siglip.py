@@ -36,10 +36,10 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> Outputs:
         real = int((inputs["ptype"][0] == 1).sum())
         found["img_encoded"] = found["img_encoded"][:, :real]
         found |= _tables(inputs, wanted)
-    first = {name: int(entry["shape"][0]) for name, entry in wanted.items() if entry["shape"]}
-    return {
-        name: np.asarray(found[name])[: first.get(name)] if name in first else found[name] for name in wanted
-    }
+    for name in ("img_with_posemb", "img_encoded", "txt_transformed", "txt_vocab_logits"):
+        if name in wanted:  # of the first examples alone
+            found[name] = found[name][: wanted[name]["shape"][0]]
+    return {name: np.asarray(found[name]) for name in wanted}
 
 
 def _packed(inputs: dict[str, np.ndarray]) -> PackedPatches:
@@ -61,7 +61,7 @@ def _features(loaded: Pretrained, images: Any, text: jax.Array) -> Outputs:
         logits = module.text.apply({"params": params["text"]}, read.tokens, method="vocabulary_logits")
         return {
             "img_with_posemb": seen.hidden[0],
-            "img_encoded": seen.tokens[:1],
+            "img_encoded": seen.tokens,
             "img_pre_logits": seen.pooled,
             "txt_transformed": read.tokens,
             "txt_logits": read.pooled,

@@ -37,9 +37,7 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> Outputs:
             if "positions" in resized.params["encoder"]:
                 found[f"res{match.group(1)}_posemb"] = resized.params["encoder"]["positions"]["table"][None]
     if "sincos" in wanted:
-        rows, cols, width = map(
-            int, re.search(r"\((\d+), *(\d+), *(\d+)\)", wanted["sincos"]["meaning"]).groups()
-        )
+        rows, cols, width = map(int, re.search(r"\((\d+), *(\d+), *(\d+)\)", wanted["sincos"]["meaning"]).groups())
         found["sincos"] = sincos_2d((rows, cols), width)[None]
     if "old_checkpoint_logits" in wanted:
         found |= _old_checkpoint(folder.parent / "vit_jax_token")

@@ -11,9 +11,7 @@ import numpy as np
 import vlm_jax
 from vlm_jax.encoders.hybrid import Hybrid
 
-BEHIND_THE_ENCODER = (
-    "computed by the projector or the language model from the encoder's features, not by an encoder"
-)
+BEHIND_THE_ENCODER = "computed by the projector or the language model from the encoder's features, not by an encoder"
 NOT_COMPARED = {
     "aligned": BEHIND_THE_ENCODER,
     ".*_embeds_tail": BEHIND_THE_ENCODER,
@@ -78,9 +76,7 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
             return super().__call__(images, **kwargs)
 
     fields = {
-        name: getattr(module.low, name)
-        for name in module.low.__dataclass_fields__
-        if name not in ("parent", "name")
+        name: getattr(module.low, name) for name in module.low.__dataclass_fields__ if name not in ("parent", "name")
     }
     unnormalised = module.clone(low=Seen(**fields), low_statistics=None)
     _, state = unnormalised.apply({"params": params}, first, mutable="intermediates")

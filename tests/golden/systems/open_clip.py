@@ -70,9 +70,7 @@ def _image_layers(loaded: Pretrained, images: jax.Array) -> Outputs:
 
     @jax.jit
     def run(params, images):
-        return tower.apply({"params": params}, images, mutable=["intermediates"], capture_intermediates=True)[
-            1
-        ]
+        return tower.apply({"params": params}, images, mutable=["intermediates"], capture_intermediates=True)[1]
 
     sown = run(params, images)["intermediates"]
     maps = {name: value["__call__"][0] for name, value in sown.items() if name != "__call__"}
@@ -99,9 +97,7 @@ def _loss(loaded: Pretrained, images: jax.Array, text: jax.Array) -> Outputs:
     return {"clip_loss": value, **{f"grad_{key}": x for key, x in released.items()}}
 
 
-def _resized(
-    folder: Path, loaded: Pretrained, inputs: dict[str, np.ndarray], wanted: dict[str, Any]
-) -> Outputs:
+def _resized(folder: Path, loaded: Pretrained, inputs: dict[str, np.ndarray], wanted: dict[str, Any]) -> Outputs:
     """The image tower for another image size, and the text tower's table at another length."""
     image = inputs["resized_image_u8"]
     resized = from_pretrained(folder, image_size=image.shape[1])

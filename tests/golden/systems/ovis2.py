@@ -13,9 +13,7 @@ import vlm_jax
 from tests.golden import comparison
 from vlm_jax.layers.norm import Norm
 
-VOCABULARY = (
-    "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
-)
+VOCABULARY = "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
 NOT_COMPARED = {
     r"img\.\d+\.placeholders": "how prompts name the parts of an image: chat layout, not the tower",
     r"pixel_values": "Ovis 2's image processor, not part of the tower, which is given these pixels",

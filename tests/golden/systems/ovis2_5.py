@@ -21,9 +21,7 @@ from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.pretrained.ovis import NAVIT_DEFAULTS
 from vlm_jax.processors.patches import pack, window_of_blocks
 
-VOCABULARY = (
-    "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
-)
+VOCABULARY = "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
 PROCESSOR = "Ovis 2.5's image processor, not part of the tower, which is given these patches"
 SYSTEM = "the whole system: needs the visual vocabulary and the language model"
 NOT_COMPARED = {
@@ -71,9 +69,7 @@ def _embeddings(tower: Tower) -> dict[str, np.ndarray]:
     embed = Dense(module.width, ("patch", "embed"))
     found = {
         "vit.patch_embed": embed.apply({"params": params["patch_embed"]}, packed.patches),
-        "vit.rope_angles": rope_2d_angles(
-            packed.positions, module.width // module.num_heads, module.rope_theta
-        ),
+        "vit.rope_angles": rope_2d_angles(packed.positions, module.width // module.num_heads, module.rope_theta),
     }
     if module.table_side is not None:
         table = ResampledPositions(module.table_side, module.width)
@@ -98,18 +94,14 @@ def _normed(model, x) -> np.ndarray:
     """The last norm, which the tower has no use for."""
     name = "visual_tokenizer.vit.vision_model.post_layernorm"
     params = {
-        ours: model.checkpoint[f"{name}.{theirs}"][...]
-        for ours, theirs in (("scale", "weight"), ("bias", "bias"))
+        ours: model.checkpoint[f"{name}.{theirs}"][...] for ours, theirs in (("scale", "weight"), ("bias", "bias"))
     }
     return Norm("layer", model.module.norm_epsilon).apply({"params": params}, x)
 
 
 def _vocabulary_tokens(model, features, num_rows: int) -> np.ndarray:
     """Linear layer, LayerNorm, softmax, and zeros for the indicators, from the tensors carried along."""
-    head = {
-        name: model.checkpoint[f"visual_tokenizer.head.{name}"][...]
-        for name in ("0.weight", "1.weight", "1.bias")
-    }
+    head = {name: model.checkpoint[f"visual_tokenizer.head.{name}"][...] for name in ("0.weight", "1.weight", "1.bias")}
     x = features @ head["0.weight"].T
     x = x - x.mean(-1, keepdims=True)
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * head["1.weight"][None] + head["1.bias"][None]
@@ -136,7 +128,5 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
         found[name] = tower.encode(**VARIANTS[name])[1][-1]
     if "video.tokens" in expected:
         video = Tower(model, expected["video.pixel_values"], expected["video.grid_thws"])
-        found["video.tokens"] = _vocabulary_tokens(
-            model, video.encode()[0], expected["video.tokens"].shape[-1]
-        )
+        found["video.tokens"] = _vocabulary_tokens(model, video.encode()[0], expected["video.tokens"].shape[-1])
     return {name: np.asarray(array) for name, array in found.items() if name in expected}

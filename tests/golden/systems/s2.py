@@ -36,9 +36,7 @@ class Fixed(nn.Module):
 
     def __call__(self, images):
         grid = self.grid(*images.shape[1:3])
-        x = images.reshape(len(images), grid[0], self.side, grid[1], self.side, -1).transpose(
-            0, 1, 3, 2, 4, 5
-        )
+        x = images.reshape(len(images), grid[0], self.side, grid[1], self.side, -1).transpose(0, 1, 3, 2, 4, 5)
         tokens = self.function(x).reshape(len(images), -1, self.features)
         if self.prefix is not None:
             tokens = jnp.concatenate([self.prefix(tokens), tokens], axis=1)
@@ -114,9 +112,7 @@ def simple_outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray], entries:
     for name, entry in entries.items():
         if name.startswith("bicubic_"):
             count, channels, rows, cols = entry["shape"]
-            found[name] = resize(arrays["x"][:count, ..., :channels], (rows, cols), "bicubic").transpose(
-                0, 3, 1, 2
-            )
+            found[name] = resize(arrays["x"][:count, ..., :channels], (rows, cols), "bicubic").transpose(0, 3, 1, 2)
         elif name.endswith("_split"):
             image = arrays[name.replace("_split", "_in")]
             splits = (image.shape[1] // entry["shape"][2], image.shape[2] // entry["shape"][3])

@@ -60,17 +60,12 @@ def _stem(encoder: nn.Module, params: Any, images: jax.Array) -> Outputs:
 
     @jax.jit
     def run(params, images):
-        return encoder.apply(
-            {"params": params}, images, mutable=["intermediates"], capture_intermediates=True
-        )[1]
+        return encoder.apply({"params": params}, images, mutable=["intermediates"], capture_intermediates=True)[1]
 
     sown = run(params, images[:1])["intermediates"]
     maps = {name: value["__call__"][0] for name, value in sown["stem"].items() if name != "__call__"}
     grid = encoder.grid(*images.shape[1:3])
-    stages = {
-        f"block{stage}": maps[f"stage{stage}_unit{count}"]
-        for stage, count in enumerate(encoder.stem_layers, 1)
-    }
+    stages = {f"block{stage}": maps[f"stage{stage}_unit{count}"] for stage, count in enumerate(encoder.stem_layers, 1)}
     return {
         "conv_root": maps["conv_root"][:, ::2, ::2],
         "gn_root": maps["norm_root"],

@@ -33,9 +33,7 @@ def encoder_rules(*, width: int, window: tuple[int, int, int, int], gated: bool)
     block, target = "blocks.{layer}", "blocks/layers"
     heads = tuple(f"{target}/attention/{name}" for name in ("query", "key", "value"))
     norm = rms_norm if gated else layer_norm
-    names = (
-        {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"} if gated else {"fc1": "up", "fc2": "down"}
-    )
+    names = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"} if gated else {"fc1": "up", "fc2": "down"}
     rules = [
         Rule("patch_embed.proj.weight", "patch_embed/kernel", conv_of_patches(width, window)),
         *norm(f"{block}.norm1", f"{target}/attention_norm"),

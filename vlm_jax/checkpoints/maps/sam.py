@@ -64,9 +64,7 @@ def encoder_rules(
     return (*rules, *neck_rules(names.neck, "neck", width, neck_dim))
 
 
-def neck_rules(
-    sources: tuple[str, str, str, str], target: str, width: int, neck_dim: int
-) -> tuple[Rule, ...]:
+def neck_rules(sources: tuple[str, str, str, str], target: str, width: int, neck_dim: int) -> tuple[Rule, ...]:
     """Two convolutions and two norms, in the order of the forward pass."""
     project, project_norm, smooth, smooth_norm = sources
     return (

@@ -14,9 +14,7 @@ def encoder_rules(width: int, num_patches: int, *, qkv_bias: bool) -> tuple[Rule
       qkv_bias: whether query, key and value have biases.
     """
     block, target = "encoder.layer.{layer}", "blocks/layers"
-    positions = Chain(
-        Reshape((1, num_patches + 1, width), (num_patches + 1, width)), Split(0, (1, num_patches))
-    )
+    positions = Chain(Reshape((1, num_patches + 1, width), (num_patches + 1, width)), Split(0, (1, num_patches)))
     rules = [
         Rule("embeddings.cls_token", "class_token", Reshape((1, 1, width), (1, width))),
         Rule("embeddings.position_embeddings", ("class_position", "positions/table"), positions),
