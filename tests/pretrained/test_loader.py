@@ -14,6 +14,7 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
+from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.family import PretrainedError, find_prefix, one_side, square_root
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
@@ -78,6 +79,26 @@ def test_an_archive_without_a_config_takes_one(folder):
         vlm_jax.from_pretrained(folder / "model.npz")
     loaded = vlm_jax.from_pretrained(folder / "model.npz", config=config)
     assert loaded.config == config
+
+
+@pytest.mark.parametrize("name", ["vit_jax_gap", "bv_vit_map_learn"])
+def test_without_classes_the_encoder_stands_alone(tmp_path, name):
+    tensors = arrays(DATA / name / "model.npz")
+    np.savez(tmp_path / "model.npz", **{key: x for key, x in tensors.items() if "head/" not in key})
+    config = {**json.loads((DATA / name / "config.json").read_text()), "num_classes": None}
+    alone = vlm_jax.from_pretrained(tmp_path, config=config)
+    under_a_head = vlm_jax.from_pretrained(DATA / name)
+    jax.tree.map(np.testing.assert_array_equal, alone.params, under_a_head.params["encoder"])
+    resized = vlm_jax.from_pretrained(tmp_path, config=config, image_size=48)
+    assert resized.params["positions"]["table"].shape[0] == 144
+
+
+def test_a_representation_may_be_as_wide_as_the_model():
+    config = {"model_name": "vit", "num_classes": 9, "model": {"variant": "Ti/16", "rep_size": True}}
+    tables = {"params/pos_embedding": np.zeros((1, 4, 192), np.float32)}
+    description = FAMILIES["big_vision.vit"](config, tables, dtype=jnp.float32, param_dtype=jnp.float32)
+    encoder = description.module.encoder
+    assert encoder.representation_size == encoder.width == 192 and encoder.image_size == (32, 32)
 
 
 def test_shards_go_to_their_devices():

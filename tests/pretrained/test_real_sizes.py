@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from configs.base import get_config
 from configs.presets import vision_encoders
+from vlm_jax.build import build
 from vlm_jax.config import parse
 from vlm_jax.encoders import ENCODERS
 from vlm_jax.pretrained import FAMILIES
@@ -37,8 +39,9 @@ RELEASES = {
         {
             "model_type": "clip",
             "projection_dim": 768,
-            "vision_config": {**_LARGE, "image_size": 336, "patch_size": 14},
-            "text_config": _CLIP_TEXT,
+            "vision_config": {"image_size": 224, "patch_size": 14},
+            "vision_config_dict": {**_LARGE, "image_size": 336},  # wins, as in transformers
+            "text_config_dict": _CLIP_TEXT,
         },
         {},
         427_944_193,
@@ -119,3 +122,11 @@ def test_parameters_of_encoder_presets(preset, published):
     size = config.processor.image_size
     encoder = parse(ENCODERS[config.encoder.kind], section, "config.encoder", image_size=size)
     assert count(encoder, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)) == published
+
+
+def test_a_preset_goes_into_a_runnable_config():
+    config = get_config()
+    config.update(vision_encoders.clip_vit_l14_336())
+    config.token_budget = 24 * 24
+    system = build(config)
+    assert system.grid == (24, 24) and system.model.encoder.patch_size == 14

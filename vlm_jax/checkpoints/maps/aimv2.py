@@ -1,7 +1,6 @@
 """AIMv2 as Ovis 2 stores it, under its own names and under those of the port in transformers."""
 
-from vlm_jax.checkpoints.maps.qwen_vit import rms_norm
-from vlm_jax.checkpoints.maps.torch_layers import conv, fused, linear
+from vlm_jax.checkpoints.maps.torch_layers import conv, fused, linear, rms_norm
 from vlm_jax.checkpoints.ops import Reshape
 from vlm_jax.checkpoints.rules import Rule
 

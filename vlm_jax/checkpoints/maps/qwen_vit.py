@@ -1,25 +1,7 @@
 """The vision towers of Qwen2-VL and Qwen2.5-VL, in released files under `visual.`."""
 
-import math
-
-from vlm_jax.checkpoints.maps.torch_layers import fused, layer_norm, linear
-from vlm_jax.checkpoints.ops import LINEAR, Chain, Op, Reshape
+from vlm_jax.checkpoints.maps.torch_layers import conv_of_patches, fused, layer_norm, linear, rms_norm
 from vlm_jax.checkpoints.rules import Rule
-
-
-def conv_of_patches(features: int, window: tuple[int, ...]) -> Op:
-    """A torch convolution [out, channels, (frames,) rows, columns] of whole patches -> a kernel [patch, out].
-
-    Args:
-      features: outputs.
-      window: the weight's other axes; patches are flattened in this order.
-    """
-    return Chain(Reshape((features, *window), (features, math.prod(window))), LINEAR)
-
-
-def rms_norm(source: str, target: str) -> tuple[Rule, ...]:
-    """An RMSNorm, which has a weight alone -> `Norm`."""
-    return (Rule(f"{source}.weight", f"{target}/scale"),)
 
 
 def encoder_rules(*, width: int, window: tuple[int, int, int, int], gated: bool) -> tuple[Rule, ...]:

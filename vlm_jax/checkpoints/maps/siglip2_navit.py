@@ -1,7 +1,6 @@
 """The vision tower of Ovis 2.5, in released files under `visual_tokenizer.vit.vision_model.`."""
 
-from vlm_jax.checkpoints.maps.qwen_vit import conv_of_patches
-from vlm_jax.checkpoints.maps.torch_layers import layer_norm, linear
+from vlm_jax.checkpoints.maps.torch_layers import conv_of_patches, layer_norm, linear
 from vlm_jax.checkpoints.ops import LINEAR
 from vlm_jax.checkpoints.rules import Rule
 

@@ -1,5 +1,6 @@
 """The rules of single layers as torch stores them: `weight` and `bias` under a prefix."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Chain, Op, Reshape, Split, fused_linear
@@ -52,3 +53,18 @@ def fused(
 
     rules = (rule(weight, "kernel", fused_linear(*sizes)),)
     return (*rules, rule(bias_name, "bias", Split(0, sizes))) if bias else rules
+
+
+def conv_of_patches(features: int, window: tuple[int, ...]) -> Op:
+    """A torch convolution [out, channels, (frames,) rows, columns] of whole patches -> a kernel [patch, out].
+
+    Args:
+      features: outputs.
+      window: the weight's other axes; patches are flattened in this order.
+    """
+    return Chain(Reshape((features, *window), (features, math.prod(window))), LINEAR)
+
+
+def rms_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """An RMSNorm, which has a weight alone -> `Norm`."""
+    return (Rule(f"{source}.weight", f"{target}/scale"),)
