@@ -24,9 +24,9 @@ def get_config(arg: str = "") -> ConfigDict:
             "mlp": {"budgets": (16,), "connector": {"kind": "mlp"}},
             "pool": {"budgets": (1, 2, 4, 8), "connector": {"kind": "pool"}},
             "pixel_shuffle": {"budgets": (1, 4), "connector": {"kind": "pixel_shuffle"}},
-            "resampler": {"budgets": (1, 4, 8, 16), "connector": {"kind": "resampler", "num_heads": 4}},
+            "resampler": {"budgets": (1, 4, 16), "connector": {"kind": "resampler", "num_heads": 4}},
             "random": {"budgets": (1, 4, 8), "reducer": {"kind": "random"}},
-            "downsample_image": {"budgets": (1, 4, 8), "reducer": {"kind": "downsample_image"}},
+            "downsample_image": {"budgets": (1, 4), "reducer": {"kind": "downsample_image"}},
         }
     )
     config.sweep = ConfigDict(

@@ -11,7 +11,6 @@ from flax import linen as nn
 
 from configs.base import get_config
 from configs.presets import vision_encoders
-from vlm_jax.build import build
 from vlm_jax.config import parse
 from vlm_jax.encoders import ENCODERS
 from vlm_jax.pretrained import FAMILIES
@@ -117,16 +116,9 @@ def test_parameters_of_releases(name):
     ],
 )
 def test_parameters_of_encoder_presets(preset, published):
-    config = getattr(vision_encoders, preset)()
+    config = get_config()
+    config.update(getattr(vision_encoders, preset)())
     section = {key: value for key, value in config.encoder.items() if key != "kind"}
     size = config.processor.image_size
     encoder = parse(ENCODERS[config.encoder.kind], section, "config.encoder", image_size=size)
     assert count(encoder, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)) == published
-
-
-def test_a_preset_goes_into_a_runnable_config():
-    config = get_config()
-    config.update(vision_encoders.clip_vit_l14_336())
-    config.token_budget = 24 * 24
-    system = build(config)
-    assert system.grid == (24, 24) and system.model.encoder.patch_size == 14
