@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: sweep test parity lint types imports smoke
+.PHONY: sweep test parity lint types imports smoke notebooks
 
 sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
 	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py --workdir=$(WORKDIR)
@@ -24,6 +24,9 @@ test: $(VENV)/.test
 
 parity: $(VENV)/.parity  ## against live torch models
 	$(BIN)/python -m pytest -n 2 tests/parity $(ARGS)
+
+notebooks: $(VENV)/.test  ## every notebook, top to bottom
+	$(BIN)/python -m pytest tests/colabs $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -11,6 +11,9 @@
 No model names a kernel.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -76,15 +79,35 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
     return mask
 
 
+_written_out = contextvars.ContextVar("written_out", default=False)
+
+
+@contextlib.contextmanager
+def written_out() -> Iterator[None]:
+    """Attention traced inside is `xla` on every platform: its products can be seen and counted."""
+    token = _written_out.set(True)
+    try:
+        yield
+    finally:
+        _written_out.reset(token)
+
+
 def choose_implementation(
     query: jax.Array, key: jax.Array, context: Context, *, biased: bool = False
 ) -> Implementation:
-    """The implementation for the default platform; see the module's table. Splash takes no bias."""
+    """The implementation for the default platform; see the module's table.
+
+    Splash takes no bias, and JAX does not partition a Pallas kernel by itself, so it serves where
+    the mesh is one device.
+    """
+    if _written_out.get():
+        return "xla"
     platform = jax.default_backend()
     if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0:
         return "cudnn"
     tiled = query.shape[1] % _SPLASH_TILE == 0 and key.shape[1] % _SPLASH_TILE == 0
-    if platform == "tpu" and tiled and context.offset is None and context.branches is None and not biased:
+    plain = context.offset is None and context.branches is None and not biased
+    if platform == "tpu" and tiled and plain and jax.sharding.get_abstract_mesh().size <= 1:
         return "splash"
     return "xla"
 
@@ -208,6 +231,8 @@ class MultiHeadAttention(nn.Module):
         inputs_k = x if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
         kv_heads = self.num_kv_heads or self.num_heads
+        if self.head_dim is None and x.shape[-1] % self.num_heads:
+            raise ValueError(f"{self.num_heads} heads do not divide a width of {x.shape[-1]}; set head_dim")
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 

@@ -5,7 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.types import TEXT_SLOT, Batch, VisualTokens
+from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, VisualTokens
 
 
 class VLM(nn.Module):
@@ -43,23 +43,32 @@ class VLM(nn.Module):
             )
         return tokens
 
-    def embed(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T D"]:
-        """Embeddings of every position: text looked up, visual slots gathered from the table."""
+    def embed(
+        self, batch: Batch, *, deterministic: bool = True
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+        """Embeddings of every position: text looked up, visual slots gathered from the table.
+
+        Returns:
+          The embeddings, and the segment ids, in which a masked visual token is padding.
+        """
         text = self.decoder.embed(batch.tokens)
         if batch.images is None:
-            return text
+            return text, jnp.asarray(batch.segment_ids)
         size, count = batch.images.shape[:2]
         flat = batch.images.reshape(-1, *batch.images.shape[2:])
-        tokens = self.visual_tokens(flat, deterministic=deterministic).tokens
+        visual = self.visual_tokens(flat, deterministic=deterministic)
+        tokens = visual.tokens
         table = tokens.reshape(size, count * tokens.shape[1], tokens.shape[2]).astype(text.dtype)
         index = batch.visual_index[..., None]
         rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
-        return jnp.where(index == TEXT_SLOT, text, rows)
+        shown = jnp.take_along_axis(visual.mask.reshape(size, -1), jnp.maximum(batch.visual_index, 0), axis=1)
+        segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
+        return jnp.where(index == TEXT_SLOT, text, rows), segments
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"]:
         """Float32 logits at every position."""
-        embeddings = self.embed(batch, deterministic=deterministic)
-        hidden, _ = self.decoder(embeddings, batch.positions, batch.segment_ids, branch_ids=batch.branch_ids)
+        embeddings, segments = self.embed(batch, deterministic=deterministic)
+        hidden, _ = self.decoder(embeddings, batch.positions, segments, branch_ids=batch.branch_ids)
         return self.decoder.logits(hidden)
 
     def prefill(self, batch: Batch, cache_length: int) -> tuple[Float[Array, "B V"], Cache]:
@@ -69,7 +78,8 @@ class VLM(nn.Module):
           Logits of the last column, and a cache of `cache_length` slots with the prompt in it.
         """
         cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length)
-        hidden, cache = self.decoder(self.embed(batch), batch.positions, batch.segment_ids, cache)
+        embeddings, segments = self.embed(batch)
+        hidden, cache = self.decoder(embeddings, batch.positions, segments, cache)
         return self.decoder.logits(hidden[:, -1]), cache
 
     def extend(

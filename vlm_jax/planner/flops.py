@@ -6,12 +6,15 @@ from typing import Any
 
 import jax
 
+from vlm_jax.layers.attention import written_out
+
 
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Floating-point operations of the matrix products and convolutions of one call.
 
     A multiply and its add count as two. Element-wise work (norms, softmax, activations) is not
-    counted, as is the habit where model FLOPs are reported. A loop of unknown length cannot be
+    counted, as is the habit where model FLOPs are reported. Attention is counted as its two products,
+    in full, whichever kernel would run it. A loop of unknown length cannot be
     counted and is refused.
 
     Args:
@@ -22,7 +25,8 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     Raises:
       ValueError: the function holds a `while_loop`.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+    with written_out():
+        return _of_jaxpr(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
 
 def _of_jaxpr(jaxpr: Any) -> int:
