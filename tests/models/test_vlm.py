@@ -16,7 +16,7 @@ from .conftest import TOKENS, VOCAB, WIDTH, make_model
 
 
 def test_every_position_holds_what_the_index_says(model, params, batch):
-    embedded = jax.jit(lambda p, b: model.apply(p, b, method="embed"))(params, batch)
+    embedded = jax.jit(lambda p, b: model.apply(p, b, method="embed")[0])(params, batch)
     visual = jax.jit(lambda p, x: model.apply(p, x, method="visual_tokens"))
     table = np.asarray(params["params"]["decoder"]["embedding"]["embedding"])
     expected = np.zeros((2, 7, WIDTH))
