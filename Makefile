@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: sweep test parity lint types imports smoke notebooks
+.PHONY: sweep test parity lint types imports smoke golden processes
 
 sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
 	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py --workdir=$(WORKDIR)
@@ -25,8 +25,11 @@ test: $(VENV)/.test
 parity: $(VENV)/.parity  ## against live torch models
 	$(BIN)/python -m pytest -n 2 tests/parity $(ARGS)
 
-notebooks: $(VENV)/.test  ## every notebook, top to bottom
-	$(BIN)/python -m pytest tests/colabs $(ARGS)
+golden: $(VENV)/.test  ## against arrays of the official implementations
+	$(BIN)/python -m pytest -n 2 tests/golden $(ARGS)
+
+processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full disks, several hosts
+	$(BIN)/python -m pytest -n 2 tests/processes $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -18,9 +18,7 @@ def drawn(boxed, seed=1):
         if name in ("scale", "variance"):
             values = 1 + 0.1 * np.abs(values)
         elif name == "kernel":  # a stack of layers and the windows of a convolution are in front
-            values = (
-                values * leaf.shape[-2] ** -0.5 / np.sqrt(np.prod(leaf.shape[:2]) if leaf.ndim == 4 else 1)
-            )
+            values = values * leaf.shape[-2] ** -0.5 / np.sqrt(np.prod(leaf.shape[:2]) if leaf.ndim == 4 else 1)
         elif leaf.ndim >= 2:
             values = 0.3 * values
         else:

@@ -143,20 +143,20 @@ class Batch:
       segment_ids: 0 is padding; a position attends only inside its segment.
       visual_index: which row of the example's visual table fills the position, or -1 for text.
         Rows are the image tokens in order: image i's token m is row i * M + m.
-      branch_ids: None, or what a position reads of its segment: branch 0 and its own branch.
       images: float32 pixels, normalised by the processor, or None for text alone.
       targets: the id to be predicted at each position (already shifted), any id without weight.
       loss_weights: 1.0 where the prediction counts.
+      branch_ids: None, or what a position reads of its segment: branch 0 and its own branch.
     """
 
     tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     visual_index: Int[Array, "B T"]
-    branch_ids: Int[Array, "B T"] | None = None
     images: Float[Array, "B I height width channels"] | None = None
     targets: Int[Array, "B T"] | None = None
     loss_weights: Float[Array, "B T"] | None = None
+    branch_ids: Int[Array, "B T"] | None = None
 
 
 @struct

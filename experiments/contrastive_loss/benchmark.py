@@ -75,9 +75,7 @@ def memory(batch: int, width: int) -> None:
     mesh = Mesh(np.array(jax.devices()), ("data",))
 
     def spec(*shape):
-        return jax.ShapeDtypeStruct(
-            shape, jnp.float32, sharding=NamedSharding(mesh, P("data") if shape else P())
-        )
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P("data") if shape else P()))
 
     features = spec(batch, width)
     teacher = {"teacher_image_features": features, "teacher_text_features": features, "teacher_scale": spec()}

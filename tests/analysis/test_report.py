@@ -49,9 +49,7 @@ def test_the_arrays_are_those_of_each_analysis(tmp_path):
     expected = {
         "attention_distance": mean_attention_distance(weights, (3, 5), 4, renormalise=False),
         "attention_distance_renormalised": mean_attention_distance(weights, (3, 5), 4, renormalise=True),
-        "position_similarity": position_similarity(
-            nn.meta.unbox(params)["positions"]["table"].reshape(3, 5, 16)
-        ),
+        "position_similarity": position_similarity(nn.meta.unbox(params)["positions"]["table"].reshape(3, 5, 16)),
         **{f"filter_{name}": value for name, value in filters._asdict().items()},
         "token_maps": token_maps(connect, features)[0],
     }
@@ -88,9 +86,7 @@ def test_an_encoder_without_position_embeddings_or_class_token_says_so(tmp_path)
     assert analysis.similarity is None and "position_similarity" not in analysis.arrays()
     assert list(figures(analysis)) == ["attention_distance", "filters"]
     assert "adds no position embeddings" in write_report(analysis, tmp_path).read_text()
-    np.testing.assert_allclose(
-        analysis.attention_distance, analysis.attention_distance_renormalised, rtol=1e-6
-    )
+    np.testing.assert_allclose(analysis.attention_distance, analysis.attention_distance_renormalised, rtol=1e-6)
     assert len(analysis.filters.components) == 16  # of 28 asked for
 
 

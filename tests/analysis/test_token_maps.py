@@ -182,9 +182,7 @@ def test_the_figure_lays_every_map_over_the_page(patch_size, edges):
         assert overlay.get_extent() == [-0.5, edges[0], edges[1], -0.5]
         assert axes.get_title() == f"{token}: {maps[token].max():.0%}"
         peak = maps[token].max()
-        np.testing.assert_allclose(
-            overlay.get_alpha(), 0.65 * maps[token].reshape(GRID) / (peak or 1), atol=1e-6
-        )
+        np.testing.assert_allclose(overlay.get_alpha(), 0.65 * maps[token].reshape(GRID) / (peak or 1), atol=1e-6)
 
 
 def test_the_figure_can_show_some_tokens_of_a_grey_page():

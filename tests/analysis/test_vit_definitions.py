@@ -13,9 +13,7 @@ from tests.golden.conftest import DATA
 from vlm_jax.encoders.vit import ViT
 
 FOLDERS = [
-    folder
-    for folder in comparison.find(DATA)
-    if any(NAMES.fullmatch(n) for n in comparison.read(folder).expected)
+    folder for folder in comparison.find(DATA) if any(NAMES.fullmatch(n) for n in comparison.read(folder).expected)
 ]
 
 
@@ -29,9 +27,7 @@ def released_params(folder, config):
     depth, width = config["transformer"]["num_layers"], config["hidden_size"]
 
     def stacked(name, *shape):
-        return np.stack(
-            [released[f"Transformer/encoderblock_{i}/{name}"].reshape(shape) for i in range(depth)]
-        )
+        return np.stack([released[f"Transformer/encoderblock_{i}/{name}"].reshape(shape) for i in range(depth)])
 
     def dense(name, *kernel):
         return {"kernel": stacked(f"{name}/kernel", *kernel), "bias": stacked(f"{name}/bias", kernel[1])}
@@ -75,7 +71,6 @@ def test_definitions_hold(folder):
     found = jax.tree.map(np.asarray, definitions(folder, module, params, jnp.asarray(images)))
     assert set(found) == {name for name in golden.expected if NAMES.fullmatch(name)}
     wrong = {
-        name: comparison.compare(golden.entries[name], value, golden.expected[name])
-        for name, value in found.items()
+        name: comparison.compare(golden.entries[name], value, golden.expected[name]) for name, value in found.items()
     }
     assert not {name: line for name, line in wrong.items() if line}

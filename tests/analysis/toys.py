@@ -63,7 +63,5 @@ def randomised(params, seed=0, scale=0.3):
     params = nn.meta.unbox(params)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    drawn = [
-        leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    drawn = [leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, drawn)

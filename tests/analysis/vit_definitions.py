@@ -49,9 +49,7 @@ def definitions(folder: Path, module: Any, params: Any, images: np.ndarray) -> d
             else:
                 filters = filter_components(kernel, shape[0], centred=not name.endswith("_uncentred"))
                 is_picture = "_pcs_" in name
-                found[name] = (
-                    _with_signs_of(cases[name], filters.components) if is_picture else filters.singular_values
-                )
+                found[name] = _with_signs_of(cases[name], filters.components) if is_picture else filters.singular_values
     return found
 
 

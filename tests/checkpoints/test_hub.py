@@ -112,9 +112,7 @@ def test_an_ambiguous_folder_is_an_error(tmp_path):
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
-    with pytest.raises(
-        CheckpointFileError, match=r"no model.safetensors, model.safetensors.index.json or .npz"
-    ):
+    with pytest.raises(CheckpointFileError, match=r"no model.safetensors, model.safetensors.index.json or .npz"):
         open_checkpoint(tmp_path)
 
 
@@ -123,18 +121,14 @@ def test_pickles_are_refused_with_a_way_out(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(pickle.dumps({"w": 1}))
     for source in (path, tmp_path):
-        with pytest.raises(
-            CheckpointFileError, match=r"can run any code(.|\n)*safetensors\.torch\.save_file"
-        ):
+        with pytest.raises(CheckpointFileError, match=r"can run any code(.|\n)*safetensors\.torch\.save_file"):
             open_checkpoint(source)
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "model.h5"
     path.write_bytes(b"")
-    with pytest.raises(
-        CheckpointFileError, match=r"model.h5: cannot be read as a checkpoint; expected .safe"
-    ):
+    with pytest.raises(CheckpointFileError, match=r"model.h5: cannot be read as a checkpoint; expected .safe"):
         open_checkpoint(path)
 
 
@@ -150,9 +144,7 @@ def test_a_safetensors_file_cut_short_is_named(tmp_path, length):
     (path,) = save_checkpoint(tmp_path, TENSORS)
     content = path.read_bytes()[:length]
     path.write_bytes(content)
-    with pytest.raises(
-        CheckpointFileError, match=rf"model.safetensors \({len(content)} bytes\): damaged or cut"
-    ):
+    with pytest.raises(CheckpointFileError, match=rf"model.safetensors \({len(content)} bytes\): damaged or cut"):
         open_checkpoint(tmp_path)
 
 
@@ -291,9 +283,7 @@ def test_what_is_neither_a_path_nor_a_repository(name):
 
 def test_without_a_connection_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        CheckpointFileError, match=r"could not be downloaded from the Hugging Face hub(.|\n)*path"
-    ):
+    with pytest.raises(CheckpointFileError, match=r"could not be downloaded from the Hugging Face hub(.|\n)*path"):
         open_checkpoint("nobody/nothing")
 
 

@@ -263,8 +263,7 @@ def test_nothing_is_read_before_everything_is_checked():
 def test_plan_says_what_goes_where():
     lines = [str(step) for step in plan(RULES, release(), model())]
     assert lines[1] == (
-        "layers.0.norm.weight .. layers.2.norm.weight (3 stacked) (4,) -> Identity() -> "
-        "blocks/norm/scale (3, 4)"
+        "layers.0.norm.weight .. layers.2.norm.weight (3 stacked) (4,) -> Identity() -> blocks/norm/scale (3, 4)"
     )
     assert lines[0] == "stem.weight (4, 3, 2, 2) -> Transpose(axes=(2, 3, 1, 0)) -> stem/kernel (2, 2, 3, 4)"
     assert "gate.weight + up.weight (3, 4) + (2, 4) -> " in lines[4]
@@ -283,8 +282,7 @@ def test_all_problems_are_reported_at_once():
     assert sorted(problems) == sorted(
         [
             "not filled: stem/bias, shape (4,): no rule writes it",
-            "not filled: blocks/norm/scal, shape (3, 4): no rule writes it; a rule's target is near: "
-            "blocks/norm/scale",
+            "not filled: blocks/norm/scal, shape (3, 4): no rule writes it; a rule's target is near: blocks/norm/scale",
             "misshapen: stem.weight: expected (4, 3, 2, 2), found (4, 3, 1, 2), for stem/kernel through "
             "Transpose(axes=(2, 3, 1, 0))",
             "missing from the checkpoint: layers.1.fc.weight, shape (6, 4), for blocks/mlp/kernel[1]; an "
@@ -335,9 +333,7 @@ def test_kept_targets_stay_as_they_were_and_their_tensors_count_as_read():
 def test_one_kept_target_of_several_stays_and_the_others_are_filled():
     params = import_params(RULES, release(), model(), keep=["blocks/key/kernel"])
     assert params["blocks"]["key"] == model()["blocks"]["key"]
-    np.testing.assert_array_equal(
-        params["blocks"]["value"]["kernel"][1], release()["layers.1.qkv.weight"][6:].T
-    )
+    np.testing.assert_array_equal(params["blocks"]["value"]["kernel"][1], release()["layers.1.qkv.weight"][6:].T)
 
 
 def test_a_target_with_two_writers_and_a_key_with_two_readers():

@@ -65,9 +65,7 @@ def test_every_dimension_of_every_parameter_is_named(params, kind):
     assert boxed
     for path, leaf in boxed:
         where = jax.tree_util.keystr(path)
-        assert isinstance(leaf, nn.LogicallyPartitioned), (
-            f"{where} has no names; make it with layers.dense.named"
-        )
+        assert isinstance(leaf, nn.LogicallyPartitioned), f"{where} has no names; make it with layers.dense.named"
         assert len(leaf.names) == leaf.value.ndim, f"{where}: {leaf.names} for the shape {leaf.value.shape}"
         unknown = set(leaf.names) - set(axes.ALL)
         assert not unknown, f"{where}: {unknown} are no names of vlm_jax/axes.py"

@@ -47,9 +47,7 @@ def split_budgets(kind, grid):
 
 def reduce(reducer, features, *, key=None, deterministic=True):
     rngs = {} if key is None else {"reduce": key}
-    return jax.jit(lambda features: reducer.apply({}, features, deterministic=deterministic, rngs=rngs))(
-        features
-    )
+    return jax.jit(lambda features: reducer.apply({}, features, deterministic=deterministic, rngs=rngs))(features)
 
 
 @every_kind
@@ -102,9 +100,7 @@ def test_deterministic_calls_agree_and_need_no_key(kind):
 def test_a_reducer_has_no_parameters(kind):
     reducer = small(REDUCERS[kind], **REDUCERS[kind].for_budget(16, (8, 8)))
     shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
-    variables = jax.eval_shape(
-        lambda f: reducer.init(jax.random.key(0), f, deterministic=True), numbered(shown)
-    )
+    variables = jax.eval_shape(lambda f: reducer.init(jax.random.key(0), f, deterministic=True), numbered(shown))
     assert not jax.tree.leaves(variables)
 
 
@@ -120,9 +116,7 @@ def test_random_draws_every_subset_of_its_size_alike():
 
 def test_random_draws_anew_with_every_key():
     features = numbered((8, 8))
-    run = [
-        reduce(RandomDrop(16), features, key=jax.random.key(k), deterministic=False).tokens for k in (1, 1, 2)
-    ]
+    run = [reduce(RandomDrop(16), features, key=jax.random.key(k), deterministic=False).tokens for k in (1, 1, 2)]
     np.testing.assert_array_equal(run[0], run[1])
     assert not np.array_equal(run[0], run[2])
     assert not np.array_equal(run[0][0, :, 1], run[0][1, :, 1])  # nor do two images share a subset
@@ -133,9 +127,7 @@ def test_random_drops_masked_features_first():
     mask = rng.permuted(np.tile(np.arange(64) < 20, (3, 1)), axis=1)
     mask[2] = np.arange(64) < 10  # fewer than are kept
     for deterministic in (True, False):
-        out = reduce(
-            RandomDrop(16), numbered((8, 8), mask=mask), key=jax.random.key(0), deterministic=deterministic
-        )
+        out = reduce(RandomDrop(16), numbered((8, 8), mask=mask), key=jax.random.key(0), deterministic=deterministic)
         np.testing.assert_array_equal(out.mask.sum(1), [16, 16, 10])
         places = np.asarray(out.tokens)[..., 1].astype(int)
         np.testing.assert_array_equal(out.mask, np.take_along_axis(mask, places, axis=1))

@@ -121,9 +121,7 @@ def test_the_evaluation_of_a_task_is_fixed_by_the_seed_whatever_else_is_asked():
     assert [sample.turns for sample in alone] == [sample.turns for sample in among]
     for ours, theirs in zip(alone, among, strict=True):
         np.testing.assert_array_equal(ours.images[0], theirs.images[0])
-    assert [s.turns for s in alone] != [
-        s.turns for s in opened(task_weights={"count": 1.0}).evaluation(seed=3)
-    ]
+    assert [s.turns for s in alone] != [s.turns for s in opened(task_weights={"count": 1.0}).evaluation(seed=3)]
 
 
 def test_text_pages_hold_the_digits_in_reading_order_and_ask_for_no_box():
@@ -137,9 +135,7 @@ def test_text_pages_hold_the_digits_in_reading_order_and_ask_for_no_box():
         assert all(turn.answer == answer_by_search(turn.question, page) for turn in sample.turns)
         assert "locate" not in {turn.task for turn in sample.turns}
     assert {s.turns[0].task for s in source.evaluation(0, "text_pages")} == {"read", "transcribe", "count"}
-    with pytest.raises(
-        ConfigError, match=r"config\.data\.task_weights: the stream 'text_pages' has no boxes"
-    ):
+    with pytest.raises(ConfigError, match=r"config\.data\.task_weights: the stream 'text_pages' has no boxes"):
         opened(task_weights={"locate": 1.0}).train("text_pages", seed=0)
 
 

@@ -61,11 +61,7 @@ def test_an_iterator_resumes_at_the_next_batch(num_threads):
     rest = [indices(batch) for batch in first]
     again = batches(STREAM, 4, num_threads=num_threads, prefetch=4)
     again.set_state(state)
-    assert (
-        [indices(batch) for batch in again]
-        == rest
-        == [indices(batch_at(STREAM, 4, step)) for step in (2, 3, 4)]
-    )
+    assert [indices(batch) for batch in again] == rest == [indices(batch_at(STREAM, 4, step)) for step in (2, 3, 4)]
 
 
 def test_digit_pages_are_made_again_from_seed_and_step():

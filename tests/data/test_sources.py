@@ -22,9 +22,7 @@ def vqa_files_section(folder):
     for name in ("train", "test"):
         lines = []
         for number in range(8):
-            Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(
-                folder / f"{name}{number}.png"
-            )
+            Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(folder / f"{name}{number}.png")
             line = {
                 "id": number,
                 "image": f"{name}{number}.png",

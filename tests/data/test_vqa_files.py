@@ -106,9 +106,7 @@ def test_one_corrupt_image_too_many_is_an_error_that_names_them_all(tmp_path):
 def test_the_limit_is_no_corrupt_image_by_default_and_a_missing_file_counts(tmp_path):
     source = opened(tmp_path)
     (tmp_path / "images" / "test2").unlink()
-    with pytest.raises(
-        TooManyCorruptImages, match=r"test\.jsonl: 1 records .* over config\.data\.max_corrupt=0"
-    ):
+    with pytest.raises(TooManyCorruptImages, match=r"test\.jsonl: 1 records .* over config\.data\.max_corrupt=0"):
         list(source.evaluation(seed=0))
 
 

@@ -82,7 +82,5 @@ def test_logits_of_a_fresh_model_are_of_the_order_of_one():
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 500, size=(1, LENGTH)))
     for tied in (True, False):
         decoder = Transformer(500, 64, depth=1, num_heads=2, num_kv_heads=1, mlp_dim=32, tie_embeddings=tied)
-        logits, _ = jax.jit(lambda key, d=decoder: d.init_with_output(key, ids, method=logits_of))(
-            jax.random.key(0)
-        )
+        logits, _ = jax.jit(lambda key, d=decoder: d.init_with_output(key, ids, method=logits_of))(jax.random.key(0))
         assert 0.5 < float(jnp.std(logits)) < 2.0

@@ -14,9 +14,7 @@ def features(count, seed, width=16):
 
 @pytest.mark.parametrize("block_size", [7, 1024])
 def test_several_texts_an_image_against_a_full_sort(block_size):
-    text_image = np.random.default_rng(2).permutation(
-        np.concatenate([np.arange(30), np.arange(30), [3, 3, 4]])
-    )
+    text_image = np.random.default_rng(2).permutation(np.concatenate([np.arange(30), np.arange(30), [3, 3, 4]]))
     images = features(30, 0)
     texts = images[text_image] + 2.0 * features(len(text_image), 1)
     got = retrieval_recall(images, texts, text_image, ks=(1, 5), block_size=block_size)

@@ -62,9 +62,7 @@ def sample(name, task, answer="7"):
 
 def test_accuracy_counts_task_by_task():
     results = {"read": [True, True, False, True], "locate": [False, False]}
-    answers = [
-        Answer(sample(str(i), task), "", ok) for task, oks in results.items() for i, ok in enumerate(oks)
-    ]
+    answers = [Answer(sample(str(i), task), "", ok) for task, oks in results.items() for i, ok in enumerate(oks)]
     table = accuracy(answers)
     assert set(table) == {"read", "locate"}
     for task, oks in results.items():

@@ -34,9 +34,7 @@ def test_class_embeddings(batch_size):
 
 def test_braces_of_a_class_name_stay():
     seen = []
-    class_embeddings(
-        lambda prompts: seen.extend(prompts) or encode(prompts), ["{x}"], ["a {}."], batch_size=1
-    )
+    class_embeddings(lambda prompts: seen.extend(prompts) or encode(prompts), ["{x}"], ["a {}."], batch_size=1)
     assert seen == ["a {x}."]
 
 

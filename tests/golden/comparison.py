@@ -65,16 +65,13 @@ def read(folder: Path) -> Golden:
     for name in sorted(entries.keys() & arrays.keys()):
         told = (tuple(entries[name]["shape"]), entries[name]["dtype"])
         if told != (arrays[name].shape, str(arrays[name].dtype)):
-            problems.append(
-                f"{name}: {told} in {MANIFEST}, {arrays[name].shape, str(arrays[name].dtype)} in {CASES}"
-            )
+            problems.append(f"{name}: {told} in {MANIFEST}, {arrays[name].shape, str(arrays[name].dtype)} in {CASES}")
         if entries[name]["role"] not in ("input", "output"):
             problems.append(f"{name}: unknown role {entries[name]['role']!r}")
     if problems:
         raise ValueError(f"{folder}: {MANIFEST} and {CASES} disagree:\n  " + "\n  ".join(problems))
     roles = {
-        role: {name: arrays[name] for name in entries if entries[name]["role"] == role}
-        for role in ("input", "output")
+        role: {name: arrays[name] for name in entries if entries[name]["role"] == role} for role in ("input", "output")
     }
     return Golden(folder, manifest["system"], roles["input"], roles["output"], entries)
 
@@ -92,9 +89,7 @@ def failures(golden: Golden, systems: Mapping[str, Any]) -> list[str]:
 def compare_all(golden: Golden, found: Mapping[str, Any], not_compared: Mapping[str, str]) -> list[str]:
     """One line for every output that is wrong, missing, excused without a reason, or unknown."""
     lines = [
-        f"NOT_COMPARED['{pattern}'] gives no reason"
-        for pattern, reason in not_compared.items()
-        if not reason.strip()
+        f"NOT_COMPARED['{pattern}'] gives no reason" for pattern, reason in not_compared.items() if not reason.strip()
     ]
     compared = 0
     for name, theirs in golden.expected.items():
@@ -142,9 +137,7 @@ def compare(entry: Mapping[str, Any], ours: Any, theirs: np.ndarray) -> str | No
     return _compare_numbers(ours, theirs, float(atol or 0.0), float(rtol), bool(entry.get("scaled", False)))
 
 
-def _compare_numbers(
-    ours: np.ndarray, theirs: np.ndarray, atol: float, rtol: float, scaled: bool
-) -> str | None:
+def _compare_numbers(ours: np.ndarray, theirs: np.ndarray, atol: float, rtol: float, scaled: bool) -> str | None:
     with np.errstate(all="ignore"):
         ours64, theirs64 = ours.astype(np.float64), theirs.astype(np.float64)
         magnitude = np.where(np.isfinite(theirs64), np.abs(theirs64), 0.0)

@@ -109,8 +109,7 @@ def write(folder, arrays=None, **entries):
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "cases.npz", **{name: array for name, (array, _) in arrays.items()})
     lines = {
-        name: {"shape": list(array.shape), "dtype": str(array.dtype), **line}
-        for name, (array, line) in arrays.items()
+        name: {"shape": list(array.shape), "dtype": str(array.dtype), **line} for name, (array, line) in arrays.items()
     }
     (folder / "golden.json").write_text(json.dumps({"system": "toy", "arrays": lines | entries}))
     return folder
@@ -156,9 +155,7 @@ def test_an_output_left_out_needs_a_reason(tmp_path):
     assert line == "hidden.1: not returned, and no entry of NOT_COMPARED says why"
     assert failures(tmp_path, toy(change, **{r"hidden\.1": "the last layer is not kept"})) == []
     assert failures(tmp_path, toy(change, **{r"hidden": "a pattern is a whole name"})) == [line]
-    assert failures(tmp_path, toy(change, **{r"hidden\.1": " "})) == [
-        r"NOT_COMPARED['hidden\.1'] gives no reason"
-    ]
+    assert failures(tmp_path, toy(change, **{r"hidden\.1": " "})) == [r"NOT_COMPARED['hidden\.1'] gives no reason"]
 
 
 def test_an_excused_output_that_is_returned_fails(tmp_path):

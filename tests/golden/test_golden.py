@@ -12,9 +12,7 @@ from tests.golden.systems import SYSTEMS
 def test_outputs_are_those_of_the_official_code(golden_folder):
     lines = comparison.failures(comparison.read(golden_folder), SYSTEMS)
     if lines:
-        pytest.fail(
-            f"{golden_folder}: {len(lines)} outputs do not hold:\n  " + "\n  ".join(lines), pytrace=False
-        )
+        pytest.fail(f"{golden_folder}: {len(lines)} outputs do not hold:\n  " + "\n  ".join(lines), pytrace=False)
 
 
 def test_every_registered_system_has_a_folder():

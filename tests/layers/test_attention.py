@@ -24,9 +24,7 @@ def arrays(batch=2, queries=6, keys=6, heads=4, kv_heads=2, dim=8, seed=0, dtype
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def readable(
-    batch, queries, keys, *, causal=False, offset=0, query_segments=None, key_segments=None, branches=None
-):
+def readable(batch, queries, keys, *, causal=False, offset=0, query_segments=None, key_segments=None, branches=None):
     """Position by position, which key a query reads."""
     mask = np.ones((batch, queries, keys), bool)
     for b, t, s in np.ndindex(mask.shape):
@@ -118,9 +116,7 @@ def test_splash_equals_the_written_out_softmax(reference, interpreted, kind, seg
     q, k, v = arrays(batch=2, queries=length, keys=length, heads=2, kv_heads=1, dim=16)
     segments = np.repeat([[1, 2, 2, 0], [1, 1, 1, 1]], 32, axis=1)
     given = jnp.asarray(segments) if segmented else None
-    out = jax.jit(lambda *qkv: module.attention(*qkv, Context(kind, given, given), implementation="splash"))(
-        q, k, v
-    )
+    out = jax.jit(lambda *qkv: module.attention(*qkv, Context(kind, given, given), implementation="splash"))(q, k, v)
     mask = readable(
         2, length, length,
         causal=kind == "causal",
@@ -227,8 +223,7 @@ def test_multi_head_attention(reference, qk_norm):
         q, k = (reference.rms_norm(y, p[n]["scale"], 1e-3) for y, n in ((q, "query_norm"), (k, "key_norm")))
     if qk_norm == "layer":
         q, k = (
-            reference.layer_norm(y, p[n]["scale"], p[n]["bias"], 1e-3)
-            for y, n in ((q, "query_norm"), (k, "key_norm"))
+            reference.layer_norm(y, p[n]["scale"], p[n]["bias"], 1e-3) for y, n in ((q, "query_norm"), (k, "key_norm"))
         )
     q, k = reference.rotate(q, positions, theta), reference.rotate(k, positions, theta)
     mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
@@ -239,9 +234,7 @@ def test_multi_head_attention(reference, qk_norm):
 
 def test_cross_attention_reads_keys_and_values_from_two_places(reference):
     rng = np.random.default_rng(0)
-    x, keys, values = (
-        jnp.asarray(rng.normal(size=(2, n, d)), jnp.float32) for n, d in ((3, 8), (5, 6), (5, 6))
-    )
+    x, keys, values = (jnp.asarray(rng.normal(size=(2, n, d)), jnp.float32) for n, d in ((3, 8), (5, 6), (5, 6)))
     layer = MultiHeadAttention(2, use_bias=False, out_bias=False)
     given = {"inputs_k": keys, "inputs_v": values}
     params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x, Context("full"), **given)))

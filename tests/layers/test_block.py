@@ -35,9 +35,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def params(x):
-    return nn.meta.unbox(
-        drawn(jax.eval_shape(TransformerStack(DEPTH, BLOCK).init, jax.random.key(0), x, CONTEXT))
-    )
+    return nn.meta.unbox(drawn(jax.eval_shape(TransformerStack(DEPTH, BLOCK).init, jax.random.key(0), x, CONTEXT)))
 
 
 def layer_params(params, i):
@@ -46,9 +44,7 @@ def layer_params(params, i):
 
 def test_a_block_is_two_residual_steps(reference, x, params):
     p = jax.tree.map(np.float64, layer_params(params, 0))
-    out, cache = jax.jit(TransformerBlock(**BLOCK).apply)(
-        {"params": layer_params(params, 0)}, x, None, CONTEXT
-    )
+    out, cache = jax.jit(TransformerBlock(**BLOCK).apply)({"params": layer_params(params, 0)}, x, None, CONTEXT)
     assert cache is None
     y = np.float64(x)
     normed = reference.rms_norm(y, p["attention_norm"]["scale"], 1e-5)

@@ -31,9 +31,7 @@ def test_activations(name):
     np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), REFERENCES[name](x), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("gated", "use_bias", "out_dim"), [(False, True, None), (True, False, 5), (True, True, None)]
-)
+@pytest.mark.parametrize(("gated", "use_bias", "out_dim"), [(False, True, None), (True, False, 5), (True, True, None)])
 def test_mlp(reference, gated, use_bias, out_dim):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 3, 6)), jnp.float32)

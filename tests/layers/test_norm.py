@@ -14,12 +14,8 @@ def given(kind, x, **fields):
     params = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), x))["params"]
     assert all((leaf == (name == "scale")).all() for name, leaf in params.items())  # ones and zeros
     rng = np.random.default_rng(1)
-    params = {
-        name: leaf + jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for name, leaf in params.items()
-    }
-    return jax.jit(layer.apply)({"params": params}, x), {
-        name: np.float64(leaf) for name, leaf in params.items()
-    }
+    params = {name: leaf + jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for name, leaf in params.items()}
+    return jax.jit(layer.apply)({"params": params}, x), {name: np.float64(leaf) for name, leaf in params.items()}
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 4, 5)])

@@ -28,9 +28,7 @@ def cross_entropy(logits, targets):
     return value, gradient
 
 
-def reference(
-    loss, weights, image, text, scale, bias, teacher_image=None, teacher_text=None, teacher_scale=None
-):
+def reference(loss, weights, image, text, scale, bias, teacher_image=None, teacher_text=None, teacher_scale=None):
     """(parts, gradients of `sum(weights * parts)` for image, text, scale and bias)."""
     image, text = np.float64(image), np.float64(text)
     products = image @ text.T
@@ -94,9 +92,7 @@ def compare():
         np.testing.assert_allclose(parts, expected, rtol=0, atol=atol)
         if locked:
             expected_gradients = (np.zeros_like(image), *expected_gradients[1:])
-        for label, got, wanted in zip(
-            ("image", "text", "scale", "bias"), gradients, expected_gradients, strict=True
-        ):
+        for label, got, wanted in zip(("image", "text", "scale", "bias"), gradients, expected_gradients, strict=True):
             np.testing.assert_allclose(got, wanted, rtol=0, atol=atol, err_msg=label)
         return parts, gradients
 

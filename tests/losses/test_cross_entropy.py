@@ -29,9 +29,7 @@ def test_value_and_accuracy(shape, scale):
 
 def test_gradient():
     logits, targets, weights = example()
-    grad = jax.grad(lambda x: cross_entropy(x, jnp.asarray(targets), jnp.asarray(weights))[0])(
-        jnp.asarray(logits)
-    )
+    grad = jax.grad(lambda x: cross_entropy(x, jnp.asarray(targets), jnp.asarray(weights))[0])(jnp.asarray(logits))
     error = softmax(np.float64(logits), axis=-1) - np.eye(7)[targets]
     np.testing.assert_allclose(grad, error * weights[..., None] / weights.sum(), atol=1e-6)
 
@@ -52,9 +50,7 @@ def test_what_has_no_weight_changes_nothing():
     other = np.where(weights > 0, targets, (targets + 1) % 7)
     moved = np.where(weights[..., None] > 0, logits, -logits)
     first = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(weights))
-    np.testing.assert_allclose(
-        cross_entropy(jnp.asarray(moved), jnp.asarray(other), jnp.asarray(weights)), first
-    )
+    np.testing.assert_allclose(cross_entropy(jnp.asarray(moved), jnp.asarray(other), jnp.asarray(weights)), first)
 
 
 def test_bfloat16_logits_are_summed_in_float32():

@@ -73,9 +73,7 @@ def test_half_precision_features_keep_their_dtype_and_sum_in_float32():
 
 def test_a_one_element_scale_is_a_number():
     features = np.eye(4, dtype=np.float32)
-    assert sigmoid_loss(features, features, scale=np.ones(1, np.float32)) == sigmoid_loss(
-        features, features, scale=1.0
-    )
+    assert sigmoid_loss(features, features, scale=np.ones(1, np.float32)) == sigmoid_loss(features, features, scale=1.0)
 
 
 def test_teacher_gets_no_gradient():
@@ -125,9 +123,7 @@ def test_one_product_of_two_is_spared_for_a_locked_image(name):
         def total(image, text):
             return jnp.sum(jnp.stack(jax.tree.leaves(loss(image, text, scale=2.0, **extra))))
 
-        text = (
-            jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(features, features).compile().as_text()
-        )
+        text = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).lower(features, features).compile().as_text()
         return sum(" dot(" in line for line in text.splitlines())
 
     assert products(locked_image(FUNCTIONS[name])) == products(FUNCTIONS[name]) - 1

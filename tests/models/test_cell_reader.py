@@ -24,9 +24,7 @@ def test_every_feature_is_read_by_two_linear_heads(images, cells):
     reader = CellReader(ENCODER, cells, 5)
     params = nn.meta.unbox(drawn(jax.eval_shape(reader.init, jax.random.key(0), images)))["params"]
     logits, boxes = jax.jit(reader.apply)({"params": params}, images)
-    features = np.float64(jax.jit(ENCODER.apply)({"params": params["encoder"]}, images).tokens).reshape(
-        2, 4, 6, 8
-    )
+    features = np.float64(jax.jit(ENCODER.apply)({"params": params["encoder"]}, images).tokens).reshape(2, 4, 6, 8)
     height, width = 4 // cells[0], 6 // cells[1]  # of a cell, in patches
     assert logits.shape == (2, *cells, height * width, 5) and boxes.shape == (2, *cells, height * width, 4)
     for image, row, col in np.ndindex(2, 4, 6):

@@ -40,9 +40,7 @@ def by_formula(params, gradients, settings=SETTINGS):
     clipped = []
     for gradient in gradients:
         norm = np.sqrt(sum((np.float64(leaf) ** 2).sum() for leaf in jax.tree.leaves(gradient)))
-        clipped.append(
-            jax.tree.map(lambda g, n=norm: np.float64(g) * min(1.0, settings.clip_norm / n), gradient)
-        )
+        clipped.append(jax.tree.map(lambda g, n=norm: np.float64(g) * min(1.0, settings.clip_norm / n), gradient))
 
     def leaf_of(path, parameter, *gradients):
         p, m, v = np.float64(parameter), 0.0, 0.0
@@ -69,14 +67,10 @@ def run(settings, gradients):
 
 @pytest.mark.parametrize("clip_norm", [1e9, 1.5])
 def test_steps_follow_the_algorithm(clip_norm):
-    settings = OptimizerSettings(
-        b1=0.8, b2=0.9, epsilon=1e-3, weight_decay=0.1, clip_norm=clip_norm, final_scale=0.1
-    )
+    settings = OptimizerSettings(b1=0.8, b2=0.9, epsilon=1e-3, weight_decay=0.1, clip_norm=clip_norm, final_scale=0.1)
     gradients = [tree(seed, scale) for seed, scale in ((1, 1.0), (2, 0.01), (3, 3.0), (4, 1.0))]
     expected = by_formula(tree(0), gradients, settings)
-    jax.tree.map(
-        lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), run(settings, gradients), expected
-    )
+    jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-6), run(settings, gradients), expected)
 
 
 def test_decay_alone_shrinks_kernels_and_nothing_else():

@@ -48,9 +48,7 @@ def siglip_rules(config):
         *linear(f"{layer}.mlp.fc2", f"{blocks}/mlp/down"),
         *layer_norm("post_layernorm", "norm"),
         Rule("head.probe", "head/probe"),
-        Rule(
-            "head.attention.in_proj_weight", tuple(f"{h}/kernel" for h in heads), fused_linear(*(width,) * 3)
-        ),
+        Rule("head.attention.in_proj_weight", tuple(f"{h}/kernel" for h in heads), fused_linear(*(width,) * 3)),
         Rule("head.attention.in_proj_bias", tuple(f"{h}/bias" for h in heads), fused_bias(*(width,) * 3)),
         *linear("head.attention.out_proj", "head/attention/out"),
         *layer_norm("head.layernorm", "head/mlp_norm"),
@@ -152,9 +150,7 @@ def model():
 def test_import_computes_what_torch_computes_and_export_gives_it_back(tmp_path, model, max_shard_size):
     model.save_pretrained(tmp_path / "torch", max_shard_size=max_shard_size)
     checkpoint = open_checkpoint(tmp_path / "torch")
-    (prefix,) = {
-        key.split("embeddings.patch_embedding.weight")[0] for key in checkpoint if "patch_embedding.w" in key
-    }
+    (prefix,) = {key.split("embeddings.patch_embedding.weight")[0] for key in checkpoint if "patch_embedding.w" in key}
     rules = prefixed(siglip_rules(read_config(tmp_path / "torch")), source=prefix)
     params = import_params(rules, checkpoint, targets())
 

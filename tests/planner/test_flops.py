@@ -26,9 +26,7 @@ def product(x, w):
 def test_products():
     assert count_flops(product, X, W) == 2 * M * K * N
     assert count_flops(lambda x, *, w: x @ w, X, w=W) == 2 * M * K * N
-    batched = count_flops(
-        lambda q, k: jnp.einsum("btqh,bsqh->bqts", q, k), shape(2, 3, 4, 5), shape(2, 6, 4, 5)
-    )
+    batched = count_flops(lambda q, k: jnp.einsum("btqh,bsqh->bqts", q, k), shape(2, 3, 4, 5), shape(2, 6, 4, 5))
     assert batched == 2 * 2 * 4 * 3 * 6 * 5
     assert count_flops(lambda x: jnp.exp(x) + x.sum(), X) == 0  # element-wise work is not counted
 
@@ -60,10 +58,7 @@ def test_a_scan_counts_every_iteration():
 
 
 def test_a_loop_of_known_length_is_a_scan():
-    assert (
-        count_flops(lambda x, w: jax.lax.fori_loop(0, 4, lambda _, x: x @ w, x), X, shape(K, K))
-        == 4 * 2 * M * K * K
-    )
+    assert count_flops(lambda x, w: jax.lax.fori_loop(0, 4, lambda _, x: x @ w, x), X, shape(K, K)) == 4 * 2 * M * K * K
 
 
 def test_inside_jit_and_custom_derivatives():
@@ -123,8 +118,5 @@ def test_a_transformer_stack(remat):
     assert count_flops(run, params, x) == forward
     both = count_flops(jax.grad(lambda p, x: run(p, x).sum(), argnums=(0, 1)), params, x)
     # Rematerialised, a block runs again but for its last product, which no gradient needs.
-    again = (
-        depth * batch * 2 * length * (weights - width * mlp_dim)
-        + depth * batch * 4 * length**2 * heads * head_dim
-    )
+    again = depth * batch * 2 * length * (weights - width * mlp_dim) + depth * batch * 4 * length**2 * heads * head_dim
     assert both == 3 * forward + (again if remat == "full" else 0)

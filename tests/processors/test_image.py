@@ -134,9 +134,7 @@ def test_resizing_equals_pillow(name, channels):
     resized = resize(image, (9, 40), name)
     assert resized.shape == (9, 40, channels)
     for channel in range(channels):
-        picture = Image.fromarray(image[:, :, channel]).resize(
-            (40, 9), getattr(Image.Resampling, name.upper())
-        )
+        picture = Image.fromarray(image[:, :, channel]).resize((40, 9), getattr(Image.Resampling, name.upper()))
         np.testing.assert_array_equal(resized[:, :, channel], np.asarray(picture))
 
 

@@ -70,9 +70,7 @@ def test_an_unknown_word_is_named_with_its_text(text, word):
 
 
 def test_a_text_may_not_contain_a_special_token():
-    with pytest.raises(
-        UnknownText, match="special token <image> may not stand in a text, here 'count <image>'"
-    ):
+    with pytest.raises(UnknownText, match="special token <image> may not stand in a text, here 'count <image>'"):
         digits_tokenizer().encode("count <image>")
 
 

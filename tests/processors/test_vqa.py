@@ -34,9 +34,7 @@ PROCESSOR = VqaProcessor(
     max_answer_length=3,
 )
 PICTURE = np.full((4, 6, 1), 255, np.uint8)
-SAMPLE = Sample(
-    "page", (PICTURE,), (Turn("count 7", "12", "count"), Turn("read row 1 column 2", "3", "read"))
-)
+SAMPLE = Sample("page", (PICTURE,), (Turn("count 7", "12", "count"), Turn("read row 1 column 2", "3", "read")))
 
 
 def test_a_training_row_holds_every_turn():
@@ -46,9 +44,7 @@ def test_a_training_row_holds_every_turn():
     assert row.tokens.tolist() == [[*real, PAD]]
     assert row.visual_index.tolist() == [[-1, 0, 1] + [-1] * 13]
     assert row.positions.tolist() == [[*range(15), 0]]
-    learned = [
-        token for token, weight in zip(row.targets[0], row.loss_weights[0], strict=True) if weight == 1.0
-    ]
+    learned = [token for token, weight in zip(row.targets[0], row.loss_weights[0], strict=True) if weight == 1.0]
     assert learned == [digit(1), digit(2), EOS, digit(3), EOS]
     # The target of a position is the token that stands one further on.
     np.testing.assert_array_equal(row.targets[:, :14], row.tokens[:, 1:15])
@@ -78,9 +74,7 @@ def test_two_images_fill_consecutive_rows_of_the_table():
 
 
 def test_context_stands_where_the_images_would():
-    row = dataclasses.replace(PROCESSOR, num_images=0)(
-        Sample("text", (), (Turn("count 7", "1"),), context="749")
-    )
+    row = dataclasses.replace(PROCESSOR, num_images=0)(Sample("text", (), (Turn("count 7", "1"),), context="749"))
     real = [BOS, digit(7), digit(4), digit(9), COUNT, digit(7), digit(1), EOS]
     assert row.tokens[0, :8].tolist() == real
     assert row.visual_index.max() == -1
@@ -113,13 +107,9 @@ def test_a_sample_that_does_not_fit_is_named(sample, error, message):
 
 def test_a_prompt_or_reference_answer_over_its_limit_is_named():
     long_question = Sample("page", (PICTURE,), (Turn("read row 12 column 1", "1"),))
-    with pytest.raises(
-        SequenceTooLong, match=r"'page' is 9 tokens .* config\.processor\.max_question_length"
-    ):
+    with pytest.raises(SequenceTooLong, match=r"'page' is 9 tokens .* config\.processor\.max_question_length"):
         PROCESSOR.prompt(long_question)
-    with pytest.raises(
-        SequenceTooLong, match=r"'page': .* 4 tokens .* raise config\.processor\.max_answer_length"
-    ):
+    with pytest.raises(SequenceTooLong, match=r"'page': .* 4 tokens .* raise config\.processor\.max_answer_length"):
         PROCESSOR.prompt(Sample("page", (PICTURE,), (Turn("count 7", "123"),)))
 
 
@@ -138,3 +128,18 @@ def test_a_prompt_or_reference_answer_over_its_limit_is_named():
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(PROCESSOR, **change)
+
+
+def test_independent_turns_follow_the_images_and_read_nothing_of_each_other():
+    processor = dataclasses.replace(PROCESSOR, independent_turns=True)
+    row, together = processor(SAMPLE), PROCESSOR(SAMPLE)
+    for field in ("tokens", "targets", "loss_weights", "segment_ids", "visual_index"):
+        np.testing.assert_array_equal(getattr(row, field), getattr(together, field))
+    assert together.branch_ids is None
+    opening = 1 + processor.num_images * processor.num_visual_tokens
+    first, second = 2 + 3, 5 + 2  # question, answer and <eos>
+    branches = [0] * opening + [1] * first + [2] * second
+    positions = [*range(opening), *range(opening, opening + first), *range(opening, opening + second)]
+    padding = [0] * (processor.max_length - len(branches))
+    np.testing.assert_array_equal(row.branch_ids, [branches + padding])
+    np.testing.assert_array_equal(row.positions, [positions + padding])

@@ -81,9 +81,7 @@ def test_use_mesh_makes_constraints_take_effect(mesh):
     x = jnp.arange(8 * 4 * 2, dtype=jnp.float32).reshape(8, 4, 2)
     with use_mesh(mesh):
         compiled = jax.jit(constrained).lower(x).compile()
-    assert compiled.output_shardings.is_equivalent_to(
-        NamedSharding(mesh, P(("data", "fsdp"), "context", None)), 3
-    )
+    assert compiled.output_shardings.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), "context", None)), 3)
     out = compiled(jax.device_put(x, compiled.input_shardings[0][0]))
     assert {shard.data.shape for shard in out.addressable_shards} == {(2, 4, 2)}
     np.testing.assert_array_equal(out, 2.0 * np.asarray(x))

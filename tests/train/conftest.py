@@ -17,7 +17,7 @@ def tiny_config() -> ConfigDict:
         {"rows": 2, "cols": 2, "page_size": 24, "variants": 2, "evaluation_size": 3, "text_scales": (1,)}
     )
     config.processor.update({"image_size": (24, 24)})
-    config.encoder.update({"width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32})
+    config.encoder.update({"patch_size": 6, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32})
     config.decoder.update({"width": 16, "depth": 2, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 32})
     config.connector = ConfigDict({"kind": "pool"})
     stages = digits_stages.pretraining()

@@ -61,9 +61,7 @@ def draw_attention_distance(distances: Float[Array, "L heads"], title: str) -> F
     axes = figure.add_subplot()
     layers = np.arange(1, depth + 1)
     axes.plot(layers, distances.mean(1), color="0.6", linewidth=1.5, label="mean of the heads", zorder=1)
-    axes.scatter(
-        np.repeat(layers, heads), distances.ravel(), s=18, color="tab:blue", label="one head", zorder=2
-    )
+    axes.scatter(np.repeat(layers, heads), distances.ravel(), s=18, color="tab:blue", label="one head", zorder=2)
     axes.set(xlabel="layer", ylabel="mean attention distance (pixels)", title=title)
     axes.set_ylim(0, 1.05 * float(distances.max()) or 1.0)
     axes.set_xticks(layers[:: max(1, depth // 12)])

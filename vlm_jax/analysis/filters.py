@@ -25,9 +25,7 @@ class FilterComponents(NamedTuple):
     explained_share: Float[np.ndarray, " k"]
 
 
-def filter_components(
-    kernel: Float[Array, "p p c D"], count: int, *, centred: bool = True
-) -> FilterComponents:
+def filter_components(kernel: Float[Array, "p p c D"], count: int, *, centred: bool = True) -> FilterComponents:
     """The first `count` principal components of the D filters of a first layer.
 
     A component and its negative are the same; the one is given whose entry of largest magnitude is

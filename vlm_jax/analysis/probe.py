@@ -56,9 +56,7 @@ def attention_weights(
     found = {path[:-1]: value for path, value in sown.items() if path[-1] == _WEIGHTS}
     if len(found) != 1 or next(iter(found.values())).ndim != 5:
         layers = ", ".join("/".join(path) for path in found) or "none"
-        raise ValueError(
-            f"{type(vit).__name__}: expected the self-attention of one TransformerStack, found {layers}"
-        )
+        raise ValueError(f"{type(vit).__name__}: expected the self-attention of one TransformerStack, found {layers}")
     return next(iter(found.values()))
 
 

@@ -104,9 +104,7 @@ def analyse(
     for batch in batches:
         weights = np.asarray(attention_weights(vit, params, jnp.asarray(batch)))
         num_prefix = weights.shape[-1] - grid[0] * grid[1]
-        distances.append(
-            [mean_attention_distance(weights, grid, side, renormalise=choice) for choice in (False, True)]
-        )
+        distances.append([mean_attention_distance(weights, grid, side, renormalise=choice) for choice in (False, True)])
     # The last batch may be smaller, so it counts for less.
     sizes = [len(batch) for batch in batches]
     plain, renormalised = np.average(distances, axis=0, weights=sizes).astype(np.float32)

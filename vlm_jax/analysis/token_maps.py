@@ -77,9 +77,7 @@ def token_maps(
         drawn = jax.random.normal(jax.random.key(seed), (width, num_projections))
         directions = jnp.linalg.qr(drawn)[0].T * (width / num_projections) ** 0.5
     else:
-        raise ValueError(
-            f"expected 1 to {width} projections of tokens of width {width}, got {num_projections}"
-        )
+        raise ValueError(f"expected 1 to {width} projections of tokens of width {width}, got {num_projections}")
 
     @jax.jit
     def run(features: VisualFeatures, directions: jax.Array) -> jax.Array:
@@ -142,9 +140,7 @@ def draw_token_maps(
     across = max(1, round(float(np.sqrt(len(chosen) * height / width))))
     down = -(-len(chosen) // across)
     side = min(2.2, 14.0 / max(across, down))
-    figure = Figure(
-        figsize=(side * across, (side * height / width + 0.22) * down + 0.4), layout="constrained"
-    )
+    figure = Figure(figsize=(side * across, (side * height / width + 0.22) * down + 0.4), layout="constrained")
     figure.suptitle("Patches that each visual token reads (token, largest share)", fontsize=9)
     page = 0.5 + image.mean(-1) / 510  # a pale grey page, so that the map's colour stands out
     for place, token in enumerate(chosen):

@@ -114,9 +114,7 @@ class Reshape(_OneArray):
 
     def __post_init__(self):
         if math.prod(self.source) != math.prod(self.target):
-            raise ValueError(
-                f"{self}: {math.prod(self.source)} elements cannot become {math.prod(self.target)}"
-            )
+            raise ValueError(f"{self}: {math.prod(self.source)} elements cannot become {math.prod(self.target)}")
 
     def _array(self, array: np.ndarray) -> np.ndarray:
         return array.reshape(self.target)
@@ -147,9 +145,7 @@ class Permute(_OneArray):
 
     def _shape(self, shape: Shape) -> Shape:
         if len(shape) <= self.axis or shape[self.axis] != len(self.order):
-            raise ValueError(
-                f"Permute orders {len(self.order)} rows along axis {self.axis}, not the shape {shape}"
-            )
+            raise ValueError(f"Permute orders {len(self.order)} rows along axis {self.axis}, not the shape {shape}")
         return shape
 
     @property
@@ -171,9 +167,7 @@ class Split(Op):
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         fits = len(shapes) == 1 and len(shapes[0]) > self.axis and shapes[0][self.axis] == sum(self.sizes)
         if not fits:
-            raise ValueError(
-                f"{self} takes one array with {sum(self.sizes)} rows on axis {self.axis}, not {shapes}"
-            )
+            raise ValueError(f"{self} takes one array with {sum(self.sizes)} rows on axis {self.axis}, not {shapes}")
         (shape,) = shapes
         return tuple((*shape[: self.axis], size, *shape[self.axis + 1 :]) for size in self.sizes)
 
@@ -197,9 +191,7 @@ class Concatenate(Op):
         found = tuple(shape[self.axis] for shape in shapes) if long_enough else None
         others = {(*shape[: self.axis], *shape[self.axis + 1 :]) for shape in shapes}
         if found != self.sizes or len(others) != 1:
-            raise ValueError(
-                f"{self} takes arrays that differ on axis {self.axis} alone, not the shapes {shapes}"
-            )
+            raise ValueError(f"{self} takes arrays that differ on axis {self.axis} alone, not the shapes {shapes}")
         return ((*shapes[0][: self.axis], sum(self.sizes), *shapes[0][self.axis + 1 :]),)
 
     @property

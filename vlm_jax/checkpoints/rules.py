@@ -67,9 +67,7 @@ class Rule:
         in_sources = {frozenset(placeholders(template)) for template in self.sources}
         in_targets = {frozenset(placeholders(template)) for template in self.targets}
         if len(in_sources) != 1 or len(in_targets) != 1:
-            raise ValueError(
-                f"{self}: all sources, and all targets, of a rule must name the same placeholders"
-            )
+            raise ValueError(f"{self}: all sources, and all targets, of a rule must name the same placeholders")
         if lacking := next(iter(in_targets)) - next(iter(in_sources)):
             raise ValueError(f"{self}: the target names {sorted(lacking)}, which the source does not")
         if unknown := set(self.where) - next(iter(in_sources)):
@@ -276,9 +274,7 @@ def export_params(rules: Iterable[Rule], params: Any, *, dtype: Any = None) -> d
     return tensors
 
 
-def _steps(
-    rules: tuple[Rule, ...], shapes: Mapping[str, Shape], kept: set[str]
-) -> tuple[list[Step], list[str]]:
+def _steps(rules: tuple[Rule, ...], shapes: Mapping[str, Shape], kept: set[str]) -> tuple[list[Step], list[str]]:
     """Every step that the target paths call for, and what is wrong between rules and targets."""
     steps: list[Step] = []
     problems: list[str] = []
@@ -287,9 +283,7 @@ def _steps(
         for values in _target_values(rule, shapes):
             targets = tuple(expand(template, values) for template in rule.targets)
             if absent := [path for path in targets if path not in shapes]:
-                problems.append(
-                    f"not in the model: {', '.join(absent)}, which {rule} fills together with others"
-                )
+                problems.append(f"not in the model: {', '.join(absent)}, which {rule} fills together with others")
                 continue
             for path in targets:
                 if path in writers:
@@ -301,8 +295,7 @@ def _steps(
                 problems.append(f"misshapen: {error}")
     nearest = Nearest(path for rule in rules for path in rule.targets if path not in writers)
     problems += [
-        f"not filled: {path}, shape {shape}: no rule writes it"
-        + nearest.suggest(path, "a rule's target is near")
+        f"not filled: {path}, shape {shape}: no rule writes it" + nearest.suggest(path, "a rule's target is near")
         for path, shape in shapes.items()
         if path not in writers and path not in kept
     ]
@@ -342,14 +335,10 @@ def _step(rule: Rule, values: Mapping[str, int], targets: tuple[str, ...], shape
     except ValueError as error:
         raise ValueError(f"{described}: {rule} cannot give this shape: {error}") from error
     if len(needed) != len(rule.sources):
-        raise ValueError(
-            f"{described}: {rule} names {len(rule.sources)} sources, and {rule.op} reads {len(needed)}"
-        )
+        raise ValueError(f"{described}: {rule} names {len(rule.sources)} sources, and {rule.op} reads {len(needed)}")
     sources = {}
     for position in np.ndindex(*stack):
-        numbers = {
-            name: values_of[i] for name, values_of, i in zip(rule.stacked, ranges, position, strict=True)
-        }
+        numbers = {name: values_of[i] for name, values_of, i in zip(rule.stacked, ranges, position, strict=True)}
         sources[position] = tuple(expand(template, {**values, **numbers}) for template in rule.sources)
     return Step(rule, targets, shapes, sources, needed)
 

@@ -84,9 +84,7 @@ class Digits:
             if weight < 0:
                 raise ConfigError(f"config.data.task_weights.{task}: 0 or more expected, got {weight}")
         if not self.tasks:
-            raise ConfigError(
-                "config.data.task_weights: no task has a weight; give one of " + ", ".join(TASKS)
-            )
+            raise ConfigError("config.data.task_weights: no task has a weight; give one of " + ", ".join(TASKS))
         if not self.text_scales or min(self.text_scales) < 1:
             raise ConfigError(f"config.data.text_scales: at least one, each 1 or more; got {self.text_scales}")
         for key in ("turns_per_page", "evaluation_size"):
@@ -200,7 +198,9 @@ class DigitSource:
             )
         return tasks
 
-    def _sample(self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int = 1) -> Sample:
+    def _sample(
+        self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int = 1
+    ) -> Sample:
         turns = tuple(ask(task, page, draws, self._tools.format_box) for task, draws in questions)
         if stream == "text_pages":
             return Sample(name, images=(), turns=turns, context=digits_in_reading_order(page, scale))

@@ -57,8 +57,7 @@ class _Batches:
             raise ValueError(f"shard_index must be in [0, {shard_count}), got {shard_index}")
         if len(dataset) < batch_size:
             raise ConfigError(
-                f"config.batch_size: the data has {len(dataset)} samples, too few for one batch "
-                f"of {batch_size}"
+                f"config.batch_size: the data has {len(dataset)} samples, too few for one batch of {batch_size}"
             )
         self._dataset = dataset
         self._batch_size = batch_size

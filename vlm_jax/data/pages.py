@@ -110,9 +110,7 @@ class DigitPages:
         boxes = table.boxes[size_index, chosen] + np.concatenate([place, place]).T
 
         pixels = np.zeros((self.page_size, self.page_size), np.uint8)
-        for x, y, side, which, row in zip(
-            *(a.tolist() for a in (*place, size, size_index, chosen)), strict=True
-        ):
+        for x, y, side, which, row in zip(*(a.tolist() for a in (*place, size, size_index, chosen)), strict=True):
             pixels[y : y + side, x : x + side] = table.pixels[which][row]
         grid = (self.rows, self.cols)
         return Page(self._weathered(pixels, rng)[:, :, None], classes.reshape(grid), boxes.reshape(*grid, 4))
@@ -125,7 +123,5 @@ class DigitPages:
         page = pixels * np.float32(1.0 - self._intensity * paler)
         if self._noise:
             first = int(start * NOISE_BANK)
-            page += self._deviates[first : first + page.size].reshape(page.shape) * np.float32(
-                self._noise * louder
-            )
+            page += self._deviates[first : first + page.size].reshape(page.shape) * np.float32(self._noise * louder)
         return np.clip(np.rint(page), 0, 255).astype(np.uint8)

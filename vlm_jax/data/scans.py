@@ -126,9 +126,7 @@ def _warped(picture: Image.Image, warp: np.ndarray, size: int) -> np.ndarray:
     matrix = warp * (SCAN_SIZE / size)
     shift = SCAN_SIZE / 2 - matrix @ np.array([size / 2, size / 2])
     coefficients = (*matrix[0], shift[0], *matrix[1], shift[1])
-    return np.asarray(
-        picture.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
-    )
+    return np.asarray(picture.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC))
 
 
 def _without_faint(pixels: np.ndarray) -> UInt8[np.ndarray, "n size size"]:

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vlm_jax.types import CellBatch, Grid, Sample
+from vlm_jax.types import Grid
 
 # Elements of a stream without end: element i is made from (seed, i), whatever i.
 ENDLESS = 1 << 48

@@ -68,8 +68,7 @@ class VqaFiles:
             raise ConfigError(f"config.data.evaluation_size: at least 1 expected, got {self.evaluation_size}")
         if self.train_path == self.evaluation_path:
             raise ConfigError(
-                f"config.data.evaluation_path: it is the training file, {self.train_path}; "
-                "hold examples back for it"
+                f"config.data.evaluation_path: it is the training file, {self.train_path}; hold examples back for it"
             )
 
     def open(self, tools: Tools) -> "VqaFileSource":
@@ -128,9 +127,7 @@ class Records:
         record = self._records[index]
         try:
             images = tuple(
-                self._tools.read_image(
-                    path, channels=self._settings.channels, max_pixels=self._settings.max_pixels
-                )
+                self._tools.read_image(path, channels=self._settings.channels, max_pixels=self._settings.max_pixels)
                 for path in record.images
             )
         except (OSError, ValueError) as error:

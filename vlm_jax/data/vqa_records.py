@@ -66,9 +66,7 @@ def read_records(path: str, tasks: tuple[str, ...], num_images: int, key: str) -
         try:
             record = _record(line, file.parent, tasks)
             if record.record_id in lines_of_ids:
-                raise ValueError(
-                    f"id '{record.record_id}' is that of line {lines_of_ids[record.record_id]} too"
-                )
+                raise ValueError(f"id '{record.record_id}' is that of line {lines_of_ids[record.record_id]} too")
             lines_of_ids[record.record_id] = number
             if len(record.images) != num_images:
                 raise ValueError(f"{len(record.images)} images, but config.data.num_images is {num_images}")
@@ -126,12 +124,6 @@ def _turns(fields: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         raise ValueError("'question' and 'answer', or 'turns', expected")
     for turn in turns:
-        if (
-            not isinstance(turn, list)
-            or len(turn) != 2
-            or not all(isinstance(text, str) and text for text in turn)
-        ):
-            raise ValueError(
-                f"a question and an answer, two texts that are not empty, expected, got {turn!r}"
-            )
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) and text for text in turn):
+            raise ValueError(f"a question and an answer, two texts that are not empty, expected, got {turn!r}")
     return [(question, answer) for question, answer in turns]

@@ -29,9 +29,7 @@ class Cache:
     length: Int[Array, ""]
 
     @classmethod
-    def empty(
-        cls, depth: int, batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any
-    ) -> "Cache":
+    def empty(cls, depth: int, batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any) -> "Cache":
         """An empty cache of `length` slots a row."""
         shape = (depth, batch_size, length, num_kv_heads, head_dim)
         return cls(

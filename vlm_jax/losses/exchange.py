@@ -90,8 +90,7 @@ class Ring:
         if half == 0:  # one example a device
             return Shift(self.axis)(visit, home, fixed, travelling, combine)
         low, high = (
-            jax.tree.map(lambda x, part=part: x[part], (fixed, travelling))
-            for part in (slice(half), slice(half, None))
+            jax.tree.map(lambda x, part=part: x[part], (fixed, travelling)) for part in (slice(half), slice(half, None))
         )
         home, travelled = _rotate(self.axis, visit, home, [(*low, 1, 0), (*high, -1, half)])
         return home, jax.tree.map(lambda *parts: jnp.concatenate(parts), *travelled)

@@ -43,9 +43,7 @@ class VLM(nn.Module):
             )
         return tokens
 
-    def embed(
-        self, batch: Batch, *, deterministic: bool = True
-    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+    def embed(self, batch: Batch, *, deterministic: bool = True) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
         """Embeddings of every position: text looked up, visual slots gathered from the table.
 
         Returns:

@@ -35,9 +35,7 @@ def format_box(box_pixels: Sequence[float | int], height: int, width: int) -> st
     """
     left, top, right, bottom = box_pixels
     if right < left or bottom < top:
-        raise ValueError(
-            f"a box is (left, top, right, bottom) with left <= right and top <= bottom, got {box_pixels}"
-        )
+        raise ValueError(f"a box is (left, top, right, bottom) with left <= right and top <= bottom, got {box_pixels}")
     x1, y1, x2, y2 = (
         min(max(math.floor(SCALE * value / size), 0), SCALE - 1)
         for value, size in ((left, width), (top, height), (right, width), (bottom, height))

@@ -56,9 +56,7 @@ class Tokenizer:
         ids = {role: token_id for role, token_id in found.items() if token_id is not None}
         missing = [f"{role} token '{name}'" for role, name in names.items() if role not in ids]
         if missing:
-            raise ValueError(
-                f"{origin}: {', '.join(missing)} not in its vocabulary; give the names that it uses"
-            )
+            raise ValueError(f"{origin}: {', '.join(missing)} not in its vocabulary; give the names that it uses")
         self._backend = backend
         self._special = {ids[role]: names[role] for role in ids}
         unknown = getattr(backend.model, "unk_token", None)
@@ -108,7 +106,5 @@ class Tokenizer:
             if token_id == self._unknown_id:
                 raise UnknownText(f"the vocabulary has no '{text[start:end]}', in the text '{text}'")
             if token_id in self._special:
-                raise UnknownText(
-                    f"the special token {self._special[token_id]} may not stand in a text, here '{text}'"
-                )
+                raise UnknownText(f"the special token {self._special[token_id]} may not stand in a text, here '{text}'")
         return tuple(encoding.ids)

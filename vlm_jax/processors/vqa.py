@@ -49,10 +49,10 @@ class VqaProcessor:
     filter: str
     num_visual_tokens: int
     num_images: int
-    independent_turns: bool
     max_length: int
     max_prompt_length: int
     max_answer_length: int
+    independent_turns: bool = False
 
     def __post_init__(self):
         if self.channels not in (1, 3):
@@ -60,8 +60,7 @@ class VqaProcessor:
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
                 raise ConfigError(
-                    f"config.processor.{key}: one number a channel, {self.channels}, expected; "
-                    f"got {getattr(self, key)}"
+                    f"config.processor.{key}: one number a channel, {self.channels}, expected; got {getattr(self, key)}"
                 )
         if min(self.std) <= 0:
             raise ConfigError(f"config.processor.std: positive numbers expected, got {self.std}")
@@ -125,9 +124,7 @@ class VqaProcessor:
         self, image: UInt8[np.ndarray, "height width given"]
     ) -> Float[np.ndarray, "new_height new_width channels"]:
         """One picture of any size as the encoder takes it: converted, resized, normalised."""
-        return normalize(
-            resize(to_channels(image, self.channels), self.image_size, self.filter), self.mean, self.std
-        )
+        return normalize(resize(to_channels(image, self.channels), self.image_size, self.filter), self.mean, self.std)
 
     def _opening(self, sample: Sample) -> list[Text | Visual]:
         """The pieces before the first question."""

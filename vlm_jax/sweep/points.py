@@ -124,9 +124,7 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     return sorted(chosen, key=lambda point: point.costs.num_visual_tokens)
 
 
-def point_config(
-    base: Any, candidate: Any, budget: int, seed: int, shared: tuple[str, ...]
-) -> Any:
+def point_config(base: Any, candidate: Any, budget: int, seed: int, shared: tuple[str, ...]) -> Any:
     """The base with a candidate's sections, its budget and seed, without the shared stages."""
     run = ConfigDict(copy.deepcopy(base.to_dict()))
     for section in SECTIONS:

@@ -9,7 +9,6 @@ import rich.console
 import rich.progress
 import rich.table
 from etils import epath
-from ml_collections import ConfigDict
 
 from vlm_jax.build import build
 from vlm_jax.config import config_hash, parse

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.build import System
-from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.losses.cross_entropy import cross_entropy
+from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.types import Batch, CellBatch
 
 Metrics = dict[str, jax.Array]
@@ -27,7 +27,9 @@ def next_token(system: System) -> Objective:
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         parts = {part: params[part] for part in ("encoder", "connector", "decoder")}
         logits = system.model.apply({"params": parts}, batch, deterministic=False, rngs={"reduce": key})
-        value, accuracy = cross_entropy(cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights))
+        value, accuracy = cross_entropy(
+            cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
+        )
         return value, {"accuracy": accuracy}
 
     return loss
@@ -39,7 +41,6 @@ def read_cells(system: System) -> Objective:
     Source: cross entropy and 5 times L1 as in Carion et al. 2020 (DETR), section 3.1, without
     the matching, since a cell knows its target.
     """
-
     reader = cast(CellReader, system.cell_reader)  # there is one where a stage has this objective
 
     def loss(params: dict[str, Any], batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:

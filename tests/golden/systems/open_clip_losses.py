@@ -64,9 +64,7 @@ def _full_batch(inputs: dict[str, np.ndarray]) -> Outputs:
         "siglip_full_loss": sigmoid_loss(*features, scale=sigmoid_scale, bias=bias),
         "siglip_full_loss_chunked": siglip(*features, sigmoid_scale, bias),
         **_gradients("siglip_full", [*names, "bias"], siglip, *features, sigmoid_scale, bias),
-        "siglip_full_grad_log_scale": jax.grad(lambda x: siglip(*features, jnp.exp(x), bias))(
-            jnp.log(sigmoid_scale)
-        ),
+        "siglip_full_grad_log_scale": jax.grad(lambda x: siglip(*features, jnp.exp(x), bias))(jnp.log(sigmoid_scale)),
     }
 
 
@@ -77,9 +75,7 @@ def _ranks(world: int) -> Mesh:
     return Mesh(np.array(devices[:world]), ("rank",))
 
 
-def _gathering_ranks(
-    kind: str, local: bool, with_grad: bool, inputs: dict[str, np.ndarray], world: int
-) -> Outputs:
+def _gathering_ranks(kind: str, local: bool, with_grad: bool, inputs: dict[str, np.ndarray], world: int) -> Outputs:
     objective = LOSSES["distillation" if kind == "distill" else "softmax"]
     teacher = _teacher(inputs) if objective.has_teacher else {}
     teacher_scale = teacher.pop("teacher_scale", None)
@@ -93,9 +89,7 @@ def _gathering_ranks(
             every = jax.lax.stop_gradient(every)
         if not local:
             put = jax.lax.dynamic_update_slice_in_dim
-            every = (
-                every if with_grad else Towers(*jax.tree.map(lambda x, y: put(x, y, first, 0), every, own))
-            )
+            every = every if with_grad else Towers(*jax.tree.map(lambda x, y: put(x, y, first, 0), every, own))
             own, first = every, 0
         return jnp.stack(objective.full(own, every, scalars, first))[None]
 

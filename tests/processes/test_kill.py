@@ -3,7 +3,7 @@
 import json
 import signal
 
-from tests.faults.conftest import wait_for_step
+from tests.processes.conftest import wait_for_step
 
 
 def curve(workdir):

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from tests.faults.conftest import wait_for_step
+from tests.processes.conftest import wait_for_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MESH = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
@@ -28,7 +28,7 @@ def start(workdir, cache, devices: int, count: int = 1, index: int = 0, port: in
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    words = [sys.executable, "-m", "vlm_jax.cli.train", "--config=tests/train/two_processes.py", *MESH]
+    words = [sys.executable, "-m", "vlm_jax.cli.train", "--config=tests/processes/two_processes.py", *MESH]
     words += [f"--workdir={workdir}", f"--compilation_cache={cache}"]
     if count > 1:
         words += ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
