@@ -23,7 +23,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
-        self.directory = epath.Path(directory)
+        self.directory = epath.Path(directory).absolute()  # Orbax takes no relative path
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -125,7 +125,8 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
     Raises:
       CheckpointError: there is no checkpoint, or a part of it has other shapes.
     """
-    with ocp.CheckpointManager(epath.Path(directory)) as manager:
+    directory = epath.Path(directory).absolute()
+    with ocp.CheckpointManager(directory) as manager:
         step = manager.latest_step()
         if step is None:
             raise CheckpointError(f"no whole checkpoint in {directory}; train that run to its end first")
@@ -134,7 +135,7 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
         arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                restored = reader.restore(epath.Path(directory) / str(step) / "state", args=arguments)
+                restored = reader.restore(directory / str(step) / "state", args=arguments)
         except Exception as error:
             raise CheckpointError(f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}") from error
     for leaf, found in zip(jax.tree.leaves(like), jax.tree.leaves(restored), strict=True):

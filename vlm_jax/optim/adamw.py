@@ -73,7 +73,7 @@ def adamw(
         )
 
     def labels(tree):
-        return {part: jax.tree.map(lambda _: part, subtree) for part, subtree in tree.items()}
+        return {part: jax.tree.map(lambda _, label=part: label, subtree) for part, subtree in tree.items()}
 
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
