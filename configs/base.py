@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
             "filter": "bilinear",
             "tokenizer": "digits",
             "independent_turns": True,
-            "max_text_length": 64,
+            "max_text_length": 60,
             "max_question_length": 8,
             "max_answer_length": 24,
         }
@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
             "mlp_dim": 256,
             "rope_theta": 100.0,  # sequences are at most 128 positions long
             "tie_embeddings": False,
-            "remat": "none",
+            "remat": "dots",
         }
     )
 

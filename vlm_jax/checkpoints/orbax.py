@@ -23,7 +23,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
-        self.directory = epath.Path(directory).absolute()  # Orbax takes no relative path
+        self.directory = _absolute(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -110,6 +110,12 @@ class _SaveFailures:
         ) from error
 
 
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """Orbax takes no relative path; `gs://` is absolute already."""
+    path = epath.Path(directory)
+    return path if path.is_absolute() else path.absolute()
+
+
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
@@ -125,7 +131,7 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
     Raises:
       CheckpointError: there is no checkpoint, or a part of it has other shapes.
     """
-    directory = epath.Path(directory).absolute()
+    directory = _absolute(directory)
     with ocp.CheckpointManager(directory) as manager:
         step = manager.latest_step()
         if step is None:
