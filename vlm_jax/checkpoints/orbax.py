@@ -118,7 +118,7 @@ def _absolute(directory: epath.PathLike) -> epath.Path:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+    return f"{type(error).__name__}: {text.splitlines()[0][:1000]}"
 
 
 def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def run(main: Callable[[], Any]) -> None:
         # Orbax reports every file, and a failed save with its threads' tracebacks; failures are
         # raised as CheckpointError and said once, below.
         logging.set_verbosity(logging.WARNING)
-        logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
+        logging.get_absl_handler().addFilter(
+            lambda record: not ("orbax" in record.pathname or record.name == "asyncio")
+        )
         if CACHE.value:
             jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
