@@ -14,7 +14,7 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_when_there_is_space(comman
     script = f'mount -t tmpfs -o size=600k tmpfs "{disk}" && "$@"; status=$?; cp -r "{disk}/." "{kept}"; exit $status'
     status, errors = command.finish(disk / "run", prefix=(*SMALL_DISK, script, "sh"))
     assert status == 1, errors
-    assert "No space left on device" in errors
+    assert "no space left: a checkpoint needs about" in errors
     assert "free space" in errors
     assert "Traceback" not in errors
     numbered = [path for path in (kept / "run" / "checkpoints").iterdir() if path.name.isdigit()]

@@ -1,10 +1,14 @@
 """A run's checkpoints: parameters, optimizer and input position, saved by Orbax in the background."""
 
+import errno
+import shutil
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+
+METADATA_BYTES = 256 * 1024  # what Orbax writes beside the arrays, generously
 
 
 class CheckpointError(RuntimeError):
@@ -44,7 +48,19 @@ class RunCheckpoints:
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         with self._failures(f"saving checkpoint {step}"):
+            self._manager.wait_until_finished()  # of the save before, which has its space then
+            self._check_space(state)
             self._manager.save(step, args=args)
+
+    def _check_space(self, state: Any) -> None:
+        """Refuses before anything is written what cannot fit on a local disk."""
+        if "://" in str(self.directory):
+            return
+        leaves = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes")]
+        needed = sum(leaf.nbytes for leaf in leaves) * 5 // 4 + METADATA_BYTES
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"no space left: a checkpoint needs about {needed:,} bytes, {free:,} are free")
 
     def wait(self) -> None:
         """Returns when everything is on disk.

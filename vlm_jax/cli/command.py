@@ -56,12 +56,7 @@ def run(main: Callable[[], Any]) -> None:
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument: {argv[1]}")
-        # Orbax reports every file, and a failed save with its threads' tracebacks; failures are
-        # raised as CheckpointError and said once, below.
-        logging.set_verbosity(logging.WARNING)
-        logging.get_absl_handler().addFilter(
-            lambda record: not ("orbax" in record.pathname or record.name == "asyncio")
-        )
+        _quieten_checkpoints()
         if CACHE.value:
             jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -85,6 +80,12 @@ def run(main: Callable[[], Any]) -> None:
     except AttributeError as error:  # an override of a key that the config does not have
         print(f"ConfigError: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _quieten_checkpoints() -> None:
+    """Leaves a failed save to the one message of its CheckpointError; Orbax reports it once a thread."""
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(lambda record: not ("orbax" in record.pathname or record.name == "asyncio"))
 
 
 def workdir() -> epath.Path:
