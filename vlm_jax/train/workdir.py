@@ -34,7 +34,7 @@ def claim(workdir: epath.Path, config: Any) -> None:
         if lines:
             raise ConfigError(
                 f"{workdir} was made by another config; use another --workdir, or the config that made it. "
-                "There and here:\n  " + "\n  ".join(lines)
+                "In the folder (here) and as given now (there):\n  " + "\n  ".join(lines)
             )
         return
     if workdir.exists() and any(workdir.iterdir()):
