@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from vlm_jax.budget import InfeasibleBudget, grid_of_size, refuse, sizes_of_grids
+from vlm_jax.budget import InfeasibleBudget, grid_of_size, refuse, sizes_of_grids, squares_of_sizes
 
 GRIDS = [(8, 8), (7, 5), (1, 6), (4, 8), (6, 3), (3, 3), (2, 12), (1, 1)]
 
@@ -48,3 +48,16 @@ def test_a_refusal_says_what_why_and_what_else(budget, feasible, nearest):
         f"config.token_budget: pool cannot give {budget} tokens from a 8x4 grid, because reasons; "
         f"nearest feasible: {nearest}"
     )
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("whole", [False, True])
+def test_squares_of_sizes_takes_the_smallest_side_of_every_number(grid, whole):
+    found = squares_of_sizes(grid, whole=whole)
+    for side in range(1, max(grid) + 1):
+        fits = grid[0] % side == 0 and grid[1] % side == 0
+        number = len(range(0, grid[0], side)) * len(range(0, grid[1], side))
+        assert number in found or (whole and not fits)
+        if number in found and (fits or not whole):
+            assert found[number] <= side
+    assert found[grid[0] * grid[1]] == 1

@@ -57,3 +57,15 @@ def grid_of_size(size: int, grid: Grid) -> Grid | None:
 def sizes_of_grids(grid: Grid) -> list[int]:
     """Every size for which `grid_of_size` finds a grid, ascending."""
     return [size for size in range(1, grid[0] * grid[1] + 1) if grid_of_size(size, grid) is not None]
+
+
+def squares_of_sizes(grid: Grid, *, whole: bool) -> dict[int, int]:
+    """{number of squares: side} for every number of squares that a grid can be cut into, the largest first.
+
+    Args:
+      grid: (rows, columns) of features.
+      whole: the side must divide both; else squares at the bottom and the right may be cut short, and of
+        several sides that give the same number the smallest is meant.
+    """
+    sides = [s for s in range(1, max(grid) + 1) if not (whole and (grid[0] % s or grid[1] % s))]
+    return {-(-grid[0] // s) * -(-grid[1] // s): s for s in reversed(sides)}

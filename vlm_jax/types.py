@@ -80,13 +80,15 @@ class VisualFeatures:
     """What an encoder returns for a flat batch of images.
 
     Attributes:
-      tokens: features in row-major order of `grid`, width D_v.
+      tokens: features in row-major order of `grid`, width D_v; or block after block, see `block`.
       mask: True where a feature is real.
-      grid: (rows, columns), static; rows * columns == N. Features that no longer form a
-        rectangle (after dropping, or of several packed images) have the grid (1, N).
+      grid: (rows, columns), static; rows * columns == N. Features that no longer form a rectangle
+        (after dropping) have the grid (1, N), those of packed images (block, N // block).
       pooled: the encoder's own image embedding where it has a head for one, else None.
       hidden: [L + 1, B, P, W] inputs of every block and the last output, only when asked for; P and
         the residual width W are those of the blocks.
+      block: static; 1 where features are in row-major order. Above, each block x block neighbours of an
+        image follow one another, row by row, and block follows block: the order of packed patches.
     """
 
     tokens: Float[Array, "B N D"]
@@ -94,6 +96,7 @@ class VisualFeatures:
     grid: Grid = static_field()
     pooled: Float[Array, "B E"] | None = None
     hidden: Float[Array, "L B P W"] | None = None
+    block: int = static_field(default=1)
 
 
 @struct

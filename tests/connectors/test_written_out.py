@@ -43,20 +43,15 @@ def dense(x, p):
 
 
 def mlp(x, p):
-    hidden = dense(x, p["up"])
-    return dense(hidden * norm.cdf(hidden), p["down"])
+    for name in ("up", "middle_0", "middle_1"):
+        if name in p:
+            x = dense(x, p[name])
+            x = x * norm.cdf(x)
+    return dense(x, p["down"])
 
 
 def layer_norm(x, p, epsilon):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * p["scale"] + p["bias"]
-
-
-def test_mlp():
-    x, mask = example((2, 3))
-    got, p = run(MlpConnector(WIDTH), x, mask)
-    expected = mlp(x.reshape(2, 6, -1), p["mlp"])
-    real = mask.reshape(2, 6)
-    np.testing.assert_allclose(got[real], expected[real], atol=1e-5)
 
 
 @pytest.mark.parametrize(("grid", "output"), [((4, 6), (2, 3)), ((5, 7), (2, 3)), ((3, 4), (3, 4))])
@@ -73,14 +68,42 @@ def test_pool_averages_the_real_features_of_a_window(grid, output):
         np.testing.assert_allclose(got[b, i * output[1] + j], mlp(mean, p["mlp"]), atol=1e-5)
 
 
-def test_pixel_shuffle_lays_the_features_of_a_square_side_by_side():
-    x, mask = example((4, 6))
-    got, p = run(PixelShuffle(WIDTH, 2), x, mask)
-    for b, i, j in np.ndindex(2, 2, 3):
-        square = [(2 * i + r, 2 * j + c) for r in range(2) for c in range(2)]
-        long = np.concatenate([x[b, r, c] * mask[b, r, c] for r, c in square])
-        expected = mlp(layer_norm(long, p["norm"], 1e-5), p["mlp"])
-        np.testing.assert_allclose(got[b, i * 3 + j], expected, atol=1e-5)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_mlp(depth):
+    x, mask = example((2, 3))
+    got, p = run(MlpConnector(WIDTH, depth=depth), x, mask)
+    expected = mlp(x.reshape(2, 6, -1), p["mlp"])
+    real = mask.reshape(2, 6)
+    np.testing.assert_allclose(got[real], expected[real], atol=1e-5)
+
+
+def square(x, mask, row, col, side):
+    """The features of a square laid side by side; zeros where there is none."""
+    found = []
+    for r, c in np.ndindex(side, side):
+        place = (row * side + r, col * side + c)
+        inside = place[0] < x.shape[0] and place[1] < x.shape[1]
+        found.append(x[place] if inside and mask[place] else np.zeros(x.shape[-1]))
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize(("grid", "version"), [((4, 6), "v2"), ((4, 6), "v1"), ((5, 3), "v2"), ((5, 3), "v1")])
+def test_pixel_shuffle_lays_the_features_of_a_square_side_by_side(grid, version):
+    x, mask = example(grid)
+    got, p = run(PixelShuffle(WIDTH, 2, version=version), x, mask)
+    rows, cols = -(-grid[0] // 2), -(-grid[1] // 2)
+    for b, i, j in np.ndindex(2, rows, cols):
+        expected = mlp(layer_norm(square(x[b], mask[b], i, j, 2), p["norm"], 1e-5), p["mlp"])
+        place = i * cols + j if version == "v2" else j * rows + i
+        np.testing.assert_allclose(got[b, place], expected, atol=1e-5)
+
+
+def test_pixel_shuffle_without_a_norm_and_with_an_mlp_of_its_own():
+    x, mask = example((3, 3))
+    got, p = run(PixelShuffle(WIDTH, 3, norm=None, mlp_dim=12, depth=3), x, mask)
+    assert p["mlp"]["middle_0"]["kernel"].shape == (12, 12)
+    for b in range(2):
+        np.testing.assert_allclose(got[b, 0], mlp(square(x[b], mask[b], 0, 0, 3), p["mlp"]), atol=1e-5)
 
 
 def sincos(row, col):

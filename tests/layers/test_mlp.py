@@ -45,3 +45,22 @@ def test_mlp(reference, gated, use_bias, out_dim):
     out = jax.jit(layer.apply)({"params": params}, x)
     assert out.shape == (2, 3, out_dim or 6)
     np.testing.assert_allclose(out, reference.dense(hidden, params["down"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_depth_counts_linear_layers(reference, depth):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6)), jnp.float32)
+    layer = Mlp(8, "relu", out_dim=5, depth=depth)
+    params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x)))["params"]
+    expected = np.float64(x)
+    for name in ["up", "middle_0", "middle_1"][: depth - 1]:
+        expected = REFERENCES["relu"](reference.dense(expected, params[name]))
+    out = jax.jit(layer.apply)({"params": params}, x)
+    np.testing.assert_allclose(out, reference.dense(expected, params["down"]), atol=1e-5)
+    assert len(params) == depth
+
+
+@pytest.mark.parametrize(("depth", "gated", "least"), [(0, False, 1), (1, True, 2)])
+def test_too_few_layers_are_refused(depth, gated, least):
+    with pytest.raises(ValueError, match=f"expected at least {least} linear layers, got {depth}"):
+        Mlp(8, "relu", gated=gated, depth=depth).init(jax.random.key(0), jnp.zeros((1, 2)))

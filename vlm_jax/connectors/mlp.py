@@ -1,4 +1,4 @@
-"""LLaVA-1.5's connector: a two-layer MLP on every feature; nothing is reduced."""
+"""LLaVA's connector: an MLP on every feature; nothing is reduced."""
 
 from typing import Any
 
@@ -7,21 +7,30 @@ from flax import linen as nn
 
 from vlm_jax.budget import refuse
 from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.neighbours import masked
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 
 class MlpConnector(nn.Module):
     """linear, GELU, linear, feature by feature.
 
+    | release | fields |
+    |---|---|
+    | LLaVA, DeepSeek-VL `linear` | depth 1 |
+    | LLaVA-1.5, MobileVLM `mlp2x_gelu`, DeepSeek-VL `mlp_gelu` | depth 2, or what the release says |
+
     Attributes:
       features: the decoder's width D.
+      depth: linear layers.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
-    Source: Liu et al. 2023 (LLaVA-1.5), section 3.2; LLaVA, multimodal_projector/builder.py, mlp2x_gelu.
+    Source: Liu et al. 2023 (LLaVA), section 4.1, and (LLaVA-1.5), section 3.2; LLaVA,
+    multimodal_projector/builder.py.
     """
 
     features: int
+    depth: int = 2
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -40,6 +49,5 @@ class MlpConnector(nn.Module):
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        real = jnp.where(features.mask[..., None], features.tokens, 0)
-        tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(real)
-        return VisualTokens(tokens, features.mask)
+        mlp = Mlp(self.features, "gelu", out_dim=self.features, depth=self.depth, name="mlp", **settings)
+        return VisualTokens(mlp(masked(features)), features.mask)

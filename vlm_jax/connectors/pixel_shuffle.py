@@ -1,70 +1,95 @@
-"""InternVL's connector: squares of neighbours become one token of factor**2 times the width."""
+"""InternVL's and DeepSeek-VL2's connector: squares of neighbours become one token of factor**2 times the width."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Bool, Float
 
-from vlm_jax.budget import InfeasibleGrid, refuse
+from vlm_jax.budget import refuse, squares_of_sizes
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.neighbours import in_rows, squares
+from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+
+Version = Literal["v1", "v2"]
+
+
+def shuffle(
+    features: VisualFeatures, factor: int, version: Version
+) -> tuple[Float[Array, "B M E"], Bool[Array, "B M"]]:
+    """Space to depth: features of factor**2 times the width, in (row, column, channel) order, and their mask.
+
+    Raises:
+      InfeasibleGrid: the features lie in blocks that cannot be cut so, or whose grid `v1` cannot turn.
+    """
+    x, mask = squares(features, factor, "pixel_shuffle")
+    x, mask = x.reshape(*x.shape[:2], -1), mask.any(-1)
+    if version == "v1":
+        rows, cols = (-(-size // factor) for size in in_rows(features, "pixel_shuffle v1").grid)
+        order = jnp.arange(rows * cols).reshape(rows, cols).T.reshape(-1)
+        x, mask = x[:, order], mask[:, order]
+    return x, mask
 
 
 class PixelShuffle(nn.Module):
-    """Space to depth, LayerNorm, linear, GELU, linear.
+    """Space to depth, norm, linear, GELU, linear.
+
+    | release | fields |
+    |---|---|
+    | InternVL, ps_version `v2` | as they are |
+    | InternVL, ps_version `v1` or none | version `v1` |
+    | DeepSeek-VL2 | no norm |
+
+    Zeros complete the squares at the bottom and the right of a grid that the factor does not divide, as
+    in DeepSeek-VL2, whose 27x27 features give 14x14 tokens; InternVL has no such grids.
 
     Attributes:
       features: the decoder's width D.
-      factor: side of a square in features, solved from the budget; divides rows and columns.
-      norm_epsilon: epsilon of the LayerNorm.
+      factor: side of a square in features, solved from the budget.
+      version: `v1` leaves the map of tokens transposed, columns first.
+      norm: kind of the norm in front of the MLP, or None.
+      norm_epsilon: its epsilon.
+      mlp_dim: hidden width of the MLP; D when None.
+      depth: linear layers of the MLP.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
-    Source: Chen et al. 2024 (InternVL 1.5), section 3.1; internvl_chat, modeling_internvl_chat.py.
+    Source: Chen et al. 2024 (InternVL 1.5), section 3.1; internvl_chat, modeling_internvl_chat.py; Wu et
+    al. 2024 (DeepSeek-VL2), section 2; DeepSeek-VL2, MlpProjector, which unfolds channels first: its
+    weights' rows are put in order when they are loaded.
     """
 
     features: int
     factor: int
+    version: Version = "v2"
+    norm: NormKind | None = "layer"
     norm_epsilon: float = 1e-5
+    mlp_dim: int | None = None
+    depth: int = 2
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
-        """Squares of the grid.
-
-        Raises:
-          InfeasibleGrid: the factor does not divide both sides.
-        """
-        if grid[0] % self.factor or grid[1] % self.factor:
-            raise InfeasibleGrid(
-                f"pixel_shuffle: factor {self.factor} does not divide a {grid[0]}x{grid[1]} grid; choose an "
-                f"image size that gives multiples of {self.factor} patches"
-            )
-        return grid[0] * grid[1] // self.factor**2
+        """Squares of the grid, those at its edge that are completed included."""
+        return -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The factor that leaves `budget` squares."""
-        factors = [f for f in range(1, min(grid) + 1) if grid[0] % f == 0 and grid[1] % f == 0]
-        budgets = {grid[0] * grid[1] // f**2: f for f in factors}
+        """The smallest factor that gives `budget` squares."""
+        budgets = squares_of_sizes(grid, whole=False)
         if budget not in budgets:
-            raise refuse("pixel_shuffle", budget, grid, budgets, "a square's side must divide both sides")
+            raise refuse("pixel_shuffle", budget, grid, budgets, "squares of one side must cover it")
         return {"factor": budgets[budget]}
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        count = self.num_tokens(features.grid)
-        batch = features.tokens.shape[0]
-        rows, cols = (side // self.factor for side in features.grid)
-
-        def squares(x):
-            x = x.reshape(batch, rows, self.factor, cols, self.factor, -1).transpose(0, 1, 3, 2, 4, 5)
-            return x.reshape(batch, count, -1)
-
-        x = squares(jnp.where(features.mask[..., None], features.tokens, 0))
-        x = Norm("layer", self.norm_epsilon, name="norm", **settings)(x)
-        tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(x)
-        return VisualTokens(tokens, squares(features.mask).any(-1))
+        x, mask = shuffle(features, self.factor, self.version)
+        if self.norm is not None:
+            x = Norm(self.norm, self.norm_epsilon, name="norm", **settings)(x)
+        mlp = Mlp(
+            self.mlp_dim or self.features, "gelu", out_dim=self.features, depth=self.depth, name="mlp", **settings
+        )
+        return VisualTokens(mlp(x), mask)

@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vlm_jax.budget import grid_of_size, refuse, sizes_of_grids
 from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.neighbours import in_rows, masked
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 
@@ -60,11 +61,12 @@ class Pool(nn.Module):
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        features = in_rows(features, "pool")
         rows = averaging_matrix(features.grid[0], self.output_grid[0])
         cols = averaging_matrix(features.grid[1], self.output_grid[1])
         batch, _, width = features.tokens.shape
         mask = features.mask.reshape(batch, *features.grid)
-        x = jnp.where(features.mask[..., None], features.tokens, 0).reshape(batch, *features.grid, width)
+        x = masked(features).reshape(batch, *features.grid, width)
         total = jnp.einsum("ir,jc,brcd->bijd", rows.astype(x.dtype), cols.astype(x.dtype), x)
         count = jnp.einsum("ir,jc,brc->bij", rows, cols, mask.astype(jnp.float32))
         mean = total / jnp.maximum(count, 1)[..., None].astype(x.dtype)

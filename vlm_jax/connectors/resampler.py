@@ -12,6 +12,7 @@ from vlm_jax import axes
 from vlm_jax.budget import grid_of_size, refuse
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense, named
+from vlm_jax.layers.neighbours import in_rows, masked
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.position_embedding import sincos_2d
 from vlm_jax.layers.resize import resize
@@ -92,7 +93,7 @@ class Resampler(nn.Module):
         batch = features.tokens.shape[0]
         init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
-        kv = jnp.where(features.mask[..., None], features.tokens, 0)  # 0 times NaN would be NaN
+        kv = masked(in_rows(features, "resampler"))
         if not self.released or kv.shape[-1] != self.features:
             kv = Dense(self.features, (axes.CHANNELS_IN, axes.EMBED), use_bias=False, name="kv_proj", **settings)(kv)
         kv = Norm(name="kv_norm", **norm)(kv)

@@ -21,6 +21,7 @@ class Conv(nn.Module):
       padding: zeros on every side, as torch counts them, or `SAME` as TensorFlow pads (at a stride
         above 1 more behind than in front).
       use_bias: adds a bias.
+      depthwise: every channel has a window of its own; features must be the input's channels.
       dtype: dtype of the product.
       param_dtype: dtype of the stored parameters.
     """
@@ -30,15 +31,17 @@ class Conv(nn.Module):
     stride: int = 1
     padding: int | Literal["SAME"] = 0
     use_bias: bool = False
+    depthwise: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
+        groups = x.shape[-1] if self.depthwise else 1
         kernel = self.param(
             "kernel",
             named(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
-            (self.window, self.window, x.shape[-1], self.features),
+            (self.window, self.window, x.shape[-1] // groups, self.features),
             self.param_dtype,
         )
         padding = "SAME" if self.padding == "SAME" else [(self.padding, self.padding)] * 2
@@ -48,6 +51,7 @@ class Conv(nn.Module):
             (self.stride, self.stride),
             padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
         )
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype)

@@ -29,12 +29,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Mlp(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated.
 
+    A `depth` above 2 puts more linear layers, each behind an activation, between the two; with a depth of
+    1 there is `down` alone, so that neither hidden_dim nor the activation plays a part.
+
     Attributes:
       hidden_dim: width between the two products.
       activation: a name of `ACTIVATIONS`.
       gated: multiplies by a second projection, as in SwiGLU.
       out_dim: output width; the input's when None.
       use_bias: biases on every linear layer.
+      depth: linear layers one behind the other.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -46,16 +50,29 @@ class Mlp(nn.Module):
     gated: bool = False
     out_dim: int | None = None
     use_bias: bool = True
+    depth: int = 2
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        """Runs the layers.
+
+        Raises:
+          ValueError: less than one layer, or a gate without the two layers that it stands between.
+        """
+        if self.depth < (2 if self.gated else 1):
+            raise ValueError(f"depth: expected at least {2 if self.gated else 1} linear layers, got {self.depth}")
         settings = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
         act = ACTIVATIONS[self.activation]
+        out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
+        if self.depth == 1:
+            return out(x)
         hidden = Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name="up", **settings)(x)
         if self.gated:
             hidden = act(Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name="gate", **settings)(x)) * hidden
         else:
             hidden = act(hidden)
-        return Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)(hidden)
+        for i in range(self.depth - 2):
+            hidden = act(Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=f"middle_{i}", **settings)(hidden))
+        return out(hidden)

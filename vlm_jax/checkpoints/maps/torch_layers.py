@@ -15,6 +15,20 @@ def linear(source: str, target: str, *, bias: bool = True, where: Where | None =
     return (*rules, Rule(f"{source}.bias", f"{target}/bias", where=where or {})) if bias else rules
 
 
+def linear_stack(source: str, target: str, depth: int, *, start: int = 0) -> tuple[Rule, ...]:
+    """A `torch.nn.Sequential` of `depth` linear layers with an activation between any two -> `Mlp`.
+
+    Args:
+      source: its name.
+      target: the `Mlp`.
+      depth: linear layers.
+      start: index of the first one.
+    """
+    names = ["up", *(f"middle_{i}" for i in range(depth - 2)), "down"] if depth > 1 else ["down"]
+    rules = [linear(f"{source}.{start + 2 * i}", f"{target}/{name}") for i, name in enumerate(names)]
+    return tuple(rule for pair in rules for rule in pair)
+
+
 def layer_norm(source: str, target: str, *, where: Where | None = None) -> tuple[Rule, ...]:
     """`torch.nn.LayerNorm` -> `Norm`."""
     return (
