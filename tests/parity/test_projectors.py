@@ -1,6 +1,7 @@
 """Connectors beside the projectors of transformers and of torch, through the rules of released names."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,7 @@ def test_deepseek_vl2_unfolds_channels_first_and_pads_with_zeros(side, factor, d
     pad = -side % factor
     columns = functional.unfold(functional.pad(x.movedim(3, 1), (0, pad, 0, pad)), factor, stride=factor)
     sizes = [width * factor**2, *[out * ratio] * (depth - 1), out]
-    layers = [torch.nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
+    layers = [torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     stack = randomised(torch.nn.Sequential(*[part for layer in layers for part in (layer, torch.nn.GELU())][:-1]))
     connector = PixelShuffle(out, factor, norm=None, mlp_dim=out * ratio, depth=depth)
     rules = deepseek_vl2.projector_rules(width=width, factor=factor, hidden_dim=out * ratio, depth=depth)
