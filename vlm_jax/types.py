@@ -108,6 +108,19 @@ class VisualTokens:
 
 
 @struct
+class Instruction:
+    """Text that a connector reads beside the features of an image.
+
+    Attributes:
+      tokens: ids of the connector's own vocabulary.
+      mask: True where a token is real.
+    """
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+
+
+@struct
 class PackedPatches:
     """Patches of several images and video frames of any size in one sequence, laid out on the host.
 

@@ -8,12 +8,15 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
 - `for_budget(budget, grid) -> dict`, a class method that solves the kind's own fields so that
   `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets;
 - `__call__(features: VisualFeatures, *, deterministic: bool) -> VisualTokens`; what a masked
-  feature holds changes nothing.
+  feature holds changes nothing. A kind that reads more than features takes it as a further argument
+  whose default is None, as `qformer` takes an `instruction`.
 """
 
 from vlm_jax.connectors.mlp import MlpConnector
+from vlm_jax.connectors.perceiver import Perceiver
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.connectors.pool import Pool
+from vlm_jax.connectors.qformer import QFormer
 from vlm_jax.connectors.resampler import Resampler
 
 CONNECTORS = {
@@ -21,4 +24,6 @@ CONNECTORS = {
     "pool": Pool,
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,
+    "perceiver": Perceiver,
+    "qformer": QFormer,
 }

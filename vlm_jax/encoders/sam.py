@@ -18,6 +18,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.resize import resize, resize_axis
+from vlm_jax.layers.scan import scan_layers
 from vlm_jax.types import Grid, VisualFeatures
 
 NECK_EPSILON = 1e-6
@@ -314,14 +315,7 @@ class SAM(nn.Module):
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         length = run.stop - run.start
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=length,
-            unroll=min(self.unroll, length),
-            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-        )
+        scanned = scan_layers(block, length, in_axes=nn.broadcast, unroll=min(self.unroll, length))
         window = self.window_size if run.windowed else None
         return scanned(
             num_heads=self.num_heads,

@@ -12,6 +12,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.scan import scan_layers
 
 RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
 
@@ -116,14 +117,6 @@ class TransformerStack(nn.Module):
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(block, policy=policy, prevent_cse=False)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=cast(Any, (0, nn.broadcast)),
-            length=self.depth,
-            unroll=self.unroll,
-            metadata_params={nn.PARTITION_NAME: axes.LAYERS},
-        )
+        scanned = scan_layers(block, self.depth, in_axes=(0, nn.broadcast), unroll=self.unroll)
         x, (cache, inputs) = scanned(collect=collect, name="layers", **self.block)(x, cache, context)
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None

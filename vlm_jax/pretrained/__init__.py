@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.pretrained import (
     big_vision,
+    blip,
     clip,
     deepseek_vl,
     deepseek_vl_hf,
@@ -33,6 +34,9 @@ FAMILIES: dict[str, Family] = {
     "big_vision.proj.image_text.text_transformer": big_vision.describe_text,
     "big_vision.proj.image_text.two_towers": big_vision.describe_two_towers,
     "big_vision.vit": big_vision.describe_vit,
+    "blip-2": blip.describe,
+    "blip_2_qformer": blip.describe_qformer,
+    "blip_2_vision_model": blip.describe_vision,
     "clip": clip.describe,
     "clip_text_model": clip.describe_text,
     "clip_vision_model": clip.describe_vision,
@@ -48,6 +52,9 @@ FAMILIES: dict[str, Family] = {
     "vit_jax": vision_transformer.describe,
     "deepseek_vl": deepseek_vl_hf.describe,
     "deepseek_vl_hybrid": deepseek_vl_hf.describe_hybrid,
+    "instructblip": blip.describe,
+    "instructblip_qformer": blip.describe_qformer,
+    "instructblip_vision_model": blip.describe_vision,
     "llava_llama": llava.describe,
     "multi_modality": deepseek_vl.describe,
     "ovis": ovis.describe_ovis2,

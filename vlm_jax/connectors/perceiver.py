@@ -1,0 +1,121 @@
+"""The perceiver resampler: learned queries read the features, and each other, layer after layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.budget import refuse
+from vlm_jax.layers.attention import Context, MultiHeadAttention
+from vlm_jax.layers.dense import named
+from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.scan import scan_layers
+from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+
+_MLP_RATIO = 4  # of every layer, in both releases
+
+
+class Perceiver(nn.Module):
+    """A feed-forward to the decoder's width, `depth` layers from queries to features and queries, a norm.
+
+    The features have a norm of their own in every layer, but are never updated. With `norm="layer"`,
+    `activation="gelu"` and `gated=False` the layers are those of Flamingo.
+
+    Attributes:
+      features: the decoder's width D, which is also that of the queries.
+      num_queries: tokens given, solved from the budget.
+      depth: number of layers.
+      num_heads: query heads; D // 128 when None, and 1 at least.
+      num_kv_heads: key and value heads; as many when None.
+      head_dim: width of a head; D / num_heads when None.
+      projection_dim: hidden width of the first feed-forward; 4 D when None.
+      norm: kind of every norm.
+      activation, gated: of every feed-forward, as in `Mlp`.
+      norm_epsilon: epsilon of every norm.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Alayrac et al. 2022 (Flamingo), section 2.1 and figure 5; Laurençon et al. 2024 (Idefics2), section
+    3.2; transformers, models/idefics2, Idefics2Connector.
+    """
+
+    features: int
+    num_queries: int
+    depth: int
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    projection_dim: int | None = None
+    norm: NormKind = "rms"
+    activation: str = "silu"
+    gated: bool = True
+    norm_epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def num_tokens(self, grid: Grid) -> int:
+        """The number of queries, whatever the grid."""
+        del grid
+        return self.num_queries
+
+    @classmethod
+    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+        """As many queries as tokens; every positive budget is feasible."""
+        if budget < 1:
+            raise refuse("perceiver", budget, grid, [1], "it has one query at least")
+        return {"num_queries": budget}
+
+    @nn.compact
+    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
+        del deterministic  # nothing is drawn
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        mlp = {"activation": self.activation, "gated": self.gated, "use_bias": False, **settings}
+        norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
+        batch = features.tokens.shape[0]
+        init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
+        queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
+        queries = jnp.broadcast_to(queries.astype(self.dtype)[None], (batch, *queries.shape))
+        real = jnp.where(features.mask[..., None], features.tokens, 0)
+        hidden_dim = self.projection_dim or _MLP_RATIO * self.features
+        keys = Mlp(hidden_dim, out_dim=self.features, name="projection", **mlp)(real)
+        everyone = jnp.ones((batch, self.num_queries), jnp.int32)
+        context = Context("full", everyone, jnp.concatenate([features.mask.astype(jnp.int32), everyone], axis=1))
+        attention = {
+            "num_heads": self.num_heads or max(self.features // 128, 1),
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "use_bias": False,
+            "out_bias": False,
+            **settings,
+        }
+        layers = scan_layers(PerceiverLayer, self.depth, in_axes=(nn.broadcast, nn.broadcast))
+        layers = layers(attention, {"hidden_dim": _MLP_RATIO * self.features, **mlp}, norm, name="layers")
+        queries, _ = layers(queries, keys, context)
+        tokens = Norm(name="final_norm", **norm)(queries)
+        return VisualTokens(tokens, jnp.broadcast_to(features.mask.any(1, keepdims=True), tokens.shape[:2]))
+
+
+class PerceiverLayer(nn.Module):
+    """queries + attention(norm(queries), [norm(features), norm(queries)]), then queries + mlp(norm(queries)).
+
+    Attributes:
+      attention, mlp, norm: keyword arguments of `MultiHeadAttention`, `Mlp` and `Norm`.
+    """
+
+    attention: Mapping[str, Any]
+    mlp: Mapping[str, Any]
+    norm: Mapping[str, Any]
+
+    @nn.compact
+    def __call__(
+        self, queries: Float[Array, "B M D"], features: Float[Array, "B N D"], context: Context
+    ) -> tuple[Float[Array, "B M D"], None]:
+        x = Norm(name="query_norm", **self.norm)(queries)
+        keys = jnp.concatenate([Norm(name="feature_norm", **self.norm)(features), x], axis=1)
+        attended, _ = MultiHeadAttention(name="attention", **self.attention)(x, context, inputs_k=keys)
+        queries = queries + attended
+        return queries + Mlp(name="mlp", **self.mlp)(Norm(name="mlp_norm", **self.norm)(queries)), None

@@ -1,0 +1,27 @@
+"""Layers in depth: one module run over stacked parameters, so that compile time does not grow with their number."""
+
+from typing import Any
+
+from flax import linen as nn
+
+from vlm_jax import axes
+
+
+def scan_layers(block: Any, depth: int, *, in_axes: Any, unroll: int = 1) -> Any:
+    """The class of `depth` blocks one after the other; every parameter has a leading layer axis.
+
+    Args:
+      block: a Linen class (lifted by `nn.remat` or not) with `__call__(x, *inputs) -> (x, collected)`.
+      depth: number of blocks, at least 1.
+      in_axes: for every further input 0 where each block has its own slice, `nn.broadcast` where all share it.
+      unroll: blocks a loop iteration.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=depth,
+        unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+    )

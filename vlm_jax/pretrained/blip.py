@@ -1,0 +1,173 @@
+"""BLIP-2 and InstructBLIP of transformers: the vision tower with the Q-Former, or either alone.
+
+The language model of a whole checkpoint is carried along.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.checkpoints.maps.blip import encoder_rules
+from vlm_jax.checkpoints.maps.qformer import connector_rules, qformer_rules
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.connectors.qformer import QFormer, QueryTransformer
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.clip import image_shape
+from vlm_jax.pretrained.family import (
+    ACTIVATIONS,
+    Description,
+    PretrainedError,
+    check_supported,
+    find_prefix,
+    one_side,
+    with_defaults,
+)
+from vlm_jax.pretrained.tables import resizer
+from vlm_jax.types import Instruction, VisualFeatures
+
+# transformers, models/blip_2/configuration_blip_2.py and models/instructblip/configuration_instructblip.py.
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1408,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 39,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": True,
+}
+QFORMER_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "cross_attention_frequency": 2,
+    "encoder_hidden_size": 1408,
+    "use_qformer_text_input": False,
+}
+DEFAULTS: dict[str, Any] = {"num_query_tokens": 32}
+IGNORE = (r"language_model\..*", r".*position_ids")
+_PROJECTION = "language_projection.weight"
+_CHANNELS = 3
+
+
+def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+    """The ViT of a `Blip2VisionConfig`; the class token is one of its features.
+
+    Args:
+      config: the released section.
+      where: names the section in messages.
+      **fields: more fields of `ViT`.
+    """
+    settings = with_defaults(config, VISION_DEFAULTS, where)
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
+    side = one_side(settings["image_size"], f"{where}.image_size")
+    return ViT(
+        image_size=(side, side),
+        patch_size=one_side(settings["patch_size"], f"{where}.patch_size"),
+        width=settings["hidden_size"],
+        depth=settings["num_hidden_layers"],
+        num_heads=settings["num_attention_heads"],
+        mlp_dim=settings["intermediate_size"],
+        activation=ACTIVATIONS[settings["hidden_act"]],
+        norm_epsilon=settings["layer_norm_eps"],
+        qkv_bias=settings["qkv_bias"],
+        class_token=True,
+        class_position=True,
+        keep_class_token=True,
+        position_interpolation="bicubic",
+        **fields,
+    )
+
+
+def qformer_fields(config: Mapping[str, Any], where: str, *, instruction: bool) -> dict[str, Any]:
+    """Fields of `QueryTransformer` of a `Blip2QFormerConfig` or, with an instruction, `InstructBlipQFormerConfig`."""
+    settings = with_defaults(config, QFORMER_DEFAULTS, where)
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "use_qformer_text_input": (False,)}, where)
+    text = {"vocab_size": settings["vocab_size"], "max_length": settings["max_position_embeddings"]}
+    return {
+        "width": settings["hidden_size"],
+        "depth": settings["num_hidden_layers"],
+        "num_heads": settings["num_attention_heads"],
+        "mlp_dim": settings["intermediate_size"],
+        "cross_attention_every": settings["cross_attention_frequency"],
+        "activation": ACTIVATIONS[settings["hidden_act"]],
+        "norm_epsilon": settings["layer_norm_eps"],
+        **(text if instruction else {}),
+    }
+
+
+def _vision_rules(vit: ViT) -> tuple[Rule, ...]:
+    rows, cols = vit.grid(*vit.image_size) if vit.image_size else (0, 0)
+    return encoder_rules(vit.width, rows * cols, qkv_bias=vit.qkv_bias)
+
+
+def _qformer_rules(module: QueryTransformer) -> tuple[Rule, ...]:
+    return qformer_rules(module.depth, module.cross_attention_every, instruction=module.vocab_size is not None)
+
+
+def _instruction_shape(module: QueryTransformer) -> tuple[Instruction, ...]:
+    if module.vocab_size is None:
+        return ()
+    return (Instruction(jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)),)
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """Vision tower, Q-Former and projection of a `Blip2Model`, an `InstructBlipModel`, or what generates with one."""
+    kind, dtypes = config["model_type"], {"dtype": dtype, "param_dtype": param_dtype}
+    settings = with_defaults(config, DEFAULTS, kind)
+    prefix = find_prefix(checkpoint, _PROJECTION)
+    if prefix + _PROJECTION not in checkpoint:
+        raise PretrainedError(f"{kind}: expected a tensor named {_PROJECTION}, which gives the width of the decoder")
+    vit = vision_tower(config.get("vision_config") or {}, f"{kind}.vision_config", **dtypes)
+    section = config.get("qformer_config") or {}
+    connector = QFormer(
+        features=checkpoint[prefix + _PROJECTION].shape[0],
+        num_queries=settings["num_query_tokens"],
+        **qformer_fields(section, f"{kind}.qformer_config", instruction=kind == "instructblip"),
+        **dtypes,
+    )
+    rules = (
+        *prefixed(_vision_rules(vit), f"{prefix}vision_model.", "encoder/"),
+        *prefixed(_qformer_rules(connector), f"{prefix}qformer.", "connector/"),
+        *prefixed(connector_rules(connector.num_queries, connector.width), prefix, "connector/"),
+    )
+    inputs = (image_shape(vit, _CHANNELS), *_instruction_shape(connector))
+    ignore = tuple(f"({prefix})?{pattern}" for pattern in IGNORE)
+    resize = resizer(config, vit, path=("encoder",), size_key=("vision_config", "image_size"))
+    return Description(VisualPrefix(vit, connector), inputs, rules, ignore, resize)
+
+
+def describe_qformer(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """A `Blip2QFormerModel` or an `InstructBlipQFormerModel`, which takes queries and features."""
+    kind = config["model_type"]
+    fields = qformer_fields(config, kind, instruction=kind == "instructblip_qformer")
+    module = QueryTransformer(**fields, dtype=dtype, param_dtype=param_dtype)
+    width = with_defaults(config, QFORMER_DEFAULTS, kind)["encoder_hidden_size"]
+    queries, tokens = (jax.ShapeDtypeStruct((1, 1, dim), jnp.float32) for dim in (module.width, width))
+    features = VisualFeatures(tokens, jax.ShapeDtypeStruct((1, 1), jnp.bool_), (1, 1))
+    prefix = find_prefix(checkpoint, "encoder.layer.0.attention.attention.query.weight")
+    inputs = (queries, features, *_instruction_shape(module))
+    return Description(module, inputs, prefixed(_qformer_rules(module), prefix), IGNORE)
+
+
+def describe_vision(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """A `Blip2VisionModel` or an `InstructBlipVisionModel`."""
+    vit = vision_tower(config, config["model_type"], dtype=dtype, param_dtype=param_dtype)
+    prefix = find_prefix(checkpoint, "embeddings.patch_embedding.weight")
+    resize = resizer(config, vit, size_key=("image_size",))
+    return Description(vit, (image_shape(vit, _CHANNELS),), prefixed(_vision_rules(vit), prefix), resize=resize)
