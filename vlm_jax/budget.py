@@ -59,6 +59,19 @@ def sizes_of_grids(grid: Grid) -> list[int]:
     return [size for size in range(1, grid[0] * grid[1] + 1) if grid_of_size(size, grid) is not None]
 
 
+def solve_grid(kind: str, budget: int, grid: Grid) -> Grid:
+    """`grid_of_size`, for a kind whose tokens may form any grid.
+
+    Raises:
+      InfeasibleBudget: no grid of that size fits.
+    """
+    found = grid_of_size(budget, grid)
+    if found is None:
+        why = "tokens must form a grid inside it of about its aspect"
+        raise refuse(kind, budget, grid, sizes_of_grids(grid), why)
+    return found
+
+
 def squares_of_sizes(grid: Grid, *, whole: bool) -> dict[int, int]:
     """{number of squares: side} for every number of squares that a grid can be cut into, the largest first.
 

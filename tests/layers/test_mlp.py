@@ -15,6 +15,7 @@ from ..parameters import drawn
 REFERENCES = {
     "gelu": lambda x: x * norm.cdf(x),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "hard_swish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
     "quick_gelu": lambda x: x * expit(1.702 * x),
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x * expit(x),

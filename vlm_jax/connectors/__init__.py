@@ -12,6 +12,8 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
   whose default is None, as `qformer` takes an `instruction`.
 """
 
+from vlm_jax.connectors.ldp import LDP
+from vlm_jax.connectors.ldp_v2 import LDPv2
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.connectors.perceiver import Perceiver
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
@@ -23,6 +25,8 @@ CONNECTORS = {
     "mlp": MlpConnector,
     "pool": Pool,
     "pixel_shuffle": PixelShuffle,
+    "ldp": LDP,
+    "ldp_v2": LDPv2,
     "resampler": Resampler,
     "perceiver": Perceiver,
     "qformer": QFormer,

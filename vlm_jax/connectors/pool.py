@@ -5,10 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Bool, Float
 
-from vlm_jax.budget import grid_of_size, refuse, sizes_of_grids
+from vlm_jax.budget import solve_grid
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import in_rows, masked
+from vlm_jax.layers.neighbours import in_rows
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 
@@ -24,6 +25,29 @@ def averaging_matrix(size_in: int, size_out: int) -> np.ndarray:
     start, stop = index * size_in // size_out, -(-(index + 1) * size_in // size_out)
     columns = np.arange(size_in)
     return ((columns >= start[:, None]) & (columns < stop[:, None])).astype(np.float32)
+
+
+def average_windows(
+    x: Float[Array, "B N D"], features: VisualFeatures, output_grid: Grid, kind: str
+) -> tuple[Float[Array, "B r c D"], Bool[Array, "B r c"]]:
+    """Means of what is not masked in the windows of `output_grid`, and which windows have any; else they are 0.
+
+    Args:
+      x: values in the order of `features`.
+      features: their mask and their grid.
+      output_grid: rows and columns of windows; windows repeat where it is larger than the grid.
+      kind: names the connector in the message.
+
+    Raises:
+      InfeasibleGrid: the features are not in row-major order.
+    """
+    grid = in_rows(features, kind).grid
+    rows, cols = (averaging_matrix(*sizes) for sizes in zip(grid, output_grid, strict=True))
+    mask = features.mask.reshape(-1, *grid)
+    x = jnp.where(features.mask[..., None], x, 0).reshape(*mask.shape, -1)
+    total = jnp.einsum("ir,jc,brcd->bijd", rows.astype(x.dtype), cols.astype(x.dtype), x)
+    count = jnp.einsum("ir,jc,brc->bij", rows, cols, mask.astype(jnp.float32))
+    return total / jnp.maximum(count, 1)[..., None].astype(x.dtype), count > 0
 
 
 class Pool(nn.Module):
@@ -51,25 +75,15 @@ class Pool(nn.Module):
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
         """The output grid of that size nearest in aspect to `grid`."""
-        output_grid = grid_of_size(budget, grid)
-        if output_grid is None:
-            why = "tokens must form a grid inside it of about its aspect"
-            raise refuse("pool", budget, grid, sizes_of_grids(grid), why)
-        return {"output_grid": output_grid}
+        return {"output_grid": solve_grid("pool", budget, grid)}
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        features = in_rows(features, "pool")
-        rows = averaging_matrix(features.grid[0], self.output_grid[0])
-        cols = averaging_matrix(features.grid[1], self.output_grid[1])
-        batch, _, width = features.tokens.shape
-        mask = features.mask.reshape(batch, *features.grid)
-        x = masked(features).reshape(batch, *features.grid, width)
-        total = jnp.einsum("ir,jc,brcd->bijd", rows.astype(x.dtype), cols.astype(x.dtype), x)
-        count = jnp.einsum("ir,jc,brc->bij", rows, cols, mask.astype(jnp.float32))
-        mean = total / jnp.maximum(count, 1)[..., None].astype(x.dtype)
-        tokens = mean.reshape(batch, -1, width)
-        tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(tokens)
-        return VisualTokens(tokens, (count > 0).reshape(batch, -1))
+        mean, mask = average_windows(features.tokens, features, self.output_grid, "pool")
+        batch, *_, width = mean.shape
+        tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(
+            mean.reshape(batch, -1, width)
+        )
+        return VisualTokens(tokens, mask.reshape(batch, -1))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, named
@@ -57,3 +57,10 @@ class Conv(nn.Module):
             bias = self.param("bias", named(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
+
+
+def reached(mask: Bool[Array, "B rows cols"], window: int, stride: int = 1) -> Bool[Array, "B new_rows new_cols"]:
+    """Which places of a `Conv` with an odd window and zeros of half of it around read a place of `mask`."""
+    margin = [(0, 0), *[(window // 2, window // 2)] * 2]
+    steps = (1, stride, stride)
+    return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, (1, window, window), steps, margin)

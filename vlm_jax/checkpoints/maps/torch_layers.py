@@ -43,10 +43,11 @@ def conv(source: str, target: str, *, bias: bool = False) -> tuple[Rule, ...]:
     return (*rules, Rule(f"{source}.bias", f"{target}/bias")) if bias else rules
 
 
-def pointwise_conv(source: str, target: str, in_dim: int, out_dim: int) -> tuple[Rule, ...]:
-    """A `torch.nn.Conv2d` of window 1 without bias -> `Dense`."""
+def pointwise_conv(source: str, target: str, in_dim: int, out_dim: int, *, bias: bool = False) -> tuple[Rule, ...]:
+    """A `torch.nn.Conv2d` of window 1 -> `Dense`."""
     op = Chain(CONV2D, Reshape((1, 1, in_dim, out_dim), (in_dim, out_dim)))
-    return (Rule(f"{source}.weight", f"{target}/kernel", op),)
+    rules = (Rule(f"{source}.weight", f"{target}/kernel", op),)
+    return (*rules, Rule(f"{source}.bias", f"{target}/bias")) if bias else rules
 
 
 def fused(
