@@ -9,10 +9,13 @@ import pytest
 from flax import linen as nn
 from scipy.stats import norm
 
+from vlm_jax.budget import InfeasibleGrid
+from vlm_jax.connectors.concat import Concat
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.resampler import Resampler
+from vlm_jax.layers.neighbours import squares
 from vlm_jax.types import VisualFeatures
 
 from ..parameters import drawn
@@ -96,6 +99,39 @@ def test_pixel_shuffle_lays_the_features_of_a_square_side_by_side(grid, version)
         expected = mlp(layer_norm(square(x[b], mask[b], i, j, 2), p["norm"], 1e-5), p["mlp"])
         place = i * cols + j if version == "v2" else j * rows + i
         np.testing.assert_allclose(got[b, place], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_concat_normalises_every_feature_before_a_square_is_laid_side_by_side(kind):
+    x, mask = example((4, 6))
+    got, p = run(Concat(WIDTH, 2, norm=kind), x, mask)
+    x = np.where(mask[..., None], x, 0)
+    if kind == "layer":
+        normed = layer_norm(x, p["norm"], 1e-6)
+    else:
+        normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["norm"]["scale"]
+    assert p["mlp"]["up"]["kernel"].shape == (4 * WIDTH_IN, 4 * WIDTH_IN)
+    for b, i, j in np.ndindex(2, 2, 3):
+        expected = mlp(square(normed[b], np.ones((4, 6), bool), i, j, 2), p["mlp"])
+        np.testing.assert_allclose(got[b, i * 3 + j], expected, atol=1e-5)
+
+
+def test_squares_of_packed_images_are_those_of_each_image():
+    """Two images of 4x2 and 2x6 features in blocks of 2, one behind the other."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.normal(size=(1, 4, 2, WIDTH_IN)), rng.normal(size=(1, 2, 6, WIDTH_IN))]
+    alone, packed = [], []
+    for picture in pictures:
+        _, rows, cols, _ = picture.shape
+        flat = jnp.asarray(picture.reshape(1, -1, WIDTH_IN), jnp.float32)
+        alone.append(squares(VisualFeatures(flat, jnp.ones(flat.shape[:2], bool), (rows, cols)), 2, "concat")[0])
+        packed.append(picture.reshape(1, rows // 2, 2, cols // 2, 2, -1).swapaxes(2, 3).reshape(1, -1, WIDTH_IN))
+    strip = jnp.asarray(np.concatenate(packed, axis=1), jnp.float32)
+    features = VisualFeatures(strip, jnp.ones(strip.shape[:2], bool), (2, 10), block=2)
+    np.testing.assert_array_equal(squares(features, 2, "concat")[0], jnp.concatenate(alone, axis=1))
+    np.testing.assert_array_equal(squares(features, 1, "concat")[0][:, :, 0], strip)
+    with pytest.raises(InfeasibleGrid, match="concat: features in blocks of 2x2 on a 2x10 grid .* squares of 4x4"):
+        squares(features, 4, "concat")
 
 
 def test_pixel_shuffle_without_a_norm_and_with_an_mlp_of_its_own():

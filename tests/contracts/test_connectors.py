@@ -141,6 +141,26 @@ def test_what_a_masked_feature_holds_changes_nothing(kind, garbage):
 
 
 @every_kind
+def test_features_in_blocks_give_what_those_in_rows_give_or_are_refused_by_name(kind):
+    """The features of packed images: blocks of 4x4 on a strip of 4 rows."""
+    connector, params = trained(kind)
+    rows = images((4, 8), masked=0.3)
+    order = np.arange(32).reshape(4, 2, 4).swapaxes(0, 1).reshape(-1)
+    blocks = VisualFeatures(rows.tokens[:, order], rows.mask[:, order], (4, 8), block=4)
+    try:
+        got = apply(connector)(params, blocks)
+    except InfeasibleGrid as error:
+        assert kind in str(error) and "4x8" in str(error)
+        return
+    expected = apply(connector)(params, rows)
+    for i in range(BATCH):
+        ours, theirs = got.tokens[i][got.mask[i]], expected.tokens[i][expected.mask[i]]
+        assert len(ours) == len(theirs)
+        distances = np.abs(ours[:, None] - theirs[None]).max(-1)
+        assert (distances.min(0) <= 1e-5).all() and (distances.min(1) <= 1e-5).all()
+
+
+@every_kind
 def test_a_token_is_real_when_a_real_feature_reaches_it(kind):
     connector, params = trained(kind)
     weights = jax.random.normal(jax.random.key(3), (1, 1, WIDTH_OUT))

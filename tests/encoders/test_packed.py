@@ -16,9 +16,8 @@ SIZES = {"patch_size": 2, "width": 16, "depth": 4, "num_heads": 2, "mlp_dim": 24
 WINDOWS = {"window_size": 8, "full_layers": (1, 3)}
 GRIDS = [(1, 6, 4), (2, 4, 10)]
 KINDS = {
-    "qwen2_vl": QwenViT(**SIZES, activation="quick_gelu", gated=False, norm="layer", out_dim=12),
-    "qwen2_5_vl": QwenViT(**SIZES, **WINDOWS, out_dim=12),
-    "without a merger": QwenViT(**SIZES, **WINDOWS),
+    "qwen2_vl": QwenViT(**SIZES, activation="quick_gelu", gated=False, norm="layer"),
+    "qwen2_5_vl": QwenViT(**SIZES, **WINDOWS),
     "siglip2_navit": Siglip2NaViT(**SIZES, table_side=5),
     "siglip2_navit in windows": Siglip2NaViT(**SIZES, **WINDOWS, table_side=None),
 }
@@ -55,7 +54,9 @@ def test_features_come_in_the_processors_order_with_their_mask(kind):
     packed = packed_for(encoder, length=192)
     together = encode(kind)(params_of(kind), packed)
     group = 192 // together.tokens.shape[1]
-    assert together.tokens.shape == (1, 192 // group, encoder.features) and together.grid == (1, 192 // group)
+    assert together.tokens.shape == (1, 192 // group, encoder.features)
+    block = 2 if isinstance(encoder, QwenViT) else 1
+    assert together.grid == (block, 192 // group // block) and together.block == block
     np.testing.assert_array_equal(together.mask[0], np.arange(192 // group) < 104 // group)
     assert together.hidden.shape == (encoder.depth + 1, 1, 192, encoder.width)
     patches = packed_for(encoder).patches[0]
@@ -118,7 +119,7 @@ def test_every_parameter_is_named_and_has_a_finite_gradient(kind):
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "siglip2_navit in windows"])
 @pytest.mark.parametrize("select", [0, 2, -1, -2])
 def test_select_layer_gives_a_hidden_state(kind, select):
-    whole = KINDS[kind].clone(out_dim=None) if kind == "qwen2_5_vl" else KINDS[kind]
+    whole = KINDS[kind]
     selected = whole.clone(select_layer=select)
     packed, params = packed_for(whole), params_of(kind)
     hidden = encode(kind)(params, packed).hidden[select]
@@ -165,12 +166,11 @@ def count(encoder):
 
 
 def test_released_sizes():
-    """Parameters under `visual.` of Qwen2.5-VL-7B and -3B, and of Qwen2-VL-7B and -2B."""
+    """Parameters under `visual.` of Qwen2.5-VL and Qwen2-VL, without those of the merger."""
     sizes = {"patch_size": 14, "width": 1280, "depth": 32, "num_heads": 16}
     windows = {"window_size": 112, "full_layers": (7, 15, 23, 31)}
-    qwen2_5 = QwenViT(**sizes, **windows, mlp_dim=3420, out_dim=3584)
-    assert count(qwen2_5) == 676_550_144
-    assert count(qwen2_5.clone(out_dim=2048)) == 668_684_288
-    qwen2 = QwenViT(**sizes, mlp_dim=5120, activation="quick_gelu", gated=False, norm="layer", out_dim=3584)
-    assert count(qwen2) == 675_759_104
-    assert count(qwen2.clone(out_dim=1536)) == 665_271_296
+    square = 4 * 1280
+    merger = square * square + square  # its first layer; the second depends on the decoder's width
+    assert count(QwenViT(**sizes, **windows, mlp_dim=3420)) == 676_550_144 - merger - 1280 - (square + 1) * 3584
+    qwen2 = QwenViT(**sizes, mlp_dim=5120, activation="quick_gelu", gated=False, norm="layer")
+    assert count(qwen2) == 675_759_104 - merger - 2 * 1280 - (square + 1) * 3584

@@ -1,4 +1,4 @@
-"""Qwen2-VL's and Qwen2.5-VL's towers beside transformers: loaded, applied, written back, loaded there."""
+"""Qwen2-VL's and Qwen2.5-VL's towers and mergers beside transformers: loaded, applied, written back, loaded there."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.vision_utils import get_vision_window_index
 
 import vlm_jax
-from vlm_jax.pretrained.qwen2_vl import packed_shapes, qwen2_5_encoder, qwen2_encoder
+from vlm_jax.pretrained.qwen2_vl import packed_shapes, qwen2_5_visual, qwen2_visual
 from vlm_jax.processors.patches import pack, patchify
 
 TEXT = {
@@ -107,9 +107,20 @@ def reference(tower, patches):
 
 
 def apply(model, patches, **more):
-    packed = pack(patches, GRIDS, merge_size=model.module.merge_size, window=model.module.window, **more)
-    features = jax.jit(functools.partial(model.module.apply, collect=True))({"params": model.params}, packed)
-    return features.hidden[1:, 0, : len(patches)], features.tokens[0][features.mask[0]]
+    """States of the blocks, and the connector's tokens."""
+    encoder, connector = model.module.encoder, model.module.connector
+    packed = pack(patches, GRIDS, merge_size=encoder.merge_size, window=encoder.window, **more)
+
+    @jax.jit
+    def run(params, packed):
+        features = encoder.apply({"params": params["encoder"]}, packed, collect=True)
+        tokens = connector.apply({"params": params["connector"]}, features, deterministic=True)
+        return features, tokens, model.module.apply({"params": params}, packed)
+
+    features, tokens, whole = run(model.params, packed)
+    assert connector.num_tokens(features.grid) == tokens.tokens.shape[1]
+    np.testing.assert_array_equal(whole.tokens, tokens.tokens)
+    return features.hidden[1:, 0, : len(patches)], tokens.tokens[0][tokens.mask[0]]
 
 
 def error(ours, theirs):
@@ -119,11 +130,11 @@ def error(ours, theirs):
 def check(model, tower, **more):
     patches = patches_of(tower.config)
     states, merged = reference(tower, patches)
-    ours, features = apply(model, patches, **more)
-    assert ours.shape == states.shape and features.shape == merged.shape
+    ours, tokens = apply(model, patches, **more)
+    assert ours.shape == states.shape and tokens.shape == merged.shape
     assert error(ours[0], states[0]) <= 1e-5
     assert error(ours[-1], states[-1]) <= 1e-4
-    assert error(features, merged) <= 1e-4
+    assert error(tokens, merged) <= 1e-4
 
 
 @pytest.mark.parametrize("length", [None, 512])
@@ -196,25 +207,25 @@ def test_patches_are_those_of_the_released_processor(frames):
 
 
 @pytest.mark.parametrize(
-    ("tower", "config", "encoder"),
+    ("tower", "config", "visual"),
     [
-        (Qwen2VisionTransformerPretrainedModel, Qwen2VLVisionConfig(hidden_size=1536), qwen2_encoder),
+        (Qwen2VisionTransformerPretrainedModel, Qwen2VLVisionConfig(hidden_size=1536), qwen2_visual),
         (
             Qwen2_5_VisionTransformerPretrainedModel,
             Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=3584),
-            qwen2_5_encoder,
+            qwen2_5_visual,
         ),
         (
             Qwen2_5_VisionTransformerPretrainedModel,
             Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=2048),
-            qwen2_5_encoder,
+            qwen2_5_visual,
         ),
     ],
 )
-def test_real_sizes_have_as_many_parameters(tower, config, encoder):
+def test_real_sizes_have_as_many_parameters(tower, config, visual):
     with torch.device("meta"):
         theirs = sum(parameter.numel() for parameter in tower(config).parameters())
-    ours = encoder(config.to_dict(), "vision_config")
-    packed = packed_shapes(ours.patch_dim, ours.merge_size, ours.window)
+    ours = visual(config.to_dict(), "vision_config")
+    packed = packed_shapes(ours.encoder.patch_dim, ours.encoder.merge_size, ours.encoder.window)
     shapes = jax.eval_shape(ours.init, jax.random.key(0), packed)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == theirs

@@ -12,7 +12,7 @@ from vlm_jax.checkpoints.hub import open_checkpoint
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.ovis import navit
-from vlm_jax.pretrained.qwen2_vl import beside, qwen2_5_encoder, qwen2_encoder
+from vlm_jax.pretrained.qwen2_vl import beside, qwen2_5_visual, qwen2_visual
 
 QWEN2_5 = {"hidden_size": 1280, "out_hidden_size": 2048}
 
@@ -39,11 +39,14 @@ def test_a_layer_too_many_is_an_unused_key(tmp_path):
 
 
 def test_the_defaults_of_the_released_classes():
-    encoder = qwen2_5_encoder(QWEN2_5, "vision_config")
+    visual = qwen2_5_visual(QWEN2_5, "vision_config")
+    encoder = visual.encoder
+    assert (visual.connector.features, visual.connector.factor, visual.connector.norm) == (2048, 2, "rms")
     assert encoder.window == 4 and encoder.full_layers == (7, 15, 23, 31) and encoder.mlp_dim == 3420
-    assert (encoder.depth, encoder.num_heads, encoder.patch_dim, encoder.features) == (32, 16, 1176, 2048)
-    encoder = qwen2_encoder({"hidden_size": 1536}, "vision_config")
-    assert encoder.window is None and encoder.mlp_dim == 5120 and encoder.features == 1536
+    assert (encoder.depth, encoder.num_heads, encoder.patch_dim, encoder.features) == (32, 16, 1176, 1280)
+    visual = qwen2_visual({"hidden_size": 1536}, "vision_config")
+    assert visual.encoder.window is None and visual.encoder.mlp_dim == 5120
+    assert (visual.connector.features, visual.connector.factor, visual.connector.norm) == (1536, 2, "layer")
     tower = navit({"fullatt_block_indexes": "1|3"}, "vit_config")
     assert tower.full_layers == (1, 3) and tower.window == 3 and tower.table_side == 32
     assert navit({}, "vit_config").window is None
@@ -59,12 +62,12 @@ def test_the_defaults_of_the_released_classes():
 )
 def test_settings_that_nothing_computes_are_refused(change, message):
     with pytest.raises(PretrainedError, match=message):
-        qwen2_5_encoder({**QWEN2_5, **change}, "vision_config")
+        qwen2_5_visual({**QWEN2_5, **change}, "vision_config")
 
 
 def test_settings_without_which_there_is_no_size_are_asked_for():
     with pytest.raises(PretrainedError, match="vision_config: expected the keys hidden_size, out_hidden_size"):
-        qwen2_5_encoder({}, "vision_config")
+        qwen2_5_visual({}, "vision_config")
 
 
 def test_another_vision_tower_of_ovis_is_refused(tmp_path):

@@ -8,10 +8,12 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
 - `for_budget(budget, grid) -> dict`, a class method that solves the kind's own fields so that
   `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets;
 - `__call__(features: VisualFeatures, *, deterministic: bool) -> VisualTokens`; what a masked
-  feature holds changes nothing. A kind that reads more than features takes it as a further argument
+  feature holds changes nothing, and features in blocks (`VisualFeatures.block`) give the tokens that
+  those in rows give, in any order, or raise `InfeasibleGrid`. A kind that reads more than features takes it as a further argument
   whose default is None, as `qformer` takes an `instruction`.
 """
 
+from vlm_jax.connectors.concat import Concat
 from vlm_jax.connectors.ldp import LDP
 from vlm_jax.connectors.ldp_v2 import LDPv2
 from vlm_jax.connectors.mlp import MlpConnector
@@ -24,6 +26,7 @@ from vlm_jax.connectors.resampler import Resampler
 CONNECTORS = {
     "mlp": MlpConnector,
     "pool": Pool,
+    "concat": Concat,
     "pixel_shuffle": PixelShuffle,
     "ldp": LDP,
     "ldp_v2": LDPv2,

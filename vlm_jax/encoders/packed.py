@@ -59,11 +59,24 @@ def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window:
 
 
 def packed_features(
-    x: Float[Array, "B M D"], packed: PackedPatches, group: int, hidden: Float[Array, "L B N E"] | None
+    x: Float[Array, "B M D"],
+    packed: PackedPatches,
+    hidden: Float[Array, "L B N E"] | None,
+    *,
+    group: int = 1,
+    block: int = 1,
 ) -> VisualFeatures:
-    """Features of every `group` patches, in the processor's order, with their mask."""
+    """Features of every `group` patches, in the processor's order, with their mask.
+
+    Args:
+      x: the features, one after another.
+      packed: how the patches were laid out.
+      hidden: hidden states of the patches.
+      group: patches that make a feature.
+      block: side of the blocks of neighbours in which the features lie.
+    """
     real = (packed.segment_ids != PADDING_SEGMENT).astype(jnp.float32)[:, ::group, None]
     mask = restore_order(real, packed, group=group)[..., 0] > 0
     tokens = restore_order(x, packed, group=group)
     states = None if hidden is None else restore_order(hidden, packed)
-    return VisualFeatures(tokens, mask, (1, tokens.shape[1]), hidden=states)
+    return VisualFeatures(tokens, mask, (block, tokens.shape[1] // block), hidden=states, block=block)

@@ -4,61 +4,29 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.encoders.packed import check_packed, merged_grid, packed_features, window_in_blocks
 from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.block import RematPolicy
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.windowed_stack import WindowedStack
 from vlm_jax.types import Grid, PackedPatches, VisualFeatures
 
 
-class PatchMerger(nn.Module):
-    """Norm, then merge_size x merge_size neighbours side by side through two linear layers.
-
-    Attributes:
-      merge_size: side in patches of what becomes one feature.
-      out_dim: width of a feature.
-      norm: kind of the norm.
-      norm_epsilon: its epsilon.
-      dtype: dtype of the products.
-      param_dtype: dtype of the stored parameters.
-
-    Source: Wang et al. 2024 (Qwen2-VL), section 2.1; transformers, PatchMerger.
-    """
-
-    merge_size: int
-    out_dim: int
-    norm: NormKind
-    norm_epsilon: float
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B M E"]:
-        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = Norm(self.norm, self.norm_epsilon, name="norm", **settings)(x)
-        block = self.merge_size**2
-        x = x.reshape(x.shape[0], x.shape[1] // block, block * x.shape[2])
-        x = Dense(x.shape[-1], (axes.EMBED, axes.MLP), name="up", **settings)(x)
-        x = nn.gelu(x, approximate=False)
-        return Dense(self.out_dim, (axes.MLP, axes.EMBED), name="down", **settings)(x)
-
-
 class QwenViT(nn.Module):
-    """Packed patches, `depth` blocks with 2D rotary positions, and the patch merger.
+    """Packed patches and `depth` blocks with 2D rotary positions.
 
     | model | fields |
     |---|---|
     | Qwen2-VL | activation `quick_gelu`, not gated, norm `layer` |
     | Qwen2.5-VL | window_size 112 and full_layers (7, 15, 23, 31) |
 
-    There is neither a position table nor a final norm. Images come packed (`processors.patches.pack`
-    with `merge_size` and `window` of this module), and so do features.
+    There is neither a position table nor a final norm; the release's patch merger is the connector `concat`.
+    Images come packed (`processors.patches.pack` with `merge_size` and `window` of this module), and so do
+    features, in blocks of merge_size x merge_size neighbours.
 
     Attributes:
       patch_size: side of a patch in pixels.
@@ -69,10 +37,8 @@ class QwenViT(nn.Module):
       temporal_patch_size: frames of a patch; an image is repeated.
       activation, gated: as in `layers.mlp.Mlp`.
       norm: kind of every norm.
-      out_dim: width of merged features; None leaves the merger out, and features are those of the
-        patches, merge_size ** 2 neighbours after another.
       channels: colours of a pixel.
-      merge_size: side in patches of a merged feature.
+      merge_size: side in patches of the blocks in which patches and features lie.
       window_size: side in pixels of an attention window; None where every layer sees whole images.
       full_layers: the layers that see whole images; None for all.
       select_layer: features are hidden state number `select_layer`: 0 is the embeddings, -1 the output of
@@ -95,7 +61,6 @@ class QwenViT(nn.Module):
     activation: str = "silu"
     gated: bool = True
     norm: NormKind = "rms"
-    out_dim: int | None = None
     channels: int = 3
     merge_size: int = 2
     window_size: int | None = None
@@ -110,7 +75,7 @@ class QwenViT(nn.Module):
     @property
     def features(self) -> int:
         """Width D_v of the features."""
-        return self.out_dim or self.width
+        return self.width
 
     @property
     def window(self) -> int | None:
@@ -131,8 +96,7 @@ class QwenViT(nn.Module):
           ValueError: the image is not made of whole blocks.
         """
         rows, cols = merged_grid(height, width, self.patch_size, self.merge_size)
-        side = self.merge_size if self.out_dim is None else 1
-        return rows * side, cols * side
+        return rows * self.merge_size, cols * self.merge_size
 
     @nn.compact
     def __call__(self, packed: PackedPatches, *, collect: bool = False) -> VisualFeatures:
@@ -163,7 +127,4 @@ class QwenViT(nn.Module):
             name="blocks",
         )
         x, hidden = stack(x, packed, angles, collect=collect)
-        if self.out_dim is None:
-            return packed_features(x, packed, 1, hidden)
-        merger = PatchMerger(self.merge_size, self.out_dim, self.norm, self.norm_epsilon, name="merger", **settings)
-        return packed_features(merger(x), packed, self.merge_size**2, hidden)
+        return packed_features(x, packed, hidden, block=self.merge_size)

@@ -128,4 +128,4 @@ class Siglip2NaViT(nn.Module):
         x, hidden = stack(x, packed, angles, collect=collect)
         block = self.hidden_stride**2
         merged = x.reshape(x.shape[0], x.shape[1] // block, block * self.width)
-        return packed_features(merged, packed, block, hidden)
+        return packed_features(merged, packed, hidden, group=block)

@@ -1,4 +1,4 @@
-"""The vision towers of Qwen2-VL and Qwen2.5-VL, alone or in the files of the whole system."""
+"""The vision towers of Qwen2-VL and Qwen2.5-VL and their mergers, alone or in the files of the whole system."""
 
 import re
 from collections.abc import Mapping
@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlm_jax.checkpoints.maps.qwen_vit import encoder_rules
+from vlm_jax.checkpoints.maps.qwen_vit import encoder_rules, merger_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.connectors.concat import Concat
 from vlm_jax.encoders.qwen_vit import QwenViT
+from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -22,7 +24,7 @@ from vlm_jax.processors.patches import pack
 from vlm_jax.types import PackedPatches
 
 # transformers, models/qwen2_vl/configuration_qwen2_vl.py, Qwen2VLVisionConfig; the width of the tower and
-# that of its output have class defaults that fit one size of the release, so a config must give them.
+# that of the merger's output have class defaults that fit one size of the release, so a config must give them.
 _COMMON: dict[str, Any] = {
     "depth": 32,
     "num_heads": 16,
@@ -50,53 +52,53 @@ QWEN2_5_DEFAULTS: dict[str, Any] = {
 }
 
 
-def qwen2_encoder(config: Mapping[str, Any], where: str, **fields: Any) -> QwenViT:
-    """The tower of a `Qwen2VLVisionConfig`: LayerNorm, quick GELU, every layer sees whole images.
+def qwen2_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> VisualPrefix:
+    """Tower and merger of a `Qwen2VLVisionConfig`: LayerNorm, quick GELU, every layer sees whole images.
 
     Args:
       config: the released section.
       where: names the section in messages.
-      **fields: more fields of `QwenViT`.
+      **dtypes: `dtype` and `param_dtype`.
 
     Raises:
       PretrainedError: settings missing, or not computed here.
     """
     settings = with_defaults(config, QWEN2_DEFAULTS, where)
-    return QwenViT(
+    encoder = QwenViT(
         width=settings["embed_dim"],
         mlp_dim=int(settings["embed_dim"] * settings["mlp_ratio"]),
         gated=False,
         norm="layer",
-        out_dim=settings["hidden_size"],
         **_common_fields(settings, where),
-        **fields,
+        **dtypes,
     )
+    return VisualPrefix(encoder, Concat(settings["hidden_size"], encoder.merge_size, norm="layer", **dtypes))
 
 
-def qwen2_5_encoder(config: Mapping[str, Any], where: str, **fields: Any) -> QwenViT:
-    """The tower of a `Qwen2_5_VLVisionConfig`: RMSNorm, SwiGLU, windows outside the listed layers.
+def qwen2_5_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> VisualPrefix:
+    """Tower and merger of a `Qwen2_5_VLVisionConfig`: RMSNorm, SwiGLU, windows outside the listed layers.
 
     Args:
       config: the released section.
       where: names the section in messages.
-      **fields: more fields of `QwenViT`.
+      **dtypes: `dtype` and `param_dtype`.
 
     Raises:
       PretrainedError: settings missing, or not computed here.
     """
     settings = with_defaults(config, QWEN2_5_DEFAULTS, where)
-    return QwenViT(
+    encoder = QwenViT(
         width=settings["hidden_size"],
         mlp_dim=settings["intermediate_size"],
         gated=True,
         norm="rms",
-        out_dim=settings["out_hidden_size"],
         window_size=settings["window_size"],
         # An index beyond the last layer names no layer, for the release as well.
         full_layers=tuple(i for i in settings["fullatt_block_indexes"] if i < settings["depth"]),
         **_common_fields(settings, where),
-        **fields,
+        **dtypes,
     )
+    return VisualPrefix(encoder, Concat(settings["out_hidden_size"], encoder.merge_size, norm="rms", **dtypes))
 
 
 def _common_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -128,14 +130,18 @@ def describe(
     with `model.visual.`, and in a tower's own with nothing.
     """
     kind = config["model_type"]
-    encoder = qwen2_5_encoder if kind.startswith("qwen2_5_vl") else qwen2_encoder
+    visual = qwen2_5_visual if kind.startswith("qwen2_5_vl") else qwen2_visual
     where = f"{kind}.vision_config" if "vision_config" in config else kind
-    module = encoder(config.get("vision_config", config), where, dtype=dtype, param_dtype=param_dtype)
-    window = (module.channels, module.temporal_patch_size, module.patch_size, module.patch_size)
-    rules = encoder_rules(width=module.width, window=window, gated=module.gated)
+    module = visual(config.get("vision_config", config), where, dtype=dtype, param_dtype=param_dtype)
+    encoder: Any = module.encoder
+    window = (encoder.channels, encoder.temporal_patch_size, encoder.patch_size, encoder.patch_size)
     prefix = find_prefix(checkpoint, "patch_embed.proj.weight")
-    inputs = packed_shapes(module.patch_dim, module.merge_size, module.window)
-    return Description(module, (inputs,), prefixed(rules, source=prefix), beside(prefix))
+    rules = (
+        *prefixed(encoder_rules(width=encoder.width, window=window, gated=encoder.gated), prefix, "encoder/"),
+        *prefixed(merger_rules(gated=encoder.gated), prefix, "connector/"),
+    )
+    inputs = packed_shapes(encoder.patch_dim, encoder.merge_size, encoder.window)
+    return Description(module, (inputs,), rules, beside(prefix))
 
 
 def packed_shapes(patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:

@@ -1,11 +1,11 @@
 """The vision towers of Qwen2-VL and Qwen2.5-VL, in released files under `visual.`."""
 
-from vlm_jax.checkpoints.maps.torch_layers import conv_of_patches, fused, layer_norm, linear, rms_norm
+from vlm_jax.checkpoints.maps.torch_layers import conv_of_patches, fused, layer_norm, linear, linear_stack, rms_norm
 from vlm_jax.checkpoints.rules import Rule
 
 
 def encoder_rules(*, width: int, window: tuple[int, int, int, int], gated: bool) -> tuple[Rule, ...]:
-    """Patches, blocks and the merger of a `QwenViT`.
+    """Patches and blocks of a `QwenViT`.
 
     Args:
       width: residual width.
@@ -22,10 +22,13 @@ def encoder_rules(*, width: int, window: tuple[int, int, int, int], gated: bool)
         *fused(f"{block}.attn.qkv", heads, width),
         *linear(f"{block}.attn.proj", f"{target}/attention/out"),
         *norm(f"{block}.norm2", f"{target}/mlp_norm"),
-        *norm("merger.ln_q", "merger/norm"),
-        *linear("merger.mlp.0", "merger/up"),
-        *linear("merger.mlp.2", "merger/down"),
     ]
     for released, ours in names.items():
         rules += linear(f"{block}.mlp.{released}", f"{target}/mlp/{ours}")
     return tuple(rules)
+
+
+def merger_rules(*, gated: bool) -> tuple[Rule, ...]:
+    """The patch merger -> `Concat`; `gated` as above."""
+    norm = rms_norm if gated else layer_norm
+    return (*norm("merger.ln_q", "norm"), *linear_stack("merger.mlp", "mlp", 2))
