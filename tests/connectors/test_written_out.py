@@ -130,7 +130,7 @@ def test_squares_of_packed_images_are_those_of_each_image():
     features = VisualFeatures(strip, jnp.ones(strip.shape[:2], bool), (2, 10), block=2)
     np.testing.assert_array_equal(squares(features, 2, "concat")[0], jnp.concatenate(alone, axis=1))
     np.testing.assert_array_equal(squares(features, 1, "concat")[0][:, :, 0], strip)
-    with pytest.raises(InfeasibleGrid, match="concat: features in blocks of 2x2 on a 2x10 grid .* squares of 4x4"):
+    with pytest.raises(InfeasibleGrid, match=r"concat: features in blocks of 2x2 on a 2x10 grid .* squares of 4x4"):
         squares(features, 4, "concat")
 
 

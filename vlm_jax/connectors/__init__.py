@@ -9,8 +9,8 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
   `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets;
 - `__call__(features: VisualFeatures, *, deterministic: bool) -> VisualTokens`; what a masked
   feature holds changes nothing, and features in blocks (`VisualFeatures.block`) give the tokens that
-  those in rows give, in any order, or raise `InfeasibleGrid`. A kind that reads more than features takes it as a further argument
-  whose default is None, as `qformer` takes an `instruction`.
+  those in rows give, in any order, or raise `InfeasibleGrid`. A kind that reads more than features takes
+  it as a further argument whose default is None, as `qformer` takes an `instruction`.
 """
 
 from vlm_jax.connectors.concat import Concat
