@@ -129,7 +129,8 @@ class PackedPatches:
     Windows may ask for another order inside the sequence; features come back in the processor's.
 
     Attributes:
-      patches: normalised pixels of every patch, flattened as (channel, frame, row, column).
+      patches: normalised pixels of every patch, flattened as (channel, frame, row, column), or as
+        (row, column, channel) for NaFlex.
       positions: (row, column) of a patch in its image, in patches.
       sizes: (rows, columns) of the image that a patch is of, in patches.
       segment_ids: counts images and frames from 1; 0 is padding. Full attention stays inside.

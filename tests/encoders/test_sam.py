@@ -17,7 +17,7 @@ from vlm_jax.encoders.sam import (
     partition_windows,
     relative_positions,
 )
-from vlm_jax.layers.resize import interpolation_weights
+from vlm_jax.interpolation import interpolation_weights
 from vlm_jax.planner.flops import count_flops
 
 TINY = SAM(

@@ -204,14 +204,18 @@ def projected(reference, x, params, heads):
     return reference.dense(np.asarray(x, np.float64), params).reshape(*x.shape[:2], heads, -1)
 
 
-@pytest.mark.parametrize("qk_norm", [None, "rms", "layer"])
-def test_multi_head_attention(reference, qk_norm):
+@pytest.mark.parametrize(
+    ("qk_norm", "over"), [(None, "head"), ("rms", "head"), ("layer", "head"), ("rms", "width"), ("layer", "width")]
+)
+def test_multi_head_attention(reference, qk_norm, over):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 12)), jnp.float32)
     positions = np.array([[0, 1, 2, 0, 1, 0], [3, 4, 5, 6, 7, 8]])
     theta, half = 100.0, 4
     angles = jnp.asarray(positions[..., None] * theta ** (-np.arange(half) / half), jnp.float32)
     segments = jnp.asarray(SEGMENTS)
-    layer = MultiHeadAttention(4, num_kv_heads=2, head_dim=8, qk_norm=qk_norm, norm_epsilon=1e-3, out_dim=10)
+    layer = MultiHeadAttention(
+        4, num_kv_heads=2, head_dim=8, qk_norm=qk_norm, qk_norm_over=over, norm_epsilon=1e-3, out_dim=10
+    )
     context = Context("causal", segments, segments, angles=angles)
     params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x, context)))
     out, cache = jax.jit(layer.apply)(params, x, context)
@@ -219,12 +223,17 @@ def test_multi_head_attention(reference, qk_norm):
 
     p = jax.tree.map(np.float64, params["params"])
     q, k, v = (projected(reference, x, p[n], h) for n, h in (("query", 4), ("key", 2), ("value", 2)))
-    if qk_norm == "rms":
-        q, k = (reference.rms_norm(y, p[n]["scale"], 1e-3) for y, n in ((q, "query_norm"), (k, "key_norm")))
-    if qk_norm == "layer":
-        q, k = (
-            reference.layer_norm(y, p[n]["scale"], p[n]["bias"], 1e-3) for y, n in ((q, "query_norm"), (k, "key_norm"))
-        )
+
+    def normed(y, given):
+        flat = y if over == "head" else y.reshape(2, 6, -1)
+        if qk_norm == "rms":
+            flat = reference.rms_norm(flat, given["scale"], 1e-3)
+        if qk_norm == "layer":
+            flat = reference.layer_norm(flat, given["scale"], given["bias"], 1e-3)
+        return flat.reshape(y.shape)
+
+    if qk_norm is not None:
+        q, k = normed(q, p["query_norm"]), normed(k, p["key_norm"])
     q, k = reference.rotate(q, positions, theta), reference.rotate(k, positions, theta)
     mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
     expected = reference.dense(reference.attention(q, k, v, mask).reshape(2, 6, -1), p["out"])

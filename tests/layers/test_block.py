@@ -61,6 +61,22 @@ def test_a_block_is_two_residual_steps(reference, x, params):
     np.testing.assert_allclose(out, y, atol=2e-5)
 
 
+def test_layer_scale_multiplies_what_is_added(x, params):
+    scaled = TransformerBlock(**BLOCK, layer_scale=0.1)
+    fresh = nn.meta.unbox(jax.jit(scaled.init)(jax.random.key(0), x, None, CONTEXT))["params"]
+    np.testing.assert_allclose([fresh["attention_scale"], fresh["mlp_scale"]], np.full((2, WIDTH), 0.1))
+    plain = layer_params(params, 0)
+    factors = np.random.default_rng(1).normal(size=(2, WIDTH)).astype(np.float32)
+    given = {**plain, "attention_scale": jnp.asarray(factors[0]), "mlp_scale": jnp.asarray(factors[1])}
+    out, _ = jax.jit(scaled.apply)({"params": given}, x, None, CONTEXT)
+    # A product's factors may as well stand in the weights of the last linear layers.
+    folded = jax.tree.map(np.asarray, plain)
+    for part, layer, factor in (("attention", "out", factors[0]), ("mlp", "down", factors[1])):
+        folded[part][layer] = jax.tree.map(lambda leaf, by=factor: leaf * by, folded[part][layer])
+    expected, _ = jax.jit(TransformerBlock(**BLOCK).apply)({"params": folded}, x, None, CONTEXT)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("unroll", [1, DEPTH])
 def test_a_stack_is_a_loop_over_slices_of_its_parameters(x, params, unroll):
     assert {leaf.shape[0] for leaf in jax.tree.leaves(params)} == {DEPTH}

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.interpolation import interpolation_weights
 from vlm_jax.layers.resampled_positions import ResampledPositions, cubic_weights
-from vlm_jax.layers.resize import interpolation_weights, resize
+from vlm_jax.layers.resize import resize
 from vlm_jax.layers.rope import rotate
 from vlm_jax.layers.rope_2d import rope_2d_angles
 

@@ -9,6 +9,8 @@ from vlm_jax.pretrained.family import PretrainedError
 DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 LLAVA = {
     "model_type": "llava_llama",
+    "hidden_size": 4096,
+    "mm_projector_type": "mlp2x_gelu",
     "mm_vision_tower": "openai/clip-vit-large-patch14-336",
     "mm_vision_select_layer": -2,
 }
@@ -16,19 +18,20 @@ LLAVA = {
 
 def test_llava_selects_a_layer_and_says_which_tensors_it_leaves_out():
     description = llava.describe(LLAVA, {}, **DTYPES)
-    module = description.module
+    module, connector = description.module.encoder, description.module.connector
+    assert connector.features == 4096 and connector.num_tokens(module.grid(336, 336)) == 576
     assert module.num_blocks == 23 and module.grid(336, 336) == (24, 24) and not module.keep_class_token
     left = [pattern for pattern in description.ignore if "encoder" in pattern]
     assert len(left) == 1 and r"layers\.23\." in left[0]
     whole = llava.describe(
         {**LLAVA, "mm_vision_select_layer": -1, "mm_vision_select_feature": "cls_patch"}, {}, **DTYPES
     )
-    assert whole.module.num_blocks == 24 and whole.module.keep_class_token
+    assert whole.module.encoder.num_blocks == 24 and whole.module.encoder.keep_class_token
     assert not any("encoder" in pattern for pattern in whole.ignore)
 
 
 def test_llava_at_several_scales_splits_by_the_smallest():
-    module = llava.describe({**LLAVA, "s2": True, "s2_scales": "1008,336,672"}, {}, **DTYPES).module
+    module = llava.describe({**LLAVA, "s2": True, "s2_scales": "1008,336,672"}, {}, **DTYPES).module.encoder
     assert module.image_sizes == ((336, 336), (672, 672), (1008, 1008)) and module.max_split_size == 336
     assert module.splits(1008, 1008) == ((1, 1), (2, 2), (3, 3)) and module.grid(1008, 1008) == (24, 24)
     assert module.features == 3 * 1024
@@ -39,6 +42,7 @@ def test_llava_at_several_scales_splits_by_the_smallest():
     [
         ({"mm_vision_tower": "openai/clip-vit-large-patch14-335"}, "no settings here.*patch14-336"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature: expected 'patch' or 'cls_patch'"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type: expected 'mlp2x_gelu', got 'mlp3x_gelu'"),
         ({"s2": True, "s2_scales": "336;672"}, "s2_scales: expected sides in pixels"),
     ],
 )

@@ -1,6 +1,7 @@
 """Real sizes by shape alone: no parameter is made.
 
-The numbers are those of the releases; `tests/parity` counts the models of transformers beside them.
+The numbers are counts of other implementations at the same settings, on torch's meta device unless a
+comment names a published table; `tests/parity` counts models of transformers again, beside ours.
 """
 
 import jax
@@ -32,7 +33,7 @@ RELEASES = {
             "num_classes": 1000,
         },
         {"Transformer/posembed_input/pos_embedding": (1, 197, 1024)},
-        304_326_632,
+        304_326_632,  # `num_params` in torchvision's documentation of vit_l_16; so counts transformers 5.23
     ),
     "CLIP ViT-L/14 at 336": (
         {
@@ -63,8 +64,26 @@ RELEASES = {
             "text_cfg": {"width": 512, "heads": 8, "layers": 12},
         },
         {},
-        # open_clip counts 102,007,137 parameters; the running statistics are tensors beside them.
-        102_007_137 + 2 * 26_624,
+        # open_clip_torch 3.3.0: 38,316,896 in ModifiedResNet, 63,690,240 in TextTransformer, and the scale;
+        # means and variances of 26,624 channels are buffers beside them.
+        38_316_896 + 63_690_240 + 1 + 2 * 26_624,
+    ),
+    "InternViT-300M at 448": (
+        {
+            "model_type": "intern_vit_6b",
+            **_LARGE,
+            "image_size": 448,
+            "qkv_bias": True,
+            "qk_normalization": False,
+            "norm_type": "layer_norm",
+        },
+        {},
+        304_012_288,  # InternVLVisionModel of transformers 5.23
+    ),
+    "InternViT-6B at 448, V1-5": (
+        {"model_type": "intern_vit_6b", "num_hidden_layers": 45, "image_size": 448},
+        {},
+        5_536_496_000,  # likewise; 5,540 M in the model card
     ),
     "SigLIP so400m/14 at 384": (
         {

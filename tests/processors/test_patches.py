@@ -28,6 +28,13 @@ def test_patchify_cuts_where_a_loop_would():
     np.testing.assert_array_equal(patches, expected)
 
 
+def test_channels_may_come_last():
+    frames = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
+    patches, grid = patchify(frames, patch_size=2, temporal_patch_size=2, channels_last=True)
+    assert grid == (1, 2, 3)
+    np.testing.assert_array_equal(patches[4], frames[:, 2:4, 2:4].reshape(-1))
+
+
 def test_an_image_is_repeated_over_the_frames_of_a_patch():
     image = np.random.default_rng(0).normal(size=(1, 4, 4, 3)).astype(np.float32)
     once, grid = patchify(image, patch_size=2, temporal_patch_size=2)

@@ -10,7 +10,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
 from vlm_jax.types import Grid, VisualFeatures
 
@@ -26,10 +26,12 @@ class Trunk(nn.Module, kw_only=True):
       num_heads: attention heads.
       mlp_dim: hidden width of the feed-forward.
       activation: a name of `layers.mlp.ACTIVATIONS`.
-      norm_epsilon: epsilon of every LayerNorm.
+      norm: kind of the blocks' norms and of the last one.
+      norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
-      pre_norm: a LayerNorm before the first block, as CLIP has.
-      final_norm: what the last LayerNorm is for: all `tokens`, the `pooled` vector alone (Hugging
+      qk_norm, qk_norm_over, layer_scale: as in `TransformerBlock`.
+      pre_norm: a norm before the first block, as CLIP has.
+      final_norm: what the last norm is for: all `tokens`, the `pooled` vector alone (Hugging
         Face's CLIP leaves its tokens as they are), or `none`.
       select_layer: the tokens are hidden state number `select_layer` as it is, without the last
         norm: 0 is the input of the first block, -1 the output of the last, -2 that of the one
@@ -52,8 +54,12 @@ class Trunk(nn.Module, kw_only=True):
     num_heads: int
     mlp_dim: int
     activation: str = "gelu_tanh"
+    norm: NormKind = "layer"
     norm_epsilon: float = 1e-6
     qkv_bias: bool = True
+    qk_norm: NormKind | None = None
+    qk_norm_over: Literal["head", "width"] = "head"
+    layer_scale: float | None = None
     pre_norm: bool = False
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"
     select_layer: int | None = None
@@ -115,7 +121,7 @@ class Trunk(nn.Module, kw_only=True):
           collect: also returns every hidden state.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = {"kind": "layer", "epsilon": self.norm_epsilon, **settings}
+        norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
         if self.pre_norm:
             x = Norm(name="pre_norm", **norm)(x)
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
@@ -123,9 +129,12 @@ class Trunk(nn.Module, kw_only=True):
             "num_heads": self.num_heads,
             "mlp_dim": self.mlp_dim,
             "activation": self.activation,
-            "norm": "layer",
+            "norm": self.norm,
             "norm_epsilon": self.norm_epsilon,
             "qkv_bias": self.qkv_bias,
+            "qk_norm": self.qk_norm,
+            "qk_norm_over": self.qk_norm_over,
+            "layer_scale": self.layer_scale,
             **settings,
         }
         mask = None if segments is None else segments > 0
@@ -165,7 +174,7 @@ class Trunk(nn.Module, kw_only=True):
             patches = None if mask is None else mask[:, num_prefix:]
             pooled = reduce_tokens(x[:, num_prefix:], "mean" if self.pooling == "gap" else "max", patches)
         if self.final_norm == "pooled":
-            pooled = Norm("layer", self.norm_epsilon, name="final_norm", **settings)(pooled)
+            pooled = Norm(self.norm, self.norm_epsilon, name="final_norm", **settings)(pooled)
         return pooled
 
     def _represent(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.encoders.resnet_stem import ResNetStem
 from vlm_jax.encoders.trunk import Trunk
+from vlm_jax.interpolation import ResizeKind
 from vlm_jax.layers.dense import named
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D, sincos_2d
-from vlm_jax.layers.resize import ResizeKind
 from vlm_jax.types import Grid, VisualFeatures
 
 
@@ -25,6 +25,7 @@ class ViT(Trunk, kw_only=True):
     | ViT (big_vision) | class_token, pooling `token`; or pooling `map` |
     | CLIP | class_token, class_position, pre_norm, no patch_bias, `quick_gelu`, final_norm `pooled` |
     | SigLIP, SigLIP 2 | pooling `map` |
+    | InternViT | class_token, class_position, layer_scale, qk_norm over the width, final_norm `none` |
     | Qwen-VL | pre_norm, no patch_bias, final_norm `none`, position_interpolation `bicubic` |
 
     Attributes:
@@ -33,7 +34,7 @@ class ViT(Trunk, kw_only=True):
       patch_size: side of a patch in pixels, or in cells of the stem's map.
       patch_bias: a bias on the patch embedding.
       position: `learned`, `sincos` or `none`; the first two are interpolated for another image size.
-      position_interpolation: how a learned table is, a kind of `layers.resize`.
+      position_interpolation: how a learned table is, a kind of `vlm_jax.interpolation`.
       class_token: a learned token before the patches.
       class_position: a row of the position table for the class token.
       stem_layers: residual units in every stage of a ResNet in front of the patches (a hybrid; empty

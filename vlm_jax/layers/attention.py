@@ -195,7 +195,8 @@ class MultiHeadAttention(nn.Module):
       head_dim: H; width / Q when None.
       use_bias: biases on the query, key and value projections.
       out_bias: a bias on the output projection.
-      qk_norm: normalises queries and keys per head before RoPE, or None.
+      qk_norm: normalises queries and keys before RoPE, or None.
+      qk_norm_over: whether that is head by head, or over all heads at once, as InternViT does.
       norm_epsilon: epsilon of `qk_norm`.
       out_dim: width of the output; the input's when None.
       dtype: dtype of the products.
@@ -208,6 +209,7 @@ class MultiHeadAttention(nn.Module):
     use_bias: bool = True
     out_bias: bool = True
     qk_norm: NormKind | None = None
+    qk_norm_over: Literal["head", "width"] = "head"
     norm_epsilon: float = 1e-6
     out_dim: int | None = None
     dtype: Any = jnp.float32
@@ -247,10 +249,15 @@ class MultiHeadAttention(nn.Module):
             norm = {
                 "kind": self.qk_norm,
                 "epsilon": self.norm_epsilon,
-                "axis_name": axes.HEAD_DIM,
+                "axis_name": axes.HEAD_DIM if self.qk_norm_over == "head" else axes.NORM,
                 **settings,
             }
-            query, key = Norm(name="query_norm", **norm)(query), Norm(name="key_norm", **norm)(key)
+
+            def normed(heads, name):
+                flat = heads if self.qk_norm_over == "head" else heads.reshape(*heads.shape[:-2], -1)
+                return Norm(name=name, **norm)(flat).reshape(heads.shape)
+
+            query, key = normed(query, "query_norm"), normed(key, "key_norm")
         if context.angles is not None:
             query, key = rotate(query, context.angles), rotate(key, context.angles)
         if cache is not None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention
+from vlm_jax.layers.dense import named
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.scan import scan_layers
@@ -27,17 +28,19 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-      num_heads, num_kv_heads, head_dim, qk_norm: as in `MultiHeadAttention`.
+      num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over: as in `MultiHeadAttention`.
       mlp_dim: hidden width of the feed-forward.
       activation, gated: as in `Mlp`.
       norm: kind of both norms.
       norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
       use_bias: biases on the other linear layers.
+      layer_scale: learned factors, one a channel, of what is added to x; where they start. None for none.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
-    Source: Dosovitskiy et al. 2021, eq. 2 and 3; Touvron et al. 2023 with RMSNorm and SwiGLU.
+    Source: Dosovitskiy et al. 2021, eq. 2 and 3; Touvron et al. 2023 with RMSNorm and SwiGLU;
+    Touvron et al. 2021 (CaiT), eq. 4, for layer scale.
     """
 
     num_heads: int
@@ -51,6 +54,8 @@ class TransformerBlock(nn.Module):
     qkv_bias: bool = True
     use_bias: bool = True
     qk_norm: NormKind | None = None
+    qk_norm_over: Literal["head", "width"] = "head"
+    layer_scale: float | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -67,14 +72,21 @@ class TransformerBlock(nn.Module):
             use_bias=self.qkv_bias,
             out_bias=self.use_bias,
             qk_norm=self.qk_norm,
+            qk_norm_over=self.qk_norm_over,
             norm_epsilon=self.norm_epsilon,
             name="attention",
             **settings,
         )(Norm(name="attention_norm", **norm)(x), context, cache=cache)
-        x = x + attended
+        x = x + self._scaled(attended, "attention_scale")
         mlp = Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=self.use_bias, name="mlp", **settings)
-        x = x + mlp(Norm(name="mlp_norm", **norm)(x))
+        x = x + self._scaled(mlp(Norm(name="mlp_norm", **norm)(x)), "mlp_scale")
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
+
+    def _scaled(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
+        if self.layer_scale is None:
+            return x
+        init = named(nn.initializers.constant(self.layer_scale), axes.NORM)
+        return x * self.param(name, init, x.shape[-1:], self.param_dtype).astype(self.dtype)[None, None]
 
 
 class _ScannedBlock(TransformerBlock):

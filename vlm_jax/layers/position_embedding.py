@@ -8,8 +8,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.interpolation import ResizeKind
 from vlm_jax.layers.dense import named
-from vlm_jax.layers.resize import ResizeKind, resize
+from vlm_jax.layers.resize import resize
 from vlm_jax.types import Grid
 
 
@@ -51,7 +52,7 @@ class LearnedPositions2D(nn.Module):
       table_grid: rows and columns of the table as trained.
       features: width.
       param_dtype: dtype of the stored table.
-      interpolation: how, a kind of `layers.resize`.
+      interpolation: how, a kind of `vlm_jax.interpolation`.
     """
 
     table_grid: Grid

@@ -17,7 +17,7 @@ _A = -0.75  # torch's bicubic; Pillow and jax.image.resize have -0.5
 def cubic_weights(positions: Int[Array, "B N"], sizes: Int[Array, "B N"], side: int) -> Float[Array, "B N {side}"]:
     """What place `positions` of `sizes` reads of a row of `side` samples: four taps, clamped to the row.
 
-    The result is row `positions` of `layers.resize.interpolation_weights(side, sizes, "bicubic")`, for sizes
+    The result is row `positions` of `interpolation.interpolation_weights(side, sizes, "bicubic")`, for sizes
     that are data: torch's `interpolate(mode="bicubic", align_corners=False)` without antialiasing.
 
     Args:

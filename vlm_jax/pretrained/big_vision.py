@@ -12,7 +12,7 @@ from vlm_jax.encoders.trunk import Pooling
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
-from vlm_jax.pretrained.clip import TEXT_SHAPE, image_shape
+from vlm_jax.pretrained.clip import TEXT_SHAPE
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -23,7 +23,7 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.siglip import patches_shape
-from vlm_jax.pretrained.tables import resizer
+from vlm_jax.pretrained.tables import image_shape, resizer
 
 # big_vision, models/vit.py (defaults of `_Model`, and `decode_variant`).
 VIT_DEFAULTS: dict[str, Any] = {

@@ -12,15 +12,9 @@ from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.two_tower import TwoTower
-from vlm_jax.pretrained.family import (
-    ACTIVATIONS,
-    Description,
-    check_supported,
-    find_prefix,
-    one_side,
-    with_defaults,
-)
-from vlm_jax.pretrained.tables import resizer
+from vlm_jax.pretrained.family import Description, find_prefix, with_defaults
+from vlm_jax.pretrained.hugging_face import block_fields, vit_fields
+from vlm_jax.pretrained.tables import image_shape, num_patches, resizer
 
 # transformers, models/clip/configuration_clip.py.
 VISION_DEFAULTS: dict[str, Any] = {
@@ -62,21 +56,11 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
       **fields: more fields of `ViT`, or other values: `select_layer=-2, pooling="none"` for LLaVA.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
-    side = one_side(settings["image_size"], f"{where}.image_size")
     own = {
-        "image_size": (side, side),
-        "patch_size": one_side(settings["patch_size"], f"{where}.patch_size"),
-        "width": settings["hidden_size"],
-        "depth": settings["num_hidden_layers"],
-        "num_heads": settings["num_attention_heads"],
-        "mlp_dim": settings["intermediate_size"],
-        "activation": ACTIVATIONS[settings["hidden_act"]],
-        "norm_epsilon": settings["layer_norm_eps"],
+        **vit_fields(settings, where),
         "patch_bias": False,
         "class_token": True,
         "class_position": True,
-        "position_interpolation": "bicubic",
         "pre_norm": True,
         "final_norm": "pooled",
         "pooling": "token",
@@ -87,17 +71,11 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
 def text_tower(config: Mapping[str, Any], where: str, **fields: Any) -> TextTower:
     """The text tower of a `CLIPTextConfig`, without its projection; arguments as of `vision_tower`."""
     settings = with_defaults(config, TEXT_DEFAULTS, where)
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
     end = settings["eos_token_id"]
     own = {
+        **block_fields(settings, where),
         "vocab_size": settings["vocab_size"],
         "context_length": settings["max_position_embeddings"],
-        "width": settings["hidden_size"],
-        "depth": settings["num_hidden_layers"],
-        "num_heads": settings["num_attention_heads"],
-        "mlp_dim": settings["intermediate_size"],
-        "activation": ACTIVATIONS[settings["hidden_act"]],
-        "norm_epsilon": settings["layer_norm_eps"],
         "causal": True,
         "pooling": "highest" if end == _LEGACY_END else "end",
         "end_token": None if end == _LEGACY_END else end,
@@ -108,13 +86,7 @@ def text_tower(config: Mapping[str, Any], where: str, **fields: Any) -> TextTowe
 
 def vision_rules(vit: ViT) -> tuple[Rule, ...]:
     """The rules of a `vision_tower`."""
-    side = 0 if vit.image_size is None else vit.grid(*vit.image_size)[0]
-    return clip_vision_rules(vit.width, side * side)
-
-
-def image_shape(vit: ViT, channels: int) -> jax.ShapeDtypeStruct:
-    """One image of one patch."""
-    return jax.ShapeDtypeStruct((1, vit.patch_size, vit.patch_size, channels), jnp.float32)
+    return clip_vision_rules(vit.width, num_patches(vit))
 
 
 TEXT_SHAPE = jax.ShapeDtypeStruct((1, 1), jnp.int32)

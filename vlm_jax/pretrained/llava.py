@@ -1,4 +1,4 @@
-"""LLaVA's vision tower as its own release stores it: CLIP, at one scale or at several (S²)."""
+"""LLaVA as its own release stores it: CLIP, at one scale or at several (S²), and a two-layer projector."""
 
 import re
 from collections.abc import Mapping
@@ -7,12 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.checkpoints.maps.torch_layers import linear
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.config import did_you_mean
+from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.encoders.multiscale import MultiScale
 from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip
 from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.tables import image_shape, left_out
 
 # The config names its tower on the hub; these are what differs from the defaults in the tower's own config.
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -20,8 +24,10 @@ TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": {**_LARGE, "patch_size": 14, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_LARGE, "patch_size": 14, "image_size": 336},
 }
-# llava/model/multimodal_encoder/clip_encoder.py.
+# llava/model/multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py.
 DEFAULTS: dict[str, Any] = {
+    "hidden_size": REQUIRED,
+    "mm_projector_type": "linear",
     "mm_vision_tower": REQUIRED,
     "mm_vision_select_layer": REQUIRED,
     "mm_vision_select_feature": "patch",
@@ -29,61 +35,67 @@ DEFAULTS: dict[str, Any] = {
     "s2_scales": "336,672,1008",
 }
 PREFIX = "model.vision_tower.vision_tower.vision_model."
-NOT_VISION = (
-    r"lm_head\..*",
-    r"model\.(embed_tokens|layers|norm)\..*",
-    r"model\.mm_projector\..*",
-    r"model\.image_newline",
-)
+PROJECTOR = "model.mm_projector."
+BESIDE = (r"lm_head\..*", r"model\.(embed_tokens|layers|norm)\..*", r"model\.image_newline")
 
 
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`LlavaLlamaForCausalLM`'s vision tower; projector and language model are carried along.
+    """`LlavaLlamaForCausalLM`'s tower and projector; the language model is carried along.
 
     The tower's settings are those of `TOWERS` under `mm_vision_tower`, or the key `vision_tower_config`
     of the config, which no release has: the tower's own config.
 
     Raises:
-      PretrainedError: an unknown tower, or scales that are no list of sizes.
+      PretrainedError: an unknown tower, a projector that is not computed here, or scales that are no
+        list of sizes.
     """
     del checkpoint  # the release has one schema
-    settings = with_defaults(config, DEFAULTS, "llava_llama")
-    check_supported(settings, {"mm_vision_select_feature": ("patch", "cls_patch")}, "llava_llama")
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    settings = with_defaults(config, DEFAULTS, "llava")
+    check_supported(settings, {"mm_projector_type": ("mlp2x_gelu",)}, "llava")
+    encoder, pixels, rules, ignore = tower(settings, dtypes)
+    connector = MlpConnector(settings["hidden_size"], **dtypes)
+    projector = (*linear(f"{PROJECTOR}0", "connector/mlp/up"), *linear(f"{PROJECTOR}2", "connector/mlp/down"))
+    rules = (*prefixed(rules, target="encoder/"), *projector)
+    return Description(VisualPrefix(encoder, connector), (pixels,), rules, (*BESIDE, *ignore))
+
+
+def tower(
+    settings: Mapping[str, Any], dtypes: Mapping[str, Any]
+) -> tuple[ViT | MultiScale, jax.ShapeDtypeStruct, tuple[Rule, ...], tuple[str, ...]]:
+    """The encoder, the shape of an input, its rules and the patterns of keys that it has no use for.
+
+    Args:
+      settings: the released config with `DEFAULTS` in place.
+      dtypes: `dtype` and `param_dtype`.
+    """
+    check_supported(settings, {"mm_vision_select_feature": ("patch", "cls_patch")}, "llava")
     name = settings["mm_vision_tower"]
-    tower = config.get("vision_tower_config", TOWERS.get(name))
-    if tower is None:
+    section = settings.get("vision_tower_config", TOWERS.get(name))
+    if section is None:
         raise PretrainedError(f"mm_vision_tower: no settings here for '{name}'{did_you_mean(name, TOWERS)}")
     vit = clip.vision_tower(
-        tower,
+        section,
         f"the config of {name}",
         pooling="none",
         final_norm="none",
         select_layer=settings["mm_vision_select_layer"],
         keep_class_token=settings["mm_vision_select_feature"] == "cls_patch",
-        dtype=dtype,
-        param_dtype=param_dtype,
+        **dtypes,
     )
     ignore = (
-        *NOT_VISION,
         re.escape(PREFIX) + r"(post_layernorm|embeddings\.position_ids).*",
-        *_left_out(vit),
+        *left_out(vit, f"{PREFIX}encoder.layers."),
     )
-    rules = prefixed(clip.vision_rules(vit), PREFIX)
-    channels = tower.get("num_channels", 3)
+    rules, channels = clip.vision_rules(vit), section.get("num_channels", 3)
     if not settings["s2"]:
-        return Description(vit, (clip.image_shape(vit, channels),), rules, ignore)
+        return vit, image_shape(vit, channels), prefixed(rules, PREFIX), ignore
     sizes = _scales(settings["s2_scales"])
     module = MultiScale(vit, scales=(), image_sizes=tuple((size, size) for size in sizes), max_split_size=sizes[0])
     pixels = jax.ShapeDtypeStruct((1, sizes[-1], sizes[-1], channels), jnp.float32)
-    return Description(module, (pixels,), prefixed(rules, target="encoder/"), ignore)
-
-
-def _left_out(vit: ViT) -> tuple[str, ...]:
-    """Blocks behind the selected layer, which releases store and nothing reads."""
-    blocks = map(str, range(vit.num_blocks, vit.depth))
-    return tuple(re.escape(f"{PREFIX}encoder.layers.{block}.") + ".*" for block in blocks)
+    return module, pixels, prefixed(rules, PREFIX, "encoder/"), ignore
 
 
 def _scales(text: str) -> list[int]:

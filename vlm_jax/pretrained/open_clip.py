@@ -13,7 +13,7 @@ from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.resnet import ModifiedResNet
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.two_tower import TwoTower
-from vlm_jax.pretrained.clip import TEXT_SHAPE, image_shape
+from vlm_jax.pretrained.clip import TEXT_SHAPE
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -22,7 +22,7 @@ from vlm_jax.pretrained.family import (
     one_side,
     with_defaults,
 )
-from vlm_jax.pretrained.tables import resizer
+from vlm_jax.pretrained.tables import image_shape, resizer
 
 # open_clip, src/open_clip/model.py, CLIPVisionCfg, CLIPTextCfg and CLIP.
 VISION_DEFAULTS: dict[str, Any] = {

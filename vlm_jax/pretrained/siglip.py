@@ -13,19 +13,13 @@ from vlm_jax.checkpoints.maps import clip as maps
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.encoders.trunk import Pooling
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.two_tower import TwoTower
-from vlm_jax.pretrained.clip import IGNORE, TEXT_SHAPE, image_shape
-from vlm_jax.pretrained.family import (
-    ACTIVATIONS,
-    Description,
-    check_supported,
-    find_prefix,
-    one_side,
-    square_root,
-    with_defaults,
-)
-from vlm_jax.pretrained.tables import resizer
+from vlm_jax.pretrained.clip import IGNORE, TEXT_SHAPE
+from vlm_jax.pretrained.family import Description, find_prefix, one_side, square_root, with_defaults
+from vlm_jax.pretrained.hugging_face import block_fields, vit_fields
+from vlm_jax.pretrained.tables import image_shape, resizer
 from vlm_jax.types import PackedPatches
 
 # transformers, models/siglip/configuration_siglip.py and models/siglip2/configuration_siglip2.py.
@@ -50,20 +44,6 @@ TEXT_DEFAULTS: dict[str, Any] = {
 _LOG_SCALE, _BIAS = 2.302585092994046, -10.0
 
 
-def _vision_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
-    return {
-        "patch_size": one_side(settings["patch_size"], f"{where}.patch_size"),
-        "width": settings["hidden_size"],
-        "depth": settings["num_hidden_layers"],
-        "num_heads": settings["num_attention_heads"],
-        "mlp_dim": settings["intermediate_size"],
-        "activation": ACTIVATIONS[settings["hidden_act"]],
-        "norm_epsilon": settings["layer_norm_eps"],
-        "pooling": "map" if settings["vision_use_head"] else "none",
-    }
-
-
 def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
     """The ViT of a `SiglipVisionConfig`.
 
@@ -73,31 +53,33 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
       **fields: more fields of `ViT`, or other values.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
-    side = one_side(settings["image_size"], f"{where}.image_size")
-    own = {**_vision_fields(settings, where), "image_size": (side, side), "position_interpolation": "bicubic"}
-    return ViT(**{**own, **fields})
+    return ViT(**{**vit_fields(settings, where), "pooling": _pooling(settings), **fields})
 
 
 def naflex_tower(config: Mapping[str, Any], where: str, **fields: Any) -> NaflexViT:
     """The NaFlex ViT of a `Siglip2VisionConfig`; arguments as of `vision_tower`."""
     settings = with_defaults(config, NAFLEX_DEFAULTS, where)
     side = square_root(settings["num_patches"], f"{where}.num_patches")
-    return NaflexViT(**{**_vision_fields(settings, where), "table_grid": (side, side), **fields})
+    own = {
+        **block_fields(settings, where),
+        "patch_size": one_side(settings["patch_size"], f"{where}.patch_size"),
+        "table_grid": (side, side),
+        "pooling": _pooling(settings),
+    }
+    return NaflexViT(**{**own, **fields})
+
+
+def _pooling(settings: Mapping[str, Any]) -> Pooling:
+    return "map" if settings["vision_use_head"] else "none"
 
 
 def text_tower(config: Mapping[str, Any], where: str, **fields: Any) -> TextTower:
     """The text tower of a `SiglipTextConfig` or `Siglip2TextConfig`; arguments as of `vision_tower`."""
     settings = with_defaults(config, TEXT_DEFAULTS, where)
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
     own = {
+        **block_fields(settings, where),
         "vocab_size": settings["vocab_size"],
         "context_length": settings["max_position_embeddings"],
-        "width": settings["hidden_size"],
-        "depth": settings["num_hidden_layers"],
-        "num_heads": settings["num_attention_heads"],
-        "mlp_dim": settings["intermediate_size"],
-        "activation": ACTIVATIONS[settings["hidden_act"]],
-        "norm_epsilon": settings["layer_norm_eps"],
         "causal": False,
         "pooling": "last",
         "projection_dim": settings["projection_size"] or settings["hidden_size"],

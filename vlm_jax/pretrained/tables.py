@@ -1,8 +1,10 @@
-"""Position tables of ViTs at another image size."""
+"""The input of a ViT and its position table, as released and at another image size."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,6 +12,29 @@ from vlm_jax.checkpoints.rules import SourceTensor
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.resize import resize
 from vlm_jax.pretrained.family import Resize
+
+
+def num_patches(vit: ViT) -> int:
+    """Rows of the position table, without that of a class token."""
+    if vit.image_size is None:
+        return 0
+    rows, cols = vit.grid(*vit.image_size)
+    return rows * cols
+
+
+def image_shape(vit: ViT, channels: int) -> jax.ShapeDtypeStruct:
+    """One image of one patch."""
+    return jax.ShapeDtypeStruct((1, vit.patch_size, vit.patch_size, channels), jnp.float32)
+
+
+def left_out(vit: ViT, blocks: str) -> tuple[str, ...]:
+    """Patterns of the keys of the blocks behind the selected layer, which releases store and nothing reads.
+
+    Args:
+      vit: the encoder.
+      blocks: what stands before a block's number in the released keys.
+    """
+    return tuple(re.escape(f"{blocks}{block}.") + ".*" for block in range(vit.num_blocks, vit.depth))
 
 
 def resizer(

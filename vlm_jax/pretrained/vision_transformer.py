@@ -8,7 +8,6 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.trunk import Pooling
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
-from vlm_jax.pretrained.clip import image_shape
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -17,7 +16,7 @@ from vlm_jax.pretrained.family import (
     square_root,
     with_defaults,
 )
-from vlm_jax.pretrained.tables import resizer
+from vlm_jax.pretrained.tables import image_shape, resizer
 
 # vision_transformer, vit_jax/configs/models.py; `num_classes` stands beside the model's config there.
 DEFAULTS: dict[str, Any] = {

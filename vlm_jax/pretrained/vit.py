@@ -3,23 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from vlm_jax.checkpoints.maps.torch_layers import linear
 from vlm_jax.checkpoints.maps.vit import encoder_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
-from vlm_jax.pretrained.family import (
-    ACTIVATIONS,
-    Description,
-    check_supported,
-    find_prefix,
-    one_side,
-    with_defaults,
-)
-from vlm_jax.pretrained.tables import resizer
+from vlm_jax.pretrained.family import Description, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.hugging_face import vit_fields
+from vlm_jax.pretrained.tables import image_shape, num_patches, resizer
 
 # transformers, models/vit/configuration_vit.py, ViTConfig.
 DEFAULTS: dict[str, Any] = {
@@ -47,21 +38,12 @@ def encoder(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
       **fields: more fields of `ViT`, or other values.
     """
     settings = with_defaults(config, DEFAULTS, where)
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "pooler_act": ("tanh",)}, where)
-    side = one_side(settings["image_size"], f"{where}.image_size")
+    check_supported(settings, {"pooler_act": ("tanh",)}, where)
     own = {
-        "image_size": (side, side),
-        "patch_size": one_side(settings["patch_size"], f"{where}.patch_size"),
-        "width": settings["hidden_size"],
-        "depth": settings["num_hidden_layers"],
-        "num_heads": settings["num_attention_heads"],
-        "mlp_dim": settings["intermediate_size"],
-        "activation": ACTIVATIONS[settings["hidden_act"]],
-        "norm_epsilon": settings["layer_norm_eps"],
+        **vit_fields(settings, where),
         "qkv_bias": settings["qkv_bias"],
         "class_token": True,
         "class_position": True,
-        "position_interpolation": "bicubic",
     }
     return ViT(**{**own, **fields})
 
@@ -80,9 +62,8 @@ def describe(
         representation = settings["pooler_output_size"] or settings["hidden_size"]
         fields |= {"pooling": "token", "representation_size": representation}
     vit = encoder(config, "vit", **fields)
-    side = vit.grid(*vit.image_size)[0] if vit.image_size else 0
-    rules = encoder_rules(vit.width, side * side, qkv_bias=vit.qkv_bias)
-    image = jax.ShapeDtypeStruct((1, vit.patch_size, vit.patch_size, settings["num_channels"]), jnp.float32)
+    rules = encoder_rules(vit.width, num_patches(vit), qkv_bias=vit.qkv_bias)
+    image = image_shape(vit, settings["num_channels"])
     if not classes:
         return Description(
             vit, (image,), prefixed(rules, prefix), resize=resizer(config, vit, size_key=("image_size",))

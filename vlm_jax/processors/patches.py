@@ -20,6 +20,7 @@ def patchify(
     patch_size: int,
     temporal_patch_size: int = 1,
     merge_size: int = 1,
+    channels_last: bool = False,
 ) -> tuple[Float[np.ndarray, "N P"], Grid3D]:
     """Cuts an image (one frame) or a video into the rows of `PackedPatches.patches`, and gives its grid.
 
@@ -28,11 +29,13 @@ def patchify(
       patch_size: side of a patch in pixels.
       temporal_patch_size: frames of a patch.
       merge_size: side in patches of the blocks that stay together.
+      channels_last: flattens a patch as (frame, row, column, channel), as NaFlex does, in place of
+        (channel, frame, row, column).
 
     Raises:
       ValueError: height or width is no multiple of patch_size * merge_size.
 
-    Source: transformers, Qwen2VLImageProcessor._preprocess.
+    Source: transformers, Qwen2VLImageProcessor._preprocess; big_vision, pp/proj/image_text/ops_naflex.py.
     """
     count, height, width, channels = frames.shape
     unit = patch_size * merge_size
@@ -49,7 +52,8 @@ def patchify(
         *(grid[2] // merge_size, merge_size, patch_size),
         channels,
     )
-    rows = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    inside = (1, 4, 7, 8) if channels_last else (8, 1, 4, 7)
+    rows = blocks.transpose(0, 2, 5, 3, 6, *inside)
     return rows.reshape(grid[0] * grid[1] * grid[2], -1), grid
 
 

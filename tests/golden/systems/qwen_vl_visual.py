@@ -1,4 +1,4 @@
-"""Qwen-VL's ViT and resampler, at the size of its position table and at others."""
+"""Qwen-VL's ViT and resampler, at the size of its position table and at others, and its image transform."""
 
 import json
 import re
@@ -9,33 +9,63 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden.systems.pixels import CLIP, normalised
 from vlm_jax import from_pretrained
 from vlm_jax.layers.position_embedding import sincos_2d
+from vlm_jax.processors.image import normalize, open_image, resize
 
-# The release's image transform.
-MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
+LANGUAGE = "the language model, which the package does not load so far"
+NOT_COMPARED = {
+    r"(text_(short|long)|img_(one|two|batch)|[lr]pad)_(logits|hidden0|loss|greedy).*": LANGUAGE,
+    "ntk_alpha_table": "the rotary base of long prompts: " + LANGUAGE,
+}
 
 
 def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Every output array that the folder's manifest names."""
+    """Every vision array that the folder's manifest names."""
     manifest = json.loads((folder / "golden.json").read_text())["arrays"]
     loaded = from_pretrained(folder)
     module, connector = loaded.module, loaded.module.connector
 
     @jax.jit
     def run(params, images):
-        features = module.encoder.apply({"params": params["encoder"]}, images)
-        tokens = connector.apply({"params": params["connector"]}, features, deterministic=True)
-        return features.tokens.mean(1), tokens.tokens
+        features = module.encoder.apply({"params": params["encoder"]}, images, collect=True)
+        tokens, state = connector.apply(
+            {"params": params["connector"]},
+            features,
+            deterministic=True,
+            capture_intermediates=lambda part, _: part.name in ("attention", "post_norm"),
+        )
+        parts = state["intermediates"]
+        return {
+            "ln_pre": features.hidden[0],
+            **{f"block{i}": state for i, state in enumerate(features.hidden[1:])},
+            "last": features.tokens,
+            "tower_mean": features.tokens.mean(1),
+            "resampler": parts["attention"]["__call__"][0][0],
+            "ln_post": parts["post_norm"]["__call__"][0],
+            "features": tokens.tokens,
+        }
+
+    def shown(name: str, array: jax.Array) -> jax.Array:
+        """The images and the tokens that the folder holds: the first ones, and one in every so many."""
+        count, tokens = manifest[name]["shape"][:2]
+        return array[:count] if array.ndim == 2 else array[:count, :: array.shape[1] // tokens]
 
     found = {}
     for name, array in inputs.items():
-        prefix = re.fullmatch(r"(px\d+)_image_u8", name).group(1)
-        images = jnp.asarray((array.astype(np.float32) / 255 - MEAN) / STD)
-        mean, tokens = run(loaded.params, images)
-        step = tokens.shape[1] // manifest[f"{prefix}_features"]["shape"][1]
-        found |= {f"{prefix}_tower_mean": mean, f"{prefix}_features": tokens[:, ::step]}
+        if match := re.fullmatch(r"(\D+\d+)_image_u8", name):
+            arrays = run(loaded.params, normalised(array, CLIP))
+            named = {f"{match.group(1)}_{part}": array for part, array in arrays.items()}
+            found |= {name: shown(name, array) for name, array in named.items() if name in manifest}
+    if "png_features" in manifest:
+        side = loaded.config["visual"]["image_size"]
+        pictures = {
+            path.stem: normalize(resize(open_image(path), (side, side), "bicubic"), *CLIP)
+            for path in sorted(folder.glob("*.png"))
+        }
+        found |= {f"png_{stem}_pixel_values": picture.transpose(2, 0, 1) for stem, picture in pictures.items()}
+        found["png_features"] = run(loaded.params, jnp.asarray(np.stack(list(pictures.values()))))["features"]
     side = int(connector.num_queries**0.5)
     found["pos_embed"] = sincos_2d((side, side), connector.features, last=False)
-    return found
+    return {name: array for name, array in found.items() if name in manifest}

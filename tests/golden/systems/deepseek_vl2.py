@@ -1,0 +1,73 @@
+"""DeepSeek-VL2's SigLIP: patches, blocks, features, and the heads that the model itself has no use for."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+import vlm_jax
+from tests.golden import comparison
+from vlm_jax.checkpoints.maps.torch_layers import fused, layer_norm, linear
+from vlm_jax.checkpoints.ops import Reshape
+from vlm_jax.checkpoints.rules import Rule, import_params
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.pooling import MapHead
+from vlm_jax.processors.image import normalize
+
+PROJECTOR = "the projector, which the package does not load so far"
+LANGUAGE = "the language model, which the package does not load so far"
+NOT_COMPARED = {
+    r"proj\.out": PROJECTOR,
+    r"layout\..*": "2D layout of the projector's tokens: " + PROJECTOR,
+    r"(mm|sft|batch)\.(sft_format|input_ids|labels|images.*|attention_mask|num_tiles|position_ids)": (
+        "the chat and image processor, which gives the model's inputs"
+    ),
+    r"text\..*|train\..*|(mm|sft|batch)\.(inputs_embeds|logits|last_logits|loss|generated)": LANGUAGE,
+}
+
+
+def _pooled(model, tokens: jax.Array) -> jax.Array:
+    """The attention pooling that the checkpoint holds and the model does not use."""
+    vit = model.module
+    head = MapHead(vit.num_heads, vit.mlp_dim, "gelu", vit.norm_epsilon)
+    rules = (
+        Rule("latent", "probe", Reshape((1, 1, vit.width), (1, vit.width))),
+        *linear("q", "attention/query"),
+        *fused("kv", ("attention/key", "attention/value"), vit.width),
+        *linear("proj", "attention/out"),
+        *layer_norm("norm", "norm"),
+        *linear("mlp.fc1", "mlp/up"),
+        *linear("mlp.fc2", "mlp/down"),
+    )
+    prefix = "vision.attn_pool."
+    stored = {key.removeprefix(prefix): x for key, x in model.checkpoint.items() if key.startswith(prefix)}
+    shapes = jax.eval_shape(lambda x: head.init(jax.random.key(0), x)["params"], tokens)
+    params = import_params(rules, stored, nn.meta.unbox(shapes))
+    return head.apply({"params": params}, tokens)
+
+
+def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Every vision array of the folder."""
+    expected = comparison.read(folder).expected
+    tiles = inputs["pool.tiles_u8"][: len(expected["vit.pixels"])]
+    pixels = np.stack([normalize(tile, (0.5,) * 3, (0.5,) * 3) for tile in tiles])
+    model = vlm_jax.from_pretrained(folder)
+
+    @jax.jit
+    def run(params, pixels):
+        def patches(part, _):
+            return part.name == "patch_embed"
+
+        return model.module.apply({"params": params}, pixels, collect=True, capture_intermediates=patches)
+
+    features, state = run(model.params, jnp.asarray(pixels))
+    found = {f"vit.block.{i}": hidden for i, hidden in enumerate(features.hidden[1:])}
+    found["vit.pixels"] = pixels.transpose(0, 3, 1, 2)
+    found["vit.patch_embed"] = state["intermediates"]["patch_embed"]["__call__"][0]
+    found["vit.features"] = features.tokens
+    norm = Norm("layer", model.module.norm_epsilon)
+    found["vit.penultimate_normed"] = norm.apply({"params": model.params["final_norm"]}, features.hidden[-2])
+    found["vit.pooled"] = _pooled(model, features.tokens)
+    return {name: np.asarray(array) for name, array in found.items()}

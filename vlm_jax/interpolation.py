@@ -1,0 +1,99 @@
+"""Interpolation as the released systems do it: one small weight matrix an axis.
+
+| kind | the call that it equals |
+|---|---|
+| `bilinear`, `bicubic` | torch `interpolate(align_corners=False)`; bicubic: a = -0.75, clamped at the edge |
+| `bilinear_antialias`, `bicubic_antialias` | the same with `antialias=True`; bicubic then has a = -0.5 |
+| `area` | torch `interpolate(mode="area")`, which is adaptive average pooling |
+| `corner_linear` | scipy `ndimage.zoom(order=1)`: first and last sample stay where they are |
+
+`bilinear` and `bilinear_antialias` are TensorFlow's `image.resize` too.
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Float
+
+ResizeKind = Literal["bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "corner_linear"]
+
+
+def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Float[np.ndarray, "out in"]:
+    """The float32 matrix that takes `size_in` samples to `size_out`; every row sums to 1.
+
+    Raises:
+      ValueError: unknown kind, or a size below 1.
+    """
+    if kind not in _WEIGHTS:
+        raise ValueError(f"no interpolation '{kind}'; known here: {', '.join(get_args(ResizeKind))}")
+    if min(size_in, size_out) < 1:
+        raise ValueError(f"cannot resize {size_in} samples to {size_out}: both must be at least 1")
+    if size_in == size_out:
+        return np.eye(size_in, dtype=np.float32)
+    return _WEIGHTS[kind](size_in, size_out).astype(np.float32)
+
+
+def _triangle(distance: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - np.abs(distance), 0)
+
+
+def _cubic(a: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Keys' cubic convolution kernel. Source: Keys 1981, eq. 4."""
+
+    def kernel(distance: np.ndarray) -> np.ndarray:
+        d = np.abs(distance)
+        near = ((a + 2) * d - (a + 3)) * d * d + 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+
+    return kernel
+
+
+def _sampled(kernel: Callable, radius: int) -> Callable[[int, int], np.ndarray]:
+    """The kernel at every half-pixel centre; what falls outside is read from the edge."""
+
+    def weights(size_in: int, size_out: int) -> np.ndarray:
+        centres = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+        offsets = np.arange(1 - radius, radius + 1)
+        taps = np.floor(centres).astype(int)[:, None] + offsets
+        matrix = np.zeros((size_out, size_in))
+        rows = np.broadcast_to(np.arange(size_out)[:, None], taps.shape)
+        np.add.at(matrix, (rows, np.clip(taps, 0, size_in - 1)), kernel(centres[:, None] - taps))
+        return matrix
+
+    return weights
+
+
+def _antialiased(kernel: Callable) -> Callable[[int, int], np.ndarray]:
+    """The kernel stretched to the step where that is larger than 1; normalised inside the input."""
+
+    def weights(size_in: int, size_out: int) -> np.ndarray:
+        step = size_in / size_out
+        centres = (np.arange(size_out) + 0.5) * step - 0.5
+        matrix = kernel((centres[:, None] - np.arange(size_in)) / max(step, 1.0))
+        return matrix / matrix.sum(axis=1, keepdims=True)
+
+    return weights
+
+
+def _area(size_in: int, size_out: int) -> np.ndarray:
+    """Window i runs from floor(i * in / out) up to ceil((i + 1) * in / out)."""
+    starts = np.arange(size_out) * size_in // size_out
+    stops = -(-(np.arange(size_out) + 1) * size_in // size_out)
+    inside = (np.arange(size_in) >= starts[:, None]) & (np.arange(size_in) < stops[:, None])
+    return inside / inside.sum(axis=1, keepdims=True)
+
+
+def _corner_linear(size_in: int, size_out: int) -> np.ndarray:
+    return _triangle(np.linspace(0, size_in - 1, size_out)[:, None] - np.arange(size_in))
+
+
+_WEIGHTS: dict[str, Callable[[int, int], np.ndarray]] = {
+    "bilinear": _sampled(_triangle, 1),
+    "bicubic": _sampled(_cubic(-0.75), 2),
+    "bilinear_antialias": _antialiased(_triangle),
+    "bicubic_antialias": _antialiased(_cubic(-0.5)),
+    "area": _area,
+    "corner_linear": _corner_linear,
+}

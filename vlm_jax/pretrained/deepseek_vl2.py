@@ -1,0 +1,58 @@
+"""DeepSeek-VL2's SigLIP, as its own release stores it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.checkpoints.maps.deepseek_vl import siglip_rules
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, with_defaults
+from vlm_jax.pretrained.tables import image_shape
+
+# deepseek_vl2/models/modeling_deepseek_vl_v2.py, VisionEncoderConfig.
+VISION_DEFAULTS: dict[str, Any] = {
+    "image_size": 384,
+    "patch_size": 16,
+    "width": 1024,
+    "layers": 24,
+    "heads": 16,
+    "mlp_ratio": 4,
+    "class_token": False,
+}
+NOT_VISION = (r"language\..*", r"projector\..*", "image_newline", "view_seperator")
+UNUSED = (r"vision\.attn_pool\..*",)
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """`DeepseekVLV2ForCausalLM`'s tower; projector and language model are carried along."""
+    del checkpoint  # the release has one schema
+    section = with_defaults(config, {"vision_config": REQUIRED}, "deepseek_vl_v2")["vision_config"]
+    vit = vision_tower(section, "deepseek_vl_v2.vision_config", dtype=dtype, param_dtype=param_dtype)
+    rules = siglip_rules(grid=vit.grid(*vit.image_size), width=vit.width)
+    return Description(vit, (image_shape(vit, 3),), prefixed(rules, "vision."), (*NOT_VISION, *UNUSED))
+
+
+def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+    """The ViT of a `VisionEncoderConfig`, whose blocks are all used.
+
+    Args:
+      config: the released section.
+      where: names the section in messages.
+      **fields: more fields of `ViT`.
+    """
+    settings = with_defaults(config, VISION_DEFAULTS, where)
+    check_supported(settings, {"class_token": (False,)}, where)
+    side = settings["image_size"]
+    return ViT(
+        image_size=(side, side),
+        patch_size=settings["patch_size"],
+        width=settings["width"],
+        depth=settings["layers"],
+        num_heads=settings["heads"],
+        mlp_dim=int(settings["width"] * settings["mlp_ratio"]),
+        activation="gelu_tanh",
+        norm_epsilon=1e-6,
+        **fields,
+    )

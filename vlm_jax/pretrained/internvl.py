@@ -1,0 +1,96 @@
+"""InternVL as its own release stores it: InternViT, alone or as the tower of a chat model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.checkpoints.maps import internvl as maps
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.hugging_face import vit_fields
+from vlm_jax.pretrained.tables import image_shape, left_out, num_patches, resizer
+
+# OpenGVLab/InternVL, configuration_intern_vit.py and configuration_internvl_chat.py.
+VISION_DEFAULTS: dict[str, Any] = {
+    "num_channels": 3,
+    "patch_size": 14,
+    "image_size": 224,
+    "qkv_bias": False,
+    "hidden_size": 3200,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+    "qk_normalization": True,
+    "num_hidden_layers": 48,
+    "hidden_act": "gelu",
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "initializer_factor": 0.1,
+}
+DEFAULTS: dict[str, Any] = {"vision_config": REQUIRED, "select_layer": -1}
+NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
+PREFIX = "vision_model."
+NOT_VISION = (r"language_model\..*", r"mlp1\..*")
+
+
+def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+    """The InternViT of an `InternVisionConfig`.
+
+    Args:
+      config: the released section.
+      where: names the section in messages.
+      **fields: more fields of `ViT`, or other values.
+    """
+    settings = with_defaults(config, VISION_DEFAULTS, where)
+    check_supported(settings, {"norm_type": tuple(NORMS)}, where)
+    own = {
+        **vit_fields(settings, where),
+        "norm": NORMS[settings["norm_type"]],
+        "qkv_bias": settings["qkv_bias"],
+        "qk_norm": "rms" if settings["qk_normalization"] else None,
+        "qk_norm_over": "width",
+        "layer_scale": settings["initializer_factor"],
+        "class_token": True,
+        "class_position": True,
+        "final_norm": "none",
+    }
+    return ViT(**{**own, **fields})
+
+
+def vision_rules(vit: ViT) -> tuple[Rule, ...]:
+    """The rules of a `vision_tower`."""
+    return maps.encoder_rules(
+        width=vit.width, num_patches=num_patches(vit), qkv_bias=vit.qkv_bias, rms=vit.norm == "rms"
+    )
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """`InternVLChatModel`'s tower; projector and language model are carried along."""
+    del checkpoint  # the release has one schema
+    settings = with_defaults(config, DEFAULTS, "internvl_chat")
+    section = with_defaults(settings["vision_config"], VISION_DEFAULTS, "internvl_chat.vision_config")
+    vit = vision_tower(
+        section,
+        "internvl_chat.vision_config",
+        select_layer=settings["select_layer"],
+        dtype=dtype,
+        param_dtype=param_dtype,
+    )
+    return Description(
+        vit,
+        (image_shape(vit, section["num_channels"]),),
+        prefixed(vision_rules(vit), PREFIX),
+        (*NOT_VISION, *left_out(vit, f"{PREFIX}encoder.layers.")),
+    )
+
+
+def describe_vision(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """An `InternVisionModel`."""
+    channels = with_defaults(config, VISION_DEFAULTS, "intern_vit_6b")["num_channels"]
+    vit = vision_tower(config, "intern_vit_6b", dtype=dtype, param_dtype=param_dtype)
+    prefix = find_prefix(checkpoint, "embeddings.class_embedding")
+    resize = resizer(config, vit, size_key=("image_size",))
+    return Description(vit, (image_shape(vit, channels),), prefixed(vision_rules(vit), prefix), resize=resize)
