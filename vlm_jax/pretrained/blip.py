@@ -15,17 +15,9 @@ from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.connectors.qformer import QFormer, QueryTransformer
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.clip import image_shape
-from vlm_jax.pretrained.family import (
-    ACTIVATIONS,
-    Description,
-    PretrainedError,
-    check_supported,
-    find_prefix,
-    one_side,
-    with_defaults,
-)
-from vlm_jax.pretrained.tables import resizer
+from vlm_jax.pretrained.family import Description, PretrainedError, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.hugging_face import block_fields, vit_fields
+from vlm_jax.pretrained.tables import image_shape, num_patches, resizer
 from vlm_jax.types import Instruction, VisualFeatures
 
 # transformers, models/blip_2/configuration_blip_2.py and models/instructblip/configuration_instructblip.py.
@@ -68,22 +60,12 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
       **fields: more fields of `ViT`.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
-    side = one_side(settings["image_size"], f"{where}.image_size")
     return ViT(
-        image_size=(side, side),
-        patch_size=one_side(settings["patch_size"], f"{where}.patch_size"),
-        width=settings["hidden_size"],
-        depth=settings["num_hidden_layers"],
-        num_heads=settings["num_attention_heads"],
-        mlp_dim=settings["intermediate_size"],
-        activation=ACTIVATIONS[settings["hidden_act"]],
-        norm_epsilon=settings["layer_norm_eps"],
         qkv_bias=settings["qkv_bias"],
         class_token=True,
         class_position=True,
         keep_class_token=True,
-        position_interpolation="bicubic",
+        **vit_fields(settings, where),
         **fields,
     )
 
@@ -91,23 +73,17 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
 def qformer_fields(config: Mapping[str, Any], where: str, *, instruction: bool) -> dict[str, Any]:
     """Fields of `QueryTransformer` of a `Blip2QFormerConfig` or, with an instruction, `InstructBlipQFormerConfig`."""
     settings = with_defaults(config, QFORMER_DEFAULTS, where)
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "use_qformer_text_input": (False,)}, where)
+    check_supported(settings, {"use_qformer_text_input": (False,)}, where)
     text = {"vocab_size": settings["vocab_size"], "max_length": settings["max_position_embeddings"]}
     return {
-        "width": settings["hidden_size"],
-        "depth": settings["num_hidden_layers"],
-        "num_heads": settings["num_attention_heads"],
-        "mlp_dim": settings["intermediate_size"],
+        **block_fields(settings, where),
         "cross_attention_every": settings["cross_attention_frequency"],
-        "activation": ACTIVATIONS[settings["hidden_act"]],
-        "norm_epsilon": settings["layer_norm_eps"],
         **(text if instruction else {}),
     }
 
 
 def _vision_rules(vit: ViT) -> tuple[Rule, ...]:
-    rows, cols = vit.grid(*vit.image_size) if vit.image_size else (0, 0)
-    return encoder_rules(vit.width, rows * cols, qkv_bias=vit.qkv_bias)
+    return encoder_rules(vit.width, num_patches(vit), qkv_bias=vit.qkv_bias)
 
 
 def _qformer_rules(module: QueryTransformer) -> tuple[Rule, ...]:

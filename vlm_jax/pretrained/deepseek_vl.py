@@ -14,6 +14,7 @@ from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.sam import stacks
+from vlm_jax.pretrained.tables import num_patches
 
 # The release names its towers and leaves their sizes to its code: models/siglip_vit.py and models/sam.py.
 MODELS: dict[str, dict[str, Any]] = {
@@ -134,7 +135,7 @@ def _siglip(sizes: Mapping[str, Any], image_size: tuple[int, int], select_layer:
         norm_epsilon=1e-6,
         **dtypes,
     )
-    return module, siglip_rules(grid=module.grid(*image_size), width=module.width)
+    return module, siglip_rules(num_patches=num_patches(module), width=module.width)
 
 
 def _sam(sizes: Mapping[str, Any], image_size: tuple[int, int], dtypes: dict) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from vlm_jax.checkpoints.maps.deepseek_vl import siglip_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, with_defaults
-from vlm_jax.pretrained.tables import image_shape
+from vlm_jax.pretrained.tables import image_shape, num_patches
 
 # deepseek_vl2/models/modeling_deepseek_vl_v2.py, VisionEncoderConfig.
 VISION_DEFAULTS: dict[str, Any] = {
@@ -30,7 +30,7 @@ def describe(
     del checkpoint  # the release has one schema
     section = with_defaults(config, {"vision_config": REQUIRED}, "deepseek_vl_v2")["vision_config"]
     vit = vision_tower(section, "deepseek_vl_v2.vision_config", dtype=dtype, param_dtype=param_dtype)
-    rules = siglip_rules(grid=vit.grid(*vit.image_size), width=vit.width)
+    rules = siglip_rules(num_patches=num_patches(vit), width=vit.width)
     return Description(vit, (image_shape(vit, 3),), prefixed(rules, "vision."), (*NOT_VISION, *UNUSED))
 
 

@@ -6,14 +6,14 @@ from vlm_jax.checkpoints.ops import Reshape
 from vlm_jax.checkpoints.rules import Rule, prefixed
 
 
-def siglip_rules(*, grid: tuple[int, int], width: int) -> tuple[Rule, ...]:
+def siglip_rules(*, num_patches: int, width: int) -> tuple[Rule, ...]:
     """The SigLIP tower, in timm's names -> `ViT`; query, key and value are one product there.
 
     Args:
-      grid: rows and columns of patches.
+      num_patches: rows of the position table.
       width: residual width.
     """
-    positions = Reshape((1, grid[0] * grid[1], width), (grid[0] * grid[1], width))
+    positions = Reshape((1, num_patches, width), (num_patches, width))
     block, ours = "blocks.{layer}", "blocks/layers"
     heads = tuple(f"{ours}/attention/{name}" for name in ("query", "key", "value"))
     return (
