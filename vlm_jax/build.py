@@ -215,7 +215,7 @@ def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[
         parts[name] = _encoder(inner, f"{path}.{name}", size, dtypes)
     rest = {key: section[key] for key in section if key not in parts}
     if rest.get("combine") == "tuple":
-        raise ConfigError(f"{path}.combine: 'tuple' gives two sets of features, and a connector takes one")
+        raise ConfigError(f"{path}.combine: 'tuple' gives two sets of features; 'feature' gives hybrid_mlp both as one")
     return _parse_kind(COMPOSITE_ENCODERS, rest, path, **parts)
 
 

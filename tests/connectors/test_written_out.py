@@ -11,6 +11,7 @@ from scipy.stats import norm
 
 from vlm_jax.budget import InfeasibleGrid
 from vlm_jax.connectors.concat import Concat
+from vlm_jax.connectors.hybrid_mlp import HybridMlp
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.connectors.pool import Pool
@@ -78,6 +79,43 @@ def test_mlp(depth):
     expected = mlp(x.reshape(2, 6, -1), p["mlp"])
     real = mask.reshape(2, 6)
     np.testing.assert_allclose(got[real], expected[real], atol=1e-5)
+
+
+def gelu(x):
+    return x * norm.cdf(x)
+
+
+@pytest.mark.parametrize(("high_dim", "depth"), [(None, 2), (2, 2), (4, 1), (None, 4)])
+def test_hybrid_mlp_projects_each_encoder_to_half_of_the_width(high_dim, depth):
+    """Channels of both, and two sets of features, of which a place counts where both are real."""
+    x, mask = example((2, 3))
+    connector = HybridMlp(WIDTH, depth=depth, high_dim=high_dim)
+    got, p = run(connector, x, mask)
+    flat, cut = x.reshape(2, 6, -1), high_dim or 3
+    expected = np.concatenate([dense(flat[..., :cut], p["high"]), dense(flat[..., cut:], p["low"])], axis=-1)
+    assert p["high"]["kernel"].shape == (cut, WIDTH // 2)
+    expected = mlp(gelu(expected), p["mlp"]) if depth > 1 else expected
+    real = mask.reshape(2, 6)
+    np.testing.assert_allclose(got[real], expected[real], atol=1e-5)
+
+    params = {"params": jax.tree.map(jnp.float32, p)}
+    high, low = jnp.split(jnp.asarray(flat, jnp.float32), [cut], axis=-1)
+    pair = (
+        VisualFeatures(high, jnp.asarray(real), (2, 3)),
+        VisualFeatures(low, jnp.ones((2, 6), bool).at[0, 2].set(False), (2, 3)),
+    )
+    out = connector.apply(params, pair, deterministic=True)
+    both = real & np.asarray(pair[1].mask)
+    np.testing.assert_array_equal(out.mask, both)
+    np.testing.assert_allclose(out.tokens[both], expected[both], atol=1e-5)
+
+
+def test_hybrid_mlp_refuses_two_grids_and_a_cut_that_leaves_nothing():
+    high, low = (VisualFeatures(jnp.zeros((1, n, 4)), jnp.ones((1, n), bool), (1, n)) for n in (3, 4))
+    with pytest.raises(InfeasibleGrid, match=r"hybrid_mlp: .* got 1x3 \(high\) and 1x4 \(low\)"):
+        HybridMlp(WIDTH).init(jax.random.key(0), (high, low), deterministic=True)
+    with pytest.raises(ValueError, match="high_dim: expected less than the 4 channels of both encoders, got 4"):
+        HybridMlp(WIDTH, high_dim=4).init(jax.random.key(0), high, deterministic=True)
 
 
 def square(x, mask, row, col, side):

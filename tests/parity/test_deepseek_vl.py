@@ -1,4 +1,4 @@
-"""The vision towers of tiny random DeepSeek-VL models of transformers, through files, rules and back."""
+"""Towers and aligners of tiny random DeepSeek-VL models of transformers, through files, rules and back."""
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def check_export(ours, model, folder):
         assert torch.equal(tensor, model.state_dict()[key]), key
 
 
-def test_both_towers_of_the_hybrid_and_back(tmp_path, hybrid):
+def test_both_towers_and_the_aligner_of_the_hybrid_and_back(tmp_path, hybrid):
     hybrid.save_pretrained(tmp_path / "torch")
     ours = vlm_jax.from_pretrained(tmp_path / "torch")
     images = np.random.default_rng(1).uniform(size=(2, 20, 20, 3)).astype(np.float32)
@@ -87,14 +87,21 @@ def test_both_towers_of_the_hybrid_and_back(tmp_path, hybrid):
         expected = hybrid.model.get_image_features(
             normalised(small, *half), normalised(pixels, *CLIP_STATISTICS), return_dict=True
         )
-    high, low = jax.jit(ours.apply)(jnp.asarray(images))
+
+    @jax.jit
+    def run(params, images):
+        features = ours.module.encoder.apply({"params": params["encoder"]}, images)
+        return features, ours.module.apply({"params": params}, images)
+
+    (high, low), tokens = run(ours.params, jnp.asarray(images))
     assert high.grid == low.grid == (3, 3)
     assert relative_error(high.tokens, expected.high_res_vision_last_hidden_state) <= 1e-4
     assert relative_error(low.tokens, expected.last_hidden_state) <= 1e-4
+    assert relative_error(tokens.tokens, expected.pooler_output) <= 1e-4
     check_export(ours, hybrid, tmp_path / "ours")
 
 
-def test_siglip_alone_and_back(tmp_path):
+def test_siglip_and_its_aligner_and_back(tmp_path):
     torch.manual_seed(0)
     config = DeepseekVLConfig(vision_config=SIGLIP, text_config=LLAMA)
     model = randomised(DeepseekVLForConditionalGeneration(config))
@@ -102,7 +109,9 @@ def test_siglip_alone_and_back(tmp_path):
     ours = vlm_jax.from_pretrained(tmp_path / "torch")
     images = np.random.default_rng(1).normal(size=(2, 12, 12, 3)).astype(np.float32)
     with torch.no_grad():
-        expected = model.model.vision_model(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+        expected = model.model.get_image_features(torch.from_numpy(images.transpose(0, 3, 1, 2)), return_dict=True)
+    encoder = ours.module.encoder.apply({"params": ours.params["encoder"]}, jnp.asarray(images))
+    assert relative_error(encoder.tokens, expected.last_hidden_state) <= 1e-4
     found = jax.jit(ours.apply)(jnp.asarray(images))
-    assert relative_error(found.tokens, expected.last_hidden_state) <= 1e-4
+    assert relative_error(found.tokens, expected.pooler_output) <= 1e-4
     check_export(ours, model, tmp_path / "ours")

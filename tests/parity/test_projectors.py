@@ -70,5 +70,5 @@ def test_deepseek_vl2_unfolds_channels_first_and_pads_with_zeros(side, factor, d
     stack = randomised(torch.nn.Sequential(*[part for layer in layers for part in (layer, torch.nn.GELU())][:-1]))
     connector = PixelShuffle(out, factor, norm=None, mlp_dim=out * ratio, depth=depth)
     rules = deepseek_vl2.projector_rules(width=width, factor=factor, hidden_dim=out * ratio, depth=depth)
-    released = {f"projector.layers.{key}": tensor for key, tensor in stack.state_dict().items()}
+    released = {f"layers.{key}": tensor for key, tensor in stack.state_dict().items()}
     check(tokens(connector, rules, released, inputs), stack(columns.movedim(1, 2)))

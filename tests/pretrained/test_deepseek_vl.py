@@ -19,8 +19,15 @@ LOW = {"model_name": "siglip_large_patch16_384", "image_size": 384, "select_laye
 DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 
 
-def described(cls, **params):
-    return deepseek_vl.describe({"vision_config": {"cls": cls, "params": params}}, {}, **DTYPES)
+ALIGNER = {"projector_type": "low_high_hybrid_split_mlp_gelu", "input_dim": 1024, "n_embed": 4096, "depth": 2}
+
+
+def described(cls, aligner=ALIGNER, **params):
+    config = {
+        "vision_config": {"cls": cls, "params": params},
+        "aligner_config": {"cls": "MlpProjector", "params": aligner},
+    }
+    return deepseek_vl.describe(config, {}, **DTYPES)
 
 
 def count(description):
@@ -30,20 +37,33 @@ def count(description):
 
 def test_the_7b_model_has_sam_b_and_siglip_large_on_one_grid():
     description = described("HybridVisionTower", high_res_cfg=HIGH, low_res_cfg=LOW, concat_type="tuple")
-    module = description.module
+    module = description.module.encoder
     assert module.high.grid(1024, 1024) == module.low.grid(384, 384) == (24, 24)
     assert module.high.features == module.low.features == 1024
     # SAM-B, a second neck, two convolutions and the scale; SigLIP-L without its head.
     neck, convolutions = 768 * 256 + 256 * 256 * 9 + 4 * 256, 9 * (256 * 512 + 512 * 1024)
     sam = 89_670_912 + neck + convolutions + 1
     siglip = 1024 * (16 * 16 * 3 + 1 + 576 + 2) + 24 * (12 * 1024**2 + 13 * 1024)
-    assert count(description) == sam + siglip
+    halves, last = 2 * (1024 * 2048 + 2048), 4096 * 4096 + 4096
+    assert count(description) == sam + siglip + halves + last
 
 
 @pytest.mark.parametrize(("select_layer", "depth"), [(-1, 24), (-2, 23), (0, 24), (5, 5), (30, 24)])
 def test_a_layer_is_selected_by_leaving_out_those_behind_it(select_layer, depth):
-    module = described("CLIPVisionTower", **{**LOW, "select_layer": select_layer}).module
+    module = described("CLIPVisionTower", **{**LOW, "select_layer": select_layer}).module.encoder
     assert module.depth == depth and module.final_norm == "tokens" and module.activation == "gelu"
+
+
+@pytest.mark.parametrize(
+    ("aligner", "message"),
+    [
+        ({"projector_type": "mlp_gelu", "input_dim": 8}, "aligner_config.params: expected the key n_embed"),
+        ({**ALIGNER, "projector_type": "identity"}, "projector_type: expected 'linear' or .*, got 'identity'"),
+    ],
+)
+def test_another_projector_is_refused(aligner, message):
+    with pytest.raises(PretrainedError, match=message):
+        described("CLIPVisionTower", aligner, **LOW)
 
 
 @pytest.mark.parametrize(
@@ -76,5 +96,5 @@ def test_what_cannot_be_computed_is_refused(cls, params, message):
 
 
 def test_the_siglip_width_of_the_so400m_models_is_truncated():
-    module = described("CLIPVisionTower", **{**LOW, "model_name": "siglip_so400m_patch14_384"}).module
+    module = described("CLIPVisionTower", **{**LOW, "model_name": "siglip_so400m_patch14_384"}).module.encoder
     assert module.mlp_dim == int(np.floor(1152 * 3.7362)) == 4304

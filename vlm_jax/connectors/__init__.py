@@ -14,6 +14,7 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
 """
 
 from vlm_jax.connectors.concat import Concat
+from vlm_jax.connectors.hybrid_mlp import HybridMlp
 from vlm_jax.connectors.ldp import LDP
 from vlm_jax.connectors.ldp_v2 import LDPv2
 from vlm_jax.connectors.mlp import MlpConnector
@@ -25,6 +26,7 @@ from vlm_jax.connectors.resampler import Resampler
 
 CONNECTORS = {
     "mlp": MlpConnector,
+    "hybrid_mlp": HybridMlp,
     "pool": Pool,
     "concat": Concat,
     "pixel_shuffle": PixelShuffle,

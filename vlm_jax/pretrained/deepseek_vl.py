@@ -1,4 +1,4 @@
-"""DeepSeek-VL's vision side, as its own release stores it: SigLIP, or SAM and SigLIP together."""
+"""DeepSeek-VL as its own release stores it: SigLIP, or SAM and SigLIP together, and the projector."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,9 @@ from vlm_jax.config import did_you_mean
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.sam import stacks
 from vlm_jax.pretrained.tables import num_patches
 
@@ -54,7 +56,7 @@ SAM_DEFAULTS = {
 # models/sam.py resizes the neck's output to this, whatever the image's size.
 DOWNSAMPLE_FROM = (96, 96)
 COMBINE = {"feature": "feature", "sequence": "sequence", "add": "sum", "tuple": "tuple"}
-NOT_VISION = (r"language_model\..*", r"aligner\..*")
+NOT_VISION = (r"language_model\..*",)
 # models/clip_encoder.py and timm make these and never use them.
 UNUSED = (r"vision_model\.(high|low)_layer_norm\..*", r"vision_model\.(.*\.)?vision_tower\.attn_pool\..*")
 
@@ -62,7 +64,7 @@ UNUSED = (r"vision_model\.(high|low)_layer_norm\..*", r"vision_model\.(.*\.)?vis
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`MultiModalityCausalLM`'s `vision_model`; projector and language model are carried along.
+    """`MultiModalityCausalLM`'s `vision_model` and `aligner`; the language model is carried along.
 
     A tower's sizes are those of `MODELS` under its `model_name`; the key `model_registry` of the config,
     which no release has, adds names or gives them other sizes.
@@ -76,14 +78,18 @@ def describe(
         # A processor's task here; only the hybrid tower, whose two have different ones, does it itself.
         unused = {"pixel_mean": (None,), "pixel_std": (None,)}
         check_supported(params, unused, "vision_config.params")
-        module, rules = _tower(params, registry, "vision_config.params", dtypes)
+        encoder, rules = _tower(params, registry, "vision_config.params", dtypes)
         rules = prefixed(rules, "vision_model.vision_tower.")
-        image_size = module.image_size
+        image_size = encoder.image_size
     else:
-        module, rules = _hybrid(params, registry, dtypes)
-        image_size = module.high.image_size
+        encoder, rules = _hybrid(params, registry, dtypes)
+        image_size = encoder.high.image_size
+    aligner = with_defaults(config.get("aligner_config", {}), {"cls": REQUIRED, "params": REQUIRED}, "aligner_config")
+    check_supported(aligner, {"cls": ("MlpProjector",)}, "aligner_config")
+    connector, projector = mlp_projector(aligner["params"], "aligner_config.params", source="aligner", **dtypes)
     pixels = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    return Description(module, (pixels,), rules, ignore=(*NOT_VISION, *UNUSED))
+    rules = (*prefixed(rules, target="encoder/"), *prefixed(projector, target="connector/"))
+    return Description(VisualPrefix(encoder, connector), (pixels,), rules, ignore=(*NOT_VISION, *UNUSED))
 
 
 def _hybrid(params: Mapping[str, Any], registry: Mapping[str, Any], dtypes: dict) -> tuple[Hybrid, tuple[Rule, ...]]:

@@ -1,4 +1,4 @@
-"""DeepSeek-VL's vision side as transformers stores it: SigLIP, or SAM and SigLIP together."""
+"""DeepSeek-VL as transformers stores it: SigLIP, or SAM and SigLIP together, and the aligner."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +8,14 @@ import jax.numpy as jnp
 
 from vlm_jax.checkpoints.maps.clip import siglip_vision_rules
 from vlm_jax.checkpoints.maps.sam import HUGGING_FACE, encoder_rules, neck_rules
-from vlm_jax.checkpoints.maps.torch_layers import conv
+from vlm_jax.checkpoints.maps.torch_layers import conv, linear
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.connectors.hybrid_mlp import HybridMlp
+from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained.family import REQUIRED, Description, find_prefix, with_defaults
 from vlm_jax.pretrained.sam import VISION_DEFAULTS, stacks, vision_encoder
 from vlm_jax.pretrained.siglip import vision_tower
@@ -20,24 +23,33 @@ from vlm_jax.pretrained.siglip import vision_tower
 # The config leaves these to the processor; they are those of the released 7B model.
 HIGH_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 LOW_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-NOT_VISION = (r"(.*\.)?language_model\..*", r"(.*\.)?aligner\..*", r"lm_head\..*")
+NOT_VISION = (r"(.*\.)?language_model\..*", r"lm_head\..*")
+_LLAMA_WIDTH = 4096  # of the class, where the text section does not say
 UNUSED = (r"(.*\.)?vision_model\.(vision_model\.)?head\..*",)  # the attention pooling of SigLIP
 
 
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`DeepseekVLModel`'s SigLIP; projector and language model are carried along."""
+    """`DeepseekVLModel`'s SigLIP and aligner; the language model is carried along."""
     settings = with_defaults(config, {"vision_config": REQUIRED}, "deepseek_vl")
-    module = _siglip(settings["vision_config"], "deepseek_vl", {"dtype": dtype, "param_dtype": param_dtype})
-    pixels = jax.ShapeDtypeStruct((1, *_size(module), 3), jnp.float32)
-    return Description(module, (pixels,), _siglip_rules(module, checkpoint), (*NOT_VISION, *UNUSED))
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    encoder = _siglip(settings["vision_config"], "deepseek_vl", dtypes)
+    pixels = jax.ShapeDtypeStruct((1, *_size(encoder), 3), jnp.float32)
+    prefix = find_prefix(checkpoint, "aligner.linear1.weight")
+    aligner = (*linear("aligner.linear1", "mlp/up"), *linear("aligner.linear2", "mlp/down"))
+    rules = (
+        *prefixed(_siglip_rules(encoder, checkpoint), target="encoder/"),
+        *prefixed(aligner, prefix, "connector/"),
+    )
+    module = VisualPrefix(encoder, MlpConnector(_text_width(settings), **dtypes))
+    return Description(module, (pixels,), rules, (*NOT_VISION, *UNUSED))
 
 
 def describe_hybrid(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`DeepseekVLHybridModel`'s two towers, on images on [0, 1]; the rest is carried along."""
+    """`DeepseekVLHybridModel`'s two towers, on images on [0, 1], and aligner; the rest is carried along."""
     where, dtypes = "deepseek_vl_hybrid", {"dtype": dtype, "param_dtype": param_dtype}
     required = {"vision_config": REQUIRED, "high_res_vision_config": REQUIRED}
     settings = with_defaults(config, required, where)
@@ -53,10 +65,15 @@ def describe_hybrid(
         high_res_branch=True,
         **dtypes,
     )
-    module = Hybrid(high, low, min(_size(low)), "tuple", HIGH_STATISTICS, LOW_STATISTICS)
+    encoder = Hybrid(high, low, min(_size(low)), "tuple", HIGH_STATISTICS, LOW_STATISTICS)
+    module = VisualPrefix(encoder, HybridMlp(_text_width(settings), **dtypes))
+    names = {"high_res_vision_proj": "high", "vision_proj": "low", "proj": "mlp/down"}
+    aligner = [rule for released, ours in names.items() for rule in linear(f"aligner.{released}", ours)]
+    prefix = find_prefix(checkpoint, "aligner.vision_proj.weight")
     rules = (
-        *prefixed(_sam_rules(high, checkpoint), target="high/"),
-        *prefixed(_siglip_rules(low, checkpoint), target="low/"),
+        *prefixed(_sam_rules(high, checkpoint), target="encoder/high/"),
+        *prefixed(_siglip_rules(low, checkpoint), target="encoder/low/"),
+        *prefixed(aligner, prefix, "connector/"),
     )
     pixels = jax.ShapeDtypeStruct((1, *high.image_size, 3), jnp.float32)
     return Description(module, (pixels,), rules, (*NOT_VISION, *UNUSED))
@@ -64,6 +81,10 @@ def describe_hybrid(
 
 def _siglip(section: Mapping[str, Any], where: str, dtypes: dict[str, Any]) -> ViT:
     return vision_tower(section, f"{where}.vision_config", pooling="none", **dtypes)
+
+
+def _text_width(settings: Mapping[str, Any]) -> int:
+    return (settings.get("text_config") or {}).get("hidden_size", _LLAMA_WIDTH)
 
 
 def _siglip_rules(module: ViT, checkpoint: Mapping[str, SourceTensor]) -> tuple[Rule, ...]:

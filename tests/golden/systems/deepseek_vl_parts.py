@@ -1,25 +1,41 @@
-"""Single functions of DeepSeek-VL: relative positions and windows."""
+"""Parts of DeepSeek-VL alone: relative positions, windows and projectors."""
 
+import functools
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.checkpoints.hub import open_checkpoint
+from vlm_jax.checkpoints.rules import import_params
 from vlm_jax.encoders.sam import partition_windows, relative_positions
+from vlm_jax.pretrained.projector import mlp_projector
+from vlm_jax.types import VisualFeatures
 
-PROJECTOR = "a projector works on an encoder's features; the array has no encoder in it"
-NOT_COMPARED = {
-    r"(split|mlp)\d+_y": PROJECTOR,
-    "linear_y": PROJECTOR,
-    r"pre\d+_out": "the image processor's resize and padding, before any encoder",
-}
+NOT_COMPARED = {r"pre\d+_out": "the image processor's resize and padding, before any encoder"}
+
+
+def projected(folder: pathlib.Path, case: str, settings: dict, inputs: dict[str, np.ndarray]) -> jax.Array:
+    """The tokens of one projector; two sets of features go in as a tuple."""
+    connector, rules = mlp_projector(settings, case, source=f"{case}.aligner")
+    names = [f"{case}_x"] if f"{case}_x" in inputs else [f"{case}_high", f"{case}_low"]
+    found = [jnp.asarray(inputs[name]) for name in names]
+    features = [VisualFeatures(x, jnp.ones(x.shape[:2], bool), (1, x.shape[1])) for x in found]
+    given = features[0] if len(features) == 1 else tuple(features)
+    init = functools.partial(connector.init, deterministic=True)
+    shapes = jax.eval_shape(init, jax.random.key(0), given)["params"]
+    tensors = {key: x for key, x in open_checkpoint(folder).items() if key.startswith(f"{case}.")}
+    params = import_params(rules, tensors, shapes)
+    return connector.apply({"params": params}, given, deterministic=True).tokens
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`rel*_out` and `win_out`; the sizes are those of the arrays asked for."""
+    """`rel*_out` and `win_out`, whose sizes are those of the arrays asked for, and the projectors of the config."""
     entries = json.loads((folder / "golden.json").read_text())["arrays"]
-    found = {}
+    cases = json.loads((folder / "config.json").read_text())
+    found = {f"{case}_y": projected(folder, case, settings, inputs) for case, settings in cases.items()}
     for name, entry in entries.items():
         stem = name.removesuffix("_out")
         if name == stem or entry["role"] != "output":

@@ -1,7 +1,7 @@
-"""DeepSeek-VL's vision towers under the names of its own release."""
+"""DeepSeek-VL's vision towers and projector under the names of its own release."""
 
 from vlm_jax.checkpoints.maps.sam import SEGMENT_ANYTHING, encoder_rules, neck_rules
-from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear
+from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear, linear_stack
 from vlm_jax.checkpoints.ops import Reshape
 from vlm_jax.checkpoints.rules import Rule, prefixed
 
@@ -59,4 +59,13 @@ def hybrid_rules(high: tuple[Rule, ...], low: tuple[Rule, ...]) -> tuple[Rule, .
     return (
         *prefixed(high, "vision_model.vision_tower_high.vision_tower.", "high/"),
         *prefixed(low, "vision_model.vision_tower_low.vision_tower.", "low/"),
+    )
+
+
+def split_projector_rules(depth: int) -> tuple[Rule, ...]:
+    """`low_high_hybrid_split_mlp_gelu`, after its prefix -> `HybridMlp`; the first activation is number 0."""
+    return (
+        *linear("high_up_proj", "high"),
+        *linear("low_up_proj", "low"),
+        *(linear_stack("layers", "mlp", depth - 1, start=1) if depth > 1 else ()),
     )

@@ -1,4 +1,4 @@
-"""DeepSeek-VL2's projector, in released files under `projector.`."""
+"""DeepSeek-VL2's down-sampling projector."""
 
 from vlm_jax.checkpoints.maps.torch_layers import linear_stack
 from vlm_jax.checkpoints.ops import LINEAR, Chain, Op, Reshape, Transpose
@@ -6,7 +6,7 @@ from vlm_jax.checkpoints.rules import Rule
 
 
 def projector_rules(*, width: int, factor: int, hidden_dim: int, depth: int) -> tuple[Rule, ...]:
-    """`downsample_mlp_gelu` -> `PixelShuffle` without a norm.
+    """`downsample_mlp_gelu`, after its prefix -> `PixelShuffle` without a norm.
 
     Args:
       width: of the vision tower's features.
@@ -14,7 +14,7 @@ def projector_rules(*, width: int, factor: int, hidden_dim: int, depth: int) -> 
       hidden_dim: outputs of the first linear layer.
       depth: linear layers.
     """
-    first, *rest = linear_stack("projector.layers", "mlp", depth)
+    first, *rest = linear_stack("layers", "mlp", depth)
     return (Rule(first.source, first.target, unfolded(width, factor, hidden_dim)), *rest)
 
 
