@@ -6,6 +6,7 @@ for the rest. No value is derived here.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -14,8 +15,10 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.dtype = "float32"
     config.param_dtype = "float32"
-    # Visual tokens of one image that reach the decoder, whatever the connector.
+    # Visual tokens that reach the decoder, whatever the connector: of one image with all its tiles (or a
+    # clip with all its frames), of each tile, or of each frame.
     config.token_budget = 16
+    config.token_budget_per = "image"
 
     config.data = ConfigDict(
         {
@@ -38,6 +41,10 @@ def get_config() -> ConfigDict:
     config.processor = ConfigDict(
         {
             "image_size": (48, 48),
+            "tiles": (1, 1),
+            "thumbnail": False,
+            "frames": placeholder(int),
+            "min_tokens": 1,
             "mean": (0.15,),
             "std": (0.3,),
             "filter": "bilinear",

@@ -3,10 +3,14 @@
 Pure Python, no arrays: everything here runs before any parameter exists.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from fractions import Fraction
+from typing import TypeVar
 
 from vlm_jax.types import Grid
+
+Solved = TypeVar("Solved")
 
 
 class InfeasibleBudget(ValueError):
@@ -34,6 +38,43 @@ def refuse(kind: str, budget: int, grid: Grid, feasible: Iterable[int], why: str
         f"config.token_budget: {kind} cannot give {budget} tokens from a {grid[0]}x{grid[1]} grid, because "
         f"{why}; nearest feasible: {nearest}"
     )
+
+
+def share(budget: int, views: Fraction, largest: int, solve: Callable[[int], Solved]) -> Solved:
+    """Solves a budget for one of the `views` (tiles, frames) that have equal parts of it.
+
+    Args:
+      budget: tokens of all views together.
+      views: how many they are; a fraction where one view covers several of what the budget is for.
+      largest: up to which part of one view feasible ones are looked for.
+      solve: gives whatever meets a view's part, or raises InfeasibleBudget.
+
+    Raises:
+      InfeasibleBudget: the budget has no equal parts, or a view cannot meet its own; names the nearest
+        budgets of all views that can be met.
+    """
+    part = budget / views
+    if part.denominator == 1:
+        try:
+            return solve(int(part))
+        except InfeasibleBudget as error:
+            if views == 1:
+                raise
+            why = f"{part} for each of {views} views, which is not met ({error})"
+    else:
+        why = f"no equal parts for {views} views"
+
+    def met(part: int) -> bool:
+        try:
+            solve(part)
+        except InfeasibleBudget:
+            return False
+        return (part * views).denominator == 1
+
+    smaller, larger = range(math.ceil(part) - 1, 0, -1), range(math.floor(part) + 1, max(largest, math.ceil(part)) + 1)
+    found = (next((part * views for part in parts if met(part)), None) for parts in (smaller, larger))
+    nearest = " and ".join(str(total) for total in found if total is not None) or "none"
+    raise InfeasibleBudget(f"config.token_budget: {budget} tokens are {why}; nearest feasible: {nearest}")
 
 
 def grid_of_size(size: int, grid: Grid) -> Grid | None:

@@ -6,32 +6,36 @@ connector's own fields from the token budget, widths and vocabulary from each ot
 
 import dataclasses
 import typing
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.budget import InfeasibleBudget, share
 from vlm_jax.config import ConfigError, check_keys, choose, convert, parse
-from vlm_jax.connectors import CONNECTORS
+from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders import DECODERS
-from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS
+from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS, PACKED_ENCODERS
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import open_image
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.views import NativeViews, Pixels, TiledViews, Views, packed_length
 from vlm_jax.processors.vqa import VqaProcessor
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.types import Batch, Grid
 
 # Every key of a run's config; the last ones are read by the trainer and the evaluation.
-KEYS = ("seed", "dtype", "param_dtype", "token_budget", "data", "processor", "encoder", "reducer", "connector",
-        "decoder", "schedule", "stages", "optimizer", "loop", "mesh", "evaluation")  # fmt: skip
+KEYS = ("seed", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "processor", "encoder",
+        "reducer", "connector", "decoder", "schedule", "stages", "optimizer", "loop", "mesh",
+        "evaluation")  # fmt: skip
 PARTS = ("encoder", "connector", "decoder")
 CELL_HEAD = "cell_head"
 
@@ -41,7 +45,8 @@ class ProcessorSettings:
     """`config.processor`: how pictures and text become rows.
 
     Attributes:
-      image_size: (height, width) in pixels at full budget.
+      image_size: (height, width) in pixels at full budget, of a tile where there are several; None where
+        the encoder packs images of any size.
       mean: per channel on [0, 1], taken off the pixels.
       std: per channel on [0, 1], divides them.
       filter: resampling filter, a key of `processors.image.FILTERS`.
@@ -50,9 +55,14 @@ class ProcessorSettings:
       max_text_length: text positions of a training row, visual tokens not counted.
       max_question_length: text positions of a prompt, visual tokens not counted.
       max_answer_length: new tokens of a generated answer, its end token among them.
+      tiles: rows and columns of tiles that a picture is cut into, each an image for the encoder.
+      thumbnail: whether the whole picture, at the size of a tile, follows its tiles.
+      frames: None, or how many of a sample's pictures, evenly spaced, stand for the clip that they are.
+      min_tokens: where the encoder packs images of any size, the fewest visual tokens of a picture; a
+        smaller one is enlarged.
     """
 
-    image_size: tuple[int, int]
+    image_size: tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     filter: str
@@ -61,6 +71,40 @@ class ProcessorSettings:
     max_text_length: int
     max_question_length: int
     max_answer_length: int
+    tiles: Grid = (1, 1)
+    thumbnail: bool = False
+    frames: int | None = None
+    min_tokens: int = 1
+
+    def __post_init__(self):
+        if min(self.tiles) < 1:
+            raise ConfigError(f"config.processor.tiles: rows and columns are at least 1, got {self.tiles}")
+        if self.thumbnail and self.tiles == (1, 1):
+            raise ConfigError("config.processor.thumbnail: a picture of one tile is its own thumbnail; set it to False")
+        for key in ("frames", "min_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"config.processor.{key}: at least 1 expected, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """How a system sees, solved for its token budget.
+
+    Attributes:
+      encoder, reducer, connector: as in `VLM`.
+      views: what the processor makes of pictures.
+      grid: rows and columns of patches of one view; None where every image has its own.
+      num_tokens: visual tokens of an image with all its tiles, or of a whole clip; the most that it can
+        have where every image has a grid of its own.
+    """
+
+    encoder: Any
+    reducer: Any
+    connector: Any
+    views: Views
+    grid: Grid | None
+    num_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +116,17 @@ class System:
       cell_reader: its encoder under a dense head, where a stage's objective is `read_cells`.
       processor: makes rows of samples.
       source: where samples come from; `open_source` reads it.
-      grid: rows and columns of patches that the encoder gives.
-      num_visual_tokens: tokens of one image that reach the decoder.
+      grid: rows and columns of patches that the encoder gives for one tile; None where every image has
+        its own.
+      num_visual_tokens: tokens of one image, with all its tiles or frames, that reach the decoder; the
+        most that can where every image has a grid of its own.
     """
 
     model: VLM
     cell_reader: CellReader | None
     processor: VqaProcessor
     source: Settings
-    grid: Grid
+    grid: Grid | None
     num_visual_tokens: int
 
     def open_source(self) -> Source:
@@ -91,11 +137,9 @@ class System:
         """Shapes of one training row with its images, for `eval_shape`."""
         length = self.processor.max_length
         row = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        pixels = (1, self.processor.num_images, *self.processor.image_size, self.processor.channels)
+        images = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.processor.example_images())
         weights = jax.ShapeDtypeStruct((1, length), jnp.float32)
-        return Batch(
-            row, row, row, row, images=jax.ShapeDtypeStruct(pixels, jnp.float32), targets=row, loss_weights=weights
-        )
+        return Batch(row, row, row, row, images=images, targets=row, loss_weights=weights)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Boxed parameters {part: tree}, drawn so that a part does not depend on its neighbours' kinds."""
@@ -131,54 +175,154 @@ def build(config: Any) -> System:
     tokenizer = digits_tokenizer() if settings.tokenizer == "digits" else Tokenizer.from_file(settings.tokenizer)
     dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
 
-    encoder = _encoder(config.encoder, "config.encoder", settings.image_size, dtypes)
     decoder = _parse_kind(DECODERS, config.decoder, "config.decoder", vocab_size=tokenizer.vocab_size, **dtypes)
-    full_grid = encoder.grid(*settings.image_size)
-    budget = _positive(config.token_budget, "config.token_budget")
+    num_images = source.num_images if settings.frames is None else 1
+    if num_images is None:
+        raise ConfigError(
+            "config.data.num_images: None is for samples that are clips of any length; set config.processor.frames to "
+            "the frames that stand for one, or num_images to the pictures that every sample has"
+        )
+    kind = _kind({**ENCODERS, **COMPOSITE_ENCODERS, **PACKED_ENCODERS}, config.encoder, "config.encoder")
+    look = _native if kind in PACKED_ENCODERS else _tiled
+    sight = look(config, settings, source.channels, num_images, {"features": decoder.width, **dtypes})
 
-    image_size, grid, connector_grid = settings.image_size, full_grid, full_grid
-    reducer_class = choose(REDUCERS, config.reducer.kind, "config.reducer.kind")
-    reducer = None
-    if reducer_class is None:
-        _parse_kind({"none": _NoFields}, config.reducer, "config.reducer")
-    else:
-        solved = reducer_class.for_budget(budget, full_grid)
-        reducer = _parse_kind(REDUCERS, config.reducer, "config.reducer", **solved)
-        image_size = reducer.image_size(*settings.image_size, full_grid)
-        grid = encoder.grid(*image_size)
-        connector_grid = reducer.reduced_grid(grid)
-    connector_class = choose(CONNECTORS, config.connector.kind, "config.connector.kind")
-    solved = connector_class.for_budget(budget, connector_grid)
-    connector = _parse_kind(
-        CONNECTORS, config.connector, "config.connector", features=decoder.width, **solved, **dtypes
-    )
-    realised = connector.num_tokens(connector_grid)
-    if realised != budget:
-        raise InfeasibleBudget(f"{config.connector.kind} solved a budget of {budget} tokens but gives {realised}")
-
-    visual = source.num_images * realised
+    visual = num_images * sight.num_tokens
     processor = VqaProcessor(
         tokenizer=tokenizer,
-        image_size=image_size,
-        channels=source.channels,
-        mean=settings.mean,
-        std=settings.std,
-        filter=settings.filter,
-        num_visual_tokens=realised,
-        num_images=source.num_images,
+        views=sight.views,
+        num_visual_tokens=sight.num_tokens,
+        num_images=num_images,
+        num_frames=settings.frames,
         independent_turns=settings.independent_turns,
         max_length=visual + settings.max_text_length,
         max_prompt_length=visual + settings.max_question_length,
         max_answer_length=settings.max_answer_length,
     )
     return System(
-        model=VLM(encoder, connector, decoder, reducer),
-        cell_reader=_cell_reader(config, encoder, source, grid),
+        model=VLM(sight.encoder, sight.connector, decoder, sight.reducer),
+        cell_reader=_cell_reader(config, sight, source),
         processor=processor,
         source=source,
-        grid=grid,
-        num_visual_tokens=realised,
+        grid=sight.grid,
+        num_visual_tokens=sight.num_tokens,
     )
+
+
+def _tiled(
+    config: Any, settings: ProcessorSettings, channels: int, num_images: int, connector_fields: dict[str, Any]
+) -> Sight:
+    """Views of one size: the reducer or the connector meets the budget, view by view."""
+    del num_images  # each of them is encoded by itself
+    size, pixels = settings.image_size, Pixels(channels, settings.mean, settings.std, settings.filter)
+    if size is None:
+        raise ConfigError(f"config.processor.image_size: config.encoder.kind {config.encoder.kind} needs a size")
+    if settings.min_tokens != 1:
+        raise ConfigError(
+            "config.processor.min_tokens: it is for encoders that pack images of any size; remove the key, or "
+            f"choose one of {', '.join(PACKED_ENCODERS)}"
+        )
+    dtypes = {key: connector_fields[key] for key in ("dtype", "param_dtype")}
+    encoder = _encoder(config.encoder, "config.encoder", size, dtypes)
+    full_grid = encoder.grid(*size)
+    num_views = (settings.tiles[0] * settings.tiles[1] + settings.thumbnail) * (settings.frames or 1)
+
+    def solve(budget: int) -> Sight:
+        reducer, reduced_size = _reducer(config.reducer, budget, size, full_grid)
+        grid = encoder.grid(*reduced_size)
+        connector_grid = grid if reducer is None else reducer.reduced_grid(grid)
+        connector_class = choose(CONNECTORS, config.connector.kind, "config.connector.kind")
+        solved = connector_class.for_budget(budget, connector_grid)
+        connector = _parse_kind(CONNECTORS, config.connector, "config.connector", **solved, **connector_fields)
+        realised = connector.num_tokens(connector_grid)
+        if realised != budget:
+            raise InfeasibleBudget(f"{config.connector.kind} solved a budget of {budget} tokens but gives {realised}")
+        views = TiledViews(pixels, reduced_size, realised, settings.tiles, settings.thumbnail)
+        return Sight(encoder, reducer, connector, views, grid, num_views * realised)
+
+    return _share(config, settings, num_views, full_grid[0] * full_grid[1], solve)
+
+
+def _native(
+    config: Any, settings: ProcessorSettings, channels: int, num_images: int, connector_fields: dict[str, Any]
+) -> Sight:
+    """Views of any size, packed into one sequence: the processor meets the budget, which bounds their size."""
+    kind, connector_kind = config.encoder.kind, config.connector.kind
+    for key, only in (("image_size", None), ("tiles", (1, 1)), ("thumbnail", False)):
+        if getattr(settings, key) != only:
+            raise ConfigError(f"config.processor.{key}: set it to {only}; {kind} takes pictures at a size of their own")
+    if choose(REDUCERS, config.reducer.kind, "config.reducer.kind") is not None:
+        raise ConfigError(
+            f"config.reducer.kind: {config.reducer.kind} reduces image by image, and {kind} packs several into a "
+            "sequence; set it to none: config.token_budget bounds the size of the images"
+        )
+    _parse_kind({"none": _NoFields}, config.reducer, "config.reducer")
+    connector_class = choose(CONNECTORS, connector_kind, "config.connector.kind")
+    if connector_kind not in PACKED_CONNECTORS:
+        raise ConfigError(
+            f"config.connector.kind: {connector_kind} reads one image's grid, and {kind} packs several images into a "
+            f"sequence; choose one of {', '.join(PACKED_CONNECTORS)}"
+        )
+    dtypes = {key: connector_fields[key] for key in ("dtype", "param_dtype")}
+    encoder = _parse_kind(PACKED_ENCODERS, config.encoder, "config.encoder", channels=channels, **dtypes)
+    form, pixels = encoder.patch_format, Pixels(channels, settings.mean, settings.std, settings.filter)
+    block = encoder.grid(form.block_size, form.block_size)  # a picture is made of blocks of patches
+    solved = _fewest(connector_class, block)
+    connector = _parse_kind(CONNECTORS, config.connector, "config.connector", **solved, **connector_fields)
+    block_tokens, num_slots = connector.num_tokens(block), form.num_slots(settings.frames or 1)
+
+    def solve(budget: int) -> Sight:
+        if budget % block_tokens or budget < settings.min_tokens:
+            raise InfeasibleBudget(
+                f"config.token_budget: {kind} cannot bound a picture by {budget} tokens, which come in blocks of "
+                f"{block_tokens} and are at least config.processor.min_tokens={settings.min_tokens}"
+            )
+        most, least = budget // block_tokens, -(-settings.min_tokens // block_tokens)
+        length = packed_length(num_images * num_slots * most, form)
+        views = NativeViews(pixels, form, length, most, least, block_tokens)
+        return Sight(encoder, None, connector, views, None, num_slots * budget)
+
+    return _share(config, settings, num_slots, 2 * config.token_budget, solve)
+
+
+def _fewest(connector_class: Any, grid: Grid) -> dict[str, Any]:
+    """The fields of a connector that gives as few tokens of a grid as it can."""
+    for budget in range(1, grid[0] * grid[1]):
+        try:
+            return connector_class.for_budget(budget, grid)
+        except InfeasibleBudget:
+            continue
+    return connector_class.for_budget(grid[0] * grid[1], grid)
+
+
+def _share(
+    config: Any, settings: ProcessorSettings, num_views: int, largest: int, solve: Callable[[int], Sight]
+) -> Sight:
+    """Solves `config.token_budget` for one of the views of an image, whatever it is meant for.
+
+    Args:
+      config: for the budget and what it is per.
+      settings: for the frames of a clip.
+      num_views: tiles of an image, over all frames of a clip.
+      largest: of a view's budgets that an error may name.
+      solve: what meets a view's budget.
+    """
+    budget = _positive(config.token_budget, "config.token_budget")
+    per_frame = Fraction(num_views, settings.frames or 1)
+    units = {"image": Fraction(num_views), "frame": per_frame, "tile": Fraction(1)}
+    views = choose(units, config.token_budget_per, "config.token_budget_per")
+    if config.token_budget_per == "frame" and settings.frames is None:
+        raise ConfigError("config.token_budget_per: there are no frames; set config.processor.frames, or choose image")
+    return share(budget, views, largest, solve)
+
+
+def _reducer(section: Any, budget: int, size: tuple[int, int], grid: Grid) -> tuple[Any, tuple[int, int]]:
+    """The reducer that meets a budget from a full-size grid, None where there is none, and the image's size."""
+    reducer_class = choose(REDUCERS, section.kind, "config.reducer.kind")
+    if reducer_class is None:
+        _parse_kind({"none": _NoFields}, section, "config.reducer")
+        return None, size
+    reducer = _parse_kind(REDUCERS, section, "config.reducer", **reducer_class.for_budget(budget, grid))
+    return reducer, reducer.image_size(*size, grid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,18 +330,23 @@ class _NoFields:
     """Settings of a kind without any."""
 
 
-def _cell_reader(config: Any, encoder: Any, source: Settings, grid: Grid) -> CellReader | None:
+def _cell_reader(config: Any, sight: Sight, source: Settings) -> CellReader | None:
     wanting = [label for label in config.schedule if config.stages.get(label, {}).get("objective") == "read_cells"]
     if not wanting:
         return None
     if source.cells is None:
         raise ConfigError(f"config.stages.{wanting[0]}.objective: config.data.kind {config.data.kind} has no cells")
-    if any(side % cells for side, cells in zip(grid, source.cells, strict=True)):
+    if sight.grid is None:
         raise ConfigError(
-            f"config.stages.{wanting[0]}.objective: {source.cells} cells do not divide the encoder's {grid} patches; "
-            "change config.encoder.patch_size"
+            f"config.stages.{wanting[0]}.objective: cells are read from a grid, and config.encoder.kind "
+            f"{config.encoder.kind} packs images into a sequence; leave the stage out"
         )
-    return CellReader(encoder, source.cells, source.num_classes)
+    if any(side % cells for side, cells in zip(sight.grid, source.cells, strict=True)):
+        raise ConfigError(
+            f"config.stages.{wanting[0]}.objective: {source.cells} cells do not divide the encoder's {sight.grid} "
+            "patches; change config.encoder.patch_size"
+        )
+    return CellReader(sight.encoder, source.cells, source.num_classes)
 
 
 def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[str, Any]) -> nn.Module:
@@ -220,10 +369,15 @@ def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[
 
 
 def _parse_kind(table: dict[str, Any], section: Any, path: str, **derived: Any) -> Any:
+    cls = table[_kind(table, section, path)]
+    return parse(cls, {key: section[key] for key in section if key != "kind"}, path, **derived)
+
+
+def _kind(table: dict[str, Any], section: Any, path: str) -> str:
     if "kind" not in section:
         raise ConfigError(f"{path}.kind: missing; one of {', '.join(table)}")
-    cls = choose(table, section["kind"], f"{path}.kind")
-    return parse(cls, {key: section[key] for key in section if key != "kind"}, path, **derived)
+    choose(table, section["kind"], f"{path}.kind")
+    return section["kind"]
 
 
 def _dtype(config: Any, key: str) -> Any:

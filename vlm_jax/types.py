@@ -107,6 +107,34 @@ class VisualTokens:
     mask: Bool[Array, "B M"]
 
 
+@dataclasses.dataclass(frozen=True)
+class PatchFormat:
+    """How an encoder of packed patches wants images cut and packed.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      temporal_patch_size: frames of a patch.
+      merge_size: side in patches of the blocks that stay together.
+      window: side of an attention window in blocks; None where no layer has windows.
+      channels_last: a patch is flattened as (frame, row, column, channel).
+    """
+
+    patch_size: int
+    temporal_patch_size: int = 1
+    merge_size: int = 1
+    window: int | None = None
+    channels_last: bool = False
+
+    @property
+    def block_size(self) -> int:
+        """Side of a block in pixels."""
+        return self.patch_size * self.merge_size
+
+    def num_slots(self, num_frames: int) -> int:
+        """Temporal patches that so many frames are cut into."""
+        return -(-num_frames // self.temporal_patch_size)
+
+
 @struct
 class Instruction:
     """Text that a connector reads beside the features of an image.
@@ -129,8 +157,8 @@ class PackedPatches:
     Windows may ask for another order inside the sequence; features come back in the processor's.
 
     Attributes:
-      patches: normalised pixels of every patch, flattened as (channel, frame, row, column), or as
-        (row, column, channel) for NaFlex.
+      patches: normalised pixels of every patch, flattened as (channel, frame, row, column), or as the
+        encoder's `PatchFormat` says.
       positions: (row, column) of a patch in its image, in patches.
       sizes: (rows, columns) of the image that a patch is of, in patches.
       segment_ids: counts images and frames from 1; 0 is padding. Full attention stays inside.
@@ -159,8 +187,10 @@ class Batch:
       positions: RoPE positions, counted from 0 in every segment.
       segment_ids: 0 is padding; a position attends only inside its segment.
       visual_index: which row of the example's visual table fills the position, or -1 for text.
-        Rows are the image tokens in order: image i's token m is row i * M + m.
-      images: float32 pixels, normalised by the processor, or None for text alone.
+        Rows are the image tokens in order: of images of one size, image i's token m is row i * M + m;
+        of packed patches, the tokens of one image follow those of the image before.
+      images: float32 pixels, normalised by the processor, or all images of an example packed into
+        one sequence, or None for text alone.
       targets: the id to be predicted at each position (already shifted), any id without weight.
       loss_weights: 1.0 where the prediction counts.
       branch_ids: None, or what a position reads of its segment: branch 0 and its own branch.
@@ -170,7 +200,7 @@ class Batch:
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
     visual_index: Int[Array, "B T"]
-    images: Float[Array, "B I height width channels"] | None = None
+    images: Float[Array, "B I height width channels"] | PackedPatches | None = None
     targets: Int[Array, "B T"] | None = None
     loss_weights: Float[Array, "B T"] | None = None
     branch_ids: Int[Array, "B T"] | None = None

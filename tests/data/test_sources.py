@@ -13,6 +13,7 @@ from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import open_image
+from vlm_jax.processors.views import Pixels, TiledViews
 from vlm_jax.processors.vqa import VqaProcessor
 from vlm_jax.types import Sample
 
@@ -48,11 +49,7 @@ SECTIONS = {
 def processor():
     return VqaProcessor(
         tokenizer=digits_tokenizer(),
-        image_size=(48, 48),
-        channels=1,
-        mean=(0.5,),
-        std=(0.5,),
-        filter="bilinear",
+        views=TiledViews(Pixels(1, (0.5,), (0.5,), "bilinear"), (48, 48), num_tokens=4),
         num_visual_tokens=4,
         num_images=1,
         max_length=128,

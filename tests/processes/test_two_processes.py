@@ -65,5 +65,5 @@ def test_two_processes_stop_together_go_on_and_give_the_losses_of_one(tmp_path):
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 44
     np.testing.assert_allclose(two, one, atol=1e-4)
-    tables = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
-    assert [set(table) for table in tables] == [{"read", "transcribe", "count", "locate"}] * 2
+    results = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("one", "two")]
+    assert [set(result["accuracy"]) for result in results] == [{"read", "transcribe", "count", "locate"}] * 2

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from vlm_jax.config import ConfigError
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.tokenizer import UnknownText
+from vlm_jax.processors.views import Pixels, TiledViews
 from vlm_jax.processors.vqa import VqaProcessor
 from vlm_jax.types import Sample, Turn
 
@@ -22,11 +22,7 @@ def digit(value: int) -> int:
 
 PROCESSOR = VqaProcessor(
     tokenizer=digits_tokenizer(),
-    image_size=(4, 6),
-    channels=1,
-    mean=(0.5,),
-    std=(0.25,),
-    filter="bilinear",
+    views=TiledViews(Pixels(1, (0.5,), (0.25,), "bilinear"), (4, 6), num_tokens=2),
     num_visual_tokens=2,
     num_images=1,
     max_length=16,
@@ -64,7 +60,8 @@ def test_a_prompt_ends_with_the_first_question():
 
 
 def test_two_images_fill_consecutive_rows_of_the_table():
-    processor = dataclasses.replace(PROCESSOR, num_images=2, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    views = TiledViews(Pixels(3, (0.0,) * 3, (1.0,) * 3, "bilinear"), (4, 6), num_tokens=2)
+    processor = dataclasses.replace(PROCESSOR, num_images=2, views=views)
     big = np.zeros((9, 9, 3), np.uint8)
     row = processor(Sample("pair", (PICTURE, big), (Turn("count 7", "1"),)))
     assert row.visual_index[0, :6].tolist() == [-1, 0, 1, 2, 3, -1]
@@ -111,23 +108,6 @@ def test_a_prompt_or_reference_answer_over_its_limit_is_named():
         PROCESSOR.prompt(long_question)
     with pytest.raises(SequenceTooLong, match=r"'page': .* 4 tokens .* raise config\.processor\.max_answer_length"):
         PROCESSOR.prompt(Sample("page", (PICTURE,), (Turn("count 7", "123"),)))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"channels": 2}, r"config\.data\.channels: .* got 2"),
-        ({"mean": (0.5, 0.5)}, r"config\.processor\.mean: one number a channel, 1, expected"),
-        ({"std": (0.0,)}, r"config\.processor\.std: positive numbers expected"),
-        (
-            {"filter": "nearest"},
-            r"config\.processor\.filter: 'nearest' is not one of box, bilinear, bicubic, lanczos",
-        ),
-    ],
-)
-def test_impossible_settings_are_refused(change, message):
-    with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(PROCESSOR, **change)
 
 
 def test_independent_turns_follow_the_images_and_read_nothing_of_each_other():

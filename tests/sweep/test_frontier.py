@@ -19,6 +19,7 @@ def result(connector, budget, accuracy, *, seed=0, encoder_flops=4e8, **replaced
         "connector": connector,
         "token_budget": budget,
         "num_visual_tokens": budget,
+        "realised_visual_tokens": {"mean": budget, "max": budget},
         "accuracy": {
             task: {"mean": mean, "low": low, "high": high, "n": 200} for task, (mean, low, high) in accuracy.items()
         },

@@ -8,7 +8,7 @@ import rich.progress
 from vlm_jax.build import build
 from vlm_jax.cli import command
 from vlm_jax.config import parse
-from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all
+from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all, realised_tokens
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.loop import Trainer
@@ -30,9 +30,12 @@ def main() -> None:
 
         outcome = Trainer(config, system, mesh, workdir, progress=progress).run()
     samples = system.open_source().evaluation(config.seed)
-    table = accuracy(answer_all(system, outcome.params, samples, evaluation.batch_size))
+    answers = answer_all(system, outcome.params, samples, evaluation.batch_size)
+    table, tokens = accuracy(answers), realised_tokens(answers)
     if is_primary():
-        write_whole(workdir / "evaluation.json", json.dumps(table, indent=2) + "\n")
+        result = {"accuracy": table, "token_budget": config.token_budget, "num_visual_tokens": tokens}
+        write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    console.print(f"visual tokens an image: {tokens['mean']} on average, {tokens['max']} at most")
     for name, entry in table.items():
         console.print(f"{name}: {entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, n={entry['n']})")
 

@@ -11,6 +11,9 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
   feature holds changes nothing, and features in blocks (`VisualFeatures.block`) give the tokens that
   those in rows give, in any order, or raise `InfeasibleGrid`. A kind that reads more than features takes
   it as a further argument whose default is None, as `qformer` takes an `instruction`.
+
+Those of `PACKED_CONNECTORS` also take packed images, several in a sequence: a token is made of one block of
+neighbours, so that the tokens of one image follow those of the image before.
 """
 
 from vlm_jax.connectors.concat import Concat
@@ -36,3 +39,4 @@ CONNECTORS = {
     "perceiver": Perceiver,
     "qformer": QFormer,
 }
+PACKED_CONNECTORS = ("mlp", "concat", "pixel_shuffle")

@@ -67,14 +67,14 @@ class Settings(Protocol):
 
     Attributes:
       streams: names that `train` and `evaluation` take.
-      num_images: pictures of every sample of `questions`.
+      num_images: pictures of every sample of `questions`; None where it differs.
       context_length: most tokens that the text of a sample without pictures takes.
       cells: rows and columns of the stream `cells`, or None without one.
       num_classes: classes of a cell.
     """
 
     streams: tuple[str, ...]
-    num_images: int
+    num_images: int | None
     context_length: int
     cells: Grid | None
     num_classes: int

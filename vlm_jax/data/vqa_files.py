@@ -33,7 +33,7 @@ class VqaFiles:
       train_path: JSONL file, local or `gs://`.
       evaluation_path: JSONL file of the evaluation; not the training file.
       channels: 1 (grey) or 3 (RGB) that images are converted to.
-      num_images: images that every line has.
+      num_images: images that every line has; None for any number, as of the frames of clips.
       tasks: names that a line's `task` may have.
       max_corrupt: records without a readable image that each of the two files may have; they are
         skipped, each with a warning.
@@ -44,7 +44,7 @@ class VqaFiles:
     train_path: str
     evaluation_path: str
     channels: int = 3
-    num_images: int = 1
+    num_images: int | None = 1
     tasks: tuple[str, ...] = ("vqa",)
     max_corrupt: int = 0
     max_pixels: int = 100_000_000
@@ -60,7 +60,7 @@ class VqaFiles:
             raise ConfigError(f"config.data.channels: images have 1 or 3 channels, got {self.channels}")
         if not self.tasks:
             raise ConfigError("config.data.tasks: at least one task expected")
-        if self.num_images < 1:
+        if self.num_images is not None and self.num_images < 1:
             raise ConfigError(f"config.data.num_images: at least 1 expected, got {self.num_images}")
         if self.max_corrupt < 0:
             raise ConfigError(f"config.data.max_corrupt: 0 or more expected, got {self.max_corrupt}")

@@ -6,7 +6,8 @@ One JSON object a line:
     {"id": "43", "image": ["a.png", "b.png"], "turns": [["which?", "left"], ["why?", "red"]], "task": "vqa"}
 
 `id` is a text or an integer, different in every line. `image` is a path relative to the file, or a
-list of them, `config.data.num_images` in every line. `task` is by default the first of the configured tasks.
+list of them, `config.data.num_images` in every line where that is set. `task` is by default the first
+of the configured tasks.
 """
 
 import dataclasses
@@ -41,13 +42,13 @@ class Record:
     turns: tuple[Turn, ...]
 
 
-def read_records(path: str, tasks: tuple[str, ...], num_images: int, key: str) -> list[Record]:
+def read_records(path: str, tasks: tuple[str, ...], num_images: int | None, key: str) -> list[Record]:
     """Reads and checks every line of a file; empty lines are passed over.
 
     Args:
       path: of the JSONL file, local or `gs://`.
       tasks: names that a line's `task` may have; the first is the default.
-      num_images: images that every line must have.
+      num_images: images that every line must have; None for any number.
       key: the key under config.data that `path` is from, for messages.
 
     Raises:
@@ -68,7 +69,7 @@ def read_records(path: str, tasks: tuple[str, ...], num_images: int, key: str) -
             if record.record_id in lines_of_ids:
                 raise ValueError(f"id '{record.record_id}' is that of line {lines_of_ids[record.record_id]} too")
             lines_of_ids[record.record_id] = number
-            if len(record.images) != num_images:
+            if num_images not in (None, len(record.images)):
                 raise ValueError(f"{len(record.images)} images, but config.data.num_images is {num_images}")
         except ValueError as error:
             faults.append(f"  {path}:{number}: {error}")

@@ -6,9 +6,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
+from vlm_jax.encoders.packed import check_packed
 from vlm_jax.encoders.trunk import Trunk
 from vlm_jax.layers.dense import Dense, named
-from vlm_jax.types import Grid, PackedPatches, VisualFeatures
+from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
 class NaflexViT(Trunk, kw_only=True):
@@ -22,6 +23,7 @@ class NaflexViT(Trunk, kw_only=True):
       patch_size: side of a patch in pixels.
       table_grid: rows and columns of the learned position table.
       patch_bias: a bias on the patch embedding.
+      channels: colours of a pixel.
 
     Source: Tschannen et al. 2025 (SigLIP 2), section 2.4.2; big_vision, models/proj/image_text/naflex_vit.py.
     """
@@ -29,6 +31,12 @@ class NaflexViT(Trunk, kw_only=True):
     patch_size: int
     table_grid: Grid
     patch_bias: bool = True
+    channels: int = 3
+
+    @property
+    def patch_format(self) -> PatchFormat:
+        """How images are cut and packed."""
+        return PatchFormat(self.patch_size, channels_last=True)
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches of an image whose sides the processor made multiples of a patch.
@@ -42,7 +50,12 @@ class NaflexViT(Trunk, kw_only=True):
 
     @nn.compact
     def __call__(self, packed: PackedPatches, *, collect: bool = False) -> VisualFeatures:
-        """Encodes patches of normalised pixels; the grid of the features is (1, N)."""
+        """Encodes patches of normalised pixels; the grid of the features is (1, N).
+
+        Raises:
+          ValueError: the patches were cut for another encoder.
+        """
+        packed = check_packed(packed, self.channels * self.patch_size**2, 1, None)
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = Dense(self.width, (axes.PATCH, axes.EMBED), self.patch_bias, name="patch_embed", **settings)
         init = named(nn.initializers.normal(self.width**-0.5), axes.POSITION, axes.EMBED)

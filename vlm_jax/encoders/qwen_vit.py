@@ -13,7 +13,7 @@ from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.windowed_stack import WindowedStack
-from vlm_jax.types import Grid, PackedPatches, VisualFeatures
+from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
 class QwenViT(nn.Module):
@@ -88,6 +88,11 @@ class QwenViT(nn.Module):
     def patch_dim(self) -> int:
         """Values of a patch."""
         return self.channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def patch_format(self) -> PatchFormat:
+        """How images are cut and packed."""
+        return PatchFormat(self.patch_size, self.temporal_patch_size, self.merge_size, self.window)
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of features of one image of `height` x `width` pixels.

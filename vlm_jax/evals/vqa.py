@@ -12,7 +12,7 @@ from vlm_jax.build import System
 from vlm_jax.generation.greedy import generate
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.sharding.processes import to_host
-from vlm_jax.types import Sample
+from vlm_jax.types import TEXT_SLOT, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
@@ -31,11 +31,19 @@ class EvaluationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One sample, what the model said, and whether it counts as right."""
+    """One sample, what the model said, and whether it counts as right.
+
+    Attributes:
+      sample: what was asked.
+      text: what the model said.
+      correct: whether that counts as right.
+      visual_tokens: of each of the sample's images, how many reached the decoder.
+    """
 
     sample: Sample
     text: str
     correct: bool
+    visual_tokens: tuple[int, ...] = ()
 
 
 def exact(answer: str, reference: str) -> bool:
@@ -71,7 +79,12 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def answer_all(system: System, params: dict[str, Any], samples: Iterable[Sample], batch_size: int) -> list[Answer]:
-    """Generates an answer to the first question of every sample; the last batch is padded by repeats."""
+    """Generates an answer to the first question of every sample; the last batch is padded by repeats.
+
+    Raises:
+      ValueError: an image takes more visual tokens than the system's budget, or a prompt has another
+        number of places for them.
+    """
     samples = list(samples)
     processor, tokenizer = system.processor, system.processor.tokenizer
     answers = []
@@ -87,12 +100,26 @@ def answer_all(system: System, params: dict[str, Any], samples: Iterable[Sample]
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
         )
-        for sample, row in zip(group, to_host(ids).tolist(), strict=False):
+        places = np.count_nonzero(batch.visual_index != TEXT_SLOT, axis=1).tolist()
+        for sample, row, shown in zip(group, to_host(ids).tolist(), places, strict=False):
             ended = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
             text, turn = tokenizer.decode(ended), sample.turns[0]
             correct = tokenizer.eos_id in row and SCORERS.get(turn.task, exact)(text, turn.answer)
-            answers.append(Answer(sample, text, correct))
+            counts = processor.visual_tokens(sample)
+            if sum(counts) != shown or max(counts, default=0) > system.num_visual_tokens:
+                raise ValueError(
+                    f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places, at most "
+                    f"{system.num_visual_tokens} an image"
+                )
+            answers.append(Answer(sample, text, correct, counts))
     return answers
+
+
+def realised_tokens(answers: Iterable[Answer]) -> dict[str, float | int]:
+    """{"mean", "max"} of the visual tokens of an image, over all images; 0 where there are none."""
+    counts = [count for answer in answers for count in answer.visual_tokens]
+    mean = sum(counts) / max(len(counts), 1)
+    return {"mean": int(mean) if mean.is_integer() else mean, "max": max(counts, default=0)}
 
 
 def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:

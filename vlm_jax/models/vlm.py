@@ -5,14 +5,23 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, VisualTokens
+from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, PackedPatches, VisualTokens
+
+Images = Float[Array, "images height width channels"] | PackedPatches
+
+
+def flat_images(images: Float[Array, "B I height width channels"] | PackedPatches) -> Images:
+    """A batch's images as an encoder takes them: one after another, or as they were packed."""
+    if isinstance(images, PackedPatches):
+        return images
+    return images.reshape(-1, *images.shape[2:])
 
 
 class VLM(nn.Module):
     """Composes an encoder, a connector and a decoder; it has no parameters of its own.
 
     Attributes:
-      encoder: an entry of `encoders.ENCODERS`.
+      encoder: an entry of `encoders.ENCODERS`, or of another of its tables.
       connector: an entry of `connectors.CONNECTORS`.
       decoder: an entry of `decoders.DECODERS`.
       reducer: an entry of `reducers.REDUCERS`, or None.
@@ -23,10 +32,8 @@ class VLM(nn.Module):
     decoder: nn.Module
     reducer: nn.Module | None = None
 
-    def visual_tokens(
-        self, images: Float[Array, "B height width channels"], *, deterministic: bool = True
-    ) -> VisualTokens:
-        """Tokens of a flat batch of images.
+    def visual_tokens(self, images: Images, *, deterministic: bool = True) -> VisualTokens:
+        """Tokens of a flat batch of images, or of sequences of packed ones.
 
         Raises:
           ValueError: the connector gave another number of tokens than its `num_tokens` says.
@@ -52,11 +59,9 @@ class VLM(nn.Module):
         text = self.decoder.embed(batch.tokens)
         if batch.images is None:
             return text, jnp.asarray(batch.segment_ids)
-        size, count = batch.images.shape[:2]
-        flat = batch.images.reshape(-1, *batch.images.shape[2:])
-        visual = self.visual_tokens(flat, deterministic=deterministic)
-        tokens = visual.tokens
-        table = tokens.reshape(size, count * tokens.shape[1], tokens.shape[2]).astype(text.dtype)
+        size = batch.tokens.shape[0]
+        visual = self.visual_tokens(flat_images(batch.images), deterministic=deterministic)
+        table = visual.tokens.reshape(size, -1, visual.tokens.shape[-1]).astype(text.dtype)
         index = batch.visual_index[..., None]
         rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
         shown = jnp.take_along_axis(visual.mask.reshape(size, -1), jnp.maximum(batch.visual_index, 0), axis=1)

@@ -1,8 +1,8 @@
 """From a sample (pictures, questions, answers) to one row of a batch.
 
-The layout of a training row, with M visual tokens an image:
+The layout of a training row:
 
-    <bos> [image 0: M] [image 1: M] ... [context] question answer <eos> question answer <eos> ...
+    <bos> [visual tokens of image 0] [of image 1] ... [context] question answer <eos> question answer <eos> ...
 
 of which the answers and their <eos> are learned. A prompt is the same row up to its first answer,
 padded on the left.
@@ -13,11 +13,10 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vlm_jax.config import ConfigError
-from vlm_jax.processors.image import FILTERS, normalize, resize, to_channels
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.tokenizer import Tokenizer, UnknownText
-from vlm_jax.types import Batch, Sample
+from vlm_jax.processors.views import Clip, Views, uniform_frames
+from vlm_jax.types import Batch, PackedPatches, Sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +25,11 @@ class VqaProcessor:
 
     Attributes:
       tokenizer: spells questions, answers and context.
-      image_size: (height, width) in pixels that every picture is resized to.
-      channels: 1 (grey) or 3 (RGB).
-      mean: per channel, on the scale [0, 1], taken off the rescaled pixels.
-      std: per channel, divides what remains.
-      filter: resampling filter, a key of `image.FILTERS`.
-      num_visual_tokens: M, what the connector gives for one image.
-      num_images: I, pictures that every sample has; 0 for text alone.
+      views: makes the images of a batch of a sample's pictures, and says how many tokens they take.
+      num_visual_tokens: the most visual tokens of an image; one that took more would be an error.
+      num_images: images of every sample, 0 for text alone: pictures, or clips where there are frames.
+      num_frames: None, or the frames of a clip: a sample's pictures are then those of one video, in
+        order, and so many of them are taken.
       independent_turns: lets no turn of a training row read another, and has each follow the images
         in its positions, as if it were alone: one encoded image serves many questions. Source: Deitke
         et al. 2024 (Molmo), section 3, multi-annotated images.
@@ -42,30 +39,14 @@ class VqaProcessor:
     """
 
     tokenizer: Tokenizer
-    image_size: tuple[int, int]
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    filter: str
+    views: Views
     num_visual_tokens: int
     num_images: int
     max_length: int
     max_prompt_length: int
     max_answer_length: int
+    num_frames: int | None = None
     independent_turns: bool = False
-
-    def __post_init__(self):
-        if self.channels not in (1, 3):
-            raise ConfigError(f"config.data.channels: images have 1 or 3 channels, got {self.channels}")
-        for key in ("mean", "std"):
-            if len(getattr(self, key)) != self.channels:
-                raise ConfigError(
-                    f"config.processor.{key}: one number a channel, {self.channels}, expected; got {getattr(self, key)}"
-                )
-        if min(self.std) <= 0:
-            raise ConfigError(f"config.processor.std: positive numbers expected, got {self.std}")
-        if self.filter not in FILTERS:
-            raise ConfigError(f"config.processor.filter: '{self.filter}' is not one of {', '.join(FILTERS)}")
 
     def __call__(self, sample: Sample) -> Batch:
         """The training row of a sample, as a batch of one.
@@ -123,21 +104,50 @@ class VqaProcessor:
     def prepare_image(
         self, image: UInt8[np.ndarray, "height width given"]
     ) -> Float[np.ndarray, "new_height new_width channels"]:
-        """One picture of any size as the encoder takes it: converted, resized, normalised."""
-        return normalize(resize(to_channels(image, self.channels), self.image_size, self.filter), self.mean, self.std)
+        """One picture of any size as one view: converted, resized, normalised."""
+        return self.views.picture(image)
 
-    def _opening(self, sample: Sample) -> list[Text | Visual]:
-        """The pieces before the first question."""
+    def visual_tokens(self, sample: Sample) -> tuple[int, ...]:
+        """How many visual tokens each of the sample's images takes.
+
+        Raises:
+          ValueError: an image takes more than `num_visual_tokens`, or the sample has another number of
+            images.
+        """
+        counts = tuple(self.views.count(clip) for clip in self._clips(sample))
+        if max(counts, default=0) > self.num_visual_tokens:
+            raise ValueError(
+                f"sample '{sample.sample_id}': its images take {counts} visual tokens, over the budget of "
+                f"{self.num_visual_tokens} each"
+            )
+        return counts
+
+    def example_images(self) -> Float[np.ndarray, "1 I height width channels"] | PackedPatches:
+        """Images of the shapes and dtypes that every row has."""
+        blank = np.zeros((1, 1, 1), np.uint8)
+        return self.views([[blank] * (self.num_frames or 1)] * self.num_images)
+
+    def _clips(self, sample: Sample) -> list[Clip]:
+        """What is looked at: every picture by itself, or the frames that stand for the clip."""
+        if self.num_images and self.num_frames is not None:
+            if not sample.images:
+                raise ValueError(f"sample '{sample.sample_id}' has no frame")
+            chosen = uniform_frames(len(sample.images), self.num_frames)
+            return [[sample.images[index] for index in chosen]]
         if len(sample.images) != self.num_images:
             raise ValueError(
                 f"sample '{sample.sample_id}' has {len(sample.images)} images; every sample of this set "
                 f"must have {self.num_images}"
             )
+        return [[image] for image in sample.images]
+
+    def _opening(self, sample: Sample) -> list[Text | Visual]:
+        """The pieces before the first question."""
+        counts = self.visual_tokens(sample)
         if not sample.turns:
             raise ValueError(f"sample '{sample.sample_id}' has no question")
         pieces: list[Text | Visual] = [Text([self.tokenizer.bos_id])]
-        count = self.num_visual_tokens
-        pieces += [Visual(image * count, count) for image in range(self.num_images)]
+        pieces += [Visual(sum(counts[:image]), count) for image, count in enumerate(counts)]
         if sample.context:
             pieces.append(Text(self._ids(sample, sample.context)))
         return pieces
@@ -148,7 +158,6 @@ class VqaProcessor:
         except UnknownText as error:
             raise UnknownText(f"sample '{sample.sample_id}': {error}") from None
 
-    def _images(self, sample: Sample) -> Float[np.ndarray, "1 I height width channels"] | None:
-        if not sample.images:
-            return None
-        return np.stack([self.prepare_image(image) for image in sample.images])[None]
+    def _images(self, sample: Sample) -> Float[np.ndarray, "1 I height width channels"] | PackedPatches | None:
+        clips = self._clips(sample)
+        return self.views(clips) if clips else None

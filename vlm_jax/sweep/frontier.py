@@ -33,7 +33,7 @@ MARKERS = (
 DODGE_OCTAVES = 0.08
 LOG_FROM_RATIO = 8.0  # costs that span less than this factor are drawn on a linear axis
 REQUIRED = frozenset(
-    {"connector", "token_budget", "num_visual_tokens", "accuracy", "num_params", "flops"}
+    {"connector", "token_budget", "num_visual_tokens", "realised_visual_tokens", "accuracy", "num_params", "flops"}
     | {"step_seconds", "peak_bytes", "seed", "command"}
 )
 
@@ -122,7 +122,7 @@ def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:
 def total_costs(result: dict[str, Any]) -> dict[str, Number]:
     """The costs of one result, by key of AXES, in base units; an unmeasured step time is left out."""
     costs = {
-        "tokens": result["num_visual_tokens"],
+        "tokens": result["realised_visual_tokens"]["mean"],
         "flops": sum(result["flops"].values()),
         "parameters": sum(result["num_params"].values()),
         "step_seconds": result["step_seconds"],

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.build import System, build
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
+from vlm_jax.models.vlm import flat_images
 from vlm_jax.planner.flops import count_flops
 from vlm_jax.types import Batch
 
@@ -152,7 +153,7 @@ def costs(system: System) -> Costs:
     row = jax.ShapeDtypeStruct((1, processor.max_prompt_length), jax.numpy.int32)
     images: Any = system.example().images
     prompt = Batch(row, row, row, row, images=images)
-    flat = jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
+    flat = jax.eval_shape(flat_images, images)
     encoder = count_flops(lambda p, x: model.apply(p, x, method=lambda m, x: m.encoder(x)), params, flat)
     visual = count_flops(lambda p, x: model.apply(p, x, method="visual_tokens"), params, flat)
     whole = count_flops(lambda p, b: model.apply(p, b, processor.max_prompt_length, method="prefill"), params, prompt)

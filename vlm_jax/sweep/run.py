@@ -12,7 +12,7 @@ from etils import epath
 
 from vlm_jax.build import build
 from vlm_jax.config import config_hash, parse
-from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all
+from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all, realised_tokens
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.sweep.frontier import draw_frontier
@@ -118,14 +118,15 @@ class Sweep:
         lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
         if is_primary():
             write_whole(self._folder(point) / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-        return self._result(point, outcome, accuracy(answers))
+        return self._result(point, outcome, accuracy(answers), realised_tokens(answers))
 
-    def _result(self, point: Point, outcome: Outcome, table: dict[str, Any]) -> dict[str, Any]:
+    def _result(self, point: Point, outcome: Outcome, table: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
         return {
             "label": point.label,
             "connector": point.connector,
             "token_budget": point.config.token_budget,
             "num_visual_tokens": point.costs.num_visual_tokens,
+            "realised_visual_tokens": tokens,
             "accuracy": table,
             "num_params": point.costs.num_params,
             "flops": point.costs.flops,

@@ -1,0 +1,176 @@
+"""What a token budget is for: images, tiles or frames, of one size or of their own."""
+
+from fractions import Fraction
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from vlm_jax.budget import InfeasibleBudget, share
+from vlm_jax.build import build
+from vlm_jax.config import ConfigError
+from vlm_jax.types import PackedPatches, Sample, Turn
+
+VIT = {"patch_size": 12, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
+ENCODERS = {
+    "qwen_vit": {**VIT, "out_dim": 16},
+    "windows": {**VIT, "kind": "qwen_vit", "depth": 2, "window_size": 48, "full_layers": (1,), "out_dim": 16},
+    "unmerged": {**VIT, "kind": "qwen_vit"},
+    "siglip2_navit": VIT,
+    "naflex": {**VIT, "table_grid": (4, 4)},
+}
+
+
+def made(budget=16, per="image", native=None, **changes):
+    """The base config with a token budget, another encoder and other settings of the processor."""
+    config = base.get_config()
+    config.token_budget, config.token_budget_per = budget, per
+    config.connector = ConfigDict({"kind": "pool"})
+    if native is not None:
+        config.connector = ConfigDict({"kind": "mlp"})
+        config.encoder = ConfigDict({"kind": native, **ENCODERS[native]})
+        config.processor.image_size = None
+    for key, value in changes.items():
+        section = config.processor if key in config.processor else config
+        section[key] = value
+    return config
+
+
+def page(*sizes, seed=0):
+    """A sample with a picture of each of the sizes."""
+    rng = np.random.default_rng(seed)
+    pictures = tuple(rng.integers(0, 256, (*size, 1), np.uint8) for size in sizes)
+    return Sample("page", pictures, (Turn("count 7", "2", "count"),))
+
+
+@pytest.mark.parametrize(
+    ("per", "budget", "view", "image"),
+    [("image", 20, 4, 20), ("tile", 4, 4, 20), ("image", 80, 16, 80), ("tile", 1, 1, 5)],
+)
+def test_a_budget_is_shared_by_tiles_and_thumbnail(per, budget, view, image):
+    system = build(made(budget, per, tiles=(2, 2), thumbnail=True))
+    assert system.grid == (4, 4)  # of a tile
+    assert system.model.connector.num_tokens(system.grid) == view
+    assert system.num_visual_tokens == image
+    row = system.processor.prompt(page((48, 48)))
+    assert row.images.shape == (1, 5, 48, 48, 1) == system.example().images.shape
+    assert row.visual_index[row.visual_index >= 0].tolist() == list(range(image))
+    assert system.processor.visual_tokens(page((48, 48))) == (image,)
+
+
+@pytest.mark.parametrize(("per", "budget", "clip"), [("image", 24, 24), ("frame", 8, 24), ("tile", 4, 24)])
+def test_a_budget_is_shared_by_the_frames_of_a_clip(per, budget, clip):
+    system = build(made(budget, per, tiles=(1, 2), frames=3))
+    assert system.num_visual_tokens == clip
+    frames = page(*[(48, 96)] * 9)
+    row = system.processor(frames)
+    assert row.images.shape == (1, 6, 48, 48, 1) == system.example().images.shape
+    assert row.visual_index[row.visual_index >= 0].tolist() == list(range(clip))
+    same = system.processor(Sample("page", frames.images[1::3], frames.turns))  # frames 1, 4 and 7
+    np.testing.assert_array_equal(row.images, same.images)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (made(18, tiles=(2, 2), thumbnail=True), "18 tokens are no equal parts for 5 views; nearest feasible: 10 and 20"),
+        (made(28, tiles=(2, 2)), "28 tokens are 7 for each of 4 views.* pool cannot give 7.*nearest feasible: 24 and 32"),
+        (made(7, "tile", tiles=(2, 2)), "pool cannot give 7 tokens from a 4x4 grid.*nearest feasible: 6 and 8"),
+        (made(100, tiles=(2, 2)), "nearest feasible: 64$"),
+        (made(3, tiles=(2, 2)), "3 tokens are no equal parts for 4 views; nearest feasible: 4$"),
+        (made(4, native="unmerged"), None),
+        (made(6, native="unmerged"), "6 tokens, which come in blocks of 4"),
+        (made(8, native="qwen_vit", min_tokens=9), "at least config.processor.min_tokens=9"),
+        (made(9, native="qwen_vit", frames=4), "9 tokens are no equal parts for 2 views; nearest feasible: 8 and 10"),
+        (made(3, "frame", native="qwen_vit", frames=3), "3 tokens are no equal parts for 2/3 views.*: 2 and 4"),
+    ],
+)
+def test_a_budget_that_cannot_be_shared_names_the_nearest(config, message):
+    if message is None:
+        build(config)
+        return
+    with pytest.raises(InfeasibleBudget, match=message) as error:
+        build(config)
+    for budget in str(error.value).rsplit("nearest feasible: ", 1)[1].split(" and ") if "nearest" in message else ():
+        config.token_budget = int(budget)
+        build(config)
+
+
+def test_one_view_keeps_the_error_of_its_kind():
+    def solve(budget):
+        raise InfeasibleBudget("as it is")
+
+    with pytest.raises(InfeasibleBudget, match="^as it is$"):
+        share(3, Fraction(1), 4, solve)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (made(per="tle"), "config.token_budget_per: no kind 'tle'; did you mean 'tile'"),
+        (made(per="frame"), "config.token_budget_per: there are no frames; set config.processor.frames"),
+        (made(thumbnail=True), "config.processor.thumbnail: a picture of one tile is its own"),
+        (made(tiles=(0, 2)), "config.processor.tiles: rows and columns are at least 1"),
+        (made(frames=0), "config.processor.frames: at least 1"),
+        (made(min_tokens=4), "config.processor.min_tokens: it is for encoders that pack"),
+        (made(image_size=None), "config.processor.image_size: config.encoder.kind vit needs a size"),
+        (made(native="qwen_vit", image_size=(48, 48)), "config.processor.image_size: set it to None"),
+        (made(native="naflex", tiles=(2, 2)), r"config.processor.tiles: set it to \(1, 1\)"),
+        (made(native="naflex", reducer=ConfigDict({"kind": "random"})), "config.reducer.kind: random reduces image by"),
+        (made(native="naflex", connector=ConfigDict({"kind": "pool"})), "config.connector.kind: pool reads one image's"),
+        (made(encoder=ConfigDict({"kind": "qwen_vitt"})), "no kind 'qwen_vitt'; did you mean 'qwen_vit'"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(config, message):
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+
+
+@pytest.mark.parametrize("native", ENCODERS)
+def test_pictures_of_any_size_stay_within_their_budget(native):
+    """Counts are those of the grid, the sequence has one length, and every token has its place in it."""
+    system = build(made(16, native=native))
+    block = system.model.encoder.patch_format.block_size
+    shapes = set()
+    for size in [(48, 48), (200, 31), (12, 12), (1, 500), (100, 100), (47, 61)]:
+        sample = page(size)
+        (count,) = system.processor.visual_tokens(sample)
+        assert 1 <= count <= 16 == system.num_visual_tokens
+        row = system.processor.prompt(sample)
+        assert row.visual_index[row.visual_index >= 0].tolist() == list(range(count))
+        height, width = (max(block, round(side / block) * block) for side in size)
+        rows, cols = system.model.encoder.grid(height, width)
+        if rows * cols <= 16:
+            assert count == rows * cols  # small pictures stay as they are
+        assert isinstance(row.images, PackedPatches)
+        shapes.add(tuple(leaf.shape for leaf in jax.tree.leaves(row.images)))
+    assert shapes == {tuple(leaf.shape for leaf in jax.tree.leaves(system.example().images))}
+
+
+def test_frames_of_any_size_share_the_budget_of_their_clip():
+    system = build(made(4, "frame", native="qwen_vit", frames=4))
+    assert system.num_visual_tokens == 16  # two frames share a patch, and their tokens
+    sample = page(*[(96, 48)] * 8)
+    assert system.processor.visual_tokens(sample) == (2 * 8,)
+    row = system.processor(sample)
+    assert row.images.segment_ids.max() == 2 and np.count_nonzero(row.images.segment_ids) == 16 * 4
+
+
+def test_a_small_picture_is_enlarged_to_its_least():
+    counts = [
+        build(made(16, native="naflex", min_tokens=least)).processor.visual_tokens(page((12, 24)))
+        for least in (1, 8)
+    ]
+    assert counts == [(2,), (8,)]
+
+
+def test_clips_of_any_length_come_from_files(tmp_path):
+    config = made(4, frames=2)
+    section = {"kind": "vqa_files", "train_path": "a", "evaluation_path": "b", "channels": 1, "num_images": None}
+    config.data = ConfigDict(section)
+    assert build(config).processor.num_frames == 2
+    config.processor.frames = None
+    with pytest.raises(ConfigError, match=r"config\.data\.num_images: None is for samples that are clips"):
+        build(config)
