@@ -24,7 +24,7 @@ from .conftest import tiny_config
 SIZES = {"patch_size": 6, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 16}
 WINDOWS = {"window_size": 24, "full_layers": (1,)}
 NATIVE = {
-    "qwen_vit": {**SIZES, **WINDOWS, "kind": "qwen_vit", "out_dim": 16},
+    "qwen_vit": {**SIZES, **WINDOWS, "kind": "qwen_vit"},
     "siglip2_navit": {**SIZES, **WINDOWS, "kind": "siglip2_navit", "table_side": 3},
     "naflex": {**SIZES, "kind": "naflex", "table_grid": (3, 3)},
 }
@@ -37,7 +37,7 @@ def system_of(kind, num_images=1, budget=12):
     with config.unlocked():
         config.token_budget = budget
         if kind in NATIVE:
-            config.encoder, config.connector = ConfigDict(NATIVE[kind]), ConfigDict({"kind": "mlp"})
+            config.encoder, config.connector = ConfigDict(NATIVE[kind]), ConfigDict({"kind": "concat"})
             config.processor.image_size = None
         else:
             config.processor.update(VIEWED[kind])
@@ -66,9 +66,7 @@ def test_a_system_learns_and_answers(kind):
     settings = OptimizerSettings(b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0, final_scale=0.0)
     tx = adamw(settings, dict.fromkeys(parts, 1e-3), 0, 10)
     params = nn.meta.unbox(system.init(jax.random.key(0)))
-    step = jax.jit(
-        functools.partial(train_step, objective=OBJECTIVES["next_token"](system), tx=tx, trained=parts)
-    )
+    step = jax.jit(functools.partial(train_step, objective=OBJECTIVES["next_token"](system), tx=tx, trained=parts))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     losses = []
     for _ in range(6):
