@@ -87,6 +87,8 @@ class VisualFeatures:
       pooled: the encoder's own image embedding where it has a head for one, else None.
       hidden: [L + 1, B, P, W] inputs of every block and the last output, only when asked for; P and
         the residual width W are those of the blocks.
+      levels: several hidden states side by side, each feature's in its place, where the encoder is asked for
+        them, else None.
       block: static; 1 where features are in row-major order. Above, each block x block neighbours of an
         image follow one another, row by row, and block follows block: the order of packed patches.
     """
@@ -97,6 +99,7 @@ class VisualFeatures:
     pooled: Float[Array, "B E"] | None = None
     hidden: Float[Array, "L B P W"] | None = None
     block: int = static_field(default=1)
+    levels: Float[Array, "B N F"] | None = None
 
 
 @struct

@@ -191,8 +191,8 @@ def test_every_parameter_has_a_finite_gradient(kind):
 
     for path, grad in leaves(jax.jit(jax.grad(loss))(params)).items():
         assert np.isfinite(grad).all(), path
-        # Softmax does not see what is added to all keys alike, so a key's bias is without effect.
-        if not path.endswith("['key']['bias']"):
+        # Softmax does not see what is added to all keys alike: the bias of keys, or of a norm that keys alone have.
+        if not path.endswith(("['key']['bias']", "['key_norm']['bias']")):
             assert np.abs(grad).max() > 1e-4, path
 
 

@@ -16,6 +16,7 @@ Those of `PACKED_CONNECTORS` also take packed images, several in a sequence: a t
 neighbours, so that the tokens of one image follow those of the image before.
 """
 
+from vlm_jax.connectors.c_abstractor import CAbstractor
 from vlm_jax.connectors.concat import Concat
 from vlm_jax.connectors.hybrid_mlp import HybridMlp
 from vlm_jax.connectors.ldp import LDP
@@ -26,6 +27,7 @@ from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.qformer import QFormer
 from vlm_jax.connectors.resampler import Resampler
+from vlm_jax.connectors.token_packer import TokenPacker
 
 CONNECTORS = {
     "mlp": MlpConnector,
@@ -38,5 +40,7 @@ CONNECTORS = {
     "resampler": Resampler,
     "perceiver": Perceiver,
     "qformer": QFormer,
+    "c_abstractor": CAbstractor,
+    "token_packer": TokenPacker,
 }
 PACKED_CONNECTORS = ("mlp", "concat", "pixel_shuffle")

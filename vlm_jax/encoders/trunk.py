@@ -37,6 +37,8 @@ class Trunk(nn.Module, kw_only=True):
         norm: 0 is the input of the first block, -1 the output of the last, -2 that of the one
         before. Blocks behind it are not built: they have no parameters and cost nothing. None runs
         the whole model.
+      levels: numbers of the hidden states, counted as by `select_layer`, that are given side by side in
+        `VisualFeatures.levels`, for connectors that read several; none where it is empty.
       keep_class_token: whether the tokens given out start with the class token.
       pooling: how an image gets one vector: its first `token` (the class token where there is
         one), the mean (`gap`) or `max` of its patches, attention pooling (`map`), or `none`.
@@ -63,6 +65,7 @@ class Trunk(nn.Module, kw_only=True):
     pre_norm: bool = False
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"
     select_layer: int | None = None
+    levels: tuple[int, ...] = ()
     keep_class_token: bool = False
     pooling: Pooling = "none"
     representation_size: int | None = None
@@ -138,10 +141,11 @@ class Trunk(nn.Module, kw_only=True):
             **settings,
         }
         mask = None if segments is None else segments > 0
-        hidden = x[None] if collect else None
+        hidden = x[None]
         if self.num_blocks:
             stack = TransformerStack(self.num_blocks, block, self.remat, self.unroll, name="blocks")
-            x, _, hidden = stack(x, Context("full", segments, segments), collect=collect)
+            x, _, hidden = stack(x, Context("full", segments, segments), collect=collect or bool(self.levels))
+        levels = [] if hidden is None else [hidden[i] for i in self._level_numbers()]
         if self.final_norm == "tokens" and self.select_layer is None:
             x = Norm(name="final_norm", **norm)(x)
         pooled = self._pool(x, mask, num_prefix)
@@ -152,10 +156,30 @@ class Trunk(nn.Module, kw_only=True):
         if num_prefix and self.keep_class_token:
             grid = (1, x.shape[1])
         elif num_prefix:
-            x = x[:, num_prefix:]
+            x, levels = x[:, num_prefix:], [level[:, num_prefix:] for level in levels]
             mask = None if mask is None else mask[:, num_prefix:]
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        return VisualFeatures(x, mask, grid, pooled=pooled, hidden=hidden)
+        side_by_side = jnp.concatenate(levels, axis=-1) if levels else None
+        return VisualFeatures(x, mask, grid, pooled=pooled, hidden=hidden if collect else None, levels=side_by_side)
+
+    def _level_numbers(self) -> tuple[int, ...]:
+        """The hidden states of `levels`, counted from the front.
+
+        Raises:
+          ValueError: one that the model has not, or whose block is not built.
+        """
+        numbers = tuple(level % (self.depth + 1) for level in self.levels)
+        wrong = [
+            level
+            for level, number in zip(self.levels, numbers, strict=True)
+            if not -self.depth - 1 <= level <= self.depth or number > self.num_blocks
+        ]
+        if wrong:
+            raise ValueError(
+                f"levels {wrong}: {self.num_blocks} of {self.depth} blocks are built, with the hidden states 0 to "
+                f"{self.num_blocks}; name some of these, or let select_layer build more"
+            )
+        return numbers
 
     def _pool(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, num_prefix: int

@@ -1,0 +1,135 @@
+"""Honeybee's C-Abstractor: convolutions, adaptive average pooling to the tokens' grid, convolutions, an MLP."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from vlm_jax import axes
+from vlm_jax.budget import solve_grid
+from vlm_jax.connectors.pool import average_windows
+from vlm_jax.layers.conv import Conv
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.neighbours import in_rows, masked
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.position_embedding import LearnedPositions2D
+from vlm_jax.layers.scan import scan_layers
+from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+
+_SQUEEZE_RATIO = 0.25
+_NORM_EPSILON = 1e-5  # that of timm's norm with an activation; its LayerNorm2d alone has 1e-6
+
+
+class CAbstractor(nn.Module):
+    """Learned positions, `depth` RegNet blocks, means of windows, `depth` RegNet blocks, linear, SiLU, linear.
+
+    Masked features are as outside of the image: zero for the convolutions, and left out of means.
+
+    Attributes:
+      features: the decoder's width D.
+      output_grid: rows and columns of the tokens, solved from the budget.
+      table_grid: rows and columns of the position table, those of the features that the budget was solved
+        for; interpolated to the grid of others.
+      depth: blocks in front of the pooling, and as many behind it; the release has 3.
+      width: channels of the blocks; the features' own when None. The release has 1024, as its features.
+      mlp_depth: linear layers of the MLP.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Cha et al. 2024 (Honeybee), section 3.2 and figure 3; Honeybee, projectors.py, CAbstractor.
+    """
+
+    features: int
+    output_grid: tuple[int, int]
+    table_grid: tuple[int, int]
+    depth: int
+    width: int | None = None
+    mlp_depth: int = 2
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def num_tokens(self, grid: Grid) -> int:
+        """Rows times columns of `output_grid`, whatever the grid."""
+        del grid
+        return self.output_grid[0] * self.output_grid[1]
+
+    @classmethod
+    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+        """The output grid of that size nearest in aspect to `grid`, and a position table for `grid`."""
+        return {"output_grid": solve_grid("c_abstractor", budget, grid), "table_grid": grid}
+
+    @nn.compact
+    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
+        del deterministic  # nothing is drawn
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        grid = in_rows(features, "c_abstractor").grid
+        x = masked(features).astype(self.dtype)
+        table = LearnedPositions2D(self.table_grid, x.shape[-1], self.param_dtype, name="positions")
+        x = x + table(grid).astype(self.dtype)[None]
+        mask = features.mask.reshape(-1, *grid)
+        x = self._stage(x.reshape(*mask.shape, -1), mask, "before")
+        x, mask = average_windows(x.reshape(*features.mask.shape, -1), features, self.output_grid, "c_abstractor")
+        x = self._stage(x, mask, "after")
+        mlp = Mlp(self.features, "silu", out_dim=self.features, depth=self.mlp_depth, name="mlp", **settings)
+        tokens = mlp(x.reshape(x.shape[0], -1, x.shape[-1]))
+        # The means of the blocks carry every real feature to every token.
+        return VisualTokens(tokens, jnp.broadcast_to(features.mask.any(1, keepdims=True), tokens.shape[:2]))
+
+    def _stage(
+        self, x: Float[Array, "B rows cols E"], mask: Bool[Array, "B rows cols"], name: str
+    ) -> Float[Array, "B rows cols D"]:
+        """The blocks of one stage; the first, where it changes the width, is not as the others."""
+        width = self.width or x.shape[-1]
+        fields = {"width": width, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        depth = self.depth
+        if depth and width != x.shape[-1]:
+            x, _ = RegNetBlock(name=f"{name}_first", **fields)(x, mask)
+            depth -= 1
+        if depth:
+            x, _ = scan_layers(RegNetBlock, depth, in_axes=nn.broadcast)(name=name, **fields)(x, mask)
+        return x
+
+
+class RegNetBlock(nn.Module):
+    """RegNet-Y's bottleneck with depthwise convolution: silu(x + linear(gate * conv(linear(x)))), LayerNorm after each.
+
+    Attributes:
+      width: channels given; an input of another width is projected to it for the sum.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Radosavovic et al. 2020, figure 4 and section 5; timm, models/regnet.py, Bottleneck.
+    """
+
+    width: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B rows cols E"], mask: Bool[Array, "B rows cols"]
+    ) -> tuple[Float[Array, "B rows cols D"], None]:
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def norm(name, y):
+            return Norm("layer", _NORM_EPSILON, name=f"{name}_norm", **settings)(y)
+
+        def pointwise(name, names, y):
+            return norm(name, Dense(self.width, names, use_bias=False, name=name, **settings)(y))
+
+        real = mask[..., None]
+        y = jax.nn.silu(pointwise("expand", (axes.EMBED, axes.MLP), x))
+        conv = Conv(self.width, 3, padding=1, depthwise=True, name="depthwise", **settings)
+        y = jax.nn.silu(norm("depthwise", conv(jnp.where(real, y, 0))))
+        total = jnp.where(real, y, 0).astype(jnp.float32).sum((1, 2))
+        mean = (total / jnp.maximum(mask.sum((1, 2)), 1)[:, None]).astype(self.dtype)
+        squeezed = round(x.shape[-1] * _SQUEEZE_RATIO)
+        gate = Mlp(squeezed, "silu", out_dim=self.width, name="squeeze_excite", **settings)(mean)
+        y = y * jax.nn.sigmoid(gate)[:, None, None]
+        y = pointwise("project", (axes.MLP, axes.EMBED), y)
+        if x.shape[-1] != self.width:
+            x = pointwise("shortcut", (axes.CHANNELS_IN, axes.EMBED), x)
+        return jax.nn.silu(x + y), None

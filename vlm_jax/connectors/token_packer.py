@@ -1,0 +1,94 @@
+"""TokenPacker: a coarse map of queries, each of which reads the square of fine features that it stands for."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlm_jax import axes
+from vlm_jax.budget import InfeasibleGrid, refuse, squares_of_sizes
+from vlm_jax.layers.attention import Context, MultiHeadAttention
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.neighbours import in_rows, masked, squares
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.resize import resize
+from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+
+
+class TokenPacker(nn.Module):
+    """Bilinear down-sampling, attention from each point to its square, linear, GELU, linear.
+
+    Keys and values come of `VisualFeatures.levels`, several hidden states of the encoder side by side, where
+    it gives them (`levels` of its config; the release has 12, 16, 22 and 23 of a CLIP with 24 blocks), else
+    of the features themselves. Masked features weigh nothing in the down-sampling and in the attention.
+
+    Attributes:
+      features: the decoder's width D.
+      factor: side of a square in features, solved from the budget; divides rows and columns.
+      num_heads: attention heads; D_v // 128 when None, as the release has them, and 1 at least.
+      norm_epsilon: epsilon of every LayerNorm.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Li et al. 2024 (TokenPacker), section 3.2; TokenPacker, multimodal_projector/builder.py.
+    """
+
+    features: int
+    factor: int
+    num_heads: int | None = None
+    norm_epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def num_tokens(self, grid: Grid) -> int:
+        """Squares of the grid.
+
+        Raises:
+          InfeasibleGrid: the factor does not divide both sides.
+        """
+        if grid[0] % self.factor or grid[1] % self.factor:
+            raise InfeasibleGrid(
+                f"token_packer: factor {self.factor} does not divide a {grid[0]}x{grid[1]} grid; choose an "
+                f"image size that gives multiples of {self.factor} patches"
+            )
+        return grid[0] * grid[1] // self.factor**2
+
+    @classmethod
+    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+        """The factor that leaves `budget` squares."""
+        budgets = squares_of_sizes(grid, whole=True)
+        if budget not in budgets:
+            raise refuse("token_packer", budget, grid, budgets, "a square's side must divide both sides")
+        return {"factor": budgets[budget]}
+
+    @nn.compact
+    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
+        del deterministic  # nothing is drawn
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        count = self.num_tokens(in_rows(features, "token_packer").grid)
+        batch, _, width = features.tokens.shape
+
+        def norm(name, x):
+            return Norm("layer", self.norm_epsilon, name=name, **settings)(x)
+
+        query = Dense(width, (axes.CHANNELS_IN, axes.EMBED), use_bias=False, name="query_proj", **settings)
+        rows, cols = features.grid
+        real = masked(features).reshape(batch, rows, cols, width)
+        coarse = resize(real, (rows // self.factor, cols // self.factor), "bilinear")
+        # Where some are masked the sum of weights is below 1; the norm makes up for it.
+        points = norm("query_norm", query(coarse.reshape(batch, count, width)))
+        levels = features if features.levels is None else dataclasses.replace(features, tokens=features.levels)
+        fine, mask = squares(levels, self.factor, "token_packer")
+        fine = fine.reshape(batch * count, self.factor**2, -1)
+        keys, values = (
+            norm(f"{name}_norm", Mlp(width, "gelu", out_dim=width, name=f"{name}_mlp", **settings)(fine))
+            for name in ("key", "value")
+        )
+        segments = mask.reshape(batch * count, -1).astype(jnp.int32)
+        context = Context("full", jnp.ones((batch * count, 1), jnp.int32), segments)
+        attention = MultiHeadAttention(self.num_heads or max(width // 128, 1), name="attention", **settings)
+        packed, _ = attention(points.reshape(batch * count, 1, width), context, inputs_k=keys, inputs_v=values)
+        mlp = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)
+        return VisualTokens(mlp(packed.reshape(batch, count, width)), mask.any(-1))
