@@ -1,7 +1,10 @@
-"""SigLIP 2's NaFlex: a ViT on patches of images of any size and aspect ratio."""
+"""SigLIP 2's NaFlex and Idefics2's SigLIP: a ViT on patches of images of any size and aspect ratio."""
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -13,7 +16,7 @@ from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
 class NaflexViT(Trunk, kw_only=True):
-    """A `Trunk` on flattened patches; the position table is interpolated to the grid of every image.
+    """A `Trunk` on flattened patches; the position table is read at the place of each in its own image.
 
     Unlike the other encoders of native resolution it flattens a patch as (row, column, channel), and
     expects patches row by row. An image is attended to by its own patches only, so that several may
@@ -22,14 +25,17 @@ class NaflexViT(Trunk, kw_only=True):
     Attributes:
       patch_size: side of a patch in pixels.
       table_grid: rows and columns of the learned position table.
+      position_interpolation: `linear`, with antialiasing (SigLIP 2), or the `nearest` row (Idefics2).
       patch_bias: a bias on the patch embedding.
       channels: colours of a pixel.
 
-    Source: Tschannen et al. 2025 (SigLIP 2), section 2.4.2; big_vision, models/proj/image_text/naflex_vit.py.
+    Source: Tschannen et al. 2025 (SigLIP 2), section 2.4.2; big_vision, models/proj/image_text/naflex_vit.py;
+    Laurençon et al. 2024 (Idefics2), section 3.3; transformers, models/idefics2, Idefics2VisionEmbeddings.
     """
 
     patch_size: int
     table_grid: Grid
+    position_interpolation: Literal["linear", "nearest"] = "linear"
     patch_bias: bool = True
     channels: int = 3
 
@@ -61,7 +67,8 @@ class NaflexViT(Trunk, kw_only=True):
         init = named(nn.initializers.normal(self.width**-0.5), axes.POSITION, axes.EMBED)
         table = self.param("positions", init, (self.table_grid[0] * self.table_grid[1], self.width), self.param_dtype)
         table = table.astype(jnp.float32).reshape(*self.table_grid, self.width)
-        places = interpolate_table(table, packed.positions, packed.sizes)
+        read = interpolate_table if self.position_interpolation == "linear" else nearest_of_table
+        places = read(table, packed.positions, packed.sizes)
         x = embed(packed.patches) + places.astype(self.dtype)
         return self.encode(x, (1, x.shape[1]), packed.segment_ids, num_prefix=0, collect=collect)
 
@@ -89,3 +96,23 @@ def _weights(index: Int[Array, "B N"], size: Int[Array, "B N"], table_size: int)
     distance = centre[..., None] - jnp.arange(table_size, dtype=jnp.float32)[None, None]
     weights = jnp.maximum(1 - jnp.abs(distance) / jnp.maximum(step, 1)[..., None], 0)
     return weights / weights.sum(-1, keepdims=True)
+
+
+def nearest_of_table(
+    table: Float[Array, "R C D"], positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]
+) -> Float[Array, "B N D"]:
+    """The row of the table in whose cell the upper left corner of each patch lies.
+
+    Corners lie on the edges of cells for many sizes, so that rounding decides. Steps and edges are made on
+    the host, in the release's float32: every platform finds the same rows.
+    """
+    counts = np.arange(positions.shape[1] + 1)  # no side of an image has more patches than the sequence
+    steps = jnp.asarray(np.float32(1) / np.maximum(counts, 1).astype(np.float32))
+
+    def cells(axis: int) -> Int[Array, "B N"]:
+        side = table.shape[axis]
+        edges = (np.arange(1, side) * (1 / side)).astype(np.float32)
+        corners = positions[..., axis].astype(jnp.float32) * steps[sizes[..., axis]]
+        return jnp.searchsorted(jnp.asarray(edges), jnp.minimum(corners, np.float32(1 - 1e-6)), side="right")
+
+    return table.reshape(-1, table.shape[-1])[cells(0) * table.shape[1] + cells(1)]

@@ -1,7 +1,7 @@
 """CLIP, SigLIP and SigLIP 2 as transformers names them: one set of names for the towers of all three."""
 
 from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear
-from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Op, Reshape, Split
+from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Op, Reshape, Split, patch_linear
 from vlm_jax.checkpoints.rules import Rule
 
 _TARGET = "blocks/layers"
@@ -89,6 +89,17 @@ def siglip2_vision_rules(width: int) -> tuple[Rule, ...]:
         *block_rules(),
         *layer_norm("post_layernorm", "final_norm"),
         *map_head_rules(width),
+    )
+
+
+def idefics2_vision_rules(width: int, patch_size: int, channels: int) -> tuple[Rule, ...]:
+    """Idefics2's SigLIP of native resolution, after `vision_model.`: SigLIP's convolution, for flattened patches."""
+    return (
+        Rule("embeddings.patch_embedding.weight", "patch_embed/kernel", patch_linear(patch_size, channels, width)),
+        Rule("embeddings.patch_embedding.bias", "patch_embed/bias"),
+        Rule("embeddings.position_embedding.weight", "positions"),
+        *block_rules(),
+        *layer_norm("post_layernorm", "final_norm"),
     )
 
 
