@@ -37,12 +37,18 @@ def test_llava_at_several_scales_splits_by_the_smallest():
     assert module.features == 3 * 1024
 
 
+@pytest.mark.parametrize(("kind", "tokens"), [("linear", 576), ("mlp3x_gelu", 576), ("ldpnet", 144), ("ldpnetv2", 144)])
+def test_a_projector_has_the_tokens_of_its_kind(kind, tokens):
+    module = llava.describe({**LLAVA, "model_type": "mobilevlm", "mm_projector_type": kind}, {}, **DTYPES).module
+    assert module.connector.num_tokens(module.encoder.grid(336, 336)) == tokens and module.connector.features == 4096
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"mm_vision_tower": "openai/clip-vit-large-patch14-335"}, "no settings here.*patch14-336"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature: expected 'patch' or 'cls_patch'"),
-        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type: expected 'mlp2x_gelu', got 'mlp3x_gelu'"),
+        ({"mm_projector_type": "cabstractor"}, "mm_projector_type: expected one of linear, .*got 'cabstractor'"),
         ({"s2": True, "s2_scales": "336;672"}, "s2_scales: expected sides in pixels"),
     ],
 )

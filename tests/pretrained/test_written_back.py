@@ -57,11 +57,19 @@ def test_the_defaults_of_internvl_are_those_of_the_6b_model():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "internvl_chat"}, "internvl_chat: expected the key vision_config"),
+        ({"model_type": "internvl_chat"}, "internvl_chat: expected the keys vision_config, llm_config"),
+        (
+            {"model_type": "internvl_chat", "vision_config": {}, "llm_config": {}, "ps_version": "v3"},
+            "ps_version: expected 'v1' or 'v2', got 'v3'",
+        ),
         ({"model_type": "intern_vit_6b", "norm_type": "batch_norm"}, "norm_type: expected 'rms_norm' or 'layer_norm'"),
         (
-            {"model_type": "deepseek_vl_v2", "vision_config": {"class_token": True}},
+            {"model_type": "deepseek_vl_v2", "vision_config": {"class_token": True}, "projector_config": {}},
             "vision_config.class_token: expected False, got True",
+        ),
+        (
+            {"model_type": "deepseek_vl_v2", "vision_config": {}, "projector_config": {"projector_type": "identity"}},
+            "projector_config.projector_type: expected 'downsample_mlp_gelu' or",
         ),
     ],
 )

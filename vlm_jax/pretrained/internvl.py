@@ -1,11 +1,13 @@
-"""InternVL as its own release stores it: InternViT, alone or as the tower of a chat model."""
+"""InternVL as its own release stores it: InternViT alone, or with the projector of a chat model."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.checkpoints.maps import internvl as maps
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import vit_fields
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches, resizer
@@ -26,10 +28,16 @@ VISION_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "initializer_factor": 0.1,
 }
-DEFAULTS: dict[str, Any] = {"vision_config": REQUIRED, "select_layer": -1}
+DEFAULTS: dict[str, Any] = {
+    "vision_config": REQUIRED,
+    "llm_config": REQUIRED,
+    "select_layer": -1,
+    "downsample_ratio": 0.5,
+    "ps_version": "v1",
+}
 NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
 PREFIX = "vision_model."
-NOT_VISION = (r"language_model\..*", r"mlp1\..*")
+BESIDE = (r"language_model\..*",)
 
 
 def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
@@ -66,22 +74,32 @@ def vision_rules(vit: ViT) -> tuple[Rule, ...]:
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`InternVLChatModel`'s tower; projector and language model are carried along."""
+    """`InternVLChatModel`'s tower and projector; the language model is carried along."""
     del checkpoint  # the release has one schema
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     settings = with_defaults(config, DEFAULTS, "internvl_chat")
+    check_supported(settings, {"ps_version": ("v1", "v2")}, "internvl_chat")
     section = with_defaults(settings["vision_config"], VISION_DEFAULTS, "internvl_chat.vision_config")
     vit = vision_tower(
         section,
         "internvl_chat.vision_config",
         select_layer=settings["select_layer"],
-        dtype=dtype,
-        param_dtype=param_dtype,
+        **dtypes,
+    )
+    connector = PixelShuffle(
+        with_defaults(settings["llm_config"], {"hidden_size": REQUIRED}, "internvl_chat.llm_config")["hidden_size"],
+        factor=round(1 / settings["downsample_ratio"]),
+        version=settings["ps_version"],
+        **dtypes,
     )
     return Description(
-        vit,
+        VisualPrefix(vit, connector),
         (image_shape(vit, section["num_channels"]),),
-        prefixed(vision_rules(vit), PREFIX),
-        (*NOT_VISION, *left_out(vit, f"{PREFIX}encoder.layers.")),
+        (
+            *prefixed(vision_rules(vit), PREFIX, "encoder/"),
+            *prefixed(maps.projector_rules(), target="connector/"),
+        ),
+        (*BESIDE, *left_out(vit, f"{PREFIX}encoder.layers.")),
     )
 
 

@@ -1,4 +1,4 @@
-"""LLaVA as its own release stores it: CLIP, at one scale or at several (S²), and a two-layer projector."""
+"""LLaVA and MobileVLM as their own releases store them: CLIP, at one scale or at several (S²), and a projector."""
 
 import re
 from collections.abc import Mapping
@@ -7,15 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.checkpoints.maps.torch_layers import linear
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.config import did_you_mean
-from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.encoders.multiscale import MultiScale
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip
 from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.projector import mm_projector
 from vlm_jax.pretrained.tables import image_shape, left_out
 
 # The config names its tower on the hub; these are what differs from the defaults in the tower's own config.
@@ -24,7 +23,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": {**_LARGE, "patch_size": 14, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_LARGE, "patch_size": 14, "image_size": 336},
 }
-# llava/model/multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py.
+# llava/model/multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py; MobileVLM took them over.
 DEFAULTS: dict[str, Any] = {
     "hidden_size": REQUIRED,
     "mm_projector_type": "linear",
@@ -35,14 +34,13 @@ DEFAULTS: dict[str, Any] = {
     "s2_scales": "336,672,1008",
 }
 PREFIX = "model.vision_tower.vision_tower.vision_model."
-PROJECTOR = "model.mm_projector."
 BESIDE = (r"lm_head\..*", r"model\.(embed_tokens|layers|norm)\..*", r"model\.image_newline")
 
 
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`LlavaLlamaForCausalLM`'s tower and projector; the language model is carried along.
+    """Tower and projector of a `LlavaLlamaForCausalLM` or a `MobileLlamaForCausalLM`; the rest is carried along.
 
     The tower's settings are those of `TOWERS` under `mm_vision_tower`, or the key `vision_tower_config`
     of the config, which no release has: the tower's own config.
@@ -53,25 +51,19 @@ def describe(
     """
     del checkpoint  # the release has one schema
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    settings = with_defaults(config, DEFAULTS, "llava")
-    check_supported(settings, {"mm_projector_type": ("mlp2x_gelu",)}, "llava")
-    encoder, pixels, rules, ignore = tower(settings, dtypes)
-    connector = MlpConnector(settings["hidden_size"], **dtypes)
-    projector = (*linear(f"{PROJECTOR}0", "connector/mlp/up"), *linear(f"{PROJECTOR}2", "connector/mlp/down"))
-    rules = (*prefixed(rules, target="encoder/"), *projector)
+    where = config["model_type"]
+    settings = with_defaults(config, DEFAULTS, where)
+    encoder, pixels, rules, ignore = _tower(settings, where, dtypes)
+    connector, projector = mm_projector(settings["mm_projector_type"], settings["hidden_size"], where, **dtypes)
+    rules = (*prefixed(rules, target="encoder/"), *prefixed(projector, target="connector/"))
     return Description(VisualPrefix(encoder, connector), (pixels,), rules, (*BESIDE, *ignore))
 
 
-def tower(
-    settings: Mapping[str, Any], dtypes: Mapping[str, Any]
+def _tower(
+    settings: Mapping[str, Any], where: str, dtypes: Mapping[str, Any]
 ) -> tuple[ViT | MultiScale, jax.ShapeDtypeStruct, tuple[Rule, ...], tuple[str, ...]]:
-    """The encoder, the shape of an input, its rules and the patterns of keys that it has no use for.
-
-    Args:
-      settings: the released config with `DEFAULTS` in place.
-      dtypes: `dtype` and `param_dtype`.
-    """
-    check_supported(settings, {"mm_vision_select_feature": ("patch", "cls_patch")}, "llava")
+    """The encoder, the shape of an input, its rules and the patterns of keys that it has no use for."""
+    check_supported(settings, {"mm_vision_select_feature": ("patch", "cls_patch")}, where)
     name = settings["mm_vision_tower"]
     section = settings.get("vision_tower_config", TOWERS.get(name))
     if section is None:

@@ -1,4 +1,4 @@
-"""DeepSeek-VL2's SigLIP: patches, blocks, features, and the heads that the model itself has no use for."""
+"""DeepSeek-VL2's SigLIP and projector, and the heads that the model itself has no use for."""
 
 import pathlib
 
@@ -16,11 +16,9 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.pooling import MapHead
 from vlm_jax.processors.image import normalize
 
-PROJECTOR = "the projector, which the package does not load so far"
 LANGUAGE = "the language model, which the package does not load so far"
 NOT_COMPARED = {
-    r"proj\.out": PROJECTOR,
-    r"layout\..*": "2D layout of the projector's tokens: " + PROJECTOR,
+    r"layout\..*": "2D layout of tiles with image_newline and view_seperator, a processor's task",
     r"(mm|sft|batch)\.(sft_format|input_ids|labels|images.*|attention_mask|num_tiles|position_ids)": (
         "the chat and image processor, which gives the model's inputs"
     ),
@@ -30,7 +28,7 @@ NOT_COMPARED = {
 
 def _pooled(model, tokens: jax.Array) -> jax.Array:
     """The attention pooling that the checkpoint holds and the model does not use."""
-    vit = model.module
+    vit = model.module.encoder
     head = MapHead(vit.num_heads, vit.mlp_dim, "gelu", vit.norm_epsilon)
     rules = (
         Rule("latent", "probe", Reshape((1, 1, vit.width), (1, vit.width))),
@@ -55,19 +53,22 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     pixels = np.stack([normalize(tile, (0.5,) * 3, (0.5,) * 3) for tile in tiles])
     model = vlm_jax.from_pretrained(folder)
 
+    vit, params = model.module.encoder, model.params["encoder"]
+
     @jax.jit
     def run(params, pixels):
         def patches(part, _):
             return part.name == "patch_embed"
 
-        return model.module.apply({"params": params}, pixels, collect=True, capture_intermediates=patches)
+        return vit.apply({"params": params}, pixels, collect=True, capture_intermediates=patches)
 
-    features, state = run(model.params, jnp.asarray(pixels))
+    features, state = run(params, jnp.asarray(pixels))
     found = {f"vit.block.{i}": hidden for i, hidden in enumerate(features.hidden[1:])}
     found["vit.pixels"] = pixels.transpose(0, 3, 1, 2)
     found["vit.patch_embed"] = state["intermediates"]["patch_embed"]["__call__"][0]
     found["vit.features"] = features.tokens
-    norm = Norm("layer", model.module.norm_epsilon)
-    found["vit.penultimate_normed"] = norm.apply({"params": model.params["final_norm"]}, features.hidden[-2])
+    norm = Norm("layer", vit.norm_epsilon)
+    found["vit.penultimate_normed"] = norm.apply({"params": params["final_norm"]}, features.hidden[-2])
     found["vit.pooled"] = _pooled(model, features.tokens)
+    found["proj.out"] = jax.jit(lambda x: model.apply(x).tokens)(jnp.asarray(pixels))
     return {name: np.asarray(array) for name, array in found.items()}
