@@ -1,9 +1,14 @@
 """What configs of transformers call alike in every family."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.pretrained.family import ACTIVATIONS, check_supported, one_side
+from vlm_jax.checkpoints.maps.torch_layers import linear
+from vlm_jax.checkpoints.rules import Rule, SourceTensor
+from vlm_jax.pretrained.family import ACTIVATIONS, PretrainedError, check_supported, find_prefix, one_side
+
+_LAST_LAYER = "multi_modal_projector.linear_2.weight"
 
 
 def block_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -40,3 +45,29 @@ def vit_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         "patch_size": one_side(settings["patch_size"], f"{where}.patch_size"),
         "position_interpolation": "bicubic",
     }
+
+
+def projector(checkpoint: Mapping[str, SourceTensor], where: str) -> tuple[str, int, tuple[Rule, ...]]:
+    """The two linear layers of a `multi_modal_projector`.
+
+    Args:
+      checkpoint: for the prefix of the keys, and for the decoder's width, which text configs leave out.
+      where: names the config in messages.
+
+    Returns:
+      What the projector's keys start with, its output width, and its rules for an `Mlp` named `mlp`.
+
+    Raises:
+      PretrainedError: there is no such projector.
+    """
+    prefix = find_prefix(checkpoint, _LAST_LAYER)
+    if prefix + _LAST_LAYER not in checkpoint:
+        raise PretrainedError(f"{where}: expected a tensor named {_LAST_LAYER}, which gives the width of the decoder")
+    names = f"{prefix}multi_modal_projector."
+    rules = (*linear(f"{names}linear_1", "mlp/up"), *linear(f"{names}linear_2", "mlp/down"))
+    return names, checkpoint[prefix + _LAST_LAYER].shape[0], rules
+
+
+def beside_parts(*prefixes: str) -> str:
+    """The pattern of every key that starts with none of the prefixes."""
+    return f"(?!{'|'.join(map(re.escape, prefixes))}).*"

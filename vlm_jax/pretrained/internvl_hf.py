@@ -1,0 +1,102 @@
+"""InternVL as transformers stores it: InternViT and its projector."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.checkpoints.maps.internvl import hf_encoder_rules
+from vlm_jax.checkpoints.maps.torch_layers import layer_norm
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.connectors.pixel_shuffle import PixelShuffle
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.hugging_face import beside_parts, projector, vit_fields
+from vlm_jax.pretrained.internvl import NORMS
+from vlm_jax.pretrained.tables import image_shape, left_out, num_patches
+
+# transformers, models/internvl/configuration_internvl.py.
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "intermediate_size": 4096,
+    "hidden_act": "gelu",
+    "norm_type": "layer_norm",
+    "layer_norm_eps": 1e-6,
+    "image_size": 448,
+    "patch_size": 14,
+    "num_channels": 3,
+    "use_mask_token": False,
+    "use_absolute_position_embeddings": True,
+    "layer_scale_init_value": 0.1,
+    "use_mean_pooling": True,
+}
+DEFAULTS: dict[str, Any] = {
+    "vision_config": REQUIRED,
+    "downsample_ratio": 0.5,
+    "projector_hidden_act": "gelu",
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+}
+_QK_EPSILON = 1e-6  # of the class, whatever layer_norm_eps says
+
+
+def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+    """The ViT of an `InternVLVisionConfig` without the norm behind it.
+
+    Args:
+      config: the released section.
+      where: names the section in messages.
+      **fields: more fields of `ViT`, or other values.
+    """
+    settings = with_defaults(config, VISION_DEFAULTS, where)
+    known: dict[str, tuple[Any, ...]] = {
+        "norm_type": tuple(NORMS),
+        "use_mask_token": (False,),
+        "use_absolute_position_embeddings": (True,),
+        "use_mean_pooling": (True,),
+    }
+    if settings["use_qk_norm"]:
+        known["layer_norm_eps"] = (_QK_EPSILON,)
+    check_supported(settings, known, where)
+    own = {
+        **vit_fields(settings, where),
+        "norm": NORMS[settings["norm_type"]],
+        "qkv_bias": settings["attention_bias"],
+        "qk_norm": "rms" if settings["use_qk_norm"] else None,
+        "qk_norm_over": "width",
+        "layer_scale": settings["layer_scale_init_value"],
+        "class_token": True,
+        "class_position": True,
+        "final_norm": "none",
+    }
+    return ViT(**{**own, **fields})
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """Tower and projector of an `InternVLModel`, or of what generates with one; the rest is carried along."""
+    where, dtypes = "internvl", {"dtype": dtype, "param_dtype": param_dtype}
+    settings = with_defaults(config, DEFAULTS, where)
+    known = {"projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",)}
+    check_supported(settings, known, where)
+    section = with_defaults(settings["vision_config"], VISION_DEFAULTS, f"{where}.vision_config")
+    vit = vision_tower(section, f"{where}.vision_config", select_layer=settings["vision_feature_layer"], **dtypes)
+    tower = find_prefix(checkpoint, "embeddings.cls_token")
+    names, width, projector_rules = projector(checkpoint, where)
+    connector = PixelShuffle(width, factor=round(1 / settings["downsample_ratio"]), **dtypes)
+    encoder_rules = hf_encoder_rules(
+        width=vit.width, num_patches=num_patches(vit), qkv_bias=vit.qkv_bias, rms=vit.norm == "rms"
+    )
+    return Description(
+        VisualPrefix(vit, connector),
+        (image_shape(vit, section["num_channels"]),),
+        (
+            *prefixed(encoder_rules, tower, "encoder/"),
+            *prefixed((*layer_norm(f"{names}layer_norm", "norm"), *projector_rules), target="connector/"),
+        ),
+        (beside_parts(tower, names), *left_out(vit, f"{tower}encoder.layer.")),
+    )

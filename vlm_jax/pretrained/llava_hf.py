@@ -1,0 +1,65 @@
+"""LLaVA and LLaVA-NeXT as transformers stores them: CLIP and a two-layer projector."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.connectors.mlp import MlpConnector
+from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained import clip, llava
+from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.hugging_face import beside_parts, projector
+from vlm_jax.pretrained.tables import image_shape, left_out
+
+# transformers, models/llava/configuration_llava.py and models/llava_next/configuration_llava_next.py.
+DEFAULTS: dict[str, Any] = {
+    "vision_config": REQUIRED,
+    "projector_hidden_act": "gelu",
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+    "multimodal_projector_bias": True,
+}
+
+
+def describe(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+) -> Description:
+    """Tower and projector of what generates with a `LlavaModel` or a `LlavaNextModel`; the rest is carried along.
+
+    LLaVA's own releases call themselves `llava` as well; those with `mm_vision_tower` are read as such.
+    """
+    where, dtypes = config["model_type"], {"dtype": dtype, "param_dtype": param_dtype}
+    if "mm_vision_tower" in config:
+        return llava.describe(config, checkpoint, **dtypes)
+    settings = with_defaults(config, DEFAULTS, where)
+    known = {
+        "projector_hidden_act": ("gelu",),
+        "vision_feature_select_strategy": ("default", "full"),
+        "multimodal_projector_bias": (True,),
+    }
+    check_supported(settings, known, where)
+    section = settings["vision_config"]
+    check_supported(section, {"model_type": ("clip_vision_model",)}, f"{where}.vision_config")
+    vit = clip.vision_tower(
+        section,
+        f"{where}.vision_config",
+        pooling="none",
+        final_norm="none",
+        select_layer=settings["vision_feature_layer"],
+        keep_class_token=settings["vision_feature_select_strategy"] == "full",
+        **dtypes,
+    )
+    tower = find_prefix(checkpoint, "embeddings.class_embedding")
+    names, width, projector_rules = projector(checkpoint, where)
+    ignore = (
+        beside_parts(tower, names),
+        re.escape(tower) + r"(post_layernorm|embeddings\.position_ids).*",
+        *left_out(vit, f"{tower}encoder.layers."),
+    )
+    rules = (
+        *prefixed(clip.vision_rules(vit), tower, "encoder/"),
+        *prefixed(projector_rules, target="connector/"),
+    )
+    pixels = image_shape(vit, section.get("num_channels", 3))
+    return Description(VisualPrefix(vit, MlpConnector(width, **dtypes)), (pixels,), rules, ignore)
