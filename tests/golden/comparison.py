@@ -137,6 +137,12 @@ def compare(entry: Mapping[str, Any], ours: Any, theirs: np.ndarray) -> str | No
     return _compare_numbers(ours, theirs, float(atol or 0.0), float(rtol), bool(entry.get("scaled", False)))
 
 
+def step(entry: Mapping[str, Any]) -> int:
+    """Which tokens an array holds, by the manifest: `every 3rd SAM token`; all of them where it does not say."""
+    found = re.search(r"every (\d+)(?:st|nd|rd|th)", entry["meaning"])
+    return int(found.group(1)) if found else 1
+
+
 def _compare_numbers(ours: np.ndarray, theirs: np.ndarray, atol: float, rtol: float, scaled: bool) -> str | None:
     with np.errstate(all="ignore"):
         ours64, theirs64 = ours.astype(np.float64), theirs.astype(np.float64)

@@ -69,7 +69,7 @@ def test_the_defaults_of_internvl_are_those_of_the_6b_model():
         ),
         (
             {"model_type": "deepseek_vl_v2", "vision_config": {}, "projector_config": {"projector_type": "identity"}},
-            "projector_config.projector_type: expected 'downsample_mlp_gelu' or",
+            "projector_config.projector_type: expected 'linear' or",
         ),
     ],
 )

@@ -3,17 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
-
 from vlm_jax.checkpoints.maps.deepseek_vl import siglip_rules
-from vlm_jax.checkpoints.maps.deepseek_vl2 import projector_rules
-from vlm_jax.checkpoints.maps.torch_layers import linear, linear_stack
-from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
-from vlm_jax.connectors.mlp import MlpConnector
-from vlm_jax.connectors.pixel_shuffle import PixelShuffle
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, with_defaults
+from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.tables import image_shape, num_patches
 
 # deepseek_vl2/models/modeling_deepseek_vl_v2.py, VisionEncoderConfig and MlpProjectorConfig.
@@ -30,9 +25,6 @@ PROJECTOR_DEFAULTS: dict[str, Any] = {
     "projector_type": "downsample_mlp_gelu",
     "input_dim": 1152,
     "n_embed": 2048,
-    "depth": 2,
-    "mlp_ratio": 1,
-    "downsample_ratio": 2,
     "token_pooling": False,
 }
 BESIDE = (r"language\..*", "image_newline", "view_seperator")
@@ -47,45 +39,14 @@ def describe(
     where, dtypes = "deepseek_vl_v2", {"dtype": dtype, "param_dtype": param_dtype}
     settings = with_defaults(config, {"vision_config": REQUIRED, "projector_config": REQUIRED}, where)
     vit = vision_tower(settings["vision_config"], f"{where}.vision_config", **dtypes)
-    connector, connector_rules = projector(settings["projector_config"], f"{where}.projector_config", **dtypes)
+    section = with_defaults(settings["projector_config"], PROJECTOR_DEFAULTS, f"{where}.projector_config")
+    check_supported(section, {"token_pooling": (False,)}, f"{where}.projector_config")
+    connector, projector = mlp_projector(section, f"{where}.projector_config", source="projector", **dtypes)
     rules = (
         *prefixed(siglip_rules(num_patches=num_patches(vit), width=vit.width), "vision.", "encoder/"),
-        *prefixed(connector_rules, target="connector/"),
+        *prefixed(projector, target="connector/"),
     )
     return Description(VisualPrefix(vit, connector), (image_shape(vit, 3),), rules, (*BESIDE, *UNUSED))
-
-
-def projector(config: Mapping[str, Any], where: str, **dtypes: Any) -> tuple[nn.Module, tuple[Rule, ...]]:
-    """The connector of an `MlpProjectorConfig`, and its rules.
-
-    Args:
-      config: the released section.
-      where: names the section in messages.
-      **dtypes: `dtype` and `param_dtype`.
-    """
-    settings = with_defaults(config, PROJECTOR_DEFAULTS, where)
-    known = ("downsample_mlp_gelu", "mlp_gelu", "linear")
-    check_supported(settings, {"projector_type": known, "token_pooling": (False,)}, where)
-    kind, features, depth = settings["projector_type"], settings["n_embed"], settings["depth"]
-    if kind == "linear":
-        return MlpConnector(features, depth=1, **dtypes), linear("projector.layers", "mlp/down")
-    if kind == "mlp_gelu":
-        return MlpConnector(features, depth=depth, **dtypes), linear_stack("projector.layers", "mlp", depth)
-    connector = PixelShuffle(
-        features,
-        factor=settings["downsample_ratio"],
-        norm=None,
-        mlp_dim=features * settings["mlp_ratio"],
-        depth=max(depth, 2),  # the release's code always has a last layer
-        **dtypes,
-    )
-    rules = projector_rules(
-        width=settings["input_dim"],
-        factor=connector.factor,
-        hidden_dim=features * settings["mlp_ratio"],
-        depth=connector.depth,
-    )
-    return connector, rules
 
 
 def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:

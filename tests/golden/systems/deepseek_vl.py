@@ -2,13 +2,13 @@
 
 import json
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import vlm_jax
+from tests.golden.comparison import step
 from vlm_jax.encoders.hybrid import Hybrid
 
 LANGUAGE = "computed by the language model from the visual tokens"
@@ -20,12 +20,6 @@ def load(folder: pathlib.Path):
     config = json.loads((folder / "config.json").read_text())
     registry = json.loads((folder / "tiny_registry.json").read_text())
     return vlm_jax.from_pretrained(folder, config={**config, "model_registry": registry})
-
-
-def step(entry: dict) -> int:
-    """Which tokens an array holds: `every 3rd SAM token`; all of them where it does not say."""
-    found = re.search(r"every (\d+)(?:st|nd|rd|th)", entry["meaning"])
-    return int(found.group(1)) if found else 1
 
 
 def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Array]:

@@ -11,7 +11,7 @@ import numpy as np
 from tests.golden import comparison
 from vlm_jax.checkpoints.rules import import_params
 from vlm_jax.losses.cross_entropy import cross_entropy
-from vlm_jax.pretrained.deepseek_vl2 import projector
+from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.types import VisualFeatures
 
 LANGUAGE = "the language model (router, rotary positions), which the package does not have so far"
@@ -26,7 +26,7 @@ _IGNORED = -100
 def _projected(settings: dict, x: np.ndarray, tensors: dict[str, np.ndarray]) -> np.ndarray | jax.Array:
     if settings["projector_type"] == "identity":
         return x
-    connector, rules = projector(settings, "projectors")
+    connector, rules = mlp_projector(settings, "projectors", source="projector")
     features = VisualFeatures(jnp.asarray(x), jnp.ones(x.shape[:2], bool), (settings["grid"],) * 2)
     init = functools.partial(connector.init, deterministic=True)
     params = import_params(rules, tensors, jax.eval_shape(init, jax.random.key(0), features)["params"])

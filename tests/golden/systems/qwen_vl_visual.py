@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden.comparison import step
 from tests.golden.systems.pixels import CLIP, normalised
 from vlm_jax import from_pretrained
 from vlm_jax.layers.position_embedding import sincos_2d
@@ -48,9 +49,9 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
         }
 
     def shown(name: str, array: jax.Array) -> jax.Array:
-        """The images and the tokens that the folder holds: the first ones, and one in every so many."""
-        count, tokens = manifest[name]["shape"][:2]
-        return array[:count] if array.ndim == 2 else array[:count, :: array.shape[1] // tokens]
+        """The images and the tokens that the folder holds: the first ones, and one in every so many of them."""
+        array = array[: manifest[name]["shape"][0]]
+        return array if array.ndim == 2 else array[:, :: step(manifest[name])]
 
     found = {}
     for name, array in inputs.items():
