@@ -185,8 +185,8 @@ def test_a_token_is_real_when_a_real_feature_reaches_it(kind):
 def test_every_parameter_has_a_finite_gradient(kind):
     connector, params = trained(kind)
 
-    def loss(params):
-        out = connector.apply(params, images((4, 8)), deterministic=True)
+    def loss(params):  # as in training, where a kind may draw
+        out = connector.apply(params, images((4, 8)), deterministic=False, rngs={"connect": jax.random.key(0)})
         return jnp.sum(jnp.sin(out.tokens + jnp.arange(WIDTH_OUT)[None, None]))
 
     for path, grad in leaves(jax.jit(jax.grad(loss))(params)).items():

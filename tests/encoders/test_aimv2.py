@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vlm_jax.encoders.aimv2 import AIMv2, merge_neighbours
+from vlm_jax.encoders.aimv2 import AIMv2
 
 ENCODER = AIMv2((10, 10), 2, width=8, depth=3, num_heads=2, mlp_dim=12)
 IMAGES = np.random.default_rng(0).normal(size=(2, 10, 10, 3)).astype(np.float32)
@@ -23,38 +23,23 @@ def encode(**fields):
     return jax.jit(functools.partial(ENCODER.clone(**fields).apply, collect=True))(params(), jnp.asarray(IMAGES))
 
 
-@pytest.mark.parametrize(("grid", "stride"), [((5, 5), 2), ((4, 6), 2), ((3, 4), 3), ((2, 3), 1)])
-def test_neighbours_lie_side_by_side_and_edges_are_zeros(grid, stride):
-    x = np.random.default_rng(0).normal(size=(2, grid[0] * grid[1], 3)).astype(np.float32)
-    merged = merge_neighbours(jnp.asarray(x), grid, stride)
-    square = x.reshape(2, *grid, 3)
-    rows, cols = (-(-side // stride) for side in grid)
-    assert merged.shape == (2, rows * cols, 3 * stride**2)
-    for row in range(rows * stride):
-        for col in range(cols * stride):
-            place = 3 * (row % stride * stride + col % stride)
-            found = merged[:, row // stride * cols + col // stride, place : place + 3]
-            inside = row < grid[0] and col < grid[1]
-            np.testing.assert_array_equal(found, square[:, row, col] if inside else np.zeros((2, 3)))
-
-
-def test_features_are_the_last_block_merged():
+def test_features_are_the_last_block():
     features = encode()
-    assert features.grid == ENCODER.grid(10, 10) == (3, 3) and ENCODER.features == 32
-    np.testing.assert_allclose(features.tokens, merge_neighbours(features.hidden[-1], (5, 5), 2), atol=1e-6)
+    assert features.grid == ENCODER.grid(10, 10) == (5, 5) and ENCODER.features == 8
+    np.testing.assert_array_equal(features.tokens, features.hidden[-1])
 
 
-def test_the_final_norm_comes_before_merging():
+def test_the_final_norm():
     features = encode(final_norm=True)
     x = np.asarray(features.hidden[-1], np.float64)
     scale = params()["params"]["final_norm"]["scale"]
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
-    np.testing.assert_allclose(features.tokens, merge_neighbours(jnp.asarray(normed), (5, 5), 2), atol=1e-5)
+    np.testing.assert_allclose(features.tokens, normed, atol=1e-5)
 
 
 @pytest.mark.parametrize("select", [0, -2])
 def test_select_layer_gives_a_hidden_state_as_it_is(select):
-    selected = ENCODER.clone(select_layer=select, final_norm=True, hidden_stride=1)
+    selected = ENCODER.clone(select_layer=select, final_norm=True)
     shapes = jax.eval_shape(selected.init, jax.random.key(0), IMAGES)["params"]
     assert "final_norm" not in shapes and ("blocks" in shapes) == (select != 0)
     kept = dict(params()["params"])

@@ -24,14 +24,10 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def block_of(encoder):
-    return encoder.merge_size if isinstance(encoder, QwenViT) else encoder.hidden_stride
-
-
 def packed_for(encoder, grids=GRIDS, seed=0, **more):
     count = int(np.prod(grids, axis=1).sum())
     patches = np.random.default_rng(seed).normal(size=(count, encoder.patch_dim)).astype(np.float32)
-    return pack(patches, grids, merge_size=block_of(encoder), window=encoder.window, **more)
+    return pack(patches, grids, merge_size=encoder.merge_size, window=encoder.window, **more)
 
 
 @functools.cache
@@ -53,11 +49,9 @@ def test_features_come_in_the_processors_order_with_their_mask(kind):
     encoder = KINDS[kind]
     packed = packed_for(encoder, length=192)
     together = encode(kind)(params_of(kind), packed)
-    group = 192 // together.tokens.shape[1]
-    assert together.tokens.shape == (1, 192 // group, encoder.features)
-    block = 2 if isinstance(encoder, QwenViT) else 1
-    assert together.grid == (block, 192 // group // block) and together.block == block
-    np.testing.assert_array_equal(together.mask[0], np.arange(192 // group) < 104 // group)
+    assert together.tokens.shape == (1, 192, encoder.features)
+    assert together.grid == (2, 96) and together.block == encoder.merge_size == 2
+    np.testing.assert_array_equal(together.mask[0], np.arange(192) < 104)
     assert together.hidden.shape == (encoder.depth + 1, 1, 192, encoder.width)
     patches = packed_for(encoder).patches[0]
     if packed.order is not None:
@@ -65,9 +59,9 @@ def test_features_come_in_the_processors_order_with_their_mask(kind):
     start = 0
     for grid in [(1, 6, 4), (1, 4, 10), (1, 4, 10)]:  # a video's frames are images of their own
         stop = start + grid[1] * grid[2]
-        alone = pack(patches[start:stop], [grid], merge_size=block_of(encoder), window=encoder.window, length=192)
+        alone = pack(patches[start:stop], [grid], merge_size=encoder.merge_size, window=encoder.window, length=192)
         features = encode(kind)(params_of(kind), alone)
-        expected = together.tokens[0, start // group : stop // group]
+        expected = together.tokens[0, start:stop]
         np.testing.assert_allclose(features.tokens[0, : len(expected)], expected, atol=1e-4)
         np.testing.assert_allclose(features.hidden[:, 0, : stop - start], together.hidden[:, 0, start:stop], atol=1e-4)
         start = stop
@@ -79,7 +73,8 @@ def test_the_grid_is_known_before_init(kind):
     rows, cols = encoder.grid(12, 20)
     packed = packed_for(encoder, [(1, 6, 10)])
     features = jax.eval_shape(encoder.apply, params_of(kind), packed)
-    assert int(np.sum(packed.segment_ids > 0)) // (packed.segment_ids.size // features.tokens.shape[1]) == rows * cols
+    assert features.tokens.shape[1] == packed.segment_ids.size
+    assert np.sum(packed.segment_ids > 0) == rows * cols
     for size in ((12, 18), (6, 20), (0, 4)):
         with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels .* multiple of 4"):
             encoder.grid(*size)

@@ -153,15 +153,13 @@ def test_parameters_are_stacked_and_named():
     assert not np.array_equal(kernel.value[0], kernel.value[1])
 
 
-def test_restore_order_of_patches_and_of_blocks():
+def test_restore_order():
     packed = packed_patches(length=160)
     count = int(np.prod(GRIDS, axis=1).sum())
     places = jnp.arange(160.0)[None, :, None]
     np.testing.assert_array_equal(restore_order(places, packed)[0, :count, 0], packed.order[0, :count])
     stacked = restore_order(jnp.stack([places, places + 1]), packed)
     np.testing.assert_array_equal(stacked[1], stacked[0] + 1)
-    blocks = restore_order(places[:, ::4], packed, group=4)
-    np.testing.assert_array_equal(blocks[0, :, 0], packed.order[0, ::4])
 
 
 def test_layers_outside_the_stack_and_missing_windows_are_refused():

@@ -9,8 +9,9 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
   `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets;
 - `__call__(features: VisualFeatures, *, deterministic: bool) -> VisualTokens`; what a masked
   feature holds changes nothing, and features in blocks (`VisualFeatures.block`) give the tokens that
-  those in rows give, in any order, or raise `InfeasibleGrid`. A kind that reads more than features takes
-  it as a further argument whose default is None, as `qformer` takes an `instruction`.
+  those in rows give, in any order, or raise `InfeasibleGrid`. Without `deterministic` a kind may draw
+  from the rng stream `connect`. A kind that reads more than features takes it as a further argument whose
+  default is None, as `qformer` takes an `instruction`.
 
 Those of `PACKED_CONNECTORS` also take packed images, several in a sequence: a token is made of one block of
 neighbours, so that the tokens of one image follow those of the image before.
@@ -28,6 +29,7 @@ from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.qformer import QFormer
 from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.connectors.token_packer import TokenPacker
+from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
 
 CONNECTORS = {
     "mlp": MlpConnector,
@@ -35,6 +37,7 @@ CONNECTORS = {
     "pool": Pool,
     "concat": Concat,
     "pixel_shuffle": PixelShuffle,
+    "visual_vocabulary": VisualVocabulary,
     "ldp": LDP,
     "ldp_v2": LDPv2,
     "resampler": Resampler,
@@ -43,4 +46,4 @@ CONNECTORS = {
     "c_abstractor": CAbstractor,
     "token_packer": TokenPacker,
 }
-PACKED_CONNECTORS = ("mlp", "concat", "pixel_shuffle")
+PACKED_CONNECTORS = ("mlp", "concat", "pixel_shuffle", "visual_vocabulary")

@@ -1,4 +1,4 @@
-"""AIMv2, the vision tower of Ovis 2: RMSNorm, SwiGLU, a norm on patches, neighbours merged into features."""
+"""AIMv2, the vision tower of Ovis 2: RMSNorm, SwiGLU, a norm on patches."""
 
 from typing import Any
 
@@ -17,10 +17,7 @@ from vlm_jax.types import Grid, VisualFeatures
 
 
 class AIMv2(nn.Module):
-    """Patches, their norm, positions, `depth` blocks; hidden_stride ** 2 neighbours make one feature.
-
-    A grid that hidden_stride does not divide is padded with zeros at the bottom and the right, after
-    the blocks; the padding is part of the features at the edge.
+    """Patches, their norm, positions, `depth` blocks.
 
     Attributes:
       image_size: (height, width) in pixels of training; the position table's size comes of it.
@@ -29,7 +26,6 @@ class AIMv2(nn.Module):
       depth: number of blocks.
       num_heads: attention heads.
       mlp_dim: hidden width of the feed-forward.
-      hidden_stride: side in patches of a feature, whose width is width * hidden_stride ** 2.
       qkv_bias: biases on query, key and value.
       use_bias: biases on the other linear layers of the blocks.
       final_norm: normalises features after the last block. Ovis 2 does not, its port in transformers does.
@@ -50,7 +46,6 @@ class AIMv2(nn.Module):
     depth: int
     num_heads: int
     mlp_dim: int
-    hidden_stride: int = 2
     qkv_bias: bool = False
     use_bias: bool = False
     final_norm: bool = False
@@ -64,9 +59,9 @@ class AIMv2(nn.Module):
     @property
     def features(self) -> int:
         """Width D_v of the features."""
-        return self.width * self.hidden_stride**2
+        return self.width
 
-    def patch_grid(self, height: int, width: int) -> Grid:
+    def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches of an image of `height` x `width` pixels; a rest is dropped.
 
         Raises:
@@ -77,15 +72,6 @@ class AIMv2(nn.Module):
             raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}")
         return grid
 
-    def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of features of an image of `height` x `width` pixels.
-
-        Raises:
-          ValueError: not even one patch fits.
-        """
-        rows, cols = self.patch_grid(height, width)
-        return -(-rows // self.hidden_stride), -(-cols // self.hidden_stride)
-
     @nn.compact
     def __call__(self, images: Float[Array, "B height width channels"], *, collect: bool = False) -> VisualFeatures:
         """Encodes normalised pixels; `collect` also returns every block's input in `hidden`."""
@@ -94,8 +80,8 @@ class AIMv2(nn.Module):
         height, width = images.shape[1:3]
         x = PatchEmbed(self.patch_size, self.width, name="patch_embed", **settings)(images)
         x = Norm(name="patch_norm", **norm)(x)
-        table = LearnedPositions2D(self.patch_grid(*self.image_size), self.width, self.param_dtype, name="positions")
-        x = x + table(self.patch_grid(height, width)).astype(self.dtype)[None]
+        table = LearnedPositions2D(self.grid(*self.image_size), self.width, self.param_dtype, name="positions")
+        x = x + table(self.grid(height, width)).astype(self.dtype)[None]
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
         depth = blocks_up_to(self.select_layer, self.depth)
         stack = TransformerStack(
@@ -120,22 +106,5 @@ class AIMv2(nn.Module):
             x, _, hidden = stack(x, Context("full"), collect=collect)
         if self.final_norm and self.select_layer is None:
             x = Norm(name="final_norm", **norm)(x)
-        x = merge_neighbours(x, self.patch_grid(height, width), self.hidden_stride)
-        mask = jnp.ones(x.shape[:2], bool)
-        return VisualFeatures(x, mask, self.grid(height, width), hidden=hidden)
+        return VisualFeatures(x, jnp.ones(x.shape[:2], bool), self.grid(height, width), hidden=hidden)
 
-
-def merge_neighbours(x: Float[Array, "B N D"], grid: Grid, stride: int) -> Float[Array, "B M E"]:
-    """Puts stride x stride neighbours side by side, in (row, column, channel) order.
-
-    Args:
-      x: features in row-major order of `grid`.
-      grid: rows and columns; zeros are added at the bottom and the right up to a multiple of stride.
-      stride: side of what becomes one feature.
-    """
-    batch, _, width = x.shape
-    rows, cols = (-(-size // stride) for size in grid)
-    x = x.reshape(batch, *grid, width)
-    x = jnp.pad(x, ((0, 0), (0, rows * stride - grid[0]), (0, cols * stride - grid[1]), (0, 0)))
-    x = x.reshape(batch, rows, stride, cols, stride, width).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, rows * cols, stride * stride * width)

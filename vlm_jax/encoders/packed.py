@@ -59,24 +59,18 @@ def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window:
 
 
 def packed_features(
-    x: Float[Array, "B M D"],
-    packed: PackedPatches,
-    hidden: Float[Array, "L B N E"] | None,
-    *,
-    group: int = 1,
-    block: int = 1,
+    x: Float[Array, "B N D"], packed: PackedPatches, hidden: Float[Array, "L B N E"] | None, *, block: int
 ) -> VisualFeatures:
-    """Features of every `group` patches, in the processor's order, with their mask.
+    """Features of patches in the processor's order, with their mask.
 
     Args:
-      x: the features, one after another.
+      x: one feature a patch.
       packed: how the patches were laid out.
       hidden: hidden states of the patches.
-      group: patches that make a feature.
-      block: side of the blocks of neighbours in which the features lie.
+      block: side of the blocks of neighbours in which the patches lie.
     """
-    real = (packed.segment_ids != PADDING_SEGMENT).astype(jnp.float32)[:, ::group, None]
-    mask = restore_order(real, packed, group=group)[..., 0] > 0
-    tokens = restore_order(x, packed, group=group)
+    real = (packed.segment_ids != PADDING_SEGMENT).astype(jnp.float32)[..., None]
+    mask = restore_order(real, packed)[..., 0] > 0
+    tokens = restore_order(x, packed)
     states = None if hidden is None else restore_order(hidden, packed)
     return VisualFeatures(tokens, mask, (block, tokens.shape[1] // block), hidden=states, block=block)

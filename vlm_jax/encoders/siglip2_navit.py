@@ -17,11 +17,11 @@ from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
 class Siglip2NaViT(nn.Module):
-    """Packed patches, positions, `depth` pre-norm blocks; hidden_stride ** 2 neighbours make one feature.
+    """Packed patches, positions, `depth` pre-norm blocks.
 
     Features are those of the last block as they are: Ovis 2.5 has a norm behind it that it never uses.
-    Images come
-    packed (`processors.patches.pack` with merge_size=hidden_stride and `window` of this module).
+    Images come packed (`processors.patches.pack` with `merge_size` and `window` of this module), and so do
+    features, in blocks of merge_size x merge_size neighbours.
 
     Attributes:
       patch_size: side of a patch in pixels.
@@ -31,7 +31,7 @@ class Siglip2NaViT(nn.Module):
       mlp_dim: hidden width of the feed-forward.
       table_side: rows and columns of the position table, which is resized to every image; None adds no
         positions to the embeddings.
-      hidden_stride: side in patches of a feature, whose width is width * hidden_stride ** 2.
+      merge_size: side in patches of the blocks in which patches and features lie.
       temporal_patch_size: frames of a patch.
       channels: colours of a pixel.
       activation: a name of `layers.mlp.ACTIVATIONS`.
@@ -55,7 +55,7 @@ class Siglip2NaViT(nn.Module):
     num_heads: int
     mlp_dim: int
     table_side: int | None = 32
-    hidden_stride: int = 2
+    merge_size: int = 2
     temporal_patch_size: int = 1
     channels: int = 3
     activation: str = "gelu_tanh"
@@ -72,14 +72,14 @@ class Siglip2NaViT(nn.Module):
     @property
     def features(self) -> int:
         """Width D_v of the features."""
-        return self.width * self.hidden_stride**2
+        return self.width
 
     @property
     def window(self) -> int | None:
-        """Side of an attention window in blocks of hidden_stride x hidden_stride patches."""
+        """Side of an attention window in blocks of merge_size x merge_size patches."""
         if self.window_size is None:
             return None
-        return window_in_blocks(self.window_size, self.patch_size, self.hidden_stride)
+        return window_in_blocks(self.window_size, self.patch_size, self.merge_size)
 
     @property
     def patch_dim(self) -> int:
@@ -97,7 +97,8 @@ class Siglip2NaViT(nn.Module):
         Raises:
           ValueError: the image is not made of whole blocks.
         """
-        return merged_grid(height, width, self.patch_size, self.hidden_stride)
+        rows, cols = merged_grid(height, width, self.patch_size, self.merge_size)
+        return rows * self.merge_size, cols * self.merge_size
 
     @nn.compact
     def __call__(self, packed: PackedPatches, *, collect: bool = False) -> VisualFeatures:
@@ -107,7 +108,7 @@ class Siglip2NaViT(nn.Module):
           ValueError: the patches were cut or packed for another encoder.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        packed = check_packed(packed, self.patch_dim, self.hidden_stride, self.window)
+        packed = check_packed(packed, self.patch_dim, self.merge_size, self.window)
         x = Dense(self.width, (axes.PATCH, axes.EMBED), name="patch_embed", **settings)(packed.patches)
         if self.table_side is not None:
             table = ResampledPositions(self.table_side, self.width, self.param_dtype, name="positions")
@@ -131,6 +132,4 @@ class Siglip2NaViT(nn.Module):
             name="blocks",
         )
         x, hidden = stack(x, packed, angles, collect=collect)
-        block = self.hidden_stride**2
-        merged = x.reshape(x.shape[0], x.shape[1] // block, block * self.width)
-        return packed_features(merged, packed, hidden, group=block)
+        return packed_features(x, packed, hidden, block=self.merge_size)

@@ -59,18 +59,17 @@ def runs(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
     return found
 
 
-def restore_order(x: Float[Array, "*L B N D"], packed: PackedPatches, *, group: int = 1) -> Float[Array, "*L B N D"]:
+def restore_order(x: Float[Array, "*L B N D"], packed: PackedPatches) -> Float[Array, "*L B N D"]:
     """Features of packed patches in the processor's order, padding last.
 
     Args:
-      x: one feature for every `group` neighbouring patches of the sequence.
+      x: one feature a patch of the sequence.
       packed: how the patches were laid out.
-      group: patches a feature; windows are made of whole groups.
     """
     if packed.order is None:
         return x
-    places = packed.order[:, ::group] // group
-    return jnp.take_along_axis(x, places.reshape((1,) * (x.ndim - 3) + (*places.shape, 1)), axis=-2)
+    places = packed.order.reshape((1,) * (x.ndim - 3) + (*packed.order.shape, 1))
+    return jnp.take_along_axis(x, places, axis=-2)
 
 
 class WindowedStack(nn.Module):

@@ -1,5 +1,6 @@
-"""The vision towers of Ovis 2 (official files and the port in transformers) and Ovis 2.5."""
+"""Towers and visual vocabularies of Ovis 2 (official files and the port in transformers) and Ovis 2.5."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,11 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.checkpoints.maps import aimv2, siglip2_navit
-from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.checkpoints.maps.ovis import vocabulary_rules
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
 from vlm_jax.encoders.aimv2 import AIMv2
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
+from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
-from vlm_jax.pretrained.qwen2_vl import beside, packed_shapes
+from vlm_jax.pretrained.qwen2_vl import packed_shapes
 
 # AIDC-AI/Ovis2, modeling_aimv2.py, AIMv2Config; sizes differ between releases and must be given.
 AIMV2_DEFAULTS: dict[str, Any] = {
@@ -26,6 +30,16 @@ AIMV2_DEFAULTS: dict[str, Any] = {
     "qkv_bias": False,
     "use_bias": False,
 }
+# AIDC-AI/Ovis2, configuration_ovis.py, BaseVisualTokenizerConfig.
+TOKENIZER_DEFAULTS: dict[str, Any] = {
+    "backbone_config": REQUIRED,
+    "vocab_size": 16384,
+    "tokenize_function": "softmax",
+    "tau": 1.0,
+    "hidden_stride": 1,
+    "drop_cls_token": False,
+}
+NUM_INDICATORS, NUM_INDICATORS_2_5 = 5, 4  # constants of the released code
 # transformers, models/ovis2/configuration_ovis2.py, Ovis2VisionConfig.
 OVIS2_HF_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1024,
@@ -40,6 +54,9 @@ OVIS2_HF_DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
     "hidden_act": "silu",
     "hidden_stride": 1,
+    "vocab_size": 16384,
+    "num_visual_indicator_tokens": 5,
+    "tokenize_function": "softmax",
 }
 # AIDC-AI/Ovis2.5-9B, configuration_ovis2_5.py, Siglip2NavitConfig.
 NAVIT_DEFAULTS: dict[str, Any] = {
@@ -62,74 +79,117 @@ NAVIT_DEFAULTS: dict[str, Any] = {
 }
 
 
+BESIDE = (r"llm\..*",)
+# What the port does under each name: it forgets tau, and differentiates its argmax as a softmax.
+HF_TOKENIZE = {"softmax": "softmax", "gumbel_argmax": "gumbel_argmax", "st_argmax": "hard_softmax"}
+_VOCABULARY = vocabulary_rules("visual_tokenizer.head.0", "visual_tokenizer.head.1", "vte")
+
+
 def describe_ovis2(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """Ovis 2 under its own names; language model, visual vocabulary and its head are carried along."""
-    tokenizer = with_defaults(
-        config.get("visual_tokenizer_config", {}), {"backbone_config": REQUIRED, "hidden_stride": 1},
-        "ovis.visual_tokenizer_config",
-    )  # fmt: skip
-    where = "ovis.visual_tokenizer_config.backbone_config"
-    settings = with_defaults(tokenizer["backbone_config"], AIMV2_DEFAULTS, where)
-    check_supported(settings, {"model_type": ("aimv2",)}, where)
-    module = AIMv2(
-        hidden_stride=tokenizer["hidden_stride"],
-        qkv_bias=settings["qkv_bias"],
-        use_bias=settings["use_bias"],
-        **_aimv2_fields(settings),
-        dtype=dtype,
-        param_dtype=param_dtype,
+    """Ovis 2 under its own names; the language model is carried along."""
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    whole = with_defaults(config, {"hidden_size": REQUIRED, "visual_tokenizer_config": REQUIRED}, "ovis")
+    where = "ovis.visual_tokenizer_config"
+    tokenizer = with_defaults(whole["visual_tokenizer_config"], TOKENIZER_DEFAULTS, where)
+    known = {"tokenize_function": ("softmax", "gumbel_argmax", "st_argmax"), "drop_cls_token": (False,)}
+    check_supported(tokenizer, known, where)
+    settings = with_defaults(tokenizer["backbone_config"], AIMV2_DEFAULTS, f"{where}.backbone_config")
+    check_supported(settings, {"model_type": ("aimv2",)}, f"{where}.backbone_config")
+    encoder = AIMv2(
+        qkv_bias=settings["qkv_bias"], use_bias=settings["use_bias"], **_aimv2_fields(settings), **dtypes
     )
-    rules = aimv2.encoder_rules(
-        width=module.width,
+    connector = VisualVocabulary(
+        features=whole["hidden_size"],
+        vocab_size=tokenizer["vocab_size"],
+        factor=tokenizer["hidden_stride"],
+        num_indicators=NUM_INDICATORS,
+        tokenize=tokenizer["tokenize_function"],
+        tau=tokenizer["tau"],
+        **dtypes,
+    )
+    tower = aimv2.encoder_rules(
+        width=encoder.width,
         num_patches=(settings["image_size"] // settings["patch_size"]) ** 2,
-        qkv_bias=module.qkv_bias,
-        use_bias=module.use_bias,
+        qkv_bias=encoder.qkv_bias,
+        use_bias=encoder.use_bias,
     )
-    names = ("preprocessor.patchifier.proj.weight", r"trunk\.post_trunk_norm\.weight")
-    return _of_images(module, settings, checkpoint, rules, *names)
+    rules = (
+        *prefixed(tower, "visual_tokenizer.backbone.", "encoder/"),
+        *prefixed(_VOCABULARY, target="connector/"),
+    )
+    ignore = (*BESIDE, r"visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.weight")
+    return Description(VisualPrefix(encoder, connector), (_pixels(encoder, settings),), rules, ignore)
 
 
 def describe_ovis2_hf(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
     """Ovis 2 as transformers stores it, which normalises features before they are merged."""
-    settings = with_defaults(config.get("vision_config", config), OVIS2_HF_DEFAULTS, "ovis2.vision_config")
-    expected = {"hidden_act": ("silu",), "mlp_bias": (settings["qkv_bias"],)}
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    whole = with_defaults(config, {"hidden_size": 1536, "vision_config": REQUIRED}, "ovis2")
+    settings = with_defaults(whole["vision_config"], OVIS2_HF_DEFAULTS, "ovis2.vision_config")
+    expected = {
+        "hidden_act": ("silu",),
+        "mlp_bias": (settings["qkv_bias"],),
+        "tokenize_function": tuple(HF_TOKENIZE),
+    }
     check_supported(settings, expected, "ovis2.vision_config")
-    module = AIMv2(
-        hidden_stride=settings["hidden_stride"],
+    encoder = AIMv2(
         qkv_bias=settings["qkv_bias"],
         use_bias=settings["mlp_bias"],
         final_norm=True,
         **_aimv2_fields(settings),
-        dtype=dtype,
-        param_dtype=param_dtype,
+        **dtypes,
     )
-    rules = aimv2.hf_encoder_rules(bias=settings["mlp_bias"])
-    return _of_images(module, settings, checkpoint, rules, "embeddings.patch_embedding.weight")
+    connector = VisualVocabulary(
+        features=whole["hidden_size"],
+        vocab_size=settings["vocab_size"],
+        factor=settings["hidden_stride"],
+        num_indicators=settings["num_visual_indicator_tokens"],
+        tokenize=HF_TOKENIZE[settings["tokenize_function"]],  # type: ignore[arg-type]
+        **dtypes,
+    )
+    prefix = find_prefix(checkpoint, "vision_tower.head_linear.weight")
+    tower = f"{prefix}vision_tower."
+    vocabulary = vocabulary_rules(f"{tower}head_linear", f"{tower}head_norm", f"{prefix}visual_embeddings_table")
+    rules = (
+        *prefixed(aimv2.hf_encoder_rules(bias=settings["mlp_bias"]), f"{tower}transformer.", "encoder/"),
+        *prefixed(vocabulary, target="connector/"),
+    )
+    ignore = (r"(model\.)?language_model\..*", r"lm_head\..*")
+    return Description(VisualPrefix(encoder, connector), (_pixels(encoder, settings),), rules, ignore)
 
 
 def describe_ovis2_5(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """Ovis 2.5; language model, visual vocabulary and its head are carried along."""
-    module = navit(config.get("vit_config", config), "ovis2_5.vit_config", dtype=dtype, param_dtype=param_dtype)
-    ending = "embeddings.patch_embedding.weight"
-    prefix = find_prefix(checkpoint, ending)
+    """Ovis 2.5; the language model is carried along."""
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    required = {"hidden_size": REQUIRED, "visual_vocab_size": 65536, "vit_config": REQUIRED}
+    whole = with_defaults(config, required, "ovis2_5")
+    encoder = navit(whole["vit_config"], "ovis2_5.vit_config", **dtypes)
+    connector = VisualVocabulary(
+        features=whole["hidden_size"],
+        vocab_size=whole["visual_vocab_size"],
+        factor=encoder.merge_size,
+        num_indicators=NUM_INDICATORS_2_5,
+        **dtypes,
+    )
+    prefix = "visual_tokenizer.vit.vision_model."
     # Released as a convolution, or as a linear layer where the config gives num_patches.
-    weight = checkpoint.get(prefix + ending)
+    weight = checkpoint.get(f"{prefix}embeddings.patch_embedding.weight")
     conv = weight is None or len(weight.shape) == 4
-    rules = siglip2_navit.encoder_rules(
-        width=module.width,
-        window=(module.channels, module.patch_size, module.patch_size) if conv else None,
-        table=module.table_side is not None,
+    tower = siglip2_navit.encoder_rules(
+        width=encoder.width,
+        window=(encoder.channels, encoder.patch_size, encoder.patch_size) if conv else None,
+        table=encoder.table_side is not None,
     )
-    inputs = packed_shapes(module.patch_dim, module.hidden_stride, module.window)
-    return Description(
-        module, (inputs,), prefixed(rules, source=prefix), beside(prefix, r"post_layernorm\.(weight|bias)")
-    )
+    rules = (*prefixed(tower, prefix, "encoder/"), *prefixed(_VOCABULARY, target="connector/"))
+    inputs = packed_shapes(encoder.patch_dim, encoder.merge_size, encoder.window)
+    ignore = (*BESIDE, re.escape(prefix) + r"post_layernorm\.(weight|bias)")
+    return Description(VisualPrefix(encoder, connector), (inputs,), rules, ignore)
 
 
 def navit(config: Mapping[str, Any], where: str, **fields: Any) -> Siglip2NaViT:
@@ -157,7 +217,7 @@ def navit(config: Mapping[str, Any], where: str, **fields: Any) -> Siglip2NaViT:
         depth=settings["num_hidden_layers"],
         num_heads=settings["num_attention_heads"],
         mlp_dim=settings["intermediate_size"],
-        hidden_stride=settings["hidden_stride"],
+        merge_size=settings["hidden_stride"],
         channels=settings["num_channels"],
         window_size=None if full is None else settings["window_size"],
         full_layers=full,
@@ -179,15 +239,5 @@ def _aimv2_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_images(
-    module: AIMv2,
-    settings: Mapping[str, Any],
-    checkpoint: Mapping[str, SourceTensor],
-    rules: tuple[Rule, ...],
-    ending: str,
-    *unused: str,
-) -> Description:
-    """The tower under the prefix of the key that ends so; all else, and what is unused, is carried along."""
-    prefix = find_prefix(checkpoint, ending)
-    pixels = jax.ShapeDtypeStruct((1, *module.image_size, settings["num_channels"]), jnp.float32)
-    return Description(module, (pixels,), prefixed(rules, source=prefix), beside(prefix, *unused))
+def _pixels(encoder: AIMv2, settings: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *encoder.image_size, settings["num_channels"]), jnp.float32)

@@ -26,7 +26,8 @@ def next_token(system: System) -> Objective:
 
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         parts = {part: params[part] for part in ("encoder", "connector", "decoder")}
-        logits = system.model.apply({"params": parts}, batch, deterministic=False, rngs={"reduce": key})
+        rngs = {"reduce": key, "connect": key}
+        logits = system.model.apply({"params": parts}, batch, deterministic=False, rngs=rngs)
         value, accuracy = cross_entropy(
             cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
         )

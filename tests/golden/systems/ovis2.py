@@ -1,41 +1,91 @@
-"""Ovis 2's vision tower (AIMv2), official and as ported to transformers.
+"""Ovis 2's vision tower (AIMv2) and visual vocabulary, official and as ported to transformers.
 
 The tower is given the official pixels, which the folder of the official code lists as an output of its
 image processor.
 """
 
 import pathlib
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import vlm_jax
 from tests.golden import comparison
+from vlm_jax.connectors.visual_vocabulary import gumbel_softmax, straight_through
+from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm
 
-VOCABULARY = "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
 NOT_COMPARED = {
     r"img\.\d+\.placeholders": "how prompts name the parts of an image: chat layout, not the tower",
     r"pixel_values": "Ovis 2's image processor, not part of the tower, which is given these pixels",
-    r"vt\.(head_logits|tokens\..*|argmax)": VOCABULARY,
-    r"vte\..*": VOCABULARY,
-    r"(gumbel|st)\..*": VOCABULARY,
-    r"mm\..*": "the whole system: needs the visual vocabulary and the language model",
+    r"mm\..*": "the whole system: needs the language model",
 }
+
+
+def straight_gradient(connector, logits) -> jax.Array:
+    """The gradient of a weighted sum of hard words, in training."""
+    weights = jnp.linspace(-1, 1, logits.shape[-1])[None, None]
+
+    def total(logits):
+        return jnp.sum(connector.apply({}, logits, deterministic=False, method="words") * weights)
+
+    return jax.grad(total)(logits)[0]
+
+
+def vocabulary(model, features, expected: dict, entries: dict, inputs: dict) -> dict[str, jax.Array]:
+    """Arrays behind the tower; those of a way to choose words are named after it."""
+    connector, variables = model.module.connector, {"params": model.params["connector"]}
+    merged = squares(features, connector.factor, "")[0]
+    logits, _ = connector.apply(variables, features, method="logits")
+    found = {"vt.features": merged.reshape(*merged.shape[:2], -1), "vt.head_logits": logits}
+    if "vt.argmax" in expected:
+        found["vt.argmax"] = jnp.argmax(logits, axis=-1)
+    hard = "hard_softmax" if "st.grad_port" in expected else "st_argmax"
+    for name, tokenize in {"softmax": "softmax", "st_argmax": hard}.items():
+        chosen = connector.clone(tokenize=tokenize)
+        columns = expected[f"vt.tokens.{name}"].shape[-1] - logits.shape[-1]  # those of the indicators
+        words = chosen.apply(variables, logits, deterministic=False, method="words")
+        found[f"vt.tokens.{name}"] = jnp.pad(words, ((0, 0), (0, 0), (0, columns)))
+        for deterministic in (False, True):  # a product with the table, and a look-up
+            out = chosen.apply(variables, features, deterministic=deterministic)
+            if f"vte.embeds.{name}" in found:
+                np.testing.assert_allclose(out.tokens, found[f"vte.embeds.{name}"], atol=1e-5)
+            found[f"vte.embeds.{name}"] = out.tokens
+    st = next(name for name in expected if name.startswith("st.grad"))
+    found[st] = straight_gradient(connector.clone(tokenize=hard), logits[:1, : len(expected[st])])
+    if "gumbel.noise" in inputs:
+        tau = float(re.search(r"tau=([\d.]+\d)", entries["gumbel.soft"]["meaning"]).group(1))
+        noise = jnp.asarray(inputs["gumbel.noise"])
+        found["gumbel.soft"] = gumbel_softmax(logits[: len(noise)], noise, tau)
+        found["gumbel.hard"] = straight_through(found["gumbel.soft"])
+    return found
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Every vision array that the folder's manifest names."""
-    expected = comparison.read(folder).expected
+    golden = comparison.read(folder)
+    expected = golden.expected
     pixels = (inputs if "pixel_values" in inputs else expected)["pixel_values"].transpose(0, 2, 3, 1)
     model = vlm_jax.from_pretrained(folder)
+    encoder, params = model.module.encoder, model.params["encoder"]
 
-    apply = jax.jit(lambda params, pixels: model.module.apply({"params": params}, pixels, collect=True))
-    features = apply(model.params, pixels)
-    found = {"vt.features": features.tokens, "vit.embeddings": features.hidden[0]}
+    def encode(module, params):
+        return jax.jit(lambda params, x: module.apply({"params": params}, x, collect=True))(params, jnp.asarray(pixels))
+
+    features = encode(encoder, params)
+    found = vocabulary(model, features, expected, golden.entries, inputs)
+    found["vit.embeddings"] = features.hidden[0]
     found |= {f"vit.block.{i}": state for i, state in enumerate(features.hidden[1:])}
     if "vit.last_hidden_state" in expected:  # behind a norm that the tower has no use for
         scale = model.checkpoint["visual_tokenizer.backbone.trunk.post_trunk_norm.weight"][...]
-        norm = Norm("rms", model.module.norm_epsilon)
+        norm = Norm("rms", encoder.norm_epsilon)
         found["vit.last_hidden_state"] = norm.apply({"params": {"scale": scale}}, features.hidden[-1])
+    if "vt.tokens.softmax_without_final_norm" in expected:
+        rest = {name: tree for name, tree in params.items() if name != "final_norm"}
+        plain = encode(encoder.clone(final_norm=False), rest)
+        variables = {"params": model.params["connector"]}
+        logits, _ = model.module.connector.apply(variables, plain, method="logits")
+        found["vt.tokens.softmax_without_final_norm"] = jax.nn.softmax(logits, axis=-1)
     return {name: np.asarray(array) for name, array in found.items() if name in expected}

@@ -1,7 +1,6 @@
-"""Ovis 2.5's vision tower: all layers full, and with windows.
+"""Ovis 2.5's vision tower, all layers full or with windows, and its visual vocabulary.
 
-The tower is given the official patches, which the folder lists as outputs of the image processor. Of a
-video there are the tokens of the visual vocabulary alone, so its head is written out here.
+The tower is given the official patches, which the folder lists as outputs of the image processor.
 """
 
 import json
@@ -15,20 +14,19 @@ import vlm_jax
 from tests.golden import comparison
 from vlm_jax.encoders.packed import window_in_blocks
 from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.resampled_positions import ResampledPositions
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.pretrained.ovis import NAVIT_DEFAULTS
 from vlm_jax.processors.patches import pack, window_of_blocks
+from vlm_jax.types import VisualFeatures
 
-VOCABULARY = "the visual vocabulary (its head, its tokens, its table) is a connector, which the package lacks so far"
 PROCESSOR = "Ovis 2.5's image processor, not part of the tower, which is given these patches"
-SYSTEM = "the whole system: needs the visual vocabulary and the language model"
+SYSTEM = "the whole system: needs the language model"
 NOT_COMPARED = {
     r"(vit|video)\.(pixel_values|grid_thws)": PROCESSOR,
     r"mm\d*\.grid_thws": PROCESSOR,
-    r"vt\.(head_linear|head_logits|tokens)": VOCABULARY,
-    r"vte\..*": VOCABULARY,
     r"(text|chat|sft|batch)\..*": "language model and chat template: no array of the tower",
     r"mm\d*\.(?!grid_thws).*": SYSTEM,
     r"video\.(input_ids|logits|generated)": SYSTEM,
@@ -47,23 +45,24 @@ class Tower:
 
     def __init__(self, model, patches, grids):
         self.model, self.patches, self.grids = model, patches, grids
+        self.module, self.params = model.module.encoder, model.params["encoder"]
 
     def packed(self, window):
-        return pack(self.patches, self.grids, merge_size=self.model.module.hidden_stride, window=window)
+        return pack(self.patches, self.grids, merge_size=self.module.merge_size, window=window)
 
     def encode(self, **fields):
-        """Features of the blocks and [depth + 1, patches, width], in the processor's order."""
-        module = self.model.module.clone(**fields)
+        """The features, and [depth + 1, patches, width] of the blocks, in the processor's order."""
+        module = self.module.clone(**fields)
         apply = jax.jit(lambda params, packed: module.apply({"params": params}, packed, collect=True))
-        features = apply(self.model.params, self.packed(module.window))
-        return features.tokens[0][features.mask[0]], features.hidden[:, 0, : len(self.patches)]
+        features = apply(self.params, self.packed(module.window))
+        return features, features.hidden[:, 0, : len(self.patches)]
 
 
 def _embeddings(tower: Tower) -> dict[str, np.ndarray]:
     """The parts of the embeddings, each by the layer that makes it."""
     module, params, packed = (
-        tower.model.module,
-        tower.model.params,
+        tower.module,
+        tower.params,
         jax.tree.map(jnp.asarray, tower.packed(None)),
     )
     embed = Dense(module.width, ("patch", "embed"))
@@ -79,14 +78,14 @@ def _embeddings(tower: Tower) -> dict[str, np.ndarray]:
 
 def _windows(tower: Tower, config: dict) -> dict[str, np.ndarray]:
     """The order of blocks by window, which the release computes for full attention as well."""
-    module = tower.model.module
+    module = tower.module
     size = {**NAVIT_DEFAULTS, **config["vit_config"]}["window_size"]
     windows = window_of_blocks(
-        tower.grids, module.hidden_stride, window_in_blocks(size, module.patch_size, module.hidden_stride)
+        tower.grids, module.merge_size, window_in_blocks(size, module.patch_size, module.merge_size)
     )
     return {
         "vit.window_index": np.argsort(windows, kind="stable"),
-        "vit.cu_window_seqlens": np.cumsum(np.bincount(windows)) * module.hidden_stride**2,
+        "vit.cu_window_seqlens": np.cumsum(np.bincount(windows)) * module.merge_size**2,
     }
 
 
@@ -96,16 +95,27 @@ def _normed(model, x) -> np.ndarray:
     params = {
         ours: model.checkpoint[f"{name}.{theirs}"][...] for ours, theirs in (("scale", "weight"), ("bias", "bias"))
     }
-    return Norm("layer", model.module.norm_epsilon).apply({"params": params}, x)
+    return Norm("layer", model.module.encoder.norm_epsilon).apply({"params": params}, x)
 
 
-def _vocabulary_tokens(model, features, num_rows: int) -> np.ndarray:
-    """Linear layer, LayerNorm, softmax, and zeros for the indicators, from the tensors carried along."""
-    head = {name: model.checkpoint[f"visual_tokenizer.head.{name}"][...] for name in ("0.weight", "1.weight", "1.bias")}
-    x = features @ head["0.weight"].T
-    x = x - x.mean(-1, keepdims=True)
-    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * head["1.weight"][None] + head["1.bias"][None]
-    return jnp.pad(jax.nn.softmax(x), ((0, 0), (0, num_rows - x.shape[1])))
+def _vocabulary(model, features: VisualFeatures) -> dict[str, np.ndarray]:
+    """Arrays behind the tower, of the squares that are real, by the official names of an image's."""
+    connector, variables = model.module.connector, {"params": model.params["connector"]}
+
+    def head(part, _):
+        return part.name == "head"
+
+    (logits, mask), state = connector.apply(variables, features, method="logits", capture_intermediates=head)
+    words = connector.apply(variables, logits, deterministic=True, method="words")
+    merged = squares(features, connector.factor, "")[0]
+    found = {
+        "vt.features": merged.reshape(*merged.shape[:2], -1),
+        "vt.head_linear": state["intermediates"]["head"]["__call__"][0],
+        "vt.head_logits": logits,
+        "vt.tokens": jnp.pad(words, ((0, 0), (0, 0), (0, connector.num_indicators))),
+        "vte.visual_embeds": connector.apply(variables, features, deterministic=True).tokens,
+    }
+    return {name: array[mask] for name, array in found.items()}
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -119,7 +129,8 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     found = {
         **_embeddings(tower),
         **_windows(tower, config),
-        "vt.features": features,
+        **_vocabulary(model, features),
+        "vte.indicators": model.module.connector.apply({"params": model.params["connector"]}, method="indicators"),
         "vit.embeddings": hidden[0],
     }
     found |= {f"vit.layer.{i}": state for i, state in enumerate(hidden[1:])}
@@ -128,5 +139,5 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
         found[name] = tower.encode(**VARIANTS[name])[1][-1]
     if "video.tokens" in expected:
         video = Tower(model, expected["video.pixel_values"], expected["video.grid_thws"])
-        found["video.tokens"] = _vocabulary_tokens(model, video.encode()[0], expected["video.tokens"].shape[-1])
+        found["video.tokens"] = _vocabulary(model, video.encode()[0])["vt.tokens"]
     return {name: np.asarray(array) for name, array in found.items() if name in expected}

@@ -1,0 +1,123 @@
+"""Ovis's connector: every square of features becomes a distribution over visual words, and so a mean of their rows."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from vlm_jax import axes
+from vlm_jax.budget import refuse, squares_of_sizes
+from vlm_jax.layers.dense import Dense, Embed
+from vlm_jax.layers.neighbours import squares
+from vlm_jax.layers.norm import Norm
+from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+
+Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax", "hard_softmax"]
+
+
+def straight_through(x: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
+    """One-hot of the largest entry, whose gradient goes to x as it is."""
+    hard = jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1], dtype=x.dtype)
+    return hard + (x - jax.lax.stop_gradient(x))  # the bracket is 0, exactly
+
+
+def gumbel_softmax(
+    logits: Float[Array, "*batch V"], noise: Float[Array, "*batch V"], tau: float
+) -> Float[Array, "*batch V"]:
+    """Softmax of logits with Gumbel noise, the sharper the smaller tau. Source: Jang et al. 2017, eq. 2."""
+    return jax.nn.softmax((logits + noise) / tau, axis=-1)
+
+
+class VisualVocabulary(nn.Module):
+    """Squares of neighbours, linear, LayerNorm, a choice of visual words, and the product with their table.
+
+    | tokenize | weights of the words in training | their gradient |
+    |---|---|---|
+    | `softmax` | softmax of the logits | its own |
+    | `gumbel_argmax` | one-hot of a Gumbel sample, from the rng stream `connect` | that of the softmax with noise |
+    | `st_argmax` | one-hot of the largest logit | handed to the logits as it is (Ovis 2) |
+    | `hard_softmax` | one-hot of the largest logit | that of the softmax (the port of Ovis 2 in transformers) |
+
+    At inference (`deterministic`) all but `softmax` look up the row of the largest logit. Zeros complete the
+    squares at the bottom and the right of a grid that the factor does not divide.
+
+    Attributes:
+      features: the decoder's width D.
+      vocab_size: rows of the table, indicators included.
+      factor: side of a square in features, solved from the budget; hidden_stride of the release.
+      num_indicators: last rows of the table, which no feature can choose: the learned tokens that the layout
+        puts around images; 5 in Ovis 2, 4 in Ovis 2.5.
+      tokenize: a row of the table above.
+      tau: temperature of `gumbel_argmax`.
+      norm_epsilon: epsilon of the LayerNorm.
+      dtype: dtype of the products; the softmax is float32.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Lu et al. 2024 (Ovis), section 3; AIDC-AI/Ovis, ovis/model/visual_tokenizer and modeling_ovis.py.
+    """
+
+    features: int
+    vocab_size: int
+    factor: int
+    num_indicators: int = 5
+    tokenize: Tokenize = "softmax"
+    tau: float = 1.0
+    norm_epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def num_tokens(self, grid: Grid) -> int:
+        """Squares of the grid, those at its edge that are completed included."""
+        return -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
+
+    @classmethod
+    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+        """The smallest factor that gives `budget` squares."""
+        budgets = squares_of_sizes(grid, whole=False)
+        if budget not in budgets:
+            raise refuse("visual_vocabulary", budget, grid, budgets, "squares of one side must cover it")
+        return {"factor": budgets[budget]}
+
+    def setup(self):
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        words = self.vocab_size - self.num_indicators
+        if words < 1 or self.num_indicators < 0:
+            raise ValueError(f"{self.num_indicators} indicators leave no visual word of {self.vocab_size} rows")
+        self.head = Dense(words, (axes.EMBED, axes.VOCAB), use_bias=False, **settings)
+        self.head_norm = Norm("layer", self.norm_epsilon, **settings)
+        # Softmax of fresh logits averages most of the rows, which takes their scale down far below 1.
+        self.table = Embed(self.vocab_size, self.features, 1.0, **settings)
+
+    def logits(self, features: VisualFeatures) -> tuple[Float[Array, "B M V"], Bool[Array, "B M"]]:
+        """Logits of the visual words (indicators left out) for every square, and which squares are real."""
+        x, mask = squares(features, self.factor, "visual_vocabulary")
+        return self.head_norm(self.head(x.reshape(*x.shape[:2], -1))), mask.any(-1)
+
+    def words(self, logits: Float[Array, "B M V"], *, deterministic: bool) -> Float[Array, "B M V"]:
+        """The weights of the visual words; at inference the one-hot of the largest logit."""
+        logits = logits.astype(jnp.float32)
+        if self.tokenize == "softmax":
+            return jax.nn.softmax(logits, axis=-1)
+        if self.tokenize == "st_argmax" or deterministic:
+            return straight_through(logits)
+        if self.tokenize == "hard_softmax":
+            return straight_through(jax.nn.softmax(logits, axis=-1))
+        noise = jax.random.gumbel(self.make_rng("connect"), logits.shape)
+        return straight_through(gumbel_softmax(logits, noise, self.tau))
+
+    def embed(self, words: Float[Array, "B M V"]) -> Float[Array, "B M D"]:
+        """Means of the table's rows under the weights of the words."""
+        words = jnp.pad(words.astype(self.dtype), ((0, 0), (0, 0), (0, self.num_indicators)))
+        return jnp.dot(words, self.table.embedding.astype(self.dtype))
+
+    def indicators(self) -> Float[Array, "rows D"]:
+        """The learned rows that follow an image's tokens in the visual table, for the layout to point at."""
+        return self.table(jnp.arange(self.vocab_size - self.num_indicators, self.vocab_size))
+
+    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
+        logits, mask = self.logits(features)
+        if deterministic and self.tokenize != "softmax":
+            return VisualTokens(self.table(jnp.argmax(logits, axis=-1)), mask)
+        return VisualTokens(self.embed(self.words(logits, deterministic=deterministic)), mask)
