@@ -21,7 +21,11 @@ ENCODERS = {
     "siglip2_navit": VIT,
     "naflex": {**VIT, "table_grid": (4, 4)},
 }
-CONNECTORS = {"qwen_vit": "concat", "windows": "pixel_shuffle"}  # of the rest, mlp
+CONNECTORS = {
+    "qwen_vit": {"kind": "concat"},
+    "windows": {"kind": "pixel_shuffle"},
+    "siglip2_navit": {"kind": "visual_vocabulary", "vocab_size": 12},
+}
 
 
 def made(budget=16, per="image", native=None, **changes):
@@ -30,7 +34,7 @@ def made(budget=16, per="image", native=None, **changes):
     config.token_budget, config.token_budget_per = budget, per
     config.connector = ConfigDict({"kind": "pool"})
     if native is not None:
-        config.connector = ConfigDict({"kind": CONNECTORS.get(native, "mlp")})
+        config.connector = ConfigDict(CONNECTORS.get(native, {"kind": "mlp"}))
         config.encoder = ConfigDict({"kind": native, **ENCODERS[native]})
         config.processor.image_size = None
     for key, value in changes.items():

@@ -89,7 +89,7 @@ class Siglip2NaViT(nn.Module):
     @property
     def patch_format(self) -> PatchFormat:
         """How images are cut and packed."""
-        return PatchFormat(self.patch_size, self.temporal_patch_size, self.hidden_stride, self.window)
+        return PatchFormat(self.patch_size, self.temporal_patch_size, self.merge_size, self.window)
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of features of one image of `height` x `width` pixels.
