@@ -116,8 +116,7 @@ def test_every_parameter_learns_and_masked_features_change_nothing(tokenize):
     expected = gradient(params(), clean)["params"]
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(expected))
     assert not expected["table"]["embedding"][9:].any()  # no feature reaches an indicator
-    for ours, theirs in zip(jax.tree.leaves(gradient(params(), dirty)["params"]), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    jax.tree.map(np.testing.assert_array_equal, gradient(params(), dirty)["params"], expected)
 
 
 def test_indicators_are_the_last_rows_and_learn():

@@ -107,4 +107,3 @@ class AIMv2(nn.Module):
         if self.final_norm and self.select_layer is None:
             x = Norm(name="final_norm", **norm)(x)
         return VisualFeatures(x, jnp.ones(x.shape[:2], bool), self.grid(height, width), hidden=hidden)
-

@@ -97,9 +97,7 @@ def describe_ovis2(
     check_supported(tokenizer, known, where)
     settings = with_defaults(tokenizer["backbone_config"], AIMV2_DEFAULTS, f"{where}.backbone_config")
     check_supported(settings, {"model_type": ("aimv2",)}, f"{where}.backbone_config")
-    encoder = AIMv2(
-        qkv_bias=settings["qkv_bias"], use_bias=settings["use_bias"], **_aimv2_fields(settings), **dtypes
-    )
+    encoder = AIMv2(qkv_bias=settings["qkv_bias"], use_bias=settings["use_bias"], **_aimv2_fields(settings), **dtypes)
     connector = VisualVocabulary(
         features=whole["hidden_size"],
         vocab_size=tokenizer["vocab_size"],
