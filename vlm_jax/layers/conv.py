@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
@@ -38,25 +39,43 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
         groups = x.shape[-1] if self.depthwise else 1
+        if self.depthwise and self.features != x.shape[-1]:
+            raise ValueError(f"features: a depthwise window keeps the {x.shape[-1]} channels, got {self.features}")
         kernel = self.param(
             "kernel",
             named(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
             (self.window, self.window, x.shape[-1] // groups, self.features),
             self.param_dtype,
         )
-        padding = "SAME" if self.padding == "SAME" else [(self.padding, self.padding)] * 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (self.stride, self.stride),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=groups,
-        )
+        x, kernel, steps = x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride)
+        margin = [(self.padding, self.padding)] * 2 if self.padding != "SAME" else "SAME"
+        if self.depthwise:
+            if isinstance(margin, str):
+                margin = jax.lax.padtype_to_pads(x.shape[1:3], (self.window, self.window), steps, margin)
+            y = _depthwise(jnp.pad(x, ((0, 0), *margin, (0, 0))), kernel[:, :, 0], self.stride)
+        else:
+            y = jax.lax.conv_general_dilated(x, kernel, steps, margin, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         if self.use_bias:
             bias = self.param("bias", named(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
+
+
+def _depthwise(
+    x: Float[Array, "B rows cols D"], kernel: Float[Array, "window window2 D"], stride: int
+) -> Float[Array, "B new_rows new_cols D"]:
+    """A sum of shifted maps, each times one place of the window.
+
+    XLA fuses it into one pass. Its own grouped convolution takes 40 times as long on a CPU, and far longer
+    for gradients, while on an accelerator it leaves the matrix units without work as well.
+    """
+    window = kernel.shape[0]
+    rows, cols = ((size - window) // stride + 1 for size in x.shape[1:3])
+    total = jnp.zeros((), jnp.float32)
+    for i, j in np.ndindex(window, window):
+        shifted = x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (cols - 1) * stride + 1 : stride]
+        total = total + shifted.astype(jnp.float32) * kernel[i, j].astype(jnp.float32)[None, None, None]
+    return total.astype(x.dtype)
 
 
 def reached(mask: Bool[Array, "B rows cols"], window: int, stride: int = 1) -> Bool[Array, "B new_rows new_cols"]:

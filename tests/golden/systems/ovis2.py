@@ -56,7 +56,7 @@ def vocabulary(model, features, expected: dict, entries: dict, inputs: dict) -> 
     st = next(name for name in expected if name.startswith("st.grad"))
     found[st] = straight_gradient(connector.clone(tokenize=hard), logits[:1, : len(expected[st])])
     if "gumbel.noise" in inputs:
-        tau = float(re.search(r"tau=([\d.]+\d)", entries["gumbel.soft"]["meaning"]).group(1))
+        tau = float(re.search(r"tau=(\d+(?:\.\d+)?)", entries["gumbel.soft"]["meaning"]).group(1))
         noise = jnp.asarray(inputs["gumbel.noise"])
         found["gumbel.soft"] = gumbel_softmax(logits[: len(noise)], noise, tau)
         found["gumbel.hard"] = straight_through(found["gumbel.soft"])
