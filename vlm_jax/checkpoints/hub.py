@@ -312,14 +312,16 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         if stored not in _DTYPES:
             raise CheckpointFileError(f"{path}: {key} is stored as {stored}; can be read: {', '.join(_DTYPES)}")
         shape = tuple(part.get_shape())
-        tensors[key] = LazyTensor(shape, _DTYPES[stored], _safetensors_reader(file, key))
+        tensors[key] = LazyTensor(shape, _DTYPES[stored], _safetensors_reader(path, key))
     return tensors
 
 
-def _safetensors_reader(file: Any, key: str) -> Callable[[Any], np.ndarray]:
+def _safetensors_reader(path: Path, key: str) -> Callable[[Any], np.ndarray]:
     def read(index: Any) -> np.ndarray:
-        # A tensor without axes has no slices.
-        return file.get_tensor(key) if index in (..., ()) else file.get_slice(key)[index]
+        # Opened for every tensor: what was read of a mapped file stays in memory until it is closed.
+        with safetensors.safe_open(path, framework="numpy") as file:
+            # A tensor without axes has no slices.
+            return file.get_tensor(key) if index in (..., ()) else file.get_slice(key)[index]
 
     return read
 

@@ -13,6 +13,7 @@ No model names a kernel.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, cast
 
@@ -154,17 +155,34 @@ def attention(
 
 
 def _xla(query, key, value, mask, bias, scale):
+    """Heads first, so that a head is one plain matrix; the backward pass computes the weights again."""
     batch, length, heads, dim = query.shape
-    groups = heads // key.shape[2]
-    grouped = query.reshape(batch, length, key.shape[2], groups, dim)
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped * jnp.asarray(scale, query.dtype), key)
-    logits = logits.astype(jnp.float32)
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32).reshape(logits.shape)
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(batch, length, heads, dim)
+    kv_heads = key.shape[2]
+    query = (query * jnp.asarray(scale, query.dtype)).reshape(batch, length, kv_heads, -1, dim)
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)  # the heads of a group one after another
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    rows = (batch, kv_heads, -1, length, key.shape[2])  # of queries, before they are one axis with the group
+    bias = None if bias is None else bias.astype(jnp.float32).reshape(rows)
+    out = _weighted_mean(query, key, value, mask, bias, rows)
+    out = out.reshape(batch, kv_heads, -1, length, dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, dim)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(5,))
+def _weighted_mean(query, key, value, mask, bias, rows):
+    """Means of `value` [B, K, S, H] with weights from `query` [B, K, G * T, H]."""
+    logits = jnp.einsum("bkth,bksh->bkts", query, key, preferred_element_type=jnp.float32)
+    if mask is not None or bias is not None:
+        logits = logits.reshape(rows)
+        if bias is not None:
+            logits = logits + bias
+        if mask is not None:
+            logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+        logits = logits.reshape(*query.shape[:3], rows[-1])
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (out / total).astype(value.dtype)  # fewer divisions than of the weights
 
 
 def _splash(query, key, value, context, scale):

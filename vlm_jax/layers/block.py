@@ -15,12 +15,11 @@ from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.scan import scan_layers
 
-RematPolicy = Literal["none", "full", "dots", "dots_no_batch"]
+RematPolicy = Literal["none", "full", "dots"]
 
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -105,9 +104,9 @@ class TransformerStack(nn.Module):
 
     Attributes:
       depth: number of blocks.
-      remat: `none` keeps all activations for the backward pass; `full` keeps the inputs of
-        every block; `dots` keeps matrix products; `dots_no_batch` keeps those without a batch
-        dimension, that is all but attention's.
+      remat: what the backward pass is handed. `none`: all but attention's weights and what norms and
+        activations hold inside, which are computed again; `dots`: the outputs of the linear layers
+        and the inputs of the blocks; `full`: the inputs of the blocks.
       unroll: blocks a loop iteration; `depth` unrolls fully.
       block: keyword arguments of `TransformerBlock`.
     """

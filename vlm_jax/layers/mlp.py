@@ -65,7 +65,8 @@ class Mlp(nn.Module):
         if self.depth < (2 if self.gated else 1):
             raise ValueError(f"depth: expected at least {2 if self.gated else 1} linear layers, got {self.depth}")
         settings = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        act = ACTIVATIONS[self.activation]
+        # Computed again for the backward pass: what it takes is kept anyway.
+        act = jax.checkpoint(ACTIVATIONS[self.activation], prevent_cse=False)
         out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
         if self.depth == 1:
             return out(x)

@@ -1,5 +1,6 @@
 """Normalisations; statistics in float32 whatever the dtype of the input."""
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -39,14 +40,23 @@ class Norm(nn.Module):
         shape = (1,) * (x.ndim - 1) + (-1,)
         width = (x.shape[-1],)
         scale = self.param("scale", named(nn.initializers.ones, self.axis_name), width, self.param_dtype)
-        x32 = x.astype(jnp.float32)
         if self.kind == "rms":
-            variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-            normed = (x32 * jax.lax.rsqrt(variance + self.epsilon)).astype(self.dtype)
-            return normed * scale.astype(self.dtype).reshape(shape)
-        mean = jnp.mean(x32, axis=-1, keepdims=True)
-        centred = x32 - mean
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+            return _rms(x, scale.astype(self.dtype).reshape(shape), self.epsilon)
         bias = self.param("bias", named(nn.initializers.zeros, self.axis_name), width, self.param_dtype)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32).reshape(shape)
-        return (y + bias.astype(jnp.float32).reshape(shape)).astype(self.dtype)
+        scale, bias = (leaf.astype(jnp.float32).reshape(shape) for leaf in (scale, bias))
+        return _layer(x, scale, bias, self.epsilon).astype(self.dtype)
+
+
+# Both are computed again for the backward pass, which keeps their input alone.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
+def _rms(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)).astype(scale.dtype) * scale
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(3,))
+def _layer(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + epsilon) * scale + bias
