@@ -36,7 +36,8 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OURS = [name for name, (package, _) in CONTENDERS.items() if package == "jax"]
 THEIRS = [name for name, (package, _) in CONTENDERS.items() if package == "torch"]
-PRODUCTS = "matrix products"
+# The four products of every block alone: what each package's linear algebra allows.
+PRODUCTS = {"matrix products, XLA": "jax", "matrix products, PyTorch": "torch"}
 STEPS = ("forward", "forward and backward")
 
 Step = Callable[[], Any]
@@ -108,23 +109,35 @@ def torch_steps(folder: str, batch: int, *, compiled: bool, threads: int) -> tup
     return base, {STEPS[0]: forward, STEPS[1]: both}
 
 
-def product_steps(settings: dict[str, int], batch: int) -> tuple[int, dict[str, Step]]:
-    """The four products of one block, which are the machine's own rate; a step is all blocks' worth."""
-    import jax
-    import jax.numpy as jnp
-
-    base = memory("VmRSS")
+def product_steps(package: str, settings: dict[str, int], batch: int, threads: int) -> tuple[int, dict[str, Step]]:
+    """The products of all blocks, once forward, and three times as forward with backward has them."""
     width, hidden = settings["hidden_size"], settings["intermediate_size"]
     rows = batch * (settings["image_size"] // settings["patch_size"]) ** 2
     rng = np.random.default_rng(0)
-    shapes = [(width, 3 * width), (width, width), (width, hidden), (hidden, width)]
+    shapes = [(width, width)] * 4 + [(width, hidden), (hidden, width)]
     pairs = [(rng.normal(size=(rows, m)), rng.normal(size=(m, n))) for m, n in shapes]
-    pairs = [tuple(jnp.asarray(side, jnp.float32) for side in pair) for pair in pairs]
-    product = jax.jit(jnp.dot)
+    base = memory("VmRSS")
+    if package == "jax":
+        import jax
+        import jax.numpy as jnp
 
-    def run(times):
+        ours = [tuple(jnp.asarray(side, jnp.float32) for side in pair) for pair in pairs]
+        product = jax.jit(jnp.dot)
+
+        def block() -> Any:
+            return jax.block_until_ready([product(*pair) for pair in ours])
+    else:
+        import torch
+
+        torch.set_num_threads(threads)
+        theirs = [tuple(torch.from_numpy(side).float() for side in pair) for pair in pairs]
+
+        def block() -> Any:
+            return [left @ right for left, right in theirs]
+
+    def run(times: int) -> None:
         for _ in range(times * settings["num_hidden_layers"]):
-            jax.block_until_ready([product(*pair) for pair in pairs])
+            block()
 
     return base, {STEPS[0]: functools.partial(run, 1), STEPS[1]: functools.partial(run, 3)}
 
@@ -139,8 +152,8 @@ def product_flops(settings: dict[str, int], batch: int) -> int:
 def work(pipe: Connection, name: str, folder: str, settings: dict[str, int], batch: int, cores: set[int]) -> None:
     """A contender's process: builds and warms a step when it is named, then runs it once an order."""
     os.sched_setaffinity(0, cores)
-    if name == PRODUCTS:
-        base, steps = product_steps(settings, batch)
+    if name in PRODUCTS:
+        base, steps = product_steps(PRODUCTS[name], settings, batch, len(cores))
     else:
         package, options = CONTENDERS[name]
         if package == "jax":
@@ -155,7 +168,7 @@ def work(pipe: Connection, name: str, folder: str, settings: dict[str, int], bat
             steps[label]()
             value = steps[label]()
             forget_peak()
-            pipe.send(np.asarray(value) if label == STEPS[0] and name != PRODUCTS else None)
+            pipe.send(np.asarray(value) if label == STEPS[0] and name not in PRODUCTS else None)
         elif order == "run":
             start = time.perf_counter()
             value = steps[label]()
@@ -182,7 +195,7 @@ def measure(settings: dict[str, int], batch: int, rounds: int, cores: set[int], 
         maker.start()
         maker.join()
         pipes = {}
-        for name in [*names, PRODUCTS]:
+        for name in [*names, *PRODUCTS]:
             pipes[name], theirs = context.Pipe()
             context.Process(target=work, args=(theirs, name, folder, settings, batch, cores), daemon=True).start()
 
@@ -216,14 +229,18 @@ def table(results: dict[str, Any], settings: dict[str, int], batch: int) -> str:
     lines = ["| | forward, s | of theirs | forward and backward, s | of theirs | peak memory, MB | of theirs | error |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in results:
-        if name == PRODUCTS:
+        if name in PRODUCTS:
             continue
         cells = [f"{median[name][s]:.3f} | {median[name][s] / best[s]:.2f}" for s in STEPS]
         rise = results[name][STEPS[1]]["rise"]
         cells.append(f"{rise / 1e6:.0f} | {rise / lean[STEPS[1]]:.2f} | {results[name]['error']:.0e}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    rate = [product_flops(settings, batch) * n / median[PRODUCTS][s] / 1e9 for n, s in zip((1, 3), STEPS, strict=True)]
-    lines.append(f"\nThe blocks' matrix products alone: {rate[0]:.0f} and {rate[1]:.0f} GFLOP/s.")
+    lines.append("")
+    for name in PRODUCTS:
+        flops = [product_flops(settings, batch) * times for times in (1, 3)]
+        rates = [count / median[name][s] / 1e9 for count, s in zip(flops, STEPS, strict=True)]
+        cells = [f"{median[name][s]:.3f} s ({rate:.0f} GFLOP/s)" for s, rate in zip(STEPS, rates, strict=True)]
+        lines.append(f"{name}: {' and '.join(cells)}.")
     return "\n".join(lines)
 
 
