@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 _HALF = (0.5, 0.5, 0.5)
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _preset(side: int, mean: tuple, std: tuple, filter: str, **encoder) -> ConfigDict:
@@ -89,5 +91,26 @@ def siglip2_g_opt_16_384() -> ConfigDict:
         num_heads=16,
         mlp_dim=6144,
         pooling="map",
+        position_interpolation="bicubic",
+    )
+
+
+def internvit_300m_448() -> ConfigDict:
+    """InternViT-300M at 448 pixels, whose class token the features leave out."""
+    return _preset(
+        448,
+        _IMAGENET_MEAN,
+        _IMAGENET_STD,
+        "bicubic",
+        patch_size=14,
+        width=1024,
+        depth=24,
+        num_heads=16,
+        mlp_dim=4096,
+        activation="gelu",
+        class_token=True,
+        class_position=True,
+        layer_scale=0.1,
+        final_norm="none",
         position_interpolation="bicubic",
     )

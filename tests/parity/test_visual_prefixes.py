@@ -43,6 +43,7 @@ CASES = {
     ),
     "llava_next": ("LlavaNextForConditionalGeneration", LLAVA, 16),
     "internvl": ("InternVLForConditionalGeneration", internvl(), 4),
+    "internvl, its table interpolated": ("InternVLForConditionalGeneration", internvl(image_size=32), 4),
     "internvl with RMSNorm": ("InternVLForConditionalGeneration", internvl(**RMS), 4),
     "internvl at a quarter": ("InternVLForConditionalGeneration", {**internvl(), "downsample_ratio": 0.25}, 1),
 }

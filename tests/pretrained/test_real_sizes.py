@@ -130,6 +130,7 @@ def test_parameters_of_releases(name):
     [
         ("vit_l16_224", 303_301_632),
         ("clip_vit_l14_336", 303_507_456),
+        ("internvit_300m_448", 304_012_288),
         ("siglip_so400m_14_384", 428_225_600),
         ("siglip2_g_opt_16_384", 1_163_659_776),
     ],
