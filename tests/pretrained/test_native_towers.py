@@ -10,9 +10,9 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.checkpoints.hub import open_checkpoint
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
-from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.family import PretrainedError, beside
 from vlm_jax.pretrained.ovis import navit
-from vlm_jax.pretrained.qwen2_vl import beside, qwen2_5_visual, qwen2_visual
+from vlm_jax.pretrained.qwen2_vl import qwen2_5_visual, qwen2_visual
 
 QWEN2_5 = {"hidden_size": 1280, "out_hidden_size": 2048}
 
@@ -81,5 +81,5 @@ def test_another_vision_tower_of_ovis_is_refused(tmp_path):
 
 def test_keys_of_a_part_are_never_ignored_unless_listed():
     assert beside("") == ()
-    assert beside("", r"norm\..*") == (r"norm\..*",)
     assert beside("visual.") == (r"(?!visual\.).*",)
+    assert beside("visual.", "merger.") == (r"(?!visual\.|merger\.).*",)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -70,6 +71,16 @@ def find_prefix(keys: Iterable[str], ending: str) -> str:
     if len(found) > 1:
         raise PretrainedError(f"expected one tensor named ..{ending}, found it under {', '.join(map(repr, found))}")
     return found[0] if found else ""
+
+
+def beside(*prefixes: str) -> tuple[str, ...]:
+    """The pattern of the keys of a system that its read parts have no use for.
+
+    Args:
+      prefixes: what the keys of a part start with, one for every part; nothing where there is no more
+        than the part.
+    """
+    return () if "" in prefixes else (f"(?!{'|'.join(map(re.escape, prefixes))}).*",)
 
 
 def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What configs of transformers call alike in every family."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,8 +65,3 @@ def projector(checkpoint: Mapping[str, SourceTensor], where: str) -> tuple[str, 
     names = f"{prefix}multi_modal_projector."
     rules = (*linear(f"{names}linear_1", "mlp/up"), *linear(f"{names}linear_2", "mlp/down"))
     return names, checkpoint[prefix + _LAST_LAYER].shape[0], rules
-
-
-def beside_parts(*prefixes: str) -> str:
-    """The pattern of every key that starts with none of the prefixes."""
-    return f"(?!{'|'.join(map(re.escape, prefixes))}).*"

@@ -9,8 +9,8 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
-from vlm_jax.pretrained.hugging_face import beside_parts, projector, vit_fields
+from vlm_jax.pretrained.family import REQUIRED, Description, beside, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.hugging_face import projector, vit_fields
 from vlm_jax.pretrained.internvl import NORMS
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches
 
@@ -98,5 +98,5 @@ def describe(
             *prefixed(encoder_rules, tower, "encoder/"),
             *prefixed((*layer_norm(f"{names}layer_norm", "norm"), *projector_rules), target="connector/"),
         ),
-        (beside_parts(tower, names), *left_out(vit, f"{tower}encoder.layer.")),
+        (*beside(tower, names), *left_out(vit, f"{tower}encoder.layer.")),
     )

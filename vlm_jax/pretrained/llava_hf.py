@@ -8,8 +8,8 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip, llava
-from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
-from vlm_jax.pretrained.hugging_face import beside_parts, projector
+from vlm_jax.pretrained.family import REQUIRED, Description, beside, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.hugging_face import projector
 from vlm_jax.pretrained.tables import image_shape, left_out
 
 # transformers, models/llava/configuration_llava.py and models/llava_next/configuration_llava_next.py.
@@ -53,7 +53,7 @@ def describe(
     tower = find_prefix(checkpoint, "embeddings.class_embedding")
     names, width, projector_rules = projector(checkpoint, where)
     ignore = (
-        beside_parts(tower, names),
+        *beside(tower, names),
         re.escape(tower) + r"(post_layernorm|embeddings\.position_ids).*",
         *left_out(vit, f"{tower}encoder.layers."),
     )

@@ -1,6 +1,5 @@
 """The vision towers of Qwen2-VL and Qwen2.5-VL and their mergers, alone or in the files of the whole system."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
     PretrainedError,
+    beside,
     check_supported,
     find_prefix,
     with_defaults,
@@ -149,14 +149,3 @@ def packed_shapes(patch_dim: int, merge_size: int, window: int | None) -> Packed
     patches = np.zeros((merge_size**2, patch_dim), np.float32)
     packed = pack(patches, [(1, merge_size, merge_size)], merge_size=merge_size, window=window)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), packed)
-
-
-def beside(prefix: str, *unused: str) -> tuple[str, ...]:
-    """Regular expressions for the keys of a system that a part of it has no use for.
-
-    Args:
-      prefix: what the part's own keys start with; nothing where there is no more than the part.
-      unused: regular expressions for keys of the part, after the prefix.
-    """
-    start = re.escape(prefix)
-    return (*([f"(?!{start}).*"] if prefix else []), *(start + pattern for pattern in unused))
