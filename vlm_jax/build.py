@@ -95,8 +95,10 @@ class Sight:
       encoder, reducer, connector: as in `VLM`.
       views: what the processor makes of pictures.
       grid: rows and columns of patches of one view; None where every image has its own.
-      num_tokens: visual tokens of an image with all its tiles, or of a whole clip; the most that it can
-        have where every image has a grid of its own.
+      num_tokens: visual tokens of an image with all its tiles, or of a whole clip, that enter the decoder;
+        the most that it can have where every image has a grid of its own.
+      num_left: how many of them are to reach the decoder's last layers.
+      num_views: views of an image that have equal parts of these; 1 where every image has a grid of its own.
     """
 
     encoder: Any
@@ -105,6 +107,8 @@ class Sight:
     views: Views
     grid: Grid | None
     num_tokens: int
+    num_left: int
+    num_views: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +122,9 @@ class System:
       source: where samples come from; `open_source` reads it.
       grid: rows and columns of patches that the encoder gives for one tile; None where every image has
         its own.
-      num_visual_tokens: tokens of one image, with all its tiles or frames, that reach the decoder; the
-        most that can where every image has a grid of its own.
+      num_visual_tokens: tokens of one image, with all its tiles or frames, that reach the decoder's last
+        layers; the most that can where every image has a grid of its own.
+      mean_visual_tokens: the mean over its layers, which is more where tokens are dropped on the way.
     """
 
     model: VLM
@@ -128,6 +133,7 @@ class System:
     source: Settings
     grid: Grid | None
     num_visual_tokens: int
+    mean_visual_tokens: float
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
@@ -184,7 +190,11 @@ def build(config: Any) -> System:
         )
     kind = _kind({**ENCODERS, **COMPOSITE_ENCODERS, **PACKED_ENCODERS}, config.encoder, "config.encoder")
     look = _native if kind in PACKED_ENCODERS else _tiled
-    sight = look(config, settings, source.channels, num_images, {"features": decoder.width, **dtypes})
+    sight = look(config, settings, source.channels, num_images, decoder, dtypes)
+    parts = {"encoder": sight.encoder, "decoder": decoder}
+    for part, fields in ({} if sight.reducer is None else sight.reducer.asks()).items():
+        parts[part] = _set(parts[part], fields, config, part)
+    by_layer = _tokens_by_layer(sight, parts["decoder"])
 
     visual = num_images * sight.num_tokens
     processor = VqaProcessor(
@@ -199,17 +209,18 @@ def build(config: Any) -> System:
         max_answer_length=settings.max_answer_length,
     )
     return System(
-        model=VLM(sight.encoder, sight.connector, decoder, sight.reducer),
+        model=VLM(parts["encoder"], sight.connector, parts["decoder"], sight.reducer),
         cell_reader=_cell_reader(config, sight, source),
         processor=processor,
         source=source,
         grid=sight.grid,
-        num_visual_tokens=sight.num_tokens,
+        num_visual_tokens=by_layer[-1],
+        mean_visual_tokens=sum(by_layer) / len(by_layer),
     )
 
 
 def _tiled(
-    config: Any, settings: ProcessorSettings, channels: int, num_images: int, connector_fields: dict[str, Any]
+    config: Any, settings: ProcessorSettings, channels: int, num_images: int, decoder: Any, dtypes: dict[str, Any]
 ) -> Sight:
     """Views of one size: the reducer or the connector meets the budget, view by view."""
     del num_images  # each of them is encoded by itself
@@ -221,29 +232,32 @@ def _tiled(
             "config.processor.min_tokens: it is for encoders that pack images of any size; remove the key, or "
             f"choose one of {', '.join(PACKED_ENCODERS)}"
         )
-    dtypes = {key: connector_fields[key] for key in ("dtype", "param_dtype")}
     encoder = _encoder(config.encoder, "config.encoder", size, dtypes)
     full_grid = encoder.grid(*size)
     num_views = (settings.tiles[0] * settings.tiles[1] + settings.thumbnail) * (settings.frames or 1)
 
     def solve(budget: int) -> Sight:
-        reducer, reduced_size = _reducer(config.reducer, budget, size, full_grid)
+        reducer = _reducer(config.reducer, budget, full_grid, {"encoder": encoder, "decoder": decoder})
+        reduced_size = size if reducer is None else reducer.image_size(*size, full_grid)
         grid = encoder.grid(*reduced_size)
         connector_grid = grid if reducer is None else reducer.reduced_grid(grid)
+        wanted = budget if reducer is None else reducer.connector_budget(grid)
         connector_class = choose(CONNECTORS, config.connector.kind, "config.connector.kind")
-        solved = connector_class.for_budget(budget, connector_grid)
-        connector = _parse_kind(CONNECTORS, config.connector, "config.connector", **solved, **connector_fields)
+        solved = connector_class.for_budget(wanted, connector_grid)
+        connector = _parse_kind(
+            CONNECTORS, config.connector, "config.connector", **solved, features=decoder.width, **dtypes
+        )
         realised = connector.num_tokens(connector_grid)
-        if realised != budget:
-            raise InfeasibleBudget(f"{config.connector.kind} solved a budget of {budget} tokens but gives {realised}")
+        if realised != wanted:
+            raise InfeasibleBudget(f"{config.connector.kind} solved a budget of {wanted} tokens but gives {realised}")
         views = TiledViews(pixels, reduced_size, realised, settings.tiles, settings.thumbnail)
-        return Sight(encoder, reducer, connector, views, grid, num_views * realised)
+        return Sight(encoder, reducer, connector, views, grid, num_views * realised, num_views * budget, num_views)
 
     return _share(config, settings, num_views, full_grid[0] * full_grid[1], solve)
 
 
 def _native(
-    config: Any, settings: ProcessorSettings, channels: int, num_images: int, connector_fields: dict[str, Any]
+    config: Any, settings: ProcessorSettings, channels: int, num_images: int, decoder: Any, dtypes: dict[str, Any]
 ) -> Sight:
     """Views of any size, packed into one sequence: the processor meets the budget, which bounds their size."""
     kind, connector_kind = config.encoder.kind, config.connector.kind
@@ -262,12 +276,13 @@ def _native(
             f"config.connector.kind: {connector_kind} reads one image's grid, and {kind} packs several images into a "
             f"sequence; choose one of {', '.join(PACKED_CONNECTORS)}"
         )
-    dtypes = {key: connector_fields[key] for key in ("dtype", "param_dtype")}
     encoder = _parse_kind(PACKED_ENCODERS, config.encoder, "config.encoder", channels=channels, **dtypes)
     form, pixels = encoder.patch_format, Pixels(channels, settings.mean, settings.std, settings.filter)
     block = encoder.grid(form.block_size, form.block_size)  # a picture is made of blocks of patches
     solved = _fewest(connector_class, block)
-    connector = _parse_kind(CONNECTORS, config.connector, "config.connector", **solved, **connector_fields)
+    connector = _parse_kind(
+        CONNECTORS, config.connector, "config.connector", **solved, features=decoder.width, **dtypes
+    )
     block_tokens, num_slots = connector.num_tokens(block), form.num_slots(settings.frames or 1)
 
     def solve(budget: int) -> Sight:
@@ -279,7 +294,7 @@ def _native(
         most, least = budget // block_tokens, -(-settings.min_tokens // block_tokens)
         length = packed_length(num_images * num_slots * most, form)
         views = NativeViews(pixels, form, length, most, least, block_tokens)
-        return Sight(encoder, None, connector, views, None, num_slots * budget)
+        return Sight(encoder, None, connector, views, None, num_slots * budget, num_slots * budget)
 
     return _share(config, settings, num_slots, 2 * config.token_budget, solve)
 
@@ -315,19 +330,45 @@ def _share(
     return share(budget, views, largest, solve)
 
 
-def _reducer(section: Any, budget: int, size: tuple[int, int], grid: Grid) -> tuple[Any, tuple[int, int]]:
-    """The reducer that meets a budget from a full-size grid, None where there is none, and the image's size."""
+def _reducer(section: Any, budget: int, grid: Grid, parts: dict[str, Any]) -> Any:
+    """The reducer that meets a budget from a full-size grid, or None where there is none."""
     reducer_class = choose(REDUCERS, section.kind, "config.reducer.kind")
     if reducer_class is None:
         _parse_kind({"none": _NoFields}, section, "config.reducer")
-        return None, size
-    reducer = _parse_kind(REDUCERS, section, "config.reducer", **reducer_class.for_budget(budget, grid))
-    return reducer, reducer.image_size(*size, grid)
+        return None
+    solved = reducer_class.for_budget(budget, grid, _num_layers(parts.get(reducer_class.reduces_in)))
+    return _parse_kind(REDUCERS, section, "config.reducer", **solved)
 
 
 @dataclasses.dataclass(frozen=True)
 class _NoFields:
     """Settings of a kind without any."""
+
+
+def _num_layers(part: Any) -> int:
+    """Blocks of a part that are built; 0 where it has none that are alike."""
+    return 0 if part is None else getattr(part, "num_blocks", getattr(part, "depth", 0))
+
+
+def _set(part: Any, fields: dict[str, Any], config: Any, name: str) -> Any:
+    """The part with what a reducer asks of it; its parameters stay."""
+    if missing := [field for field in fields if not hasattr(part, field)]:
+        raise ConfigError(
+            f"config.reducer.kind: {config.reducer.kind} works inside the {name}, and "
+            f"{config[name].kind} has no way to do so (no field {', '.join(missing)}); take another "
+            f"config.{name}.kind, such as {'vit' if name == 'encoder' else 'transformer'}, or another reducer"
+        )
+    return part.clone(**fields)
+
+
+def _tokens_by_layer(sight: Sight, decoder: Any) -> list[int]:
+    """Visual tokens of one image in every layer of the decoder."""
+    counts = [sight.num_tokens] * decoder.depth
+    for drop in getattr(decoder, "drops", ()):
+        counts[drop.layer :] = [sight.num_views * drop.num_kept] * (decoder.depth - drop.layer)
+    if counts[-1] != sight.num_left:
+        raise InfeasibleBudget(f"a budget of {sight.num_left} tokens was solved, but {counts[-1]} are left at the end")
+    return counts
 
 
 def _cell_reader(config: Any, sight: Sight, source: Settings) -> CellReader | None:

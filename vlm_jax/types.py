@@ -17,7 +17,7 @@ Letters of shape annotations, everywhere in the package:
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -91,6 +91,9 @@ class VisualFeatures:
         them, else None.
       block: static; 1 where features are in row-major order. Above, each block x block neighbours of an
         image follow one another, row by row, and block follows block: the order of packed patches.
+      saliency: attention that each feature gets in the last block, float32, only when asked for: from
+        the class token, or the mean over all tokens where there is none.
+      keys: of each feature and head in that block, with `saliency`.
     """
 
     tokens: Float[Array, "B N D"]
@@ -100,6 +103,8 @@ class VisualFeatures:
     hidden: Float[Array, "L B P W"] | None = None
     block: int = static_field(default=1)
     levels: Float[Array, "B N F"] | None = None
+    saliency: Float[Array, "B N"] | None = None
+    keys: Float[Array, "B N K H"] | None = None
 
 
 @struct
@@ -207,6 +212,33 @@ class Batch:
     targets: Int[Array, "B T"] | None = None
     loss_weights: Float[Array, "B T"] | None = None
     branch_ids: Int[Array, "B T"] | None = None
+
+
+class Drop(NamedTuple):
+    """One place of a decoder where visual tokens are dropped.
+
+    Attributes:
+      layer: before which, counted from 0.
+      num_kept: visual tokens of each image that are left.
+      ranked_by: the layer whose attention ranks them: the one before, or `layer` itself.
+    """
+
+    layer: int
+    num_kept: int
+    ranked_by: int
+
+
+@struct
+class VisualPlaces:
+    """Where a sequence's visual tokens stand, and whose attention says which of them matter.
+
+    Attributes:
+      index: position of every image's tokens; T for a token that is in no place.
+      ranking: True at the last position of each instruction, which no drop touches.
+    """
+
+    index: Int[Array, "B I M"]
+    ranking: Bool[Array, "B T"]
 
 
 @struct

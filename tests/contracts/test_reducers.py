@@ -1,5 +1,7 @@
 """The contract of `vlm_jax.reducers`, for every entry of the table."""
 
+import dataclasses
+import functools
 import re
 
 import jax
@@ -9,12 +11,16 @@ import pytest
 
 from vlm_jax import reducers
 from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.decoders import DECODERS
+from vlm_jax.encoders import ENCODERS
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.downsample_image import DownsampleImage
 from vlm_jax.reducers.random_drop import RandomDrop
 from vlm_jax.types import VisualFeatures
 
-from .kinds import defined, small
+from .kinds import SIZES, defined, small
+
+LAYERS = 5  # of the part that a kind works in
 
 GRIDS = [(8, 8), (7, 5), (1, 6), (4, 8)]
 PATCH = 6
@@ -22,6 +28,11 @@ PATCH = 6
 # "none" is no module: the table says so with None, and `build` leaves the reducer out.
 KINDS = [kind for kind, cls in REDUCERS.items() if cls is not None]
 every_kind = pytest.mark.parametrize("kind", KINDS)
+# Where a kind works says what is to be seen of it: fewer features, a smaller grid from the encoder, or drops.
+IN_ENCODER = [kind for kind in KINDS if REDUCERS[kind].reduces_in == "encoder"]
+IN_DECODER = [kind for kind in KINDS if REDUCERS[kind].reduces_in == "decoder"]
+BEFORE_CONNECTOR = [kind for kind in KINDS if kind not in IN_ENCODER + IN_DECODER]
+before_connector = pytest.mark.parametrize("kind", BEFORE_CONNECTOR)
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
 
@@ -31,7 +42,23 @@ def numbered(grid, batch=3, mask=None):
     image, place = np.meshgrid(np.arange(batch), np.arange(count), indexing="ij")
     tokens = np.stack([image, place], axis=-1).astype(np.float32)
     mask = np.ones((batch, count), bool) if mask is None else mask
-    return VisualFeatures(jnp.asarray(tokens), jnp.asarray(mask), grid)
+    rng = np.random.default_rng(0)
+    return VisualFeatures(
+        jnp.asarray(tokens),
+        jnp.asarray(mask),
+        grid,
+        saliency=jnp.asarray(rng.uniform(size=(batch, count)), jnp.float32),
+        keys=jnp.asarray(rng.normal(size=(batch, count, 2, 4)), jnp.float32),
+    )
+
+
+def solve(kind, budget, grid):
+    return solve_for(kind, budget, grid, LAYERS)
+
+
+def solve_for(kind, budget, grid, num_layers):
+    fields = {"layer": 1} if kind == "fastv" else {}
+    return small(REDUCERS[kind], **REDUCERS[kind].for_budget(budget, grid, num_layers), **fields)
 
 
 def split_budgets(kind, grid):
@@ -39,7 +66,7 @@ def split_budgets(kind, grid):
     good, bad = {}, {}
     for budget in range(-1, grid[0] * grid[1] + 4):
         try:
-            good[budget] = small(REDUCERS[kind], **REDUCERS[kind].for_budget(budget, grid))
+            good[budget] = solve(kind, budget, grid)
         except InfeasibleBudget as error:
             bad[budget] = str(error)
     return good, bad
@@ -61,7 +88,16 @@ def test_every_accepted_budget_is_met(kind, grid):
         shown = (size[0] // PATCH, size[1] // PATCH)  # the grid that the encoder then gives
         assert all(1 <= small <= full for small, full in zip(size, (height, width), strict=True))
         reduced = reducer.reduced_grid(shown)
-        assert reduced[0] * reduced[1] == budget
+        count = reduced[0] * reduced[1]
+        asked = reducer.asks()
+        if kind in IN_DECODER:
+            assert count == reducer.connector_budget(shown) == shown[0] * shown[1]  # all are shown
+            assert asked["decoder"]["drops"][-1].num_kept == budget
+            continue
+        assert count == reducer.connector_budget(shown) == budget
+        if kind in IN_ENCODER:
+            assert shown[0] * shown[1] - sum(asked["encoder"]["merged"]) == budget
+            continue
         shape = jax.eval_shape(lambda f, r=reducer: r.apply({}, f, deterministic=True), numbered(shown))
         assert shape.grid == reduced
         assert shape.tokens.shape == (3, budget, 2) and shape.mask.shape == (3, budget)
@@ -79,18 +115,56 @@ def test_a_refusal_names_the_nearest_budgets_that_are_met(kind, grid):
         assert named == {*below[-1:], *above[:1]}, message
 
 
-@every_kind
-def test_what_is_left_are_features_in_their_order(kind):
-    reducer = small(REDUCERS[kind], **REDUCERS[kind].for_budget(16, (8, 8)))
+@before_connector
+def test_what_is_left_stands_in_order(kind):
+    """Features that are unit vectors show what each that is left is made of."""
+    reducer = solve(kind, 16, (8, 8))
     shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
-    tokens = np.asarray(reduce(reducer, numbered(shown)).tokens)
-    np.testing.assert_array_equal(tokens[..., 0], np.arange(3)[:, None] * np.ones((1, 16)))
-    assert (np.diff(tokens[..., 1], axis=1) > 0).all()
+    features = numbered(shown)
+    units = jnp.broadcast_to(jnp.eye(features.tokens.shape[1])[None], (3, *(features.tokens.shape[1],) * 2))
+    out = reduce(reducer, dataclasses.replace(features, tokens=units))
+    for image in np.asarray(out.tokens):
+        place = -1
+        for made_of in image:
+            place = min(i for i in np.flatnonzero(made_of) if i > place)  # raises where there is none
+
+
+@every_kind
+def test_an_image_depends_on_no_other(kind):
+    reducer = solve(kind, 16, (8, 8))
+    shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
+    features = numbered(shown)
+    alone = reduce(reducer, jax.tree.map(lambda leaf: leaf[2:], features))
+    np.testing.assert_allclose(reduce(reducer, features).tokens[2], alone.tokens[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if solve(kind, 16, (8, 8)).asks()])
+def test_what_a_kind_asks_for_is_a_field_and_changes_no_parameter(kind):
+    grid = (SIZES["image_size"][0] // SIZES["patch_size"], SIZES["image_size"][1] // SIZES["patch_size"])
+
+    def run(module, part):
+        tokens = jnp.zeros((1, 4), jnp.int32)
+        inputs = (jnp.zeros((2, *SIZES["image_size"], 3)),)
+        if part == "decoder":
+            inputs = (jnp.zeros((1, 4, module.width)), tokens, tokens)
+        return module.init_with_output(jax.random.key(0), *inputs)
+
+    for part, fields in solve_for(kind, 9, grid, SIZES["depth"]).asks().items():
+        plain = small({"encoder": ENCODERS["vit"], "decoder": DECODERS["transformer"]}[part])
+        assert all(hasattr(plain, field) for field in fields)
+        changed = plain.clone(**fields)
+        expected, got = (jax.eval_shape(functools.partial(run, module, part)) for module in (plain, changed))
+        if part == "encoder":
+            assert got[0].grid == ((1, 9) if kind in IN_ENCODER else grid)
+            assert got[0].tokens.shape[1] == got[0].grid[0] * got[0].grid[1]
+        got, expected = got[1], expected[1]
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, expected)
 
 
 @every_kind
 def test_deterministic_calls_agree_and_need_no_key(kind):
-    reducer = small(REDUCERS[kind], **REDUCERS[kind].for_budget(16, (8, 8)))
+    reducer = solve(kind, 16, (8, 8))
     shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
     first, second = (reduce(reducer, numbered(shown)) for _ in range(2))
     np.testing.assert_array_equal(first.tokens, second.tokens)
@@ -98,7 +172,7 @@ def test_deterministic_calls_agree_and_need_no_key(kind):
 
 @every_kind
 def test_a_reducer_has_no_parameters(kind):
-    reducer = small(REDUCERS[kind], **REDUCERS[kind].for_budget(16, (8, 8)))
+    reducer = solve(kind, 16, (8, 8))
     shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
     variables = jax.eval_shape(lambda f: reducer.init(jax.random.key(0), f, deterministic=True), numbered(shown))
     assert not jax.tree.leaves(variables)
@@ -120,6 +194,11 @@ def test_random_draws_anew_with_every_key():
     np.testing.assert_array_equal(run[0], run[1])
     assert not np.array_equal(run[0], run[2])
     assert not np.array_equal(run[0][0, :, 1], run[0][1, :, 1])  # nor do two images share a subset
+
+
+def test_random_keeps_the_same_of_every_image_where_nothing_is_to_be_random():
+    places = reduce(RandomDrop(16), numbered((8, 8))).tokens[..., 1]
+    np.testing.assert_array_equal(places, np.broadcast_to(places[:1], places.shape))
 
 
 def test_random_drops_masked_features_first():
@@ -144,7 +223,7 @@ def test_random_drops_masked_features_first():
     ],
 )
 def test_downsample_image_shrinks_each_side_with_its_patches(budget, grid, size, expected):
-    reducer = DownsampleImage(**DownsampleImage.for_budget(budget, grid))
+    reducer = DownsampleImage(**DownsampleImage.for_budget(budget, grid, 0))
     assert reducer.image_size(*size, grid) == expected
 
 
@@ -156,6 +235,9 @@ def test_downsample_image_passes_features_on():
 
 
 def test_every_reducer_of_the_folder_is_in_the_table():
-    missing = [cls.__name__ for cls in defined(reducers, "reduced_grid") if cls not in REDUCERS.values()]
+    listed = [cls for cls in REDUCERS.values() if cls is not None]
+    unlisted = [cls for cls in defined(reducers, "reduced_grid") if cls not in listed]
+    missing = [cls.__name__ for cls in unlisted if not any(issubclass(kind, cls) for kind in listed)]
     assert not missing, f"add {missing} to REDUCERS in vlm_jax/reducers/__init__.py"
     assert [kind for kind, cls in REDUCERS.items() if cls is None] == ["none"]
+    assert all(cls.kind == kind for kind, cls in REDUCERS.items() if cls is not None)

@@ -57,6 +57,18 @@ def test_a_scan_counts_every_iteration():
     assert count_flops(nested, shape(M, K), shape(6, 4, K, K)) == 6 * 4 * 2 * M * K * K
 
 
+def test_what_no_result_depends_on_is_not_counted():
+    def layer(x, w):
+        unused = product(x, w)
+        return product(x, w), unused
+
+    def run(x, ws):
+        unused = product(x, ws[0])
+        return jax.lax.scan(layer, x, ws)[0], jax.jit(lambda x: (x, x @ unused.T))(x)[0]
+
+    assert count_flops(run, shape(M, K), shape(4, K, K)) == 4 * 2 * M * K * K
+
+
 def test_a_loop_of_known_length_is_a_scan():
     assert count_flops(lambda x, w: jax.lax.fori_loop(0, 4, lambda _, x: x @ w, x), X, shape(K, K)) == 4 * 2 * M * K * K
 
@@ -70,7 +82,7 @@ def test_inside_jit_and_custom_derivatives():
 
 def test_the_backward_pass_and_what_remat_does_again():
     def loss(function):
-        return jax.grad(lambda w, x: function(x, w).sum())
+        return jax.value_and_grad(lambda w, x: function(x, w).sum())
 
     once = 2 * M * K * N
     assert count_flops(loss(product), W, X) == 2 * once  # the product, and the kernel's gradient

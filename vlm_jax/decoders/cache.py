@@ -1,6 +1,7 @@
 """The key-value cache: a pytree of fixed size, written in place of its empty slots."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,11 +23,13 @@ class Cache:
       layers: keys and values, [L, B, S, K, H].
       segment_ids: segment of each slot; 0 where a slot is empty or padding.
       length: slots written so far.
+      rest: that of the layers behind a drop of visual tokens, which has fewer slots; None where these are all.
     """
 
     layers: KeyValue
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
+    rest: "Cache | None" = None
 
     @classmethod
     def empty(cls, depth: int, batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any) -> "Cache":
@@ -37,6 +40,16 @@ class Cache:
             jnp.zeros((batch_size, length), jnp.int32),
             jnp.zeros((), jnp.int32),
         )
+
+    @property
+    def parts(self) -> "list[Cache]":
+        """This, and those behind each drop."""
+        return [self, *([] if self.rest is None else self.rest.parts)]
+
+    @classmethod
+    def chained(cls, parts: "Sequence[Cache]") -> "Cache":
+        """One cache of `parts`."""
+        return dataclasses.replace(parts[0], rest=cls.chained(parts[1:]) if len(parts) > 1 else None)
 
     def with_segments(self, segment_ids: Int[Array, "B T"]) -> "Cache":
         """The cache with the next T slots given to `segment_ids`; keys and values follow."""

@@ -1,6 +1,7 @@
 """The decoder-only transformer of the Llama family: RoPE, grouped heads, RMSNorm, SwiGLU."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,11 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.dropping import Rows, drop, num_dropped, restore
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.received import Heads, attention_received
 from vlm_jax.layers.rope import rope_angles
+from vlm_jax.types import Drop, VisualPlaces
 
 
 class Transformer(nn.Module):
@@ -30,6 +34,7 @@ class Transformer(nn.Module):
       rope_theta: base of the rotary angles.
       norm_epsilon: epsilon of every RMSNorm.
       tie_embeddings: logits by the embedding table instead of a head of their own.
+      drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -47,6 +52,7 @@ class Transformer(nn.Module):
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
+    drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -84,10 +90,18 @@ class Transformer(nn.Module):
         """Looks token ids up."""
         return self.embedding(tokens)
 
-    def init_cache(self, batch_size: int, length: int) -> Cache:
-        """An empty cache for `length` positions a row, in `dtype`."""
+    def init_cache(self, batch_size: int, length: int, places: VisualPlaces | None = None) -> Cache:
+        """An empty cache for `length` positions a row, in `dtype`; layers behind a drop hold fewer.
+
+        `places` are those of the prompt that it is for.
+        """
         head_dim = self.head_dim or self.width // self.num_heads
-        return Cache.empty(self.depth, batch_size, length, self.num_kv_heads, head_dim, self.dtype)
+        parts = []
+        for (start, stop), dropped in zip(self._spans(places), self._dropped(places), strict=True):
+            parts.append(
+                Cache.empty(stop - start, batch_size, length - dropped, self.num_kv_heads, head_dim, self.dtype)
+            )
+        return Cache.chained(parts)
 
     def __call__(
         self,
@@ -96,26 +110,79 @@ class Transformer(nn.Module):
         segment_ids: Int[Array, "B T"],
         cache: Cache | None = None,
         branch_ids: Int[Array, "B T"] | None = None,
+        places: VisualPlaces | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs T positions, after those in the cache when there is one.
 
-        `branch_ids` is for sequences without a cache; see `types.Batch`.
+        `branch_ids` is for sequences without a cache; see `types.Batch`. With `places` visual tokens are
+        dropped on the way, at `drops`; the cache is then an empty one that was made for them.
 
         Returns:
-          Normalised hidden states, and the cache with T more slots written.
+          Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
         """
-        angles = rope_angles(positions, self.head_dim or self.width // self.num_heads, self.rope_theta)
-        if cache is None:
-            context = Context("causal", segment_ids, segment_ids, branch_ids, angles)
-            x, _, _ = self.blocks(embeddings, context)
+        length = embeddings.shape[1]
+        every = jnp.broadcast_to(jnp.arange(length)[None], positions.shape)
+        rows = Rows(embeddings, positions, segment_ids, branch_ids, every)
+        drops = () if places is None else self.drops
+        spans = self._spans(places) if cache is None else _spans_of(cache)
+        written: list[Cache] = []
+        for number, (start, stop) in enumerate(spans):
+            coming = drops[number] if number < len(drops) else None
+            part = None if cache is None else cache.parts[number]
+            x, part, heads = self._span(rows, part, start, stop, coming)
+            rows = dataclasses.replace(rows, x=x)
+            if part is not None:
+                written.append(part)
+            if coming is not None and places is not None and heads is not None:
+                received = attention_received(heads, self._context(rows), places.ranking.astype(jnp.float32))
+                rows, places = drop(rows, places, received, coming.num_kept)
+        x = self.final_norm(rows.x)
+        return (restore(x, rows, length) if drops else x), Cache.chained(written) if written else None
+
+    def _span(
+        self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Heads | None]:
+        """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the drop that comes."""
+        context, heads, layers = self._context(rows), None, None
+        if cache is not None:
+            offset, cache = cache.length, cache.with_segments(rows.segment_ids)
+            context = dataclasses.replace(context, key_segments=cache.segment_ids, branches=None, offset=offset)
+            layers = cache.layers
+        if (start, stop) == (0, self.depth):
+            x, layers, _ = self.blocks(rows.x, context, cache=layers)
+        elif coming is None or coming.ranked_by == stop:
+            x, layers = self.blocks.run(rows.x, context, start, stop, cache=layers)
         else:
-            offset, cache = cache.length, cache.with_segments(segment_ids)
-            context = Context("causal", segment_ids, cache.segment_ids, None, angles, offset)
-            x, layers, _ = self.blocks(embeddings, context, cache=cache.layers)
-            cache = dataclasses.replace(cache, layers=layers)
-        return self.final_norm(x), cache
+            first, last = (None, None) if layers is None else (layers.part(0, -1), layers.part(-1, None))
+            x, first = self.blocks.run(rows.x, context, start, stop - 1, cache=first)
+            x, last, heads = self.blocks.attend(x, context, stop - 1, cache=last)
+            x = self.blocks.feed_forward(x, stop - 1)
+            layers = None if first is None or last is None else first.joined(last)
+        if coming is not None and heads is None:
+            heads = self.blocks.attend(x, self._context(rows), coming.ranked_by)[2]
+        return x, None if cache is None else dataclasses.replace(cache, layers=layers), heads
+
+    def _context(self, rows: Rows) -> Context:
+        """That of a sequence without a cache."""
+        angles = rope_angles(rows.positions, self.head_dim or self.width // self.num_heads, self.rope_theta)
+        return Context("causal", rows.segment_ids, rows.segment_ids, rows.branch_ids, angles)
+
+    def _spans(self, places: VisualPlaces | None) -> list[tuple[int, int]]:
+        """First and last + 1 of the layers between drops."""
+        drops = () if places is None else self.drops
+        return list(itertools.pairwise((0, *(drop.layer for drop in drops), self.depth)))
+
+    def _dropped(self, places: VisualPlaces | None) -> list[int]:
+        """Positions that are missing in each span."""
+        return [0] + ([] if places is None else [num_dropped(places, drop.num_kept) for drop in self.drops])
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Vocabulary logits in float32."""
         out = self.embedding.attend(hidden) if self.tie_embeddings else self.head(hidden)
         return out.astype(jnp.float32)
+
+
+def _spans_of(cache: Cache) -> list[tuple[int, int]]:
+    """First and last + 1 of the layers of every part of a cache."""
+    counts = itertools.accumulate((part.layers.key.shape[0] for part in cache.parts), initial=0)
+    return list(itertools.pairwise(counts))

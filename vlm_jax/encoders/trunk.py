@@ -12,6 +12,8 @@ from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
+from vlm_jax.layers.received import Heads, attention_received
+from vlm_jax.layers.token_merging import run_merging
 from vlm_jax.types import Grid, VisualFeatures
 
 Pooling = Literal["none", "token", "gap", "max", "map"]
@@ -46,6 +48,9 @@ class Trunk(nn.Module, kw_only=True):
         nothing is pooled it works on every token.
       projection_dim: width of a linear layer behind that, or None.
       projection_bias: a bias on it.
+      saliency: whether features come with the attention that they get in the last block that is built:
+        the mean over its `heads`, or that of all heads `joined` into one. For reducers; `build` sets it.
+      merged: tokens that every block merges, for the reducer ToMe; `build` sets it. None are where it is empty.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -71,6 +76,8 @@ class Trunk(nn.Module, kw_only=True):
     representation_size: int | None = None
     projection_dim: int | None = None
     projection_bias: bool = False
+    saliency: Literal["none", "heads", "joined"] = "none"
+    merged: tuple[int, ...] = ()
     remat: RematPolicy = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -140,12 +147,29 @@ class Trunk(nn.Module, kw_only=True):
             "layer_scale": self.layer_scale,
             **settings,
         }
-        mask = None if segments is None else segments > 0
         hidden = x[None]
-        if self.num_blocks:
-            stack = TransformerStack(self.num_blocks, block, self.remat, self.unroll, name="blocks")
+        received = heads = None
+        if (self.merged or self.saliency != "none") and (
+            collect or self.levels or self.keep_class_token or not self.num_blocks
+        ):
+            raise ValueError(
+                "a reducer that looks into the encoder wants blocks, and features of patches alone: with `saliency` "
+                "or `merged`, leave out `collect`, levels and keep_class_token, and select a layer behind the first"
+            )
+        stack = TransformerStack(self.num_blocks, block, self.remat, self.unroll, name="blocks")
+        if self.merged:
+            tokens = run_merging(stack, x, segments, self.merged, num_prefix=num_prefix)
+            x, segments, grid = tokens.x, tokens.segments, (1, tokens.x.shape[1] - num_prefix)
+        elif self.saliency != "none":
+            context, last = Context("full", segments, segments), self.num_blocks - 1
+            x, _ = stack.run(x, context, 0, last)
+            x, _, heads = stack.attend(x, context, last)
+            x = stack.feed_forward(x, last)
+            received = self._received(heads, context, num_prefix)
+        elif self.num_blocks:
             x, _, hidden = stack(x, Context("full", segments, segments), collect=collect or bool(self.levels))
         levels = [] if hidden is None else [hidden[i] for i in self._level_numbers()]
+        mask = None if segments is None else segments > 0
         if self.final_norm == "tokens" and self.select_layer is None:
             x = Norm(name="final_norm", **norm)(x)
         pooled = self._pool(x, mask, num_prefix)
@@ -159,8 +183,14 @@ class Trunk(nn.Module, kw_only=True):
             x, levels = x[:, num_prefix:], [level[:, num_prefix:] for level in levels]
             mask = None if mask is None else mask[:, num_prefix:]
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        side_by_side = jnp.concatenate(levels, axis=-1) if levels else None
-        return VisualFeatures(x, mask, grid, pooled=pooled, hidden=hidden if collect else None, levels=side_by_side)
+        keys = None if heads is None else heads.key[:, num_prefix:]
+        seen = {
+            "hidden": hidden if collect else None,
+            "levels": jnp.concatenate(levels, axis=-1) if levels else None,
+            "saliency": received,
+            "keys": keys,
+        }
+        return VisualFeatures(x, mask, grid, pooled=pooled, **seen)
 
     def _level_numbers(self) -> tuple[int, ...]:
         """The hidden states of `levels`, counted from the front.
@@ -180,6 +210,14 @@ class Trunk(nn.Module, kw_only=True):
                 f"{self.num_blocks}; name some of these, or let select_layer build more"
             )
         return numbers
+
+    def _received(self, heads: Heads, context: Context, num_prefix: int) -> Float[Array, "B N"]:
+        """Attention that the patches get from the class token, or from all of them."""
+        heads = heads.joined() if self.saliency == "joined" else heads
+        weights = jnp.ones(heads.query.shape[:2]) if context.query_segments is None else context.query_segments > 0
+        if num_prefix:
+            weights = jnp.zeros(heads.query.shape[:2]).at[:, 0].set(1)
+        return attention_received(heads, context, weights.astype(jnp.float32))[:, num_prefix:]
 
     def _pool(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, num_prefix: int

@@ -31,6 +31,7 @@ from vlm_jax.types import static_field, struct
 MaskKind = Literal["full", "causal"]
 Implementation = Literal["xla", "cudnn", "splash"]
 
+HEADS = "heads"  # the collection of a layer's queries and keys, for whoever asks for it
 _SPLASH_TILE = 128  # lanes of a TPU register; splash wants lengths that are multiples of it
 
 
@@ -39,6 +40,14 @@ class KeyValue(NamedTuple):
 
     key: Float[Array, "*L B S K H"]
     value: Float[Array, "*L B S K H"]
+
+    def part(self, start: int, stop: int | None) -> "KeyValue":
+        """Those of layers `start` to `stop` - 1."""
+        return KeyValue(*(leaf[start:stop] for leaf in self))
+
+    def joined(self, other: "KeyValue") -> "KeyValue":
+        """These layers, and the others behind them."""
+        return KeyValue(*(jnp.concatenate(pair) for pair in zip(self, other, strict=True)))
 
 
 @struct
@@ -54,6 +63,7 @@ class Context:
       angles: RoPE angles of the queries' positions, or None.
       offset: index of the first query among the keys, and where new keys are written to the
         cache; None for 0.
+      key_bias: added to the scaled logits of every key, or None.
     """
 
     mask_kind: MaskKind = static_field()
@@ -62,6 +72,7 @@ class Context:
     branches: Int[Array, "B T"] | None = None
     angles: Float[Array, "B T half"] | None = None
     offset: Int[Array, ""] | None = None
+    key_bias: Float[Array, "B S"] | None = None
 
 
 def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
@@ -141,6 +152,10 @@ def attention(
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if context.key_bias is not None:
+        shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        of_keys = jnp.broadcast_to(context.key_bias[:, None, None], shape)
+        bias = of_keys if bias is None else bias + of_keys
     implementation = implementation or choose_implementation(query, key, context, biased=bias is not None)
     if implementation == "splash":
         if bias is not None:
@@ -202,6 +217,11 @@ def _splash(query, key, value, context, scale):
     else:
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(context.query_segments, context.key_segments))
     return jnp.swapaxes(cast(jax.Array, out), 1, 2).astype(query.dtype)
+
+
+def _last(held: Any, sown: Any) -> Any:
+    del held
+    return sown
 
 
 class MultiHeadAttention(nn.Module):
@@ -278,6 +298,9 @@ class MultiHeadAttention(nn.Module):
             query, key = normed(query, "query_norm"), normed(key, "key_norm")
         if context.angles is not None:
             query, key = rotate(query, context.angles), rotate(key, context.angles)
+        if not self.is_initializing():
+            for name, heads_of in (("queries", query), ("keys", key)):
+                self.sow(HEADS, name, heads_of, init_fn=tuple, reduce_fn=_last)
         if cache is not None:
             start = (0, 0 if context.offset is None else context.offset, 0, 0)
             cache = KeyValue(

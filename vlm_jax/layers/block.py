@@ -9,10 +9,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention
+from vlm_jax.layers.attention import HEADS, Context, KeyValue, MultiHeadAttention
 from vlm_jax.layers.dense import named
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.received import Heads
 from vlm_jax.layers.scan import scan_layers
 
 RematPolicy = Literal["none", "full", "dots"]
@@ -60,25 +61,32 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], cache: KeyValue | None, context: Context
+        self,
+        x: Float[Array, "B T D"],
+        cache: KeyValue | None,
+        context: Context,
+        half: Literal["both", "attention", "feed_forward"] = "both",
     ) -> tuple[Float[Array, "B T D"], KeyValue | None]:
+        """Returns the output, of one of the two steps alone with `half`, and the updated cache."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
-        attended, cache = MultiHeadAttention(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            use_bias=self.qkv_bias,
-            out_bias=self.use_bias,
-            qk_norm=self.qk_norm,
-            qk_norm_over=self.qk_norm_over,
-            norm_epsilon=self.norm_epsilon,
-            name="attention",
-            **settings,
-        )(Norm(name="attention_norm", **norm)(x), context, cache=cache)
-        x = x + self._scaled(attended, "attention_scale")
-        mlp = Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=self.use_bias, name="mlp", **settings)
-        x = x + self._scaled(mlp(Norm(name="mlp_norm", **norm)(x)), "mlp_scale")
+        if half != "feed_forward":
+            attended, cache = MultiHeadAttention(
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                use_bias=self.qkv_bias,
+                out_bias=self.use_bias,
+                qk_norm=self.qk_norm,
+                qk_norm_over=self.qk_norm_over,
+                norm_epsilon=self.norm_epsilon,
+                name="attention",
+                **settings,
+            )(Norm(name="attention_norm", **norm)(x), context, cache=cache)
+            x = x + self._scaled(attended, "attention_scale")
+        if half != "attention":
+            mlp = Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=self.use_bias, name="mlp", **settings)
+            x = x + self._scaled(mlp(Norm(name="mlp_norm", **norm)(x)), "mlp_scale")
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
 
     def _scaled(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
@@ -101,6 +109,9 @@ class _ScannedBlock(TransformerBlock):
 
 class TransformerStack(nn.Module):
     """`depth` blocks, scanned: parameters carry a leading layer axis, compile time does not grow.
+
+    Where something happens to the tokens on the way, `run` takes some of the blocks, and `attend` and
+    `feed_forward` the halves of one, with slices of the same parameters.
 
     Attributes:
       depth: number of blocks.
@@ -131,3 +142,52 @@ class TransformerStack(nn.Module):
         scanned = scan_layers(block, self.depth, in_axes=(0, nn.broadcast), unroll=self.unroll)
         x, (cache, inputs) = scanned(collect=collect, name="layers", **self.block)(x, cache, context)
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None
+
+    def run(
+        self, x: Float[Array, "B T D"], context: Context, start: int, stop: int, *, cache: KeyValue | None = None
+    ) -> tuple[Float[Array, "B T D"], KeyValue | None]:
+        """Runs blocks `start` to `stop` - 1; `cache` is theirs alone."""
+        if start == stop:
+            return x, cache
+        params = self._params(x)
+
+        def layer(x: Any, inputs: Any) -> Any:
+            index, own, cache = inputs
+            own = jax.tree.map(lambda leaf: leaf[index], params) if own is None else own
+            return self._rematted(lambda p, x, cache: self._apply(p, x, cache, context)[0])(own, x, cache)
+
+        # A slice is a copy, which a step of generation would make anew; but the gradient of an indexed
+        # stack is a sum over layers of whole stacks, so that training slices.
+        own = None if cache is not None else jax.tree.map(lambda leaf: leaf[start:stop], params)
+        return jax.lax.scan(layer, x, (jnp.arange(start, stop), own, cache), unroll=self.unroll)
+
+    def attend(
+        self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: KeyValue | None = None
+    ) -> tuple[Float[Array, "B T D"], KeyValue | None, Heads]:
+        """x + attention(norm(x)) of block `index`, its cache ([1, B, S, K, H]), and its queries and keys."""
+        own = jax.tree.map(lambda leaf: leaf[index], self._params(x))
+        cache = None if cache is None else jax.tree.map(lambda leaf: leaf[0], cache)
+        run = self._rematted(lambda p, x, cache: self._apply(p, x, cache, context, half="attention", mutable=[HEADS]))
+        (x, cache), sown = run(own, x, cache)
+        cache = None if cache is None else jax.tree.map(lambda leaf: leaf[None], cache)
+        heads = sown[HEADS]["attention"]
+        return x, cache, Heads(heads["queries"], heads["keys"])
+
+    def feed_forward(self, x: Float[Array, "B T D"], index: int) -> Float[Array, "B T D"]:
+        """x + mlp(norm(x)) of block `index`."""
+        own = jax.tree.map(lambda leaf: leaf[index], self._params(x))
+        return self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])(own, x)
+
+    def _params(self, x: jax.Array) -> Any:
+        """The stacked parameters; at initialisation they are drawn as ever."""
+        if self.is_initializing() and not self.has_variable("params", "layers"):
+            self(x[:, :1], Context("full"))
+        return nn.meta.unbox(self.variables["params"]["layers"])
+
+    def _apply(self, params: Any, *args: Any, mutable: Any = (), **kwargs: Any) -> Any:
+        return TransformerBlock(**self.block, parent=None).apply({"params": params}, *args, mutable=mutable, **kwargs)
+
+    def _rematted(self, function: Any) -> Any:
+        if self.remat == "none":
+            return function
+        return jax.checkpoint(function, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

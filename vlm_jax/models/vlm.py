@@ -5,7 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, PackedPatches, VisualTokens
+from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, PackedPatches, VisualPlaces, VisualTokens
 
 Images = Float[Array, "images height width channels"] | PackedPatches
 
@@ -50,15 +50,18 @@ class VLM(nn.Module):
             )
         return tokens
 
-    def embed(self, batch: Batch, *, deterministic: bool = True) -> tuple[Float[Array, "B T D"], Int[Array, "B T"]]:
+    def embed(
+        self, batch: Batch, *, deterministic: bool = True
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], VisualPlaces | None]:
         """Embeddings of every position: text looked up, visual slots gathered from the table.
 
         Returns:
-          The embeddings, and the segment ids, in which a masked visual token is padding.
+          The embeddings; the segment ids, in which a masked visual token is padding; and, for a decoder that
+          drops visual tokens, their places.
         """
         text = self.decoder.embed(batch.tokens)
         if batch.images is None:
-            return text, jnp.asarray(batch.segment_ids)
+            return text, jnp.asarray(batch.segment_ids), None
         size = batch.tokens.shape[0]
         visual = self.visual_tokens(flat_images(batch.images), deterministic=deterministic)
         table = visual.tokens.reshape(size, -1, visual.tokens.shape[-1]).astype(text.dtype)
@@ -66,12 +69,14 @@ class VLM(nn.Module):
         rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
         shown = jnp.take_along_axis(visual.mask.reshape(size, -1), jnp.maximum(batch.visual_index, 0), axis=1)
         segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
-        return jnp.where(index == TEXT_SLOT, text, rows), segments
+        places = visual_places(batch, visual.tokens.shape[1]) if getattr(self.decoder, "drops", ()) else None
+        return jnp.where(index == TEXT_SLOT, text, rows), segments, places
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"]:
         """Float32 logits at every position."""
-        embeddings, segments = self.embed(batch, deterministic=deterministic)
-        hidden, _ = self.decoder(embeddings, batch.positions, segments, branch_ids=batch.branch_ids)
+        embeddings, segments, places = self.embed(batch, deterministic=deterministic)
+        dropped = {} if places is None else {"places": places}
+        hidden, _ = self.decoder(embeddings, batch.positions, segments, branch_ids=batch.branch_ids, **dropped)
         return self.decoder.logits(hidden)
 
     def prefill(self, batch: Batch, cache_length: int) -> tuple[Float[Array, "B V"], Cache]:
@@ -80,9 +85,10 @@ class VLM(nn.Module):
         Returns:
           Logits of the last column, and a cache of `cache_length` slots with the prompt in it.
         """
-        cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length)
-        embeddings, segments = self.embed(batch)
-        hidden, cache = self.decoder(embeddings, batch.positions, segments, cache)
+        embeddings, segments, places = self.embed(batch)
+        dropped = {} if places is None else {"places": places}
+        cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, **dropped)
+        hidden, cache = self.decoder(embeddings, batch.positions, segments, cache, **dropped)
         return self.decoder.logits(hidden[:, -1]), cache
 
     def extend(
@@ -92,3 +98,22 @@ class VLM(nn.Module):
         segments = jnp.ones_like(tokens)
         hidden, cache = self.decoder(self.decoder.embed(tokens), positions, segments, cache)
         return self.decoder.logits(hidden[:, -1]), cache
+
+
+def visual_places(batch: Batch, num_tokens: int) -> VisualPlaces:
+    """Where each image's `num_tokens` tokens stand, and the last position of every instruction.
+
+    That is the position before each answer in a row that is learned, and the end of a segment in any other.
+    """
+    size, length = batch.tokens.shape
+    num_rows = batch.images.shape[1] * num_tokens
+    row, place = jnp.arange(size)[:, None], jnp.arange(length)[None]
+    target = jnp.where(batch.visual_index == TEXT_SLOT, num_rows, batch.visual_index)
+    index = jnp.full((size, num_rows), length).at[row, target].set(place, mode="drop")
+    if batch.loss_weights is None:
+        following = jnp.pad(batch.segment_ids[:, 1:], ((0, 0), (0, 1)), constant_values=PADDING_SEGMENT)
+        ranking = (batch.segment_ids != PADDING_SEGMENT) & (batch.segment_ids != following)
+    else:
+        learned = batch.loss_weights > 0
+        ranking = learned & ~jnp.pad(learned[:, :-1], ((0, 0), (1, 0)))
+    return VisualPlaces(index.reshape(size, -1, num_tokens), ranking)

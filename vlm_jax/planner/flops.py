@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from vlm_jax.layers.attention import written_out
 
@@ -14,8 +15,8 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
     A multiply and its add count as two. Element-wise work (norms, softmax, activations) is not
     counted, as is the habit where model FLOPs are reported. Attention is counted as its two products,
-    in full, whichever kernel would run it. A loop of unknown length cannot be
-    counted and is refused.
+    in full, whichever kernel would run it. What no result depends on is not counted: XLA leaves it
+    out as well. A loop of unknown length cannot be counted and is refused.
 
     Args:
       function: any traceable function.
@@ -26,7 +27,8 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
       ValueError: the function holds a `while_loop`.
     """
     with written_out():
-        return _of_jaxpr(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
+        jaxpr = jax.make_jaxpr(function)(*args, **kwargs).jaxpr
+    return _of_jaxpr(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _of_jaxpr(jaxpr: Any) -> int:

@@ -1,29 +1,31 @@
-"""The second control: show the encoder a smaller image."""
+"""The third control: show the encoder a smaller image."""
 
 from typing import Any
 
-from flax import linen as nn
-
 from vlm_jax.budget import grid_of_size, refuse, sizes_of_grids
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.reducers.reducer import Reducer
+from vlm_jax.types import Grid
 
 
-class DownsampleImage(nn.Module):
+class DownsampleImage(Reducer):
     """Resizes the image, on the host, until its patches are as many as the budget.
 
     Attributes:
       output_grid: rows and columns of patches of the smaller image, solved from the budget.
     """
 
+    kind = "downsample_image"
+
     output_grid: tuple[int, int]
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
         """The grid of that size nearest in aspect to `grid`."""
+        del num_layers
         output_grid = grid_of_size(budget, grid)
         if output_grid is None:
             why = "patches must form a grid inside it of about its aspect"
-            raise refuse("downsample_image", budget, grid, sizes_of_grids(grid), why)
+            raise refuse(cls.kind, budget, grid, sizes_of_grids(grid), why)
         return {"output_grid": output_grid}
 
     def image_size(self, height: int, width: int, grid: Grid) -> tuple[int, int]:
@@ -34,8 +36,3 @@ class DownsampleImage(nn.Module):
         """`output_grid`, whatever the full-size grid."""
         del grid
         return self.output_grid
-
-    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
-        """Features pass: the image was made smaller before it was encoded."""
-        del deterministic
-        return features

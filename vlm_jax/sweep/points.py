@@ -38,13 +38,15 @@ class Costs:
     """What a point costs, known by shape alone.
 
     Attributes:
-      num_visual_tokens: tokens of one image that reach the decoder.
+      num_visual_tokens: tokens of one image that reach the decoder's last layers.
+      mean_visual_tokens: the mean over its layers.
       num_params: parameters of each part.
       flops: of one example with its images: `encoder`, `connector` (and reducer), and `prefill`,
         the decoder over a prompt of full length.
     """
 
     num_visual_tokens: int
+    mean_visual_tokens: float
     num_params: dict[str, int]
     flops: dict[str, int]
 
@@ -158,4 +160,4 @@ def costs(system: System) -> Costs:
     visual = count_flops(lambda p, x: model.apply(p, x, method="visual_tokens"), params, flat)
     whole = count_flops(lambda p, b: model.apply(p, b, processor.max_prompt_length, method="prefill"), params, prompt)
     flops = {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}
-    return Costs(system.num_visual_tokens, system.num_params(), flops)
+    return Costs(system.num_visual_tokens, system.mean_visual_tokens, system.num_params(), flops)

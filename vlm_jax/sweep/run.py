@@ -126,6 +126,7 @@ class Sweep:
             "connector": point.connector,
             "token_budget": point.config.token_budget,
             "num_visual_tokens": point.costs.num_visual_tokens,
+            "mean_visual_tokens": point.costs.mean_visual_tokens,
             "realised_visual_tokens": tokens,
             "accuracy": table,
             "num_params": point.costs.num_params,

@@ -1,0 +1,77 @@
+"""The papers' definitions in NumPy, image by image and token by token: no batch, no padding."""
+
+import numpy as np
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def cosine(a, b):
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def evenly(places, count):
+    """Element number i * n // count of n places."""
+    return [places[i * len(places) // count] for i in range(count)]
+
+
+def divprune(tokens, count):
+    """Alvar et al. 2025, algorithm 1: greedy max-min on 1 - cosine."""
+    distance = np.array([[1 - cosine(a, b) for b in tokens] for a in tokens])
+    others = distance + np.diag([np.inf] * len(tokens))
+    kept = [int(np.argmax(others.min(1)))]
+    while len(kept) < count:
+        rest = [i for i in range(len(tokens)) if i not in kept]
+        kept.append(max(rest, key=lambda i: min(distance[i, j] for j in kept)))
+    return sorted(kept)
+
+
+def visionzip(tokens, saliency, keys, count, contextual):
+    """Yang et al. 2024, sections 3.2 and 3.3; {place: token}."""
+    metric = keys.mean(1)
+    dominant = sorted(np.argsort(-saliency, kind="stable")[: count - contextual].tolist())
+    rest = [i for i in range(len(tokens)) if i not in dominant]
+    step = max(1, len(rest) // contextual)
+    targets = rest[::step][:contextual]
+    came = {target: [] for target in targets}
+    for i in rest:
+        if i not in targets:
+            came[max(targets, key=lambda t: cosine(metric[i], metric[t]))].append(tokens[i])
+    merged = {t: tokens[t] + (np.mean(came[t], axis=0) if came[t] else 0) for t in targets}
+    return {**{i: tokens[i] for i in dominant}, **merged}
+
+
+def prumerge(tokens, saliency, keys, count, neighbors, spatial=0):
+    """Shang et al. 2024, algorithm 1, with `count` for the outliers; {place: token}."""
+    flat = keys.reshape(len(tokens), -1)
+    kept = np.argsort(-saliency, kind="stable")[: count - spatial].tolist()
+    if spatial:
+        kept += evenly([i for i in range(len(tokens)) if i not in kept], spatial)
+    found = {}
+    for i in kept:
+        others = sorted((j for j in range(len(tokens)) if j != i), key=lambda j: -cosine(flat[i], flat[j]))
+        found[i] = tokens[i] + sum(saliency[j] * tokens[j] for j in others[:neighbors])
+    return found
+
+
+def tome_merge(x, size, place, metric, count, prefix):
+    """Bolya et al. 2023, section 3: every other token, its best edge, the best edges merged."""
+    first, second = list(range(0, len(x), 2)), list(range(1, len(x), 2))
+    edges = []
+    for a in first[prefix:]:
+        b = max(second, key=lambda b: cosine(metric[a], metric[b]))
+        edges.append((cosine(metric[a], metric[b]), a, b))
+    edges = sorted(edges, key=lambda edge: -edge[0])[:count]
+    gone = {a for _, a, _ in edges}
+    members = {b: [b, *[a for _, a, target in edges if target == b]] for b in second}
+    groups = [[a] for a in first if a not in gone] + [members[b] for b in second]
+    total = np.array([size[group].sum() for group in groups])
+    merged = np.array([(x[group] * size[group, None]).sum(0) for group in groups]) / total[:, None]
+    return merged, total, np.array([place[group[0]] for group in groups])
+
+
+def highest(scores, places, count):
+    """The `count` of `places` with the highest scores, ascending."""
+    return sorted(sorted(places, key=lambda place: -scores[place])[:count])

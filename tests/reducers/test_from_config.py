@@ -1,0 +1,193 @@
+"""Every reducer from a config: built, counted, trained for a step, and made to answer."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from tests.train.conftest import tiny_config
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.build import build
+from vlm_jax.config import ConfigError
+from vlm_jax.generation.greedy import generate
+from vlm_jax.reducers import REDUCERS
+from vlm_jax.sweep.points import costs
+from vlm_jax.train.objectives import next_token
+
+BUDGET = 9
+FIELDS = {"fastv": {"layer": 1}, "visionzip": {"contextual_share": 0.3}, "prumerge": {"spatial_share": 0.3}}
+KINDS = [kind for kind in REDUCERS if kind != "none"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def config_of(kind, budget=BUDGET, **fields):
+    """16 patches a page, a connector that keeps what it gets, two layers on either side."""
+    config = tiny_config().unlock()
+    config.token_budget = budget
+    config.reducer = ConfigDict({"kind": kind, **FIELDS.get(kind, {}), **fields})
+    config.connector = ConfigDict({"kind": "mlp"})
+    config.encoder.class_token = True
+    config.schedule = ("answering",)
+    config.encoder.remat = config.decoder.remat = "none"  # fewer programs to compile
+    return config
+
+
+@functools.cache
+def system_of(kind):
+    return build(config_of(kind))
+
+
+@functools.cache
+def params():
+    """Of every kind alike."""
+    system = system_of("random")
+    return nn.meta.unbox(jax.jit(system.init)(jax.random.key(0)))
+
+
+@functools.cache
+def samples():
+    return list(system_of("random").open_source().evaluation(0))
+
+
+@every_kind
+def test_the_budget_is_realised(kind):
+    system = system_of(kind)
+    assert system.num_visual_tokens == BUDGET
+    in_decoder = REDUCERS[kind].reduces_in == "decoder"
+    assert system.mean_visual_tokens == ((16 + BUDGET) / 2 if in_decoder else BUDGET)
+    assert system.processor.num_visual_tokens == (16 if in_decoder else BUDGET)
+    counted = costs(system)
+    assert counted.num_visual_tokens == BUDGET and counted.mean_visual_tokens == system.mean_visual_tokens
+    full = costs(build(config_of("uniform_stride", 16)))
+    assert counted.flops["prefill"] < full.flops["prefill"]
+    if kind in ("tome", "downsample_image"):
+        assert counted.flops["encoder"] < full.flops["encoder"]
+
+
+@every_kind
+def test_parameters_are_those_without_a_reducer(kind):
+    got, expected = (
+        jax.tree_util.tree_leaves_with_path(
+            jax.eval_shape(system.init, jax.random.key(0)), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+        )
+        for system in (system_of(kind), build(config_of("none", 16)))
+    )
+    assert [(path, leaf.value.shape, leaf.names) for path, leaf in got] == [
+        (path, leaf.value.shape, leaf.names) for path, leaf in expected
+    ]
+
+
+@every_kind
+def test_a_step_of_training_and_an_answer(kind):
+    system = system_of(kind)
+    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[system.processor(s) for s in samples()[:2]])
+    loss = next_token(system)
+
+    @jax.jit
+    def step(params, rows):
+        value, grads = jax.value_and_grad(lambda p: loss(p, rows, jax.random.key(1))[0])(params)
+        return (
+            value,
+            jax.tree.map(lambda g: jnp.abs(g).max(), grads),
+            jax.tree.map(lambda p, g: p - 0.1 * g, params, grads),
+        )
+
+    value, largest, trained = step(params(), rows)
+    assert np.isfinite(value)
+    for path, grad in jax.tree_util.tree_leaves_with_path(largest):
+        where = jax.tree_util.keystr(path)
+        assert np.isfinite(grad) and (grad > 0 or where.endswith("['key']['bias']")), where
+
+    prompts = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[system.processor.prompt(s) for s in samples()[:3]])
+    answer = functools.partial(generate, system.model, trained, max_new_tokens=3, eos_id=-1, pad_id=0)
+    answers = np.asarray(answer(prompts))
+    expected = without_a_cache(system, trained, prompts, 3)
+    np.testing.assert_array_equal(answers, expected)
+    # Neither does an answer depend on what else is in the batch.
+    swapped = jax.tree.map(lambda leaf: leaf[::-1], prompts)
+    np.testing.assert_array_equal(np.asarray(answer(swapped))[::-1], answers)
+
+
+def without_a_cache(system, trained, prompts, count):
+    """The whole row anew for each token; the prompt's last token ranks, as if all behind it were learned."""
+    length = prompts.tokens.shape[1]
+    rows = {name: np.asarray(getattr(prompts, name)) for name in ("tokens", "positions", "segment_ids", "visual_index")}
+    behind = np.arange(1, count + 1)[None] + rows["positions"][:, -1:]
+    rows = {
+        name: np.concatenate([x, np.full((len(x), count), 1 if name == "segment_ids" else -1)], 1)
+        for name, x in rows.items()
+    }
+    rows["positions"][:, length:] = behind
+    weights = np.zeros(rows["tokens"].shape, np.float32)
+    weights[:, length - 1 :] = 1
+    variables = {"params": {part: trained[part] for part in ("encoder", "connector", "decoder")}}
+    run = jax.jit(lambda batch: system.model.apply(variables, batch))
+    for place in range(length, length + count):
+        batch = prompts.__class__(
+            **{name: np.asarray(x, np.int32) for name, x in rows.items()},
+            images=prompts.images,
+            loss_weights=weights,
+            targets=np.asarray(rows["tokens"], np.int32),
+        )
+        rows["tokens"][:, place] = np.argmax(run(batch)[:, place - 1], -1)
+    return rows["tokens"][:, length:]
+
+
+@pytest.mark.parametrize("kind", ["tome", "visionzip", "prumerge"])
+@pytest.mark.parametrize("encoder", ["sam", "aimv2"])
+def test_an_encoder_without_a_way_to_do_so_is_refused(kind, encoder):
+    config = config_of(kind)
+    small = {"patch_size": 6, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8}
+    config.encoder = ConfigDict(
+        {
+            "sam": {"kind": "sam", **small, "neck_dim": 8, "global_blocks": (0,)},
+            "aimv2": {"kind": "aimv2", **small, "hidden_stride": 1},
+        }[encoder]
+    )
+    config.token_budget = 16 if kind == "tome" else BUDGET
+    with pytest.raises(
+        ConfigError, match=rf"config\.reducer\.kind: {kind} works inside the encoder, and {encoder} has"
+    ):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget", "message"),
+    [
+        ("tome", 3, "tome cannot give 3 tokens from a 4x4 grid, because each of the encoder's 2 blocks .* feasible: 4"),
+        ("fastv", 17, "fastv cannot give 17 tokens .* nearest feasible: 16"),
+        ("visionzip", 0, None),
+        ("divprune", 20, "nearest feasible: 16"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(kind, budget, message):
+    with pytest.raises((InfeasibleBudget, ConfigError), match=message or "expected a positive integer"):
+        build(config_of(kind, budget))
+
+
+def test_fewer_tokens_may_be_shown_than_there_are_features():
+    config = config_of("pyramid_drop", 2, num_shown=4)
+    config.connector.kind = "pool"
+    system = build(config)
+    assert system.processor.num_visual_tokens == 4
+    assert (system.num_visual_tokens, system.mean_visual_tokens) == (2, 3.0)
+
+
+def test_the_dense_head_reads_an_encoder_that_keeps_its_grid():
+    config = config_of("tome")
+    config.schedule = ("seeing", "answering")
+    system = build(config)
+    assert system.cell_reader is not None and system.cell_reader.encoder.merged == ()
+    assert system.model.encoder.merged == (4, 3)
+
+
+def test_every_kind_is_named_in_the_table_of_the_room():
+    documented = set(re.findall(r"\w+", REDUCERS.__class__.__doc__ or "")) | set(
+        re.findall(r"\w+", __import__("vlm_jax.reducers", fromlist=["x"]).__doc__)
+    )
+    assert set(REDUCERS) <= documented

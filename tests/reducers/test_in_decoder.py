@@ -1,0 +1,283 @@
+"""FastV and PyramidDrop in a decoder, against NumPy blocks over rows that really get shorter."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from vlm_jax.config import ConfigError
+from vlm_jax.decoders.transformer import Transformer
+from vlm_jax.models.vlm import visual_places
+from vlm_jax.planner.flops import count_flops
+from vlm_jax.reducers.fastv import FastV
+from vlm_jax.reducers.pyramid_drop import PyramidDrop
+from vlm_jax.types import Batch, Drop
+
+from ..parameters import drawn
+from . import blocks, definitions
+
+VOCAB, WIDTH, DEPTH, HEADS, KV, THETA, EPSILON = 12, 16, 4, 2, 1, 100.0, 1e-6
+TOKENS = 6  # of an image
+FASTV = FastV(3, TOKENS, DEPTH).drops()
+PYRAMID = PyramidDrop(2, TOKENS, DEPTH).drops()
+every_drops = pytest.mark.parametrize("drops", [FASTV, PYRAMID], ids=["fastv", "pyramid_drop"])
+
+
+def decoder(drops=(), **fields):
+    return Transformer(VOCAB, WIDTH, DEPTH, HEADS, KV, 24, rope_theta=THETA, drops=drops, **fields)
+
+
+def run_tokens(module, tokens, *rest, **kwargs):
+    hidden, cache = module(module.embed(tokens), *rest, **kwargs)
+    return module.logits(hidden), cache
+
+
+@functools.cache
+def params():
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    boxed = jax.eval_shape(
+        functools.partial(decoder().init, method=run_tokens), jax.random.key(0), tokens, tokens, tokens
+    )
+    return jax.tree.map(lambda p: 1.5 * p, nn.meta.unbox(drawn(boxed)))  # so that attention has favourites
+
+
+# Two images of six tokens, text before, between and behind; -1 is text. The second row begins with padding.
+LAYOUT = np.array(
+    [
+        [-1, *range(6), -1, -1, *range(6, 12), -1, -1, -1, -1],
+        [-1, -1, -1, -1, -1, *range(6), *range(6, 12), -1, -1],
+    ]
+)
+LENGTH = LAYOUT.shape[1]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(5)
+    segments = np.ones_like(LAYOUT)
+    segments[1, :3] = 0
+    positions = np.maximum(np.cumsum(segments, 1) - 1, 0)
+    return Batch(
+        tokens=jnp.asarray(rng.integers(0, VOCAB, size=LAYOUT.shape), jnp.int32),
+        positions=jnp.asarray(positions, jnp.int32),
+        segment_ids=jnp.asarray(segments, jnp.int32),
+        visual_index=jnp.asarray(LAYOUT, jnp.int32),
+        images=jnp.zeros((2, 2, 1, 1, 1)),
+    )
+
+
+@functools.cache
+def jitted(drops, **fields):
+    module = decoder(drops, **fields)
+
+    def run(own, batch):
+        places = visual_places(batch, TOKENS)
+        args = (batch.tokens, batch.positions, batch.segment_ids)
+        return module.apply(own, *args, method=run_tokens, branch_ids=batch.branch_ids, places=places)[0]
+
+    return jax.jit(run)
+
+
+def by_hand(batch, row, drops, ranking):
+    """Final states of the positions that are left, with those positions, of one row."""
+    own = jax.tree.map(np.float64, params()["params"])
+    left = np.flatnonzero(np.asarray(batch.segment_ids[row]))
+    x = own["embedding"]["embedding"][np.asarray(batch.tokens[row])][left]
+    positions = np.asarray(batch.positions[row])
+    counts = dict.fromkeys((0, 1), TOKENS)
+    before = x
+    for layer in range(DEPTH + 1):
+        for drop in (drop for drop in drops if drop.layer == layer):
+            ranked_by = jax.tree.map(lambda leaf, i=drop.ranked_by: leaf[i], own["blocks"]["layers"])
+            source = x if drop.ranked_by == layer else before
+            q, k, _ = blocks.heads(source, ranked_by, HEADS, KV, EPSILON, positions[left], THETA)
+            bias = np.where(np.tril(np.ones((len(left), len(left)))), 0, -np.inf)
+            attended = blocks.weights(q, k, bias).mean(0)
+            received = dict(zip(left, attended[[list(left).index(r) for r in ranking]].mean(0), strict=True))
+            keep = set(left)
+            for image in counts:
+                tokens = [p for p in left if batch.visual_index[row, p] // TOKENS == image and LAYOUT[row, p] >= 0]
+                assert len(tokens) == counts[image]
+                counts[image] = drop.num_kept
+                keep -= set(tokens) - set(definitions.highest(received, tokens, drop.num_kept))
+            chosen = [i for i, p in enumerate(left) if p in keep]
+            left, x = left[chosen], x[chosen]
+        if layer < DEPTH:
+            before = x
+            p = jax.tree.map(lambda leaf, i=layer: leaf[i], own["blocks"]["layers"])
+            q, k, v = blocks.heads(x, p, HEADS, KV, EPSILON, positions[left], THETA)
+            bias = np.where(np.tril(np.ones((len(left), len(left)))), 0, -np.inf)
+            x = blocks.feed_forward(blocks.attend(x, p, q, k, v, bias), p, EPSILON)
+    return blocks.norm(x, own["final_norm"], EPSILON) @ own["embedding"]["embedding"].T, left
+
+
+@every_drops
+def test_a_prompt_keeps_what_its_last_token_looks_at(batch, drops):
+    logits = jitted(drops)(params(), batch)
+    assert logits.shape == (2, LENGTH, VOCAB)
+    for row in range(2):
+        expected, left = by_hand(batch, row, drops, [LENGTH - 1])
+        assert len(left) == (batch.segment_ids[row] > 0).sum() - 2 * (TOKENS - drops[-1].num_kept)
+        np.testing.assert_allclose(logits[row, left], expected, atol=2e-4)
+        dropped = sorted(set(np.flatnonzero(batch.segment_ids[row])) - set(left))
+        np.testing.assert_array_equal(logits[row, np.array(dropped)], 0)
+
+
+@every_drops
+def test_a_learned_row_keeps_what_the_ends_of_its_instructions_look_at(batch, drops):
+    weights = np.zeros((2, LENGTH), np.float32)
+    weights[0, [7, 15, 16]], weights[1, [17]] = 1, 1  # the positions before the learned ones
+    learned = dataclasses.replace(batch, loss_weights=jnp.asarray(weights), targets=batch.tokens)
+    logits = jitted(drops)(params(), learned)
+    for row, ranking in enumerate(([7, 15], [17])):
+        expected, left = by_hand(batch, row, drops, ranking)
+        np.testing.assert_allclose(logits[row, left], expected, atol=2e-4)
+
+
+def test_a_visual_token_before_an_answer_stays(batch):
+    """Row 1 has an image up to position 16; where the answer begins at 11, token 10 says it."""
+    weights = np.zeros((2, LENGTH), np.float32)
+    weights[1, 10:12] = 1
+    learned = dataclasses.replace(batch, loss_weights=jnp.asarray(weights), targets=batch.tokens)
+    logits = jitted((Drop(1, 1, 0),))(params(), learned)
+    assert np.abs(logits[1, 10]).max() > 0
+    assert (np.abs(logits[1, 5:11]).max(-1) > 0).sum() == 1  # and it is the only one of its image
+
+
+@every_drops
+def test_padding_changes_nothing(batch, drops):
+    hidden = batch.segment_ids == 0
+    other = dataclasses.replace(
+        batch, tokens=jnp.where(hidden, 3, batch.tokens), positions=jnp.where(hidden, 7, batch.positions)
+    )
+    got, want = jitted(drops)(params(), other), jitted(drops)(params(), batch)
+    np.testing.assert_allclose(np.where(hidden[..., None], 0, got), np.where(hidden[..., None], 0, want), atol=1e-5)
+
+
+def test_masked_tokens_go_before_real_ones(batch):
+    """Of the first image's tokens three are padding: with three kept, those are the real ones."""
+    masked = np.array(batch.segment_ids)
+    masked[0, [1, 3, 6]] = 0
+    logits = jitted(FASTV)(params(), dataclasses.replace(batch, segment_ids=jnp.asarray(masked)))
+    assert (np.abs(logits[0, [2, 4, 5]]).max(-1) > 0).all()
+    np.testing.assert_array_equal(logits[0, [1, 3, 6]], 0)
+
+
+@every_drops
+def test_the_cache_gives_the_logits_of_the_whole(batch, drops):
+    """Prompts of all but two positions, then those one by one, against one row in which they rank nothing."""
+    end = LENGTH - 2
+    first = jax.tree.map(lambda leaf: leaf[:, :end], dataclasses.replace(batch, images=None))
+    first = dataclasses.replace(first, images=batch.images)
+    module = decoder(drops)
+
+    @jax.jit
+    def prefill(own, batch):
+        places = visual_places(batch, TOKENS)
+        cache = module.init_cache(2, LENGTH + 1, places)
+        args = (batch.tokens, batch.positions, batch.segment_ids, cache)
+        return module.apply(own, *args, method=run_tokens, places=places)
+
+    logits, cache = prefill(params(), first)
+    slots = [part.layers.key.shape[2] for part in cache.parts]
+    assert slots == [LENGTH + 1 - 2 * (TOKENS - kept) for kept in (TOKENS, *(drop.num_kept for drop in drops))]
+    assert sum(part.layers.key.shape[0] for part in cache.parts) == DEPTH
+    weights = np.zeros((2, LENGTH), np.float32)
+    weights[:, end - 1 :] = 1  # as if what follows were the answer
+    learned = dataclasses.replace(batch, loss_weights=jnp.asarray(weights), targets=batch.tokens)
+    expected = jitted(drops)(params(), learned)
+    np.testing.assert_allclose(logits[:, -1], expected[:, end - 1], atol=2e-4)
+    step = jax.jit(functools.partial(module.apply, method=run_tokens))
+    for place in (end, end + 1):
+        piece = (x[:, place : place + 1] for x in (batch.tokens, batch.positions, batch.segment_ids))
+        logits, cache = step(params(), *piece, cache)
+        np.testing.assert_allclose(logits[:, 0], expected[:, place], atol=2e-4)
+
+
+@every_drops
+def test_fewer_operations_are_done(batch, drops):
+    """Exactly those of shorter rows, and of the weights that rank."""
+
+    def cost(drops):
+        places = {"places": visual_places(batch, TOKENS)} if drops else {}
+        args = (batch.tokens, batch.positions, batch.segment_ids)
+        return count_flops(lambda own: decoder(drops).apply(own, *args, method=run_tokens, **places)[0], params())
+
+    head_dim = WIDTH // HEADS
+    products = 2 * WIDTH * head_dim * (2 * HEADS + 2 * KV) + 3 * 2 * WIDTH * 24
+    expected = 2 * LENGTH * 2 * WIDTH * VOCAB
+    lengths = [LENGTH] * DEPTH
+    for drop in drops:
+        lengths[drop.layer :] = [LENGTH - 2 * (TOKENS - drop.num_kept)] * (DEPTH - drop.layer)
+    for length in lengths:
+        expected += 2 * (length * products + 2 * 2 * length * length * WIDTH)
+    for drop in drops:
+        length = lengths[drop.layer - 1]
+        expected += 2 * (2 * length * length * WIDTH)  # logits of the one layer that is written out
+        expected += 2 * 2 * length * length  # their mean over those that rank
+        if drop.ranked_by == drop.layer:
+            expected += 2 * length * 2 * WIDTH * head_dim * (HEADS + KV)
+    assert cost(drops) == expected
+    assert cost(drops) < cost(())
+
+
+@every_drops
+def test_the_compiled_program_does_fewer_operations(batch, drops):
+    long = dataclasses.replace(
+        batch,
+        **{key: jnp.tile(getattr(batch, key), (1, 8)) for key in ("tokens", "positions", "segment_ids")},
+        visual_index=jnp.asarray(np.concatenate([np.arange(8 * LENGTH - 8), [-1] * 8])[None].repeat(2, 0)),
+    )
+    tokens = (8 * LENGTH - 8) // 2
+
+    def cost(drops):
+        def run(own):
+            args = (long.tokens, long.positions, long.segment_ids)
+            module = decoder(drops, unroll=DEPTH)  # the compiler counts a loop's body once
+            return module.apply(own, *args, method=run_tokens, places=visual_places(long, tokens))[0]
+
+        return jax.jit(run).lower(params()).compile().cost_analysis()["flops"]
+
+    assert cost(tuple(drop._replace(num_kept=2) for drop in drops)) < 0.8 * cost(())
+
+
+@every_drops
+def test_gradients_are_finite_and_reach_every_parameter(batch, drops):
+    def loss(own):
+        return jnp.sum(jnp.sin(jitted(drops, remat="full")(own, batch) + jnp.arange(VOCAB)[None, None]))
+
+    for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params())):
+        assert np.isfinite(grad).all() and np.abs(grad).max() > 1e-6, jax.tree_util.keystr(path)
+
+
+@every_drops
+def test_bfloat16_is_finite_and_near(batch, drops):
+    exact, low = jitted(drops)(params(), batch), jitted(drops, dtype=jnp.bfloat16)(params(), batch)
+    assert np.isfinite(low).all()
+    np.testing.assert_allclose(low[:, -1], exact[:, -1], atol=0.4)  # some other token may have been kept
+
+
+def test_schedules_are_those_of_the_papers():
+    assert FastV(288, 576, 32).drops() == (Drop(2, 288, 1),)
+    halves = PyramidDrop(72, 576, 32).drops()
+    assert halves == (Drop(8, 288, 8), Drop(16, 144, 16), Drop(24, 72, 24))
+    assert PyramidDrop(4, 16, 3).drops() == (Drop(1, 8, 1), Drop(2, 4, 2))
+    assert PyramidDrop(4, 99, 8, num_shown=16, layers=(6, 2)).drops() == (Drop(2, 8, 2), Drop(6, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("reducer", "message"),
+    [
+        (FastV(4, 16, 2), r"config\.reducer: fastv drops tokens before layers \[2\]; a decoder of 2 layers .* 1 to 1"),
+        (FastV(4, 16, 3, layer=0), r"before layers \[0\]"),
+        (PyramidDrop(4, 16, 3, layers=()), r"before layers \[\]"),
+        (FastV(4, 16, 3, num_shown=3), r"config\.reducer\.num_shown: 4 tokens are to be left .* only 3 are shown"),
+    ],
+)
+def test_drops_that_cannot_be_made_are_refused(reducer, message):
+    with pytest.raises(ConfigError, match=message):
+        reducer.asks()

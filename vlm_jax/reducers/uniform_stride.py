@@ -1,0 +1,14 @@
+"""The second control: keep features at even steps."""
+
+from vlm_jax.reducers.reducer import KeepsFeatures, spread
+from vlm_jax.types import VisualFeatures
+
+
+class UniformStride(KeepsFeatures):
+    """Keeps feature number i * N // num_kept of an image's N real ones, row by row."""
+
+    kind = "uniform_stride"
+
+    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
+        del deterministic
+        return self.take(features, spread(features.mask, self.num_kept))
