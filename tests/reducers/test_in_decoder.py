@@ -75,7 +75,7 @@ def jitted(drops, **fields):
     module = decoder(drops, **fields)
 
     def run(own, batch):
-        places = visual_places(batch, TOKENS)
+        places = visual_places(batch, 2, TOKENS)
         args = (batch.tokens, batch.positions, batch.segment_ids)
         return module.apply(own, *args, method=run_tokens, branch_ids=batch.branch_ids, places=places)[0]
 
@@ -177,7 +177,7 @@ def test_the_cache_gives_the_logits_of_the_whole(batch, drops):
 
     @jax.jit
     def prefill(own, batch):
-        places = visual_places(batch, TOKENS)
+        places = visual_places(batch, 2, TOKENS)
         cache = module.init_cache(2, LENGTH + 1, places)
         args = (batch.tokens, batch.positions, batch.segment_ids, cache)
         return module.apply(own, *args, method=run_tokens, places=places)
@@ -203,7 +203,7 @@ def test_fewer_operations_are_done(batch, drops):
     """Exactly those of shorter rows, and of the weights that rank."""
 
     def cost(drops):
-        places = {"places": visual_places(batch, TOKENS)} if drops else {}
+        places = {"places": visual_places(batch, 2, TOKENS)} if drops else {}
         args = (batch.tokens, batch.positions, batch.segment_ids)
         return count_flops(lambda own: decoder(drops).apply(own, *args, method=run_tokens, **places)[0], params())
 
@@ -238,7 +238,7 @@ def test_the_compiled_program_does_fewer_operations(batch, drops):
         def run(own):
             args = (long.tokens, long.positions, long.segment_ids)
             module = decoder(drops, unroll=DEPTH)  # the compiler counts a loop's body once
-            return module.apply(own, *args, method=run_tokens, places=visual_places(long, tokens))[0]
+            return module.apply(own, *args, method=run_tokens, places=visual_places(long, 2, tokens))[0]
 
         return jax.jit(run).lower(params()).compile().cost_analysis()["flops"]
 

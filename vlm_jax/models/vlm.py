@@ -69,7 +69,9 @@ class VLM(nn.Module):
         rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
         shown = jnp.take_along_axis(visual.mask.reshape(size, -1), jnp.maximum(batch.visual_index, 0), axis=1)
         segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
-        places = visual_places(batch, visual.tokens.shape[1]) if getattr(self.decoder, "drops", ()) else None
+        num_tokens, places = visual.tokens.shape[1], None
+        if getattr(self.decoder, "drops", ()):
+            places = visual_places(batch, table.shape[1] // num_tokens, num_tokens)
         return jnp.where(index == TEXT_SLOT, text, rows), segments, places
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"]:
@@ -100,13 +102,13 @@ class VLM(nn.Module):
         return self.decoder.logits(hidden[:, -1]), cache
 
 
-def visual_places(batch: Batch, num_tokens: int) -> VisualPlaces:
-    """Where each image's `num_tokens` tokens stand, and the last position of every instruction.
+def visual_places(batch: Batch, num_images: int, num_tokens: int) -> VisualPlaces:
+    """Where the `num_tokens` tokens of each image of a row stand, and the last position of every instruction.
 
     That is the position before each answer in a row that is learned, and the end of a segment in any other.
     """
     size, length = batch.tokens.shape
-    num_rows = batch.images.shape[1] * num_tokens
+    num_rows = num_images * num_tokens
     row, place = jnp.arange(size)[:, None], jnp.arange(length)[None]
     target = jnp.where(batch.visual_index == TEXT_SLOT, num_rows, batch.visual_index)
     index = jnp.full((size, num_rows), length).at[row, target].set(place, mode="drop")
@@ -116,4 +118,4 @@ def visual_places(batch: Batch, num_tokens: int) -> VisualPlaces:
     else:
         learned = batch.loss_weights > 0
         ranking = learned & ~jnp.pad(learned[:, :-1], ((0, 0), (1, 0)))
-    return VisualPlaces(index.reshape(size, -1, num_tokens), ranking)
+    return VisualPlaces(index.reshape(size, num_images, num_tokens), ranking)
