@@ -12,7 +12,7 @@ from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
-from vlm_jax.layers.received import Heads, attention_received
+from vlm_jax.layers.received import attention_received
 from vlm_jax.layers.token_merging import run_merging
 from vlm_jax.types import Grid, VisualFeatures
 
@@ -147,25 +147,15 @@ class Trunk(nn.Module, kw_only=True):
             "layer_scale": self.layer_scale,
             **settings,
         }
-        hidden = x[None]
-        received = heads = None
-        if (self.merged or self.saliency != "none") and (
-            collect or self.levels or self.keep_class_token or not self.num_blocks
-        ):
-            raise ValueError(
-                "a reducer that looks into the encoder wants blocks, and features of patches alone: with `saliency` "
-                "or `merged`, leave out `collect`, levels and keep_class_token, and select a layer behind the first"
-            )
         stack = TransformerStack(self.num_blocks, block, self.remat, self.unroll, name="blocks")
+        hidden, received, keys = x[None], None, None
+        if self.merged or self.saliency != "none":
+            self._check_looked_into(collect)
         if self.merged:
             tokens = run_merging(stack, x, segments, self.merged, num_prefix=num_prefix)
             x, segments, grid = tokens.x, tokens.segments, (1, tokens.x.shape[1] - num_prefix)
         elif self.saliency != "none":
-            context, last = Context("full", segments, segments), self.num_blocks - 1
-            x, _ = stack.run(x, context, 0, last)
-            x, _, heads = stack.attend(x, context, last)
-            x = stack.feed_forward(x, last)
-            received = self._received(heads, context, num_prefix)
+            x, received, keys = self._run_looked_into(stack, x, Context("full", segments, segments), num_prefix)
         elif self.num_blocks:
             x, _, hidden = stack(x, Context("full", segments, segments), collect=collect or bool(self.levels))
         levels = [] if hidden is None else [hidden[i] for i in self._level_numbers()]
@@ -183,14 +173,11 @@ class Trunk(nn.Module, kw_only=True):
             x, levels = x[:, num_prefix:], [level[:, num_prefix:] for level in levels]
             mask = None if mask is None else mask[:, num_prefix:]
         mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
-        keys = None if heads is None else heads.key[:, num_prefix:]
-        seen = {
-            "hidden": hidden if collect else None,
-            "levels": jnp.concatenate(levels, axis=-1) if levels else None,
-            "saliency": received,
-            "keys": keys,
-        }
-        return VisualFeatures(x, mask, grid, pooled=pooled, **seen)
+        hidden = hidden if collect else None
+        side_by_side = jnp.concatenate(levels, axis=-1) if levels else None
+        return VisualFeatures(
+            x, mask, grid, pooled=pooled, hidden=hidden, levels=side_by_side, saliency=received, keys=keys
+        )
 
     def _level_numbers(self) -> tuple[int, ...]:
         """The hidden states of `levels`, counted from the front.
@@ -211,13 +198,27 @@ class Trunk(nn.Module, kw_only=True):
             )
         return numbers
 
-    def _received(self, heads: Heads, context: Context, num_prefix: int) -> Float[Array, "B N"]:
-        """Attention that the patches get from the class token, or from all of them."""
-        heads = heads.joined() if self.saliency == "joined" else heads
-        weights = jnp.ones(heads.query.shape[:2]) if context.query_segments is None else context.query_segments > 0
+    def _check_looked_into(self, collect: bool) -> None:
+        if collect or self.levels or self.keep_class_token or not self.num_blocks:
+            raise ValueError(
+                "a reducer that looks into the encoder wants blocks, and features of patches alone: with `saliency` "
+                "or `merged`, leave out `collect`, levels and keep_class_token, and select a layer behind the first"
+            )
+
+    def _run_looked_into(
+        self, stack: TransformerStack, x: Float[Array, "B T D"], context: Context, num_prefix: int
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N"], Float[Array, "B N K H"]]:
+        """The blocks' output; attention that patches get in the last, from the class token or all of them; keys."""
+        last = self.num_blocks - 1
+        x, _ = stack.run(x, context, 0, last)
+        x, _, heads = stack.attend(x, context, last)
+        x = stack.feed_forward(x, last)
+        weights = jnp.ones(x.shape[:2]) if context.query_segments is None else context.query_segments > 0
         if num_prefix:
-            weights = jnp.zeros(heads.query.shape[:2]).at[:, 0].set(1)
-        return attention_received(heads, context, weights.astype(jnp.float32))[:, num_prefix:]
+            weights = jnp.zeros(x.shape[:2]).at[:, 0].set(1)
+        looking = heads.joined() if self.saliency == "joined" else heads
+        received = attention_received(looking, context, weights.astype(jnp.float32))
+        return x, received[:, num_prefix:], heads.key[:, num_prefix:]
 
     def _pool(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, num_prefix: int
