@@ -146,7 +146,7 @@ def test_an_encoder_without_a_way_to_do_so_is_refused(kind, encoder):
     config.encoder = ConfigDict(
         {
             "sam": {"kind": "sam", **small, "neck_dim": 8, "global_blocks": (0,)},
-            "aimv2": {"kind": "aimv2", **small, "hidden_stride": 1},
+            "aimv2": {"kind": "aimv2", **small},
         }[encoder]
     )
     config.token_budget = 16 if kind == "tome" else BUDGET
