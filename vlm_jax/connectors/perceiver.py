@@ -12,6 +12,7 @@ from vlm_jax.budget import refuse
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import named
 from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.neighbours import masked
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
@@ -79,9 +80,8 @@ class Perceiver(nn.Module):
         init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
         queries = jnp.broadcast_to(queries.astype(self.dtype)[None], (batch, *queries.shape))
-        real = jnp.where(features.mask[..., None], features.tokens, 0)
         hidden_dim = self.projection_dim or _MLP_RATIO * self.features
-        keys = Mlp(hidden_dim, out_dim=self.features, name="projection", **mlp)(real)
+        keys = Mlp(hidden_dim, out_dim=self.features, name="projection", **mlp)(masked(features))
         everyone = jnp.ones((batch, self.num_queries), jnp.int32)
         context = Context("full", everyone, jnp.concatenate([features.mask.astype(jnp.int32), everyone], axis=1))
         attention = {

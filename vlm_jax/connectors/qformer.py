@@ -13,6 +13,7 @@ from vlm_jax.budget import refuse
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense, Embed, named
 from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.neighbours import masked
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.types import Grid, Instruction, VisualFeatures, VisualTokens
@@ -83,7 +84,6 @@ class QueryTransformer(nn.Module, kw_only=True):
             Context("full", jnp.ones_like(positions), positions),
             Context("full", everyone, features.mask.astype(jnp.int32)),
         )
-        memory = jnp.where(features.mask[..., None], features.tokens, 0)
         layer = {
             "num_heads": self.num_heads,
             "mlp_dim": self.mlp_dim,
@@ -94,9 +94,9 @@ class QueryTransformer(nn.Module, kw_only=True):
         groups, rest = divmod(self.depth, self.cross_attention_every)
         if groups:
             scanned = scan_layers(QFormerGroup, groups, in_axes=(nn.broadcast, nn.broadcast))
-            stream, _ = scanned(self.cross_attention_every, layer, name="groups")(stream, memory, contexts)
+            stream, _ = scanned(self.cross_attention_every, layer, name="groups")(stream, masked(features), contexts)
         if rest:
-            stream, _ = QFormerGroup(rest, layer, name="rest")(stream, memory, contexts)
+            stream, _ = QFormerGroup(rest, layer, name="rest")(stream, masked(features), contexts)
         return stream[0]
 
     def _embed(self, instruction: Instruction | None) -> Float[Array, "B T D"] | None:
