@@ -1,15 +1,135 @@
-"""What the encoders of packed patches share: the check of their inputs, their grid and their output."""
+"""What the encoders of packed patches share: blocks, the check of their inputs, their grid and their output."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vlm_jax.layers.windowed_stack import restore_order
-from vlm_jax.types import PADDING_SEGMENT, Grid, PackedPatches, VisualFeatures
+from vlm_jax import axes
+from vlm_jax.encoders.select_layer import blocks_up_to
+from vlm_jax.layers.block import RematPolicy
+from vlm_jax.layers.norm import NormKind
+from vlm_jax.layers.rope_2d import rope_2d_angles
+from vlm_jax.layers.windowed_stack import WindowedStack, restore_order
+from vlm_jax.types import PADDING_SEGMENT, Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
-def merged_grid(height: int, width: int, patch_size: int, merge_size: int) -> Grid:
-    """Rows and columns of blocks of merge_size x merge_size patches in an image of so many pixels.
+class PackedTrunk(nn.Module, kw_only=True):
+    """Embedded patches through pre-norm blocks with 2D rotary positions, some of them in windows; subclasses embed.
+
+    Images come packed (`processors.patches.pack` with `merge_size` and `window` of the module), and so do
+    features, in blocks of merge_size x merge_size neighbours.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      width: residual width.
+      depth: number of blocks.
+      num_heads: attention heads.
+      mlp_dim: hidden width of the feed-forward.
+      temporal_patch_size: frames of a patch; an image is repeated.
+      channels: colours of a pixel.
+      activation, gated: as in `layers.mlp.Mlp`.
+      norm: kind of every norm.
+      norm_epsilon: epsilon of every norm.
+      merge_size: side in patches of the blocks in which patches and features lie.
+      window_size: side in pixels of an attention window; None where every layer sees whole images.
+      full_layers: the layers that see whole images; None for all.
+      select_layer: features are hidden state number `select_layer`: 0 is the embeddings, -1 the output of
+        the last block. Blocks behind it are not built. None runs the whole model.
+      use_rope: turns queries and keys with row and column.
+      rope_theta: base of the rotary wavelengths.
+      remat: as in `TransformerStack`.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+    """
+
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    temporal_patch_size: int = 1
+    channels: int = 3
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    norm: NormKind = "layer"
+    norm_epsilon: float = 1e-6
+    merge_size: int = 2
+    window_size: int | None = None
+    full_layers: tuple[int, ...] | None = None
+    select_layer: int | None = None
+    use_rope: bool = True
+    rope_theta: float = 10_000.0
+    remat: RematPolicy = "none"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def features(self) -> int:
+        """Width D_v of the features."""
+        return self.width
+
+    @property
+    def window(self) -> int | None:
+        """Side of an attention window in blocks of merge_size x merge_size patches."""
+        if self.window_size is None:
+            return None
+        return window_in_blocks(self.window_size, self.patch_size, self.merge_size)
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def patch_format(self) -> PatchFormat:
+        """How images are cut and packed."""
+        return PatchFormat(self.patch_size, self.temporal_patch_size, self.merge_size, self.window)
+
+    def checked(self, packed: PackedPatches) -> PackedPatches:
+        """The patches as device arrays.
+
+        Raises:
+          ValueError: they were cut or packed for another encoder.
+        """
+        return check_packed(packed, self.patch_dim, self.merge_size, self.window)
+
+    def encode(self, x: Float[Array, "B N D"], packed: PackedPatches, *, collect: bool) -> VisualFeatures:
+        """Runs the blocks; to be called inside a subclass's compact `__call__`.
+
+        Args:
+          x: embedded patches in the order of `packed`.
+          packed: segments, windows and positions.
+          collect: also gives the input of every block and the output of the last in `hidden`.
+        """
+        x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+        head_dim = self.width // self.num_heads
+        angles = rope_2d_angles(packed.positions, head_dim, self.rope_theta) if self.use_rope else None
+        depth = blocks_up_to(self.select_layer, self.depth)
+        stack = WindowedStack(
+            depth,
+            {
+                "num_heads": self.num_heads,
+                "mlp_dim": self.mlp_dim,
+                "activation": self.activation,
+                "gated": self.gated,
+                "norm": self.norm,
+                "norm_epsilon": self.norm_epsilon,
+                "dtype": self.dtype,
+                "param_dtype": self.param_dtype,
+            },
+            full_layers=None if self.full_layers is None else tuple(i for i in self.full_layers if i < depth),
+            remat=self.remat,
+            name="blocks",
+        )
+        x, hidden = stack(x, packed, angles, collect=collect)
+        return packed_features(x, packed, hidden, block=self.merge_size)
+
+
+def patches_in_blocks(height: int, width: int, patch_size: int, merge_size: int) -> Grid:
+    """Rows and columns of patches in an image of so many pixels, made of blocks of merge_size x merge_size.
 
     Raises:
       ValueError: a side is no multiple of a block's.
@@ -20,7 +140,7 @@ def merged_grid(height: int, width: int, patch_size: int, merge_size: int) -> Gr
             f"an image of {height}x{width} pixels is not made of blocks of {merge_size}x{merge_size} patches "
             f"of {patch_size} pixels; resize both sides to a multiple of {unit}"
         )
-    return height // unit, width // unit
+    return height // patch_size, width // patch_size
 
 
 def window_in_blocks(window_size: int, patch_size: int, merge_size: int) -> int:

@@ -1,23 +1,16 @@
 """The vision towers of Qwen2-VL and Qwen2.5-VL: any resolution, 2D rotary positions, optional windows."""
 
-from typing import Any
-
-import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax import axes
-from vlm_jax.encoders.packed import check_packed, merged_grid, packed_features, window_in_blocks
-from vlm_jax.encoders.select_layer import blocks_up_to
-from vlm_jax.layers.block import RematPolicy
+from vlm_jax.encoders.packed import PackedTrunk, patches_in_blocks
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import NormKind
-from vlm_jax.layers.rope_2d import rope_2d_angles
-from vlm_jax.layers.windowed_stack import WindowedStack
-from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
+from vlm_jax.types import Grid, PackedPatches, VisualFeatures
 
 
-class QwenViT(nn.Module):
-    """Packed patches and `depth` blocks with 2D rotary positions.
+class QwenViT(PackedTrunk, kw_only=True):
+    """Packed patches and `depth` blocks with 2D rotary positions: see `PackedTrunk` for its fields.
 
     | model | fields |
     |---|---|
@@ -25,74 +18,14 @@ class QwenViT(nn.Module):
     | Qwen2.5-VL | window_size 112 and full_layers (7, 15, 23, 31) |
 
     There is neither a position table nor a final norm; the release's patch merger is the connector `concat`.
-    Images come packed (`processors.patches.pack` with `merge_size` and `window` of this module), and so do
-    features, in blocks of merge_size x merge_size neighbours.
-
-    Attributes:
-      patch_size: side of a patch in pixels.
-      width: residual width.
-      depth: number of blocks.
-      num_heads: attention heads.
-      mlp_dim: hidden width of the feed-forward.
-      temporal_patch_size: frames of a patch; an image is repeated.
-      activation, gated: as in `layers.mlp.Mlp`.
-      norm: kind of every norm.
-      channels: colours of a pixel.
-      merge_size: side in patches of the blocks in which patches and features lie.
-      window_size: side in pixels of an attention window; None where every layer sees whole images.
-      full_layers: the layers that see whole images; None for all.
-      select_layer: features are hidden state number `select_layer`: 0 is the embeddings, -1 the output of
-        the last block. Blocks behind it are not built. None runs the whole model.
-      norm_epsilon: epsilon of every norm.
-      rope_theta: base of the rotary wavelengths.
-      remat: as in `TransformerStack`.
-      dtype: dtype of the products.
-      param_dtype: dtype of the stored parameters.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
     """
 
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
     temporal_patch_size: int = 2
     activation: str = "silu"
     gated: bool = True
     norm: NormKind = "rms"
-    channels: int = 3
-    merge_size: int = 2
-    window_size: int | None = None
-    full_layers: tuple[int, ...] | None = None
-    select_layer: int | None = None
-    norm_epsilon: float = 1e-6
-    rope_theta: float = 10_000.0
-    remat: RematPolicy = "none"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @property
-    def features(self) -> int:
-        """Width D_v of the features."""
-        return self.width
-
-    @property
-    def window(self) -> int | None:
-        """Side of an attention window in blocks of merge_size x merge_size patches."""
-        if self.window_size is None:
-            return None
-        return window_in_blocks(self.window_size, self.patch_size, self.merge_size)
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of a patch."""
-        return self.channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def patch_format(self) -> PatchFormat:
-        """How images are cut and packed."""
-        return PatchFormat(self.patch_size, self.temporal_patch_size, self.merge_size, self.window)
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of features of one image of `height` x `width` pixels.
@@ -100,8 +33,7 @@ class QwenViT(nn.Module):
         Raises:
           ValueError: the image is not made of whole blocks.
         """
-        rows, cols = merged_grid(height, width, self.patch_size, self.merge_size)
-        return rows * self.merge_size, cols * self.merge_size
+        return patches_in_blocks(height, width, self.patch_size, self.merge_size)
 
     @nn.compact
     def __call__(self, packed: PackedPatches, *, collect: bool = False) -> VisualFeatures:
@@ -111,25 +43,6 @@ class QwenViT(nn.Module):
           ValueError: the patches were cut or packed for another encoder.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        packed = check_packed(packed, self.patch_dim, self.merge_size, self.window)
+        packed = self.checked(packed)
         embed = Dense(self.width, (axes.PATCH, axes.EMBED), use_bias=False, name="patch_embed", **settings)
-        x = nn.with_logical_constraint(embed(packed.patches), (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
-        angles = rope_2d_angles(packed.positions, self.width // self.num_heads, self.rope_theta)
-        depth = blocks_up_to(self.select_layer, self.depth)
-        stack = WindowedStack(
-            depth,
-            {
-                "num_heads": self.num_heads,
-                "mlp_dim": self.mlp_dim,
-                "activation": self.activation,
-                "gated": self.gated,
-                "norm": self.norm,
-                "norm_epsilon": self.norm_epsilon,
-                **settings,
-            },
-            full_layers=None if self.full_layers is None else tuple(i for i in self.full_layers if i < depth),
-            remat=self.remat,
-            name="blocks",
-        )
-        x, hidden = stack(x, packed, angles, collect=collect)
-        return packed_features(x, packed, hidden, block=self.merge_size)
+        return self.encode(embed(packed.patches), packed, collect=collect)

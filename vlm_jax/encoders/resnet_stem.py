@@ -8,50 +8,13 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import KERNEL_INIT, named
+from vlm_jax.layers.conv import Conv
+from vlm_jax.layers.dense import named
 from vlm_jax.types import Grid
 
 _GROUPS = 32
 _NORM_EPSILON = 1e-6
-_STD_EPSILON = 1e-5
-
-
-class StdConv(nn.Module):
-    """A convolution whose kernel is standardised over its window and input channels, padded `SAME`.
-
-    Attributes:
-      features: output channels.
-      window: side of the window.
-      stride: step of the window.
-      dtype: dtype of the product.
-      param_dtype: dtype of the stored parameters.
-
-    Source: Qiao et al. 2019 (Weight standardization); vision_transformer, models_resnet.py.
-    """
-
-    features: int
-    window: int
-    stride: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
-        kernel = self.param(
-            "kernel",
-            named(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
-            (self.window, self.window, x.shape[-1], self.features),
-            self.param_dtype,
-        ).astype(jnp.float32)
-        centred = kernel - kernel.mean((0, 1, 2), keepdims=True)
-        kernel = centred / (jnp.sqrt(jnp.square(centred).mean((0, 1, 2), keepdims=True)) + _STD_EPSILON)
-        return jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (self.stride, self.stride),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+_STANDARDISED = {"padding": "SAME", "standardised": True}
 
 
 class GroupNorm(nn.Module):
@@ -86,15 +49,16 @@ class ResidualUnit(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = {**_STANDARDISED, **settings}
         width, skip = 4 * self.features, x
         if x.shape[-1] != width or self.stride != 1:
-            skip = StdConv(width, 1, self.stride, name="conv_skip", **settings)(x)
+            skip = Conv(width, 1, self.stride, name="conv_skip", **conv)(x)
             skip = GroupNorm(name="norm_skip", **settings)(skip)
-        y = StdConv(self.features, 1, name="conv1", **settings)(x)
+        y = Conv(self.features, 1, name="conv1", **conv)(x)
         y = jax.nn.relu(GroupNorm(name="norm1", **settings)(y))
-        y = StdConv(self.features, 3, self.stride, name="conv2", **settings)(y)
+        y = Conv(self.features, 3, self.stride, name="conv2", **conv)(y)
         y = jax.nn.relu(GroupNorm(name="norm2", **settings)(y))
-        y = StdConv(width, 1, name="conv3", **settings)(y)
+        y = Conv(width, 1, name="conv3", **conv)(y)
         return jax.nn.relu(skip + GroupNorm(name="norm3", **settings)(y))
 
 
@@ -123,7 +87,7 @@ class ResNetStem(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B rows cols D"]:
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = StdConv(self.width, 7, 2, name="conv_root", **settings)(images)
+        x = Conv(self.width, 7, 2, name="conv_root", **_STANDARDISED, **settings)(images)
         x = jax.nn.relu(GroupNorm(name="norm_root", **settings)(x))
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
         for stage, count in enumerate(self.layers, 1):

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, named
 
+_STD_EPSILON = 1e-5
+
 
 class Conv(nn.Module):
     """A square window over rows and columns: [B, rows, cols, in] -> [B, new_rows, new_cols, features].
@@ -22,9 +24,12 @@ class Conv(nn.Module):
       padding: zeros on every side, as torch counts them, or `SAME` as TensorFlow pads (at a stride
         above 1 more behind than in front).
       use_bias: adds a bias.
+      standardised: the kernel is used with mean 0 and deviation 1 over its window and input channels.
       depthwise: every channel has a window of its own; features must be the input's channels.
       dtype: dtype of the product.
       param_dtype: dtype of the stored parameters.
+
+    Source: Qiao et al. 2019 for the standardised kernel; vision_transformer, models_resnet.py, for its epsilon.
     """
 
     features: int
@@ -32,6 +37,7 @@ class Conv(nn.Module):
     stride: int = 1
     padding: int | Literal["SAME"] = 0
     use_bias: bool = False
+    standardised: bool = False
     depthwise: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -47,6 +53,10 @@ class Conv(nn.Module):
             (self.window, self.window, x.shape[-1] // groups, self.features),
             self.param_dtype,
         )
+        if self.standardised:
+            kernel = kernel.astype(jnp.float32)
+            centred = kernel - kernel.mean((0, 1, 2), keepdims=True)
+            kernel = centred / (jnp.sqrt(jnp.square(centred).mean((0, 1, 2), keepdims=True)) + _STD_EPSILON)
         x, kernel, steps = x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride)
         margin = [(self.padding, self.padding)] * 2 if self.padding != "SAME" else "SAME"
         if self.depthwise:
