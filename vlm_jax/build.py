@@ -5,6 +5,7 @@ connector's own fields from the token budget, widths and vocabulary from each ot
 """
 
 import dataclasses
+import inspect
 import typing
 from collections.abc import Callable
 from fractions import Fraction
@@ -243,10 +244,9 @@ def _tiled(
         connector_grid = grid if reducer is None else reducer.reduced_grid(grid)
         wanted = budget if reducer is None else reducer.connector_budget(grid)
         connector_class = choose(CONNECTORS, config.connector.kind, "config.connector.kind")
-        solved = connector_class.for_budget(wanted, connector_grid)
-        connector = _parse_kind(
-            CONNECTORS, config.connector, "config.connector", **solved, features=decoder.width, **dtypes
-        )
+        asked, section = _asked(connector_class.for_budget, connector_class, config.connector, "config.connector")
+        solved = connector_class.for_budget(wanted, connector_grid, **asked)
+        connector = _parse_kind(CONNECTORS, section, "config.connector", **solved, features=decoder.width, **dtypes)
         realised = connector.num_tokens(connector_grid)
         if realised != wanted:
             raise InfeasibleBudget(f"{config.connector.kind} solved a budget of {wanted} tokens but gives {realised}")
@@ -297,6 +297,15 @@ def _native(
         return Sight(encoder, None, connector, views, None, num_slots * budget, num_slots * budget)
 
     return _share(config, settings, num_slots, 2 * config.token_budget, solve)
+
+
+def _asked(function: Any, cls: Any, section: Any, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of a section that a function asks for by keyword, converted, and the section without them."""
+    named = inspect.signature(function).parameters.values()
+    keywords = [argument.name for argument in named if argument.kind is argument.KEYWORD_ONLY]
+    hints = typing.get_type_hints(cls)
+    asked = {key: convert(section[key], hints[key], f"{path}.{key}") for key in section if key in keywords}
+    return asked, {key: section[key] for key in section if key not in asked}
 
 
 def _fewest(connector_class: Any, grid: Grid) -> dict[str, Any]:

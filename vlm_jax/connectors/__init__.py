@@ -6,7 +6,8 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
 - `num_tokens(grid) -> int`, pure Python, callable before `init`; raises `InfeasibleGrid` for a
   grid that the kind cannot take;
 - `for_budget(budget, grid) -> dict`, a class method that solves the kind's own fields so that
-  `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets;
+  `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets; settings
+  that the solution depends on are keyword arguments with a default, and come back among the fields;
 - `__call__(features: VisualFeatures, *, deterministic: bool) -> VisualTokens`; what a masked
   feature holds changes nothing, and features in blocks (`VisualFeatures.block`) give the tokens that
   those in rows give, in any order, or raise `InfeasibleGrid`. Without `deterministic` a kind may draw
@@ -22,6 +23,7 @@ from vlm_jax.connectors.concat import Concat
 from vlm_jax.connectors.hybrid_mlp import HybridMlp
 from vlm_jax.connectors.ldp import LDP
 from vlm_jax.connectors.ldp_v2 import LDPv2
+from vlm_jax.connectors.matryoshka import Matryoshka
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.connectors.perceiver import Perceiver
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
@@ -45,5 +47,6 @@ CONNECTORS = {
     "qformer": QFormer,
     "c_abstractor": CAbstractor,
     "token_packer": TokenPacker,
+    "matryoshka": Matryoshka,
 }
 PACKED_CONNECTORS = ("mlp", "concat", "pixel_shuffle", "visual_vocabulary")

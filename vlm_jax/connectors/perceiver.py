@@ -30,6 +30,8 @@ class Perceiver(nn.Module):
       features: the decoder's width D, which is also that of the queries.
       num_queries: tokens given, solved from the budget.
       depth: number of layers.
+      num_used: the first so many queries are used, and the others kept for larger budgets of one training
+        (`matryoshka`); all when None.
       num_heads: query heads; D // 128 when None, and 1 at least.
       num_kv_heads: key and value heads; as many when None.
       head_dim: width of a head; D / num_heads when None.
@@ -47,6 +49,7 @@ class Perceiver(nn.Module):
     features: int
     num_queries: int
     depth: int
+    num_used: int | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
@@ -59,9 +62,9 @@ class Perceiver(nn.Module):
     param_dtype: Any = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
-        """The number of queries, whatever the grid."""
+        """The number of queries that are used, whatever the grid."""
         del grid
-        return self.num_queries
+        return self.num_used or self.num_queries
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
@@ -79,10 +82,11 @@ class Perceiver(nn.Module):
         batch = features.tokens.shape[0]
         init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
-        queries = jnp.broadcast_to(queries.astype(self.dtype)[None], (batch, *queries.shape))
+        queries = queries[: self.num_used].astype(self.dtype)
+        queries = jnp.broadcast_to(queries[None], (batch, *queries.shape))
         hidden_dim = self.projection_dim or _MLP_RATIO * self.features
         keys = Mlp(hidden_dim, out_dim=self.features, name="projection", **mlp)(masked(features))
-        everyone = jnp.ones((batch, self.num_queries), jnp.int32)
+        everyone = jnp.ones(queries.shape[:2], jnp.int32)
         context = Context("full", everyone, jnp.concatenate([features.mask.astype(jnp.int32), everyone], axis=1))
         attention = {
             "num_heads": self.num_heads or max(self.features // 128, 1),

@@ -121,15 +121,18 @@ class QFormer(QueryTransformer, kw_only=True):
     Attributes:
       features: the decoder's width D.
       num_queries: tokens given, solved from the budget.
+      num_used: the first so many queries are used, and the others kept for larger budgets of one training
+        (`matryoshka`); all when None.
     """
 
     features: int
     num_queries: int
+    num_used: int | None = None
 
     def num_tokens(self, grid: Grid) -> int:
-        """The number of queries, whatever the grid."""
+        """The number of queries that are used, whatever the grid."""
         del grid
-        return self.num_queries
+        return self.num_used or self.num_queries
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
@@ -151,7 +154,8 @@ class QFormer(QueryTransformer, kw_only=True):
         init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.width), self.param_dtype)
         batch = features.tokens.shape[0]
-        queries = jnp.broadcast_to(queries.astype(self.dtype)[None], (batch, *queries.shape))
+        queries = queries[: self.num_used].astype(self.dtype)
+        queries = jnp.broadcast_to(queries[None], (batch, *queries.shape))
         queries = self.read(queries, features, instruction)
         names, settings = (axes.CHANNELS_IN, axes.EMBED), {"dtype": self.dtype, "param_dtype": self.param_dtype}
         tokens = Dense(self.features, names, name="projection", **settings)(queries)

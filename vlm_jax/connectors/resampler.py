@@ -30,6 +30,8 @@ class Resampler(nn.Module):
       features: the decoder's width D.
       num_queries: tokens given, solved from the budget.
       num_heads: attention heads; D // 128 when None, as Qwen-VL has them, and 1 at least.
+      num_used: the first so many queries are used, and the others kept for larger budgets of one training
+        (`matryoshka`); all when None.
       released: positions are a stored table of the queries' grid, which is interpolated for the keys;
         features of the decoder's width are not projected; a norm and a projection follow.
       norm_epsilon: epsilon of every LayerNorm.
@@ -42,15 +44,16 @@ class Resampler(nn.Module):
     features: int
     num_queries: int
     num_heads: int | None = None
+    num_used: int | None = None
     released: bool = False
     norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
-        """The number of queries, whatever the grid."""
+        """The number of queries that are used, whatever the grid."""
         del grid
-        return self.num_queries
+        return self.num_used or self.num_queries
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
@@ -97,15 +100,15 @@ class Resampler(nn.Module):
         if not self.released or kv.shape[-1] != self.features:
             kv = Dense(self.features, (axes.CHANNELS_IN, axes.EMBED), use_bias=False, name="kv_proj", **settings)(kv)
         kv = Norm(name="kv_norm", **norm)(kv)
-        q = Norm(name="query_norm", **norm)(queries[None])
+        q = Norm(name="query_norm", **norm)(queries[None, : self.num_used])
         if self.released:
             query_positions, key_positions = self._stored_positions(features.grid)
         else:
             query_positions = self.query_positions(features.grid)
             key_positions = jnp.asarray(sincos_2d(features.grid, self.features))
-        q = q + query_positions.astype(self.dtype)[None]
+        q = q + query_positions.astype(self.dtype)[None, : self.num_used]
         keys = kv + key_positions.astype(self.dtype)[None]
-        query_segments = jnp.ones((batch, self.num_queries), jnp.int32)
+        query_segments = jnp.ones((batch, q.shape[1]), jnp.int32)
         context = Context("full", query_segments, features.mask.astype(jnp.int32))
         num_heads = self.num_heads or max(self.features // 128, 1)
         attention = MultiHeadAttention(num_heads, name="attention", **settings)

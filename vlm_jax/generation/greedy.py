@@ -31,8 +31,11 @@ def generate(
     variables = {"params": {part: params[part] for part in ("encoder", "connector", "decoder")}}
     batch_size, prompt_length = batch.tokens.shape
     cache_length = prompt_length + max_new_tokens
-    logits, cache = model.apply(variables, batch, cache_length, method="prefill")
-    positions = batch.positions[:, -1:] + 1
+    prefilled: Any = model.apply(variables, batch, cache_length, method="prefill")
+    logits, cache = prefilled
+    # A masked visual token, which is padding for the cache, takes no position.
+    masked = (batch.segment_ids != 0) & (cache.segment_ids[:, :prompt_length] == 0)
+    positions = batch.positions[:, -1:] + 1 - jnp.sum(masked, axis=1, keepdims=True)
     tokens = jnp.full((batch_size, max_new_tokens), pad_id, jnp.int32)
 
     def going_on(carry):

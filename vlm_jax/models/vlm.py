@@ -1,5 +1,6 @@
 """The vision-language model: encoder, reducer, connector, decoder, and one gather between."""
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -15,6 +16,18 @@ def flat_images(images: Float[Array, "B I height width channels"] | PackedPatche
     if isinstance(images, PackedPatches):
         return images
     return images.reshape(-1, *images.shape[2:])
+
+
+def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions as if masked visual tokens were not there: what comes after one in its segment moves up.
+
+    So a sequence of which a share of the tokens is masked, in training, gives what it gives without them.
+    """
+    given = jnp.asarray(batch.segment_ids)
+    masked = (given != PADDING_SEGMENT) & (segments == PADDING_SEGMENT)
+    before = jnp.cumsum(masked, axis=1) - masked
+    starts = given != jnp.pad(given[:, :-1], ((0, 0), (1, 0)), constant_values=PADDING_SEGMENT)
+    return batch.positions - (before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1))
 
 
 class VLM(nn.Module):
@@ -77,8 +90,8 @@ class VLM(nn.Module):
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"]:
         """Float32 logits at every position."""
         embeddings, segments, places = self.embed(batch, deterministic=deterministic)
-        dropped = {} if places is None else {"places": places}
-        hidden, _ = self.decoder(embeddings, batch.positions, segments, branch_ids=batch.branch_ids, **dropped)
+        positions, dropped = without_masked(batch, segments), {} if places is None else {"places": places}
+        hidden, _ = self.decoder(embeddings, positions, segments, branch_ids=batch.branch_ids, **dropped)
         return self.decoder.logits(hidden)
 
     def prefill(self, batch: Batch, cache_length: int) -> tuple[Float[Array, "B V"], Cache]:
@@ -88,9 +101,9 @@ class VLM(nn.Module):
           Logits of the last column, and a cache of `cache_length` slots with the prompt in it.
         """
         embeddings, segments, places = self.embed(batch)
-        dropped = {} if places is None else {"places": places}
+        positions, dropped = without_masked(batch, segments), {} if places is None else {"places": places}
         cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, **dropped)
-        hidden, cache = self.decoder(embeddings, batch.positions, segments, cache, **dropped)
+        hidden, cache = self.decoder(embeddings, positions, segments, cache, **dropped)
         return self.decoder.logits(hidden[:, -1]), cache
 
     def extend(

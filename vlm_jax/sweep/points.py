@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -61,6 +62,9 @@ class Point:
       config: the whole config of the run.
       system: what it builds.
       costs: what it costs.
+      trained_as: label of the run that its parameters are from: its own, or that of the candidate at the
+        budget that all its points share.
+      training: the config and the system of that run.
     """
 
     label: str
@@ -68,6 +72,8 @@ class Point:
     config: Any
     system: System
     costs: Costs
+    trained_as: str
+    training: tuple[Any, System]
 
 
 def sweep_settings(config: Any) -> SweepSettings:
@@ -96,7 +102,8 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     """Every candidate at every one of its budgets and every seed, cheapest budgets first.
 
     A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and
-    decoder, each of which replaces the base's.
+    decoder, each of which replaces the base's. With `trained_at` it is trained once, at that budget, and
+    its parameters are evaluated at all of `budgets`.
 
     Args:
       config: a sweep's config: `base`, `candidates`, `sweep`.
@@ -110,21 +117,39 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     points: dict[str, Point] = {}
     for name in config.candidates:
         candidate, path = config.candidates[name], f"config.candidates.{name}"
-        check_keys(candidate, ("budgets", *SECTIONS), path)
-        for budget in candidate.budgets:
-            for number, seed in enumerate(settings.seeds):
-                label = f"{name}@{budget}" + (f"#{seed}" if number else "")
-                run = point_config(config.base, candidate, budget, seed, settings.shared)
-                try:
-                    system = build(run)
-                except ValueError as error:
-                    raise type(error)(f"candidate '{name}' at {budget} tokens: {error}") from error
-                points[label] = Point(label, name, run, system, costs(system))
+        check_keys(candidate, ("budgets", "trained_at", *SECTIONS), path)
+        for number, seed in enumerate(settings.seeds):
+            made = functools.partial(_made, config.base, name, candidate, seed, settings.shared)
+            suffix = f"#{seed}" if number else ""
+            for budget in candidate.budgets:
+                run, system = made(budget)
+                trained_at = candidate.get("trained_at", budget)
+                training = (run, system) if trained_at == budget else made(trained_at)
+                if trained_at != budget and _shapes(training[1]) != _shapes(system):
+                    raise ConfigError(
+                        f"{path}.trained_at: the parameters for {trained_at} tokens have other shapes than those for "
+                        f"{budget}; choose a connector that nests its budgets, such as matryoshka, or train each"
+                    )
+                label, trained_as = f"{name}@{budget}{suffix}", f"{name}@{trained_at}{suffix}"
+                points[label] = Point(label, name, run, system, costs(system), trained_as, training)
     unknown = [label for label in only if label not in points]
     if unknown:
         raise ConfigError(f"--only: no point '{unknown[0]}'{did_you_mean(unknown[0], points)}")
     chosen = [point for label, point in points.items() if not only or label in only]
     return sorted(chosen, key=lambda point: point.costs.num_visual_tokens)
+
+
+def _made(base: Any, name: str, candidate: Any, seed: int, shared: tuple[str, ...], budget: int) -> tuple[Any, System]:
+    """Config and system of a candidate at a budget; a refusal names the two."""
+    run = point_config(base, candidate, budget, seed, shared)
+    try:
+        return run, build(run)
+    except ValueError as error:
+        raise type(error)(f"candidate '{name}' at {budget} tokens: {error}") from error
+
+
+def _shapes(system: System) -> Any:
+    return jax.eval_shape(system.init, jax.random.key(0))
 
 
 def point_config(base: Any, candidate: Any, budget: int, seed: int, shared: tuple[str, ...]) -> Any:

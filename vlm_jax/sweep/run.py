@@ -55,6 +55,7 @@ class Sweep:
         self._config, self._config_path, self._overrides = config, config_path, overrides
         self._console = console or rich.console.Console()
         self._settings = sweep_settings(config)
+        self._outcomes: dict[str, Outcome] = {}
         self.points = list_points(config, only)
         self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
         claim(self.workdir, config)
@@ -103,12 +104,19 @@ class Sweep:
         Trainer(config, build(config), self._mesh, self.workdir / name, progress=progress.report("shared stages")).run()
         return self.workdir / name / "checkpoints"
 
-    def _folder(self, point: Point) -> epath.Path:
-        return self.workdir / "points" / point.label
+    def _folder(self, label: str) -> epath.Path:
+        return self.workdir / "points" / label
 
     def _train_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> Outcome:
-        report, folder = progress.report(point.label), self._folder(point)
-        return Trainer(point.config, point.system, self._mesh, folder, init_from=start, progress=report).run()
+        """The run that the point's parameters are from; one that several points share is taken up once."""
+        label, (config, system) = point.trained_as, point.training
+        if label in self._outcomes:
+            return self._outcomes[label]
+        folder, report = self._folder(label), progress.report(label)
+        outcome = Trainer(config, system, self._mesh, folder, init_from=start, progress=report).run()
+        if sum(other.trained_as == label for other in self.points) > 1:
+            self._outcomes[label] = outcome
+        return outcome
 
     def _run_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> dict[str, Any]:
         outcome = self._train_point(point, start, progress)
@@ -117,7 +125,8 @@ class Sweep:
         answers = answer_all(point.system, outcome.params, samples, evaluation.batch_size)
         lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
         if is_primary():
-            write_whole(self._folder(point) / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
+            self._folder(point.label).mkdir(parents=True, exist_ok=True)
+            write_whole(self._folder(point.label) / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
         return self._result(point, outcome, accuracy(answers), realised_tokens(answers))
 
     def _result(self, point: Point, outcome: Outcome, table: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +177,7 @@ class Sweep:
         point = self.points[0]
         answers: dict[str, dict[str, dict[str, Any]]] = {}
         for other in self.points:
-            lines = read_lines(self._folder(other) / ANSWERS_FILE)
+            lines = read_lines(self._folder(other.label) / ANSWERS_FILE)
             answers[other.label] = {line["sample_id"]: line for line in lines}
         examples, taken = [], dict.fromkeys(point.system.source.tasks, 0)
         for sample in point.system.open_source().evaluation(point.config.seed):
@@ -181,7 +190,7 @@ class Sweep:
         return examples
 
     def _progress(self, todo: list[Point]) -> "_Progress":
-        steps = [(point.label, _num_steps(point.config)) for point in todo]
+        steps = list({point.trained_as: _num_steps(point.config) for point in todo}.items())
         if self._settings.shared:
             shared = shared_config(self._config.base, todo[0].config.seed, self._settings.shared)
             steps.insert(0, ("shared stages", _num_steps(shared)))
