@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +55,9 @@ def run(connector, params, **settings):
 @pytest.mark.parametrize("kind", [*POOLING, *QUERIES])
 def test_the_parameters_are_the_same_for_all_budgets(kind):
     def shapes(budget):
-        init = lambda x: nested(kind, budget).init(jax.random.key(0), x, deterministic=True)
-        return jax.tree.map(lambda leaf: leaf.shape, nn.meta.unbox(jax.eval_shape(init, features())))
+        init = functools.partial(nested(kind, budget).init, deterministic=True)
+        boxed = jax.eval_shape(init, jax.random.key(0), features())
+        return jax.tree.map(lambda leaf: leaf.shape, nn.meta.unbox(boxed))
 
     assert all(shapes(budget) == shapes(64) for budget in BUDGETS)
 
@@ -63,7 +66,7 @@ def test_coarse_tokens_are_means_of_fine_ones():
     """Cai et al.: each set of tokens is the 2x2 average pooling of the next finer, then the projector."""
     params = params_of("pool")
     mlp = jax.tree.map(np.float64, params["params"]["inner"]["mlp"])
-    erf = np.vectorize(__import__("math").erf)
+    erf = np.vectorize(math.erf)
     x = np.float64(features().tokens).reshape(2, 8, 8, 6)
     for budget in (64, 16, 4, 1):
         y = x.reshape(2, budget, 6) @ mlp["up"]["kernel"] + mlp["up"]["bias"]
@@ -96,7 +99,7 @@ def test_a_budget_takes_the_first_queries(kind):
 @pytest.mark.parametrize("kind", ["pool", "resampler"])
 def test_training_draws_every_budget_up_to_its_own_and_masks_the_rest(kind):
     params, connector = params_of(kind), nested(kind, 16)
-    call = jax.jit(lambda key: connector.apply(params, features(), deterministic=False, rngs={"reduce": key}))
+    call = jax.jit(lambda key: connector.apply(params, features(), deterministic=False, rngs={"connect": key}))
     counts = collections.Counter()
     expected = {budget: run(nested(kind, budget), params).tokens for budget in (1, 4, 16)}
     for number in range(90):
@@ -126,11 +129,11 @@ def test_a_drawn_budget_in_training_is_that_budget_at_inference():
     turns = (Turn("count 7", "2", "count"), Turn("read row 1 column 2", "3", "read"))
     samples = [Sample(str(i), (rng.integers(0, 256, (24, 24, 1), np.uint8),), turns) for i in range(2)]
     params = nn.meta.unbox(whole.init(jax.random.key(0)))
-    batch = join([whole.processor(sample) for sample in samples])
+    batch = jax.tree.map(jnp.asarray, join([whole.processor(sample) for sample in samples]))
 
     @jax.jit
     def train(key):
-        settings = {"deterministic": False, "rngs": {"reduce": key}}
+        settings = {"deterministic": False, "rngs": {"connect": key}}
         out = whole.model.apply({"params": params}, batch.images[:, 0], method="visual_tokens", **settings)
         return whole.model.apply({"params": params}, batch, **settings), out.mask.sum(1)
 

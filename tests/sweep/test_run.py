@@ -181,3 +181,30 @@ def test_the_workdir_of_another_sweep_is_refused(config, console, tmp_path):
         config.base.optimizer.weight_decay = 0.5
     with pytest.raises(ConfigError, match=r"config\.base\.optimizer\.weight_decay: 0\.05 here, 0\.5 there"):
         make(config, tmp_path / "sweep", console)
+
+
+def test_a_nested_candidate_is_trained_once_and_evaluated_at_every_budget(config, console, tmp_path):
+    connector = {"kind": "matryoshka", "budgets": (1, 2, 4), "inner": {"kind": "pool"}}
+    with config.unlocked():
+        config.candidates = ConfigDict({"nested": {"budgets": (1, 4), "trained_at": 4, "connector": connector}})
+        config.sweep.controls = ()
+    sweep = make(config, tmp_path / "sweep", console)
+    results = sweep.run()
+    assert [result["label"] for result in results] == ["nested@1", "nested@4"]
+    assert [result["realised_visual_tokens"] for result in results] == [{"mean": n, "max": n} for n in (1, 4)]
+    assert results[0]["step_seconds"] == results[1]["step_seconds"]  # of the one training
+    trained = sorted(path.parent.name for path in (tmp_path / "sweep" / "points").glob("*/metrics.jsonl"))
+    assert trained == ["nested@4"]
+    assert all((tmp_path / "sweep" / "points" / name / "answers.jsonl").exists() for name in ("nested@1", "nested@4"))
+    assert sweep.outcome("nested@1") is sweep.outcome("nested@4")
+    assert len(make(config, tmp_path / "sweep", console).run()) == 2  # and is taken up again
+
+
+def test_a_connector_that_does_not_nest_is_not_trained_once(config, console, tmp_path):
+    with config.unlocked():
+        config.candidates = ConfigDict(
+            {"queries": {"budgets": (1, 4), "trained_at": 4, "connector": {"kind": "resampler", "num_heads": 2}}}
+        )
+        config.sweep.controls = ()
+    with pytest.raises(ConfigError, match=r"queries\.trained_at: the parameters for 4 tokens have other shapes"):
+        make(config, tmp_path / "sweep", console)

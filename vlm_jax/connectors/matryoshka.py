@@ -31,7 +31,7 @@ class Matryoshka(nn.Module):
     """A connector whose parameters serve several budgets.
 
     In training every call draws one of the budgets up to `token_budget`, for all images, from the rng stream
-    `reduce`; the tokens that it does not have are masked, so that shapes stay. With `deterministic` it gives
+    `connect`; the tokens that it does not have are masked, so that shapes stay. With `deterministic` it gives
     `token_budget` tokens.
 
     Attributes:
@@ -114,7 +114,7 @@ class Matryoshka(nn.Module):
         nested = [budget for budget in self.budgets if budget <= self.token_budget]
         if deterministic or len(nested) == 1:
             return give(self.token_budget)
-        drawn = jax.random.randint(self.make_rng("reduce"), (), 0, len(nested))
+        drawn = jax.random.randint(self.make_rng("connect"), (), 0, len(nested))
         return jax.lax.switch(drawn, [lambda budget=budget: give(budget) for budget in nested])
 
 

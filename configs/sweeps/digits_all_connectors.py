@@ -1,0 +1,49 @@
+"""Every learned connector side by side at equal numbers of visual tokens, and one training for several budgets."""
+
+from ml_collections import ConfigDict
+
+from configs.sweeps import digits_token_budget
+
+# Settings of the learned connectors that take one grid of features. `hybrid_mlp`, which joins those of two
+# encoders, is for another model.
+CONNECTORS = {
+    "mlp": {},
+    "pool": {},
+    "concat": {},
+    "pixel_shuffle": {},
+    "ldp": {},
+    "ldp_v2": {},
+    "resampler": {"num_heads": 4},
+    "perceiver": {"depth": 2, "num_heads": 4},
+    "qformer": {"width": 96, "depth": 2, "num_heads": 4, "mlp_dim": 256},
+    "c_abstractor": {"depth": 1},
+    "token_packer": {"num_heads": 4},
+}
+BUDGETS = {"mlp": (16,), "ldp": (4,)}  # of the others (1, 4, 16)
+NESTED = (1, 2, 4, 8, 16)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Each connector at 1, 4 and 16 tokens as far as it can, and two matryoshkas at five budgets.
+
+    Args:
+      arg: "" for the sweep; `small` for average pooling beside its matryoshka, after a shorter
+        pre-training; `smoke` for a few steps of every connector at one budget.
+    """
+    config = digits_token_budget.get_config(arg)
+    config.unlock()
+    candidates = {
+        kind: {"budgets": BUDGETS.get(kind, (1, 4, 16)), "connector": {"kind": kind, **settings}}
+        for kind, settings in CONNECTORS.items()
+    }
+    for kind in ("pool", "resampler"):
+        connector = {"kind": "matryoshka", "budgets": NESTED, "inner": {"kind": kind, **CONNECTORS[kind]}}
+        candidates[f"matryoshka_{kind}"] = {"budgets": NESTED, "trained_at": NESTED[-1], "connector": connector}
+    if arg == "small":
+        candidates = {name: candidates[name] for name in ("pool", "matryoshka_pool")}
+    elif arg == "smoke":
+        for name, candidate in candidates.items():
+            candidate["budgets"] = (1, 4) if name.startswith("matryoshka") else candidate["budgets"][-1:]
+    config.candidates = ConfigDict(candidates)
+    config.sweep.controls = ()
+    return config.lock()

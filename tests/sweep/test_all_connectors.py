@@ -1,0 +1,45 @@
+"""The sweep of every learned connector: none is left out, and a matryoshka is trained once."""
+
+import pytest
+
+from configs.sweeps import digits_all_connectors
+from vlm_jax.connectors import CONNECTORS
+from vlm_jax.sweep.points import list_points
+
+# Kinds that are no candidates: one joins the features of two encoders, the other stands around candidates.
+ELSEWHERE = {"hybrid_mlp", "matryoshka"}
+
+
+@pytest.fixture(scope="module")
+def points():
+    return list_points(digits_all_connectors.get_config())
+
+
+def test_every_connector_that_takes_one_grid_is_a_candidate():
+    missing = set(CONNECTORS) - set(digits_all_connectors.CONNECTORS) - ELSEWHERE
+    assert not missing, f"add {missing} to CONNECTORS in configs/sweeps/digits_all_connectors.py"
+
+
+def test_every_point_meets_its_budget(points):
+    for point in points:
+        assert point.costs.num_visual_tokens == point.config.token_budget
+        assert point.label == f"{point.connector}@{point.config.token_budget}"
+
+
+def test_a_matryoshka_has_one_training_and_every_other_point_its_own(points):
+    for point in points:
+        if not point.connector.startswith("matryoshka"):
+            assert point.trained_as == point.label and point.training[0] is point.config
+        else:
+            assert point.trained_as == f"{point.connector}@16" and point.training[0].token_budget == 16
+    nested = {point.label: point.costs for point in points if point.connector == "matryoshka_resampler"}
+    assert len(nested) == 5 and len({tuple(costs.num_params.values()) for costs in nested.values()}) == 1
+    flops = [nested[f"matryoshka_resampler@{budget}"].flops["prefill"] for budget in (1, 2, 4, 8, 16)]
+    assert flops == sorted(set(flops))  # fewer tokens cost less: they are not masked, but left out
+
+
+@pytest.mark.parametrize("arg", ["small", "smoke"])
+def test_smaller_sweeps(arg):
+    config = digits_all_connectors.get_config(arg)
+    assert {"pool", "matryoshka_pool"} <= set(config.candidates)
+    assert (set(config.candidates) == {"pool", "matryoshka_pool"}) == (arg == "small")
