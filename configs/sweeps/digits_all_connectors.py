@@ -11,6 +11,7 @@ CONNECTORS = {
     "pool": {},
     "concat": {},
     "pixel_shuffle": {},
+    "visual_vocabulary": {"vocab_size": 256},
     "ldp": {},
     "ldp_v2": {},
     "resampler": {"num_heads": 4},
@@ -28,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     Args:
       arg: "" for the sweep; `small` for average pooling beside its matryoshka, after a shorter
-        pre-training; `smoke` for a few steps of every connector at one budget.
+        pre-training; `smoke` for a few steps of one connector and a matryoshka at two budgets.
     """
     config = digits_token_budget.get_config(arg)
     config.unlock()
@@ -42,8 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "small":
         candidates = {name: candidates[name] for name in ("pool", "matryoshka_pool")}
     elif arg == "smoke":
-        for name, candidate in candidates.items():
-            candidate["budgets"] = (1, 4) if name.startswith("matryoshka") else candidate["budgets"][-1:]
+        candidates = {name: {**candidates[name], "budgets": (1, 4)} for name in ("concat", "matryoshka_resampler")}
     config.candidates = ConfigDict(candidates)
     config.sweep.controls = ()
     return config.lock()
