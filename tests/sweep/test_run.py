@@ -102,7 +102,7 @@ def test_a_sweep_is_run_written_resumed_and_kept(config, console, tmp_path, monk
         "num_visual_tokens": 2,
         "seed": 0,
     }
-    assert result["realised_visual_tokens"] == {"mean": 2, "max": 2}
+    assert result["realised_visual_tokens"] == {"mean": 2, "max": 2} and result["mean_visual_tokens"] == 2
     assert set(result["accuracy"]) == {"read", "transcribe", "count", "locate"}
     for entry in result["accuracy"].values():
         assert entry["n"] == 3 and 0 <= entry["low"] <= entry["mean"] <= entry["high"] <= 1

@@ -34,6 +34,8 @@ def main() -> None:
     table, tokens = accuracy(answers), realised_tokens(answers)
     if is_primary():
         result = {"accuracy": table, "token_budget": config.token_budget, "num_visual_tokens": tokens}
+        # What enters the decoder is above; a reducer inside it leaves fewer.
+        result |= {"visual_tokens_left": system.num_visual_tokens, "mean_visual_tokens": system.mean_visual_tokens}
         write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
     console.print(f"visual tokens an image: {tokens['mean']} on average, {tokens['max']} at most")
     for name, entry in table.items():
