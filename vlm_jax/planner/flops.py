@@ -26,31 +26,55 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     Raises:
       ValueError: the function holds a `while_loop`.
     """
+    return sum(_flops(equation) * times for equation, times in products(function, *args, **kwargs))
+
+
+def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[Any, int]]:
+    """The equations of a call that are matrix products or convolutions, each with how often it runs.
+
+    Args:
+      function: any traceable function.
+      *args: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
+      **kwargs: the same, by name.
+
+    Returns:
+      Equations of a jaxpr; `equation.primitive.bind(*operands, **equation.params)` runs one alone. Of
+      a conditional's branches those of the costliest.
+
+    Raises:
+      ValueError: the function holds a `while_loop`.
+    """
     with written_out():
         jaxpr = jax.make_jaxpr(function)(*args, **kwargs).jaxpr
     return _of_jaxpr(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
-def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
-
-
-def _of_equation(equation: Any) -> int:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
+def _flops(equation: Any) -> int:
+    out, params = equation.outvars[0].aval.shape, equation.params
+    if equation.primitive.name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
-        left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+        left = equation.invars[0].aval.shape
         return 2 * math.prod(out) * math.prod(left[i] for i in contracting)
-    if name == "conv_general_dilated":
-        kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-        features = params["dimension_numbers"].rhs_spec[0]
-        return 2 * math.prod(out) * math.prod(kernel) // kernel[features]
+    kernel, features = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
+    return 2 * math.prod(out) * math.prod(kernel) // kernel[features]
+
+
+def _of_jaxpr(jaxpr: Any) -> list[tuple[Any, int]]:
+    return [found for equation in jaxpr.eqns for found in _of_equation(equation)]
+
+
+def _of_equation(equation: Any) -> list[tuple[Any, int]]:
+    name, params = equation.primitive.name, equation.params
+    if name in ("dot_general", "conv_general_dilated"):
+        return [(equation, 1)]
     if name == "while":
         raise ValueError("a while_loop has no length that can be known; count the FLOPs of its body instead")
     if name == "cond":
-        return max(_of_jaxpr(branch.jaxpr) for branch in params["branches"])
-    inner = sum(_of_jaxpr(getattr(value, "jaxpr", value)) for value in _jaxprs(params))
-    return inner * params["length"] if name == "scan" else inner
+        branches = [_of_jaxpr(branch.jaxpr) for branch in params["branches"]]
+        return max(branches, key=lambda found: sum(_flops(inner) * times for inner, times in found))
+    length = params["length"] if name == "scan" else 1
+    inner = [found for value in _jaxprs(params) for found in _of_jaxpr(getattr(value, "jaxpr", value))]
+    return [(found, times * length) for found, times in inner]
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
