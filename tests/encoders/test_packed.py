@@ -1,9 +1,8 @@
-"""The contract of encoders that take packed patches, for every entry of the table."""
+"""Encoders whose packed patches lie in blocks: order, windows, selected layers, refusals, released sizes."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -89,26 +88,6 @@ def test_a_batch_holds_several_sequences(kind):
     for i, part in enumerate(parts):
         alone = encode(kind)(params_of(kind), part)
         np.testing.assert_allclose(tokens[i][alone.mask[0]], alone.tokens[0][alone.mask[0]], atol=1e-4)
-
-
-@every_kind
-def test_every_parameter_is_named_and_has_a_finite_gradient(kind):
-    encoder, packed = KINDS[kind], packed_for(KINDS[kind])
-    boxed = jax.eval_shape(encoder.init, jax.random.key(0), packed)
-    for leaf in jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
-        assert len(leaf.names) == leaf.value.ndim
-
-    def loss(params):
-        out = encoder.apply(params, packed)
-        return jnp.sum(
-            jnp.where(out.mask[..., None], jnp.sin(out.tokens + jnp.arange(encoder.features)[None, None]), 0)
-        )
-
-    for path, grad in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params_of(kind))):
-        where = jax.tree_util.keystr(path)
-        assert np.isfinite(grad).all(), where
-        # Softmax does not see what is added to all keys alike; without rotation a key's bias is that.
-        assert np.abs(grad).max() > 1e-6, where
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "siglip2_navit in windows"])
