@@ -71,4 +71,4 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     found["vit.penultimate_normed"] = norm.apply({"params": params["final_norm"]}, features.hidden[-2])
     found["vit.pooled"] = _pooled(model, features.tokens)
     found["proj.out"] = jax.jit(lambda x: model.apply(x).tokens)(jnp.asarray(pixels))
-    return {name: np.asarray(array) for name, array in found.items()}
+    return {name: np.asarray(array) for name, array in found.items() if name in expected}
