@@ -4,6 +4,7 @@ import argparse
 import collections
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,12 +43,16 @@ def alone(function: Callable[..., Any], *args: Any) -> Callable[[], float]:
 
     counts: collections.Counter[str] = collections.Counter()
     programs: dict[str, Callable[[], Any]] = {}
+    held = {(leaf.shape, leaf.dtype): leaf for leaf in jax.tree.leaves(args)}  # some are gigabytes
     for equation, times in products(function, *args):
         shapes = [(variable.aval.shape, variable.aval.dtype) for variable in equation.invars]
         key = f"{shapes} {equation.primitive.name} {equation.params}"
         counts[key] += times
         if key not in programs:
-            operands = [jnp.full(shape, 0.01, dtype) for shape, dtype in shapes]
+            for shape, dtype in shapes:
+                if (shape, dtype) not in held:
+                    held[shape, dtype] = jnp.full(shape, 0.01, dtype)
+            operands = [held[key] for key in shapes]
 
             def run(*operands: jax.Array, equation: Any = equation) -> Any:
                 return equation.primitive.bind(*operands, **equation.params)
@@ -76,8 +81,8 @@ def case(kind: str, grid: tuple[int, int], budget: int, batch: int, rounds: int)
 
     try:
         solved = CONNECTORS[kind].for_budget(budget, grid)
-    except InfeasibleBudget as error:
-        return {"kind": kind, "grid": grid, "budget": budget, "refused": str(error)}
+    except InfeasibleBudget:
+        return {"kind": kind, "grid": grid, "budget": budget, "refused": "not feasible"}
     connector = CONNECTORS[kind](features=WIDTH_OUT, **solved, **RELEASED.get(kind, {}))
     count = grid[0] * grid[1]
     features = VisualFeatures(jnp.full((batch, count, WIDTH_IN), 0.01), jnp.ones((batch, count), bool), grid)
@@ -117,7 +122,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     for row in rows:
         grid = f"{row['grid'][0]}x{row['grid'][1]}"
         if "refused" in row:
-            lines.append(f"| {row['kind']} | {grid} | {row['budget']}: not feasible |" + " |" * (len(COLUMNS) - 3))
+            lines.append(f"| {row['kind']} | {grid} | {row['budget']}: {row['refused']} |" + " |" * (len(COLUMNS) - 3))
             continue
         cells = [row["kind"], grid, str(row["tokens"]), f"{row['parameters'] / 1e6:.1f}", f"{row['flops'] / 1e9:.1f}"]
         for name in ("forward", "both"):
@@ -178,8 +183,13 @@ def main() -> None:
                 command = [sys.executable, __file__, "--case", json.dumps([kind, grid, budget])]
                 command += ["--cores", arguments.cores, "--batch", str(arguments.batch)]
                 command += ["--rounds", str(arguments.rounds)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if done.returncode == -signal.SIGKILL:
+                    rows.append({"kind": kind, "grid": grid, "budget": budget, "refused": "out of memory"})
+                elif done.returncode:
+                    raise SystemExit(f"{kind} at {budget} tokens failed; see above")
+                else:
+                    rows.append(json.loads(done.stdout.splitlines()[-1]))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
     (arguments.out / "rows.json").write_text(json.dumps(rows, indent=1))
     (arguments.out / "table.md").write_text(table(rows) + "\n")
