@@ -49,7 +49,6 @@ class Perceiver(nn.Module):
     features: int
     num_queries: int
     depth: int
-    num_used: int | None = None
     num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
@@ -58,6 +57,7 @@ class Perceiver(nn.Module):
     activation: str = "silu"
     gated: bool = True
     norm_epsilon: float = 1e-6
+    num_used: int | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 

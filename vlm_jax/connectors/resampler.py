@@ -44,9 +44,9 @@ class Resampler(nn.Module):
     features: int
     num_queries: int
     num_heads: int | None = None
-    num_used: int | None = None
     released: bool = False
     norm_epsilon: float = 1e-6
+    num_used: int | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
