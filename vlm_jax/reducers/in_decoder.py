@@ -44,7 +44,8 @@ class ReducesInDecoder(Reducer):
         """The drops.
 
         Raises:
-          ConfigError: fewer tokens are shown than are to be kept, or a layer that the decoder does not have.
+          ConfigError: fewer tokens are shown than are to be kept, or a layer that is named twice or that the
+            decoder does not have.
         """
         shown, drops = self.connector_budget((1, self.num_features)), self.drops()
         if shown < self.num_kept:
@@ -52,10 +53,11 @@ class ReducesInDecoder(Reducer):
                 f"config.reducer.num_shown: {self.num_kept} tokens are to be left (config.token_budget), and only "
                 f"{shown} are shown to the decoder"
             )
-        if not drops or any(not 1 <= drop.layer < self.num_layers for drop in drops):
+        layers = [drop.layer for drop in drops]
+        if not layers or len(set(layers)) < len(layers) or any(not 1 <= layer < self.num_layers for layer in layers):
             raise ConfigError(
-                f"config.reducer: {self.kind} drops tokens before layers {[drop.layer for drop in drops]}; a decoder "
-                f"of {self.num_layers} layers can do so before layers 1 to {self.num_layers - 1}"
+                f"config.reducer: {self.kind} drops tokens before layers {layers}; a decoder of {self.num_layers} "
+                f"layers can do so before layers 1 to {self.num_layers - 1}, once before each"
             )
         return {"decoder": {"drops": drops}}
 

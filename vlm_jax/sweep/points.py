@@ -123,7 +123,7 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
             suffix = f"#{seed}" if number else ""
             for budget in candidate.budgets:
                 run, system = made(budget)
-                trained_at = candidate.get("trained_at", budget)
+                trained_at = candidate.trained_at if "trained_at" in candidate else budget
                 training = (run, system) if trained_at == budget else made(trained_at)
                 if trained_at != budget and _shapes(training[1]) != _shapes(system):
                     raise ConfigError(
