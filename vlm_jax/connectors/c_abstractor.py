@@ -8,8 +8,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax import axes
-from vlm_jax.budget import solve_grid
 from vlm_jax.connectors.pool import average_windows
+from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.conv import Conv
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import Mlp
@@ -23,7 +23,7 @@ _SQUEEZE_RATIO = 0.25
 _NORM_EPSILON = 1e-5  # that of timm's norm with an activation; its LayerNorm2d alone has 1e-6
 
 
-class CAbstractor(nn.Module):
+class CAbstractor(OutputGrid, nn.Module):
     """Learned positions, `depth` RegNet blocks, means of windows, `depth` RegNet blocks, linear, SiLU, linear.
 
     Masked features are as outside of the image: zero for the convolutions, and left out of means.
@@ -42,6 +42,8 @@ class CAbstractor(nn.Module):
     Source: Cha et al. 2024 (Honeybee), section 3.2 and figure 3; Honeybee, projectors.py, CAbstractor.
     """
 
+    kind = "c_abstractor"
+
     features: int
     output_grid: tuple[int, int]
     table_grid: tuple[int, int]
@@ -51,15 +53,10 @@ class CAbstractor(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def num_tokens(self, grid: Grid) -> int:
-        """Rows times columns of `output_grid`, whatever the grid."""
-        del grid
-        return self.output_grid[0] * self.output_grid[1]
-
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
         """The output grid of that size nearest in aspect to `grid`, and a position table for `grid`."""
-        return {"output_grid": solve_grid("c_abstractor", budget, grid), "table_grid": grid}
+        return {**super().for_budget(budget, grid), "table_grid": grid}
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
@@ -71,7 +68,7 @@ class CAbstractor(nn.Module):
         x = x + table(grid).astype(self.dtype)[None]
         mask = features.mask.reshape(-1, *grid)
         x = self._stage(x.reshape(*mask.shape, -1), mask, "before")
-        x, mask = average_windows(x.reshape(*features.mask.shape, -1), features, self.output_grid, "c_abstractor")
+        x, mask = average_windows(x.reshape(*features.mask.shape, -1), features, self.output_grid, self.kind)
         x = self._stage(x, mask, "after")
         mlp = Mlp(self.features, "silu", out_dim=self.features, depth=self.mlp_depth, name="mlp", **settings)
         tokens = mlp(x.reshape(x.shape[0], -1, x.shape[-1]))

@@ -5,14 +5,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlm_jax.budget import InfeasibleGrid, refuse, squares_of_sizes
+from vlm_jax.connectors.solving import WholeSquares
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm, NormKind
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import VisualFeatures, VisualTokens
 
 
-class Concat(nn.Module):
+class Concat(WholeSquares, nn.Module):
     """Norm, factor x factor neighbours side by side, linear, GELU, linear; the hidden width is that of the square.
 
     It takes the features of whole images and of packed ones, which lie in blocks of neighbours.
@@ -28,6 +28,8 @@ class Concat(nn.Module):
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; transformers, models/qwen2_vl, PatchMerger.
     """
 
+    kind = "concat"
+
     features: int
     factor: int
     norm: NormKind = "layer"
@@ -35,33 +37,12 @@ class Concat(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def num_tokens(self, grid: Grid) -> int:
-        """Squares of the grid.
-
-        Raises:
-          InfeasibleGrid: the factor does not divide both sides.
-        """
-        if grid[0] % self.factor or grid[1] % self.factor:
-            raise InfeasibleGrid(
-                f"concat: factor {self.factor} does not divide a {grid[0]}x{grid[1]} grid; choose an "
-                f"image size that gives multiples of {self.factor} patches"
-            )
-        return grid[0] * grid[1] // self.factor**2
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The factor that leaves `budget` squares."""
-        budgets = squares_of_sizes(grid, whole=True)
-        if budget not in budgets:
-            raise refuse("concat", budget, grid, budgets, "a square's side must divide both sides")
-        return {"factor": budgets[budget]}
-
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         count = self.num_tokens(features.grid)
-        x, mask = squares(features, self.factor, "concat")
+        x, mask = squares(features, self.factor, self.kind)
         x = Norm(self.norm, self.norm_epsilon, name="norm", **settings)(x).reshape(x.shape[0], count, -1)
         tokens = Mlp(x.shape[-1], "gelu", out_dim=self.features, name="mlp", **settings)(x)
         return VisualTokens(tokens, mask.any(-1))

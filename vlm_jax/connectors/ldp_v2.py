@@ -5,15 +5,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlm_jax.budget import solve_grid
 from vlm_jax.connectors.pool import average_windows
+from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.conv import Conv, reached
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.neighbours import masked
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import VisualFeatures, VisualTokens
 
 
-class LDPv2(nn.Module):
+class LDPv2(OutputGrid, nn.Module):
     """linear, GELU, linear; means of windows; x + convolution(x).
 
     Attributes:
@@ -27,27 +27,19 @@ class LDPv2(nn.Module):
     LDPNetV2Projector.
     """
 
+    kind = "ldp_v2"
+
     features: int
     output_grid: tuple[int, int]
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    def num_tokens(self, grid: Grid) -> int:
-        """Rows times columns of `output_grid`, whatever the grid."""
-        del grid
-        return self.output_grid[0] * self.output_grid[1]
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The output grid of that size nearest in aspect to `grid`."""
-        return {"output_grid": solve_grid("ldp_v2", budget, grid)}
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(masked(features))
-        x, mask = average_windows(x, features, self.output_grid, "ldp_v2")
+        x, mask = average_windows(x, features, self.output_grid, self.kind)
         conv = Conv(self.features, 3, padding=1, use_bias=True, depthwise=True, name="positions", **settings)
         x = x + conv(x)
         return VisualTokens(x.reshape(x.shape[0], -1, self.features), reached(mask, 3).reshape(x.shape[0], -1))

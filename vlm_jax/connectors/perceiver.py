@@ -8,19 +8,19 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.budget import refuse
+from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import named
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.neighbours import masked
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.scan import scan_layers
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import VisualFeatures, VisualTokens
 
 _MLP_RATIO = 4  # of every layer, in both releases
 
 
-class Perceiver(nn.Module):
+class Perceiver(Queries, nn.Module):
     """A feed-forward to the decoder's width, `depth` layers from queries to features and queries, a norm.
 
     The features have a norm of their own in every layer, but are never updated. With `norm="layer"`,
@@ -46,6 +46,8 @@ class Perceiver(nn.Module):
     3.2; transformers, models/idefics2, Idefics2Connector.
     """
 
+    kind = "perceiver"
+
     features: int
     num_queries: int
     depth: int
@@ -60,18 +62,6 @@ class Perceiver(nn.Module):
     num_used: int | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    def num_tokens(self, grid: Grid) -> int:
-        """The number of queries that are used, whatever the grid."""
-        del grid
-        return self.num_used or self.num_queries
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """As many queries as tokens; every positive budget is feasible."""
-        if budget < 1:
-            raise refuse("perceiver", budget, grid, [1], "it has one query at least")
-        return {"num_queries": budget}
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

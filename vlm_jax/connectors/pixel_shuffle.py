@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from vlm_jax.budget import refuse, squares_of_sizes
+from vlm_jax.connectors.solving import CoveringSquares
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.neighbours import in_rows, squares
 from vlm_jax.layers.norm import Norm, NormKind
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import VisualFeatures, VisualTokens
 
 Version = Literal["v1", "v2"]
 
@@ -32,7 +32,7 @@ def shuffle(
     return x, mask
 
 
-class PixelShuffle(nn.Module):
+class PixelShuffle(CoveringSquares, nn.Module):
     """Space to depth, norm, linear, GELU, linear.
 
     | release | fields |
@@ -60,6 +60,8 @@ class PixelShuffle(nn.Module):
     weights' rows are put in order when they are loaded.
     """
 
+    kind = "pixel_shuffle"
+
     features: int
     factor: int
     version: Version = "v2"
@@ -69,18 +71,6 @@ class PixelShuffle(nn.Module):
     depth: int = 2
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    def num_tokens(self, grid: Grid) -> int:
-        """Squares of the grid, those at its edge that are completed included."""
-        return -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The smallest factor that gives `budget` squares."""
-        budgets = squares_of_sizes(grid, whole=False)
-        if budget not in budgets:
-            raise refuse("pixel_shuffle", budget, grid, budgets, "squares of one side must cover it")
-        return {"factor": budgets[budget]}
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

@@ -7,7 +7,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from vlm_jax.budget import solve_grid
+from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.neighbours import in_rows
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
@@ -50,7 +50,7 @@ def average_windows(
     return total / jnp.maximum(count, 1)[..., None].astype(x.dtype), count > 0
 
 
-class Pool(nn.Module):
+class Pool(OutputGrid, nn.Module):
     """Averages the features of every window of the grid that are not masked.
 
     Attributes:
@@ -62,26 +62,18 @@ class Pool(nn.Module):
     Source: Yao et al. 2024 (DeCo), section 3.2; averaging as PyTorch's AdaptiveAvgPool2d.
     """
 
+    kind = "pool"
+
     features: int
     output_grid: tuple[int, int]
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
-    def num_tokens(self, grid: Grid) -> int:
-        """Rows times columns of `output_grid`, whatever the grid."""
-        del grid
-        return self.output_grid[0] * self.output_grid[1]
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The output grid of that size nearest in aspect to `grid`."""
-        return {"output_grid": solve_grid("pool", budget, grid)}
-
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        mean, mask = average_windows(features.tokens, features, self.output_grid, "pool")
+        mean, mask = average_windows(features.tokens, features, self.output_grid, self.kind)
         batch, *_, width = mean.shape
         tokens = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(
             mean.reshape(batch, -1, width)

@@ -9,14 +9,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.budget import refuse
+from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense, Embed, named
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.neighbours import masked
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.scan import scan_layers
-from vlm_jax.types import Grid, Instruction, VisualFeatures, VisualTokens
+from vlm_jax.types import Instruction, VisualFeatures, VisualTokens
 
 # Queries, and the instruction or None: what goes from layer to layer.
 Stream = tuple[Float[Array, "B M D"], Float[Array, "B T D"] | None]
@@ -115,7 +115,7 @@ class QueryTransformer(nn.Module, kw_only=True):
         return words + table[:length].astype(self.dtype)[None]
 
 
-class QFormer(QueryTransformer, kw_only=True):
+class QFormer(Queries, QueryTransformer, kw_only=True):
     """Learned queries through a `QueryTransformer`, and a linear layer to the decoder's width.
 
     Attributes:
@@ -125,21 +125,11 @@ class QFormer(QueryTransformer, kw_only=True):
         (`matryoshka`); all when None.
     """
 
+    kind = "qformer"
+
     features: int
     num_queries: int
     num_used: int | None = None
-
-    def num_tokens(self, grid: Grid) -> int:
-        """The number of queries that are used, whatever the grid."""
-        del grid
-        return self.num_used or self.num_queries
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """As many queries as tokens; every positive budget is feasible."""
-        if budget < 1:
-            raise refuse("qformer", budget, grid, [1], "it has one query at least")
-        return {"num_queries": budget}
 
     @nn.compact
     def __call__(  # type: ignore[override]

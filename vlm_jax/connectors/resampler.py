@@ -9,7 +9,8 @@ import numpy as np
 from flax import linen as nn
 
 from vlm_jax import axes
-from vlm_jax.budget import grid_of_size, refuse
+from vlm_jax.budget import grid_of_size
+from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense, named
 from vlm_jax.layers.neighbours import in_rows, masked
@@ -19,7 +20,7 @@ from vlm_jax.layers.resize import resize
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 
-class Resampler(nn.Module):
+class Resampler(Queries, nn.Module):
     """One cross-attention layer from `num_queries` learned queries to the features.
 
     Sin-cos positions are added to queries and keys, never to values. Queries stand for the
@@ -41,6 +42,8 @@ class Resampler(nn.Module):
     Source: Bai et al. 2023 (Qwen-VL), section 2.1; Qwen-VL-Chat, visual.py, Resampler.
     """
 
+    kind = "resampler"
+
     features: int
     num_queries: int
     num_heads: int | None = None
@@ -49,18 +52,6 @@ class Resampler(nn.Module):
     num_used: int | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    def num_tokens(self, grid: Grid) -> int:
-        """The number of queries that are used, whatever the grid."""
-        del grid
-        return self.num_used or self.num_queries
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """As many queries as tokens; every positive budget is feasible."""
-        if budget < 1:
-            raise refuse("resampler", budget, grid, [1], "it has one query at least")
-        return {"num_queries": budget}
 
     def query_positions(self, grid: Grid) -> jnp.ndarray:
         """[num_queries, D] sin-cos embeddings of the queries' places, stretched over `grid`."""

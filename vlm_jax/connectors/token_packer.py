@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax import axes
-from vlm_jax.budget import InfeasibleGrid, refuse, squares_of_sizes
+from vlm_jax.connectors.solving import WholeSquares
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.neighbours import in_rows, masked, squares
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.resize import resize
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import VisualFeatures, VisualTokens
 
 
-class TokenPacker(nn.Module):
+class TokenPacker(WholeSquares, nn.Module):
     """Bilinear down-sampling, attention from each point to its square, linear, GELU, linear.
 
     Keys and values come of `VisualFeatures.levels`, several hidden states of the encoder side by side, where
@@ -35,33 +35,14 @@ class TokenPacker(nn.Module):
     Source: Li et al. 2024 (TokenPacker), section 3.2; TokenPacker, multimodal_projector/builder.py.
     """
 
+    kind = "token_packer"
+
     features: int
     factor: int
     num_heads: int | None = None
     norm_epsilon: float = 1e-6
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    def num_tokens(self, grid: Grid) -> int:
-        """Squares of the grid.
-
-        Raises:
-          InfeasibleGrid: the factor does not divide both sides.
-        """
-        if grid[0] % self.factor or grid[1] % self.factor:
-            raise InfeasibleGrid(
-                f"token_packer: factor {self.factor} does not divide a {grid[0]}x{grid[1]} grid; choose an "
-                f"image size that gives multiples of {self.factor} patches"
-            )
-        return grid[0] * grid[1] // self.factor**2
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The factor that leaves `budget` squares."""
-        budgets = squares_of_sizes(grid, whole=True)
-        if budget not in budgets:
-            raise refuse("token_packer", budget, grid, budgets, "a square's side must divide both sides")
-        return {"factor": budgets[budget]}
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

@@ -8,11 +8,11 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax import axes
-from vlm_jax.budget import refuse, squares_of_sizes
+from vlm_jax.connectors.solving import CoveringSquares
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import VisualFeatures, VisualTokens
 
 Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax", "hard_softmax"]
 
@@ -30,7 +30,7 @@ def gumbel_softmax(
     return jax.nn.softmax((logits + noise) / tau, axis=-1)
 
 
-class VisualVocabulary(nn.Module):
+class VisualVocabulary(CoveringSquares, nn.Module):
     """Squares of neighbours, linear, LayerNorm, a choice of visual words, and the product with their table.
 
     | tokenize | weights of the words in training | their gradient |
@@ -58,6 +58,8 @@ class VisualVocabulary(nn.Module):
     Source: Lu et al. 2024 (Ovis), section 3; AIDC-AI/Ovis, ovis/model/visual_tokenizer and modeling_ovis.py.
     """
 
+    kind = "visual_vocabulary"
+
     features: int
     vocab_size: int
     factor: int
@@ -67,18 +69,6 @@ class VisualVocabulary(nn.Module):
     norm_epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-
-    def num_tokens(self, grid: Grid) -> int:
-        """Squares of the grid, those at its edge that are completed included."""
-        return -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
-
-    @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The smallest factor that gives `budget` squares."""
-        budgets = squares_of_sizes(grid, whole=False)
-        if budget not in budgets:
-            raise refuse("visual_vocabulary", budget, grid, budgets, "squares of one side must cover it")
-        return {"factor": budgets[budget]}
 
     def setup(self):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -92,7 +82,7 @@ class VisualVocabulary(nn.Module):
 
     def logits(self, features: VisualFeatures) -> tuple[Float[Array, "B M V"], Bool[Array, "B M"]]:
         """Logits of the visual words (indicators left out) for every square, and which squares are real."""
-        x, mask = squares(features, self.factor, "visual_vocabulary")
+        x, mask = squares(features, self.factor, self.kind)
         return self.head_norm(self.head(x.reshape(*x.shape[:2], -1))), mask.any(-1)
 
     def words(self, logits: Float[Array, "B M V"], *, deterministic: bool) -> Float[Array, "B M V"]:
