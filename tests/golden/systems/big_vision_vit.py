@@ -44,10 +44,10 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> Outputs:
     return {name: np.asarray(found[name]) for name in wanted}
 
 
-def _beside(folder: pathlib.Path, system: str) -> pathlib.Path:
+def _beside(folder: Path, system: str) -> Path:
     """The folder of another system in the same root; of several the one that is named as `folder` is."""
 
-    def system_of(manifest: pathlib.Path) -> str:
+    def system_of(manifest: Path) -> str:
         return json.loads(manifest.read_text())["system"]
 
     found = [path.parent for path in sorted(folder.parent.glob("*/golden.json")) if system_of(path) == system]
