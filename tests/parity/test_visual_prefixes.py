@@ -93,3 +93,10 @@ def test_the_decoders_width_is_that_of_the_projector():
         vlm_jax.pretrained.FAMILIES["llava"](
             {"model_type": "llava", **LLAVA}, {}, dtype=jnp.float32, param_dtype=jnp.float32
         )
+
+
+@pytest.mark.parametrize(("kind", "config"), [("llava", LLAVA), ("internvl", internvl())])
+def test_several_hidden_states_are_refused(kind, config):
+    released = {"model_type": kind, **config, "vision_feature_layer": [-2, -1]}
+    with pytest.raises(PretrainedError, match=rf"{kind}\.vision_feature_layer: expected .*one .*got \[-2, -1\]"):
+        vlm_jax.pretrained.FAMILIES[kind](released, {}, dtype=jnp.float32, param_dtype=jnp.float32)

@@ -114,6 +114,17 @@ ACTIVATIONS = {
 }
 
 
+def one_layer(value: int | Sequence[int], where: str) -> int:
+    """The number of a hidden state, where releases may also list several.
+
+    Raises:
+      PretrainedError: several.
+    """
+    if isinstance(value, int):
+        return value
+    raise PretrainedError(f"{where}: expected the number of one hidden state, got {value!r}; several are not joined")
+
+
 def one_side(value: int | Sequence[int], where: str) -> int:
     """The side of a square, which releases give once or for both axes.
 

@@ -9,7 +9,15 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.family import REQUIRED, Description, beside, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.family import (
+    REQUIRED,
+    Description,
+    beside,
+    check_supported,
+    find_prefix,
+    one_layer,
+    with_defaults,
+)
 from vlm_jax.pretrained.hugging_face import projector, vit_fields
 from vlm_jax.pretrained.internvl import NORMS
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches
@@ -84,7 +92,12 @@ def describe(
     known = {"projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",)}
     check_supported(settings, known, where)
     section = with_defaults(settings["vision_config"], VISION_DEFAULTS, f"{where}.vision_config")
-    vit = vision_tower(section, f"{where}.vision_config", select_layer=settings["vision_feature_layer"], **dtypes)
+    vit = vision_tower(
+        section,
+        f"{where}.vision_config",
+        select_layer=one_layer(settings["vision_feature_layer"], f"{where}.vision_feature_layer"),
+        **dtypes,
+    )
     tower = find_prefix(checkpoint, "embeddings.cls_token")
     names, width, projector_rules = projector(checkpoint, where)
     connector = PixelShuffle(width, factor=round(1 / settings["downsample_ratio"]), **dtypes)

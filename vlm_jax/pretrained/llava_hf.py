@@ -8,7 +8,15 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip, llava
-from vlm_jax.pretrained.family import REQUIRED, Description, beside, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.family import (
+    REQUIRED,
+    Description,
+    beside,
+    check_supported,
+    find_prefix,
+    one_layer,
+    with_defaults,
+)
 from vlm_jax.pretrained.hugging_face import projector
 from vlm_jax.pretrained.tables import image_shape, left_out
 
@@ -46,7 +54,7 @@ def describe(
         f"{where}.vision_config",
         pooling="none",
         final_norm="none",
-        select_layer=settings["vision_feature_layer"],
+        select_layer=one_layer(settings["vision_feature_layer"], f"{where}.vision_feature_layer"),
         keep_class_token=settings["vision_feature_select_strategy"] == "full",
         **dtypes,
     )
