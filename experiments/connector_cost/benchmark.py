@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import signal
@@ -173,25 +174,28 @@ def main() -> None:
         return
     from vlm_jax.connectors import CONNECTORS
 
-    rows = []
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for kind in arguments.kinds or CONNECTORS:
-        for grid in GRIDS:
-            # A kind without a choice is measured at the one number that it gives.
-            for budget in (grid[0] * grid[1],) if kind in ("mlp", "hybrid_mlp") else BUDGETS:
-                # A process each, so that one case's memory is gone before the next.
-                command = [sys.executable, __file__, "--case", json.dumps([kind, grid, budget])]
-                command += ["--cores", arguments.cores, "--batch", str(arguments.batch)]
-                command += ["--rounds", str(arguments.rounds)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-                if done.returncode == -signal.SIGKILL:
-                    rows.append({"kind": kind, "grid": grid, "budget": budget, "refused": "out of memory"})
-                elif done.returncode:
-                    raise SystemExit(f"{kind} at {budget} tokens failed; see above")
-                else:
-                    rows.append(json.loads(done.stdout.splitlines()[-1]))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-    (arguments.out / "rows.json").write_text(json.dumps(rows, indent=1))
+    file = arguments.out / "rows.json"  # what stands there is not measured again
+    rows = json.loads(file.read_text()) if file.exists() else []
+    for kind, grid in itertools.product(arguments.kinds or CONNECTORS, GRIDS):
+        # A kind without a choice is measured at the one number that it gives.
+        for budget in (grid[0] * grid[1],) if kind in ("mlp", "hybrid_mlp") else BUDGETS:
+            if any((row["kind"], *row["grid"], row["budget"]) == (kind, *grid, budget) for row in rows):
+                continue
+            # A process each, so that one case's memory is gone before the next.
+            command = [sys.executable, __file__, "--case", json.dumps([kind, grid, budget])]
+            command += ["--cores", arguments.cores, "--batch", str(arguments.batch), "--rounds", str(arguments.rounds)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode == -signal.SIGKILL:
+                rows.append({"kind": kind, "grid": grid, "budget": budget, "refused": "out of memory"})
+            elif done.returncode:
+                raise SystemExit(f"{kind} at {budget} tokens failed; see above")
+            else:
+                rows.append(json.loads(done.stdout.splitlines()[-1]))
+            file.write_text(json.dumps(rows, indent=1))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    order = list(CONNECTORS)
+    rows.sort(key=lambda row: (order.index(row["kind"]), *row["grid"], row["budget"]))
     (arguments.out / "table.md").write_text(table(rows) + "\n")
     figure(rows, arguments.out / "cost.png")
     slow = [

@@ -51,3 +51,27 @@ def test_reached_is_where_a_convolution_of_ones_is_not_zero(window, stride):
     ones = {"params": {"kernel": np.ones((window, window, 1, 1), np.float32)}}
     expected = layer.apply(ones, jnp.asarray(mask[..., None], jnp.float32))[..., 0] > 0
     np.testing.assert_array_equal(reached(jnp.asarray(mask), window, stride), expected)
+
+
+@pytest.mark.parametrize("padding", [1, "SAME"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_gradients_of_a_depthwise_convolution_are_those_of_xlas_grouped_one(padding, stride):
+    rng = np.random.default_rng(1)
+    x, weights = rng.normal(size=(2, 7, 8, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32)
+    layer = Conv(4, 3, stride, padding, depthwise=True)
+    kernel = rng.normal(size=(3, 3, 1, 4)).astype(np.float32)
+    margin = padding if padding == "SAME" else [(padding, padding)] * 2
+
+    def ours(x, kernel):
+        return jnp.sum(jnp.sin(layer.apply({"params": {"kernel": kernel}}, x)) * weights[None, None, None])
+
+    def grouped(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), margin, dimension_numbers=numbers, feature_group_count=4
+        )
+        return jnp.sum(jnp.sin(y) * weights[None, None, None])
+
+    got, want = (jax.jit(jax.grad(function, argnums=(0, 1)))(x, kernel) for function in (ours, grouped))
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-5)

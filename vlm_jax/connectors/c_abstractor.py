@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 from vlm_jax import axes
 from vlm_jax.connectors.pool import average_windows
 from vlm_jax.connectors.solving import OutputGrid
+from vlm_jax.layers.block import REMAT_POLICIES
 from vlm_jax.layers.conv import Conv
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import Mlp
@@ -82,11 +83,13 @@ class CAbstractor(OutputGrid, nn.Module):
         width = self.width or x.shape[-1]
         fields = {"width": width, "dtype": self.dtype, "param_dtype": self.param_dtype}
         depth = self.depth
+        # The maps between the linear layers cost more to keep than to compute again.
+        block = nn.remat(RegNetBlock, policy=REMAT_POLICIES["dots"], prevent_cse=False)
         if depth and width != x.shape[-1]:
-            x, _ = RegNetBlock(name=f"{name}_first", **fields)(x, mask)
+            x, _ = block(name=f"{name}_first", **fields)(x, mask)
             depth -= 1
         if depth:
-            x, _ = scan_layers(RegNetBlock, depth, in_axes=nn.broadcast)(name=name, **fields)(x, mask)
+            x, _ = scan_layers(block, depth, in_axes=nn.broadcast)(name=name, **fields)(x, mask)
         return x
 
 

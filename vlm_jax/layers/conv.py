@@ -1,6 +1,7 @@
 """A 2D convolution with logical axes, channels last."""
 
-from typing import Any, Literal
+import functools
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,9 @@ class Conv(nn.Module):
         if self.depthwise:
             if isinstance(margin, str):
                 margin = jax.lax.padtype_to_pads(x.shape[1:3], (self.window, self.window), steps, margin)
-            y = _depthwise(jnp.pad(x, ((0, 0), *margin, (0, 0))), kernel[:, :, 0], self.stride)
+            # Without the barrier XLA computes what x is made of again for every place of the window.
+            padded = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), *margin, (0, 0))))
+            y = cast(jax.Array, _depthwise(padded, kernel[:, :, 0], self.stride))
         else:
             y = jax.lax.conv_general_dilated(x, kernel, steps, margin, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         if self.use_bias:
@@ -71,6 +74,7 @@ class Conv(nn.Module):
         return y
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise(
     x: Float[Array, "B rows cols D"], kernel: Float[Array, "window window2 D"], stride: int
 ) -> Float[Array, "B new_rows new_cols D"]:
@@ -86,6 +90,32 @@ def _depthwise(
         shifted = x[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (cols - 1) * stride + 1 : stride]
         total = total + shifted.astype(jnp.float32) * kernel[i, j].astype(jnp.float32)[None, None, None]
     return total.astype(x.dtype)
+
+
+def _depthwise_forward(x, kernel, stride):
+    return _depthwise(x, kernel, stride), (x, kernel)
+
+
+def _depthwise_backward(stride, kept, cotangent):
+    """Row by row for the kernel: its sums, one a place, would each read all of both maps again."""
+    x, kernel = kept
+    window, (rows, cols) = kernel.shape[0], cotangent.shape[1:3]
+
+    def add_row(total, row):
+        above = jax.lax.dynamic_slice_in_dim(x, row * stride, window, axis=1).astype(jnp.float32)
+        below = jax.lax.dynamic_index_in_dim(cotangent, row, axis=1).astype(jnp.float32)
+        stop = (cols - 1) * stride + 1
+        sums = [(above[:, :, j : j + stop : stride] * below).sum((0, 2)) for j in range(window)]
+        return total + jnp.stack(sums, axis=1), None
+
+    total, _ = jax.lax.scan(add_row, jnp.zeros(kernel.shape, jnp.float32), jnp.arange(rows))
+    # Into x: the flipped window over the cotangent, with zeros around it and in between.
+    margin = [(window - 1, window - 1 + (size - window) % stride, stride - 1) for size in x.shape[1:3]]
+    spread = jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), *margin, (0, 0, 0)])
+    return _depthwise(jax.lax.optimization_barrier(spread), kernel[::-1, ::-1], 1), total.astype(kernel.dtype)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def reached(mask: Bool[Array, "B rows cols"], window: int, stride: int = 1) -> Bool[Array, "B new_rows new_cols"]:
