@@ -1,4 +1,4 @@
-"""The C-Abstractor beside a torch definition of it: RegNet bottlenecks, `AdaptiveAvgPool2d`, linear layers."""
+"""The C-Abstractor beside a torch definition of it, written here after the paper and timm's RegNet bottleneck."""
 
 import functools
 import itertools

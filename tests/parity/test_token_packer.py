@@ -1,4 +1,4 @@
-"""TokenPacker beside a torch definition of it, square by square."""
+"""TokenPacker beside a torch definition of it, written here after the release, which cannot be installed."""
 
 import functools
 

@@ -6,7 +6,10 @@ import pytest
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("--config.token_bugdet=4", "token_budget"),
+        (
+            "--config.token_bugdet=4",
+            "--config.token_bugdet=4: the config has no such key; did you mean 'token_budget'?",
+        ),
         ("--config.token_budget=3", "pool cannot give 3 tokens from a 4x4 grid"),
         ("--config.encoder.kind=vitt", "config.encoder.kind: no kind 'vitt'; did you mean 'vit'?"),
     ],

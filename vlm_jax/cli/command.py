@@ -1,6 +1,7 @@
 """What the commands share: the config flags, the compilation cache, and one clear line for an error."""
 
 import errno
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,11 @@ def run(main: Callable[[], Any]) -> None:
     """
     flags.mark_flags_as_required(["config", "workdir"])
 
+    parsed = False
+
     def guarded(argv: list[str]) -> None:
+        nonlocal parsed
+        parsed = True
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument: {argv[1]}")
         _quieten_checkpoints()
@@ -77,8 +82,14 @@ def run(main: Callable[[], Any]) -> None:
 
     try:
         app.run(guarded)
-    except AttributeError as error:  # an override of a key that the config does not have
-        print(f"ConfigError: {error}", file=sys.stderr)
+    except AttributeError as error:
+        if parsed:
+            raise
+        # An override of a key that the config does not have: the error has the key's last part, and a near one.
+        words = [word for word in overrides() if word.split("=")[0].split(".")[-1] in str(error)]
+        near = re.search(r'Did you mean "(.+?)"', str(error))
+        hint = f"; did you mean '{near[1]}'?" if near else ""
+        print(f"ConfigError: {' '.join(words)}: the config has no such key{hint}", file=sys.stderr)
         sys.exit(1)
 
 
