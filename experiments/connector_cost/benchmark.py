@@ -153,6 +153,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             xscale="log", yscale="log", xlabel="visual tokens of an image", title=f"{grid[0]} x {grid[1]} features"
         )
         panel.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("forward, ms for the batch")
     panels[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
