@@ -34,7 +34,6 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformers, SDPA": ("torch", {"compiled": False}),
     "transformers, SDPA, torch.compile": ("torch", {"compiled": True}),
 }
-OURS = [name for name, (package, _) in CONTENDERS.items() if package == "jax"]
 THEIRS = [name for name, (package, _) in CONTENDERS.items() if package == "torch"]
 # The four products of every block alone: what each package's linear algebra allows.
 PRODUCTS = {"matrix products, XLA": "jax", "matrix products, PyTorch": "torch"}
@@ -187,7 +186,7 @@ def released_folder(folder: str, settings: dict[str, int]) -> None:
     SiglipVisionModel(SiglipVisionConfig(**settings)).save_pretrained(folder)
 
 
-def measure(settings: dict[str, int], batch: int, rounds: int, cores: set[int], names: list[str]) -> dict[str, Any]:
+def measure(settings: dict[str, int], batch: int, rounds: int, cores: set[int]) -> dict[str, Any]:
     """Seconds of every round and peak bytes, {name: {step: {..}}}."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +194,7 @@ def measure(settings: dict[str, int], batch: int, rounds: int, cores: set[int], 
         maker.start()
         maker.join()
         pipes = {}
-        for name in [*names, *PRODUCTS]:
+        for name in [*CONTENDERS, *PRODUCTS]:
             pipes[name], theirs = context.Pipe()
             context.Process(target=work, args=(theirs, name, folder, settings, batch, cores), daemon=True).start()
 
@@ -207,7 +206,7 @@ def measure(settings: dict[str, int], batch: int, rounds: int, cores: set[int], 
         for label in STEPS:
             outputs = {name: ask(name, "warm", label) for name in pipes}
             reference = outputs[THEIRS[0]]
-            for name in names if label == STEPS[0] else ():
+            for name in CONTENDERS if label == STEPS[0] else ():
                 results[name]["error"] = float(np.abs(outputs[name] - reference).max() / np.abs(reference).max())
             seconds: dict[str, list[float]] = {name: [] for name in pipes}
             for _ in range(rounds):
@@ -225,15 +224,13 @@ def table(results: dict[str, Any], settings: dict[str, int], batch: int) -> str:
     """What was measured, in Markdown: medians, and each as a share of the faster of theirs."""
     median = {n: {s: statistics.median(results[n][s]["seconds"]) for s in STEPS} for n in results}
     best = {s: min(median[name][s] for name in THEIRS) for s in STEPS}
-    lean = {s: min(results[name][s]["rise"] for name in THEIRS) for s in STEPS}
+    leanest = min(results[name][STEPS[1]]["rise"] for name in THEIRS)
     lines = ["| | forward, s | of theirs | forward and backward, s | of theirs | peak memory, MB | of theirs | error |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for name in results:
-        if name in PRODUCTS:
-            continue
+    for name in CONTENDERS:
         cells = [f"{median[name][s]:.3f} | {median[name][s] / best[s]:.2f}" for s in STEPS]
         rise = results[name][STEPS[1]]["rise"]
-        cells.append(f"{rise / 1e6:.0f} | {rise / lean[STEPS[1]]:.2f} | {results[name]['error']:.0e}")
+        cells.append(f"{rise / 1e6:.0f} | {rise / leanest:.2f} | {results[name]['error']:.0e}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     for name in PRODUCTS:
@@ -250,12 +247,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cores", default="0,1", help="which cores every contender runs on")
     parser.add_argument("--tiny", action="store_true", help="a small tower, to try the program")
-    parser.add_argument("--names", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS))
     parser.add_argument("--out", type=Path, help="every round's seconds and all peaks, as JSON")
     arguments = parser.parse_args()
     settings = TINY if arguments.tiny else SIGLIP_BASE
     cores = {int(core) for core in arguments.cores.split(",")}
-    results = measure(settings, arguments.batch, arguments.rounds, cores, arguments.names)
+    results = measure(settings, arguments.batch, arguments.rounds, cores)
     print(table(results, settings, arguments.batch))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(results, indent=1))

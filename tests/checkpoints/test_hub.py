@@ -1,6 +1,7 @@
 import json
 import pickle
 import zipfile
+from pathlib import Path
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -70,6 +71,16 @@ def test_slices_are_read_alone(tmp_path):
     weight = open_checkpoint(tmp_path)["b.weight"]
     np.testing.assert_array_equal(weight[1:3, 2:4], [[8, 9], [14, 15]])
     assert open_checkpoint(tmp_path)["scale"][()] == 2.5
+
+
+def test_a_file_is_not_kept_in_memory_once_its_tensor_is_read(tmp_path):
+    save_checkpoint(tmp_path, {"a": np.arange(6, dtype=np.float32)})
+    (file,) = tmp_path.glob("*.safetensors")
+    tensor = open_checkpoint(tmp_path)["a"]
+    np.testing.assert_array_equal(tensor[...], np.arange(6, dtype=np.float32))
+    with safetensors.safe_open(file, framework="numpy"):
+        assert str(file) in Path("/proc/self/maps").read_text()  # where an open file shows
+    assert str(file) not in Path("/proc/self/maps").read_text()
 
 
 def test_views_are_written_in_their_own_order(tmp_path):
