@@ -39,6 +39,14 @@ NORMS = {"rms_norm": "rms", "layer_norm": "layer"}
 PREFIX = "vision_model."
 BESIDE = (r"language_model\..*",)
 
+# Fields of `ViT` that every InternViT has.
+INTERN_VIT: dict[str, Any] = {
+    "qk_norm_over": "width",
+    "class_token": True,
+    "class_position": True,
+    "final_norm": "none",
+}
+
 
 def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
     """The InternViT of an `InternVisionConfig`.
@@ -55,13 +63,9 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
         "norm": NORMS[settings["norm_type"]],
         "qkv_bias": settings["qkv_bias"],
         "qk_norm": "rms" if settings["qk_normalization"] else None,
-        "qk_norm_over": "width",
         "layer_scale": settings["initializer_factor"],
-        "class_token": True,
-        "class_position": True,
-        "final_norm": "none",
     }
-    return ViT(**{**own, **fields})
+    return ViT(**{**INTERN_VIT, **own, **fields})
 
 
 def vision_rules(vit: ViT) -> tuple[Rule, ...]:

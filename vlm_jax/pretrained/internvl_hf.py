@@ -19,7 +19,7 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.hugging_face import projector, vit_fields
-from vlm_jax.pretrained.internvl import NORMS
+from vlm_jax.pretrained.internvl import INTERN_VIT, NORMS
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches
 
 # transformers, models/internvl/configuration_internvl.py.
@@ -74,13 +74,9 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
         "norm": NORMS[settings["norm_type"]],
         "qkv_bias": settings["attention_bias"],
         "qk_norm": "rms" if settings["use_qk_norm"] else None,
-        "qk_norm_over": "width",
         "layer_scale": settings["layer_scale_init_value"],
-        "class_token": True,
-        "class_position": True,
-        "final_norm": "none",
     }
-    return ViT(**{**own, **fields})
+    return ViT(**{**INTERN_VIT, **own, **fields})
 
 
 def describe(
