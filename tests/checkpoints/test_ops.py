@@ -18,6 +18,8 @@ CASES = [
     (ops.Split(1, (1, 3)), [(2, 4, 3)]),
     (ops.Concatenate(0, (2, 3)), [(2, 4), (3, 4)]),
     (ops.Parallel(ops.Reshape((2, 2), (4,)), ops.Transpose((1, 0))), [(2, 2), (3, 5)]),
+    (ops.Shared(2), [(3, 2), (3, 2)]),
+    (ops.Copied(3), [(3, 2)]),
     (ops.Each(ops.fused_linear(2, 4)), [(3, 6, 5)]),
     (ops.Chain(ops.CONV2D, ops.Permute(0, (1, 0))), [(5, 3, 2, 2)]),
     (ops.patch_linear(2, 3, 5), [(5, 3, 2, 2)]),
@@ -33,6 +35,7 @@ def arrays_of(shapes):
 @pytest.mark.parametrize(("op", "shapes"), CASES, ids=lambda value: str(value)[:60])
 def test_op_contract(op, shapes):
     arrays = arrays_of(shapes)
+    arrays = [arrays[0]] * len(arrays) if isinstance(op, ops.Shared) else arrays
     results = op(*arrays)
     assert op.shapes(*shapes) == tuple(result.shape for result in results)
     assert op.inverse.shapes(*op.shapes(*shapes)) == tuple(shapes)
@@ -116,6 +119,9 @@ def test_grouped_rows_come_group_by_group():
         (ops.Concatenate(0, (2, 3)), [(2, 2), (3, 4)], "differ on axis 0 alone"),
         (ops.Concatenate(0, (2, 3)), [(2,), ()], "differ on axis 0 alone"),
         (ops.Parallel(ops.LINEAR), [(2, 2), (2, 2)], "takes 1 arrays, not 2"),
+        (ops.Shared(2), [(2, 2), (2, 3)], "2 arrays of one shape"),
+        (ops.Shared(2), [(2, 2)], "2 arrays of one shape"),
+        (ops.Copied(2), [(2, 2), (2, 2)], "takes one array"),
         (ops.Each(ops.LINEAR), [()], "one and the same leading axis"),
         (ops.Each(ops.Concatenate(0, (1, 1))), [(2, 1), (3, 1)], "one and the same leading axis"),
         (ops.Each(ops.LINEAR), [(3, 2)], "takes 2 axes"),

@@ -222,6 +222,51 @@ class Parallel(Op):
 
 
 @dataclasses.dataclass(frozen=True)
+class Shared(Op):
+    """`count` equal arrays are one: a tensor that a release stores under several names."""
+
+    count: int
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        return (arrays[0],)
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        if len(shapes) != self.count or len(set(shapes)) != 1:
+            raise ValueError(f"{self} takes {self.count} arrays of one shape, not the shapes {shapes}")
+        return (shapes[0],)
+
+    @property
+    def inverse(self) -> Op:
+        return Copied(self.count)
+
+    def source_index(self, index: Index) -> Index | None:
+        return index
+
+
+@dataclasses.dataclass(frozen=True)
+class Copied(Op):
+    """One array becomes `count` that are the same."""
+
+    count: int
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        (array,) = arrays
+        return (array,) * self.count
+
+    def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
+        if len(shapes) != 1:
+            raise ValueError(f"{self} takes one array, not the shapes {shapes}")
+        return shapes * self.count
+
+    @property
+    def inverse(self) -> Op:
+        return Shared(self.count)
+
+    def source_index(self, index: Index) -> Index | None:
+        return index
+
+
+@dataclasses.dataclass(frozen=True)
 class Each(Op):
     """`op` on every slice of the leading axis: for a release that already stacks its layers."""
 
@@ -283,6 +328,8 @@ OPS: dict[str, type[Op]] = {
     "split": Split,
     "concatenate": Concatenate,
     "parallel": Parallel,
+    "shared": Shared,
+    "copied": Copied,
     "each": Each,
     "chain": Chain,
 }

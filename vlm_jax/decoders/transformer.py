@@ -33,6 +33,8 @@ class Transformer(nn.Module):
       head_dim: width / num_heads when None.
       rope_theta: base of the rotary angles.
       norm_epsilon: epsilon of every RMSNorm.
+      qkv_bias: biases on query, key and value, as in Qwen2.
+      qk_norm: an RMSNorm of every head's queries and keys before they are turned, as in Qwen3.
       tie_embeddings: logits by the embedding table instead of a head of their own.
       drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
       remat, unroll: as in `TransformerStack`.
@@ -51,6 +53,8 @@ class Transformer(nn.Module):
     head_dim: int | None = None
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
     tie_embeddings: bool = True
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
@@ -75,7 +79,8 @@ class Transformer(nn.Module):
                 "gated": True,
                 "norm": "rms",
                 "norm_epsilon": self.norm_epsilon,
-                "qkv_bias": False,
+                "qkv_bias": self.qkv_bias,
+                "qk_norm": "rms" if self.qk_norm else None,
                 "use_bias": False,
                 **settings,
             },

@@ -34,14 +34,14 @@ class VLM(nn.Module):
     """Composes an encoder, a connector and a decoder; it has no parameters of its own.
 
     Attributes:
-      encoder: an entry of `encoders.ENCODERS`, or of another of its tables.
-      connector: an entry of `connectors.CONNECTORS`.
+      encoder: an entry of `encoders.ENCODERS`, or of another of its tables; None for a language model alone.
+      connector: an entry of `connectors.CONNECTORS`; None without an encoder.
       decoder: an entry of `decoders.DECODERS`.
       reducer: an entry of `reducers.REDUCERS`, or None.
     """
 
-    encoder: nn.Module
-    connector: nn.Module
+    encoder: nn.Module | None
+    connector: nn.Module | None
     decoder: nn.Module
     reducer: nn.Module | None = None
 
@@ -49,8 +49,10 @@ class VLM(nn.Module):
         """Tokens of a flat batch of images, or of sequences of packed ones.
 
         Raises:
-          ValueError: the connector gave another number of tokens than its `num_tokens` says.
+          ValueError: the connector gave another number of tokens than its `num_tokens` says, or there is none.
         """
+        if self.encoder is None or self.connector is None:
+            raise ValueError("this is a language model without an encoder: expected a batch with images=None")
         features = self.encoder(images)
         if self.reducer is not None:
             features = self.reducer(features, deterministic=deterministic)

@@ -20,6 +20,7 @@ from vlm_jax.pretrained import (
     idefics2,
     internvl,
     internvl_hf,
+    language,
     llava,
     llava_hf,
     open_clip,
@@ -80,6 +81,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl_vision": qwen2_vl.describe,
     "sam": sam.describe,
     "sam_vision_model": sam.describe,
+    **language.FAMILIES,
 }
 
 
