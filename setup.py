@@ -11,7 +11,7 @@ CORE = [
     # Python 3.11 gets jax 0.10.2; Python 3.12 gets jax 0.12 or later. Both are tested.
     "jax>=0.10.2",
     "jaxtyping>=0.3.11",
-    "jinja2>=3.1",
+    "jinja2>=3.1.6",
     "matplotlib>=3.10",
     "ml_collections>=1.1.0",
     "numpy>=2.0",
@@ -23,6 +23,8 @@ CORE = [
     "safetensors>=0.5",
     "scikit-learn>=1.6",
     "scipy>=1.14",
+    "sentencepiece>=0.2",
+    "tiktoken>=0.9",
     "tokenizers>=0.21",
 ]
 

@@ -27,7 +27,7 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import open_image
-from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.layout_tokenizer import LayoutTokenizer
 from vlm_jax.processors.views import NativeViews, Pixels, TiledViews, Views, packed_length
 from vlm_jax.processors.vqa import VqaProcessor
 from vlm_jax.reducers import REDUCERS
@@ -179,7 +179,7 @@ def build(config: Any) -> System:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     source = _parse_kind(SOURCES, config.data, "config.data")
-    tokenizer = digits_tokenizer() if settings.tokenizer == "digits" else Tokenizer.from_file(settings.tokenizer)
+    tokenizer = digits_tokenizer() if settings.tokenizer == "digits" else LayoutTokenizer.from_file(settings.tokenizer)
     dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
 
     decoder = _parse_kind(DECODERS, config.decoder, "config.decoder", vocab_size=tokenizer.vocab_size, **dtypes)

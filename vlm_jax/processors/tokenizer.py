@@ -1,110 +1,219 @@
-"""Text to vocabulary ids and back, over the Hugging Face `tokenizers` library."""
+"""Text to ids and back, as a checkpoint folder has it, and the names of its special tokens."""
 
-import functools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 from etils import epath
 from jaxtyping import Int
+from tokenizers import AddedToken
 
-# Distinct texts whose ids are kept: questions and short answers repeat all through a run.
-CACHED_TEXTS = 1 << 16
+from vlm_jax.config import did_you_mean
+from vlm_jax.processors.vocabulary import (
+    SentencePieceVocabulary,
+    TiktokenVocabulary,
+    TokenizersVocabulary,
+    Vocabulary,
+)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json with merges.txt")
 
 
-class UnknownText(ValueError):
-    """A text that the vocabulary cannot spell; the message names the text and the word."""
+class TokenizerError(ValueError):
+    """A folder without a tokenizer that can be read, or a token that it lacks; the message names both."""
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the four special tokens that a layout needs.
+    """A vocabulary and the part that some of its tokens play.
 
     Attributes:
-      vocab_size: number of ids, special tokens among them.
-      pad_id: fills a row after (or before) its sequence.
-      bos_id: begins every sequence.
-      eos_id: ends every answer.
-      image_id: stands where a visual token goes.
+      vocabulary: what spells texts.
+      names: the special tokens of templates, `{"bos_token": "<s>", ...}`.
+      vocab_size: the largest id + 1; a model's table may have more rows.
+      bos_id, eos_id, pad_id: None where the release names none.
+      special_ids: ids that `decode` leaves out unless told.
+      origin: where it is from, for messages.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        pad: str = "<pad>",
-        bos: str = "<bos>",
-        eos: str = "<eos>",
-        image: str = "<image>",
-        origin: str = "the tokenizer",
-    ):
-        """Wraps `backend`.
-
-        Args:
-          backend: the library's tokenizer.
-          pad: name of the padding token, in the vocabulary.
-          bos: name of the token that begins a sequence; may be another's name.
-          eos: name of the token that ends an answer.
-          image: name of the token that holds a visual token's place.
-          origin: where the tokenizer is from, for messages.
+    def __init__(self, vocabulary: Vocabulary, names: Mapping[str, str] | None = None, origin: str = "the tokenizer"):
+        """Wraps `vocabulary`.
 
         Raises:
-          ValueError: a special token is not in the vocabulary.
+          TokenizerError: a token of `names` is not in it.
         """
-        names = {"pad": pad, "bos": bos, "eos": eos, "image": image}
-        found = {role: backend.token_to_id(name) for role, name in names.items()}
-        ids = {role: token_id for role, token_id in found.items() if token_id is not None}
-        missing = [f"{role} token '{name}'" for role, name in names.items() if role not in ids]
+        self.vocabulary, self.names, self.origin = vocabulary, dict(names or {}), origin
+        ids = {role: vocabulary.id_of(name) for role, name in self.names.items()}
+        missing = [f"{role} '{self.names[role]}'" for role, index in ids.items() if index is None]
         if missing:
-            raise ValueError(f"{origin}: {', '.join(missing)} not in its vocabulary; give the names that it uses")
-        self._backend = backend
-        self._special = {ids[role]: names[role] for role in ids}
-        unknown = getattr(backend.model, "unk_token", None)
-        self._unknown_id = backend.token_to_id(unknown) if unknown else None
-        self.vocab_size = backend.get_vocab_size()
-        self.pad_id = ids["pad"]
-        self.bos_id = ids["bos"]
-        self.eos_id = ids["eos"]
-        self.image_id = ids["image"]
-        self._encode_once = functools.lru_cache(CACHED_TEXTS)(self._checked_ids)
+            raise TokenizerError(f"{origin}: {', '.join(missing)} not in its vocabulary; give the names that it uses")
+        self.vocab_size = vocabulary.size
+        self.bos_id, self.eos_id, self.pad_id = (ids.get(f"{role}_token") for role in ("bos", "eos", "pad"))
+        self.special_ids = frozenset(vocabulary.special) | {index for index in ids.values() if index is not None}
+
+    def encode(self, text: str, *, add_special: bool = False) -> list[int]:
+        """The ids of a text, in which the names of special and added tokens stand for these.
+
+        Args:
+          text: any text.
+          add_special: with the tokens that the release puts about a text, such as its BOS; not for what a
+            chat template wrote, which has them already.
+        """
+        return self.vocabulary.encode(text, add_special)
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"], *, skip_special: bool = True) -> str:
+        """The text of ids; special tokens are left out, or written by their names. Ids of no token are left out."""
+        skipped = self.special_ids if skip_special else frozenset()
+        return self.vocabulary.decode([int(index) for index in ids if int(index) not in skipped])
+
+    def id_of(self, token: str) -> int:
+        """The id of one token by its name.
+
+        Raises:
+          TokenizerError: there is none; the message has a near one.
+        """
+        index = self.vocabulary.id_of(token)
+        if index is None:
+            near = did_you_mean(token, self.vocabulary.special.values())
+            raise TokenizerError(f"{self.origin}: its vocabulary has no token '{token}'{near}")
+        return index
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike, **names: str) -> "Tokenizer":
-        """Reads a `tokenizer.json`.
-
-        Args:
-          path: of the file, local or `gs://`.
-          **names: of the special tokens, as the constructor takes them.
+    def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":
+        """Reads the tokenizer of a checkpoint folder, local or `gs://`.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          ValueError: the file is no tokenizer, or lacks a special token.
+          TokenizerError: the folder has none, or one that cannot be read.
         """
-        text = epath.Path(path).read_text()
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises a bare Exception
-            raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from error
-        return cls(backend, origin=os.fspath(path), **names)
+        folder = epath.Path(folder)
+        settings = _json(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in settings:
+            settings |= _json(folder / "special_tokens_map.json")
+        if (folder / "tokenizer.json").exists():
+            backend = read_backend(folder / "tokenizer.json")
+            vocabulary = TokenizersVocabulary(backend, _by_name(_added(folder, settings)))
+        elif (folder / "tokenizer.model").exists():
+            vocabulary, settings = _sentencepiece(folder, settings)
+        elif (folder / "qwen.tiktoken").exists():
+            # A Qwen without eyes says so by a config that describes none.
+            config = _json(folder / "config.json")
+            ranks = (folder / "qwen.tiktoken").read_bytes()
+            vocabulary = TiktokenVocabulary(ranks, visual=not config or "visual" in config)
+            settings = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", **settings}
+        elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            vocabulary = _qwen2(folder, settings)
+        else:
+            raise TokenizerError(f"{folder}: no tokenizer here; looked for {', '.join(TOKENIZER_FILES)}")
+        return cls(vocabulary, _names(settings), origin=os.fspath(folder))
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text; no special token is added.
 
-        Raises:
-          UnknownText: a word is not in the vocabulary, or is the name of a special token, which a
-            text may not smuggle in.
-        """
-        return list(self._encode_once(text))
+def read_backend(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+    """Reads a `tokenizer.json`.
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
-        """The text of ids, a list or a row of an array; special tokens are left out."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+    Raises:
+      FileNotFoundError: there is no such file.
+      TokenizerError: the file is no tokenizer.
+    """
+    text = epath.Path(path).read_text()
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises a bare Exception
+        raise TokenizerError(f"{path}: not a tokenizer.json of the tokenizers library: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
-    def _checked_ids(self, text: str) -> tuple[int, ...]:
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id == self._unknown_id:
-                raise UnknownText(f"the vocabulary has no '{text[start:end]}', in the text '{text}'")
-            if token_id in self._special:
-                raise UnknownText(f"the special token {self._special[token_id]} may not stand in a text, here '{text}'")
-        return tuple(encoding.ids)
+
+def _sentencepiece(folder: epath.Path, settings: dict[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
+    """The vocabulary, and the settings with the defaults of the releases' tokenizer classes."""
+    model = (folder / "tokenizer.model").read_bytes()
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **settings}
+    bare = SentencePieceVocabulary(model, {}, bos=None, eos=None)
+    added, following = _added(folder, settings), bare.size
+    ids: dict[str, int] = {}
+    for index, token in added:
+        index = bare.id_of(token.content) if index is None else index
+        if index is None:
+            index = max([following, *(known + 1 for known in ids.values())])
+        ids.setdefault(token.content, index)
+    by_id = {ids[name]: token for name, token in _by_name(added).items()}
+    bos, eos = (ids.get(_name(settings.get(f"{role}_token")) or "") for role in ("bos", "eos"))
+    vocabulary = SentencePieceVocabulary(
+        model,
+        by_id,
+        bos=bos if settings.get("add_bos_token", True) else None,
+        eos=eos if settings.get("add_eos_token", False) else None,
+        legacy=settings.get("legacy") is not False,
+    )
+    return vocabulary, settings
+
+
+def _qwen2(folder: epath.Path, settings: Mapping[str, Any]) -> Vocabulary:
+    kind = str(settings.get("tokenizer_class"))
+    if not kind.startswith("Qwen2Tokenizer"):
+        raise TokenizerError(
+            f"{folder}: vocab.json and merges.txt are read for Qwen2Tokenizer, tokenizer_config.json names {kind}; "
+            "save the tokenizer as a tokenizer.json"
+        )
+    merges = (folder / "merges.txt").read_text().splitlines()
+    return TokenizersVocabulary.qwen2(_json(folder / "vocab.json"), merges, _by_name(_added(folder, settings)))
+
+
+def _added(folder: epath.Path, settings: Mapping[str, Any]) -> list[tuple[int | None, AddedToken]]:
+    """Tokens beside the vocabulary file, with their ids where given: listed ones first, then special ones."""
+    entries: list[tuple[int | None, AddedToken]] = []
+    special = [value for key, value in settings.items() if key.endswith("_token") and _name(value)]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        special += more.values() if isinstance(more, Mapping) else more
+    if "added_tokens_decoder" in settings:
+        listed = sorted((int(index), value) for index, value in settings["added_tokens_decoder"].items())
+        entries += [(index, _token(value, special=bool(value.get("special")))) for index, value in listed]
+    else:
+        names = {_name(value) for value in special}
+        listed = sorted((index, name) for name, index in _json(folder / "added_tokens.json").items())
+        entries += [(index, _token(name, special=name in names)) for index, name in listed]
+    return entries + [(None, _token(value, special=True)) for value in special]
+
+
+def _by_name(added: Iterable[tuple[int | None, AddedToken]]) -> dict[str, AddedToken]:
+    """By name, in their order; the first of a name wins."""
+    found: dict[str, AddedToken] = {}
+    for _, token in added:
+        found.setdefault(token.content, token)
+    return found
+
+
+def _token(value: Any, special: bool) -> AddedToken:
+    if isinstance(value, str):
+        return AddedToken(value, special=special, normalized=not special)
+    flags = {key: bool(value[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in value}
+    return AddedToken(value["content"], special=special, **flags)
+
+
+def _name(value: Any) -> str | None:
+    """The text of a special token, which releases give as a string or with its flags."""
+    return value.get("content") if isinstance(value, Mapping) else value if isinstance(value, str) else None
+
+
+def _names(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {key: name for key, value in settings.items() if key.endswith("_token") and (name := _name(value))}
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    """The content of a file that may be missing.
+
+    Raises:
+      TokenizerError: the file is no JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise TokenizerError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

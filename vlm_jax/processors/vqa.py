@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
-from vlm_jax.processors.tokenizer import Tokenizer, UnknownText
+from vlm_jax.processors.layout_tokenizer import LayoutTokenizer, UnknownText
 from vlm_jax.processors.views import Clip, Views, uniform_frames
 from vlm_jax.types import Batch, PackedPatches, Sample
 
@@ -38,7 +38,7 @@ class VqaProcessor:
       max_answer_length: new tokens that a generated answer may have, its <eos> among them.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: LayoutTokenizer
     views: Views
     num_visual_tokens: int
     num_images: int

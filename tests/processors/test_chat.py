@@ -1,0 +1,96 @@
+"""Chat templates: where they are found, what they may do, and what they refuse. Texts are written by hand."""
+
+import json
+
+import pytest
+
+from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
+
+CHATML = """{%- for message in messages %}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}
+    {% for part in message.content %}
+        {% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}
+    {% endfor %}
+{% endif %}
+<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+USER = {"role": "user", "content": "hi"}
+
+
+def test_messages_become_the_text_of_a_prompt():
+    picture = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    template = ChatTemplate(CHATML)
+    text = "<|im_start|>user\n<image>what?<|im_end|>\n"
+    assert template.render([picture], add_generation_prompt=False) == text
+    assert template.render([picture]) == text + "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ bos_token }}{{ messages[0]['content'] }}", "<s>hi"),
+        ("{{ {'a': '<é>'} | tojson }}", '{"a": "<é>"}'),
+        ("{{ {'a': 1} | tojson(indent=1) }}", '{\n "a": 1\n}'),
+        ("{% for n in [1, 2, 3] %}{% if n == 2 %}{% break %}{% endif %}{{ n }}{% endfor %}", "1"),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}!", "hi!"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{% set x = namespace(n=0) %}{% set x.n = 3 %}{{ x.n }}", "3"),
+        ("{% if tools is none %}no tools{% endif %}", "no tools"),
+        ("{{ level }}", "7"),
+    ],
+)
+def test_what_a_template_may_use(source, text):
+    assert ChatTemplate(source, {"bos_token": "<s>"}).render([USER], level=7) == text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "chat template: roles must alternate"),
+        ("{{ messages[0].__class__.__mro__ }}", "chat template: .*unsafe|chat template: .*__class__"),
+        ("{{ messages.append(1) }}", "chat template: .*unsafe"),
+        ("{{ missing.key }}", "chat template: 'missing' is undefined"),
+    ],
+)
+def test_what_a_template_refuses_and_what_it_may_not_do(source, message):
+    with pytest.raises(ChatTemplateError, match=message):
+        ChatTemplate(source).render([USER])
+
+
+def test_a_template_sees_no_objects():
+    """A picture handed along with a message has methods that are not for a template."""
+    message = {"role": "user", "content": [{"type": "image", "image": object()}], "name": None}
+    source = "{{ messages[0].content[0].image }} {{ 'name' in messages[0] }}"
+    assert ChatTemplate(source).render([message]) == "<object> False"
+
+
+def test_where_a_folder_keeps_its_template(tmp_path):
+    def text(name=None):
+        return ChatTemplate.from_folder(tmp_path, name=name).render([USER])
+
+    with pytest.raises(ChatTemplateError, match=r"no chat template here; looked for chat_template\.jinja, chat_temp"):
+        text()
+    entry = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": entry}))
+    assert (text(), text("tool_use")) == ("one", "two")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "three"}))
+    assert text() == "three"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "four"}))
+    assert text() == "four"
+    (tmp_path / "chat_template.jinja").write_text("five")
+    assert text() == "five"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("six")
+    assert (text(), text("rag")) == ("five", "six")
+    with pytest.raises(ChatTemplateError, match="no chat template 'rug'; there are default, rag"):
+        text("rug")
+
+
+def test_a_template_that_is_none_is_named():
+    with pytest.raises(ChatTemplateError, match="folder/x: not a Jinja template: line 2"):
+        ChatTemplate("\n{% if %}", origin="folder/x")
+    with pytest.raises(ChatTemplateError, match="at least one message"):
+        ChatTemplate("").render([])

@@ -1,0 +1,165 @@
+"""Chat templates of a checkpoint folder: messages in, the text of a prompt out."""
+
+import datetime
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+from etils import epath
+
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
+FOLDER = "additional_chat_templates"
+DEFAULT = "default"
+
+Message = Mapping[str, Any]
+
+
+class ChatTemplateError(ValueError):
+    """A folder without a template, or messages that a template refuses; the message names which."""
+
+
+class ChatTemplate:
+    """One Jinja template, run in a sandbox with what releases expect to find there.
+
+    Source: transformers, utils/chat_template_utils.py, for the settings and the functions.
+    """
+
+    def __init__(self, source: str, names: Mapping[str, str] | None = None, origin: str = "the chat template"):
+        """Compiles a template.
+
+        Args:
+          source: its text.
+          names: special tokens that it may use, `{"bos_token": "<s>", ...}`.
+          origin: where it is from, for messages.
+
+        Raises:
+          ChatTemplateError: it is no Jinja template.
+        """
+        self.source, self.names, self.origin = source, dict(names or {}), origin
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(f"{origin}: not a Jinja template: line {error.lineno}: {error.message}") from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The text of a conversation, to be encoded without further special tokens.
+
+        Args:
+          messages: `{"role": "user", "content": "…"}`, or with content such as
+            `[{"type": "image"}, {"type": "text", "text": "…"}]`. Images beside `type` are not handed on.
+          add_generation_prompt: ends with the head of the answer.
+          **variables: more for the template, such as `enable_thinking`; `tools` among them.
+
+        Raises:
+          ChatTemplateError: no message, or the template refuses them.
+        """
+        if not messages:
+            raise ChatTemplateError(f"{self.origin}: expected at least one message, got none")
+        given = {"tools": None, "documents": None, **self.names, **variables}
+        try:
+            return self._template.render(
+                messages=[{key: _plain(value) for key, value in m.items() if value is not None} for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                **{key: _plain(value) for key, value in given.items()},
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ChatTemplateError(f"{self.origin}: {error}") from error
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | os.PathLike[str], names: Mapping[str, str] | None = None, *, name: str | None = None
+    ) -> "ChatTemplate":
+        """Reads the template of a checkpoint folder, local or `gs://`.
+
+        Args:
+          folder: of the checkpoint.
+          names: special tokens, as `Tokenizer.names`.
+          name: of one of several templates; the default one when None.
+
+        Raises:
+          ChatTemplateError: the folder has none, or none of that name.
+        """
+        folder = epath.Path(folder)
+        found = _templates(folder)
+        if not found:
+            raise ChatTemplateError(
+                f"{folder}: no chat template here; looked for {', '.join(TEMPLATE_FILES)}, {FOLDER}/*.jinja. Put the "
+                "release's template into chat_template.jinja"
+            )
+        wanted = DEFAULT if name is None else name
+        if wanted not in found:
+            raise ChatTemplateError(f"{folder}: no chat template '{wanted}'; there are {', '.join(sorted(found))}")
+        return cls(found[wanted], names, origin=f"{folder}: chat template")
+
+
+def _templates(folder: epath.Path) -> dict[str, str]:
+    """Templates by name. Files of their own stand before the entry of `tokenizer_config.json`."""
+    config = folder / "tokenizer_config.json"
+    entry = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+    if isinstance(entry, list):
+        found = {item["name"]: item["template"] for item in entry}
+    else:
+        found = {DEFAULT: entry} if entry else {}
+    own: dict[str, str] = {}
+    if (folder / "chat_template.json").exists():
+        own[DEFAULT] = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    if (folder / "chat_template.jinja").exists():
+        own[DEFAULT] = (folder / "chat_template.jinja").read_text()
+    if (folder / FOLDER).exists():
+        paths = sorted((folder / FOLDER).glob("*.jinja"))
+        own |= {path.name.removesuffix(".jinja"): path.read_text() for path in paths}
+    return own or found
+
+
+@functools.cache
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, which marks the parts that a model learns; they are written as they are."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Without the escapes of HTML that Jinja's own filter writes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values alone: a template comes with a download, and an object's methods are not for it."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__name__}>"
