@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
             "num_heads": 4,
             "num_kv_heads": 4,
             "mlp_dim": 256,
-            "rope_theta": 100.0,  # sequences are at most 128 positions long
+            "rope": {"theta": 100.0},  # sequences are at most 128 positions long
             "tie_embeddings": False,
             "remat": "dots",
         }

@@ -166,6 +166,28 @@ def test_nested_values_keep_their_path():
         convert({"a": ((1,), ("b",))}, dict[str, tuple[tuple[int, ...], ...]], "config.x")
 
 
+def test_a_section_in_a_section_is_a_dataclass_with_paths_of_its_own():
+    @dataclasses.dataclass(frozen=True)
+    class Span:
+        start: int
+        stop: int = 9
+
+        def __post_init__(self):
+            if self.start > self.stop:
+                raise ValueError("it starts behind its end")
+
+    assert convert(ConfigDict({"start": 2}), Span, "config.span") == Span(2)
+    assert convert(None, Span | None, "config.span") is None
+    for section, message in (
+        ({"start": 2, "end": 3}, r"config\.span\.end: unknown or unused key"),
+        ({"start": "x"}, r"config\.span\.start: expected int"),
+        ({"start": 10}, r"config\.span: it starts behind its end"),
+        (3, r"config\.span: expected Span, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            convert(section, Span, "config.span")
+
+
 def test_plain_is_json():
     config = ConfigDict({"b": (1, (2.5, "c")), "a": {"y": None, "x": True}})
     assert plain(config) == {"a": {"x": True, "y": None}, "b": [1, [2.5, "c"]]}

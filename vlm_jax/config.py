@@ -79,7 +79,7 @@ def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Setti
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
-    """Checks one value against a type hint; an int serves as a float, a list as a tuple.
+    """Checks one value against a type hint; an int serves as a float, a list as a tuple, a section as a dataclass.
 
     Raises:
       ConfigError: the value is of another type.
@@ -107,6 +107,13 @@ def convert(value: Any, hint: Any, path: str) -> Any:
         if value in args:
             return value
         raise ConfigError(f"{path}: '{value}' is not one of {', '.join(map(repr, args))}")
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and hasattr(value, "items"):
+        try:
+            return parse(hint, value, path)
+        except ConfigError:
+            raise
+        except ValueError as error:  # of fields that do not fit each other
+            raise ConfigError(f"{path}: {error}") from error
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

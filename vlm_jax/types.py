@@ -186,13 +186,17 @@ class PackedPatches:
     window_length: int = static_field(default=0)
 
 
+# Rotary positions: one of each place, or three (temporal, row, column) as M-RoPE has them.
+Positions = Int[Array, "B T"] | Int[Array, "B T 3"]
+
+
 @struct
 class Batch:
     """One batch of sequences, laid out on the host.
 
     Attributes:
       tokens: vocabulary ids; any id where a visual token goes.
-      positions: RoPE positions, counted from 0 in every segment.
+      positions: RoPE positions, counted from 0 in every segment; on three axes for M-RoPE.
       segment_ids: 0 is padding; a position attends only inside its segment.
       visual_index: which row of the example's visual table fills the position, or -1 for text.
         Rows are the image tokens in order: of images of one size, image i's token m is row i * M + m;
@@ -205,7 +209,7 @@ class Batch:
     """
 
     tokens: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
+    positions: Positions
     segment_ids: Int[Array, "B T"]
     visual_index: Int[Array, "B T"]
     images: Float[Array, "B I height width channels"] | PackedPatches | None = None

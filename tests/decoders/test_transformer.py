@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.decoders.transformer import Transformer
+from vlm_jax.layers.rope import Rope
 
 from ..parameters import drawn
 
@@ -45,7 +46,7 @@ def written_out(ids, params, decoder):
     for i in range(DEPTH):
         p = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]["layers"])
         normed = rms_norm(x, p["attention_norm"])
-        x = x + attend(normed, p["attention"], decoder.num_heads, decoder.num_kv_heads, decoder.rope_theta)
+        x = x + attend(normed, p["attention"], decoder.num_heads, decoder.num_kv_heads, decoder.rope.theta)
         normed = rms_norm(x, p["mlp_norm"])
         gate, up = (normed @ p["mlp"][name]["kernel"] for name in ("gate", "up"))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ p["mlp"]["down"]["kernel"]
@@ -62,7 +63,7 @@ def logits_of(decoder, ids):
     "fields",
     [
         {"num_heads": 3, "num_kv_heads": 3, "tie_embeddings": True},
-        {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "tie_embeddings": False, "rope_theta": 50.0},
+        {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "tie_embeddings": False, "rope": Rope(50.0)},
     ],
 )
 def test_logits_are_those_written_out(fields):

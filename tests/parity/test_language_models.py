@@ -18,10 +18,49 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+# Sequences here are longer than the 8 positions of training.
+ORIGINAL = {"original_max_position_embeddings": 8}
+SCALED = {
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "rope_theta": 100.0,
+            **ORIGINAL,
+        }
+    },
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}},
+    "yarn, all settings": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 2.0,
+            "beta_slow": 0.5,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+            "truncate": False,
+            "rope_theta": 10.0,
+            **ORIGINAL,
+        }
+    },
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.5, 2.0, 2.5],
+            "long_factor": [1.5, 3.0, 5.0, 8.0],
+            **ORIGINAL,
+        },
+    },
+}
 # class of the model, and what its config says beside the sizes
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, {}),
     "llama, tied": (transformers.LlamaForCausalLM, {"tie_word_embeddings": True}),
+    **{f"llama, {name}": (transformers.LlamaForCausalLM, settings) for name, settings in SCALED.items()},
     "qwen2": (transformers.Qwen2ForCausalLM, {}),
     "qwen3": (transformers.Qwen3ForCausalLM, {"head_dim": 12}),
 }
@@ -32,7 +71,7 @@ def made(name):
     """A model of transformers with random parameters, biases and scales among them."""
     cls, settings = MODELS[name]
     torch.manual_seed(0)
-    model = cls(cls.config_class(**SIZES, **settings)).eval()
+    model = cls(cls.config_class(**{**SIZES, **settings})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vlm_jax.config import ConfigError
 from vlm_jax.decoders.transformer import Transformer
+from vlm_jax.layers.rope import Rope
 from vlm_jax.models.vlm import visual_places
 from vlm_jax.planner.flops import count_flops
 from vlm_jax.reducers.fastv import FastV
@@ -28,7 +29,7 @@ every_drops = pytest.mark.parametrize("drops", [FASTV, PYRAMID], ids=["fastv", "
 
 
 def decoder(drops=(), **fields):
-    return Transformer(VOCAB, WIDTH, DEPTH, HEADS, KV, 24, rope_theta=THETA, drops=drops, **fields)
+    return Transformer(VOCAB, WIDTH, DEPTH, HEADS, KV, 24, rope=Rope(THETA), drops=drops, **fields)
 
 
 def run_tokens(module, tokens, *rest, **kwargs):

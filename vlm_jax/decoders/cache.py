@@ -24,12 +24,14 @@ class Cache:
       segment_ids: segment of each slot; 0 where a slot is empty or padding.
       length: slots written so far.
       rest: that of the layers behind a drop of visual tokens, which has fewer slots; None where these are all.
+      prompt_length: positions of every row's prompt, 0 before there is one; None where nothing depends on it.
     """
 
     layers: KeyValue
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
     rest: "Cache | None" = None
+    prompt_length: Int[Array, "B"] | None = None
 
     @classmethod
     def empty(cls, depth: int, batch_size: int, length: int, num_kv_heads: int, head_dim: int, dtype: Any) -> "Cache":

@@ -13,12 +13,15 @@ class Rows:
 
     Attributes:
       x: activations.
-      positions, segment_ids, branch_ids: as in `Batch`.
+      angles: rotary angles.
+      query_scale: factor of its queries, or None.
+      segment_ids, branch_ids: as in `Batch`.
       index: which position of the whole sequence it is.
     """
 
     x: Float[Array, "B T D"]
-    positions: Int[Array, "B T"]
+    angles: Float[Array, "B T half"]
+    query_scale: Float[Array, "B T"] | None
     segment_ids: Int[Array, "B T"]
     branch_ids: Int[Array, "B T"] | None
     index: Int[Array, "B T"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.received import Heads, attention_received
-from vlm_jax.layers.rope import rope_angles
-from vlm_jax.types import Drop, VisualPlaces
+from vlm_jax.layers.rope import Rope, sequence_lengths
+from vlm_jax.types import PADDING_SEGMENT, Drop, Positions, VisualPlaces
 
 
 class Transformer(nn.Module):
@@ -31,7 +32,8 @@ class Transformer(nn.Module):
       num_kv_heads: key and value heads; divides num_heads.
       mlp_dim: hidden width of the gated feed-forward.
       head_dim: width / num_heads when None.
-      rope_theta: base of the rotary angles.
+      rope: how positions become rotary angles.
+      log_length: queries at places beyond it are scaled by log(place) / log(log_length), as in Qwen; None for none.
       norm_epsilon: epsilon of every RMSNorm.
       qkv_bias: biases on query, key and value, as in Qwen2.
       qk_norm: an RMSNorm of every head's queries and keys before they are turned, as in Qwen3.
@@ -51,7 +53,8 @@ class Transformer(nn.Module):
     num_kv_heads: int
     mlp_dim: int
     head_dim: int | None = None
-    rope_theta: float = 10_000.0
+    rope: Rope = Rope()
+    log_length: int | None = None
     norm_epsilon: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -100,18 +103,19 @@ class Transformer(nn.Module):
 
         `places` are those of the prompt that it is for.
         """
-        head_dim = self.head_dim or self.width // self.num_heads
         parts = []
         for (start, stop), dropped in zip(self._spans(places), self._dropped(places), strict=True):
             parts.append(
-                Cache.empty(stop - start, batch_size, length - dropped, self.num_kv_heads, head_dim, self.dtype)
+                Cache.empty(stop - start, batch_size, length - dropped, self.num_kv_heads, self._head_dim, self.dtype)
             )
+        if self.rope.by_prompt:
+            parts[0] = dataclasses.replace(parts[0], prompt_length=jnp.zeros(batch_size, jnp.int32))
         return Cache.chained(parts)
 
     def __call__(
         self,
         embeddings: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
+        positions: Positions,
         segment_ids: Int[Array, "B T"],
         cache: Cache | None = None,
         branch_ids: Int[Array, "B T"] | None = None,
@@ -126,8 +130,9 @@ class Transformer(nn.Module):
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
         """
         length = embeddings.shape[1]
-        every = jnp.broadcast_to(jnp.arange(length)[None], positions.shape)
-        rows = Rows(embeddings, positions, segment_ids, branch_ids, every)
+        every = jnp.broadcast_to(jnp.arange(length)[None], segment_ids.shape)
+        angles, cache = self._angles(positions, segment_ids, cache)
+        rows = Rows(embeddings, angles, self._query_scale(positions), segment_ids, branch_ids, every)
         drops = () if places is None else self.drops
         spans = self._spans(places) if cache is None else _spans_of(cache)
         written: list[Cache] = []
@@ -169,8 +174,40 @@ class Transformer(nn.Module):
 
     def _context(self, rows: Rows) -> Context:
         """That of a sequence without a cache."""
-        angles = rope_angles(rows.positions, self.head_dim or self.width // self.num_heads, self.rope_theta)
-        return Context("causal", rows.segment_ids, rows.segment_ids, rows.branch_ids, angles)
+        return Context(
+            "causal",
+            rows.segment_ids,
+            rows.segment_ids,
+            rows.branch_ids,
+            rows.angles,
+            magnitude=self.rope.magnitude,
+            query_scale=rows.query_scale,
+        )
+
+    def _angles(
+        self, positions: Positions, segment_ids: Int[Array, "B T"], cache: Cache | None
+    ) -> tuple[Float[Array, "B T half"], Cache | None]:
+        """Rotary angles, and the cache, which from the first call on knows the length of the prompt."""
+        lengths = None
+        if self.rope.by_length:
+            lengths = sequence_lengths(positions, segment_ids)
+            if cache is not None and cache.prompt_length is not None:
+                longest = jnp.max(jnp.where(segment_ids == PADDING_SEGMENT, 0, lengths), axis=1)
+                longest = jnp.where(cache.prompt_length == 0, longest, cache.prompt_length)
+                cache = dataclasses.replace(cache, prompt_length=longest)
+                lengths = jnp.broadcast_to(longest[:, None], lengths.shape)
+        return self.rope.angles(positions, self._head_dim, lengths), cache
+
+    def _query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
+        """Source: Su 2023 (log-n scaling); Bai et al. 2023 (Qwen), section 2.4."""
+        if self.log_length is None:
+            return None
+        places = (positions if positions.ndim == 2 else positions.max(axis=-1)) + 1
+        return jnp.log(jnp.maximum(places, self.log_length).astype(jnp.float32)) / math.log(self.log_length)
+
+    @property
+    def _head_dim(self) -> int:
+        return self.head_dim or self.width // self.num_heads
 
     def _spans(self, places: VisualPlaces | None) -> list[tuple[int, int]]:
         """First and last + 1 of the layers between drops."""

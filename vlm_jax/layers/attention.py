@@ -61,6 +61,8 @@ class Context:
       branches: branch ids of queries and keys alike (there is no cache then); a position reads
         branch 0 and its own. None where there is one branch.
       angles: RoPE angles of the queries' positions, or None.
+      magnitude: factor of turned queries and keys.
+      query_scale: factor of every query, or None.
       offset: index of the first query among the keys, and where new keys are written to the
         cache; None for 0.
       key_bias: added to the scaled logits of every key, or None.
@@ -73,6 +75,8 @@ class Context:
     angles: Float[Array, "B T half"] | None = None
     offset: Int[Array, ""] | None = None
     key_bias: Float[Array, "B S"] | None = None
+    magnitude: float = static_field(default=1.0)
+    query_scale: Float[Array, "B T"] | None = None
 
 
 def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
@@ -297,7 +301,9 @@ class MultiHeadAttention(nn.Module):
 
             query, key = normed(query, "query_norm"), normed(key, "key_norm")
         if context.angles is not None:
-            query, key = rotate(query, context.angles), rotate(key, context.angles)
+            query, key = (rotate(x, context.angles, context.magnitude) for x in (query, key))
+        if context.query_scale is not None:
+            query = query * context.query_scale[:, :, None, None].astype(query.dtype)
         if not self.is_initializing():
             for name, heads_of in (("queries", query), ("keys", key)):
                 self.sow(HEADS, name, heads_of, init_fn=tuple, reduce_fn=_last)

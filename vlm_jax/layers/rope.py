@@ -1,20 +1,237 @@
 """Rotary position embeddings, half-split as in Llama: coordinate i turns with coordinate i + H/2."""
 
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+from vlm_jax.types import Positions
+
+Scaling = Literal["none", "linear", "dynamic", "dynamic_prompt", "llama3", "yarn", "longrope"]
+
+# What each scaling reads beside theta and the sections.
+_READS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_length"),
+    "dynamic_prompt": ("original_length",),
+    "llama3": ("factor", "original_length", "low_frequency_factor", "high_frequency_factor"),
+    "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+    "longrope": ("factor", "original_length", "short_factors", "long_factors", "attention_factor"),
+}
+_NEEDED = ("original_length", "short_factors", "long_factors")  # their defaults say nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How positions become rotary angles.
+
+    Attributes:
+      theta: base of the wavelengths.
+      scaling: how wavelengths grow for sequences longer than those of training: `none`; `linear`, all alike;
+        `dynamic`, NTK by the length of a sequence so far; `dynamic_prompt`, NTK by powers of two and the
+        length of the prompt, as in Qwen; `llama3`; `yarn`; `longrope`.
+      factor: by how much sequences are longer.
+      original_length: positions of a sequence in training.
+      low_frequency_factor, high_frequency_factor: of `llama3`; waves longer than original_length / low are
+        stretched, those shorter than original_length / high are not, and those between in part.
+      beta_fast, beta_slow: of `yarn`, likewise in turns over original_length.
+      truncate: of `yarn`, whether its bounds are whole coordinates.
+      short_factors, long_factors: of `longrope`, of every wavelength in sequences up to original_length, and longer.
+      attention_factor: of `yarn` and `longrope`, of turned queries and keys; by the paper's formula when None.
+      sections: of M-RoPE, how many wavelengths follow the temporal position, the row, the column, and so
+        on in turn; none where positions have one axis.
+
+    Raises:
+      ValueError: the scaling lacks a field that it needs, or a field is set that it does not read.
+
+    Source: Su et al. 2021 (RoFormer), eq. 15; Chen et al. 2023 for `linear`; bloc97 2023 for `dynamic`; Bai et al. 2023
+    (Qwen) for `dynamic_prompt`; Dubey et al. 2024 for `llama3`; Peng et al. 2023, eq. 17 to 23, for `yarn`; Ding et
+    al. 2024 for `longrope`; Wang et al. 2024 (Qwen2-VL) for M-RoPE; transformers, modeling_rope_utils.py.
+    """
+
+    theta: float = 10_000.0
+    scaling: Scaling = "none"
+    factor: float = 1.0
+    original_length: int = 0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float | None = None
+    sections: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        reads = (*_READS[self.scaling], "theta", "scaling", "sections")
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        wrong = [f"{name} is needed" for name in _NEEDED if name in reads and name not in given]
+        wrong += [f"{name} is not read" for name in given if name not in reads]
+        if wrong:
+            raise ValueError(f"rotary scaling {self.scaling}: {', '.join(wrong)}")
+
+    @property
+    def by_length(self) -> bool:
+        """Whether angles depend on the length of the sequence that a position is in."""
+        return self.scaling in ("dynamic", "dynamic_prompt", "longrope")
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether that is the length of the prompt, while it is continued."""
+        return self.scaling == "dynamic_prompt"
+
+    @property
+    def magnitude(self) -> float:
+        """Factor of turned queries and keys."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.scaling == "yarn":
+            return yarn_magnitude(self.factor)
+        if self.scaling == "longrope" and self.factor > 1:
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+        return 1.0
+
+    def angles(
+        self, positions: Positions, head_dim: int, lengths: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T half"]:
+        """Angles in radians, float32, of the first half of a head's coordinates.
+
+        Args:
+          positions: one for each place, or one for each axis of M-RoPE.
+          head_dim: coordinates that turn.
+          lengths: of the sequence that each place is in; for scalings `by_length`.
+
+        Raises:
+          ValueError: sections that are not those of the head, or positions of several axes without sections.
+        """
+        if self.sections and sum(self.sections) != head_dim // 2:
+            raise ValueError(
+                f"M-RoPE sections {self.sections} are for {sum(self.sections)} angles, not {head_dim // 2}"
+            )
+        if positions.ndim == 3 and not self.sections:
+            raise ValueError("positions have three axes, and rotary positions without sections take one")
+        frequencies = jnp.asarray(self._frequencies(head_dim, lengths))
+        if positions.ndim == 2:
+            positions = positions[..., None]
+        else:
+            positions = positions[..., np.repeat(np.arange(len(self.sections)) % 3, self.sections)]
+        return positions.astype(jnp.float32) * frequencies.reshape((1,) * (3 - frequencies.ndim) + frequencies.shape)
+
+    def _frequencies(self, dim: int, lengths: jax.Array | None) -> np.ndarray | jax.Array:
+        """Radians a position, [half] or [B, T, half]."""
+        if not self.by_length:
+            return _FIXED[self.scaling](self, frequencies(dim, self.theta))
+        assert lengths is not None
+        lengths = lengths[..., None]
+        if self.scaling == "longrope":
+            short, long = (
+                np.asarray(factors, np.float32)[None, None] for factors in (self.short_factors, self.long_factors)
+            )
+            return frequencies(dim, self.theta)[None, None] / jnp.where(lengths > self.original_length, long, short)
+        if self.scaling == "dynamic":
+            share = jnp.maximum(lengths, self.original_length).astype(jnp.float32) / self.original_length
+            growth = self.factor * share - (self.factor - 1)
+        else:
+            growth = prompt_growth(lengths, self.original_length).astype(jnp.float32)
+        return 1.0 / (self.theta * growth ** (dim / (dim - 2))) ** _exponents(dim)[None, None]
+
+
+def _exponents(dim: int) -> np.ndarray:
+    return np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+
+
+def frequencies(dim: int, theta: float) -> Float[np.ndarray, "half"]:
+    """theta ** (-2 i / dim) for i < dim / 2, float32, rounded as the references do."""
+    return np.float32(1.0) / np.float32(theta) ** _exponents(dim)
+
+
+def _linear(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    return plain / np.float32(rope.factor)
+
+
+def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    turns = rope.original_length * plain / np.float32(2 * math.pi)
+    low, high = rope.low_frequency_factor, rope.high_frequency_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return ((1 - kept) * plain / rope.factor + kept * plain).astype(np.float32)
+
+
+def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    dim = 2 * len(plain)
+
+    def coordinate(turns: float) -> float:
+        """Which wavelength turns so often over the original length."""
+        return dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = coordinate(rope.beta_fast), coordinate(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = high - low if high != low else 0.001
+    stretched = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    return (stretched * plain / rope.factor + (1 - stretched) * plain).astype(np.float32)
+
+
+# Scalings that do not look at the length of a sequence.
+_FIXED: dict[str, Callable[[Rope, np.ndarray], np.ndarray]] = {
+    "none": lambda rope, plain: plain,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """0.1 * weight * ln(factor) + 1. Source: Peng et al. 2023, eq. 22; DeepSeek's `mscale` is the weight."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def prompt_growth(lengths: Int[Array, "*batch"], original: int) -> Int[Array, "*batch"]:
+    """Qwen's NTK factor: 1 up to `original`, then 2**(k + 1) - 1 up to original * 2**k.
+
+    Source: Qwen/Qwen-VL-Chat, modeling_qwen.py, `ntk_alpha`.
+    """
+    doublings = sum((lengths > original << k).astype(jnp.int32) for k in range(32 - original.bit_length()))
+    return 2 ** (jnp.asarray(doublings) + 1) - 1
+
+
+def sequence_lengths(positions: Positions, segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Of every place, 1 + the last position of its segment."""
+    last = positions if positions.ndim == 2 else positions.max(axis=-1)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.max(jnp.where(same, last[:, None, :], 0), axis=-1) + 1
 
 
 def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Float[Array, "B T half"]:
-    """Angles in radians, float32: position times theta ** (-2 i / head_dim), i < head_dim / 2.
-
-    Source: Su et al. 2021 (RoFormer), eq. 15; the half-split order of Hugging Face's Llama.
-    """
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    return positions[..., None].astype(jnp.float32) * (1.0 / theta**exponents)[None, None, :]
+    """Angles of plain rotary positions, see `Rope.angles`."""
+    return Rope(theta).angles(positions, head_dim)
 
 
-def rotate(x: Float[Array, "B T N H"], angles: Float[Array, "B T half"]) -> Float[Array, "B T N H"]:
+def rotate(
+    x: Float[Array, "B T N H"], angles: Float[Array, "B T half"], magnitude: float = 1.0
+) -> Float[Array, "B T N H"]:
     """Turns every pair (x[i], x[i + H/2]) by its angle; computed in float32, returned in x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate(_turned(first, second, angles, magnitude), axis=-1).astype(x.dtype)
+
+
+def rotate_pairs(
+    x: Float[Array, "B T N H"], angles: Float[Array, "B T half"], magnitude: float = 1.0
+) -> Float[Array, "B T N H"]:
+    """The same for neighbours (x[2 i], x[2 i + 1]), as DeepSeek-V2 stores its heads."""
+    wide = x.astype(jnp.float32)
+    return (
+        jnp.stack(_turned(wide[..., ::2], wide[..., 1::2], angles, magnitude), axis=-1).reshape(x.shape).astype(x.dtype)
+    )
+
+
+def _turned(first: jax.Array, second: jax.Array, angles: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
+    cos, sin = (magnitude * wave(angles)[:, :, None, :] for wave in (jnp.cos, jnp.sin))
+    return first * cos - second * sin, second * cos + first * sin

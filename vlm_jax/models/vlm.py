@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, PackedPatches, VisualPlaces, VisualTokens
+from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, PackedPatches, Positions, VisualPlaces, VisualTokens
 
 Images = Float[Array, "images height width channels"] | PackedPatches
 
@@ -18,7 +18,7 @@ def flat_images(images: Float[Array, "B I height width channels"] | PackedPatche
     return images.reshape(-1, *images.shape[2:])
 
 
-def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
     """Positions as if masked visual tokens were not there: what comes after one in its segment moves up.
 
     So a sequence of which a share of the tokens is masked, in training, gives what it gives without them.
@@ -27,7 +27,8 @@ def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Int[Array, "B T
     masked = (given != PADDING_SEGMENT) & (segments == PADDING_SEGMENT)
     before = jnp.cumsum(masked, axis=1) - masked
     starts = given != jnp.pad(given[:, :-1], ((0, 0), (1, 0)), constant_values=PADDING_SEGMENT)
-    return batch.positions - (before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1))
+    moved = before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+    return batch.positions - (moved if batch.positions.ndim == 2 else moved[..., None])
 
 
 class VLM(nn.Module):
@@ -109,7 +110,7 @@ class VLM(nn.Module):
         return self.decoder.logits(hidden[:, -1]), cache
 
     def extend(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+        self, tokens: Int[Array, "B T"], positions: Positions, cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Runs T more text tokens after the cache; logits of the last."""
         segments = jnp.ones_like(tokens)

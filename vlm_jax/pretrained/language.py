@@ -16,6 +16,7 @@ from vlm_jax.config import did_you_mean
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.family import REQUIRED, Description, Family, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
 from vlm_jax.types import Batch
 
 
@@ -57,9 +58,8 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "head_dim": None,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "rope_theta": 10_000.0,
-    "rope_scaling": None,
-    "rope_parameters": None,
+    "max_position_embeddings": 2048,
+    **ROPE_DEFAULTS,
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
@@ -69,6 +69,7 @@ QWEN2_DEFAULTS: dict[str, Any] = {
     "vocab_size": 151_936,
     "intermediate_size": 22_016,
     "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
     "use_sliding_window": False,
 }
 QWEN3_DEFAULTS: dict[str, Any] = {**QWEN2_DEFAULTS, "head_dim": 128}
@@ -96,7 +97,6 @@ def llama(
         "attention_bias": (False,),
         "mlp_bias": (False,),
         "use_sliding_window": (False,),
-        "rope_scaling": (None,),
     }
     check_supported(settings, known, where)
     tied = settings["tie_word_embeddings"]
@@ -109,7 +109,7 @@ def llama(
         num_kv_heads=settings["num_key_value_heads"] or heads,
         mlp_dim=settings["intermediate_size"],
         head_dim=settings["head_dim"],
-        rope_theta=float((settings["rope_parameters"] or settings).get("rope_theta", settings["rope_theta"])),
+        rope=released_rope(settings, where),
         norm_epsilon=settings["rms_norm_eps"],
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
