@@ -16,7 +16,9 @@ POSITION = "position"  # rows of a learned position table
 QUERY = "query"  # learned queries of a resampler
 PATCH = "patch"  # the flattened pixels of a patch, and convolution windows
 CHANNELS_IN = "channels_in"  # what a projection reads when it is not a residual stream
-CLASSES = "classes"  # outputs of a classification head
+CLASSES = "classes"  # outputs of a classification head, or of a router
+EXPERT = "expert"  # experts of a mixture
+LATENT = "latent"  # a low-rank bottleneck, such as that of compressed keys and values
 NORM = "norm"  # scales and biases, replicated
 
 # Activations.

@@ -31,6 +31,10 @@ SIZES = {
     "scales": (1, 2),
     "low_size": 16,
     "combine": "sequence",
+    "latent_dim": 8,
+    "expert_dim": 8,
+    "num_experts": 4,
+    "num_selected": 2,
 }
 
 

@@ -155,6 +155,7 @@ def test_splash_refuses_a_bias():
         ("gpu", jnp.bfloat16, 64, 100, Context("causal"), "cudnn"),
         ("gpu", jnp.float16, 64, 128, Context("full"), "cudnn"),
         ("gpu", jnp.bfloat16, 12, 128, Context("full"), "xla"),
+        ("gpu", jnp.bfloat16, 576, 128, Context("full"), "xla"),
         ("tpu", jnp.bfloat16, 64, 128, Context("full"), "splash"),
         ("tpu", jnp.float32, 64, 256, Context("causal"), "splash"),
         ("tpu", jnp.bfloat16, 64, 100, Context("full"), "xla"),

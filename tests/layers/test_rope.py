@@ -12,7 +12,6 @@ from vlm_jax.layers.rope import (
     prompt_growth,
     rope_angles,
     rotate,
-    rotate_pairs,
     sequence_lengths,
     yarn_magnitude,
 )
@@ -40,9 +39,6 @@ def test_rotation_is_multiplication_of_complex_numbers(reference, head_dim, thet
     expected = reference.rotate(x, positions, theta)
     np.testing.assert_allclose(rotate(jnp.asarray(x), angles), expected, atol=1e-5)
     np.testing.assert_allclose(rotate(jnp.asarray(x), angles, 1.5), 1.5 * expected, atol=1e-5)
-    apart = np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])  # neighbours, half a head apart
-    pairs = rotate_pairs(jnp.asarray(x), angles, 1.5)
-    np.testing.assert_allclose(pairs[..., apart], 1.5 * reference.rotate(x[..., apart], positions, theta), atol=1e-5)
 
 
 def test_products_depend_on_distances_alone():
@@ -59,8 +55,7 @@ def test_products_depend_on_distances_alone():
 def test_angles_are_float32_and_the_dtype_of_the_input_stays():
     angles = rope_angles(jnp.array([[40_001]]), 4, 100.0)
     np.testing.assert_array_equal(angles, np.float32([[[40_001, 4_000.1]]]))
-    for turn in (rotate, rotate_pairs):
-        assert turn(jnp.ones((1, 1, 2, 4), jnp.bfloat16), angles).dtype == jnp.bfloat16
+    assert rotate(jnp.ones((1, 1, 2, 4), jnp.bfloat16), angles).dtype == jnp.bfloat16
 
 
 def test_linear_scaling_divides_positions():

@@ -2,9 +2,10 @@
 
 The contract: a Linen module with `embed(tokens)`, `__call__(embeddings, positions,
 segment_ids, cache=None, branch_ids=None) -> (hidden, cache)`, `logits(hidden)`, `width`, `vocab_size` and
-`init_cache(batch_size, length, dtype=None)`.
+`init_cache(batch_size, length)`.
 """
 
+from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders.transformer import Transformer
 
-DECODERS = {"transformer": Transformer}
+DECODERS = {"deepseek": Deepseek, "transformer": Transformer}

@@ -20,14 +20,15 @@ class Cache:
     positions come with the tokens, and rows of different lengths need nothing else.
 
     Attributes:
-      layers: keys and values, [L, B, S, K, H].
+      layers: keys and values, [L, B, S, K, H]; or another tree of what a decoder's layers keep, whose leaves
+        start with [L, B, S].
       segment_ids: segment of each slot; 0 where a slot is empty or padding.
       length: slots written so far.
       rest: that of the layers behind a drop of visual tokens, which has fewer slots; None where these are all.
       prompt_length: positions of every row's prompt, 0 before there is one; None where nothing depends on it.
     """
 
-    layers: KeyValue
+    layers: Any
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
     rest: "Cache | None" = None

@@ -41,8 +41,6 @@ class KeyValue(NamedTuple):
     key: Float[Array, "*L B S K H"]
     value: Float[Array, "*L B S K H"]
 
-    AXES = ((axes.LAYERS, axes.BATCH, None, axes.KV_HEADS, None),) * 2  # of all layers
-
     def part(self, start: int, stop: int | None) -> "KeyValue":
         """Those of layers `start` to `stop` - 1."""
         return KeyValue(*(leaf[start:stop] for leaf in self))
@@ -110,6 +108,11 @@ def written_out() -> Iterator[None]:
         _written_out.reset(token)
 
 
+def is_written_out() -> bool:
+    """Whether what is traced now is traced inside `written_out`."""
+    return _written_out.get()
+
+
 def choose_implementation(
     query: jax.Array, key: jax.Array, context: Context, *, biased: bool = False
 ) -> Implementation:
@@ -118,10 +121,11 @@ def choose_implementation(
     Splash takes no bias, and JAX does not partition a Pallas kernel by itself, so it serves where
     the mesh is one device.
     """
-    if _written_out.get():
+    if is_written_out():
         return "xla"
     platform = jax.default_backend()
-    if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0:
+    head_dim = query.shape[-1]
+    if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
         return "cudnn"
     tiled = query.shape[1] % _SPLASH_TILE == 0 and key.shape[1] % _SPLASH_TILE == 0
     plain = context.offset is None and context.branches is None and not biased
@@ -133,19 +137,19 @@ def choose_implementation(
 def attention(
     query: Float[Array, "B T Q H"],
     key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
     context: Context,
     *,
     bias: Float[Array, "B Q T S"] | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "B T Q H"]:
+) -> Float[Array, "B T Q V"]:
     """Softmax attention; query head q reads key head q // (Q // K).
 
     Args:
       query: queries, any float dtype.
       key: keys; K divides Q.
-      value: values.
+      value: values, of any width up to H.
       context: mask kind, segment ids and offset.
       bias: added to the scaled logits, as relative positions are.
       scale: factor of the logits; H ** -0.5 when None.
@@ -171,7 +175,10 @@ def attention(
     if implementation == "cudnn":
         mask = None if mask is None else mask[:, None]
         bias = None if bias is None else bias.astype(query.dtype)
-        return jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
+        width = value.shape[-1]  # the kernel wants that of the keys
+        value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - width)))
+        out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
+        return out[..., :width]
     return _xla(query, key, value, mask, bias, scale)
 
 
@@ -185,8 +192,8 @@ def _xla(query, key, value, mask, bias, scale):
     rows = (batch, kv_heads, -1, length, key.shape[2])  # of queries, before they are one axis with the group
     bias = None if bias is None else bias.astype(jnp.float32).reshape(rows)
     out = _weighted_mean(query, key, value, mask, bias, rows)
-    out = out.reshape(batch, kv_heads, -1, length, dim).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, dim)
+    out = out.reshape(batch, kv_heads, -1, length, out.shape[-1]).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, -1)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(5,))

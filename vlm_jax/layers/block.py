@@ -9,12 +9,16 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.attention import HEADS, Context, KeyValue, MultiHeadAttention
+from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention
 from vlm_jax.layers.dense import named
+from vlm_jax.layers.latent_attention import LatentAttention
 from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.received import Heads
 from vlm_jax.layers.scan import scan_layers
+
+LayerCache = Any  # a `KeyValue` or a `LatentKeyValue`, of one layer or of all with a leading layer axis
 
 RematPolicy = Literal["none", "full", "dots"]
 
@@ -36,6 +40,8 @@ class TransformerBlock(nn.Module):
       qkv_bias: biases on query, key and value.
       use_bias: biases on the other linear layers.
       layer_scale: learned factors, one a channel, of what is added to x; where they start. None for none.
+      latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
+      experts: arguments of a `MixtureOfExperts` in place of the `Mlp`, or None.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -56,6 +62,8 @@ class TransformerBlock(nn.Module):
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
     layer_scale: float | None = None
+    latent: Mapping[str, Any] | None = None
+    experts: Mapping[str, Any] | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -63,31 +71,42 @@ class TransformerBlock(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        cache: KeyValue | None,
+        cache: LayerCache | None,
         context: Context,
         half: Literal["both", "attention", "feed_forward"] = "both",
-    ) -> tuple[Float[Array, "B T D"], KeyValue | None]:
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Returns the output, of one of the two steps alone with `half`, and the updated cache."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
         if half != "feed_forward":
-            attended, cache = MultiHeadAttention(
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                use_bias=self.qkv_bias,
-                out_bias=self.use_bias,
-                qk_norm=self.qk_norm,
-                qk_norm_over=self.qk_norm_over,
-                norm_epsilon=self.norm_epsilon,
-                name="attention",
-                **settings,
-            )(Norm(name="attention_norm", **norm)(x), context, cache=cache)
+            attend = self._attention(settings)
+            attended, cache = attend(Norm(name="attention_norm", **norm)(x), context, cache=cache)
             x = x + self._scaled(attended, "attention_scale")
         if half != "attention":
-            mlp = Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=self.use_bias, name="mlp", **settings)
+            mlp = self._feed_forward(settings)
             x = x + self._scaled(mlp(Norm(name="mlp_norm", **norm)(x)), "mlp_scale")
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
+
+    def _attention(self, settings: dict[str, Any]) -> Any:
+        if self.latent is not None:
+            return LatentAttention(num_heads=self.num_heads, name="attention", **self.latent, **settings)
+        return MultiHeadAttention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            use_bias=self.qkv_bias,
+            out_bias=self.use_bias,
+            qk_norm=self.qk_norm,
+            qk_norm_over=self.qk_norm_over,
+            norm_epsilon=self.norm_epsilon,
+            name="attention",
+            **settings,
+        )
+
+    def _feed_forward(self, settings: dict[str, Any]) -> Any:
+        if self.experts is not None:
+            return MixtureOfExperts(activation=self.activation, name="mlp", **self.experts, **settings)
+        return Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=self.use_bias, name="mlp", **settings)
 
     def _scaled(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
         if self.layer_scale is None:
@@ -129,8 +148,8 @@ class TransformerStack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: Context, *, cache: KeyValue | None = None, collect: bool = False
-    ) -> tuple[Float[Array, "B T D"], KeyValue | None, Float[Array, "L B T D"] | None]:
+        self, x: Float[Array, "B T D"], context: Context, *, cache: LayerCache | None = None, collect: bool = False
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, "L B T D"] | None]:
         """Returns the last output, the updated cache, and, with `collect`, [depth + 1, B, T, D].
 
         The collected states are the input of every block and the output of the last.
@@ -144,8 +163,8 @@ class TransformerStack(nn.Module):
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None
 
     def run(
-        self, x: Float[Array, "B T D"], context: Context, start: int, stop: int, *, cache: KeyValue | None = None
-    ) -> tuple[Float[Array, "B T D"], KeyValue | None]:
+        self, x: Float[Array, "B T D"], context: Context, start: int, stop: int, *, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         """Runs blocks `start` to `stop` - 1; `cache` is theirs alone."""
         if start == stop:
             return x, cache
@@ -162,8 +181,8 @@ class TransformerStack(nn.Module):
         return jax.lax.scan(layer, x, (jnp.arange(start, stop), own, cache), unroll=self.unroll)
 
     def attend(
-        self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: KeyValue | None = None
-    ) -> tuple[Float[Array, "B T D"], KeyValue | None, Heads]:
+        self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Heads]:
         """x + attention(norm(x)) of block `index`, its cache ([1, B, S, K, H]), and its queries and keys."""
         own = jax.tree.map(lambda leaf: leaf[index], self._params(x))
         cache = None if cache is None else jax.tree.map(lambda leaf: leaf[0], cache)

@@ -219,19 +219,5 @@ def rotate(
 ) -> Float[Array, "B T N H"]:
     """Turns every pair (x[i], x[i + H/2]) by its angle; computed in float32, returned in x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(_turned(first, second, angles, magnitude), axis=-1).astype(x.dtype)
-
-
-def rotate_pairs(
-    x: Float[Array, "B T N H"], angles: Float[Array, "B T half"], magnitude: float = 1.0
-) -> Float[Array, "B T N H"]:
-    """The same for neighbours (x[2 i], x[2 i + 1]), as DeepSeek-V2 stores its heads."""
-    wide = x.astype(jnp.float32)
-    return (
-        jnp.stack(_turned(wide[..., ::2], wide[..., 1::2], angles, magnitude), axis=-1).reshape(x.shape).astype(x.dtype)
-    )
-
-
-def _turned(first: jax.Array, second: jax.Array, angles: jax.Array, magnitude: float) -> tuple[jax.Array, jax.Array]:
     cos, sin = (magnitude * wave(angles)[:, :, None, :] for wave in (jnp.cos, jnp.sin))
-    return first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -5,6 +5,7 @@ from typing import Any
 from flax import linen as nn
 
 from vlm_jax import axes
+from vlm_jax.layers.router import LOSSES
 
 
 def scan_layers(block: Any, depth: int, *, in_axes: Any, unroll: int = 1) -> Any:
@@ -18,7 +19,7 @@ def scan_layers(block: Any, depth: int, *, in_axes: Any, unroll: int = 1) -> Any
     """
     return nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, LOSSES: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=depth,

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from flax import linen as nn
 
@@ -59,6 +59,33 @@ class Family(Protocol):
         dtype: Any,
         param_dtype: Any,
     ) -> Description: ...
+
+
+class Names(NamedTuple):
+    """What stands before the released keys of a language model.
+
+    Attributes:
+      trunk: before `embed_tokens.weight`, `layers.0...` and their like.
+      head: before `lm_head.weight`, or what the family calls its head.
+    """
+
+    trunk: str = "model."
+    head: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """The language model of a released config.
+
+    Attributes:
+      decoder: the Linen module; nothing in it has parameters yet.
+      rules: which released tensors make which parameters; targets are relative to the decoder's.
+      ignore: regular expressions for whole released keys of it that the decoder has no use for.
+    """
+
+    decoder: nn.Module
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
 
 
 def find_prefix(keys: Iterable[str], ending: str) -> str:

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from vlm_jax.checkpoints.maps.torch_layers import linear
+from vlm_jax.checkpoints.maps.transformer import vocabulary_rules
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
 from vlm_jax.pretrained.family import ACTIVATIONS, PretrainedError, check_supported, find_prefix, one_side
 
@@ -65,3 +68,26 @@ def projector(checkpoint: Mapping[str, SourceTensor], where: str) -> tuple[str, 
     names = f"{prefix}multi_modal_projector."
     rules = (*linear(f"{names}linear_1", "mlp/up"), *linear(f"{names}linear_2", "mlp/down"))
     return names, checkpoint[prefix + _LAST_LAYER].shape[0], rules
+
+
+def vocabulary(
+    embedding: str, head: str, checkpoint: Mapping[str, SourceTensor], where: str, *, tied: bool
+) -> tuple[Rule, ...]:
+    """The rules of the embedding table and the head, by their whole released keys.
+
+    A tied checkpoint may store its table a second time as the head; it is written back so.
+
+    Raises:
+      PretrainedError: the two differ in a checkpoint whose config says that they are tied.
+    """
+    stored = head in checkpoint
+    if (
+        tied
+        and stored
+        and embedding in checkpoint
+        and not np.array_equal(checkpoint[embedding][...], checkpoint[head][...])
+    ):
+        raise PretrainedError(
+            f"{where}.tie_word_embeddings: expected {head} to be {embedding}, but they differ; set it to false"
+        )
+    return vocabulary_rules(embedding, head, tied=tied, stored=stored)

@@ -1,51 +1,31 @@
 """Released language models: the decoder of a text config, its rules, and text-only checkpoints."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 
-from vlm_jax.checkpoints.maps.transformer import trunk_rules, vocabulary_rules
-from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.checkpoints.maps.transformer import trunk_rules
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.config import did_you_mean
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.models.vlm import VLM
-from vlm_jax.pretrained.family import REQUIRED, Description, Family, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.deepseek import deepseek_v2
+from vlm_jax.pretrained.family import (
+    REQUIRED,
+    Description,
+    Family,
+    LanguageModel,
+    Names,
+    PretrainedError,
+    check_supported,
+    with_defaults,
+)
+from vlm_jax.pretrained.hugging_face import vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
 from vlm_jax.types import Batch
-
-
-class Names(NamedTuple):
-    """What stands before the released keys of a language model.
-
-    Attributes:
-      trunk: before `embed_tokens.weight`, `layers.0...` and their like.
-      head: before `lm_head.weight`, or what the family calls its head.
-    """
-
-    trunk: str = "model."
-    head: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """The language model of a released config.
-
-    Attributes:
-      decoder: the Linen module; nothing in it has parameters yet.
-      rules: which released tensors make which parameters; targets are relative to the decoder's.
-      ignore: regular expressions for whole released keys of it that the decoder has no use for.
-    """
-
-    decoder: nn.Module
-    rules: tuple[Rule, ...]
-    ignore: tuple[str, ...] = ()
-
 
 # transformers, models/llama/configuration_llama.py, and those of qwen2 and qwen3.
 LLAMA_DEFAULTS: dict[str, Any] = {
@@ -135,6 +115,7 @@ def qwen3(config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], whe
 
 # What a released config calls its language model -> who describes it, with the arguments of `language_model`.
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
+    "deepseek_v2": deepseek_v2,
     "llama": llama,
     "qwen2": qwen2,
     "qwen3": qwen3,
@@ -169,29 +150,6 @@ def language_model(
             f"{where}.model_type: no language model '{kind}' here{did_you_mean(kind, LANGUAGE_MODELS)}"
         )
     return LANGUAGE_MODELS[kind](config, checkpoint, where, names=names, dtype=dtype, param_dtype=param_dtype)
-
-
-def vocabulary(
-    embedding: str, head: str, checkpoint: Mapping[str, SourceTensor], where: str, *, tied: bool
-) -> tuple[Rule, ...]:
-    """The rules of the embedding table and the head, by their whole released keys.
-
-    A tied checkpoint may store its table a second time as the head; it is written back so.
-
-    Raises:
-      PretrainedError: the two differ in a checkpoint whose config says that they are tied.
-    """
-    stored = head in checkpoint
-    if (
-        tied
-        and stored
-        and embedding in checkpoint
-        and not np.array_equal(checkpoint[embedding][...], checkpoint[head][...])
-    ):
-        raise PretrainedError(
-            f"{where}.tie_word_embeddings: expected {head} to be {embedding}, but they differ; set it to false"
-        )
-    return vocabulary_rules(embedding, head, tied=tied, stored=stored)
 
 
 def alone(describe: Callable[..., LanguageModel]) -> Family:

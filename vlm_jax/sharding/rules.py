@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax import axes
-from vlm_jax.sharding.mesh import CONTEXT, DATA, FSDP, TENSOR
+from vlm_jax.sharding.mesh import CONTEXT, DATA, EXPERT, FSDP, TENSOR
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -27,6 +27,8 @@ RULES: dict[str, MeshAxes] = {
     axes.PATCH: None,
     axes.CHANNELS_IN: None,
     axes.CLASSES: None,
+    axes.EXPERT: EXPERT,
+    axes.LATENT: None,
     axes.NORM: None,
     # Activations.
     axes.BATCH: (DATA, FSDP),

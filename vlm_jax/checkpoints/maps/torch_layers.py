@@ -80,6 +80,6 @@ def conv_of_patches(features: int, window: tuple[int, ...]) -> Op:
     return Chain(Reshape((features, *window), (features, math.prod(window))), LINEAR)
 
 
-def rms_norm(source: str, target: str) -> tuple[Rule, ...]:
+def rms_norm(source: str, target: str, *, where: Where | None = None) -> tuple[Rule, ...]:
     """An RMSNorm, which has a weight alone -> `Norm`."""
-    return (Rule(f"{source}.weight", f"{target}/scale"),)
+    return (Rule(f"{source}.weight", f"{target}/scale", where=where or {}),)

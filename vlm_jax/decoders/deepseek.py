@@ -1,0 +1,206 @@
+"""DeepSeek's decoders: latent or plain attention, dense layers first, then mixtures of experts."""
+
+import dataclasses
+import itertools
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.decoders.cache import Cache
+from vlm_jax.layers.attention import Context, KeyValue
+from vlm_jax.layers.block import LayerCache, RematPolicy, TransformerStack
+from vlm_jax.layers.dense import Dense, Embed
+from vlm_jax.layers.latent_attention import LatentKeyValue
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.rope import Rope, sequence_lengths
+from vlm_jax.layers.router import Scoring, Selection
+from vlm_jax.types import Positions
+
+
+class Deepseek(nn.Module):
+    """A causal language model over embeddings whose feed-forwards are mixtures of experts.
+
+    Layers of one kind that follow one another are one stack, scanned over depth: the dense ones in front, and
+    the mixtures.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      width: residual width D.
+      depth: number of blocks.
+      num_heads: query heads.
+      mlp_dim: hidden width of the dense layers' feed-forward.
+      latent_dim: width of the keys' and values' bottleneck; None for plain attention, with heads of width / num_heads.
+      expert_dim: hidden width of an expert.
+      num_experts: experts to choose from.
+      num_selected: experts of a token.
+      num_shared: experts of all tokens beside them, which are one feed-forward.
+      num_dense: layers in front without experts.
+      expert_every: of the others, the layers whose number it divides have experts.
+      num_kv_heads: key and value heads of plain attention; num_heads when None.
+      query_latent_dim, content_dim, rope_dim, value_dim, logit_scale: as in `LatentAttention`.
+      attention_bias: as its `use_bias`; for latent attention only.
+      scoring, selection, num_groups, num_selected_groups: as in `Router`.
+      normalize_weights, weight_scale: its `normalize` and `scale`.
+      balance_weight, balance_over: as in `Router`.
+      rope: how positions become rotary angles.
+      norm_epsilon: epsilon of the blocks' RMSNorms and the last.
+      tie_embeddings: logits by the embedding table instead of a head of their own.
+      remat, unroll: as in `TransformerStack`.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2; Wu et al. 2024 (DeepSeek-VL2), section 2.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    latent_dim: int | None
+    expert_dim: int
+    num_experts: int
+    num_selected: int
+    num_shared: int = 2
+    num_dense: int = 1
+    expert_every: int = 1
+    num_kv_heads: int | None = None
+    query_latent_dim: int | None = None
+    content_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
+    logit_scale: float = 1.0
+    attention_bias: bool = False
+    scoring: Scoring = "softmax"
+    selection: Selection = "greedy"
+    num_groups: int = 1
+    num_selected_groups: int = 1
+    normalize_weights: bool = False
+    weight_scale: float = 1.0
+    balance_weight: float = 0.001
+    balance_over: Literal["sequence", "batch"] = "sequence"
+    rope: Rope = Rope()
+    norm_epsilon: float = 1e-6
+    tie_embeddings: bool = False
+    remat: RematPolicy = "none"
+    unroll: int = 1
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        stddev = self.width**-0.5 if self.tie_embeddings else 1.0  # as in `Transformer`
+        self.embedding = Embed(self.vocab_size, self.width, stddev, **settings)
+        for name, start, stop in self.stacks():
+            block = self._block(sparse=name.startswith("sparse"))
+            setattr(self, name, TransformerStack(stop - start, {**block, **settings}, self.remat, self.unroll))
+        self.final_norm = Norm("rms", self.norm_epsilon, **settings)
+        if not self.tie_embeddings:
+            self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, **settings)
+
+    def stacks(self) -> list[tuple[str, int, int]]:
+        """(name, first layer, last layer + 1) of every stack: `dense_0`, `sparse_1`, and so on."""
+        kinds = ["sparse" if i >= self.num_dense and i % self.expert_every == 0 else "dense" for i in range(self.depth)]
+        starts = [i for i in range(self.depth) if i == 0 or kinds[i] != kinds[i - 1]]
+        return [(f"{kinds[i]}_{i}", i, stop) for i, stop in itertools.pairwise([*starts, self.depth])]
+
+    def _block(self, *, sparse: bool) -> dict[str, Any]:
+        """Arguments of `TransformerBlock`."""
+        latent = experts = None
+        if self.latent_dim is not None:
+            latent = {
+                "latent_dim": self.latent_dim,
+                "query_latent_dim": self.query_latent_dim,
+                "content_dim": self.content_dim,
+                "rope_dim": self.rope_dim,
+                "value_dim": self.value_dim,
+                "logit_scale": self.logit_scale,
+                "use_bias": self.attention_bias,
+            }
+        if sparse:
+            router = {
+                "num_experts": self.num_experts,
+                "num_selected": self.num_selected,
+                "scoring": self.scoring,
+                "selection": self.selection,
+                "num_groups": self.num_groups,
+                "num_selected_groups": self.num_selected_groups,
+                "normalize": self.normalize_weights,
+                "scale": self.weight_scale,
+                "balance_weight": self.balance_weight,
+                "balance_over": self.balance_over,
+            }
+            shared_dim = self.num_shared * self.expert_dim
+            experts = {"hidden_dim": self.expert_dim, "shared_dim": shared_dim, "router": router}
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "mlp_dim": self.mlp_dim,
+            "activation": "silu",
+            "gated": True,
+            "norm": "rms",
+            "norm_epsilon": self.norm_epsilon,
+            "qkv_bias": False,
+            "use_bias": False,
+            "latent": latent,
+            "experts": experts,
+        }
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks token ids up."""
+        return self.embedding(tokens)
+
+    def init_cache(self, batch_size: int, length: int, dtype: Any = None) -> Cache:
+        """An empty cache for `length` positions a row, in `dtype` when given: of latents, or of keys and values."""
+        dtype = dtype or self.dtype
+
+        def empty(depth: int) -> LayerCache:
+            rows = (depth, batch_size, length)
+            if self.latent_dim is not None:
+                sizes = (self.latent_dim, self.rope_dim)
+                return LatentKeyValue(*(jnp.zeros((*rows, size), dtype) for size in sizes))
+            shape = (*rows, self.num_kv_heads or self.num_heads, self._rope_dim())
+            return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+        layers = tuple(empty(stop - start) for _, start, stop in self.stacks())
+        return Cache(layers, jnp.zeros((batch_size, length), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T D"],
+        positions: Positions,
+        segment_ids: Int[Array, "B T"],
+        cache: Cache | None = None,
+        branch_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Runs T positions, after those in the cache when there is one.
+
+        `branch_ids` is for sequences without a cache; see `types.Batch`.
+
+        Returns:
+          Normalised hidden states, and the cache with T more slots written.
+        """
+        lengths = sequence_lengths(positions, segment_ids) if self.rope.by_length else None
+        angles = self.rope.angles(positions, self._rope_dim(), lengths)
+        context = Context("causal", segment_ids, segment_ids, branch_ids, angles, magnitude=self.rope.magnitude)
+        if cache is not None:
+            offset, cache = cache.length, cache.with_segments(segment_ids)
+            context = dataclasses.replace(context, key_segments=cache.segment_ids, branches=None, offset=offset)
+        x, written = embeddings, []
+        for number, (name, _, _) in enumerate(self.stacks()):
+            layers = None if cache is None else cache.layers[number]
+            x, layers, _ = getattr(self, name)(x, context, cache=layers)
+            written.append(layers)
+        return self.final_norm(x), None if cache is None else dataclasses.replace(cache, layers=tuple(written))
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Vocabulary logits in float32."""
+        out = self.embedding.attend(hidden) if self.tie_embeddings else self.head(hidden)
+        return out.astype(jnp.float32)
+
+    def _rope_dim(self) -> int:
+        """Coordinates of a head that turn; all of them in plain attention."""
+        return self.rope_dim if self.latent_dim is not None else self.width // self.num_heads

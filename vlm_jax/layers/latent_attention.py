@@ -1,0 +1,135 @@
+"""Multi-head latent attention: keys and values of all heads come from one short vector a position, which is cached."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.attention import Context, attention
+from vlm_jax.layers.dense import KERNEL_INIT, Dense, named
+from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.rope import rotate
+
+_EPSILON = 1e-6  # of the norms of bottlenecks, whatever that of the residual stream's
+
+
+class LatentKeyValue(NamedTuple):
+    """What is cached of one layer, or of all with a leading layer axis; nothing in it is per head."""
+
+    latent: Float[Array, "*L B S R"]
+    rope_key: Float[Array, "*L B S P"]
+
+
+class LatentAttention(nn.Module):
+    """Self-attention whose keys and values are linear in a normalised latent vector of R numbers.
+
+    A head's query and key have a content part and a rotary part; the rotary key is shared by all heads.
+    The latents are expanded to keys and values of every head, or, where that takes fewer operations (few
+    queries over a long cache), the expansion is absorbed: queries are taken to the latent space and attend
+    to the latents themselves, and what they gather is taken to the heads' values.
+
+    Attributes:
+      num_heads: Q.
+      latent_dim: R, of keys and values.
+      query_latent_dim: width of the queries' own bottleneck, or None for none.
+      content_dim, rope_dim, value_dim: of a head's content and rotary parts, and of its values.
+      logit_scale: factor of the attention's logits, beside (content_dim + rope_dim) ** -0.5.
+      use_bias: biases on the projections to the bottlenecks and on the output's.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1 and appendix C. Rotary parts are half-split here;
+    released ones are interleaved, and their kernels' columns are put in order when they are loaded.
+    """
+
+    num_heads: int
+    latent_dim: int
+    query_latent_dim: int | None
+    content_dim: int
+    rope_dim: int
+    value_dim: int
+    logit_scale: float = 1.0
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: Context, *, cache: LatentKeyValue | None = None
+    ) -> tuple[Float[Array, "B T D"], LatentKeyValue | None]:
+        """Attends within `x` and, before it, to the cache; `context.angles` are those of `rope_dim` coordinates.
+
+        Returns:
+          The output, and the cache with the new latents and rotary keys written at `context.offset`.
+        """
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        content, rotary = jnp.split(self._queries(x, settings), [self.content_dim], axis=-1)
+        latent = Dense(self.latent_dim, (axes.EMBED, axes.LATENT), self.use_bias, name="latent", **settings)(x)
+        latent = Norm("rms", _EPSILON, name="latent_norm", **settings)(latent)
+        key = Dense(self.rope_dim, (axes.EMBED, axes.HEAD_DIM), self.use_bias, name="rope_key", **settings)(x)
+        if context.angles is not None:
+            rotary = rotate(rotary, context.angles, context.magnitude)
+            key = rotate(key[:, :, None], context.angles, context.magnitude)[:, :, 0]
+        if cache is not None:
+            start = (0, 0 if context.offset is None else context.offset, 0)
+            cache = LatentKeyValue(
+                *(
+                    jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), start)
+                    for old, fresh in zip(cache, (latent, key), strict=True)
+                )
+            )
+            latent, key = cache.latent.astype(self.dtype), cache.rope_key.astype(self.dtype)
+        attend = self._absorbed if self._absorbs(x.shape[1], latent.shape[1]) else self._expanded
+        out = attend(content, rotary, latent, key, context, self._expansions())
+        out = out.reshape(*x.shape[:-1], self.num_heads * self.value_dim)
+        dense = Dense(x.shape[-1], (axes.HEADS, axes.EMBED), self.use_bias, name="out", **settings)
+        return dense(out), cache
+
+    def _queries(self, x: jax.Array, settings: dict[str, Any]) -> Float[Array, "B T Q H"]:
+        names = (axes.EMBED, axes.HEADS)
+        if self.query_latent_dim is not None:
+            bottleneck = (axes.EMBED, axes.LATENT)
+            x = Dense(self.query_latent_dim, bottleneck, self.use_bias, name="query_latent", **settings)(x)
+            x = Norm("rms", _EPSILON, name="query_latent_norm", **settings)(x)
+            names = (axes.LATENT, axes.HEADS)
+        head_dim = self.content_dim + self.rope_dim
+        query = Dense(self.num_heads * head_dim, names, use_bias=False, name="query", **settings)(x)
+        return query.reshape(*x.shape[:-1], self.num_heads, head_dim)
+
+    def _expansions(self) -> tuple[Float[Array, "R Q C"], Float[Array, "R Q V"]]:
+        """From latents to every head's content keys and values."""
+        found = []
+        for name, size in (("key", self.content_dim), ("value", self.value_dim)):
+            init, shape = named(KERNEL_INIT, axes.LATENT, axes.HEADS), (self.latent_dim, self.num_heads * size)
+            kernel = self.param(f"{name}_expansion", init, shape, self.param_dtype).astype(self.dtype)
+            found.append(kernel.reshape(self.latent_dim, self.num_heads, size))
+        return found[0], found[1]
+
+    def _absorbs(self, num_queries: int, num_keys: int) -> bool:
+        """Whether fewer products are taken if queries come to the latents; of each head."""
+        ends = self.latent_dim * (self.content_dim + self.value_dim)
+        pair = self.content_dim + self.rope_dim + self.value_dim
+        pair_absorbed = 2 * self.latent_dim + self.rope_dim
+        expanded = num_keys * ends + num_queries * num_keys * pair
+        return num_queries * ends + num_queries * num_keys * pair_absorbed < expanded
+
+    def _scale(self) -> float:
+        return self.logit_scale * (self.content_dim + self.rope_dim) ** -0.5
+
+    def _expanded(self, content, rotary, latent, key, context, expansions):
+        of_keys, of_values = expansions
+        keys = jnp.einsum("bsr,rqc->bsqc", latent, of_keys)
+        shared = jnp.broadcast_to(key[:, :, None], (*keys.shape[:3], key.shape[-1]))
+        query = jnp.concatenate([content, rotary], axis=-1)
+        values = jnp.einsum("bsr,rqv->bsqv", latent, of_values)
+        return attention(query, jnp.concatenate([keys, shared], axis=-1), values, context, scale=self._scale())
+
+    def _absorbed(self, content, rotary, latent, key, context, expansions):
+        of_keys, of_values = expansions
+        query = jnp.concatenate([jnp.einsum("btqc,rqc->btqr", content, of_keys), rotary], axis=-1)
+        keys = jnp.concatenate([latent, key], axis=-1)[:, :, None]
+        gathered = attention(query, keys, latent[:, :, None], context, scale=self._scale())
+        return jnp.einsum("btqr,rqv->btqv", gathered, of_values)

@@ -1,0 +1,139 @@
+"""Mixture of experts: each token through the few feed-forwards that the router chose, and through shared ones.
+
+Tokens are sorted by expert, and the experts run as grouped products (`layers.grouped`), so that none is
+computed for tokens that it was not given. Under a mesh each device holds the experts of its share of the
+`expert` axis and runs them for the tokens that it holds; results are summed over the axis.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.dense import named
+from vlm_jax.layers.grouped import Dot, by_group
+from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
+from vlm_jax.layers.router import Router, Routing
+
+_INIT = nn.initializers.lecun_normal(batch_axis=(0,))
+
+
+class MixtureOfExperts(nn.Module):
+    """The weighted sum of the selected experts, each a gated feed-forward, plus one shared by all tokens.
+
+    Attributes:
+      hidden_dim: hidden width F of an expert.
+      shared_dim: hidden width of the shared feed-forward, which has no weight; 0 for none.
+      router: keyword arguments of `Router`.
+      activation: a name of `ACTIVATIONS`.
+      dtype: dtype of the experts' products; the router and the sum of the experts are float32.
+      param_dtype: dtype of the stored parameters.
+
+    Source: DeepSeek-AI 2024 (DeepSeek-V2), eq. 20 to 22.
+    """
+
+    hidden_dim: int
+    shared_dim: int
+    router: Mapping[str, Any]
+    activation: str = "silu"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        routing = Router(name="router", param_dtype=self.param_dtype, **self.router)(x)
+        experts = Experts(self.router["num_experts"], self.hidden_dim, self.activation, name="experts", **settings)
+        out = experts(x, routing)
+        if self.shared_dim:
+            shared = Mlp(self.shared_dim, self.activation, gated=True, use_bias=False, name="shared", **settings)
+            out = out + shared(x)
+        return out
+
+
+class Experts(nn.Module):
+    """`num_experts` gated feed-forwards, their kernels stacked; each token goes through its own.
+
+    Attributes:
+      num_experts: E.
+      hidden_dim, activation, dtype, param_dtype: as in `MixtureOfExperts`.
+    """
+
+    num_experts: int
+    hidden_dim: int
+    activation: str
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
+        width = x.shape[-1]
+
+        def kernel(name: str, *names: str) -> jax.Array:
+            shape = (self.num_experts, *(width if axis == axes.EMBED else self.hidden_dim for axis in names))
+            value = self.param(name, named(_INIT, axes.EXPERT, *names), shape, self.param_dtype)
+            return value.astype(self.dtype)
+
+        kernels = (
+            kernel("gate", axes.EMBED, axes.MLP),
+            kernel("up", axes.EMBED, axes.MLP),
+            kernel("down", axes.MLP, axes.EMBED),
+        )
+        act = jax.checkpoint(ACTIVATIONS[self.activation], prevent_cse=False)
+
+        def run(rows: jax.Array, dot: Dot, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+            return dot(act(dot(rows, gate)) * dot(rows, up), down)
+
+        return _over_mesh(functools.partial(_routed, run), x.astype(self.dtype), routing, kernels)
+
+
+def _routed(run: Any, x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...], first: Any = 0) -> jax.Array:
+    """The float32 sum over a token's experts, of those whose kernels are given: `first` and those after it."""
+    tokens, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    num_selected, num_experts = routing.expert.shape[-1], kernels[0].shape[0]
+    own = routing.expert.reshape(-1) - first
+    own = jnp.where((own >= 0) & (own < num_experts), own, num_experts)  # others come last
+    order = jnp.argsort(own, stable=True)
+    sizes = jnp.zeros(num_experts, jnp.int32).at[own].add(1, mode="drop")
+    out = by_group(lambda rows, dot: run(rows, dot, *kernels), tokens[order // num_selected], sizes)
+    out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+    weighted = out.reshape(-1, num_selected, width).astype(jnp.float32) * routing.weight.reshape(-1, num_selected, 1)
+    return weighted.sum(axis=1).reshape(x.shape)
+
+
+def _over_mesh(routed: Any, x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...]) -> jax.Array:
+    """Runs `routed` on every device with its tokens and its share of the experts, in the dtype of `x`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1 or not nn.get_logical_axis_rules():
+        return routed(x, routing, kernels).astype(x.dtype)
+    tokens = _spec((axes.BATCH, axes.LENGTH, None), x.shape, mesh)
+    inner = (axes.EXPERT, None, axes.MLP), (axes.EXPERT, None, axes.MLP), (axes.EXPERT, axes.MLP, None)
+    specs = tuple(_spec(names, kernel.shape, mesh) for names, kernel in zip(inner, kernels, strict=True))
+    expert, summed = specs[0][0], tuple(axis for axis in specs[2] if axis is not None)
+
+    def on_device(x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...]) -> jax.Array:
+        first = 0 if expert is None else jax.lax.axis_index(expert) * kernels[0].shape[0]
+        out = routed(x, routing, kernels, first)
+        return (jax.lax.psum(out, summed) if summed else out).astype(x.dtype)
+
+    run = jax.shard_map(on_device, mesh=mesh, in_specs=(tokens, tokens, specs), out_specs=tokens)
+    return run(x, routing, kernels)
+
+
+def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The mesh axes of the names; a dimension that they do not divide stays whole."""
+    entries = []
+    wanted: Any = nn.logical_to_mesh_axes(names)
+    for entry, size in zip(wanted, shape, strict=True):
+        group = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        count = 1
+        for axis in group:
+            count *= mesh.shape[axis]
+        entries.append(None if size % count else entry)
+    return PartitionSpec(*entries)

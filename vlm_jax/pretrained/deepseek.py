@@ -1,0 +1,165 @@
+"""DeepSeek-V2's language models, with DeepSeek-VL2's, as their release stores them."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.checkpoints.maps import deepseek as maps
+from vlm_jax.checkpoints.maps.torch_layers import rms_norm
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.decoders.deepseek import Deepseek
+from vlm_jax.layers.rope import yarn_magnitude
+from vlm_jax.pretrained.family import LanguageModel, Names, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.hugging_face import vocabulary
+from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
+
+# deepseek_vl2/models/configuration_deepseek.py, which is that of DeepSeek-V2 with `use_mla`.
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 102_400,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "moe_intermediate_size": 1407,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "n_shared_experts": None,
+    "n_routed_experts": None,
+    "num_experts_per_tok": None,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 0,
+    "topk_method": "greedy",
+    "scoring_func": "softmax",
+    "n_group": None,
+    "topk_group": None,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "use_mla": True,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    **ROPE_DEFAULTS,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+
+def deepseek_v2(
+    config: Mapping[str, Any],
+    checkpoint: Mapping[str, SourceTensor],
+    where: str,
+    *,
+    names: Names,
+    **dtypes: Any,
+) -> LanguageModel:
+    """DeepSeek-V2 and its variants in DeepSeek-VL2: with latent or plain attention.
+
+    Raises:
+      PretrainedError: settings that nothing here computes.
+    """
+    settings = with_defaults(config, DEFAULTS, where)
+    plain = not settings["use_mla"]
+    known = {
+        "hidden_act": ("silu",),
+        "mlp_bias": (False,),
+        "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
+        "scoring_func": ("softmax", "sigmoid"),
+        **({"attention_bias": (False,)} if plain else {}),
+    }
+    check_supported(settings, known, where)
+    tied = settings["tie_word_embeddings"]
+    decoder = Deepseek(
+        vocab_size=settings["vocab_size"],
+        width=settings["hidden_size"],
+        depth=settings["num_hidden_layers"],
+        num_heads=settings["num_attention_heads"],
+        mlp_dim=settings["intermediate_size"],
+        rope=released_rope(settings, where),
+        norm_epsilon=settings["rms_norm_eps"],
+        tie_embeddings=tied,
+        **_attention_fields(settings),
+        **_expert_fields(settings, where),
+        **dtypes,
+    )
+    stored = f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight"
+    rules = (
+        *prefixed(trunk_rules(decoder), names.trunk),
+        *vocabulary(*stored, checkpoint, where, tied=tied),
+    )
+    return LanguageModel(decoder, rules, (rf"{re.escape(names.trunk)}layers\.\d+\.self_attn\.rotary_emb\.inv_freq",))
+
+
+def trunk_rules(decoder: Deepseek) -> tuple[Rule, ...]:
+    """Blocks and final norm, after `model.`."""
+    rules = [*rms_norm("norm", "final_norm")]
+    for name, start, stop in decoder.stacks():
+        target, where = f"{name}/layers", {"layer": range(start, stop)}
+        rules += maps.block_rules(target, where)
+        if decoder.latent_dim is None:
+            rules += maps.plain_attention_rules(target, where)
+        else:
+            rules += maps.latent_attention_rules(
+                target,
+                where,
+                num_heads=decoder.num_heads,
+                latent_dim=decoder.latent_dim,
+                content_dim=decoder.content_dim,
+                rope_dim=decoder.rope_dim,
+                value_dim=decoder.value_dim,
+                query_latent=decoder.query_latent_dim is not None,
+                bias=decoder.attention_bias,
+            )
+        if name.startswith("sparse"):
+            has_bias = decoder.selection == "noaux_tc"
+            rules += maps.experts_rules(target, where, shared=decoder.num_shared > 0, bias=has_bias)
+        else:
+            rules += maps.dense_rules(target, where)
+    return tuple(rules)
+
+
+def _attention_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    if not settings["use_mla"]:
+        return {"latent_dim": None, "num_kv_heads": settings["num_key_value_heads"]}
+    scaling = settings["rope_scaling"] or settings["rope_parameters"] or {}
+    weight = scaling.get("mscale_all_dim")
+    return {
+        "logit_scale": yarn_magnitude(scaling["factor"], weight) ** 2 if weight else 1.0,
+        "latent_dim": settings["kv_lora_rank"],
+        "query_latent_dim": settings["q_lora_rank"],
+        "content_dim": settings["qk_nope_head_dim"],
+        "rope_dim": settings["qk_rope_head_dim"],
+        "value_dim": settings["v_head_dim"],
+        "attention_bias": settings["attention_bias"],
+    }
+
+
+def _expert_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Those of the mixtures; without routed experts every layer is dense."""
+    fields = {"expert_dim": settings["moe_intermediate_size"], "num_experts": 1, "num_selected": 1}
+    if settings["n_routed_experts"] is None:
+        return {**fields, "num_dense": settings["num_hidden_layers"]}
+    if settings["num_experts_per_tok"] is None:
+        raise PretrainedError(f"{where}.num_experts_per_tok: expected the number of experts of a token, got None")
+    return {
+        **fields,
+        "num_experts": settings["n_routed_experts"],
+        "num_selected": settings["num_experts_per_tok"],
+        "num_shared": settings["n_shared_experts"] or 0,
+        "num_dense": settings["first_k_dense_replace"],
+        "expert_every": settings["moe_layer_freq"],
+        "scoring": settings["scoring_func"],
+        "selection": settings["topk_method"],
+        "num_groups": settings["n_group"] or 1,
+        "num_selected_groups": settings["topk_group"] or 1,
+        "normalize_weights": settings["norm_topk_prob"],
+        "weight_scale": settings["routed_scaling_factor"],
+        "balance_weight": settings["aux_loss_alpha"],
+        "balance_over": "sequence" if settings["seq_aux"] else "batch",
+    }
