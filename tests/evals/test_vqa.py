@@ -8,6 +8,7 @@ from configs import base
 from vlm_jax.build import build
 from vlm_jax.evals import vqa
 from vlm_jax.evals.vqa import Answer, accuracy, answer_all, exact, overlap, wilson_interval
+from vlm_jax.generation.engine import Generated
 from vlm_jax.types import Sample, Turn
 
 
@@ -77,6 +78,10 @@ def system():
     return build(base.get_config())
 
 
+def generated(rows):
+    return Generated(np.asarray(rows), np.asarray([len(row) for row in rows]), steps=0, transfers=1)
+
+
 def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatch, system):
     tokenizer = system.processor.tokenizer
     digits = tokenizer.encode("749")
@@ -93,11 +98,11 @@ def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatc
     ]
     queue, sizes = [ids + [tokenizer.pad_id] * (length - len(ids)) for _, ids, _, _ in written], []
 
-    def stand_in(model, params, batch, *, max_new_tokens, eos_id, pad_id):
-        assert (model, max_new_tokens, eos_id, pad_id) == (system.model, length, eos, tokenizer.pad_id)
+    def stand_in(model, params, batch, *, max_new_tokens, end_ids, pad_id, **options):
+        assert (model, max_new_tokens, end_ids, pad_id) == (system.model, length, (eos,), tokenizer.pad_id)
         sizes.append(batch.tokens.shape[0])
         rows, queue[:2] = queue[:2], []
-        return np.asarray(rows + [rows[-1]] * (2 - len(rows)))
+        return generated(rows + [rows[-1]] * (2 - len(rows)))
 
     monkeypatch.setattr(vqa, "generate", stand_in)
     answers = answer_all(system, {}, [given for given, *_ in written], batch_size=2)
@@ -111,6 +116,6 @@ def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatc
 
 def test_an_endless_answer_is_wrong_even_when_its_text_is_right(monkeypatch, system):
     ids = system.processor.tokenizer.encode("7")
-    monkeypatch.setattr(vqa, "generate", lambda *args, **kwargs: np.asarray([ids]))
+    monkeypatch.setattr(vqa, "generate", lambda *args, **kwargs: generated([ids]))
     (answer,) = answer_all(system, {}, [sample("x", "read")], batch_size=1)
     assert answer.text == "7" == answer.sample.turns[0].answer and not answer.correct

@@ -14,7 +14,7 @@ from tests.train.conftest import tiny_config
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
-from vlm_jax.generation.greedy import generate
+from vlm_jax.generation.engine import generate
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.sweep.points import costs
 from vlm_jax.train.objectives import next_token
@@ -104,13 +104,13 @@ def test_a_step_of_training_and_an_answer(kind):
         assert np.isfinite(grad) and (grad > 0 or where.endswith("['key']['bias']")), where
 
     prompts = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[system.processor.prompt(s) for s in samples()[:3]])
-    answer = functools.partial(generate, system.model, trained, max_new_tokens=3, eos_id=-1, pad_id=0)
-    answers = np.asarray(answer(prompts))
+    answer = functools.partial(generate, system.model, trained, max_new_tokens=3)
+    answers = answer(prompts).tokens
     expected = without_a_cache(system, trained, prompts, 3)
     np.testing.assert_array_equal(answers, expected)
     # Neither does an answer depend on what else is in the batch.
     swapped = jax.tree.map(lambda leaf: leaf[::-1], prompts)
-    np.testing.assert_array_equal(np.asarray(answer(swapped))[::-1], answers)
+    np.testing.assert_array_equal(answer(swapped).tokens[::-1], answers)
 
 
 def without_a_cache(system, trained, prompts, count):

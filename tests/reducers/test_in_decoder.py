@@ -179,7 +179,7 @@ def test_the_cache_gives_the_logits_of_the_whole(batch, drops):
     @jax.jit
     def prefill(own, batch):
         places = visual_places(batch, 2, TOKENS)
-        cache = module.init_cache(2, LENGTH + 1, places)
+        cache = module.init_cache(2, LENGTH + 1, places=places)
         args = (batch.tokens, batch.positions, batch.segment_ids, cache)
         return module.apply(own, *args, method=run_tokens, places=places)
 

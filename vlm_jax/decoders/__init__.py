@@ -2,7 +2,7 @@
 
 The contract: a Linen module with `embed(tokens)`, `__call__(embeddings, positions,
 segment_ids, cache=None, branch_ids=None) -> (hidden, cache)`, `logits(hidden)`, `width`, `vocab_size` and
-`init_cache(batch_size, length)`.
+`init_cache(batch_size, length, dtype=None)`.
 """
 
 from vlm_jax.decoders.deepseek import Deepseek

@@ -98,16 +98,15 @@ class Transformer(nn.Module):
         """Looks token ids up."""
         return self.embedding(tokens)
 
-    def init_cache(self, batch_size: int, length: int, places: VisualPlaces | None = None) -> Cache:
-        """An empty cache for `length` positions a row, in `dtype`; layers behind a drop hold fewer.
+    def init_cache(self, batch_size: int, length: int, dtype: Any = None, places: VisualPlaces | None = None) -> Cache:
+        """An empty cache for `length` positions a row; layers behind a drop hold fewer.
 
-        `places` are those of the prompt that it is for.
+        `dtype` is the decoder's when None; `places` are those of the prompt that it is for.
         """
         parts = []
         for (start, stop), dropped in zip(self._spans(places), self._dropped(places), strict=True):
-            parts.append(
-                Cache.empty(stop - start, batch_size, length - dropped, self.num_kv_heads, self._head_dim, self.dtype)
-            )
+            size = (stop - start, batch_size, length - dropped, self.num_kv_heads, self._head_dim)
+            parts.append(Cache.empty(*size, self.dtype if dtype is None else dtype))
         if self.rope.by_prompt:
             parts[0] = dataclasses.replace(parts[0], prompt_length=jnp.zeros(batch_size, jnp.int32))
         return Cache.chained(parts)

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 
 from vlm_jax.build import System
-from vlm_jax.generation.greedy import generate
+from vlm_jax.generation.engine import generate
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
-from vlm_jax.sharding.processes import to_host
 from vlm_jax.types import TEXT_SLOT, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
@@ -97,11 +96,13 @@ def answer_all(system: System, params: dict[str, Any], samples: Iterable[Sample]
             params,
             batch,
             max_new_tokens=processor.max_answer_length,
-            eos_id=tokenizer.eos_id,
+            end_ids=(tokenizer.eos_id,),
             pad_id=tokenizer.pad_id,
-        )
+            buckets=(batch.tokens.shape[1],),
+            names=[f"sample '{sample.sample_id}'" for sample in padded],
+        ).tokens
         places = np.count_nonzero(batch.visual_index != TEXT_SLOT, axis=1).tolist()
-        for sample, row, shown in zip(group, to_host(ids).tolist(), places, strict=False):
+        for sample, row, shown in zip(group, ids.tolist(), places, strict=False):
             ended = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
             text, turn = tokenizer.decode(ended), sample.turns[0]
             correct = tokenizer.eos_id in row and SCORERS.get(turn.task, exact)(text, turn.answer)

@@ -41,6 +41,8 @@ class KeyValue(NamedTuple):
     key: Float[Array, "*L B S K H"]
     value: Float[Array, "*L B S K H"]
 
+    AXES = ((axes.LAYERS, axes.BATCH, None, axes.KV_HEADS, None),) * 2  # of all layers
+
     def part(self, start: int, stop: int | None) -> "KeyValue":
         """Those of layers `start` to `stop` - 1."""
         return KeyValue(*(leaf[start:stop] for leaf in self))

@@ -1,5 +1,7 @@
 """The vision-language model: encoder, reducer, connector, decoder, and one gather between."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -97,17 +99,20 @@ class VLM(nn.Module):
         hidden, _ = self.decoder(embeddings, positions, segments, branch_ids=batch.branch_ids, **dropped)
         return self.decoder.logits(hidden)
 
-    def prefill(self, batch: Batch, cache_length: int) -> tuple[Float[Array, "B V"], Cache]:
-        """Runs a prompt whose rows end at the last column (left-padded).
+    def prefill(self, batch: Batch, cache_length: int, cache_dtype: Any = None) -> tuple[Float[Array, "B V"], Cache]:
+        """Runs prompts, padded on either side.
 
         Returns:
-          Logits of the last column, and a cache of `cache_length` slots with the prompt in it.
+          Logits of the last token of every row, and a cache of `cache_length` slots, in `cache_dtype` or the
+          decoder's own, with the prompt in it.
         """
         embeddings, segments, places = self.embed(batch)
         positions, dropped = without_masked(batch, segments), {} if places is None else {"places": places}
-        cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, **dropped)
+        cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, cache_dtype, **dropped)
         hidden, cache = self.decoder(embeddings, positions, segments, cache, **dropped)
-        return self.decoder.logits(hidden[:, -1]), cache
+        last = jnp.max(jnp.where(segments == PADDING_SEGMENT, 0, jnp.arange(segments.shape[1])[None]), axis=1)
+        hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+        return self.decoder.logits(hidden[:, 0]), cache
 
     def extend(
         self, tokens: Int[Array, "B T"], positions: Positions, cache: Cache

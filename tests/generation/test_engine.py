@@ -11,14 +11,13 @@ from flax import linen as nn
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.generation.greedy import generate
+from vlm_jax.generation.engine import generate
 from vlm_jax.models.vlm import VLM
 from vlm_jax.types import Batch
 
 from ..parameters import drawn
 
 VOCAB, PAD, NEW, PROMPT = 40, 39, 6, 7
-NEVER = VOCAB  # no id, so no row ends
 
 MODEL = VLM(
     ViT(image_size=(8, 16), patch_size=4, width=8, depth=1, num_heads=2, mlp_dim=16),
@@ -83,8 +82,12 @@ def ragged(rows):
     return stack([prompt(*row) for row in rows])
 
 
-def run(params, batch, eos_id=NEVER):
-    return np.asarray(generate(MODEL, params, batch, max_new_tokens=NEW, eos_id=eos_id, pad_id=PAD)).tolist()
+def result(params, batch, **options):
+    return generate(MODEL, params, batch, **{"max_new_tokens": NEW, "pad_id": PAD, **options})
+
+
+def run(params, batch, **options):
+    return result(params, batch, **options).tokens.tolist()
 
 
 def test_the_naive_answers_tell_something(naive):
@@ -121,18 +124,17 @@ def test_a_row_ends_at_its_end_token_and_is_padded(params, ragged, naive):
         return answer[:stop] + [PAD] * (NEW - stop)
 
     assert cut(naive[0]) != naive[0]
-    assert run(params, ragged, eos) == [cut(answer) for answer in naive]
+    assert run(params, ragged, end_ids=[eos]) == [cut(answer) for answer in naive]
 
 
 def test_the_loop_stops_when_every_row_has_ended(params, rows, naive):
     """Rows that all end at once leave the rest as it was filled, without a step."""
     eos = naive[0][0]
-    assert run(params, prompt(*rows[0]), eos) == [[eos] + [PAD] * (NEW - 1)]
+    assert run(params, prompt(*rows[0]), end_ids=[eos]) == [[eos] + [PAD] * (NEW - 1)]
 
 
 def test_fewer_new_tokens_are_the_first_of_more(params, ragged, naive):
-    short = generate(MODEL, params, ragged, max_new_tokens=2, eos_id=NEVER, pad_id=PAD)
-    assert np.asarray(short).tolist() == [answer[:2] for answer in naive]
+    assert run(params, ragged, max_new_tokens=2) == [answer[:2] for answer in naive]
 
 
 def test_parts_that_the_model_does_not_know_are_left_out(params, ragged, naive):

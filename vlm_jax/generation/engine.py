@@ -1,0 +1,281 @@
+"""Generation: a program for the prompt, and one for a chunk of new tokens, whose loop runs on the device.
+
+The host hears of new tokens once a chunk, in one array. A row ends at an end token, where the host
+says so (a stop string), or at its last token; the loop ends with its last row.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Int
+
+from vlm_jax import axes
+from vlm_jax.decoders.cache import Cache
+from vlm_jax.generation.prompt import fitted, whole_rows
+from vlm_jax.generation.sampling import GenerationError, Sampling, choose
+from vlm_jax.models.vlm import without_masked
+from vlm_jax.sharding.mesh import CONTEXT
+from vlm_jax.sharding.processes import to_host
+from vlm_jax.sharding.rules import partition_spec, use_mesh
+from vlm_jax.types import PADDING_SEGMENT, Batch, struct
+
+CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+SOUND = -1  # the step of a row whose logits were never NaN
+
+# New tokens of every row, and how many of them are real -> the rows that are to end.
+Watch = Callable[[Int[np.ndarray, "B N"], Int[np.ndarray, "B"]], Bool[np.ndarray, "B"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """New tokens of a batch.
+
+    Attributes:
+      tokens: those of every row, its end token included; `pad_id` after it.
+      lengths: how many of them are real.
+      steps: runs of the model after the prompt.
+      transfers: arrays that came to the host.
+    """
+
+    tokens: Int[np.ndarray, "B G"]
+    lengths: Int[np.ndarray, "B"]
+    steps: int
+    transfers: int
+
+
+@struct
+class State:
+    """What a chunk hands to the next.
+
+    Attributes:
+      cache: keys and values of all tokens but the newest.
+      token: the newest of every row.
+      position: its position, on one axis or three.
+      ended: rows that take no more tokens.
+      nan_step: number of the token whose logits were NaN, -1 where there was none.
+      step: tokens that were chosen.
+      rows: what a row's draws go by.
+      seen: tokens that a row has, for the repetition penalty alone.
+    """
+
+    cache: Cache
+    token: Int[Array, "B"]
+    position: Int[Array, "B"] | Int[Array, "B 3"]
+    ended: Bool[Array, "B"]
+    nan_step: Int[Array, "B"]
+    step: Int[Array, ""]
+    rows: Int[Array, "B"]
+    seen: Bool[Array, "B V"] | None
+
+
+def generate(
+    model: nn.Module,
+    params: Any,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    end_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    chunk: int = 32,
+    cache_dtype: str | None = None,
+    cache_length: int | None = None,
+    buckets: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    watch: Watch | None = None,
+    mesh: Mesh | None = None,
+) -> Generated:
+    """New tokens for every prompt of a batch.
+
+    Args:
+      model: has `prefill`, `extend` and `decoder` as `models.vlm.VLM`.
+      params: its parameters; parts that it does not know are left out.
+      batch: prompts, padded on the left or on the right.
+      max_new_tokens: G, the most tokens of an answer, its end token among them.
+      end_ids: tokens that end a row.
+      pad_id: fills a row after its end.
+      sampling: how a token is chosen.
+      chunk: the most tokens between two looks of the host.
+      cache_dtype: float32 or bfloat16; the decoder's own dtype when None.
+      cache_length: slots of the cache; as many as are needed when None.
+      buckets: lengths that prompts are padded to, so that few programs are compiled; see `prompt.bucket`.
+      rows: numbers that the rows' draws go by, 0, 1, 2 … when None: a prompt with its number gives the same
+        in any batch.
+      names: of the rows, in messages.
+      watch: is told the new tokens after every chunk, and may end rows.
+      mesh: devices that the parameters are laid out on: rows are shared out over its data axes, heads of the
+        cache over its tensor axis.
+
+    Raises:
+      GenerationError: a prompt that does not fit, a setting outside its range, an end token outside the
+        vocabulary, or logits that are NaN.
+    """
+    _check(model, max_new_tokens, end_ids, chunk, cache_dtype, mesh)
+    size = len(batch.tokens)
+    names = [f"row {row}" for row in range(size)] if names is None else names
+    batch, cache_length = fitted(batch, max_new_tokens, cache_length, buckets, names)
+    batch, extra = whole_rows(batch, mesh)
+    numbers = np.asarray([*(range(size) if rows is None else rows), *[0] * extra], np.int32)
+    given = _placed((batch, numbers, np.arange(size + extra) >= size), mesh)
+    ends, values = np.asarray(sorted(set(end_ids)), np.int32), sampling.values()
+    limit, variables, static = np.int32(max_new_tokens), {"params": params}, {"model": model, "pad_id": pad_id}
+    tokens = np.full((size, max_new_tokens), pad_id, np.int32)
+    lengths, steps, transfers = np.zeros(size, np.int32), 0, 0
+    with use_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        state, report = prefill(
+            variables, *given, values, ends, cache_length=cache_length, cache_dtype=cache_dtype, mesh=mesh, **static
+        )
+        while True:
+            new, counts, ended, nan_step = _read(to_host(report), size)
+            for row in np.flatnonzero(nan_step != SOUND).tolist():
+                raise GenerationError(f"{names[row]}: the logits of its new token {nan_step[row]} (from 0) are NaN")
+            for row, count in enumerate(counts):
+                tokens[row, lengths[row] : lengths[row] + count] = new[row, :count]
+            lengths, steps, transfers = lengths + counts, steps + (counts.max() if transfers else 0), transfers + 1
+            if watch is not None and (stopping := watch(new, counts) & ~ended).any():
+                ended = ended | stopping
+                whole = np.concatenate([ended, np.ones(extra, bool)])
+                state = dataclasses.replace(state, ended=_placed(whole, mesh))
+            if ended.all() or lengths.max() == max_new_tokens:
+                return Generated(tokens, lengths, int(steps), transfers)
+            state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
+
+
+def num_programs() -> int:
+    """Programs that were compiled in this process, for prompts and for chunks together."""
+    programs: tuple[Any, ...] = (prefill, decode)
+    return sum(program._cache_size() for program in programs)
+
+
+@partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))
+def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache_length, cache_dtype, mesh):
+    """Runs the prompts; the state behind their first new tokens, and the first report."""
+    dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
+    logits, cache = model.apply(variables, batch, cache_length, dtype, method="prefill")
+    if mesh is not None:
+        cache = _laid_out(cache, mesh)
+    segments = cache.segment_ids[:, : batch.tokens.shape[1]]
+    positions = without_masked(batch, segments)
+    flat = positions if positions.ndim == 2 else positions.max(axis=-1)
+    last = jnp.max(jnp.where(segments == PADDING_SEGMENT, -1, flat), axis=1)
+    size, seen = len(batch.tokens), None
+    if "repetition_penalty" in values:
+        index = jnp.where(batch.segment_ids == PADDING_SEGMENT, logits.shape[-1], batch.tokens)
+        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(size)[:, None], index].set(True, mode="drop")
+    state = State(
+        cache=cache,
+        token=jnp.zeros(size, jnp.int32),
+        position=last if positions.ndim == 2 else jnp.broadcast_to(last[:, None], (size, positions.shape[-1])),
+        ended=ended,
+        nan_step=jnp.full(size, SOUND),
+        step=jnp.zeros((), jnp.int32),
+        rows=rows,
+        seen=seen,
+    )
+    going = ~ended
+    state = _chosen(state, logits, values, ends, pad_id)
+    return state, _report(state.token[:, None], going.astype(jnp.int32), state)
+
+
+@partial(jax.jit, static_argnames=("model", "pad_id", "chunk"), donate_argnames=("state",))
+def decode(variables, state, values, ends, limit, *, model, pad_id, chunk):
+    """Up to `chunk` more tokens, `limit` in all; the state behind them, and the report of them."""
+    size = len(state.token)
+
+    def going_on(carry):
+        column, state, _, _ = carry
+        sound = (state.nan_step == SOUND).all()
+        return (column < chunk) & (state.step < limit) & ~state.ended.all() & sound
+
+    def step_on(carry):
+        column, state, tokens, counts = carry
+        inputs = state.token[:, None], state.position[:, None], state.cache
+        logits, cache = model.apply(variables, *inputs, method="extend")
+        counts = counts + ~state.ended
+        state = _chosen(dataclasses.replace(state, cache=cache), logits, values, ends, pad_id)
+        tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (0, column))
+        return column + 1, state, tokens, counts
+
+    tokens = jnp.full((size, chunk), pad_id, jnp.int32)
+    start = (jnp.zeros((), jnp.int32), state, tokens, jnp.zeros(size, jnp.int32))
+    _, state, tokens, counts = jax.lax.while_loop(going_on, step_on, start)
+    return state, _report(tokens, counts, state)
+
+
+def _chosen(state: State, logits: jax.Array, values: Any, ends: jax.Array, pad_id: int) -> State:
+    """The state with one more token a row."""
+    token = choose(logits, values, state.seen, state.rows, state.step)
+    token = jnp.where(state.ended, pad_id, token)
+    nan = jnp.isnan(logits).any(axis=-1) & ~state.ended
+    seen = state.seen if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    return dataclasses.replace(
+        state,
+        token=token,
+        position=state.position + 1,
+        ended=state.ended | (token[:, None] == ends[None]).any(axis=-1),
+        nan_step=jnp.where(nan, state.step, state.nan_step),
+        step=state.step + 1,
+        seen=seen,
+    )
+
+
+def _report(tokens: jax.Array, counts: jax.Array, state: State) -> jax.Array:
+    """All that the host is to know, as one array."""
+    return jnp.concatenate([tokens, jnp.stack([counts, state.ended.astype(jnp.int32), state.nan_step], axis=1)], axis=1)
+
+
+def _read(report: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, counts, ended rows and steps of NaN, of the batch's own rows."""
+    report = report[:size]
+    return report[:, :-3], report[:, -3], report[:, -2] != 0, report[:, -1]
+
+
+def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
+    """The cache shared out as the model's activations and heads are."""
+
+    def constrained(leaf, names):
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, partition_spec(names, leaf.shape, mesh)))
+
+    layers = type(cache.layers)(*map(constrained, cache.layers, type(cache.layers).AXES))
+    rest = None if cache.rest is None else _laid_out(cache.rest, mesh)
+    return dataclasses.replace(cache, layers=layers, rest=rest)
+
+
+def _placed(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays with a leading batch axis, on the devices of the mesh; as they are without one."""
+    if mesh is None:
+        return tree
+
+    def put(leaf):
+        names = (axes.BATCH, *[None] * (np.ndim(leaf) - 1))
+        return jax.device_put(leaf, NamedSharding(mesh, partition_spec(names, np.shape(leaf), mesh)))
+
+    return jax.tree.map(put, tree)
+
+
+def _check(
+    model: Any, max_new_tokens: int, end_ids: Sequence[int], chunk: int, cache_dtype: str | None, mesh: Mesh | None
+) -> None:
+    """Raises a GenerationError that lists every setting outside its range."""
+    vocab = model.decoder.vocab_size
+    wrong = []
+    if max_new_tokens < 1:
+        wrong.append(f"max_new_tokens: expected 1 or more, got {max_new_tokens}")
+    if chunk < 1:
+        wrong.append(f"chunk: expected 1 or more, got {chunk}")
+    if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
+        wrong.append(f"cache_dtype: expected {' or '.join(CACHE_DTYPES)}, got {cache_dtype!r}")
+    wrong += [f"end_ids: {index} is not one of the {vocab} tokens" for index in end_ids if not 0 <= index < vocab]
+    if mesh is not None and mesh.shape[CONTEXT] > 1:
+        wrong.append(f"mesh: new tokens come one by one; lay it out with {CONTEXT}=1, not {mesh.shape[CONTEXT]}")
+    if wrong:
+        raise GenerationError("\n".join(wrong))

@@ -1,0 +1,95 @@
+"""Prompts made to fit: lengths padded to a few buckets, rows padded to share them out over devices."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.sharding.rules import BATCH_AXES
+from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch
+
+SHORTEST_BUCKET = 16
+CACHE_MULTIPLE = 32  # caches differ by so many slots, so that a few more new tokens compile nothing
+
+# What fills the columns in front of a prompt.
+FILL: dict[str, Any] = {
+    "tokens": 0,
+    "positions": 0,
+    "segment_ids": PADDING_SEGMENT,
+    "visual_index": TEXT_SLOT,
+    "targets": 0,
+    "loss_weights": 0.0,
+    "branch_ids": 0,
+}
+
+
+def bucket(length: int, buckets: Sequence[int] | None = None) -> int:
+    """The length that a prompt of `length` positions is padded to.
+
+    Args:
+      length: of the longest prompt of a batch.
+      buckets: lengths there are; when None powers of two from 16 on, and the numbers half way between.
+
+    Raises:
+      GenerationError: no bucket is long enough.
+    """
+    if buckets is None:
+        power = max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+        return power * 3 // 4 if power > SHORTEST_BUCKET and length <= power * 3 // 4 else power
+    longer = [size for size in buckets if size >= length]
+    if not longer:
+        raise GenerationError(f"a prompt of {length} positions is longer than the longest bucket, {max(buckets)}")
+    return min(longer)
+
+
+def fitted(
+    batch: Batch,
+    max_new_tokens: int,
+    cache_length: int | None,
+    buckets: Sequence[int] | None,
+    names: Sequence[str],
+) -> tuple[Batch, int]:
+    """The batch, padded on the left to a bucket, and the slots of its cache.
+
+    Raises:
+      GenerationError: a prompt without a token, or one that the cache or the buckets cannot hold; the message names it.
+    """
+    segments = np.asarray(batch.segment_ids)
+    sizes = np.count_nonzero(segments != PADDING_SEGMENT, axis=1)
+    for row in np.flatnonzero(sizes == 0).tolist():
+        raise GenerationError(f"{names[row]}: the prompt is empty")
+    length, following = segments.shape[1], max_new_tokens - 1  # the last token is not run
+    if cache_length is not None and length + following > cache_length:
+        row = int(np.argmax(sizes))
+        raise GenerationError(
+            f"{names[row]}: a prompt of {sizes[row]} tokens, in a batch padded to {length}, and {max_new_tokens} new "
+            f"tokens need {length + following} slots, and the cache has {cache_length}; raise cache_length, "
+            "shorten the prompt, or ask for fewer tokens"
+        )
+    wanted = bucket(length, buckets)
+    if cache_length is None:
+        cache_length = -(-(wanted + following) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+    padding = min(wanted, cache_length - following) - length
+
+    def padded(name: str) -> Any:
+        array = getattr(batch, name)
+        if array is None or not padding:
+            return array
+        array = np.asarray(array)
+        return np.pad(array, ((0, 0), (padding, 0), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL[name])
+
+    return dataclasses.replace(batch, **{name: padded(name) for name in FILL}), cache_length
+
+
+def whole_rows(batch: Batch, mesh: Mesh | None) -> tuple[Batch, int]:
+    """The batch with its last row repeated until the mesh's data axes divide it, and the number of repeats."""
+    if mesh is None:
+        return batch, 0
+    extra = -len(batch.tokens) % int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if not extra:
+        return batch, 0
+    return jax.tree.map(lambda leaf: np.concatenate([leaf, *[leaf[-1:]] * extra]), batch), extra
