@@ -5,33 +5,26 @@ connector's own fields from the token budget, widths and vocabulary from each ot
 """
 
 import dataclasses
-import inspect
-import typing
-from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vlm_jax.budget import InfeasibleBudget, share
-from vlm_jax.config import ConfigError, check_keys, choose, convert, parse
-from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.config import ConfigError, check_keys, choose, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders import DECODERS
-from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS, PACKED_ENCODERS
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import open_image
 from vlm_jax.processors.layout_tokenizer import LayoutTokenizer
-from vlm_jax.processors.views import NativeViews, Pixels, TiledViews, Views, packed_length
 from vlm_jax.processors.vqa import VqaProcessor
-from vlm_jax.reducers import REDUCERS
 from vlm_jax.types import Batch, Grid
+from vlm_jax.vision import ProcessorSettings, Vision, solve_vision
 
 # Every key of a run's config; the last ones are read by the trainer and the evaluation.
 KEYS = ("seed", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "processor", "encoder",
@@ -39,77 +32,6 @@ KEYS = ("seed", "dtype", "param_dtype", "token_budget", "token_budget_per", "dat
         "evaluation")  # fmt: skip
 PARTS = ("encoder", "connector", "decoder")
 CELL_HEAD = "cell_head"
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessorSettings:
-    """`config.processor`: how pictures and text become rows.
-
-    Attributes:
-      image_size: (height, width) in pixels at full budget, of a tile where there are several; None where
-        the encoder packs images of any size.
-      mean: per channel on [0, 1], taken off the pixels.
-      std: per channel on [0, 1], divides them.
-      filter: resampling filter, a key of `processors.image.FILTERS`.
-      tokenizer: `digits` for the built-in vocabulary of the digit pages, else a tokenizer.json.
-      independent_turns: whether the turns of a training row are answered each by itself.
-      max_text_length: text positions of a training row, visual tokens not counted.
-      max_question_length: text positions of a prompt, visual tokens not counted.
-      max_answer_length: new tokens of a generated answer, its end token among them.
-      tiles: rows and columns of tiles that a picture is cut into, each an image for the encoder.
-      thumbnail: whether the whole picture, at the size of a tile, follows its tiles.
-      frames: None, or how many of a sample's pictures, evenly spaced, stand for the clip that they are.
-      min_tokens: where the encoder packs images of any size, the fewest visual tokens of a picture; a
-        smaller one is enlarged.
-    """
-
-    image_size: tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    filter: str
-    tokenizer: str
-    independent_turns: bool
-    max_text_length: int
-    max_question_length: int
-    max_answer_length: int
-    tiles: Grid = (1, 1)
-    thumbnail: bool = False
-    frames: int | None = None
-    min_tokens: int = 1
-
-    def __post_init__(self):
-        if min(self.tiles) < 1:
-            raise ConfigError(f"config.processor.tiles: rows and columns are at least 1, got {self.tiles}")
-        if self.thumbnail and self.tiles == (1, 1):
-            raise ConfigError("config.processor.thumbnail: a picture of one tile is its own thumbnail; set it to False")
-        for key in ("frames", "min_tokens"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"config.processor.{key}: at least 1 expected, got {value}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Sight:
-    """How a system sees, solved for its token budget.
-
-    Attributes:
-      encoder, reducer, connector: as in `VLM`.
-      views: what the processor makes of pictures.
-      grid: rows and columns of patches of one view; None where every image has its own.
-      num_tokens: visual tokens of an image with all its tiles, or of a whole clip, that enter the decoder;
-        the most that it can have where every image has a grid of its own.
-      num_left: how many of them are to reach the decoder's last layers.
-      num_views: views of an image that have equal parts of these; 1 where every image has a grid of its own.
-    """
-
-    encoder: Any
-    reducer: Any
-    connector: Any
-    views: Views
-    grid: Grid | None
-    num_tokens: int
-    num_left: int
-    num_views: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,30 +100,28 @@ def build(config: Any) -> System:
     if missing:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
     settings = parse(ProcessorSettings, config.processor, "config.processor")
-    source = _parse_kind(SOURCES, config.data, "config.data")
+    source = parse_kind(SOURCES, config.data, "config.data")
     tokenizer = digits_tokenizer() if settings.tokenizer == "digits" else LayoutTokenizer.from_file(settings.tokenizer)
     dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
 
-    decoder = _parse_kind(DECODERS, config.decoder, "config.decoder", vocab_size=tokenizer.vocab_size, **dtypes)
+    decoder = parse_kind(DECODERS, config.decoder, "config.decoder", vocab_size=tokenizer.vocab_size, **dtypes)
     num_images = source.num_images if settings.frames is None else 1
     if num_images is None:
         raise ConfigError(
             "config.data.num_images: None is for samples that are clips of any length; set config.processor.frames to "
             "the frames that stand for one, or num_images to the pictures that every sample has"
         )
-    kind = _kind({**ENCODERS, **COMPOSITE_ENCODERS, **PACKED_ENCODERS}, config.encoder, "config.encoder")
-    look = _native if kind in PACKED_ENCODERS else _tiled
-    sight = look(config, settings, source.channels, num_images, decoder, dtypes)
-    parts = {"encoder": sight.encoder, "decoder": decoder}
-    for part, fields in ({} if sight.reducer is None else sight.reducer.asks()).items():
+    vision = solve_vision(config, settings, source.channels, num_images, decoder, dtypes)
+    parts = {"encoder": vision.encoder, "decoder": decoder}
+    for part, fields in ({} if vision.reducer is None else vision.reducer.asks()).items():
         parts[part] = _set(parts[part], fields, config, part)
-    by_layer = _tokens_by_layer(sight, parts["decoder"])
+    by_layer = _tokens_by_layer(vision, parts["decoder"])
 
-    visual = num_images * sight.num_tokens
+    visual = num_images * vision.num_tokens
     processor = VqaProcessor(
         tokenizer=tokenizer,
-        views=sight.views,
-        num_visual_tokens=sight.num_tokens,
+        views=vision.views,
+        num_visual_tokens=vision.num_tokens,
         num_images=num_images,
         num_frames=settings.frames,
         independent_turns=settings.independent_turns,
@@ -210,153 +130,14 @@ def build(config: Any) -> System:
         max_answer_length=settings.max_answer_length,
     )
     return System(
-        model=VLM(parts["encoder"], sight.connector, parts["decoder"], sight.reducer),
-        cell_reader=_cell_reader(config, sight, source),
+        model=VLM(parts["encoder"], vision.connector, parts["decoder"], vision.reducer),
+        cell_reader=_cell_reader(config, vision, source),
         processor=processor,
         source=source,
-        grid=sight.grid,
+        grid=vision.grid,
         num_visual_tokens=by_layer[-1],
         mean_visual_tokens=sum(by_layer) / len(by_layer),
     )
-
-
-def _tiled(
-    config: Any, settings: ProcessorSettings, channels: int, num_images: int, decoder: Any, dtypes: dict[str, Any]
-) -> Sight:
-    """Views of one size: the reducer or the connector meets the budget, view by view."""
-    del num_images  # each of them is encoded by itself
-    size, pixels = settings.image_size, Pixels(channels, settings.mean, settings.std, settings.filter)
-    if size is None:
-        raise ConfigError(f"config.processor.image_size: config.encoder.kind {config.encoder.kind} needs a size")
-    if settings.min_tokens != 1:
-        raise ConfigError(
-            "config.processor.min_tokens: it is for encoders that pack images of any size; remove the key, or "
-            f"choose one of {', '.join(PACKED_ENCODERS)}"
-        )
-    encoder = _encoder(config.encoder, "config.encoder", size, dtypes)
-    full_grid = encoder.grid(*size)
-    num_views = (settings.tiles[0] * settings.tiles[1] + settings.thumbnail) * (settings.frames or 1)
-
-    def solve(budget: int) -> Sight:
-        reducer = _reducer(config.reducer, budget, full_grid, {"encoder": encoder, "decoder": decoder})
-        reduced_size = size if reducer is None else reducer.image_size(*size, full_grid)
-        grid = encoder.grid(*reduced_size)
-        connector_grid = grid if reducer is None else reducer.reduced_grid(grid)
-        wanted = budget if reducer is None else reducer.connector_budget(grid)
-        connector_class = choose(CONNECTORS, config.connector.kind, "config.connector.kind")
-        asked, section = _asked(connector_class.for_budget, connector_class, config.connector, "config.connector")
-        solved = connector_class.for_budget(wanted, connector_grid, **asked)
-        connector = _parse_kind(CONNECTORS, section, "config.connector", **solved, features=decoder.width, **dtypes)
-        realised = connector.num_tokens(connector_grid)
-        if realised != wanted:
-            raise InfeasibleBudget(f"{config.connector.kind} solved a budget of {wanted} tokens but gives {realised}")
-        views = TiledViews(pixels, reduced_size, realised, settings.tiles, settings.thumbnail)
-        return Sight(encoder, reducer, connector, views, grid, num_views * realised, num_views * budget, num_views)
-
-    return _share(config, settings, num_views, full_grid[0] * full_grid[1], solve)
-
-
-def _native(
-    config: Any, settings: ProcessorSettings, channels: int, num_images: int, decoder: Any, dtypes: dict[str, Any]
-) -> Sight:
-    """Views of any size, packed into one sequence: the processor meets the budget, which bounds their size."""
-    kind, connector_kind = config.encoder.kind, config.connector.kind
-    for key, only in (("image_size", None), ("tiles", (1, 1)), ("thumbnail", False)):
-        if getattr(settings, key) != only:
-            raise ConfigError(f"config.processor.{key}: set it to {only}; {kind} takes pictures at a size of their own")
-    if choose(REDUCERS, config.reducer.kind, "config.reducer.kind") is not None:
-        raise ConfigError(
-            f"config.reducer.kind: {config.reducer.kind} reduces image by image, and {kind} packs several into a "
-            "sequence; set it to none: config.token_budget bounds the size of the images"
-        )
-    _parse_kind({"none": _NoFields}, config.reducer, "config.reducer")
-    connector_class = choose(CONNECTORS, connector_kind, "config.connector.kind")
-    if connector_kind not in PACKED_CONNECTORS:
-        raise ConfigError(
-            f"config.connector.kind: {connector_kind} reads one image's grid, and {kind} packs several images into a "
-            f"sequence; choose one of {', '.join(PACKED_CONNECTORS)}"
-        )
-    encoder = _parse_kind(PACKED_ENCODERS, config.encoder, "config.encoder", channels=channels, **dtypes)
-    form, pixels = encoder.patch_format, Pixels(channels, settings.mean, settings.std, settings.filter)
-    block = encoder.grid(form.block_size, form.block_size)  # a picture is made of blocks of patches
-    solved = _fewest(connector_class, block)
-    connector = _parse_kind(
-        CONNECTORS, config.connector, "config.connector", **solved, features=decoder.width, **dtypes
-    )
-    block_tokens, num_slots = connector.num_tokens(block), form.num_slots(settings.frames or 1)
-
-    def solve(budget: int) -> Sight:
-        if budget % block_tokens or budget < settings.min_tokens:
-            raise InfeasibleBudget(
-                f"config.token_budget: {kind} cannot bound a picture by {budget} tokens, which come in blocks of "
-                f"{block_tokens} and are at least config.processor.min_tokens={settings.min_tokens}"
-            )
-        most, least = budget // block_tokens, -(-settings.min_tokens // block_tokens)
-        length = packed_length(num_images * num_slots * most, form)
-        views = NativeViews(pixels, form, length, most, least, block_tokens)
-        return Sight(encoder, None, connector, views, None, num_slots * budget, num_slots * budget)
-
-    return _share(config, settings, num_slots, 2 * config.token_budget, solve)
-
-
-def _asked(function: Any, cls: Any, section: Any, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keys of a section that a function asks for by keyword, converted, and the section without them."""
-    named = inspect.signature(function).parameters.values()
-    keywords = [argument.name for argument in named if argument.kind is argument.KEYWORD_ONLY]
-    hints = typing.get_type_hints(cls)
-    asked = {key: convert(section[key], hints[key], f"{path}.{key}") for key in section if key in keywords}
-    return asked, {key: section[key] for key in section if key not in asked}
-
-
-def _fewest(connector_class: Any, grid: Grid) -> dict[str, Any]:
-    """The fields of a connector that gives as few tokens of a grid as it can."""
-    for budget in range(1, grid[0] * grid[1]):
-        try:
-            return connector_class.for_budget(budget, grid)
-        except InfeasibleBudget:
-            continue
-    return connector_class.for_budget(grid[0] * grid[1], grid)
-
-
-def _share(
-    config: Any, settings: ProcessorSettings, num_views: int, largest: int, solve: Callable[[int], Sight]
-) -> Sight:
-    """Solves `config.token_budget` for one of the views of an image, whatever it is meant for.
-
-    Args:
-      config: for the budget and what it is per.
-      settings: for the frames of a clip.
-      num_views: tiles of an image, over all frames of a clip.
-      largest: of a view's budgets that an error may name.
-      solve: what meets a view's budget.
-    """
-    budget = _positive(config.token_budget, "config.token_budget")
-    per_frame = Fraction(num_views, settings.frames or 1)
-    units = {"image": Fraction(num_views), "frame": per_frame, "tile": Fraction(1)}
-    views = choose(units, config.token_budget_per, "config.token_budget_per")
-    if config.token_budget_per == "frame" and settings.frames is None:
-        raise ConfigError("config.token_budget_per: there are no frames; set config.processor.frames, or choose image")
-    return share(budget, views, largest, solve)
-
-
-def _reducer(section: Any, budget: int, grid: Grid, parts: dict[str, Any]) -> Any:
-    """The reducer that meets a budget from a full-size grid, or None where there is none."""
-    reducer_class = choose(REDUCERS, section.kind, "config.reducer.kind")
-    if reducer_class is None:
-        _parse_kind({"none": _NoFields}, section, "config.reducer")
-        return None
-    solved = reducer_class.for_budget(budget, grid, _num_layers(parts.get(reducer_class.reduces_in)))
-    return _parse_kind(REDUCERS, section, "config.reducer", **solved)
-
-
-@dataclasses.dataclass(frozen=True)
-class _NoFields:
-    """Settings of a kind without any."""
-
-
-def _num_layers(part: Any) -> int:
-    """Blocks of a part that are built; 0 where it has none that are alike."""
-    return 0 if part is None else getattr(part, "num_blocks", getattr(part, "depth", 0))
 
 
 def _set(part: Any, fields: dict[str, Any], config: Any, name: str) -> Any:
@@ -370,72 +151,35 @@ def _set(part: Any, fields: dict[str, Any], config: Any, name: str) -> Any:
     return part.clone(**fields)
 
 
-def _tokens_by_layer(sight: Sight, decoder: Any) -> list[int]:
+def _tokens_by_layer(vision: Vision, decoder: Any) -> list[int]:
     """Visual tokens of one image in every layer of the decoder."""
-    counts = [sight.num_tokens] * decoder.depth
+    counts = [vision.num_tokens] * decoder.depth
     for drop in getattr(decoder, "drops", ()):
-        counts[drop.layer :] = [sight.num_views * drop.num_kept] * (decoder.depth - drop.layer)
-    if counts[-1] != sight.num_left:
-        raise InfeasibleBudget(f"a budget of {sight.num_left} tokens was solved, but {counts[-1]} are left at the end")
+        counts[drop.layer :] = [vision.num_views * drop.num_kept] * (decoder.depth - drop.layer)
+    if counts[-1] != vision.num_left:
+        raise InfeasibleBudget(f"a budget of {vision.num_left} tokens was solved, but {counts[-1]} are left at the end")
     return counts
 
 
-def _cell_reader(config: Any, sight: Sight, source: Settings) -> CellReader | None:
+def _cell_reader(config: Any, vision: Vision, source: Settings) -> CellReader | None:
     wanting = [label for label in config.schedule if config.stages.get(label, {}).get("objective") == "read_cells"]
     if not wanting:
         return None
     if source.cells is None:
         raise ConfigError(f"config.stages.{wanting[0]}.objective: config.data.kind {config.data.kind} has no cells")
-    if sight.grid is None:
+    if vision.grid is None:
         raise ConfigError(
             f"config.stages.{wanting[0]}.objective: cells are read from a grid, and config.encoder.kind "
             f"{config.encoder.kind} packs images into a sequence; leave the stage out"
         )
-    if any(side % cells for side, cells in zip(sight.grid, source.cells, strict=True)):
+    if any(side % cells for side, cells in zip(vision.grid, source.cells, strict=True)):
         raise ConfigError(
-            f"config.stages.{wanting[0]}.objective: {source.cells} cells do not divide the encoder's {sight.grid} "
+            f"config.stages.{wanting[0]}.objective: {source.cells} cells do not divide the encoder's {vision.grid} "
             "patches; change config.encoder.patch_size"
         )
-    return CellReader(sight.encoder, source.cells, source.num_classes)
-
-
-def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[str, Any]) -> nn.Module:
-    """An encoder. One made of encoders has a section for each, which may set an `image_size` of its own."""
-    if "kind" not in section or section["kind"] not in COMPOSITE_ENCODERS:
-        return _parse_kind({**ENCODERS, **COMPOSITE_ENCODERS}, section, path, image_size=image_size, **dtypes)
-    hints = typing.get_type_hints(COMPOSITE_ENCODERS[section["kind"]])
-    parts = {}
-    for name in (field for field, hint in hints.items() if hint is nn.Module):
-        if name not in section or not hasattr(section[name], "items"):
-            raise ConfigError(f"{path}.{name}: expected the section of an encoder, with its kind")
-        inner, size = dict(section[name].items()), image_size
-        if "image_size" in inner:
-            size = convert(inner.pop("image_size"), tuple[int, int], f"{path}.{name}.image_size")
-        parts[name] = _encoder(inner, f"{path}.{name}", size, dtypes)
-    rest = {key: section[key] for key in section if key not in parts}
-    if rest.get("combine") == "tuple":
-        raise ConfigError(f"{path}.combine: 'tuple' gives two sets of features; 'feature' gives hybrid_mlp both as one")
-    return _parse_kind(COMPOSITE_ENCODERS, rest, path, **parts)
-
-
-def _parse_kind(table: dict[str, Any], section: Any, path: str, **derived: Any) -> Any:
-    cls = table[_kind(table, section, path)]
-    return parse(cls, {key: section[key] for key in section if key != "kind"}, path, **derived)
-
-
-def _kind(table: dict[str, Any], section: Any, path: str) -> str:
-    if "kind" not in section:
-        raise ConfigError(f"{path}.kind: missing; one of {', '.join(table)}")
-    choose(table, section["kind"], f"{path}.kind")
-    return section["kind"]
+    return CellReader(vision.encoder, source.cells, source.num_classes)
 
 
 def _dtype(config: Any, key: str) -> Any:
     known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     return choose(known, config[key], f"config.{key}")
-
-
-def _positive(value: Any, path: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{path}: expected a positive integer, got {value!r}")
-    return value

@@ -48,6 +48,17 @@ def choose(table: Mapping[str, Any], kind: str, path: str) -> Any:
     return table[kind]
 
 
+def choose_kind(table: Mapping[str, Any], section: Any, path: str) -> Any:
+    """The entry of a registration table that a section's `kind` names.
+
+    Raises:
+      ConfigError: no such key, or no such kind.
+    """
+    if "kind" not in section:
+        raise ConfigError(f"{path}.kind: missing; one of {', '.join(table)}")
+    return choose(table, section["kind"], f"{path}.kind")
+
+
 def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Settings:
     """Makes a `cls` of a config section.
 
@@ -76,6 +87,23 @@ def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Setti
     hints = typing.get_type_hints(cls)
     values = {key: convert(section[key], hints[key], f"{path}.{key}") for key in section}
     return cls(**values, **derived)
+
+
+def parse_kind(table: Mapping[str, Any], section: Any, path: str, **derived: Any) -> Any:
+    """`parse` with the class that a section's `kind` names in a registration table."""
+    cls = choose_kind(table, section, path)
+    return parse(cls, {key: section[key] for key in section if key != "kind"}, path, **derived)
+
+
+def positive(value: Any, path: str) -> int:
+    """The value, where it is an integer above 0.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{path}: expected a positive integer, got {value!r}")
+    return value
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:

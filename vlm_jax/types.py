@@ -94,6 +94,8 @@ class VisualFeatures:
       saliency: attention that each feature gets in the last block, float32, only when asked for: from
         the class token, or the mean over all tokens where there is none.
       keys: of each feature and head in that block, with `saliency`.
+      first_dim: static; channels that the first of two encoders gave, where channels of both stand in
+        `tokens`, else None.
     """
 
     tokens: Float[Array, "B N D"]
@@ -105,6 +107,11 @@ class VisualFeatures:
     levels: Float[Array, "B N F"] | None = None
     saliency: Float[Array, "B N"] | None = None
     keys: Float[Array, "B N K H"] | None = None
+    first_dim: int | None = static_field(default=None)
+
+    def reduced(self, tokens: Float[Array, "B K D"], mask: Bool[Array, "B K"], grid: Grid) -> "VisualFeatures":
+        """Fewer features of the same channels in their stead, without what was found of each one."""
+        return VisualFeatures(tokens, mask, grid, first_dim=self.first_dim)
 
 
 @struct

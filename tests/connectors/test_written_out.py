@@ -31,11 +31,11 @@ def example(grid):
     return x, mask
 
 
-def run(connector, x, mask):
+def run(connector, x, mask, **more):
     """The connector's tokens, and its parameters in float64."""
     grid = mask.shape[1:]
     tokens = jnp.asarray(x.reshape(2, -1, WIDTH_IN), jnp.float32)
-    features = VisualFeatures(tokens, jnp.asarray(mask.reshape(2, -1)), grid)
+    features = VisualFeatures(tokens, jnp.asarray(mask.reshape(2, -1)), grid, **more)
     init = functools.partial(connector.init, deterministic=True)
     params = nn.meta.unbox(drawn(jax.eval_shape(init, jax.random.key(0), features)))
     out = jax.jit(functools.partial(connector.apply, deterministic=True))(params, features)
@@ -85,13 +85,13 @@ def gelu(x):
     return x * norm.cdf(x)
 
 
-@pytest.mark.parametrize(("high_dim", "depth"), [(None, 2), (2, 2), (4, 1), (None, 4)])
-def test_hybrid_mlp_projects_each_encoder_to_half_of_the_width(high_dim, depth):
+@pytest.mark.parametrize(("first_dim", "depth"), [(None, 2), (2, 2), (4, 1), (None, 4)])
+def test_hybrid_mlp_projects_each_encoder_to_half_of_the_width(first_dim, depth):
     """Channels of both, and two sets of features, of which a place counts where both are real."""
     x, mask = example((2, 3))
-    connector = HybridMlp(WIDTH, depth=depth, high_dim=high_dim)
-    got, p = run(connector, x, mask)
-    flat, cut = x.reshape(2, 6, -1), high_dim or 3
+    connector = HybridMlp(WIDTH, depth=depth)
+    got, p = run(connector, x, mask, first_dim=first_dim)
+    flat, cut = x.reshape(2, 6, -1), first_dim or 3
     expected = np.concatenate([dense(flat[..., :cut], p["high"]), dense(flat[..., cut:], p["low"])], axis=-1)
     assert p["high"]["kernel"].shape == (cut, WIDTH // 2)
     expected = mlp(gelu(expected), p["mlp"]) if depth > 1 else expected
@@ -110,12 +110,10 @@ def test_hybrid_mlp_projects_each_encoder_to_half_of_the_width(high_dim, depth):
     np.testing.assert_allclose(out.tokens[both], expected[both], atol=1e-5)
 
 
-def test_hybrid_mlp_refuses_two_grids_and_a_cut_that_leaves_nothing():
+def test_hybrid_mlp_refuses_two_grids():
     high, low = (VisualFeatures(jnp.zeros((1, n, 4)), jnp.ones((1, n), bool), (1, n)) for n in (3, 4))
     with pytest.raises(InfeasibleGrid, match=r"hybrid_mlp: .* got 1x3 \(high\) and 1x4 \(low\)"):
         HybridMlp(WIDTH).init(jax.random.key(0), (high, low), deterministic=True)
-    with pytest.raises(ValueError, match="high_dim: expected less than the 4 channels of both encoders, got 4"):
-        HybridMlp(WIDTH, high_dim=4).init(jax.random.key(0), high, deterministic=True)
 
 
 def square(x, mask, row, col, side):

@@ -48,6 +48,7 @@ def test_features_are_combined(combine, expected, grid, features):
     np.testing.assert_allclose(out.tokens, expected, atol=1e-6)
     assert out.grid == module.grid(8, 12) == grid
     assert module.features == features and out.mask.shape == expected.shape[:2]
+    assert out.first_dim == (3 if combine == "feature" else None)
 
 
 def test_a_tuple_holds_both_whatever_their_sizes():

@@ -16,12 +16,11 @@ class HybridMlp(nn.Module):
     """linear of the high-resolution features beside linear of the low-resolution ones, then (GELU, linear) again.
 
     It takes what `encoders.hybrid.Hybrid` gives with combine `tuple`, or the channels of both, high first,
-    as with `feature`.
+    as with `feature`; features that do not say where the high ones end (`first_dim`) are cut in half.
 
     Attributes:
       features: the decoder's width D; the high-resolution half is the smaller one where D is odd.
       depth: linear layers one behind the other, the first ones counted as one.
-      high_dim: high-resolution channels of features that hold both; half of them when None.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -31,7 +30,6 @@ class HybridMlp(nn.Module):
 
     features: int
     depth: int = 2
-    high_dim: int | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -54,7 +52,6 @@ class HybridMlp(nn.Module):
 
         Raises:
           InfeasibleGrid: the two encoders' features are not those of one grid.
-          ValueError: `high_dim` leaves nothing of the features for one of the encoders.
         """
         del deterministic  # nothing is drawn
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -67,11 +64,8 @@ class HybridMlp(nn.Module):
                 )
             mask, parts = high.mask & low.mask, (high.tokens, low.tokens)
         else:
-            width = features.tokens.shape[-1]
-            high_dim = width // 2 if self.high_dim is None else self.high_dim
-            if not 0 < high_dim < width:
-                raise ValueError(f"high_dim: expected less than the {width} channels of both encoders, got {high_dim}")
-            mask, parts = features.mask, jnp.split(features.tokens, [high_dim], axis=-1)
+            cut = features.tokens.shape[-1] // 2 if features.first_dim is None else features.first_dim
+            mask, parts = features.mask, jnp.split(features.tokens, [cut], axis=-1)
         half = self.features // 2
         projected = [
             Dense(width, (axes.CHANNELS_IN, axes.EMBED), name=name, **settings)(jnp.where(mask[..., None], x, 0))

@@ -86,17 +86,18 @@ class Hybrid(nn.Module):
         low = self.low(_normalise(small, self.low_statistics))
         if self.combine == "tuple":
             return high, low
+        first_dim = None
         if self.combine == "sequence":
             tokens = jnp.concatenate([high.tokens, low.tokens], axis=1)
             mask = jnp.concatenate([high.mask, low.mask], axis=1)
         else:
             mask = high.mask & low.mask
             if self.combine == "feature":
-                tokens = jnp.concatenate([high.tokens, low.tokens], axis=-1)
+                tokens, first_dim = jnp.concatenate([high.tokens, low.tokens], axis=-1), high.tokens.shape[-1]
             else:
                 tokens = high.tokens + low.tokens
         tokens = nn.with_logical_constraint(tokens, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
-        return VisualFeatures(tokens, mask, grid)
+        return VisualFeatures(tokens, mask, grid, first_dim=first_dim)
 
 
 def _normalise(

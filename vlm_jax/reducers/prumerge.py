@@ -56,4 +56,4 @@ class PruMerge(KeepsFeatures):
         shares = jnp.zeros(similarity.shape).at[row, place, near].set(weights[row, near])
         added = jnp.einsum("bkn,bnd->bkd", jnp.where(itself, 0, shares), tokens.astype(jnp.float32))
         merged = pick(tokens, kept) + added.astype(tokens.dtype)
-        return VisualFeatures(merged, pick(mask, kept), self.reduced_grid(features.grid))
+        return features.reduced(merged, pick(mask, kept), self.reduced_grid(features.grid))

@@ -71,7 +71,9 @@ class KeepsFeatures(Reducer):
 
     def take(self, features: VisualFeatures, kept: Int[Array, "B K"]) -> VisualFeatures:
         """The features at `kept`."""
-        return VisualFeatures(pick(features.tokens, kept), pick(features.mask, kept), self.reduced_grid(features.grid))
+        return features.reduced(
+            pick(features.tokens, kept), pick(features.mask, kept), self.reduced_grid(features.grid)
+        )
 
     def attended(self, features: VisualFeatures) -> tuple[Float[Array, "B N"], Float[Array, "B N K H"]]:
         """Saliency and keys of the features.

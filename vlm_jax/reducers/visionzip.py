@@ -59,4 +59,4 @@ class VisionZip(KeepsFeatures):
         in_order = jnp.argsort(places, axis=1)
         found = jnp.concatenate([pick(features.tokens, dominant), contextual], axis=1)
         grid = self.reduced_grid(features.grid)
-        return VisualFeatures(pick(found, in_order), pick(mask, pick(places, in_order)), grid)
+        return features.reduced(pick(found, in_order), pick(mask, pick(places, in_order)), grid)
