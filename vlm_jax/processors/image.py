@@ -1,7 +1,7 @@
 """Pictures: files to uint8 pixels, pixels to another size, uint8 to normalised float32.
 
-Inside the package a picture is a uint8 array [height, width, channels] with 1 channel (grey) or
-3 (RGB, sRGB as stored).
+In the rooms of data a picture is a uint8 array [height, width, channels] with 1 channel (grey) or
+3 (RGB, sRGB as stored); the processors of released systems work on Pillow's RGB images.
 """
 
 import io
@@ -51,6 +51,46 @@ def open_image(
       FileNotFoundError: there is no such file.
       CorruptImage: the file cannot be decoded, or is too large.
     """
+    return _pixels(_opened(source, max_pixels, name), channels)
+
+
+def to_picture(
+    source: Image.Image | np.ndarray | str | os.PathLike | bytes,
+    *,
+    max_pixels: int = 100_000_000,
+    name: str = "picture",
+) -> Image.Image:
+    """Any picture as one of Pillow's in mode RGB: upright, in 8 bits, transparency laid over white.
+
+    Args:
+      source: a file as `open_image` takes it, a picture of Pillow's, or pixels [height, width] or
+        [height, width, channels] of dtype uint8 with 1, 3 or 4 channels.
+      max_pixels: more than so many are refused.
+      name: stands for the picture in messages.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CorruptImage: the file cannot be decoded, the picture is too large, or the array is no picture.
+    """
+    if isinstance(source, np.ndarray):
+        if (
+            source.dtype != np.uint8
+            or source.ndim not in (2, 3)
+            or (source.ndim == 3 and source.shape[2] not in (1, 3, 4))
+        ):
+            raise CorruptImage(
+                f"{name}: expected uint8 pixels [height, width] or [height, width, 1, 3 or 4], got {source.dtype} "
+                f"{list(source.shape)}"
+            )
+        source = Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
+    if isinstance(source, Image.Image):
+        picture = _decoded(source, max_pixels, name)
+    else:
+        picture = _opened(source, max_pixels, name)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _opened(source: str | os.PathLike | bytes, max_pixels: int, name: str) -> Image.Image:
     if isinstance(source, bytes):
         data = source
     else:
@@ -58,18 +98,24 @@ def open_image(
         data = epath.Path(source).read_bytes()
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            width, height = picture.size
-            if width * height > max_pixels:
-                raise CorruptImage(
-                    f"{name}: its header claims {height}x{width} pixels, more than max_pixels={max_pixels}"
-                )
-            picture.load()
-            return _pixels(_eight_bits(ImageOps.exif_transpose(picture)), channels)
+            return _decoded(picture, max_pixels, name)
     except CorruptImage:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on broken bytes
         reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
         raise CorruptImage(f"{name}: {type(error).__name__}: {reason}") from error
+
+
+def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
+    """Upright, in mode L or RGB. A file's header is read before its pixels are."""
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise CorruptImage(f"{name}: its header claims {height}x{width} pixels, more than max_pixels={max_pixels}")
+    try:
+        picture.load()
+        return _eight_bits(ImageOps.exif_transpose(picture))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise CorruptImage(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -128,9 +174,31 @@ def normalize(
     image: UInt8[np.ndarray, "height width channels"], mean: Sequence[float | int], std: Sequence[float | int]
 ) -> Float[np.ndarray, "height width channels"]:
     """float32 of (image / 255 - mean) / std, with mean and std per channel on the scale [0, 1]."""
+    height, width, channels = image.shape
+    scale, shift = scale_and_shift(mean, std)
+    # Whole rows at a time: NumPy's inner loop over three channels would cost more than the arithmetic.
+    pixels = np.multiply(image.reshape(height, width * channels), np.tile(scale, width), dtype=np.float32)
+    pixels -= np.tile(shift, width)
+    return pixels.reshape(image.shape)
+
+
+def scale_and_shift(
+    mean: Sequence[float | int], std: Sequence[float | int]
+) -> tuple[Float[np.ndarray, "channels"], Float[np.ndarray, "channels"]]:
+    """float32 factors of `pixels * scale - shift`, which is (pixels / 255 - mean) / std."""
     scale = 1.0 / (255.0 * np.asarray(std, np.float64))
     shift = np.asarray(mean, np.float64) / np.asarray(std, np.float64)
-    pixels = image.astype(np.float32)
-    pixels *= scale.astype(np.float32)
-    pixels -= shift.astype(np.float32)
-    return pixels
+    return scale.astype(np.float32), shift.astype(np.float32)
+
+
+def square_padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a square of its longer side; the odd pixel is right or below.
+
+    Source: LLaVA, mm_utils.py, expand2square.
+    """
+    side = max(picture.size)
+    if picture.size == (side, side):
+        return picture
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return square

@@ -6,7 +6,7 @@ All of it is NumPy on the host: a compiled model sees the same shapes whatever w
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from vlm_jax.types import PADDING_SEGMENT, PackedPatches
 
@@ -15,17 +15,17 @@ Grid3D = tuple[int, int, int]
 
 
 def patchify(
-    frames: Float[np.ndarray, "frames height width channels"],
+    frames: Num[np.ndarray, "frames height width channels"],
     *,
     patch_size: int,
     temporal_patch_size: int = 1,
     merge_size: int = 1,
     channels_last: bool = False,
-) -> tuple[Float[np.ndarray, "N P"], Grid3D]:
+) -> tuple[Num[np.ndarray, "N P"], Grid3D]:
     """Cuts an image (one frame) or a video into the rows of `PackedPatches.patches`, and gives its grid.
 
     Args:
-      frames: normalised pixels. The last frame is repeated up to a multiple of temporal_patch_size.
+      frames: pixels, normalised or not. The last frame is repeated up to a multiple of temporal_patch_size.
       patch_size: side of a patch in pixels.
       temporal_patch_size: frames of a patch.
       merge_size: side in patches of the blocks that stay together.

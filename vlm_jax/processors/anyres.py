@@ -1,0 +1,121 @@
+"""LLaVA-NeXT's views: the whole picture, and the picture on a larger canvas cut into tiles, without its borders."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.processors.seen import Layout, Seen, Tiles
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.tiling import Size, best_resolution
+from vlm_jax.types import Grid
+
+Merge = Literal["flat", "spatial", "spatial_unpad"]
+NEWLINE = -1  # in a layout: the first learned row
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyresViews(Tiles):
+    """The whole picture as the first tile, then the tiles of the best of several canvases.
+
+    | merge | the tokens of the tiles of the canvas |
+    |---|---|
+    | `flat` | tile after tile |
+    | `spatial` | row after row of the canvas |
+    | `spatial_unpad` | the same without the canvas's borders, and the learned row after every row |
+
+    Attributes:
+      base: finishes a tile, and makes the first of the whole picture where there is no canvas.
+      grid: rows and columns of tokens of a tile.
+      canvases: (height, width) in pixels, in the release's order; none for a single tile.
+      side: of a tile of a canvas, in pixels.
+      merge: a row of the table.
+      port: cuts borders as transformers does, which rounds where the release truncates.
+
+    Source: Liu et al. 2024 (LLaVA-NeXT); LLaVA, mm_utils.py, process_anyres_image, and llava_arch.py.
+    """
+
+    base: SquareViews
+    grid: Grid
+    canvases: tuple[Size, ...]
+    side: int
+    merge: Merge = "spatial_unpad"
+    port: bool = False
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """Every picture by itself."""
+        seen = []
+        for picture, layout in zip(pictures, self.layouts([picture.size[::-1] for picture in pictures]), strict=True):
+            tiles = self.tiles(picture)
+            seen.append(Seen(self.base.pixels.tiles(tiles), len(tiles) * math.prod(self.grid), layout))
+        return seen
+
+    def tiles(self, picture: Image.Image) -> list[Image.Image]:
+        """The tiles of a picture, in 8 bits."""
+        if not self.canvases:
+            return [self.base.tile(picture)]
+        short = min(self.base.size) if self.base.shortest_edge is None else self.base.shortest_edge
+        canvas = self.canvas(picture)
+        parts = [
+            canvas.crop((left, top, left + self.side, top + self.side))
+            for top in range(0, canvas.height, self.side)
+            for left in range(0, canvas.width, self.side)
+        ]
+        return [self.base.tile(part) for part in (self.base.pixels.resized(picture, (short, short)), *parts)]
+
+    def canvas(self, picture: Image.Image) -> Image.Image:
+        """The picture in the middle of its best canvas, with black borders."""
+        rows, cols = best_resolution(picture.size[::-1], self.canvases)
+        across, down = cols / picture.width, rows / picture.height
+        if across < down:
+            width, height = cols, min(math.ceil(picture.height * across), rows)
+        else:
+            width, height = min(math.ceil(picture.width * down), cols), rows
+        canvas = Image.new("RGB", (cols, rows))
+        canvas.paste(self.base.pixels.resized(picture, (height, width)), ((cols - width) // 2, (rows - height) // 2))
+        return canvas
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """The tokens of the whole, then those of the canvas."""
+        return [self._layout(size) for size in sizes]
+
+    def _layout(self, size: Size) -> Layout:
+        (rows, cols), count = self.grid, math.prod(self.grid)
+        whole = np.arange(count)
+        if not self.canvases:
+            return np.append(whole, NEWLINE) if self.merge == "spatial_unpad" else whole
+        height, width = best_resolution(size, self.canvases)
+        down, across = height // self.side, width // self.side
+        tokens = count + np.arange(down * across * count)
+        if self.merge != "flat":
+            tokens = tokens.reshape(down, across, rows, cols).swapaxes(1, 2).reshape(down * rows, across * cols)
+        if self.merge == "spatial_unpad":
+            tokens = unpadded(tokens, size, rounded=self.port)
+            tokens = np.pad(tokens, ((0, 0), (0, 1)), constant_values=NEWLINE)
+        return np.concatenate([whole, tokens.reshape(-1)])
+
+
+def unpadded(canvas: np.ndarray, size: Size, *, rounded: bool) -> np.ndarray:
+    """Rows and columns of a canvas that show the picture.
+
+    Args:
+      canvas: [rows, columns, ...], into whose middle the picture was fitted.
+      size: (height, width) of the picture, before.
+      rounded: at the seventh decimal before a side is truncated, as the port in transformers does.
+
+    Source: LLaVA, llava_arch.py, unpad_image.
+    """
+    (height, width), (rows, cols) = size, canvas.shape[:2]
+    if width / height > cols / rows:
+        border = (rows - _truncated(height, cols, width, rounded)) // 2
+        return canvas[border : rows - border]
+    border = (cols - _truncated(width, rows, height, rounded)) // 2
+    return canvas[:, border : cols - border]
+
+
+def _truncated(side: int, new: int, old: int, rounded: bool) -> int:
+    length = side * (new / old)
+    return int(round(length, 7) if rounded else length)

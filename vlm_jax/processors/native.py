@@ -1,0 +1,160 @@
+"""Pictures and videos at about their own size, as packed patches: Qwen2-VL, Qwen2.5-VL, Ovis 2.5."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from vlm_jax.processors.image import scale_and_shift
+from vlm_jax.processors.patches import pack, patchify
+from vlm_jax.processors.seen import Layout, Pixels, Seen
+from vlm_jax.processors.tiling import Size
+from vlm_jax.types import PackedPatches, PatchFormat
+
+# Of a picture's size, the side of a block, and the least and most pixels: one of `smart_resize`.
+SizeRule = Callable[[Size, int, int, int], Size]
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoLimits:
+    """How large the frames of a video are.
+
+    Attributes:
+      min_pixels, max_pixels: of a frame.
+      max_tokens: of a video; many frames share them evenly, but for `min_pixels` with a margin of 5%.
+
+    Source: Wang et al. 2024 (Qwen2-VL), section 3.2; qwen-vl-utils, vision_process.py, fetch_video.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    max_tokens: int
+
+    def pixels(self, num_slots: int, block_pixels: int) -> int:
+        """Most pixels of a frame where the video has so many temporal patches."""
+        share = self.max_tokens * block_pixels // num_slots
+        return max(min(self.max_pixels, share), int(self.min_pixels * 1.05))
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeViews:
+    """Every picture with a grid of its own.
+
+    Attributes:
+      pixels: what is done to pixels.
+      format: how patches are cut and packed.
+      size_rule: the size that a picture is brought to.
+      min_pixels, max_pixels: of a picture.
+      video_limits: limits of a video's frames; None where they are a picture's.
+      image_edges, video_edges: the learned rows before and after a picture and a video; None without.
+      rotary_3d: whether places have positions of time, row and column.
+      tokens_per_second: temporal positions of a second of video; None where every temporal patch is one.
+    """
+
+    pixels: Pixels
+    format: PatchFormat
+    size_rule: SizeRule
+    min_pixels: int
+    max_pixels: int
+    video_limits: VideoLimits | None = None
+    image_edges: tuple[int, int] | None = None
+    video_edges: tuple[int, int] | None = None
+    rotary_3d: bool = False
+    tokens_per_second: float | None = None
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """Every picture by itself."""
+        return [self._seen([picture], self.size(picture.size[::-1]), self.image_edges, 1.0) for picture in pictures]
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """Block after block, between the edges."""
+        unit = self.format.block_size
+        return [_between(math.prod(self.size(size)) // unit**2, self.image_edges) for size in sizes]
+
+    def video(self, frames: Sequence[Image.Image], fps: float | None) -> list[Seen]:
+        """A video in one place; its frames get the size of the first."""
+        num_slots, size = self.format.num_slots(len(frames)), frames[0].size[::-1]
+        if self.video_limits is None:
+            size = self.size(size)
+        else:
+            unit = self.format.block_size
+            most = self.video_limits.pixels(num_slots, unit**2)
+            size = self.size_rule(size, unit, self.video_limits.min_pixels, most)
+        interval = 1.0
+        if self.tokens_per_second is not None and fps is not None:
+            interval = self.tokens_per_second * self.format.temporal_patch_size / fps
+        return [self._seen(frames, size, self.video_edges, interval)]
+
+    def size(self, size: Size) -> Size:
+        """(height, width) that a picture of a size is brought to."""
+        return self.size_rule(size, self.format.block_size, self.min_pixels, self.max_pixels)
+
+    def join(self, examples: Sequence[Sequence[Seen]]) -> PackedPatches | None:
+        """The patches of every example in one sequence, all of one length."""
+        if not any(examples):
+            return None
+        blank = self._blank()
+        rows = [list(example) or [blank] for example in examples]
+        settings = {"merge_size": self.format.merge_size, "window": self.format.window}
+        patches = [np.concatenate([seen.pixels for seen in row]) for row in rows]
+        grids = [[seen.grid for seen in row] for row in rows]
+        packed = [pack(part, grid, **settings) for part, grid in zip(patches, grids, strict=True)]  # type: ignore
+        if len(packed) == 1:
+            return packed[0]
+        length = max(part.patches.shape[1] for part in packed)
+        packed = [pack(part, grid, **settings, length=length) for part, grid in zip(patches, grids, strict=True)]  # type: ignore
+        fields = {
+            field.name: np.concatenate([getattr(part, field.name) for part in packed])
+            for field in dataclasses.fields(PackedPatches)  # type: ignore
+            if isinstance(getattr(packed[0], field.name), np.ndarray)
+        }
+        return dataclasses.replace(packed[0], **fields)  # type: ignore
+
+    def _seen(
+        self, frames: Sequence[Image.Image], size: Size, edges: tuple[int, int] | None, interval: float
+    ) -> Seen:
+        form = self.format
+        pixels = np.stack([np.asarray(self.pixels.resized(frame, size)) for frame in frames])
+        patches, grid = patchify(
+            pixels,
+            patch_size=form.patch_size,
+            temporal_patch_size=form.temporal_patch_size,
+            merge_size=form.merge_size,
+            channels_last=form.channels_last,
+        )
+        merged = (grid[0], grid[1] // form.merge_size, grid[2] // form.merge_size)
+        positions = rotary_positions(merged, interval) if self.rotary_3d else None
+        return Seen(self._normalised(patches), math.prod(merged), _between(math.prod(merged), edges), grid, positions)
+
+    def _normalised(self, patches: np.ndarray) -> np.ndarray:
+        """float32 of uint8 patches, whose values lie channel after channel."""
+        scale, shift = (np.repeat(part, patches.shape[1] // 3) for part in scale_and_shift(self.pixels.mean, self.pixels.std))
+        values = np.multiply(patches, scale, dtype=np.float32)
+        values -= shift
+        return values
+
+    def _blank(self) -> Seen:
+        """One block, for an example without pictures."""
+        return self._seen([Image.new("RGB", (self.format.block_size,) * 2)], (self.format.block_size,) * 2, None, 1.0)
+
+
+def rotary_positions(grid: tuple[int, int, int], interval: float) -> Int[np.ndarray, "n 3"]:
+    """(time, row, column) of the tokens of a grid of so many times, rows and columns.
+
+    Args:
+      grid: in tokens.
+      interval: between two times; positions are truncated.
+
+    Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.3.
+    """
+    positions = np.indices(grid).reshape(3, -1).T
+    positions[:, 0] = (positions[:, 0] * np.float32(interval)).astype(np.int64)
+    return positions
+
+
+def _between(count: int, edges: tuple[int, int] | None) -> Layout:
+    tokens = np.arange(count)
+    return tokens if edges is None else np.concatenate([[-1 - edges[0]], tokens, [-1 - edges[1]]])

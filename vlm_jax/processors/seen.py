@@ -1,0 +1,114 @@
+"""What a model is given of a picture or a video: its pixels, and the places that it takes of a sequence."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from vlm_jax.processors.image import normalize
+from vlm_jax.processors.tiling import Size
+from vlm_jax.types import PackedPatches
+
+# Of every place in order: row r of the picture's own visual tokens as r, the learned row k as -1 - k.
+Layout = Int[np.ndarray, "n"]
+Images = Float[np.ndarray, "B I height width channels"] | PackedPatches
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A picture, a video, or a part of either that stands in one place of the text.
+
+    Attributes:
+      pixels: normalised tiles [tiles, height, width, channels], or patches [patches, values].
+      num_rows: rows of the visual table that they become.
+      layout: what fills its places.
+      grid: (frames, rows, columns) of the patches; None of tiles.
+      positions: (time, row, column) of every place, from 0, where text has positions of three axes.
+    """
+
+    pixels: Float[np.ndarray, "..."]
+    num_rows: int
+    layout: Layout
+    grid: tuple[int, int, int] | None = None
+    positions: Int[np.ndarray, "n 3"] | None = None
+
+
+class Views(Protocol):
+    """How a system looks at the pictures of a conversation; one class a way, configured by a release's files."""
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """All pictures of a conversation, in RGB."""
+        ...
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """The same of their sizes alone, (height, width) in pixels, before anything runs."""
+        ...
+
+    def video(self, frames: Sequence[Image.Image], fps: float | None) -> list[Seen]:
+        """A video, for every place that it has in the text.
+
+        Args:
+          frames: in RGB, as sampled.
+          fps: frames a second of them, None where it is unknown.
+
+        Raises:
+          ValueError: the system takes no videos.
+        """
+        ...
+
+    def join(self, examples: Sequence[Sequence[Seen]]) -> Images | None:
+        """The images of a batch; None where nothing is seen in it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How pixels of tiles reach the encoder.
+
+    Attributes:
+      mean: per channel, on the scale [0, 1].
+      std: per channel.
+      resample: Pillow's filter.
+    """
+
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @property
+    def mean_colour(self) -> tuple[int, ...]:
+        """The mean in 8 bits, truncated."""
+        return tuple(int(255 * value) for value in self.mean)
+
+    def resized(self, picture: Image.Image, size: Size) -> Image.Image:
+        """The picture stretched to (height, width)."""
+        wanted = (size[1], size[0])
+        return picture if picture.size == wanted else picture.resize(wanted, self.resample)
+
+    def tiles(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "tiles height width channels"]:
+        """Normalised pixels of pictures of one size."""
+        return np.stack([normalize(np.asarray(picture), self.mean, self.std) for picture in pictures])
+
+
+class Tiles:
+    """What views of tiles have in common: no videos, and batches that are filled up with blank tiles."""
+
+    def video(self, frames: Sequence[Image.Image], fps: float | None) -> list[Seen]:
+        """Refuses."""
+        del frames, fps
+        raise ValueError("this system takes pictures and no videos; give single frames as images")
+
+    def join(self, examples: Sequence[Sequence[Seen]]) -> Float[np.ndarray, "B I height width channels"] | None:
+        """The tiles of every example, one after another, and blank ones up to the most of any."""
+        tiles = [[seen.pixels for seen in example] for example in examples]
+        shape = next((part.shape[1:] for parts in tiles for part in parts), None)
+        if shape is None:
+            return None
+        joined = np.zeros((len(tiles), max(sum(map(len, parts)) for parts in tiles), *shape), np.float32)
+        for row, parts in zip(joined, tiles, strict=True):
+            if parts:
+                np.concatenate(parts, out=row[: sum(map(len, parts))])
+        return joined

@@ -1,0 +1,57 @@
+"""The size that a picture is brought to where a model sees it at about its own: whole blocks, within limits of pixels."""
+
+import math
+
+from vlm_jax.processors.image import CorruptImage
+from vlm_jax.processors.tiling import Size
+
+MAX_ASPECT = 200
+
+
+def qwen_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
+    """Multiples of `factor` close to the picture's size, with about its aspect.
+
+    Args:
+      size: (height, width) of the picture, in pixels.
+      factor: side of a block, in pixels.
+      min_pixels, max_pixels: of the result; a single row or column of blocks may be longer.
+
+    Raises:
+      CorruptImage: one side is more than 200 times the other.
+
+    Source: Wang et al. 2024 (Qwen2-VL); transformers, smart_resize.
+    """
+    height, width = size
+    if max(size) / min(size) > MAX_ASPECT:
+        raise CorruptImage(f"a picture of {height}x{width} pixels: one side is more than {MAX_ASPECT} times the other")
+    rows, cols = round(height / factor), round(width / factor)
+    if rows * cols * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, cols = (max(1, math.floor(side / shrink / factor)) for side in size)
+    elif rows * cols * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, cols = (math.ceil(side * grow / factor) for side in size)
+    return rows * factor, cols * factor
+
+
+def ovis_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
+    """The same for Ovis 2.5, which first brings tiny and thin pictures to a side of one block and to an aspect of 200.
+
+    Source: AIDC-AI/Ovis2.5, modeling_ovis2_5.py, VisualTokenizer.smart_resize.
+    """
+    height, width = size
+    if min(size) < factor:
+        if height < width:
+            height, width = factor, round(factor / height * width)
+        else:
+            height, width = round(factor / width * height), factor
+    elif max(size) / min(size) > MAX_ASPECT:
+        height, width = (MAX_ASPECT * width, width) if height > width else (height, MAX_ASPECT * height)
+    rows, cols = round(height / factor), round(width / factor)
+    if rows * cols * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, cols = (math.floor(side / shrink / factor) for side in (height, width))
+    elif rows * cols * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, cols = (math.ceil(side * grow / factor) for side in (height, width))
+    return rows * factor, cols * factor

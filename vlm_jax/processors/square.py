@@ -1,0 +1,83 @@
+"""One square view of every picture: CLIP, SigLIP, LLaVA-1.5, MobileVLM, Qwen-VL, DeepSeek-VL."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.processors.image import square_padded
+from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles
+from vlm_jax.processors.tiling import Size
+
+Fit = Literal["stretch", "crop", "pad", "shrink", "shrink_rounded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareViews(Tiles):
+    """Every picture as one tile.
+
+    | fit | how |
+    |---|---|
+    | `stretch` | to the size, whatever its aspect |
+    | `crop` | its shorter side to `shortest_edge`, then the middle |
+    | `pad` | to a square with the mean colour first, then as `crop` |
+    | `shrink` | its longer side to the size, the other truncated, then to a square with the mean colour |
+    | `shrink_rounded` | the same, the other side rounded: the port in transformers of DeepSeek-VL |
+
+    Attributes:
+      pixels: what is done to pixels.
+      size: (height, width) of the tile, in pixels.
+      num_tokens: visual tokens of a tile.
+      fit: a row of the table.
+      shortest_edge: of `crop` and `pad`, in pixels; the smaller side of `size` when None.
+      background: colour of `shrink`; the mean when None.
+      min_size: pixels that neither side gets below in `shrink`.
+
+    Source: transformers, models/clip/image_processing_clip.py; LLaVA, mm_utils.py, process_images;
+    DeepSeek-VL, models/image_processing_vlm.py.
+    """
+
+    pixels: Pixels
+    size: Size
+    num_tokens: int
+    fit: Fit = "stretch"
+    shortest_edge: int | None = None
+    background: tuple[int, ...] | None = None
+    min_size: int = 14
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """Every picture by itself."""
+        layout = np.arange(self.num_tokens)
+        return [Seen(self.pixels.tiles([self.tile(picture)]), self.num_tokens, layout) for picture in pictures]
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """As many tokens for every picture."""
+        return [np.arange(self.num_tokens)] * len(sizes)
+
+    def tile(self, picture: Image.Image) -> Image.Image:
+        """The picture at the tile's size, in 8 bits."""
+        if self.fit == "stretch":
+            return self.pixels.resized(picture, self.size)
+        if self.fit in ("shrink", "shrink_rounded"):
+            return self._shrunk(picture)
+        return self._cropped(square_padded(picture, self.pixels.mean_colour) if self.fit == "pad" else picture)
+
+    def _cropped(self, picture: Image.Image) -> Image.Image:
+        short = min(self.size) if self.shortest_edge is None else self.shortest_edge
+        long = int(short * max(picture.size) / min(picture.size))
+        picture = self.pixels.resized(picture, (short, long) if picture.width > picture.height else (long, short))
+        height, width = self.size
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        if (left, top, picture.width, picture.height) == (0, 0, width, height):
+            return picture
+        return picture.crop((left, top, left + width, top + height))
+
+    def _shrunk(self, picture: Image.Image) -> Image.Image:
+        long, side = max(picture.size), self.size[0]
+        if self.fit == "shrink":
+            width, height = (max(int(length / long * side), self.min_size) for length in picture.size)
+        else:
+            width, height = (max(round(length * (side / long)), self.min_size) for length in picture.size)
+        return square_padded(self.pixels.resized(picture, (height, width)), self.background or self.pixels.mean_colour)

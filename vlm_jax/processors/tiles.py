@@ -1,0 +1,228 @@
+"""Views that cut a picture into as many tiles as fit its shape: InternVL, DeepSeek-VL2, Ovis 2."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles
+from vlm_jax.processors.tiling import Order, Size, best_resolution, closest_ratio, covering_grid, ratio_candidates, split
+from vlm_jax.types import Grid
+
+
+def cut(picture: Image.Image, side: int) -> list[Image.Image]:
+    """Squares of `side` pixels, row by row, of a picture that is made of whole ones."""
+    return [
+        picture.crop((left, top, left + side, top + side))
+        for top in range(0, picture.height, side)
+        for left in range(0, picture.width, side)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class InternVLViews(Tiles):
+    """Tiles of the grid whose aspect is closest to the picture's, then the whole picture where there are several.
+
+    Attributes:
+      pixels: what is done to pixels.
+      side: of a tile, in pixels.
+      num_tokens: visual tokens of a tile.
+      min_tiles, max_tiles: of a picture, without the whole.
+      thumbnail: whether the whole picture follows.
+      order: of equally good grids; see `tiling.ratio_candidates`.
+
+    Source: Chen et al. 2024 (InternVL 1.5), section 3.2; InternVL, dynamic_preprocess.
+    """
+
+    pixels: Pixels
+    side: int
+    num_tokens: int
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+    order: Order = "release"
+
+    def grid(self, size: Size) -> Grid:
+        """Rows and columns of tiles of a picture of a size."""
+        candidates = ratio_candidates(self.min_tiles, self.max_tiles, self.order)
+        return closest_ratio(size, candidates, (self.side, self.side))
+
+    def tiles(self, picture: Image.Image) -> list[Image.Image]:
+        """The tiles of a picture, in 8 bits."""
+        rows, cols = self.grid(picture.size[::-1])
+        tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side)
+        if self.thumbnail and len(tiles) > 1:
+            tiles.append(self.pixels.resized(picture, (self.side, self.side)))
+        return tiles
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """Every picture by itself."""
+        return [self._seen(self.tiles(picture)) for picture in pictures]
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """Tile after tile."""
+        counts = [math.prod(self.grid(size)) for size in sizes]
+        return [np.arange((count + (self.thumbnail and count > 1)) * self.num_tokens) for count in counts]
+
+    def video(self, frames: Sequence[Image.Image], fps: float | None) -> list[Seen]:
+        """Every frame as one tile, with a place of its own."""
+        del fps  # frames are numbered, not timed
+        return [self._seen([self.pixels.resized(frame, (self.side, self.side))]) for frame in frames]
+
+    def _seen(self, tiles: list[Image.Image]) -> Seen:
+        count = len(tiles) * self.num_tokens
+        return Seen(self.pixels.tiles(tiles), count, np.arange(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSeekVL2Views(Tiles):
+    """The whole picture as a tile, and the tiles of the best of several canvases, laid out in two dimensions.
+
+    Every row of tokens ends in the learned row 0, and the learned row 1 stands between whole and tiles.
+
+    Attributes:
+      pixels: what is done to pixels; the mean colour fills borders.
+      side: of a tile, in pixels.
+      tokens_per_side: rows, and columns, of tokens of a tile.
+      canvases: (height, width) in pixels, in the release's order.
+      max_tiled: pictures of a conversation above which each is one tile.
+      whole_first: whether the whole picture's tokens stand before the tiles'.
+
+    Source: Wu et al. 2024 (DeepSeek-VL2), section 3.1; processing_deepseek_vl_v2.py, tokenize_with_images.
+    """
+
+    pixels: Pixels
+    side: int
+    tokens_per_side: int
+    canvases: tuple[Size, ...]
+    max_tiled: int = 2
+    whole_first: bool = True
+
+    def grid(self, size: Size, num_pictures: int) -> Grid:
+        """Rows and columns of tiles of one of so many pictures."""
+        if num_pictures > self.max_tiled:
+            return 1, 1
+        height, width = best_resolution(size, self.canvases)
+        return height // self.side, width // self.side
+
+    def tiles(self, picture: Image.Image, num_pictures: int) -> list[Image.Image]:
+        """The tiles of one of so many pictures, in 8 bits."""
+        rows, cols = self.grid(picture.size[::-1], num_pictures)
+        # The canvas of the whole is that of a single tile.
+        whole = self._padded(picture, 1, 1)
+        return [whole, *([whole] if rows * cols == 1 else cut(self._padded(picture, rows, cols), self.side))]
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """All pictures of a conversation: their number decides whether they are cut."""
+        layouts = self.layouts([picture.size[::-1] for picture in pictures])
+        seen = []
+        for picture, layout in zip(pictures, layouts, strict=True):
+            tiles = self.tiles(picture, len(pictures))
+            seen.append(Seen(self.pixels.tiles(tiles), len(tiles) * self.tokens_per_side**2, layout))
+        return seen
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """Rows of tokens with the learned row after each."""
+        return [self.layout(self.grid(size, len(sizes))) for size in sizes]
+
+    def layout(self, grid: Grid) -> Layout:
+        """The layout of a picture of which the canvas has so many rows and columns of tiles."""
+        (rows, cols), tokens = grid, self.tokens_per_side
+        newline, separator = -1, -2
+        whole = np.arange(tokens**2).reshape(tokens, tokens)
+        mosaic = tokens**2 + np.arange(rows * cols * tokens**2)
+        mosaic = mosaic.reshape(rows, cols, tokens, tokens).swapaxes(1, 2).reshape(rows * tokens, cols * tokens)
+        parts = [np.pad(part, ((0, 0), (0, 1)), constant_values=newline).reshape(-1) for part in (whole, mosaic)]
+        first, second = parts if self.whole_first else parts[::-1]
+        return np.concatenate([first, [separator], second])
+
+    def _padded(self, picture: Image.Image, rows: int, cols: int) -> Image.Image:
+        size = (cols * self.side, rows * self.side)
+        return ImageOps.pad(picture, size, self.pixels.resample, color=self.pixels.mean_colour)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ovis2Views(Tiles):
+    """The fewest parts that keep nine tenths of the pixels, each on a square canvas; the whole first where several.
+
+    Learned rows: 0 starts a picture, 1 ends the first tile, 2 stands between columns, 3 between rows, 4 ends it.
+
+    Attributes:
+      pixels: what is done to pixels. Canvases are 0 after that.
+      side: of a canvas, in pixels.
+      num_tokens: visual tokens of a tile.
+      max_parts: most parts; 1 looks at the whole alone.
+      port: cuts as transformers does: the picture is stretched to a canvas for all parts, whose rows and columns
+        are exchanged.
+
+    Source: Ovis 2, modeling_ovis.py, BaseVisualTokenizer.preprocess_image; transformers,
+    models/ovis2/image_processing_ovis2.py.
+    """
+
+    pixels: Pixels
+    side: int
+    num_tokens: int
+    max_parts: int = 9
+    port: bool = False
+
+    def grid(self, size: Size) -> Grid:
+        """Rows and columns of parts."""
+        rows, cols = _covering_grid(size, self.side, self.max_parts)
+        return (cols, rows) if self.port else (rows, cols)
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """Every picture by itself."""
+        seen = []
+        for picture, layout in zip(pictures, self.layouts([picture.size[::-1] for picture in pictures]), strict=True):
+            tiles = self.stretched(picture) if self.port else self.fitted(picture)
+            seen.append(Seen(tiles, len(tiles) * self.num_tokens, layout))
+        return seen
+
+    def fitted(self, picture: Image.Image) -> np.ndarray:
+        """Tiles of the release: every part at its own aspect."""
+        size = picture.size[::-1]
+        parts = [picture.crop(box) for box in split(size, self.grid(size))]
+        parts = parts if len(parts) == 1 else [picture, *parts]
+        tiles = np.zeros((len(parts), self.side, self.side, 3), np.float32)
+        for tile, part in zip(tiles, parts, strict=True):
+            # Divided before it is multiplied, as the release does, which decides truncations.
+            width = self.side if part.width >= part.height else int(part.width / part.height * self.side)
+            height = self.side if part.height >= part.width else int(part.height / part.width * self.side)
+            left, top = (self.side - width) // 2, (self.side - height) // 2
+            shown = self.pixels.tiles([self.pixels.resized(part, (height, width))])[0]
+            tile[top : top + height, left : left + width] = shown
+        return tiles
+
+    def stretched(self, picture: Image.Image) -> np.ndarray:
+        """Tiles of the port."""
+        rows, cols = self.grid(picture.size[::-1])
+        tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side)
+        whole = [self.pixels.resized(picture, (self.side, self.side))] if len(tiles) > 1 else []
+        return self.pixels.tiles([*whole, *tiles])
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """Tiles row by row with the learned rows between."""
+        return [self.layout(self.grid(size)) for size in sizes]
+
+    def layout(self, grid: Grid) -> Layout:
+        """The layout of a picture of so many rows and columns of parts."""
+        start, after_first, column, row, end = (np.array([-1 - k]) for k in range(5))
+        tile = np.arange(self.num_tokens)
+        rows, cols = grid
+        places = [start, tile, after_first]
+        if rows * cols > 1:
+            for part in range(rows * cols):
+                places.append(tile + (part + 1) * self.num_tokens)
+                if part % cols < cols - 1:
+                    places.append(column)
+                elif part < rows * cols - 1:
+                    places.append(row)
+        return np.concatenate([*places, end])
+
+
+@functools.lru_cache(1024)
+def _covering_grid(size: Size, side: int, max_parts: int) -> Grid:
+    return covering_grid(size, side, max_parts)
