@@ -6,7 +6,7 @@ import pytest
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 
 PAD, IMAGE = 0, 9
-PIECES = [Text([1]), Visual(0, 2), Visual(5, 1), Text([11, 12]), Text([21, 22, 2], learned=True)]
+PIECES = [Text([1]), Visual([0, 1]), Visual([5]), Text([11, 12]), Text([21, 22, 2], learned=True)]
 # position            0   1  2  3   4   5   6   7  8
 
 
@@ -43,6 +43,19 @@ def test_a_prompt_padded_on_the_left():
         visual_index=[-1, -1, -1, 0, 1, 5, -1, -1],
         targets=[PAD, PAD, IMAGE, IMAGE, IMAGE, 11, 12, PAD],
         loss_weights=[0] * 8,
+    )
+
+
+def test_three_axes_go_on_after_the_largest_position_of_a_picture():
+    grid = [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]  # two rows of three
+    pieces = [Text([1, 4]), Visual(range(6), positions=np.array(grid)), Text([5]), Visual([7], ids=[8]), Text([6])]
+    row = lay_out(pieces, 12, pad_id=PAD, image_id=IMAGE, sample_id="s", pad_side="left", rotary_3d=True)
+    picture = [[2 + step for step in place] for place in grid]
+    check(
+        row,
+        positions=[[0] * 3, [0] * 3, [1] * 3, *picture, [5] * 3, [6] * 3, [7] * 3],
+        tokens=[PAD, 1, 4, *[IMAGE] * 6, 5, 8, 6],
+        visual_index=[-1, -1, -1, 0, 1, 2, 3, 4, 5, -1, 7, -1],
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from vlm_jax.processors.image import height_and_width
 from vlm_jax.processors.seen import Layout, Seen, Tiles
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size, best_resolution
@@ -48,7 +49,9 @@ class AnyresViews(Tiles):
     def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """Every picture by itself."""
         seen = []
-        for picture, layout in zip(pictures, self.layouts([picture.size[::-1] for picture in pictures]), strict=True):
+        for picture, layout in zip(
+            pictures, self.layouts([height_and_width(picture) for picture in pictures]), strict=True
+        ):
             tiles = self.tiles(picture)
             seen.append(Seen(self.base.pixels.tiles(tiles), len(tiles) * math.prod(self.grid), layout))
         return seen
@@ -68,7 +71,7 @@ class AnyresViews(Tiles):
 
     def canvas(self, picture: Image.Image) -> Image.Image:
         """The picture in the middle of its best canvas, with black borders."""
-        rows, cols = best_resolution(picture.size[::-1], self.canvases)
+        rows, cols = best_resolution(height_and_width(picture), self.canvases)
         across, down = cols / picture.width, rows / picture.height
         if across < down:
             width, height = cols, min(math.ceil(picture.height * across), rows)

@@ -191,6 +191,11 @@ def scale_and_shift(
     return scale.astype(np.float32), shift.astype(np.float32)
 
 
+def height_and_width(picture: Image.Image) -> tuple[int, int]:
+    """The size as arrays have it; Pillow's own is (width, height)."""
+    return picture.height, picture.width
+
+
 def square_padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """The picture in the middle of a square of its longer side; the odd pixel is right or below.
 

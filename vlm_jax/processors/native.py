@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from vlm_jax.processors.image import scale_and_shift
+from vlm_jax.processors.image import height_and_width, scale_and_shift
 from vlm_jax.processors.patches import pack, patchify
 from vlm_jax.processors.seen import Layout, Pixels, Seen
 from vlm_jax.processors.tiling import Size
@@ -67,16 +67,18 @@ class NativeViews:
 
     def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """Every picture by itself."""
-        return [self._seen([picture], self.size(picture.size[::-1]), self.image_edges, 1.0) for picture in pictures]
+        return [
+            self._seen([picture], self.size(height_and_width(picture)), self.image_edges, 1.0) for picture in pictures
+        ]
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Block after block, between the edges."""
         unit = self.format.block_size
         return [_between(math.prod(self.size(size)) // unit**2, self.image_edges) for size in sizes]
 
-    def video(self, frames: Sequence[Image.Image], fps: float | None) -> list[Seen]:
+    def video(self, frames: Sequence[Image.Image], fps: float | int | None) -> list[Seen]:
         """A video in one place; its frames get the size of the first."""
-        num_slots, size = self.format.num_slots(len(frames)), frames[0].size[::-1]
+        num_slots, size = self.format.num_slots(len(frames)), height_and_width(frames[0])
         if self.video_limits is None:
             size = self.size(size)
         else:
@@ -113,9 +115,7 @@ class NativeViews:
         }
         return dataclasses.replace(packed[0], **fields)  # type: ignore
 
-    def _seen(
-        self, frames: Sequence[Image.Image], size: Size, edges: tuple[int, int] | None, interval: float
-    ) -> Seen:
+    def _seen(self, frames: Sequence[Image.Image], size: Size, edges: tuple[int, int] | None, interval: float) -> Seen:
         form = self.format
         pixels = np.stack([np.asarray(self.pixels.resized(frame, size)) for frame in frames])
         patches, grid = patchify(
@@ -131,14 +131,17 @@ class NativeViews:
 
     def _normalised(self, patches: np.ndarray) -> np.ndarray:
         """float32 of uint8 patches, whose values lie channel after channel."""
-        scale, shift = (np.repeat(part, patches.shape[1] // 3) for part in scale_and_shift(self.pixels.mean, self.pixels.std))
+        scale, shift = (
+            np.repeat(part, patches.shape[1] // 3) for part in scale_and_shift(self.pixels.mean, self.pixels.std)
+        )
         values = np.multiply(patches, scale, dtype=np.float32)
         values -= shift
         return values
 
     def _blank(self) -> Seen:
         """One block, for an example without pictures."""
-        return self._seen([Image.new("RGB", (self.format.block_size,) * 2)], (self.format.block_size,) * 2, None, 1.0)
+        size = (self.format.block_size, self.format.block_size)
+        return self._seen([Image.new("RGB", size)], size, None, 1.0)
 
 
 def rotary_positions(grid: tuple[int, int, int], interval: float) -> Int[np.ndarray, "n 3"]:

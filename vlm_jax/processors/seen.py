@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -36,6 +36,7 @@ class Seen:
     positions: Int[np.ndarray, "n 3"] | None = None
 
 
+@runtime_checkable
 class Views(Protocol):
     """How a system looks at the pictures of a conversation; one class a way, configured by a release's files."""
 
@@ -47,7 +48,7 @@ class Views(Protocol):
         """The same of their sizes alone, (height, width) in pixels, before anything runs."""
         ...
 
-    def video(self, frames: Sequence[Image.Image], fps: float | None) -> list[Seen]:
+    def video(self, frames: Sequence[Image.Image], fps: float | int | None) -> list[Seen]:
         """A video, for every place that it has in the text.
 
         Args:
@@ -96,7 +97,7 @@ class Pixels:
 class Tiles:
     """What views of tiles have in common: no videos, and batches that are filled up with blank tiles."""
 
-    def video(self, frames: Sequence[Image.Image], fps: float | None) -> list[Seen]:
+    def video(self, frames: Sequence[Image.Image], fps: float | int | None) -> list[Seen]:
         """Refuses."""
         del frames, fps
         raise ValueError("this system takes pictures and no videos; give single frames as images")

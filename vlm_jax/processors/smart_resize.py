@@ -1,4 +1,4 @@
-"""The size that a picture is brought to where a model sees it at about its own: whole blocks, within limits of pixels."""
+"""The size that a picture is brought to where a model sees it at about its own: whole blocks, limits of pixels."""
 
 import math
 

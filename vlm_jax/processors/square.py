@@ -22,8 +22,8 @@ class SquareViews(Tiles):
     |---|---|
     | `stretch` | to the size, whatever its aspect |
     | `crop` | its shorter side to `shortest_edge`, then the middle |
-    | `pad` | to a square with the mean colour first, then as `crop` |
-    | `shrink` | its longer side to the size, the other truncated, then to a square with the mean colour |
+    | `pad` | to a square with the background first, then as `crop` |
+    | `shrink` | its longer side to the size, the other truncated, then to a square with the background |
     | `shrink_rounded` | the same, the other side rounded: the port in transformers of DeepSeek-VL |
 
     Attributes:
@@ -32,7 +32,7 @@ class SquareViews(Tiles):
       num_tokens: visual tokens of a tile.
       fit: a row of the table.
       shortest_edge: of `crop` and `pad`, in pixels; the smaller side of `size` when None.
-      background: colour of `shrink`; the mean when None.
+      background: colour of borders in 8 bits; the mean of `pixels` when None.
       min_size: pixels that neither side gets below in `shrink`.
 
     Source: transformers, models/clip/image_processing_clip.py; LLaVA, mm_utils.py, process_images;
@@ -62,7 +62,11 @@ class SquareViews(Tiles):
             return self.pixels.resized(picture, self.size)
         if self.fit in ("shrink", "shrink_rounded"):
             return self._shrunk(picture)
-        return self._cropped(square_padded(picture, self.pixels.mean_colour) if self.fit == "pad" else picture)
+        return self._cropped(square_padded(picture, self._colour) if self.fit == "pad" else picture)
+
+    @property
+    def _colour(self) -> tuple[int, ...]:
+        return self.background or self.pixels.mean_colour
 
     def _cropped(self, picture: Image.Image) -> Image.Image:
         short = min(self.size) if self.shortest_edge is None else self.shortest_edge
@@ -80,4 +84,4 @@ class SquareViews(Tiles):
             width, height = (max(int(length / long * side), self.min_size) for length in picture.size)
         else:
             width, height = (max(round(length * (side / long)), self.min_size) for length in picture.size)
-        return square_padded(self.pixels.resized(picture, (height, width)), self.background or self.pixels.mean_colour)
+        return square_padded(self.pixels.resized(picture, (height, width)), self._colour)

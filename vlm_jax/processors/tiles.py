@@ -8,8 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
+from vlm_jax.processors.image import height_and_width
 from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles
-from vlm_jax.processors.tiling import Order, Size, best_resolution, closest_ratio, covering_grid, ratio_candidates, split
+from vlm_jax.processors.tiling import (
+    Order,
+    Size,
+    best_resolution,
+    closest_ratio,
+    covering_grid,
+    ratio_candidates,
+    split,
+)
 from vlm_jax.types import Grid
 
 
@@ -52,7 +61,7 @@ class InternVLViews(Tiles):
 
     def tiles(self, picture: Image.Image) -> list[Image.Image]:
         """The tiles of a picture, in 8 bits."""
-        rows, cols = self.grid(picture.size[::-1])
+        rows, cols = self.grid(height_and_width(picture))
         tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side)
         if self.thumbnail and len(tiles) > 1:
             tiles.append(self.pixels.resized(picture, (self.side, self.side)))
@@ -67,7 +76,7 @@ class InternVLViews(Tiles):
         counts = [math.prod(self.grid(size)) for size in sizes]
         return [np.arange((count + (self.thumbnail and count > 1)) * self.num_tokens) for count in counts]
 
-    def video(self, frames: Sequence[Image.Image], fps: float | None) -> list[Seen]:
+    def video(self, frames: Sequence[Image.Image], fps: float | int | None) -> list[Seen]:
         """Every frame as one tile, with a place of its own."""
         del fps  # frames are numbered, not timed
         return [self._seen([self.pixels.resized(frame, (self.side, self.side))]) for frame in frames]
@@ -110,14 +119,14 @@ class DeepSeekVL2Views(Tiles):
 
     def tiles(self, picture: Image.Image, num_pictures: int) -> list[Image.Image]:
         """The tiles of one of so many pictures, in 8 bits."""
-        rows, cols = self.grid(picture.size[::-1], num_pictures)
+        rows, cols = self.grid(height_and_width(picture), num_pictures)
         # The canvas of the whole is that of a single tile.
         whole = self._padded(picture, 1, 1)
         return [whole, *([whole] if rows * cols == 1 else cut(self._padded(picture, rows, cols), self.side))]
 
     def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """All pictures of a conversation: their number decides whether they are cut."""
-        layouts = self.layouts([picture.size[::-1] for picture in pictures])
+        layouts = self.layouts([height_and_width(picture) for picture in pictures])
         seen = []
         for picture, layout in zip(pictures, layouts, strict=True):
             tiles = self.tiles(picture, len(pictures))
@@ -176,14 +185,16 @@ class Ovis2Views(Tiles):
     def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """Every picture by itself."""
         seen = []
-        for picture, layout in zip(pictures, self.layouts([picture.size[::-1] for picture in pictures]), strict=True):
+        for picture, layout in zip(
+            pictures, self.layouts([height_and_width(picture) for picture in pictures]), strict=True
+        ):
             tiles = self.stretched(picture) if self.port else self.fitted(picture)
             seen.append(Seen(tiles, len(tiles) * self.num_tokens, layout))
         return seen
 
     def fitted(self, picture: Image.Image) -> np.ndarray:
         """Tiles of the release: every part at its own aspect."""
-        size = picture.size[::-1]
+        size = height_and_width(picture)
         parts = [picture.crop(box) for box in split(size, self.grid(size))]
         parts = parts if len(parts) == 1 else [picture, *parts]
         tiles = np.zeros((len(parts), self.side, self.side, 3), np.float32)
@@ -198,7 +209,7 @@ class Ovis2Views(Tiles):
 
     def stretched(self, picture: Image.Image) -> np.ndarray:
         """Tiles of the port."""
-        rows, cols = self.grid(picture.size[::-1])
+        rows, cols = self.grid(height_and_width(picture))
         tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side)
         whole = [self.pixels.resized(picture, (self.side, self.side))] if len(tiles) > 1 else []
         return self.pixels.tiles([*whole, *tiles])

@@ -122,6 +122,4 @@ def _covered(part: tuple[int, int, int, int], side: int) -> float:
     """Pixels that are left of a part of a picture when it is shrunk into a square of `side` pixels."""
     left, top, right, bottom = part
     long, short = max(right - left, bottom - top), min(right - left, bottom - top)
-    if long > side:
-        long, short = side, short / long * side
-    return long * short
+    return short / long * side * side if long > side else float(long * short)

@@ -147,7 +147,7 @@ class VqaProcessor:
         if not sample.turns:
             raise ValueError(f"sample '{sample.sample_id}' has no question")
         pieces: list[Text | Visual] = [Text([self.tokenizer.bos_id])]
-        pieces += [Visual(sum(counts[:image]), count) for image, count in enumerate(counts)]
+        pieces += [Visual(sum(counts[:image]) + np.arange(count)) for image, count in enumerate(counts)]
         if sample.context:
             pieces.append(Text(self._ids(sample, sample.context)))
         return pieces

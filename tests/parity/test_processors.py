@@ -1,0 +1,325 @@
+"""Processors of transformers beside ours: one saved folder, the same conversation, the same pictures."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+from tokenizers import decoders, models, pre_tokenizers
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+
+from vlm_jax.pretrained.processing import deepseek_hf, internvl_hf, llava_hf, ovis2_hf, qwen_hf
+
+SIZES = [(40, 70), (90, 31), (56, 56), (23, 200), (131, 97)]
+
+
+def pictures(count):
+    draw = np.random.default_rng(0)
+    small = [draw.integers(0, 255, (height // 4, width // 4, 3), np.uint8) for height, width in SIZES[:count]]
+    return [Image.fromarray(s).resize(size[::-1], 3) for s, size in zip(small, SIZES, strict=False)]
+
+
+def template(image, head="", video="<video>"):
+    """A template in the manner of releases: pictures and text in order, roles before them."""
+    return (
+        head + "{% for m in messages %}{{ m['role'] | upper }}: {% if m['content'] is string %}{{ m['content'] }}"
+        "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "\n"
+        "{% elif c['type'] == 'video' %}" + video + "\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
+        "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+
+
+def tokenizer(*added, **names):
+    """Bytes, and a BOS that is put before texts."""
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<pad>", *added, *names.values()])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=names
+    )
+
+
+def conversation(count):
+    """As many pictures in the first turn, and another turn after it."""
+    images = [{"type": "image"} for _ in range(count)]
+    return [
+        {"role": "user", "content": [*images, {"type": "text", "text": "What is é this? 12"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+    ]
+
+
+def official(theirs, messages, images, **options):
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True)
+    bos = theirs.tokenizer.bos_token
+    special = {"add_special_tokens": False} if text.startswith(bos) else {}
+    return theirs(images=images or None, text=[text], return_tensors="np", **special, **options)
+
+
+def save(theirs, folder, **config):
+    """In one file, or in those of older releases where a part cannot be made here."""
+    if getattr(theirs, "video_processor", folder) is None:
+        theirs.image_processor.save_pretrained(folder)
+        theirs.tokenizer.save_pretrained(folder)
+        (folder / "chat_template.jinja").write_text(theirs.chat_template)
+        own = {key: getattr(theirs, key) for key in ("image_seq_length",) if hasattr(theirs, key)}
+        (folder / "processor_config.json").write_text(json.dumps(own))
+    else:
+        theirs.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, config
+
+
+def same_ids(ours, theirs):
+    np.testing.assert_array_equal(ours.tokens, theirs["input_ids"])
+    np.testing.assert_array_equal(ours.segment_ids, theirs["attention_mask"])
+
+
+def same_tiles(ours, theirs):
+    """Tiles, whatever the batch adds to them."""
+    tiles = np.asarray(theirs["pixel_values"])
+    tiles = tiles.reshape(-1, *tiles.shape[-3:]).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours.images[0], tiles, atol=1e-5)
+
+
+def check_rows(ours, token_id, num_rows):
+    """Every place of a picture is filled, each row at most once and in order of the places."""
+    places = np.asarray(ours.tokens) == token_id
+    np.testing.assert_array_equal(np.asarray(ours.visual_index) >= 0, places)
+    assert ours.visual_index.max() < num_rows
+
+
+VISION = {"patch_size": 7, "image_size": 28}
+
+
+@pytest.mark.parametrize("head", ["", "<s>"])
+@pytest.mark.parametrize("images", [CLIPImageProcessorPil, LlavaImageProcessorPil])
+def test_llava(tmp_path, images, head):
+    pad = {"do_pad": True} if images is LlavaImageProcessorPil else {}
+    theirs = transformers.LlavaProcessor(
+        images(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **pad),
+        tokenizer(image_token="<image>"),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>", head),
+    )
+    folder, config = save(theirs, tmp_path, model_type="llava", vision_config=VISION)
+    processor = llava_hf.processor(folder, config)
+    for count in (0, 1, 3):
+        messages, images_ = conversation(count), pictures(count)
+        ours, expected = processor(messages, images_), official(theirs, messages, images_)
+        same_ids(ours, expected)
+        if count:
+            same_tiles(ours, expected)
+            check_rows(ours, theirs.image_token_id, 16 * count)
+            index = ours.visual_index[ours.visual_index >= 0]
+            np.testing.assert_array_equal(index, np.arange(16 * count))
+    assert processor.count_visual_tokens(SIZES) == [16] * len(SIZES)
+
+
+def test_llava_next(tmp_path):
+    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    theirs = transformers.LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer(image_token="<image>"),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>"),
+    )
+    folder, config = save(theirs, tmp_path, model_type="llava_next", vision_config=VISION)
+    processor = llava_hf.processor_next(folder, config)
+    for number, picture in enumerate(pictures(len(SIZES))):
+        ours, expected = processor(conversation(1), [picture]), official(theirs, conversation(1), [picture])
+        same_ids(ours, expected)
+        same_tiles(ours, expected)
+        assert processor.count_visual_tokens([SIZES[number]]) == [int((ours.visual_index >= 0).sum())]
+    messages = conversation(2)
+    ours, expected = processor(messages, pictures(2)), official(theirs, messages, pictures(2))
+    same_ids(ours, expected)
+    tiles = expected["pixel_values"].transpose(0, 1, 3, 4, 2).reshape(-1, 28, 28, 3)
+    np.testing.assert_allclose(ours.images[0], tiles[tiles.any((1, 2, 3))], atol=1e-5)  # without what fills up
+
+
+@pytest.fixture
+def without_torchvision(monkeypatch):
+    """Processors with videos check their parts against classes that only torchvision brings."""
+    monkeypatch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+
+
+QWEN_TAGS = "<|vision_start|><|image_pad|><|vision_end|>"
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+QWEN = {
+    "qwen2_vl": (transformers.Qwen2VLProcessor, Qwen2VLModel, {"spatial_merge_size": 2}),
+    "qwen2_5_vl": (
+        transformers.Qwen2_5_VLProcessor,
+        Qwen2_5_VLModel,
+        {"spatial_merge_size": 2, "tokens_per_second": 2},
+    ),
+}
+
+
+class Config:
+    """The fields that a model's positions are computed from."""
+
+    def __init__(self, vision):
+        self.vision_config = type("Vision", (), vision)
+
+
+def qwen(kind, folder):
+    made, model, vision = QWEN[kind]
+    names = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
+    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096})
+    theirs = made(images, tokenizer(*names), None, chat_template=template(QWEN_TAGS, video=QWEN_VIDEO))
+    folder, config = save(theirs, folder, model_type=kind, vision_config=vision)
+    sizes = {"size": {"shortest_edge": 1024, "longest_edge": 2048}}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(sizes))
+    positions = object.__new__(model)
+    object.__setattr__(positions, "config", Config(vision))
+    return theirs, positions, qwen_hf.processor(folder, config)
+
+
+def same_patches(ours, theirs):
+    np.testing.assert_allclose(ours.images.patches[0], theirs["pixel_values"], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_qwen_images(tmp_path, without_torchvision, kind):
+    theirs, model, processor = qwen(kind, tmp_path)
+    for images in (pictures(1), pictures(2), pictures(5)[3:]):
+        messages = conversation(len(images))
+        ours, expected = processor(messages, images), official(theirs, messages, images)
+        same_ids(ours, expected)
+        same_patches(ours, expected)
+        sizes = [(image.height, image.width) for image in images]
+        grids = torch.from_numpy(expected["image_grid_thw"])
+        assert processor.count_visual_tokens(sizes) == (grids.prod(-1) // 4).tolist()
+        ids = torch.from_numpy(expected["input_ids"])
+        kinds = (ids == theirs.image_token_id).int()
+        positions, _ = type(model).get_rope_index(model, ids, mm_token_type_ids=kinds, image_grid_thw=grids)
+        np.testing.assert_array_equal(ours.positions.transpose(2, 0, 1), positions)
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_qwen_videos(tmp_path, without_torchvision, kind):
+    """Frames as their image processor makes each of them, laid out as their models place a video."""
+    theirs, model, processor = qwen(kind, tmp_path)
+    frames = [picture.resize((70, 50)) for picture in pictures(5)]
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]
+    ours = processor(messages, videos=[frames], fps=1.0)
+    one = [theirs.image_processor([frame], size={"shortest_edge": 1024, "longest_edge": 2048}) for frame in frames]
+    _, rows, cols = one[0]["image_grid_thw"][0]
+    # Of each of their patches, which holds a picture twice, the first frame; two frames make one of ours.
+    halves = np.stack([o["pixel_values"].reshape(rows * cols, 3, 2, -1)[:, :, 0] for o in [*one, one[-1]]])
+    patches = halves.reshape(3, 2, rows * cols, 3, -1).transpose(0, 2, 3, 1, 4).reshape(3 * rows * cols, -1)
+    np.testing.assert_allclose(ours.images.patches[0], patches, atol=1e-5)
+    grids = torch.tensor([[3, rows, cols]])
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True)
+    text = text.replace("<|video_pad|>", "<|video_pad|>" * (3 * rows * cols // 4))
+    ids = theirs.tokenizer([text], return_tensors="pt")["input_ids"]
+    np.testing.assert_array_equal(ours.tokens, ids)
+    kinds = (ids == theirs.video_token_id).int() * 2
+    seconds = {"second_per_grid_ts": [2.0]} if kind == "qwen2_5_vl" else {}
+    positions, _ = type(model).get_rope_index(model, ids, mm_token_type_ids=kinds, video_grid_thw=grids, **seconds)
+    places = np.asarray(ours.visual_index[0]) >= 0
+    np.testing.assert_array_equal(ours.positions[0][places], positions[:, 0].T[places])
+    assert ours.positions[0, places.nonzero()[0][-1] + 1, 0] == ours.positions[0][places].max() + 1
+
+
+def test_deepseek_vl(tmp_path):
+    theirs = transformers.DeepseekVLProcessor(
+        DeepseekVLImageProcessorPil(size={"height": 32, "width": 32}, min_size=4),
+        tokenizer(image_token="<image_placeholder>"),
+        chat_template=template("<image_placeholder>"),
+        num_image_tokens=9,
+    )
+    folder, config = save(theirs, tmp_path, model_type="deepseek_vl")
+    processor = deepseek_hf.processor(folder, config)
+    for count in (1, 5):
+        messages, images = conversation(count), pictures(count)
+        ours, expected = processor(messages, images), official(theirs, messages, images)
+        same_ids(ours, expected)
+        same_tiles(ours, expected)
+        check_rows(ours, theirs.image_token_id, 9 * count)
+
+
+def test_internvl(tmp_path, without_torchvision):
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    theirs = transformers.InternVLProcessor(
+        GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6),
+        tokenizer(**names, video_token="<video>"),
+        None,
+        image_seq_length=4,
+        chat_template=template("<IMG_CONTEXT>"),
+    )
+    folder, config = save(theirs, tmp_path, model_type="internvl")
+    processor = internvl_hf.processor(folder, config)
+    for count in (1, 5):
+        messages, images = conversation(count), pictures(count)
+        ours, expected = processor(messages, images), official(theirs, messages, images)
+        same_ids(ours, expected)
+        same_tiles(ours, expected)
+        check_rows(ours, theirs.image_token_id, 4 * ours.images.shape[1])
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]
+    ours = processor(messages, videos=[pictures(2)])
+    frame = "<img>" + 4 * "<IMG_CONTEXT>" + "</img>"
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True)
+    text = text.replace("<video>", f"Frame1: {frame}\nFrame2: {frame}")
+    np.testing.assert_array_equal(ours.tokens, theirs.tokenizer([text], return_tensors="np")["input_ids"])
+    alone = theirs.image_processor(pictures(2), crop_to_patches=False)
+    np.testing.assert_allclose(ours.images[0], np.stack(alone["pixel_values"]).transpose(0, 2, 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_ovis2(tmp_path, tiles):
+    indicators = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    made = tokenizer("<image>", "<IMG_ATOM>", *indicators)
+    theirs = transformers.Ovis2Processor(
+        Ovis2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=tiles, max_patches=9),
+        made,
+        chat_template=template("<image>"),
+        image_seq_length=4,
+    )
+    ids = made.convert_tokens_to_ids(indicators)
+    folder, config = save(theirs, tmp_path, model_type="ovis2", visual_indicator_token_ids=ids)
+    processor = ovis2_hf.processor(folder, config)
+    for count in (1, 5):
+        messages, images = conversation(count), pictures(count)
+        ours, expected = processor(messages, images), official(theirs, messages, images)
+        same_ids(ours, expected)
+        same_tiles(ours, expected)
+        atoms = np.asarray(ours.tokens) == made.convert_tokens_to_ids("<IMG_ATOM>")
+        np.testing.assert_array_equal(ours.visual_index[atoms], 5 + np.arange(4 * ours.images.shape[1]))
+        for row, index in enumerate(ids):
+            assert (ours.visual_index[np.asarray(ours.tokens) == index] == row).all()
+
+
+def test_a_batch_is_padded_on_the_left(tmp_path, without_torchvision):
+    theirs, _, processor = qwen("qwen2_vl", tmp_path)
+    conversations = [conversation(2), conversation(0), conversation(1)]
+    images = [pictures(2), [], pictures(1)]
+    ours = processor.batch(conversations, images)
+    texts = [theirs.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+    expected = theirs(images=images, text=texts, return_tensors="np", padding=True, padding_side="left")
+    same_ids(ours, expected)
+    patches = [
+        patches[segments > 0] for patches, segments in zip(ours.images.patches, ours.images.segment_ids, strict=True)
+    ]
+    np.testing.assert_allclose(np.concatenate([patches[0], patches[2]]), expected["pixel_values"], atol=1e-5)

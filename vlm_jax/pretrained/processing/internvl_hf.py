@@ -1,0 +1,47 @@
+"""InternVL as transformers stores it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.pretrained.processing.settings import (
+    Folder,
+    height_and_width,
+    image_settings,
+    pad_id,
+    pixels,
+    processor_settings,
+)
+from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.tiles import InternVLViews
+from vlm_jax.processors.tokenizer import Tokenizer
+
+# transformers, models/got_ocr2/image_processing_got_ocr2.py; the processor itself asks for tiles.
+DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "min_patches": 1, "max_patches": 12}
+NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+
+
+def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """The processor of a folder."""
+    settings = image_settings(folder, DEFAULTS)
+    tokenizer = Tokenizer.from_folder(folder)
+    side, _ = height_and_width(settings["size"], f"{folder}: image processor")
+    views = InternVLViews(
+        pixels(settings),
+        side,
+        processor_settings(folder).get("image_seq_length", config.get("image_seq_length", 256)),
+        settings["min_patches"],
+        settings["max_patches"],
+        order="port",
+    )
+    start, end, context = (tokenizer.names.get(role, name) for role, name in NAMES.items())
+    tagged = f"{start}{context}{end}"
+    prompt = TemplatePrompt(
+        ChatTemplate.from_folder(folder, tokenizer.names),
+        tokenizer,
+        marks={"image": context, "video": tokenizer.names.get("video_token", "<video>")},
+        tokens={"image": context, "video": context},
+        texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
+    )
+    return Processor(prompt, views, pad_id(tokenizer, config))

@@ -1,0 +1,51 @@
+"""Ovis 2 as transformers ports it, whose tiles are not those of the release."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.pretrained.family import check_supported
+from vlm_jax.pretrained.processing.settings import (
+    Folder,
+    height_and_width,
+    image_settings,
+    pad_id,
+    pixels,
+    processor_settings,
+)
+from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.tiles import Ovis2Views
+from vlm_jax.processors.tokenizer import Tokenizer
+
+# transformers, models/ovis2/image_processing_ovis2.py.
+DEFAULTS: dict[str, Any] = {
+    "size": {"height": 384, "width": 384},
+    "crop_to_patches": False,
+    "max_patches": 12,
+    "use_covering_area_grid": True,
+}
+
+
+def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """The processor of a folder."""
+    where = f"{folder}: image processor"
+    settings = image_settings(folder, DEFAULTS)
+    check_supported(settings, {"use_covering_area_grid": (True,)}, where)
+    tokenizer = Tokenizer.from_folder(folder)
+    side, _ = height_and_width(settings["size"], where)
+    views = Ovis2Views(
+        pixels(settings),
+        side,
+        processor_settings(folder).get("image_seq_length", 256),
+        settings["max_patches"] if settings["crop_to_patches"] else 1,
+        port=True,
+    )
+    prompt = TemplatePrompt(
+        ChatTemplate.from_folder(folder, tokenizer.names),
+        tokenizer,
+        marks={"image": "<image>"},
+        tokens={"image": "<IMG_ATOM>"},
+    )
+    learned = tuple(config["visual_indicator_token_ids"])
+    return Processor(prompt, views, pad_id(tokenizer, config), num_learned=len(learned), learned_ids=learned)

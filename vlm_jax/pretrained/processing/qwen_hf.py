@@ -1,0 +1,56 @@
+"""Qwen2-VL and Qwen2.5-VL."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.pretrained.processing.settings import Folder, image_settings, pad_id, pixels, video_settings
+from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.native import NativeViews, VideoLimits
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.smart_resize import qwen_size
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import PatchFormat
+
+# transformers, models/qwen2_vl/image_processing_qwen2_vl.py and video_processing_qwen2_vl.py.
+DEFAULTS: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+IMAGE_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+VIDEO_PIXELS = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+# Most tokens of a video: Wang et al. 2024, section 3.2, and Bai et al. 2025, section 2.1.3.
+VIDEO_TOKENS = {"qwen2_vl": 16384, "qwen2_5_vl": 24576}
+TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+
+
+def processor(folder: Folder, config: Mapping[str, Any], window: int | None = None) -> Processor:
+    """The processor of a folder.
+
+    Args:
+      folder: of the checkpoint.
+      config: its `config.json`.
+      window: side of the encoder's attention windows, in blocks; None without.
+    """
+    settings, videos = image_settings(folder, DEFAULTS), video_settings(folder)
+    kind, vision = config["model_type"], config["vision_config"]
+    tokenizer = Tokenizer.from_folder(folder)
+    least, most = _limits(settings, IMAGE_PIXELS)
+    tokens_per_second = float(vision.get("tokens_per_second", 4)) if kind == "qwen2_5_vl" else None
+    views = NativeViews(
+        pixels(settings),
+        PatchFormat(settings["patch_size"], settings["temporal_patch_size"], settings["merge_size"], window),
+        qwen_size,
+        least,
+        most,
+        video_limits=VideoLimits(*_limits(videos, VIDEO_PIXELS), VIDEO_TOKENS[kind]),
+        rotary_3d=True,
+        tokens_per_second=tokens_per_second,
+    )
+    template = ChatTemplate.from_folder(folder, tokenizer.names)
+    prompt = TemplatePrompt(template, tokenizer, marks=TOKENS, tokens=TOKENS)  # type: ignore[arg-type]
+    return Processor(prompt, views, pad_id(tokenizer, config), rotary_3d=True)
+
+
+def _limits(settings: Mapping[str, Any], defaults: Mapping[str, int]) -> tuple[int, int]:
+    """Least and most pixels; the first files call them `min_pixels` and `max_pixels`."""
+    size = {**defaults, **(settings.get("size") or {})}
+    least, most = settings.get("min_pixels"), settings.get("max_pixels")
+    return size["shortest_edge"] if least is None else least, size["longest_edge"] if most is None else most

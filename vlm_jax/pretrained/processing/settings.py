@@ -1,0 +1,112 @@
+"""What a checkpoint folder says of its processor: `preprocessor_config.json`, `processor_config.json` and kin."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from vlm_jax.pretrained.family import PretrainedError, check_supported
+from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.tiling import Size
+
+Folder = str | os.PathLike[str]
+
+CLIP_STATISTICS = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+HALF_STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+IMAGENET_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+# What every image processor of transformers has, where a file does not say otherwise.
+COMMON: dict[str, Any] = {
+    **CLIP_STATISTICS,
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "resample": 3,
+}
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """The object of a file; empty where there is no file.
+
+    Raises:
+      PretrainedError: it is no JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise PretrainedError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise PretrainedError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def processor_settings(folder: Folder) -> dict[str, Any]:
+    """`processor_config.json`."""
+    return read_json(epath.Path(folder) / "processor_config.json")
+
+
+def image_settings(folder: Folder, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """How pictures are prepared: the file's own keys (but for null) over the class's defaults over those of all classes.
+
+    New files have it inside `processor_config.json`, older ones in `preprocessor_config.json`.
+
+    Raises:
+      PretrainedError: pixels are not resized, or rescaled otherwise than by 255.
+    """
+    inside = processor_settings(folder).get("image_processor") or {}
+    given = {**read_json(epath.Path(folder) / "preprocessor_config.json"), **inside}
+    settings: dict[str, Any] = {**COMMON, **defaults, **{key: x for key, x in given.items() if x is not None}}
+    check_supported(settings, {"do_resize": (True,), "do_rescale": (True,)}, f"{folder}: image processor")
+    if abs(settings["rescale_factor"] * 255 - 1) > 1e-6:
+        raise PretrainedError(f"{folder}: rescale_factor: expected 1/255, got {settings['rescale_factor']}")
+    return settings
+
+
+def video_settings(folder: Folder) -> dict[str, Any]:
+    """The same of videos: in `processor_config.json`, or `video_preprocessor_config.json`."""
+    inside = processor_settings(folder).get("video_processor") or {}
+    return {**read_json(epath.Path(folder) / "video_preprocessor_config.json"), **inside}
+
+
+def pixels(settings: Mapping[str, Any]) -> Pixels:
+    """Filter and statistics of image settings."""
+    resample = Image.Resampling(settings["resample"])
+    if not settings["do_normalize"]:
+        return Pixels(resample=resample)
+    return Pixels(tuple(settings["image_mean"]), tuple(settings["image_std"]), resample)
+
+
+def mean_colour(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """The mean in 8 bits, also where pixels are not normalised."""
+    return tuple(int(value * 255) for value in settings["image_mean"])
+
+
+def height_and_width(value: Any, where: str) -> Size:
+    """A size that files give as a number, or as height and width; a `shortest_edge` is a square's.
+
+    Raises:
+      PretrainedError: neither.
+    """
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, Mapping):
+        if "height" in value and "width" in value:
+            return value["height"], value["width"]
+        if "shortest_edge" in value:
+            return value["shortest_edge"], value["shortest_edge"]
+    raise PretrainedError(f"{where}: expected a number, or height and width, got {value!r}")
+
+
+def pad_id(tokenizer: Any, config: Mapping[str, Any]) -> int:
+    """The tokenizer's padding, the config's, or 0."""
+    text = config.get("text_config") or config.get("llm_config") or config.get("language_config") or {}
+    candidates = (tokenizer.pad_id, config.get("pad_token_id"), text.get("pad_token_id"), tokenizer.eos_id, 0)
+    return next(index for index in candidates if isinstance(index, int) and index >= 0)

@@ -1,0 +1,145 @@
+"""Messages to the ids of a prompt, with a slot wherever a picture stands."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.layout import Text
+from vlm_jax.processors.tokenizer import Tokenizer
+
+Kind = Literal["image", "video"]
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a picture, or a place of a video, goes.
+
+    Attributes:
+      kind: of the two.
+      token_id: what stands as a token in the places that it takes.
+    """
+
+    kind: Kind
+    token_id: int
+
+
+@runtime_checkable
+class Prompt(Protocol):
+    """A system's way from messages to ids."""
+
+    def __call__(
+        self, messages: Sequence[Message], places: Sequence[int], *, add_generation_prompt: bool, **variables: Any
+    ) -> list[Text | Slot]:
+        """The pieces of one conversation, in order.
+
+        Args:
+          messages: `{"role": "user", "content": "…"}`, or with content such as
+            `[{"type": "image"}, {"type": "text", "text": "…"}]`.
+          places: how many places each of the conversation's videos takes.
+          add_generation_prompt: ends with the head of the answer.
+          **variables: more for the template.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplatePrompt:
+    """A chat template and a tokenizer.
+
+    Attributes:
+      template: writes the conversation.
+      tokenizer: spells it.
+      marks: kind -> what the template writes for a picture or a video.
+      texts: kind -> what is encoded for it: the token that holds its place, and tags about it. `{number}` is the
+        number of a video's place, from 1; places of one video stand on lines of their own.
+      tokens: kind -> that token.
+      split: encodes the text between the marks piece by piece; then a mark needs no text and no tags, and
+        `tokens` names what stands in its places.
+      joined: content lists are joined by this before the template, each picture as its mark; None where the
+        template takes lists.
+    """
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    marks: Mapping[Kind, str]
+    tokens: Mapping[Kind, str]
+    texts: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
+    split: bool = False
+    joined: str | None = None
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        places: Sequence[int],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[Text | Slot]:
+        """The pieces of one conversation; see `Prompt`."""
+        if self.joined is not None:
+            messages = [{**message, "content": self._content(message.get("content"))} for message in messages]
+        text = self.template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self._in_pieces(text, places) if self.split else self._as_whole(text, places)
+
+    def _content(self, content: Any) -> Any:
+        if content is None or isinstance(content, str):
+            return content
+        return (self.joined or "").join(
+            item["text"] if item["type"] == "text" else self.marks[item["type"]] for item in content
+        )
+
+    def _stretches(self, text: str) -> Iterator[str | Kind]:
+        """Text, kind, text, kind, …, text."""
+        kinds: dict[str, Kind] = {mark: kind for kind, mark in self.marks.items()}
+        pattern = "|".join(re.escape(mark) for mark in sorted(kinds, key=len, reverse=True))
+        for number, stretch in enumerate(re.split(f"({pattern})", text)):
+            yield kinds[stretch] if number % 2 else stretch
+
+    def _as_whole(self, text: str, places: Sequence[int]) -> list[Text | Slot]:
+        remaining, written = iter(places), ""
+        kinds: list[Kind] = []
+        for number, stretch in enumerate(self._stretches(text)):
+            if number % 2:
+                kind: Kind = stretch  # type: ignore[assignment]
+                count = next(remaining, 1) if kind == "video" else 1
+                kinds.extend(itertools.repeat(kind, count))
+                form = self.texts.get(kind, self.tokens[kind])
+                stretch = "\n".join(form.replace("{number}", str(place)) for place in range(1, count + 1))
+            written += stretch
+        holders = {self.tokenizer.id_of(token) for token in self.tokens.values()}
+        pieces: list[Text | Slot] = []
+        ids: list[int] = []
+        for index in self._encoded(written):
+            if index in holders:
+                # A text that spells such a token has more slots than pictures, which its processor refuses.
+                pieces += [Text(ids), Slot(kinds.pop(0) if kinds else "image", index)]
+                ids = []
+            else:
+                ids.append(index)
+        return [*pieces, Text(ids)]
+
+    def _in_pieces(self, text: str, places: Sequence[int]) -> list[Text | Slot]:
+        """Every piece with the tokens that the release puts about a text; only the first keeps its BOS.
+
+        Source: LLaVA, mm_utils.py, tokenizer_image_token.
+        """
+        remaining = iter(places)
+        pieces: list[Text | Slot] = []
+        for number, stretch in enumerate(self._stretches(text)):
+            if number % 2:
+                kind: Kind = stretch  # type: ignore[assignment]
+                slot = Slot(kind, self.tokenizer.id_of(self.tokens[kind]))
+                pieces += [slot] * (next(remaining, 1) if kind == "video" else 1)
+            else:
+                ids = self._encoded(stretch)
+                begins = bool(ids) and ids[0] == self.tokenizer.bos_id
+                pieces.append(Text(ids[1:] if number and begins else ids))
+        return pieces
+
+    def _encoded(self, text: str) -> list[int]:
+        bos = self.tokenizer.names.get("bos_token")
+        return self.tokenizer.encode(text, add_special=not (bos and text.startswith(bos)))

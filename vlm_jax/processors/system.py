@@ -1,0 +1,205 @@
+"""A released system's processor: a conversation and its pictures to the batch that its model is given."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.processors.image import to_picture
+from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
+from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
+from vlm_jax.processors.seen import Seen, Views
+from vlm_jax.processors.tiling import Size
+from vlm_jax.types import Batch
+
+Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
+Conversation = Sequence[Message]
+FRAME_RATE = 2.0  # frames a second of a video that is given as frames
+
+
+class PictureMismatch(ValueError):
+    """A conversation with other pictures than it speaks of; the message names it and both numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Prompt, views and layout of a system; all of a system's ways are in its fields.
+
+    Attributes:
+      prompt: messages to ids.
+      views: pictures to pixels and the places that they take.
+      pad_id: id of padding.
+      num_learned: rows of the visual table before those of pictures: the learned ones.
+      learned_ids: what stands as a token where a learned row is; the token of its picture when empty.
+      rotary_3d: positions have three axes.
+      max_length: most tokens of a conversation; None where the release has no limit.
+      max_pixels: of a picture; more is refused as a decompression bomb.
+    """
+
+    prompt: Prompt
+    views: Views
+    pad_id: int
+    num_learned: int = 0
+    learned_ids: tuple[int, ...] = ()
+    rotary_3d: bool = False
+    max_length: int | None = None
+    max_pixels: int = 100_000_000
+
+    def __call__(
+        self,
+        messages: Conversation,
+        images: Sequence[Picture] = (),
+        videos: Sequence[Sequence[Picture]] = (),
+        **options: Any,
+    ) -> Batch:
+        """One conversation as a batch of one; see `batch`."""
+        return self.batch([messages], [images], [videos], **options)
+
+    def batch(
+        self,
+        conversations: Sequence[Conversation],
+        images: Sequence[Sequence[Picture]] = (),
+        videos: Sequence[Sequence[Sequence[Picture]]] = (),
+        *,
+        fps: float | int = FRAME_RATE,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> Batch:
+        """Conversations as prompts that end together.
+
+        Args:
+          conversations: messages in the form of chat templates, with an item such as `{"type": "image"}` for every
+            picture. A picture may stand in its item under `image`, a video under `video`, instead of below.
+          images: pictures of every conversation, in order: files, Pillow's images, or uint8 arrays.
+          videos: frames of every video of every conversation.
+          fps: frames a second of the videos.
+          add_generation_prompt: ends with the head of the answer.
+          **variables: more for the chat template.
+
+        Returns:
+          A Batch of NumPy arrays, padded on the left, without targets.
+
+        Raises:
+          PictureMismatch: a conversation has other pictures than it speaks of.
+          SequenceTooLong: one has more than `max_length` tokens; nothing is ever cut.
+          CorruptImage: a picture cannot be read, or is too large.
+        """
+        images, videos = images or [()] * len(conversations), videos or [()] * len(conversations)
+        for what, given in (("images", images), ("videos", videos)):
+            if len(given) != len(conversations):
+                raise PictureMismatch(
+                    f"{what}: expected a list for each of {len(conversations)} conversations, got {len(given)}"
+                )
+        options = {"fps": fps, "add_generation_prompt": add_generation_prompt, **variables}
+        examples = [
+            self._example(f"conversation {number}", *example, **options)
+            for number, example in enumerate(zip(conversations, images, videos, strict=True))
+        ]
+        lengths = [sum(map(_length, pieces)) for pieces, _ in examples]
+        if self.max_length is not None and max(lengths) > self.max_length:
+            raise SequenceTooLong(
+                f"conversation {int(np.argmax(lengths))} is {max(lengths)} tokens long, over the limit of "
+                f"{self.max_length}; shorten it or give fewer or smaller pictures (nothing is truncated)"
+            )
+        rows = [self._row(pieces, max(lengths), f"conversation {i}") for i, (pieces, _) in enumerate(examples)]
+        return Batch(
+            tokens=np.concatenate([row.tokens for row in rows]),
+            positions=np.concatenate([row.positions for row in rows]),
+            segment_ids=np.concatenate([row.segment_ids for row in rows]),
+            visual_index=np.concatenate([row.visual_index for row in rows]),
+            images=self.views.join([seen for _, seen in examples]),
+        )
+
+    def count_visual_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
+        """Places of the sequence that the pictures of one conversation take, learned rows among them.
+
+        Args:
+          image_sizes: (height, width) of every picture, in pixels.
+        """
+        return [len(layout) for layout in self.views.layouts(image_sizes)]
+
+    def _row(self, pieces: Sequence[Text | Visual], length: int, name: str) -> Batch:
+        return lay_out(
+            pieces,
+            length,
+            pad_id=self.pad_id,
+            image_id=self.pad_id,
+            sample_id=name,
+            pad_side="left",
+            rotary_3d=self.rotary_3d,
+        )
+
+    def _example(
+        self,
+        name: str,
+        messages: Conversation,
+        images: Sequence[Picture],
+        videos: Sequence[Sequence[Picture]],
+        *,
+        fps: float | int,
+        **options: Any,
+    ) -> tuple[list[Text | Visual], list[Seen]]:
+        """The pieces of a conversation, and what is seen in it in the order of the visual table."""
+        images = _given(messages, "image", images, name)
+        videos = _given(messages, "video", videos, name)
+        pictures = [
+            to_picture(image, max_pixels=self.max_pixels, name=f"{name}, image {i}") for i, image in enumerate(images)
+        ]
+        clips = [
+            [to_picture(frame, max_pixels=self.max_pixels, name=f"{name}, video {i}") for frame in video]
+            for i, video in enumerate(videos)
+        ]
+        places = [self.views.video(clip, fps) for clip in clips]
+        waiting: dict[Kind, list[Seen]] = {"image": self.views.images(pictures), "video": [*itertools.chain(*places)]}
+        pieces = self.prompt(messages, [len(parts) for parts in places], **options)
+        return self._filled(pieces, waiting, name)
+
+    def _filled(
+        self, pieces: Sequence[Text | Slot], waiting: dict[Kind, list[Seen]], name: str
+    ) -> tuple[list[Text | Visual], list[Seen]]:
+        for kind, seen in waiting.items():
+            wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
+            if wanted != len(seen):
+                raise PictureMismatch(
+                    f"{name}: its text has {wanted} places for {kind}s, but {len(seen)} are given; give one "
+                    f'{{"type": "{kind}"}} item in the messages for every {kind}'
+                )
+        filled: list[Text | Visual] = []
+        order: list[Seen] = []
+        start = self.num_learned
+        for piece in pieces:
+            if isinstance(piece, Text):
+                filled.append(piece)
+                continue
+            seen = waiting[piece.kind].pop(0)
+            rows = np.where(seen.layout < 0, -1 - seen.layout, seen.layout + start)
+            ids = np.full(len(rows), piece.token_id)
+            if self.learned_ids:
+                ids = np.where(seen.layout < 0, np.take(self.learned_ids, -1 - seen.layout, mode="clip"), ids)
+            filled.append(Visual(rows, ids, seen.positions))
+            order.append(seen)
+            start += seen.num_rows
+        return filled, order
+
+
+def _length(piece: Text | Visual) -> int:
+    return len(piece.ids) if isinstance(piece, Text) else len(piece.rows)
+
+
+def _given(messages: Conversation, kind: Kind, beside: Sequence[Any], name: str) -> Sequence[Any]:
+    """The pictures of a conversation: those in its messages, or those beside them."""
+    contents = [message.get("content") for message in messages]
+    items = [
+        item
+        for content in contents
+        if isinstance(content, Sequence) and not isinstance(content, str)
+        for item in content
+    ]
+    inside = [item[kind] for item in items if isinstance(item, Mapping) and item.get("type") == kind and kind in item]
+    if inside and beside:
+        raise PictureMismatch(f"{name}: {kind}s stand both in its messages and beside them; give them in one place")
+    return inside or beside
