@@ -2,10 +2,11 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from vlm_jax.checkpoints.hub import (
 from vlm_jax.checkpoints.rules import export_params, import_params
 from vlm_jax.config import did_you_mean
 from vlm_jax.pretrained.family import Description, Family, PretrainedError
+from vlm_jax.pretrained.processing import PROCESSORS
+from vlm_jax.processors.system import Processor
 from vlm_jax.sharding.rules import shardings
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -40,6 +43,7 @@ class Pretrained:
       params: its parameters, a tree without boxes.
       description: how the two hang together; see `family.Description`.
       checkpoint: the files that it came from, for the tensors that the module has no use for.
+      folder: where they lie, with those of the tokenizer and the processor.
     """
 
     config: dict[str, Any]
@@ -47,6 +51,30 @@ class Pretrained:
     params: Any
     description: Description
     checkpoint: Checkpoint
+    folder: Path
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """What makes batches of conversations and pictures, configured by the release's own files.
+
+        Raises:
+          PretrainedError: the release has none, or its files say what is not computed here.
+          TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
+        """
+        name = marker(self.config)
+        if name not in PROCESSORS:
+            raise PretrainedError(
+                f"no processor is registered for '{name}'; registered: " + ", ".join(sorted(PROCESSORS))
+            )
+        return PROCESSORS[name](self.folder, self.config)
+
+    def count_visual_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Places of a prompt that each picture of one conversation takes, before anything runs.
+
+        Args:
+          image_sizes: (height, width) of every picture, in pixels.
+        """
+        return self.processor.count_visual_tokens(image_sizes)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """`module.apply` with the parameters; `method=` and `mutable=` as there."""
@@ -144,7 +172,8 @@ def load(
     if mesh is None or image_size is not None:
         placed = _targets(description, mesh)
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params, placed)
-    return Pretrained(released, description.module, params, description, checkpoint)
+    folder = path if path.is_dir() else path.parent
+    return Pretrained(released, description.module, params, description, checkpoint, folder)
 
 
 def _targets(description: Description, mesh: Mesh | None) -> Any:

@@ -65,8 +65,8 @@ class TemplatePrompt:
 
     template: ChatTemplate
     tokenizer: Tokenizer
-    marks: Mapping[Kind, str]
-    tokens: Mapping[Kind, str]
+    marks: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
+    tokens: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
     texts: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
     split: bool = False
     joined: str | None = None
@@ -96,7 +96,7 @@ class TemplatePrompt:
         """Text, kind, text, kind, …, text."""
         kinds: dict[str, Kind] = {mark: kind for kind, mark in self.marks.items()}
         pattern = "|".join(re.escape(mark) for mark in sorted(kinds, key=len, reverse=True))
-        for number, stretch in enumerate(re.split(f"({pattern})", text)):
+        for number, stretch in enumerate(re.split(f"({pattern})", text) if kinds else [text]):
             yield kinds[stretch] if number % 2 else stretch
 
     def _as_whole(self, text: str, places: Sequence[int]) -> list[Text | Slot]:

@@ -113,3 +113,19 @@ class Tiles:
             if parts:
                 np.concatenate(parts, out=row[: sum(map(len, parts))])
         return joined
+
+
+class NoViews(Tiles):
+    """A model without eyes."""
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """Refuses any picture."""
+        if pictures:
+            raise ValueError(f"this model reads text alone, and {len(pictures)} pictures are given")
+        return []
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """Refuses any picture."""
+        if sizes:
+            raise ValueError(f"this model reads text alone, and sizes of {len(sizes)} pictures are given")
+        return []

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from vlm_jax.encoders.packed import window_in_blocks
 from vlm_jax.pretrained.processing.settings import Folder, image_settings, pad_id, pixels, video_settings
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.native import NativeViews, VideoLimits
@@ -18,25 +19,25 @@ IMAGE_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 VIDEO_PIXELS = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 # Most tokens of a video: Wang et al. 2024, section 3.2, and Bai et al. 2025, section 2.1.3.
 VIDEO_TOKENS = {"qwen2_vl": 16384, "qwen2_5_vl": 24576}
+# transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py, Qwen2_5_VLVisionConfig.
+QWEN2_5_DEFAULTS = {"tokens_per_second": 4, "window_size": 112}
 TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
 
-def processor(folder: Folder, config: Mapping[str, Any], window: int | None = None) -> Processor:
-    """The processor of a folder.
-
-    Args:
-      folder: of the checkpoint.
-      config: its `config.json`.
-      window: side of the encoder's attention windows, in blocks; None without.
-    """
+def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """The processor of a folder."""
     settings, videos = image_settings(folder, DEFAULTS), video_settings(folder)
     kind, vision = config["model_type"], config["vision_config"]
     tokenizer = Tokenizer.from_folder(folder)
     least, most = _limits(settings, IMAGE_PIXELS)
-    tokens_per_second = float(vision.get("tokens_per_second", 4)) if kind == "qwen2_5_vl" else None
+    patch, merge = settings["patch_size"], settings["merge_size"]
+    tokens_per_second = window = None
+    if kind == "qwen2_5_vl":
+        tokens_per_second = float(vision.get("tokens_per_second", QWEN2_5_DEFAULTS["tokens_per_second"]))
+        window = window_in_blocks(vision.get("window_size", QWEN2_5_DEFAULTS["window_size"]), patch, merge)
     views = NativeViews(
         pixels(settings),
-        PatchFormat(settings["patch_size"], settings["temporal_patch_size"], settings["merge_size"], window),
+        PatchFormat(patch, settings["temporal_patch_size"], merge, window),
         qwen_size,
         least,
         most,

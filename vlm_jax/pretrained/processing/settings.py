@@ -54,7 +54,7 @@ def processor_settings(folder: Folder) -> dict[str, Any]:
 
 
 def image_settings(folder: Folder, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """How pictures are prepared: the file's own keys (but for null) over the class's defaults over those of all classes.
+    """How pictures are prepared: a file's own keys but for null, over defaults of the class and of all classes.
 
     New files have it inside `processor_config.json`, older ones in `preprocessor_config.json`.
 

@@ -1,0 +1,18 @@
+"""Language models alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.pretrained.processing.settings import Folder, pad_id
+from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.seen import NoViews
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.tokenizer import Tokenizer
+
+
+def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """A chat template and a tokenizer; conversations have no pictures."""
+    tokenizer = Tokenizer.from_folder(folder)
+    prompt = TemplatePrompt(ChatTemplate.from_folder(folder, tokenizer.names), tokenizer)
+    return Processor(prompt, NoViews(), pad_id(tokenizer, config))
