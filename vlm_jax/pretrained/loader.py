@@ -6,14 +6,14 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from vlm_jax.checkpoints.hub import (
     Checkpoint,
@@ -25,10 +25,16 @@ from vlm_jax.checkpoints.hub import (
 )
 from vlm_jax.checkpoints.rules import export_params, import_params
 from vlm_jax.config import did_you_mean
+from vlm_jax.generation.sampling import Sampling
+from vlm_jax.generation.text import Completion, complete
 from vlm_jax.pretrained.family import Description, Family, PretrainedError
 from vlm_jax.pretrained.processing import PROCESSORS
-from vlm_jax.processors.system import Processor
+from vlm_jax.processors.system import Conversation, Picture, Processor
+from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import shardings
+
+# Where released configs of systems keep the one of their language model.
+TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -80,6 +86,70 @@ class Pretrained:
         """`module.apply` with the parameters; `method=` and `mutable=` as there."""
         return self.module.apply({"params": self.params}, *args, **kwargs)
 
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That of the folder; raises a `TokenizerError` where there is none."""
+        return Tokenizer.from_folder(self.folder)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of `generation_config.json`, else of the config, else of the tokenizer."""
+        path = self.folder / "generation_config.json"
+        stated = read_config(self.folder, name=path.name) if path.exists() else {}
+        text = next((self.config[key] for key in TEXT_SECTIONS if isinstance(self.config.get(key), dict)), {})
+        for given in (stated, self.config, text):
+            found = given.get("eos_token_id")
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (found,)
+        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+
+    def generate(
+        self,
+        messages: Conversation,
+        images: Sequence[Picture] = (),
+        videos: Sequence[Sequence[Picture]] = (),
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[str] = (),
+        on_text: Callable[[str], Any] | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Answers a conversation.
+
+        Args:
+          messages, images, videos: as `processor` takes them.
+          max_new_tokens: the most tokens of the answer.
+          sampling: how a token is chosen; the most likely one unless told.
+          stop: strings before which the answer ends.
+          stop_tokens: names of tokens that end it, beside `end_ids`.
+          on_text: is given every piece of the answer as it comes.
+          **options: of `generation.engine.generate`, such as `chunk`, `cache_dtype` and `cache_length`.
+
+        Raises:
+          GenerationError: a setting outside its range, a prompt that does not fit, or logits that are NaN.
+          TokenizerError: a name of `stop_tokens` that the vocabulary lacks, or no tokenizer in the folder.
+          ChatTemplateError: no template in the folder, or messages that it refuses.
+        """
+        ends = (*self.end_ids, *map(self.tokenizer.id_of, stop_tokens))
+        batch = self.processor(messages, images, videos)
+        (answer,) = complete(
+            self.module,
+            self.params,
+            batch,
+            self.tokenizer,
+            end_ids=ends,
+            stop=stop,
+            on_text=None if on_text is None else lambda row, text: on_text(text),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            names=("prompt",),
+            mesh=_mesh_of(self.params),
+            **options,
+        )
+        return answer
+
     def save_pretrained(self, folder: str | os.PathLike[str], *, params: Any = None) -> tuple[Path, ...]:
         """Writes config and weights under the released names, as the release's own code reads them.
 
@@ -103,6 +173,14 @@ class Pretrained:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         return (*files, path)
+
+
+def _mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters are laid out on; None where they are on one device."""
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):
+            return leaf.sharding.mesh
+    return None
 
 
 def marker(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,153 @@
+"""Generated tokens as text: increments for a reader, stop strings, and answers."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from flax import linen as nn
+
+from vlm_jax.generation.engine import generate
+from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Batch
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for the first bytes of a character
+
+# The row, and what its text goes on with.
+OnText = Callable[[int, str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One answer.
+
+    Attributes:
+      text: what was said, up to the stop string; end tokens are left out.
+      tokens: ids of it, the end token or the stop string's last one included.
+      reason: what ended it: an end token, a stop string, or the limit of new tokens.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    reason: Literal["end", "stop", "length"]
+
+
+class TextStream:
+    """Turns tokens into text as they come; neither characters nor stop strings come in pieces.
+
+    Attributes:
+      text: all that was said so far, up to a stop string.
+      stopped: a stop string was met.
+      length: tokens taken in, up to the one that ended a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip_special: bool = True):
+        """Starts with nothing.
+
+        Args:
+          tokenizer: spells the tokens.
+          stop: strings before which the text ends.
+          skip_special: leaves special tokens out.
+        """
+        self.text, self.stopped, self.length = "", False, 0
+        self._tokenizer, self._stop, self._skip = tokenizer, tuple(stop), skip_special
+        # Tokens are spelled behind those before them, since a space may depend on them.
+        self._before: list[int] = []
+        self._unspelled: list[int] = []
+        self._told = 0
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Takes tokens in; what can be told of them."""
+        for index in ids:
+            if self.stopped:
+                break
+            self.length += 1
+            if not (self._skip and index in self._tokenizer.special_ids):
+                self._unspelled.append(index)
+                self._spell(last=False)
+        return self._tell(len(self.text) if self.stopped else len(self.text) - self._held())
+
+    def finish(self) -> str:
+        """The rest, when no token follows."""
+        if not self.stopped:
+            self._spell(last=True)
+        return self._tell(len(self.text))
+
+    def _spell(self, last: bool) -> None:
+        together = self._decode([*self._before, *self._unspelled])
+        if together.endswith(UNFINISHED) and not last:
+            return
+        fresh = together[len(self._decode(self._before)) :]
+        self._before = self._unspelled if fresh else [*self._before, *self._unspelled]
+        self._unspelled = []
+        # An earlier end of a stop string would have been seen earlier.
+        start = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        self.text += fresh
+        found = [place for string in self._stop if (place := self.text.find(string, start)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _held(self) -> int:
+        """Characters at the end that may be the beginning of a stop string."""
+        lengths = [size for string in self._stop for size in range(1, len(string)) if self.text.endswith(string[:size])]
+        return max(lengths, default=0)
+
+    def _tell(self, end: int) -> str:
+        end, start = max(end, self._told), self._told
+        self._told = end
+        return self.text[start:end]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=False)
+
+
+def complete(
+    model: nn.Module,
+    params: Any,
+    batch: Batch,
+    tokenizer: Tokenizer,
+    *,
+    end_ids: Sequence[int],
+    stop: Sequence[str] = (),
+    on_text: OnText | None = None,
+    skip_special: bool = True,
+    **options: Any,
+) -> list[Completion]:
+    """Answers to the prompts of a batch.
+
+    Args:
+      model, params, batch, end_ids: as `engine.generate`.
+      tokenizer: spells the answers.
+      stop: strings before which an answer ends. The host looks for them between chunks.
+      on_text: is given every piece of text as it comes; the pieces of a row make up its answer.
+      skip_special: leaves special tokens out of the text.
+      **options: more of `engine.generate`.
+
+    Raises:
+      GenerationError: an empty stop string, or as `engine.generate`.
+    """
+    if "" in stop:
+        raise GenerationError("stop: a stop string is empty, and would end every answer at once")
+    ends = set(end_ids)
+    streams = [TextStream(tokenizer, stop, skip_special=skip_special) for _ in range(len(batch.tokens))]
+
+    def tell(row: int, text: str) -> None:
+        if on_text is not None and text:
+            on_text(row, text)
+
+    def watch(new: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        for row, (stream, ids, count) in enumerate(zip(streams, new.tolist(), counts, strict=True)):
+            tell(row, stream.push([index for index in ids[:count] if index not in ends]))
+        return np.asarray([stream.stopped for stream in streams])
+
+    options = {"pad_id": tokenizer.pad_id or 0, **options}
+    generated = generate(model, params, batch, end_ids=end_ids, watch=watch, **options)
+    answers = []
+    for row, stream in enumerate(streams):
+        tell(row, stream.finish())
+        length = stream.length if stream.stopped else generated.lengths[row]
+        ids = tuple(generated.tokens[row, :length].tolist())
+        reason = "stop" if stream.stopped else "end" if ids[-1] in ends else "length"
+        answers.append(Completion(stream.text, ids, reason))
+    return answers
