@@ -266,6 +266,8 @@ def _check(
     model: Any, max_new_tokens: int, end_ids: Sequence[int], chunk: int, cache_dtype: str | None, mesh: Mesh | None
 ) -> None:
     """Raises a GenerationError that lists every setting outside its range."""
+    if not hasattr(model, "prefill"):
+        raise GenerationError(f"{type(model).__name__} has no language model, so that it says nothing")
     vocab = model.decoder.vocab_size
     wrong = []
     if max_new_tokens < 1:
