@@ -1,11 +1,20 @@
 """Text configs as they are released: heads that are tied, and settings that nothing computes."""
 
+import functools
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import vlm_jax
-from vlm_jax.pretrained.family import PretrainedError
+from tests.golden.conftest import DATA
+from vlm_jax.checkpoints.hub import open_checkpoint, read_config
+from vlm_jax.checkpoints.rules import import_params
+from vlm_jax.layers.rope import Rope
+from vlm_jax.pretrained.family import Names, PretrainedError
 from vlm_jax.pretrained.language import language_model
 
 DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
@@ -67,9 +76,136 @@ def test_a_tied_head_that_is_not_the_table_is_refused(tmp_path):
         ({"vocab_size": 3}, "text_config: expected the key model_type"),
         ({**TINY, "attention_bias": True}, "text_config.attention_bias: expected False, got True"),
         ({**TINY, "hidden_act": "gelu"}, "text_config.hidden_act: expected 'silu', got 'gelu'"),
+        (
+            {**TINY, "rope_scaling": {"type": "ntk"}},
+            "text_config.rope_scaling.rope_type: expected 'default' or 'mrope' or 'linear'",
+        ),
+        ({**TINY, "rope_scaling": {"type": "linear"}}, "text_config.rope_scaling: 'linear' needs the key 'factor'"),
+        (
+            {**TINY, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            "text_config.rope_parameters.partial_rotary_factor: expected None or 1.0, got 0.5",
+        ),
+        (
+            {**TINY, "rope_parameters": {"full_attention": {}, "sliding_attention": {}}},
+            "expected one set of settings, got one for each of full_attention, sliding_attention",
+        ),
+        (
+            {**TINY, "model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked_attention"]},
+            "text_config.layer_types[0]: expected 'full_attention' or 'sliding_attention', got 'chunked_attention'",
+        ),
+        (
+            {**TINY, "model_type": "qwen2", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
+            "text_config.layer_types: expected 1, one for each layer, got 2",
+        ),
+        ({**TINY, "model_type": "internlm2"}, "text_config.bias: expected False, got True"),
+        ({**TINY, "model_type": "qwen"}, "text_config: expected the key seq_length"),
     ],
 )
 def test_settings_that_nothing_computes_are_refused(config, message):
     with pytest.raises(PretrainedError) as error:
         language_model(config, {}, "text_config", **DTYPES)
     assert message in str(error.value)
+
+
+def rope_of(**config):
+    return language_model({**TINY, **config}, {}, "text_config", **DTYPES).decoder.rope
+
+
+def test_old_and_new_forms_of_rotary_settings_are_the_same():
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32}
+    expected = Rope(5e5, "yarn", factor=4.0, original_length=32)
+    assert rope_of(rope_theta=5e5, rope_scaling={"type": "yarn", **yarn}) == expected
+    assert rope_of(rope_theta=5e5, rope_scaling={"rope_type": "yarn", **yarn}) == expected
+    assert rope_of(rope_parameters={"rope_theta": 5e5, "rope_type": "yarn", **yarn}) == expected
+    divided = {"type": "yarn", "original_max_position_embeddings": 32}
+    assert rope_of(rope_theta=5e5, max_position_embeddings=128, rope_scaling=divided) == expected
+    assert rope_of(rope_scaling={"type": "linear", "factor": 2}) == Rope(scaling="linear", factor=2.0)
+    assert rope_of() == rope_of(rope_parameters={"rope_theta": 10_000, "rope_type": "default"}) == Rope()
+
+
+def test_sections_of_m_rope_in_every_layout():
+    text = {**TINY, "num_attention_heads": 1, "hidden_size": 128}
+    old = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    new = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    expected = Rope(1e6, sections=(16, 24, 24))
+    for kind in ("qwen2_vl", "qwen2_5_vl"):
+        for config in (
+            {**text, "model_type": kind, "rope_theta": 1e6, "rope_scaling": old, "vision_config": {}},
+            {"model_type": kind, "text_config": {**text, "rope_parameters": new}, "tie_word_embeddings": True},
+            {**text, "model_type": f"{kind}_text"},
+        ):
+            decoder = language_model(config, {}, "config", **DTYPES).decoder
+            assert decoder.rope == expected
+            assert decoder.tie_embeddings == ("tie_word_embeddings" in config)
+            assert decoder.qkv_bias and decoder.vocab_size == 5
+
+
+def test_windows_of_layers_as_released():
+    qwen2 = {**TINY, "model_type": "qwen2", "num_hidden_layers": 3, "sliding_window": 8}
+    mistral = {**TINY, "model_type": "mistral", "num_hidden_layers": 2}
+    for config, expected in (
+        ({**qwen2, "max_window_layers": 1}, ()),
+        ({**qwen2, "max_window_layers": 1, "use_sliding_window": True}, (None, 8, 8)),
+        ({**qwen2, "max_window_layers": 3, "use_sliding_window": True}, ()),
+        (mistral, (4096, 4096)),
+        ({**mistral, "sliding_window": None}, ()),
+    ):
+        assert language_model(config, {}, "config", **DTYPES).decoder.windows == expected
+
+
+# Folders with the language model of a whole system, and what stands before its keys.
+GOLDEN = {
+    "qwen_vl_v1": (Names("transformer."), ("text_short", "text_long")),
+    "internvl15_internlm2": (Names("language_model.model.", "language_model."), ("text", "long")),
+}
+
+
+@functools.cache
+def golden(folder):
+    config, checkpoint = read_config(DATA / folder), open_checkpoint(DATA / folder)
+    found = language_model(config.get("llm_config", config), checkpoint, folder, names=GOLDEN[folder][0], **DTYPES)
+    row = jnp.zeros((1, 1), jnp.int32)
+    init = functools.partial(found.decoder.init, method=logits)
+    params = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), row, row, row))
+    read = {key for rule in found.rules for key in checkpoint if _reads(rule, key)}
+    tensors = {key: checkpoint[key] for key in read}
+    return found.decoder, {"params": import_params(found.rules, tensors, params["params"])}
+
+
+def _reads(rule, key):
+    return any(re.fullmatch(re.sub(r"\{\w+\}", r"\\d+", template), key) for template in rule.sources)
+
+
+def logits(decoder, tokens, positions, segments, cache=None):
+    hidden, cache = decoder(decoder.embed(tokens), positions, segments, cache)
+    return decoder.logits(hidden), cache
+
+
+def run(folder, tokens, cache=None, start=0):
+    decoder, params = golden(folder)
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1])[None], tokens.shape)
+    apply = jax.jit(functools.partial(decoder.apply, method=logits))
+    return apply(params, jnp.asarray(tokens, jnp.int32), positions, jnp.ones(tokens.shape, jnp.int32), cache)
+
+
+@pytest.mark.parametrize(("folder", "case"), [(f, case) for f, (_, cases) in GOLDEN.items() for case in cases])
+def test_logits_of_texts_are_those_of_the_release(folder, case):
+    cases = np.load(DATA / folder / "cases.npz")
+    expected = cases[f"{case}_logits"]
+    got = run(folder, cases[f"{case}_ids"])[0][:, -expected.shape[1] :]
+    np.testing.assert_allclose(got, expected, atol=5e-5)
+
+
+def test_a_short_prompt_of_qwen_that_grows_keeps_its_angles_and_scales_its_queries():
+    """Greedy ids of the release with a cache, for a prompt that crosses `seq_length` and one that is beyond."""
+    cases = np.load(DATA / "qwen_vl_v1" / "cases.npz")
+    for case in ("text_short", "text_long"):
+        ids, expected = cases[f"{case}_ids"][:1], cases[f"{case}_greedy_cache"]
+        cache = golden("qwen_vl_v1")[0].init_cache(1, ids.shape[1] + len(expected))
+        out, cache = run("qwen_vl_v1", ids, cache)
+        found = [int(out[0, -1].argmax())]
+        for step in range(len(expected) - 1):
+            out, cache = run("qwen_vl_v1", np.array([found[-1:]]), cache, ids.shape[1] + step)
+            found.append(int(out[0, -1].argmax()))
+        assert found == expected.tolist()
+    assert not np.array_equal(expected, cases["text_long_greedy_recompute"])  # where angles follow the length so far

@@ -36,6 +36,7 @@ class Transformer(nn.Module):
       log_length: queries at places beyond it are scaled by log(place) / log(log_length), as in Qwen; None for none.
       norm_epsilon: epsilon of every RMSNorm.
       qkv_bias: biases on query, key and value, as in Qwen2.
+      windows: of every block how many positions it sees at most, itself among them, or None; empty for all of all.
       qk_norm: an RMSNorm of every head's queries and keys before they are turned, as in Qwen3.
       tie_embeddings: logits by the embedding table instead of a head of their own.
       drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
@@ -58,6 +59,7 @@ class Transformer(nn.Module):
     norm_epsilon: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
     tie_embeddings: bool = True
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
@@ -89,6 +91,7 @@ class Transformer(nn.Module):
             },
             remat=self.remat,
             unroll=self.unroll,
+            windows=self.windows,
         )
         self.final_norm = Norm("rms", self.norm_epsilon, **settings)
         if not self.tie_embeddings:
@@ -143,7 +146,8 @@ class Transformer(nn.Module):
             if part is not None:
                 written.append(part)
             if coming is not None and places is not None and heads is not None:
-                received = attention_received(heads, self._context(rows), places.ranking.astype(jnp.float32))
+                context = self.blocks.context_of(coming.ranked_by, self._context(rows))
+                received = attention_received(heads, context, places.ranking.astype(jnp.float32))
                 rows, places = drop(rows, places, received, coming.num_kept)
         x = self.final_norm(rows.x)
         return (restore(x, rows, length) if drops else x), Cache.chained(written) if written else None

@@ -26,7 +26,7 @@ from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.rope import rotate
-from vlm_jax.types import static_field, struct
+from vlm_jax.types import PADDING_SEGMENT, static_field, struct
 
 MaskKind = Literal["full", "causal"]
 Implementation = Literal["xla", "cudnn", "splash"]
@@ -65,6 +65,7 @@ class Context:
       angles: RoPE angles of the queries' positions, or None.
       magnitude: factor of turned queries and keys.
       query_scale: factor of every query, or None.
+      window: how many keys a query sees at most, of those that it may see the last, itself among them; None for all.
       offset: index of the first query among the keys, and where new keys are written to the
         cache; None for 0.
       key_bias: added to the scaled logits of every key, or None.
@@ -79,6 +80,7 @@ class Context:
     key_bias: Float[Array, "B S"] | None = None
     magnitude: float = static_field(default=1.0)
     query_scale: Float[Array, "B T"] | None = None
+    window: Int[Array, ""] | None = None
 
 
 def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
@@ -94,7 +96,21 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
         keys = context.branches[:, None, :]
         readable = (keys == 0) | (keys == context.branches[:, :, None])
         mask = readable if mask is None else mask & readable
+    if context.window is not None and mask is not None:
+        order = _order(context, mask)
+        start = 0 if context.offset is None else context.offset
+        of_queries = jax.lax.dynamic_slice_in_dim(order, start, num_queries, axis=1)
+        mask &= of_queries[:, :, None] - order[:, None, :] < context.window
     return mask
+
+
+def _order(context: Context, mask: Bool[Array, "B T S"]) -> Int[Array, "B S"]:
+    """Places of the keys among the real ones, those of other branches left out."""
+    if context.branches is not None:
+        return jnp.sum(mask, axis=2)
+    if context.key_segments is None:
+        return jnp.arange(mask.shape[2])[None]
+    return jnp.cumsum(context.key_segments != PADDING_SEGMENT, axis=1)
 
 
 _written_out = contextvars.ContextVar("written_out", default=False)
@@ -130,7 +146,7 @@ def choose_implementation(
     if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
         return "cudnn"
     tiled = query.shape[1] % _SPLASH_TILE == 0 and key.shape[1] % _SPLASH_TILE == 0
-    plain = context.offset is None and context.branches is None and not biased
+    plain = context.offset is None and context.branches is None and context.window is None and not biased
     if platform == "tpu" and tiled and plain and jax.sharding.get_abstract_mesh().size <= 1:
         return "splash"
     return "xla"

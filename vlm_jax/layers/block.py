@@ -1,12 +1,14 @@
 """The transformer block, and a stack of it that is scanned over depth."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention
@@ -115,14 +117,18 @@ class TransformerBlock(nn.Module):
         return x * self.param(name, init, x.shape[-1:], self.param_dtype).astype(self.dtype)[None, None]
 
 
+def _with_window(context: Context, window: Int[Array, ""] | None) -> Context:
+    return context if window is None else dataclasses.replace(context, window=window)
+
+
 class _ScannedBlock(TransformerBlock):
     """A block in the form that `nn.scan` wants: also returns its input when asked to."""
 
     collect: bool = False
 
     @nn.compact
-    def __call__(self, x, cache, context):  # type: ignore[override]
-        y, cache = super().__call__(x, cache, context)
+    def __call__(self, x, cache, window, context):  # type: ignore[override]
+        y, cache = super().__call__(x, cache, _with_window(context, window))
         return y, (cache, x if self.collect else None)
 
 
@@ -139,12 +145,14 @@ class TransformerStack(nn.Module):
         and the inputs of the blocks; `full`: the inputs of the blocks.
       unroll: blocks a loop iteration; `depth` unrolls fully.
       block: keyword arguments of `TransformerBlock`.
+      windows: of every block the attention window in positions, or None; empty where no block has one.
     """
 
     depth: int
     block: Mapping[str, Any]
     remat: RematPolicy = "none"
     unroll: int = 1
+    windows: tuple[int | None, ...] = ()
 
     @nn.compact
     def __call__(
@@ -158,8 +166,9 @@ class TransformerStack(nn.Module):
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
             block = nn.remat(block, policy=policy, prevent_cse=False)
-        scanned = scan_layers(block, self.depth, in_axes=(0, nn.broadcast), unroll=self.unroll)
-        x, (cache, inputs) = scanned(collect=collect, name="layers", **self.block)(x, cache, context)
+        scanned = scan_layers(block, self.depth, in_axes=(0, 0, nn.broadcast), unroll=self.unroll)
+        windows = self._windows(0, self.depth)
+        x, (cache, inputs) = scanned(collect=collect, name="layers", **self.block)(x, cache, windows, context)
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None
 
     def run(
@@ -171,14 +180,18 @@ class TransformerStack(nn.Module):
         params = self._params(x)
 
         def layer(x: Any, inputs: Any) -> Any:
-            index, own, cache = inputs
+            index, own, cache, window = inputs
             own = jax.tree.map(lambda leaf: leaf[index], params) if own is None else own
-            return self._rematted(lambda p, x, cache: self._apply(p, x, cache, context)[0])(own, x, cache)
+            return self._rematted(lambda p, x, cache: self._apply(p, x, cache, _with_window(context, window))[0])(
+                own, x, cache
+            )
 
         # A slice is a copy, which a step of generation would make anew; but the gradient of an indexed
         # stack is a sum over layers of whole stacks, so that training slices.
         own = None if cache is not None else jax.tree.map(lambda leaf: leaf[start:stop], params)
-        return jax.lax.scan(layer, x, (jnp.arange(start, stop), own, cache), unroll=self.unroll)
+        return jax.lax.scan(
+            layer, x, (jnp.arange(start, stop), own, cache, self._windows(start, stop)), unroll=self.unroll
+        )
 
     def attend(
         self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
@@ -186,6 +199,7 @@ class TransformerStack(nn.Module):
         """x + attention(norm(x)) of block `index`, its cache ([1, B, S, K, H]), and its queries and keys."""
         own = jax.tree.map(lambda leaf: leaf[index], self._params(x))
         cache = None if cache is None else jax.tree.map(lambda leaf: leaf[0], cache)
+        context = self.context_of(index, context)
         run = self._rematted(lambda p, x, cache: self._apply(p, x, cache, context, half="attention", mutable=[HEADS]))
         (x, cache), sown = run(own, x, cache)
         cache = None if cache is None else jax.tree.map(lambda leaf: leaf[None], cache)
@@ -196,6 +210,20 @@ class TransformerStack(nn.Module):
         """x + mlp(norm(x)) of block `index`."""
         own = jax.tree.map(lambda leaf: leaf[index], self._params(x))
         return self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])(own, x)
+
+    def context_of(self, index: int, context: Context) -> Context:
+        """The context as block `index` has it, with its own window."""
+        windows = self._windows(index, index + 1)
+        return context if windows is None else _with_window(context, windows[0])
+
+    def _windows(self, start: int, stop: int) -> Int[Array, "L"] | None:
+        """Those of blocks `start` to `stop` - 1."""
+        if not self.windows:
+            return None
+        if len(self.windows) != self.depth:
+            raise ValueError(f"windows: expected one for each of {self.depth} blocks, got {len(self.windows)}")
+        endless = np.iinfo(np.int32).max
+        return jnp.asarray([endless if window is None else window for window in self.windows[start:stop]], jnp.int32)
 
     def _params(self, x: jax.Array) -> Any:
         """The stacked parameters; at initialisation they are drawn as ever."""

@@ -8,7 +8,8 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, square_root, with_defaults
+from vlm_jax.pretrained.family import REQUIRED, Description, square_root, with_defaults
+from vlm_jax.pretrained.language import describe_qwen
 from vlm_jax.pretrained.tables import image_shape
 
 # Qwen/Qwen-VL-Chat, visual.py, VisionTransformer.
@@ -49,9 +50,9 @@ def encoder(settings: Mapping[str, Any], table_rows: int, **fields: Any) -> ViT:
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """The ViT and the resampler behind it."""
+    """The ViT and the resampler behind it; a Qwen without vision is a language model alone."""
     if "visual" not in config:
-        raise PretrainedError("qwen: expected a section `visual`; Qwen without vision is not read here")
+        return describe_qwen(config, checkpoint, dtype=dtype, param_dtype=param_dtype)
     settings, dtypes = (
         with_defaults(config["visual"], DEFAULTS, "visual"),
         {"dtype": dtype, "param_dtype": param_dtype},

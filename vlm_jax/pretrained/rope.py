@@ -11,12 +11,13 @@ ROPE_DEFAULTS: dict[str, Any] = {"rope_theta": 10_000.0, "rope_scaling": None, "
 _PLAIN = ("default", "mrope")
 
 
-def released_rope(settings: Mapping[str, Any], where: str) -> Rope:
+def released_rope(settings: Mapping[str, Any], where: str, sections: tuple[int, ...] = ()) -> Rope:
     """The rotary settings of a text config.
 
     Args:
       settings: the section with `ROPE_DEFAULTS` in place; `max_position_embeddings` is wanted where there is a scaling.
       where: names the section in messages.
+      sections: of M-RoPE, where the release does not say.
 
     Raises:
       PretrainedError: a scaling that is not computed here, one for each kind of layer, or keys that it lacks.
@@ -32,7 +33,7 @@ def released_rope(settings: Mapping[str, Any], where: str) -> Rope:
     )
     fields = {
         "theta": float(found.get("rope_theta", settings["rope_theta"])),
-        "sections": tuple(found.get("mrope_section") or ()),
+        "sections": tuple(found.get("mrope_section", sections)),
     }
     try:
         return Rope(**fields) if kind in _PLAIN else Rope(scaling=kind, **fields, **_SCALED[kind](found, settings))

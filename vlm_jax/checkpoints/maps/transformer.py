@@ -1,7 +1,7 @@
-"""The language models of the Llama family, as transformers names them."""
+"""Language models of the Llama family under the names of transformers, Qwen (v1) and InternLM2."""
 
-from vlm_jax.checkpoints.maps.torch_layers import linear, rms_norm
-from vlm_jax.checkpoints.ops import LINEAR, Shared
+from vlm_jax.checkpoints.maps.torch_layers import fused, linear, rms_norm
+from vlm_jax.checkpoints.ops import LINEAR, Shared, grouped_linear
 from vlm_jax.checkpoints.rules import Rule
 
 _BLOCK, _OURS = "layers.{layer}", "blocks/layers"
@@ -23,6 +23,43 @@ def trunk_rules(*, qkv_bias: bool, qk_norm: bool) -> tuple[Rule, ...]:
     for name in ("gate", "up", "down"):
         rules += linear(f"{_BLOCK}.mlp.{name}_proj", f"{_OURS}/mlp/{name}", bias=False)
     return tuple(rules)
+
+
+def qwen_rules(heads_width: int) -> tuple[Rule, ...]:
+    """Blocks and final norm of Qwen (v1), after `transformer.`.
+
+    Args:
+      heads_width: of all query heads side by side.
+    """
+    block = "h.{layer}"
+    heads = tuple(f"{_OURS}/attention/{name}" for name in ("query", "key", "value"))
+    return (
+        *rms_norm(f"{block}.ln_1", f"{_OURS}/attention_norm"),
+        *rms_norm(f"{block}.ln_2", f"{_OURS}/mlp_norm"),
+        *fused(f"{block}.attn.c_attn", heads, heads_width),
+        *linear(f"{block}.attn.c_proj", f"{_OURS}/attention/out", bias=False),
+        *linear(f"{block}.mlp.w2", f"{_OURS}/mlp/gate", bias=False),
+        *linear(f"{block}.mlp.w1", f"{_OURS}/mlp/up", bias=False),
+        *linear(f"{block}.mlp.c_proj", f"{_OURS}/mlp/down", bias=False),
+        *rms_norm("ln_f", "final_norm"),
+    )
+
+
+def internlm2_rules(*, width: int, num_heads: int, num_kv_heads: int) -> tuple[Rule, ...]:
+    """Blocks and final norm of InternLM2, after `model.`; each head of keys and values follows its query heads."""
+    head_dim = width // num_heads
+    rows = (num_heads // num_kv_heads * head_dim, head_dim, head_dim)
+    heads = tuple(f"{_OURS}/attention/{name}/kernel" for name in ("query", "key", "value"))
+    return (
+        *rms_norm(f"{_BLOCK}.attention_norm", f"{_OURS}/attention_norm"),
+        *rms_norm(f"{_BLOCK}.ffn_norm", f"{_OURS}/mlp_norm"),
+        Rule(f"{_BLOCK}.attention.wqkv.weight", heads, grouped_linear(num_kv_heads, rows, width)),
+        *linear(f"{_BLOCK}.attention.wo", f"{_OURS}/attention/out", bias=False),
+        *linear(f"{_BLOCK}.feed_forward.w1", f"{_OURS}/mlp/gate", bias=False),
+        *linear(f"{_BLOCK}.feed_forward.w3", f"{_OURS}/mlp/up", bias=False),
+        *linear(f"{_BLOCK}.feed_forward.w2", f"{_OURS}/mlp/down", bias=False),
+        *rms_norm("norm", "final_norm"),
+    )
 
 
 def vocabulary_rules(embedding: str, head: str, *, tied: bool, stored: bool) -> tuple[Rule, ...]:

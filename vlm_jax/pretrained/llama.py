@@ -1,0 +1,162 @@
+"""Language models of the Llama family: Llama, Mistral, Qwen2, Qwen3, and those of Qwen2-VL and Qwen2.5-VL."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.checkpoints.maps.transformer import trunk_rules
+from vlm_jax.checkpoints.rules import SourceTensor, prefixed
+from vlm_jax.decoders.transformer import Transformer
+from vlm_jax.pretrained.family import LanguageModel, Names, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.hugging_face import vocabulary
+from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
+
+# transformers, models/llama/configuration_llama.py, and those of the others.
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 0,
+    "layer_types": None,
+    "tie_word_embeddings": False,
+    **ROPE_DEFAULTS,
+}
+MISTRAL_DEFAULTS: dict[str, Any] = {
+    **LLAMA_DEFAULTS,
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "use_sliding_window": True,  # the release has no such switch
+    "sliding_window": 4096,
+}
+QWEN2_DEFAULTS: dict[str, Any] = {
+    **LLAMA_DEFAULTS,
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+QWEN3_DEFAULTS: dict[str, Any] = {**QWEN2_DEFAULTS, "head_dim": 128}
+QWEN2_VL_DEFAULTS: dict[str, Any] = {
+    **QWEN2_DEFAULTS,
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_window_layers": 80,
+    "rope_theta": 1_000_000.0,
+}
+QWEN2_VL_SECTIONS = (16, 24, 24)
+
+
+def llama(
+    config: Mapping[str, Any],
+    checkpoint: Mapping[str, SourceTensor],
+    where: str,
+    *,
+    names: Names,
+    defaults: Mapping[str, Any] = LLAMA_DEFAULTS,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    sections: tuple[int, ...] = (),
+    **dtypes: Any,
+) -> LanguageModel:
+    """Llama; and, with other settings, Qwen2 (biases on query, key and value) and Qwen3 (normalised heads).
+
+    Raises:
+      PretrainedError: settings that nothing here computes, or a head that is tied and yet not the table.
+    """
+    settings = with_defaults(config, defaults, where)
+    known = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+    }
+    check_supported(settings, known, where)
+    tied, heads = settings["tie_word_embeddings"], settings["num_attention_heads"]
+    decoder = Transformer(
+        vocab_size=settings["vocab_size"],
+        width=settings["hidden_size"],
+        depth=settings["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=settings["num_key_value_heads"] or heads,
+        mlp_dim=settings["intermediate_size"],
+        head_dim=settings["head_dim"],
+        rope=released_rope(settings, where, sections),
+        norm_epsilon=settings["rms_norm_eps"],
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        windows=_windows(settings, where),
+        tie_embeddings=tied,
+        **dtypes,
+    )
+    rules = (
+        *prefixed(trunk_rules(qkv_bias=qkv_bias, qk_norm=qk_norm), names.trunk),
+        *vocabulary(f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight", checkpoint, where, tied=tied),
+    )
+    return LanguageModel(decoder, rules, (rf"{re.escape(names.trunk)}(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",))
+
+
+def mistral(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, **more: Any
+) -> LanguageModel:
+    """Mistral."""
+    return llama(config, checkpoint, where, defaults=MISTRAL_DEFAULTS, **more)
+
+
+def qwen2(config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+    """Qwen2 and Qwen2.5."""
+    return llama(config, checkpoint, where, defaults=QWEN2_DEFAULTS, qkv_bias=True, **more)
+
+
+def qwen3(config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+    """Qwen3."""
+    return llama(config, checkpoint, where, defaults=QWEN3_DEFAULTS, qk_norm=True, **more)
+
+
+def qwen2_vl(
+    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, **more: Any
+) -> LanguageModel:
+    """The language models of Qwen2-VL and Qwen2.5-VL: Qwen2 with M-RoPE.
+
+    The config is the text section, or that of the whole system, where it may lie flat among the rest.
+    """
+    if "text_config" in config:
+        text = config["text_config"]
+        tied = any(section.get("tie_word_embeddings", False) for section in (config, text))
+        config, where = {**text, "tie_word_embeddings": tied}, f"{where}.text_config"
+    return llama(
+        config, checkpoint, where, defaults=QWEN2_VL_DEFAULTS, qkv_bias=True, sections=QWEN2_VL_SECTIONS, **more
+    )
+
+
+def _windows(settings: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
+    """The window of every layer; empty where none has one."""
+    depth, window = settings["num_hidden_layers"], settings["sliding_window"]
+    if not settings["use_sliding_window"] or window is None:
+        return ()
+    kinds = settings["layer_types"]
+    if kinds is None:
+        kinds = ["full_attention" if i < settings["max_window_layers"] else "sliding_attention" for i in range(depth)]
+    known = {f"layer_types[{i}]": ("full_attention", "sliding_attention") for i in range(depth)}
+    check_supported({f"layer_types[{i}]": kind for i, kind in enumerate(kinds)}, known, where)
+    if len(kinds) != depth:
+        raise PretrainedError(f"{where}.layer_types: expected {depth}, one for each layer, got {len(kinds)}")
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return windows if any(windows) else ()
