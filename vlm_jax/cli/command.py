@@ -1,4 +1,4 @@
-"""What the commands share: the config flags, the compilation cache, and one clear line for an error."""
+"""What the commands that run a config share: its flags, and what is said of a run that ends early."""
 
 import errno
 import re
@@ -11,30 +11,11 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.checkpoints.orbax import CheckpointError
-from vlm_jax.config import ConfigError
-from vlm_jax.data.vqa_files import TooManyCorruptImages
-from vlm_jax.data.vqa_records import MalformedRecords
-from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.train.loop import Diverged, Interrupted
-
-# Errors whose message is meant for the user, without a traceback.
-EXPLAINED = (
-    ConfigError,
-    InfeasibleBudget,
-    CheckpointError,
-    Diverged,
-    MalformedRecords,
-    SequenceTooLong,
-    TooManyCorruptImages,
-)
+from vlm_jax.cli.process import explained, keep_programs
+from vlm_jax.train.loop import Interrupted
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, and --config.KEY=VALUE to change it.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, local or gs://; made when missing.")
-CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/vlm_jax/xla", "Folder of compiled programs, kept between runs; empty for none."
-)
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other processes of a TPU slice or cluster (jax.distributed.initialize)."
 )
@@ -62,18 +43,14 @@ def run(main: Callable[[], Any]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument: {argv[1]}")
         _quieten_checkpoints()
-        if CACHE.value:
-            jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        keep_programs()
         if DISTRIBUTED.value:
             jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         try:
-            main()
+            with explained():
+                main()
         except Interrupted as stop:
             print(f"{stop}; the same command goes on from there", file=sys.stderr)
-        except EXPLAINED as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            sys.exit(1)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

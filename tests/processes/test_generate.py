@@ -1,0 +1,86 @@
+"""`python -m vlm_jax.cli.generate` as a process: what it writes, and what it says of a user's error."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from .alphabet import LETTERS, write
+from .conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def said(folder, programs):
+    def run(*arguments):
+        """Exit status, standard output and standard error."""
+        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        words = [sys.executable, "-m", "vlm_jax.cli.generate", f"--checkpoint={folder}", *arguments]
+        words.append(f"--compilation_cache={programs}")
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["--prompt=d"], LETTERS[4:]),
+        (["--prompt=d", "--max_new_tokens=3"], "efg"),
+        (["--prompt=d", "--stop=rs", "--stop=no", "--chunk=3"], "efghijklm"),
+        (["--prompt=d", "--stop_token=p"], "efghijklmno"),
+        (["--prompt=", "--system=x"], "yz"),
+        (["--prompt=d", "--temperature=0.01", "--top_k=2", "--seed=3", "--cache_dtype=bfloat16"], LETTERS[4:]),
+    ],
+)
+def test_the_answer_is_written(said, arguments, answer):
+    status, out, errors = said(*arguments)
+    assert (status, out) == (0, answer + "\n"), errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt=d", "--stop_token=<ende>"], "its vocabulary has no token '<ende>'; did you mean '<end>'?"),
+        (["--prompt=d", "--top_p=1.5", "--temperature=1"], "GenerationError: top_p: expected more than 0 and at most"),
+        (["--prompt=d", "--max_new_tokens=0"], "GenerationError: max_new_tokens: expected 1 or more, got 0"),
+        (["--prompt=abcd", "--cache_length=8"], "GenerationError: prompt: a prompt of 4 tokens"),
+        (["--prompt=d", "--image=none.png"], "FileNotFoundError: [Errno 2] No such file or directory: 'none.png'"),
+    ],
+)
+def test_an_error_of_the_user_is_one_message(said, arguments, message):
+    status, out, errors = said(*arguments)
+    assert status == 1 and out == "", errors
+    assert message in errors and "Traceback" not in errors, errors
+
+
+def test_a_picture_for_a_language_model_is_refused(said, folder):
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    status, out, errors = said("--prompt=d", f"--image={folder / 'a.png'}")
+    assert status == 1 and out == "" and "Traceback" not in errors, errors
+
+
+def test_what_the_folder_lacks_is_named(said, folder):
+    (folder / "chat_template.jinja").unlink()
+    status, _, errors = said("--prompt=d")
+    assert status == 1 and "Traceback" not in errors
+    assert f"ChatTemplateError: {folder}: no chat template here; looked for chat_template.jinja" in errors
+    (folder / "tokenizer.json").unlink()
+    status, _, errors = said("--prompt=d")
+    assert status == 1 and f"TokenizerError: {folder}: no tokenizer here; looked for tokenizer.json" in errors
+    (folder / "model.safetensors").unlink()
+    status, _, errors = said("--prompt=d")
+    assert status == 1 and "Traceback" not in errors and "CheckpointFileError" in errors

@@ -1,0 +1,64 @@
+"""python -m vlm_jax.cli.generate --checkpoint=DIR --prompt="…" [--image=FILE ...]"""
+
+from absl import app, flags
+
+import vlm_jax
+from vlm_jax.cli.process import explained, keep_programs
+from vlm_jax.generation.engine import CACHE_DTYPES
+from vlm_jax.generation.sampling import Sampling
+from vlm_jax.pretrained.loader import DTYPES
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released folder, or organisation/name on the Hugging Face hub.")
+PROMPT = flags.DEFINE_string("prompt", None, "What is asked.")
+IMAGE = flags.DEFINE_multi_string("image", [], "A picture that the prompt is about; repeatable, in order.")
+SYSTEM = flags.DEFINE_string("system", None, "A system message before the prompt.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of the answer.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "What logits are divided by; 0 takes the most likely token.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Draws among so many of the most likely tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Draws among the most likely tokens that have this probability together.")
+REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1, tokens that were there are less likely.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+STOP = flags.DEFINE_multi_string("stop", [], "A string before which the answer ends; repeatable.")
+STOP_TOKEN = flags.DEFINE_multi_string("stop_token", [], "The name of a token that ends the answer; repeatable.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "What parameters are stored and computed in.")
+CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, sorted(CACHE_DTYPES), "That of the cache; --dtype unless given.")
+CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "Slots of the cache; as many as are needed unless given.")
+CHUNK = flags.DEFINE_integer("chunk", 16, "Tokens between two pieces of text.")
+
+
+def main(argv: list[str]) -> None:
+    """Answers one prompt; the answer is written as it comes."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument: {argv[1]}")
+    keep_programs()
+    with explained(FileNotFoundError):
+        sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, REPETITION_PENALTY.value, SEED.value)
+        model = vlm_jax.from_pretrained(str(CHECKPOINT.value), dtype=DTYPE.value)
+        # Templates of language models take strings, those of systems with eyes lists.
+        listed = getattr(model.module, "encoder", None) is not None or bool(IMAGE.value)
+
+        def message(role: str, text: str, num_images: int = 0) -> dict:
+            parts = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
+            return {"role": role, "content": parts if listed else text}
+
+        messages = [message("user", str(PROMPT.value), len(IMAGE.value))]
+        if SYSTEM.value is not None:
+            messages.insert(0, message("system", SYSTEM.value))
+        model.generate(
+            messages,
+            IMAGE.value,
+            max_new_tokens=MAX_NEW_TOKENS.value,
+            sampling=sampling,
+            stop=STOP.value,
+            stop_tokens=STOP_TOKEN.value,
+            chunk=CHUNK.value,
+            cache_dtype=CACHE_DTYPE.value,
+            cache_length=CACHE_LENGTH.value,
+            on_text=lambda text: print(text, end="", flush=True),
+        )
+        print()
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["checkpoint", "prompt"])
+    app.run(main)

@@ -1,0 +1,65 @@
+"""What every command's process does: it keeps compiled programs, and says one clear line for an error."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+from etils import epath
+
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.checkpoints.hub import CheckpointFileError
+from vlm_jax.checkpoints.orbax import CheckpointError
+from vlm_jax.checkpoints.rules import CheckpointMismatch
+from vlm_jax.config import ConfigError
+from vlm_jax.data.vqa_files import TooManyCorruptImages
+from vlm_jax.data.vqa_records import MalformedRecords
+from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.processors.chat import ChatTemplateError
+from vlm_jax.processors.image import CorruptImage
+from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.system import PictureMismatch
+from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.train.loop import Diverged
+
+# Errors whose message is meant for the user, without a traceback.
+EXPLAINED = (
+    ChatTemplateError,
+    CheckpointError,
+    CheckpointFileError,
+    CheckpointMismatch,
+    ConfigError,
+    CorruptImage,
+    Diverged,
+    GenerationError,
+    InfeasibleBudget,
+    MalformedRecords,
+    PictureMismatch,
+    PretrainedError,
+    SequenceTooLong,
+    TokenizerError,
+    TooManyCorruptImages,
+)
+
+CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/vlm_jax/xla", "Folder of compiled programs, kept between runs; empty for none."
+)
+
+
+def keep_programs() -> None:
+    """Compiled programs go to the folder of `--compilation_cache`."""
+    if CACHE.value:
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def explained(*more: type[Exception]) -> Iterator[None]:
+    """An explained error inside, or one of `more`, becomes its message and exit status 1."""
+    try:
+        yield
+    except (*EXPLAINED, *more) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
