@@ -20,7 +20,7 @@ from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.processors.system import PictureMismatch
+from vlm_jax.processors.seen import PictureMismatch
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.train.loop import Diverged
 

@@ -17,6 +17,10 @@ Layout = Int[np.ndarray, "n"]
 Images = Float[np.ndarray, "B I height width channels"] | PackedPatches
 
 
+class PictureMismatch(ValueError):
+    """A conversation with other pictures than it speaks of, or than its model reads; the message names both."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """A picture, a video, or a part of either that stands in one place of the text.
@@ -121,11 +125,11 @@ class NoViews(Tiles):
     def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """Refuses any picture."""
         if pictures:
-            raise ValueError(f"this model reads text alone, and {len(pictures)} pictures are given")
+            raise PictureMismatch(f"this model reads text alone, and {len(pictures)} pictures are given")
         return []
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Refuses any picture."""
         if sizes:
-            raise ValueError(f"this model reads text alone, and sizes of {len(sizes)} pictures are given")
+            raise PictureMismatch(f"this model reads text alone, and sizes of {len(sizes)} pictures are given")
         return []

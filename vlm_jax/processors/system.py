@@ -12,17 +12,13 @@ from PIL import Image
 from vlm_jax.processors.image import to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
-from vlm_jax.processors.seen import Seen, Views
+from vlm_jax.processors.seen import PictureMismatch, Seen, Views
 from vlm_jax.processors.tiling import Size
 from vlm_jax.types import Batch
 
 Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
 Conversation = Sequence[Message]
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
-
-
-class PictureMismatch(ValueError):
-    """A conversation with other pictures than it speaks of; the message names it and both numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
