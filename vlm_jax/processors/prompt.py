@@ -21,10 +21,12 @@ class Slot:
     Attributes:
       kind: of the two.
       token_id: what stands as a token in the places that it takes.
+      first_ids: what stands in the first of them instead.
     """
 
     kind: Kind
     token_id: int
+    first_ids: tuple[int, ...] = ()
 
 
 @runtime_checkable

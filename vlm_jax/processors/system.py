@@ -174,6 +174,12 @@ class Processor:
             seen = waiting[piece.kind].pop(0)
             rows = np.where(seen.layout < 0, -1 - seen.layout, seen.layout + start)
             ids = np.full(len(rows), piece.token_id)
+            if len(piece.first_ids) > len(ids):
+                raise PictureMismatch(
+                    f"{name}: the name of a picture has {len(piece.first_ids)} bytes, more than the {len(ids)} places "
+                    "that the picture takes; rename the file"
+                )
+            ids[: len(piece.first_ids)] = piece.first_ids
             if self.learned_ids:
                 ids = np.where(seen.layout < 0, np.take(self.learned_ids, -1 - seen.layout, mode="clip"), ids)
             filled.append(Visual(rows, ids, seen.positions))

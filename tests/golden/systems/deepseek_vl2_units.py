@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,15 @@ from tests.golden import comparison
 from vlm_jax.checkpoints.rules import import_params
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.pretrained.projector import mlp_projector
+from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.tiles import DeepSeekVL2Views
+from vlm_jax.processors.tiling import best_resolution
 from vlm_jax.types import VisualFeatures
 
 LANGUAGE = "the language model (router, rotary positions), which the package does not have so far"
 NOT_COMPARED = {
     r"(gate|rope)\..*|yarn_get_mscale": LANGUAGE,
     r"projector\.\d+\.param\..*": "parameters, which are listed as outputs and are what the projectors are given",
-    r"resolution\..*": "the image processor's choice of tiles",
 }
 _IGNORED = -100
 
@@ -45,4 +48,18 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     kept = targets != _IGNORED
     logits = jnp.asarray(inputs["loss.logits"][:, :-1])
     found["loss.value"] = cross_entropy(logits, jnp.where(kept, targets, 0), kept.astype(jnp.float32))[0]
+    found |= _resolutions(expected, comparison.read(folder).entries["resolution.table"]["meaning"])
     return {name: np.asarray(array) for name, array in found.items()}
+
+
+def _resolutions(expected: dict[str, np.ndarray], meaning: str) -> dict[str, np.ndarray]:
+    """The canvas of every size of the table; the released candidates are listed as an output."""
+    candidates = expected["resolution.candidates"]
+    side, tokens = map(int, re.search(r"tile (\d+).*-> (\d+)x", meaning).groups())
+    views = DeepSeekVL2Views(Pixels(), side, tokens, tuple((height, width) for width, height in candidates.tolist()))
+    rows = []
+    for width, height, *_ in expected["resolution.table"].tolist():
+        (layout,), grid = views.layouts([(height, width)]), views.grid((height, width), 1)
+        best = best_resolution((height, width), views.canvases)
+        rows.append([width, height, *best[::-1], *grid[::-1], len(layout)])
+    return {"resolution.candidates": candidates, "resolution.table": np.array(rows)}

@@ -9,8 +9,10 @@ from etils import epath
 from PIL import Image
 
 from vlm_jax.pretrained.family import PretrainedError, check_supported
+from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.tokenizer import Tokenizer
 
 Folder = str | os.PathLike[str]
 
@@ -105,7 +107,26 @@ def height_and_width(value: Any, where: str) -> Size:
     raise PretrainedError(f"{where}: expected a number, or height and width, got {value!r}")
 
 
-def pad_id(tokenizer: Any, config: Mapping[str, Any]) -> int:
+def chat_template(folder: Folder, tokenizer: Tokenizer, source: str | None, *, own_first: bool = True) -> ChatTemplate:
+    """The folder's template, or the one that a release has in its code.
+
+    Args:
+      folder: of the checkpoint.
+      tokenizer: for the special tokens.
+      source: of the release's code; None where it has none.
+      own_first: the folder's template stands before the code's.
+    """
+    if source is not None and not own_first:
+        return ChatTemplate(source, tokenizer.names)
+    try:
+        return ChatTemplate.from_folder(folder, tokenizer.names)
+    except ChatTemplateError:
+        if source is None:
+            raise
+        return ChatTemplate(source, tokenizer.names)
+
+
+def pad_id(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int:
     """The tokenizer's padding, the config's, or 0."""
     text = config.get("text_config") or config.get("llm_config") or config.get("language_config") or {}
     candidates = (tokenizer.pad_id, config.get("pad_token_id"), text.get("pad_token_id"), tokenizer.eos_id, 0)

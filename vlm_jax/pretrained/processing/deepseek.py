@@ -1,0 +1,108 @@
+"""DeepSeek-VL and DeepSeek-VL2 as their own releases store them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.pretrained.deepseek_vl2 import PROJECTOR_DEFAULTS, VISION_DEFAULTS
+from vlm_jax.pretrained.family import REQUIRED, check_supported, with_defaults
+from vlm_jax.pretrained.processing.settings import (
+    COMMON,
+    Folder,
+    chat_template,
+    image_settings,
+    mean_colour,
+    pad_id,
+    pixels,
+    processor_settings,
+)
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.templates import DEEPSEEK
+from vlm_jax.processors.tiles import DeepSeekVL2Views
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.turns import DeepSeekVL2Prompt
+
+# deepseek_vl/models/image_processing_vlm.py and processing_vlm.py.
+IMAGE_DEFAULTS: dict[str, Any] = {"min_size": 14}
+PROCESSOR_DEFAULTS: dict[str, Any] = {
+    "image_tag": "<image_placeholder>",
+    "num_image_tokens": 576,
+    "add_special_token": False,
+    "sft_format": "deepseek",
+}
+# deepseek_vl2/models/processing_deepseek_vl_v2.py.
+DEFAULTS2: dict[str, Any] = {
+    "candidate_resolutions": REQUIRED,
+    "patch_size": REQUIRED,
+    "downsample_ratio": REQUIRED,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "normalize": True,
+    "image_token": "<image>",
+    "pad_token": "<｜▁pad▁｜>",
+    "add_special_token": False,
+    "sft_format": "deepseek",
+}
+
+
+def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """DeepSeek-VL's."""
+    where = f"{folder}: processor_config.json"
+    own = with_defaults(processor_settings(folder), PROCESSOR_DEFAULTS, where)
+    check_supported(own, {"add_special_token": (False,), "sft_format": ("deepseek",)}, where)
+    settings = with_defaults(image_settings(folder, IMAGE_DEFAULTS), {"image_size": REQUIRED}, f"{folder}: images")
+    tokenizer = Tokenizer.from_folder(folder)
+    views = SquareViews(
+        pixels(settings),
+        (settings["image_size"], settings["image_size"]),
+        own["num_image_tokens"],
+        "shrink",
+        background=tuple(settings.get("background_color") or mean_colour(settings)),
+        min_size=settings["min_size"],
+    )
+    prompt = TemplatePrompt(
+        chat_template(folder, tokenizer, DEEPSEEK, own_first=False),
+        tokenizer,
+        marks={"image": own["image_tag"]},
+        tokens={"image": own["image_tag"]},
+        joined="",
+    )
+    return Processor(prompt, views, pad_id(tokenizer, config))
+
+
+def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """DeepSeek-VL2's."""
+    where = f"{folder}: processor_config.json"
+    own = with_defaults(processor_settings(folder), DEFAULTS2, where)
+    check_supported(own, {"add_special_token": (False,), "sft_format": ("deepseek",)}, where)
+    tokenizer = Tokenizer.from_folder(folder)
+    canvases = tuple((height, width) for width, height in own["candidate_resolutions"])
+    side = canvases[0][0]
+    views = DeepSeekVL2Views(
+        pixels({**COMMON, **own, "do_normalize": own["normalize"]}),
+        side,
+        math.ceil(side // own["patch_size"] / own["downsample_ratio"]),
+        canvases,
+        whole_first=config.get("global_view_pos", "head") == "head",
+    )
+    check_supported({"tile_tag": "2D", **config}, {"tile_tag": ("2D",)}, "deepseek_vl_v2")
+    check_consistent(config, own, side)
+    prompt = DeepSeekVL2Prompt(tokenizer, own["image_token"])
+    return Processor(prompt, views, tokenizer.id_of(own["pad_token"]), num_learned=2)
+
+
+def check_consistent(config: Mapping[str, Any], own: Mapping[str, Any], side: int) -> None:
+    """The processor's numbers are the model's.
+
+    Raises:
+      PretrainedError: they differ.
+    """
+    vision = {**VISION_DEFAULTS, **config.get("vision_config", {})}
+    projector = {**PROJECTOR_DEFAULTS, "downsample_ratio": 2, **config.get("projector_config", {})}
+    model = {"patch_size": vision["patch_size"], "downsample_ratio": projector["downsample_ratio"], "side": side}
+    if config.get("vision_config"):
+        check_supported(
+            {**own, "side": vision["image_size"]}, {key: (x,) for key, x in model.items()}, "processor_config.json"
+        )

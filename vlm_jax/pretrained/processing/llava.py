@@ -1,0 +1,88 @@
+"""LLaVA and MobileVLM as their own releases store them."""
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_jax.pretrained.family import PretrainedError, check_supported
+from vlm_jax.pretrained.llava import DEFAULTS, TOWERS
+from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, chat_template, pad_id
+from vlm_jax.pretrained.projector import mm_projector
+from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.templates import VICUNA
+from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.tokenizer import Tokenizer
+
+FIT = {"pad": "pad", "anyres": "crop", "square": "crop", None: "crop"}
+
+
+def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """The processor of a folder. One without a chat template gets that of Vicuna, with which LLaVA-1.5 was trained."""
+    tokenizer = Tokenizer.from_folder(folder)
+    # The tag is no token of the release: text is spelled up to it, and from it on.
+    holder = tokenizer.names.get("unk_token", tokenizer.names.get("pad_token", "<unk>"))
+    prompt = TemplatePrompt(
+        chat_template(folder, tokenizer, VICUNA),
+        tokenizer,
+        marks={"image": "<image>"},
+        tokens={"image": holder},
+        split=True,
+        joined="\n",
+    )
+    newline = "unpad" in config.get("mm_patch_merge_type", "flat")
+    longest = config.get("tokenizer_model_max_length", config.get("max_sequence_length"))
+    return Processor(prompt, views(config), pad_id(tokenizer, config), num_learned=int(newline), max_length=longest)
+
+
+def views(config: Mapping[str, Any]) -> SquareViews | AnyresViews:
+    """How pictures are looked at: by `image_aspect_ratio` and `mm_patch_merge_type`.
+
+    Raises:
+      PretrainedError: other ways than those of LLaVA-1.5, LLaVA-1.6 and MobileVLM.
+    """
+    settings = {**DEFAULTS, "image_aspect_ratio": None, "mm_patch_merge_type": "flat", **config}
+    where, name = config["model_type"], settings["mm_vision_tower"]
+    known = {"image_aspect_ratio": tuple(FIT), "mm_patch_merge_type": ("flat", "spatial", "spatial_unpad")}
+    check_supported(settings, known, where)
+    tower = settings.get("vision_tower_config", TOWERS.get(name))
+    if tower is None:
+        raise PretrainedError(f"{where}.mm_vision_tower: no settings here for '{name}'")
+    side = tower["image_size"]
+    rows = side // tower["patch_size"]
+    if settings["s2"]:
+        sizes = sorted(map(int, settings["s2_scales"].split(",")))
+        side, rows = sizes[-1], sizes[0] // tower["patch_size"]
+    connector, _ = mm_projector(settings["mm_projector_type"], settings["hidden_size"], where)
+    whole = settings["mm_vision_select_feature"] == "cls_patch"
+    count = connector.num_tokens((1, rows * rows + 1) if whole else (rows, rows))  # type: ignore[operator]
+    pixels = Pixels(tuple(CLIP_STATISTICS["image_mean"]), tuple(CLIP_STATISTICS["image_std"]))
+    square = SquareViews(pixels, (side, side), count, FIT[settings["image_aspect_ratio"]])  # type: ignore[arg-type]
+    merge = settings["mm_patch_merge_type"]
+    if settings["image_aspect_ratio"] == "anyres":
+        return AnyresViews(square, (rows, rows), canvases(settings["image_grid_pinpoints"], side, where), side, merge)
+    return square if merge == "flat" else AnyresViews(square, (rows, rows), (), side, merge)
+
+
+def canvases(pinpoints: str | Sequence[Sequence[int]], side: int, where: str) -> tuple[Size, ...]:
+    """(height, width) of the canvases: `[[336, 672], …]` as (width, height), as text, or as a range `(1x1),...,(2x2)`.
+
+    Raises:
+      PretrainedError: none of these.
+    """
+    if isinstance(pinpoints, str):
+        if found := re.findall(r"\((\d+)x(\d+)\)", pinpoints):
+            (across, down), (most_across, most_down) = (tuple(map(int, pair)) for pair in (found[0], found[-1]))
+            grids = [(i, j) for i in range(across, most_across + 1) for j in range(down, most_down + 1)]
+            return tuple((j * side, i * side) for i, j in grids)
+        try:
+            pinpoints = ast.literal_eval(pinpoints)
+        except (ValueError, SyntaxError) as error:
+            raise PretrainedError(
+                f"{where}.image_grid_pinpoints: expected pairs of pixels, got {pinpoints!r}"
+            ) from error
+    return tuple((height, width) for width, height in pinpoints)  # type: ignore[misc]

@@ -1,0 +1,67 @@
+"""Ovis 2 and Ovis 2.5 as their own releases store them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.pretrained.ovis import (
+    AIMV2_DEFAULTS,
+    NAVIT_DEFAULTS,
+    NUM_INDICATORS,
+    NUM_INDICATORS_2_5,
+    TOKENIZER_DEFAULTS,
+)
+from vlm_jax.pretrained.processing.settings import Folder, chat_template, image_settings, pad_id, pixels
+from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.seen import Views
+from vlm_jax.processors.smart_resize import ovis_size
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.templates import OVIS2, OVIS2_5
+from vlm_jax.processors.tiles import Ovis2Views
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import PatchFormat
+
+MAX_PARTS = 9  # of the release's example
+MIN_PIXELS, MAX_PIXELS = 448 * 448, 1792 * 1792  # of Ovis 2.5-9B's preprocess_inputs
+
+
+def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """Ovis 2's."""
+    tokenizer = {**TOKENIZER_DEFAULTS, **config["visual_tokenizer_config"]}
+    vision = {**AIMV2_DEFAULTS, **tokenizer["backbone_config"]}
+    rows = -(-(vision["image_size"] // vision["patch_size"]) // tokenizer["hidden_stride"])
+    views = Ovis2Views(pixels(image_settings(folder, {})), vision["image_size"], rows * rows, MAX_PARTS)
+    return _processor(folder, config, views, OVIS2, NUM_INDICATORS)
+
+
+def processor2_5(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """Ovis 2.5's."""
+    vision = {**NAVIT_DEFAULTS, **config["vit_config"]}
+    patch, stride = vision["patch_size"], vision["hidden_stride"]
+    window = None
+    if vision["fullatt_block_indexes"] is not None:
+        window = vision["window_size"] // stride // patch
+    views = NativeViews(
+        pixels(image_settings(folder, {"resample": 2})),
+        PatchFormat(patch, vision["temporal_patch_size"], stride, window),
+        ovis_size,
+        MIN_PIXELS,
+        MAX_PIXELS,
+        image_edges=(0, 1),
+        video_edges=(2, 3),
+    )
+    return _processor(folder, config, views, OVIS2_5, NUM_INDICATORS_2_5)
+
+
+def _processor(folder: Folder, config: Mapping[str, Any], views: Views, template: str, num_learned: int) -> Processor:
+    tokenizer = Tokenizer.from_folder(folder)
+    holder = tokenizer.names["pad_token"]  # the release has negative ids here, which are no tokens
+    prompt = TemplatePrompt(
+        chat_template(folder, tokenizer, template, own_first=False),
+        tokenizer,
+        marks={"image": "<image>", "video": "<video>"},
+        tokens={"image": holder, "video": holder},
+        split=True,
+        joined="\n",
+    )
+    return Processor(prompt, views, pad_id(tokenizer, config), num_learned=num_learned)

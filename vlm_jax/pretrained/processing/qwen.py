@@ -1,0 +1,28 @@
+"""Qwen-VL and Qwen-VL-Chat."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder
+from vlm_jax.processors.seen import NoViews, Pixels
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.turns import QwenVLPrompt
+
+NUM_QUERIES = 256  # of the release's resampler, whose config leaves it out
+
+
+def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """The processor of a folder; a Qwen without eyes takes no pictures."""
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.eos_id is None:
+        raise PretrainedError(f"{folder}: expected a tokenizer with <|endoftext|>, which fills short prompts")
+    visual = config.get("visual")
+    views = NoViews()
+    if visual is not None:
+        pixels = Pixels(tuple(CLIP_STATISTICS["image_mean"]), tuple(CLIP_STATISTICS["image_std"]))
+        side = visual["image_size"]
+        views = SquareViews(pixels, (side, side), visual.get("n_queries", NUM_QUERIES), "stretch")
+    return Processor(QwenVLPrompt(tokenizer), views, tokenizer.eos_id, max_length=None)

@@ -1,0 +1,64 @@
+"""Chat templates of releases that have theirs in code: Jinja, of messages whose content is one text.
+
+Each ends an answer as the release ends it, and takes a system message where the release has one.
+"""
+
+# LLaVA, conversation.py, vicuna_v1; MobileVLM, conversation.py, v1.
+VICUNA = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }} {% else %}A chat between a curious user and an "
+    "artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's "
+    "questions. {% endif %}"
+    "{% for message in messages %}{% if message.role == 'user' %}USER: {{ message.content }} "
+    "{% elif message.role == 'assistant' %}ASSISTANT: {{ message.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+# DeepSeek-VL, utils/conversation.py, deepseek.
+DEEPSEEK = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}You are a helpful language and vision "
+    "assistant. You are able to understand the visual content that the user provides, and assist the user with a "
+    "variety of tasks using natural language.{% endif %}{{ '\n\n' }}"
+    "{% for message in messages %}{% if message.role == 'user' %}User: {{ message.content }}{{ '\n\n' }}"
+    "{% elif message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def chatml(system: str | None, end: str = "<|im_end|>\n") -> str:
+    """ChatML.
+
+    Args:
+      system: what stands before a conversation without a system message; None for nothing.
+      end: after every message.
+    """
+    opening = "" if system is None else f"<|im_start|>system\n{system}{end}"
+    return (
+        f"{{% if messages[0].role != 'system' %}}{{{{ {opening!r} }}}}{{% endif %}}"
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\n' + message.content + " + repr(end) + " }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+# OpenGVLab/InternVL, conversation.py, by the key `template` of the config.
+_INTERNVL = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_INTERNVL2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+INTERNVL = {
+    "Hermes-2": chatml(_INTERNVL, "<|im_end|>"),
+    "internlm2-chat": chatml(_INTERNVL, "<|im_end|>"),
+    "internvl2_5": chatml(_INTERNVL2_5),
+}
+
+# AIDC-AI/Ovis2, configuration_ovis.py, QwenConversationFormatter.
+OVIS2 = chatml("You are a helpful assistant.")
+
+# AIDC-AI/Ovis2.5, whose tokenizer's template this is for conversations without tools.
+OVIS2_5 = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)

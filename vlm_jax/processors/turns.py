@@ -1,0 +1,164 @@
+"""Prompts of releases without a chat template that spell their turns one by one: DeepSeek-VL2 and Qwen-VL."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vlm_jax.processors.layout import Text
+from vlm_jax.processors.prompt import Message, Slot
+from vlm_jax.processors.tokenizer import Tokenizer
+
+USER = ("user", "<|User|>")
+ASSISTANT = ("assistant", "<|Assistant|>")
+
+
+class PromptError(ValueError):
+    """Messages that a release's conversations cannot have; the message says which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSeekVL2Prompt:
+    """`<|User|>: question` and `<|Assistant|>:answer`, each spelled by itself; what the assistant says is learned.
+
+    The text that the release displays of a conversation has other spaces; the ids are what it was trained on.
+
+    Attributes:
+      tokenizer: of the release.
+      image: the tag of a picture in a text.
+
+    Source: DeepSeek-VL2, processing_deepseek_vl_v2.py, format_messages_v2.
+    """
+
+    tokenizer: Tokenizer
+    image: str = "<image>"
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        places: Sequence[int],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[Text | Slot]:
+        """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer."""
+        _refuse(places, variables)
+        pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
+        for number, message in enumerate(messages):
+            text = flat(message.get("content"), lambda _: self.image, "\n").strip()
+            last = number == len(messages) - 1
+            if message["role"] in USER:
+                head = "\n\n<|Assistant|>:" if add_generation_prompt or not last else ""
+                pieces += self.spelled(f"<|User|>: {text}{head}")
+            elif message["role"] in ASSISTANT:
+                end = _present(self.tokenizer.eos_id, "eos", self.tokenizer)
+                # An empty answer is where the model is to begin.
+                pieces += [] if last and not text else [*self.spelled(text, learned=True), Text([end], learned=True)]
+            elif number:
+                raise PromptError(f"message {number} has the role '{message['role']}', which only the first may have")
+            else:
+                pieces += self.spelled(text)
+        return pieces
+
+    def spelled(self, text: str, learned: bool = False) -> list[Text | Slot]:
+        """A text piece by piece between its pictures, without special tokens of its own."""
+        pieces: list[Text | Slot] = []
+        for number, part in enumerate(text.split(self.image)):
+            pieces += [Slot("image", self.tokenizer.id_of(self.image))] if number else []
+            pieces.append(Text(self.tokenizer.encode(part), learned))
+        return pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenVLPrompt:
+    """ChatML whose parts are spelled one by one, with the path of a picture in the first places that it takes.
+
+    Attributes:
+      tokenizer: of the release.
+      system: what stands before a conversation without a system message.
+      picture: what is written before a picture, with its number in its message.
+
+    Source: Bai et al. 2023 (Qwen-VL), section 3.1; QwenLM/Qwen-VL-Chat, qwen_generation_utils.py, make_context, and
+    tokenization_qwen.py.
+    """
+
+    tokenizer: Tokenizer
+    system: str = "You are a helpful assistant."
+    picture: str = "Picture {number}: "
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        places: Sequence[int],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[Text | Slot]:
+        """The pieces of one conversation; see `Prompt`."""
+        _refuse(places, variables)
+        if not messages or messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        start, end, newline = "<|im_start|>", "<|im_end|>", self.spelled("\n")
+        pieces: list[Text | Slot] = []
+        for number, message in enumerate(messages):
+            pieces += newline if number else []
+            pieces += [*self.spelled(start), *self.spelled(message["role"]), *newline]
+            pieces += [*self.spelled(self.content(message.get("content"))), *self.spelled(end)]
+        if add_generation_prompt:
+            pieces += [*newline, *self.spelled(start), *self.spelled("assistant"), *newline]
+        return pieces
+
+    def content(self, content: Any) -> str:
+        """A message's content as one text, with `<img>path</img>` for a picture; no path where it has none."""
+        number = 0
+
+        def tagged(item: Message) -> str:
+            nonlocal number
+            number += 1
+            path = item.get("image") if isinstance(item.get("image"), str) else ""
+            return f"{self.picture.format(number=number)}<img>{path}</img>\n"
+
+        return flat(content, tagged, "")
+
+    def spelled(self, text: str) -> list[Text | Slot]:
+        """A text with its pictures; the bytes of a path are the ids 0 to 255 of the vocabulary's bytes.
+
+        Raises:
+          PromptError: a picture's tag is not closed.
+        """
+        pieces: list[Text | Slot] = []
+        tokens = [self.tokenizer.id_of(token) for token in ("<img>", "</img>", "<imgpad>")]
+        for number, part in enumerate(re.split("<img>(.*?)</img>", text, flags=re.DOTALL)):
+            if number % 2:
+                path = tuple(part.encode())
+                pieces += [Text([tokens[0]]), Slot("image", tokens[2], path), Text([tokens[1]])]
+            elif "<img>" in part:
+                raise PromptError(f"an <img> without </img> in the text {part!r}")
+            elif part:
+                pieces.append(Text(self.tokenizer.encode(part)))
+        return pieces
+
+
+def flat(content: Any, tag: Callable[[Message], str], joint: str) -> str:
+    """A message's content as one text.
+
+    Args:
+      content: a text, or a list of items.
+      tag: what is written for an item that is no text.
+      joint: between items.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    return joint.join(item["text"] if item["type"] == "text" else tag(item) for item in content)
+
+
+def _refuse(places: Sequence[int], variables: Mapping[str, Any]) -> None:
+    if places or variables:
+        told = ", ".join(variables) or f"{len(places)} videos"
+        raise PromptError(f"these conversations take pictures and text alone, got {told}")
+
+
+def _present(index: int | None, role: str, tokenizer: Tokenizer) -> int:
+    if index is None:
+        raise PromptError(f"{tokenizer.origin}: its conversations need a {role} token, and it names none")
+    return index
