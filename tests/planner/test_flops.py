@@ -31,6 +31,16 @@ def test_products():
     assert count_flops(lambda x: jnp.exp(x) + x.sum(), X) == 0  # element-wise work is not counted
 
 
+def test_grouped_products_count_each_row_once():
+    def run(x, kernels, sizes):
+        return jax.lax.ragged_dot(x, kernels, sizes).sum()
+
+    args = shape(12, K), shape(4, K, N), jax.ShapeDtypeStruct((4,), jnp.int32)
+    assert count_flops(run, *args) == 2 * 12 * K * N
+    assert count_flops(jax.grad(run, argnums=0), *args) == 2 * 12 * K * N
+    assert count_flops(jax.grad(run, argnums=(0, 1)), *args) == 2 * 2 * 12 * K * N
+
+
 @pytest.mark.parametrize(("groups", "stride"), [(1, 1), (2, 2), (4, 1)])
 def test_convolutions(groups, stride):
     def run(x, w):

@@ -245,7 +245,10 @@ def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
     def constrained(leaf, names):
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, partition_spec(names, leaf.shape, mesh)))
 
-    layers = type(cache.layers)(*map(constrained, cache.layers, type(cache.layers).AXES))
+    def stack(kept):
+        return type(kept)(*map(constrained, kept, kept.AXES))
+
+    layers = jax.tree.map(stack, cache.layers, is_leaf=lambda kept: hasattr(kept, "AXES"))
     rest = None if cache.rest is None else _laid_out(cache.rest, mesh)
     return dataclasses.replace(cache, layers=layers, rest=rest)
 

@@ -22,6 +22,8 @@ class LatentKeyValue(NamedTuple):
     latent: Float[Array, "*L B S R"]
     rope_key: Float[Array, "*L B S P"]
 
+    AXES = ((axes.LAYERS, axes.BATCH, None, None),) * 2  # of all layers
+
 
 class LatentAttention(nn.Module):
     """Self-attention whose keys and values are linear in a normalised latent vector of R numbers.

@@ -115,9 +115,12 @@ def _over_mesh(routed: Any, x: jax.Array, routing: Routing, kernels: tuple[jax.A
     tokens = _spec((axes.BATCH, axes.LENGTH, None), x.shape, mesh)
     inner = (axes.EXPERT, None, axes.MLP), (axes.EXPERT, None, axes.MLP), (axes.EXPERT, axes.MLP, None)
     specs = tuple(_spec(names, kernel.shape, mesh) for names, kernel in zip(inner, kernels, strict=True))
-    expert, summed = specs[0][0], tuple(axis for axis in specs[2] if axis is not None)
+    expert, summed = specs[0][0], _mesh_axes(specs[2])
 
     def on_device(x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...]) -> jax.Array:
+        # A kernel's gradient is summed over all tokens, a token's over all shares of the experts.
+        x = _varying(x, summed)
+        kernels = tuple(_varying(kernel, _mesh_axes(tokens)) for kernel in kernels)
         first = 0 if expert is None else jax.lax.axis_index(expert) * kernels[0].shape[0]
         out = routed(x, routing, kernels, first)
         return (jax.lax.psum(out, summed) if summed else out).astype(x.dtype)
@@ -137,3 +140,11 @@ def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> P
             count *= mesh.shape[axis]
         entries.append(None if size % count else entry)
     return PartitionSpec(*entries)
+
+
+def _mesh_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    return tuple(axis for entry in spec if entry for axis in (entry if isinstance(entry, tuple) else (entry,)))
+
+
+def _varying(x: jax.Array, mesh_axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pcast(x, mesh_axes, to="varying") if mesh_axes else x

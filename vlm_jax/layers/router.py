@@ -9,11 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, named
+from vlm_jax.layers.scan import LOSSES
 
 Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 Scoring = Literal["softmax", "sigmoid"]
-
-LOSSES = "losses"  # the collection of losses beside a model's own; what is sown there is added to it
 
 
 class Routing(NamedTuple):

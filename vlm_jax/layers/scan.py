@@ -5,7 +5,8 @@ from typing import Any
 from flax import linen as nn
 
 from vlm_jax import axes
-from vlm_jax.layers.router import LOSSES
+
+LOSSES = "losses"  # the collection of what a module adds to the loss, each sown with its weight; see `train.objectives`
 
 
 def scan_layers(block: Any, depth: int, *, in_axes: Any, unroll: int = 1) -> Any:

@@ -55,6 +55,12 @@ def _flops(equation: Any) -> int:
         (contracting, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return 2 * math.prod(out) * math.prod(left[i] for i in contracting)
+    if equation.primitive.name == "ragged_dot_general":  # each row of the left with the kernel of one group
+        dims = params["ragged_dot_dimension_numbers"]
+        (_, contracting), (_, batch) = dims.dot_dimension_numbers
+        shared = {*contracting, *batch, *dims.rhs_group_dimensions}
+        left, right = (operand.aval.shape for operand in equation.invars[:2])
+        return 2 * math.prod(left) * math.prod(size for i, size in enumerate(right) if i not in shared)
     kernel, features = equation.invars[1].aval.shape, params["dimension_numbers"].rhs_spec[0]
     return 2 * math.prod(out) * math.prod(kernel) // kernel[features]
 
@@ -65,7 +71,7 @@ def _of_jaxpr(jaxpr: Any) -> list[tuple[Any, int]]:
 
 def _of_equation(equation: Any) -> list[tuple[Any, int]]:
     name, params = equation.primitive.name, equation.params
-    if name in ("dot_general", "conv_general_dilated"):
+    if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
         return [(equation, 1)]
     if name == "while":
         raise ValueError("a while_loop has no length that can be known; count the FLOPs of its body instead")

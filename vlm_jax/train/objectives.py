@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.build import System
+from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.types import Batch, CellBatch
@@ -22,16 +23,21 @@ BOX_WEIGHT = 5.0  # of the boxes' L1 against the classes' cross entropy, as in D
 
 
 def next_token(system: System) -> Objective:
-    """Cross entropy of the answers' tokens, given images (or text alone) and questions."""
+    """Cross entropy of the answers' tokens, given images (or text alone) and questions.
+
+    What modules sow into the collection `losses`, such as a router's balance loss, is added to it.
+    """
 
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         parts = {part: params[part] for part in ("encoder", "connector", "decoder")}
         rngs = {"reduce": key, "connect": key}
-        logits = system.model.apply({"params": parts}, batch, deterministic=False, rngs=rngs)
+        logits, sown = system.model.apply({"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES])
         value, accuracy = cross_entropy(
             cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
         )
-        return value, {"accuracy": accuracy}
+        auxiliary = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
+        metrics = {"accuracy": accuracy, **({"auxiliary_loss": jnp.asarray(auxiliary)} if sown else {})}
+        return value + auxiliary, metrics
 
     return loss
 

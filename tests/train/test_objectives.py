@@ -1,0 +1,88 @@
+"""What modules sow into `losses` is added to the loss that is minimised."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from vlm_jax.build import build
+from vlm_jax.losses.cross_entropy import cross_entropy
+from vlm_jax.train.objectives import next_token
+from vlm_jax.types import Batch
+
+from ..parameters import drawn
+from .conftest import tiny_config
+
+LENGTH, EXPERTS = 6, 4
+DECODER = {
+    "kind": "deepseek",
+    "width": 16,
+    "depth": 3,
+    "num_heads": 2,
+    "mlp_dim": 16,
+    "latent_dim": 8,
+    "content_dim": 4,
+    "rope_dim": 4,
+    "value_dim": 4,
+    "expert_dim": 8,
+    "num_experts": EXPERTS,
+    "num_selected": 2,
+    "rope": {"theta": 100.0},
+}
+
+
+def text():
+    rng = np.random.default_rng(0)
+    shape = (2, LENGTH)
+    return Batch(
+        tokens=jnp.asarray(rng.integers(0, 11, size=shape), jnp.int32),
+        positions=jnp.tile(jnp.arange(LENGTH)[None], (2, 1)),
+        segment_ids=jnp.ones(shape, jnp.int32),
+        visual_index=jnp.full(shape, -1),
+        targets=jnp.asarray(rng.integers(0, 11, size=shape), jnp.int32),
+        loss_weights=jnp.ones(shape),
+    )
+
+
+def minimised(weight):
+    """What is added to the cross entropy, the metrics, and the routers' kernels, gradients and inputs."""
+    config = tiny_config().unlock()
+    config.decoder = ConfigDict({**DECODER, "balance_weight": weight})
+    system = build(config)
+    params = nn.meta.unbox(drawn(jax.eval_shape(system.init, jax.random.key(0))))
+    run = jax.jit(jax.value_and_grad(next_token(system), has_aux=True))
+    (value, metrics), grads = run(params, text(), jax.random.key(1))
+
+    @jax.jit
+    def apply(variables):
+        return system.model.apply(variables, text(), capture_intermediates=lambda part, _: part.name == "mlp_norm")
+
+    logits, state = apply({"params": {"decoder": params["decoder"]}})
+    inputs = state["intermediates"]["decoder"]["sparse_1"]["layers"]["mlp_norm"]["__call__"][0]
+    kernels, grads = (tree["decoder"]["sparse_1"]["layers"]["mlp"]["router"]["kernel"] for tree in (params, grads))
+    added = value - cross_entropy(logits, text().targets, text().loss_weights)[0]
+    return added, metrics, kernels, grads, inputs
+
+
+def imbalance(inputs, kernels):
+    """The sum over layers of the mean over rows of the sum over experts of (share, 1 when even) * (mean score)."""
+    total = 0.0
+    for x, kernel in zip(inputs, kernels, strict=True):
+        scores = np.asarray(jax.nn.softmax(x @ kernel))
+        chosen = np.argsort(scores, axis=-1)[..., -2:]
+        for row in range(2):
+            share = np.bincount(chosen[row].ravel(), minlength=EXPERTS) * EXPERTS / (2 * LENGTH)
+            total += (share * scores[row].mean(axis=0)).sum() / 2
+    return total
+
+
+def test_the_routers_balance_loss_is_added():
+    added, metrics, kernels, grads, inputs = minimised(0.5)
+    expected = 0.5 * imbalance(inputs, kernels)
+    np.testing.assert_allclose(added, expected, rtol=1e-4)
+    np.testing.assert_allclose(metrics["auxiliary_loss"], expected, rtol=1e-4)
+    added, metrics, _, without, _ = minimised(0.0)
+    np.testing.assert_allclose(added, 0.0, atol=1e-6)
+    assert set(metrics) == {"accuracy"}
+    assert np.abs(grads - without).max() > 1e-4
