@@ -11,11 +11,16 @@ from flax import linen as nn
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.encoders.vit import ViT
+from vlm_jax.generation import engine
 from vlm_jax.generation.engine import generate
+from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.models.vlm import VLM
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.sharding.rules import shardings
 from vlm_jax.types import Batch
 
 from ..parameters import drawn
+from .toys import prompts
 
 VOCAB, PAD, NEW, PROMPT = 40, 39, 6, 7
 
@@ -140,3 +145,99 @@ def test_fewer_new_tokens_are_the_first_of_more(params, ragged, naive):
 def test_parts_that_the_model_does_not_know_are_left_out(params, ragged, naive):
     """A state may carry heads of pre-training beside the model's own parts."""
     assert run({**params, "cell_head": {"kernel": jnp.ones(2)}}, ragged) == naive
+
+
+def test_padding_on_the_right_gives_the_same(params, rows, naive):
+    def turned(batch):
+        """The row's padding behind it."""
+        shift = -int(np.argmax(batch.segment_ids[0] != 0))
+        moved = {
+            name: jnp.roll(getattr(batch, name), shift, axis=1)
+            for name in ("tokens", "positions", "segment_ids", "visual_index")
+        }
+        return dataclasses.replace(batch, **moved)
+
+    assert run(params, stack([turned(prompt(*row)) for row in rows])) == naive
+
+
+def test_chunks_and_buckets_change_nothing(params, ragged, naive):
+    assert run(params, ragged, chunk=2, buckets=(11,), cache_length=20) == naive
+
+
+def test_several_images_of_a_row(params, rows):
+    """Two images in one row, the second between its words, as the whole row says without a cache."""
+    (text, first), (_, second) = rows[0], rows[1]
+    places = [0, 1, -1, -1, 2, 3, *[-1] * (len(text) - 2)]
+    batch = Batch(
+        tokens=jnp.asarray([[0, 0, *text[:2], 0, 0, *text[2:]]], jnp.int32),
+        positions=jnp.arange(len(places))[None],
+        segment_ids=jnp.ones((1, len(places)), jnp.int32),
+        visual_index=jnp.asarray([places], jnp.int32),
+        images=jnp.stack([first, second])[None],
+    )
+    (said,) = run(params, batch)
+
+    def following(words):
+        length = len(places) + len(words)
+        whole = dataclasses.replace(
+            batch,
+            tokens=jnp.concatenate([batch.tokens, jnp.asarray([words], jnp.int32)], axis=1),
+            positions=jnp.arange(length)[None],
+            segment_ids=jnp.ones((1, length), jnp.int32),
+            visual_index=jnp.asarray([[*places, *[-1] * len(words)]], jnp.int32),
+        )
+        return np.asarray(MODEL.apply({"params": params}, whole)[0, len(places) - 1 :])
+
+    assert following(said[:-1]).argmax(-1).tolist() == said
+    swapped = dataclasses.replace(batch, images=batch.images[:, ::-1])
+    assert run(params, swapped) != [said]
+
+
+def test_a_cache_in_bfloat16_stays_close(params, ragged, naive):
+    """Logits move by the rounding of keys and values; the first token does not see the cache rounded away."""
+    state, report = engine.prefill(
+        {"params": params}, ragged, np.arange(3), np.zeros(3, bool), {}, np.zeros(0, np.int32),
+        model=MODEL, pad_id=PAD, cache_length=16, cache_dtype="bfloat16", mesh=None,
+    )  # fmt: skip
+    assert {leaf.dtype for leaf in state.cache.layers} == {jnp.dtype(jnp.bfloat16)}
+    assert np.asarray(report)[:, 0].tolist() == [answer[0] for answer in naive]
+
+
+def test_sharded_over_devices_as_on_one(params):
+    """Rows over data and fsdp, heads of the cache over tensor; three rows on four shares."""
+    model = VLM(None, None, Transformer(VOCAB, 16, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=24))
+    rng = np.random.default_rng(4)
+    batch = prompts(*(rng.integers(1, VOCAB, size=size).tolist() for size in (5, 3, 7)))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), batch)
+    whole = jax.tree.map(lambda p: 2 * p, nn.meta.unbox(drawn(boxed))["params"])
+    options = {"max_new_tokens": NEW, "chunk": 4, "sampling": Sampling(temperature=1.0, repetition_penalty=1.5)}
+    alone = generate(model, whole, batch, **options)
+    assert len({tuple(row) for row in alone.tokens.tolist()}) == 3
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    placed = jax.device_put(whole, shardings(boxed["params"], mesh))
+    states = []
+
+    def kept(*args, **kwargs):
+        states.append(prefill(*args, **kwargs))
+        return states[-1]
+
+    prefill = engine.prefill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "prefill", kept)
+        patch.setattr(engine, "decode", lambda params, state, *args, **kw: decode(params, copied(state), *args, **kw))
+        shared = generate(model, placed, batch, mesh=mesh, **options)
+    assert shared.tokens.tolist() == alone.tokens.tolist() and shared.steps == alone.steps
+    spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), None, "tensor")
+    for leaf in states[0][0].cache.layers:
+        assert leaf.shape[1] == 4
+        assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), leaf.ndim)
+    with pytest.raises(GenerationError, match="lay it out with context=1, not 8"):
+        generate(model, whole, batch, mesh=make_mesh(MeshSettings(context=8)), **options)
+
+
+decode = engine.decode
+
+
+def copied(state):
+    """So that the state can be looked at after it was handed on."""
+    return jax.tree.map(jnp.copy, state)

@@ -144,7 +144,7 @@ def generate(
             if watch is not None and (stopping := watch(new, counts) & ~ended).any():
                 ended = ended | stopping
                 whole = np.concatenate([ended, np.ones(extra, bool)])
-                state = dataclasses.replace(state, ended=_placed(whole, mesh))
+                state = dataclasses.replace(state, ended=_placed(jnp.asarray(whole), mesh))
             if ended.all() or lengths.max() == max_new_tokens:
                 return Generated(tokens, lengths, int(steps), transfers)
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)

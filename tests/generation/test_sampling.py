@@ -1,0 +1,63 @@
+"""Filters of logits against their definitions in NumPy, token by token."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.generation.sampling import GenerationError, Sampling, filtered, penalised
+
+LOGITS = np.random.default_rng(1).normal(size=(4, 23)).astype(np.float32) * 2
+
+
+def by_definition(logits, top_k, top_p):
+    """The k most likely tokens; of these the fewest whose probabilities reach top_p."""
+    out = np.full_like(logits, -np.inf)
+    for row, values in enumerate(logits):
+        order = np.argsort(-values)[: top_k or None]
+        weights = np.exp(values[order] - values.max())
+        reached = np.cumsum(weights / weights.sum())
+        count = len(order) if top_p is None else 1 + np.count_nonzero(reached[:-1] < top_p)
+        out[row, order[:count]] = values[order[:count]]
+    return out
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 4, 23, 100])
+@pytest.mark.parametrize("top_p", [None, 0.01, 0.5, 0.9, 0.999])
+def test_top_k_and_top_p(top_k, top_p):
+    k, p = None if top_k is None else np.int32(top_k), None if top_p is None else np.float32(top_p)
+    np.testing.assert_array_equal(filtered(jnp.asarray(LOGITS), k, p), by_definition(LOGITS, top_k, top_p))
+
+
+def test_what_ties_with_the_last_of_top_k_stays():
+    logits = jnp.asarray([[3.0, 1.0, 1.0, 0.0]])
+    assert np.isfinite(filtered(logits, np.int32(2), None)).tolist() == [[True, True, True, False]]
+
+
+def test_logits_that_are_minus_infinity_are_never_drawn():
+    logits = jnp.asarray([[1.0, -np.inf, 0.5, -np.inf]])
+    assert np.isfinite(filtered(logits, np.int32(3), np.float32(0.99999))).tolist() == [[True, False, True, False]]
+
+
+def test_the_penalty_lowers_whatever_the_sign():
+    seen = LOGITS > 1.0
+    seen[:, ::3] = True
+    expected = np.where(seen, np.where(LOGITS > 0, LOGITS / 1.5, LOGITS * 1.5), LOGITS)
+    np.testing.assert_allclose(penalised(jnp.asarray(LOGITS), jnp.asarray(seen), np.float32(1.5)), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
+        ({"temperature": float("nan")}, "temperature: expected 0 or more, got nan"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k: expected 1 or more, got 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p: expected more than 0 and at most 1, got 0.0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p: expected more than 0 and at most 1, got 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected more than 0, got 0.0"),
+        ({"seed": -1}, "seed: expected 0 to"),
+        ({"top_p": 0.5}, "top_p: is for draws, and temperature 0 draws none"),
+    ],
+)
+def test_settings_outside_their_range_are_named(settings, message):
+    with pytest.raises(GenerationError, match=message):
+        Sampling(**settings)
