@@ -207,7 +207,8 @@ class Batch:
       segment_ids: 0 is padding; a position attends only inside its segment.
       visual_index: which row of the example's visual table fills the position, or -1 for text.
         Rows are the image tokens in order: of images of one size, image i's token m is row i * M + m;
-        of packed patches, the tokens of one image follow those of the image before.
+        of packed patches, the tokens of one image follow those of the image before. Of a model with
+        learned rows (`VLM.learned_rows`), those are the first ones, and the image tokens follow.
       images: float32 pixels, normalised by the processor, or all images of an example packed into
         one sequence, or None for text alone.
       targets: the id to be predicted at each position (already shifted), any id without weight.

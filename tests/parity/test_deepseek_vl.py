@@ -1,5 +1,7 @@
 """Towers and aligners of tiny random DeepSeek-VL models of transformers, through files, rules and back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,7 @@ def test_both_towers_and_the_aligner_of_the_hybrid_and_back(tmp_path, hybrid):
     @jax.jit
     def run(params, images):
         features = ours.module.encoder.apply({"params": params["encoder"]}, images)
-        return features, ours.module.apply({"params": params}, images)
+        return features, ours.module.apply({"params": params}, images, method="visual_tokens")
 
     (high, low), tokens = run(ours.params, jnp.asarray(images))
     assert high.grid == low.grid == (3, 3)
@@ -112,6 +114,6 @@ def test_siglip_and_its_aligner_and_back(tmp_path):
         expected = model.model.get_image_features(torch.from_numpy(images.transpose(0, 3, 1, 2)), return_dict=True)
     encoder = ours.module.encoder.apply({"params": ours.params["encoder"]}, jnp.asarray(images))
     assert relative_error(encoder.tokens, expected.last_hidden_state) <= 1e-4
-    found = jax.jit(ours.apply)(jnp.asarray(images))
+    found = jax.jit(functools.partial(ours.apply, method="visual_tokens"))(jnp.asarray(images))
     assert relative_error(found.tokens, expected.pooler_output) <= 1e-4
     check_export(ours, model, tmp_path / "ours")

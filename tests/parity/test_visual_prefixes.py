@@ -1,5 +1,7 @@
 """Tower and projector of tiny random LLaVA, LLaVA-NeXT and InternVL models of transformers, and back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,7 @@ def test_tokens_of_the_projector_and_back(name, tmp_path):
     with torch.no_grad():
         expected = theirs(model, torch.from_numpy(images.transpose(0, 3, 1, 2)))
     expected = torch.stack(list(expected)).numpy()
-    tokens = jax.jit(ours.apply)(jnp.asarray(images)).tokens
+    tokens = jax.jit(functools.partial(ours.apply, method="visual_tokens"))(jnp.asarray(images)).tokens
     assert tokens.shape == expected.shape == (2, count, TEXT["hidden_size"])
     assert np.abs(np.asarray(tokens) - expected).max() <= 1e-4 * np.abs(expected).max()
     ours.save_pretrained(tmp_path / "ours")

@@ -199,14 +199,6 @@ def test_naflex_positions_must_be_a_learned_grid():
         vlm_jax.from_pretrained(DATA / name, config=config)
 
 
-def test_language_models_without_vision_are_refused():
-    name = "qwen_vl_v1_visual_2head"
-    config = json.loads((DATA / name / "config.json").read_text())
-    del config["visual"]
-    with pytest.raises(PretrainedError, match="expected a section `visual`"):
-        vlm_jax.from_pretrained(DATA / name, config=config)
-
-
 def test_other_arguments_are_checked():
     with pytest.raises(PretrainedError, match="dtype: expected one of float32, bfloat16, float16, got 'float64'"):
         vlm_jax.from_pretrained(ARCHIVE, dtype="float64")

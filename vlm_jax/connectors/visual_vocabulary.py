@@ -103,7 +103,7 @@ class VisualVocabulary(CoveringSquares, nn.Module):
         return jnp.dot(words, self.table.embedding.astype(self.dtype))
 
     def indicators(self) -> Float[Array, "rows D"]:
-        """The learned rows that follow an image's tokens in the visual table, for the layout to point at."""
+        """The learned rows that stand first in the visual table of a released model (`VLM.learned_rows`)."""
         return self.table(jnp.arange(self.vocab_size - self.num_indicators, self.vocab_size))
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

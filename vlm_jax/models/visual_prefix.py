@@ -17,7 +17,7 @@ class VisualPrefix(nn.Module):
     encoder: nn.Module
     connector: nn.Module
 
-    def __call__(
+    def visual_tokens(
         self,
         images: Float[Array, "B height width channels"] | PackedPatches,
         instruction: Instruction | None = None,
@@ -27,3 +27,13 @@ class VisualPrefix(nn.Module):
         """Tokens of a flat batch of images; an `instruction` for each where the connector reads one."""
         more = {} if instruction is None else {"instruction": instruction}
         return self.connector(self.encoder(images), deterministic=deterministic, **more)
+
+    def __call__(
+        self,
+        images: Float[Array, "B height width channels"] | PackedPatches,
+        instruction: Instruction | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> VisualTokens:
+        """As `visual_tokens`."""
+        return self.visual_tokens(images, instruction, deterministic=deterministic)

@@ -1,11 +1,11 @@
 """The vision-language model: encoder, reducer, connector, decoder, and one gather between."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, PackedPatches, Positions, VisualPlaces, VisualTokens
@@ -24,6 +24,7 @@ def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
     """Positions as if masked visual tokens were not there: what comes after one in its segment moves up.
 
     So a sequence of which a share of the tokens is masked, in training, gives what it gives without them.
+    Positions with three axes move up alike on all of them.
     """
     given = jnp.asarray(batch.segment_ids)
     masked = (given != PADDING_SEGMENT) & (segments == PADDING_SEGMENT)
@@ -41,12 +42,15 @@ class VLM(nn.Module):
       connector: an entry of `connectors.CONNECTORS`; None without an encoder.
       decoder: an entry of `decoders.DECODERS`.
       reducer: an entry of `reducers.REDUCERS`, or None.
+      learned_rows: the first rows of every example's visual table, in front of the tokens of its images: a
+        `LearnedRows`, or `connector` for the `indicators()` of the connector; None where there are none.
     """
 
     encoder: nn.Module | None
     connector: nn.Module | None
     decoder: nn.Module
     reducer: nn.Module | None = None
+    learned_rows: nn.Module | Literal["connector"] | None = None
 
     def visual_tokens(self, images: Images, *, deterministic: bool = True) -> VisualTokens:
         """Tokens of a flat batch of images, or of sequences of packed ones.
@@ -60,13 +64,28 @@ class VLM(nn.Module):
         if self.reducer is not None:
             features = self.reducer(features, deterministic=deterministic)
         tokens = self.connector(features, deterministic=deterministic)
-        expected = self.connector.num_tokens(features.grid)
+        grid = (features[0] if isinstance(features, tuple) else features).grid  # two towers have one grid
+        expected = self.connector.num_tokens(grid)
         if tokens.tokens.shape[1] != expected:
             raise ValueError(
-                f"{type(self.connector).__name__} gave {tokens.tokens.shape[1]} tokens for a {features.grid} grid, "
+                f"{type(self.connector).__name__} gave {tokens.tokens.shape[1]} tokens for a {grid} grid, "
                 f"but its num_tokens says {expected}; one of the two is wrong"
             )
         return tokens
+
+    def table(
+        self, tokens: VisualTokens, size: int, dtype: Any
+    ) -> tuple[Float[Array, "B rows D"], Bool[Array, "B rows"], int]:
+        """The visual table of `size` examples and which of its rows are real, learned rows first; and their number."""
+        rows = tokens.tokens.reshape(size, -1, tokens.tokens.shape[-1]).astype(dtype)
+        shown = tokens.mask.reshape(size, -1)
+        if self.learned_rows is None:
+            return rows, shown, 0
+        connector: Any = self.connector
+        first = connector.indicators() if isinstance(self.learned_rows, str) else self.learned_rows()
+        first = jnp.broadcast_to(first.astype(dtype)[None], (size, *first.shape))
+        shown = jnp.pad(shown, ((0, 0), (first.shape[1], 0)), constant_values=True)
+        return jnp.concatenate([first, rows], axis=1), shown, first.shape[1]
 
     def embed(
         self, batch: Batch, *, deterministic: bool = True
@@ -82,14 +101,14 @@ class VLM(nn.Module):
             return text, jnp.asarray(batch.segment_ids), None
         size = batch.tokens.shape[0]
         visual = self.visual_tokens(flat_images(batch.images), deterministic=deterministic)
-        table = visual.tokens.reshape(size, -1, visual.tokens.shape[-1]).astype(text.dtype)
+        table, real, num_learned = self.table(visual, size, text.dtype)
         index = batch.visual_index[..., None]
         rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
-        shown = jnp.take_along_axis(visual.mask.reshape(size, -1), jnp.maximum(batch.visual_index, 0), axis=1)
+        shown = jnp.take_along_axis(real, jnp.maximum(batch.visual_index, 0), axis=1)
         segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
         num_tokens, places = visual.tokens.shape[1], None
         if getattr(self.decoder, "drops", ()):
-            places = visual_places(batch, table.shape[1] // num_tokens, num_tokens)
+            places = visual_places(batch, (table.shape[1] - num_learned) // num_tokens, num_tokens, num_learned)
         return jnp.where(index == TEXT_SLOT, text, rows), segments, places
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"]:
@@ -123,15 +142,17 @@ class VLM(nn.Module):
         return self.decoder.logits(hidden[:, -1]), cache
 
 
-def visual_places(batch: Batch, num_images: int, num_tokens: int) -> VisualPlaces:
+def visual_places(batch: Batch, num_images: int, num_tokens: int, num_learned: int = 0) -> VisualPlaces:
     """Where the `num_tokens` tokens of each image of a row stand, and the last position of every instruction.
 
     That is the position before each answer in a row that is learned, and the end of a segment in any other.
+    The images' rows of the visual table stand behind `num_learned` ones, which have no place here.
     """
     size, length = batch.tokens.shape
     num_rows = num_images * num_tokens
     row, place = jnp.arange(size)[:, None], jnp.arange(length)[None]
-    target = jnp.where(batch.visual_index == TEXT_SLOT, num_rows, batch.visual_index)
+    of_image = jnp.asarray(batch.visual_index) - num_learned
+    target = jnp.where(of_image < 0, num_rows, of_image)
     index = jnp.full((size, num_rows), length).at[row, target].set(place, mode="drop")
     if batch.loss_weights is None:
         following = jnp.pad(batch.segment_ids[:, 1:], ((0, 0), (0, 1)), constant_values=PADDING_SEGMENT)

@@ -1,4 +1,4 @@
-"""DeepSeek-VL as its own release stores it: SigLIP, or SAM and SigLIP together, and the projector."""
+"""DeepSeek-VL as its own release stores it: SigLIP, or SAM and SigLIP together, the projector and Llama."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +13,10 @@ from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.sam import stacks
+from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import num_patches
 
 # The release names its towers and leaves their sizes to its code: models/siglip_vit.py and models/sam.py.
@@ -64,12 +65,11 @@ UNUSED = (r"vision_model\.(high|low)_layer_norm\..*", r"vision_model\.(.*\.)?vis
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`MultiModalityCausalLM`'s `vision_model` and `aligner`; the language model is carried along.
+    """A `MultiModalityCausalLM`, whose language model is a Llama.
 
     A tower's sizes are those of `MODELS` under its `model_name`; the key `model_registry` of the config,
     which no release has, adds names or gives them other sizes.
     """
-    del checkpoint  # the release has one schema
     section = with_defaults(config.get("vision_config", {}), {"cls": REQUIRED, "params": REQUIRED}, "vision_config")
     check_supported(section, {"cls": ("CLIPVisionTower", "HybridVisionTower")}, "vision_config")
     params, dtypes = section["params"], {"dtype": dtype, "param_dtype": param_dtype}
@@ -89,7 +89,10 @@ def describe(
     connector, projector = mlp_projector(aligner["params"], "aligner_config.params", source="aligner", **dtypes)
     pixels = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     rules = (*prefixed(rules, target="encoder/"), *prefixed(projector, target="connector/"))
-    return Description(VisualPrefix(encoder, connector), (pixels,), rules, ignore=(*NOT_VISION, *UNUSED))
+    visual = Description(VisualPrefix(encoder, connector), (pixels,), rules, UNUSED)
+    text, names = config.get("language_config", {}), Names("language_model.model.", "language_model.")
+    text = {"model_type": "llama", **text}
+    return with_language(visual, text, checkpoint, "language_config", names=names, beside=NOT_VISION, **dtypes)
 
 
 def _hybrid(params: Mapping[str, Any], registry: Mapping[str, Any], dtypes: dict) -> tuple[Hybrid, tuple[Rule, ...]]:

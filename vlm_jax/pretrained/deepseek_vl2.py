@@ -1,4 +1,4 @@
-"""DeepSeek-VL2's SigLIP and projector, as its own release stores them."""
+"""DeepSeek-VL2 as its own release stores it: SigLIP, the projector, two learned rows and the language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,9 @@ from vlm_jax.checkpoints.maps.deepseek_vl import siglip_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, with_defaults
+from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
+from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import image_shape, num_patches
 
 # deepseek_vl2/models/modeling_deepseek_vl_v2.py, VisionEncoderConfig and MlpProjectorConfig.
@@ -27,17 +28,19 @@ PROJECTOR_DEFAULTS: dict[str, Any] = {
     "n_embed": 2048,
     "token_pooling": False,
 }
-BESIDE = (r"language\..*", "image_newline", "view_seperator")
+LEARNED_ROWS = {"image_newline": "image_newline", "view_separator": "view_seperator"}
+BESIDE = (r"language\..*", *LEARNED_ROWS.values())
 UNUSED = (r"vision\.attn_pool\..*",)
 
 
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`DeepseekVLV2ForCausalLM`'s tower and projector; language model and separators are carried along."""
-    del checkpoint  # the release has one schema
+    """A `DeepseekVLV2ForCausalLM`, whose tiles are laid out in two dimensions."""
     where, dtypes = "deepseek_vl_v2", {"dtype": dtype, "param_dtype": param_dtype}
-    settings = with_defaults(config, {"vision_config": REQUIRED, "projector_config": REQUIRED}, where)
+    defaults = {"vision_config": REQUIRED, "projector_config": REQUIRED, "language_config": {}, "tile_tag": "2D"}
+    settings = with_defaults(config, defaults, where)
+    check_supported(settings, {"tile_tag": ("2D",)}, where)
     vit = vision_tower(settings["vision_config"], f"{where}.vision_config", **dtypes)
     section = with_defaults(settings["projector_config"], PROJECTOR_DEFAULTS, f"{where}.projector_config")
     check_supported(section, {"token_pooling": (False,)}, f"{where}.projector_config")
@@ -46,7 +49,17 @@ def describe(
         *prefixed(siglip_rules(num_patches=num_patches(vit), width=vit.width), "vision.", "encoder/"),
         *prefixed(projector, target="connector/"),
     )
-    return Description(VisualPrefix(vit, connector), (image_shape(vit, 3),), rules, (*BESIDE, *UNUSED))
+    visual = Description(VisualPrefix(vit, connector), (image_shape(vit, 3),), rules, UNUSED)
+    return with_language(
+        visual,
+        {"model_type": "deepseek_v2", **settings["language_config"]},
+        checkpoint,
+        f"{where}.language_config",
+        names=Names("language.model.", "language."),
+        beside=BESIDE,
+        learned_rows=LEARNED_ROWS,
+        **dtypes,
+    )
 
 
 def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:

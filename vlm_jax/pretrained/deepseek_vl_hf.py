@@ -1,4 +1,4 @@
-"""DeepSeek-VL as transformers stores it: SigLIP, or SAM and SigLIP together, and the aligner."""
+"""DeepSeek-VL as transformers stores it: SigLIP, or SAM and SigLIP together, the aligner and Llama."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +19,7 @@ from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained.family import REQUIRED, Description, find_prefix, with_defaults
 from vlm_jax.pretrained.sam import VISION_DEFAULTS, stacks, vision_encoder
 from vlm_jax.pretrained.siglip import vision_tower
+from vlm_jax.pretrained.system import text_names, text_section, with_language
 
 # The config leaves these to the processor; they are those of the released 7B model.
 HIGH_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -31,7 +32,7 @@ UNUSED = (r"(.*\.)?vision_model\.(vision_model\.)?head\..*",)  # the attention p
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`DeepseekVLModel`'s SigLIP and aligner; the language model is carried along."""
+    """A `DeepseekVLModel`, or what generates with one: one SigLIP."""
     settings = with_defaults(config, {"vision_config": REQUIRED}, "deepseek_vl")
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     encoder = _siglip(settings["vision_config"], "deepseek_vl", dtypes)
@@ -43,13 +44,13 @@ def describe(
         *prefixed(aligner, prefix, "connector/"),
     )
     module = VisualPrefix(encoder, MlpConnector(_text_width(settings), **dtypes))
-    return Description(module, (pixels,), rules, (*NOT_VISION, *UNUSED))
+    return _whole(Description(module, (pixels,), rules, UNUSED), config, checkpoint, "deepseek_vl", dtypes)
 
 
 def describe_hybrid(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`DeepseekVLHybridModel`'s two towers, on images on [0, 1], and aligner; the rest is carried along."""
+    """A `DeepseekVLHybridModel`, or what generates with one: two towers, on images on [0, 1]."""
     where, dtypes = "deepseek_vl_hybrid", {"dtype": dtype, "param_dtype": param_dtype}
     required = {"vision_config": REQUIRED, "high_res_vision_config": REQUIRED}
     settings = with_defaults(config, required, where)
@@ -76,7 +77,18 @@ def describe_hybrid(
         *prefixed(aligner, prefix, "connector/"),
     )
     pixels = jax.ShapeDtypeStruct((1, *high.image_size, 3), jnp.float32)
-    return Description(module, (pixels,), rules, (*NOT_VISION, *UNUSED))
+    return _whole(Description(module, (pixels,), rules, UNUSED), config, checkpoint, where, dtypes)
+
+
+def _whole(
+    visual: Description,
+    config: Mapping[str, Any],
+    checkpoint: Mapping[str, SourceTensor],
+    where: str,
+    dtypes: dict[str, Any],
+) -> Description:
+    text, names = text_section(config, checkpoint, kind="llama", tied=True), text_names(checkpoint)
+    return with_language(visual, text, checkpoint, f"{where}.text_config", names=names, beside=NOT_VISION, **dtypes)
 
 
 def _siglip(section: Mapping[str, Any], where: str, dtypes: dict[str, Any]) -> ViT:

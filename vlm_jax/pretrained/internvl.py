@@ -1,4 +1,4 @@
-"""InternVL as its own release stores it: InternViT alone, or with the projector of a chat model."""
+"""InternVL as its own release stores it: InternViT alone, or a chat model with its projector and language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,9 @@ from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import vit_fields
+from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches, resizer
 
 # OpenGVLab/InternVL, configuration_intern_vit.py and configuration_internvl_chat.py.
@@ -78,8 +79,7 @@ def vision_rules(vit: ViT) -> tuple[Rule, ...]:
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """`InternVLChatModel`'s tower and projector; the language model is carried along."""
-    del checkpoint  # the release has one schema
+    """An `InternVLChatModel`."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     settings = with_defaults(config, DEFAULTS, "internvl_chat")
     check_supported(settings, {"ps_version": ("v1", "v2")}, "internvl_chat")
@@ -90,21 +90,26 @@ def describe(
         select_layer=settings["select_layer"],
         **dtypes,
     )
+    text = with_defaults(
+        settings["llm_config"], {"hidden_size": REQUIRED, "model_type": REQUIRED}, "internvl_chat.llm_config"
+    )
     connector = PixelShuffle(
-        with_defaults(settings["llm_config"], {"hidden_size": REQUIRED}, "internvl_chat.llm_config")["hidden_size"],
+        text["hidden_size"],
         factor=round(1 / settings["downsample_ratio"]),
         version=settings["ps_version"],
         **dtypes,
     )
-    return Description(
+    visual = Description(
         VisualPrefix(vit, connector),
         (image_shape(vit, section["num_channels"]),),
         (
             *prefixed(vision_rules(vit), PREFIX, "encoder/"),
             *prefixed(maps.projector_rules(), target="connector/"),
         ),
-        (*BESIDE, *left_out(vit, f"{PREFIX}encoder.layers.")),
+        left_out(vit, f"{PREFIX}encoder.layers."),
     )
+    names = Names("language_model.model.", "language_model.")
+    return with_language(visual, text, checkpoint, "internvl_chat.llm_config", names=names, beside=BESIDE, **dtypes)
 
 
 def describe_vision(

@@ -1,4 +1,4 @@
-"""InternVL as transformers stores it: InternViT and its projector."""
+"""InternVL as transformers stores it: InternViT, its projector and a language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +20,7 @@ from vlm_jax.pretrained.family import (
 )
 from vlm_jax.pretrained.hugging_face import projector, vit_fields
 from vlm_jax.pretrained.internvl import INTERN_VIT, NORMS
+from vlm_jax.pretrained.system import text_names, text_section, with_language
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches
 
 # transformers, models/internvl/configuration_internvl.py.
@@ -82,7 +83,7 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """Tower and projector of an `InternVLModel`, or of what generates with one; the rest is carried along."""
+    """An `InternVLModel`, or what generates with one."""
     where, dtypes = "internvl", {"dtype": dtype, "param_dtype": param_dtype}
     settings = with_defaults(config, DEFAULTS, where)
     known = {"projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",)}
@@ -100,12 +101,21 @@ def describe(
     encoder_rules = hf_encoder_rules(
         width=vit.width, num_patches=num_patches(vit), qkv_bias=vit.qkv_bias, rms=vit.norm == "rms"
     )
-    return Description(
+    visual = Description(
         VisualPrefix(vit, connector),
         (image_shape(vit, section["num_channels"]),),
         (
             *prefixed(encoder_rules, tower, "encoder/"),
             *prefixed((*layer_norm(f"{names}layer_norm", "norm"), *projector_rules), target="connector/"),
         ),
-        (*beside(tower, names), *left_out(vit, f"{tower}encoder.layer.")),
+        left_out(vit, f"{tower}encoder.layer."),
+    )
+    return with_language(
+        visual,
+        text_section(config, checkpoint, kind="qwen2", tied=True),
+        checkpoint,
+        f"{where}.text_config",
+        names=text_names(checkpoint),
+        beside=beside(tower, names),
+        **dtypes,
     )

@@ -1,4 +1,4 @@
-"""LLaVA and MobileVLM as their own releases store them: CLIP, at one scale or at several (S²), and a projector."""
+"""LLaVA and MobileVLM as their own releases store them: CLIP, at one scale or at several (S²), projector, Llama."""
 
 import re
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ from vlm_jax.encoders.multiscale import MultiScale
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip
-from vlm_jax.pretrained.family import REQUIRED, Description, PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mm_projector
+from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import image_shape, left_out
 
 # The config names its tower on the hub; these are what differs from the defaults in the tower's own config.
@@ -34,13 +35,14 @@ DEFAULTS: dict[str, Any] = {
     "s2_scales": "336,672,1008",
 }
 PREFIX = "model.vision_tower.vision_tower.vision_model."
-BESIDE = (r"lm_head\..*", r"model\.(embed_tokens|layers|norm)\..*", r"model\.image_newline")
+NEWLINE = "model.image_newline"
+BESIDE = (r"lm_head\..*", r"model\.(embed_tokens|layers|norm)\..*", re.escape(NEWLINE))
 
 
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """Tower and projector of a `LlavaLlamaForCausalLM` or a `MobileLlamaForCausalLM`; the rest is carried along.
+    """A `LlavaLlamaForCausalLM` or a `MobileLlamaForCausalLM`; LLaVA-1.6 has a learned `image_newline`.
 
     The tower's settings are those of `TOWERS` under `mm_vision_tower`, or the key `vision_tower_config`
     of the config, which no release has: the tower's own config.
@@ -49,14 +51,23 @@ def describe(
       PretrainedError: an unknown tower, a projector that is not computed here, or scales that are no
         list of sizes.
     """
-    del checkpoint  # the release has one schema
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     where = config["model_type"]
     settings = with_defaults(config, DEFAULTS, where)
     encoder, pixels, rules, ignore = _tower(settings, where, dtypes)
     connector, projector = mm_projector(settings["mm_projector_type"], settings["hidden_size"], where, **dtypes)
     rules = (*prefixed(rules, target="encoder/"), *prefixed(projector, target="connector/"))
-    return Description(VisualPrefix(encoder, connector), (pixels,), rules, (*BESIDE, *ignore))
+    visual = Description(VisualPrefix(encoder, connector), (pixels,), rules, ignore)
+    return with_language(
+        visual,
+        {**config, "model_type": "llama"},
+        checkpoint,
+        where,
+        names=Names(),
+        beside=BESIDE,
+        learned_rows={"image_newline": NEWLINE} if NEWLINE in checkpoint else None,
+        **dtypes,
+    )
 
 
 def _tower(

@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-NeXT as transformers stores them: CLIP and a two-layer projector."""
+"""LLaVA and LLaVA-NeXT as transformers stores them: CLIP, a two-layer projector and a language model."""
 
 import re
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.hugging_face import projector
+from vlm_jax.pretrained.system import text_names, text_section, with_language
 from vlm_jax.pretrained.tables import image_shape, left_out
 
 # transformers, models/llava/configuration_llava.py and models/llava_next/configuration_llava_next.py.
@@ -33,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """Tower and projector of what generates with a `LlavaModel` or a `LlavaNextModel`; the rest is carried along.
+    """What generates with a `LlavaModel` or a `LlavaNextModel`, which has a learned `image_newline`.
 
     LLaVA's own releases call themselves `llava` as well; those with `mm_vision_tower` are read as such.
     """
@@ -61,7 +62,6 @@ def describe(
     tower = find_prefix(checkpoint, "embeddings.class_embedding")
     names, width, projector_rules = projector(checkpoint, where)
     ignore = (
-        *beside(tower, names),
         re.escape(tower) + r"(post_layernorm|embeddings\.position_ids).*",
         *left_out(vit, f"{tower}encoder.layers."),
     )
@@ -70,4 +70,15 @@ def describe(
         *prefixed(projector_rules, target="connector/"),
     )
     pixels = image_shape(vit, section.get("num_channels", 3))
-    return Description(VisualPrefix(vit, MlpConnector(width, **dtypes)), (pixels,), rules, ignore)
+    visual = Description(VisualPrefix(vit, MlpConnector(width, **dtypes)), (pixels,), rules, ignore)
+    newline = f"{find_prefix(checkpoint, 'image_newline')}image_newline"
+    return with_language(
+        visual,
+        text_section(config, checkpoint, kind="llama", tied=False),
+        checkpoint,
+        f"{where}.text_config",
+        names=text_names(checkpoint),
+        beside=beside(tower, names),
+        learned_rows={"image_newline": newline} if newline in checkpoint else None,
+        **dtypes,
+    )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
 
 from vlm_jax.checkpoints.hub import (
     Checkpoint,
@@ -32,6 +33,7 @@ from vlm_jax.pretrained.processing import PROCESSORS
 from vlm_jax.processors.system import Conversation, Picture, Processor
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import shardings
+from vlm_jax.types import Batch
 
 # Where released configs of systems keep the one of their language model.
 TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
@@ -85,6 +87,14 @@ class Pretrained:
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """`module.apply` with the parameters; `method=` and `mutable=` as there."""
         return self.module.apply({"params": self.params}, *args, **kwargs)
+
+    def logits(self, batch: Batch) -> Float[Array, "B T V"]:
+        """Float32 logits at every position of a batch, compiled once for its shapes."""
+        return self._logits(self.params, batch)
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        return jax.jit(lambda params, batch: self.module.apply({"params": params}, batch))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

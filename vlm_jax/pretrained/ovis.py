@@ -1,4 +1,4 @@
-"""Towers and visual vocabularies of Ovis 2 (official files and the port in transformers) and Ovis 2.5."""
+"""Ovis 2 (official files and the port in transformers) and Ovis 2.5: tower, visual vocabulary, language model."""
 
 import re
 from collections.abc import Mapping
@@ -14,8 +14,9 @@ from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
 from vlm_jax.encoders.aimv2 import AIMv2
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.family import REQUIRED, Description, check_supported, find_prefix, with_defaults
+from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.qwen2_vl import packed_shapes
+from vlm_jax.pretrained.system import text_names, text_section, with_language
 
 # AIDC-AI/Ovis2, modeling_aimv2.py, AIMv2Config; sizes differ between releases and must be given.
 AIMV2_DEFAULTS: dict[str, Any] = {
@@ -80,6 +81,7 @@ NAVIT_DEFAULTS: dict[str, Any] = {
 
 
 BESIDE = (r"llm\..*",)
+_LLM = Names("llm.model.", "llm.")
 # What the port does under each name: it forgets tau, and differentiates its argmax as a softmax.
 HF_TOKENIZE = {"softmax": "softmax", "gumbel_argmax": "gumbel_argmax", "st_argmax": "hard_softmax"}
 _VOCABULARY = vocabulary_rules("visual_tokenizer.head.0", "visual_tokenizer.head.1", "vte")
@@ -88,9 +90,10 @@ _VOCABULARY = vocabulary_rules("visual_tokenizer.head.0", "visual_tokenizer.head
 def describe_ovis2(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """Ovis 2 under its own names; the language model is carried along."""
+    """Ovis 2 under its own names."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    whole = with_defaults(config, {"hidden_size": REQUIRED, "visual_tokenizer_config": REQUIRED}, "ovis")
+    required = {"hidden_size": REQUIRED, "visual_tokenizer_config": REQUIRED, "llm_config": {}}
+    whole = with_defaults(config, required, "ovis")
     where = "ovis.visual_tokenizer_config"
     tokenizer = with_defaults(whole["visual_tokenizer_config"], TOKENIZER_DEFAULTS, where)
     known = {"tokenize_function": ("softmax", "gumbel_argmax", "st_argmax"), "drop_cls_token": (False,)}
@@ -117,8 +120,9 @@ def describe_ovis2(
         *prefixed(tower, "visual_tokenizer.backbone.", "encoder/"),
         *prefixed(_VOCABULARY, target="connector/"),
     )
-    ignore = (*BESIDE, r"visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.weight")
-    return Description(VisualPrefix(encoder, connector), (_pixels(encoder, settings),), rules, ignore)
+    ignore = (r"visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.weight",)
+    visual = Description(VisualPrefix(encoder, connector), (_pixels(encoder, settings),), rules, ignore)
+    return _with_llm(visual, {"model_type": "qwen2", **whole["llm_config"]}, checkpoint, "ovis.llm_config", dtypes)
 
 
 def describe_ovis2_hf(
@@ -156,16 +160,24 @@ def describe_ovis2_hf(
         *prefixed(aimv2.hf_encoder_rules(bias=settings["mlp_bias"]), f"{tower}transformer.", "encoder/"),
         *prefixed(vocabulary, target="connector/"),
     )
-    ignore = (r"(model\.)?language_model\..*", r"lm_head\..*")
-    return Description(VisualPrefix(encoder, connector), (_pixels(encoder, settings),), rules, ignore)
+    return with_language(
+        Description(VisualPrefix(encoder, connector), (_pixels(encoder, settings),), rules),
+        text_section(config, checkpoint, kind="qwen2", tied=True),
+        checkpoint,
+        "ovis2.text_config",
+        names=text_names(checkpoint),
+        beside=(r"(model\.)?language_model\..*", r"lm_head\..*"),
+        learned_rows="connector",
+        **dtypes,
+    )
 
 
 def describe_ovis2_5(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """Ovis 2.5; the language model is carried along."""
+    """Ovis 2.5."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    required = {"hidden_size": REQUIRED, "visual_vocab_size": 65536, "vit_config": REQUIRED}
+    required = {"hidden_size": REQUIRED, "visual_vocab_size": 65536, "vit_config": REQUIRED, "llm_config": {}}
     whole = with_defaults(config, required, "ovis2_5")
     encoder = navit(whole["vit_config"], "ovis2_5.vit_config", **dtypes)
     connector = VisualVocabulary(
@@ -186,8 +198,20 @@ def describe_ovis2_5(
     )
     rules = (*prefixed(tower, prefix, "encoder/"), *prefixed(_VOCABULARY, target="connector/"))
     inputs = packed_shapes(encoder.patch_dim, encoder.merge_size, encoder.window)
-    ignore = (*BESIDE, re.escape(prefix) + r"post_layernorm\.(weight|bias)")
-    return Description(VisualPrefix(encoder, connector), (inputs,), rules, ignore)
+    ignore = (re.escape(prefix) + r"post_layernorm\.(weight|bias)",)
+    visual = Description(VisualPrefix(encoder, connector), (inputs,), rules, ignore)
+    return _with_llm(visual, {"model_type": "qwen3", **whole["llm_config"]}, checkpoint, "ovis2_5.llm_config", dtypes)
+
+
+def _with_llm(
+    visual: Description,
+    text: Mapping[str, Any],
+    checkpoint: Mapping[str, SourceTensor],
+    where: str,
+    dtypes: dict[str, Any],
+) -> Description:
+    """The official files' language model; the indicators of the visual vocabulary stand first in the table."""
+    return with_language(visual, text, checkpoint, where, names=_LLM, beside=BESIDE, learned_rows="connector", **dtypes)
 
 
 def navit(config: Mapping[str, Any], where: str, **fields: Any) -> Siglip2NaViT:

@@ -1,4 +1,4 @@
-"""The vision towers of Qwen2-VL and Qwen2.5-VL and their mergers, alone or in the files of the whole system."""
+"""Qwen2-VL and Qwen2.5-VL: the vision tower and its merger, alone or with the language model behind them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +20,7 @@ from vlm_jax.pretrained.family import (
     find_prefix,
     with_defaults,
 )
+from vlm_jax.pretrained.system import text_names, text_section, with_language
 from vlm_jax.processors.patches import pack
 from vlm_jax.types import PackedPatches
 
@@ -124,15 +125,17 @@ def _common_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """The tower and its merger; the language model is carried along.
+    """The whole system, or its tower and merger where there is no more.
 
-    In released files the tower's names start with `visual.`, in those of some versions of transformers
+    The settings of the language model stand in `text_config`, in released files beside those of the whole. In
+    released files the tower's names start with `visual.`, in those of some versions of transformers
     with `model.visual.`, and in a tower's own with nothing.
     """
     kind = config["model_type"]
     visual = qwen2_5_visual if kind.startswith("qwen2_5_vl") else qwen2_visual
     where = f"{kind}.vision_config" if "vision_config" in config else kind
-    module = visual(config.get("vision_config", config), where, dtype=dtype, param_dtype=param_dtype)
+    dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+    module = visual(config.get("vision_config", config), where, **dtypes)
     encoder: Any = module.encoder
     window = (encoder.channels, encoder.temporal_patch_size, encoder.patch_size, encoder.patch_size)
     prefix = find_prefix(checkpoint, "patch_embed.proj.weight")
@@ -141,7 +144,18 @@ def describe(
         *prefixed(merger_rules(gated=encoder.gated), prefix, "connector/"),
     )
     inputs = packed_shapes(encoder.patch_dim, encoder.merge_size, encoder.window)
-    return Description(module, (inputs,), rules, beside(prefix))
+    system = "qwen2_5_vl" if kind.startswith("qwen2_5_vl") else "qwen2_vl"
+    nested = config if config.get("text_config") else {"text_config": config, **config}
+    text = {**text_section(nested, checkpoint, kind="", tied=False), "model_type": f"{system}_text"}
+    return with_language(
+        Description(module, (inputs,), rules),
+        text,
+        checkpoint,
+        f"{kind}.text_config" if config.get("text_config") else kind,
+        names=text_names(checkpoint),
+        beside=beside(prefix),
+        **dtypes,
+    )
 
 
 def packed_shapes(patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:

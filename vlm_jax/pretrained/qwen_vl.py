@@ -1,4 +1,4 @@
-"""Qwen-VL (v1): its ViT and its resampler; the language model is carried along."""
+"""Qwen-VL (v1): its ViT, its resampler and Qwen behind them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,9 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.family import REQUIRED, Description, square_root, with_defaults
+from vlm_jax.pretrained.family import REQUIRED, Description, Names, square_root, with_defaults
 from vlm_jax.pretrained.language import describe_qwen
+from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import image_shape
 
 # Qwen/Qwen-VL-Chat, visual.py, VisionTransformer.
@@ -23,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "output_dim": 512,
 }
 PREFIX = "transformer.visual."
-IGNORE = (r"(?!transformer\.visual\.).*",)
+BESIDE = (r"(?!transformer\.visual\.).*",)
 _TABLE_ROWS = 256  # whatever image_size says
 _HEAD_DIM = 128  # of the resampler
 
@@ -50,7 +51,7 @@ def encoder(settings: Mapping[str, Any], table_rows: int, **fields: Any) -> ViT:
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """The ViT and the resampler behind it; a Qwen without vision is a language model alone."""
+    """The whole system; its ViT and resampler, or its language model, where there is no more."""
     if "visual" not in config:
         return describe_qwen(config, checkpoint, dtype=dtype, param_dtype=param_dtype)
     settings, dtypes = (
@@ -72,4 +73,5 @@ def describe(
         *prefixed(resampler_rules(width), f"{PREFIX}attn_pool.", "connector/"),
         *prefixed(projection_rules(), PREFIX, "connector/"),
     )
-    return Description(VisualPrefix(vit, connector), (image_shape(vit, 3),), rules, IGNORE)
+    visual = Description(VisualPrefix(vit, connector), (image_shape(vit, 3),), rules)
+    return with_language(visual, config, checkpoint, "qwen", names=Names("transformer."), beside=BESIDE, **dtypes)

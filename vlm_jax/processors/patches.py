@@ -65,7 +65,7 @@ def pack(
     window: int | None = None,
     length: int | None = None,
 ) -> PackedPatches:
-    """Lays the patches of several images out as one sequence, a batch of 1.
+    """Lays the patches of several images out as one sequence, a batch of 1; of none, as padding alone.
 
     With windows the sequence is made of rows of window_length = (window * merge_size) ** 2 places, each
     filled with whole windows, largest first; windows cut off at an image's edge share a row. Without
@@ -125,7 +125,7 @@ def window_of_blocks(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: in
 
     Source: Bai et al. 2025 (Qwen2.5-VL), section 2.1.1; transformers, get_vision_window_index.
     """
-    found, count = [], 0
+    found, count = [np.zeros(0, int)], 0
     for frames, rows, cols in np.asarray(grids).tolist():
         row, col = np.arange(rows // merge_size) // window, np.arange(cols // merge_size) // window
         of_frame = row[:, None] * (col[-1] + 1) + col
@@ -139,7 +139,7 @@ def window_of_blocks(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: in
 def _checked(num_patches: int, grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int) -> int:
     """The number of blocks, after all that can be wrong with the grids was looked for."""
     table = np.asarray(grids)
-    if table.ndim != 2 or table.shape[1] != 3 or not len(table) or table.min() < 1:
+    if table.ndim != 2 or table.shape[1] != 3 or table.min(initial=1) < 1:
         raise ValueError(f"grids must be rows of (frames, rows, columns), each at least 1, got {table.tolist()}")
     if odd := [tuple(grid) for grid in table.tolist() if grid[1] % merge_size or grid[2] % merge_size]:
         raise ValueError(
@@ -156,7 +156,8 @@ def _of_patches(
     grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, column), (rows, columns) and the frame counted from 1, of every patch in order."""
-    positions, sizes, segments, count = [], [], [], 0
+    positions, sizes, segments = [np.zeros((0, 2), int)], [np.zeros((0, 2), int)], [np.zeros(0, int)]
+    count = 0
     for frames, rows, cols in np.asarray(grids).tolist():
         blocks = np.moveaxis(np.mgrid[:rows, :cols], 0, -1)
         blocks = blocks.reshape(rows // merge_size, merge_size, cols // merge_size, merge_size, 2)

@@ -1,21 +1,18 @@
-"""DeepSeek-VL's towers, SigLIP alone or SAM beside SigLIP, and its projector."""
+"""DeepSeek-VL: its towers, SigLIP alone or SAM beside SigLIP, its projector, and Llama behind them."""
 
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import vlm_jax
+from tests.golden import comparison
 from tests.golden.comparison import step
+from tests.golden.systems import language
 from vlm_jax.encoders.hybrid import Hybrid
-
-LANGUAGE = "the language model, which the package does not load so far"
-NOT_COMPARED = {
-    r".*_embeds_tail": "rows of the language model's embedding table, with visual tokens between: " + LANGUAGE,
-    r".*_logits|.*_greedy": LANGUAGE,
-}
 
 
 def load(folder: pathlib.Path):
@@ -58,7 +55,7 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
     found["high_alpha0"] = combined("tuple")(without_branch, first)[0].tokens
     for name, combine in (("feature", "feature"), ("sequence", "sequence"), ("add", "sum")):
         found[f"concat_{name}"] = combined(combine)(params, first).tokens
-    found["aligned"] = jax.jit(ours.apply)(images).tokens
+    found["aligned"] = jax.jit(lambda x: ours.apply(x, method="visual_tokens").tokens)(images)
     for name in found:
         if name in entries and not name.startswith("sam_"):
             found[name] = found[name][:, :: step(entries[name])]
@@ -79,14 +76,41 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
     return found
 
 
+def spoken(golden: comparison.Golden, ours, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the language model gives: one image, and two images beside one."""
+    inputs, entries = golden.inputs, golden.entries
+    tag = int(re.search(r"image tags \(id (\d+)\)", entries["one_ids"]["meaning"]).group(1))
+    prompts = {"one": (inputs["one_ids"][0], images[:1])}
+    for i, (ids, mask) in enumerate(zip(inputs["batch_ids"], inputs["batch_mask"] > 0, strict=True)):
+        prompts[f"batch.{i}"] = (ids[mask], images[i:])  # images 0 and 1, and image 1
+    rows = {
+        name: language.at(ids, ids == tag, np.arange((ids == tag).sum()), pixels)
+        for name, (ids, pixels) in prompts.items()
+    }
+    states = language.states(ours, rows)
+    count = len(golden.expected["one_greedy"])
+    return {
+        "one_embeds_tail": language.shown(entries["one_embeds_tail"], states["one"].embeddings)[None],
+        "one_logits": language.shown(entries["one_logits"], states["one"].logits)[None],
+        "batch_logits": np.stack(
+            [language.shown(entries["batch_logits"], states[name].logits) for name in rows if name.startswith("batch.")]
+        ),
+        "one_greedy": language.greedy(ours, {"one": rows["one"]}, count)["one"],
+    }
+
+
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every array of the folder before the language model."""
-    entries = json.loads((folder / "golden.json").read_text())["arrays"]
+    """Every array of the folder."""
+    golden = comparison.read(folder)
+    entries = golden.entries
     ours, pixels = load(folder), jnp.asarray(inputs["images_u8"], jnp.float32)
     if isinstance(ours.module.encoder, Hybrid):
-        found = hybrid_outputs(ours, pixels / 255, entries)
+        pixels = pixels / 255
+        found = hybrid_outputs(ours, pixels, entries)
     else:
         pixels = pixels / 127.5 - 1
+        tokens = jax.jit(lambda x: ours.apply(x, method="visual_tokens").tokens)
         features = jax.jit(ours.module.encoder.apply)({"params": ours.params["encoder"]}, pixels)
-        found = {"vision": features.tokens, "aligned": jax.jit(ours.apply)(pixels).tokens}
+        found = {"vision": features.tokens, "aligned": tokens(pixels)}
+    found |= spoken(golden, ours, np.asarray(pixels))
     return {name: np.asarray(value) for name, value in found.items() if name in entries}

@@ -70,5 +70,5 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     norm = Norm("layer", vit.norm_epsilon)
     found["vit.penultimate_normed"] = norm.apply({"params": params["final_norm"]}, features.hidden[-2])
     found["vit.pooled"] = _pooled(model, features.tokens)
-    found["proj.out"] = jax.jit(lambda x: model.apply(x).tokens)(jnp.asarray(pixels))
+    found["proj.out"] = jax.jit(lambda x: model.apply(x, method="visual_tokens").tokens)(jnp.asarray(pixels))
     return {name: np.asarray(array) for name, array in found.items() if name in expected}

@@ -1,6 +1,6 @@
-"""LLaVA and MobileVLM: CLIP, at several scales where the config asks for them, and the projector.
+"""LLaVA and MobileVLM: CLIP, at several scales where the config asks for them, the projector and Llama.
 
-A projector is given the official pixels, which some folders list as outputs of the image processor.
+The model is given the official pixels, which some folders list as outputs of the image processor.
 """
 
 import json
@@ -12,15 +12,13 @@ import numpy as np
 
 import vlm_jax
 from tests.golden import comparison
+from tests.golden.systems import llava_language
 from tests.golden.systems.pixels import CLIP, normalised
 
 PROCESSOR = "the image processor's resize, padding and tiles; the model is given these pixels"
-LANGUAGE = "the language model, which the package does not load so far"
 NOT_COMPARED = {
     r"(img\d+_)?pixel_values|pre\d+_pad": PROCESSOR,
-    r"(img\d+|single)_(merged|spatial|flat)": "layout: unpadding of tiles and image_newline, a processor's task",
-    r"batch_(left|right)_(mask|position_ids|labels)|truncated_embeds": "layout of a batch of prompts, as above",
-    r".*_logits|.*_loss|.*_greedy": LANGUAGE,
+    r"batch_(left|right)_(mask|position_ids|labels)": "the layout of a batch of prompts, a processor's task",
 }
 
 
@@ -32,10 +30,11 @@ def load(folder: pathlib.Path):
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tower's features and the projector's tokens that the folder's manifest names."""
-    expected = comparison.read(folder).expected
+    """The tower's features, the projector's tokens, and what follows from them in the folder's prompts."""
+    golden = comparison.read(folder)
+    expected = golden.expected
     ours, found = load(folder), {}
-    tokens = jax.jit(lambda x: ours.apply(x).tokens)
+    tokens = jax.jit(lambda x: ours.apply(x, method="visual_tokens").tokens)
     if "pixel_values" in expected:
         found["image_features"] = tokens(jnp.asarray(expected["pixel_values"].transpose(0, 2, 3, 1)))
     elif "tower" in expected:
@@ -48,4 +47,6 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
         if name.endswith("_encoded"):
             tiles = expected[name.replace("_encoded", "_pixel_values")].transpose(0, 2, 3, 1)
             found[name] = tokens(normalised(tiles, CLIP))
+    if hasattr(ours.module, "decoder"):
+        found |= llava_language.outputs(golden, ours)
     return {name: np.asarray(value) for name, value in found.items()}

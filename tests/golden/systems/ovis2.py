@@ -1,9 +1,10 @@
-"""Ovis 2's vision tower (AIMv2) and visual vocabulary, official and as ported to transformers.
+"""Ovis 2: its vision tower (AIMv2), visual vocabulary and Qwen2, official and as ported to transformers.
 
 The tower is given the official pixels, which the folder of the official code lists as an output of its
 image processor.
 """
 
+import dataclasses
 import pathlib
 import re
 
@@ -13,6 +14,8 @@ import numpy as np
 
 import vlm_jax
 from tests.golden import comparison
+from tests.golden.systems import language
+from tests.golden.systems.language import Row
 from vlm_jax.connectors.visual_vocabulary import gumbel_softmax, straight_through
 from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm
@@ -20,7 +23,6 @@ from vlm_jax.layers.norm import Norm
 NOT_COMPARED = {
     r"img\.\d+\.placeholders": "how prompts name the parts of an image: chat layout, not the tower",
     r"pixel_values": "Ovis 2's image processor, not part of the tower, which is given these pixels",
-    r"mm\..*": "the whole system: needs the language model",
 }
 
 
@@ -65,8 +67,55 @@ def vocabulary(model, features, expected: dict, entries: dict, inputs: dict) -> 
     return found
 
 
+ATOM, FIRST_INDICATOR = -300, -301  # of the official code, which counts indicators downwards
+
+
+def prompt(model, ids: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> tuple[Row, np.ndarray]:
+    """The prompt, and its labels with visual tokens ignored.
+
+    The official ids have one atom for every crop, those of transformers have one for every token.
+    """
+    module, config = model.module, model.config
+    count, first = module.connector.num_tokens(module.encoder.grid(*pixels.shape[1:3])), module.connector.num_indicators
+    if "visual_indicator_token_ids" in config:
+        index = np.full(len(ids), -1)
+        for row, indicator in enumerate(config["visual_indicator_token_ids"]):
+            index[ids == indicator] = row
+        atoms = ids == config["image_token_id"]
+        index[atoms] = first + np.arange(atoms.sum())
+        return Row(np.where(index < 0, ids, 0), index, pixels), labels
+    crops = iter(first + np.arange(len(pixels) * count).reshape(len(pixels), count))
+    parts = []
+    for token, label in zip(ids, labels, strict=True):
+        rows = next(crops) if token == ATOM else [FIRST_INDICATOR - token if token < 0 else -1]
+        parts += [(max(token, 0), row, label) for row in rows]
+    tokens, index, labels = np.array(parts).T
+    return Row(tokens, index, pixels), labels
+
+
+def spoken(model, golden: comparison.Golden, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """The prompt under each way to choose words: embeddings, logits, loss and greedy ids."""
+    ids, labels = golden.inputs["mm.input_ids"][0], golden.inputs["mm.labels"][0]
+    row, labels = prompt(model, ids, labels, pixels)
+    found = {"mm.expanded_labels": labels[None]}
+    for tokenize in {name.rsplit(".", 1)[1] for name in golden.expected if name.startswith("mm.logits.")}:
+        connector = model.module.connector.clone(tokenize=tokenize)
+        variant = dataclasses.replace(model, module=model.module.clone(connector=connector))
+        name = f"mm.inputs_embeds.{tokenize}"
+        official = {"mm": golden.expected[name][0]} if name in golden.expected else {}
+        state = language.states(variant, {"mm": row}, official)["mm"]
+        count = golden.expected[f"mm.generated.{tokenize}"].shape[1]
+        found |= {
+            name: state.embeddings[None],
+            f"mm.logits.{tokenize}": state.logits[None],
+            f"mm.loss.{tokenize}": language.loss([state.logits], [labels]),
+            f"mm.generated.{tokenize}": language.greedy(variant, {"mm": row}, count)["mm"][None],
+        }
+    return found
+
+
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every vision array that the folder's manifest names."""
+    """Every array that the folder's manifest names."""
     golden = comparison.read(folder)
     expected = golden.expected
     pixels = (inputs if "pixel_values" in inputs else expected)["pixel_values"].transpose(0, 2, 3, 1)
@@ -90,4 +139,5 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
         variables = {"params": model.params["connector"]}
         logits, _ = model.module.connector.apply(variables, plain, method="logits")
         found["vt.tokens.softmax_without_final_norm"] = jax.nn.softmax(logits, axis=-1)
+    found |= spoken(model, golden, pixels)
     return {name: np.asarray(array) for name, array in found.items() if name in expected}

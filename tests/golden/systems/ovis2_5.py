@@ -1,6 +1,6 @@
-"""Ovis 2.5's vision tower, all layers full or with windows, and its visual vocabulary.
+"""Ovis 2.5: its vision tower, all layers full or with windows, its visual vocabulary and Qwen3.
 
-The tower is given the official patches, which the folder lists as outputs of the image processor.
+The model is given the official patches, which the folder lists as outputs of the image processor.
 """
 
 import json
@@ -12,6 +12,9 @@ import numpy as np
 
 import vlm_jax
 from tests.golden import comparison
+from tests.golden.systems import language
+from tests.golden.systems.language import Patches, Row
+from vlm_jax.checkpoints.rules import export_params
 from vlm_jax.encoders.packed import window_in_blocks
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.neighbours import squares
@@ -23,14 +26,11 @@ from vlm_jax.processors.patches import pack, window_of_blocks
 from vlm_jax.types import VisualFeatures
 
 PROCESSOR = "Ovis 2.5's image processor, not part of the tower, which is given these patches"
-SYSTEM = "the whole system: needs the language model"
+CHAT = "chat template and tokenizer, whose ids the model is given"
 NOT_COMPARED = {
     r"(vit|video)\.(pixel_values|grid_thws)": PROCESSOR,
     r"mm\d*\.grid_thws": PROCESSOR,
-    r"(text|chat|sft|batch)\..*": "language model and chat template: no array of the tower",
-    r"mm\d*\.(?!grid_thws).*": SYSTEM,
-    r"video\.(input_ids|logits|generated)": SYSTEM,
-    r"grad\..*": "gradients of the language model's loss: " + SYSTEM,
+    r"(text|mm\d*|video|sft|chat|batch)\.(rendered_prompt|prompt|input_ids|labels|attention_mask)": CHAT,
 }
 # Arrays of the same weights under other settings -> the fields of the module that differ.
 VARIANTS = {
@@ -118,10 +118,67 @@ def _vocabulary(model, features: VisualFeatures) -> dict[str, np.ndarray]:
     return {name: array[mask] for name, array in found.items()}
 
 
+ATOM, FIRST_INDICATOR = -300, -301  # of the released code, which counts indicators downwards
+
+
+def prompts(model, arrays: dict) -> dict[str, Row]:
+    """Every prompt of the folder, in the rows of the visual table: indicators first, then images in order."""
+    sizes = np.prod(arrays["vit.grid_thws"], axis=1)
+    first = Patches(arrays["vit.pixel_values"][: sizes[0]], arrays["vit.grid_thws"][:1])
+    images = {
+        "mm": first,
+        "mm2": Patches(arrays["vit.pixel_values"], arrays["vit.grid_thws"]),
+        "sft": first,
+        "video": Patches(arrays["video.pixel_values"], arrays["video.grid_thws"]),
+        "text": None,
+    }
+    rows = {}
+    for name, patches in images.items():
+        ids = arrays[f"{name}.input_ids"][0]
+        index = np.where(ids < ATOM, FIRST_INDICATOR - ids, -1)
+        index[ids == ATOM] = model.module.connector.num_indicators + np.arange((ids == ATOM).sum())
+        rows[name] = Row(np.maximum(ids, 0), index, patches)
+    return rows
+
+
+def spoken(model, golden: comparison.Golden) -> dict[str, np.ndarray]:
+    """Embeddings, hidden states, logits, losses and greedy ids of every prompt."""
+    arrays = {**golden.inputs, **golden.expected}
+    rows, found = prompts(model, arrays), {}
+    official = {name: arrays[key][0] for name in rows if (key := f"{name}.inputs_embeds") in arrays}
+    states = language.states(model, rows, official)
+    for name, state in states.items():
+        found |= {f"{name}.inputs_embeds": state.embeddings[None], f"{name}.logits": state.logits[None]}
+        found |= {f"{name}.hidden.{i}": hidden[None] for i, hidden in enumerate(state.hidden)}
+        if f"{name}.labels" in arrays:
+            found[f"{name}.loss"] = language.loss([state.logits], [arrays[f"{name}.labels"][0]])
+    names = [name for name in rows if f"{name}.generated" in golden.expected]
+    count = golden.expected[f"{names[0]}.generated"].shape[1]
+    ids = language.greedy(model, {name: rows[name] for name in names}, count)
+    found |= {f"{name}.generated": ids[name][None] for name in names}
+    return found | _gradients(model, [rows["mm"], rows["text"]], arrays["batch.labels"])
+
+
+def _gradients(model, rows: list[Row], labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The loss of a batch, and its gradients under the released names of the parameters."""
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(params, batch):
+        return language.loss(model.module.apply({"params": params}, batch), labels)
+
+    batch = jax.tree.map(jnp.asarray, language.batch(rows, model.module))
+    value, gradients = run(model.params, batch)
+    # Every operation of these rules moves numbers about, so that it takes gradients where it takes parameters.
+    released = export_params(model.description.rules, gradients)
+    return {"batch.loss": value, **{f"grad.{name}": array for name, array in released.items()}}
+
+
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every vision array that the folder's manifest names."""
-    del inputs  # pixels before the image processor, and text
-    expected = comparison.read(folder).expected
+    """Every array that the folder's manifest names."""
+    del inputs  # read with the rest
+    golden = comparison.read(folder)
+    expected = golden.expected
     config = json.loads((folder / "config.json").read_text())
     model = vlm_jax.from_pretrained(folder)
     tower = Tower(model, expected["vit.pixel_values"], expected["vit.grid_thws"])
@@ -140,4 +197,5 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     if "video.tokens" in expected:
         video = Tower(model, expected["video.pixel_values"], expected["video.grid_thws"])
         found["video.tokens"] = _vocabulary(model, video.encode()[0])["vt.tokens"]
+    found |= spoken(model, golden)
     return {name: np.asarray(array) for name, array in found.items() if name in expected}

@@ -1,0 +1,208 @@
+"""What the language model of a whole system gives: the cases of a folder laid out as rows of one batch.
+
+Every row is a prompt whose ids and visual rows are known; one program computes the logits of all, and another
+one the greedy ids of all.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vlm_jax.losses.cross_entropy import cross_entropy
+from vlm_jax.processors import patches
+from vlm_jax.types import Batch, PackedPatches
+
+IGNORED = -100  # label of what is not learned
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt.
+
+    Attributes:
+      tokens: ids [T], any where a visual token stands.
+      visual_index: rows of the visual table [T], -1 for text.
+      images: pixels [I, height, width, channels], or patches of images of any size, or None.
+    """
+
+    tokens: np.ndarray
+    visual_index: np.ndarray
+    images: "np.ndarray | Patches | None" = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Patches(NamedTuple):
+    """Rows of `PackedPatches.patches` in the processor's order, and the (frames, rows, columns) of every image."""
+
+    patches: np.ndarray
+    grids: np.ndarray
+
+
+def text(ids: np.ndarray) -> Row:
+    """A prompt without an image."""
+    return Row(ids, np.full(len(ids), -1))
+
+
+def at(ids: np.ndarray, where: np.ndarray, rows: np.ndarray, images: np.ndarray | Patches | None) -> Row:
+    """A prompt with `rows` of the visual table at the positions that `where` marks, in order."""
+    index = np.full(len(ids), -1)
+    index[where] = rows
+    return Row(np.where(where, 0, ids), index, images)
+
+
+def spliced(ids: np.ndarray, runs: Sequence[np.ndarray], images: np.ndarray | None, *, placeholder: int) -> Row:
+    """A prompt in which every placeholder becomes a run of rows of the visual table."""
+    places = np.flatnonzero(ids == placeholder)
+    assert len(places) == len(runs), f"{len(places)} placeholders for {len(runs)} runs of visual tokens"
+    tokens, index = [], []
+    for part, run in zip(np.split(ids, places), [np.zeros(0, int), *runs], strict=True):
+        words = part[part != placeholder]
+        tokens += [np.zeros(len(run), int), words]
+        index += [run, np.full(len(words), -1)]
+    return Row(np.concatenate(tokens), np.concatenate(index), images)
+
+
+def spliced_labels(row: Row, labels: np.ndarray) -> np.ndarray:
+    """Labels of the ids without placeholders, with visual tokens ignored: those of `row`."""
+    out = np.full(len(row), IGNORED)
+    out[row.visual_index < 0] = labels
+    return out
+
+
+def batch(rows: Sequence[Row], module: Any, *, left: bool = False) -> Batch:
+    """Rows of one length for a model, padded on the right, or on the left as generation wants it."""
+    length = max(map(len, rows))
+
+    def padded(array: np.ndarray, value: int) -> np.ndarray:
+        missing = length - len(array)
+        return np.pad(array, (missing, 0) if left else (0, missing), constant_values=value)
+
+    return Batch(
+        tokens=np.stack([padded(row.tokens, 0) for row in rows]).astype(np.int32),
+        positions=np.stack([padded(np.arange(len(row)), 0) for row in rows]).astype(np.int32),
+        segment_ids=np.stack([padded(np.ones(len(row), int), 0) for row in rows]).astype(np.int32),
+        visual_index=np.stack([padded(row.visual_index, -1) for row in rows]).astype(np.int32),
+        images=_images([row.images for row in rows], module),
+    )
+
+
+def _images(given: Sequence[np.ndarray | Patches | None], module: Any) -> np.ndarray | PackedPatches | None:
+    """Of all rows: as many as the row with most has, completed with zeros."""
+    kinds = [images for images in given if images is not None]
+    if not kinds:
+        return None
+    if isinstance(kinds[0], Patches):
+        pack = functools.partial(patches.pack, merge_size=module.encoder.merge_size, window=module.encoder.window)
+        none = Patches(kinds[0].patches[:0], kinds[0].grids[:0])
+        packed = [pack(*(none if images is None else images)) for images in given]
+        length = max(one.patches.shape[1] for one in packed)
+        packed = [pack(*(none if images is None else images), length=length) for images in given]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *packed)
+    pixels = np.zeros((len(given), max(map(len, kinds)), *kinds[0].shape[1:]), np.float32)
+    for row, images in zip(pixels, given, strict=True):
+        if images is not None:
+            row[: len(images)] = images
+    return pixels
+
+
+def logits(ours: Any, rows: Mapping[str, Row], *, left: bool = False) -> dict[str, np.ndarray]:
+    """The logits [T, V] of every row, by its name; `left` pads on the left."""
+    found = np.asarray(ours.logits(batch(list(rows.values()), ours.module, left=left)))
+    return _unpadded(rows, found, left)
+
+
+class States(NamedTuple):
+    """What a row passes through: embeddings [T, D], the input of every block and the normalised output, and logits."""
+
+    embeddings: np.ndarray
+    hidden: np.ndarray
+    logits: np.ndarray
+
+
+def states(ours: Any, rows: Mapping[str, Row], official: Mapping[str, np.ndarray] | None = None) -> dict[str, States]:
+    """The states of every row, visual tokens included, by its name; one program.
+
+    Hidden states and logits follow from the `official` embeddings of a row where they are given: visual rows
+    of random models are small, and the first norm makes a rounding of theirs some hundred times as large.
+    """
+    official = official or {}
+
+    def run(model, batch, given, known):
+        seen = []
+
+        def collect(call, args, kwargs, context):
+            if context.method_name != "__call__" or context.module.path != ("decoder", "blocks"):
+                return call(*args, **kwargs)
+            seen.append(call(*args, **{**kwargs, "collect": True}))
+            return seen[-1]
+
+        embeddings, segments, _ = model.embed(batch)
+        with nn.intercept_methods(collect):
+            follows = jnp.where(known, given, embeddings)
+            hidden, _ = model.decoder(follows, batch.positions, segments)
+        every = jnp.concatenate([seen[0][2][:-1], hidden[None]])
+        return embeddings, every.swapaxes(0, 1), model.decoder.logits(hidden)
+
+    inputs = batch(list(rows.values()), ours.module)
+    given = np.zeros((*inputs.tokens.shape, ours.module.decoder.width), np.float32)
+    for i, name in enumerate(rows):
+        if name in official:
+            given[i, : len(rows[name])] = official[name]
+    known = np.array([name in official for name in rows])[:, None, None]
+    apply = jax.jit(lambda params, *args: ours.module.apply({"params": params}, *args, method=run))
+    found = jax.tree.map(np.asarray, apply(ours.params, inputs, given, known))
+    return {
+        name: States(embedded[: len(row)], hidden[:, : len(row)], logits[: len(row)])
+        for (name, row), embedded, hidden, logits in zip(rows.items(), *found, strict=True)
+    }
+
+
+def _unpadded(rows: Mapping[str, Row], found: np.ndarray, left: bool) -> dict[str, np.ndarray]:
+    return {
+        name: array[len(array) - len(row) :] if left else array[: len(row)]
+        for (name, row), array in zip(rows.items(), found, strict=True)
+    }
+
+
+def shown(entry: Mapping[str, Any], array: np.ndarray) -> np.ndarray:
+    """The positions that the manifest says an array holds: one in so many and the last ones, or the last ones alone."""
+    if sparse := re.search(r"positions 0,(\d+),.* then the last (\d+)", entry["meaning"]):
+        return np.concatenate([array[:: int(sparse.group(1))], array[-int(sparse.group(2)) :]])
+    count = entry["shape"][1] if len(entry["shape"]) == 3 else 1
+    return array[-count:]
+
+
+def loss(logits: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> jax.Array:
+    """Mean cross entropy of what the labels of the position behind say, over all rows."""
+    predicted = jnp.concatenate([jnp.asarray(row)[:-1] for row in logits])
+    target = np.concatenate([row[1:] for row in labels])
+    return cross_entropy(predicted, jnp.maximum(target, 0), jnp.asarray(target != IGNORED, jnp.float32))[0]
+
+
+def greedy(ours: Any, rows: Mapping[str, Row], count: int) -> dict[str, np.ndarray]:
+    """The `count` most likely next ids of every row, one after another, by its name."""
+    prompts = batch(list(rows.values()), ours.module, left=True)
+
+    @jax.jit
+    def run(params, prompts):
+        apply = functools.partial(ours.module.apply, {"params": params})
+        first, cache = apply(prompts, prompts.tokens.shape[1] + count, method="prefill")
+
+        def step(carry, _):
+            logits, cache, positions = carry
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            logits, cache = apply(token[:, None], positions + 1, cache, method="extend")
+            return (logits, cache, positions + 1), token
+
+        return jax.lax.scan(step, (first, cache, prompts.positions[:, -1:]), length=count)[1].T
+
+    return dict(zip(rows, np.asarray(run(ours.params, jax.tree.map(jnp.asarray, prompts))), strict=True))

@@ -1,0 +1,34 @@
+"""Vectors of the decoder's width that stand among visual tokens and are no image's: a newline, a separator."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.dense import named
+
+
+class LearnedRows(nn.Module):
+    """One parameter for each name, stacked in the order of the names.
+
+    Attributes:
+      names: such as ("image_newline", "view_separator").
+      features: the decoder's width D.
+      dtype: dtype of the rows.
+      param_dtype: dtype of the stored parameters.
+
+    Source: Liu et al. 2024 (LLaVA-NeXT), image_newline; Wu et al. 2024 (DeepSeek-VL2), section 2.
+    """
+
+    names: tuple[str, ...]
+    features: int
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "rows D"]:
+        init = named(nn.initializers.normal(self.features**-0.5), axes.EMBED)
+        rows = [self.param(name, init, (self.features,), self.param_dtype) for name in self.names]
+        return jnp.stack(rows).astype(self.dtype)
