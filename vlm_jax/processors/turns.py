@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.processors.layout import Text
+from vlm_jax.processors.list_format import PICTURE, from_list_format
 from vlm_jax.processors.prompt import Message, Slot
 from vlm_jax.processors.tokenizer import Tokenizer
 
@@ -84,7 +85,7 @@ class QwenVLPrompt:
 
     tokenizer: Tokenizer
     system: str = "You are a helpful assistant."
-    picture: str = "Picture {number}: "
+    picture: str = PICTURE
 
     def __call__(
         self,
@@ -110,15 +111,10 @@ class QwenVLPrompt:
 
     def content(self, content: Any) -> str:
         """A message's content as one text, with `<img>path</img>` for a picture; no path where it has none."""
-        number = 0
-
-        def tagged(item: Message) -> str:
-            nonlocal number
-            number += 1
-            path = item.get("image") if isinstance(item.get("image"), str) else ""
-            return f"{self.picture.format(number=number)}<img>{path}</img>\n"
-
-        return flat(content, tagged, "")
+        if content is None or isinstance(content, str):
+            return content or ""
+        items = [{"text": item["text"]} if item["type"] == "text" else {"image": _path(item)} for item in content]
+        return from_list_format(items, self.picture)
 
     def spelled(self, text: str) -> list[Text | Slot]:
         """A text with its pictures; the bytes of a path are the ids 0 to 255 of the vocabulary's bytes.
@@ -150,6 +146,10 @@ def flat(content: Any, tag: Callable[[Message], str], joint: str) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return joint.join(item["text"] if item["type"] == "text" else tag(item) for item in content)
+
+
+def _path(item: Message) -> str:
+    return item["image"] if isinstance(item.get("image"), str) else ""
 
 
 def _refuse(places: Sequence[int], variables: Mapping[str, Any]) -> None:

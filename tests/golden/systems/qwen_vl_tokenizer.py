@@ -3,12 +3,23 @@
 The rows of `cases.json` stand beside the arrays; one that does not hold is an error of the module.
 """
 
+import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from vlm_jax.pretrained.processing.qwen import NUM_QUERIES
+from vlm_jax.processors.list_format import PICTURE, from_list_format, named_boxes, to_list_format
+from vlm_jax.processors.prompt import Slot
+from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.turns import QwenVLPrompt
 
 IMAGE = "<img>"
 
@@ -31,14 +42,72 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray
              tokenizer.id_of(SPECIAL[role]) != cases["special_ids"][role]]  # fmt: skip
     if tokenizer.vocab_size != cases["n_vocab"]:
         wrong.append(f"n_vocab: {tokenizer.vocab_size}")
-    # A span of an image holds the bytes of a path, which the system's processor writes.
+    # A span of an image holds the bytes of a path, which the system's processor writes; see below.
     texts = [row for row in cases["rows"] if row["fn"] == "encode+decode" and IMAGE not in row["input"]]
     for row in texts:
         ids = tokenizer.encode(row["input"])
         found = (ids, tokenizer.decode(ids, skip_special=False), tokenizer.decode(ids))
         if found != (row["ids"], row["decoded"], row["decoded_skip_special"]):
             wrong.append(f"{row['input']!r}: {found}")
+    wrong += [f"{row['fn']} of {row['input']!r}: {found}" for row, found in _processed(tokenizer, cases["rows"])]
     if wrong or not texts:
         raise AssertionError(f"{folder}/cases.json: rows that do not hold: {wrong}, of {len(texts)}")
     ranks = [tokenizer.vocabulary.token_bytes(index) for index in range(256)]
     return {"first256_bytes": np.frombuffer(b"".join(ranks), np.uint8)}
+
+
+def _processed(tokenizer: Tokenizer, rows: list[dict]) -> list[tuple[dict, Any]]:
+    """Rows of lists, boxes and conversations that do not hold, with what is found."""
+    processor = Processor(QwenVLPrompt(tokenizer), SquareViews(Pixels(), (1, 1), NUM_QUERIES), 0)
+    wrong = []
+    for row in rows:
+        match row["fn"].split(" (")[0].split("(")[0]:
+            case "from_list_format":
+                picture = PICTURE.rstrip() if "without space" in row["fn"] else PICTURE
+                found, expected = from_list_format(row["input"], picture), row["output"]
+            case "to_list_format":
+                found, expected = to_list_format(row["input"]), row["output"]
+            case "to_list_format error":
+                found, expected = _refused(to_list_format, row["input"]), True
+            case "_fetch_all_box_with_ref":
+                found = [
+                    {"box": list(box), **({} if name is None else {"ref": name})}
+                    for box, name in named_boxes(row["input"])
+                ]
+                expected = row["output"]
+            case "encode+decode" if IMAGE in row["input"]:
+                found, expected = _ids(processor, row["input"]), row["ids"]
+            case "encode error":
+                found, expected = _refused(functools.partial(_ids, processor), row["input"]), True
+            case "make_context" if "max_window_size" not in row["input"]:
+                given = row["input"]
+                turns = [*(given["history"] or []), [given["query"]]]
+                messages = [{"role": "system", "content": given["system"]}]
+                messages += [
+                    {"role": role, "content": text}
+                    for turn in turns
+                    for role, text in zip(("user", "assistant"), turn, strict=False)
+                ]
+                images = [np.zeros((1, 1, 3), np.uint8)] * str(messages).count(IMAGE)
+                found, expected = processor(messages, images).tokens[0].tolist(), row["ids"]
+            case _:
+                continue
+        if found != expected:
+            wrong.append((row, found))
+    return wrong
+
+
+def _ids(processor: Processor, text: str) -> list[int]:
+    """Ids of a text by way of the public call: a prompt that gives its pieces for any messages."""
+    pieces = processor.prompt.spelled(text)
+    fixed = dataclasses.replace(processor, prompt=lambda *_, **__: pieces)
+    images = [np.zeros((1, 1, 3), np.uint8)] * sum(isinstance(piece, Slot) for piece in pieces)
+    return fixed([{"role": "user", "content": ""}], images).tokens[0].tolist()
+
+
+def _refused(function: Callable[[str], Any], text: str) -> bool:
+    try:
+        function(text)
+    except ValueError:
+        return True
+    return False

@@ -1,0 +1,180 @@
+"""The processor of a system, over a small template: what is filled, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.image import CorruptImage
+from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.seen import PictureMismatch, Pixels
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.system import Processor
+from vlm_jax.processors.tiles import InternVLViews, Ovis2Views
+from vlm_jax.processors.tokenizer import Tokenizer
+
+
+class Letters:
+    """A vocabulary of single letters and a few tokens; `add_special` begins with 1."""
+
+    size = 1000
+    special = {1: "<s>", 2: "<pad>", 3: "<image>", 4: "<video>", 5: "<a>", 6: "</a>"}  # noqa: RUF012
+
+    def encode(self, text, add_special):
+        ids = [1] if add_special else []
+        while text:
+            index, name = next(
+                ((i, n) for i, n in self.special.items() if text.startswith(n)), (100 + ord(text[0]) % 128, text[0])
+            )
+            ids.append(index)
+            text = text[len(name) :]
+        return ids
+
+    def decode(self, ids):
+        return "".join(self.special.get(index, chr(index - 100)) for index in ids)
+
+    def id_of(self, token):
+        return {name: index for index, name in self.special.items()}.get(token)
+
+
+TOKENIZER = Tokenizer(Letters(), {"bos_token": "<s>", "pad_token": "<pad>"})
+TEMPLATE = ChatTemplate(
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{% if c.type == 'text' %}{{ c.text }}{% else %}<{{ c.type }}>{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}!{% endif %}"
+)
+MARKS = {"image": "<image>", "video": "<video>"}
+SQUARE = SquareViews(Pixels(), (4, 4), 3, "stretch")
+
+
+def processor(views=SQUARE, tokens=MARKS, **fields):
+    prompt = {key: fields.pop(key) for key in ("texts", "split", "joined") if key in fields}
+    return Processor(TemplatePrompt(TEMPLATE, TOKENIZER, MARKS, tokens, **prompt), views, 2, **fields)
+
+
+def picture(height=4, width=4, value=0):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def say(*parts):
+    kinds = {"<image>": {"type": "image"}, "<video>": {"type": "video"}}
+    return [{"role": "user", "content": [kinds.get(part, {"type": "text", "text": part}) for part in parts]}]
+
+
+def letters(text):
+    return Letters().encode(text, False)
+
+
+def test_places_are_filled_in_the_order_of_the_text():
+    batch = processor()(say("a", "<image>", "b", "<image>"), [picture(value=10), picture(value=20)])
+    np.testing.assert_array_equal(batch.tokens[0], [1, *letters("a"), 3, 3, 3, *letters("b"), 3, 3, 3, *letters("!")])
+    np.testing.assert_array_equal(batch.visual_index[0], [-1, -1, 0, 1, 2, -1, 3, 4, 5, -1])
+    np.testing.assert_array_equal(batch.positions[0], range(10))
+    assert batch.images.shape == (1, 2, 4, 4, 3)
+    np.testing.assert_allclose(batch.images[0, :, 0, 0, 0], [10 / 255, 20 / 255])
+    assert batch.targets is None
+
+
+def test_pictures_may_stand_in_the_messages():
+    messages = say("<image>", "a")
+    inside = [
+        {"role": "user", "content": [{"type": "image", "image": picture(value=9)}, {"type": "text", "text": "a"}]}
+    ]
+    beside = processor()(messages, [picture(value=9)])
+    found = processor()(inside)
+    np.testing.assert_array_equal(found.tokens, beside.tokens)
+    np.testing.assert_array_equal(found.images, beside.images)
+    with pytest.raises(PictureMismatch, match="conversation 0: images stand both in its messages and beside them"):
+        processor()(inside, [picture()])
+
+
+def test_learned_rows_stand_first_and_have_ids_of_their_own():
+    views = Ovis2Views(Pixels(), 4, 2)
+    batch = processor(views, num_learned=5, learned_ids=(51, 52, 53, 54, 55))(
+        say("<image>", "<image>"), [picture()] * 2
+    )
+    np.testing.assert_array_equal(batch.visual_index[0], [-1, 0, 5, 6, 1, 4, 0, 7, 8, 1, 4, -1])
+    np.testing.assert_array_equal(batch.tokens[0], [1, *[51, 3, 3, 52, 55] * 2, *letters("!")])
+
+
+def test_tags_and_numbers_about_places():
+    texts = {"image": "<a><image></a>", "video": "F{number}<a><image></a>"}
+    made = processor(InternVLViews(Pixels(), 4, 1), {"image": "<image>", "video": "<image>"}, texts=texts)
+    batch = made(say("<video>", "<image>"), [picture()], [[picture(value=1), picture(value=2)]])
+    spelled = [1, *letters("F1"), 5, 3, 6, *letters("\nF2"), 5, 3, 6, 5, 3, 6, *letters("!")]
+    np.testing.assert_array_equal(batch.tokens[0], spelled)
+    np.testing.assert_allclose(batch.images[0, :, 0, 0, 0] * 255, [1, 2, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_text_split_at_its_pictures_has_one_beginning(split):
+    batch = processor(split=split)(say("a", "<image>", "b"), [picture()])
+    np.testing.assert_array_equal(batch.tokens[0], [1, *letters("a"), 3, 3, 3, *letters("b!")])
+
+
+def test_lists_are_joined_for_templates_of_texts():
+    batch = processor(joined="-")(say("<image>", "a", "b"), [picture()])
+    np.testing.assert_array_equal(batch.tokens[0], [1, 3, 3, 3, *letters("-a-b!")])
+
+
+@pytest.mark.parametrize(
+    ("messages", "given", "told"),
+    [
+        (say("a"), 1, "has 0 places for images, but 1 are given"),
+        (say("<image>"), 0, "has 1 places for images, but 0 are given"),
+        (say("<image>", "<image> in a text"), 1, "has 2 places for images, but 1 are given"),
+    ],
+)
+def test_places_and_pictures_that_differ(messages, given, told):
+    for split in (False, True):
+        with pytest.raises(PictureMismatch, match=f"conversation 1: its text {told}"):
+            processor(split=split).batch([say("a"), messages], [[], [picture()] * given])
+
+
+def test_other_numbers_of_lists_and_of_tokens():
+    with pytest.raises(PictureMismatch, match="images: expected a list for each of 2 conversations, got 1"):
+        processor().batch([say("a")] * 2, [[]])
+    # a, three places, the head of the answer and the beginning
+    assert processor(max_length=6)(say("a", "<image>"), [picture()]).tokens.shape == (1, 6)
+    with pytest.raises(
+        SequenceTooLong, match=r"conversation 0 is 6 tokens long, over the limit of 5.*nothing is trunc"
+    ):
+        processor(max_length=5)(say("a", "<image>"), [picture()])
+
+
+def test_large_and_broken_pictures_are_named():
+    with pytest.raises(
+        CorruptImage, match="conversation 0, image 1: its header claims 5x4 pixels, more than max_pixels=16"
+    ):
+        processor(max_pixels=16)(say("<image>", "<image>"), [picture(), picture(5, 4)])
+    with pytest.raises(CorruptImage, match=r"image 0: expected uint8 pixels .* got float32 \[4, 4, 3\]"):
+        processor()(say("<image>"), [picture().astype(np.float32)])
+    with pytest.raises(CorruptImage, match="conversation 0, image 0: UnidentifiedImageError"):
+        processor()(say("<image>"), [b"no picture"])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [picture(), picture()[..., 0], picture()[..., :1], Image.fromarray(picture()), Image.new("CMYK", (4, 4))],
+)
+def test_every_kind_of_picture_is_taken(source):
+    assert processor()(say("<image>"), [source]).images.shape == (1, 1, 4, 4, 3)
+
+
+def test_a_batch_ends_together():
+    batch = processor().batch([say("ab"), say("<image>", "c")], [[], [picture(value=5)]])
+    np.testing.assert_array_equal(batch.segment_ids, [[0, 0, 1, 1, 1, 1], [1] * 6])
+    np.testing.assert_array_equal(batch.tokens[0], [2, 2, 1, *letters("ab!")])
+    np.testing.assert_array_equal(batch.positions, [[0, 0, 0, 1, 2, 3], range(6)])
+    np.testing.assert_array_equal(batch.visual_index[1], [-1, 0, 1, 2, -1, -1])
+    assert not batch.images[0].any()
+
+
+def test_a_conversation_that_goes_on_ends_without_an_answer():
+    batch = processor()(say("a"), add_generation_prompt=False)
+    np.testing.assert_array_equal(batch.tokens[0], [1, *letters("a")])
+    assert batch.images is None
+    assert dataclasses.replace(processor(), max_pixels=1).count_visual_tokens([(9, 9), (4, 7)]) == [3, 3]

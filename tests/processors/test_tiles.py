@@ -1,0 +1,118 @@
+"""Tiled views: layouts written out by hand, and tiles put together again."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.seen import NoViews, Pixels
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.tiles import DeepSeekVL2Views, InternVLViews, Ovis2Views
+
+DRAW = np.random.default_rng(0)
+
+
+def picture(height, width):
+    return Image.fromarray(DRAW.integers(0, 255, (height, width, 3), np.uint8))
+
+
+def test_tiles_of_internvl_are_the_picture_and_the_whole_follows():
+    views = InternVLViews(Pixels(), 8, 2)
+    image = picture(16, 24)
+    (seen,) = views.images([image])
+    mosaic = seen.pixels[:6].reshape(2, 3, 8, 8, 3).swapaxes(1, 2).reshape(16, 24, 3)
+    np.testing.assert_allclose(mosaic, np.asarray(image) / 255, atol=1e-6)
+    np.testing.assert_allclose(seen.pixels[6], np.asarray(image.resize((8, 8), 3)) / 255, atol=1e-6)
+    np.testing.assert_array_equal(seen.layout, range(14))
+    assert len(views.images([picture(8, 8)])[0].pixels) == 1
+    assert [part.pixels.shape for part in views.video([picture(8, 30), picture(9, 9)], 1.0)] == [(1, 8, 8, 3)] * 2
+
+
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_rows_of_deepseek_vl2_run_across_tiles(whole_first):
+    views = DeepSeekVL2Views(Pixels(), 8, 2, ((8, 8), (8, 16), (16, 8)), whole_first=whole_first)
+    newline, separator = -1, -2
+    whole = [0, 1, newline, 2, 3, newline]
+    tiles = [4, 5, 8, 9, newline, 6, 7, 10, 11, newline]
+    (layout,) = views.layouts([(50, 100)])
+    first, second = (whole, tiles) if whole_first else (tiles, whole)
+    np.testing.assert_array_equal(layout, [*first, separator, *second])
+
+
+def test_three_pictures_of_deepseek_vl2_are_not_cut():
+    views = DeepSeekVL2Views(Pixels(), 8, 2, ((8, 8), (8, 16)))
+    image = picture(8, 16)
+    assert [len(seen.pixels) for seen in views.images([image] * 2)] == [3, 3]
+    three = views.images([image] * 3)
+    assert [len(seen.pixels) for seen in three] == [2, 2, 2]
+    np.testing.assert_array_equal(three[0].pixels[0], three[0].pixels[1])
+    assert list(map(len, views.layouts([(8, 16)] * 3))) == [len(seen.layout) for seen in three] == [13] * 3
+
+
+def test_parts_of_ovis_2_and_what_stands_between_them():
+    start, first, column, row, end = -1, -2, -3, -4, -5
+    views = Ovis2Views(Pixels(), 8, 2, 4)
+    np.testing.assert_array_equal(views.layout((1, 1)), [start, 0, 1, first, end])
+    expected = [start, 0, 1, first, 2, 3, column, 4, 5, row, 6, 7, column, 8, 9, end]
+    np.testing.assert_array_equal(views.layout((2, 2)), expected)
+    # A part keeps its aspect on a canvas of zeros.
+    (seen,) = views.images([picture(4, 8)])
+    assert not seen.pixels[0, [0, 1, 6, 7]].any()
+    assert seen.pixels[0, 2:6].all(axis=1).any()
+    port = Ovis2Views(Pixels(), 8, 2, 4, port=True)
+    assert views.grid((8, 16)) == port.grid((8, 16))[::-1] == (1, 2)
+
+
+GRID = (2, 2)
+
+
+def anyres(merge, canvases=((8, 16),), **fields):
+    return AnyresViews(SquareViews(Pixels(), (8, 8), 4, "crop"), GRID, canvases, 8, merge, **fields)
+
+
+@pytest.mark.parametrize(
+    ("merge", "canvas"),
+    [
+        ("flat", [4, 5, 6, 7, 8, 9, 10, 11]),
+        ("spatial", [4, 5, 8, 9, 6, 7, 10, 11]),
+        ("spatial_unpad", [4, 5, 8, 9, -1, 6, 7, 10, 11, -1]),
+    ],
+)
+def test_layouts_of_anyres(merge, canvas):
+    (layout,) = anyres(merge).layouts([(50, 100)])
+    np.testing.assert_array_equal(layout, [0, 1, 2, 3, *canvas])
+
+
+def test_borders_of_a_canvas_take_no_place():
+    # On two tiles the picture is a square: of four columns the middle ones show it.
+    (layout,) = anyres("spatial_unpad").layouts([(50, 50)])
+    np.testing.assert_array_equal(layout, [0, 1, 2, 3, 5, 8, -1, 7, 10, -1])
+    canvas = np.asarray(anyres("flat").canvas(Image.new("RGB", (50, 50), (255, 255, 255))))
+    assert (canvas[:, :4] == 0).all()
+    assert (canvas[:, 4:12] == 255).all()
+    assert (canvas[:, 12:] == 0).all()
+
+
+def test_one_tile_ends_in_the_learned_row():
+    (layout,) = anyres("spatial_unpad", canvases=()).layouts([(50, 100)])
+    np.testing.assert_array_equal(layout, [0, 1, 2, 3, -1])
+
+
+def test_batches_are_filled_up_with_blank_tiles():
+    views = InternVLViews(Pixels(), 8, 1)
+    three, one = views.images([picture(8, 16)]), views.images([picture(8, 8)])
+    joined = views.join([three, [], one])
+    assert joined.shape == (3, 3, 8, 8, 3)
+    np.testing.assert_array_equal(joined[0], three[0].pixels)
+    np.testing.assert_array_equal(joined[2, :1], one[0].pixels)
+    assert not joined[1].any()
+    assert not joined[2, 1:].any()
+    assert views.join([[], []]) is None
+
+
+def test_a_model_without_eyes_refuses_pictures():
+    with pytest.raises(ValueError, match="text alone, and 1 pictures"):
+        NoViews().images([picture(2, 2)])
+    with pytest.raises(ValueError, match="text alone, and sizes of 2 pictures"):
+        NoViews().layouts([(2, 2)] * 2)
+    assert NoViews().join([[]]) is None

@@ -1,0 +1,78 @@
+"""Qwen-VL's texts as lists of what stands in them, and back: pictures, named regions, boxes, text.
+
+Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_format, _fetch_all_box_with_ref.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlm_jax.processors.boxes import Box
+
+PICTURE = "Picture {number}: "  # some copies of the release have no space at the end
+
+_TAGGED = re.compile(r"<(img|ref|box|quad)>(.*?)</\1>", re.DOTALL)
+_KEYS = {"img": "image", "ref": "ref", "box": "box", "quad": "quad"}
+_FORBIDDEN = re.compile(r"<\|(?:im_start|im_end|extra_\d+)\|>")
+
+
+class ListFormatError(ValueError):
+    """An item, or a text, that Qwen-VL's format does not have; the message shows it."""
+
+
+def from_list_format(items: Sequence[Mapping[str, Any]], picture: str = PICTURE) -> str:
+    """The text of `{"image": path}`, `{"text": …}` and `{"box": [[x1, y1, x2, y2], …], "ref": name}`.
+
+    Args:
+      items: in order; boxes on the scale of 1000, and `ref` may be missing.
+      picture: what is written before a picture, with its number in the list.
+
+    Raises:
+      ListFormatError: an item has none of these keys.
+    """
+    text, number = "", 0
+    for item in items:
+        if "image" in item:
+            number += 1
+            text += f"{picture.format(number=number)}<img>{item['image']}</img>\n"
+        elif "text" in item:
+            text += item["text"]
+        elif "box" in item:
+            text += f"<ref>{item['ref']}</ref>" if "ref" in item else ""
+            text += "".join("<box>({:d},{:d}),({:d},{:d})</box>".format(*box) for box in item["box"])
+        else:
+            raise ListFormatError(f"expected an item with the key image, text or box, got {dict(item)}")
+    return text
+
+
+def to_list_format(text: str) -> list[dict[str, str]]:
+    """The items of a text: `{"image": path}`, `{"ref": name}`, `{"box": "(1,2),(3,4)"}`, `{"quad": …}`, `{"text": …}`.
+
+    Raises:
+      ListFormatError: the text has a token of a conversation, such as <|im_start|>.
+    """
+    text = unicodedata.normalize("NFC", text)
+    if found := _FORBIDDEN.search(text):
+        raise ListFormatError(f"a text of one turn has no {found.group()}, got {text!r}")
+    items, end = [], 0
+    for tagged in _TAGGED.finditer(text):
+        items += [{"text": text[end : tagged.start()]}, {_KEYS[tagged.group(1)]: tagged.group(2)}]
+        end = tagged.end()
+    items.append({"text": text[end:]})
+    return [item for item in items if item != {"text": ""}]
+
+
+def named_boxes(text: str) -> list[tuple[Box, str | None]]:
+    """The boxes of a text on the scale of 1000, each with the name that stands right before it, if one does.
+
+    Boxes that are not four numbers are left out: the text is what a model wrote.
+    """
+    items = to_list_format(text)
+    found = []
+    for item, before in zip(items, [{}, *items], strict=False):
+        numbers = re.fullmatch(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", item.get("box", "").replace(" ", ""))
+        if numbers:
+            x1, y1, x2, y2 = map(int, numbers.groups())
+            found.append(((x1, y1, x2, y2), before["ref"].strip() if "ref" in before else None))
+    return found
