@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from vlm_jax.generation.engine import generate
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.processors import patches
 from vlm_jax.types import Batch, PackedPatches
@@ -191,18 +192,23 @@ def loss(logits: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> jax.Arra
 def greedy(ours: Any, rows: Mapping[str, Row], count: int) -> dict[str, np.ndarray]:
     """The `count` most likely next ids of every row, one after another, by its name."""
     prompts = batch(list(rows.values()), ours.module, left=True)
+    found = generate(ours.module, ours.params, prompts, max_new_tokens=count, chunk=count)
+    return dict(zip(rows, found.tokens, strict=True))
 
-    @jax.jit
-    def run(params, prompts):
-        apply = functools.partial(ours.module.apply, {"params": params})
-        first, cache = apply(prompts, prompts.tokens.shape[1] + count, method="prefill")
 
-        def step(carry, _):
-            logits, cache, positions = carry
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            logits, cache = apply(token[:, None], positions + 1, cache, method="extend")
-            return (logits, cache, positions + 1), token
-
-        return jax.lax.scan(step, (first, cache, prompts.positions[:, -1:]), length=count)[1].T
-
-    return dict(zip(rows, np.asarray(run(ours.params, jax.tree.map(jnp.asarray, prompts))), strict=True))
+def greedy_anew(ours: Any, rows: Mapping[str, Row], count: int) -> dict[str, np.ndarray]:
+    """The same where every id follows from the whole row, read again, instead of a cache."""
+    ends = np.array([len(row) for row in rows.values()])
+    longest = [
+        at(np.pad(row.tokens, (0, count)), np.zeros(len(row) + count, bool), [], row.images) for row in rows.values()
+    ]
+    inputs = batch(longest, ours.module)
+    for row, given in zip(inputs.visual_index, rows.values(), strict=True):
+        row[: len(given)] = given.visual_index
+    tokens, place = inputs.tokens.copy(), np.arange(inputs.tokens.shape[1])
+    for step in range(count):
+        read = (place < ends[:, None] + step).astype(np.int32)
+        logits = np.asarray(ours.logits(dataclasses.replace(inputs, tokens=tokens.copy(), segment_ids=read)))
+        every = np.arange(len(ends))
+        tokens[every, ends + step] = logits[every, ends + step - 1].argmax(-1)
+    return {name: row[end : end + count] for name, row, end in zip(rows, tokens, ends, strict=True)}

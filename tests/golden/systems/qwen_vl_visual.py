@@ -1,4 +1,4 @@
-"""Qwen-VL's ViT and resampler, at the size of its position table and at others, and its image transform."""
+"""Qwen-VL's ViT and resampler, at the size of its position table and at others, its image transform, and Qwen."""
 
 import json
 import re
@@ -9,21 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden import comparison
 from tests.golden.comparison import step
+from tests.golden.systems import qwen_vl_language
 from tests.golden.systems.pixels import CLIP, normalised
 from vlm_jax import from_pretrained
 from vlm_jax.layers.position_embedding import sincos_2d
 from vlm_jax.processors.image import normalize, open_image, resize
 
-LANGUAGE = "the language model, which the package does not load so far"
-NOT_COMPARED = {
-    r"(text_(short|long)|img_(one|two|batch)|[lr]pad)_(logits|hidden0|loss|greedy).*": LANGUAGE,
-    "ntk_alpha_table": "the rotary base of long prompts: " + LANGUAGE,
-}
-
 
 def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Every vision array that the folder's manifest names."""
+    """Every array that the folder's manifest names."""
     manifest = json.loads((folder / "golden.json").read_text())["arrays"]
     loaded = from_pretrained(folder)
     module, connector = loaded.module, loaded.module.connector
@@ -62,11 +58,14 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
     if "png_features" in manifest:
         side = loaded.config["visual"]["image_size"]
         pictures = {
-            path.stem: normalize(resize(open_image(path), (side, side), "bicubic"), *CLIP)
+            path.name: normalize(resize(open_image(path), (side, side), "bicubic"), *CLIP)
             for path in sorted(folder.glob("*.png"))
         }
-        found |= {f"png_{stem}_pixel_values": picture.transpose(2, 0, 1) for stem, picture in pictures.items()}
+        found |= {
+            f"png_{Path(name).stem}_pixel_values": picture.transpose(2, 0, 1) for name, picture in pictures.items()
+        }
         found["png_features"] = run(loaded.params, jnp.asarray(np.stack(list(pictures.values()))))["features"]
+        found |= qwen_vl_language.outputs(comparison.read(folder), loaded, pictures)
     side = int(connector.num_queries**0.5)
     found["pos_embed"] = sincos_2d((side, side), connector.features, last=False)
     return {name: array for name, array in found.items() if name in manifest}
