@@ -16,11 +16,11 @@ from vlm_jax.generation.engine import generate
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.models.vlm import VLM
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-from vlm_jax.sharding.rules import shardings
+from vlm_jax.sharding.rules import shardings, use_mesh
 from vlm_jax.types import Batch
 
 from ..parameters import drawn
-from .toys import prompts
+from .toys import Toy, prompts, says
 
 VOCAB, PAD, NEW, PROMPT = 40, 39, 6, 7
 
@@ -233,6 +233,17 @@ def test_sharded_over_devices_as_on_one(params):
         assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), leaf.ndim)
     with pytest.raises(GenerationError, match="lay it out with context=1, not 8"):
         generate(model, whole, batch, mesh=make_mesh(MeshSettings(context=8)), **options)
+
+
+def test_a_cache_is_laid_out_whatever_the_model_makes_of_it():
+    """Of a model that says nothing of its own layout, so that nothing but the engine's rule places the cache."""
+    mesh = make_mesh(MeshSettings(data=4, tensor=2))
+    with use_mesh(mesh):
+        state, _ = engine.prefill(
+            {"params": says(range(1, 30), VOCAB)}, prompts(*[[1]] * 4), np.arange(4), np.zeros(4, bool), {},
+            np.zeros(0, np.int32), model=Toy(VOCAB), pad_id=PAD, cache_length=16, cache_dtype=None, mesh=mesh,
+        )  # fmt: skip
+    assert state.cache.layers.key.sharding.shard_shape((1, 4, 16, 1, 1)) == (1, 1, 16, 1, 1)
 
 
 decode = engine.decode

@@ -22,7 +22,7 @@ def by_definition(logits, top_k, top_p):
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 4, 23, 100])
-@pytest.mark.parametrize("top_p", [None, 0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.01, 0.5, 0.9, 0.999])
 def test_top_k_and_top_p(top_k, top_p):
     k, p = None if top_k is None else np.int32(top_k), None if top_p is None else np.float32(top_p)
     np.testing.assert_array_equal(filtered(jnp.asarray(LOGITS), k, p), by_definition(LOGITS, top_k, top_p))

@@ -74,6 +74,13 @@ def test_the_beginning_of_a_stop_string_is_held_back_until_it_is_none(tokenizer)
     assert told[place] == "" and told[place + 1].startswith("\n")
 
 
+def test_an_id_that_is_no_token_takes_no_space_with_it(tokenizer):
+    """A model's table may have more rows than the vocabulary has tokens."""
+    the, dog = tokenizer.encode("the"), tokenizer.encode("the dog")[len(tokenizer.encode("the")) :]
+    stream = TextStream(tokenizer)
+    assert "".join(stream.push([index]) for index in [*the, tokenizer.vocab_size + 5, *dog]) == "the dog"
+
+
 def test_unfinished_bytes_are_told_at_the_end(tokenizer):
     ids = tokenizer.encode("🦊")[:-1]
     stream = TextStream(tokenizer)

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import vlm_jax
 from vlm_jax.generation.sampling import Sampling
+from vlm_jax.generation.text import complete
 
 NEW = 32
 TEMPLATE = (
@@ -109,8 +110,6 @@ def test_stop_strings(folder, ours, messages, chunk):
 
 
 def test_conversations_of_several_lengths_together(folder, ours):
-    from vlm_jax.generation.text import complete
-
     batch = ours.processor.batch(MESSAGES)
     assert np.count_nonzero(batch.segment_ids[0]) < batch.tokens.shape[1]
     answers = complete(ours.module, ours.params, batch, ours.tokenizer, end_ids=(), max_new_tokens=NEW)

@@ -129,24 +129,24 @@ def generate(
     ends, values = np.asarray(sorted(set(end_ids)), np.int32), sampling.values()
     limit, variables, static = np.int32(max_new_tokens), {"params": params}, {"model": model, "pad_id": pad_id}
     tokens = np.full((size, max_new_tokens), pad_id, np.int32)
-    lengths, steps, transfers = np.zeros(size, np.int32), 0, 0
+    lengths, transfers = np.zeros(size, np.int32), 0
     with use_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         state, report = prefill(
             variables, *given, values, ends, cache_length=cache_length, cache_dtype=cache_dtype, mesh=mesh, **static
         )
         while True:
-            new, counts, ended, nan_step = _read(to_host(report), size)
+            new, counts, ended, nan_step, step = _read(to_host(report), size)
             for row in np.flatnonzero(nan_step != SOUND).tolist():
                 raise GenerationError(f"{names[row]}: the logits of its new token {nan_step[row]} (from 0) are NaN")
             for row, count in enumerate(counts):
                 tokens[row, lengths[row] : lengths[row] + count] = new[row, :count]
-            lengths, steps, transfers = lengths + counts, steps + (counts.max() if transfers else 0), transfers + 1
+            lengths, transfers = lengths + counts, transfers + 1
             if watch is not None and (stopping := watch(new, counts) & ~ended).any():
                 ended = ended | stopping
                 whole = np.concatenate([ended, np.ones(extra, bool)])
                 state = dataclasses.replace(state, ended=_placed(jnp.asarray(whole), mesh))
             if ended.all() or lengths.max() == max_new_tokens:
-                return Generated(tokens, lengths, int(steps), transfers)
+                return Generated(tokens, lengths, steps=step - 1, transfers=transfers)
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
 
 
@@ -230,13 +230,15 @@ def _chosen(state: State, logits: jax.Array, values: Any, ends: jax.Array, pad_i
 
 def _report(tokens: jax.Array, counts: jax.Array, state: State) -> jax.Array:
     """All that the host is to know, as one array."""
-    return jnp.concatenate([tokens, jnp.stack([counts, state.ended.astype(jnp.int32), state.nan_step], axis=1)], axis=1)
+    step = jnp.broadcast_to(state.step, counts.shape)
+    rest = jnp.stack([counts, state.ended.astype(jnp.int32), state.nan_step, step], axis=1)
+    return jnp.concatenate([tokens, rest], axis=1)
 
 
-def _read(report: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, counts, ended rows and steps of NaN, of the batch's own rows."""
+def _read(report: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    """Tokens, counts, ended rows and steps of NaN of the batch's own rows, and the number of steps."""
     report = report[:size]
-    return report[:, :-3], report[:, -3], report[:, -2] != 0, report[:, -1]
+    return report[:, :-4], report[:, -4], report[:, -3] != 0, report[:, -2], int(report[0, -1])
 
 
 def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
