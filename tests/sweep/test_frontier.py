@@ -195,3 +195,11 @@ def test_the_picture_is_1600_wide_and_replaces_an_earlier_one(tmp_path, results)
         assert picture.format == "PNG"
         assert picture.width == 1600
     assert [file.name for file in tmp_path.iterdir()] == ["frontier.png"]
+
+
+def test_many_connectors_at_one_budget_stay_near_it():
+    line = next(r for r in RESULTS if r["num_visual_tokens"] == 16)
+    crowd = [{**line, "connector": f"kind_{number}"} for number in range(20)]
+    panel = frontier_figure(crowd, controls=frozenset()).axes[0]
+    places = np.log2(sorted(bars(panel)[f"kind_{number}"][0][0] for number in range(20)))
+    np.testing.assert_allclose(places, np.linspace(3.8, 4.2, 20), atol=1e-9)

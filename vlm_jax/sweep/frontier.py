@@ -29,8 +29,8 @@ MARKERS = (
     ("P", "cross"),
     ("X", "x"),
 )
-# On the token axis, connectors that meet the same budget are set side by side, this many octaves apart.
-DODGE_OCTAVES = 0.08
+# On the token axis, connectors that meet the same budget are set side by side: octaves apart, and from first to last.
+DODGE_OCTAVES, WIDEST_DODGE = 0.08, 0.4
 LOG_FROM_RATIO = 8.0  # costs that span less than this factor are drawn on a linear axis
 REQUIRED = frozenset(
     {"connector", "token_budget", "num_visual_tokens", "realised_visual_tokens", "accuracy", "num_params", "flops"}
@@ -222,7 +222,8 @@ def dodge(points: Sequence[FrontierPoint]) -> list[float]:
         beside = {other.connector for other in points if other.costs["tokens"] == point.costs["tokens"]}
         order = sorted(beside, key=names.index)
         place = order.index(point.connector) - (len(order) - 1) / 2
-        factors.append(2.0 ** (DODGE_OCTAVES * place))
+        step = min(DODGE_OCTAVES, WIDEST_DODGE / max(1, len(order) - 1))
+        factors.append(2.0 ** (step * place))
     return factors
 
 
