@@ -10,8 +10,11 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.connectors.pool import Pool
+from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
+from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.reducers.random_drop import RandomDrop
 
+from ..parameters import drawn
 from .conftest import TOKENS, VOCAB, WIDTH, make_model
 
 
@@ -132,3 +135,35 @@ def test_embeddings_keep_the_decoders_dtype(batch):
     params = jax.eval_shape(model.init, jax.random.key(0), batch)
     embedded = jax.eval_shape(lambda p: model.apply(nn.meta.unbox(p), batch, method="embed")[0], params)
     assert embedded.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("images", ["square", "none of a row"])
+def test_learned_rows_come_first(params, batch, images):
+    model = make_model(learned_rows=LearnedRows(("newline", "separator"), WIDTH))
+    rows = np.random.default_rng(1).normal(size=(2, WIDTH)).astype(np.float32)
+    whole = {"params": {**params["params"], "learned_rows": {"newline": rows[0], "separator": rows[1]}}}
+    index = np.where(batch.visual_index < 0, -1, batch.visual_index + 2)
+    index[0, 2], index[1, 0] = 1, 0
+    if images != "square":
+        index[1] = [0, 1, -1, -1, -1, -1, -1]
+    shifted = dataclasses.replace(batch, visual_index=jnp.asarray(index))
+    embed = jax.jit(lambda model, params, batch: model.apply(params, batch, method="embed")[0], static_argnums=0)
+    found = np.asarray(embed(model, whole, shifted))
+    expected = np.array(
+        embed(make_model(), params, dataclasses.replace(batch, visual_index=jnp.asarray(index - 2).clip(-1)))
+    )
+    expected[index == 0], expected[index == 1] = rows
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_connector_may_hold_the_learned_rows(params, batch):
+    connector = VisualVocabulary(WIDTH, vocab_size=7, factor=2, num_indicators=3)
+    model = make_model(connector=connector, learned_rows="connector")
+    drawn_params = nn.meta.unbox(drawn(jax.eval_shape(model.init, jax.random.key(0), batch)))
+    index = jnp.where(batch.visual_index < 0, -1, batch.visual_index)
+    embed = jax.jit(lambda params, batch: model.apply(params, batch, method="embed")[0])
+    found = np.asarray(embed(drawn_params, dataclasses.replace(batch, visual_index=index)))
+    table = np.asarray(drawn_params["params"]["connector"]["table"]["embedding"])
+    for row in range(3):
+        assert (index == row).any()
+        np.testing.assert_array_equal(found[index == row], np.tile(table[4 + row], (int((index == row).sum()), 1)))

@@ -26,11 +26,11 @@ from vlm_jax.pretrained.qwen2_vl import packed_shapes, qwen2_5_visual, qwen2_vis
 from vlm_jax.processors.patches import pack, patchify
 
 TEXT = {
-    "hidden_size": 16,
+    "hidden_size": 32,
     "intermediate_size": 24,
     "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 64,
     "bos_token_id": 5,
     "eos_token_id": 6,
@@ -51,7 +51,7 @@ SYSTEMS = {
             **VISION,
             "depth": 5,
             "intermediate_size": 40,
-            "out_hidden_size": 24,
+            "out_hidden_size": 32,
             "window_size": 16,
             "fullatt_block_indexes": [1, 3],
         },
@@ -115,7 +115,7 @@ def apply(model, patches, **more):
     def run(params, packed):
         features = encoder.apply({"params": params["encoder"]}, packed, collect=True)
         tokens = connector.apply({"params": params["connector"]}, features, deterministic=True)
-        return features, tokens, model.module.apply({"params": params}, packed)
+        return features, tokens, model.module.apply({"params": params}, packed, method="visual_tokens")
 
     features, tokens, whole = run(model.params, packed)
     assert connector.num_tokens(features.grid) == tokens.tokens.shape[1]

@@ -10,17 +10,28 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from tests.golden.systems.llava import load
 from vlm_jax.checkpoints.hub import open_checkpoint
+from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained import FAMILIES, internvl
 from vlm_jax.pretrained.family import PretrainedError
 
 DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-BY_THEMSELVES = ("deepseek_vl2_ext", "internvl12_llama", "internvl2_qwen2", "qwen_vl_v1")
+BY_THEMSELVES = (
+    "deepseek_vl2_ext",
+    "internvl12_llama",
+    "internvl15_internlm2",
+    "internvl2_qwen2",
+    "ovis2",
+    "ovis2_5_window",
+    "ovis2_hf",
+    "qwen_vl_v1",
+)
 WITH_A_TOWER = ("llava15", "llava16_anyres", "llava_s2", "mobilevlm_v1", "mobilevlm_v2")  # whose config is elsewhere
 
 
 @pytest.mark.parametrize("name", [*BY_THEMSELVES, *WITH_A_TOWER])
 def test_what_is_written_back_is_what_was_read(name, tmp_path):
     loaded = load(DATA / name) if name in WITH_A_TOWER else vlm_jax.from_pretrained(DATA / name)
+    assert isinstance(loaded.module, VLM) is (name != "llava_s2")  # which holds no language model
     loaded.save_pretrained(tmp_path)
     before, after = open_checkpoint(DATA / name), open_checkpoint(tmp_path)
     assert before.keys() == after.keys()
