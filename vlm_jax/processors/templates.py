@@ -15,11 +15,11 @@ VICUNA = (
 
 # DeepSeek-VL, utils/conversation.py, deepseek.
 DEEPSEEK = (
-    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}You are a helpful language and vision "
-    "assistant. You are able to understand the visual content that the user provides, and assist the user with a "
-    "variety of tasks using natural language.{% endif %}{{ '\n\n' }}"
-    "{% for message in messages %}{% if message.role == 'user' %}User: {{ message.content }}{{ '\n\n' }}"
-    "{% elif message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if messages[0].role != 'system' %}You are a helpful language and vision assistant. You are able to understand "
+    "the visual content that the user provides, and assist the user with a variety of tasks using natural language."
+    "{{ '\n\n' }}{% elif messages[0].content %}{{ messages[0].content + '\n\n' }}{% endif %}"
+    "{% for message in messages %}{% if message.role == 'user' %}User: {{ message.content | trim + '\n\n' }}"
+    "{% elif message.role == 'assistant' %}Assistant: {{ message.content | trim + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 

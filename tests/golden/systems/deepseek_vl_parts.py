@@ -3,18 +3,48 @@
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from tests.golden.systems.pixels import CLIP, HALF
 from vlm_jax.checkpoints.hub import open_checkpoint
 from vlm_jax.checkpoints.rules import import_params
 from vlm_jax.encoders.sam import partition_windows, relative_positions
 from vlm_jax.pretrained.projector import mlp_projector
+from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.templates import DEEPSEEK
 from vlm_jax.types import VisualFeatures
 
-NOT_COMPARED = {r"pre\d+_out": "the image processor's resize and padding, before any encoder"}
+# By the first letters of an array's meaning.
+STATISTICS = {"CLIP": CLIP, "0.5": HALF}
+
+
+def prepared(image: np.ndarray, meaning: str) -> np.ndarray:
+    """One picture under the settings of its meaning."""
+    side, least, normalise, name = re.search(
+        r"image_size=(\d+), min_size=(\d+), do_normalize=(\w+), mean/std (\S+)\)", meaning
+    ).groups()
+    mean, std = STATISTICS[name]
+    colour = tuple(int(255 * value) for value in mean)
+    pixels = Pixels(mean, std) if normalise == "True" else Pixels()
+    views = SquareViews(pixels, (int(side),) * 2, 1, "shrink", background=colour, min_size=int(least))
+    return views.images([Image.fromarray(image)])[0].pixels[0].transpose(2, 0, 1)
+
+
+def check_templates(folder: pathlib.Path) -> None:
+    """The rows of `templates.json`, which stand beside the arrays."""
+    template = ChatTemplate(DEEPSEEK, {"eos_token": "<｜end▁of▁sentence｜>"})
+    for row in json.loads((folder / "templates.json").read_text()):
+        turns = [{**message, "role": message["role"].lower()} for message in row["conversation"]]
+        *said, last = [{"role": "system", "content": row["system_prompt"]}, *turns]
+        assert last == {"role": "assistant", "content": ""}, "every row of these ends where the model begins"
+        assert template.render(said) == row["prompt"]
 
 
 def projected(folder: pathlib.Path, case: str, settings: dict, inputs: dict[str, np.ndarray]) -> jax.Array:
@@ -45,4 +75,7 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
             found[name] = relative_positions(jnp.asarray(inputs[f"{stem}_in"]), queries, keys)
         elif stem.startswith("win"):
             found[name] = partition_windows(jnp.asarray(inputs[f"{stem}_in"]), entry["shape"][1])
+        elif stem.startswith("pre"):
+            found[name] = prepared(inputs[f"{stem}_u8"], entry["meaning"])
+    check_templates(folder)
     return {name: np.asarray(value) for name, value in found.items()}

@@ -12,14 +12,8 @@ import numpy as np
 
 import vlm_jax
 from tests.golden import comparison
-from tests.golden.systems import llava_language
+from tests.golden.systems import llava_language, llava_processor
 from tests.golden.systems.pixels import CLIP, normalised
-
-PROCESSOR = "the image processor's resize, padding and tiles; the model is given these pixels"
-NOT_COMPARED = {
-    r"(img\d+_)?pixel_values|pre\d+_pad": PROCESSOR,
-    r"batch_(left|right)_(mask|position_ids|labels)": "the layout of a batch of prompts, a processor's task",
-}
 
 
 def load(folder: pathlib.Path):
@@ -33,7 +27,7 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     """The tower's features, the projector's tokens, and what follows from them in the folder's prompts."""
     golden = comparison.read(folder)
     expected = golden.expected
-    ours, found = load(folder), {}
+    ours, found = load(folder), llava_processor.outputs(golden)
     tokens = jax.jit(lambda x: ours.apply(x, method="visual_tokens").tokens)
     if "pixel_values" in expected:
         found["image_features"] = tokens(jnp.asarray(expected["pixel_values"].transpose(0, 2, 3, 1)))
