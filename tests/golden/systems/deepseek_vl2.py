@@ -1,6 +1,7 @@
 """DeepSeek-VL2's SigLIP and projector, and the heads that the model itself has no use for."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import linen as nn
 
 import vlm_jax
 from tests.golden import comparison
+from tests.golden.systems import deepseek_vl2_prompts
 from vlm_jax.checkpoints.maps.torch_layers import fused, layer_norm, linear
 from vlm_jax.checkpoints.ops import Reshape
 from vlm_jax.checkpoints.rules import Rule, import_params
@@ -18,10 +20,6 @@ from vlm_jax.processors.image import normalize
 
 LANGUAGE = "the language model, which the package does not load so far"
 NOT_COMPARED = {
-    r"layout\..*": "2D layout of tiles with image_newline and view_seperator, a processor's task",
-    r"(mm|sft|batch)\.(sft_format|input_ids|labels|images.*|attention_mask|num_tiles|position_ids)": (
-        "the chat and image processor, which gives the model's inputs"
-    ),
     r"text\..*|train\..*|(mm|sft|batch)\.(inputs_embeds|logits|last_logits|loss|generated)": LANGUAGE,
 }
 
@@ -71,4 +69,21 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     found["vit.penultimate_normed"] = norm.apply({"params": params["final_norm"]}, features.hidden[-2])
     found["vit.pooled"] = _pooled(model, features.tokens)
     found["proj.out"] = jax.jit(lambda x: model.apply(x, method="visual_tokens").tokens)(jnp.asarray(pixels))
+    found |= deepseek_vl2_prompts.outputs(comparison.read(folder))
+    found |= _layouts(model, expected, inputs["pool.tiles_u8"])
     return {name: np.asarray(array) for name, array in found.items() if name in expected}
+
+
+def _layouts(model, expected: dict[str, np.ndarray], pool: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of images whose canvases are so many tiles wide and high, of the first tiles of the pool."""
+    views, found = model.processor.views, {}
+    tiles = jnp.asarray(np.stack([normalize(tile, (0.5,) * 3, (0.5,) * 3) for tile in pool]))
+    tokens = jax.jit(lambda x: model.apply(x, method="visual_tokens").tokens)(tiles)
+    learned = [model.checkpoint[name][...] for name in ("image_newline", "view_seperator")]
+    for name in expected:
+        if sizes := re.fullmatch(r"layout\.(\d+)x(\d+)\.image_embeds", name):
+            cols, rows = map(int, sizes.groups())
+            layout = views.layout((rows, cols))
+            table = np.concatenate([learned, tokens.reshape(-1, tokens.shape[-1])])
+            found[name] = table[np.where(layout < 0, -1 - layout, layout + len(learned))]
+    return found

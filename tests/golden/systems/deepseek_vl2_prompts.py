@@ -1,0 +1,74 @@
+"""The prompts of the DeepSeek-VL2 folders, as the model is given them: ids, masks, tiles, labels and positions."""
+
+import re
+
+import numpy as np
+from PIL import Image
+
+from tests.golden.comparison import Golden
+from tests.golden.systems.deepseek_vl2_processor import Official
+from vlm_jax.checkpoints.hub import read_config
+from vlm_jax.pretrained.processing import deepseek
+from vlm_jax.processors.layout import Text
+from vlm_jax.processors.system import Processor
+
+
+def pictures(golden: Golden, *prefixes: str) -> list[np.ndarray]:
+    """The images of the prompts so named, by their numbers."""
+    named = {
+        int(found.group(1)): array
+        for prefix in prefixes
+        for name, array in golden.inputs.items()
+        if (found := re.fullmatch(rf"{prefix}\.image\.(\d+)", name))
+    }
+    return [named[number] for number in sorted(named)]
+
+
+def say(*texts: str) -> list[dict]:
+    """Turns of a user and an assistant."""
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)]
+
+
+def outputs(golden: Golden) -> dict[str, np.ndarray]:
+    """The arrays of `mm`, `sft` and `batch` that the official processor makes."""
+    processor = deepseek.processor2(golden.folder, read_config(golden.folder))
+    inputs, found = golden.inputs, {}
+    prompts = {
+        "mm": (say(str(inputs["mm.prompt"])), pictures(golden, "mm")),
+        "sft": (say(str(inputs["sft.user"]), str(inputs["sft.assistant"])), pictures(golden, "sft")),
+    }
+    for name, (messages, images) in prompts.items():
+        made = Official(processor, processor.prompt(messages, ()), images)
+        arrays = made.arrays()
+        tiles = processor.views.join([made.seen])
+        found |= {f"{name}.{key}": array[None] for key, array in arrays.items()}
+        found[f"{name}.labels"] = arrays["labels_mask_prompt1"][None]
+        found[f"{name}.images"] = tiles.transpose(0, 1, 4, 2, 3)
+        found[f"{name}.sft_format"] = np.array(displayed(processor, messages))
+    return found | _batch(golden, processor)
+
+
+def displayed(processor: Processor, messages: list[dict]) -> str:
+    """The text of a prompt, which the release shows beside it, of one question."""
+    _, *pieces = processor.prompt(messages, ())
+    tokenizer = processor.prompt.tokenizer
+    parts = [tokenizer.decode(p.ids, skip_special=False) if isinstance(p, Text) else "<image>" for p in pieces]
+    return "".join(parts)
+
+
+def _batch(golden: Golden, processor: Processor) -> dict[str, np.ndarray]:
+    texts = [str(golden.inputs[name]) for name in sorted(golden.inputs) if re.fullmatch(r"batch\.prompt\.\d+", name)]
+    stock = [Image.fromarray(image) for image in pictures(golden, "mm", "batch")]
+    images = [stock[: text.count("<image>")] for text in texts]
+    batch = processor.batch([say(text) for text in texts], images)
+    sizes = [[(image.height, image.width) for image in row] for row in images]
+    crops = [[processor.views.grid(size, len(row))[::-1] for size in row] for row in sizes]
+    most = max(map(len, crops))
+    return {
+        "batch.input_ids": batch.tokens,
+        "batch.attention_mask": batch.segment_ids > 0,
+        "batch.images_seq_mask": batch.visual_index >= 0,
+        "batch.images_spatial_crop": np.array([[*row, *[(0, 0)] * (most - len(row))] for row in crops]),
+        "batch.num_tiles": np.array([sum(len(seen.pixels) for seen in processor.views.images(row)) for row in images]),
+        "batch.position_ids": np.where(batch.segment_ids > 0, batch.positions, 1),
+    }
