@@ -1,11 +1,13 @@
 """Native views: limits of videos, positions and edges by hand; patches are those of `patches`."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.native import NativeViews, VideoLimits, rotary_positions
 from vlm_jax.processors.seen import Pixels
-from vlm_jax.processors.smart_resize import qwen_size
+from vlm_jax.processors.smart_resize import ovis_size, qwen_size
 from vlm_jax.types import PatchFormat
 
 FORMAT = PatchFormat(4, 2, 2)
@@ -29,6 +31,12 @@ def test_many_frames_share_the_tokens_of_a_video():
     (seen,) = views(video_limits=limits).video(frames, 2.0)
     assert seen.grid == (4, 10, 10)  # 25 tokens of 8 x 8 pixels each
     assert seen.num_rows == len(seen.layout) == 100
+
+
+def test_pictures_of_which_nothing_is_left_are_refused():
+    thin = NativeViews(Pixels(), FORMAT, ovis_size, 64, 4096)
+    with pytest.raises(CorruptImage, match="a picture of 9x1700 pixels is too thin"):
+        thin.layouts([(9, 1700)])
 
 
 def test_positions_of_a_video_follow_its_seconds():

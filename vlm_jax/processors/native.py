@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from vlm_jax.processors.image import height_and_width, scale_and_shift
+from vlm_jax.processors.image import CorruptImage, height_and_width, scale_and_shift
 from vlm_jax.processors.patches import pack, patchify
 from vlm_jax.processors.seen import Layout, Pixels, Seen
 from vlm_jax.processors.tiling import Size
@@ -91,8 +91,17 @@ class NativeViews:
         return [self._seen(frames, size, self.video_edges, interval)]
 
     def size(self, size: Size) -> Size:
-        """(height, width) that a picture of a size is brought to."""
-        return self.size_rule(size, self.format.block_size, self.min_pixels, self.max_pixels)
+        """(height, width) that a picture of a size is brought to.
+
+        Raises:
+          CorruptImage: it is too thin.
+        """
+        found = self.size_rule(size, self.format.block_size, self.min_pixels, self.max_pixels)
+        if not all(found):
+            raise CorruptImage(
+                f"a picture of {size[0]}x{size[1]} pixels is too thin: nothing is left of {self.max_pixels} pixels"
+            )
+        return found
 
     def join(self, examples: Sequence[Sequence[Seen]]) -> PackedPatches | None:
         """The patches of every example in one sequence, all of one length."""

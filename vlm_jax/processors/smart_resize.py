@@ -37,7 +37,7 @@ def qwen_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size
 def ovis_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
     """The same for Ovis 2.5, which first brings tiny and thin pictures to a side of one block and to an aspect of 200.
 
-    A side has one block at least, also where the source has none and cannot go on.
+    A side may come out as 0, of thin pictures of many pixels, which nothing can be made of.
 
     Source: AIDC-AI/Ovis2.5, modeling_ovis2_5.py, VisualTokenizer.smart_resize.
     """
@@ -52,7 +52,7 @@ def ovis_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size
     rows, cols = round(height / factor), round(width / factor)
     if rows * cols * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        rows, cols = (max(1, math.floor(side / shrink / factor)) for side in (height, width))
+        rows, cols = (math.floor(side / shrink / factor) for side in (height, width))
     elif rows * cols * factor**2 < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         rows, cols = (math.ceil(side * grow / factor) for side in (height, width))

@@ -14,16 +14,11 @@ import numpy as np
 
 import vlm_jax
 from tests.golden import comparison
-from tests.golden.systems import language
+from tests.golden.systems import language, ovis_prompts
 from tests.golden.systems.language import Row
 from vlm_jax.connectors.visual_vocabulary import gumbel_softmax, straight_through
 from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm
-
-NOT_COMPARED = {
-    r"img\.\d+\.placeholders": "how prompts name the parts of an image: chat layout, not the tower",
-    r"pixel_values": "Ovis 2's image processor, not part of the tower, which is given these pixels",
-}
 
 
 def straight_gradient(connector, logits) -> jax.Array:
@@ -127,6 +122,7 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
 
     features = encode(encoder, params)
     found = vocabulary(model, features, expected, golden.entries, inputs)
+    found |= ovis_prompts.outputs2(golden, model.config)
     found["vit.embeddings"] = features.hidden[0]
     found |= {f"vit.block.{i}": state for i, state in enumerate(features.hidden[1:])}
     if "vit.last_hidden_state" in expected:  # behind a norm that the tower has no use for
