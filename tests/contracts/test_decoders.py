@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from vlm_jax import decoders
 from vlm_jax.decoders import DECODERS
+from vlm_jax.layers.rope import Rope
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 
 from ..parameters import drawn
@@ -17,7 +18,23 @@ from .kinds import SIZES, defined, leaves, small
 
 LENGTH, VOCAB = 8, SIZES["vocab_size"]
 
-every_kind = pytest.mark.parametrize("kind", DECODERS)
+# Options that change what the layers of a kind do: the contract holds with them as well.
+OPTIONS = {
+    "transformer with heads of Qwen3, biases, YaRN and M-RoPE": (
+        "transformer",
+        {
+            "head_dim": 12,
+            "qk_norm": True,
+            "qkv_bias": True,
+            "rope": Rope(100.0, "yarn", factor=4.0, original_length=4, sections=(1, 2, 3)),
+            "tie_embeddings": False,
+        },
+    ),
+    "transformer with a window": ("transformer", {"windows": (None, 3)}),
+}
+CASES = {**{kind: (kind, {}) for kind in DECODERS}, **OPTIONS}
+
+every_kind = pytest.mark.parametrize("kind", CASES)
 
 
 def full(decoder, tokens, positions, segments, branches=None):
@@ -38,7 +55,8 @@ def row(tokens):
 
 @functools.cache
 def made(kind):
-    decoder = small(DECODERS[kind])
+    name, fields = CASES[kind]
+    decoder = small(DECODERS[name], **fields)
     init = functools.partial(decoder.init, method=full)
     return decoder, drawn(jax.eval_shape(init, jax.random.key(0), *row(np.zeros(LENGTH))))
 

@@ -82,6 +82,44 @@ def test_causal_with_an_offset_among_longer_keys(reference, offset):
     assert np.isfinite(out).all()
 
 
+def last_of(mask, window):
+    """Of the keys that each query reads, the last so many."""
+    return mask & (np.cumsum(mask[..., ::-1], axis=-1)[..., ::-1] <= window)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("branched", [False, True])
+def test_a_window_leaves_the_last_keys(reference, window, segmented, branched):
+    q, k, v = arrays()
+    segments = jnp.asarray(SEGMENTS) if segmented else None
+    branches = np.array([[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2]])  # a branch follows what all read
+    context = Context(
+        "causal", segments, segments, jnp.asarray(branches) if branched else None, window=jnp.asarray(window)
+    )
+    of_segments = {"query_segments": SEGMENTS, "key_segments": SEGMENTS} if segmented else {}
+    mask = readable(2, 6, 6, causal=True, branches=branches if branched else None, **of_segments)
+    expected = reference.attention(q, k, v, last_of(mask, window))
+    np.testing.assert_allclose(attention(q, k, v, context), expected, atol=1e-5)
+
+
+def test_a_window_counts_no_padding_of_a_cache(reference):
+    """Prompts of two and of four tokens, padded on the right and on the left, and two tokens behind them."""
+    q, k, v = arrays(queries=2, keys=8)
+    key_segments = np.array([[1, 1, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0, 0]])
+    given = [jnp.asarray(x) for x in (np.ones((2, 2), int), key_segments)]
+    out = attention(q, k, v, Context("causal", *given, offset=jnp.asarray(4), window=jnp.asarray(3)))
+    mask = np.zeros((2, 2, 8), bool)
+    mask[0, 0, [0, 1, 4]] = mask[0, 1, [1, 4, 5]] = True
+    mask[1, 0, [2, 3, 4]] = mask[1, 1, [3, 4, 5]] = True
+    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
+
+
+def test_a_window_is_for_causal_attention():
+    with pytest.raises(ValueError, match="an attention window is for causal attention, not full"):
+        attention(*arrays(), Context("full", window=jnp.asarray(2)))
+
+
 def test_a_query_without_a_key_stays_finite_forwards_and_backwards():
     q, k, v = arrays()
     context = Context("full", jnp.ones((2, 6), jnp.int32), jnp.zeros((2, 6), jnp.int32))

@@ -55,9 +55,12 @@ def params(x):
     return nn.meta.unbox(drawn(jax.eval_shape(TransformerStack(DEPTH, BLOCK).init, jax.random.key(0), x, CONTEXT)))
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_pieces_give_the_values_and_gradients_of_the_whole(x, params, remat):
-    stack = TransformerStack(DEPTH, BLOCK, remat=remat)
+WINDOWS = (None, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("remat", "windows"), [("none", ()), ("full", ()), ("none", WINDOWS)])
+def test_pieces_give_the_values_and_gradients_of_the_whole(x, params, remat, windows):
+    stack = TransformerStack(DEPTH, BLOCK, remat=remat, windows=windows)
 
     def loss(method, params, x):
         return jnp.sum(jnp.sin(stack.apply(params, x, CONTEXT, method=method)[0]))
@@ -68,6 +71,21 @@ def test_pieces_give_the_values_and_gradients_of_the_whole(x, params, remat):
     )
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=1e-5), grads, expected_grads)
+
+
+def test_every_block_has_its_own_window(x, params):
+    """A change of the first of five positions gets as far as the windows let it."""
+    changed, one = x.at[:, 0].add(1.0), jnp.ones_like(SEGMENTS)
+    context = Context("causal", one, one, angles=ANGLES)
+    for windows, reach in (((1, 1, 1, 1), 0), ((1, 2, 1, 1), 1), ((2, 1, 3, 1), 3), (WINDOWS, 4), ((1, 1, 1, None), 4)):
+        apply = jax.jit(functools.partial(TransformerStack(DEPTH, BLOCK, windows=windows).apply, params))
+        moved = np.abs(apply(changed, context)[0] - apply(x, context)[0]).max(axis=(0, 2)) > 1e-6
+        assert moved.tolist() == [place <= reach for place in range(5)]
+
+
+def test_a_window_for_every_block_is_asked_for(x, params):
+    with pytest.raises(ValueError, match="windows: expected one for each of 4 blocks, got 2"):
+        TransformerStack(DEPTH, BLOCK, windows=(1, 2)).apply(params, x, CONTEXT)
 
 
 def test_pieces_write_the_cache_of_the_whole(x, params):

@@ -85,6 +85,34 @@ RELEASES = {
         {},
         5_536_496_000,  # likewise; 5,540 M in the model card
     ),
+    # Language models: the number of parameters of each model card, to the last one; so counts transformers 5.23.
+    "Llama-2 7B": (
+        {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32_000},
+        {},
+        6_738_415_616,
+    ),
+    "Qwen2.5-3B": (
+        {"model_type": "qwen2", "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36}
+        | {"num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True}
+        | {"use_sliding_window": False, "sliding_window": 32_768, "max_window_layers": 36, "rope_theta": 1e6},
+        {},
+        3_085_938_688,
+    ),
+    "Qwen2.5-7B": (
+        {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28}
+        | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False}
+        | {"use_sliding_window": False, "sliding_window": 131_072, "max_window_layers": 28, "rope_theta": 1e6},
+        {},
+        7_615_616_512,
+    ),
+    "Qwen3-8B": (
+        {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
+        | {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 36, "rope_theta": 1e6},
+        {},
+        8_190_735_360,
+    ),
     "SigLIP so400m/14 at 384": (
         {
             "model_type": "siglip",

@@ -65,7 +65,7 @@ class Context:
       angles: RoPE angles of the queries' positions, or None.
       magnitude: factor of turned queries and keys.
       query_scale: factor of every query, or None.
-      window: how many keys a query sees at most, of those that it may see the last, itself among them; None for all.
+      window: of causal attention, how many keys a query sees at most: itself and those before it; None for all.
       offset: index of the first query among the keys, and where new keys are written to the
         cache; None for 0.
       key_bias: added to the scaled logits of every key, or None.
@@ -96,7 +96,9 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
         keys = context.branches[:, None, :]
         readable = (keys == 0) | (keys == context.branches[:, :, None])
         mask = readable if mask is None else mask & readable
-    if context.window is not None and mask is not None:
+    if context.window is not None:
+        if context.mask_kind != "causal" or mask is None:
+            raise ValueError(f"an attention window is for causal attention, not {context.mask_kind}")
         order = _order(context, mask)
         start = 0 if context.offset is None else context.offset
         of_queries = jax.lax.dynamic_slice_in_dim(order, start, num_queries, axis=1)
