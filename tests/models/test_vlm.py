@@ -12,7 +12,9 @@ from flax import linen as nn
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
 from vlm_jax.layers.learned_rows import LearnedRows
+from vlm_jax.models.vlm import without_masked
 from vlm_jax.reducers.random_drop import RandomDrop
+from vlm_jax.types import Batch
 
 from ..parameters import drawn
 from .conftest import TOKENS, VOCAB, WIDTH, make_model
@@ -167,3 +169,13 @@ def test_a_connector_may_hold_the_learned_rows(params, batch):
     for row in range(3):
         assert (index == row).any()
         np.testing.assert_array_equal(found[index == row], np.tile(table[4 + row], (int((index == row).sum()), 1)))
+
+
+def test_masked_tokens_take_no_position_but_on_three_axes(batch):
+    row = jnp.array([[0, 1, 1, 1, 1, 2, 2]])
+    seen = jnp.array([[0, 1, 0, 0, 1, 2, 2]])  # two visual tokens are masked
+    positions = jnp.array([[0, 0, 1, 2, 3, 0, 1]])
+    one = Batch(row, positions, row, jnp.full_like(row, -1))
+    np.testing.assert_array_equal(without_masked(one, seen)[0, [1, 4, 5, 6]], [0, 1, 0, 1])
+    three = dataclasses.replace(one, positions=jnp.stack([positions, positions + 1, positions], axis=-1))
+    np.testing.assert_array_equal(without_masked(three, seen), three.positions)

@@ -83,7 +83,13 @@ def jitted(drops, **fields):
     return jax.jit(run)
 
 
-def by_hand(batch, row, drops, ranking):
+def causal(length, window):
+    """0 where a token sees another: itself and those before it, `window` in all."""
+    distance = np.subtract.outer(np.arange(length), np.arange(length))
+    return np.where((distance >= 0) & (distance < (window or length)), 0, -np.inf)
+
+
+def by_hand(batch, row, drops, ranking, windows=(None,) * DEPTH):
     """Final states of the positions that are left, with those positions, of one row."""
     own = jax.tree.map(np.float64, params()["params"])
     left = np.flatnonzero(np.asarray(batch.segment_ids[row]))
@@ -96,8 +102,7 @@ def by_hand(batch, row, drops, ranking):
             ranked_by = jax.tree.map(lambda leaf, i=drop.ranked_by: leaf[i], own["blocks"]["layers"])
             source = x if drop.ranked_by == layer else before
             q, k, _ = blocks.heads(source, ranked_by, HEADS, KV, EPSILON, positions[left], THETA)
-            bias = np.where(np.tril(np.ones((len(left), len(left)))), 0, -np.inf)
-            attended = blocks.weights(q, k, bias).mean(0)
+            attended = blocks.weights(q, k, causal(len(left), windows[drop.ranked_by])).mean(0)
             received = dict(zip(left, attended[[list(left).index(r) for r in ranking]].mean(0), strict=True))
             keep = set(left)
             for image in counts:
@@ -111,8 +116,7 @@ def by_hand(batch, row, drops, ranking):
             before = x
             p = jax.tree.map(lambda leaf, i=layer: leaf[i], own["blocks"]["layers"])
             q, k, v = blocks.heads(x, p, HEADS, KV, EPSILON, positions[left], THETA)
-            bias = np.where(np.tril(np.ones((len(left), len(left)))), 0, -np.inf)
-            x = blocks.feed_forward(blocks.attend(x, p, q, k, v, bias), p, EPSILON)
+            x = blocks.feed_forward(blocks.attend(x, p, q, k, v, causal(len(left), windows[layer])), p, EPSILON)
     return blocks.norm(x, own["final_norm"], EPSILON) @ own["embedding"]["embedding"].T, left
 
 
@@ -126,6 +130,19 @@ def test_a_prompt_keeps_what_its_last_token_looks_at(batch, drops):
         np.testing.assert_allclose(logits[row, left], expected, atol=2e-4)
         dropped = sorted(set(np.flatnonzero(batch.segment_ids[row])) - set(left))
         np.testing.assert_array_equal(logits[row, np.array(dropped)], 0)
+
+
+@every_drops
+def test_layers_with_windows_rank_and_read_what_lies_in_them(batch, drops):
+    windows = (None, 14, 5, None)
+    logits = jitted(drops, windows=windows)(params(), batch)
+    for row in range(2):
+        expected, left = by_hand(batch, row, drops, [LENGTH - 1], windows)
+        np.testing.assert_allclose(logits[row, left], expected, atol=2e-4)
+    assert (
+        by_hand(batch, 0, drops, [LENGTH - 1])[1].tolist()
+        != by_hand(batch, 0, drops, [LENGTH - 1], windows)[1].tolist()
+    )
 
 
 @every_drops

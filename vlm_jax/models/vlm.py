@@ -24,14 +24,15 @@ def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
     """Positions as if masked visual tokens were not there: what comes after one in its segment moves up.
 
     So a sequence of which a share of the tokens is masked, in training, gives what it gives without them.
-    Positions with three axes move up alike on all of them.
+    On three axes an image takes the room of its grid, however many of its tokens are there: nothing moves.
     """
+    if batch.positions.ndim == 3:
+        return batch.positions
     given = jnp.asarray(batch.segment_ids)
     masked = (given != PADDING_SEGMENT) & (segments == PADDING_SEGMENT)
     before = jnp.cumsum(masked, axis=1) - masked
     starts = given != jnp.pad(given[:, :-1], ((0, 0), (1, 0)), constant_values=PADDING_SEGMENT)
-    moved = before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
-    return batch.positions - (moved if batch.positions.ndim == 2 else moved[..., None])
+    return batch.positions - (before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1))
 
 
 class VLM(nn.Module):
