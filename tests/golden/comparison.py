@@ -117,7 +117,7 @@ def compare(entry: Mapping[str, Any], ours: Any, theirs: np.ndarray) -> str | No
 
     Args:
       entry: the manifest's line: `atol`, `rtol`, and `scaled` where the tolerance is relative to the
-        largest element.
+        largest element; or the tolerance in words at the end of `meaning`, as a share of the largest element.
       ours: a NumPy or JAX array; its shape and its kind (float, integer, boolean, text) must be those
         of `theirs`, the width of its dtype may differ.
       theirs: the expected array.
@@ -128,6 +128,8 @@ def compare(entry: Mapping[str, Any], ours: Any, theirs: np.ndarray) -> str | No
     if _kind(ours) != _kind(theirs):
         return f"{_kind(ours)} ({ours.dtype}), expected {_kind(theirs)} ({theirs.dtype})"
     atol, rtol = entry.get("atol"), entry.get("rtol", 0.0)
+    if _kind(theirs) == "float" and not (atol or rtol) and (share := _share_of_largest(entry)):
+        atol = share * float(np.abs(theirs).max(initial=0.0))
     if _kind(theirs) == "float" and atol is None:
         return "the manifest gives no tolerance for a float array"
     if _kind(theirs) in ("text", "boolean") or not (atol or rtol):
@@ -141,6 +143,12 @@ def step(entry: Mapping[str, Any]) -> int:
     """Which tokens an array holds, by the manifest: `every 3rd SAM token`; all of them where it does not say."""
     found = re.search(r"every (\d+)(?:st|nd|rd|th)", entry["meaning"])
     return int(found.group(1)) if found else 1
+
+
+def _share_of_largest(entry: Mapping[str, Any]) -> float | None:
+    """The tolerance, as a share of the largest element, of a manifest that gives it in the meaning alone."""
+    found = re.search(r"max abs diff <= ([\d.e-]+) \* max$", entry.get("meaning", ""))
+    return float(found.group(1)) if found else None
 
 
 def _compare_numbers(ours: np.ndarray, theirs: np.ndarray, atol: float, rtol: float, scaled: bool) -> str | None:

@@ -18,6 +18,9 @@ def entry(atol=0.0, rtol=0.0, **more):
     return {"atol": atol, "rtol": rtol, **more}
 
 
+IN_WORDS = "a gradient|max abs diff <= 0.25 * max"
+
+
 def floats(*values):
     return np.array(values, np.float32)
 
@@ -40,6 +43,7 @@ def floats(*values):
         (entry(0.25), 1.25, np.float32(1.0).reshape(())),
         (entry(0.25), floats(), floats()),
         (entry(0.25, scaled=True), floats(), floats()),
+        ({**entry(0.0), "meaning": IN_WORDS}, floats(0.5, 2.5), floats(0.0, 2.0)),
         (entry(), np.array([3], np.int32), np.array([3], np.int64)),
         (entry(1.0), np.array([254], np.uint8), np.array([255], np.uint8)),
         ({}, np.array([3]), np.array([3])),
@@ -68,6 +72,8 @@ def test_these_hold(rule, ours, theirs):
         (entry(0.25, scaled=True), floats(INF), floats(1.0), "difference inf"),
         (entry(0.25, scaled=True), floats(INF, 2.0), floats(INF, 1.0), "1 of 2 wrong"),
         (entry(0.0), floats(1.0), np.nextafter(floats(1.0), floats(2.0)), "must be equal"),
+        ({**entry(0.0), "meaning": IN_WORDS}, floats(0.51, 2.0), floats(0.0, 2.0), r"atol 0.5"),
+        ({**entry(0.125), "meaning": IN_WORDS}, floats(0.5, 2.0), floats(0.0, 2.0), r"atol 0.125"),
         (entry(0.25), floats(1.0, 1.0), floats(1.0), r"shape \(2,\), expected \(1,\)"),
         (entry(0.25), floats(1.0).reshape(1, 1), floats(1.0), r"shape \(1, 1\)"),
         (entry(0.25), floats(), floats(1.0), r"shape \(0,\)"),

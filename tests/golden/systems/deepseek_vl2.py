@@ -1,4 +1,4 @@
-"""DeepSeek-VL2's SigLIP and projector, and the heads that the model itself has no use for."""
+"""DeepSeek-VL2: its SigLIP and projector, the heads that the model itself has no use for, and all behind them."""
 
 import pathlib
 import re
@@ -10,18 +10,13 @@ from flax import linen as nn
 
 import vlm_jax
 from tests.golden import comparison
-from tests.golden.systems import deepseek_vl2_prompts
+from tests.golden.systems import deepseek_vl2_language, deepseek_vl2_prompts
 from vlm_jax.checkpoints.maps.torch_layers import fused, layer_norm, linear
 from vlm_jax.checkpoints.ops import Reshape
 from vlm_jax.checkpoints.rules import Rule, import_params
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.pooling import MapHead
 from vlm_jax.processors.image import normalize
-
-LANGUAGE = "the language model, which the package does not load so far"
-NOT_COMPARED = {
-    r"text\..*|train\..*|(mm|sft|batch)\.(inputs_embeds|logits|last_logits|loss|generated)": LANGUAGE,
-}
 
 
 def _pooled(model, tokens: jax.Array) -> jax.Array:
@@ -70,6 +65,7 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     found["vit.pooled"] = _pooled(model, features.tokens)
     found["proj.out"] = jax.jit(lambda x: model.apply(x, method="visual_tokens").tokens)(jnp.asarray(pixels))
     found |= deepseek_vl2_prompts.outputs(comparison.read(folder))
+    found |= deepseek_vl2_language.outputs(comparison.read(folder), model)
     found |= _layouts(model, expected, inputs["pool.tiles_u8"])
     return {name: np.asarray(array) for name, array in found.items() if name in expected}
 
