@@ -13,7 +13,7 @@ from vlm_jax.generation.text import complete
 
 NEW = 32
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 MESSAGES = [
@@ -30,6 +30,9 @@ def byte_tokenizer():
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    # Put before texts, and not before what a template wrote.
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 258)])
     made = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
@@ -112,5 +115,7 @@ def test_stop_strings(folder, ours, messages, chunk):
 def test_conversations_of_several_lengths_together(folder, ours):
     batch = ours.processor.batch(MESSAGES)
     assert np.count_nonzero(batch.segment_ids[0]) < batch.tokens.shape[1]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES[1]]
+    np.testing.assert_array_equal(ours.processor(parts).tokens, batch.tokens[1:])
     answers = complete(ours.module, ours.params, batch, ours.tokenizer, end_ids=(), max_new_tokens=NEW)
     assert [list(answer.tokens) for answer in answers] == [theirs(folder, messages)[0] for messages in MESSAGES]

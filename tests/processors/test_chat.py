@@ -5,6 +5,9 @@ import json
 import pytest
 
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
+from vlm_jax.processors.digits_vocabulary import digits_tokenizer
+from vlm_jax.processors.layout import Text
+from vlm_jax.processors.prompt import TemplatePrompt
 
 CHATML = """{%- for message in messages %}
 <|im_start|>{{ message.role }}
@@ -94,3 +97,12 @@ def test_a_template_that_is_none_is_named():
         ChatTemplate("\n{% if %}", origin="folder/x")
     with pytest.raises(ChatTemplateError, match="at least one message"):
         ChatTemplate("").render([])
+
+
+def test_a_picture_among_the_parts_of_a_text_is_named():
+    prompt = TemplatePrompt(ChatTemplate("{{ messages[0].content }}"), digits_tokenizer(), joined="")
+    parts = [{"type": "text", "text": "count "}, {"type": "text", "text": "7"}]
+    (text,) = prompt([{"role": "user", "content": parts}], [])
+    assert isinstance(text, Text) and digits_tokenizer().decode(text.ids) == "count 7"
+    with pytest.raises(ChatTemplateError, match="an item of type 'image'; this model reads text"):
+        prompt([{"role": "user", "content": [{"type": "image"}]}], [])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.tokenizer import Tokenizer
 
@@ -63,6 +63,8 @@ class TemplatePrompt:
         `tokens` names what stands in its places.
       joined: content lists are joined by this before the template, each picture as its mark; None where the
         template takes lists.
+      begins: a text that the template begins without the BOS gets the tokens that the tokenizer puts about one, as
+        processors of transformers do; its tokenizers leave it as it is.
     """
 
     template: ChatTemplate
@@ -72,6 +74,7 @@ class TemplatePrompt:
     texts: Mapping[Kind, str] = dataclasses.field(default_factory=dict)
     split: bool = False
     joined: str | None = None
+    begins: bool = True
 
     def __call__(
         self,
@@ -90,6 +93,12 @@ class TemplatePrompt:
     def _content(self, content: Any) -> Any:
         if content is None or isinstance(content, str):
             return content
+        for item in content:
+            if item["type"] not in ("text", *self.marks):
+                raise ChatTemplateError(
+                    f"a message has an item of type '{item['type']}'; this model reads "
+                    + ", ".join(("text", *self.marks))
+                )
         return (self.joined or "").join(
             item["text"] if item["type"] == "text" else self.marks[item["type"]] for item in content
         )
@@ -144,4 +153,4 @@ class TemplatePrompt:
 
     def _encoded(self, text: str) -> list[int]:
         bos = self.tokenizer.names.get("bos_token")
-        return self.tokenizer.encode(text, add_special=not (bos and text.startswith(bos)))
+        return self.tokenizer.encode(text, add_special=self.begins and not (bos and text.startswith(bos)))

@@ -14,5 +14,5 @@ from vlm_jax.processors.tokenizer import Tokenizer
 def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     """A chat template and a tokenizer; conversations have no pictures."""
     tokenizer = Tokenizer.from_folder(folder)
-    prompt = TemplatePrompt(ChatTemplate.from_folder(folder, tokenizer.names), tokenizer)
+    prompt = TemplatePrompt(ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, joined="", begins=False)
     return Processor(prompt, NoViews(), pad_id(tokenizer, config))
