@@ -1,0 +1,78 @@
+"""`Pretrained.generate` with a model that says the alphabet: ends, options, devices, and what it says of errors."""
+
+import json
+import re
+
+import pytest
+
+import vlm_jax
+from vlm_jax.generation.sampling import GenerationError, Sampling
+from vlm_jax.processors.chat import ChatTemplateError
+from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+
+from ..processes.alphabet import CONFIG, LETTERS, write
+
+ASKED = [{"role": "user", "content": "ab"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("alphabet")
+    write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return vlm_jax.from_pretrained(folder)
+
+
+def test_an_answer_its_tokens_and_what_ended_it(model):
+    told = []
+    answer = model.generate(ASKED, max_new_tokens=40, on_text=told.append, chunk=4)
+    assert answer.text == "".join(told) == LETTERS[2:]
+    assert answer.tokens == tuple(range(2, 27)) and answer.reason == "end"
+    assert len(told) > 5
+    cut = model.generate(ASKED, max_new_tokens=40, stop=["hi", "gh"], chunk=4)
+    assert (cut.text, cut.reason, cut.tokens[-1]) == ("cdef", "stop", LETTERS.index("h"))
+    assert model.generate(ASKED, max_new_tokens=2).reason == "length"
+    assert model.generate(ASKED, max_new_tokens=40, stop_tokens=["f"]).text == "cde"
+    drawn = model.generate(ASKED, max_new_tokens=3, sampling=Sampling(temperature=0.01, seed=1))
+    assert drawn.text == "cde"
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "ids"),
+    [
+        ({"generation_config.json": {"eos_token_id": [26, 5]}}, {"eos_token_id": 3}, (26, 5)),
+        ({"generation_config.json": {"eos_token_id": 4}}, {}, (4,)),
+        ({"generation_config.json": {}}, {"eos_token_id": 3}, (3,)),
+        ({}, {"text_config": {"eos_token_id": [7]}}, (7,)),
+        ({"tokenizer_config.json": {"eos_token": "<end>"}}, {}, (26,)),
+        ({}, {}, ()),
+    ],
+)
+def test_where_the_end_tokens_are_stated(tmp_path, files, config, ids):
+    write(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert vlm_jax.from_pretrained(tmp_path, config={**CONFIG, **config}).end_ids == ids
+
+
+def test_over_devices_as_on_one(folder, model):
+    shared = vlm_jax.from_pretrained(folder, mesh=make_mesh(MeshSettings(data=4, tensor=2)))
+    options = {"max_new_tokens": 30, "chunk": 7, "stop": ["xy"]}
+    assert shared.generate(ASKED, **options) == model.generate(ASKED, **options)
+
+
+def test_errors(model, tmp_path):
+    with pytest.raises(TokenizerError, match=r"no token '<ent>'; did you mean '<end>'\?"):
+        model.generate(ASKED, max_new_tokens=3, stop_tokens=["<ent>"])
+    with pytest.raises(GenerationError, match="prompt: a prompt of 2 tokens"):
+        model.generate(ASKED, max_new_tokens=8, cache_length=8)
+    write(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ChatTemplateError, match=re.escape(f"{tmp_path}: no chat template here; looked for")):
+        vlm_jax.from_pretrained(tmp_path).generate(ASKED, max_new_tokens=3)
