@@ -4,6 +4,7 @@ import setuptools
 
 CORE = [
     "absl-py>=2.1",
+    "av>=14.0",
     "etils[epath,epy]>=1.12",
     "flax>=0.12.8",
     "grain>=0.2.18",

@@ -14,9 +14,11 @@ from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
 from vlm_jax.processors.seen import PictureMismatch, Seen, Views
 from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.video import FrameSampling, read_video
 from vlm_jax.types import Batch
 
 Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
+Video = Sequence[Picture] | str | os.PathLike | bytes
 Conversation = Sequence[Message]
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
@@ -34,6 +36,7 @@ class Processor:
       rotary_3d: positions have three axes.
       max_length: most tokens of a conversation; None where the release has no limit.
       max_pixels: of a picture; more is refused as a decompression bomb.
+      sampling: which frames of a video's file are looked at.
     """
 
     prompt: Prompt
@@ -44,12 +47,13 @@ class Processor:
     rotary_3d: bool = False
     max_length: int | None = None
     max_pixels: int = 100_000_000
+    sampling: FrameSampling = dataclasses.field(default_factory=FrameSampling)
 
     def __call__(
         self,
         messages: Conversation,
         images: Sequence[Picture] = (),
-        videos: Sequence[Sequence[Picture]] = (),
+        videos: Sequence[Video] = (),
         **options: Any,
     ) -> Batch:
         """One conversation as a batch of one; see `batch`."""
@@ -59,7 +63,7 @@ class Processor:
         self,
         conversations: Sequence[Conversation],
         images: Sequence[Sequence[Picture]] = (),
-        videos: Sequence[Sequence[Sequence[Picture]]] = (),
+        videos: Sequence[Sequence[Video]] = (),
         *,
         fps: float | int = FRAME_RATE,
         add_generation_prompt: bool = True,
@@ -71,8 +75,8 @@ class Processor:
           conversations: messages in the form of chat templates, with an item such as `{"type": "image"}` for every
             picture. A picture may stand in its item under `image`, a video under `video`, instead of below.
           images: pictures of every conversation, in order: files, Pillow's images, or uint8 arrays.
-          videos: frames of every video of every conversation.
-          fps: frames a second of the videos.
+          videos: every video of every conversation: a file, or its frames as pictures.
+          fps: frames a second of videos that are given as frames.
           add_generation_prompt: ends with the head of the answer.
           **variables: more for the chat template.
 
@@ -134,7 +138,7 @@ class Processor:
         name: str,
         messages: Conversation,
         images: Sequence[Picture],
-        videos: Sequence[Sequence[Picture]],
+        videos: Sequence[Video],
         *,
         fps: float | int,
         **options: Any,
@@ -145,14 +149,18 @@ class Processor:
         pictures = [
             to_picture(image, max_pixels=self.max_pixels, name=f"{name}, image {i}") for i, image in enumerate(images)
         ]
-        clips = [
-            [to_picture(frame, max_pixels=self.max_pixels, name=f"{name}, video {i}") for frame in video]
-            for i, video in enumerate(videos)
-        ]
-        places = [self.views.video(clip, fps) for clip in clips]
+        places = [self.views.video(*self._frames(video, fps, f"{name}, video {i}")) for i, video in enumerate(videos)]
         waiting: dict[Kind, list[Seen]] = {"image": self.views.images(pictures), "video": [*itertools.chain(*places)]}
         pieces = self.prompt(messages, [len(parts) for parts in places], **options)
         return self._filled(pieces, waiting, name)
+
+    def _frames(self, video: Video, fps: float | int, name: str) -> tuple[list[Image.Image], float | int]:
+        if isinstance(video, str | os.PathLike | bytes):
+            return read_video(video, self.sampling, max_pixels=self.max_pixels, name=name)
+        frames = [to_picture(frame, max_pixels=self.max_pixels, name=name) for frame in video]
+        if not frames:
+            raise PictureMismatch(f"{name}: a video of no frames")
+        return frames, fps
 
     def _filled(
         self, pieces: Sequence[Text | Slot], waiting: dict[Kind, list[Seen]], name: str

@@ -1,0 +1,66 @@
+"""Boxes and documents as the model cards of Qwen-VL and Qwen2.5-VL show them."""
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks, draw_boxes
+
+JSON = """```json
+[
+\t{"bbox_2d": [10, 20, 30, 40], "label": "a dog"},
+\t{"bbox_2d": [1.5, 2, 3, 4], "label": "a cat", "sub_label": "x"},
+\t{"bbox_2d": [1, 2, 3], "label": "three"},
+\t{"bbox_2d": [5, 6, 7"""
+
+HTML = """```html
+<html><body data-bbox="0 0 100 200">
+ <h2 data-bbox="10 20 90 30"> A  title </h2>
+ <p data-bbox="10 40 90 60">First<br>second &amp; last</p>
+ <table data-bbox="10 70 90 90"><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>
+ <div class="image" data-bbox="1 2 3 4"><img data-bbox="1 2 3 4"/></div>
+ <img data-bbox="5 6 7 8"/>
+ <p>without a box</p>
+ <p data-bbox="10 95 90 99">cut of
+```"""
+
+
+def test_boxes_on_the_scale_of_1000():
+    text = "<ref> the dog</ref><box>(100,200),(300,400)</box> and <box>(0,0),(999,500)</box>"
+    found = answer_boxes(text, (50, 200))
+    assert found == [NamedBox((20, 10, 60, 20), "the dog"), NamedBox((0, 0, 199.8, 25), None)]
+
+
+def test_boxes_in_pixels_of_what_the_model_saw():
+    assert answer_boxes(JSON, (100, 100)) == [
+        NamedBox((10, 20, 30, 40), "a dog"),
+        NamedBox((1.5, 2, 3, 4), "a cat"),
+    ]
+    assert answer_boxes(JSON, (200, 50), (100, 100))[0].box == (5, 40, 15, 80)
+
+
+def test_an_answer_without_boxes_has_none():
+    for text in ("no box", "<|im_start|><box>(1,2),(3,4)</box>", "<box>(1,2)</box>", '{"bbox_2d": "all"}', "{}"):
+        assert answer_boxes(text, (10, 10)) == []
+
+
+def test_a_document_in_blocks():
+    assert document_blocks(HTML, (200, 100)) == [
+        Block("h2", "", "A title", (10, 20, 90, 30)),
+        Block("p", "", "First\nsecond & last", (10, 40, 90, 60)),
+        Block("table", "", "a\tb\n1\t2", (10, 70, 90, 90)),
+        Block("div", "image", "", (1, 2, 3, 4)),
+        Block("img", "", "", (5, 6, 7, 8)),
+        Block("p", "", "cut of", (10, 95, 90, 99)),
+    ]
+    assert document_blocks(HTML, (400, 100), (200, 100))[0].box == (10, 40, 90, 60)
+    assert document_blocks("no document", (1, 1)) == []
+
+
+def test_boxes_are_drawn_on_a_copy():
+    picture = Image.new("RGB", (60, 40))
+    drawn = np.asarray(draw_boxes(picture, [NamedBox((10, 5, 30, 20)), NamedBox((59, 39, 40, 25), "x")]))
+    assert not np.asarray(picture).any()
+    assert (drawn[5, 10:31] == (255, 0, 0)).all()
+    assert (drawn[5:21, 30] == (255, 0, 0)).all()
+    assert not drawn[6:20, 11:30].any()
+    assert (drawn[25, 40:60] == (0, 255, 0)).all()  # corners in either order; another name, another colour

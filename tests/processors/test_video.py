@@ -1,0 +1,85 @@
+"""Videos that are made here: which frames are taken, and what is refused."""
+
+import fractions
+import io
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax.processors.image import CorruptImage
+from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.smart_resize import qwen_size
+from vlm_jax.processors.video import FrameSampling, read_video
+from vlm_jax.types import PatchFormat
+
+from .test_system import processor, say
+
+
+def video(num_frames, fps, size=(32, 48), codec="libx264"):
+    """Frame i is grey of level 8 * i."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=fractions.Fraction(fps))
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for number in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 8 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def levels(frames):
+    return [round(float(np.asarray(frame).mean()) / 8) for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "video_fps", "expected"),
+    [
+        (30, 10, [0, 6, 12, 17, 23, 29]),  # 3 seconds at 2 frames each
+        (10, 10, [0, 3, 6, 9]),  # no fewer than 4
+        (3, 10, [0, 2]),  # no more than there are, in pairs
+        (1, 10, [0]),
+    ],
+)
+def test_frames_are_spread_from_the_first_to_the_last(num_frames, video_fps, expected):
+    assert FrameSampling().chosen(num_frames, video_fps).tolist() == expected
+
+
+def test_a_long_video_has_no_more_than_the_most():
+    chosen = FrameSampling(max_frames=8).chosen(1000, 10)
+    np.testing.assert_array_equal(chosen, np.rint(np.linspace(0, 999, 8)))
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_a_file_gives_the_chosen_frames_and_their_rate(tmp_path, as_path):
+    source = video(30, 10)
+    if as_path:
+        (tmp_path / "v.mp4").write_bytes(source)
+        source = tmp_path / "v.mp4"
+    frames, fps = read_video(source, FrameSampling())
+    assert levels(frames) == [0, 6, 12, 17, 23, 29]
+    assert frames[0].size == (48, 32)
+    assert fps == pytest.approx(2.0)
+
+
+def test_a_conversation_about_a_file_is_timed():
+    views = NativeViews(Pixels(), PatchFormat(4, 2, 2), qwen_size, 64, 4096, rotary_3d=True, tokens_per_second=10.0)
+    batch = processor(views, rotary_3d=True)(say("<video>", "a"), videos=[video(30, 10)])
+    times = batch.positions[0, :, 0][batch.visual_index[0] >= 0] - 1  # behind the beginning
+    assert sorted(set(times.tolist())) == [0, 10, 20]  # pairs of frames, a second each
+    assert batch.images.segment_ids.max() == 3
+
+
+def test_what_is_no_video_is_named():
+    with pytest.raises(CorruptImage, match="video: InvalidDataError"):
+        read_video(b"no video at all", FrameSampling())
+    with pytest.raises(FileNotFoundError):
+        read_video("/nowhere/v.mp4", FrameSampling())
+    with pytest.raises(CorruptImage, match="frames have 32x48 pixels, more than max_pixels=100"):
+        read_video(video(4, 10), FrameSampling(), max_pixels=100)
+    still = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(still, "PNG")
+    assert len(read_video(still.getvalue(), FrameSampling())[0]) == 1

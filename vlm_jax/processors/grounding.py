@@ -1,0 +1,169 @@
+"""What models say of places in a picture: boxes read from an answer, in pixels, and drawn; documents in blocks.
+
+Qwen-VL writes `<ref>name</ref><box>(x1,y1),(x2,y2)</box>` on a scale of 1000 of the picture. Qwen2.5-VL writes
+JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": name}]`, and documents as HTML whose elements have a
+`data-bbox="x1 y1 x2 y2"`, both in pixels of the picture as the model was given it.
+"""
+
+import dataclasses
+import html
+import html.parser
+import json
+import re
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw
+
+from vlm_jax.processors.boxes import to_pixels
+from vlm_jax.processors.list_format import ListFormatError, named_boxes
+from vlm_jax.processors.tiling import Size
+
+Number = float | int
+PixelBox = tuple[Number, Number, Number, Number]
+COLOURS = ("red", "lime", "blue", "orange", "magenta", "cyan", "yellow", "purple")
+VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "col", "wbr"))  # elements without an end
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedBox:
+    """A box of a picture.
+
+    Attributes:
+      box: (left, top, right, bottom) in pixels of the picture.
+      name: what is there, as far as the model says.
+    """
+
+    box: PixelBox
+    name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """An element of a document.
+
+    Attributes:
+      tag: of the HTML element, such as `h2`, `p`, `table`, `div`.
+      kind: its class, such as `image` or `formula`; empty where it has none.
+      text: what stands in it, without tags; the cells of a table are set apart by tabs, and its rows by line breaks.
+      box: in pixels of the picture; None where the element has none.
+    """
+
+    tag: str
+    kind: str
+    text: str
+    box: PixelBox | None
+
+
+def answer_boxes(text: str, size: Size, seen_size: Size | None = None) -> list[NamedBox]:
+    """The boxes of an answer in either form; none where it has none, for a model may write anything.
+
+    Args:
+      text: the answer.
+      size: (height, width) of the picture, in pixels.
+      seen_size: (height, width) that the model was given, which pixels of an answer count; `size` when None.
+    """
+    try:
+        tagged = named_boxes(text)
+    except ListFormatError:
+        tagged = []
+    if tagged:
+        return [NamedBox(to_pixels(box, *size), name) for box, name in tagged]
+    return [NamedBox(_scaled(box, size, seen_size), name) for box, name in _json_boxes(text)]
+
+
+def document_blocks(text: str, size: Size, seen_size: Size | None = None) -> list[Block]:
+    """The outermost elements with a box of an HTML document, in order; arguments as of `answer_boxes`."""
+    reader = _Reader()
+    reader.feed(re.sub(r"^```\w*\n|\n```\s*$", "", text.strip()))
+    reader.close()
+    return [
+        dataclasses.replace(block, box=None if block.box is None else _scaled(block.box, size, seen_size))
+        for block in reader.blocks
+    ]
+
+
+def draw_boxes(picture: Image.Image, boxes: Sequence[NamedBox]) -> Image.Image:
+    """A copy of the picture with boxes and their names, one colour for each name."""
+    drawn = picture.convert("RGB")
+    draw = ImageDraw.Draw(drawn)
+    width = max(1, round(max(picture.size) / 300))
+    names = list(dict.fromkeys(box.name for box in boxes))
+    for box in boxes:
+        colour = COLOURS[names.index(box.name) % len(COLOURS)]
+        left, top, right, bottom = box.box
+        corners = (min(left, right), min(top, bottom), max(left, right), max(top, bottom))
+        draw.rectangle(corners, outline=colour, width=width)
+        if box.name:
+            draw.text((corners[0] + width + 1, corners[1] + width), box.name, fill=colour)
+    return drawn
+
+
+def _scaled(box: Sequence[Number], size: Size, seen_size: Size | None) -> PixelBox:
+    rows, cols = (1.0, 1.0) if seen_size is None else (size[0] / seen_size[0], size[1] / seen_size[1])
+    left, top, right, bottom = box
+    return left * cols, top * rows, right * cols, bottom * rows
+
+
+def _json_boxes(text: str) -> list[tuple[list[Number], str | None]]:
+    """Entries of a JSON list, in a code block or bare; of one that is cut off, those that are whole."""
+    found = []
+    for entry in re.findall(r"\{[^{}]*\}", text):
+        try:
+            values = json.loads(entry)
+        except ValueError:
+            continue
+        box, label = values.get("bbox_2d"), values.get("label")
+        if isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box):
+            found.append((box, label if isinstance(label, str) else None))
+    return found
+
+
+class _Reader(html.parser.HTMLParser):
+    """Gathers the outermost elements that have a box."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks: list[Block] = []
+        self._open: Block | None = None
+        self._depth = 0
+        self._text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if self._open is not None:
+            self._depth += tag not in VOID
+            self._text.append({"br": "\n", "tr": "\n", "td": "\t", "th": "\t"}.get(tag, ""))
+            return
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", given.get("data-bbox") or "")
+        if len(numbers) != 4 or tag == "body":
+            return
+        left, top, right, bottom = map(float, numbers)
+        block = Block(tag, given.get("class") or "", "", (left, top, right, bottom))
+        if tag in VOID:
+            self.blocks.append(block)
+        else:
+            self._open, self._depth, self._text = block, 1, []
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._open is None or tag in VOID:
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self._finish()
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None:
+            self._text.append(data)
+
+    def close(self) -> None:
+        """Also an element that the answer broke off in is one."""
+        super().close()
+        if self._open is not None:
+            self._finish()
+
+    def _finish(self) -> None:
+        assert self._open is not None
+        lines = [re.sub(r" +", " ", line).strip() for line in "".join(self._text).split("\n")]
+        text = "\n".join(line for line in lines if line)
+        self.blocks.append(dataclasses.replace(self._open, text=text))
+        self._open = None

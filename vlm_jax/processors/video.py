@@ -1,0 +1,100 @@
+"""Videos: which frames stand for one, and files to frames."""
+
+import dataclasses
+import io
+import math
+import os
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from vlm_jax.processors.image import CorruptImage
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameSampling:
+    """How many frames of a video are looked at.
+
+    Attributes:
+      fps: frames a second that are wanted.
+      min_frames: fewest, of a video that has as many.
+      max_frames: most.
+      multiple: their number is rounded down to a multiple of this.
+
+    Source: Wang et al. 2024 (Qwen2-VL), section 2.1; qwen-vl-utils, vision_process.py, smart_nframes.
+    """
+
+    fps: float | int = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    multiple: int = 2
+
+    def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
+        """Numbers of the frames, evenly spaced from the first to the last.
+
+        Args:
+          num_frames: of the video.
+          video_fps: frames a second that it has.
+        """
+        wanted = min(max(num_frames / video_fps * self.fps, self.min_frames), self.max_frames, num_frames)
+        count = max(math.floor(wanted / self.multiple) * self.multiple, 1)
+        return np.rint(np.linspace(0, num_frames - 1, count)).astype(int)
+
+
+def read_video(
+    source: str | os.PathLike | bytes,
+    sampling: FrameSampling,
+    *,
+    max_pixels: int = 100_000_000,
+    name: str = "video",
+) -> tuple[list[Image.Image], float]:
+    """Decodes a video file by PyAV; frames that are not chosen are decoded and let go.
+
+    Args:
+      source: a path, local or `gs://`, or the file's bytes.
+      sampling: which frames.
+      max_pixels: of a frame; more are refused.
+      name: stands for the file in messages when `source` is bytes.
+
+    Returns:
+      The frames in RGB, and how many there are a second.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CorruptImage: it holds no video that can be decoded, or one of too large frames.
+    """
+    import av  # FFmpeg's libraries, which texts and pictures have no use for
+
+    if not isinstance(source, bytes):
+        name = os.fspath(source)
+        source = epath.Path(source).read_bytes()
+    try:
+        with av.open(io.BytesIO(source), "r") as container:
+            if not container.streams.video:
+                raise CorruptImage(f"{name}: no video stream")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > max_pixels:
+                raise CorruptImage(
+                    f"{name}: its frames have {stream.height}x{stream.width} pixels, more than max_pixels={max_pixels}"
+                )
+            fps = float(stream.average_rate or stream.guessed_rate or 0)
+            # Headers may be silent or wrong about the number of frames; packets are counted without decoding.
+            total = sum(packet.size > 0 for packet in container.demux(stream))
+            if not total or not fps:
+                raise CorruptImage(f"{name}: {total} frames at {fps} a second")
+            container.seek(0)
+            chosen = sampling.chosen(total, fps)
+            wanted, frames = set(chosen.tolist()), []
+            for number, frame in enumerate(container.decode(stream)):
+                if number in wanted:
+                    frames.append(frame.to_image())
+                if number == chosen[-1]:
+                    break
+    except av.FFmpegError as error:
+        raise CorruptImage(f"{name}: {type(error).__name__}: {error}") from error
+    if len(frames) < len(wanted):
+        raise CorruptImage(
+            f"{name}: {len(frames)} of {len(wanted)} chosen frames could be decoded; the file is cut short"
+        )
+    return frames, len(chosen) / total * fps
