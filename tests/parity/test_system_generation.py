@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import vlm_jax
@@ -151,6 +152,9 @@ def test_the_command_line(system, tmp_path):
     _, text = said(system, [{"role": "user", "content": content}], images)
     words = [sys.executable, "-m", "vlm_jax.cli.generate", "--checkpoint", str(system[2].folder), "--prompt", "What?"]
     words += ["--image", "a.png", "--image", "b.png", "--max_new_tokens", str(NEW), "--compilation_cache", ""]
+    words += ["--draw", "out.png"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
     assert done.stdout.decode() == text + "\n", done.stderr.decode()
+    # The answer of a random model has no box.
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(images[0]))

@@ -35,7 +35,7 @@ def test_many_frames_share_the_tokens_of_a_video():
 
 def test_pictures_of_which_nothing_is_left_are_refused():
     thin = NativeViews(Pixels(), FORMAT, ovis_size, 64, 4096)
-    with pytest.raises(CorruptImage, match="a picture of 9x1700 pixels is too thin"):
+    with pytest.raises(CorruptImage, match="a picture of 9x1700 pixels is too thin for 4096"):
         thin.layouts([(9, 1700)])
 
 

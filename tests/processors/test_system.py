@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.seen import PictureMismatch, Pixels
+from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tiles import InternVLViews, Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import PatchFormat
 
 
 class Letters:
@@ -143,6 +147,18 @@ def test_other_numbers_of_lists_and_of_tokens():
         SequenceTooLong, match=r"conversation 0 is 6 tokens long, over the limit of 5.*nothing is trunc"
     ):
         processor(max_length=5)(say("a", "<image>"), [picture()])
+
+
+def test_a_budget_of_visual_tokens():
+    tiles = processor(InternVLViews(Pixels(), 4, 1), {"image": "<image>"})
+    wide = picture(4, 12)
+    assert (tiles(say("<image>"), [wide]).visual_index >= 0).sum() == 4  # three tiles and the whole
+    assert (tiles(say("<image>"), [wide], max_visual_tokens=3).visual_index >= 0).sum() == 3
+    with pytest.raises(InfeasibleBudget, match="takes 3 visual tokens at least, more than the 2 allowed"):
+        processor()(say("<image>"), [picture()], max_visual_tokens=2)
+    native = processor(NativeViews(Pixels(), PatchFormat(4, 1, 1), qwen_size, 64, 4096), {"image": "<image>"})
+    with pytest.raises(InfeasibleBudget, match="conversation 0, image 0: takes 8 visual tokens at least, over 5"):
+        native(say("<image>"), [picture(2, 80)], max_visual_tokens=5)
 
 
 def test_large_and_broken_pictures_are_named():

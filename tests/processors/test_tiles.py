@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.seen import NoViews, Pixels
+from vlm_jax.processors.smart_resize import ovis_size
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import DeepSeekVL2Views, InternVLViews, Ovis2Views
+from vlm_jax.types import PatchFormat
 
 DRAW = np.random.default_rng(0)
 
@@ -116,3 +120,27 @@ def test_a_model_without_eyes_refuses_pictures():
     with pytest.raises(ValueError, match="text alone, and sizes of 2 pictures"):
         NoViews().layouts([(2, 2)] * 2)
     assert NoViews().join([[]]) is None
+
+
+BUDGETED = [
+    (InternVLViews(Pixels(), 8, 2), 8, 2),
+    (DeepSeekVL2Views(Pixels(), 8, 2, ((8, 8), (8, 16), (16, 8), (16, 16))), 17, 13),
+    (Ovis2Views(Pixels(), 8, 2, 9), 15, 5),
+    (anyres("spatial_unpad", canvases=((8, 16), (16, 16))), 14, 14),
+    (SquareViews(Pixels(), (8, 8), 4), 4, 4),
+    (NativeViews(Pixels(), PatchFormat(4, 1, 2), ovis_size, 4096, 4096, image_edges=(0, 1)), 20, 3),
+]
+
+
+@pytest.mark.parametrize(("views", "budget", "least"), BUDGETED)
+def test_no_picture_takes_more_than_its_budget(views, budget, least):
+    fewer = views.within(budget)
+    sizes = [(8, 8), (30, 30), (20, 61), (100, 35), (60, 11)]
+    counts = [len(fewer.layouts([size])[0]) for size in sizes]
+    assert max(counts) <= budget
+    assert [len(seen.layout) for seen in fewer.images([picture(*size) for size in sizes[:1]])] == counts[:1]
+    assert [len(layout) for layout in views.within(10**6).layouts(sizes)] == list(map(len, views.layouts(sizes)))
+    with pytest.raises(
+        InfeasibleBudget, match=f"takes {least} visual tokens at least, more than the {least - 1} allowed"
+    ):
+        views.within(least - 1)

@@ -1,16 +1,23 @@
 """python -m vlm_jax.cli.generate --checkpoint=DIR --prompt="…" [--image=FILE ...]"""
 
 from absl import app, flags
+from etils import epath
 
 import vlm_jax
 from vlm_jax.cli.process import explained, keep_programs
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
-from vlm_jax.pretrained.loader import DTYPES
+from vlm_jax.generation.text import Completion
+from vlm_jax.pretrained.loader import DTYPES, Pretrained
+from vlm_jax.processors.grounding import answer_boxes, draw_boxes
+from vlm_jax.processors.image import height_and_width, to_picture
+from vlm_jax.processors.native import NativeViews
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released folder, or organisation/name on the Hugging Face hub.")
 PROMPT = flags.DEFINE_string("prompt", None, "What is asked.")
 IMAGE = flags.DEFINE_multi_string("image", [], "A picture that the prompt is about; repeatable, in order.")
+VIDEO = flags.DEFINE_multi_string("video", [], "A video that the prompt is about; repeatable, in order.")
+DRAW = flags.DEFINE_string("draw", None, "A PNG to write: the first picture, with the boxes of the answer on it.")
 SYSTEM = flags.DEFINE_string("system", None, "A system message before the prompt.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of the answer.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "What logits are divided by; 0 takes the most likely token.")
@@ -30,23 +37,27 @@ def main(argv: list[str]) -> None:
     """Answers one prompt; the answer is written as it comes."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
+    if DRAW.value is not None and not IMAGE.value:
+        raise app.UsageError("--draw: boxes are drawn on the first --image, and none is given")
     keep_programs()
     with explained(FileNotFoundError):
         sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, REPETITION_PENALTY.value, SEED.value)
         model = vlm_jax.from_pretrained(str(CHECKPOINT.value), dtype=DTYPE.value)
         # Templates of language models take strings, those of systems with eyes lists.
-        listed = getattr(model.module, "encoder", None) is not None or bool(IMAGE.value)
+        listed = getattr(model.module, "encoder", None) is not None or bool(IMAGE.value or VIDEO.value)
 
-        def message(role: str, text: str, num_images: int = 0) -> dict:
-            parts = [*[{"type": "image"}] * num_images, {"type": "text", "text": text}]
+        def message(role: str, text: str, num_images: int = 0, num_videos: int = 0) -> dict:
+            seen = [*[{"type": "image"}] * num_images, *[{"type": "video"}] * num_videos]
+            parts = [*seen, {"type": "text", "text": text}]
             return {"role": role, "content": parts if listed else text}
 
-        messages = [message("user", str(PROMPT.value), len(IMAGE.value))]
+        messages = [message("user", str(PROMPT.value), len(IMAGE.value), len(VIDEO.value))]
         if SYSTEM.value is not None:
             messages.insert(0, message("system", SYSTEM.value))
-        model.generate(
+        answer = model.generate(
             messages,
             IMAGE.value,
+            VIDEO.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
             sampling=sampling,
             stop=STOP.value,
@@ -57,6 +68,19 @@ def main(argv: list[str]) -> None:
             on_text=lambda text: print(text, end="", flush=True),
         )
         print()
+        if DRAW.value is not None:
+            draw(model, answer)
+
+
+def draw(model: Pretrained, answer: Completion) -> None:
+    """Writes the first picture with the boxes of the answer on it."""
+    picture = to_picture(IMAGE.value[0])
+    size, views = height_and_width(picture), model.processor.views
+    seen = views.size(size) if isinstance(views, NativeViews) else None
+    # Tags of boxes are special tokens in some vocabularies, which the answer's text leaves out.
+    boxes = answer_boxes(model.tokenizer.decode(answer.tokens, skip_special=False), size, seen)
+    with epath.Path(str(DRAW.value)).open("wb") as file:
+        draw_boxes(picture, boxes).save(file, "PNG")
 
 
 if __name__ == "__main__":

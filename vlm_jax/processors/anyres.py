@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.processors.image import height_and_width
-from vlm_jax.processors.seen import Layout, Seen, Tiles
+from vlm_jax.processors.seen import Layout, Seen, Tiles, too_few
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size, best_resolution
 from vlm_jax.types import Grid
@@ -80,6 +80,18 @@ class AnyresViews(Tiles):
         canvas = Image.new("RGB", (cols, rows))
         canvas.paste(self.base.pixels.resized(picture, (height, width)), ((cols - width) // 2, (rows - height) // 2))
         return canvas
+
+    def within(self, max_tokens: int) -> "AnyresViews":
+        """With the canvases that take no more, whatever a picture's borders."""
+        if not self.canvases:
+            self.base.within(max_tokens - (self.merge == "spatial_unpad"))
+            return self
+        whole = [dataclasses.replace(self, canvases=(size,)) for size in self.canvases]
+        counts = [len(one._layout(one.canvases[0])) for one in whole]
+        kept = tuple(size for size, count in zip(self.canvases, counts, strict=True) if count <= max_tokens)
+        if not kept:
+            raise too_few(max_tokens, min(counts))
+        return dataclasses.replace(self, canvases=kept)
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """The tokens of the whole, then those of the canvas."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlm_jax.processors.image import CorruptImage, height_and_width, scale_and_shift
 from vlm_jax.processors.patches import pack, patchify
-from vlm_jax.processors.seen import Layout, Pixels, Seen
+from vlm_jax.processors.seen import Layout, Pixels, Seen, too_few
 from vlm_jax.processors.tiling import Size
 from vlm_jax.types import PackedPatches, PatchFormat
 
@@ -71,6 +71,17 @@ class NativeViews:
             self._seen([picture], self.size(height_and_width(picture)), self.image_edges, 1.0) for picture in pictures
         ]
 
+    def within(self, max_tokens: int) -> "NativeViews":
+        """With fewer pixels; one so thin that its single row or column is longer takes more all the same."""
+        edges = 0 if self.image_edges is None else len(self.image_edges)
+        if max_tokens <= edges:
+            raise too_few(max_tokens, edges + 1)
+        most = min(self.max_pixels, (max_tokens - edges) * self.format.block_size**2)
+        if most == self.max_pixels:
+            return self
+        # Sides that grow are rounded up, and would not stay below a limit right above.
+        return dataclasses.replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most // 4))
+
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Block after block, between the edges."""
         unit = self.format.block_size
@@ -99,7 +110,7 @@ class NativeViews:
         found = self.size_rule(size, self.format.block_size, self.min_pixels, self.max_pixels)
         if not all(found):
             raise CorruptImage(
-                f"a picture of {size[0]}x{size[1]} pixels is too thin: nothing is left of {self.max_pixels} pixels"
+                f"a picture of {size[0]}x{size[1]} pixels is too thin for {self.max_pixels} pixels at most"
             )
         return found
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.image import normalize
 from vlm_jax.processors.tiling import Size
 from vlm_jax.types import PackedPatches
@@ -64,6 +65,14 @@ class Views(Protocol):
         """
         ...
 
+    def within(self, max_tokens: int) -> "Views":
+        """The same with no more than so many places for a picture, as far as the system can see with fewer.
+
+        Raises:
+          InfeasibleBudget: it takes more for the smallest; the message says how many.
+        """
+        ...
+
     def join(self, examples: Sequence[Sequence[Seen]]) -> Images | None:
         """The images of a batch; None where nothing is seen in it."""
         ...
@@ -98,6 +107,11 @@ class Pixels:
         return np.stack([normalize(np.asarray(picture), self.mean, self.std) for picture in pictures])
 
 
+def too_few(max_tokens: int, needed: int) -> InfeasibleBudget:
+    """The error of a picture that takes `needed` places at least."""
+    return InfeasibleBudget(f"a picture takes {needed} visual tokens at least, more than the {max_tokens} allowed")
+
+
 class Tiles:
     """What views of tiles have in common: no videos, and batches that are filled up with blank tiles."""
 
@@ -127,6 +141,11 @@ class NoViews(Tiles):
         if pictures:
             raise PictureMismatch(f"this model reads text alone, and {len(pictures)} pictures are given")
         return []
+
+    def within(self, max_tokens: int) -> "NoViews":
+        """Itself."""
+        del max_tokens
+        return self
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Refuses any picture."""

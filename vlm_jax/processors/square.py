@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.processors.image import square_padded
-from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles
+from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles, too_few
 from vlm_jax.processors.tiling import Size
 
 Fit = Literal["stretch", "crop", "pad", "shrink", "shrink_rounded"]
@@ -51,6 +51,12 @@ class SquareViews(Tiles):
         """Every picture by itself."""
         layout = np.arange(self.num_tokens)
         return [Seen(self.pixels.tiles([self.tile(picture)]), self.num_tokens, layout) for picture in pictures]
+
+    def within(self, max_tokens: int) -> "SquareViews":
+        """Itself: it has one number of tokens."""
+        if self.num_tokens > max_tokens:
+            raise too_few(max_tokens, self.num_tokens)
+        return self
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """As many tokens for every picture."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.image import to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
@@ -66,6 +67,7 @@ class Processor:
         videos: Sequence[Sequence[Video]] = (),
         *,
         fps: float | int = FRAME_RATE,
+        max_visual_tokens: int | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> Batch:
@@ -77,6 +79,7 @@ class Processor:
           images: pictures of every conversation, in order: files, Pillow's images, or uint8 arrays.
           videos: every video of every conversation: a file, or its frames as pictures.
           fps: frames a second of videos that are given as frames.
+          max_visual_tokens: most places of a picture; as the release has it when None.
           add_generation_prompt: ends with the head of the answer.
           **variables: more for the chat template.
 
@@ -87,6 +90,7 @@ class Processor:
           PictureMismatch: a conversation has other pictures than it speaks of.
           SequenceTooLong: one has more than `max_length` tokens; nothing is ever cut.
           CorruptImage: a picture cannot be read, or is too large.
+          InfeasibleBudget: no picture can be seen with so few tokens.
         """
         images, videos = images or [()] * len(conversations), videos or [()] * len(conversations)
         for what, given in (("images", images), ("videos", videos)):
@@ -94,7 +98,7 @@ class Processor:
                 raise PictureMismatch(
                     f"{what}: expected a list for each of {len(conversations)} conversations, got {len(given)}"
                 )
-        options = {"fps": fps, "add_generation_prompt": add_generation_prompt, **variables}
+        options = {"fps": fps, "most": max_visual_tokens, "add_generation_prompt": add_generation_prompt, **variables}
         examples = [
             self._example(f"conversation {number}", *example, **options)
             for number, example in enumerate(zip(conversations, images, videos, strict=True))
@@ -141,6 +145,7 @@ class Processor:
         videos: Sequence[Video],
         *,
         fps: float | int,
+        most: int | None,
         **options: Any,
     ) -> tuple[list[Text | Visual], list[Seen]]:
         """The pieces of a conversation, and what is seen in it in the order of the visual table."""
@@ -150,7 +155,13 @@ class Processor:
             to_picture(image, max_pixels=self.max_pixels, name=f"{name}, image {i}") for i, image in enumerate(images)
         ]
         places = [self.views.video(*self._frames(video, fps, f"{name}, video {i}")) for i, video in enumerate(videos)]
-        waiting: dict[Kind, list[Seen]] = {"image": self.views.images(pictures), "video": [*itertools.chain(*places)]}
+        seen = (self.views if most is None else self.views.within(most)).images(pictures)
+        for i, one in enumerate(seen):
+            if most is not None and len(one.layout) > most:
+                raise InfeasibleBudget(
+                    f"{name}, image {i}: takes {len(one.layout)} visual tokens at least, over {most}"
+                )
+        waiting: dict[Kind, list[Seen]] = {"image": seen, "video": [*itertools.chain(*places)]}
         pieces = self.prompt(messages, [len(parts) for parts in places], **options)
         return self._filled(pieces, waiting, name)
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlm_jax.processors.image import height_and_width
-from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles
+from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles, too_few
 from vlm_jax.processors.tiling import (
     Order,
     Size,
@@ -70,6 +70,16 @@ class InternVLViews(Tiles):
     def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """Every picture by itself."""
         return [self._seen(self.tiles(picture)) for picture in pictures]
+
+    def within(self, max_tokens: int) -> "InternVLViews":
+        """With fewer tiles, the whole picture among them."""
+        counts = {
+            most: (most + (self.thumbnail and most > 1)) * self.num_tokens for most in range(1, self.max_tiles + 1)
+        }
+        kept = [most for most, count in counts.items() if count <= max_tokens]
+        if not kept:
+            raise too_few(max_tokens, counts[1])
+        return dataclasses.replace(self, min_tiles=min(self.min_tiles, kept[-1]), max_tiles=kept[-1])
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Tile after tile."""
@@ -132,6 +142,14 @@ class DeepSeekVL2Views(Tiles):
             tiles = self.tiles(picture, len(pictures))
             seen.append(Seen(self.pixels.tiles(tiles), len(tiles) * self.tokens_per_side**2, layout))
         return seen
+
+    def within(self, max_tokens: int) -> "DeepSeekVL2Views":
+        """With the canvases that take no more."""
+        counts = [len(self.layout((rows // self.side, cols // self.side))) for rows, cols in self.canvases]
+        kept = tuple(size for size, count in zip(self.canvases, counts, strict=True) if count <= max_tokens)
+        if not kept:
+            raise too_few(max_tokens, min(counts))
+        return dataclasses.replace(self, canvases=kept)
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Rows of tokens with the learned row after each."""
@@ -213,6 +231,14 @@ class Ovis2Views(Tiles):
         tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side)
         whole = [self.pixels.resized(picture, (self.side, self.side))] if len(tiles) > 1 else []
         return self.pixels.tiles([*whole, *tiles])
+
+    def within(self, max_tokens: int) -> "Ovis2Views":
+        """With fewer parts."""
+        counts = {most: len(self.layout((1, most))) for most in range(1, self.max_parts + 1)}
+        kept = [most for most, count in counts.items() if count <= max_tokens]
+        if not kept:
+            raise too_few(max_tokens, counts[1])
+        return dataclasses.replace(self, max_parts=kept[-1])
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Tiles row by row with the learned rows between."""
