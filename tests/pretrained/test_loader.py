@@ -51,7 +51,7 @@ def test_importing_the_package_imports_no_jax():
 def test_an_archive_is_written_back_as_it_was(tmp_path):
     loaded = vlm_jax.from_pretrained(ARCHIVE)
     files = loaded.save_pretrained(tmp_path / "saved")
-    assert [path.name for path in files] == ["model.npz", "config.json"]
+    assert [path.name for path in files[:2]] == ["model.npz", "config.json"]
     assert json.loads((tmp_path / "saved" / "config.json").read_text()) == loaded.config
     original, again = arrays(ARCHIVE / "model.npz"), arrays(tmp_path / "saved" / "model.npz")
     assert original.keys() == again.keys()
@@ -59,6 +59,26 @@ def test_an_archive_is_written_back_as_it_was(tmp_path):
         np.testing.assert_array_equal(again[key], array)
     with pytest.raises(CheckpointFileError, match=r"model\.npz exists"):
         loaded.save_pretrained(tmp_path / "saved")
+
+
+def test_files_of_the_tokenizer_and_its_templates_come_along(tmp_path):
+    source, saved = tmp_path / "released", tmp_path / "saved"
+    shutil.copytree(ARCHIVE, source)
+    texts = {
+        "tokenizer_config.json": "{}",
+        "merges.txt": "a b",
+        "qwen.tiktoken": "YQ== 0",
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tool.jinja": "{{ tools }}",
+    }
+    (source / "additional_chat_templates").mkdir()
+    for name, text in {**texts, "weights.bin": "no"}.items():
+        (source / name).write_text(text)
+    files = vlm_jax.from_pretrained(source).save_pretrained(saved)
+    assert all(path.exists() for path in files)
+    for name, text in texts.items():
+        assert (saved / name) in files and (saved / name).read_text() == text
+    assert not (saved / "weights.bin").exists()
 
 
 def test_ignored_tensors_and_changed_parameters_are_written(tmp_path):

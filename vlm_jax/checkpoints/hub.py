@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,7 +43,9 @@ _DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_DOWNLOADED = ("*.safetensors", "*.json", "*.npz", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+# What stands beside the weights: settings, and the files of tokenizers, chat templates and processors.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
+_DOWNLOADED = ("*.safetensors", "*.npz", *_COMPANIONS)
 
 
 class CheckpointFileError(ValueError):
@@ -158,6 +161,24 @@ def read_config(source: str | os.PathLike[str], *, name: str = "config.json") ->
       CheckpointFileError: no such file, or not one JSON object.
     """
     return _read_json(Path(source) / name)
+
+
+def copy_companions(source: Path, folder: Path) -> tuple[Path, ...]:
+    """Copies what stands beside a checkpoint's weights, but for its index; files that are there already stay.
+
+    Args:
+      source: the folder of the checkpoint.
+      folder: an existing one.
+
+    Returns:
+      The files written.
+    """
+    found = sorted({path.relative_to(source) for pattern in _COMPANIONS for path in source.glob(pattern)})
+    written = [name for name in found if not name.name.endswith(".index.json") and not (folder / name).exists()]
+    for name in written:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    return tuple(folder / name for name in written)
 
 
 def save_checkpoint(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.checkpoints.hub import (
     Checkpoint,
+    copy_companions,
     fetch,
     open_checkpoint,
     read_config,
@@ -163,6 +164,8 @@ class Pretrained:
     def save_pretrained(self, folder: str | os.PathLike[str], *, params: Any = None) -> tuple[Path, ...]:
         """Writes config and weights under the released names, as the release's own code reads them.
 
+        The files of the tokenizer, the chat template and the processor come along.
+
         Args:
           folder: made if need be; must not hold a checkpoint.
           params: what is written instead of `self.params`, such as trained parameters.
@@ -182,7 +185,7 @@ class Pretrained:
         files = save(folder, tensors)
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        return (*files, path)
+        return (*files, path, *copy_companions(self.folder, Path(folder)))
 
 
 def _mesh_of(params: Any) -> Mesh | None:
