@@ -235,6 +235,14 @@ def test_sharded_over_devices_as_on_one(params):
         generate(model, whole, batch, mesh=make_mesh(MeshSettings(context=8)), **options)
 
 
+def test_prompts_with_images_over_devices(params, ragged, naive):
+    """Three rows on four shares of the batch: the last one stands twice, with its image."""
+    mesh = make_mesh(MeshSettings(data=4, tensor=2))
+    boxed = jax.eval_shape(MODEL.init, jax.random.key(0), ragged)
+    placed = jax.device_put(params, shardings(boxed["params"], mesh))
+    assert run(placed, ragged, mesh=mesh) == naive
+
+
 def test_a_cache_is_laid_out_whatever_the_model_makes_of_it():
     """Of a model that says nothing of its own layout, so that nothing but the engine's rule places the cache."""
     mesh = make_mesh(MeshSettings(data=4, tensor=2))
