@@ -11,6 +11,8 @@ import torch
 import transformers
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 import vlm_jax
 from vlm_jax.generation.text import complete
@@ -48,6 +50,16 @@ def randomised(model):
     return model.eval()
 
 
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    **VISION,
+}
+
+
 def llava(folder):
     processor = transformers.LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
@@ -57,20 +69,58 @@ def llava(folder):
         num_additional_image_tokens=1,
         chat_template=template("<image>"),
     )
-    vision = {
-        "model_type": "clip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        **VISION,
-    }
     config = transformers.LlavaConfig(
-        vision_config=vision,
+        vision_config=CLIP,
         text_config={"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT},
         image_token_id=processor.image_token_id,
     )
     return saved(folder, processor, transformers.LlavaForConditionalGeneration(config))
+
+
+def llava_next(folder):
+    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+    processor = transformers.LlavaNextProcessor(
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+        ),
+        tokenizer(image_token="<image>"),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template("<image>"),
+    )
+    config = transformers.LlavaNextConfig(
+        vision_config=CLIP,
+        text_config={"model_type": "mistral", "vocab_size": len(processor.tokenizer), **TEXT},
+        image_token_id=processor.image_token_id,
+        image_grid_pinpoints=pinpoints,
+    )
+    return saved(folder, processor, transformers.LlavaNextForConditionalGeneration(config))
+
+
+def internvl(folder):
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    processor = transformers.InternVLProcessor(
+        GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6),
+        tokenizer(**names, video_token="<video>"),
+        None,
+        image_seq_length=4,
+        chat_template=template("<IMG_CONTEXT>"),
+    )
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": [28, 28],
+        "patch_size": [7, 7],
+    }
+    config = transformers.InternVLConfig(
+        vision_config=vision,
+        text_config={"model_type": "qwen2", "vocab_size": len(processor.tokenizer), **TEXT},
+        image_token_id=processor.image_token_id,
+    )
+    return saved(folder, processor, transformers.InternVLForConditionalGeneration(config))
 
 
 def qwen2_5_vl(folder):
@@ -111,7 +161,7 @@ def saved(folder, processor, model):
     return processor, model, vlm_jax.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=[llava, qwen2_5_vl], ids=["llava", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=[llava, llava_next, internvl, qwen2_5_vl], ids=lambda made: made.__name__)
 def system(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Processors with videos check their parts against classes that only torchvision brings.
@@ -123,7 +173,8 @@ def said(system, messages, images):
     processor, model, _ = system
     inputs = official(processor, messages, images)
     inputs = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
-    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
+    ends = {"eos_token_id": processor.tokenizer.eos_token_id}  # no config names another
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **ends}
     ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
     return ids.tolist(), processor.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -140,11 +191,12 @@ def test_answers_of_a_ragged_batch(system):
     ours = system[2]
     given = [(conversation(1), pictures(1)), (conversation(1), pictures(3)[2:])]
     batch = ours.processor.batch(*zip(*given, strict=True))
-    answers = complete(ours.module, ours.params, batch, ours.tokenizer, end_ids=(), max_new_tokens=NEW)
+    answers = complete(ours.module, ours.params, batch, ours.tokenizer, end_ids=ours.end_ids, max_new_tokens=NEW)
     assert [list(answer.tokens) for answer in answers] == [said(system, *each)[0] for each in given]
 
 
 def test_the_command_line(system, tmp_path):
+    """A process for each system: pictures from files, the answer on standard output."""
     images = pictures(2)
     for name, image in zip("ab", images, strict=True):
         image.save(tmp_path / f"{name}.png")
