@@ -198,6 +198,7 @@ def test_splash_refuses_a_bias():
         ("tpu", jnp.float32, 64, 256, Context("causal"), "splash"),
         ("tpu", jnp.bfloat16, 64, 100, Context("full"), "xla"),
         ("tpu", jnp.bfloat16, 64, 128, Context("causal", offset=jnp.zeros((), jnp.int32)), "xla"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("causal", window=jnp.asarray(4)), "xla"),
         ("tpu", jnp.bfloat16, 64, 128, Context("full", branches=jnp.zeros((1, 128), jnp.int32)), "xla"),
     ],
 )

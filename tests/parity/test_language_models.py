@@ -152,6 +152,18 @@ def test_logits_whole_and_step_by_step_and_back(name, tmp_path):
     np.testing.assert_array_equal(their_logits(again, batch.tokens), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama, linear", "llama, llama3", "llama, yarn"])
+def test_angles_at_positions_far_away(name, tmp_path):
+    """An angle of a far position has the rounding of its frequency, many times over."""
+    model = made(name)
+    model.save_pretrained(tmp_path)
+    rope, positions = vlm_jax.from_pretrained(tmp_path).module.decoder.rope, np.array([[1000, 32_767, 131_071]])
+    cos, sin = model.model.rotary_emb(torch.zeros(1), torch.tensor(positions))
+    angles = rope.angles(jnp.asarray(positions), 8)
+    np.testing.assert_allclose(rope.magnitude * np.cos(angles), cos[..., :4], atol=1e-4)
+    np.testing.assert_allclose(rope.magnitude * np.sin(angles), sin[..., :4], atol=1e-4)
+
+
 # Text, an image of 2 x 3 visual tokens, and text again.
 M_ROPE = np.array(
     [[i, i, i] for i in range(3)]

@@ -148,8 +148,12 @@ def _exponents(dim: int) -> np.ndarray:
 
 
 def frequencies(dim: int, theta: float) -> Float[np.ndarray, "half"]:
-    """theta ** (-2 i / dim) for i < dim / 2, float32, rounded as the references do."""
-    return np.float32(1.0) / np.float32(theta) ** _exponents(dim)
+    """theta ** (-2 i / dim) for i < dim / 2, float32.
+
+    Rounded where torch rounds: at a position of 100,000 another rounding is an angle of 0.01.
+    """
+    wavelengths = np.float64(theta) ** _exponents(dim).astype(np.float64)
+    return np.float32(1.0) / wavelengths.astype(np.float32)
 
 
 def _linear(rope: Rope, plain: np.ndarray) -> np.ndarray:
