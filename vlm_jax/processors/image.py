@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 FILTERS: dict[str, Image.Resampling] = {
@@ -113,7 +113,8 @@ def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
         raise CorruptImage(f"{name}: its header claims {height}x{width} pixels, more than max_pixels={max_pixels}")
     try:
         picture.load()
-        return _eight_bits(ImageOps.exif_transpose(picture))
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1  # else Pillow would make a copy
+        return _eight_bits(ImageOps.exif_transpose(picture) if turned else picture)
     except (OSError, ValueError, SyntaxError) as error:
         raise CorruptImage(f"{name}: {type(error).__name__}: {error}") from error
 
@@ -129,7 +130,8 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
         return picture.convert("RGB")
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    mode = "L" if picture.mode in ("1", "L") else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def _pixels(picture: Image.Image, channels: int) -> UInt8[np.ndarray, "height width channels"]:
@@ -177,7 +179,8 @@ def normalize(
     height, width, channels = image.shape
     scale, shift = scale_and_shift(mean, std)
     # Whole rows at a time: NumPy's inner loop over three channels would cost more than the arithmetic.
-    pixels = np.multiply(image.reshape(height, width * channels), np.tile(scale, width), dtype=np.float32)
+    pixels = image.reshape(height, width * channels).astype(np.float32)
+    pixels *= np.tile(scale, width)
     pixels -= np.tile(shift, width)
     return pixels.reshape(image.shape)
 

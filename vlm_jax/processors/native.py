@@ -138,23 +138,25 @@ class NativeViews:
     def _seen(self, frames: Sequence[Image.Image], size: Size, edges: tuple[int, int] | None, interval: float) -> Seen:
         form = self.format
         pixels = np.stack([np.asarray(self.pixels.resized(frame, size)) for frame in frames])
+        depth = 1 if len(frames) == 1 else form.temporal_patch_size
         patches, grid = patchify(
-            pixels,
-            patch_size=form.patch_size,
-            temporal_patch_size=form.temporal_patch_size,
-            merge_size=form.merge_size,
-            channels_last=form.channels_last,
+            pixels, patch_size=form.patch_size, temporal_patch_size=depth, merge_size=form.merge_size
         )
+        values = self._normalised(patches)
+        if depth < form.temporal_patch_size:  # a picture fills its patches with copies, which need no arithmetic
+            frame = values.reshape(len(values), 3, 1, -1)
+            values = np.repeat(frame, form.temporal_patch_size, axis=2).reshape(len(values), -1)
         merged = (grid[0], grid[1] // form.merge_size, grid[2] // form.merge_size)
         positions = rotary_positions(merged, interval) if self.rotary_3d else None
-        return Seen(self._normalised(patches), math.prod(merged), _between(math.prod(merged), edges), grid, positions)
+        return Seen(values, math.prod(merged), _between(math.prod(merged), edges), grid, positions)
 
     def _normalised(self, patches: np.ndarray) -> np.ndarray:
         """float32 of uint8 patches, whose values lie channel after channel."""
         scale, shift = (
             np.repeat(part, patches.shape[1] // 3) for part in scale_and_shift(self.pixels.mean, self.pixels.std)
         )
-        values = np.multiply(patches, scale, dtype=np.float32)
+        values = patches.astype(np.float32)
+        values *= scale
         values -= shift
         return values
 
