@@ -31,6 +31,7 @@ from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion, complete
 from vlm_jax.pretrained.family import Description, Family, PretrainedError
 from vlm_jax.pretrained.processing import PROCESSORS
+from vlm_jax.pretrained.processing.agreement import check_agreement
 from vlm_jax.processors.system import Conversation, Picture, Processor
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import shardings
@@ -67,7 +68,8 @@ class Pretrained:
         """What makes batches of conversations and pictures, configured by the release's own files.
 
         Raises:
-          PretrainedError: the release has none, or its files say what is not computed here.
+          PretrainedError: the release has none, or its files say what is not computed here, or what is not
+            true of the model.
           TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
         """
         name = marker(self.config)
@@ -75,7 +77,9 @@ class Pretrained:
             raise PretrainedError(
                 f"no processor is registered for '{name}'; registered: " + ", ".join(sorted(PROCESSORS))
             )
-        return PROCESSORS[name](self.folder, self.config)
+        processor = PROCESSORS[name](self.folder, self.config)
+        check_agreement(processor, self.module)
+        return processor
 
     def count_visual_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Places of a prompt that each picture of one conversation takes, before anything runs.
