@@ -11,7 +11,7 @@ from flax import linen as nn
 
 import vlm_jax
 from tests.golden.conftest import DATA
-from vlm_jax.checkpoints.hub import open_checkpoint, read_config
+from vlm_jax.checkpoints.hub import open_checkpoint, read_config, save_checkpoint
 from vlm_jax.checkpoints.rules import import_params
 from vlm_jax.layers.rope import Rope
 from vlm_jax.pretrained.family import Names, PretrainedError
@@ -209,3 +209,12 @@ def test_a_short_prompt_of_qwen_that_grows_keeps_its_angles_and_scales_its_queri
             found.append(int(out[0, -1].argmax()))
         assert found == expected.tolist()
     assert not np.array_equal(expected, cases["text_long_greedy_recompute"])  # where angles follow the length so far
+
+
+def test_a_qwen_without_vision_is_a_language_model_alone(tmp_path):
+    whole, config = open_checkpoint(DATA / "qwen_vl_v1"), read_config(DATA / "qwen_vl_v1")
+    save_checkpoint(tmp_path, {key: whole[key][...] for key in whole if ".visual." not in key})
+    del config["visual"]
+    alone = vlm_jax.from_pretrained(tmp_path, config=config)
+    assert alone.module.encoder is None
+    jax.tree.map(np.testing.assert_array_equal, alone.params["decoder"], golden("qwen_vl_v1")[1]["params"])
