@@ -107,35 +107,3 @@ def test_queries_beyond_a_length_are_scaled_by_a_logarithm():
         factor = max(1.0, np.log(place + 1) / np.log(3))
         np.testing.assert_allclose(got[place], run(plain, factor)[place], atol=1e-5)
     assert np.abs(got[3:] - run(plain, 1.0)[3:]).max() > 1e-3
-
-
-def test_angles_by_the_prompt_stay_while_it_is_continued():
-    """A prompt within the length of training, continued beyond it, keeps plain angles; a longer prompt does not."""
-    sizes = {"depth": 1, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 16}
-    plain = Transformer(VOCAB, WIDTH, rope=Rope(50.0), **sizes)
-    scaled = plain.clone(rope=Rope(50.0, "dynamic_prompt", original_length=3))
-    ids = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, size=(2, LENGTH)))
-    params = nn.meta.unbox(
-        drawn(jax.eval_shape(functools.partial(plain.init, method=logits_of), jax.random.key(0), ids[:1]))
-    )
-    positions = jnp.array([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])  # prompts of two and four, the first padded on the left
-    segments = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-
-    def steps(decoder, ids, positions, segments, cache):
-        hidden, cache = decoder(decoder.embed(ids), positions, segments, cache)
-        return decoder.logits(hidden), cache
-
-    def continued(decoder):
-        cache, out = decoder.init_cache(2, LENGTH), []
-        run = jax.jit(functools.partial(decoder.apply, params, method=steps))
-        for start, stop in ((0, 4), (4, 5)):
-            logits, cache = run(*(x[:, start:stop] for x in (ids, positions, segments)), cache)
-            out.append(logits)
-        return np.concatenate(out, axis=1), cache
-
-    got, cache = continued(scaled)
-    np.testing.assert_array_equal(cache.prompt_length, [2, 4])
-    expected, longer = continued(plain)[0], continued(plain.clone(rope=Rope(50.0 * 3 ** (6 / 4))))[0]
-    np.testing.assert_allclose(got[0, 2:], expected[0, 2:], atol=1e-5)
-    np.testing.assert_allclose(got[1], longer[1], atol=1e-5)
-    assert np.abs(longer - expected)[1].max() > 1e-3

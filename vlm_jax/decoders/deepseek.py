@@ -10,12 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.rotary import no_prompt, rotary_angles
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.norm import Norm
-from vlm_jax.layers.rope import Rope, sequence_lengths
+from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.router import Scoring, Selection
 from vlm_jax.types import Positions
 
@@ -166,7 +167,8 @@ class Deepseek(nn.Module):
             return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
         layers = tuple(empty(stop - start) for _, start, stop in self.stacks())
-        return Cache(layers, jnp.zeros((batch_size, length), jnp.int32), jnp.zeros((), jnp.int32))
+        slots, prompt = jnp.zeros((batch_size, length), jnp.int32), no_prompt(self.rope, batch_size)
+        return Cache(layers, slots, jnp.zeros((), jnp.int32), prompt_length=prompt)
 
     def __call__(
         self,
@@ -183,8 +185,7 @@ class Deepseek(nn.Module):
         Returns:
           Normalised hidden states, and the cache with T more slots written.
         """
-        lengths = sequence_lengths(positions, segment_ids) if self.rope.by_length else None
-        angles = self.rope.angles(positions, self._rope_dim(), lengths)
+        angles, cache = rotary_angles(self.rope, positions, segment_ids, self._rope_dim(), cache)
         context = Context("causal", segment_ids, segment_ids, branch_ids, angles, magnitude=self.rope.magnitude)
         if cache is not None:
             offset, cache = cache.length, cache.with_segments(segment_ids)

@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.dropping import Rows, drop, num_dropped, restore
+from vlm_jax.decoders.rotary import no_prompt, rotary_angles
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.received import Heads, attention_received
-from vlm_jax.layers.rope import Rope, sequence_lengths
-from vlm_jax.types import PADDING_SEGMENT, Drop, Positions, VisualPlaces
+from vlm_jax.layers.rope import Rope
+from vlm_jax.types import Drop, Positions, VisualPlaces
 
 
 class Transformer(nn.Module):
@@ -110,8 +111,7 @@ class Transformer(nn.Module):
         for (start, stop), dropped in zip(self._spans(places), self._dropped(places), strict=True):
             size = (stop - start, batch_size, length - dropped, self.num_kv_heads, self._head_dim)
             parts.append(Cache.empty(*size, self.dtype if dtype is None else dtype))
-        if self.rope.by_prompt:
-            parts[0] = dataclasses.replace(parts[0], prompt_length=jnp.zeros(batch_size, jnp.int32))
+        parts[0] = dataclasses.replace(parts[0], prompt_length=no_prompt(self.rope, batch_size))
         return Cache.chained(parts)
 
     def __call__(
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         """
         length = embeddings.shape[1]
         every = jnp.broadcast_to(jnp.arange(length)[None], segment_ids.shape)
-        angles, cache = self._angles(positions, segment_ids, cache)
+        angles, cache = rotary_angles(self.rope, positions, segment_ids, self._head_dim, cache)
         rows = Rows(embeddings, angles, self._query_scale(positions), segment_ids, branch_ids, every)
         drops = () if places is None else self.drops
         spans = self._spans(places) if cache is None else _spans_of(cache)
@@ -186,20 +186,6 @@ class Transformer(nn.Module):
             magnitude=self.rope.magnitude,
             query_scale=rows.query_scale,
         )
-
-    def _angles(
-        self, positions: Positions, segment_ids: Int[Array, "B T"], cache: Cache | None
-    ) -> tuple[Float[Array, "B T half"], Cache | None]:
-        """Rotary angles, and the cache, which from the first call on knows the length of the prompt."""
-        lengths = None
-        if self.rope.by_length:
-            lengths = sequence_lengths(positions, segment_ids)
-            if cache is not None and cache.prompt_length is not None:
-                longest = jnp.max(jnp.where(segment_ids == PADDING_SEGMENT, 0, lengths), axis=1)
-                longest = jnp.where(cache.prompt_length == 0, longest, cache.prompt_length)
-                cache = dataclasses.replace(cache, prompt_length=longest)
-                lengths = jnp.broadcast_to(longest[:, None], lengths.shape)
-        return self.rope.angles(positions, self._head_dim, lengths), cache
 
     def _query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
         """Source: Su 2023 (log-n scaling); Bai et al. 2023 (Qwen), section 2.4."""
