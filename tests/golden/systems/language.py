@@ -129,42 +129,52 @@ class States(NamedTuple):
     logits: np.ndarray
 
 
-def states(ours: Any, rows: Mapping[str, Row], official: Mapping[str, np.ndarray] | None = None) -> dict[str, States]:
+Official = Mapping[str, np.ndarray]  # embeddings [T, D] of rows, by their names
+
+
+def states(ours: Any, rows: Mapping[str, Row], official: Official | None = None) -> dict[str, States]:
     """The states of every row, visual tokens included, by its name; one program.
 
     Hidden states and logits follow from the `official` embeddings of a row where they are given: visual rows
     of random models are small, and the first norm makes a rounding of theirs some hundred times as large.
     """
-    official = official or {}
-
-    def run(model, batch, given, known):
-        seen = []
-
-        def collect(call, args, kwargs, context):
-            if context.method_name != "__call__" or context.module.path != ("decoder", "blocks"):
-                return call(*args, **kwargs)
-            seen.append(call(*args, **{**kwargs, "collect": True}))
-            return seen[-1]
-
-        embeddings, segments, _ = model.embed(batch)
-        with nn.intercept_methods(collect):
-            follows = jnp.where(known, given, embeddings)
-            hidden, _ = model.decoder(follows, batch.positions, segments)
-        every = jnp.concatenate([seen[0][2][:-1], hidden[None]])
-        return embeddings, every.swapaxes(0, 1), model.decoder.logits(hidden)
-
-    inputs = batch(list(rows.values()), ours.module)
-    given = np.zeros((*inputs.tokens.shape, ours.module.decoder.width), np.float32)
-    for i, name in enumerate(rows):
-        if name in official:
-            given[i, : len(rows[name])] = official[name]
-    known = np.array([name in official for name in rows])[:, None, None]
-    apply = jax.jit(lambda params, *args: ours.module.apply({"params": params}, *args, method=run))
-    found = jax.tree.map(np.asarray, apply(ours.params, inputs, given, known))
+    apply = jax.jit(lambda params, *args: ours.module.apply({"params": params}, *args, method=forward))
+    found = jax.tree.map(np.asarray, apply(ours.params, *forward_inputs(ours, rows, official or {})))
     return {
         name: States(embedded[: len(row)], hidden[:, : len(row)], logits[: len(row)])
         for (name, row), embedded, hidden, logits in zip(rows.items(), *found, strict=True)
     }
+
+
+def forward(model: Any, batch: Batch, official: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Embeddings, hidden states [B, L + 1, T, D] and logits of a batch, as a method of the model.
+
+    Rows that are `known` go on with `official` values, while gradients pass as if they had not.
+    """
+    seen = []
+
+    def collect(call, args, kwargs, context):
+        if context.method_name != "__call__" or context.module.path != ("decoder", "blocks"):
+            return call(*args, **kwargs)
+        seen.append(call(*args, **{**kwargs, "collect": True}))
+        return seen[-1]
+
+    embeddings, segments, _ = model.embed(batch)
+    follows = embeddings + jax.lax.stop_gradient(jnp.where(known, official - embeddings, 0))
+    with nn.intercept_methods(collect):
+        hidden, _ = model.decoder(follows, batch.positions, segments)
+    every = jnp.concatenate([seen[0][2][:-1], hidden[None]])
+    return embeddings, every.swapaxes(0, 1), model.decoder.logits(hidden)
+
+
+def forward_inputs(ours: Any, rows: Mapping[str, Row], official: Official) -> tuple[Batch, np.ndarray, np.ndarray]:
+    """The arguments of `forward`."""
+    inputs = jax.tree.map(jnp.asarray, batch(list(rows.values()), ours.module))
+    given = np.zeros((*inputs.tokens.shape, ours.module.decoder.width), np.float32)
+    for i, name in enumerate(rows):
+        if name in official:
+            given[i, : len(rows[name])] = official[name]
+    return inputs, given, np.array([name in official for name in rows])[:, None, None]
 
 
 def _unpadded(rows: Mapping[str, Row], found: np.ndarray, left: bool) -> dict[str, np.ndarray]:

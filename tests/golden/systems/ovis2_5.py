@@ -153,19 +153,19 @@ def spoken(model, golden: comparison.Golden) -> dict[str, np.ndarray]:
     count = golden.expected[f"{names[0]}.generated"].shape[1]
     ids = language.greedy(model, {name: rows[name] for name in names}, count)
     found |= {f"{name}.generated": ids[name][None] for name in names}
-    return found | _gradients(model, [rows["mm"], rows["text"]], arrays["batch.labels"])
+    return found | _gradients(model, {name: rows[name] for name in ("mm", "text")}, official, arrays["batch.labels"])
 
 
-def _gradients(model, rows: list[Row], labels: np.ndarray) -> dict[str, np.ndarray]:
+def _gradients(model, rows: dict[str, Row], official: dict, labels: np.ndarray) -> dict[str, np.ndarray]:
     """The loss of a batch, and its gradients under the released names of the parameters."""
 
     @jax.jit
     @jax.value_and_grad
-    def run(params, batch):
-        return language.loss(model.module.apply({"params": params}, batch), labels)
+    def run(params, *inputs):
+        logits = model.module.apply({"params": params}, *inputs, method=language.forward)[-1]
+        return language.loss(logits, labels)
 
-    batch = jax.tree.map(jnp.asarray, language.batch(rows, model.module))
-    value, gradients = run(model.params, batch)
+    value, gradients = run(model.params, *language.forward_inputs(model, rows, official))
     # Every operation of these rules moves numbers about, so that it takes gradients where it takes parameters.
     released = export_params(model.description.rules, gradients)
     return {"batch.loss": value, **{f"grad.{name}": array for name, array in released.items()}}
