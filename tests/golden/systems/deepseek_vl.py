@@ -45,17 +45,19 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
     found["sam_neck"] = parts["neck"].transpose(0, 3, 1, 2)
     found["sam_neck_hd"] = parts["high_res_neck"].transpose(0, 3, 1, 2)
 
-    def combined(combine):
-        return jax.jit(lambda params, images: module.clone(combine=combine).apply({"params": params}, images))
+    @jax.jit
+    def towers(params, images):  # one program, in which every tower runs once for all that is made of it
+        encoder = params["encoder"]
+        without_branch = {**encoder, "high": {**encoder["high"], "high_res_scale": jnp.zeros(1)}}
+        high, low = module.apply({"params": encoder}, images)
+        found = {"high": high.tokens[:1], "low": low.tokens[:1]}
+        found |= {"high_second": high.tokens[1:2], "low_second": low.tokens[1:2]}
+        found["high_alpha0"] = module.apply({"params": without_branch}, images)[0].tokens[:1]
+        for name, combine in (("feature", "feature"), ("sequence", "sequence"), ("add", "sum")):
+            found[f"concat_{name}"] = module.clone(combine=combine).apply({"params": encoder}, images).tokens[:1]
+        return {**found, "aligned": ours.module.apply({"params": params}, images, method="visual_tokens").tokens}
 
-    high, low = combined("tuple")(params, images)
-    found |= {"high": high.tokens[:1], "low": low.tokens[:1]}
-    found |= {"high_second": high.tokens[1:2], "low_second": low.tokens[1:2]}
-    without_branch = {**params, "high": {**params["high"], "high_res_scale": jnp.zeros(1)}}
-    found["high_alpha0"] = combined("tuple")(without_branch, first)[0].tokens
-    for name, combine in (("feature", "feature"), ("sequence", "sequence"), ("add", "sum")):
-        found[f"concat_{name}"] = combined(combine)(params, first).tokens
-    found["aligned"] = jax.jit(lambda x: ours.apply(x, method="visual_tokens").tokens)(images)
+    found |= towers(ours.params, images)
     for name in found:
         if name in entries and not name.startswith("sam_"):
             found[name] = found[name][:, :: step(entries[name])]
@@ -69,9 +71,14 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
         name: getattr(module.low, name) for name in module.low.__dataclass_fields__ if name not in ("parent", "name")
     }
     unnormalised = module.clone(low=Seen(**fields), low_statistics=None)
-    _, state = unnormalised.apply({"params": params}, first, mutable="intermediates")
+
+    @jax.jit
+    def resized(params, images):  # the towers behind it are left out by the compiler
+        state = unnormalised.apply({"params": params}, images, mutable="intermediates")[1]
+        return state["intermediates"]["low"]["images"][0]
+
     every = step(entries["low_images"]) if "low_images" in entries else 1
-    (small,) = state["intermediates"]["low"]["images"]
+    small = resized(params, first)
     found["low_images"] = small[:, ::every, ::every].transpose(0, 3, 1, 2)
     return found
 

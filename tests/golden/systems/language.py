@@ -192,11 +192,15 @@ def shown(entry: Mapping[str, Any], array: np.ndarray) -> np.ndarray:
     return array[-count:]
 
 
+@jax.jit
+def _cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+    return cross_entropy(logits, jnp.maximum(target, 0), jnp.asarray(target != IGNORED, jnp.float32))[0]
+
+
 def loss(logits: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> jax.Array:
     """Mean cross entropy of what the labels of the position behind say, over all rows."""
-    predicted = jnp.concatenate([jnp.asarray(row)[:-1] for row in logits])
-    target = np.concatenate([row[1:] for row in labels])
-    return cross_entropy(predicted, jnp.maximum(target, 0), jnp.asarray(target != IGNORED, jnp.float32))[0]
+    join = np if isinstance(logits[0], np.ndarray) else jnp
+    return _cross_entropy(join.concatenate([row[:-1] for row in logits]), np.concatenate([row[1:] for row in labels]))
 
 
 def greedy(ours: Any, rows: Mapping[str, Row], count: int) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ class Tower:
         """The features, and [depth + 1, patches, width] of the blocks, in the processor's order."""
         module = self.module.clone(**fields)
         apply = jax.jit(lambda params, packed: module.apply({"params": params}, packed, collect=True))
-        features = apply(self.params, self.packed(module.window))
+        features = jax.tree.map(np.asarray, apply(self.params, self.packed(module.window)))
         return features, features.hidden[:, 0, : len(self.patches)]
 
 
@@ -97,21 +97,27 @@ def _normed(model, x) -> np.ndarray:
 
 def _vocabulary(model, features: VisualFeatures) -> dict[str, np.ndarray]:
     """Arrays behind the tower, of the squares that are real, by the official names of an image's."""
-    connector, variables = model.module.connector, {"params": model.params["connector"]}
+    connector = model.module.connector
 
     def head(part, _):
         return part.name == "head"
 
-    (logits, mask), state = connector.apply(variables, features, method="logits", capture_intermediates=head)
-    words = connector.apply(variables, logits, deterministic=True, method="words")
-    merged = squares(features, connector.factor, "")[0]
-    found = {
-        "vt.features": merged.reshape(*merged.shape[:2], -1),
-        "vt.head_linear": state["intermediates"]["head"]["__call__"][0],
-        "vt.head_logits": logits,
-        "vt.tokens": jnp.pad(words, ((0, 0), (0, 0), (0, connector.num_indicators))),
-        "vte.visual_embeds": connector.apply(variables, features, deterministic=True).tokens,
-    }
+    @jax.jit
+    def run(params, features):
+        variables = {"params": params}
+        (logits, mask), state = connector.apply(variables, features, method="logits", capture_intermediates=head)
+        words = connector.apply(variables, logits, deterministic=True, method="words")
+        merged = squares(features, connector.factor, "")[0]
+        found = {
+            "vt.features": merged.reshape(*merged.shape[:2], -1),
+            "vt.head_linear": state["intermediates"]["head"]["__call__"][0],
+            "vt.head_logits": logits,
+            "vt.tokens": jnp.pad(words, ((0, 0), (0, 0), (0, connector.num_indicators))),
+            "vte.visual_embeds": connector.apply(variables, features, deterministic=True).tokens,
+        }
+        return found, mask
+
+    found, mask = jax.tree.map(np.asarray, run(model.params["connector"], jax.tree.map(jnp.asarray, features)))
     return {name: array[mask] for name, array in found.items()}
 
 
@@ -188,7 +194,7 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
         "vit.embeddings": hidden[0],
     }
     found |= {f"vit.layer.{i}": state for i, state in enumerate(hidden[1:])}
-    found["vit.last_hidden_state"] = _normed(model, hidden[-1])
+    found["vit.last_hidden_state"] = _normed(model, jnp.asarray(hidden[-1]))
     for name in VARIANTS.keys() & expected.keys():
         found[name] = tower.encode(**VARIANTS[name])[1][-1]
     if "video.tokens" in expected:
