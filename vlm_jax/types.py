@@ -193,6 +193,19 @@ class PackedPatches:
     window_length: int = static_field(default=0)
 
 
+@struct
+class TwoSizes:
+    """Images at two sizes, for an encoder that is told what its second tower sees.
+
+    Attributes:
+      high: pixels.
+      low: the same images, smaller.
+    """
+
+    high: Float[Array, "*images height width channels"]
+    low: Float[Array, "*images low_height low_width channels"]
+
+
 # Rotary positions: one of each place, or three (temporal, row, column) as M-RoPE has them.
 Positions = Int[Array, "B T"] | Int[Array, "B T 3"]
 
@@ -210,7 +223,7 @@ class Batch:
         of packed patches, the tokens of one image follow those of the image before. Of a model with
         learned rows (`VLM.learned_rows`), those are the first ones, and the image tokens follow.
       images: float32 pixels, normalised by the processor, or all images of an example packed into
-        one sequence, or None for text alone.
+        one sequence, or images at two sizes, or None for text alone.
       targets: the id to be predicted at each position (already shifted), any id without weight.
       loss_weights: 1.0 where the prediction counts.
       branch_ids: None, or what a position reads of its segment: branch 0 and its own branch.
@@ -220,7 +233,7 @@ class Batch:
     positions: Positions
     segment_ids: Int[Array, "B T"]
     visual_index: Int[Array, "B T"]
-    images: Float[Array, "B I height width channels"] | PackedPatches | None = None
+    images: Float[Array, "B I height width channels"] | PackedPatches | TwoSizes | None = None
     targets: Int[Array, "B T"] | None = None
     loss_weights: Float[Array, "B T"] | None = None
     branch_ids: Int[Array, "B T"] | None = None

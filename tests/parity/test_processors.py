@@ -11,6 +11,9 @@ from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
+    DeepseekVLHybridImageProcessorPil,
+)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -265,6 +268,29 @@ def test_deepseek_vl(tmp_path):
         same_ids(ours, expected)
         same_tiles(ours, expected)
         check_rows(ours, theirs.image_token_id, 9 * count)
+
+
+def test_deepseek_vl_hybrid(tmp_path):
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    sizes = {"size": {"height": 32, "width": 32}, "high_res_size": {"height": 64, "width": 64}}
+    theirs = transformers.DeepseekVLHybridProcessor(
+        DeepseekVLHybridImageProcessorPil(**sizes, **half, min_size=4),
+        tokenizer(image_token="<image_placeholder>"),
+        chat_template=template("<image_placeholder>"),
+        num_image_tokens=9,
+    )
+    folder, config = save(theirs, tmp_path, model_type="deepseek_vl_hybrid")
+    processor = deepseek_hf.processor_hybrid(folder, config)
+    images, kind = pictures(5), theirs.image_processor
+    ours, expected = processor(conversation(5), images), official(theirs, conversation(5), images)
+    same_ids(ours, expected)
+    # The towers normalise these, each with its own statistics.
+    for pixels, name, mean, std in (
+        (ours.images.high[0], "high_res_pixel_values", kind.high_res_image_mean, kind.high_res_image_std),
+        (ours.images.low[0], "pixel_values", kind.image_mean, kind.image_std),
+    ):
+        wanted = np.asarray(expected[name]).transpose(0, 2, 3, 1)
+        np.testing.assert_allclose((pixels - np.array(mean)) / np.array(std), wanted, atol=1e-5)
 
 
 def test_internvl(tmp_path, without_torchvision):

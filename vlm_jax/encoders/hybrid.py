@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.resize import resize
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Grid, TwoSizes, VisualFeatures
 
 Combine = Literal["feature", "sequence", "sum", "tuple"]
 ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -76,13 +76,18 @@ class Hybrid(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "B height width channels"]
+        self, images: Float[Array, "B height width channels"] | TwoSizes
     ) -> VisualFeatures | tuple[VisualFeatures, VisualFeatures]:
-        """Encodes pixels: on [0, 1] where there are statistics, else normalised."""
-        size = images.shape[1:3]
-        grid = self.grid(*size)
-        small = resize(images, self.low_image_size(*size), "bilinear_antialias")
-        high = self.high(_normalise(images, self.high_statistics))
+        """Encodes pixels: on [0, 1] where there are statistics, else normalised.
+
+        Of `TwoSizes` the low-resolution encoder sees what it is given, and nothing is made smaller here.
+        """
+        if isinstance(images, TwoSizes):
+            large, small = images.high, images.low
+        else:
+            large, small = images, resize(images, self.low_image_size(*images.shape[1:3]), "bilinear_antialias")
+        grid = self.grid(*large.shape[1:3])
+        high = self.high(_normalise(large, self.high_statistics))
         low = self.low(_normalise(small, self.low_statistics))
         if self.combine == "tuple":
             return high, low

@@ -3,7 +3,7 @@
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vlm_jax.types import Instruction, PackedPatches, VisualTokens
+from vlm_jax.types import Instruction, PackedPatches, TwoSizes, VisualTokens
 
 
 class VisualPrefix(nn.Module):
@@ -19,7 +19,7 @@ class VisualPrefix(nn.Module):
 
     def visual_tokens(
         self,
-        images: Float[Array, "B height width channels"] | PackedPatches,
+        images: Float[Array, "B height width channels"] | PackedPatches | TwoSizes,
         instruction: Instruction | None = None,
         *,
         deterministic: bool = True,
@@ -30,7 +30,7 @@ class VisualPrefix(nn.Module):
 
     def __call__(
         self,
-        images: Float[Array, "B height width channels"] | PackedPatches,
+        images: Float[Array, "B height width channels"] | PackedPatches | TwoSizes,
         instruction: Instruction | None = None,
         *,
         deterministic: bool = True,

@@ -8,16 +8,25 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, PackedPatches, Positions, VisualPlaces, VisualTokens
+from vlm_jax.types import (
+    PADDING_SEGMENT,
+    TEXT_SLOT,
+    Batch,
+    PackedPatches,
+    Positions,
+    TwoSizes,
+    VisualPlaces,
+    VisualTokens,
+)
 
-Images = Float[Array, "images height width channels"] | PackedPatches
+Images = Float[Array, "images height width channels"] | PackedPatches | TwoSizes
 
 
-def flat_images(images: Float[Array, "B I height width channels"] | PackedPatches) -> Images:
+def flat_images(images: Float[Array, "B I height width channels"] | PackedPatches | TwoSizes) -> Images:
     """A batch's images as an encoder takes them: one after another, or as they were packed."""
     if isinstance(images, PackedPatches):
         return images
-    return images.reshape(-1, *images.shape[2:])
+    return jax.tree.map(lambda pixels: pixels.reshape(-1, *pixels.shape[2:]), images)
 
 
 def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:

@@ -11,11 +11,11 @@ from PIL import Image
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.image import normalize
 from vlm_jax.processors.tiling import Size
-from vlm_jax.types import PackedPatches
+from vlm_jax.types import PackedPatches, TwoSizes
 
 # Of every place in order: row r of the picture's own visual tokens as r, the learned row k as -1 - k.
 Layout = Int[np.ndarray, "n"]
-Images = Float[np.ndarray, "B I height width channels"] | PackedPatches
+Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSizes
 
 
 class PictureMismatch(ValueError):
@@ -32,6 +32,7 @@ class Seen:
       layout: what fills its places.
       grid: (frames, rows, columns) of the patches; None of tiles.
       positions: (time, row, column) of every place, from 0, where text has positions of three axes.
+      low: the same tiles at a lower resolution, for an encoder that sees both.
     """
 
     pixels: Float[np.ndarray, "..."]
@@ -39,6 +40,7 @@ class Seen:
     layout: Layout
     grid: tuple[int, int, int] | None = None
     positions: Int[np.ndarray, "n 3"] | None = None
+    low: Float[np.ndarray, "tiles height width channels"] | None = None
 
 
 @runtime_checkable
@@ -122,15 +124,21 @@ class Tiles:
 
     def join(self, examples: Sequence[Sequence[Seen]]) -> Float[np.ndarray, "B I height width channels"] | None:
         """The tiles of every example, one after another, and blank ones up to the most of any."""
-        tiles = [[seen.pixels for seen in example] for example in examples]
-        shape = next((part.shape[1:] for parts in tiles for part in parts), None)
-        if shape is None:
-            return None
-        joined = np.zeros((len(tiles), max(sum(map(len, parts)) for parts in tiles), *shape), np.float32)
-        for row, parts in zip(joined, tiles, strict=True):
-            if parts:
-                np.concatenate(parts, out=row[: sum(map(len, parts))])
-        return joined
+        return joined_tiles([[seen.pixels for seen in example] for example in examples])
+
+
+def joined_tiles(
+    examples: Sequence[Sequence[Float[np.ndarray, "_ height width channels"]]],
+) -> Float[np.ndarray, "B I height width channels"] | None:
+    """Tiles of every example, one after another, and blank ones up to the most of any; None where there is none."""
+    shape = next((part.shape[1:] for parts in examples for part in parts), None)
+    if shape is None:
+        return None
+    joined = np.zeros((len(examples), max(sum(map(len, parts)) for parts in examples), *shape), np.float32)
+    for row, parts in zip(joined, examples, strict=True):
+        if parts:
+            np.concatenate(parts, out=row[: sum(map(len, parts))])
+    return joined
 
 
 class NoViews(Tiles):

@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.processors.image import square_padded
-from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles, too_few
+from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles, joined_tiles, too_few
 from vlm_jax.processors.tiling import Size
+from vlm_jax.types import TwoSizes
 
 Fit = Literal["stretch", "crop", "pad", "shrink", "shrink_rounded"]
 
@@ -91,3 +92,41 @@ class SquareViews(Tiles):
         else:
             width, height = (max(round(length * (side / long)), self.min_size) for length in picture.size)
         return square_padded(self.pixels.resized(picture, (height, width)), self._colour)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoSizeViews(Tiles):
+    """Every picture as one tile at two sizes; the smaller one is made of the larger in 8 bits.
+
+    Attributes:
+      high: the larger, whose tokens are the picture's.
+      low: the smaller.
+
+    Source: transformers, models/deepseek_vl_hybrid/image_processing_deepseek_vl_hybrid.py.
+    """
+
+    high: SquareViews
+    low: SquareViews
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+        """Every picture by itself."""
+        tiles = [self.high.tile(picture) for picture in pictures]
+        seen = self.high.images(tiles)
+        return [
+            dataclasses.replace(one, low=self.low.pixels.tiles([self.low.tile(tile)]))
+            for one, tile in zip(seen, tiles, strict=True)
+        ]
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """As many tokens for every picture."""
+        return self.high.layouts(sizes)
+
+    def within(self, max_tokens: int) -> "TwoSizeViews":
+        """Itself: it has one number of tokens."""
+        return dataclasses.replace(self, high=self.high.within(max_tokens))
+
+    def join(self, examples: Sequence[Sequence[Seen]]) -> TwoSizes | None:
+        """The tiles of every example at both sizes."""
+        high = joined_tiles([[seen.pixels for seen in example] for example in examples])
+        low = joined_tiles([[seen.low for seen in example if seen.low is not None] for example in examples])
+        return None if high is None or low is None else TwoSizes(high, low)

@@ -31,6 +31,7 @@ def _llava(folder: Folder, config: Mapping[str, Any]) -> Processor:
 # What a released config calls its kind of model (`loader.marker`) -> what makes its processor.
 PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
     "deepseek_vl": deepseek_hf.processor,
+    "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
     "deepseek_vl_v2": deepseek.processor2,
     "internlm2": text.processor,
     "internvl": internvl_hf.processor,

@@ -1,9 +1,15 @@
 """DeepSeek-VL as transformers stores it."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from PIL import Image
+
+from vlm_jax.pretrained.deepseek_vl_hf import HIGH_STATISTICS, LOW_STATISTICS
+from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.settings import (
+    CLIP_STATISTICS,
     Folder,
     height_and_width,
     image_settings,
@@ -14,12 +20,21 @@ from vlm_jax.pretrained.processing.settings import (
 )
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.square import SquareViews, TwoSizeViews
 from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
 
 # transformers, models/deepseek_vl/image_processing_deepseek_vl.py.
 DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "min_size": 14, "do_pad": True}
+# transformers, models/deepseek_vl_hybrid/image_processing_deepseek_vl_hybrid.py.
+HYBRID_DEFAULTS: dict[str, Any] = {
+    **DEFAULTS,
+    "high_res_size": {"height": 1024, "width": 1024},
+    "high_res_resample": 3,
+    "high_res_image_mean": CLIP_STATISTICS["image_mean"],
+    "high_res_image_std": CLIP_STATISTICS["image_std"],
+}
 
 
 def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
@@ -39,3 +54,29 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, marks={"image": token}, tokens={"image": token}
     )
     return Processor(prompt, views, pad_id(tokenizer, config))
+
+
+def processor_hybrid(folder: Folder, config: Mapping[str, Any]) -> Processor:
+    """The processor of a folder with two towers, which normalise their pixels themselves.
+
+    The release's own code gives its small tower a smaller copy of the large one's floating-point pixels; the port
+    shrinks them in 8 bits, which is done here.
+
+    Raises:
+      PretrainedError: the files normalise otherwise than the model here.
+    """
+    settings = image_settings(folder, HYBRID_DEFAULTS)
+    where = f"{folder}: image processor"
+    told = [(tuple(settings[f"{key}image_mean"]), tuple(settings[f"{key}image_std"])) for key in ("high_res_", "")]
+    if told != [HIGH_STATISTICS, LOW_STATISTICS]:
+        raise PretrainedError(f"{where}: expected means and deviations {[HIGH_STATISTICS, LOW_STATISTICS]}, got {told}")
+    base = processor(folder, config)
+    square: Any = base.views
+    low = dataclasses.replace(square, pixels=Pixels(resample=Image.Resampling(settings["resample"])))
+    high = dataclasses.replace(
+        low,
+        pixels=Pixels(resample=Image.Resampling(settings["high_res_resample"])),
+        size=height_and_width(settings["high_res_size"], where),
+        background=mean_colour({"image_mean": settings["high_res_image_mean"]}),
+    )
+    return dataclasses.replace(base, views=TwoSizeViews(high, low))
