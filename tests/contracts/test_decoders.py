@@ -30,6 +30,18 @@ OPTIONS = {
             "tie_embeddings": False,
         },
     ),
+    "deepseek with plain attention, every other layer with experts": (
+        "deepseek",
+        {
+            "latent_dim": None,
+            "depth": 3,
+            "num_dense": 0,
+            "expert_every": 2,
+            "scoring": "sigmoid",
+            "normalize_weights": True,
+            "tie_embeddings": True,
+        },
+    ),
     "transformer with a window": ("transformer", {"windows": (None, 3)}),
 }
 CASES = {**{kind: (kind, {}) for kind in DECODERS}, **OPTIONS}

@@ -113,6 +113,30 @@ RELEASES = {
         {},
         8_190_735_360,
     ),
+    # DeepSeek-VL2's language models: see the live count in tests/parity/test_deepseek_v2.py.
+    "DeepSeek-VL2-tiny": (
+        {"model_type": "deepseek_v2", "hidden_size": 1280, "intermediate_size": 6848, "moe_intermediate_size": 896}
+        | {"num_hidden_layers": 12, "num_attention_heads": 10, "num_key_value_heads": 10, "vocab_size": 129_280}
+        | {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1}
+        | {"use_mla": False, "kv_lora_rank": None, "q_lora_rank": None},
+        {},
+        2_934_734_080,
+    ),
+    "DeepSeek-VL2-small": (
+        {"model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10_944, "moe_intermediate_size": 1408}
+        | {"num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 102_400}
+        | {"n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1}
+        | {"q_lora_rank": None},
+        {},
+        15_706_484_224,
+    ),
+    "DeepSeek-VL2": (
+        {"model_type": "deepseek_v2", "hidden_size": 2560, "intermediate_size": 12_288, "moe_intermediate_size": 1536}
+        | {"n_routed_experts": 72, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1}
+        | {"vocab_size": 129_280, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "q_lora_rank": None},
+        {},
+        27_033_548_328,
+    ),
     "SigLIP so400m/14 at 384": (
         {
             "model_type": "siglip",
