@@ -17,6 +17,11 @@ from vlm_jax.encoders import ENCODERS
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import choose_family
 
+_QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "vocab_size": 152_064}
+_QWEN_7B |= {"num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1e6, "use_sliding_window": False}
+_QWEN_7B |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "tie_word_embeddings": False}
+_QWEN_TOWER = {"depth": 32, "num_heads": 16, "in_chans": 3, "patch_size": 14, "spatial_merge_size": 2}
+_QWEN_KEYS = {key: (1,) for key in ("visual.patch_embed.proj.weight", "model.embed_tokens.weight", "lm_head.weight")}
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 _CLIP_TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
@@ -136,6 +141,33 @@ RELEASES = {
         | {"vocab_size": 129_280, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "q_lora_rank": None},
         {},
         27_033_548_328,
+    ),
+    # Whole systems, as their files describe them: those of Qwen with the language model's settings beside the rest.
+    "Qwen2-VL 7B": (
+        {"model_type": "qwen2_vl", **_QWEN_7B}
+        | {"vision_config": {**_QWEN_TOWER, "embed_dim": 1280, "mlp_ratio": 4, "hidden_size": 3584}},
+        _QWEN_KEYS,
+        8_291_375_616,
+    ),
+    "Qwen2.5-VL 7B": (
+        {"model_type": "qwen2_5_vl", **_QWEN_7B}
+        | {"vision_config": {**_QWEN_TOWER, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}},
+        _QWEN_KEYS,
+        8_292_166_656,
+    ),
+    "LLaVA-1.5 7B": (
+        {
+            "model_type": "llava",
+            "text_config": {"model_type": "llama", "vocab_size": 32_064, "rms_norm_eps": 1e-5},
+            "vision_config": {**_LARGE, "model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
+        },
+        {
+            "multi_modal_projector.linear_2.weight": (4096, 4096),
+            "language_model.model.embed_tokens.weight": (32_064, 4096),
+            "language_model.lm_head.weight": (32_064, 4096),
+            "vision_tower.vision_model.embeddings.class_embedding": (1024,),
+        },
+        7_063_427_072 - 12_596_224 - 2048,  # all but CLIP's last block and norm, which it does not use
     ),
     "SigLIP so400m/14 at 384": (
         {
