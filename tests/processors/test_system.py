@@ -38,7 +38,7 @@ class Letters:
         return ids
 
     def decode(self, ids):
-        return "".join(self.special.get(index, chr(index - 100)) for index in ids)
+        return "".join(self.special[index] if index in self.special else chr(index - 100) for index in ids)
 
     def id_of(self, token):
         return {name: index for index, name in self.special.items()}.get(token)

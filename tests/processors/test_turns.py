@@ -1,0 +1,62 @@
+"""Prompts that are spelled turn by turn; golden folders have the ids of the releases."""
+
+import pytest
+
+from vlm_jax.processors.layout import Text
+from vlm_jax.processors.prompt import Slot
+from vlm_jax.processors.seen import PictureMismatch
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.turns import DeepSeekVL2Prompt, PromptError, QwenVLPrompt
+
+from .test_system import Letters, picture, processor, say
+
+
+class Vocabulary(Letters):
+    special = {1: "<s>", 2: "</s>", 3: "<image>", 4: "<img>", 5: "</img>", 6: "<imgpad>", 7: "<|im_start|>", 8: "<|im_end|>"}  # noqa: RUF012, E501  # fmt: skip
+
+
+TOKENIZER = Tokenizer(Vocabulary(), {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def spelled(pieces):
+    """Text as it is, slots in brackets."""
+    decode = Vocabulary().decode
+    return "".join(f"[{piece.kind}]" if isinstance(piece, Slot) else decode(list(piece.ids)) for piece in pieces)
+
+
+def test_deepseek_vl2_learns_what_the_assistant_says():
+    messages = [
+        {"role": "system", "content": "S "},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q "}]},
+        {"role": "assistant", "content": " a"},
+    ]
+    pieces = DeepSeekVL2Prompt(TOKENIZER)(messages, ())
+    assert spelled(pieces) == "<s>S<|User|>: [image]\nq\n\n<|Assistant|>:a</s>"
+    assert spelled([piece for piece in pieces if isinstance(piece, Text) and piece.learned]) == "a</s>"
+    with pytest.raises(PromptError, match="message 1 has the role 'system', which only the first may have"):
+        DeepSeekVL2Prompt(TOKENIZER)(messages[1:2] + messages[:1], ())
+    with pytest.raises(PromptError, match="take pictures and text alone, got enable_thinking"):
+        DeepSeekVL2Prompt(TOKENIZER)(messages, (), enable_thinking=True)
+
+
+def test_qwen_vl_numbers_the_pictures_of_a_message():
+    prompt = QwenVLPrompt(TOKENIZER, system="S")
+    content = [{"type": "image", "image": "a"}, {"type": "image"}, {"type": "text", "text": "q"}]
+    text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\n"
+    text += "Picture 1: <img>[image]</img>\nPicture 2: <img>[image]</img>\nq"
+    pieces = prompt([{"role": "user", "content": content}], ())
+    assert spelled(pieces) == text + "<|im_end|>\n<|im_start|>assistant\n"
+    assert [piece.first_ids for piece in pieces if isinstance(piece, Slot)] == [(ord("a"),), ()]
+    with pytest.raises(PromptError, match="an <img> without </img>"):
+        prompt.spelled("x<img>y")
+
+
+def test_a_path_lies_in_the_first_places_of_its_picture():
+    made = processor()
+    made = type(made)(QwenVLPrompt(TOKENIZER), made.views, 2)
+    batch = made([{"role": "user", "content": "<img>é</img>"}], [picture()])
+    places = batch.visual_index[0] >= 0
+    assert batch.tokens[0][places].tolist() == [0xC3, 0xA9, 6]
+    with pytest.raises(PictureMismatch, match="the name of a picture has 4 bytes, more than the 3 places"):
+        made([{"role": "user", "content": "<img>abcd</img>"}], [picture()])
+    assert len(made(say("q")).tokens[0]) > 0
