@@ -1,8 +1,14 @@
 """Processors of golden folders: they agree with their models, and disagreement is told."""
 
 import dataclasses
+import functools
+import json
 
+import jax
+import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 import vlm_jax
 from tests.golden.conftest import DATA
@@ -59,3 +65,68 @@ def test_canvases_in_every_form(pinpoints, expected):
     assert canvases(pinpoints, 10, "llava") == expected
     with pytest.raises(PretrainedError, match=r"llava\.image_grid_pinpoints: expected pairs of pixels, got '1x1'"):
         canvases("1x1", 10, "llava")
+
+
+def tokenizer_files(folder, *added):
+    """Bytes, and tokens that releases add."""
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<pad>", *added])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+# Of a golden folder's config: added tokens, files of the processor, and the prompt but for what pictures take.
+RELEASES = {
+    "llava15": ([], {}, " USER: [image]\nWhat? ASSISTANT:"),
+    "llava16_anyres": ([], {}, " USER: [image]\nWhat? ASSISTANT:"),
+    "mobilevlm_v2": ([], {}, " USER: [image]\nWhat? ASSISTANT:"),
+    "internvl2_qwen2": (
+        ["<img>", "</img>", "<IMG_CONTEXT>"],
+        {},
+        "<|im_end|><|im_start|>user\n<img>[image]</img>\nWhat?<|im_end|><|im_start|>assistant\n",
+    ),
+    "deepseek_vl_siglip": (
+        ["<image_placeholder>"],
+        {
+            "processor_config.json": {"num_image_tokens": 144},
+            "preprocessor_config.json": {"image_size": 96, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        },
+        "\n\nUser: [image]What?\n\nAssistant:",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_release_without_a_chat_template(name, tmp_path):
+    added, files, ending = RELEASES[name]
+    tokenizer_files(tmp_path, *added)
+    for file, content in files.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    config = json.loads((DATA / name / "config.json").read_text())
+    for file, key in (("vision_tower_config.json", "vision_tower_config"), ("tiny_registry.json", "model_registry")):
+        if (DATA / name / file).exists():
+            config[key] = json.loads((DATA / name / file).read_text())
+    model = dataclasses.replace(vlm_jax.from_pretrained(DATA / name, config=config), folder=tmp_path)
+    image = np.full((50, 90, 3), 200, np.uint8)
+    batch = model.processor(MESSAGES, [image])
+    places = batch.visual_index[0] >= 0
+    assert int(places.sum()) == model.count_visual_tokens([(50, 90)])[0]
+    first, last = np.flatnonzero(places)[[0, -1]]
+    assert places[first : last + 1].all()
+    decode = functools.partial(model.processor.prompt.tokenizer.decode, skip_special=False)
+    text = f"{decode(batch.tokens[0, :first])}[image]{decode(batch.tokens[0, last + 1 :])}"
+    assert text.startswith("<s>") and text.endswith(ending)
+    assert text.count("<s>") == 1
+    # Every row of the table that a place names is there, and but for a canvas's borders the last is named.
+    module, (_, tiles, height, width, _) = model.module, batch.images.shape
+    rows = tiles * module.connector.num_tokens(module.encoder.grid(height, width)) + (num_learned_rows(module) or 0)
+    named = batch.visual_index.max()
+    assert named < rows if config.get("image_aspect_ratio") == "anyres" else named == rows - 1
+    logits = jax.eval_shape(lambda params, batch: module.apply({"params": params}, batch), model.params, batch)
+    assert logits.shape[:2] == batch.tokens.shape
