@@ -72,6 +72,17 @@ def test_the_platform_chooses(monkeypatch):
     assert choose_implementation() == "ragged"
 
 
+def test_rows_are_filled_up_for_the_kernel_of_a_tpu(monkeypatch):
+    rows, sizes, kernels = made("uneven")
+    kernels = [jnp.asarray(kernel) for kernel in kernels]
+    expected = run(rows, sizes, kernels, "blocks")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    jaxpr = jax.make_jaxpr(lambda rows: run(rows, sizes, kernels, None))(rows)
+    products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "ragged_dot_general"]
+    assert [eqn.invars[0].aval.shape[0] for eqn in products] == [16, 16]  # of 9
+    np.testing.assert_allclose(run(rows, sizes, kernels, None), expected, atol=1e-5)
+
+
 def test_blocks_take_no_product_with_kernels_of_other_groups():
     """What XLA counts: the ragged product takes that of all rows with all kernels on the CPU, a block its own."""
     rows, kernel = jnp.zeros((64, WIDTH)), jnp.zeros((16, WIDTH, OUT))

@@ -21,6 +21,7 @@ Implementation = Literal["ragged", "blocks"]
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, kernels of all groups)
 
 _ROWS = 64  # of a block at most: enough for a matrix product to run at full speed
+_TPU_ROWS = 8  # XLA takes its grouped kernel for a multiple of as many rows, and else every kernel with every row
 
 
 def choose_implementation() -> Implementation:
@@ -48,8 +49,10 @@ def by_group(
     """
     count, groups = rows.shape[0], sizes.shape[0]
     if (implementation or choose_implementation()) == "ragged":
+        missing = -count % _TPU_ROWS if jax.default_backend() == "tpu" else 0
+        rows = jnp.pad(rows, ((0, missing), (0, 0)))
         out = function(rows, lambda x, kernels: jax.lax.ragged_dot(x, kernels, sizes))
-        return jnp.where((jnp.arange(count) < sizes.sum())[:, None], out, 0)
+        return jnp.where((jnp.arange(count) < sizes.sum())[:, None], out[:count], 0)
     height = max(1, min(_ROWS, count // (2 * groups)))  # half a block is empty at the end of a group
     num_blocks = (count + groups * (height - 1)) // height  # enough however the rows are shared out
     blocks = -(-sizes // height)
