@@ -15,6 +15,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 import vlm_jax
+from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.generation.text import complete
 
 from .test_processors import (
@@ -185,6 +186,14 @@ def test_an_answer_about_pictures(system, count):
     answer = system[2].generate(conversation(count), pictures(count), max_new_tokens=NEW, chunk=9)
     assert list(answer.tokens) == ids and answer.text == text
     assert len(set(ids)) > 2
+
+
+def test_a_budget_of_visual_tokens(system):
+    ours = system[2]
+    with pytest.raises(InfeasibleBudget):
+        ours.generate(conversation(1), pictures(1), max_new_tokens=1, max_visual_tokens=0)
+    answer = ours.generate(conversation(1), pictures(1), max_new_tokens=4, max_visual_tokens=10**6)
+    assert answer.tokens == ours.generate(conversation(1), pictures(1), max_new_tokens=4).tokens
 
 
 def test_answers_of_a_ragged_batch(system):

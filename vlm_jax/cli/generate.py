@@ -20,6 +20,9 @@ VIDEO = flags.DEFINE_multi_string("video", [], "A video that the prompt is about
 DRAW = flags.DEFINE_string("draw", None, "A PNG to write: the first picture, with the boxes of the answer on it.")
 SYSTEM = flags.DEFINE_string("system", None, "A system message before the prompt.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of the answer.")
+MAX_VISUAL_TOKENS = flags.DEFINE_integer(
+    "max_visual_tokens", None, "The most tokens of a picture; as released if unset."
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "What logits are divided by; 0 takes the most likely token.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Draws among so many of the most likely tokens.")
 TOP_P = flags.DEFINE_float("top_p", None, "Draws among the most likely tokens that have this probability together.")
@@ -59,6 +62,7 @@ def main(argv: list[str]) -> None:
             IMAGE.value,
             VIDEO.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
+            max_visual_tokens=MAX_VISUAL_TOKENS.value,
             sampling=sampling,
             stop=STOP.value,
             stop_tokens=STOP_TOKEN.value,

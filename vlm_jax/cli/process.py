@@ -22,6 +22,7 @@ from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.seen import PictureMismatch
 from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.processors.turns import PromptError
 from vlm_jax.train.loop import Diverged
 
 # Errors whose message is meant for the user, without a traceback.
@@ -38,6 +39,7 @@ EXPLAINED = (
     MalformedRecords,
     PictureMismatch,
     PretrainedError,
+    PromptError,
     SequenceTooLong,
     TokenizerError,
     TooManyCorruptImages,

@@ -32,7 +32,7 @@ from vlm_jax.generation.text import Completion, complete
 from vlm_jax.pretrained.family import Description, Family, PretrainedError
 from vlm_jax.pretrained.processing import PROCESSORS
 from vlm_jax.pretrained.processing.agreement import check_agreement
-from vlm_jax.processors.system import Conversation, Picture, Processor
+from vlm_jax.processors.system import Conversation, Picture, Processor, Video
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import shardings
 from vlm_jax.types import Batch
@@ -122,9 +122,10 @@ class Pretrained:
         self,
         messages: Conversation,
         images: Sequence[Picture] = (),
-        videos: Sequence[Sequence[Picture]] = (),
+        videos: Sequence[Video] = (),
         *,
         max_new_tokens: int,
+        max_visual_tokens: int | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: Sequence[str] = (),
         stop_tokens: Sequence[str] = (),
@@ -136,6 +137,7 @@ class Pretrained:
         Args:
           messages, images, videos: as `processor` takes them.
           max_new_tokens: the most tokens of the answer.
+          max_visual_tokens: the most of a picture; as the release has it when None.
           sampling: how a token is chosen; the most likely one unless told.
           stop: strings before which the answer ends.
           stop_tokens: names of tokens that end it, beside `end_ids`.
@@ -148,7 +150,7 @@ class Pretrained:
           ChatTemplateError: no template in the folder, or messages that it refuses.
         """
         ends = (*self.end_ids, *map(self.tokenizer.id_of, stop_tokens))
-        batch = self.processor(messages, images, videos)
+        batch = self.processor(messages, images, videos, max_visual_tokens=max_visual_tokens)
         (answer,) = complete(
             self.module,
             self.params,
