@@ -72,6 +72,7 @@ def struct(cls: type[Class]) -> type[Class]:
 Grid = tuple[int, int]
 
 PADDING_SEGMENT = 0  # segment ids count from 1; 0 is padding
+PROMPT_SEGMENT = 1  # of a prompt that is to be gone on with, and of its answer
 TEXT_SLOT = -1  # visual_index of a position that holds text
 
 

@@ -1,13 +1,16 @@
 """The loop by itself, with a model whose answers are written down: ends, steps, positions, draws and errors."""
 
 import dataclasses
+import re
 
+import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from vlm_jax.generation import engine
 from vlm_jax.generation.engine import generate
-from vlm_jax.generation.prompt import bucket
+from vlm_jax.generation.prompt import bucket, fitted
 from vlm_jax.generation.sampling import GenerationError, Sampling
 
 from .toys import Toy, prompts, says
@@ -17,6 +20,21 @@ MODEL = Toy(VOCAB)
 COUNTING = says(range(1, 30), VOCAB)  # 1, 2, 3 … 29, 1 …
 NOISE = {"table": np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32)}
 DRAWS = Sampling(temperature=1.0, seed=5)
+
+
+@pytest.fixture
+def compiled():
+    """The programs that are compiled from here on, known ones anew; one entry each."""
+    programs = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(seconds)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield programs
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def run(params, batch, model=MODEL, **options):
@@ -148,7 +166,7 @@ def test_logits_that_are_nan_are_named_by_row_and_step(first, step):
     if step is None:
         assert run({"table": table}, batch, end_ids=[6]).lengths.tolist() == [8, 3]
         return
-    with pytest.raises(GenerationError, match=rf"sample 'b': the logits of its new token {step} \(from 0\) are NaN"):
+    with pytest.raises(GenerationError, match=rf"sample 'b': .* new token {step} \(from 0\) are NaN; look for NaN"):
         run({"table": table}, batch, names=["sample 'a'", "sample 'b'"])
 
 
@@ -163,12 +181,50 @@ def test_logits_that_are_nan_are_named_by_row_and_step(first, step):
             {"cache_length": 9},
             r"long: a prompt of 3 tokens, in a batch padded to 3, and 8 new tokens need 10 slots, and the cache has 9",
         ),
-        ({"buckets": [2]}, "a prompt of 3 positions is longer than the longest bucket, 2"),
+        (
+            {"buckets": [2, 1]},
+            r"long: a prompt padded to 3 positions is longer than every bucket of \[2, 1\]; add one of 3 or more",
+        ),
+        ({"buckets": ()}, r"long: a prompt padded to 3 positions is longer than every bucket of \[\]; add one of 3"),
+        ({"rows": [1]}, "rows: expected one for each of the 2 rows of the batch, got 1"),
+        ({"rows": [1, 2, 3]}, "rows: expected one for each of the 2 rows of the batch, got 3"),
+        ({"names": ["short"]}, "names: expected one for each of the 2 rows of the batch, got 1"),
     ],
 )
 def test_what_cannot_be_generated_is_named(options, message):
     with pytest.raises(GenerationError, match=message):
-        run(COUNTING, prompts([1], [1, 2, 3]), names=["short", "long"], **options)
+        run(COUNTING, prompts([1], [1, 2, 3]), **{"names": ["short", "long"], **options})
+
+
+def test_a_model_without_a_language_model_is_named():
+    with pytest.raises(GenerationError, match=r"Dense has no language model, .* load a release with one"):
+        run(COUNTING, prompts([1]), nn.Dense(3))
+
+
+@pytest.mark.parametrize(("segments", "got"), [([2, 2, 2], "[2]"), ([1, 2, 2], "[1, 2]"), ([0, -1, -1], "[-1, 0]")])
+def test_a_row_that_is_not_one_prompt_is_named(segments, got):
+    """New tokens are of segment 1, and would read nothing of another one."""
+    batch = prompts([1], [1, 2, 3])
+    batch.segment_ids[1] = segments
+    with pytest.raises(
+        GenerationError, match=rf"long: expected segment ids 0 .* got {re.escape(got)}; give each prompt"
+    ):
+        run(COUNTING, batch, names=["short", "long"])
+
+
+def test_a_row_with_branches_is_named():
+    """A cache does not know of branches."""
+    batch = prompts([1], [1, 2, 3])
+    batch = dataclasses.replace(batch, branch_ids=np.asarray([[0, 0, 0], [0, 1, 2]], np.int32))
+    with pytest.raises(GenerationError, match=r"long: the batch has branch_ids, .* give each branch a row of its own"):
+        run(COUNTING, batch, names=["short", "long"])
+
+
+def test_what_only_training_reads_stays_on_the_host():
+    batch = prompts([1], [1, 2, 3])
+    learned = dataclasses.replace(batch, targets=batch.tokens, loss_weights=np.ones(batch.tokens.shape, np.float32))
+    whole, _ = fitted(learned, 4, None, None, ["short", "long"])
+    assert whole.tokens.shape == (2, 16) and whole.targets is None and whole.loss_weights is None
 
 
 def test_an_empty_prompt_is_named():
@@ -183,20 +239,22 @@ def test_prompts_are_padded_to_few_lengths():
         16, 16, 24, 24, 32, 32, 48, 48, 64, 96, 128, 1024,
     ]  # fmt: skip
     assert [bucket(length, [10, 20]) for length in (1, 10, 11)] == [10, 10, 20]
-    before = engine.num_programs()
+
+
+def test_prompts_of_one_bucket_share_two_programs(compiled):
     for length in range(1, 17):
         run(COUNTING, prompts([1] * length), chunk=7)
-    assert engine.num_programs() - before <= 2
+    assert len(compiled) == 2  # of the prompt and of a chunk
     for length in (17, 24):
         assert run(COUNTING, prompts([1] * length), chunk=7).tokens[0, 0] == 2
-    assert engine.num_programs() - before <= 4
+    assert len(compiled) == 3  # caches are of one length, and so is the program of a chunk
 
 
-def test_other_settings_of_the_same_kind_compile_nothing():
+def test_other_settings_of_the_same_kind_compile_nothing(compiled):
     run(NOISE, prompts([1]), sampling=Sampling(temperature=1.0, top_p=0.5), max_new_tokens=3)
-    before = engine.num_programs()
+    assert len(compiled) == 2
     run(NOISE, prompts([1]), sampling=Sampling(temperature=0.5, top_p=0.9, seed=9), max_new_tokens=9)
-    assert engine.num_programs() == before
+    assert len(compiled) == 2
 
 
 def test_the_cache_fits_the_prompt_and_all_tokens_but_the_last():

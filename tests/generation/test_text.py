@@ -125,6 +125,28 @@ def test_answers_of_a_batch(monkeypatch, tokenizer, size):
     assert "o w" in tokenizer.decode(answers[1].tokens) and "o w" not in tokenizer.decode(answers[1].tokens[:-1])
 
 
+@pytest.mark.parametrize(("skip_special", "ends"), [(True, [7]), (False, [7]), (True, [])])
+def test_a_stop_string_that_is_a_special_token_ends_a_row(monkeypatch, tokenizer, skip_special, ends):
+    """Special tokens are no part of the text, where a string is looked for."""
+    special = tokenizer.eos_id
+    name = tokenizer.vocabulary.special[special]
+    line = tokenizer.encode("the dog")
+
+    def engine(model, params, batch, *, end_ids, watch, **options):
+        assert sorted(end_ids) == sorted([*ends, special])
+        tokens = np.asarray([[*line, special]])
+        watch(tokens, np.asarray([len(line) + 1]))
+        return Generated(tokens, np.asarray([len(line) + 1]), steps=0, transfers=0)
+
+    monkeypatch.setattr(module, "generate", engine)
+    zeros = np.zeros((1, 1), np.int32)
+    (answer,) = complete(
+        nn.Module(), None, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer,
+        end_ids=ends, stop=["zzz", name], skip_special=skip_special,
+    )  # fmt: skip
+    assert (answer.text, answer.reason, answer.tokens[-1]) == ("the dog", "stop", special)
+
+
 def test_an_empty_stop_string_is_refused(tokenizer):
     zeros = np.zeros((1, 1), np.int32)
     with pytest.raises(GenerationError, match="a stop string is empty"):

@@ -119,8 +119,9 @@ def generate(
       GenerationError: a prompt that does not fit, a setting outside its range, an end token outside the
         vocabulary, or logits that are NaN.
     """
-    _check(model, max_new_tokens, end_ids, chunk, cache_dtype, mesh)
     size = len(batch.tokens)
+    _check(model, max_new_tokens, end_ids, chunk, cache_dtype, mesh)
+    _check_lengths(size, rows=rows, names=names)
     names = [f"row {row}" for row in range(size)] if names is None else names
     batch, cache_length = fitted(batch, max_new_tokens, cache_length, buckets, names)
     batch, extra = whole_rows(batch, mesh)
@@ -137,23 +138,20 @@ def generate(
         while True:
             new, counts, ended, nan_step, step = _read(to_host(report), size)
             for row in np.flatnonzero(nan_step != SOUND).tolist():
-                raise GenerationError(f"{names[row]}: the logits of its new token {nan_step[row]} (from 0) are NaN")
+                raise GenerationError(
+                    f"{names[row]}: the logits of its new token {nan_step[row]} (from 0) are NaN; look for NaN in the "
+                    "parameters and the images, or compute in float32"
+                )
             for row, count in enumerate(counts):
                 tokens[row, lengths[row] : lengths[row] + count] = new[row, :count]
             lengths, transfers = lengths + counts, transfers + 1
             if watch is not None and (stopping := watch(new, counts) & ~ended).any():
                 ended = ended | stopping
                 whole = np.concatenate([ended, np.ones(extra, bool)])
-                state = dataclasses.replace(state, ended=_placed(jnp.asarray(whole), mesh))
+                state = dataclasses.replace(state, ended=_placed(whole, mesh))
             if ended.all() or lengths.max() == max_new_tokens:
                 return Generated(tokens, lengths, steps=step - 1, transfers=transfers)
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
-
-
-def num_programs() -> int:
-    """Programs that were compiled in this process, for prompts and for chunks together."""
-    programs: tuple[Any, ...] = (prefill, decode)
-    return sum(program._cache_size() for program in programs)
 
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))
@@ -256,9 +254,9 @@ def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
 
 
 def _placed(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays with a leading batch axis, on the devices of the mesh; as they are without one."""
+    """Arrays with a leading batch axis, on the devices of the mesh; on the default one without."""
     if mesh is None:
-        return tree
+        return jax.device_put(tree)
 
     def put(leaf):
         names = (axes.BATCH, *[None] * (np.ndim(leaf) - 1))
@@ -272,7 +270,10 @@ def _check(
 ) -> None:
     """Raises a GenerationError that lists every setting outside its range."""
     if not hasattr(model, "prefill"):
-        raise GenerationError(f"{type(model).__name__} has no language model, so that it says nothing")
+        raise GenerationError(
+            f"{type(model).__name__} has no language model, so that it says nothing; use apply() for its outputs, or "
+            "load a release with one"
+        )
     vocab = model.decoder.vocab_size
     wrong = []
     if max_new_tokens < 1:
@@ -286,3 +287,10 @@ def _check(
         wrong.append(f"mesh: new tokens come one by one; lay it out with {CONTEXT}=1, not {mesh.shape[CONTEXT]}")
     if wrong:
         raise GenerationError("\n".join(wrong))
+
+
+def _check_lengths(size: int, **given: Sequence[Any] | None) -> None:
+    """Raises a GenerationError for a setting of rows that is not one a row."""
+    for name, values in given.items():
+        if values is not None and len(values) != size:
+            raise GenerationError(f"{name}: expected one for each of the {size} rows of the batch, got {len(values)}")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.sharding.rules import BATCH_AXES
-from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch
+from vlm_jax.types import PADDING_SEGMENT, PROMPT_SEGMENT, TEXT_SLOT, Batch
 
 SHORTEST_BUCKET = 16
 CACHE_MULTIPLE = 32  # caches differ by so many slots, so that a few more new tokens compile nothing
@@ -21,18 +21,16 @@ FILL: dict[str, Any] = {
     "positions": 0,
     "segment_ids": PADDING_SEGMENT,
     "visual_index": TEXT_SLOT,
-    "targets": 0,
-    "loss_weights": 0.0,
-    "branch_ids": 0,
 }
 
 
-def bucket(length: int, buckets: Sequence[int] | None = None) -> int:
+def bucket(length: int, buckets: Sequence[int] | None = None, name: str = "the prompt") -> int:
     """The length that a prompt of `length` positions is padded to.
 
     Args:
       length: of the longest prompt of a batch.
       buckets: lengths there are; when None powers of two from 16 on, and the numbers half way between.
+      name: of that prompt, in messages.
 
     Raises:
       GenerationError: no bucket is long enough.
@@ -42,7 +40,10 @@ def bucket(length: int, buckets: Sequence[int] | None = None) -> int:
         return power * 3 // 4 if power > SHORTEST_BUCKET and length <= power * 3 // 4 else power
     longer = [size for size in buckets if size >= length]
     if not longer:
-        raise GenerationError(f"a prompt of {length} positions is longer than the longest bucket, {max(buckets)}")
+        raise GenerationError(
+            f"{name}: a prompt padded to {length} positions is longer than every bucket of {list(buckets)}; add one of "
+            f"{length} or more to buckets, or shorten the prompt"
+        )
     return min(longer)
 
 
@@ -53,36 +54,57 @@ def fitted(
     buckets: Sequence[int] | None,
     names: Sequence[str],
 ) -> tuple[Batch, int]:
-    """The batch, padded on the left to a bucket, and the slots of its cache.
+    """The batch, padded on the left to a bucket and without what only training reads, and the slots of its cache.
 
     Raises:
-      GenerationError: a prompt without a token, or one that the cache or the buckets cannot hold; the message names it.
+      GenerationError: a prompt without a token, one of several segments or with branches, or one that the cache or
+        the buckets cannot hold; the message names it.
     """
     segments = np.asarray(batch.segment_ids)
     sizes = np.count_nonzero(segments != PADDING_SEGMENT, axis=1)
-    for row in np.flatnonzero(sizes == 0).tolist():
-        raise GenerationError(f"{names[row]}: the prompt is empty")
+    _check(batch, segments, sizes, names)
     length, following = segments.shape[1], max_new_tokens - 1  # the last token is not run
+    row = int(np.argmax(sizes))
     if cache_length is not None and length + following > cache_length:
-        row = int(np.argmax(sizes))
         raise GenerationError(
             f"{names[row]}: a prompt of {sizes[row]} tokens, in a batch padded to {length}, and {max_new_tokens} new "
             f"tokens need {length + following} slots, and the cache has {cache_length}; raise cache_length, "
             "shorten the prompt, or ask for fewer tokens"
         )
-    wanted = bucket(length, buckets)
+    wanted = bucket(length, buckets, names[row])
     if cache_length is None:
         cache_length = -(-(wanted + following) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     padding = min(wanted, cache_length - following) - length
 
     def padded(name: str) -> Any:
         array = getattr(batch, name)
-        if array is None or not padding:
+        if not padding:
             return array
         array = np.asarray(array)
         return np.pad(array, ((0, 0), (padding, 0), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL[name])
 
-    return dataclasses.replace(batch, **{name: padded(name) for name in FILL}), cache_length
+    needed = {name: padded(name) for name in FILL}
+    return dataclasses.replace(batch, **needed, targets=None, loss_weights=None), cache_length
+
+
+def _check(batch: Batch, segments: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> None:
+    """Raises a GenerationError for a row that is not one prompt."""
+    for row in np.flatnonzero(sizes == 0).tolist():
+        raise GenerationError(
+            f"{names[row]}: the prompt is empty; give it a token whose segment id is {PROMPT_SEGMENT}"
+        )
+    foreign = (segments != PADDING_SEGMENT) & (segments != PROMPT_SEGMENT)
+    for row in np.flatnonzero(foreign.any(axis=1)).tolist():
+        raise GenerationError(
+            f"{names[row]}: expected segment ids {PADDING_SEGMENT} (padding) and {PROMPT_SEGMENT} (the prompt), got "
+            f"{np.unique(segments[row]).tolist()}; give each prompt a row of its own, with segment id {PROMPT_SEGMENT}"
+        )
+    if batch.branch_ids is not None:
+        row = int(np.argmax(np.asarray(batch.branch_ids).any(axis=1)))
+        raise GenerationError(
+            f"{names[row]}: the batch has branch_ids, and a prompt is one branch; give each branch a row of its own, "
+            "and branch_ids=None"
+        )
 
 
 def whole_rows(batch: Batch, mesh: Mesh | None) -> tuple[Batch, int]:

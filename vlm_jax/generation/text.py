@@ -119,7 +119,8 @@ def complete(
     Args:
       model, params, batch, end_ids: as `engine.generate`.
       tokenizer: spells the answers.
-      stop: strings before which an answer ends. The host looks for them between chunks.
+      stop: strings before which an answer ends. The host looks for them between chunks; one that is a special
+        token ends its row on the device, as those of `end_ids` do.
       on_text: is given every piece of text as it comes; the pieces of a row make up its answer.
       skip_special: leaves special tokens out of the text.
       **options: more of `engine.generate`.
@@ -129,8 +130,11 @@ def complete(
     """
     if "" in stop:
         raise GenerationError("stop: a stop string is empty, and would end every answer at once")
-    ends = set(end_ids)
-    streams = [TextStream(tokenizer, stop, skip_special=skip_special) for _ in range(len(batch.tokens))]
+    named = {string: tokenizer.vocabulary.id_of(string) for string in stop}
+    stop_ids = {index for index in named.values() if index in tokenizer.special_ids}
+    ends = {*end_ids, *stop_ids}
+    spelled = [string for string, index in named.items() if index not in stop_ids]
+    streams = [TextStream(tokenizer, spelled, skip_special=skip_special) for _ in range(len(batch.tokens))]
 
     def tell(row: int, text: str) -> None:
         if on_text is not None and text:
@@ -142,12 +146,13 @@ def complete(
         return np.asarray([stream.stopped for stream in streams])
 
     options = {"pad_id": tokenizer.pad_id or 0, **options}
-    generated = generate(model, params, batch, end_ids=end_ids, watch=watch, **options)
+    generated = generate(model, params, batch, end_ids=sorted(ends), watch=watch, **options)
     answers = []
     for row, stream in enumerate(streams):
         tell(row, stream.finish())
         length = stream.length if stream.stopped else generated.lengths[row]
         ids = tuple(generated.tokens[row, :length].tolist())
-        reason = "stop" if stream.stopped else "end" if ids[-1] in ends else "length"
+        stopped = stream.stopped or ids[-1] in stop_ids.difference(end_ids)
+        reason = "stop" if stopped else "end" if ids[-1] in ends else "length"
         answers.append(Completion(stream.text, ids, reason))
     return answers

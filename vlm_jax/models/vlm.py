@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.types import (
     PADDING_SEGMENT,
+    PROMPT_SEGMENT,
     TEXT_SLOT,
     Batch,
     PackedPatches,
@@ -129,7 +130,7 @@ class VLM(nn.Module):
         return self.decoder.logits(hidden)
 
     def prefill(self, batch: Batch, cache_length: int, cache_dtype: Any = None) -> tuple[Float[Array, "B V"], Cache]:
-        """Runs prompts, padded on either side.
+        """Runs prompts, one a row, padded on either side; `branch_ids` are for sequences without a cache.
 
         Returns:
           Logits of the last token of every row, and a cache of `cache_length` slots, in `cache_dtype` or the
@@ -146,8 +147,8 @@ class VLM(nn.Module):
     def extend(
         self, tokens: Int[Array, "B T"], positions: Positions, cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Runs T more text tokens after the cache; logits of the last."""
-        segments = jnp.ones_like(tokens)
+        """Runs T more text tokens of the prompt's segment, `PROMPT_SEGMENT`, after the cache; logits of the last."""
+        segments = jnp.full_like(tokens, PROMPT_SEGMENT)
         hidden, cache = self.decoder(self.decoder.embed(tokens), positions, segments, cache)
         return self.decoder.logits(hidden[:, -1]), cache
 
