@@ -64,12 +64,12 @@ def test_gradients(case, implementation):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
 
-def test_the_platform_chooses(monkeypatch):
-    assert choose_implementation() == "blocks"
+@pytest.mark.parametrize(("platform", "chosen"), [("cpu", "blocks"), ("gpu", "blocks"), ("tpu", "ragged")])
+def test_the_platform_chooses(platform, chosen, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert choose_implementation() == chosen
     with written_out():
         assert choose_implementation() == "ragged"
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert choose_implementation() == "ragged"
 
 
 def test_rows_are_filled_up_for_the_kernel_of_a_tpu(monkeypatch):

@@ -1,6 +1,7 @@
 """The mixture of experts against NumPy, its FLOPs, and its experts shared out over a mesh."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_a_token_is_the_weighted_sum_of_its_experts_and_the_shared_one(shared):
         np.testing.assert_allclose(got[b, t], expected, atol=1e-5)
 
 
-def test_no_expert_is_computed_for_tokens_that_it_was_not_given():
+def test_counted_flops_are_those_of_the_selected_experts():
     module, boxed, x = made()
     tokens = BATCH * LENGTH
     expected = 2 * tokens * (WIDTH * 8 + 3 * 3 * WIDTH * HIDDEN + 3 * WIDTH * SHARED)
@@ -64,6 +65,36 @@ def test_no_expert_is_computed_for_tokens_that_it_was_not_given():
     # A step back takes each product twice, once for what it read and once for its kernel.
     back = count_flops(jax.grad(lambda p, x: module.apply(p, x).sum(), argnums=(0, 1)), nn.meta.unbox(boxed), x)
     assert 3 * expected - 2 * tokens * (WIDTH * HIDDEN * 3 + WIDTH * SHARED) <= back <= 3 * expected
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 2, "expert": 4}, {"expert": 8}], ids=str)
+def test_no_expert_is_computed_for_tokens_that_it_was_not_given(sizes, monkeypatch):
+    """Rows of the blocks that the devices run together: those that were routed, and half a block an expert."""
+    module, boxed, x = made(0)
+    mesh = make_mesh(MeshSettings(**sizes), devices=jax.devices()[: math.prod(sizes.values())])
+    ran = []
+
+    def counted(start, stop, body, init):
+        height = jax.tree.leaves(init)[0].shape[1]
+
+        def seen(i, carry):
+            jax.debug.callback(lambda: ran.append(height))
+            return body(i, carry)
+
+        return loop(start, stop, seen, init)
+
+    loop = jax.lax.fori_loop
+    monkeypatch.setattr(jax.lax, "fori_loop", counted)
+    placed = jax.device_put(nn.meta.unbox(boxed), shardings(boxed, mesh))
+    with use_mesh(mesh):
+        jax.block_until_ready(jax.jit(module.apply)(placed, distribute(x, mesh)))
+        jax.effects_barrier()
+        products, routed = 3, BATCH * LENGTH * 3
+        assert products * routed <= sum(ran) <= products * routed * 1.5
+        forward = sum(ran)
+        jax.block_until_ready(jax.jit(jax.grad(lambda p, x: module.apply(p, x).sum()))(placed, distribute(x, mesh)))
+        jax.effects_barrier()
+        assert sum(ran) == 3 * forward  # of each product again its own loop, and that of its gradient
 
 
 @pytest.mark.parametrize(

@@ -90,18 +90,21 @@ class Experts(nn.Module):
         def run(rows: jax.Array, dot: Dot, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
             return dot(act(dot(rows, gate)) * dot(rows, up), down)
 
-        return _over_mesh(functools.partial(_routed, run), x.astype(self.dtype), routing, kernels)
+        return _over_mesh(functools.partial(_routed, run, self.num_experts), x.astype(self.dtype), routing, kernels)
 
 
-def _routed(run: Any, x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...], first: Any = 0) -> jax.Array:
-    """The float32 sum over a token's experts, of those whose kernels are given: `first` and those after it."""
+def _routed(
+    run: Any, total: int, x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...], first: Any = 0
+) -> jax.Array:
+    """The float32 sum over a token's experts, of those of `total` whose kernels are given: `first` and those behind."""
     tokens, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
     num_selected, num_experts = routing.expert.shape[-1], kernels[0].shape[0]
     own = routing.expert.reshape(-1) - first
     own = jnp.where((own >= 0) & (own < num_experts), own, num_experts)  # others come last
     order = jnp.argsort(own, stable=True)
     sizes = jnp.zeros(num_experts, jnp.int32).at[own].add(1, mode="drop")
-    out = by_group(lambda rows, dot: run(rows, dot, *kernels), tokens[order // num_selected], sizes)
+    expected = len(own) * num_experts // total
+    out = by_group(lambda rows, dot: run(rows, dot, *kernels), tokens[order // num_selected], sizes, expected=expected)
     out = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
     weighted = out.reshape(-1, num_selected, width).astype(jnp.float32) * routing.weight.reshape(-1, num_selected, 1)
     return weighted.sum(axis=1).reshape(x.shape)
