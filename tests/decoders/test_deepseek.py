@@ -20,8 +20,9 @@ from vlm_jax.types import Batch
 from ..parameters import drawn
 
 VOCAB, LENGTH, ROWS = 16, 6, 4
-SIZES = {"vocab_size": VOCAB, "width": 16, "depth": 3, "num_heads": 4, "mlp_dim": 24, "latent_dim": 8}
-SIZES |= {"content_dim": 6, "rope_dim": 4, "value_dim": 5, "expert_dim": 8, "num_experts": 8, "num_selected": 3}
+WITHOUT_ATTENTION = {"vocab_size": VOCAB, "width": 16, "depth": 3, "num_heads": 4, "mlp_dim": 24}
+WITHOUT_ATTENTION |= {"expert_dim": 8, "num_experts": 8, "num_selected": 3}
+SIZES = {**WITHOUT_ATTENTION, "latent_dim": 8, "content_dim": 6, "rope_dim": 4, "value_dim": 5}
 
 
 def text():
@@ -56,6 +57,28 @@ def test_layers_of_a_kind_that_follow_one_another_are_one_stack(fields, expected
     for name, start, stop in expected:
         assert params[name]["layers"]["attention"]["out"]["kernel"].value.shape[0] == stop - start
         assert ("router" in params[name]["layers"]["mlp"]) == name.startswith("sparse")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"latent_dim": None, "content_dim": 6, "rope_dim": 4, "value_dim": 5},
+            "content_dim is not read by plain attention, rope_dim .*, value_dim is",
+        ),
+        ({"latent_dim": None, "query_latent_dim": 4}, "query_latent_dim is not read by plain"),
+        ({"latent_dim": None, "logit_scale": 2.0}, "logit_scale is not read by plain"),
+        ({"latent_dim": None, "attention_bias": True}, "attention_bias is not read by plain"),
+        ({"latent_dim": 8, "num_kv_heads": 2}, "num_kv_heads is not read by latent"),
+        (
+            {"latent_dim": 8, "num_groups": 4, "num_selected_groups": 2},
+            "num_groups is .*, num_selected_groups is .*greedy",
+        ),
+    ],
+)
+def test_fields_that_would_not_be_read_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Deepseek(**{**WITHOUT_ATTENTION, **fields})
 
 
 def test_the_compressed_cache_holds_nothing_a_head():

@@ -20,6 +20,11 @@ from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.router import Scoring, Selection
 from vlm_jax.types import Positions
 
+# Fields that are not read: those of the other attention, and of groups that no selection is by.
+_OF_LATENT = ("query_latent_dim", "content_dim", "rope_dim", "value_dim", "logit_scale", "attention_bias")
+_OF_PLAIN = ("num_kv_heads",)
+_OF_GROUPS = ("num_groups", "num_selected_groups")
+
 
 class Deepseek(nn.Module):
     """A causal language model over embeddings whose feed-forwards are mixtures of experts.
@@ -42,7 +47,7 @@ class Deepseek(nn.Module):
       expert_every: of the others, the layers whose number it divides have experts.
       num_kv_heads: key and value heads of plain attention; num_heads when None.
       query_latent_dim, content_dim, rope_dim, value_dim, logit_scale: as in `LatentAttention`.
-      attention_bias: as its `use_bias`; for latent attention only.
+      attention_bias: its `use_bias`.
       scoring, selection, num_groups, num_selected_groups: as in `Router`.
       normalize_weights, weight_scale: its `normalize` and `scale`.
       balance_weight, balance_over: as in `Router`.
@@ -52,6 +57,9 @@ class Deepseek(nn.Module):
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
+
+    Raises:
+      ValueError: a field is set that its attention or selection does not read.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2; Wu et al. 2024 (DeepSeek-VL2), section 2.
     """
@@ -90,6 +98,16 @@ class Deepseek(nn.Module):
     unroll: int = 1
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        latent, greedy = self.latent_dim is not None, self.selection == "greedy"
+        unread = dict.fromkeys(_OF_PLAIN if latent else _OF_LATENT, f"{'latent' if latent else 'plain'} attention")
+        unread |= dict.fromkeys(_OF_GROUPS if greedy else (), "greedy selection")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        wrong = [f"{name} is not read by {by}" for name, by in unread.items() if getattr(self, name) != defaults[name]]
+        if wrong:
+            raise ValueError(f"Deepseek: {', '.join(wrong)}; leave out what is not read")
+        super().__post_init__()
 
     def setup(self):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}

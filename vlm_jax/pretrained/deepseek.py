@@ -147,6 +147,8 @@ def _expert_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {**fields, "num_dense": settings["num_hidden_layers"]}
     if settings["num_experts_per_tok"] is None:
         raise PretrainedError(f"{where}.num_experts_per_tok: expected the number of experts of a token, got None")
+    if settings["topk_method"] != "greedy":  # which releases name groups with, and do not look at
+        fields |= {"num_groups": settings["n_group"] or 1, "num_selected_groups": settings["topk_group"] or 1}
     return {
         **fields,
         "num_experts": settings["n_routed_experts"],
@@ -156,8 +158,6 @@ def _expert_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         "expert_every": settings["moe_layer_freq"],
         "scoring": settings["scoring_func"],
         "selection": settings["topk_method"],
-        "num_groups": settings["n_group"] or 1,
-        "num_selected_groups": settings["topk_group"] or 1,
         "normalize_weights": settings["norm_topk_prob"],
         "weight_scale": settings["routed_scaling_factor"],
         "balance_weight": settings["aux_loss_alpha"],
