@@ -12,9 +12,14 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import vlm_jax
 from tests.golden.conftest import DATA
+from vlm_jax.pretrained import language
 from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.processing import PROCESSORS, text
 from vlm_jax.pretrained.processing.agreement import check_agreement, num_learned_rows
 from vlm_jax.pretrained.processing.llava import canvases
+from vlm_jax.processors.tokenizer import TokenizerError
+
+from ..processors.vocabularies import tiktoken_ranks
 
 
 @pytest.mark.parametrize(
@@ -102,17 +107,22 @@ RELEASES = {
 }
 
 
-@pytest.mark.parametrize("name", RELEASES)
-def test_a_release_without_a_chat_template(name, tmp_path):
-    added, files, ending = RELEASES[name]
-    tokenizer_files(tmp_path, *added)
+def model_of_release(name, folder, *more):
+    """That of a golden folder, with files of a processor in another one."""
+    added, files, _ = RELEASES[name]
+    tokenizer_files(folder, *added, *more)
     for file, content in files.items():
-        (tmp_path / file).write_text(json.dumps(content))
+        (folder / file).write_text(json.dumps(content))
     config = json.loads((DATA / name / "config.json").read_text())
     for file, key in (("vision_tower_config.json", "vision_tower_config"), ("tiny_registry.json", "model_registry")):
         if (DATA / name / file).exists():
             config[key] = json.loads((DATA / name / file).read_text())
-    model = dataclasses.replace(vlm_jax.from_pretrained(DATA / name, config=config), folder=tmp_path)
+    return dataclasses.replace(vlm_jax.from_pretrained(DATA / name, config=config), folder=folder)
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_a_release_without_a_chat_template(name, tmp_path):
+    model, ending = model_of_release(name, tmp_path), RELEASES[name][-1]
     image = np.full((50, 90, 3), 200, np.uint8)
     batch = model.processor(MESSAGES, [image])
     places = batch.visual_index[0] >= 0
@@ -127,6 +137,65 @@ def test_a_release_without_a_chat_template(name, tmp_path):
     module, (_, tiles, height, width, _) = model.module, batch.images.shape
     rows = tiles * module.connector.num_tokens(module.encoder.grid(height, width)) + (num_learned_rows(module) or 0)
     named = batch.visual_index.max()
-    assert named < rows if config.get("image_aspect_ratio") == "anyres" else named == rows - 1
+    assert named < rows if model.config.get("image_aspect_ratio") == "anyres" else named == rows - 1
     logits = jax.eval_shape(lambda params, batch: module.apply({"params": params}, batch), model.params, batch)
     assert logits.shape[:2] == batch.tokens.shape
+
+
+# Of golden folders: what the release's own code stops at. Its config states another, or none.
+ENDS = {
+    "internvl2_qwen2": ("<|im_end|>",),
+    "llava15": ("</s>",),
+    "llava16_anyres": ("</s>",),
+    "mobilevlm_v2": ("</s>",),
+    "deepseek_vl_siglip": ("</s>",),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("stated", [None, 300, [301, 300]])
+def test_an_answer_ends_where_the_releases_own_code_ends_it(name, stated, tmp_path):
+    """As `chat()` or the inference script of the release, whose generation config may state more."""
+    model = model_of_release(name, tmp_path, "<|im_end|>")
+    ids = [model.tokenizer.id_of(token) for token in ENDS[name]]
+    if stated is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+        ids = [*(stated if isinstance(stated, list) else [stated]), *ids]
+    assert model.end_ids == tuple(ids)
+
+
+@pytest.mark.parametrize("name", ["ovis2", "ovis2_5", "deepseek_vl2_tiny"])
+def test_an_answer_ends_where_the_tokenizer_of_the_folder_says(name):
+    model = vlm_jax.from_pretrained(DATA / name)
+    assert model.end_ids == (model.tokenizer.eos_id,)
+
+
+def test_qwen_vl_ends_at_either_end_of_a_turn(tmp_path):
+    """chat() stops at both tokens of ChatML, beside <|endoftext|> of the generation config."""
+    (tmp_path / "qwen.tiktoken").write_bytes(tiktoken_ranks())
+    model = dataclasses.replace(vlm_jax.from_pretrained(DATA / "qwen_vl_v1"), folder=tmp_path)
+    names = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+    assert model.end_ids == tuple(map(model.tokenizer.id_of, names))
+
+
+def test_an_end_that_the_vocabulary_lacks_is_named(tmp_path):
+    model = model_of_release("internvl2_qwen2", tmp_path)
+    with pytest.raises(TokenizerError, match=r"its vocabulary has no token '<\|im_end\|>'"):
+        _ = model.end_ids
+
+
+def test_internlm2_ends_at_the_end_of_a_turn(tmp_path):
+    tokenizer_files(tmp_path, "<|im_end|>")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    processor = text.processor(tmp_path, {"model_type": "internlm2"})
+    assert processor.end_tokens == ("</s>", "<|im_end|>")
+    assert text.processor(tmp_path, {"model_type": "llama"}).end_tokens == ()
+
+
+@pytest.mark.parametrize("kind", sorted(language.FAMILIES))
+def test_every_language_model_alone_has_a_processor(kind, tmp_path):
+    tokenizer_files(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    processor = PROCESSORS[kind](tmp_path, {"model_type": kind})
+    batch = processor([{"role": "user", "content": "ab"}])
+    assert batch.images is None and processor.prompt.tokenizer.decode(batch.tokens[0]) == "ab!"

@@ -108,15 +108,22 @@ class Pretrained:
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: those of `generation_config.json`, else of the config, else of the tokenizer."""
+        """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
+
+        Where both state none, those of the config, which may be a class's defaults; else of the tokenizer.
+
+        Raises:
+          TokenizerError: the vocabulary lacks one of the processor's.
+        """
         path = self.folder / "generation_config.json"
         stated = read_config(self.folder, name=path.name) if path.exists() else {}
+        own = self.processor.end_tokens if marker(self.config) in PROCESSORS else ()
+        ids = (*_end_ids(stated), *map(self.tokenizer.id_of, own))
+        if ids:
+            return tuple(dict.fromkeys(ids))
         text = next((self.config[key] for key in TEXT_SECTIONS if isinstance(self.config.get(key), dict)), {})
-        for given in (stated, self.config, text):
-            found = given.get("eos_token_id")
-            if found is not None:
-                return tuple(found) if isinstance(found, list) else (found,)
-        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+        last = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+        return _end_ids(self.config) or _end_ids(text) or last
 
     def generate(
         self,
@@ -192,6 +199,12 @@ class Pretrained:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         return (*files, path, *copy_companions(self.folder, Path(folder)))
+
+
+def _end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """`eos_token_id`: a number, several, or none."""
+    found = config.get("eos_token_id")
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
 def _mesh_of(params: Any) -> Mesh | None:

@@ -36,6 +36,7 @@ class Processor:
       learned_ids: what stands as a token where a learned row is; the token of its picture when empty.
       rotary_3d: positions have three axes.
       max_length: most tokens of a conversation; None where the release has no limit.
+      end_tokens: names of those that end an answer in the release's own code; its generation config may add more.
       max_pixels: of a picture; more is refused as a decompression bomb.
       sampling: which frames of a video's file are looked at.
     """
@@ -47,6 +48,7 @@ class Processor:
     learned_ids: tuple[int, ...] = ()
     rotary_3d: bool = False
     max_length: int | None = None
+    end_tokens: tuple[str, ...] = ()
     max_pixels: int = 100_000_000
     sampling: FrameSampling = dataclasses.field(default_factory=FrameSampling)
 

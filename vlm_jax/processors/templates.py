@@ -40,16 +40,17 @@ def chatml(system: str | None, end: str = "<|im_end|>\n") -> str:
     )
 
 
-# OpenGVLab/InternVL, conversation.py, by the key `template` of the config.
+# OpenGVLab/InternVL, conversation.py, by the key `template` of the config; chat() ends an answer at `sep`, IM_END.
 _INTERNVL = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
 _INTERNVL2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
+IM_END = "<|im_end|>"
 INTERNVL = {
-    "Hermes-2": chatml(_INTERNVL, "<|im_end|>"),
-    "internlm2-chat": chatml(_INTERNVL, "<|im_end|>"),
+    "Hermes-2": chatml(_INTERNVL, IM_END),
+    "internlm2-chat": chatml(_INTERNVL, IM_END),
     "internvl2_5": chatml(_INTERNVL2_5),
 }
 

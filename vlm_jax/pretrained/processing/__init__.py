@@ -30,6 +30,7 @@ def _llava(folder: Folder, config: Mapping[str, Any]) -> Processor:
 
 # What a released config calls its kind of model (`loader.marker`) -> what makes its processor.
 PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
+    "deepseek_v2": text.processor,
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
     "deepseek_vl_v2": deepseek.processor2,
@@ -40,6 +41,7 @@ PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
     "llava": _llava,
     "llava_llama": llava.processor,
     "llava_next": llava_hf.processor_next,
+    "mistral": text.processor,
     "mobilevlm": llava.processor,
     "multi_modality": deepseek.processor,
     "ovis": ovis.processor2,
@@ -49,5 +51,7 @@ PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
     "qwen2": text.processor,
     "qwen2_vl": qwen_hf.processor,
     "qwen2_5_vl": qwen_hf.processor,
+    "qwen2_5_vl_text": text.processor,
+    "qwen2_vl_text": text.processor,
     "qwen3": text.processor,
 }

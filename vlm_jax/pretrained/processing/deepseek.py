@@ -1,4 +1,4 @@
-"""DeepSeek-VL and DeepSeek-VL2 as their own releases store them."""
+"""DeepSeek-VL and DeepSeek-VL2 as their own releases store them; their inference.py ends at the tokenizer's EOS."""
 
 import math
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from vlm_jax.pretrained.processing.settings import (
     COMMON,
     Folder,
     chat_template,
+    end_of_text,
     image_settings,
     mean_colour,
     pad_id,
@@ -69,7 +70,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         tokens={"image": own["image_tag"]},
         joined="",
     )
-    return Processor(prompt, views, pad_id(tokenizer, config))
+    return Processor(prompt, views, pad_id(tokenizer, config), end_tokens=end_of_text(tokenizer))
 
 
 def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
@@ -90,7 +91,8 @@ def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
     check_supported({"tile_tag": "2D", **config}, {"tile_tag": ("2D",)}, "deepseek_vl_v2")
     check_consistent(config, own, side)
     prompt = DeepSeekVL2Prompt(tokenizer, own["image_token"])
-    return Processor(prompt, views, tokenizer.id_of(own["pad_token"]), num_learned=2)
+    ends = end_of_text(tokenizer)
+    return Processor(prompt, views, tokenizer.id_of(own["pad_token"]), num_learned=2, end_tokens=ends)
 
 
 def check_consistent(config: Mapping[str, Any], own: Mapping[str, Any], side: int) -> None:

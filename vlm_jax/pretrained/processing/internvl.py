@@ -10,7 +10,7 @@ from vlm_jax.pretrained.processing.settings import IMAGENET_STATISTICS, Folder, 
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.system import Processor
-from vlm_jax.processors.templates import INTERNVL
+from vlm_jax.processors.templates import IM_END, INTERNVL
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
 
@@ -43,7 +43,9 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
         joined="\n",
     )
-    return Processor(prompt, views(config), pad_id(tokenizer, config))
+    # modeling_internvl_chat.py, chat: the separator of the template.
+    ends = (IM_END,) if name is not None else ()
+    return Processor(prompt, views(config), pad_id(tokenizer, config), end_tokens=ends)
 
 
 def views(config: Mapping[str, Any]) -> InternVLViews:

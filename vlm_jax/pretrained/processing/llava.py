@@ -7,7 +7,7 @@ from typing import Any
 
 from vlm_jax.pretrained.family import PretrainedError, check_supported
 from vlm_jax.pretrained.llava import DEFAULTS, TOWERS
-from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, chat_template, pad_id
+from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, chat_template, end_of_text, pad_id
 from vlm_jax.pretrained.projector import mm_projector
 from vlm_jax.processors.anyres import AnyresViews
 from vlm_jax.processors.prompt import TemplatePrompt
@@ -36,7 +36,15 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     )
     newline = "unpad" in config.get("mm_patch_merge_type", "flat")
     longest = config.get("tokenizer_model_max_length", config.get("max_sequence_length"))
-    return Processor(prompt, views(config), pad_id(tokenizer, config), num_learned=int(newline), max_length=longest)
+    return Processor(
+        prompt,
+        views(config),
+        pad_id(tokenizer, config),
+        num_learned=int(newline),
+        max_length=longest,
+        # LLaVA's eval/run_llava.py and MobileVLM's inference.py stop at sep2 of Vicuna, which is this one.
+        end_tokens=end_of_text(tokenizer),
+    )
 
 
 def views(config: Mapping[str, Any]) -> SquareViews | AnyresViews:

@@ -10,7 +10,7 @@ from vlm_jax.pretrained.ovis import (
     NUM_INDICATORS_2_5,
     TOKENIZER_DEFAULTS,
 )
-from vlm_jax.pretrained.processing.settings import Folder, chat_template, image_settings, pad_id, pixels
+from vlm_jax.pretrained.processing.settings import Folder, chat_template, end_of_text, image_settings, pad_id, pixels
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.seen import Views
@@ -64,4 +64,6 @@ def _processor(folder: Folder, config: Mapping[str, Any], views: Views, template
         split=True,
         joined="\n",
     )
-    return Processor(prompt, views, pad_id(tokenizer, config), num_learned=num_learned)
+    # The release's examples give generate() the end of its text tokenizer.
+    ends = end_of_text(tokenizer)
+    return Processor(prompt, views, pad_id(tokenizer, config), num_learned=num_learned, end_tokens=ends)

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder
+from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, end_of_text
 from vlm_jax.processors.seen import NoViews, Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.turns import QwenVLPrompt
 
+# QwenLM/Qwen-VL-Chat, qwen_generation_utils.py, get_stop_words_ids of ChatML, which chat() adds.
+END_TOKENS = ("<|im_end|>", "<|im_start|>")
 NUM_QUERIES = 256  # of the release's resampler, whose config leaves it out
 
 
@@ -25,4 +27,5 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         pixels = Pixels(tuple(CLIP_STATISTICS["image_mean"]), tuple(CLIP_STATISTICS["image_std"]))
         side = visual["image_size"]
         views = SquareViews(pixels, (side, side), visual.get("n_queries", NUM_QUERIES), "stretch")
-    return Processor(QwenVLPrompt(tokenizer), views, tokenizer.eos_id, max_length=None)
+    ends = (*end_of_text(tokenizer), *END_TOKENS)
+    return Processor(QwenVLPrompt(tokenizer), views, tokenizer.eos_id, max_length=None, end_tokens=ends)

@@ -126,6 +126,11 @@ def chat_template(folder: Folder, tokenizer: Tokenizer, source: str | None, *, o
         return ChatTemplate(source, tokenizer.names)
 
 
+def end_of_text(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The name of the tokenizer's end-of-text token, for releases whose code ends an answer there."""
+    return (tokenizer.names["eos_token"],) if "eos_token" in tokenizer.names else ()
+
+
 def pad_id(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int:
     """The tokenizer's padding, the config's, or 0."""
     text = config.get("text_config") or config.get("llm_config") or config.get("language_config") or {}

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.pretrained.processing.settings import Folder, pad_id
+from vlm_jax.pretrained.processing.settings import Folder, end_of_text, pad_id
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.seen import NoViews
 from vlm_jax.processors.system import Processor
+from vlm_jax.processors.templates import IM_END
 from vlm_jax.processors.tokenizer import Tokenizer
 
 
@@ -15,4 +16,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     """A chat template and a tokenizer; conversations have no pictures."""
     tokenizer = Tokenizer.from_folder(folder)
     prompt = TemplatePrompt(ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, joined="", begins=False)
-    return Processor(prompt, NoViews(), pad_id(tokenizer, config))
+    ends = ()
+    if config["model_type"] == "internlm2" and tokenizer.vocabulary.id_of(IM_END) is not None:
+        ends = (*end_of_text(tokenizer), IM_END)  # modeling_internlm2.py, chat
+    return Processor(prompt, NoViews(), pad_id(tokenizer, config), end_tokens=ends)
