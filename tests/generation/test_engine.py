@@ -227,7 +227,7 @@ def test_sharded_over_devices_as_on_one(params):
         patch.setattr(engine, "decode", lambda params, state, *args, **kw: decode(params, copied(state), *args, **kw))
         shared = generate(model, placed, batch, mesh=mesh, **options)
     assert shared.tokens.tolist() == alone.tokens.tolist() and shared.steps == alone.steps
-    spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), None, "tensor")
+    spec = jax.sharding.PartitionSpec(None, ("data", "fsdp"), "tensor")
     for leaf in states[0][0].cache.layers:
         assert leaf.shape[1] == 4
         assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), leaf.ndim)
@@ -251,7 +251,7 @@ def test_a_cache_is_laid_out_whatever_the_model_makes_of_it():
             {"params": says(range(1, 30), VOCAB)}, prompts(*[[1]] * 4), np.arange(4), np.zeros(4, bool), {},
             np.zeros(0, np.int32), model=Toy(VOCAB), pad_id=PAD, cache_length=16, cache_dtype=None, mesh=mesh,
         )  # fmt: skip
-    assert state.cache.layers.key.sharding.shard_shape((1, 4, 16, 1, 1)) == (1, 1, 16, 1, 1)
+    assert state.cache.layers.key.sharding.shard_shape((1, 4, 1, 1, 16)) == (1, 1, 1, 1, 16)
 
 
 decode = engine.decode

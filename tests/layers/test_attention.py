@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from vlm_jax.layers import attention as module
 from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation
+from vlm_jax.layers.unstacked import Unstacked
 
 from ..parameters import drawn
 
@@ -67,15 +68,14 @@ def test_masks(reference, kind, segmented, branched):
     np.testing.assert_allclose(attention(q, k, v, context), reference.attention(q, k, v, mask), atol=1e-5)
 
 
-@pytest.mark.parametrize("offset", [0, 3, 5])
-def test_causal_with_an_offset_among_longer_keys(reference, offset):
+def test_causal_queries_are_the_last_of_longer_keys(reference):
     q, k, v = arrays(queries=3, keys=8)
     key_segments = np.array([[0, 1, 1, 1, 1, 1, 1, 1], [1] * 8])
     query_segments = np.ones((2, 3), int)
     given = [jnp.asarray(x) for x in (query_segments, key_segments)]
-    out = attention(q, k, v, Context("causal", *given, offset=jnp.asarray(offset)))
+    out = attention(q, k, v, Context("causal", *given))
     mask = readable(
-        2, 3, 8, causal=True, offset=offset, query_segments=query_segments, key_segments=key_segments
+        2, 3, 8, causal=True, offset=5, query_segments=query_segments, key_segments=key_segments
     )  # fmt: skip
     expected, meaningful = reference.attention(q, k, v, mask), mask.any(-1)
     np.testing.assert_allclose(np.asarray(out)[meaningful], expected[meaningful], atol=1e-5)
@@ -197,7 +197,6 @@ def test_splash_refuses_a_bias():
         ("tpu", jnp.bfloat16, 64, 128, Context("full"), "splash"),
         ("tpu", jnp.float32, 64, 256, Context("causal"), "splash"),
         ("tpu", jnp.bfloat16, 64, 100, Context("full"), "xla"),
-        ("tpu", jnp.bfloat16, 64, 128, Context("causal", offset=jnp.zeros((), jnp.int32)), "xla"),
         ("tpu", jnp.bfloat16, 64, 128, Context("causal", window=jnp.asarray(4)), "xla"),
         ("tpu", jnp.bfloat16, 64, 128, Context("full", branches=jnp.zeros((1, 128), jnp.int32)), "xla"),
     ],
@@ -295,22 +294,28 @@ def test_cross_attention_reads_keys_and_values_from_two_places(reference):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-def test_a_cache_is_written_at_the_offset_and_read_with_what_was_there(reference):
+@pytest.mark.parametrize("slots", [0, 6])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_a_cache_is_read_before_what_is_new_and_that_is_returned(reference, slots, heads, length, unstacked):
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(1, 2, 8)), jnp.float32)
-    old = KeyValue(*(jnp.asarray(rng.normal(size=(1, 6, 2, 4)), jnp.float32) for _ in range(2)))
-    layer = MultiHeadAttention(2)
-    ones = jnp.ones((1, 2), jnp.int32)
-    key_segments = jnp.array([[1, 1, 1, 1, 1, 0]])
-    context = Context("causal", ones, key_segments, offset=jnp.asarray(3))
-    params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x, context, cache=old)))
-    out, cache = jax.jit(layer.apply)(params, x, context, cache=old)
+    x = jnp.asarray(rng.normal(size=(1, length, 8)), jnp.float32)
+    old = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 1, 2, 4, slots), (3, 1, 2, slots, 4))]
+    past = KeyValue(*(Unstacked.of(leaf)[jnp.asarray(1)] if unstacked else leaf[1] for leaf in old))
+    layer, ones = MultiHeadAttention(heads, num_kv_heads=2, head_dim=4), jnp.ones((1, length), jnp.int32)
+    key_segments = np.concatenate([[[1, 1, 0, 1, 0, 0]], ones], axis=1)[:, 6 - slots :]
+    context = Context("causal", ones, jnp.asarray(key_segments))
+    params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x, Context("full"))))
+    out, fresh = jax.jit(layer.apply)(params, x, context, cache=past)
     p = jax.tree.map(np.float64, params["params"])
-    q, k, v = (projected(reference, x, p[n], 2) for n in ("query", "key", "value"))
-    keys, values = np.array(old.key, np.float64), np.array(old.value, np.float64)
-    keys[:, 3:5], values[:, 3:5] = k, v
-    np.testing.assert_allclose(cache.key, keys, atol=1e-5)
-    np.testing.assert_allclose(cache.value, values, atol=1e-5)
-    mask = np.array([[[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]], bool)
-    expected = reference.dense(reference.attention(q, keys, values, mask).reshape(1, 2, -1), p["out"])
+    q, k, v = (projected(reference, x, p[n], heads if n == "query" else 2) for n in ("query", "key", "value"))
+    np.testing.assert_allclose(fresh.key, k.transpose(0, 2, 3, 1), atol=1e-5)
+    np.testing.assert_allclose(fresh.value, v.transpose(0, 2, 1, 3), atol=1e-5)
+    keys = np.concatenate([np.float64(old[0][1]).transpose(0, 3, 1, 2), k], axis=1)
+    values = np.concatenate([np.float64(old[1][1]).transpose(0, 2, 1, 3), v], axis=1)
+    mask = readable(
+        1, length, slots + length, causal=True, offset=slots, query_segments=ones, key_segments=key_segments
+    )  # fmt: skip
+    expected = reference.dense(reference.attention(q, keys, values, mask).reshape(1, length, -1), p["out"])
     np.testing.assert_allclose(out, expected, atol=1e-5)

@@ -201,7 +201,7 @@ def test_the_cache_gives_the_logits_of_the_whole(batch, drops):
         return module.apply(own, *args, method=run_tokens, places=places)
 
     logits, cache = prefill(params(), first)
-    slots = [part.layers.key.shape[2] for part in cache.parts]
+    slots = [part.layers.key.shape[-1] for part in cache.parts]
     assert slots == [LENGTH + 1 - 2 * (TOKENS - kept) for kept in (TOKENS, *(drop.num_kept for drop in drops))]
     assert sum(part.layers.key.shape[0] for part in cache.parts) == DEPTH
     weights = np.zeros((2, LENGTH), np.float32)

@@ -181,12 +181,11 @@ class Deepseek(nn.Module):
             if self.latent_dim is not None:
                 sizes = (self.latent_dim, self.rope_dim)
                 return LatentKeyValue(*(jnp.zeros((*rows, size), dtype) for size in sizes))
-            shape = (*rows, self.num_kv_heads or self.num_heads, self._rope_dim())
-            return KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            return KeyValue.empty(*rows, self.num_kv_heads or self.num_heads, self._rope_dim(), dtype)
 
         layers = tuple(empty(stop - start) for _, start, stop in self.stacks())
-        slots, prompt = jnp.zeros((batch_size, length), jnp.int32), no_prompt(self.rope, batch_size)
-        return Cache(layers, slots, jnp.zeros((), jnp.int32), prompt_length=prompt)
+        cache = Cache.empty(layers, batch_size, length)
+        return dataclasses.replace(cache, prompt_length=no_prompt(self.rope, batch_size))
 
     def __call__(
         self,
@@ -206,14 +205,13 @@ class Deepseek(nn.Module):
         angles, cache = rotary_angles(self.rope, positions, segment_ids, self._rope_dim(), cache)
         context = Context("causal", segment_ids, segment_ids, branch_ids, angles, magnitude=self.rope.magnitude)
         if cache is not None:
-            offset, cache = cache.length, cache.with_segments(segment_ids)
-            context = dataclasses.replace(context, key_segments=cache.segment_ids, branches=None, offset=offset)
+            context = dataclasses.replace(context, key_segments=cache.key_segments(segment_ids), branches=None)
         x, written = embeddings, []
         for number, (name, _, _) in enumerate(self.stacks()):
-            layers = None if cache is None else cache.layers[number]
+            layers = None if cache is None else cache.readable[number]
             x, layers, _ = getattr(self, name)(x, context, cache=layers)
             written.append(layers)
-        return self.final_norm(x), None if cache is None else dataclasses.replace(cache, layers=tuple(written))
+        return self.final_norm(x), None if cache is None else cache.with_written(tuple(written), segment_ids)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Vocabulary logits in float32."""

@@ -13,7 +13,7 @@ from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.dropping import Rows, drop, num_dropped, restore
 from vlm_jax.decoders.rotary import no_prompt, rotary_angles
-from vlm_jax.layers.attention import Context
+from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
@@ -109,8 +109,9 @@ class Transformer(nn.Module):
         """
         parts = []
         for (start, stop), dropped in zip(self._spans(places), self._dropped(places), strict=True):
-            size = (stop - start, batch_size, length - dropped, self.num_kv_heads, self._head_dim)
-            parts.append(Cache.empty(*size, self.dtype if dtype is None else dtype))
+            slots, dtype = length - dropped, self.dtype if dtype is None else dtype
+            layers = KeyValue.empty(stop - start, batch_size, slots, self.num_kv_heads, self._head_dim, dtype)
+            parts.append(Cache.empty(layers, batch_size, slots))
         parts[0] = dataclasses.replace(parts[0], prompt_length=no_prompt(self.rope, batch_size))
         return Cache.chained(parts)
 
@@ -158,9 +159,8 @@ class Transformer(nn.Module):
         """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the drop that comes."""
         context, heads, layers = self._context(rows), None, None
         if cache is not None:
-            offset, cache = cache.length, cache.with_segments(rows.segment_ids)
-            context = dataclasses.replace(context, key_segments=cache.segment_ids, branches=None, offset=offset)
-            layers = cache.layers
+            context = dataclasses.replace(context, key_segments=cache.key_segments(rows.segment_ids), branches=None)
+            layers = cache.readable
         if (start, stop) == (0, self.depth):
             x, layers, _ = self.blocks(rows.x, context, cache=layers)
         elif coming is None or coming.ranked_by == stop:
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
             layers = None if first is None or last is None else first.joined(last)
         if coming is not None and heads is None:
             heads = self.blocks.attend(x, self._context(rows), coming.ranked_by)[2]
-        return x, None if cache is None else dataclasses.replace(cache, layers=layers), heads
+        return x, None if cache is None else cache.with_written(layers, rows.segment_ids), heads
 
     def _context(self, rows: Rows) -> Context:
         """That of a sequence without a cache."""

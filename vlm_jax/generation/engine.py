@@ -21,6 +21,7 @@ from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.generation.prompt import fitted, whole_rows
 from vlm_jax.generation.sampling import GenerationError, Sampling, choose
+from vlm_jax.layers.unstacked import unstacked_kernels
 from vlm_jax.models.vlm import without_masked
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.processes import to_host
@@ -128,13 +129,16 @@ def generate(
     numbers = np.asarray([*(range(size) if rows is None else rows), *[0] * extra], np.int32)
     given = _placed((batch, numbers, np.arange(size + extra) >= size), mesh)
     ends, values = np.asarray(sorted(set(end_ids)), np.int32), sampling.values()
-    limit, variables, static = np.int32(max_new_tokens), {"params": params}, {"model": model, "pad_id": pad_id}
+    variables = {"params": prepared(params) if _by_layer(mesh) else params}
+    limit, static = np.int32(max_new_tokens), {"model": model, "pad_id": pad_id}
     tokens = np.full((size, max_new_tokens), pad_id, np.int32)
     lengths, transfers = np.zeros(size, np.int32), 0
     with use_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         state, report = prefill(
             variables, *given, values, ends, cache_length=cache_length, cache_dtype=cache_dtype, mesh=mesh, **static
         )
+        if _by_layer(mesh):
+            state = dataclasses.replace(state, cache=state.cache.unstacked())
         while True:
             new, counts, ended, nan_step, step = _read(to_host(report), size)
             for row in np.flatnonzero(nan_step != SOUND).tolist():
@@ -152,6 +156,21 @@ def generate(
             if ended.all() or lengths.max() == max_new_tokens:
                 return Generated(tokens, lengths, steps=step - 1, transfers=transfers)
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
+
+
+def prepared(params: Any) -> Any:
+    """Parameters as `generate` wants them on this platform, for callers that generate more than once.
+
+    On a CPU the decoder's kernels are copied out of their stacks; elsewhere nothing is done.
+    """
+    if not _by_layer(None):
+        return params
+    return {name: unstacked_kernels(part) if name == "decoder" else part for name, part in params.items()}
+
+
+def _by_layer(mesh: Mesh | None) -> bool:
+    """Whether layers are arrays of their own; a stack is what is laid out on a mesh."""
+    return mesh is None and jax.default_backend() == "cpu"
 
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))

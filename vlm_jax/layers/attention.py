@@ -26,6 +26,7 @@ from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.rope import rotate
+from vlm_jax.layers.unstacked import product
 from vlm_jax.types import PADDING_SEGMENT, static_field, struct
 
 MaskKind = Literal["full", "causal"]
@@ -36,12 +37,19 @@ _SPLASH_TILE = 128  # lanes of a TPU register; splash wants lengths that are mul
 
 
 class KeyValue(NamedTuple):
-    """Cached keys and values of one layer, or of all with a leading layer axis."""
+    """Cached keys and values of one layer, or of all with a leading layer axis, as the products want them."""
 
-    key: Float[Array, "*L B S K H"]
-    value: Float[Array, "*L B S K H"]
+    key: Float[Array, "*L B K H S"]
+    value: Float[Array, "*L B K S H"]
 
-    AXES = ((axes.LAYERS, axes.BATCH, None, axes.KV_HEADS, None),) * 2  # of all layers
+    AXES = ((axes.LAYERS, axes.BATCH, axes.KV_HEADS, None, None),) * 2  # of all layers
+    SLOTS = (-1, -2)  # which axis of each is that of the positions
+
+    @classmethod
+    def empty(cls, depth: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype: Any) -> "KeyValue":
+        """`length` slots for every row of all layers."""
+        shape = (depth, batch_size, num_heads)
+        return cls(jnp.zeros((*shape, head_dim, length), dtype), jnp.zeros((*shape, length, head_dim), dtype))
 
     def part(self, start: int, stop: int | None) -> "KeyValue":
         """Those of layers `start` to `stop` - 1."""
@@ -66,8 +74,6 @@ class Context:
       magnitude: factor of turned queries and keys.
       query_scale: factor of every query, or None.
       window: of causal attention, how many keys a query sees at most: itself and those before it; None for all.
-      offset: index of the first query among the keys, and where new keys are written to the
-        cache; None for 0.
       key_bias: added to the scaled logits of every key, or None.
     """
 
@@ -76,7 +82,6 @@ class Context:
     key_segments: Int[Array, "B S"] | None = None
     branches: Int[Array, "B T"] | None = None
     angles: Float[Array, "B T half"] | None = None
-    offset: Int[Array, ""] | None = None
     key_bias: Float[Array, "B S"] | None = None
     magnitude: float = static_field(default=1.0)
     query_scale: Float[Array, "B T"] | None = None
@@ -87,7 +92,7 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
     """True where a query may look at a key; None where every one may look at all."""
     mask = None
     if context.mask_kind == "causal":
-        rows = jnp.arange(num_queries)[:, None] + (0 if context.offset is None else context.offset)
+        rows = jnp.arange(num_keys - num_queries, num_keys)[:, None]
         mask = (rows >= jnp.arange(num_keys)[None, :])[None]
     if context.query_segments is not None and context.key_segments is not None:
         same = context.query_segments[:, :, None] == context.key_segments[:, None, :]
@@ -100,8 +105,7 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
         if context.mask_kind != "causal" or mask is None:
             raise ValueError(f"an attention window is for causal attention, not {context.mask_kind}")
         order = _order(context, mask)
-        start = 0 if context.offset is None else context.offset
-        of_queries = jax.lax.dynamic_slice_in_dim(order, start, num_queries, axis=1)
+        of_queries = order[:, num_keys - num_queries :]
         mask &= of_queries[:, :, None] - order[:, None, :] < context.window
     return mask
 
@@ -148,7 +152,8 @@ def choose_implementation(
     if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
         return "cudnn"
     tiled = query.shape[1] % _SPLASH_TILE == 0 and key.shape[1] % _SPLASH_TILE == 0
-    plain = context.offset is None and context.branches is None and context.window is None and not biased
+    square = query.shape[1] == key.shape[1]
+    plain = square and context.branches is None and context.window is None and not biased
     if platform == "tpu" and tiled and plain and jax.sharding.get_abstract_mesh().size <= 1:
         return "splash"
     return "xla"
@@ -160,6 +165,7 @@ def attention(
     value: Float[Array, "B S K V"],
     context: Context,
     *,
+    past: KeyValue | None = None,
     bias: Float[Array, "B Q T S"] | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
@@ -170,7 +176,8 @@ def attention(
       query: queries, any float dtype.
       key: keys; K divides Q.
       value: values, of any width up to H.
-      context: mask kind, segment ids and offset.
+      context: mask kind and segment ids; the queries are the last of the keys.
+      past: keys and values before those, from a cache; `context` counts them among the keys.
       bias: added to the scaled logits, as relative positions are.
       scale: factor of the logits; H ** -0.5 when None.
       implementation: forces one; chosen by platform when None.
@@ -183,15 +190,17 @@ def attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if context.key_bias is not None:
-        shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        shape = (query.shape[0], query.shape[2], query.shape[1], context.key_bias.shape[1])
         of_keys = jnp.broadcast_to(context.key_bias[:, None, None], shape)
         bias = of_keys if bias is None else bias + of_keys
+    if past is not None:
+        implementation = "xla"
     implementation = implementation or choose_implementation(query, key, context, biased=bias is not None)
     if implementation == "splash":
         if bias is not None:
             raise ValueError("the splash kernel takes no bias; leave the implementation to be chosen")
         return _splash(query, key, value, context, scale)
-    mask = allowed(context, query.shape[1], key.shape[1])
+    mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
     if implementation == "cudnn":
         mask = None if mask is None else mask[:, None]
         bias = None if bias is None else bias.astype(query.dtype)
@@ -199,27 +208,30 @@ def attention(
         value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - width)))
         out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
         return out[..., :width]
-    return _xla(query, key, value, mask, bias, scale)
+    return _xla(query, key, value, past, mask, bias, scale)
 
 
-def _xla(query, key, value, mask, bias, scale):
+def _xla(query, key, value, past, mask, bias, scale):
     """Heads first, so that a head is one plain matrix; the backward pass computes the weights again."""
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
     query = (query * jnp.asarray(scale, query.dtype)).reshape(batch, length, kv_heads, -1, dim)
     query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)  # the heads of a group one after another
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    rows = (batch, kv_heads, -1, length, key.shape[2])  # of queries, before they are one axis with the group
+    num_keys = key.shape[2] + (0 if past is None else past.key.shape[-1])
+    rows = (batch, kv_heads, -1, length, num_keys)  # of queries, before they are one axis with the group
     bias = None if bias is None else bias.astype(jnp.float32).reshape(rows)
-    out = _weighted_mean(query, key, value, mask, bias, rows)
+    out = _weighted_mean(query, key, value, past, mask, bias, rows)
     out = out.reshape(batch, kv_heads, -1, length, out.shape[-1]).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, -1)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(5,))
-def _weighted_mean(query, key, value, mask, bias, rows):
-    """Means of `value` [B, K, S, H] with weights from `query` [B, K, G * T, H]."""
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(6,))
+def _weighted_mean(query, key, value, past, mask, bias, rows):
+    """Means of `past` and `value` [B, K, S, H] with weights from `query` [B, K, G * T, H]."""
     logits = jnp.einsum("bkth,bksh->bkts", query, key, preferred_element_type=jnp.float32)
+    if past is not None:
+        logits = jnp.concatenate([product(past.key, query, jnp.float32), logits], axis=-1)
     if mask is not None or bias is not None:
         logits = logits.reshape(rows)
         if bias is not None:
@@ -229,7 +241,11 @@ def _weighted_mean(query, key, value, mask, bias, rows):
         logits = logits.reshape(*query.shape[:3], rows[-1])
     weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)
-    out = jnp.einsum("bkts,bksh->bkth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    weights = weights.astype(value.dtype)
+    of_past, weights = jnp.split(weights, [rows[-1] - key.shape[2]], axis=-1)
+    out = jnp.einsum("bkts,bksh->bkth", weights, value, preferred_element_type=jnp.float32)
+    if past is not None:
+        out = out + product(past.value, of_past, jnp.float32)
     return (out / total).astype(value.dtype)  # fewer divisions than of the weights
 
 
@@ -299,7 +315,7 @@ class MultiHeadAttention(nn.Module):
         """Attends from `x` to `inputs_k` (itself when None) and, before it, to the cache.
 
         Returns:
-          The output, and the cache with the new keys and values written at `context.offset`.
+          The output, and with a cache the new keys and values in its layout and dtype, to be written to it.
         """
         inputs_k = x if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v
@@ -336,16 +352,13 @@ class MultiHeadAttention(nn.Module):
         if not self.is_initializing():
             for name, heads_of in (("queries", query), ("keys", key)):
                 self.sow(HEADS, name, heads_of, init_fn=tuple, reduce_fn=_last)
+        past = fresh = None
         if cache is not None:
-            start = (0, 0 if context.offset is None else context.offset, 0, 0)
-            cache = KeyValue(
-                *(
-                    jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), start)
-                    for old, fresh in zip(cache, (key, value), strict=True)
-                )
-            )
-            key, value = cache.key.astype(self.dtype), cache.value.astype(self.dtype)
-        out = attention(query, key, value, context).reshape(*x.shape[:-1], -1)
+            key, value = key.astype(cache.key.dtype), value.astype(cache.value.dtype)
+            fresh = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
+            key, value = key.astype(self.dtype), value.astype(self.dtype)
+            past = cache if cache.key.shape[-1] else None
+        out = attention(query, key, value, context, past=past).reshape(*x.shape[:-1], -1)
         width = self.out_dim or x.shape[-1]
         dense = Dense(width, (axes.HEADS, axes.EMBED), use_bias=self.out_bias, name="out", **settings)
-        return dense(out), cache
+        return dense(out), fresh

@@ -19,6 +19,7 @@ from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.received import Heads
 from vlm_jax.layers.scan import scan_layers
+from vlm_jax.layers.unstacked import of_layer
 
 LayerCache = Any  # a `KeyValue` or a `LatentKeyValue`, of one layer or of all with a leading layer axis
 
@@ -77,7 +78,7 @@ class TransformerBlock(nn.Module):
         context: Context,
         half: Literal["both", "attention", "feed_forward"] = "both",
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the output, of one of the two steps alone with `half`, and the updated cache."""
+        """Returns the output, of one of the two steps alone with `half`, and what is to be written to the cache."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
         if half != "feed_forward":
@@ -158,10 +159,12 @@ class TransformerStack(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, *, cache: LayerCache | None = None, collect: bool = False
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, "L B T D"] | None]:
-        """Returns the last output, the updated cache, and, with `collect`, [depth + 1, B, T, D].
+        """Returns the last output, what is to be written to the cache, and, with `collect`, [depth + 1, B, T, D].
 
         The collected states are the input of every block and the output of the last.
         """
+        if cache is not None and not collect and not self.is_initializing():
+            return *self.run(x, context, 0, self.depth, cache=cache), None
         block = _ScannedBlock
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
@@ -174,31 +177,30 @@ class TransformerStack(nn.Module):
     def run(
         self, x: Float[Array, "B T D"], context: Context, start: int, stop: int, *, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Runs blocks `start` to `stop` - 1; `cache` is theirs alone."""
+        """Runs blocks `start` to `stop` - 1; `cache` is theirs alone, and what is returned is to be written to it."""
         if start == stop:
             return x, cache
         params = self._params(x)
 
         def layer(x: Any, inputs: Any) -> Any:
-            index, own, cache, window = inputs
-            own = jax.tree.map(lambda leaf: leaf[index], params) if own is None else own
-            return self._rematted(lambda p, x, cache: self._apply(p, x, cache, _with_window(context, window))[0])(
-                own, x, cache
+            index, own, window = inputs
+            own = of_layer(params, index) if own is None else own
+            past = None if cache is None else of_layer(cache, index - start)
+            return self._rematted(lambda p, x, past: self._apply(p, x, past, _with_window(context, window))[0])(
+                own, x, past
             )
 
         # A slice is a copy, which a step of generation would make anew; but the gradient of an indexed
         # stack is a sum over layers of whole stacks, so that training slices.
         own = None if cache is not None else jax.tree.map(lambda leaf: leaf[start:stop], params)
-        return jax.lax.scan(
-            layer, x, (jnp.arange(start, stop), own, cache, self._windows(start, stop)), unroll=self.unroll
-        )
+        return jax.lax.scan(layer, x, (jnp.arange(start, stop), own, self._windows(start, stop)), unroll=self.unroll)
 
     def attend(
         self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Heads]:
-        """x + attention(norm(x)) of block `index`, its cache ([1, B, S, K, H]), and its queries and keys."""
-        own = jax.tree.map(lambda leaf: leaf[index], self._params(x))
-        cache = None if cache is None else jax.tree.map(lambda leaf: leaf[0], cache)
+        """x + attention(norm(x)) of block `index`, what is to be written to its cache, and its queries and keys."""
+        own = of_layer(self._params(x), index)
+        cache = None if cache is None else of_layer(cache, 0)
         context = self.context_of(index, context)
         run = self._rematted(lambda p, x, cache: self._apply(p, x, cache, context, half="attention", mutable=[HEADS]))
         (x, cache), sown = run(own, x, cache)
@@ -208,7 +210,7 @@ class TransformerStack(nn.Module):
 
     def feed_forward(self, x: Float[Array, "B T D"], index: int) -> Float[Array, "B T D"]:
         """x + mlp(norm(x)) of block `index`."""
-        own = jax.tree.map(lambda leaf: leaf[index], self._params(x))
+        own = of_layer(self._params(x), index)
         return self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])(own, x)
 
     def context_of(self, index: int, context: Context) -> Context:

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.layers.unstacked import OneOf, product
 
 Initializer = Callable[..., Any]
 
@@ -60,7 +61,11 @@ class Dense(nn.Module):
         kernel = self.param(
             "kernel", named(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features), self.param_dtype
         )
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        x = x.astype(self.dtype)
+        if isinstance(kernel, OneOf):
+            y = product(kernel, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        else:
+            y = jnp.dot(x, kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param(
                 "bias", named(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
@@ -100,4 +105,8 @@ class Embed(nn.Module):
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        return jnp.dot(x, self.embedding.astype(self.dtype).T)
+        table = self.embedding.astype(self.dtype)
+        if x.size == x.shape[-1]:
+            # As a column: XLA's CPU backend would compute a row within the loop that takes the norm before it.
+            return jnp.dot(table, x.reshape(-1, 1)).reshape(*x.shape[:-1], -1)
+        return jnp.dot(x, table.T)

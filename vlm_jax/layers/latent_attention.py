@@ -12,6 +12,7 @@ from vlm_jax.layers.attention import Context, attention
 from vlm_jax.layers.dense import KERNEL_INIT, Dense, named
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import rotate
+from vlm_jax.layers.unstacked import picked
 
 _EPSILON = 1e-6  # of the norms of bottlenecks, whatever that of the residual stream's
 
@@ -23,6 +24,7 @@ class LatentKeyValue(NamedTuple):
     rope_key: Float[Array, "*L B S P"]
 
     AXES = ((axes.LAYERS, axes.BATCH, None, None),) * 2  # of all layers
+    SLOTS = (-2, -2)  # which axis of each is that of the positions
 
 
 class LatentAttention(nn.Module):
@@ -65,7 +67,7 @@ class LatentAttention(nn.Module):
         """Attends within `x` and, before it, to the cache; `context.angles` are those of `rope_dim` coordinates.
 
         Returns:
-          The output, and the cache with the new latents and rotary keys written at `context.offset`.
+          The output, and with a cache the new latents and rotary keys in its dtype, to be written to it.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         content, rotary = jnp.split(self._queries(x, settings), [self.content_dim], axis=-1)
@@ -75,20 +77,18 @@ class LatentAttention(nn.Module):
         if context.angles is not None:
             rotary = rotate(rotary, context.angles, context.magnitude)
             key = rotate(key[:, :, None], context.angles, context.magnitude)[:, :, 0]
+        fresh = None
         if cache is not None:
-            start = (0, 0 if context.offset is None else context.offset, 0)
-            cache = LatentKeyValue(
-                *(
-                    jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), start)
-                    for old, fresh in zip(cache, (latent, key), strict=True)
-                )
+            fresh = LatentKeyValue(latent.astype(cache.latent.dtype), key.astype(cache.rope_key.dtype))
+            latent, key = (
+                picked(lambda old, new: jnp.concatenate([old, new], axis=1), *pair).astype(self.dtype)
+                for pair in zip(cache, fresh, strict=True)
             )
-            latent, key = cache.latent.astype(self.dtype), cache.rope_key.astype(self.dtype)
         attend = self._absorbed if self._absorbs(x.shape[1], latent.shape[1]) else self._expanded
         out = attend(content, rotary, latent, key, context, self._expansions())
         out = out.reshape(*x.shape[:-1], self.num_heads * self.value_dim)
         dense = Dense(x.shape[-1], (axes.HEADS, axes.EMBED), self.use_bias, name="out", **settings)
-        return dense(out), cache
+        return dense(out), fresh
 
     def _queries(self, x: jax.Array, settings: dict[str, Any]) -> Float[Array, "B T Q H"]:
         names = (axes.EMBED, axes.HEADS)

@@ -1,5 +1,6 @@
 """Which experts each token goes to, and with what weights."""
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, named
 from vlm_jax.layers.scan import LOSSES
+from vlm_jax.layers.unstacked import picked
 
 Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -71,7 +73,8 @@ class Router(nn.Module):
         names, shape = (axes.EMBED, axes.CLASSES), (x.shape[-1], self.num_experts)
         kernel = self.param("kernel", named(KERNEL_INIT, *names), shape, self.param_dtype)
         # In full precision on every platform: a rounded logit can select another expert.
-        logits = jnp.dot(x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        precise = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+        logits = picked(lambda kernel, x: precise(x, kernel.astype(jnp.float32)), kernel, x.astype(jnp.float32))
         scores = jax.nn.softmax(logits) if self.scoring == "softmax" else jax.nn.sigmoid(logits)
         expert = jax.lax.top_k(self._ranking(scores), self.num_selected)[1]
         weight = jnp.take_along_axis(scores, expert, axis=-1)

@@ -1,0 +1,67 @@
+"""Layers as arrays of their own: the values of the stack, and none of its copies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.unstacked import OneOf, Unstacked, of_layer, picked, product, unstacked_kernels, written
+
+DEPTH = 3
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(DEPTH, 2, 4, 5)), jnp.float32)
+
+
+def test_indexing_gives_what_the_stack_gives(stack):
+    unstacked = Unstacked.of(stack)
+    assert (unstacked.shape, unstacked.dtype) == (stack.shape, stack.dtype)
+    np.testing.assert_array_equal(unstacked[1], stack[1])
+    np.testing.assert_array_equal(unstacked[1:][0], stack[1])
+    chosen = unstacked[jnp.asarray(2)]
+    assert isinstance(chosen, OneOf) and chosen.shape == stack.shape[1:]
+    np.testing.assert_array_equal(picked(lambda layer, x: layer * x, chosen, 2), 2 * stack[2])
+    of = of_layer({"a": unstacked, "b": jnp.arange(DEPTH)}, jnp.asarray(1))
+    np.testing.assert_array_equal(picked(jnp.copy, of["a"]), stack[1])
+    assert of["b"] == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_products_are_those_of_the_layer(stack, rows, heads):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(heads, rows, 4)), jnp.float32)
+    matrix = stack[:, :heads]
+    got = jax.jit(product)(Unstacked.of(matrix)[jnp.asarray(1)], x)
+    np.testing.assert_allclose(got, np.float64(x) @ np.float64(matrix[1]), atol=1e-5)
+
+
+def test_a_linear_layer_takes_a_kernel_of_one_layer(stack):
+    x = jnp.ones((2, 1, 4))
+    got = Dense(5, ("embed", "mlp"), use_bias=False).apply(
+        {"params": {"kernel": Unstacked.of(stack[:, 0])[jnp.asarray(1)]}}, x
+    )
+    np.testing.assert_allclose(got, x @ stack[1, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_writes_are_those_of_the_stack(stack, axis):
+    fresh = jnp.ones_like(stack)[..., :1] if axis == -1 else jnp.ones_like(stack)[..., :1, :]
+    expected = np.array(stack)
+    expected[(..., 3) if axis == -1 else (..., 3, slice(None))] = 1
+    np.testing.assert_array_equal(written(stack, fresh, 3, axis), expected)
+    got = jax.jit(lambda old: written(old, fresh, 3, axis))(Unstacked.of(stack))
+    np.testing.assert_array_equal(jnp.stack(got.layers), expected)
+
+
+def test_only_kernels_of_scanned_layers_are_taken_out():
+    kernel, scale = jnp.zeros((DEPTH, 4, 5)), jnp.zeros((DEPTH, 4))
+    params = {
+        "blocks": {"layers": {"mlp": {"up": {"kernel": kernel}}, "norm": {"scale": scale}}},
+        "head": {"kernel": kernel},
+    }
+    got = unstacked_kernels(params)
+    assert isinstance(got["blocks"]["layers"]["mlp"]["up"]["kernel"], Unstacked)
+    assert got["blocks"]["layers"]["norm"]["scale"] is scale and got["head"]["kernel"] is kernel
