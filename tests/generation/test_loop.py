@@ -64,6 +64,10 @@ class Sealed:
     def __init__(self, content):
         self._content = content
 
+    def unstacked(self):
+        """Done on the device."""
+        return Sealed(self._content.unstacked())
+
 
 class Fetched:
     """An array that is on the device until somebody reads it."""

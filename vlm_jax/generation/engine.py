@@ -76,6 +76,10 @@ class State:
     rows: Int[Array, "B"]
     seen: Bool[Array, "B V"] | None
 
+    def unstacked(self) -> "State":
+        """With an array a layer in the cache; on the device."""
+        return dataclasses.replace(self, cache=self.cache.unstacked())
+
 
 def generate(
     model: nn.Module,
@@ -138,7 +142,7 @@ def generate(
             variables, *given, values, ends, cache_length=cache_length, cache_dtype=cache_dtype, mesh=mesh, **static
         )
         if _by_layer(mesh):
-            state = dataclasses.replace(state, cache=state.cache.unstacked())
+            state = state.unstacked()
         while True:
             new, counts, ended, nan_step, step = _read(to_host(report), size)
             for row in np.flatnonzero(nan_step != SOUND).tolist():
