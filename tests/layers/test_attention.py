@@ -104,14 +104,14 @@ def test_a_window_leaves_the_last_keys(reference, window, segmented, branched):
 
 
 def test_a_window_counts_no_padding_of_a_cache(reference):
-    """Prompts of two and of four tokens, padded on the right and on the left, and two tokens behind them."""
+    """Prompts of two and of four tokens, padded on the right and on the left, two empty slots, and two tokens."""
     q, k, v = arrays(queries=2, keys=8)
-    key_segments = np.array([[1, 1, 0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0, 0]])
+    key_segments = np.array([[1, 1, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0, 1, 1]])
     given = [jnp.asarray(x) for x in (np.ones((2, 2), int), key_segments)]
-    out = attention(q, k, v, Context("causal", *given, offset=jnp.asarray(4), window=jnp.asarray(3)))
+    out = attention(q, k, v, Context("causal", *given, window=jnp.asarray(3)))
     mask = np.zeros((2, 2, 8), bool)
-    mask[0, 0, [0, 1, 4]] = mask[0, 1, [1, 4, 5]] = True
-    mask[1, 0, [2, 3, 4]] = mask[1, 1, [3, 4, 5]] = True
+    mask[0, 0, [0, 1, 6]] = mask[0, 1, [1, 6, 7]] = True
+    mask[1, 0, [2, 3, 6]] = mask[1, 1, [3, 6, 7]] = True
     np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
 
 

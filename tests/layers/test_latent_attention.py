@@ -89,12 +89,12 @@ def test_both_orders_of_products_are_the_definition(reference, variant, absorbs)
 def test_step_by_step_from_a_cache_of_latents(reference, absorbs):
     variant = "query latent, biases"
     module, variables, x = made(variant)
-    cache = LatentKeyValue(jnp.zeros((BATCH, LENGTH + 2, 8)), jnp.zeros((BATCH, LENGTH + 2, 4)))
+    cache = LatentKeyValue(jnp.zeros((BATCH, 0, 8)), jnp.zeros((BATCH, 0, 4)))
     whole = expected(reference, x, variables["params"], VARIANTS[variant])
     run = jax.jit(absorbing(module, absorbs).apply)
     for start, stop in [(0, 3), *((i, i + 1) for i in range(3, LENGTH))]:
-        context = Context("causal", angles=angles(start, stop), offset=jnp.asarray(start))
-        got, cache = run(variables, x[:, start:stop], context, cache=cache)
+        got, new = run(variables, x[:, start:stop], Context("causal", angles=angles(start, stop)), cache=cache)
+        cache = LatentKeyValue(*(jnp.concatenate(pair, axis=1) for pair in zip(cache, new, strict=True)))
         np.testing.assert_allclose(got, whole[:, start:stop], atol=2e-5)
 
 
@@ -109,10 +109,10 @@ def test_the_cheaper_order_is_taken():
         shapes = nn.meta.unbox(
             jax.eval_shape(functools.partial(module.init, context=Context("full")), jax.random.key(0), x)
         )
-        rows = (jax.ShapeDtypeStruct((1, num_keys, size), jnp.float32) for size in (512, 64))
+        rows = (jax.ShapeDtypeStruct((1, num_keys - num_queries, size), jnp.float32) for size in (512, 64))
 
         def run(variables, x, cache):
-            return forced.apply(variables, x, Context("causal", offset=jnp.asarray(0)), cache=cache)
+            return forced.apply(variables, x, Context("causal"), cache=cache)
 
         return count_flops(run, shapes, x, LatentKeyValue(*rows))
 
