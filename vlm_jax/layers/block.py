@@ -19,7 +19,7 @@ from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.received import Heads
 from vlm_jax.layers.scan import scan_layers
-from vlm_jax.layers.unstacked import of_layer
+from vlm_jax.layers.unstacked import has_unstacked, of_layer
 
 LayerCache = Any  # a `KeyValue` or a `LatentKeyValue`, of one layer or of all with a leading layer axis
 
@@ -163,7 +163,7 @@ class TransformerStack(nn.Module):
 
         The collected states are the input of every block and the output of the last.
         """
-        if cache is not None and not collect and not self.is_initializing():
+        if not self.is_initializing() and has_unstacked((self.variables["params"]["layers"], cache)):
             return *self.run(x, context, 0, self.depth, cache=cache), None
         block = _ScannedBlock
         if self.remat != "none":
@@ -192,7 +192,8 @@ class TransformerStack(nn.Module):
 
         # A slice is a copy, which a step of generation would make anew; but the gradient of an indexed
         # stack is a sum over layers of whole stacks, so that training slices.
-        own = None if cache is not None else jax.tree.map(lambda leaf: leaf[start:stop], params)
+        sliced = cache is None and not has_unstacked(params)
+        own = jax.tree.map(lambda leaf: leaf[start:stop], params) if sliced else None
         return jax.lax.scan(layer, x, (jnp.arange(start, stop), own, self._windows(start, stop)), unroll=self.unroll)
 
     def attend(

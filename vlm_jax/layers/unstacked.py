@@ -130,6 +130,11 @@ def is_unstacked(tree: Any) -> bool:
     return isinstance(tree, Unstacked)
 
 
+def has_unstacked(tree: Any) -> bool:
+    """Whether there is one among the leaves."""
+    return any(map(is_unstacked, jax.tree.leaves(tree, is_leaf=is_unstacked)))
+
+
 def of_layer(stacks: Any, index: Any) -> Any:
     """The tree of layer `index` from a tree of stacks."""
     return jax.tree.map(lambda leaf: leaf[index], stacks, is_leaf=is_unstacked)

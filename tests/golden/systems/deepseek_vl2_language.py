@@ -69,7 +69,7 @@ def text_states(ours: Any, ids: np.ndarray) -> dict[str, np.ndarray]:
                 found[f"text.router_weights.{layer}"] = dense
     first = jax.tree.map(lambda leaf: leaf[0], cache.layers[0])
     if isinstance(first, KeyValue):
-        found["text.cache0.0"], found["text.cache0.1"] = (leaf.swapaxes(1, 2) for leaf in first)
+        found["text.cache0.0"], found["text.cache0.1"] = first.key.swapaxes(2, 3), first.value
     else:
         found["text.cache0.0"], found["text.cache0.1"] = first.rope_key[:, None], first.latent[:, None]
     return {name: np.asarray(array) for name, array in found.items()}
