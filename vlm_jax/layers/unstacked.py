@@ -8,11 +8,12 @@ product and nothing else, and the products compile to calls of a library, so tha
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 KERNEL = "kernel"  # the name of a linear layer's matrix
@@ -25,14 +26,16 @@ class Unstacked:
     The number of every layer is an array too: were it a constant, each layer's write would be another program.
     """
 
-    def __init__(self, layers: Sequence[Any], numbers: Sequence[Any]):
+    def __init__(self, layers: Iterable[Any], numbers: Iterable[Any]):
         self.layers, self.numbers = tuple(layers), tuple(numbers)
 
     @classmethod
     def of(cls, stack: jax.Array) -> "Unstacked":
-        """Copies every layer out of `stack`; not for use inside a program."""
-        numbers = [jnp.asarray(number, jnp.int32) for number in range(len(stack))]
-        return cls([_layer(stack, number) for number in numbers], numbers)
+        """Copies every layer out of `stack`, on the host, so that nothing is compiled; not for use inside a program."""
+        layers, numbers = np.asarray(stack), np.arange(len(stack), dtype=np.int32)
+        return cls(
+            *([jax.device_put(np.asarray(leaf), may_alias=False) for leaf in leaves] for leaves in (layers, numbers))
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,11 +156,6 @@ def unstacked_kernels(params: Any, within: bool = False) -> Any:
         else unstacked_kernels(value, within or name == "layers")
         for name, value in params.items()
     }
-
-
-@jax.jit
-def _layer(stack: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, number, keepdims=False)
 
 
 def _layer_of(fresh: jax.Array, number: jax.Array) -> jax.Array:
