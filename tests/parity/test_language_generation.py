@@ -1,6 +1,7 @@
 """Greedy ids of tiny random language models beside `generate` of transformers, in ragged batches and one by one."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -66,11 +67,43 @@ def test_greedy_ids_of_ragged_batches(name, tmp_path):
         assert [ids(batch_of([row], "left"))[0] for row in rows] == expected
 
 
+def with_a_picture(length):
+    """Positions on three axes: two tokens, a picture of 1 x 2 x 3, and what follows it."""
+    grid = [[2, 2 + row, 2 + column] for row in range(2) for column in range(3)]
+    axes = [[0] * 3, [1] * 3, *grid, *([5 + i] * 3 for i in range(length))]
+    return np.array(axes[:length])
+
+
+def their_steps(model, row, positions):
+    """Greedy ids, each by a run over all before it: `generate` would lay text out on three equal axes."""
+    ids, positions = row.tolist(), positions.tolist()
+    while len(ids) < len(row) + NEW:
+        places = torch.tensor(positions).T[:, None]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), position_ids=places, use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+        positions.append([np.max(positions) + 1] * 3)
+    return ids[len(row) :]
+
+
 @pytest.mark.parametrize("kind", SYSTEMS)
 def test_greedy_ids_with_positions_on_three_axes(kind, tmp_path):
     rows, model = prompts(), made_system(kind, {"rope_type": "default"})
-    expected = [theirs(model, row) for row in rows]
     ours, _ = loaded_text(model, tmp_path)
-    batch = batch_of(rows, "left")
-    batch = dataclasses.replace(batch, positions=np.repeat(batch.positions[..., None], 3, axis=-1))
-    assert generate(ours.module, ours.params, batch, max_new_tokens=NEW).tokens.tolist() == expected
+    run = functools.partial(generate, ours.module, ours.params, max_new_tokens=NEW)
+
+    def ids(positions, side):
+        batch, length = batch_of(rows, side), max(LENGTHS)
+        three = np.full((*batch.tokens.shape, 3), 3, np.int32)
+        for place, row in zip(three, rows, strict=True):
+            place[slice(length - len(row), None) if side == "left" else slice(len(row))] = positions(len(row))
+        return run(dataclasses.replace(batch, positions=three)).tokens.tolist()
+
+    def equal(length):
+        return np.repeat(np.arange(length)[:, None], 3, axis=1)
+
+    expected = [theirs(model, row) for row in rows]
+    assert ids(equal, "left") == ids(equal, "right") == expected
+    differing = [their_steps(model, row, with_a_picture(len(row))) for row in rows]
+    assert all(one != other for one, other in zip(expected, differing, strict=True))
+    assert ids(with_a_picture, "left") == ids(with_a_picture, "right") == differing

@@ -124,8 +124,8 @@ def internvl(folder):
     return saved(folder, processor, transformers.InternVLForConditionalGeneration(config))
 
 
-def qwen2_5_vl(folder):
-    processor, _, _ = qwen("qwen2_5_vl", folder)
+def qwen_vl(folder, kind, config, model, vision):
+    processor, _, _ = qwen(kind, folder)
     ids = {
         name: processor.tokenizer.convert_tokens_to_ids(token)
         for name, token in {
@@ -135,25 +135,31 @@ def qwen2_5_vl(folder):
             "vision_end_token_id": "<|vision_end|>",
         }.items()
     }
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(processor.tokenizer),
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0},
-            **TEXT,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
-        **ids,
-    )
-    return saved(folder, processor, transformers.Qwen2_5_VLForConditionalGeneration(config))
+    text = {
+        "vocab_size": len(processor.tokenizer),
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0},
+        **TEXT,
+    }
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 4, **vision}
+    return saved(folder, processor, model(config(text_config=text, vision_config=vision, **ids)))
+
+
+def qwen2_vl(folder):
+    vision = {"embed_dim": 16, "mlp_ratio": 2, "hidden_size": 32}
+    classes = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
+    return qwen_vl(folder, "qwen2_vl", *classes, vision)
+
+
+def qwen2_5_vl(folder):
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    classes = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
+    return qwen_vl(folder, "qwen2_5_vl", *classes, vision)
 
 
 def saved(folder, processor, model):
@@ -162,7 +168,9 @@ def saved(folder, processor, model):
     return processor, model, vlm_jax.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=[llava, llava_next, internvl, qwen2_5_vl], ids=lambda made: made.__name__)
+@pytest.fixture(
+    scope="module", params=[llava, llava_next, internvl, qwen2_vl, qwen2_5_vl], ids=lambda made: made.__name__
+)
 def system(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Processors with videos check their parts against classes that only torchvision brings.
