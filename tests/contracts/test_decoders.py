@@ -11,6 +11,7 @@ from flax import linen as nn
 from vlm_jax import decoders
 from vlm_jax.decoders import DECODERS
 from vlm_jax.layers.rope import Rope
+from vlm_jax.planner.flops import count_flops
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 
 from ..parameters import drawn
@@ -109,6 +110,15 @@ def test_cached_equals_uncached_token_by_token(kind, text, prompt):
         logits, cache = step(*piece, cache)
         np.testing.assert_allclose(logits, expected[:, start:stop], atol=2e-5)
     assert [leaf.shape for leaf in jax.tree.leaves(cache)] == shapes
+
+
+@every_kind
+@pytest.mark.parametrize("slots", [LENGTH, 16 * LENGTH])
+def test_a_prompt_into_an_empty_cache_takes_the_products_of_one_without(kind, text, slots):
+    decoder, boxed = made(kind)
+    without = count_flops(functools.partial(decoder.apply, method=full), boxed, *row(text))
+    into = functools.partial(decoder.apply, method=with_cache)
+    assert count_flops(into, boxed, *row(text), decoder.init_cache(1, slots)) == without
 
 
 @every_kind
