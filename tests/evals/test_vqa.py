@@ -1,7 +1,9 @@
 """Accuracy and its interval, and what counts as an answer."""
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.stats import binomtest
 
 from configs import base
@@ -9,6 +11,7 @@ from vlm_jax.build import build
 from vlm_jax.evals import vqa
 from vlm_jax.evals.vqa import Answer, accuracy, answer_all, exact, overlap, wilson_interval
 from vlm_jax.generation.engine import Generated
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.types import Sample, Turn
 
 
@@ -112,6 +115,23 @@ def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatc
         assert answer.sample is given
         assert text is None or answer.text == text
         assert answer.correct is correct, given.sample_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "given"), [({"data": 8}, True), ({"data": 4, "context": 2}, False), (None, False)]
+)
+def test_answers_are_shared_out_over_the_devices_of_the_parameters(monkeypatch, system, settings, given):
+    mesh = None if settings is None else make_mesh(MeshSettings(**settings))
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    eos, meshes = system.processor.tokenizer.eos_id, []
+
+    def stand_in(*args, mesh, **options):
+        meshes.append(mesh)
+        return generated([[eos]])
+
+    monkeypatch.setattr(vqa, "generate", stand_in)
+    answer_all(system, {"kernel": jax.device_put(np.ones(2), sharding)}, [sample("x", "read")], batch_size=1)
+    assert meshes == [mesh if given else None]
 
 
 def test_an_endless_answer_is_wrong_even_when_its_text_is_right(monkeypatch, system):

@@ -193,14 +193,29 @@ def test_several_images_of_a_row(params, rows):
     assert run(params, swapped) != [said]
 
 
-def test_a_cache_in_bfloat16_stays_close(params, ragged, naive):
-    """Logits move by the rounding of keys and values; the first token does not see the cache rounded away."""
-    state, report = engine.prefill(
-        {"params": params}, ragged, np.arange(3), np.zeros(3, bool), {}, np.zeros(0, np.int32),
-        model=MODEL, pad_id=PAD, cache_length=16, cache_dtype="bfloat16", mesh=None,
-    )  # fmt: skip
-    assert {leaf.dtype for leaf in state.cache.layers} == {jnp.dtype(jnp.bfloat16)}
-    assert np.asarray(report)[:, 0].tolist() == [answer[0] for answer in naive]
+def test_a_cache_in_bfloat16_moves_logits_as_rounding_does(params, ragged, naive):
+    """Of new tokens: by at most twice what rounding the content of a float32 cache moves them by."""
+    step = jax.jit(lambda *inputs: MODEL.apply({"params": params}, *inputs, method="extend"))
+
+    def logits(dtype, kept=lambda leaf: leaf):
+        state, report = engine.prefill(
+            {"params": params}, ragged, np.arange(3), np.zeros(3, bool), {}, np.zeros(0, np.int32),
+            model=MODEL, pad_id=PAD, cache_length=16, cache_dtype=dtype, mesh=None,
+        )  # fmt: skip
+        assert np.asarray(report)[:, 0].tolist() == [answer[0] for answer in naive]
+        cache, said = state.cache, []
+        for place, tokens in enumerate(np.asarray(naive).T[:-1]):
+            cache = dataclasses.replace(cache, layers=jax.tree.map(kept, cache.layers))
+            row, cache = step(tokens[:, None], state.position[:, None] + place, cache)
+            said.append(np.asarray(row))
+            assert {leaf.dtype for leaf in cache.layers} == {jnp.dtype(dtype)}
+        return np.stack(said)
+
+    exact, rounded = logits("float32"), logits("bfloat16")
+    alike = logits("float32", lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32))
+    assert exact.argmax(axis=-1).T.tolist() == [answer[1:] for answer in naive]
+    by_rounding = np.abs(alike - exact).max()
+    assert 0 < np.abs(rounded - exact).max() < 2 * by_rounding < 0.05 * np.abs(exact).max()
 
 
 def test_sharded_over_devices_as_on_one(params):

@@ -42,6 +42,14 @@ def test_an_answer_its_tokens_and_what_ended_it(model):
     assert drawn.text == "cde"
 
 
+def test_options_of_the_processor(tmp_path):
+    write(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{% if enable_thinking %}x{% endif %}")
+    model = vlm_jax.from_pretrained(tmp_path)
+    assert model.generate(ASKED, max_new_tokens=3).text == "cde"
+    assert model.generate(ASKED, max_new_tokens=3, processor_options={"enable_thinking": True}).text == "yz"
+
+
 @pytest.mark.parametrize(
     ("files", "config", "ids"),
     [

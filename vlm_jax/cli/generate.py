@@ -23,6 +23,9 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of
 MAX_VISUAL_TOKENS = flags.DEFINE_integer(
     "max_visual_tokens", None, "The most tokens of a picture; as released if unset."
 )
+ENABLE_THINKING = flags.DEFINE_boolean(
+    "enable_thinking", None, "Whether the model may think first, where its chat template asks; its default if unset."
+)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "What logits are divided by; 0 takes the most likely token.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Draws among so many of the most likely tokens.")
 TOP_P = flags.DEFINE_float("top_p", None, "Draws among the most likely tokens that have this probability together.")
@@ -57,6 +60,7 @@ def main(argv: list[str]) -> None:
         messages = [message("user", str(PROMPT.value), len(IMAGE.value), len(VIDEO.value))]
         if SYSTEM.value is not None:
             messages.insert(0, message("system", SYSTEM.value))
+        thinking = {} if ENABLE_THINKING.value is None else {"enable_thinking": ENABLE_THINKING.value}
         answer = model.generate(
             messages,
             IMAGE.value,
@@ -66,6 +70,7 @@ def main(argv: list[str]) -> None:
             sampling=sampling,
             stop=STOP.value,
             stop_tokens=STOP_TOKEN.value,
+            processor_options=thinking,
             chunk=CHUNK.value,
             cache_dtype=CACHE_DTYPE.value,
             cache_length=CACHE_LENGTH.value,

@@ -11,6 +11,8 @@ import numpy as np
 from vlm_jax.build import System
 from vlm_jax.generation.engine import generate
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
+from vlm_jax.sharding.mesh import CONTEXT
+from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.types import TEXT_SLOT, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
@@ -84,7 +86,9 @@ def answer_all(system: System, params: dict[str, Any], samples: Iterable[Sample]
       ValueError: an image takes more visual tokens than its budget, or a prompt has another number of
         places for them.
     """
-    samples = list(samples)
+    samples, mesh = list(samples), mesh_of(params)
+    if mesh is not None and mesh.shape[CONTEXT] > 1:
+        mesh = None  # new tokens come one by one, and are not shared out over it
     processor, tokenizer = system.processor, system.processor.tokenizer
     answers = []
     for start in range(0, len(samples), batch_size):
@@ -100,6 +104,7 @@ def answer_all(system: System, params: dict[str, Any], samples: Iterable[Sample]
             pad_id=tokenizer.pad_id,
             buckets=(batch.tokens.shape[1],),
             names=[f"sample '{sample.sample_id}'" for sample in padded],
+            mesh=mesh,
         ).tokens
         places = np.count_nonzero(batch.visual_index != TEXT_SLOT, axis=1).tolist()
         for sample, row, shown in zip(group, ids.tolist(), places, strict=False):

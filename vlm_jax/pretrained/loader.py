@@ -8,12 +8,13 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vlm_jax.checkpoints.hub import (
@@ -34,7 +35,7 @@ from vlm_jax.pretrained.processing import PROCESSORS
 from vlm_jax.pretrained.processing.agreement import check_agreement
 from vlm_jax.processors.system import Conversation, Picture, Processor, Video
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.sharding.rules import shardings
+from vlm_jax.sharding.rules import mesh_of, shardings
 from vlm_jax.types import Batch
 
 # Where released configs of systems keep the one of their language model.
@@ -136,6 +137,7 @@ class Pretrained:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: Sequence[str] = (),
         stop_tokens: Sequence[str] = (),
+        processor_options: Mapping[str, Any] = MappingProxyType({}),
         on_text: Callable[[str], Any] | None = None,
         **options: Any,
     ) -> Completion:
@@ -148,6 +150,8 @@ class Pretrained:
           sampling: how a token is chosen; the most likely one unless told.
           stop: strings before which the answer ends.
           stop_tokens: names of tokens that end it, beside `end_ids`.
+          processor_options: more of `Processor.batch`, and variables of the chat template, such as `fps` and
+            `enable_thinking`.
           on_text: is given every piece of the answer as it comes.
           **options: of `generation.engine.generate`, such as `chunk`, `cache_dtype` and `cache_length`.
 
@@ -157,7 +161,7 @@ class Pretrained:
           ChatTemplateError: no template in the folder, or messages that it refuses.
         """
         ends = (*self.end_ids, *map(self.tokenizer.id_of, stop_tokens))
-        batch = self.processor(messages, images, videos, max_visual_tokens=max_visual_tokens)
+        batch = self.processor(messages, images, videos, max_visual_tokens=max_visual_tokens, **processor_options)
         (answer,) = complete(
             self.module,
             self.params,
@@ -169,7 +173,7 @@ class Pretrained:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             names=("prompt",),
-            mesh=_mesh_of(self.params),
+            mesh=mesh_of(self.params),
             **options,
         )
         return answer
@@ -205,14 +209,6 @@ def _end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """`eos_token_id`: a number, several, or none."""
     found = config.get("eos_token_id")
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)
-
-
-def _mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters are laid out on; None where they are on one device."""
-    for leaf in jax.tree.leaves(params):
-        if isinstance(leaf.sharding, NamedSharding) and isinstance(leaf.sharding.mesh, Mesh):
-            return leaf.sharding.mesh
-    return None
 
 
 def marker(config: Mapping[str, Any]) -> str:

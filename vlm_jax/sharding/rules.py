@@ -93,6 +93,15 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters are laid out on; None where they are on one device."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)  # arrays of NumPy have none
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+    return None
+
+
 def distribute(batch: Any, mesh: Mesh) -> Any:
     """Puts this process's rows of a batch on its devices; the result is the global batch."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
