@@ -93,8 +93,10 @@ def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
     if not isinstance(layer, OneOf):
         return function(layer, *operands)
 
+    shared = jax.jit(function)  # traced once for all branches
+
     def branch(number: int) -> Callable[..., Any]:
-        return lambda layers, *operands: function(layers[number], *operands)
+        return lambda layers, *operands: shared(layers[number], *operands)
 
     branches = [branch(number) for number in range(len(layer.layers))]
     return jax.lax.switch(layer.index, branches, layer.layers, *operands)
