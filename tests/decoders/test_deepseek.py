@@ -1,5 +1,6 @@
 """DeepSeek's stacks, its cache, and its experts over a mesh; numbers of the layers are compared in `tests/layers`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -89,14 +90,14 @@ def test_the_compressed_cache_holds_nothing_a_head():
 
 
 def test_a_step_takes_the_products_of_its_own_experts_over_latents():
-    """Of one token over 512 slots, written out: projections, absorbed attention, dense and sparse feed-forwards."""
+    """Of one token over 512 slots and itself, written out: projections, absorbed attention, dense and sparse feed-forwards."""
     slots, (heads, content, rope, value, latent, width) = 512, (4, 6, 4, 5, 8, 16)
     projections = width * (heads * (content + rope) + latent + rope) + heads * value * width
-    absorbed = heads * latent * (content + value) + heads * slots * (2 * latent + rope)
+    absorbed = heads * latent * (content + value) + heads * (slots + 1) * (2 * latent + rope)
     sparse = width * 8 + 3 * width * 8 * (3 + 2)  # the router, three experts of eight, and two shared ones
     expected = 2 * (3 * (projections + absorbed) + 3 * width * 24 + 2 * sparse + width * VOCAB)
     model, boxed = made()
-    cache = model.decoder.init_cache(1, slots)
+    cache = dataclasses.replace(model.decoder.init_cache(1, slots), is_empty=False)
     step = functools.partial(model.apply, nn.meta.unbox(boxed), method="extend")
     assert count_flops(step, jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32), cache) == expected
 
