@@ -90,7 +90,7 @@ def test_the_compressed_cache_holds_nothing_a_head():
 
 
 def test_a_step_takes_the_products_of_its_own_experts_over_latents():
-    """Of one token over 512 slots and itself, written out: projections, absorbed attention, dense and sparse feed-forwards."""
+    """Of one token over 512 slots and itself: projections, absorbed attention, dense and sparse feed-forwards."""
     slots, (heads, content, rope, value, latent, width) = 512, (4, 6, 4, 5, 8, 16)
     projections = width * (heads * (content + rope) + latent + rope) + heads * value * width
     absorbed = heads * latent * (content + value) + heads * (slots + 1) * (2 * latent + rope)
