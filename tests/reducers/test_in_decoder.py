@@ -25,6 +25,7 @@ VOCAB, WIDTH, DEPTH, HEADS, KV, THETA, EPSILON = 12, 16, 4, 2, 1, 100.0, 1e-6
 TOKENS = 6  # of an image
 FASTV = FastV(3, TOKENS, DEPTH).drops()
 PYRAMID = PyramidDrop(2, TOKENS, DEPTH).drops()
+AT_ONCE = PyramidDrop(2, TOKENS, DEPTH, layers=(0, 2)).drops()
 every_drops = pytest.mark.parametrize("drops", [FASTV, PYRAMID], ids=["fastv", "pyramid_drop"])
 
 
@@ -185,7 +186,7 @@ def test_masked_tokens_go_before_real_ones(batch):
     np.testing.assert_array_equal(logits[0, [1, 3, 6]], 0)
 
 
-@every_drops
+@pytest.mark.parametrize("drops", [FASTV, PYRAMID, AT_ONCE], ids=["fastv", "pyramid_drop", "before_any_layer"])
 def test_the_cache_gives_the_logits_of_the_whole(batch, drops):
     """Prompts of all but two positions, then those one by one, against one row in which they rank nothing."""
     end = LENGTH - 2

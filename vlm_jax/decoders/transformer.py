@@ -170,10 +170,13 @@ class Transformer(nn.Module):
             x, first = self.blocks.run(rows.x, context, start, stop - 1, cache=first)
             x, last, heads = self.blocks.attend(x, context, stop - 1, cache=last)
             x = self.blocks.feed_forward(x, stop - 1)
-            layers = None if first is None or last is None else first.joined(last)
+            layers = last if first is None or last is None else first.joined(last)
         if coming is not None and heads is None:
             heads = self.blocks.attend(x, self._context(rows), coming.ranked_by)[2]
-        return x, None if cache is None else cache.with_written(layers, rows.segment_ids), heads
+        if cache is not None:  # of a span without layers there is nothing to write
+            segments = rows.segment_ids
+            cache = cache.with_segments(segments) if layers is None else cache.with_written(layers, segments)
+        return x, cache, heads
 
     def _context(self, rows: Rows) -> Context:
         """That of a sequence without a cache."""

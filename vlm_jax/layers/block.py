@@ -177,9 +177,12 @@ class TransformerStack(nn.Module):
     def run(
         self, x: Float[Array, "B T D"], context: Context, start: int, stop: int, *, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Runs blocks `start` to `stop` - 1; `cache` is theirs alone, and what is returned is to be written to it."""
+        """Runs blocks `start` to `stop` - 1; `cache` is theirs alone, and what is returned is to be written to it.
+
+        No blocks have nothing to write.
+        """
         if start == stop:
-            return x, cache
+            return x, None
         params = self._params(x)
 
         def layer(x: Any, inputs: Any) -> Any:
