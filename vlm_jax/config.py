@@ -31,6 +31,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known here: {', '.join(known) or 'no key at all'}"
 
 
+def read_json(path: Any, error: type[Exception]) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+      path: a `pathlib` or `epath` path.
+      error: what is raised of a file that is missing or holds something else; the message names it.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as cause:
+        raise error(f"{path}: no such file") from cause
+    except ValueError as cause:  # of bytes that are no text, too
+        raise error(f"{path}: not JSON ({cause})") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
 def check_keys(given: Iterable[str], known: Iterable[str], path: str) -> None:
     """Raises a ConfigError that lists every key of `given` which nothing under `path` reads."""
     known = list(known)

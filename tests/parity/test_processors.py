@@ -135,9 +135,9 @@ def test_llava(tmp_path, images, head):
     assert processor.count_visual_tokens(SIZES) == [16] * len(SIZES)
 
 
-def test_llava_next(tmp_path):
+def llava_next_processor():
     pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-    theirs = transformers.LlavaNextProcessor(
+    return transformers.LlavaNextProcessor(
         LlavaNextImageProcessorPil(
             size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
         ),
@@ -147,6 +147,10 @@ def test_llava_next(tmp_path):
         num_additional_image_tokens=1,
         chat_template=template("<image>"),
     )
+
+
+def test_llava_next(tmp_path):
+    theirs = llava_next_processor()
     folder, config = save(theirs, tmp_path, model_type="llava_next", vision_config=VISION)
     processor = llava_hf.processor_next(folder, config)
     for number, picture in enumerate(pictures(len(SIZES))):

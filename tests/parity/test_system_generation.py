@@ -12,7 +12,6 @@ import transformers
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 import vlm_jax
 from vlm_jax.budget import InfeasibleBudget
@@ -21,6 +20,7 @@ from vlm_jax.generation.text import complete
 from .test_processors import (
     VISION,
     conversation,
+    llava_next_processor,
     official,
     pictures,
     qwen,
@@ -79,22 +79,12 @@ def llava(folder):
 
 
 def llava_next(folder):
-    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-    processor = transformers.LlavaNextProcessor(
-        LlavaNextImageProcessorPil(
-            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
-        ),
-        tokenizer(image_token="<image>"),
-        patch_size=7,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template("<image>"),
-    )
+    processor = llava_next_processor()
     config = transformers.LlavaNextConfig(
         vision_config=CLIP,
         text_config={"model_type": "mistral", "vocab_size": len(processor.tokenizer), **TEXT},
         image_token_id=processor.image_token_id,
-        image_grid_pinpoints=pinpoints,
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
     )
     return saved(folder, processor, transformers.LlavaNextForConditionalGeneration(config))
 

@@ -15,6 +15,9 @@ from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.types import Batch
 
+from .test_deepseek_vl import SAM
+from .test_ovis2 import VISION as OVIS
+
 CLIP = {
     "model_type": "clip_vision_model",
     "hidden_size": 16,
@@ -35,26 +38,6 @@ TEXT = {
 }
 LLAMA, QWEN2 = {**TEXT, "model_type": "llama"}, {**TEXT, "model_type": "qwen2"}
 SIGLIP = {name: CLIP[name] for name in CLIP if name != "model_type"}
-SAM = {
-    "hidden_size": 16,
-    "output_channels": 8,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "image_size": 20,
-    "patch_size": 4,
-    "window_size": 2,
-    "global_attn_indexes": [1, 3],
-}
-OVIS = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-    "vocab_size": 21,
-    "hidden_stride": 2,
-}
 STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # of CLIP
 IMAGE, VIDEO, START, END = 40, 41, 42, 43
 INDICATORS = [43, 44, 45, 46, 47]
@@ -224,7 +207,12 @@ def test_logits_of_llava_next(tmp_path):
 def test_logits_of_the_hybrid(tmp_path):
     """Two towers, each with its own size and statistics of the same pixels."""
     low = {**SIGLIP, "image_size": 12}
-    sections = {"vision_config": low, "high_res_vision_config": SAM, "text_config": LLAMA, "image_token_id": IMAGE}
+    sections = {
+        "vision_config": low,
+        "high_res_vision_config": SAM,
+        "text_config": LLAMA,
+        "image_token_id": IMAGE,
+    }
     model = made("DeepseekVLHybrid", sections)
     images = np.random.default_rng(1).uniform(size=(2, 1, 20, 20, 3)).astype(np.float32)
     pixels = torch.from_numpy(images[:, 0].transpose(0, 3, 1, 2))

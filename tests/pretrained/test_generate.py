@@ -3,10 +3,12 @@
 import json
 import re
 
+import jax
 import pytest
 
 import vlm_jax
 from vlm_jax.generation.sampling import GenerationError, Sampling
+from vlm_jax.layers.unstacked import Unstacked
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
@@ -84,3 +86,15 @@ def test_errors(model, tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ChatTemplateError, match=re.escape(f"{tmp_path}: no chat template here; looked for")):
         vlm_jax.from_pretrained(tmp_path).generate(ASKED, max_new_tokens=3)
+
+
+def test_kernels_are_laid_out_for_generation_once(folder, monkeypatch):
+    model, calls = vlm_jax.from_pretrained(folder), []
+    of = Unstacked.of.__func__
+    monkeypatch.setattr(Unstacked, "of", classmethod(lambda cls, stack: calls.append(stack.shape) or of(cls, stack)))
+    kernels = [leaf.shape for leaf in jax.tree.leaves(model.params["decoder"]["blocks"]) if leaf.ndim == 3]
+    model.generate(ASKED, max_new_tokens=2)
+    first = len(calls)
+    assert [shape for shape in calls if shape in kernels]
+    model.generate(ASKED, max_new_tokens=2)
+    assert not [shape for shape in calls[first:] if shape in kernels]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
+from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError, MissingChatTemplate
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.prompt import TemplatePrompt
@@ -106,3 +106,25 @@ def test_a_picture_among_the_parts_of_a_text_is_named():
     assert isinstance(text, Text) and digits_tokenizer().decode(text.ids) == "count 7"
     with pytest.raises(ChatTemplateError, match="an item of type 'image'; this model reads text"):
         prompt([{"role": "user", "content": [{"type": "image"}]}], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("chat_template.json", "{", r"chat_template\.json: not JSON"),
+        (
+            "chat_template.json",
+            '{"template": "x"}',
+            r"expected the key chat_template, got template",
+        ),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object, found a list"),
+    ],
+)
+def test_a_damaged_file_is_named_and_no_folder_without_a_template(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ChatTemplateError, match=message) as refused:
+        ChatTemplate.from_folder(tmp_path)
+    assert not isinstance(refused.value, MissingChatTemplate)
+    (tmp_path / name).unlink()
+    with pytest.raises(MissingChatTemplate, match="no chat template here"):
+        ChatTemplate.from_folder(tmp_path)

@@ -23,6 +23,8 @@ import safetensors
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from vlm_jax.config import read_json
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 2**30
@@ -160,7 +162,7 @@ def read_config(source: str | os.PathLike[str], *, name: str = "config.json") ->
     Raises:
       CheckpointFileError: no such file, or not one JSON object.
     """
-    return _read_json(Path(source) / name)
+    return read_json(Path(source) / name, CheckpointFileError)
 
 
 def copy_companions(source: Path, folder: Path) -> tuple[Path, ...]:
@@ -348,7 +350,7 @@ def _safetensors_reader(path: Path, key: str) -> Callable[[Any], np.ndarray]:
 
 
 def _open_index(path: Path) -> dict[str, LazyTensor]:
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path, CheckpointFileError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointFileError(f"{path}: no `weight_map` from keys to shard files")
     problems: list[str] = []
@@ -416,18 +418,6 @@ def _npz_reader(path: Path, member: str) -> Callable[[Any], np.ndarray]:
         return array.view(_npy_dtype(array.dtype))[index]
 
     return read
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointFileError(f"{path}: no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointFileError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointFileError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def _damaged(path: Path, error: Exception) -> str:

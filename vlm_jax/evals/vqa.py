@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vlm_jax.build import System
-from vlm_jax.generation.engine import generate
+from vlm_jax.generation.engine import generate, prepared
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
@@ -89,6 +89,7 @@ def answer_all(system: System, params: dict[str, Any], samples: Iterable[Sample]
     samples, mesh = list(samples), mesh_of(params)
     if mesh is not None and mesh.shape[CONTEXT] > 1:
         mesh = None  # new tokens come one by one, and are not shared out over it
+    params = prepared(params, mesh)  # once for all batches
     processor, tokenizer = system.processor, system.processor.tokenizer
     answers = []
     for start in range(0, len(samples), batch_size):

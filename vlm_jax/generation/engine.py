@@ -133,7 +133,7 @@ def generate(
     numbers = np.asarray([*(range(size) if rows is None else rows), *[0] * extra], np.int32)
     given = _placed((batch, numbers, np.arange(size + extra) >= size), mesh)
     ends, values = np.asarray(sorted(set(end_ids)), np.int32), sampling.values()
-    variables = {"params": prepared(params) if _by_layer(mesh) else params}
+    variables = {"params": prepared(params, mesh)}
     limit, static = np.int32(max_new_tokens), {"model": model, "pad_id": pad_id}
     tokens = np.full((size, max_new_tokens), pad_id, np.int32)
     lengths, transfers = np.zeros(size, np.int32), 0
@@ -162,12 +162,12 @@ def generate(
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
 
 
-def prepared(params: Any) -> Any:
+def prepared(params: Any, mesh: Mesh | None = None) -> Any:
     """Parameters as `generate` wants them on this platform, for callers that generate more than once.
 
     On a CPU the decoder's kernels are copied out of their stacks; elsewhere nothing is done.
     """
-    if not _by_layer(None):
+    if not _by_layer(mesh):
         return params
     return {name: unstacked_kernels(part) if name == "decoder" else part for name, part in params.items()}
 

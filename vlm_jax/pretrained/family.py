@@ -141,6 +141,15 @@ ACTIVATIONS = {
 }
 
 
+# Where released configs of systems keep the one of their language model.
+_TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
+
+
+def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A system's config of its language model; empty where it has none of its own."""
+    return next((config[key] for key in _TEXT_SECTIONS if isinstance(config.get(key), Mapping)), {})
+
+
 def one_layer(value: int | Sequence[int], where: str) -> int:
     """The number of a hidden state, where releases may also list several.
 

@@ -28,18 +28,16 @@ from vlm_jax.checkpoints.hub import (
 )
 from vlm_jax.checkpoints.rules import export_params, import_params
 from vlm_jax.config import did_you_mean
+from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion, complete
-from vlm_jax.pretrained.family import Description, Family, PretrainedError
+from vlm_jax.pretrained.family import Description, Family, PretrainedError, text_section
 from vlm_jax.pretrained.processing import PROCESSORS
 from vlm_jax.pretrained.processing.agreement import check_agreement
 from vlm_jax.processors.system import Conversation, Picture, Processor, Video
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import mesh_of, shardings
 from vlm_jax.types import Batch
-
-# Where released configs of systems keep the one of their language model.
-TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -103,6 +101,11 @@ class Pretrained:
         return jax.jit(lambda params, batch: self.module.apply({"params": params}, batch))
 
     @functools.cached_property
+    def _laid_out(self) -> Any:
+        """The parameters as generation wants them; on a CPU a second copy of the decoder's kernels, kept."""
+        return prepared(self.params, mesh_of(self.params))
+
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """That of the folder; raises a `TokenizerError` where there is none."""
         return Tokenizer.from_folder(self.folder)
@@ -122,9 +125,8 @@ class Pretrained:
         ids = (*_end_ids(stated), *map(self.tokenizer.id_of, own))
         if ids:
             return tuple(dict.fromkeys(ids))
-        text = next((self.config[key] for key in TEXT_SECTIONS if isinstance(self.config.get(key), dict)), {})
         last = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-        return _end_ids(self.config) or _end_ids(text) or last
+        return _end_ids(self.config) or _end_ids(text_section(self.config)) or last
 
     def generate(
         self,
@@ -164,7 +166,7 @@ class Pretrained:
         batch = self.processor(messages, images, videos, max_visual_tokens=max_visual_tokens, **processor_options)
         (answer,) = complete(
             self.module,
-            self.params,
+            self._laid_out,
             batch,
             self.tokenizer,
             end_ids=ends,

@@ -13,6 +13,8 @@ import jinja2.nodes
 import jinja2.sandbox
 from etils import epath
 
+from vlm_jax.config import read_json
+
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
@@ -22,6 +24,10 @@ Message = Mapping[str, Any]
 
 class ChatTemplateError(ValueError):
     """A folder without a template, or messages that a template refuses; the message names which."""
+
+
+class MissingChatTemplate(ChatTemplateError):
+    """A folder without any template."""
 
 
 class ChatTemplate:
@@ -83,12 +89,13 @@ class ChatTemplate:
           name: of one of several templates; the default one when None.
 
         Raises:
-          ChatTemplateError: the folder has none, or none of that name.
+          MissingChatTemplate: the folder has none.
+          ChatTemplateError: it has none of that name, or a file that cannot be read.
         """
         folder = epath.Path(folder)
         found = _templates(folder)
         if not found:
-            raise ChatTemplateError(
+            raise MissingChatTemplate(
                 f"{folder}: no chat template here; looked for {', '.join(TEMPLATE_FILES)}, {FOLDER}/*.jinja. Put the "
                 "release's template into chat_template.jinja"
             )
@@ -101,14 +108,18 @@ class ChatTemplate:
 def _templates(folder: epath.Path) -> dict[str, str]:
     """Templates by name. Files of their own stand before the entry of `tokenizer_config.json`."""
     config = folder / "tokenizer_config.json"
-    entry = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+    entry = read_json(config, ChatTemplateError).get("chat_template") if config.exists() else None
     if isinstance(entry, list):
         found = {item["name"]: item["template"] for item in entry}
     else:
         found = {DEFAULT: entry} if entry else {}
     own: dict[str, str] = {}
-    if (folder / "chat_template.json").exists():
-        own[DEFAULT] = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    alone = folder / "chat_template.json"
+    if alone.exists():
+        content = read_json(alone, ChatTemplateError)
+        if "chat_template" not in content:
+            raise ChatTemplateError(f"{alone}: expected the key chat_template, got {', '.join(content) or 'none'}")
+        own[DEFAULT] = content["chat_template"]
     if (folder / "chat_template.jinja").exists():
         own[DEFAULT] = (folder / "chat_template.jinja").read_text()
     if (folder / FOLDER).exists():

@@ -1,6 +1,5 @@
 """Text to ids and back, as a checkpoint folder has it, and the names of its special tokens."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from etils import epath
 from jaxtyping import Int
 from tokenizers import AddedToken
 
-from vlm_jax.config import did_you_mean
+from vlm_jax.config import did_you_mean, read_json
 from vlm_jax.processors.vocabulary import (
     SentencePieceVocabulary,
     TiktokenVocabulary,
@@ -203,17 +202,5 @@ def _names(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-    """The content of a file that may be missing.
-
-    Raises:
-      TokenizerError: the file is no JSON object.
-    """
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise TokenizerError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    """The object of a file that may be missing."""
+    return read_json(path, TokenizerError) if path.exists() else {}

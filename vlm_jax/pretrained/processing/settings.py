@@ -1,6 +1,5 @@
 """What a checkpoint folder says of its processor: `preprocessor_config.json`, `processor_config.json` and kin."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 from etils import epath
 from PIL import Image
 
-from vlm_jax.pretrained.family import PretrainedError, check_supported
-from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
+from vlm_jax.config import read_json
+from vlm_jax.pretrained.family import PretrainedError, check_supported, text_section
+from vlm_jax.processors.chat import ChatTemplate, MissingChatTemplate
 from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
@@ -33,26 +33,14 @@ COMMON: dict[str, Any] = {
 }
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object of a file; empty where there is no file.
-
-    Raises:
-      PretrainedError: it is no JSON object.
-    """
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise PretrainedError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise PretrainedError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _json(path: epath.Path) -> dict[str, Any]:
+    """The object of a file that may be missing."""
+    return read_json(path, PretrainedError) if path.exists() else {}
 
 
 def processor_settings(folder: Folder) -> dict[str, Any]:
     """`processor_config.json`."""
-    return read_json(epath.Path(folder) / "processor_config.json")
+    return _json(epath.Path(folder) / "processor_config.json")
 
 
 def image_settings(folder: Folder, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,7 +52,7 @@ def image_settings(folder: Folder, defaults: Mapping[str, Any]) -> dict[str, Any
       PretrainedError: pixels are not resized, or rescaled otherwise than by 255.
     """
     inside = processor_settings(folder).get("image_processor") or {}
-    given = {**read_json(epath.Path(folder) / "preprocessor_config.json"), **inside}
+    given = {**_json(epath.Path(folder) / "preprocessor_config.json"), **inside}
     settings: dict[str, Any] = {**COMMON, **defaults, **{key: x for key, x in given.items() if x is not None}}
     check_supported(settings, {"do_resize": (True,), "do_rescale": (True,)}, f"{folder}: image processor")
     if abs(settings["rescale_factor"] * 255 - 1) > 1e-6:
@@ -75,7 +63,7 @@ def image_settings(folder: Folder, defaults: Mapping[str, Any]) -> dict[str, Any
 def video_settings(folder: Folder) -> dict[str, Any]:
     """The same of videos: in `processor_config.json`, or `video_preprocessor_config.json`."""
     inside = processor_settings(folder).get("video_processor") or {}
-    return {**read_json(epath.Path(folder) / "video_preprocessor_config.json"), **inside}
+    return {**_json(epath.Path(folder) / "video_preprocessor_config.json"), **inside}
 
 
 def pixels(settings: Mapping[str, Any]) -> Pixels:
@@ -120,7 +108,7 @@ def chat_template(folder: Folder, tokenizer: Tokenizer, source: str | None, *, o
         return ChatTemplate(source, tokenizer.names)
     try:
         return ChatTemplate.from_folder(folder, tokenizer.names)
-    except ChatTemplateError:
+    except MissingChatTemplate:
         if source is None:
             raise
         return ChatTemplate(source, tokenizer.names)
@@ -133,6 +121,6 @@ def end_of_text(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 def pad_id(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int:
     """The tokenizer's padding, the config's, or 0."""
-    text = config.get("text_config") or config.get("llm_config") or config.get("language_config") or {}
-    candidates = (tokenizer.pad_id, config.get("pad_token_id"), text.get("pad_token_id"), tokenizer.eos_id, 0)
+    stated = (config.get("pad_token_id"), text_section(config).get("pad_token_id"))
+    candidates = (tokenizer.pad_id, *stated, tokenizer.eos_id, 0)
     return next(index for index in candidates if isinstance(index, int) and index >= 0)
