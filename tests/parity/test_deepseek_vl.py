@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch.nn import functional
 from transformers import (
     DeepseekVLConfig,
@@ -15,13 +14,8 @@ from transformers import (
     DeepseekVLHybridConfig,
     DeepseekVLHybridForConditionalGeneration,
 )
-from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
-    DeepseekVLHybridImageProcessorPil,
-)
 
 import vlm_jax
-
-from .test_processors import conversation, official, pictures, save, template, tokenizer
 
 SAM = {
     "hidden_size": 16,
@@ -123,30 +117,3 @@ def test_siglip_and_its_aligner_and_back(tmp_path):
     found = jax.jit(functools.partial(ours.apply, method="visual_tokens"))(jnp.asarray(images))
     assert relative_error(found.tokens, expected.pooler_output) <= 1e-4
     check_export(ours, model, tmp_path / "ours")
-
-
-def test_the_hybrid_answers_from_a_folder(tmp_path):
-    """From pictures to logits, with the processor of either."""
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    sizes = {"size": {"height": 12, "width": 12}, "high_res_size": {"height": 20, "width": 20}}
-    processor = transformers.DeepseekVLHybridProcessor(
-        DeepseekVLHybridImageProcessorPil(**sizes, **half, min_size=4),
-        tokenizer(image_token="<image_placeholder>"),
-        chat_template=template("<image_placeholder>"),
-        num_image_tokens=9,
-    )
-    config = DeepseekVLHybridConfig(
-        vision_config=SIGLIP,
-        high_res_vision_config=SAM,
-        text_config={**LLAMA, "vocab_size": 300},
-        image_token_id=processor.image_token_id,
-    )
-    model = randomised(DeepseekVLHybridForConditionalGeneration(config))
-    save(processor, tmp_path)
-    model.save_pretrained(tmp_path)
-    ours = vlm_jax.from_pretrained(tmp_path)
-    inputs = official(processor, conversation(2), pictures(2))
-    with torch.no_grad():
-        expected = model(**{name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}).logits
-    found = ours.logits(jax.tree.map(jnp.asarray, ours.processor(conversation(2), pictures(2))))
-    assert relative_error(found, expected) <= 1e-4

@@ -109,18 +109,21 @@ def check_rows(ours, token_id, num_rows):
 VISION = {"patch_size": 7, "image_size": 28}
 
 
-@pytest.mark.parametrize("head", ["", "<s>"])
-@pytest.mark.parametrize("images", [CLIPImageProcessorPil, LlavaImageProcessorPil])
-def test_llava(tmp_path, images, head):
-    pad = {"do_pad": True} if images is LlavaImageProcessorPil else {}
-    theirs = transformers.LlavaProcessor(
-        images(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **pad),
+def llava_processor(images=CLIPImageProcessorPil, head="", **options):
+    return transformers.LlavaProcessor(
+        images(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **options),
         tokenizer(image_token="<image>"),
         patch_size=7,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template("<image>", head),
     )
+
+
+@pytest.mark.parametrize("head", ["", "<s>"])
+@pytest.mark.parametrize("images", [CLIPImageProcessorPil, LlavaImageProcessorPil])
+def test_llava(tmp_path, images, head):
+    theirs = llava_processor(images, head, **({"do_pad": True} if images is LlavaImageProcessorPil else {}))
     folder, config = save(theirs, tmp_path, model_type="llava", vision_config=VISION)
     processor = llava_hf.processor(folder, config)
     for count in (0, 1, 3):
@@ -169,6 +172,33 @@ def test_llava_next(tmp_path):
 def without_torchvision(monkeypatch):
     """Processors with videos check their parts against classes that only torchvision brings."""
     monkeypatch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+
+
+ABOUT_A_VIDEO = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]
+
+
+def frames(count):
+    return [picture.resize((70, 50)) for picture in pictures(count)]
+
+
+def qwen_video(theirs, messages, frames):
+    """What their processor makes of a video: frames as its image processor makes each, two to a patch."""
+    size = {"shortest_edge": 1024, "longest_edge": 2048}
+    one = [theirs.image_processor([frame], size=size) for frame in frames + frames[-1:] * (len(frames) % 2)]
+    _, rows, cols = one[0]["image_grid_thw"][0]
+    # Each of their patches holds a picture twice, of which the first is taken.
+    halves = np.stack([o["pixel_values"].reshape(rows * cols, 3, 2, -1)[:, :, 0] for o in one])
+    count = len(one) // 2
+    patches = halves.reshape(count, 2, rows * cols, 3, -1).transpose(0, 2, 3, 1, 4).reshape(count * rows * cols, -1)
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True)
+    text = text.replace("<|video_pad|>", "<|video_pad|>" * (count * rows * cols // 4))
+    encoded = theirs.tokenizer([text], return_tensors="np")
+    return {
+        **encoded,
+        "mm_token_type_ids": 2 * (encoded["input_ids"] == theirs.video_token_id),
+        "pixel_values_videos": patches,
+        "video_grid_thw": np.array([[count, rows, cols]]),
+    }
 
 
 QWEN_TAGS = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -233,23 +263,13 @@ def test_qwen_images(tmp_path, without_torchvision, kind):
 
 @pytest.mark.parametrize("kind", QWEN)
 def test_qwen_videos(tmp_path, without_torchvision, kind):
-    """Frames as their image processor makes each of them, laid out as their models place a video."""
     theirs, model, processor = qwen(kind, tmp_path)
-    frames = [picture.resize((70, 50)) for picture in pictures(5)]
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]
-    ours = processor(messages, videos=[frames], fps=1.0)
-    one = [theirs.image_processor([frame], size={"shortest_edge": 1024, "longest_edge": 2048}) for frame in frames]
-    _, rows, cols = one[0]["image_grid_thw"][0]
-    # Of each of their patches, which holds a picture twice, the first frame; two frames make one of ours.
-    halves = np.stack([o["pixel_values"].reshape(rows * cols, 3, 2, -1)[:, :, 0] for o in [*one, one[-1]]])
-    patches = halves.reshape(3, 2, rows * cols, 3, -1).transpose(0, 2, 3, 1, 4).reshape(3 * rows * cols, -1)
-    np.testing.assert_allclose(patches_of(ours.images), patches, atol=1e-5)
-    grids = torch.tensor([[3, rows, cols]])
-    text = theirs.apply_chat_template(messages, add_generation_prompt=True)
-    text = text.replace("<|video_pad|>", "<|video_pad|>" * (3 * rows * cols // 4))
-    ids = theirs.tokenizer([text], return_tensors="pt")["input_ids"]
-    np.testing.assert_array_equal(ours.tokens, ids)
-    kinds = (ids == theirs.video_token_id).int() * 2
+    ours = processor(ABOUT_A_VIDEO, videos=[frames(5)], fps=1.0)
+    expected = qwen_video(theirs, ABOUT_A_VIDEO, frames(5))
+    same_ids(ours, expected)
+    np.testing.assert_allclose(patches_of(ours.images), expected["pixel_values_videos"], atol=1e-5)
+    ids, grids = torch.from_numpy(expected["input_ids"]), torch.from_numpy(expected["video_grid_thw"])
+    kinds = torch.from_numpy(expected["mm_token_type_ids"])
     seconds = {"second_per_grid_ts": [2.0]} if kind == "qwen2_5_vl" else {}
     positions, _ = type(model).get_rope_index(model, ids, mm_token_type_ids=kinds, video_grid_thw=grids, **seconds)
     places = np.asarray(ours.visual_index[0]) >= 0
@@ -257,13 +277,17 @@ def test_qwen_videos(tmp_path, without_torchvision, kind):
     assert ours.positions[0, places.nonzero()[0][-1] + 1, 0] == ours.positions[0][places].max() + 1
 
 
-def test_deepseek_vl(tmp_path):
-    theirs = transformers.DeepseekVLProcessor(
-        DeepseekVLImageProcessorPil(size={"height": 32, "width": 32}, min_size=4),
+def deepseek_vl_processor(size=32):
+    return transformers.DeepseekVLProcessor(
+        DeepseekVLImageProcessorPil(size={"height": size, "width": size}, min_size=4),
         tokenizer(image_token="<image_placeholder>"),
         chat_template=template("<image_placeholder>"),
         num_image_tokens=9,
     )
+
+
+def test_deepseek_vl(tmp_path):
+    theirs = deepseek_vl_processor()
     folder, config = save(theirs, tmp_path, model_type="deepseek_vl")
     processor = deepseek_hf.processor(folder, config)
     for count in (1, 5):
@@ -274,38 +298,59 @@ def test_deepseek_vl(tmp_path):
         check_rows(ours, theirs.image_token_id, 9 * count)
 
 
-def test_deepseek_vl_hybrid(tmp_path):
+def deepseek_vl_hybrid_processor(low=32, high=64):
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    sizes = {"size": {"height": 32, "width": 32}, "high_res_size": {"height": 64, "width": 64}}
-    theirs = transformers.DeepseekVLHybridProcessor(
+    sizes = {"size": {"height": low, "width": low}, "high_res_size": {"height": high, "width": high}}
+    return transformers.DeepseekVLHybridProcessor(
         DeepseekVLHybridImageProcessorPil(**sizes, **half, min_size=4),
         tokenizer(image_token="<image_placeholder>"),
         chat_template=template("<image_placeholder>"),
         num_image_tokens=9,
     )
+
+
+def test_deepseek_vl_hybrid(tmp_path):
+    theirs = deepseek_vl_hybrid_processor()
     folder, config = save(theirs, tmp_path, model_type="deepseek_vl_hybrid")
     processor = deepseek_hf.processor_hybrid(folder, config)
     images, kind = pictures(5), theirs.image_processor
     ours, expected = processor(conversation(5), images), official(theirs, conversation(5), images)
     same_ids(ours, expected)
-    # The towers normalise these, each with its own statistics.
+    same_two_sizes(ours, expected, kind)
+
+
+def same_two_sizes(ours, theirs, kind):
+    """The towers normalise these, each with its own statistics."""
     for pixels, name, mean, std in (
         (ours.images.high[0], "high_res_pixel_values", kind.high_res_image_mean, kind.high_res_image_std),
         (ours.images.low[0], "pixel_values", kind.image_mean, kind.image_std),
     ):
-        wanted = np.asarray(expected[name]).transpose(0, 2, 3, 1)
+        wanted = np.asarray(theirs[name]).transpose(0, 2, 3, 1)
         np.testing.assert_allclose((pixels - np.array(mean)) / np.array(std), wanted, atol=1e-5)
 
 
-def test_internvl(tmp_path, without_torchvision):
+def internvl_processor():
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    theirs = transformers.InternVLProcessor(
+    return transformers.InternVLProcessor(
         GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6),
         tokenizer(**names, video_token="<video>"),
         None,
         image_seq_length=4,
         chat_template=template("<IMG_CONTEXT>"),
     )
+
+
+def internvl_video(theirs, messages, frames):
+    """What their processor makes of a video: every frame as a picture of one tile, on a line of its own."""
+    frame = "<img>" + theirs.image_seq_length * "<IMG_CONTEXT>" + "</img>"
+    lines = "\n".join(f"Frame{number}: {frame}" for number in range(1, len(frames) + 1))
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True).replace("<video>", lines)
+    pixels = theirs.image_processor(frames, crop_to_patches=False)["pixel_values"]
+    return {**theirs.tokenizer([text], return_tensors="np"), "pixel_values": np.stack(pixels)}
+
+
+def test_internvl(tmp_path, without_torchvision):
+    theirs = internvl_processor()
     folder, config = save(theirs, tmp_path, model_type="internvl")
     processor = internvl_hf.processor(folder, config)
     for count in (1, 5):
@@ -314,27 +359,28 @@ def test_internvl(tmp_path, without_torchvision):
         same_ids(ours, expected)
         same_tiles(ours, expected)
         check_rows(ours, theirs.image_token_id, 4 * ours.images.shape[1])
-    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]
-    ours = processor(messages, videos=[pictures(2)])
-    frame = "<img>" + 4 * "<IMG_CONTEXT>" + "</img>"
-    text = theirs.apply_chat_template(messages, add_generation_prompt=True)
-    text = text.replace("<video>", f"Frame1: {frame}\nFrame2: {frame}")
-    np.testing.assert_array_equal(ours.tokens, theirs.tokenizer([text], return_tensors="np")["input_ids"])
-    alone = theirs.image_processor(pictures(2), crop_to_patches=False)
-    np.testing.assert_allclose(ours.images[0], np.stack(alone["pixel_values"]).transpose(0, 2, 3, 1), atol=1e-5)
+    ours, expected = processor(ABOUT_A_VIDEO, videos=[pictures(2)]), internvl_video(theirs, ABOUT_A_VIDEO, pictures(2))
+    same_ids(ours, expected)
+    same_tiles(ours, expected)
+
+
+INDICATORS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+
+
+def ovis2_processor(tiles=True):
+    return transformers.Ovis2Processor(
+        Ovis2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=tiles, max_patches=9),
+        tokenizer("<image>", "<IMG_ATOM>", *INDICATORS),
+        chat_template=template("<image>"),
+        image_seq_length=4,
+    )
 
 
 @pytest.mark.parametrize("tiles", [False, True])
 def test_ovis2(tmp_path, tiles):
-    indicators = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
-    made = tokenizer("<image>", "<IMG_ATOM>", *indicators)
-    theirs = transformers.Ovis2Processor(
-        Ovis2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=tiles, max_patches=9),
-        made,
-        chat_template=template("<image>"),
-        image_seq_length=4,
-    )
-    ids = made.convert_tokens_to_ids(indicators)
+    theirs = ovis2_processor(tiles)
+    made = theirs.tokenizer
+    ids = made.convert_tokens_to_ids(INDICATORS)
     folder, config = save(theirs, tmp_path, model_type="ovis2", visual_indicator_token_ids=ids)
     processor = ovis2_hf.processor(folder, config)
     for count in (1, 5):

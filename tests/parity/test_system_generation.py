@@ -1,32 +1,44 @@
-"""Whole systems of transformers beside ours: a folder, messages and pictures in, the same answer out."""
+"""Whole systems of transformers beside ours: one saved folder, one conversation, to the same answer and back."""
 
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 import vlm_jax
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.generation.text import complete
 
+from .test_deepseek_vl import SAM
+from .test_ovis2 import VISION as OVIS
 from .test_processors import (
+    ABOUT_A_VIDEO,
+    INDICATORS,
     VISION,
     conversation,
+    deepseek_vl_hybrid_processor,
+    deepseek_vl_processor,
+    frames,
+    internvl_processor,
+    internvl_video,
     llava_next_processor,
+    llava_processor,
     official,
+    ovis2_processor,
+    patches_of,
     pictures,
     qwen,
+    qwen_video,
+    same_ids,
+    same_two_sizes,
     save,
-    template,
-    tokenizer,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -51,25 +63,19 @@ def randomised(model):
     return model.eval()
 
 
-CLIP = {
-    "model_type": "clip_vision_model",
+SIGLIP = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
-    **VISION,
+    "image_size": 12,
+    "patch_size": 4,
 }
+CLIP = {**SIGLIP, "model_type": "clip_vision_model", **VISION}
 
 
 def llava(folder):
-    processor = transformers.LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        tokenizer(image_token="<image>"),
-        patch_size=7,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template("<image>"),
-    )
+    processor = llava_processor()
     config = transformers.LlavaConfig(
         vision_config=CLIP,
         text_config={"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT},
@@ -89,25 +95,40 @@ def llava_next(folder):
     return saved(folder, processor, transformers.LlavaNextForConditionalGeneration(config))
 
 
-def internvl(folder):
-    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    processor = transformers.InternVLProcessor(
-        GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6),
-        tokenizer(**names, video_token="<video>"),
-        None,
-        image_seq_length=4,
-        chat_template=template("<IMG_CONTEXT>"),
+def deepseek_vl(folder, tower=SIGLIP, **sections):
+    hybrid = bool(sections)
+    processor = deepseek_vl_hybrid_processor(12, 20) if hybrid else deepseek_vl_processor(12)
+    text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT}
+    name = "DeepseekVLHybrid" if hybrid else "DeepseekVL"
+    model = getattr(transformers, f"{name}ForConditionalGeneration")
+    config = model.config_class(
+        vision_config=tower, text_config=text, image_token_id=processor.image_token_id, **sections
     )
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": [28, 28],
-        "patch_size": [7, 7],
-    }
+    return saved(folder, processor, model(config))
+
+
+def deepseek_vl_hybrid(folder):
+    return deepseek_vl(folder, high_res_vision_config=SAM)
+
+
+def ovis2(folder):
+    processor = ovis2_processor()
+    vocabulary = processor.tokenizer
+    config = transformers.Ovis2Config(
+        vision_config={**OVIS, "image_size": 28, "patch_size": 7},
+        text_config={"model_type": "qwen2", "vocab_size": len(vocabulary), **TEXT},
+        hidden_size=TEXT["hidden_size"],
+        vocab_size=len(vocabulary),
+        image_token_id=vocabulary.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=vocabulary.convert_tokens_to_ids(INDICATORS),
+    )
+    return saved(folder, processor, transformers.Ovis2ForConditionalGeneration(config))
+
+
+def internvl(folder):
+    processor = internvl_processor()
     config = transformers.InternVLConfig(
-        vision_config=vision,
+        vision_config={**SIGLIP, "image_size": [28, 28], "patch_size": [7, 7]},
         text_config={"model_type": "qwen2", "vocab_size": len(processor.tokenizer), **TEXT},
         image_token_id=processor.image_token_id,
     )
@@ -158,9 +179,20 @@ def saved(folder, processor, model):
     return processor, model, vlm_jax.from_pretrained(folder)
 
 
-@pytest.fixture(
-    scope="module", params=[llava, llava_next, internvl, qwen2_vl, qwen2_5_vl], ids=lambda made: made.__name__
-)
+SYSTEMS = (llava, llava_next, deepseek_vl, deepseek_vl_hybrid, internvl, ovis2, qwen2_vl, qwen2_5_vl)
+# What their processors make of a video's frames; the part that reads its file needs torchvision.
+VIDEOS = {"internvl": internvl_video, "qwen2_vl": qwen_video, "qwen2_5_vl": qwen_video}
+FPS = 2.0
+INPUTS = {
+    "text": (conversation(0), [], []),
+    "an image": (conversation(1), pictures(1), []),
+    "two images": (conversation(2), pictures(2), []),
+    # Short in time beside its width: the text after it stands where the release and the port agree.
+    "a video": (ABOUT_A_VIDEO, [], [frames(4)]),
+}
+
+
+@pytest.fixture(scope="module", params=SYSTEMS, ids=lambda made: made.__name__)
 def system(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # Processors with videos check their parts against classes that only torchvision brings.
@@ -168,22 +200,80 @@ def system(request, tmp_path_factory):
         return request.param(tmp_path_factory.mktemp(request.param.__name__))
 
 
-def said(system, messages, images):
+def prepared(system, messages, images, videos=()):
+    """What their processor makes of a conversation, and what their model is given of it."""
     processor, model, _ = system
-    inputs = official(processor, messages, images)
-    inputs = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+    if videos:
+        inputs = VIDEOS[model.config.model_type](processor, messages, *videos)
+    else:
+        inputs = official(processor, messages, images)
+    given = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
+    if "video_grid_thw" in given and model.config.model_type == "qwen2_5_vl":
+        given["second_per_grid_ts"] = torch.tensor([2 / FPS])
+    return inputs, given
+
+
+def logits_of(model, given):
+    with torch.no_grad():
+        return model(**given).logits.numpy()
+
+
+def said(system, *conversation):
+    processor, model, _ = system
+    _, inputs = prepared(system, *conversation)
     ends = {"eos_token_id": processor.tokenizer.eos_token_id}  # no config names another
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id, **ends}
     ids = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
     return ids.tolist(), processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_an_answer_about_pictures(system, count):
-    ids, text = said(system, conversation(count), pictures(count))
-    answer = system[2].generate(conversation(count), pictures(count), max_new_tokens=NEW, chunk=9)
+def same_pixels(ours, theirs, kind):
+    if "high_res_pixel_values" in theirs:
+        same_two_sizes(ours, theirs, kind)
+    elif name := {"pixel_values", "pixel_values_videos"} & set(theirs):
+        wanted = np.asarray(theirs[name.pop()])
+        if wanted.ndim > 2:  # tiles, without the blank ones of LLaVA-NeXT
+            wanted = np.moveaxis(wanted.reshape(-1, *wanted.shape[-3:]), 1, -1)
+            wanted = wanted[wanted.any((1, 2, 3))]
+        found = patches_of(ours.images) if wanted.ndim == 2 else ours.images[0]
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    else:
+        assert ours.images is None
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_from_a_conversation_to_the_answer(system, name):
+    """Ids, pixels, logits, the answer's ids and its text."""
+    messages, images, videos = INPUTS[name]
+    theirs, model, ours = system
+    if videos and model.config.model_type not in VIDEOS:
+        with pytest.raises(ValueError, match="takes pictures and no videos"):
+            ours.processor(messages, images, videos)
+        return
+    inputs, given = prepared(system, messages, images, videos)
+    batch = ours.processor(messages, images, videos, fps=FPS)
+    same_ids(batch, inputs)
+    same_pixels(batch, inputs, theirs.image_processor)
+    expected, found = logits_of(model, given), np.asarray(ours.logits(batch))
+    assert found.dtype == np.float32 and np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+    ids, text = said(system, messages, images, videos)
+    options = {"max_new_tokens": NEW, "chunk": 9, "processor_options": {"fps": FPS}}
+    answer = ours.generate(messages, images, videos, **options)
     assert list(answer.tokens) == ids and answer.text == text
     assert len(set(ids)) > 2
+
+
+def test_the_way_back(system, tmp_path):
+    """What is written is what was read: for transformers, and for us, processor and all."""
+    _, model, ours = system
+    ours.save_pretrained(tmp_path / "ours")
+    again, report = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    _, given = prepared(system, *INPUTS["two images"])
+    np.testing.assert_array_equal(logits_of(again, given), logits_of(model, given))
+    reread = vlm_jax.from_pretrained(tmp_path / "ours").processor
+    batches = [processor(*INPUTS["two images"]) for processor in (ours.processor, reread)]
+    jax.tree.map(np.testing.assert_array_equal, *batches)
 
 
 def test_a_budget_of_visual_tokens(system):
