@@ -25,6 +25,7 @@ CORE = [
     "scikit-learn>=1.6",
     "scipy>=1.14",
     "sentencepiece>=0.2",
+    "tensorstore>=0.1.74",
     "tiktoken>=0.9",
     "tokenizers>=0.21",
 ]

@@ -1,4 +1,5 @@
 import inspect
+import json
 
 import numpy as np
 import pytest
@@ -43,6 +44,12 @@ def test_op_contract(op, shapes):
         np.testing.assert_array_equal(returned, original)
     for once, twice in zip(results, op.inverse.inverse(*arrays), strict=True):
         np.testing.assert_array_equal(twice, once)
+
+
+@pytest.mark.parametrize(("op", "shapes"), CASES, ids=lambda value: str(value)[:60])
+def test_an_op_is_written_as_json_and_read_back(op, shapes):
+    del shapes
+    assert ops.from_data(json.loads(json.dumps(ops.to_data(op)))) == op
 
 
 @pytest.mark.parametrize(("op", "shapes"), CASES, ids=lambda value: str(value)[:60])

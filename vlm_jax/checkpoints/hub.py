@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,12 +20,14 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils import epath
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vlm_jax.config import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAP_FILE = "checkpoint_map.json"  # of a folder of Orbax arrays; see `checkpoints.mapped`
 MAX_SHARD_BYTES = 5 * 2**30
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -85,11 +86,17 @@ class LazyTensor:
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
-    """Released key -> tensor, none of them read yet."""
+    """Released key -> tensor, none of them read yet.
 
-    def __init__(self, tensors: Mapping[str, LazyTensor], origin: str):
+    Attributes:
+      origin: the path that it was opened at.
+      archive: whether it is released as an `.npz`.
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], origin: str, *, archive: bool = False):
         self._tensors = dict(sorted(tensors.items()))
         self.origin = origin
+        self.archive = archive
 
     def __getitem__(self, key: str) -> LazyTensor:
         return self._tensors[key]
@@ -127,7 +134,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
         tensors = _open_npz(path)
     else:
         raise CheckpointFileError(_refusal([path]))
-    return Checkpoint(tensors, str(path))
+    return Checkpoint(tensors, str(path), archive=path.suffix == ".npz")
 
 
 def fetch(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
@@ -165,21 +172,23 @@ def read_config(source: str | os.PathLike[str], *, name: str = "config.json") ->
     return read_json(Path(source) / name, CheckpointFileError)
 
 
-def copy_companions(source: Path, folder: Path) -> tuple[Path, ...]:
+def copy_companions(source: Path, folder: epath.PathLike) -> tuple[epath.Path, ...]:
     """Copies what stands beside a checkpoint's weights, but for its index; files that are there already stay.
 
     Args:
       source: the folder of the checkpoint.
-      folder: an existing one.
+      folder: an existing one, local or `gs://`.
 
     Returns:
       The files written.
     """
+    folder = epath.Path(folder)
     found = sorted({path.relative_to(source) for pattern in _COMPANIONS for path in source.glob(pattern)})
-    written = [name for name in found if not name.name.endswith(".index.json") and not (folder / name).exists()]
+    companions = [name for name in found if name.name != MAP_FILE and not name.name.endswith(".index.json")]
+    written = [name for name in companions if not (folder / name).exists()]
     for name in written:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
+        (folder / name).write_bytes((source / name).read_bytes())
     return tuple(folder / name for name in written)
 
 
@@ -308,7 +317,9 @@ def _choose_file(folder: Path) -> Path:
     refused = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
     if refused:
         raise CheckpointFileError(_refusal(refused))
-    raise CheckpointFileError(f"{folder}: no {SINGLE_FILE}, {INDEX_FILE} or .npz file in this folder")
+    raise CheckpointFileError(
+        f"{folder}: no {SINGLE_FILE}, {INDEX_FILE} or .npz file in this folder, nor a {MAP_FILE} of Orbax arrays"
+    )
 
 
 def _refusal(paths: list[Path]) -> str:

@@ -8,7 +8,8 @@ exact inverse, so the table that imports a checkpoint also exports it. An operat
 import abc
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -129,7 +130,7 @@ class Reshape(_OneArray):
         return Reshape(self.target, self.source)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Permute(_OneArray):
     """Row `order[i]` of the source along `axis` becomes row i of the target."""
 
@@ -139,6 +140,9 @@ class Permute(_OneArray):
     def __post_init__(self):
         if sorted(self.order) != list(range(len(self.order))):
             raise ValueError(f"Permute: order must be a permutation of 0 .. {len(self.order) - 1}")
+
+    def __repr__(self) -> str:
+        return f"Permute(axis={self.axis}, {len(self.order)} rows)"
 
     def _array(self, array: np.ndarray) -> np.ndarray:
         return np.take(array, self.order, axis=self.axis)
@@ -333,6 +337,36 @@ OPS: dict[str, type[Op]] = {
     "each": Each,
     "chain": Chain,
 }
+
+
+def to_data(op: Op) -> dict[str, Any]:
+    """The operation as JSON types: its name in `OPS`, and its fields."""
+    (kind,) = (kind for kind, cls in OPS.items() if type(op) is cls)
+    return {"kind": kind, **{field.name: _plain(getattr(op, field.name)) for field in dataclasses.fields(op)}}  # type: ignore[arg-type]
+
+
+def from_data(data: Mapping[str, Any]) -> Op:
+    """The operation that `to_data` gave as this.
+
+    Raises:
+      KeyError, TypeError, ValueError: it gave nothing like this.
+    """
+    fields = {name: _value(value) for name, value in data.items() if name != "kind"}
+    cls = OPS[data["kind"]]
+    return cls(*fields.pop("ops"), **fields) if "ops" in fields else cls(**fields)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Op):
+        return to_data(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else int(value)
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return from_data(value)
+    return tuple(map(_value, value)) if isinstance(value, list) else int(value)
+
 
 IDENTITY = Identity()
 LINEAR = Transpose((1, 0))  # torch [out, in] -> kernel [in, out]

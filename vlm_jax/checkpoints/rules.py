@@ -233,7 +233,7 @@ def import_params(
     for step in steps:
         for i, path in enumerate(step.targets):
             if path not in kept:
-                values[path] = _fill(_block_reader(step, i, source, leaves[path].dtype), leaves[path])
+                values[path] = _fill(block_reader(step, i, source, leaves[path].dtype), leaves[path])
     structure = jax.tree_util.tree_structure(targets)
     return jax.tree_util.tree_unflatten(structure, [values[path] for path in leaves])
 
@@ -254,15 +254,7 @@ def export_params(rules: Iterable[Rule], params: Any, *, dtype: Any = None) -> d
         undo, or two rules write the same key.
     """
     leaves = dict(_flatten(params))
-    steps, problems = _steps(tuple(rules), {path: tuple(leaf.shape) for path, leaf in leaves.items()}, set())
-    written: dict[str, Rule] = {}
-    for step in steps:
-        for key in itertools.chain.from_iterable(step.sources.values()):
-            if key in written:
-                problems.append(f"written twice: {key}, by {written[key]} and by {step.rule}")
-            written[key] = step.rule
-    if problems:
-        raise CheckpointMismatch(problems)
+    steps = export_plan(rules, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
     tensors = {}
     for step in steps:
         arrays = [np.asarray(leaves[path]) for path in step.targets]
@@ -272,6 +264,28 @@ def export_params(rules: Iterable[Rule], params: Any, *, dtype: Any = None) -> d
                 cast = dtype is not None and jnp.issubdtype(part.dtype, jnp.floating)
                 tensors[key] = part.astype(dtype) if cast else part
     return tensors
+
+
+def export_plan(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> tuple[Step, ...]:
+    """What becomes of every parameter in a release: the steps of `plan` by the parameters alone.
+
+    Args:
+      rules: the table of the import.
+      shapes: of the parameters, by path.
+
+    Raises:
+      CheckpointMismatch: as of `export_params`.
+    """
+    steps, problems = _steps(tuple(rules), shapes, set())
+    written: dict[str, Rule] = {}
+    for step in steps:
+        for key in itertools.chain.from_iterable(step.sources.values()):
+            if key in written:
+                problems.append(f"written twice: {key}, by {written[key]} and by {step.rule}")
+            written[key] = step.rule
+    if problems:
+        raise CheckpointMismatch(problems)
+    return tuple(steps)
 
 
 def _steps(rules: tuple[Rule, ...], shapes: Mapping[str, Shape], kept: set[str]) -> tuple[list[Step], list[str]]:
@@ -399,10 +413,10 @@ def _missing_and_unused(
     return problems
 
 
-def _block_reader(
+def block_reader(
     step: Step, i: int, source: Mapping[str, SourceTensor], dtype: Any
 ) -> Callable[[tuple[range, ...]], np.ndarray]:
-    """A function that reads a block of the step's target `i`, one range for every axis."""
+    """A function that reads a block of the step's target `i`, one range of step 1 for every axis."""
     depth, op = len(step.rule.stacked), step.rule.op
 
     def read(block: tuple[range, ...]) -> np.ndarray:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
@@ -40,6 +41,14 @@ class Description:
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     resize: Resize | None = None
+
+    def boxed_shapes(self) -> Any:
+        """Shapes of the parameters, in the boxes that name their axes."""
+
+        def init(*inputs: Any) -> Any:
+            return self.module.init(jax.random.key(0), *inputs)["params"]
+
+        return jax.eval_shape(init, *self.inputs)
 
 
 @runtime_checkable

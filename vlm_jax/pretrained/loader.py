@@ -21,11 +21,11 @@ from vlm_jax.checkpoints.hub import (
     Checkpoint,
     copy_companions,
     fetch,
-    open_checkpoint,
     read_config,
     save_archive,
     save_checkpoint,
 )
+from vlm_jax.checkpoints.mapped import open_release
 from vlm_jax.checkpoints.rules import export_params, import_params
 from vlm_jax.config import did_you_mean
 from vlm_jax.generation.engine import prepared
@@ -200,11 +200,11 @@ class Pretrained:
         for key, tensor in self.checkpoint.items():
             if key not in tensors and any(re.fullmatch(pattern, key) for pattern in self.description.ignore):
                 tensors[key] = tensor  # read when its shard is written
-        save = save_archive if self.checkpoint.origin.endswith(".npz") else save_checkpoint
+        save = save_archive if self.checkpoint.archive else save_checkpoint
         files = save(folder, tensors)
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        return (*files, path, *copy_companions(self.folder, Path(folder)))
+        return (*files, path, *map(Path, copy_companions(self.folder, folder)))
 
 
 def _end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -267,7 +267,7 @@ def load(
     if config is None:
         config = read_config(path if path.is_dir() else path.parent)
     released = copy.deepcopy(dict(config))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_release(path)
     family = choose_family(released, families)
     dtypes = {"dtype": DTYPES[dtype], "param_dtype": DTYPES[dtype]}
     description = family(released, checkpoint, **dtypes)
@@ -286,11 +286,7 @@ def load(
 
 def _targets(description: Description, mesh: Mesh | None) -> Any:
     """Shapes of the parameters, each with its sharding when there is a mesh."""
-
-    def init(*inputs: Any) -> Any:
-        return description.module.init(jax.random.key(0), *inputs)["params"]
-
-    boxed = jax.eval_shape(init, *description.inputs)
+    boxed = description.boxed_shapes()
     shapes = nn.meta.unbox(boxed)
     if mesh is None:
         return shapes

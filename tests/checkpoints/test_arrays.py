@@ -1,0 +1,90 @@
+"""Orbax checkpoints of tensors that are read one after the other."""
+
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore as ts
+
+from vlm_jax.checkpoints.arrays import open_arrays, save_arrays
+from vlm_jax.checkpoints.hub import CheckpointFileError, LazyTensor
+
+VALUES = {
+    "blocks/kernel": np.random.default_rng(0).normal(size=(3, 4, 5)).astype(ml_dtypes.bfloat16),
+    "blocks/experts": np.random.default_rng(1).normal(size=(3, 2, 4, 5)).astype(np.float16),
+    "a.b": np.arange(2**40, 2**40 + 3),
+    "scale": np.float64(1 / 3).reshape(()),
+    "mask": np.array([[True, False]]),
+}
+STACKED = {"blocks/kernel": 1, "blocks/experts": 2, "a.b": 0, "scale": 0, "mask": 0}
+SPECS = {path: (value.shape, value.dtype) for path, value in VALUES.items()}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("arrays") / "a folder"
+    log = []
+
+    def lazy(name, value):
+        def read(index):
+            log.append(name)
+            return value[index]
+
+        return LazyTensor(value.shape, value.dtype, read)
+
+    save_arrays(path, {name: lazy(name, value) for name, value in VALUES.items()}, STACKED)
+    assert sorted(log) == sorted(VALUES)  # each once
+    return path
+
+
+def test_bits_shapes_and_dtypes_come_back(directory):
+    opened = open_arrays(directory, SPECS)
+    for path, value in VALUES.items():
+        assert opened[path].dtype == value.dtype
+        assert opened[path][...].tobytes() == value.tobytes()
+    block = (slice(1, 2), slice(0, 4), slice(2, 5))
+    np.testing.assert_array_equal(opened["blocks/kernel"][block], VALUES["blocks/kernel"][block])
+
+
+def test_orbax_itself_reads_them(directory):
+    restored = ocp.StandardCheckpointer().restore(directory)
+    assert jax.tree.map(lambda x: x.dtype, restored)["blocks"]["kernel"] == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(restored["blocks"]["kernel"], VALUES["blocks/kernel"])
+    np.testing.assert_array_equal(restored["a.b"], VALUES["a.b"])
+
+
+def test_a_layer_is_a_chunk(directory):
+    for name, chunk in (("blocks.kernel", (1, 4, 5)), ("blocks.experts", (1, 1, 4, 5))):
+        base = {"driver": "file", "path": f"{directory}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        stored = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+        assert stored.chunk_layout.read_chunk.shape == chunk
+
+
+def test_what_cannot_be_read_is_named(directory, tmp_path):
+    with pytest.raises(CheckpointFileError, match=r"nowhere: no whole Orbax checkpoint; write it again"):
+        open_arrays(tmp_path / "nowhere", SPECS)
+    wrong = open_arrays(directory, {"mask": ((2, 1), np.dtype(bool)), "none": ((), np.dtype(bool))})
+    with pytest.raises(CheckpointFileError, match=r"mask in .* cannot be read \(it has the shape \(1, 2\), not \(2, 1"):
+        wrong["mask"][...]
+    with pytest.raises(CheckpointFileError, match=r"none in .*a folder cannot be read"):
+        wrong["none"][...]
+
+
+def test_a_tensor_that_cannot_be_read_stops_the_writing(tmp_path):
+    def damaged(index):
+        raise CheckpointFileError("no such bytes")
+
+    with pytest.raises(CheckpointFileError, match="no such bytes"):
+        save_arrays(tmp_path / "out", {"x": LazyTensor((2,), np.float32, damaged)}, {"x": 0})
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_space_is_seen_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(OSError, match=r"no space left: .*out needs about .* bytes, 0 are free"):
+        save_arrays(tmp_path / "out", {"x": LazyTensor((2,), np.float32, lambda index: None)}, {"x": 0})
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,285 @@
+"""A released folder as Orbax arrays and back: the same bits, the same answers, and every tensor's way."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+
+import vlm_jax
+from tests.golden.conftest import DATA
+from vlm_jax.checkpoints import arrays, hub
+from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.convert import open_conversion
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.types import Batch
+
+from ..processes.alphabet import CONFIG, LETTERS, write
+
+# Stacks of layers and of experts, fused and permuted rows, tensors that nothing reads, towers of two kinds, archives.
+FOLDERS = (
+    "deepseek_vl2_ext",
+    "internvl15_internlm2",
+    "internvl2_qwen2",
+    "llava16_anyres",
+    "open_clip_rn",
+    "ovis2_5_window",
+    "ovis2_hf",
+    "qwen_vl_v1",
+    "vit_jax_token",
+    "bv_vit_gap_sincos_scan",
+)
+
+
+def convert(source, target, **options):
+    conversion = open_conversion(source, FAMILIES, **options)
+    conversion.write(target)
+    return conversion
+
+
+def copied(name, folder):
+    """A golden folder; LLaVA's tower has its config beside it."""
+    shutil.copytree(DATA / name, folder)
+    tower = folder / "vision_tower_config.json"
+    if tower.exists():
+        config = json.loads((folder / "config.json").read_text())
+        config["vision_tower_config"] = json.loads(tower.read_text())
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def bits(tensor):
+    values = np.ascontiguousarray(tensor[...])
+    return values.shape, values.dtype, values.tobytes()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_there_and_back_bit_for_bit(name, tmp_path):
+    released = copied(name, tmp_path / "released")
+    there = convert(released, tmp_path / "orbax")
+    back = convert(tmp_path / "orbax", tmp_path / "back")
+    assert (there.direction, back.direction) == ("Hugging Face -> Orbax", "Orbax -> Hugging Face")
+    before, after = open_checkpoint(released), open_checkpoint(tmp_path / "back")
+    assert before.archive == after.archive
+    assert before.keys() == after.keys()
+    for key in before:
+        assert bits(before[key]) == bits(after[key]), key
+    for file in (tmp_path / "back").iterdir():  # the files beside the weights
+        if file.name not in ("model.safetensors", "model.npz"):
+            assert file.read_bytes() == (released / file.name).read_bytes(), file.name
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (released / file).exists() == (tmp_path / "back" / file).exists()
+
+
+@pytest.mark.parametrize("name", ["deepseek_vl2_ext", "llava16_anyres", "ovis2_hf", "vit_jax_hybrid"])
+def test_every_tensor_has_one_line_and_none_is_read(name, tmp_path, monkeypatch):
+    released = copied(name, tmp_path / "released")
+    convert(released, tmp_path / "orbax")
+    keys = list(open_checkpoint(released))
+
+    def read(self, index):
+        raise AssertionError("a tensor is read")
+
+    monkeypatch.setattr(hub.LazyTensor, "__getitem__", read)
+    there, back = (open_conversion(tmp_path / side, FAMILIES) for side in ("released", "orbax"))
+    assert [way.split(" ")[0] for way in there.ways()] == keys
+    assert [re.search(r"-> (\S+) \([\d, ]*\) \S+( \(\d of \d\))?$", way)[1] for way in back.ways()] == keys
+    counted = re.fullmatch(r"(\d+) released tensors, (\d+) arrays of [\d,]+ parameters, (\d+) carried .*", there.total)
+    assert int(counted[1]) == len(keys) and there.total == back.total
+    with pytest.raises(AssertionError, match="a tensor is read"):
+        there.write(tmp_path / "out")
+    assert not any((tmp_path).glob("*out*"))
+
+
+def test_what_a_line_says():
+    lines = list(open_conversion(DATA / "ovis2", FAMILIES, dtype="bfloat16").ways())
+    assert (
+        "llm.model.layers.1.mlp.up_proj.weight (80, 48) float32 -> Transpose(axes=(1, 0)) -> "
+        "params/decoder/blocks/layers/mlp/up/kernel[1] (2, 48, 80) bfloat16 [layers, embed, mlp]"
+    ) in lines
+    ignored = [line for line in lines if "-> carried/" in line]
+    assert len(ignored) == 1 and re.search(r" bfloat16 \(ignored: .+\)$", ignored[0]), ignored
+
+
+def test_the_parameters_are_an_orbax_checkpoint_of_our_tree(tmp_path):
+    convert(DATA / "internvl2_qwen2", tmp_path / "orbax")
+    restored = ocp.StandardCheckpointer().restore(tmp_path / "orbax" / "params")
+    loaded = vlm_jax.from_pretrained(DATA / "internvl2_qwen2").params
+    assert jax.tree.structure(restored) == jax.tree.structure(loaded)
+    jax.tree.map(np.testing.assert_array_equal, restored, loaded)
+
+
+@pytest.fixture(scope="module")
+def alphabet(tmp_path_factory):
+    """A model that says the alphabet, released and as Orbax arrays."""
+    folder = tmp_path_factory.mktemp("alphabet")
+    (folder / "released").mkdir()
+    write(folder / "released")
+    convert(folder / "released", folder / "orbax")
+    return folder
+
+
+def test_orbax_arrays_are_loaded_as_the_release_is(alphabet):
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    released = vlm_jax.from_pretrained(alphabet / "released")
+    ids = jnp.arange(4)[None]
+    batch = Batch(ids, ids, jnp.ones_like(ids), jnp.full_like(ids, -1))
+    asked = [{"role": "user", "content": "ab"}]
+    logits, answer = released.logits(batch), released.generate(asked, max_new_tokens=30)
+    assert answer.text == LETTERS[2:]
+    for placed in (None, mesh):
+        ours = vlm_jax.from_pretrained(alphabet / "orbax", mesh=placed)
+        np.testing.assert_array_equal(ours.logits(batch), logits)
+        assert ours.generate(asked, max_new_tokens=30) == answer
+        assert ours.config == released.config
+    kernel = ours.params["decoder"]["head"]["kernel"]
+    assert kernel.sharding.mesh.shape == mesh.shape and not kernel.sharding.is_fully_replicated
+
+
+def test_a_device_reads_its_own_part_of_a_layer_alone(tmp_path, monkeypatch):
+    convert(DATA / "internvl2_qwen2", tmp_path / "orbax")
+    sizes = {}
+    reader = arrays._reader
+
+    def counted(directory, name, shape):
+        read = reader(directory, name, shape)
+
+        def block(index):
+            values = read(index)
+            sizes.setdefault(name, []).append(values.size)
+            return values
+
+        return block
+
+    monkeypatch.setattr(arrays, "_reader", counted)
+    loaded = vlm_jax.from_pretrained(tmp_path / "orbax", mesh=make_mesh(MeshSettings(data=4, tensor=2)))
+    kernel = loaded.params["decoder"]["blocks"]["layers"]["mlp"]["down"]["kernel"]
+    layers, *_ = kernel.shape
+    assert sizes["decoder.blocks.layers.mlp.down.kernel"] == [kernel[0].size // 2] * layers * 2
+
+
+def test_what_was_loaded_from_orbax_is_written_back(tmp_path):
+    convert(DATA / "ovis2", tmp_path / "orbax")
+    vlm_jax.from_pretrained(tmp_path / "orbax").save_pretrained(tmp_path / "back")
+    before, after = open_checkpoint(DATA / "ovis2"), open_checkpoint(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(bits(before[key]) == bits(after[key]) for key in before)
+    assert not (tmp_path / "back" / hub.MAP_FILE).exists()
+    assert (tmp_path / "back" / "tokenizer.json").exists()
+
+
+def test_a_cast(alphabet, tmp_path):
+    before = open_checkpoint(alphabet / "released")
+    for source in ("released", "orbax"):
+        convert(alphabet / source, tmp_path / f"{source}16", dtype="bfloat16")
+    convert(tmp_path / "released16", tmp_path / "back")
+    for folder in ("orbax16", "back"):
+        after = open_checkpoint(tmp_path / folder)
+        for key, tensor in before.items():
+            assert after[key].dtype == ml_dtypes.bfloat16
+            np.testing.assert_array_equal(after[key][...], tensor[...].astype(ml_dtypes.bfloat16))
+
+
+def test_dtypes_that_differ_from_layer_to_layer_come_back(tmp_path):
+    released = tmp_path / "released"
+    released.mkdir()
+    write(released)
+    tensors = {key: tensor[...] for key, tensor in open_checkpoint(released).items()}
+    for layer, dtype in enumerate((np.float16, ml_dtypes.bfloat16)):
+        for key in [key for key in tensors if ".layers.0." in key]:
+            drawn = np.random.default_rng(layer).normal(size=tensors[key].shape).astype(dtype)
+            tensors[key.replace(".0.", f".{layer}.")] = drawn
+    tensors["model.rotary_emb.inv_freq"] = np.zeros((0, 3), np.float64)  # carried, and without elements
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.arange(3.0)
+    safetensors.numpy.save_file(tensors, released / "model.safetensors")
+    (released / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 2}))
+    convert(released, tmp_path / "orbax")
+    assert any("has no elements" in way for way in open_conversion(tmp_path / "orbax", FAMILIES).ways())
+    convert(tmp_path / "orbax", tmp_path / "back")
+    after = open_checkpoint(tmp_path / "back")
+    assert after.keys() == tensors.keys()
+    assert all(bits(after[key]) == bits(tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_a_tied_table(same, tmp_path):
+    released = tmp_path / "released"
+    released.mkdir()
+    write(released)
+    tensors = {key: tensor[...] for key, tensor in open_checkpoint(DATA / "ovis2_hf").items()}
+    config = json.loads((DATA / "ovis2_hf" / "config.json").read_text())
+    (table,) = (key for key in tensors if key.endswith("embed_tokens.weight") and "language" in key)
+    (head,) = {key for key in tensors if key.endswith("lm_head.weight")} or {"lm_head.weight"}
+    tensors[head] = tensors[table] if same else tensors[table] + 1
+    safetensors.numpy.save_file(tensors, released / "model.safetensors")
+    (released / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    there = convert(released, tmp_path / "orbax")
+    assert any("Shared(count=2)" in way for way in there.ways()) is same
+    loaded = vlm_jax.from_pretrained(tmp_path / "orbax")
+    assert ("head" in loaded.params["decoder"]) is not same
+    convert(tmp_path / "orbax", tmp_path / "back")
+    after = open_checkpoint(tmp_path / "back")
+    assert all(bits(after[key]) == bits(tensor) for key, tensor in tensors.items())
+
+
+def test_targets_and_sources_that_are_refused(alphabet, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note").write_text("mine")
+    for side in ("released", "orbax"):
+        with pytest.raises(CheckpointFileError, match=r"full is there already; give another --target, or remove it"):
+            convert(alphabet / side, tmp_path / "full")
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["note"]
+    with pytest.raises(CheckpointFileError, match=r"no model\.safetensors, model\.safetensors\.index\.json or \.npz"):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "config.json").write_text(json.dumps(CONFIG))
+        open_conversion(tmp_path / "empty", FAMILIES)
+    with pytest.raises(CheckpointFileError, match="released files are written to a local folder"):
+        open_conversion(alphabet / "orbax", FAMILIES).write("gs://bucket/out")
+    convert(alphabet / "released", tmp_path / "empty2")
+    (tmp_path / "empty3").mkdir()
+    convert(alphabet / "orbax", tmp_path / "empty3")  # an empty folder is as good as none
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder / "params"), r"params: no whole Orbax checkpoint"),
+        (
+            lambda folder: shutil.rmtree(folder / "params" / "d"),
+            r"\S+ in \S+params cannot be read \(.*\); write it again",
+        ),
+        (lambda folder: (folder / hub.MAP_FILE).write_text("{}"), r"checkpoint_map\.json: not as it was written"),
+        (lambda folder: (folder / hub.MAP_FILE).write_text("{"), r"checkpoint_map\.json: not JSON"),
+        (lambda folder: renamed(folder, "model.norm.weight"), r"not as it was written: model\.norm\.weight"),
+    ],
+)
+def test_a_damaged_folder_is_named(alphabet, tmp_path, damage, message):
+    shutil.copytree(alphabet / "orbax", tmp_path / "orbax")
+    damage(tmp_path / "orbax")
+    with pytest.raises(CheckpointFileError, match=message):
+        convert(tmp_path / "orbax", tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["orbax"]
+
+
+def renamed(folder, key):
+    path = folder / hub.MAP_FILE
+    stored = json.loads(path.read_text())
+    stored["tensors"][f"{key}s"] = stored["tensors"].pop(key)
+    path.write_text(json.dumps(stored))
+
+
+def test_what_fails_on_the_way_leaves_nothing(alphabet, tmp_path, monkeypatch):
+    for side in ("released", "orbax"):
+        conversion = open_conversion(alphabet / side, FAMILIES)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+        with pytest.raises(CheckpointFileError, match=r"nothing is left of it .*no space left: .* bytes, 0 are free"):
+            conversion.write(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+        monkeypatch.undo()

@@ -1,0 +1,133 @@
+"""A release kept as Orbax arrays: our parameters, what else it holds, and the table that leads back.
+
+    params/                our tree of parameters, as Orbax writes it
+    carried/               the release's tensors that no parameter is made of, where there are any
+    checkpoint_map.json    the rules, and shapes and dtypes of both sides; written last
+    config.json, ..        the release's own files, but for its weights
+
+So a release is read back from it bit for bit, under its own names, whatever model it is of.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (its dtypes are known to NumPy by name then)
+import numpy as np
+from etils import epath
+
+from vlm_jax.checkpoints import ops
+from vlm_jax.checkpoints.arrays import open_arrays, save_arrays
+from vlm_jax.checkpoints.hub import MAP_FILE, Checkpoint, CheckpointFileError, LazyTensor, open_checkpoint
+from vlm_jax.checkpoints.lazy import lazy_release
+from vlm_jax.checkpoints.mismatch import CheckpointMismatch
+from vlm_jax.checkpoints.rules import Rule, Step, export_plan
+from vlm_jax.config import read_json
+
+PARAMS, CARRIED = "params", "carried"  # folders, and what the rules' targets start with
+
+
+def is_mapped(path: Path) -> bool:
+    """Whether a folder is one of Orbax arrays that came from a release."""
+    return (path / MAP_FILE).is_file()
+
+
+def open_release(path: Path) -> Checkpoint:
+    """Opens the tensors of a release, wherever they are kept, without reading them.
+
+    Raises:
+      CheckpointFileError: as of `open_checkpoint`; a folder of Orbax arrays that is not whole.
+    """
+    if not is_mapped(path):
+        return open_checkpoint(path)
+    return MappedFolder(path).checkpoint
+
+
+class MappedFolder:
+    """A folder of Orbax arrays, opened without reading them.
+
+    Attributes:
+      arrays: by path, which starts with `params/` or `carried/`.
+      steps: how the release is made of them.
+      checkpoint: the release.
+
+    Raises:
+      CheckpointFileError: it is damaged, or not whole.
+    """
+
+    def __init__(self, path: Path):
+        stored = read_json(path / MAP_FILE, CheckpointFileError)
+        try:
+            rules = [_rule(entry) for entry in stored["rules"]]
+            arrays, tensors = _specs(stored["arrays"]), _specs(stored["tensors"])
+            archive = bool(stored["archive"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written ({error!r})") from error
+        self.arrays = {}
+        for part in (PARAMS, CARRIED):
+            start = f"{part}/"
+            if own := {name.removeprefix(start): spec for name, spec in arrays.items() if name.startswith(start)}:
+                opened = open_arrays(path.absolute() / part, own)
+                self.arrays |= {start + name: tensor for name, tensor in opened.items()}
+        try:
+            self.steps = export_plan(rules, {name: tensor.shape for name, tensor in self.arrays.items()})
+        except CheckpointMismatch as error:
+            raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written ({error})") from error
+        found = lazy_release(self.steps, self.arrays, {key: dtype for key, (_, dtype) in tensors.items()})
+        found |= {key: _empty(*spec) for key, spec in tensors.items() if math.prod(spec[0]) == 0}
+        shapes = {key: tensor.shape for key, tensor in found.items()}
+        if wrong := sorted(set(shapes.items()) ^ {(key, shape) for key, (shape, _) in tensors.items()}):
+            keys = ", ".join(key for key, _ in wrong[:8])
+            raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written: {keys}")
+        self.checkpoint = Checkpoint(found, str(path), archive=archive)
+
+
+def save_mapped(
+    folder: epath.Path, steps: Iterable[Step], arrays: Mapping[str, LazyTensor], release: Checkpoint
+) -> None:
+    """Writes the arrays, and last the map; on the host there is never more than one array.
+
+    Args:
+      folder: an existing one, absolute, local or `gs://`.
+      steps: of a table whose targets start with `params/` or `carried/`.
+      arrays: what they make of the release, by path.
+      release: for the keys, shapes and dtypes that are read back.
+
+    Raises:
+      OSError: there is no space for them.
+    """
+    steps = tuple(steps)
+    depths = {path: len(step.rule.stacked) for step in steps for path in step.targets}
+    for part in (PARAMS, CARRIED):
+        start = f"{part}/"
+        own = {path.removeprefix(start): tensor for path, tensor in arrays.items() if path.startswith(start)}
+        if own:
+            save_arrays(folder / part, own, {path: depths[start + path] for path in own})
+    rules = list({id(step.rule): step.rule for step in steps}.values())
+    stored = {
+        "archive": release.archive,
+        "rules": [_data(rule) for rule in rules],
+        "arrays": {path: {"shape": x.shape, "dtype": x.dtype.name} for path, x in arrays.items()},
+        "tensors": {key: {"shape": x.shape, "dtype": x.dtype.name} for key, x in release.items()},
+    }
+    (folder / MAP_FILE).write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def _specs(entries: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    return {name: (tuple(entry["shape"]), np.dtype(entry["dtype"])) for name, entry in entries.items()}
+
+
+def _data(rule: Rule) -> dict[str, Any]:
+    where = {name: list(values) for name, values in rule.where.items()}
+    return {"source": rule.sources, "target": rule.targets, "op": ops.to_data(rule.op), "where": where}
+
+
+def _rule(data: Mapping[str, Any]) -> Rule:
+    return Rule(tuple(data["source"]), tuple(data["target"]), ops.from_data(data["op"]), dict(data["where"]))
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> LazyTensor:
+    """Orbax stores no array without elements."""
+    return LazyTensor(shape, dtype, lambda index: np.empty(shape, dtype)[index])

@@ -1,0 +1,40 @@
+"""python -m vlm_jax.cli.convert --source=DIR --target=DIR [--dtype=bfloat16] [--dry-run]"""
+
+import os
+
+from absl import app, flags, logging
+
+from vlm_jax.cli.process import explained
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.convert import open_conversion
+from vlm_jax.pretrained.loader import DTYPES
+
+SOURCE = flags.DEFINE_string(
+    "source", None, "A released folder, or organisation/name on the hub, to become Orbax arrays; or such a folder."
+)
+TARGET = flags.DEFINE_string("target", None, "A folder that is not there yet; Orbax arrays may go to gs://.")
+DTYPE = flags.DEFINE_enum("dtype", None, sorted(DTYPES), "What floating-point tensors are cast to; as stored if unset.")
+DRY_RUN = flags.DEFINE_bool("dry-run", False, "Lists every tensor's way, and reads and writes none.")
+
+
+def main(argv: list[str]) -> None:
+    """Converts one folder; which way follows from what it is."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument: {argv[1]}")
+    if TARGET.value is None and not DRY_RUN.value:
+        raise app.UsageError("--target: no folder to write; give one, or --dry-run")
+    logging.set_verbosity(logging.ERROR)  # Orbax remarks on its own progress
+    with explained():
+        conversion = open_conversion(os.path.expanduser(str(SOURCE.value)), FAMILIES, dtype=DTYPE.value)
+        print(f"{conversion.direction}: {SOURCE.value}" + (f" -> {TARGET.value}" if TARGET.value else ""), flush=True)
+        if DRY_RUN.value:
+            for way in conversion.ways():
+                print(way)
+        else:
+            conversion.write(str(TARGET.value))
+        print(conversion.total)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("source")
+    app.run(main)

@@ -1,0 +1,212 @@
+"""A released folder as Orbax arrays, and back: every tensor's way, and the folder written."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import safetensors
+from etils import epath
+from flax import linen as nn
+
+from vlm_jax.checkpoints.arrays import check_space
+from vlm_jax.checkpoints.hub import (
+    Checkpoint,
+    CheckpointFileError,
+    LazyTensor,
+    copy_companions,
+    fetch,
+    open_checkpoint,
+    read_config,
+    save_archive,
+    save_checkpoint,
+)
+from vlm_jax.checkpoints.lazy import cast, lazy_params
+from vlm_jax.checkpoints.mapped import CARRIED, PARAMS, MappedFolder, is_mapped, save_mapped
+from vlm_jax.checkpoints.rules import Rule, Step, plan, prefixed
+from vlm_jax.pretrained.family import Description, Family
+from vlm_jax.pretrained.loader import DTYPES, choose_family
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """One folder on its way into the other layout; no tensor is read before `write`.
+
+    Attributes:
+      folder: of the source.
+      to_orbax: whether it becomes Orbax arrays, or the released files.
+      release: the released tensors.
+      cast: the same with the dtypes that they are asked for in.
+      arrays: those of Orbax, by path.
+      steps: how the two hang together.
+      remarks: what is to be said of an array in its line, by path.
+    """
+
+    folder: Path
+    to_orbax: bool
+    release: Checkpoint
+    cast: Checkpoint
+    arrays: Mapping[str, LazyTensor]
+    steps: tuple[Step, ...]
+    remarks: Mapping[str, str]
+
+    @property
+    def direction(self) -> str:
+        """The two layouts, in words."""
+        return "Hugging Face -> Orbax" if self.to_orbax else "Orbax -> Hugging Face"
+
+    @property
+    def total(self) -> str:
+        """What is written, counted; parameters that are stored under two keys count once."""
+        params = {path: tensor for path, tensor in self.arrays.items() if path.startswith(f"{PARAMS}/")}
+        count = sum(math.prod(tensor.shape) for tensor in params.values())
+        size = sum(tensor.nbytes for tensor in (self.arrays if self.to_orbax else self.cast).values())
+        return (
+            f"{len(self.release)} released tensors, {len(params)} arrays of {count:,} parameters, "
+            f"{len(self.arrays) - len(params)} carried along, {size:,} bytes"
+        )
+
+    def ways(self) -> Iterator[str]:
+        """A line for every released tensor, in the order of their keys."""
+        lines = {}
+        for step in self.steps:
+            for position, keys in step.sources.items():
+                for i, key in enumerate(keys):
+                    number = f" ({i + 1} of {len(keys)})" if len(keys) > 1 else ""
+                    lines[key] = self._way(step, position, self._released(key) + number)
+        for key in self.release:
+            yield lines.get(key) or f"{self._released(key)}: has no elements; its shape is noted"
+
+    def _way(self, step: Step, position: tuple[int, ...], released: str) -> str:
+        entry = f"[{', '.join(map(str, position))}]" if position else ""
+        ours = " + ".join(
+            f"{path}{entry} {self.arrays[path].shape} {self.arrays[path].dtype}{self.remarks.get(path, '')}"
+            for path in step.targets
+        )
+        op = step.rule.op if self.to_orbax else step.rule.op.inverse
+        return f"{released} -> {op} -> {ours}" if self.to_orbax else f"{ours} -> {op} -> {released}"
+
+    def _released(self, key: str) -> str:
+        tensor = (self.release if self.to_orbax else self.cast)[key]
+        return f"{key} {tensor.shape} {tensor.dtype}"
+
+    def write(self, target: epath.PathLike) -> None:
+        """Writes the folder in the other layout, tensor by tensor.
+
+        Args:
+          target: a folder that is not there yet, or empty; Orbax arrays may go to `gs://`.
+
+        Raises:
+          CheckpointFileError: the target is there, or cannot be written; nothing is left of it then.
+        """
+        if not self.to_orbax and "://" in str(target):
+            raise CheckpointFileError(f"{target}: released files are written to a local folder; give one")
+        with _whole_folder(target) as folder:
+            copy_companions(self.folder, folder)
+            if self.to_orbax:
+                save_mapped(folder, self.steps, self.arrays, self.cast)
+            else:
+                check_space(folder / "model", sum(tensor.nbytes for tensor in self.cast.values()))
+                (save_archive if self.cast.archive else save_checkpoint)(Path(folder), self.cast)
+
+
+def open_conversion(
+    source: str | os.PathLike[str], families: Mapping[str, Family], *, dtype: str | None = None
+) -> Conversion:
+    """Finds out what a folder is, and how every tensor of it goes into the other layout.
+
+    No tensor is read, but for a head that is stored beside the table that it is tied to, by its config:
+    whether the two are the same decides how many parameters there are.
+
+    Args:
+      source: a released folder or file, `organisation/name` on the Hugging Face hub, or a folder of Orbax
+        arrays that one became.
+      families: the registration table.
+      dtype: what floating-point tensors are cast to, a key of `DTYPES`; as stored when None.
+
+    Raises:
+      CheckpointFileError, CheckpointMismatch, PretrainedError: as of `from_pretrained`.
+    """
+    path = fetch(source)
+    wanted = None if dtype is None else DTYPES[dtype]
+    if is_mapped(path):
+        mapped = MappedFolder(path)
+        release = mapped.checkpoint
+        return Conversion(path, False, release, _cast(release, wanted), mapped.arrays, mapped.steps, {})
+    folder = path if path.is_dir() else path.parent
+    release = open_checkpoint(path)
+    config = read_config(folder)
+    description = choose_family(config, families)(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
+    steps, remarks = _all_steps(description, release)
+    arrays = lazy_params(steps, release, dtype=wanted)
+    return Conversion(folder, True, release, _cast(release, wanted), arrays, steps, remarks)
+
+
+def _cast(release: Checkpoint, dtype: Any) -> Checkpoint:
+    tensors = {key: cast(tensor, dtype) for key, tensor in release.items()}
+    return Checkpoint(tensors, release.origin, archive=release.archive)
+
+
+def _all_steps(description: Description, release: Checkpoint) -> tuple[tuple[Step, ...], dict[str, str]]:
+    """The ways of all tensors with elements, those that the module has no use for too, and remarks on the arrays."""
+    boxed = description.boxed_shapes()
+    shapes = nn.meta.unbox(boxed)
+    read = {
+        key
+        for step in plan(description.rules, release, shapes, ignore=description.ignore)
+        for keys in step.sources.values()
+        for key in keys
+    }
+    others = [key for key, tensor in release.items() if key not in read and math.prod(tensor.shape)]
+    rules = (*prefixed(description.rules, target=f"{PARAMS}/"), *(Rule(key, f"{CARRIED}/{key}") for key in others))
+    targets: dict[str, Any] = {PARAMS: shapes, CARRIED: {key: release[key] for key in others}}
+    steps = plan(rules, release, targets, ignore=description.ignore)
+    remarks = {f"{CARRIED}/{key}": f" (ignored: {_pattern(description.ignore, key)})" for key in others}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(boxed, is_leaf=_is_box)[0]:
+        if _is_box(leaf):
+            names = ", ".join(str(name) for name in leaf.names)
+            remarks["/".join((PARAMS, *(str(part.key) for part in keys)))] = f" [{names}]"
+    return steps, remarks
+
+
+def _pattern(patterns: tuple[str, ...], key: str) -> str:
+    return next(pattern for pattern in patterns if re.fullmatch(pattern, key))
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+@contextlib.contextmanager
+def _whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
+    """A folder to write into that gets its name when all is written, or is removed on an error.
+
+    In a bucket nothing is renamed; there the file that is written last says that the folder is whole.
+    """
+    target = epath.Path(target) if "://" in str(target) else epath.Path(os.path.abspath(target))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointFileError(f"{target} is there already; give another --target, or remove it")
+    remote = "://" in str(target)
+    folder = target if remote else target.with_name(f".{target.name}.{os.getpid()}.incomplete")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if not remote:
+            if target.exists():
+                target.rmdir()
+            folder.rename(target)
+    except BaseException as error:
+        if folder.exists():
+            folder.rmtree()
+        if isinstance(error, OSError | safetensors.SafetensorError):
+            raise CheckpointFileError(
+                f"{target}: could not be written, and nothing is left of it ({error}); free space, mend the "
+                "permissions, or give another --target"
+            ) from error
+        raise
