@@ -5,6 +5,7 @@
 | `bilinear`, `bicubic` | torch `interpolate(align_corners=False)`; bicubic: a = -0.75, clamped at the edge |
 | `bilinear_antialias`, `bicubic_antialias` | the same with `antialias=True`; bicubic then has a = -0.5 |
 | `area` | torch `interpolate(mode="area")`, which is adaptive average pooling |
+| `overlap` | TensorFlow's `image.resize(method="area")`: every sample by how much of it a window covers |
 | `corner_linear` | scipy `ndimage.zoom(order=1)`: first and last sample stay where they are |
 
 `bilinear` and `bilinear_antialias` are TensorFlow's `image.resize` too.
@@ -16,7 +17,9 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-ResizeKind = Literal["bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "corner_linear"]
+ResizeKind = Literal[
+    "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "overlap", "corner_linear"
+]
 
 
 def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Float[np.ndarray, "out in"]:
@@ -85,6 +88,14 @@ def _area(size_in: int, size_out: int) -> np.ndarray:
     return inside / inside.sum(axis=1, keepdims=True)
 
 
+def _overlap(size_in: int, size_out: int) -> np.ndarray:
+    """Window i runs from i * in / out to (i + 1) * in / out, fractions and all."""
+    step, samples = size_in / size_out, np.arange(size_in)
+    starts = np.arange(size_out)[:, None] * step
+    covered = np.minimum(starts + step, samples + 1) - np.maximum(starts, samples)
+    return np.maximum(covered, 0) / step
+
+
 def _corner_linear(size_in: int, size_out: int) -> np.ndarray:
     return _triangle(np.linspace(0, size_in - 1, size_out)[:, None] - np.arange(size_in))
 
@@ -95,5 +106,6 @@ _WEIGHTS: dict[str, Callable[[int, int], np.ndarray]] = {
     "bilinear_antialias": _antialiased(_triangle),
     "bicubic_antialias": _antialiased(_cubic(-0.5)),
     "area": _area,
+    "overlap": _overlap,
     "corner_linear": _corner_linear,
 }

@@ -240,6 +240,24 @@ class Batch:
     branch_ids: Int[Array, "B T"] | None = None
 
 
+@struct
+class ImageTextBatch:
+    """Pictures and texts side by side, as two towers read them; a classifier reads pictures alone.
+
+    Attributes:
+      images: float32 pixels, normalised, or patches with one image a sequence; None without pictures.
+      tokens: vocabulary ids, texts filled up to one length; None without texts.
+    """
+
+    images: Float[Array, "B height width channels"] | PackedPatches | None = None
+    tokens: Int[Array, "B2 T"] | None = None
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What is there of the two, as the module takes it."""
+        return tuple(part for part in (self.images, self.tokens) if part is not None)
+
+
 class Drop(NamedTuple):
     """One place of a decoder where visual tokens are dropped.
 

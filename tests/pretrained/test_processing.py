@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -51,11 +52,17 @@ def test_other_patches_are_told():
         check_agreement(dataclasses.replace(model.processor, views=views), model.module)
 
 
-def test_a_tower_alone_has_no_processor():
-    with pytest.raises(
-        PretrainedError, match=r"no processor is registered for 'siglip_vision_model'; registered: deep"
-    ):
-        _ = vlm_jax.from_pretrained(DATA / "s2_siglip").processor
+def test_a_model_without_a_processor_is_told():
+    model = vlm_jax.from_pretrained(DATA / "s2_siglip")
+    with pytest.raises(PretrainedError, match=r"no processor is registered for 'sam'; registered: big_vision\."):
+        _ = dataclasses.replace(model, config={**model.config, "model_type": "sam"}).processor
+
+
+def test_another_size_of_pictures_is_told(tmp_path):
+    shutil.copytree(DATA / "s2_siglip", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 48, "width": 48}}))
+    with pytest.raises(PretrainedError, match=r"makes pictures of \(48, 48\) pixels .* the model reads \(32, 32\)"):
+        _ = vlm_jax.from_pretrained(tmp_path).processor
 
 
 @pytest.mark.parametrize(

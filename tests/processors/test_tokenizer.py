@@ -153,7 +153,8 @@ def test_qwen2s_two_files(tmp_path):
     assert all(tokenizer.decode(tokenizer.encode(line)) == line for line in LINES)
     write(tmp_path, tokenizer_config__json={"tokenizer_class": "GPT2Tokenizer"})
     with pytest.raises(
-        TokenizerError, match=r"are read for Qwen2Tokenizer, tokenizer_config\.json names GPT2Tokenizer"
+        TokenizerError,
+        match=r"for Qwen2Tokenizer and CLIPTokenizer, tokenizer_config\.json names GPT2Tokenizer",
     ):
         Tokenizer.from_folder(tmp_path)
 
@@ -162,7 +163,8 @@ def test_what_a_folder_lacks_is_named(tmp_path, qwen):
     with pytest.raises(TokenizerError, match=r"has no token '<\|im_ende\|>'; did you mean '<\|im_end\|>'\?"):
         Tokenizer.from_folder(qwen).id_of("<|im_ende|>")
     (qwen / "qwen.tiktoken").unlink()
-    message = re.escape(f"{tmp_path}: no tokenizer here; looked for tokenizer.json, tokenizer.model, qwen.tiktoken")
+    files = "tokenizer.json, tokenizer.model, spiece.model, qwen.tiktoken"
+    message = re.escape(f"{tmp_path}: no tokenizer here; looked for {files}")
     with pytest.raises(TokenizerError, match=message):
         Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")

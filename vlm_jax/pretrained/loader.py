@@ -31,13 +31,15 @@ from vlm_jax.config import did_you_mean
 from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion, complete
+from vlm_jax.models.two_tower import Embeddings, TwoTower
 from vlm_jax.pretrained.family import Description, Family, PretrainedError, text_section
-from vlm_jax.pretrained.processing import PROCESSORS
-from vlm_jax.pretrained.processing.agreement import check_agreement
+from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, PROCESSORS, image_text
+from vlm_jax.pretrained.processing.agreement import check_agreement, check_image_text
+from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.system import Conversation, Picture, Processor, Video
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import mesh_of, shardings
-from vlm_jax.types import Batch
+from vlm_jax.types import Batch, ImageTextBatch
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -63,8 +65,11 @@ class Pretrained:
     folder: Path
 
     @functools.cached_property
-    def processor(self) -> Processor:
-        """What makes batches of conversations and pictures, configured by the release's own files.
+    def processor(self) -> Any:
+        """What makes batches, configured by the release's own files.
+
+        A `processors.system.Processor` of conversations and pictures; of a two-tower model or a classifier a
+        `processors.image_text.ImageTextProcessor` of pictures and texts.
 
         Raises:
           PretrainedError: the release has none, or its files say what is not computed here, or what is not
@@ -72,13 +77,25 @@ class Pretrained:
           TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
         """
         name = marker(self.config)
+        if name in IMAGE_TEXT_PROCESSORS:
+            processor = IMAGE_TEXT_PROCESSORS[name](self.folder, self.config, self.module)
+            check_image_text(processor, self.module)
+            return processor
         if name not in PROCESSORS:
-            raise PretrainedError(
-                f"no processor is registered for '{name}'; registered: " + ", ".join(sorted(PROCESSORS))
-            )
+            registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))
+            raise PretrainedError(f"no processor is registered for '{name}'; registered: {', '.join(registered)}")
         processor = PROCESSORS[name](self.folder, self.config)
         check_agreement(processor, self.module)
         return processor
+
+    @property
+    def _conversations(self) -> Processor:
+        if isinstance(self.processor, ImageTextProcessor):
+            raise PretrainedError(
+                f"'{marker(self.config)}' embeds or classifies, and answers no conversation; call processor(images=…, "
+                "texts=…) and logits, encode_images or encode_texts"
+            )
+        return self.processor
 
     def count_visual_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Places of a prompt that each picture of one conversation takes, before anything runs.
@@ -86,19 +103,65 @@ class Pretrained:
         Args:
           image_sizes: (height, width) of every picture, in pixels.
         """
-        return self.processor.count_visual_tokens(image_sizes)
+        return self._conversations.count_visual_tokens(image_sizes)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """`module.apply` with the parameters; `method=` and `mutable=` as there."""
         return self.module.apply({"params": self.params}, *args, **kwargs)
 
-    def logits(self, batch: Batch) -> Float[Array, "B T V"]:
-        """Float32 logits at every position of a batch, compiled once for its shapes."""
+    def logits(self, batch: Batch | ImageTextBatch) -> Float[Array, "B T V"] | Float[Array, "B classes"]:
+        """Float32 logits of a batch of `processor`, compiled once for its shapes.
+
+        Returns:
+          Of a conversation, those at every position. Of two towers, [images, texts]: the scaled similarity of every
+          picture with every text. Of a classifier, those of its classes; see `labels`.
+
+        Raises:
+          PretrainedError: the model has no head, or the batch lacks one of two towers' inputs.
+        """
         return self._logits(self.params, batch)
 
     @functools.cached_property
     def _logits(self) -> Any:
-        return jax.jit(lambda params, batch: self.module.apply({"params": params}, batch))
+        def run(params: Any, batch: Batch | ImageTextBatch) -> Any:
+            inputs = batch.inputs if isinstance(batch, ImageTextBatch) else (batch,)
+            if isinstance(self.module, TwoTower) and len(inputs) < 2:
+                raise PretrainedError("logits of two towers need pictures and texts; give the processor both")
+            found = self.module.apply({"params": params}, *inputs)
+            if isinstance(found, Embeddings):
+                return found.logits()
+            if not hasattr(found, "dtype"):
+                raise PretrainedError(
+                    f"'{marker(self.config)}' has no head in this checkpoint; call apply for features"
+                )
+            return found
+
+        return jax.jit(run)
+
+    def encode_images(self, images: Sequence[Picture]) -> Float[Array, "B E"]:
+        """Float32 embeddings of pictures by the image tower, not normalised, compiled once for their number."""
+        return self._encoder("encode_image")(self.params, self.processor(images=images).images)
+
+    def encode_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
+        """The same of texts by the text tower, as `evals.zero_shot.class_embeddings` takes it."""
+        return self._encoder("encode_text")(self.params, self.processor(texts=texts).tokens)
+
+    def _encoder(self, method: str) -> Any:
+        if not isinstance(self.module, TwoTower):
+            raise PretrainedError(f"'{marker(self.config)}' has not two towers, whose embeddings could be compared")
+        return self._encoders[method]
+
+    @functools.cached_property
+    def _encoders(self) -> dict[str, Any]:
+        def encode(method: str, params: Any, given: Any) -> Any:
+            return jnp.asarray(self.module.apply({"params": params}, given, method=method), jnp.float32)
+
+        return {name: jax.jit(functools.partial(encode, name)) for name in ("encode_image", "encode_text")}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of a classifier's classes, in the order of its logits; raises a `PretrainedError` without."""
+        return image_text.labels(self.config)
 
     @functools.cached_property
     def _laid_out(self) -> Any:
@@ -162,8 +225,9 @@ class Pretrained:
           TokenizerError: a name of `stop_tokens` that the vocabulary lacks, or no tokenizer in the folder.
           ChatTemplateError: no template in the folder, or messages that it refuses.
         """
+        processor = self._conversations
         ends = (*self.end_ids, *map(self.tokenizer.id_of, stop_tokens))
-        batch = self.processor(messages, images, videos, max_visual_tokens=max_visual_tokens, **processor_options)
+        batch = processor(messages, images, videos, max_visual_tokens=max_visual_tokens, **processor_options)
         (answer,) = complete(
             self.module,
             self._laid_out,

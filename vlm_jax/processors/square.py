@@ -12,7 +12,7 @@ from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles, joined_tiles, t
 from vlm_jax.processors.tiling import Size
 from vlm_jax.types import TwoSizes
 
-Fit = Literal["stretch", "crop", "pad", "shrink", "shrink_rounded"]
+Fit = Literal["stretch", "crop", "crop_rounded", "pad", "shrink", "shrink_rounded"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class SquareViews(Tiles):
     |---|---|
     | `stretch` | to the size, whatever its aspect |
     | `crop` | its shorter side to `shortest_edge`, then the middle |
+    | `crop_rounded` | the same with a middle that is rounded, halves to even: torchvision |
     | `pad` | to a square with the background first, then as `crop` |
     | `shrink` | its longer side to the size, the other truncated, then to a square with the background |
     | `shrink_rounded` | the same, the other side rounded: the port in transformers of DeepSeek-VL |
@@ -30,9 +31,9 @@ class SquareViews(Tiles):
     Attributes:
       pixels: what is done to pixels.
       size: (height, width) of the tile, in pixels.
-      num_tokens: visual tokens of a tile.
+      num_tokens: visual tokens of a tile; 1 where an encoder gives one vector.
       fit: a row of the table.
-      shortest_edge: of `crop` and `pad`, in pixels; the smaller side of `size` when None.
+      shortest_edge: of both crops and `pad`, in pixels; the smaller side of `size` when None.
       background: colour of borders in 8 bits; the mean of `pixels` when None.
       min_size: pixels that neither side gets below in `shrink`.
 
@@ -42,7 +43,7 @@ class SquareViews(Tiles):
 
     pixels: Pixels
     size: Size
-    num_tokens: int
+    num_tokens: int = 1
     fit: Fit = "stretch"
     shortest_edge: int | None = None
     background: tuple[int, ...] | None = None
@@ -80,7 +81,8 @@ class SquareViews(Tiles):
         long = int(short * max(picture.size) / min(picture.size))
         picture = self.pixels.resized(picture, (short, long) if picture.width > picture.height else (long, short))
         height, width = self.size
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        spare = (picture.width - width, picture.height - height)
+        left, top = (round(length / 2) if self.fit == "crop_rounded" else length // 2 for length in spare)
         if (left, top, picture.width, picture.height) == (0, 0, width, height):
             return picture
         return picture.crop((left, top, left + width, top + height))

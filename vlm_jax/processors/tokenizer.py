@@ -18,7 +18,12 @@ from vlm_jax.processors.vocabulary import (
     Vocabulary,
 )
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json with merges.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "vocab.json with merges.txt")
+# transformers, models/llama/tokenization_llama.py and models/siglip/tokenization_siglip.py; files leave them out.
+SENTENCEPIECE_FILES: dict[str, dict[str, Any]] = {
+    "tokenizer.model": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
+    "spiece.model": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_eos_token": True},
+}
 
 
 class TokenizerError(ValueError):
@@ -93,8 +98,8 @@ class Tokenizer:
         if (folder / "tokenizer.json").exists():
             backend = read_backend(folder / "tokenizer.json")
             vocabulary = TokenizersVocabulary(backend, _by_name(_added(folder, settings)))
-        elif (folder / "tokenizer.model").exists():
-            vocabulary, settings = _sentencepiece(folder, settings)
+        elif name := next((name for name in SENTENCEPIECE_FILES if (folder / name).exists()), None):
+            vocabulary, settings = _sentencepiece(folder, name, settings)
         elif (folder / "qwen.tiktoken").exists():
             # A Qwen without eyes says so by a config that describes none.
             config = _json(folder / "config.json")
@@ -102,7 +107,7 @@ class Tokenizer:
             vocabulary = TiktokenVocabulary(ranks, visual=not config or "visual" in config)
             settings = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", **settings}
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            vocabulary = _qwen2(folder, settings)
+            vocabulary, settings = _pairs(folder, settings)
         else:
             raise TokenizerError(f"{folder}: no tokenizer here; looked for {', '.join(TOKENIZER_FILES)}")
         return cls(vocabulary, _names(settings), origin=os.fspath(folder))
@@ -125,10 +130,10 @@ def read_backend(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _sentencepiece(folder: epath.Path, settings: dict[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
+def _sentencepiece(folder: epath.Path, name: str, settings: dict[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
     """The vocabulary, and the settings with the defaults of the releases' tokenizer classes."""
-    model = (folder / "tokenizer.model").read_bytes()
-    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **settings}
+    model = (folder / name).read_bytes()
+    settings = {**SENTENCEPIECE_FILES[name], **settings}
     bare = SentencePieceVocabulary(model, {}, bos=None, eos=None)
     added, following = _added(folder, settings), bare.size
     ids: dict[str, int] = {}
@@ -142,22 +147,30 @@ def _sentencepiece(folder: epath.Path, settings: dict[str, Any]) -> tuple[Vocabu
     vocabulary = SentencePieceVocabulary(
         model,
         by_id,
-        bos=bos if settings.get("add_bos_token", True) else None,
+        bos=bos if settings.get("add_bos_token", False) else None,
         eos=eos if settings.get("add_eos_token", False) else None,
         legacy=settings.get("legacy") is not False,
     )
     return vocabulary, settings
 
 
-def _qwen2(folder: epath.Path, settings: Mapping[str, Any]) -> Vocabulary:
+def _pairs(folder: epath.Path, settings: dict[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
+    """Byte pairs of a class that is known, and the settings with its defaults."""
     kind = str(settings.get("tokenizer_class"))
-    if not kind.startswith("Qwen2Tokenizer"):
-        raise TokenizerError(
-            f"{folder}: vocab.json and merges.txt are read for Qwen2Tokenizer, tokenizer_config.json names {kind}; "
-            "save the tokenizer as a tokenizer.json"
+    files = _json(folder / "vocab.json"), (folder / "merges.txt").read_text().splitlines()
+    if kind.startswith("Qwen2Tokenizer"):
+        return TokenizersVocabulary.qwen2(*files, _by_name(_added(folder, settings))), settings
+    if kind.startswith("CLIPTokenizer"):
+        end = "<|endoftext|>"
+        settings = {"bos_token": "<|startoftext|>", **dict.fromkeys(("eos_token", "pad_token", "unk_token"), end)} | (
+            settings
         )
-    merges = (folder / "merges.txt").read_text().splitlines()
-    return TokenizersVocabulary.qwen2(_json(folder / "vocab.json"), merges, _by_name(_added(folder, settings)))
+        ends = (_name(settings["bos_token"]) or "", _name(settings["eos_token"]) or "")
+        return TokenizersVocabulary.clip(*files, ends, _by_name(_added(folder, settings))), settings
+    raise TokenizerError(
+        f"{folder}: vocab.json and merges.txt are read for Qwen2Tokenizer and CLIPTokenizer, tokenizer_config.json "
+        f"names {kind}; save the tokenizer as a tokenizer.json"
+    )
 
 
 def _added(folder: epath.Path, settings: Mapping[str, Any]) -> list[tuple[int | None, AddedToken]]:

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import sentencepiece
 import tiktoken
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 SPACE = "▁"  # what SentencePiece writes for a space
 # normalizer_spec.add_dummy_prefix = false, as a message of its own: a later field wins where messages are joined.
@@ -20,6 +20,7 @@ NO_PREFIX = b"\x1a\x02\x18\x00"
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))
 QWEN_VISUAL = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
 
@@ -75,6 +76,32 @@ class TokenizersVocabulary:
         )
         backend.decoder = decoders.ByteLevel()
         return cls(backend, added)
+
+    @classmethod
+    def clip(cls, vocabulary: Mapping[str, int], merges: Sequence[str], ends: tuple[str, str], added: Mapping):
+        """CLIP's pairs of bytes from `vocab.json` and the lines of `merges.txt`.
+
+        Args:
+          vocabulary: ids by name.
+          merges: lines of two names.
+          ends: the tokens before and after a text.
+          added: tokens beside the vocabulary.
+
+        Source: openai/CLIP, clip/simple_tokenizer.py, but for ftfy's repair of broken encodings; transformers,
+        models/clip/tokenization_clip.py.
+        """
+        pairs = [(left, right) for left, right in (line.split() for line in merges if line and line[:2] != "#v")]
+        first, last = ends
+        unknown = {"unk_token": last, "end_of_word_suffix": "</w>", "continuing_subword_prefix": ""}
+        backend = tokenizers.Tokenizer(models.BPE(dict(vocabulary), pairs, **unknown))
+        spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+        split = pre_tokenizers.Split(tokenizers.Regex(CLIP_PATTERN), behavior="removed", invert=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        backend.decoder = decoders.ByteLevel()
+        ids = [(name, vocabulary[name]) for name in ends]
+        backend.post_processor = processors.TemplateProcessing(f"{first} $A {last}", special_tokens=ids)
+        return cls(backend, {**{name: AddedToken(name, special=True, normalized=False) for name in ends}, **added})
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special).ids

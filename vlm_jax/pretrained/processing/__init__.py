@@ -1,6 +1,7 @@
 """Processors of released systems, configured by the files of a checkpoint folder; one file a family.
 
-Each has a function of a folder and its config that gives a `processors.system.Processor`.
+Those of conversations have a function of a folder and its config that gives a `processors.system.Processor`; those
+of two towers and classifiers one of the module too, which gives a `processors.image_text.ImageTextProcessor`.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 from vlm_jax.pretrained.processing import (
     deepseek,
     deepseek_hf,
+    image_text,
     internvl,
     internvl_hf,
     llava,
@@ -20,6 +22,7 @@ from vlm_jax.pretrained.processing import (
     text,
 )
 from vlm_jax.pretrained.processing.settings import Folder
+from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.system import Processor
 
 
@@ -54,4 +57,22 @@ PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
     "qwen2_5_vl_text": text.processor,
     "qwen2_vl_text": text.processor,
     "qwen3": text.processor,
+}
+# The same of models that embed or classify, and answer no conversation.
+IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any], Any], ImageTextProcessor]] = {
+    "big_vision.proj.image_text.text_transformer": image_text.big_vision,
+    "big_vision.proj.image_text.two_towers": image_text.big_vision,
+    "big_vision.vit": image_text.big_vision_vit,
+    "clip": image_text.clip,
+    "clip_text_model": image_text.clip,
+    "clip_vision_model": image_text.clip,
+    "open_clip": image_text.open_clip,
+    "siglip": image_text.siglip,
+    "siglip_text_model": image_text.siglip,
+    "siglip_vision_model": image_text.siglip,
+    "siglip2": image_text.siglip,
+    "siglip2_text_model": image_text.siglip,
+    "siglip2_vision_model": image_text.siglip,
+    "vit": image_text.vit,
+    "vit_jax": image_text.vit_jax,
 }

@@ -6,6 +6,7 @@ from flax import linen as nn
 from PIL import Image
 
 from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.processors.image_text import ImageTextProcessor, NaflexInputs, SquareInputs
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.seen import NoViews
 from vlm_jax.processors.system import Processor
@@ -42,6 +43,31 @@ def check_agreement(processor: Processor, module: nn.Module) -> None:
     learned = num_learned_rows(module)
     if learned is not None and learned != processor.num_learned:
         raise PretrainedError(f"the processor lays out {processor.num_learned} learned rows, the model has {learned}")
+
+
+def check_image_text(processor: ImageTextProcessor, module: nn.Module) -> None:
+    """Compares the size of tiles with the tower's position table, or the sides of patches.
+
+    Args:
+      processor: of a folder.
+      module: of the same: two towers, a classifier, or one tower.
+
+    Raises:
+      PretrainedError: they differ; the message has both.
+    """
+    tower = next((getattr(module, name) for name in ("image", "encoder") if hasattr(module, name)), module)
+    told, inputs = getattr(tower, "image_size", None), processor.images
+    if isinstance(inputs, NaflexInputs):
+        told, found, what = tower.patch_size, inputs.patch_size, "patches"  # type: ignore[attr-defined]
+    elif isinstance(inputs, SquareInputs):
+        found, what = inputs.views.size, "pictures"
+    else:
+        return
+    if told is not None and told != found:
+        raise PretrainedError(
+            f"the processor makes {what} of {found} pixels by the folder's files, the model reads {told}; set size and "
+            "crop_size, or patch_size, in preprocessor_config.json to the model's"
+        )
 
 
 def num_learned_rows(module: Any) -> int | None:

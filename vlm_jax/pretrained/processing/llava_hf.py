@@ -1,5 +1,6 @@
 """LLaVA and LLaVA-NeXT as transformers stores them."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,12 +8,10 @@ from typing import Any
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.settings import (
     Folder,
-    height_and_width,
     image_settings,
-    mean_colour,
     pad_id,
-    pixels,
     processor_settings,
+    square_views,
 )
 from vlm_jax.processors.anyres import AnyresViews
 from vlm_jax.processors.chat import ChatTemplate
@@ -49,27 +48,17 @@ def processor_next(folder: Folder, config: Mapping[str, Any]) -> Processor:
 def _square(folder: Folder, config: Mapping[str, Any]) -> tuple[SquareViews, tuple[int, int]]:
     """Views of one tile, and the grid of its tokens."""
     settings, where = image_settings(folder, DEFAULTS), f"{folder}: image processor"
-    vision = config["vision_config"]
-    crop = settings["do_center_crop"] and settings["crop_size"] is not None
-    size = height_and_width(settings["crop_size" if crop else "size"], where)
-    grid = (size[0] // vision.get("patch_size", 32), size[1] // vision.get("patch_size", 32))
+    views = square_views(settings, where, edge=True)
+    patch = config["vision_config"].get("patch_size", 32)
+    grid = (views.size[0] // patch, views.size[1] // patch)
     whole = config.get("vision_feature_select_strategy", "default") == "full"
     if whole and config["model_type"] == "llava_next":
         raise PretrainedError(
             f"{where}: tiles are laid out without class tokens; set vision_feature_select_strategy to 'default'"
         )
-    fit = "pad" if settings["do_pad"] and config["model_type"] == "llava" else "crop"
-    if not crop and "shortest_edge" not in settings["size"]:
-        fit = "stretch"
-    views = SquareViews(
-        pixels(settings),
-        size,
-        math.prod(grid) + whole,
-        fit,
-        shortest_edge=height_and_width(settings["size"], where)[0],
-        background=mean_colour(settings),
-    )
-    return views, grid
+    if settings["do_pad"] and config["model_type"] == "llava" and views.fit == "crop":
+        views = dataclasses.replace(views, fit="pad")
+    return dataclasses.replace(views, num_tokens=math.prod(grid) + whole), grid
 
 
 def _processor(folder: Folder, config: Mapping[str, Any], views: Any, **fields: Any) -> Processor:

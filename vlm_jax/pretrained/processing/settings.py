@@ -11,6 +11,7 @@ from vlm_jax.config import read_json
 from vlm_jax.pretrained.family import PretrainedError, check_supported, text_section
 from vlm_jax.processors.chat import ChatTemplate, MissingChatTemplate
 from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 
@@ -66,6 +67,11 @@ def video_settings(folder: Folder) -> dict[str, Any]:
     return {**_json(epath.Path(folder) / "video_preprocessor_config.json"), **inside}
 
 
+def tokenizer_settings(folder: Folder) -> dict[str, Any]:
+    """`tokenizer_config.json`."""
+    return _json(epath.Path(folder) / "tokenizer_config.json")
+
+
 def pixels(settings: Mapping[str, Any]) -> Pixels:
     """Filter and statistics of image settings."""
     resample = Image.Resampling(settings["resample"])
@@ -93,6 +99,31 @@ def height_and_width(value: Any, where: str) -> Size:
         if "shortest_edge" in value:
             return value["shortest_edge"], value["shortest_edge"]
     raise PretrainedError(f"{where}: expected a number, or height and width, got {value!r}")
+
+
+def square_views(settings: Mapping[str, Any], where: str, *, edge: bool) -> SquareViews:
+    """One view of every picture, cut from its middle or stretched, of one token.
+
+    Args:
+      settings: of images: `size`, and `crop_size` where `do_center_crop`.
+      where: names the settings in messages.
+      edge: a `size` of one number is the shorter side's, as in CLIP, not a square's.
+
+    Raises:
+      PretrainedError: pictures would keep their aspect, or be stretched and cut.
+    """
+    size, crop_size = settings["size"], settings.get("crop_size")
+    if isinstance(size, int) and edge:
+        size = {"shortest_edge": size}
+    crop = height_and_width(crop_size, where) if settings.get("do_center_crop") and crop_size is not None else None
+    length = height_and_width(size, where)
+    keeps = isinstance(size, Mapping) and "shortest_edge" in size
+    if keeps and crop is None:
+        raise PretrainedError(f"{where}: size {size} without do_center_crop gives pictures of any aspect")
+    if not keeps and crop not in (None, length):
+        raise PretrainedError(f"{where}: expected a size of shortest_edge beside crop_size {crop_size}, got {size}")
+    fields = {"fit": "crop", "shortest_edge": length[0]} if keeps else {"fit": "stretch"}
+    return SquareViews(pixels(settings), crop or length, background=mean_colour(settings), **fields)  # type: ignore
 
 
 def chat_template(folder: Folder, tokenizer: Tokenizer, source: str | None, *, own_first: bool = True) -> ChatTemplate:

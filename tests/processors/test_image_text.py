@@ -1,0 +1,76 @@
+"""Pictures and texts of two towers and classifiers; `tests/parity/test_image_text.py` compares whole folders."""
+
+import numpy as np
+import pytest
+import tokenizers
+from PIL import Image
+from tokenizers import models, pre_tokenizers
+
+from vlm_jax.interpolation import interpolation_weights
+from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TensorFlowInputs, TextInputs
+from vlm_jax.processors.seen import PictureMismatch, Pixels
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.vocabulary import TokenizersVocabulary
+
+WORDS = {"<pad>": 0, "<end>": 1, "<unk>": 2, "a": 3, "b": 4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = tokenizers.Tokenizer(models.WordLevel(WORDS, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", 1)])
+    return Tokenizer(TokenizersVocabulary(backend), {"eos_token": "<end>", "pad_token": "<pad>"})
+
+
+def test_texts_are_filled_up_or_cut_before_their_end(tokenizer):
+    found = TextInputs(tokenizer, 4, 0)(["a", "a b a", "b b b b b b", ""])
+    np.testing.assert_array_equal(found, [[3, 1, 0, 0], [3, 4, 3, 1], [4, 4, 4, 1], [1, 0, 0, 0]])
+
+
+def test_cleaning(tokenizer):
+    bare = TextInputs(tokenizer, 1, 0, lower=True, bare=True)
+    assert bare.cleaned(" A, (b)\n\tC_d! ") == "a b cd"
+    assert TextInputs(tokenizer, 1, 0, lower=True).cleaned("A, B!") == "a, b!"
+    assert TextInputs(tokenizer, 1, 0).cleaned("A, B!") == "A, B!"
+
+
+def test_the_middle_of_torchvision_rounds_halves_to_even():
+    draw = np.random.default_rng(0)
+    for spare, left in ((1, 0), (3, 2), (5, 2), (7, 4)):
+        image = draw.integers(0, 256, (8, 8 + spare, 3), np.uint8)
+        views = SquareViews(Pixels(), (8, 8), fit="crop_rounded")
+        found = SquareInputs(views)([Image.fromarray(image)])[0]
+        np.testing.assert_allclose(found * 255, image[:, left : left + 8], atol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(6, 4), (7, 3), (4, 8), (9, 9)])
+def test_areas_cover_samples_by_their_overlap(given, wanted):
+    """Beside samples repeated until windows are whole."""
+    values = np.random.default_rng(0).normal(size=given).astype(np.float32)
+    expected = np.repeat(values, wanted).reshape(wanted, given).mean(axis=1)
+    np.testing.assert_allclose(interpolation_weights(given, wanted, "overlap") @ values, expected, atol=1e-6)
+
+
+def test_the_middle_of_a_picture_shrunk_by_areas():
+    """Blocks of whole pixels are averaged and lose their fractions; then the middle is cut out."""
+    image = np.random.default_rng(0).integers(0, 256, (24, 42, 3), np.uint8)
+    found = TensorFlowInputs((4, 4), "overlap", shortest_edge=8)([Image.fromarray(image)])[0]
+    means = np.floor(image.reshape(8, 3, 14, 3, 3).astype(float).mean(axis=(1, 3)) + 1e-4)
+    np.testing.assert_allclose((found + 1) * 127.5, means[2:6, 5:9], atol=1e-4)
+
+
+def test_what_is_not_read_is_refused(tokenizer):
+    picture, texts = Image.new("RGB", (8, 8)), TextInputs(tokenizer, 4, 0)
+    images = SquareInputs(SquareViews(Pixels(), (8, 8)))
+    with pytest.raises(PictureMismatch, match="reads no pictures, and 1 are given"):
+        ImageTextProcessor(None, texts)([picture])
+    with pytest.raises(PictureMismatch, match="reads no texts"):
+        ImageTextProcessor(images)([picture], ["a"])
+    with pytest.raises(PictureMismatch, match="neither pictures nor texts"):
+        ImageTextProcessor(images, texts)()
+    with pytest.raises(PictureMismatch, match="expected a list of texts"):
+        ImageTextProcessor(images, texts)(texts="a")
+    with pytest.raises(ValueError, match="image 1: its header claims 8x9 pixels, more than max_pixels=64"):
+        ImageTextProcessor(images, max_pixels=64)([picture, Image.new("RGB", (9, 8))])

@@ -1,0 +1,194 @@
+"""Two-tower models and classifiers: what their pictures and texts become, by the folder's files and the module."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from PIL import Image
+
+from vlm_jax.decoders.text_tower import TextTower
+from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.models.classifier import Classifier
+from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.pretrained.family import PretrainedError, check_supported, with_defaults
+from vlm_jax.pretrained.processing.settings import (
+    CLIP_STATISTICS,
+    HALF_STATISTICS,
+    Folder,
+    image_settings,
+    pixels,
+    square_views,
+    tokenizer_settings,
+)
+from vlm_jax.processors.image_text import (
+    ImageTextProcessor,
+    NaflexInputs,
+    SquareInputs,
+    TensorFlowInputs,
+    TextInputs,
+    Texts,
+)
+from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
+
+# transformers, models/{clip,siglip,siglip2,vit}/image_processing_*.py; sizes that files leave out are the tower's.
+NAFLEX_DEFAULTS: dict[str, Any] = {**HALF_STATISTICS, "resample": 2, "patch_size": 16, "max_num_patches": 256}
+# open_clip, src/open_clip/transform.py, PreprocessCfg.
+OPEN_CLIP_DEFAULTS: dict[str, Any] = {
+    "mean": CLIP_STATISTICS["image_mean"],
+    "std": CLIP_STATISTICS["image_std"],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+_FITS = {"shortest": "crop_rounded", "squash": "stretch", "longest": "shrink_rounded"}
+HALF = Pixels(tuple(HALF_STATISTICS["image_mean"]), tuple(HALF_STATISTICS["image_std"]))
+# big_vision's evaluators of ViT: resize_small(256)|central_crop(224), and its like at other sides.
+_EDGE = 256 / 224
+
+
+def clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+    """CLIP of transformers, whole or one tower of it."""
+    del config
+    images = None
+    if _image_tower(module) is not None:
+        height, width = _side(module)
+        crop = {"crop_size": {"height": height, "width": width}, "do_center_crop": True}
+        settings = image_settings(folder, {"size": {"shortest_edge": min(height, width)}, **crop})
+        images = SquareInputs(square_views(settings, f"{folder}: image processor", edge=True))
+    return ImageTextProcessor(images, _texts(folder, module))
+
+
+def siglip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+    """SigLIP and SigLIP 2 of transformers, whole or one tower of it."""
+    tower, images = _image_tower(module), None
+    if isinstance(tower, NaflexViT):
+        settings = image_settings(folder, NAFLEX_DEFAULTS)
+        images = NaflexInputs(pixels(settings), settings["patch_size"], settings["max_num_patches"])
+    elif tower is not None:
+        images = _stretched(folder, module, HALF_STATISTICS)
+    return ImageTextProcessor(images, _siglip_texts(folder, module, str(config["model_type"])))
+
+
+def vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+    """ViT of transformers, with classes or without."""
+    del config
+    return ImageTextProcessor(_stretched(folder, module, {**HALF_STATISTICS, "resample": 2}))
+
+
+def _stretched(folder: Folder, module: Any, defaults: Mapping[str, Any]) -> SquareInputs:
+    height, width = _side(module)
+    settings = image_settings(folder, {"size": {"height": height, "width": width}, **defaults})
+    return SquareInputs(square_views(settings, f"{folder}: image processor", edge=False))
+
+
+def open_clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+    """CLIP of open_clip, whose config has a `preprocess_cfg`; texts are filled up with zeros there."""
+    where = "preprocess_cfg"
+    given = {key: value for key, value in (config.get(where) or {}).items() if value is not None}
+    settings = with_defaults(given, OPEN_CLIP_DEFAULTS, where)
+    check_supported(settings, {"resize_mode": tuple(_FITS), "mode": ("RGB",)}, where)
+    resample = Image.Resampling.BILINEAR if settings["interpolation"] == "bilinear" else Image.Resampling.BICUBIC
+    mean, std = (_channels(settings[key]) for key in ("mean", "std"))
+    fill = settings["fill_color"]
+    views = SquareViews(
+        Pixels(mean, std, resample),
+        _side(module),
+        fit=_FITS[settings["resize_mode"]],  # type: ignore[arg-type]
+        background=(fill, fill, fill) if isinstance(fill, int) else tuple(fill),
+        min_size=1,
+    )
+    return ImageTextProcessor(SquareInputs(views), _texts(folder, module, pad_id=0))
+
+
+def big_vision(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+    """SigLIP and SigLIP 2 of big_vision, and its text tower alone; the tokenizer's file is to be in the folder.
+
+    A release of NaFlex has one length of sequences for all sizes, 256 patches where `max_num_patches` is not beside
+    `model` in the config.
+    """
+    tower, images = _image_tower(module), None
+    if isinstance(tower, NaflexViT):
+        images = NaflexInputs(HALF, tower.patch_size, config.get("max_num_patches", 256), floats=True)
+    elif tower is not None:
+        images = TensorFlowInputs(_side(module))
+    return ImageTextProcessor(images, _siglip_texts(folder, module, "siglip"))
+
+
+def big_vision_vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+    """ViT of big_vision as its configs evaluate one: the middle of a picture that was shrunk by areas."""
+    del folder, config
+    size = _side(module)
+    return ImageTextProcessor(TensorFlowInputs(size, "overlap", shortest_edge=round(min(size) * _EDGE)))
+
+
+def vit_jax(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+    """ViT and hybrids of vision_transformer, which stretches pictures and rounds nothing."""
+    del folder, config
+    return ImageTextProcessor(TensorFlowInputs(_side(module), whole=False))
+
+
+def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a classifier's classes: `id2label` of the config.
+
+    Raises:
+      PretrainedError: the release names none, or not from 0 on.
+    """
+    names = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
+    if not names or sorted(names) != list(range(len(names))):
+        raise PretrainedError(
+            f"id2label: expected names of the classes from 0 on in the config, got {sorted(names) or 'none'}"
+        )
+    return tuple(names[number] for number in range(len(names)))
+
+
+def _image_tower(module: Any) -> Any:
+    """What reads pictures; None in a text tower alone."""
+    if isinstance(module, TwoTower):
+        return module.image
+    if isinstance(module, Classifier):
+        return module.encoder
+    return None if isinstance(module, TextTower) else module
+
+
+def _side(module: Any) -> tuple[int, int]:
+    """(height, width) that a tower was trained for.
+
+    Raises:
+      PretrainedError: it does not say.
+    """
+    size = _image_tower(module).image_size
+    if size is None:
+        raise PretrainedError("this tower has no position table that tells the size of its pictures; resize them first")
+    return size
+
+
+def _texts(folder: Folder, module: Any, **fields: Any) -> Texts | None:
+    """None without a text tower. A folder without a tokenizer still has its pictures; its texts are refused."""
+    tower = module.text if isinstance(module, TwoTower) else module if isinstance(module, TextTower) else None
+    if tower is None:
+        return None
+    try:
+        tokenizer = Tokenizer.from_folder(folder)
+    except TokenizerError as error:
+        return functools.partial(_refuse, str(error))
+    if tokenizer.pad_id is None and "pad_id" not in fields:
+        raise TokenizerError(f"{folder}: expected a pad_token, which fills texts up, in tokenizer_config.json")
+    return TextInputs(tokenizer, tower.context_length, **{"pad_id": tokenizer.pad_id, **fields})
+
+
+def _refuse(reason: str, texts: Sequence[str]) -> NoReturn:
+    raise TokenizerError(f"{len(texts)} texts cannot be read: {reason}")
+
+
+def _siglip_texts(folder: Folder, module: Any, kind: str) -> Texts | None:
+    """SigLIP was trained on lower case without punctuation; SigLIP 2, whose tokenizer is Gemma's, on lower case."""
+    settings = tokenizer_settings(folder)
+    gemma = str(settings.get("tokenizer_class")).startswith(("Gemma", "Siglip2"))
+    bare = not gemma and not kind.startswith("siglip2")
+    return _texts(folder, module, lower=settings.get("do_lower_case", True), bare=bare)
+
+
+def _channels(value: Any) -> tuple[float, ...]:
+    return (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
