@@ -1,5 +1,6 @@
 """Whole systems of transformers beside ours: one saved folder, one conversation, to the same answer and back."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -14,7 +15,7 @@ from PIL import Image
 
 import vlm_jax
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.generation.text import complete
+from vlm_jax.generation.text import Completion, complete
 
 from .test_deepseek_vl import SAM
 from .test_ovis2 import VISION as OVIS
@@ -307,3 +308,60 @@ def test_the_command_line(system, tmp_path):
     assert done.stdout.decode() == text + "\n", done.stderr.decode()
     # The answer of a random model has no box.
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(images[0]))
+
+
+def test_boxes_and_documents_in_pixels_of_what_was_seen(tmp_path, monkeypatch):
+    """Qwen2.5-VL counts pixels of the picture as its processor resized it."""
+    monkeypatch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+    processor, _, ours = qwen2_5_vl(tmp_path)
+    picture = pictures(5)[4]
+    _, rows, cols = official(processor, conversation(1), [picture])["image_grid_thw"][0] * 4
+    down, across = picture.height / rows, picture.width / cols
+    assert (down, across) != (1, 1)
+    text = '[{"bbox_2d": [8, 16, 40, 60], "label": "a sign"}]<p data-bbox="8 16 40 60">Stop</p>'
+    answer = Completion(text, tuple(ours.tokenizer.encode(text)), "end")
+    expected = [8 * across, 16 * down, 40 * across, 60 * down]
+    (box,), (block,) = ours.boxes(answer, picture), ours.document(answer, picture)
+    assert (box.name, block.text, block.tag) == ("a sign", "Stop", "p")
+    np.testing.assert_allclose(box.box, expected)
+    np.testing.assert_allclose(block.box, expected)
+    batch = ours.processor(conversation(1), [picture], max_visual_tokens=12)
+    rows, cols = 4 * np.asarray(batch.images.sizes)[0, 0]
+    (box,) = ours.boxes(answer, picture, max_visual_tokens=12)
+    np.testing.assert_allclose(box.box[0::2], np.array([8, 40]) * picture.width / cols)
+    np.testing.assert_allclose(box.box[1::2], np.array([16, 60]) * picture.height / rows)
+
+
+def test_the_boxes_of_an_answer_are_drawn(tmp_path):
+    """A process, and a model whose answer is one special token: a box."""
+    processor = llava_processor()
+    box = "<ref>cat</ref><box>(100,250),(500,750)</box>"
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": [box]})
+    text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT}
+    config = transformers.LlavaConfig(vision_config=CLIP, text_config=text, image_token_id=processor.image_token_id)
+    model = transformers.LlavaForConditionalGeneration(config)
+    after = dict.fromkeys(range(len(processor.tokenizer)), processor.tokenizer.convert_tokens_to_ids(box))
+    after[after[0]] = processor.tokenizer.eos_token_id
+    torch.manual_seed(0)
+    with torch.no_grad():  # layers that add nothing: a token alone says what follows
+        for parameter in model.model.language_model.layers.parameters():
+            parameter.zero_()
+        table = torch.nn.functional.normalize(torch.randn(len(after), TEXT["hidden_size"]), dim=-1)
+        model.get_input_embeddings().weight.copy_(table)
+        model.lm_head.weight.zero_()
+        for token in (processor.tokenizer.convert_tokens_to_ids(":"), after[0]):
+            model.lm_head.weight[after[token]] = table[token]
+    save(processor, tmp_path)
+    model.save_pretrained(tmp_path)
+    settings = {"eos_token_id": processor.tokenizer.eos_token_id}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    Image.new("RGB", (100, 80)).save(tmp_path / "a.png")
+    words = [sys.executable, "-m", "vlm_jax.cli.generate", "--checkpoint", str(tmp_path), "--prompt", "Where?"]
+    words += ["--image", "a.png", "--draw", "out.png", "--compilation_cache", ""]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, b"\n"), done.stderr.decode()
+    drawn = np.asarray(Image.open(tmp_path / "out.png"))
+    red = (drawn == (255, 0, 0)).all(-1)
+    assert red[20, 10:51].all() and red[60, 10:51].all() and red[20:61, 10].all() and red[20:61, 50].all()
+    assert not red[:20].any() and not red[61:].any() and not red[:, :10].any() and not red[:, 51:].any()

@@ -1,6 +1,7 @@
 """Boxes and documents as the model cards of Qwen-VL and Qwen2.5-VL show them."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks, draw_boxes
@@ -30,6 +31,29 @@ def test_boxes_on_the_scale_of_1000():
     assert found == [NamedBox((20, 10, 60, 20), "the dog"), NamedBox((0, 0, 199.8, 25), None)]
 
 
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        (
+            "<ref> a cat</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box><box>(5,6)</box>",
+            [((1, 2, 3, 4), "a cat"), ((5, 6, 7, 8), None)],
+        ),
+        (
+            "<|object_ref_start|>the dog<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|><|im_end|>",
+            [((1, 2, 3, 4), "the dog")],
+        ),
+        ("<ref>x</ref> and <ref>y</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8], [9]]</box>",
+         [((1, 2, 3, 4), "y"), ((5, 6, 7, 8), "y")]),
+        ("<|ref|>a sign<|/ref|><|det|>[[999, 0, 333, 666]]<|/det|>", [((1000, 0, 1000 / 3, 2000 / 3), "a sign")]),
+        ("<box>[[1, 2, 3,</box><box>nothing</box>", []),
+    ],
+)  # fmt: skip
+def test_tags_of_every_system(text, boxes):
+    found = answer_boxes(text, (1000, 1000))
+    assert [box.name for box in found] == [name for _, name in boxes]
+    np.testing.assert_allclose([box.box for box in found], [box for box, _ in boxes])
+
+
 def test_boxes_in_pixels_of_what_the_model_saw():
     assert answer_boxes(JSON, (100, 100)) == [
         NamedBox((10, 20, 30, 40), "a dog"),
@@ -39,7 +63,7 @@ def test_boxes_in_pixels_of_what_the_model_saw():
 
 
 def test_an_answer_without_boxes_has_none():
-    for text in ("no box", "<|im_start|><box>(1,2),(3,4)</box>", "<box>(1,2)</box>", '{"bbox_2d": "all"}', "{}"):
+    for text in ("no box", "<box>(1,2)</box>", '{"bbox_2d": "all"}', "{}"):
         assert answer_boxes(text, (10, 10)) == []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.processors.image import FILTERS, CorruptImage, normalize, open_image, resize, to_channels
+from vlm_jax.processors.image import FILTERS, CorruptImage, normalize, open_image, resize, to_channels, to_picture
 
 
 def saved(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -80,6 +80,34 @@ def test_cmyk_becomes_rgb():
     # Full cyan ink takes all red away; no ink at all is white.
     picture = Image.fromarray(np.array([[[255, 0, 0, 0], [0, 0, 0, 0]]], np.uint8), mode="CMYK")
     assert open_image(saved(picture, "TIFF")).tolist() == [[[0, 255, 255], [255, 255, 255]]]
+
+
+def turned(degrees):
+    exif = Image.Exif()
+    exif[0x0112] = degrees
+    return {"exif": exif}
+
+
+@pytest.mark.parametrize(
+    ("picture", "kind", "options", "pixels"),
+    [
+        (Image.fromarray(RGB), "PNG", turned(8), np.rot90(RGB)),
+        (Image.fromarray(RGB), "TIFF", turned(2), RGB[:, ::-1]),
+        (Image.fromarray(RGB[:, :, 0]), "PNG", {}, np.repeat(RGB[:, :, :1], 3, axis=2)),
+        (Image.fromarray(RGB[:, :, 0].astype(np.uint16) * 256 + 7), "PNG", {}, np.repeat(RGB[:, :, :1], 3, axis=2)),
+        (Image.fromarray(255 - RGB).convert("CMYK"), "TIFF", {}, 255 - RGB),
+        (Image.merge("LA", [Image.new("L", (1, 1), 100), Image.new("L", (1, 1), 51)]), "PNG", {}, [[[224] * 3]]),
+        (Image.new("RGBA", (1, 1), (10, 20, 30, 0)), "WEBP", {"lossless": True}, [[[255] * 3]]),
+        (Image.new("1", (1, 1), 1), "PNG", {}, [[[255] * 3]]),
+    ],
+)
+def test_every_kind_reaches_released_systems_in_rgb(picture, kind, options, pixels):
+    """As a file, and as the picture that Pillow opened, which is not upright by itself."""
+    data = saved(picture, kind, **options)
+    for source in (data, Image.open(io.BytesIO(data))):
+        found = to_picture(source)
+        assert found.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(found), pixels)
 
 
 def test_luma_weighs_red_green_and_blue_as_itu_601():

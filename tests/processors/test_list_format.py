@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm_jax.processors.list_format import ListFormatError, from_list_format, named_boxes, to_list_format
+from vlm_jax.processors.list_format import ListFormatError, from_list_format, to_list_format
 
 
 def test_a_list_and_its_text():
@@ -19,11 +19,6 @@ def test_a_list_and_its_text():
         {"image": "b.png"},
         {"text": "\n"},
     ]
-
-
-def test_boxes_keep_the_name_right_before_them():
-    text = "<ref> a cat</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box><box>(5,6)</box>"
-    assert named_boxes(text) == [((1, 2, 3, 4), "a cat"), ((5, 6, 7, 8), None)]
 
 
 def test_what_is_no_item_and_no_text_of_one_turn():

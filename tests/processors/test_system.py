@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.native import NativeViews
@@ -159,6 +159,36 @@ def test_a_budget_of_visual_tokens():
     native = processor(NativeViews(Pixels(), PatchFormat(4, 1, 1), qwen_size, 64, 4096), {"image": "<image>"})
     with pytest.raises(InfeasibleBudget, match="conversation 0, image 0: takes 8 visual tokens at least, over 5"):
         native(say("<image>"), [picture(2, 80)], max_visual_tokens=5)
+
+
+def test_a_budget_of_a_video():
+    """By fewer frames where each has its place, by smaller ones where they share one."""
+    frames = [picture(8, 8, value) for value in range(6)]
+    tiles = processor(InternVLViews(Pixels(), 4, 2), {"video": "<video>"})
+    found = tiles(say("<video>"), videos=[frames], max_video_tokens=7)
+    assert (found.visual_index >= 0).sum() == 6
+    np.testing.assert_allclose(found.images[0, :, 0, 0, 0] * 255, [0, 2, 3], atol=1e-5)
+    native = processor(NativeViews(Pixels(), PatchFormat(4, 2, 1), qwen_size, 64, 4096), {"video": "<video>"})
+    counts = [(native(say("<video>"), videos=[frames], max_video_tokens=most).visual_index >= 0).sum() for most in
+              (100, 11, 3)]  # fmt: skip
+    assert counts == [12, 3, 3]
+    for made, least in ((tiles, 2), (native, 3)):
+        with pytest.raises(InfeasibleBudget, match=f"conversation 0, video 0: a video.* takes {least} visual tokens"):
+            made(say("<video>"), videos=[frames], max_video_tokens=least - 1)
+
+
+def test_every_error_names_its_sample():
+    native = processor(NativeViews(Pixels(), PatchFormat(4, 1, 1), qwen_size, 64, 4096), {"image": "<image>"})
+    for made, given, told in (
+        (native, {"images": [[], [picture(1, 300)]]}, "conversation 1: a picture of 1x300 pixels"),
+        (processor(), {"images": [[], [picture()]], "max_visual_tokens": 2}, "conversation 0: a picture takes 3"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            made.batch([say("a"), say("<image>")], **given)
+    with pytest.raises(PictureMismatch, match="conversation 0, video 0: this system takes pictures and no videos"):
+        processor()(say("<video>"), videos=[[picture()]])
+    with pytest.raises(ChatTemplateError, match="conversation 1: the chat template: expected at least one message"):
+        processor().batch([say("a"), []])
 
 
 def test_large_and_broken_pictures_are_named():

@@ -2,6 +2,7 @@
 
 import fractions
 import io
+import struct
 
 import av
 import numpy as np
@@ -12,7 +13,8 @@ from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.smart_resize import qwen_size
-from vlm_jax.processors.video import FrameSampling, read_video
+from vlm_jax.processors.tiles import InternVLViews
+from vlm_jax.processors.video import FrameSampling, SegmentSampling, read_video
 from vlm_jax.types import PatchFormat
 
 from .test_system import processor, say
@@ -71,6 +73,57 @@ def test_a_conversation_about_a_file_is_timed():
     times = batch.positions[0, :, 0][batch.visual_index[0] >= 0] - 1  # behind the beginning
     assert sorted(set(times.tolist())) == [0, 10, 20]  # pairs of frames, a second each
     assert batch.images.segment_ids.max() == 3
+
+
+@pytest.mark.parametrize(("num_frames", "segments"), [(100, 8), (33, 32), (5, 8), (1, 3)])
+def test_segments_give_their_middle_frames(num_frames, segments):
+    """As the model cards of InternVL compute them, one by one."""
+    length = float(num_frames - 1) / segments
+    expected = [int(0 + length / 2 + np.round(length * index)) for index in range(segments)]
+    chosen = SegmentSampling(segments).chosen(num_frames, 30)
+    np.testing.assert_array_equal(chosen, expected)
+    assert chosen.min() >= 0 and chosen.max() < num_frames
+
+
+def test_frames_that_are_chosen_twice_are_there_twice():
+    frames, _ = read_video(video(3, 10), SegmentSampling(6))
+    chosen = SegmentSampling(6).chosen(3, 10)
+    assert levels(frames) == chosen.tolist() and len(set(levels(frames))) < 6
+
+
+def turned(file, degrees):
+    """The file with a matrix in its track header that shows it turned clockwise. Source: ISO/IEC 14496-12, 8.3.2."""
+    cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    start = file.index(b"tkhd") + 4 + 4 + 5 * 4 + 2 * 4 + 4 * 2
+    matrix = struct.pack(">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30)
+    return file[:start] + matrix + file[start + 36 :]
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_a_video_is_shown_as_its_file_says(degrees):
+    buffer = io.BytesIO()
+    corner = np.zeros((32, 48, 3), np.uint8)
+    corner[:16, :16] = 255  # white above at the left
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(corner, format="rgb24")))
+        container.mux(stream.encode())
+    frames, _ = read_video(turned(buffer.getvalue(), degrees), FrameSampling())
+    expected = np.rot90(corner, k=-degrees // 90)  # counterclockwise
+    assert frames[0].size == expected.shape[1::-1]
+    np.testing.assert_allclose(np.asarray(frames[0]), expected, atol=12)
+
+
+def test_a_file_is_sampled_as_the_argument_says():
+    made = processor(InternVLViews(Pixels(), 4, 1), {"video": "<video>"}, sampling=SegmentSampling(4))
+    for options, count in (
+        ({}, 4),
+        ({"frame_sampling": SegmentSampling(2)}, 2),
+        ({"frame_sampling": FrameSampling()}, 6),
+    ):
+        assert made(say("<video>"), videos=[video(30, 10)], **options).images.shape[1] == count
 
 
 def test_what_is_no_video_is_named():

@@ -9,9 +9,8 @@ from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
 from vlm_jax.pretrained.loader import DTYPES, Pretrained
-from vlm_jax.processors.grounding import answer_boxes, draw_boxes
-from vlm_jax.processors.image import height_and_width, to_picture
-from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.grounding import draw_boxes
+from vlm_jax.processors.image import to_picture
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released folder, or organisation/name on the Hugging Face hub.")
 PROMPT = flags.DEFINE_string("prompt", None, "What is asked.")
@@ -23,6 +22,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of
 MAX_VISUAL_TOKENS = flags.DEFINE_integer(
     "max_visual_tokens", None, "The most tokens of a picture; as released if unset."
 )
+MAX_VIDEO_TOKENS = flags.DEFINE_integer("max_video_tokens", None, "The same of a video.")
 ENABLE_THINKING = flags.DEFINE_boolean(
     "enable_thinking", None, "Whether the model may think first, where its chat template asks; its default if unset."
 )
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
         messages = [message("user", str(PROMPT.value), len(IMAGE.value), len(VIDEO.value))]
         if SYSTEM.value is not None:
             messages.insert(0, message("system", SYSTEM.value))
+        options = {} if MAX_VIDEO_TOKENS.value is None else {"max_video_tokens": MAX_VIDEO_TOKENS.value}
         thinking = {} if ENABLE_THINKING.value is None else {"enable_thinking": ENABLE_THINKING.value}
         answer = model.generate(
             messages,
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
             sampling=sampling,
             stop=STOP.value,
             stop_tokens=STOP_TOKEN.value,
-            processor_options=thinking,
+            processor_options={**options, **thinking},
             chunk=CHUNK.value,
             cache_dtype=CACHE_DTYPE.value,
             cache_length=CACHE_LENGTH.value,
@@ -84,10 +85,7 @@ def main(argv: list[str]) -> None:
 def draw(model: Pretrained, answer: Completion) -> None:
     """Writes the first picture with the boxes of the answer on it."""
     picture = to_picture(IMAGE.value[0])
-    size, views = height_and_width(picture), model.processor.views
-    seen = views.size(size) if isinstance(views, NativeViews) else None
-    # Tags of boxes are special tokens in some vocabularies, which the answer's text leaves out.
-    boxes = answer_boxes(model.tokenizer.decode(answer.tokens, skip_special=False), size, seen)
+    boxes = model.boxes(answer, picture, max_visual_tokens=MAX_VISUAL_TOKENS.value)
     with epath.Path(str(DRAW.value)).open("wb") as file:
         draw_boxes(picture, boxes).save(file, "PNG")
 

@@ -35,8 +35,12 @@ from vlm_jax.models.two_tower import Embeddings, TwoTower
 from vlm_jax.pretrained.family import Description, Family, PretrainedError, text_section
 from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, PROCESSORS, image_text
 from vlm_jax.pretrained.processing.agreement import check_agreement, check_image_text
+from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks
+from vlm_jax.processors.image import height_and_width, to_picture
 from vlm_jax.processors.image_text import ImageTextProcessor
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.system import Conversation, Picture, Processor, Video
+from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import mesh_of, shardings
 from vlm_jax.types import Batch, ImageTextBatch
@@ -243,6 +247,30 @@ class Pretrained:
             **options,
         )
         return answer
+
+    def boxes(self, answer: Completion, image: Picture, *, max_visual_tokens: int | None = None) -> list[NamedBox]:
+        """The boxes of an answer, in pixels of the picture; none where it has none.
+
+        Args:
+          answer: of `generate`.
+          image: that the answer is about.
+          max_visual_tokens: with which it was generated.
+        """
+        # Tags of boxes are special tokens in some vocabularies, which the answer's text leaves out.
+        text = self.tokenizer.decode(answer.tokens, skip_special=False)
+        return answer_boxes(text, *self._sizes(image, max_visual_tokens))
+
+    def document(self, answer: Completion, image: Picture, *, max_visual_tokens: int | None = None) -> list[Block]:
+        """The blocks of an answer that is a document in HTML, as Qwen2.5-VL writes it; arguments as of `boxes`."""
+        return document_blocks(answer.text, *self._sizes(image, max_visual_tokens))
+
+    def _sizes(self, image: Picture, max_visual_tokens: int | None) -> tuple[Size, Size | None]:
+        """Of a picture, and as the model is given it where it counts its pixels."""
+        size, views = height_and_width(to_picture(image)), self._conversations.views
+        if not isinstance(views, NativeViews):
+            return size, None
+        views = views if max_visual_tokens is None else views.within(max_visual_tokens)
+        return size, views.size(size)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, params: Any = None) -> tuple[Path, ...]:
         """Writes config and weights under the released names, as the release's own code reads them.

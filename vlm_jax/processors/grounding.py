@@ -1,8 +1,13 @@
-"""What models say of places in a picture: boxes read from an answer, in pixels, and drawn; documents in blocks.
+r"""What models say of places in a picture: boxes read from an answer, in pixels, and drawn; documents in blocks.
 
-Qwen-VL writes `<ref>name</ref><box>(x1,y1),(x2,y2)</box>` on a scale of 1000 of the picture. Qwen2.5-VL writes
-JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": name}]`, and documents as HTML whose elements have a
-`data-bbox="x1 y1 x2 y2"`, both in pixels of the picture as the model was given it.
+| system | what it writes | its unit |
+|---|---|---|
+| Qwen-VL | `<ref>name</ref><box>(x1,y1),(x2,y2)</box>` | thousandths of the picture |
+| Qwen2-VL | the same with `<\|object_ref_start\|>`, `<\|box_start\|>` and their ends | thousandths |
+| InternVL | `<ref>name</ref><box>[[x1, y1, x2, y2], …]</box>` | thousandths |
+| DeepSeek-VL2 | `<\|ref\|>name<\|/ref\|><\|det\|>[[x1, y1, x2, y2], …]<\|/det\|>` | 999ths |
+| Qwen2.5-VL | JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": name}]` | pixels of what the model was given |
+| Qwen2.5-VL, documents | HTML whose elements have a `data-bbox="x1 y1 x2 y2"` | the same |
 """
 
 import dataclasses
@@ -14,13 +19,17 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
-from vlm_jax.processors.boxes import to_pixels
-from vlm_jax.processors.list_format import ListFormatError, named_boxes
+from vlm_jax.processors.boxes import SCALE
 from vlm_jax.processors.tiling import Size
 
 Number = float | int
 PixelBox = tuple[Number, Number, Number, Number]
 COLOURS = ("red", "lime", "blue", "orange", "magenta", "cyan", "yellow", "purple")
+_TAGGED = re.compile(
+    r"(?:(?:<ref>|<\|object_ref_start\|>|<\|ref\|>)(?P<name>[^<]*)(?:</ref>|<\|object_ref_end\|>|<\|/ref\|>)\s*)?"
+    r"(?P<tag><box>|<\|box_start\|>|<\|det\|>)(?P<box>[^<]*)(?:</box>|<\|box_end\|>|<\|/det\|>)"
+)
+_CORNERS = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "col", "wbr"))  # elements without an end
 
 
@@ -55,20 +64,15 @@ class Block:
 
 
 def answer_boxes(text: str, size: Size, seen_size: Size | None = None) -> list[NamedBox]:
-    """The boxes of an answer in either form; none where it has none, for a model may write anything.
+    """The boxes of an answer in any form of the table; none where it has none, for a model may write anything.
 
     Args:
       text: the answer.
       size: (height, width) of the picture, in pixels.
       seen_size: (height, width) that the model was given, which pixels of an answer count; `size` when None.
     """
-    try:
-        tagged = named_boxes(text)
-    except ListFormatError:
-        tagged = []
-    if tagged:
-        return [NamedBox(to_pixels(box, *size), name) for box, name in tagged]
-    return [NamedBox(_scaled(box, size, seen_size), name) for box, name in _json_boxes(text)]
+    tagged = [NamedBox(_scaled(box, size, (unit, unit)), name) for box, unit, name in _tagged_boxes(text)]
+    return tagged or [NamedBox(_scaled(box, size, seen_size), name) for box, name in _json_boxes(text)]
 
 
 def document_blocks(text: str, size: Size, seen_size: Size | None = None) -> list[Block]:
@@ -104,6 +108,27 @@ def _scaled(box: Sequence[Number], size: Size, seen_size: Size | None) -> PixelB
     return left * cols, top * rows, right * cols, bottom * rows
 
 
+def _tagged_boxes(text: str) -> list[tuple[Sequence[Number], int, str | None]]:
+    """Boxes between tags, the side of the picture in their unit, and the name right before; broken ones left out."""
+    found = []
+    for tagged in _TAGGED.finditer(text):
+        if corners := _CORNERS.fullmatch(tagged["box"].strip()):
+            boxes: object = [list(map(int, corners.groups()))]
+        else:
+            try:
+                boxes = json.loads(tagged["box"])
+            except ValueError:
+                continue
+        name = None if tagged["name"] is None else tagged["name"].strip()
+        unit = SCALE - 1 if tagged["tag"] == "<|det|>" else SCALE
+        found += [(box, unit, name) for box in boxes if _is_box(box)] if isinstance(boxes, list) else []
+    return found
+
+
+def _is_box(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(x, int | float) for x in value)
+
+
 def _json_boxes(text: str) -> list[tuple[list[Number], str | None]]:
     """Entries of a JSON list, in a code block or bare; of one that is cut off, those that are whole."""
     found = []
@@ -113,7 +138,7 @@ def _json_boxes(text: str) -> list[tuple[list[Number], str | None]]:
         except ValueError:
             continue
         box, label = values.get("bbox_2d"), values.get("label")
-        if isinstance(box, list) and len(box) == 4 and all(isinstance(x, int | float) for x in box):
+        if _is_box(box):
             found.append((box, label if isinstance(label, str) else None))
     return found
 

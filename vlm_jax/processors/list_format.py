@@ -1,14 +1,12 @@
 """Qwen-VL's texts as lists of what stands in them, and back: pictures, named regions, boxes, text.
 
-Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_format, _fetch_all_box_with_ref.
+Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_format.
 """
 
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from vlm_jax.processors.boxes import Box
 
 PICTURE = "Picture {number}: "  # some copies of the release have no space at the end
 
@@ -61,18 +59,3 @@ def to_list_format(text: str) -> list[dict[str, str]]:
         end = tagged.end()
     items.append({"text": text[end:]})
     return [item for item in items if item != {"text": ""}]
-
-
-def named_boxes(text: str) -> list[tuple[Box, str | None]]:
-    """The boxes of a text on the scale of 1000, each with the name that stands right before it, if one does.
-
-    Boxes that are not four numbers are left out: the text is what a model wrote.
-    """
-    items = to_list_format(text)
-    found = []
-    for item, before in zip(items, [{}, *items], strict=False):
-        numbers = re.fullmatch(r"\((\d+),(\d+)\),\((\d+),(\d+)\)", item.get("box", "").replace(" ", ""))
-        if numbers:
-            x1, y1, x2, y2 = map(int, numbers.groups())
-            found.append(((x1, y1, x2, y2), before["ref"].strip() if "ref" in before else None))
-    return found

@@ -87,19 +87,25 @@ class NativeViews:
         unit = self.format.block_size
         return [_between(math.prod(self.size(size)) // unit**2, self.image_edges) for size in sizes]
 
-    def video(self, frames: Sequence[Image.Image], fps: float | int | None) -> list[Seen]:
-        """A video in one place; its frames get the size of the first."""
-        num_slots, size = self.format.num_slots(len(frames)), height_and_width(frames[0])
-        if self.video_limits is None:
-            size = self.size(size)
-        else:
-            unit = self.format.block_size
-            most = self.video_limits.pixels(num_slots, unit**2)
-            size = self.size_rule(size, unit, self.video_limits.min_pixels, most)
+    def video(
+        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
+    ) -> list[Seen]:
+        """A video in one place; its frames get the size of the first, a smaller one to meet `max_tokens`."""
+        num_slots, size, unit = self.format.num_slots(len(frames)), height_and_width(frames[0]), self.format.block_size
+        least, most = self.min_pixels, self.max_pixels
+        if self.video_limits is not None:
+            least, most = self.video_limits.min_pixels, self.video_limits.pixels(num_slots, unit**2)
+        if max_tokens is not None:
+            edges = 0 if self.video_edges is None else len(self.video_edges)
+            share = (max_tokens - edges) // num_slots * unit**2
+            if share < unit**2:
+                raise too_few(max_tokens, num_slots + edges, f"a video of {len(frames)} frames")
+            if share < most:  # sides that grow are rounded up, and would not stay below a limit right above
+                least, most = min(least, share // 4), share
         interval = 1.0
         if self.tokens_per_second is not None and fps is not None:
             interval = self.tokens_per_second * self.format.temporal_patch_size / fps
-        return [self._seen(frames, size, self.video_edges, interval)]
+        return [self._seen(frames, self._size(size, least, most), self.video_edges, interval)]
 
     def size(self, size: Size) -> Size:
         """(height, width) that a picture of a size is brought to.
@@ -107,11 +113,12 @@ class NativeViews:
         Raises:
           CorruptImage: it is too thin.
         """
-        found = self.size_rule(size, self.format.block_size, self.min_pixels, self.max_pixels)
+        return self._size(size, self.min_pixels, self.max_pixels)
+
+    def _size(self, size: Size, least: int, most: int) -> Size:
+        found = self.size_rule(size, self.format.block_size, least, most)
         if not all(found):
-            raise CorruptImage(
-                f"a picture of {size[0]}x{size[1]} pixels is too thin for {self.max_pixels} pixels at most"
-            )
+            raise CorruptImage(f"a picture of {size[0]}x{size[1]} pixels is too thin for {most} pixels at most")
         return found
 
     def join(self, examples: Sequence[Sequence[Seen]]) -> PackedPatches | None:

@@ -55,15 +55,19 @@ class Views(Protocol):
         """The same of their sizes alone, (height, width) in pixels, before anything runs."""
         ...
 
-    def video(self, frames: Sequence[Image.Image], fps: float | int | None) -> list[Seen]:
+    def video(
+        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
+    ) -> list[Seen]:
         """A video, for every place that it has in the text.
 
         Args:
           frames: in RGB, as sampled.
           fps: frames a second of them, None where it is unknown.
+          max_tokens: most places of the video, by fewer pixels or fewer frames; as the release has it when None.
 
         Raises:
-          ValueError: the system takes no videos.
+          PictureMismatch: the system takes no videos.
+          InfeasibleBudget: the video takes more with the fewest.
         """
         ...
 
@@ -109,18 +113,20 @@ class Pixels:
         return np.stack([normalize(np.asarray(picture), self.mean, self.std) for picture in pictures])
 
 
-def too_few(max_tokens: int, needed: int) -> InfeasibleBudget:
-    """The error of a picture that takes `needed` places at least."""
-    return InfeasibleBudget(f"a picture takes {needed} visual tokens at least, more than the {max_tokens} allowed")
+def too_few(max_tokens: int, needed: int, what: str = "a picture") -> InfeasibleBudget:
+    """The error of a picture, or a video, that takes `needed` places at least."""
+    return InfeasibleBudget(f"{what} takes {needed} visual tokens at least, more than the {max_tokens} allowed")
 
 
 class Tiles:
     """What views of tiles have in common: no videos, and batches that are filled up with blank tiles."""
 
-    def video(self, frames: Sequence[Image.Image], fps: float | int | None) -> list[Seen]:
+    def video(
+        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
+    ) -> list[Seen]:
         """Refuses."""
-        del frames, fps
-        raise ValueError("this system takes pictures and no videos; give single frames as images")
+        del frames, fps, max_tokens
+        raise PictureMismatch("this system takes pictures and no videos; give single frames as images")
 
     def join(self, examples: Sequence[Sequence[Seen]]) -> Float[np.ndarray, "B I height width channels"] | None:
         """The tiles of every example, one after another, and blank ones up to the most of any."""

@@ -1,21 +1,23 @@
 """A released system's processor: a conversation and its pictures to the batch that its model is given."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.processors.image import to_picture
+from vlm_jax.processors.chat import ChatTemplateError
+from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
 from vlm_jax.processors.seen import PictureMismatch, Seen, Views
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.video import FrameSampling, read_video
+from vlm_jax.processors.video import FrameSampling, Sampling, read_video
 from vlm_jax.types import Batch
 
 Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
@@ -50,7 +52,7 @@ class Processor:
     max_length: int | None = None
     end_tokens: tuple[str, ...] = ()
     max_pixels: int = 100_000_000
-    sampling: FrameSampling = dataclasses.field(default_factory=FrameSampling)
+    sampling: Sampling = dataclasses.field(default_factory=FrameSampling)
 
     def __call__(
         self,
@@ -70,6 +72,8 @@ class Processor:
         *,
         fps: float | int = FRAME_RATE,
         max_visual_tokens: int | None = None,
+        max_video_tokens: int | None = None,
+        frame_sampling: Sampling | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> Batch:
@@ -82,6 +86,8 @@ class Processor:
           videos: every video of every conversation: a file, or its frames as pictures.
           fps: frames a second of videos that are given as frames.
           max_visual_tokens: most places of a picture; as the release has it when None.
+          max_video_tokens: the same of a video.
+          frame_sampling: which frames of videos that are files; the processor's `sampling` when None.
           add_generation_prompt: ends with the head of the answer.
           **variables: more for the chat template.
 
@@ -100,7 +106,13 @@ class Processor:
                 raise PictureMismatch(
                     f"{what}: expected a list for each of {len(conversations)} conversations, got {len(given)}"
                 )
-        options = {"fps": fps, "most": max_visual_tokens, "add_generation_prompt": add_generation_prompt, **variables}
+        options = {
+            "fps": fps,
+            "most": (max_visual_tokens, max_video_tokens),
+            "sampling": frame_sampling or self.sampling,
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
         examples = [
             self._example(f"conversation {number}", *example, **options)
             for number, example in enumerate(zip(conversations, images, videos, strict=True))
@@ -147,7 +159,8 @@ class Processor:
         videos: Sequence[Video],
         *,
         fps: float | int,
-        most: int | None,
+        most: tuple[int | None, int | None],
+        sampling: Sampling,
         **options: Any,
     ) -> tuple[list[Text | Visual], list[Seen]]:
         """The pieces of a conversation, and what is seen in it in the order of the visual table."""
@@ -156,20 +169,30 @@ class Processor:
         pictures = [
             to_picture(image, max_pixels=self.max_pixels, name=f"{name}, image {i}") for i, image in enumerate(images)
         ]
-        places = [self.views.video(*self._frames(video, fps, f"{name}, video {i}")) for i, video in enumerate(videos)]
-        seen = (self.views if most is None else self.views.within(most)).images(pictures)
-        for i, one in enumerate(seen):
-            if most is not None and len(one.layout) > most:
-                raise InfeasibleBudget(
-                    f"{name}, image {i}: takes {len(one.layout)} visual tokens at least, over {most}"
-                )
+        places = []
+        for i, video in enumerate(videos):
+            with named(f"{name}, video {i}"):
+                frames = self._frames(video, fps, sampling, f"{name}, video {i}")
+                places.append(self.views.video(*frames, most[1]))
+        with named(name):
+            seen = (self.views if most[0] is None else self.views.within(most[0])).images(pictures)
+        for kind, limit, counts in (
+            ("image", most[0], [len(one.layout) for one in seen]),
+            ("video", most[1], [sum(len(part.layout) for part in parts) for parts in places]),
+        ):
+            for i, count in enumerate(counts):
+                if limit is not None and count > limit:
+                    raise InfeasibleBudget(f"{name}, {kind} {i}: takes {count} visual tokens at least, over {limit}")
         waiting: dict[Kind, list[Seen]] = {"image": seen, "video": [*itertools.chain(*places)]}
-        pieces = self.prompt(messages, [len(parts) for parts in places], **options)
+        with named(name):
+            pieces = self.prompt(messages, [len(parts) for parts in places], **options)
         return self._filled(pieces, waiting, name)
 
-    def _frames(self, video: Video, fps: float | int, name: str) -> tuple[list[Image.Image], float | int]:
+    def _frames(
+        self, video: Video, fps: float | int, sampling: Sampling, name: str
+    ) -> tuple[list[Image.Image], float | int]:
         if isinstance(video, str | os.PathLike | bytes):
-            return read_video(video, self.sampling, max_pixels=self.max_pixels, name=name)
+            return read_video(video, sampling, max_pixels=self.max_pixels, name=name)
         frames = [to_picture(frame, max_pixels=self.max_pixels, name=name) for frame in video]
         if not frames:
             raise PictureMismatch(f"{name}: a video of no frames")
@@ -207,6 +230,17 @@ class Processor:
             order.append(seen)
             start += seen.num_rows
         return filled, order
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors that do not say which sample they are of say it."""
+    try:
+        yield
+    except (ChatTemplateError, CorruptImage, InfeasibleBudget, PictureMismatch) as error:
+        if name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _length(piece: Text | Visual) -> int:

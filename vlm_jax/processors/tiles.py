@@ -19,6 +19,7 @@ from vlm_jax.processors.tiling import (
     ratio_candidates,
     split,
 )
+from vlm_jax.processors.video import SegmentSampling
 from vlm_jax.types import Grid
 
 
@@ -86,9 +87,16 @@ class InternVLViews(Tiles):
         counts = [math.prod(self.grid(size)) for size in sizes]
         return [np.arange((count + (self.thumbnail and count > 1)) * self.num_tokens) for count in counts]
 
-    def video(self, frames: Sequence[Image.Image], fps: float | int | None) -> list[Seen]:
-        """Every frame as one tile, with a place of its own."""
+    def video(
+        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
+    ) -> list[Seen]:
+        """Every frame as one tile, with a place of its own; fewer frames, evenly spaced, where all take too many."""
         del fps  # frames are numbered, not timed
+        if max_tokens is not None and len(frames) * self.num_tokens > max_tokens:
+            count = max_tokens // self.num_tokens
+            if not count:
+                raise too_few(max_tokens, self.num_tokens, "a video")
+            frames = [frames[number] for number in SegmentSampling(count).chosen(len(frames), 1)]
         return [self._seen([self.pixels.resized(frame, (self.side, self.side))]) for frame in frames]
 
     def _seen(self, tiles: list[Image.Image]) -> Seen:

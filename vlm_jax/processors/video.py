@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import os
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -12,9 +13,23 @@ from PIL import Image
 from vlm_jax.processors.image import CorruptImage
 
 
+@runtime_checkable
+class Sampling(Protocol):
+    """Which frames of a video are looked at; one class a way."""
+
+    def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
+        """Numbers of the frames, in order; one may stand there several times.
+
+        Args:
+          num_frames: of the video.
+          video_fps: frames a second that it has.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class FrameSampling:
-    """How many frames of a video are looked at.
+    """So many frames a second, evenly spaced from the first to the last: Qwen2-VL, Ovis 2.5.
 
     Attributes:
       fps: frames a second that are wanted.
@@ -31,25 +46,39 @@ class FrameSampling:
     multiple: int = 2
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
-        """Numbers of the frames, evenly spaced from the first to the last.
-
-        Args:
-          num_frames: of the video.
-          video_fps: frames a second that it has.
-        """
+        """Numbers of the frames; see `Sampling`."""
         wanted = min(max(num_frames / video_fps * self.fps, self.min_frames), self.max_frames, num_frames)
         count = max(math.floor(wanted / self.multiple) * self.multiple, 1)
         return np.rint(np.linspace(0, num_frames - 1, count)).astype(int)
 
 
+@dataclasses.dataclass(frozen=True)
+class SegmentSampling:
+    """The middle frame of every one of so many equal parts, whatever the video's length: InternVL.
+
+    Attributes:
+      num_segments: parts; of a video of fewer frames some are looked at several times.
+
+    Source: OpenGVLab's model cards of InternVL 2 and 2.5, get_index and load_video, without a `bound`.
+    """
+
+    num_segments: int = 32
+
+    def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
+        """Numbers of the frames; see `Sampling`."""
+        del video_fps
+        length = (num_frames - 1) / self.num_segments
+        return (length / 2 + np.round(length * np.arange(self.num_segments))).astype(int)
+
+
 def read_video(
     source: str | os.PathLike | bytes,
-    sampling: FrameSampling,
+    sampling: Sampling,
     *,
     max_pixels: int = 100_000_000,
     name: str = "video",
 ) -> tuple[list[Image.Image], float]:
-    """Decodes a video file by PyAV; frames that are not chosen are decoded and let go.
+    """Decodes a video file by PyAV, upright; frames that are not chosen are decoded and let go.
 
     Args:
       source: a path, local or `gs://`, or the file's bytes.
@@ -85,10 +114,10 @@ def read_video(
                 raise CorruptImage(f"{name}: {total} frames at {fps} a second")
             container.seek(0)
             chosen = sampling.chosen(total, fps)
-            wanted, frames = set(chosen.tolist()), []
+            wanted, frames = set(chosen.tolist()), {}
             for number, frame in enumerate(container.decode(stream)):
                 if number in wanted:
-                    frames.append(frame.to_image())
+                    frames[number] = _upright(frame.to_image(), frame.rotation)
                 if number == chosen[-1]:
                     break
     except av.FFmpegError as error:
@@ -97,4 +126,10 @@ def read_video(
         raise CorruptImage(
             f"{name}: {len(frames)} of {len(wanted)} chosen frames could be decoded; the file is cut short"
         )
-    return frames, len(chosen) / total * fps
+    return [frames[number] for number in chosen.tolist()], len(chosen) / total * fps
+
+
+def _upright(picture: Image.Image, degrees: int) -> Image.Image:
+    """The picture turned counterclockwise, as a file's display matrix asks it to be shown."""
+    turn = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+    return picture if degrees % 360 not in turn else picture.transpose(turn[degrees % 360])

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from vlm_jax.pretrained.processing.qwen import NUM_QUERIES
-from vlm_jax.processors.list_format import PICTURE, from_list_format, named_boxes, to_list_format
+from vlm_jax.processors.boxes import SCALE
+from vlm_jax.processors.grounding import answer_boxes
+from vlm_jax.processors.list_format import PICTURE, from_list_format, to_list_format
 from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.square import SquareViews
@@ -71,8 +73,8 @@ def _processed(tokenizer: Tokenizer, rows: list[dict]) -> list[tuple[dict, Any]]
                 found, expected = _refused(to_list_format, row["input"]), True
             case "_fetch_all_box_with_ref":
                 found = [
-                    {"box": list(box), **({} if name is None else {"ref": name})}
-                    for box, name in named_boxes(row["input"])
+                    {"box": list(found.box), **({} if found.name is None else {"ref": found.name})}
+                    for found in answer_boxes(row["input"], (SCALE, SCALE))
                 ]
                 expected = row["output"]
             case "encode+decode" if IMAGE in row["input"]:

@@ -13,6 +13,7 @@ from vlm_jax.processors.system import Processor
 from vlm_jax.processors.templates import IM_END, INTERNVL
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.video import SegmentSampling
 
 # OpenGVLab/InternVL, configuration_internvl_chat.py.
 DEFAULTS: dict[str, Any] = {
@@ -45,7 +46,8 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     )
     # modeling_internvl_chat.py, chat: the separator of the template.
     ends = (IM_END,) if name is not None else ()
-    return Processor(prompt, views(config), pad_id(tokenizer, config), end_tokens=ends)
+    pad = pad_id(tokenizer, config)
+    return Processor(prompt, views(config), pad, end_tokens=ends, sampling=SegmentSampling())
 
 
 def views(config: Mapping[str, Any]) -> InternVLViews:
