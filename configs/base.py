@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
             "std": (0.3,),
             "filter": "bilinear",
             "tokenizer": "digits",
+            "special_tokens": {},
             "independent_turns": True,
             "max_text_length": 60,
             "max_question_length": 8,

@@ -101,10 +101,12 @@ def build(config: Any) -> System:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     source = parse_kind(SOURCES, config.data, "config.data")
-    tokenizer = digits_tokenizer() if settings.tokenizer == "digits" else LayoutTokenizer.from_file(settings.tokenizer)
+    tokenizer = digits_tokenizer()
+    if settings.tokenizer != "digits":
+        tokenizer = LayoutTokenizer.from_file(settings.tokenizer, **settings.special_tokens)
     dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
 
-    decoder = parse_kind(DECODERS, config.decoder, "config.decoder", vocab_size=tokenizer.vocab_size, **dtypes)
+    decoder = _decoder(config.decoder, tokenizer.vocab_size, dtypes)
     num_images = source.num_images if settings.frames is None else 1
     if num_images is None:
         raise ConfigError(
@@ -138,6 +140,19 @@ def build(config: Any) -> System:
         num_visual_tokens=by_layer[-1],
         mean_visual_tokens=sum(by_layer) / len(by_layer),
     )
+
+
+def _decoder(section: Any, num_tokens: int, dtypes: dict[str, Any]) -> Any:
+    """The decoder, whose vocabulary is the tokenizer's, or the larger one that the section states."""
+    if "vocab_size" not in section:
+        return parse_kind(DECODERS, section, "config.decoder", vocab_size=num_tokens, **dtypes)
+    decoder = parse_kind(DECODERS, section, "config.decoder", **dtypes)
+    if decoder.vocab_size < num_tokens:
+        raise ConfigError(
+            f"config.decoder.vocab_size: {decoder.vocab_size} is less than the {num_tokens} tokens of "
+            "config.processor.tokenizer; take that of the release, or raise it"
+        )
+    return decoder
 
 
 def _set(part: Any, fields: dict[str, Any], config: Any, name: str) -> Any:

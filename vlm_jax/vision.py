@@ -10,7 +10,7 @@ from typing import Any
 from flax import linen as nn
 
 from vlm_jax.budget import InfeasibleBudget, share
-from vlm_jax.config import ConfigError, choose, choose_kind, convert, parse_kind, positive
+from vlm_jax.config import ConfigError, check_keys, choose, choose_kind, convert, parse_kind, positive
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
 from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS, PACKED_ENCODERS
 from vlm_jax.processors.views import NativeViews, Pixels, TiledViews, Views, packed_length
@@ -36,6 +36,8 @@ class ProcessorSettings:
       tiles: rows and columns of tiles that a picture is cut into, each an image for the encoder.
       thumbnail: whether the whole picture, at the size of a tile, follows its tiles.
       frames: None, or how many of a sample's pictures, evenly spaced, stand for the clip that they are.
+      special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not <pad> and
+        so on.
       min_tokens: where the encoder packs images of any size, the fewest visual tokens of a picture; a
         smaller one is enlarged.
     """
@@ -53,12 +55,16 @@ class ProcessorSettings:
     thumbnail: bool = False
     frames: int | None = None
     min_tokens: int = 1
+    special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if min(self.tiles) < 1:
             raise ConfigError(f"config.processor.tiles: rows and columns are at least 1, got {self.tiles}")
         if self.thumbnail and self.tiles == (1, 1):
             raise ConfigError("config.processor.thumbnail: a picture of one tile is its own thumbnail; set it to False")
+        check_keys(self.special_tokens, ("pad", "bos", "eos", "image"), "config.processor.special_tokens")
+        if self.special_tokens and self.tokenizer == "digits":
+            raise ConfigError("config.processor.special_tokens: the built-in tokenizer has its own; remove them")
         for key in ("frames", "min_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -249,7 +255,18 @@ def _num_layers(part: Any) -> int:
 
 
 def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[str, Any]) -> nn.Module:
-    """An encoder. One made of encoders has a section for each, which may set an `image_size` of its own."""
+    """An encoder. One made of encoders has a section for each.
+
+    Args:
+      section: its keys. An `image_size` of its own is that of its table of positions, which is then
+        interpolated to the images.
+      path: where the section stands.
+      image_size: (height, width) in pixels of the images.
+      dtypes: `dtype` and `param_dtype`.
+    """
+    section = dict(section.items())
+    if "image_size" in section:
+        image_size = convert(section.pop("image_size"), tuple[int, int], f"{path}.image_size")
     if "kind" not in section or section["kind"] not in COMPOSITE_ENCODERS:
         return parse_kind({**ENCODERS, **COMPOSITE_ENCODERS}, section, path, image_size=image_size, **dtypes)
     hints = typing.get_type_hints(COMPOSITE_ENCODERS[section["kind"]])
@@ -257,10 +274,7 @@ def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[
     for name in (field for field, hint in hints.items() if hint is nn.Module):
         if name not in section or not hasattr(section[name], "items"):
             raise ConfigError(f"{path}.{name}: expected the section of an encoder, with its kind")
-        inner, size = dict(section[name].items()), image_size
-        if "image_size" in inner:
-            size = convert(inner.pop("image_size"), tuple[int, int], f"{path}.{name}.image_size")
-        parts[name] = _encoder(inner, f"{path}.{name}", size, dtypes)
+        parts[name] = _encoder(section[name], f"{path}.{name}", image_size, dtypes)
     rest = {key: section[key] for key in section if key not in parts}
     if rest.get("combine") == "tuple":
         raise ConfigError(f"{path}.combine: 'tuple' gives two sets of features; 'feature' gives hybrid_mlp both as one")

@@ -77,7 +77,7 @@ def test_what_the_folder_lacks_is_named(said, folder):
     (folder / "chat_template.jinja").unlink()
     status, _, errors = said("--prompt=d")
     assert status == 1 and "Traceback" not in errors
-    assert f"ChatTemplateError: {folder}: no chat template here; looked for chat_template.jinja" in errors
+    assert f"MissingChatTemplate: {folder}: no chat template here; looked for chat_template.jinja" in errors
     (folder / "tokenizer.json").unlink()
     status, _, errors = said("--prompt=d")
     assert status == 1 and f"TokenizerError: {folder}: no tokenizer here; looked for tokenizer.json" in errors
