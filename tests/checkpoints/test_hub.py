@@ -73,6 +73,31 @@ def test_slices_are_read_alone(tmp_path):
     assert open_checkpoint(tmp_path)["scale"][()] == 2.5
 
 
+def test_every_tensor_is_found_where_the_reference_library_put_it(tmp_path):
+    """Of sizes and dtypes that do not follow the order of the names, an empty one among them."""
+    tensors = {
+        "a": np.arange(5, dtype=np.int8),
+        "b": np.arange(12, dtype=np.float64).reshape(3, 4),
+        "c": np.zeros((3, 0), np.float32),
+        "d": np.arange(6, dtype=np.float32).reshape(2, 3).astype(ml_dtypes.bfloat16),
+        "e": np.array(7, np.int64),
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors", metadata={"written": "by the library"})
+    found = open_checkpoint(tmp_path)
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(found[key][...], tensor, strict=True)
+    np.testing.assert_array_equal(found["b"][2:3, 1:3], [[9, 10]])
+    np.testing.assert_array_equal(found["b"][1:1, :], np.zeros((0, 4)))
+
+
+def test_a_file_that_becomes_shorter_after_it_was_opened_is_named(tmp_path):
+    (path,) = save_checkpoint(tmp_path, {"a": np.arange(6, dtype=np.float32)})
+    tensor = open_checkpoint(tmp_path)["a"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointFileError, match=r"a of .*model.safetensors .* damaged or cut short"):
+        _ = tensor[...]
+
+
 def test_a_file_is_not_kept_in_memory_once_its_tensor_is_read(tmp_path):
     save_checkpoint(tmp_path, {"a": np.arange(6, dtype=np.float32)})
     (file,) = tmp_path.glob("*.safetensors")

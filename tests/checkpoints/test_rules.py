@@ -1,3 +1,5 @@
+import math
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlm_jax.checkpoints import placement
 from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Chain, Concatenate, Each, Reshape, fused_linear
 from vlm_jax.checkpoints.rules import CheckpointMismatch, Rule, export_params, import_params, plan, prefixed
 
@@ -224,7 +227,9 @@ def sharded_model(mesh, **specs):
     return jax.tree_util.tree_map_with_path(place, model())
 
 
-def test_sharded_targets_get_their_blocks_on_their_devices():
+@pytest.mark.parametrize("in_host_memory", [True, False])
+def test_sharded_targets_get_their_blocks_on_their_devices(monkeypatch, in_host_memory):
+    monkeypatch.setattr(placement, "_in_host_memory", lambda leaf: in_host_memory)
     mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("pipe", "tensor"))
     placed = {
         "blocks/mlp/kernel": PartitionSpec("pipe", None, "tensor"),
@@ -246,6 +251,24 @@ def test_only_the_blocks_that_devices_hold_are_read_and_replicas_once():
     source = Reads({f"layers.{i}.weight": np.ones((6, 4), np.float32) for i in range(2)})
     import_params(rules, source, targets)
     assert sorted(source.log) == [(f"layers.{i}.weight", (3, 4)) for i in (0, 0, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "axes", [(None, "tensor"), (None, None, "tensor"), ("data", "tensor"), ("data", None, "tensor")]
+)
+def test_every_element_is_read_once_however_it_is_laid_out(axes):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "tensor"))
+    targets = {"kernel": spec(2, 4, 6, sharding=NamedSharding(mesh, PartitionSpec(*axes)))}
+    rules = [Rule("layers.{layer}.weight", "kernel", LINEAR)]
+    source = Reads({f"layers.{i}.weight": np.ones((6, 4), np.float32) for i in range(2)})
+    import_params(rules, source, targets)
+    assert sum(math.prod(shape) for _, shape in source.log) == 2 * 6 * 4
+
+
+def test_parts_of_a_fused_tensor_are_read_together():
+    source = Reads(release())
+    import_params(RULES, source, model())
+    assert [key for key, _ in source.log].count("layers.0.qkv.weight") == 1
 
 
 def test_tensors_are_read_one_at_a_time():

@@ -152,7 +152,7 @@ def test_import_computes_what_torch_computes_and_export_gives_it_back(tmp_path, 
     checkpoint = open_checkpoint(tmp_path / "torch")
     (prefix,) = {key.split("embeddings.patch_embedding.weight")[0] for key in checkpoint if "patch_embedding.w" in key}
     rules = prefixed(siglip_rules(read_config(tmp_path / "torch")), source=prefix)
-    params = import_params(rules, checkpoint, targets())
+    params = jax.tree.map(np.asarray, import_params(rules, checkpoint, targets()))
 
     images = np.random.default_rng(1).normal(size=(2, SIDE, SIDE, 3)).astype(np.float32)
     with torch.no_grad():

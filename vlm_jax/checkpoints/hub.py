@@ -337,7 +337,7 @@ def _refusal(paths: list[Path]) -> str:
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
         file = safetensors.safe_open(path, framework="numpy")
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (a file of tensors is no dict)
+        slices = {key: file.get_slice(key) for key in file.offset_keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointFileError(_damaged(path, error)) from error
     tensors = {}
@@ -346,16 +346,33 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         if stored not in _DTYPES:
             raise CheckpointFileError(f"{path}: {key} is stored as {stored}; can be read: {', '.join(_DTYPES)}")
         shape = tuple(part.get_shape())
-        tensors[key] = LazyTensor(shape, _DTYPES[stored], _safetensors_reader(path, key))
-    return tensors
+        tensors[key] = (shape, np.dtype(_DTYPES[stored]))
+    # Tensors follow each other without gaps up to the file's end; the library refuses other files.
+    start = path.stat().st_size - sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    found = {}
+    for key, (shape, dtype) in tensors.items():
+        found[key] = LazyTensor(shape, dtype, _safetensors_reader(path, key, shape, dtype, start))
+        start += found[key].nbytes
+    return found
 
 
-def _safetensors_reader(path: Path, key: str) -> Callable[[Any], np.ndarray]:
+def _safetensors_reader(
+    path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, start: int
+) -> Callable[[Any], np.ndarray]:
     def read(index: Any) -> np.ndarray:
-        # Opened for every tensor: what was read of a mapped file stays in memory until it is closed.
-        with safetensors.safe_open(path, framework="numpy") as file:
-            # A tensor without axes has no slices.
-            return file.get_tensor(key) if index in (..., ()) else file.get_slice(key)[index]
+        """Reads rows as they lie in the file; a mapped file would keep what was read of it in memory."""
+        first, stop = 0, shape[0] if shape else 1
+        rest: list[slice] = []
+        if isinstance(index, tuple) and index:
+            rows, *rest = index
+            first, stop, _ = rows.indices(shape[0])
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        size = max(0, stop - first) * row_bytes
+        stored = np.fromfile(path, np.uint8, size, offset=start + first * row_bytes)
+        if stored.size != size:
+            raise CheckpointFileError(f"{key} of {_damaged(path, EOFError('the file has become shorter'))}")
+        array = stored.view(dtype)
+        return array.reshape(max(0, stop - first), *shape[1:])[(slice(None), *rest)] if shape else array.reshape(())
 
     return read
 

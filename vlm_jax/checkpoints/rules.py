@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlm_jax.checkpoints import placement
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch, Nearest
-from vlm_jax.checkpoints.ops import IDENTITY, Index, Op, Shape
+from vlm_jax.checkpoints.ops import IDENTITY, Op, Shape
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -208,19 +209,18 @@ def import_params(
 ) -> Any:
     """Reads a released checkpoint into a tree of parameters.
 
-    Tensors are read one at a time, and on the host there is never more than one target at once. Of a
-    target with a sharding each process reads only what its own devices hold, as far as the operation
-    allows; it becomes a `jax.Array` on those devices, a target without one a NumPy array.
+    Tensors are read one at a time, in parts, and only what the devices of this process hold, as far as the
+    operation allows; beside the parameters themselves the host has at most one tensor: see `placement`.
 
     Args:
       rules: the table.
       source: the checkpoint.
-      targets: a tree of `jax.ShapeDtypeStruct`, with `.sharding` or without.
+      targets: a tree of `jax.ShapeDtypeStruct`; one without a sharding goes to the default device.
       ignore: source keys that may go unread, as in `plan`.
       keep: targets that stay as they are, as in `plan`.
 
     Returns:
-      The tree of `targets` with the values, cast to the dtypes of the targets. Leaves that `keep`
+      The tree of `targets` with `jax.Array`s on their devices, cast to the dtypes of the targets. Leaves that `keep`
       matches are left as they were given.
 
     Raises:
@@ -230,10 +230,14 @@ def import_params(
     leaves = dict(_flatten(targets))
     kept = {path for path in leaves if _any_match(keep, path)}
     values = dict(leaves)
-    for step in steps:
-        for i, path in enumerate(step.targets):
-            if path not in kept:
-                values[path] = _fill(block_reader(step, i, source, leaves[path].dtype), leaves[path])
+    with placement.readers() as pool:
+        for step in steps:
+            wanted = [i for i, path in enumerate(step.targets) if path not in kept]
+            read, axis = _reader(step, source, wanted)
+            paths = [step.targets[i] for i in wanted]
+            shapes = [_shape_of(leaves[path]) for path in paths]
+            filled = placement.fill(shapes, len(step.rule.stacked), read, axis, pool)
+            values |= zip(paths, filled, strict=True)
     structure = jax.tree_util.tree_structure(targets)
     return jax.tree_util.tree_unflatten(structure, [values[path] for path in leaves])
 
@@ -417,38 +421,48 @@ def block_reader(
     step: Step, i: int, source: Mapping[str, SourceTensor], dtype: Any
 ) -> Callable[[tuple[range, ...]], np.ndarray]:
     """A function that reads a block of the step's target `i`, one range of step 1 for every axis."""
-    depth, op = len(step.rule.stacked), step.rule.op
+    depth = len(step.rule.stacked)
+    read_at, axis = _reader(step, source, [i])
 
     def read(block: tuple[range, ...]) -> np.ndarray:
         stack, rest = block[:depth], block[depth:]
-        index: Index = tuple(slice(r.start, r.stop) for r in rest)
         values = np.empty([len(r) for r in block], dtype)
         for offset in np.ndindex(*(len(r) for r in stack)):
-            keys = step.sources[tuple(r[o] for r, o in zip(stack, offset, strict=True))]
-            part = op.source_index(index)
-            if part is not None:
-                values[offset] = op(np.asarray(source[keys[0]][part]))[0]
+            position = tuple(r[o] for r, o in zip(stack, offset, strict=True))
+            if axis is None:
+                values[offset] = read_at(position, None)[0][tuple(slice(r.start, r.stop) for r in rest)]
             else:
-                values[offset] = op(*(np.asarray(source[key][...]) for key in keys))[i][index]
+                values[offset] = read_at(position, rest)[0]
         return values
 
     return read
 
 
-def _fill(read: Callable[[tuple[range, ...]], np.ndarray], leaf: Any) -> np.ndarray | jax.Array:
-    """The whole leaf on the host, or its shards on the devices of its sharding."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return read(tuple(range(size) for size in leaf.shape))
-    blocks: dict[tuple[range, ...], np.ndarray] = {}  # replicas of a shard are read once
+def _reader(step: Step, source: Mapping[str, SourceTensor], wanted: Sequence[int]) -> tuple[placement.Read, int | None]:
+    """What reads blocks of a step's `wanted` targets, and along which of their axes the rows of the tensor lie.
 
-    def shard(index: Index | None) -> np.ndarray:
-        block = tuple(range(*s.indices(n)) for s, n in zip(index or (), leaf.shape, strict=True))
-        if block not in blocks:
-            blocks[block] = read(block)
-        return blocks[block]
+    The axis is None where tensors are only read whole: there are several, or the operation cannot tell where
+    in the tensor a block of the target lies.
+    """
+    op, rank = step.rule.op, len(step.shapes[0]) - len(step.rule.stacked)
+    corner = op.source_index(tuple(slice(i, i + 1) for i in range(rank)))
+    if len(step.rule.sources) > 1 and len(step.rule.targets) > 1:
+        corner = None
 
-    return jax.make_array_from_callback(tuple(leaf.shape), sharding, shard, dtype=leaf.dtype)
+    def read(position: placement.Position, block: placement.Block | None) -> list[np.ndarray]:
+        keys = step.sources[position]
+        if block is None:
+            made = op(*(np.asarray(source[key][...]) for key in keys))
+        else:
+            part = op.source_index(tuple(slice(r.start, r.stop) for r in block))
+            made = op(*[np.asarray(source[keys[0]][part])] * len(keys))  # stored several times, read once
+        return [made[i] for i in wanted]
+
+    return read, corner[0].start if corner else None
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def _dtype_problems(key: str, dtype: Any, step: Step, leaves: Mapping[str, Any]) -> list[str]:

@@ -369,7 +369,6 @@ def load(
             raise PretrainedError(f"image_size: '{marker(released)}' is not resized at load")
         released, params, shapes = description.resize(params, image_size)
         description = family(released, {**checkpoint, **shapes}, **dtypes)
-    if mesh is None or image_size is not None:
         placed = _targets(description, mesh)
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params, placed)
     folder = path if path.is_dir() else path.parent
