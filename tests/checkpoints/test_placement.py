@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.checkpoints import placement
-from vlm_jax.checkpoints.hub import open_checkpoint, save_checkpoint
+from vlm_jax.checkpoints.hub import LazyTensor, open_checkpoint, save_checkpoint
 from vlm_jax.checkpoints.ops import LINEAR
 from vlm_jax.checkpoints.rules import Rule, import_params
 
@@ -115,3 +115,19 @@ def test_giving_parameters_away_leaves_the_replicas_of_others_alone():
     more = jax.jit(lambda x: x + 1, donate_argnums=0)(params["t"])
     for shard in more.addressable_shards:
         np.testing.assert_array_equal(shard.data, np.arange(64) + 1)
+
+
+@pytest.mark.parametrize(("by_rows", "reads"), [(True, TENSOR_BYTES // 2**16), (False, 1)])
+def test_what_can_only_be_read_whole_is_read_once(monkeypatch, by_rows, reads):
+    monkeypatch.setattr(placement, "CUT_BYTES", 2**16)
+    values, log = np.arange(ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS), []
+
+    def read(index):
+        log.append(index)
+        return values[index]
+
+    tensor = LazyTensor(values.shape, values.dtype, read, by_rows=by_rows)
+    leaf = jax.ShapeDtypeStruct((COLUMNS, ROWS), np.float32)
+    params = import_params([Rule("t", "t", LINEAR)], {"t": tensor}, {"t": leaf})
+    np.testing.assert_array_equal(params["t"], values.T)
+    assert len(log) == reads

@@ -143,7 +143,7 @@ def test_orbax_arrays_are_loaded_as_the_release_is(alphabet):
     assert kernel.sharding.mesh.shape == mesh.shape and not kernel.sharding.is_fully_replicated
 
 
-def test_a_device_reads_its_own_part_of_a_layer_alone(tmp_path, monkeypatch):
+def test_a_layer_is_read_by_itself_and_once_for_all_devices(tmp_path, monkeypatch):
     convert(DATA / "internvl2_qwen2", tmp_path / "orbax")
     sizes = {}
     reader = arrays._reader
@@ -162,7 +162,7 @@ def test_a_device_reads_its_own_part_of_a_layer_alone(tmp_path, monkeypatch):
     loaded = vlm_jax.from_pretrained(tmp_path / "orbax", mesh=make_mesh(MeshSettings(data=4, tensor=2)))
     kernel = loaded.params["decoder"]["blocks"]["layers"]["mlp"]["down"]["kernel"]
     layers, *_ = kernel.shape
-    assert sizes["decoder.blocks.layers.mlp.down.kernel"] == [kernel[0].size // 2] * layers * 2
+    assert sizes["decoder.blocks.layers.mlp.down.kernel"] == [kernel[0].size] * layers
 
 
 def test_what_was_loaded_from_orbax_is_written_back(tmp_path):

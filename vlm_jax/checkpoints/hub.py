@@ -61,11 +61,13 @@ class LazyTensor:
     Attributes:
       shape: of the whole tensor.
       dtype: as stored.
+      by_rows: reading some rows costs no more than these; else it may cost the whole tensor.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[Any], np.ndarray]):
+    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[Any], np.ndarray], *, by_rows: bool = False):
         self.shape = shape
         self.dtype = np.dtype(dtype)
+        self.by_rows = by_rows
         self._read = read
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -351,7 +353,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     start = path.stat().st_size - sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     found = {}
     for key, (shape, dtype) in tensors.items():
-        found[key] = LazyTensor(shape, dtype, _safetensors_reader(path, key, shape, dtype, start))
+        found[key] = LazyTensor(shape, dtype, _safetensors_reader(path, key, shape, dtype, start), by_rows=True)
         start += found[key].nbytes
     return found
 

@@ -35,7 +35,9 @@ def readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="read")
 
 
-def fill(leaves: Sequence[jax.ShapeDtypeStruct], depth: int, read: Read, axis: int | None, pool: Executor) -> list[Any]:
+def fill(
+    leaves: Sequence[jax.ShapeDtypeStruct], depth: int, read: Read, axis: int | None, pool: Executor, *, cut: bool
+) -> list[Any]:
     """The parameters that come from the same tensors, on their devices.
 
     Args:
@@ -46,6 +48,7 @@ def fill(leaves: Sequence[jax.ShapeDtypeStruct], depth: int, read: Read, axis: i
       axis: of the axes behind the stack, the one along which the rows of the one tensor lie; None where
         tensors are only read whole.
       pool: runs reads and copies.
+      cut: blocks are read in cuts; else what is read costs the same in one.
     """
     parameters = [(_OnDevices if depth and not _in_host_memory(leaf) else _Buffers)(leaf, depth) for leaf in leaves]
     if len({parameter.stack for parameter in parameters}) > 1:  # their stacks are cut differently
@@ -53,7 +56,7 @@ def fill(leaves: Sequence[jax.ShapeDtypeStruct], depth: int, read: Read, axis: i
         def only(i: int) -> Read:
             return lambda position, block: [read(position, block)[i]]
 
-        return [fill([leaf], depth, only(i), axis, pool)[0] for i, leaf in enumerate(leaves)]
+        return [fill([leaf], depth, only(i), axis, pool, cut=cut)[0] for i, leaf in enumerate(leaves)]
     for offset in np.ndindex(parameters[0].stack):
         wanted: dict[Position, list[tuple[int, Block, np.ndarray]]] = {}
         for i, parameter in enumerate(parameters):
@@ -62,7 +65,7 @@ def fill(leaves: Sequence[jax.ShapeDtypeStruct], depth: int, read: Read, axis: i
         cuts = [
             (position, box, places)
             for position, places in wanted.items()
-            for box in (_cuts(places, axis) if axis is not None else (None,))
+            for box in (_cuts(places, axis, cut) if axis is not None else (None,))
         ]
         for _ in pool.map(lambda cut: _read_cut(read, *cut), cuts):
             pass
@@ -200,7 +203,7 @@ def _sizes(block: Block) -> tuple[int, ...]:
     return tuple(map(len, block))
 
 
-def _cuts(places: Iterable[tuple[int, Block, np.ndarray]], axis: int) -> Iterator[Block]:
+def _cuts(places: Iterable[tuple[int, Block, np.ndarray]], axis: int, cut: bool) -> Iterator[Block]:
     """The blocks to be read so that every place gets its own, and none twice."""
     blocks = {block for _, block, _ in places}
     itemsize = max(out.itemsize for _, _, out in places)
@@ -214,7 +217,7 @@ def _cuts(places: Iterable[tuple[int, Block, np.ndarray]], axis: int) -> Iterato
             for parts in zip(*inside, strict=True)
         ]
         others = math.prod(len(part) for i, part in enumerate(box) if i != axis)
-        rows = max(_MIN_ROWS, CUT_BYTES // max(1, others * itemsize))
+        rows = max(_MIN_ROWS, CUT_BYTES // max(1, others * itemsize)) if cut else stop - start
         for first in range(start, stop, rows):
             yield (*box[:axis], range(first, min(first + rows, stop)), *box[axis + 1 :])
 

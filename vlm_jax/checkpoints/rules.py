@@ -236,7 +236,8 @@ def import_params(
             read, axis = _reader(step, source, wanted)
             paths = [step.targets[i] for i in wanted]
             shapes = [_shape_of(leaves[path]) for path in paths]
-            filled = placement.fill(shapes, len(step.rule.stacked), read, axis, pool)
+            cut = all(getattr(source[key], "by_rows", True) for keys in step.sources.values() for key in keys)
+            filled = placement.fill(shapes, len(step.rule.stacked), read, axis, pool, cut=cut)
             values |= zip(paths, filled, strict=True)
     structure = jax.tree_util.tree_structure(targets)
     return jax.tree_util.tree_unflatten(structure, [values[path] for path in leaves])
