@@ -70,7 +70,9 @@ def test_an_error_of_the_user_is_one_message(said, arguments, message):
 def test_a_picture_for_a_language_model_is_refused(said, folder):
     Image.new("RGB", (4, 4)).save(folder / "a.png")
     status, out, errors = said("--prompt=d", f"--image={folder / 'a.png'}")
-    assert status == 1 and out == "" and "PictureMismatch: this model reads text alone" in errors, errors
+    assert status == 1 and out == "" and "PictureMismatch: conversation 0: this model reads text alone" in errors, (
+        errors
+    )
 
 
 def test_what_the_folder_lacks_is_named(said, folder):

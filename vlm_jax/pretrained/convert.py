@@ -32,6 +32,7 @@ from vlm_jax.checkpoints.mapped import CARRIED, PARAMS, MappedFolder, is_mapped,
 from vlm_jax.checkpoints.rules import Rule, Step, plan, prefixed
 from vlm_jax.pretrained.family import Description, Family
 from vlm_jax.pretrained.loader import DTYPES, choose_family
+from vlm_jax.pretrained.named_tower import with_named_tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +141,7 @@ def open_conversion(
         release = mapped.checkpoint
         return Conversion(path, False, release, _cast(release, wanted), mapped.arrays, mapped.steps, {})
     folder = path if path.is_dir() else path.parent
-    release = open_checkpoint(path)
-    config = read_config(folder)
+    config, release = with_named_tower(read_config(folder), open_checkpoint(path), folder)
     description = choose_family(config, families)(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
     steps, remarks = _all_steps(description, release)
     arrays = lazy_params(steps, release, dtype=wanted)

@@ -44,8 +44,8 @@ def describe(
 ) -> Description:
     """A `LlavaLlamaForCausalLM` or a `MobileLlamaForCausalLM`; LLaVA-1.6 has a learned `image_newline`.
 
-    The tower's settings are those of `TOWERS` under `mm_vision_tower`, or the key `vision_tower_config`
-    of the config, which no release has: the tower's own config.
+    The tower's settings are those of `TOWERS` under `mm_vision_tower`, or the key `vision_tower_config` of the
+    config, the tower's own config, which `named_tower` reads from where the tower lies.
 
     Raises:
       PretrainedError: an unknown tower, a projector that is not computed here, or scales that are no

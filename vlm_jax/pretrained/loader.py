@@ -33,6 +33,7 @@ from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion, complete
 from vlm_jax.models.two_tower import Embeddings, TwoTower
 from vlm_jax.pretrained.family import Description, Family, PretrainedError, text_section
+from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, PROCESSORS, image_text
 from vlm_jax.pretrained.processing.agreement import check_agreement, check_image_text
 from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks
@@ -356,10 +357,10 @@ def load(
     if dtype not in DTYPES:
         raise PretrainedError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     path = fetch(source)
+    folder = path if path.is_dir() else path.parent
     if config is None:
-        config = read_config(path if path.is_dir() else path.parent)
-    released = copy.deepcopy(dict(config))
-    checkpoint = open_release(path)
+        config = read_config(folder)
+    released, checkpoint = with_named_tower(copy.deepcopy(dict(config)), open_release(path), folder)
     family = choose_family(released, families)
     dtypes = {"dtype": DTYPES[dtype], "param_dtype": DTYPES[dtype]}
     description = family(released, checkpoint, **dtypes)
@@ -371,7 +372,6 @@ def load(
         description = family(released, {**checkpoint, **shapes}, **dtypes)
         placed = _targets(description, mesh)
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params, placed)
-    folder = path if path.is_dir() else path.parent
     return Pretrained(released, description.module, params, description, checkpoint, folder)
 
 

@@ -1,0 +1,77 @@
+"""LLaVA and MobileVLM name their vision tower; its config, and in most releases its tensors, lie in its own folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlm_jax.checkpoints.hub import Checkpoint, CheckpointFileError, fetch, open_checkpoint, read_config
+from vlm_jax.config import did_you_mean
+from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.llava import PREFIX, TOWERS
+
+KEY, CONFIG_KEY = "mm_vision_tower", "vision_tower_config"
+_OWN = "vision_model."  # what the tensors of a CLIP's image tower start with
+
+
+def with_named_tower(
+    config: Mapping[str, Any], checkpoint: Checkpoint, folder: Path
+) -> tuple[dict[str, Any], Checkpoint]:
+    """The config with its tower's under `vision_tower_config`, and the checkpoint with its tower's tensors.
+
+    The tower is `mm_vision_tower`: a folder, relative to that of the checkpoint or to the working one, or a name on
+    the hub. Tensors of the checkpoint go before those of the tower's folder; known names need no folder for their
+    config. Anything else is returned as it is.
+
+    Args:
+      config: released.
+      checkpoint: of the same release.
+      folder: where it lies.
+
+    Raises:
+      PretrainedError: the tower is nowhere, or no CLIP; the message says what to do.
+    """
+    config, name = dict(config), config.get(KEY)
+    if name is None:
+        return config, checkpoint
+    missing = not any(key.startswith(PREFIX) for key in checkpoint)
+    known = CONFIG_KEY in config or name in TOWERS
+    if known and not missing:
+        return config, checkpoint
+    place = _place(str(name), folder, missing=missing, where=str(config.get("model_type")))
+    if not known:
+        config[CONFIG_KEY] = _vision_section(read_config(place), place)
+    if missing:
+        tower = open_checkpoint(place)
+        found = {PREFIX + key.removeprefix(_OWN): tensor for key, tensor in tower.items() if key.startswith(_OWN)}
+        if not found:
+            raise PretrainedError(
+                f"{tower.origin}: expected the image tower of a CLIP, with tensors named {_OWN}…, got "
+                f"{', '.join(list(tower)[:3]) or 'none'}, …"
+            )
+        checkpoint = Checkpoint({**checkpoint, **found}, checkpoint.origin, archive=checkpoint.archive)
+    return config, checkpoint
+
+
+def _place(name: str, folder: Path, *, missing: bool, where: str) -> Path:
+    """The tower's folder."""
+    for path in (folder / name, Path(name)):
+        if path.is_dir():
+            return path
+    try:
+        return fetch(name)
+    except CheckpointFileError as error:
+        lacks = "tensors" if missing else "config"
+        raise PretrainedError(
+            f"{where}.{KEY}: the checkpoint holds no {lacks} of its vision tower, and '{name}' is neither a folder "
+            f"beside {folder} or here, nor on the hub{did_you_mean(name, TOWERS)}. Download the tower and set {KEY} to "
+            f"its folder ({error})"
+        ) from error
+
+
+def _vision_section(config: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Of a whole CLIP, or of its image tower."""
+    if config.get("model_type") == "clip_vision_model":
+        return dict(config)
+    if config.get("model_type") == "clip":
+        return {**(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
+    raise PretrainedError(f"{place}: expected a config of clip or clip_vision_model, got {config.get('model_type')!r}")
