@@ -20,7 +20,7 @@ VALUES = {
     "mask": np.array([[True, False]]),
 }
 STACKED = {"blocks/kernel": 1, "blocks/experts": 2, "a.b": 0, "scale": 0, "mask": 0}
-SPECS = {path: (value.shape, value.dtype) for path, value in VALUES.items()}
+SHAPES = {path: value.shape for path, value in VALUES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def directory(tmp_path_factory):
 
 
 def test_bits_shapes_and_dtypes_come_back(directory):
-    opened = open_arrays(directory, SPECS)
+    opened = open_arrays(directory, SHAPES)
     for path, value in VALUES.items():
         assert opened[path].dtype == value.dtype
         assert opened[path][...].tobytes() == value.tobytes()
@@ -66,12 +66,18 @@ def test_a_layer_is_a_chunk(directory):
 
 def test_what_cannot_be_read_is_named(directory, tmp_path):
     with pytest.raises(CheckpointFileError, match=r"nowhere: no whole Orbax checkpoint; write it again"):
-        open_arrays(tmp_path / "nowhere", SPECS)
-    wrong = open_arrays(directory, {"mask": ((2, 1), np.dtype(bool)), "none": ((), np.dtype(bool))})
-    with pytest.raises(CheckpointFileError, match=r"mask in .* cannot be read \(it has the shape \(1, 2\), not \(2, 1"):
-        wrong["mask"][...]
-    with pytest.raises(CheckpointFileError, match=r"none in .*a folder cannot be read"):
-        wrong["none"][...]
+        open_arrays(tmp_path / "nowhere", SHAPES)
+    with pytest.raises(CheckpointFileError, match=r"of another model: it holds mask \(1, 2\), not \(2, 1\)"):
+        open_arrays(directory, {"mask": (2, 1)})
+    with pytest.raises(CheckpointFileError, match=r"no.ne in .*a folder cannot be read"):
+        open_arrays(directory, {"no/ne": ()})
+    large = np.random.default_rng(0).normal(size=100_000)
+    save_arrays(tmp_path / "out", {"x": LazyTensor(large.shape, large.dtype, lambda index: large[index])}, {"x": 0})
+    opened = open_arrays(tmp_path / "out", {"x": large.shape})
+    data = max((path for path in (tmp_path / "out").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:1000])
+    with pytest.raises(CheckpointFileError, match=r"x in .*out cannot be read \(.*\); write it again"):
+        opened["x"][...]
 
 
 def test_a_tensor_that_cannot_be_read_stops_the_writing(tmp_path):

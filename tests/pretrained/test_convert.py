@@ -16,9 +16,11 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.checkpoints import arrays, hub
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, CheckpointError, RunCheckpoints
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.convert import open_conversion
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.train.state import TrainState
 from vlm_jax.types import Batch
 
 from ..processes.alphabet import CONFIG, LETTERS, write
@@ -148,8 +150,8 @@ def test_a_layer_is_read_by_itself_and_once_for_all_devices(tmp_path, monkeypatc
     sizes = {}
     reader = arrays._reader
 
-    def counted(directory, name, shape):
-        read = reader(directory, name, shape)
+    def counted(stored, name, directory):
+        read = reader(stored, name, directory)
 
         def block(index):
             values = read(index)
@@ -206,6 +208,45 @@ def test_dtypes_that_differ_from_layer_to_layer_come_back(tmp_path):
     after = open_checkpoint(tmp_path / "back")
     assert after.keys() == tensors.keys()
     assert all(bits(after[key]) == bits(tensor) for key, tensor in tensors.items())
+
+
+def trained(folder, params):
+    """A workdir with one checkpoint of a run, as the trainer saves it."""
+    checkpoints = RunCheckpoints(folder / CHECKPOINTS, 1)
+    checkpoints.save(3, TrainState(jnp.zeros((), jnp.int32), params, None), {"position": 0})
+    checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize("side", ["released", "orbax"])
+def test_a_run_is_written_as_a_release(side, tmp_path):
+    released = copied("llava16_anyres", tmp_path / "released")
+    convert(released, tmp_path / "orbax")
+    loaded = vlm_jax.from_pretrained(released)
+    parts = {part: jax.tree.map(lambda x: x + 1, loaded.params[part]) for part in ("encoder", "connector", "decoder")}
+    workdir = trained(tmp_path / "run", {**parts, "cell_head": {"kernel": jnp.ones(3)}})
+    conversion = convert(tmp_path / side, tmp_path / "out", run=workdir)
+    assert conversion.direction == "run -> Hugging Face"
+    lines = [way for way in conversion.ways() if way.endswith(f": as in {tmp_path / side}")]
+    kept = {line.split(" ")[0] for line in lines}
+    before, after = open_checkpoint(released), open_checkpoint(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert "model.image_newline" in kept and len(kept) < len(before) // 2
+    for key in before:
+        np.testing.assert_array_equal(after[key][...], before[key][...] + (key not in kept), err_msg=key)
+    again = vlm_jax.from_pretrained(tmp_path / "out").params
+    jax.tree.map(np.testing.assert_array_equal, {part: again[part] for part in parts}, parts)
+
+
+def test_a_run_of_another_model_is_refused(alphabet, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*none/checkpoints; train that run"):
+        open_conversion(alphabet / "released", FAMILIES, run=tmp_path / "none")
+    params = vlm_jax.from_pretrained(alphabet / "released").params
+    other = {**params["decoder"], "head": {"kernel": jnp.ones((30, 31))}}
+    workdir = trained(tmp_path / "run", {"decoder": other})
+    message = r"of another model: it holds params\.decoder\.head\.kernel \(30, 31\), not \(30, 29\)"
+    with pytest.raises(CheckpointFileError, match=message):
+        open_conversion(alphabet / "released", FAMILIES, run=workdir)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -266,6 +307,11 @@ def test_a_damaged_folder_is_named(alphabet, tmp_path, damage, message):
     with pytest.raises(CheckpointFileError, match=message):
         convert(tmp_path / "orbax", tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["orbax"]
+
+
+def emptied(folder):
+    for part in ("d", "ocdbt.process_0"):
+        shutil.rmtree(folder / part)
 
 
 def renamed(folder, key):

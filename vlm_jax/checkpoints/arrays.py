@@ -16,6 +16,7 @@ import tensorstore as ts
 from etils import epath
 
 from vlm_jax.checkpoints.hub import CheckpointFileError, LazyTensor
+from vlm_jax.checkpoints.ops import Shape
 from vlm_jax.checkpoints.orbax import METADATA_BYTES
 
 CHUNK_BYTES = 64 * 2**20  # the most of a chunk, which is written and read whole
@@ -72,42 +73,48 @@ def check_space(path: epath.PathLike, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, f"no space left: {path} needs about {num_bytes:,} bytes, {free:,} are free")
 
 
-def open_arrays(
-    directory: epath.PathLike, specs: Mapping[str, tuple[tuple[int, ...], np.dtype]]
-) -> dict[str, LazyTensor]:
+def open_arrays(directory: epath.PathLike, shapes: Mapping[str, Shape]) -> dict[str, LazyTensor]:
     """The arrays of an Orbax checkpoint by their paths, parts separated by `/`; none of them is read yet.
 
     Args:
       directory: absolute, local or `gs://`.
-      specs: shape and dtype of every array that is wanted, by its path.
+      shapes: of every array that is wanted, by its path; there may be others.
 
     Raises:
-      CheckpointFileError: there is no whole checkpoint, or, when it is read, no such array.
+      CheckpointFileError: there is no checkpoint, or not these arrays; or, when one is read, it is damaged.
     """
-    if not (epath.Path(directory) / "_CHECKPOINT_METADATA").exists():  # which Orbax writes last
+    if not (epath.Path(directory) / "_METADATA").exists():
         raise CheckpointFileError(f"{directory}: no whole Orbax checkpoint; write it again")
+    path = str(directory)
+    base = path if "://" in path else {"driver": "file", "path": f"{path}/"}
+    names = {path: path.replace("/", ".") for path in shapes}
+    opening = {
+        path: ts.open(
+            {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}, open=True, read=True
+        )
+        for path, name in names.items()
+    }
+    found = {path: _explained(opened.result, names[path], directory) for path, opened in opening.items()}
+    if wrong := [
+        f"{names[path]} {x.shape}, not {shapes[path]}" for path, x in found.items() if x.shape != shapes[path]
+    ]:
+        raise CheckpointFileError(f"{directory} is of another model: it holds {'; '.join(wrong[:8])}")
     return {
-        path: LazyTensor(shape, dtype, _reader(directory, path.replace("/", "."), shape))
-        for path, (shape, dtype) in specs.items()
+        path: LazyTensor(x.shape, x.dtype.numpy_dtype, _reader(x, names[path], directory)) for path, x in found.items()
     }
 
 
-def _reader(directory: epath.PathLike, name: str, shape: tuple[int, ...]) -> Callable[[Any], np.ndarray]:
-    path = str(directory)
-    base = path if "://" in path else {"driver": "file", "path": f"{path}/"}
-    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+def _reader(stored: Any, name: str, directory: epath.PathLike) -> Callable[[Any], np.ndarray]:
+    return lambda index: _explained(stored[index].read().result, name, directory)
 
-    def read(index: Any) -> np.ndarray:
-        try:
-            stored = ts.open(spec, open=True, read=True).result()
-            if stored.shape != shape:
-                raise ValueError(f"it has the shape {stored.shape}, not {shape}")
-            return stored[index].read().result()
-        except (ValueError, OSError) as error:  # what TensorStore raises of data and of files
-            line = (str(error).strip().splitlines() or [""])[0][:500]
-            raise CheckpointFileError(f"{name} in {directory} cannot be read ({line}); write it again") from error
 
-    return read
+def _explained(result: Callable[[], Any], name: str, directory: epath.PathLike) -> Any:
+    """What TensorStore gives; its errors, of files and of data, as a CheckpointFileError."""
+    try:
+        return result()
+    except (ValueError, OSError) as error:
+        line = (str(error).strip().splitlines() or [""])[0][:500]
+        raise CheckpointFileError(f"{name} in {directory} cannot be read ({line}); write it again") from error
 
 
 def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,24 +61,25 @@ class MappedFolder:
         stored = read_json(path / MAP_FILE, CheckpointFileError)
         try:
             rules = [_rule(entry) for entry in stored["rules"]]
-            arrays, tensors = _specs(stored["arrays"]), _specs(stored["tensors"])
+            arrays = {path: tuple(shape) for path, shape in stored["arrays"].items()}
+            shapes = {key: tuple(entry["shape"]) for key, entry in stored["tensors"].items()}
+            dtypes = {key: np.dtype(entry["dtype"]) for key, entry in stored["tensors"].items()}
             archive = bool(stored["archive"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written ({error!r})") from error
         self.arrays = {}
         for part in (PARAMS, CARRIED):
             start = f"{part}/"
-            if own := {name.removeprefix(start): spec for name, spec in arrays.items() if name.startswith(start)}:
+            if own := {name.removeprefix(start): shape for name, shape in arrays.items() if name.startswith(start)}:
                 opened = open_arrays(path.absolute() / part, own)
                 self.arrays |= {start + name: tensor for name, tensor in opened.items()}
         try:
-            self.steps = export_plan(rules, {name: tensor.shape for name, tensor in self.arrays.items()})
+            self.steps = export_plan(rules, arrays)
         except CheckpointMismatch as error:
             raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written ({error})") from error
-        found = lazy_release(self.steps, self.arrays, {key: dtype for key, (_, dtype) in tensors.items()})
-        found |= {key: _empty(*spec) for key, spec in tensors.items() if math.prod(spec[0]) == 0}
-        shapes = {key: tensor.shape for key, tensor in found.items()}
-        if wrong := sorted(set(shapes.items()) ^ {(key, shape) for key, (shape, _) in tensors.items()}):
+        found = lazy_release(self.steps, self.arrays, dtypes)
+        found |= {key: _empty(shape, dtypes[key]) for key, shape in shapes.items() if math.prod(shape) == 0}
+        if wrong := sorted(set(shapes.items()) ^ {(key, tensor.shape) for key, tensor in found.items()}):
             keys = ", ".join(key for key, _ in wrong[:8])
             raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written: {keys}")
         self.checkpoint = Checkpoint(found, str(path), archive=archive)
@@ -109,14 +110,10 @@ def save_mapped(
     stored = {
         "archive": release.archive,
         "rules": [_data(rule) for rule in rules],
-        "arrays": {path: {"shape": x.shape, "dtype": x.dtype.name} for path, x in arrays.items()},
+        "arrays": {path: tensor.shape for path, tensor in arrays.items()},
         "tensors": {key: {"shape": x.shape, "dtype": x.dtype.name} for key, x in release.items()},
     }
     (folder / MAP_FILE).write_text(json.dumps(stored, indent=1) + "\n")
-
-
-def _specs(entries: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    return {name: (tuple(entry["shape"]), np.dtype(entry["dtype"])) for name, entry in entries.items()}
 
 
 def _data(rule: Rule) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+CHECKPOINTS = "checkpoints"  # the folder in a workdir
 METADATA_BYTES = 256 * 1024  # what Orbax writes beside the arrays, generously
 
 
@@ -137,6 +138,25 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:1000]}"
 
 
+def newest_state(directory: epath.PathLike) -> epath.Path:
+    """The folder of the arrays of a run's newest whole checkpoint.
+
+    Args:
+      directory: that run's checkpoint directory.
+
+    Raises:
+      CheckpointError: there is no checkpoint.
+    """
+    directory = _absolute(directory)
+    step = None
+    if directory.exists():
+        with ocp.CheckpointManager(directory) as manager:
+            step = manager.latest_step()
+    if step is None:
+        raise CheckpointError(f"no whole checkpoint in {directory}; train that run to its end first")
+    return directory / str(step) / "state"
+
+
 def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, Any]:
     """Reads some parts of the newest checkpoint of another run.
 
@@ -147,20 +167,16 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
     Raises:
       CheckpointError: there is no checkpoint, or a part of it has other shapes.
     """
-    directory = _absolute(directory)
-    with ocp.CheckpointManager(directory) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise CheckpointError(f"no whole checkpoint in {directory}; train that run to its end first")
-        like = {"params": parts}
-        restore_args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like)
-        arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                restored = reader.restore(directory / str(step) / "state", args=arguments)
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {step} in {directory} cannot be read: {_first_line(error)}") from error
+    state = newest_state(directory)
+    like = {"params": parts}
+    restore_args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like)
+    arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(state, args=arguments)
+    except Exception as error:
+        raise CheckpointError(f"{state} cannot be read: {_first_line(error)}") from error
     for leaf, found in zip(jax.tree.leaves(like), jax.tree.leaves(restored), strict=True):
         if leaf.shape != found.shape:
-            raise CheckpointError(f"checkpoint {step} in {directory} holds shape {found.shape}, not {leaf.shape}")
+            raise CheckpointError(f"{state} holds shape {found.shape}, not {leaf.shape}")
     return restored["params"]

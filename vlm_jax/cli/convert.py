@@ -1,6 +1,4 @@
-"""python -m vlm_jax.cli.convert --source=DIR --target=DIR [--dtype=bfloat16] [--dry-run]"""
-
-import os
+"""python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR] [--dtype=bfloat16] [--dry-run]"""
 
 from absl import app, flags, logging
 
@@ -13,6 +11,9 @@ SOURCE = flags.DEFINE_string(
     "source", None, "A released folder, or organisation/name on the hub, to become Orbax arrays; or such a folder."
 )
 TARGET = flags.DEFINE_string("target", None, "A folder that is not there yet; Orbax arrays may go to gs://.")
+RUN = flags.DEFINE_string(
+    "run", None, "The workdir of a run of the source's model, whose parameters are written as a release."
+)
 DTYPE = flags.DEFINE_enum("dtype", None, sorted(DTYPES), "What floating-point tensors are cast to; as stored if unset.")
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Lists every tensor's way, and reads and writes none.")
 
@@ -25,8 +26,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--target: no folder to write; give one, or --dry-run")
     logging.set_verbosity(logging.ERROR)  # Orbax remarks on its own progress
     with explained():
-        conversion = open_conversion(os.path.expanduser(str(SOURCE.value)), FAMILIES, dtype=DTYPE.value)
-        print(f"{conversion.direction}: {SOURCE.value}" + (f" -> {TARGET.value}" if TARGET.value else ""), flush=True)
+        conversion = open_conversion(str(SOURCE.value), FAMILIES, dtype=DTYPE.value, run=RUN.value)
+        said = RUN.value or SOURCE.value
+        print(f"{conversion.direction}: {said}" + (f" -> {TARGET.value}" if TARGET.value else ""), flush=True)
         if DRY_RUN.value:
             for way in conversion.ways():
                 print(way)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -15,24 +16,26 @@ import safetensors
 from etils import epath
 from flax import linen as nn
 
-from vlm_jax.checkpoints.arrays import check_space
+from vlm_jax.checkpoints.arrays import check_space, open_arrays
 from vlm_jax.checkpoints.hub import (
     Checkpoint,
     CheckpointFileError,
     LazyTensor,
     copy_companions,
     fetch,
-    open_checkpoint,
     read_config,
     save_archive,
     save_checkpoint,
 )
-from vlm_jax.checkpoints.lazy import cast, lazy_params
-from vlm_jax.checkpoints.mapped import CARRIED, PARAMS, MappedFolder, is_mapped, save_mapped
+from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
+from vlm_jax.checkpoints.mapped import CARRIED, PARAMS, MappedFolder, is_mapped, open_release, save_mapped
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, newest_state
 from vlm_jax.checkpoints.rules import Rule, Step, plan, prefixed
 from vlm_jax.pretrained.family import Description, Family
 from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.named_tower import with_named_tower
+
+RUN_PARTS = ("encoder", "connector", "decoder")  # which every run has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,9 @@ class Conversion:
       cast: the same with the dtypes that they are asked for in.
       arrays: those of Orbax, by path.
       steps: how the two hang together.
-      remarks: what is to be said of an array in its line, by path.
+      remarks: what is to be said of an array in its line, by path; of a tensor that is not made of arrays, by key.
+      config: what is written as `config.json` instead of the source's; None for the source's own.
+      of_run: whether the arrays are a run's.
     """
 
     folder: Path
@@ -56,22 +61,30 @@ class Conversion:
     arrays: Mapping[str, LazyTensor]
     steps: tuple[Step, ...]
     remarks: Mapping[str, str]
+    config: Mapping[str, Any] | None = None
+    of_run: bool = False
 
     @property
     def direction(self) -> str:
         """The two layouts, in words."""
-        return "Hugging Face -> Orbax" if self.to_orbax else "Orbax -> Hugging Face"
+        if self.to_orbax:
+            return "Hugging Face -> Orbax"
+        return "run -> Hugging Face" if self.of_run else "Orbax -> Hugging Face"
 
     @property
     def total(self) -> str:
         """What is written, counted; parameters that are stored under two keys count once."""
         params = {path: tensor for path, tensor in self.arrays.items() if path.startswith(f"{PARAMS}/")}
         count = sum(math.prod(tensor.shape) for tensor in params.values())
+        made = sum(len(keys) for step in self._steps_of_params() for keys in step.sources.values())
         size = sum(tensor.nbytes for tensor in (self.arrays if self.to_orbax else self.cast).values())
         return (
             f"{len(self.release)} released tensors, {len(params)} arrays of {count:,} parameters, "
-            f"{len(self.arrays) - len(params)} carried along, {size:,} bytes"
+            f"{len(self.release) - made} carried along, {size:,} bytes"
         )
+
+    def _steps_of_params(self) -> list[Step]:
+        return [step for step in self.steps if step.targets[0].startswith(f"{PARAMS}/")]
 
     def ways(self) -> Iterator[str]:
         """A line for every released tensor, in the order of their keys."""
@@ -82,7 +95,7 @@ class Conversion:
                     number = f" ({i + 1} of {len(keys)})" if len(keys) > 1 else ""
                     lines[key] = self._way(step, position, self._released(key) + number)
         for key in self.release:
-            yield lines.get(key) or f"{self._released(key)}: has no elements; its shape is noted"
+            yield lines.get(key) or self._released(key) + self.remarks.get(key, ": has no elements; its shape is noted")
 
     def _way(self, step: Step, position: tuple[int, ...], released: str) -> str:
         entry = f"[{', '.join(map(str, position))}]" if position else ""
@@ -109,6 +122,8 @@ class Conversion:
         if not self.to_orbax and "://" in str(target):
             raise CheckpointFileError(f"{target}: released files are written to a local folder; give one")
         with _whole_folder(target) as folder:
+            if self.config is not None:
+                (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             copy_companions(self.folder, folder)
             if self.to_orbax:
                 save_mapped(folder, self.steps, self.arrays, self.cast)
@@ -118,7 +133,11 @@ class Conversion:
 
 
 def open_conversion(
-    source: str | os.PathLike[str], families: Mapping[str, Family], *, dtype: str | None = None
+    source: str | os.PathLike[str],
+    families: Mapping[str, Family],
+    *,
+    dtype: str | None = None,
+    run: epath.PathLike | None = None,
 ) -> Conversion:
     """Finds out what a folder is, and how every tensor of it goes into the other layout.
 
@@ -130,22 +149,49 @@ def open_conversion(
         arrays that one became.
       families: the registration table.
       dtype: what floating-point tensors are cast to, a key of `DTYPES`; as stored when None.
+      run: the workdir of a run of the model of `source`, whose newest parameters are written as a release;
+        what it has not, such as learned rows, stays as in `source`. A run that is none of ours is an error.
 
     Raises:
       CheckpointFileError, CheckpointMismatch, PretrainedError: as of `from_pretrained`.
     """
     path = fetch(source)
     wanted = None if dtype is None else DTYPES[dtype]
+    if run is not None:
+        return _of_run(path, families, epath.Path(os.path.abspath(run) if "://" not in str(run) else run), wanted)
     if is_mapped(path):
         mapped = MappedFolder(path)
         release = mapped.checkpoint
         return Conversion(path, False, release, _cast(release, wanted), mapped.arrays, mapped.steps, {})
-    folder = path if path.is_dir() else path.parent
-    config, release = with_named_tower(read_config(folder), open_checkpoint(path), folder)
-    description = choose_family(config, families)(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
+    folder, config, release, description = _described(path, families)
     steps, remarks = _all_steps(description, release)
     arrays = lazy_params(steps, release, dtype=wanted)
-    return Conversion(folder, True, release, _cast(release, wanted), arrays, steps, remarks)
+    return Conversion(folder, True, release, _cast(release, wanted), arrays, steps, remarks, config)
+
+
+def _described(
+    path: Path, families: Mapping[str, Family]
+) -> tuple[Path, dict[str, Any] | None, Checkpoint, Description]:
+    """The folder, its config where it is not the file's own, its tensors, and what they are."""
+    folder = path if path.is_dir() else path.parent
+    own = read_config(folder)
+    config, release = with_named_tower(own, open_release(path), folder)
+    description = choose_family(config, families)(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
+    return folder, None if config == own else config, release, description
+
+
+def _of_run(path: Path, families: Mapping[str, Family], workdir: epath.Path, dtype: Any) -> Conversion:
+    """A run's parts as a release: the other tensors, and dtypes, are those of the release at `path`."""
+    folder, config, release, description = _described(path, families)
+    shapes = nn.meta.unbox(description.boxed_shapes())
+    steps = plan(prefixed(description.rules, target=f"{PARAMS}/"), release, {PARAMS: shapes}, ignore=description.ignore)
+    steps = tuple(step for step in steps if step.targets[0].split("/")[1] in RUN_PARTS)
+    wanted = {target: shape for step in steps for target, shape in zip(step.targets, step.shapes, strict=True)}
+    arrays = open_arrays(newest_state(workdir / CHECKPOINTS), wanted)
+    made = lazy_release(steps, arrays, {key: tensor.dtype for key, tensor in release.items()})
+    whole = Checkpoint({**release, **made}, release.origin, archive=release.archive)
+    remarks = {key: f": as in {path}" for key in release if key not in made}
+    return Conversion(folder, False, whole, _cast(whole, dtype), arrays, steps, remarks, config, of_run=True)
 
 
 def _cast(release: Checkpoint, dtype: Any) -> Checkpoint:

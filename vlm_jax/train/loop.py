@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from vlm_jax.build import System
-from vlm_jax.checkpoints.orbax import RunCheckpoints, read_parts
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
 from vlm_jax.config import ConfigError, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.processes import any_process, wait_for_all
@@ -116,7 +116,7 @@ class Trainer:
           Diverged: the loss is not finite; the checkpoint before it stays.
           CheckpointError: a checkpoint cannot be written or read.
         """
-        checkpoints = RunCheckpoints(self.workdir / "checkpoints", self._settings.keep)
+        checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
             return self._run(checkpoints)
