@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
             "final_scale": 0.0,
         }
     )
-    config.loop = ConfigDict({"save_every": 200, "keep": 2, "log_every": 20})
+    config.loop = ConfigDict({"save_every": 200, "keep": 2, "log_every": 20, "input_workers": 0})
     config.evaluation = ConfigDict({"batch_size": 200})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1})
     return config

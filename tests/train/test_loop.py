@@ -13,6 +13,7 @@ from vlm_jax.build import build
 from vlm_jax.checkpoints.orbax import CheckpointError
 from vlm_jax.config import ConfigError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.train import loop
 from vlm_jax.train.loop import Diverged, Interrupted, Trainer
 from vlm_jax.train.workdir import read_lines
 
@@ -184,3 +185,42 @@ def test_a_stage_that_cannot_be_run_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         Trainer(config, build(config), one_device, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Slow:
+    """Batches of a stream that take five seconds each, by a clock that is turned on."""
+
+    def __init__(self, iterator, clock):
+        self.iterator, self.clock = iterator, clock
+
+    def __next__(self):
+        self.clock.now += 5.0
+        return next(self.iterator)
+
+    def __getattr__(self, name):
+        return getattr(self.iterator, name)
+
+
+class Clock:
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.mark.parametrize(("log_every", "busy", "expected"), [(1, False, 5.0), (4, True, 0.0)])
+def test_the_log_says_for_how_long_a_step_stood_still_for_its_batch(
+    config, one_device, tmp_path, monkeypatch, log_every, busy, expected
+):
+    clock = Clock()
+    made = loop.stage_batches
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(loop, "stage_batches", lambda *given, **more: Slow(made(*given, **more), clock))
+    if busy:  # devices that are never done when the next batch comes
+        monkeypatch.setattr(loop, "is_done", lambda metrics: metrics is None)
+    with config.unlocked():
+        config.loop.log_every = log_every
+    train(config, one_device, tmp_path)
+    lines = read_lines(epath.Path(tmp_path / "metrics.jsonl"))
+    starts = {1: 5.0, 5: 5.0}  # the first step of a stage has nothing to hide behind
+    assert [line["input_seconds"] for line in lines] == [starts.get(line["step"], expected) for line in lines]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import grain
 import jax
 import numpy as np
+from absl import flags
 
 from vlm_jax.config import ConfigError
 from vlm_jax.types import Batch, CellBatch
@@ -102,12 +103,13 @@ def batches(
     shard_index: int = 0,
     shard_count: int = 1,
     num_threads: int = 1,
+    num_workers: int = 0,
     prefetch: int = 2,
 ) -> grain.DatasetIterator:
     """Iterates over one shard's part of every batch; a last, smaller batch is dropped.
 
     The iterator is a checkpoint item of Orbax (`grain.checkpoint`), or `get_state` and `set_state`
-    resume it at the next batch not yet yielded. An error in a thread is raised by `next`.
+    resume it at the next batch not yet yielded. An error in a thread or worker is raised by `next`.
 
     Args:
       dataset: stream of batches of one.
@@ -115,6 +117,8 @@ def batches(
       shard_index: this host, in [0, shard_count).
       shard_count: hosts.
       num_threads: threads that make batches ahead of time; 0 makes them in `next`.
+      num_workers: processes that have such threads each, and make every num_workers-th batch; 0 makes
+        batches in this process. `close` of the iterator ends them.
       prefetch: batches to be ready ahead of time, at least num_threads to keep all threads busy.
 
     Raises:
@@ -122,4 +126,9 @@ def batches(
     """
     steps = grain.MapDataset.source(_Batches(dataset, batch_size, shard_index, shard_count))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(steps.to_iter_dataset(options))
+    made = steps.to_iter_dataset(options)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads flags of its own; they keep their defaults
+        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=prefetch))
+    return iter(made)

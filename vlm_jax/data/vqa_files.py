@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -36,7 +37,7 @@ class VqaFiles:
       num_images: images that every line has; None for any number, as of the frames of clips.
       tasks: names that a line's `task` may have.
       max_corrupt: records without a readable image that each of the two files may have; they are
-        skipped, each with a warning.
+        skipped, each with a warning. Input workers count for themselves.
       max_pixels: height * width over which an image counts as corrupt.
       evaluation_size: records to evaluate, drawn by the seed; None for all.
     """
@@ -99,6 +100,14 @@ class Records:
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process of its own, which counts for itself what it cannot read."""
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._lock = threading.Lock()
 
     @property
     def corrupt(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import Any
 
 import tokenizers
 
@@ -60,6 +61,14 @@ class LayoutTokenizer(Tokenizer):
         self._special = {self.id_of(name): name for name in names.values()}
         unknown = getattr(backend.model, "unk_token", None)
         self._unknown_id = backend.token_to_id(unknown) if unknown else None
+        self._encode_once = functools.lru_cache(CACHED_TEXTS)(self._checked_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For an input worker, which fills a cache of its own."""
+        return {key: value for key, value in self.__dict__.items() if key != "_encode_once"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
         self._encode_once = functools.lru_cache(CACHED_TEXTS)(self._checked_ids)
 
     @classmethod

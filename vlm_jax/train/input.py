@@ -24,11 +24,19 @@ def rows(system: System, stream: str, seed: int) -> grain.MapDataset:
     return dataset.map(processor)
 
 
-def stage_batches(system: System, stage: Stage, seed: int) -> grain.DatasetIterator[Any]:
-    """This process's share of a stage's batches, from the first; its state can be saved and set."""
+def stage_batches(system: System, stage: Stage, seed: int, *, num_workers: int = 0) -> grain.DatasetIterator[Any]:
+    """This process's share of a stage's batches, from the first; its state can be saved and set.
+
+    Args:
+      system: the run's.
+      stage: whose stream and batch size.
+      seed: of the run.
+      num_workers: processes that make the batches; 0 for a thread of this one.
+    """
     return batches(
         rows(system, stage.stream, seed),
         stage.batch_size,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
+        num_workers=num_workers,
     )

@@ -1,5 +1,6 @@
 """The one training loop: stages, checkpoints, resumption, metrics."""
 
+import contextlib
 import dataclasses
 import signal
 import statistics
@@ -45,11 +46,18 @@ class LoopSettings:
       save_every: steps between checkpoints; one is also saved at the end of every stage.
       keep: newest checkpoints that stay.
       log_every: steps between writes of `metrics.jsonl`, which has a line for each step.
+      input_workers: processes that make the batches; 0 leaves it to a thread of the loop's own process. They are
+        enough where `input_seconds` in `metrics.jsonl`, for which a step's devices waited for its batch, is about 0.
     """
 
     save_every: int = 200
     keep: int = 2
     log_every: int = 20
+    input_workers: int = 0
+
+    def __post_init__(self):
+        if self.input_workers < 0:
+            raise ConfigError(f"config.loop.input_workers: 0 or more expected, got {self.input_workers}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +73,11 @@ class Outcome:
     params: Params
     step_seconds: float
     peak_bytes: int
+
+
+def is_done(metrics: Any) -> bool:
+    """Whether the step that gives `metrics` has been taken; so it is of None, which is no step's."""
+    return all(value.is_ready() for value in jax.tree.leaves(metrics))
 
 
 class Trainer:
@@ -147,12 +160,18 @@ class Trainer:
 
     def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the program."""
-        stage = span.stage
-        iterator = stage_batches(self.system, stage, self._seed)
-        if position:
-            iterator.set_state(position)
-        step = int(state.step)
-        batch = distribute(next(iterator), self.mesh) if step < span.stop else self._probe_batch(span)
+        iterator = stage_batches(self.system, span.stage, self._seed, num_workers=self._settings.input_workers)
+        with contextlib.closing(iterator):
+            if position:
+                iterator.set_state(position)
+            return self._run_steps(span, state, iterator, log, checkpoints)
+
+    def _run_steps(self, span: Span, state: TrainState, iterator, log: MetricsLog, checkpoints: RunCheckpoints):
+        stage, step, waited = span.stage, int(state.step), 0.0
+        if step < span.stop:
+            batch, waited = self._next(iterator, None)
+        else:
+            batch = self._probe_batch(span)
         compiled = compile_step(
             self._abstract_state(span),
             batch,
@@ -162,12 +181,12 @@ class Trainer:
             trained=tuple(stage.learning_rates),
         )
         key = jax.random.key(self._seed)
-        pending: list[tuple[int, Any]] = []
+        pending: list[tuple[int, Any, float]] = []
         since = time.perf_counter()
         while step < span.stop:
             state, metrics = compiled(state, batch, key)
             step += 1
-            pending.append((step, metrics))
+            pending.append((step, metrics, waited))
             last = step == span.stop
             logs = last or step % self._settings.log_every == 0 or step % self._settings.save_every == 0
             if jax.process_count() == 1:
@@ -186,14 +205,24 @@ class Trainer:
                     raise Interrupted(f"stopped by SIGTERM and saved at step {step} of {self.num_steps}")
                 since = time.perf_counter()
             if not last:
-                batch = distribute(next(iterator), self.mesh)
+                batch, waited = self._next(iterator, metrics)
         return state, compiled
 
-    def _flush(self, pending: list[tuple[int, Any]], label: str, seconds: float, log: MetricsLog) -> None:
+    def _next(self, iterator: Any, metrics: Any) -> tuple[Any, float]:
+        """The next batch on the devices, and the seconds that they may have stood still for it.
+
+        None while they are busy with the step of `metrics`; else the time until the batch came, at most.
+        """
+        since = time.perf_counter()
+        batch = next(iterator)
+        waited = time.perf_counter() - since
+        return distribute(batch, self.mesh), waited if is_done(metrics) else 0.0
+
+    def _flush(self, pending: list[tuple[int, Any, float]], label: str, seconds: float, log: MetricsLog) -> None:
         lines = []
-        for step, metrics in pending:
+        for step, metrics, waited in pending:
             values = {name: float(value) for name, value in metrics.items()}
-            lines.append({"step": step, "stage": label, **values, "seconds": seconds})
+            lines.append({"step": step, "stage": label, **values, "seconds": seconds, "input_seconds": waited})
             if not np.isfinite(values["loss"]):
                 log.append(lines)
                 raise Diverged(
