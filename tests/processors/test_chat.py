@@ -46,7 +46,17 @@ def test_messages_become_the_text_of_a_prompt():
     ],
 )
 def test_what_a_template_may_use(source, text):
-    assert ChatTemplate(source, {"bos_token": "<s>"}).render([USER], level=7) == text
+    variables = {"level": 7} if "level" in source else {}
+    assert ChatTemplate(source, {"bos_token": "<s>"}).render([USER], **variables) == text
+
+
+def test_a_variable_that_nothing_reads_is_told():
+    template = ChatTemplate("{% if enable_thinking is defined and enable_thinking %}hm{% endif %}")
+    assert template.render([USER], enable_thinking=True) == "hm"
+    with pytest.raises(
+        ChatTemplateError, match=r"nothing in it reads 'enable_thinkin'; did you mean 'enable_thinking'"
+    ):
+        template.render([USER], enable_thinkin=True)
 
 
 @pytest.mark.parametrize(

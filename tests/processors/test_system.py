@@ -187,6 +187,8 @@ def test_every_error_names_its_sample():
             made.batch([say("a"), say("<image>")], **given)
     with pytest.raises(PictureMismatch, match="conversation 0, video 0: this system takes pictures and no videos"):
         processor()(say("<video>"), videos=[[picture()]])
+    with pytest.raises(ChatTemplateError, match="conversation 0: the chat template: nothing in it reads 'max_pix"):
+        processor()(say("a"), max_pixels=9)
     with pytest.raises(ChatTemplateError, match="conversation 1: the chat template: expected at least one message"):
         processor().batch([say("a"), []])
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 from etils import epath
 
-from vlm_jax.config import read_json
+from vlm_jax.config import did_you_mean, read_json
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
 FOLDER = "additional_chat_templates"
@@ -50,6 +51,7 @@ class ChatTemplate:
         self.source, self.names, self.origin = source, dict(names or {}), origin
         try:
             self._template = _environment().from_string(source)
+            self._reads = jinja2.meta.find_undeclared_variables(_environment().parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"{origin}: not a Jinja template: line {error.lineno}: {error.message}") from error
 
@@ -63,10 +65,12 @@ class ChatTemplate:
           **variables: more for the template, such as `enable_thinking`; `tools` among them.
 
         Raises:
-          ChatTemplateError: no message, or the template refuses them.
+          ChatTemplateError: no message, the template refuses them, or it has no use for a variable.
         """
         if not messages:
             raise ChatTemplateError(f"{self.origin}: expected at least one message, got none")
+        for name in variables.keys() - self._reads:
+            raise ChatTemplateError(f"{self.origin}: nothing in it reads '{name}'{did_you_mean(name, self._reads)}")
         given = {"tools": None, "documents": None, **self.names, **variables}
         try:
             return self._template.render(

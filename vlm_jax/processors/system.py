@@ -17,6 +17,7 @@ from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
 from vlm_jax.processors.seen import PictureMismatch, Seen, Views
 from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.turns import PromptError
 from vlm_jax.processors.video import FrameSampling, Sampling, read_video
 from vlm_jax.types import Batch
 
@@ -237,7 +238,7 @@ def named(name: str) -> Iterator[None]:
     """Errors that do not say which sample they are of say it."""
     try:
         yield
-    except (ChatTemplateError, CorruptImage, InfeasibleBudget, PictureMismatch) as error:
+    except (ChatTemplateError, CorruptImage, InfeasibleBudget, PictureMismatch, PromptError) as error:
         if name in str(error):
             raise
         raise type(error)(f"{name}: {error}") from error

@@ -26,7 +26,7 @@ from vlm_jax.processors.patches import pack, window_of_blocks
 from vlm_jax.types import VisualFeatures
 
 NOT_COMPARED = {
-    r"text\.input_ids|batch\.input_ids": "ids that the folder's other arrays are made of, and their padding",
+    r"text\.input_ids": "ids drawn at random, which no text gives and other arrays are made of",
     r"sft\.labels": "what the release's own fine-tuning learns of a conversation",
 }
 # Arrays of the same weights under other settings -> the fields of the module that differ.

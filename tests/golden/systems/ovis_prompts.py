@@ -71,6 +71,11 @@ def outputs2_5(golden: Golden, config: dict) -> dict[str, Any]:
         thinking = {"enable_thinking": not text.endswith(THINK)}
         found[key] = np.array(ours.prompt.template.render(messages(text), **thinking))
         found[f"{name}.input_ids"] = ids(ours(messages(text), given, **thinking))
+    # The second row has ids drawn at random, which no text gives.
+    rows = [found["mm.input_ids"][0], golden.expected["text.input_ids"][0]]
+    found["batch.input_ids"] = np.full((2, max(map(len, rows))), ours.pad_id)
+    for row, given in zip(found["batch.input_ids"], rows, strict=True):
+        row[: len(given)] = given
     return found | _video(golden, limited("video.min_max_pixels")) | _trained(golden, ours, images)
 
 
