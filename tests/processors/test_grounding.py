@@ -62,9 +62,33 @@ def test_boxes_in_pixels_of_what_the_model_saw():
     assert answer_boxes(JSON, (200, 50), (100, 100))[0].box == (5, 40, 15, 80)
 
 
-def test_an_answer_without_boxes_has_none():
-    for text in ("no box", "<box>(1,2)</box>", '{"bbox_2d": "all"}', "{}"):
-        assert answer_boxes(text, (10, 10)) == []
+@pytest.mark.parametrize("text", ["no box", "<box>(1,2)</box>", '{"bbox_2d": "all"}', "{}"])
+def test_an_answer_without_boxes_has_none(text):
+    assert answer_boxes(text, (10, 10)) == []
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "true", "null", "1e400", "9" * 400, "9" * 5000,
+                                    "[" * 100_000], ids=lambda number: number[:9])  # fmt: skip
+def test_what_is_no_number_makes_no_box(number):
+    """The whole boxes beside it stay, and can be drawn."""
+    texts = (
+        f'[{{"bbox_2d": [0, 0, 2, {number}]}}, {{"bbox_2d": [1, 2, 3, 4]}}]',
+        f"<box>[[0, 0, 2, {number}]]</box><box>[[100, 200, 300, 400]]</box>",
+        f"<box>(0,0),(2,{number})</box><box>(100,200),(300,400)</box>",
+    )
+    for text in texts:
+        boxes = answer_boxes(text, (10, 10))
+        assert [box.box for box in boxes] == [(1, 2, 3, 4)]
+        assert np.asarray(draw_boxes(Image.new("RGB", (10, 10)), boxes)).any()
+    if number.isdigit():
+        html = f'<p data-bbox="0 0 2 {number}">a</p><p data-bbox="1 2 3 4">b</p>'
+        assert document_blocks(html, (10, 10)) == [Block("p", "", "b", (1, 2, 3, 4))]
+
+
+def test_boxes_far_outside_are_drawn_as_far_as_they_are_seen():
+    far = answer_boxes('{"bbox_2d": [-1000000000, 4, 1000000000, 1000000000], "label": "x"}', (10_000, 10), (1, 1))
+    drawn = np.asarray(draw_boxes(Image.new("RGB", (10, 10)), [*far, NamedBox((2, 3, 5, 8))]))
+    assert drawn[3, 2:6].any()
 
 
 def test_a_document_in_blocks():

@@ -177,3 +177,11 @@ def test_pixels_are_rescaled_and_normalised_per_channel():
     values = normalize(image, mean=(0.5, 0.2, 0.0), std=(0.5, 0.1, 2.0))
     assert values.dtype == np.float32
     np.testing.assert_allclose(values, [[[-1.0, 0.0, 0.5]]], atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0), (0, 0, 1)])
+def test_a_picture_without_pixels_is_named(shape):
+    height, width = shape[:2]
+    for source in (np.zeros(shape, np.uint8), Image.new("RGB", (width, height))):
+        with pytest.raises(CorruptImage, match=f"image 3: expected pixels, got none in {height}x{width}"):
+            to_picture(source, name="image 3")

@@ -1,5 +1,8 @@
 """Pictures and texts of two towers and classifiers; `tests/parity/test_image_text.py` compares whole folders."""
 
+import inspect
+import pathlib
+
 import numpy as np
 import pytest
 import tokenizers
@@ -74,3 +77,19 @@ def test_what_is_not_read_is_refused(tokenizer):
         ImageTextProcessor(images, texts)(texts="a")
     with pytest.raises(ValueError, match="image 1: its header claims 8x9 pixels, more than max_pixels=64"):
         ImageTextProcessor(images, max_pixels=64)([picture, Image.new("RGB", (9, 8))])
+
+
+PIXELS = np.zeros((2, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [Image.fromarray(PIXELS[0]), PIXELS[0], PIXELS, "a.png", pathlib.Path("a.png"), b"\x89PNG"],
+    ids=lambda one: type(one).__name__,
+)
+def test_one_picture_is_no_list(one):
+    processor = ImageTextProcessor(SquareInputs(SquareViews(Pixels(), (8, 8))))
+    # Without the checks of types, which stand before it in tests.
+    call = inspect.unwrap(type(processor).__call__)
+    with pytest.raises(PictureMismatch, match=r"images: expected a list of pictures, got .*; write \[picture\]"):
+        call(processor, one)

@@ -29,7 +29,8 @@ _TAGGED = re.compile(
     r"(?:(?:<ref>|<\|object_ref_start\|>|<\|ref\|>)(?P<name>[^<]*)(?:</ref>|<\|object_ref_end\|>|<\|/ref\|>)\s*)?"
     r"(?P<tag><box>|<\|box_start\|>|<\|det\|>)(?P<box>[^<]*)(?:</box>|<\|box_end\|>|<\|/det\|>)"
 )
-_CORNERS = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
+_CORNERS = re.compile(r"\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)\s*,\s*\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)")
+MAX_COORDINATE = 10**9  # no picture is as large; what is beyond names no place
 VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "col", "wbr"))  # elements without an end
 
 
@@ -117,7 +118,7 @@ def _tagged_boxes(text: str) -> list[tuple[Sequence[Number], int, str | None]]:
         else:
             try:
                 boxes = json.loads(tagged["box"])
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         name = None if tagged["name"] is None else tagged["name"].strip()
         unit = SCALE - 1 if tagged["tag"] == "<|det|>" else SCALE
@@ -126,7 +127,12 @@ def _tagged_boxes(text: str) -> list[tuple[Sequence[Number], int, str | None]]:
 
 
 def _is_box(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(isinstance(x, int | float) for x in value)
+    """Four numbers that can be scaled and drawn: JSON's reader also takes NaN, Infinity and any number of digits."""
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_COORDINATE
 
 
 def _json_boxes(text: str) -> list[tuple[list[Number], str | None]]:
@@ -135,7 +141,7 @@ def _json_boxes(text: str) -> list[tuple[list[Number], str | None]]:
     for entry in re.findall(r"\{[^{}]*\}", text):
         try:
             values = json.loads(entry)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         box, label = values.get("bbox_2d"), values.get("label")
         if _is_box(box):
@@ -160,9 +166,10 @@ class _Reader(html.parser.HTMLParser):
             self._text.append({"br": "\n", "tr": "\n", "td": "\t", "th": "\t"}.get(tag, ""))
             return
         numbers = re.findall(r"-?\d+(?:\.\d+)?", given.get("data-bbox") or "")
-        if len(numbers) != 4 or tag == "body":
+        box = [float(number) for number in numbers]
+        if not _is_box(box) or tag == "body":
             return
-        left, top, right, bottom = map(float, numbers)
+        left, top, right, bottom = box
         block = Block(tag, given.get("class") or "", "", (left, top, right, bottom))
         if tag in VOID:
             self.blocks.append(block)

@@ -70,7 +70,7 @@ def to_picture(
 
     Raises:
       FileNotFoundError: there is no such file.
-      CorruptImage: the file cannot be decoded, the picture is too large, or the array is no picture.
+      CorruptImage: the file cannot be decoded, the picture is too large or has no pixels, or the array is no picture.
     """
     if isinstance(source, np.ndarray):
         if (
@@ -82,6 +82,8 @@ def to_picture(
                 f"{name}: expected uint8 pixels [height, width] or [height, width, 1, 3 or 4], got {source.dtype} "
                 f"{list(source.shape)}"
             )
+        if not source.size:  # Pillow would not take it
+            raise CorruptImage(f"{name}: expected pixels, got none in {source.shape[0]}x{source.shape[1]}")
         source = Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
     if isinstance(source, Image.Image):
         picture = _decoded(source, max_pixels, name)
@@ -109,6 +111,8 @@ def _opened(source: str | os.PathLike | bytes, max_pixels: int, name: str) -> Im
 def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
     """Upright, in mode L or RGB. A file's header is read before its pixels are."""
     width, height = picture.size
+    if not width * height:
+        raise CorruptImage(f"{name}: expected pixels, got none in {height}x{width}")
     if width * height > max_pixels:
         raise CorruptImage(f"{name}: its header claims {height}x{width} pixels, more than max_pixels={max_pixels}")
     try:

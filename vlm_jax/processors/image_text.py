@@ -1,6 +1,7 @@
 """Pictures and texts side by side, for models of two towers and for classifiers: no conversation, no places."""
 
 import dataclasses
+import os
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -178,11 +179,12 @@ class ImageTextProcessor:
           texts: captions or prompts; longer ones than the tower reads are cut, as it was trained.
 
         Raises:
-          PictureMismatch: neither is given, or what the model does not read.
+          PictureMismatch: neither is given, one stands without a list, or what the model does not read.
           CorruptImage: a picture cannot be read, or is too large.
         """
         if isinstance(texts, str):
             raise PictureMismatch(f"texts: expected a list of texts, got the text {texts!r}; write [{texts!r}]")
+        _check_list(images)
         for what, given, reads in (("pictures", images, self.images), ("texts", texts, self.texts)):
             if given and reads is None:
                 raise PictureMismatch(f"this model reads no {what}, and {len(given)} are given")
@@ -195,3 +197,10 @@ class ImageTextProcessor:
             self.images(pictures) if self.images is not None and pictures else None,
             self.texts(texts) if self.texts is not None and texts else None,
         )
+
+
+def _check_list(images: object) -> None:
+    """Refuses what is one picture, whose letters or rows would be taken for pictures."""
+    if isinstance(images, Image.Image | np.ndarray | str | os.PathLike | bytes):
+        shown = repr(images) if isinstance(images, str | os.PathLike) else f"one {type(images).__name__}"
+        raise PictureMismatch(f"images: expected a list of pictures, got {shown}; write [picture]")
