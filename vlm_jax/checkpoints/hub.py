@@ -27,7 +27,8 @@ from vlm_jax.config import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAP_FILE = "checkpoint_map.json"  # of a folder of Orbax arrays; see `checkpoints.mapped`
+# Of a folder of Orbax arrays; see `checkpoints.mapped`.
+MAP_FILE, PARAMS = "checkpoint_map.json", "params"
 MAX_SHARD_BYTES = 5 * 2**30
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

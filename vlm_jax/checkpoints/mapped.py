@@ -20,13 +20,13 @@ from etils import epath
 
 from vlm_jax.checkpoints import ops
 from vlm_jax.checkpoints.arrays import open_arrays, save_arrays
-from vlm_jax.checkpoints.hub import MAP_FILE, Checkpoint, CheckpointFileError, LazyTensor, open_checkpoint
+from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS, Checkpoint, CheckpointFileError, LazyTensor, open_checkpoint
 from vlm_jax.checkpoints.lazy import lazy_release
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
 from vlm_jax.checkpoints.rules import Rule, Step, export_plan
 from vlm_jax.config import read_json
 
-PARAMS, CARRIED = "params", "carried"  # folders, and what the rules' targets start with
+CARRIED = "carried"  # beside PARAMS: a folder, and what the rules' targets start with
 
 
 def is_mapped(path: Path) -> bool:

@@ -8,6 +8,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS
+
 CHECKPOINTS = "checkpoints"  # the folder in a workdir
 METADATA_BYTES = 256 * 1024  # what Orbax writes beside the arrays, generously
 
@@ -158,17 +160,17 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
 
 
 def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, Any]:
-    """Reads some parts of the newest checkpoint of another run.
+    """Reads some parts of the newest checkpoint of another run, or of a release.
 
     Args:
-      directory: that run's checkpoint directory.
+      directory: that run's checkpoint directory, or a folder of Orbax arrays that came from a release.
       parts: {part: pytree of `jax.ShapeDtypeStruct` with shardings}.
 
     Raises:
       CheckpointError: there is no checkpoint, or a part of it has other shapes.
     """
-    state = newest_state(directory)
-    like = {"params": parts}
+    directory, released = _absolute(directory), (_absolute(directory) / MAP_FILE).exists()
+    state, like = (directory / PARAMS, parts) if released else (newest_state(directory), {"params": parts})
     restore_args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like)
     arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     try:
@@ -179,4 +181,4 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
     for leaf, found in zip(jax.tree.leaves(like), jax.tree.leaves(restored), strict=True):
         if leaf.shape != found.shape:
             raise CheckpointError(f"{state} holds shape {found.shape}, not {leaf.shape}")
-    return restored["params"]
+    return restored if released else restored["params"]

@@ -1,11 +1,13 @@
-"""python -m vlm_jax.cli.train --config=configs/X.py --workdir=DIR"""
+"""python -m vlm_jax.cli.train --config=configs/X.py --workdir=DIR [--init_from=DIR]"""
 
 import json
+from typing import Any
 
 import rich.console
 import rich.progress
+from absl import flags
 
-from vlm_jax.build import build
+from vlm_jax.build import PARTS, build
 from vlm_jax.cli import command
 from vlm_jax.config import parse
 from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all, realised_tokens
@@ -13,6 +15,13 @@ from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.workdir import write_whole
+
+INIT_FROM = flags.DEFINE_string(
+    "init_from",
+    None,
+    "What encoder, connector and decoder start from: a folder that cli.convert made of a release, or the "
+    "checkpoints of another run.",
+)
 
 
 def main() -> None:
@@ -28,7 +37,8 @@ def main() -> None:
         def progress(step, steps, metrics):
             bar.update(task, total=steps, completed=step, description=f"{metrics['stage']} {metrics['loss']:.3f}")
 
-        outcome = Trainer(config, system, mesh, workdir, progress=progress).run()
+        start: Any = {"init_from": INIT_FROM.value, "init_parts": PARTS}
+        outcome = Trainer(config, system, mesh, workdir, progress=progress, **start).run()
     samples = system.open_source().evaluation(config.seed)
     answers = answer_all(system, outcome.params, samples, evaluation.batch_size)
     table, tokens = accuracy(answers), realised_tokens(answers)

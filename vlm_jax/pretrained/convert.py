@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from vlm_jax.checkpoints.arrays import check_space, open_arrays
 from vlm_jax.checkpoints.hub import (
+    PARAMS,
     Checkpoint,
     CheckpointFileError,
     LazyTensor,
@@ -28,7 +29,7 @@ from vlm_jax.checkpoints.hub import (
     save_checkpoint,
 )
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
-from vlm_jax.checkpoints.mapped import CARRIED, PARAMS, MappedFolder, is_mapped, open_release, save_mapped
+from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, newest_state
 from vlm_jax.checkpoints.rules import Rule, Step, plan, prefixed
 from vlm_jax.pretrained.family import Description, Family

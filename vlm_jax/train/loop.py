@@ -88,8 +88,9 @@ class Trainer:
       system: what `build(config)` made.
       mesh: devices.
       workdir: the run's folder, local or `gs://`.
-      init_from: checkpoint directory of another run whose encoder and decoder this one starts
-        from, or None to start from scratch.
+      init_from: checkpoint directory of another run, or a folder that `cli.convert` made of a release,
+        whose parts this run starts from; None to start from scratch.
+      init_parts: the parts that are read there; the others are drawn.
       progress: called after every step that was logged.
 
     Raises:
@@ -104,10 +105,12 @@ class Trainer:
         workdir: epath.PathLike,
         *,
         init_from: epath.PathLike | None = None,
+        init_parts: tuple[str, ...] = ("encoder", "decoder"),
         progress: Progress = lambda step, steps, metrics: None,
     ):
         self.system, self.mesh, self.workdir = system, mesh, epath.Path(workdir)
-        self._seed, self._init_from, self._progress = config.seed, init_from, progress
+        self._seed, self._progress = config.seed, progress
+        self._init_from, self._init_parts = init_from, init_parts
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
@@ -239,7 +242,7 @@ class Trainer:
             params = init(jax.random.key(self._seed))
         if self._init_from is not None:
             shapes = abstract(self._boxed, self.mesh)
-            params |= read_parts(self._init_from, {part: shapes[part] for part in ("encoder", "decoder")})
+            params |= read_parts(self._init_from, {part: shapes[part] for part in self._init_parts})
         return self._enter(span, TrainState(np.zeros((), np.int32), params, None))
 
     def _enter(self, span: Span, state: TrainState) -> TrainState:
