@@ -96,5 +96,8 @@ def test_a_release_of_other_sizes_is_refused(config, orbax, one_device, tmp_path
     with config.unlocked():
         config.decoder.vocab_size = 1000
     trainer = Trainer(config, build(config), one_device, tmp_path / "run", init_from=orbax, init_parts=PARTS)
-    with pytest.raises(CheckpointError, match=r"params holds shape \((\d+), (\d+)\), not \(1000, \2\)"):
+    message = (
+        r"orbax/params cannot be read: .*shape: \((\d+), 1000\) is not compatible with the stored shape: \(\1, 150\)"
+    )
+    with pytest.raises(CheckpointError, match=message):
         trainer._first_state(trainer._spans[0])

@@ -175,8 +175,9 @@ def _described(
 ) -> tuple[Path, dict[str, Any] | None, Checkpoint, Description]:
     """The folder, its config where it is not the file's own, its tensors, and what they are."""
     folder = path if path.is_dir() else path.parent
+    release = open_release(path)
     own = read_config(folder)
-    config, release = with_named_tower(own, open_release(path), folder)
+    config, release = with_named_tower(own, release, folder)
     description = choose_family(config, families)(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
     return folder, None if config == own else config, release, description
 
