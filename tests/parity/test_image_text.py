@@ -17,6 +17,7 @@ import vlm_jax
 from tests.processors.vocabularies import sentencepiece_model
 from vlm_jax.evals.zero_shot import class_embeddings, top_k_accuracy
 from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.processors.tokenizer import TokenizerError
 
 from .test_processors import SIZES, pictures
 
@@ -236,3 +237,15 @@ def test_towers_alone(tmp_path):
         vision.processor(texts=TEXTS)
     with pytest.raises(ValueError, match="reads no pictures"):
         text.processor(pictures(1))
+
+
+def test_pictures_where_nothing_fills_texts_up(tmp_path):
+    """A tokenizer without a pad token is a matter of texts alone."""
+    _, _, ours = siglip2_fixed(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in settings.items() if key != "pad_token"}))
+    again = vlm_jax.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.processor(pictures(1)).images, ours.processor(pictures(1)).images)
+    with pytest.raises(TokenizerError, match=r"1 texts cannot be read: .*expected a pad_token"):
+        again.processor(texts=["a"])

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
 
 import vlm_jax
@@ -45,6 +46,53 @@ def test_open_clip_by_its_own_settings(tmp_path, picture):
         _ = copied("open_clip_vit", tmp_path / "bad", preprocess_cfg={"resize_mode": "diagonal"}).processor
 
 
+@pytest.mark.parametrize(
+    ("name", "resample"), [("random", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)]
+)
+def test_filters_of_open_clip(tmp_path, picture, name, resample):
+    """One drawn at random is of training; open_clip evaluates with a bicubic one then."""
+    cfg = {"mean": 0, "std": 1, "interpolation": name, "resize_mode": "squash", "size": [32], "mode": "RGB"}
+    found = copied("open_clip_vit", tmp_path, preprocess_cfg=cfg).processor([picture]).images[0]
+    np.testing.assert_allclose(found * 255, np.asarray(picture.resize((32, 32), resample)), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"interpolation": "lanczos"}, "interpolation: expected 'bicubic' or 'bilinear' or 'random', got 'lanczos'"),
+        ({"size": 48}, r"makes pictures of \(48, 48\) pixels .* the model reads \(32, 32\)"),
+        ({"size": [32, 48]}, r"pictures of \(32, 48\) pixels"),
+        ({"size": [3, 32, 32]}, "size: expected a number or 2"),
+        ({"mean": [0.5, 0.5]}, "mean: expected a number or 3"),
+        ({"mode": "L"}, "mode: expected 'RGB'"),
+        ({"crop_pct": 0.9}, "preprocess_cfg: crop_pct: not computed here"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(value),
+)
+def test_settings_of_open_clip_that_are_refused(tmp_path, setting, message):
+    with pytest.raises(PretrainedError, match=message):
+        _ = copied("open_clip_vit", tmp_path, preprocess_cfg=setting).processor
+
+
+def filled_up(size, **settings):
+    """A SentencePiece model of exactly so many pieces."""
+    few = {"vocab_size": size, "byte_fallback": False, "pad_id": 0, "eos_id": 1, **settings}
+    found = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(**few)).get_piece_size()
+    spare = [f"<unused{number}>" for number in range(size - found)]
+    return sentencepiece_model(**few, user_defined_symbols=spare)
+
+
+def siglip_model(size):
+    """As c4_en and mc4 are: no start, pads beside an end."""
+    return filled_up(size, model_type="unigram", unk_id=2, bos_id=-1, remove_extra_whitespaces=True)
+
+
+def gemma_model(size):
+    """As Gemma's: other names, a start, spaces as they are and none before a text."""
+    names = {"eos_piece": "<eos>", "bos_piece": "<bos>", "add_dummy_prefix": False}
+    return filled_up(size, bos_id=2, unk_id=3, **names)
+
+
 def test_pictures_without_a_tokenizer(tmp_path, picture):
     """Released archives of big_vision have none: pictures are read, texts are refused by name."""
     ours = copied("bv_siglip", tmp_path)
@@ -54,15 +102,48 @@ def test_pictures_without_a_tokenizer(tmp_path, picture):
     assert ours.encode_images([picture]).shape == (1, 32)
     with pytest.raises(TokenizerError, match=r"2 texts cannot be read: .*no tokenizer here"):
         ours.encode_texts(["a", "b"])
-    model = sentencepiece_model(model_type="unigram", vocab_size=60, byte_fallback=False, pad_id=0, eos_id=1,
-                                unk_id=2, bos_id=-1, remove_extra_whitespaces=True)  # fmt: skip
-    (tmp_path / "spiece.model").write_bytes(model)
+    (tmp_path / "spiece.model").write_bytes(siglip_model(60))
     again = vlm_jax.from_pretrained(tmp_path)
-    tokens = np.asarray(again.processor(texts=["The dog!", "the dog"]).tokens)
-    assert tokens.shape == (2, ours.module.text.context_length)
-    np.testing.assert_array_equal(tokens[0], tokens[1])
-    assert (tokens[:, -1] == 1).all()  # the end fills texts up
-    assert again.logits(again.processor([picture], ["the dog"])).shape == (1, 1)
+    assert again.logits(again.processor([picture], ["the dog", "a fox"])).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("release", "made", "cleaned", "pad", "file"),
+    [
+        ("bv_siglip", siglip_model, "the dog by the fox s dog", 1, "spiece.model"),
+        ("bv_siglip", siglip_model, "the dog by the fox s dog", 1, "tokenizer.model"),
+        ("bv_siglip2", gemma_model, "the dog,  by the fox! 's dog", 0, "tokenizer.model"),
+    ],
+)
+def test_texts_of_big_vision(tmp_path, release, made, cleaned, pad, file):
+    """Beside SentencePiece itself, as the demos of both releases tokenize, whatever the file is called."""
+    rows = json.loads((DATA / release / "config.json").read_text())["model"]["text"]["vocab_size"]
+    model = made(rows)
+    ours = copied(release, tmp_path)
+    (tmp_path / file).write_bytes(model)
+    spelt = sentencepiece.SentencePieceProcessor(model_proto=model)
+    length = ours.module.text.context_length
+    texts = {"The DOG,  by the fox! 's dog": cleaned, "Dog": "dog", "": ""}
+    expected = [spelt.encode(text) for text in texts.values()]
+    assert len(expected[0]) >= length  # cut, and its end stays
+    expected = [[*ids[: length - 1], 1, *[pad] * (length - 1 - len(ids))] for ids in expected]
+    np.testing.assert_array_equal(ours.processor(texts=list(texts)).tokens, expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda rows: sentencepiece_model(vocab_size=rows, byte_fallback=False), r"expected .*SigLIP .*at \(None, 2\)"),
+        (lambda rows: siglip_model(rows - 10), r"\d+ tokens, and the text tower has \d+; take the tokenizer"),
+        (lambda rows: gemma_model(rows + 101), r"\d+ tokens, and the text tower has \d+; take the tokenizer"),
+    ],
+)
+def test_tokenizers_of_other_models_are_refused_for_texts_alone(tmp_path, picture, model, message):
+    ours = copied("bv_siglip", tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(model(60))
+    assert len(ours.processor([picture]).images) == 1
+    with pytest.raises(TokenizerError, match=f"1 texts cannot be read: .*{message}"):
+        ours.processor(texts=["the dog"])
 
 
 def test_classifiers_of_vision_transformer_and_big_vision(tmp_path, picture):

@@ -45,6 +45,11 @@ class SquareInputs:
 
     views: SquareViews
 
+    @property
+    def size(self) -> Size:
+        """(height, width) of the tiles, in pixels."""
+        return self.views.size
+
     def __call__(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B height width channels"]:
         return np.concatenate([seen.pixels for seen in self.views.images(pictures)])
 
@@ -128,6 +133,7 @@ class TextInputs:
       pad_id: fills up. Towers read it like any token.
       lower: texts in lower case.
       bare: texts without punctuation and spare spaces.
+      end_id: follows every text, instead of the tokenizer's own tokens about it; None for these.
 
     Source: transformers, models/siglip/tokenization_siglip.py, canonicalize_text; big_vision, pp/ops_text.py, tokenize.
     """
@@ -137,13 +143,15 @@ class TextInputs:
     pad_id: int
     lower: bool = False
     bare: bool = False
+    end_id: int | None = None
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "B T"]:
         tokens = np.full((len(texts), self.length), self.pad_id, np.int32)
         for row, text in zip(tokens, texts, strict=True):
-            ids = self.tokenizer.encode(self.cleaned(text), add_special=True)
+            ids = self.tokenizer.encode(self.cleaned(text), add_special=self.end_id is None)
+            ids += [] if self.end_id is None else [self.end_id]
             if len(ids) > self.length:
-                end = ids[-1:] if ids[-1] == self.tokenizer.eos_id else []
+                end = ids[-1:] if ids[-1] in (self.tokenizer.eos_id, self.end_id) else []
                 ids = [*ids[: self.length - len(end)], *end]
             row[: len(ids)] = ids
         return tokens

@@ -19,10 +19,19 @@ from vlm_jax.processors.vocabulary import (
 )
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "vocab.json with merges.txt")
-# transformers, models/llama/tokenization_llama.py and models/siglip/tokenization_siglip.py; files leave them out.
-SENTENCEPIECE_FILES: dict[str, dict[str, Any]] = {
-    "tokenizer.model": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
-    "spiece.model": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_eos_token": True},
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+# What tokenizer classes have where files leave it out, by the names that a SentencePiece model itself has for the start
+# and the end of a text. transformers, models/{llama,siglip,gemma}/tokenization_*.py.
+SENTENCEPIECE_DEFAULTS: dict[tuple[str | None, str | None], dict[str, Any]] = {
+    ("<s>", "</s>"): {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
+    (None, "</s>"): {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_eos_token": True},
+    ("<bos>", "<eos>"): {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+    },
 }
 
 
@@ -133,8 +142,8 @@ def read_backend(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 def _sentencepiece(folder: epath.Path, name: str, settings: dict[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
     """The vocabulary, and the settings with the defaults of the releases' tokenizer classes."""
     model = (folder / name).read_bytes()
-    settings = {**SENTENCEPIECE_FILES[name], **settings}
     bare = SentencePieceVocabulary(model, {}, bos=None, eos=None)
+    settings = {**SENTENCEPIECE_DEFAULTS.get(bare.edge_names, {}), **settings}
     added, following = _added(folder, settings), bare.size
     ids: dict[str, int] = {}
     for index, token in added:

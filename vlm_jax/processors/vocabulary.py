@@ -118,6 +118,9 @@ class SentencePieceVocabulary:
 
     Added tokens cut a text into stretches, and the model spells each. Its dummy prefix, the space that a
     text is taken to begin with, stands before every stretch (`legacy`), or before a text alone.
+
+    Attributes:
+      edge_names: what the model itself calls the start and the end of a text; None where it has none.
     """
 
     def __init__(
@@ -145,6 +148,7 @@ class SentencePieceVocabulary:
         self._prefixed = self._model.encode("a", out_type=str)[0].startswith(SPACE)
         self.special = {index: token.content for index, token in added.items() if token.special}
         self.size = max(self._model.get_piece_size(), *(index + 1 for index in added), 0)
+        self.edge_names = (self._piece(self._model.bos_id()), self._piece(self._model.eos_id()))
         # The longest of those that begin at a place wins.
         tokens = sorted(added.values(), key=lambda token: -len(token.content))
         patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens]
@@ -175,6 +179,9 @@ class SentencePieceVocabulary:
             text += piece[1:] if first and self._prefixed and piece.startswith(b" ") else piece
             first = False
         return text.decode(errors="replace")
+
+    def _piece(self, index: int) -> str | None:
+        return None if index < 0 else self._model.id_to_piece(index)
 
     def id_of(self, token: str) -> int | None:
         if token in self._added:

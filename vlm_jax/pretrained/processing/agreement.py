@@ -6,7 +6,7 @@ from flax import linen as nn
 from PIL import Image
 
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.processors.image_text import ImageTextProcessor, NaflexInputs, SquareInputs
+from vlm_jax.processors.image_text import ImageTextProcessor, NaflexInputs, SquareInputs, TensorFlowInputs
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.seen import NoViews
 from vlm_jax.processors.system import Processor
@@ -59,14 +59,15 @@ def check_image_text(processor: ImageTextProcessor, module: nn.Module) -> None:
     told, inputs = getattr(tower, "image_size", None), processor.images
     if isinstance(inputs, NaflexInputs):
         told, found, what = tower.patch_size, inputs.patch_size, "patches"  # type: ignore[attr-defined]
-    elif isinstance(inputs, SquareInputs):
-        found, what = inputs.views.size, "pictures"
+    elif isinstance(inputs, SquareInputs | TensorFlowInputs):
+        found, what = inputs.size, "pictures"
     else:
         return
     if told is not None and told != found:
         raise PretrainedError(
             f"the processor makes {what} of {found} pixels by the folder's files, the model reads {told}; set size and "
-            "crop_size, or patch_size, in preprocessor_config.json to the model's"
+            "crop_size, or patch_size, in preprocessor_config.json, or size in open_clip's preprocess_cfg, to the "
+            "model's"
         )
 
 

@@ -1,7 +1,7 @@
 """Two-tower models and classifiers: what their pictures and texts become, by the folder's files and the module."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from PIL import Image
@@ -34,16 +34,25 @@ from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 
 # transformers, models/{clip,siglip,siglip2,vit}/image_processing_*.py; sizes that files leave out are the tower's.
 NAFLEX_DEFAULTS: dict[str, Any] = {**HALF_STATISTICS, "resample": 2, "patch_size": 16, "max_num_patches": 256}
-# open_clip, src/open_clip/transform.py, PreprocessCfg.
+# open_clip, src/open_clip/transform.py, PreprocessCfg; its size is the tower's where it is left out.
 OPEN_CLIP_DEFAULTS: dict[str, Any] = {
+    "size": None,
+    "mode": "RGB",
     "mean": CLIP_STATISTICS["image_mean"],
     "std": CLIP_STATISTICS["image_std"],
     "interpolation": "bicubic",
     "resize_mode": "shortest",
     "fill_color": 0,
 }
+# The same, image_transform: a filter drawn at random is for training alone, and is bicubic in evaluation.
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "random": Image.Resampling.BICUBIC,
+}
 _FITS = {"shortest": "crop_rounded", "squash": "stretch", "longest": "shrink_rounded"}
 HALF = Pixels(tuple(HALF_STATISTICS["image_mean"]), tuple(HALF_STATISTICS["image_std"]))
+_SENTINELS = 100  # mc4's file has so many pieces more than the tower has rows
 # big_vision's evaluators of ViT: resize_small(256)|central_crop(224), and its like at other sides.
 _EDGE = 256 / 224
 
@@ -57,7 +66,7 @@ def clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextPro
         crop = {"crop_size": {"height": height, "width": width}, "do_center_crop": True}
         settings = image_settings(folder, {"size": {"shortest_edge": min(height, width)}, **crop})
         images = SquareInputs(square_views(settings, f"{folder}: image processor", edge=True))
-    return ImageTextProcessor(images, _texts(folder, module))
+    return ImageTextProcessor(images, _texts(folder, module, _filled))
 
 
 def siglip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
@@ -68,7 +77,7 @@ def siglip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextP
         images = NaflexInputs(pixels(settings), settings["patch_size"], settings["max_num_patches"])
     elif tower is not None:
         images = _stretched(folder, module, HALF_STATISTICS)
-    return ImageTextProcessor(images, _siglip_texts(folder, module, str(config["model_type"])))
+    return ImageTextProcessor(images, _siglip_texts(folder, module))
 
 
 def vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
@@ -87,19 +96,22 @@ def open_clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTe
     """CLIP of open_clip, whose config has a `preprocess_cfg`; texts are filled up with zeros there."""
     where = "preprocess_cfg"
     given = {key: value for key, value in (config.get(where) or {}).items() if value is not None}
+    if unknown := sorted(given.keys() - OPEN_CLIP_DEFAULTS.keys()):
+        raise PretrainedError(
+            f"{where}: {', '.join(unknown)}: not computed here; known here: {', '.join(OPEN_CLIP_DEFAULTS)}"
+        )
     settings = with_defaults(given, OPEN_CLIP_DEFAULTS, where)
-    check_supported(settings, {"resize_mode": tuple(_FITS), "mode": ("RGB",)}, where)
-    resample = Image.Resampling.BILINEAR if settings["interpolation"] == "bilinear" else Image.Resampling.BICUBIC
-    mean, std = (_channels(settings[key]) for key in ("mean", "std"))
-    fill = settings["fill_color"]
+    check_supported(settings, {"resize_mode": tuple(_FITS), "interpolation": tuple(_FILTERS), "mode": ("RGB",)}, where)
+    mean, std = (tuple(map(float, _repeated(settings[key], 3, f"{where}.{key}"))) for key in ("mean", "std"))
+    fill, size = settings["fill_color"], settings["size"]
     views = SquareViews(
-        Pixels(mean, std, resample),
-        _side(module),
+        Pixels(mean, std, _FILTERS[settings["interpolation"]]),
+        _side(module) if size is None else _repeated(size, 2, f"{where}.size"),
         fit=_FITS[settings["resize_mode"]],  # type: ignore[arg-type]
-        background=(fill, fill, fill) if isinstance(fill, int) else tuple(fill),
+        background=_repeated(fill, 3, f"{where}.fill_color"),
         min_size=1,
     )
-    return ImageTextProcessor(SquareInputs(views), _texts(folder, module, pad_id=0))
+    return ImageTextProcessor(SquareInputs(views), _texts(folder, module, _filled_with_zeros))
 
 
 def big_vision(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
@@ -113,7 +125,7 @@ def big_vision(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageT
         images = NaflexInputs(HALF, tower.patch_size, config.get("max_num_patches", 256), floats=True)
     elif tower is not None:
         images = TensorFlowInputs(_side(module))
-    return ImageTextProcessor(images, _siglip_texts(folder, module, "siglip"))
+    return ImageTextProcessor(images, _texts(folder, module, _big_vision_texts))
 
 
 def big_vision_vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
@@ -164,31 +176,75 @@ def _side(module: Any) -> tuple[int, int]:
     return size
 
 
-def _texts(folder: Folder, module: Any, **fields: Any) -> Texts | None:
-    """None without a text tower. A folder without a tokenizer still has its pictures; its texts are refused."""
-    tower = module.text if isinstance(module, TwoTower) else module if isinstance(module, TextTower) else None
-    if tower is None:
+def _texts(folder: Folder, module: Any, inputs: Callable[[Tokenizer, TextTower], TextInputs]) -> Texts | None:
+    """None without a text tower. A folder without its tokenizer still has its pictures; its texts are refused."""
+    tower = module.text if isinstance(module, TwoTower) else module
+    if not isinstance(tower, TextTower):
         return None
     try:
-        tokenizer = Tokenizer.from_folder(folder)
+        return inputs(Tokenizer.from_folder(folder), tower)
     except TokenizerError as error:
         return functools.partial(_refuse, str(error))
-    if tokenizer.pad_id is None and "pad_id" not in fields:
-        raise TokenizerError(f"{folder}: expected a pad_token, which fills texts up, in tokenizer_config.json")
-    return TextInputs(tokenizer, tower.context_length, **{"pad_id": tokenizer.pad_id, **fields})
 
 
 def _refuse(reason: str, texts: Sequence[str]) -> NoReturn:
     raise TokenizerError(f"{len(texts)} texts cannot be read: {reason}")
 
 
-def _siglip_texts(folder: Folder, module: Any, kind: str) -> Texts | None:
+def _filled(tokenizer: Tokenizer, tower: TextTower, **fields: Any) -> TextInputs:
+    if tokenizer.pad_id is None:
+        raise TokenizerError(
+            f"{tokenizer.origin}: expected a pad_token, which fills texts up, in tokenizer_config.json"
+        )
+    return TextInputs(tokenizer, tower.context_length, tokenizer.pad_id, **fields)
+
+
+def _filled_with_zeros(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:
+    return TextInputs(tokenizer, tower.context_length, 0)
+
+
+def _siglip_texts(folder: Folder, module: Any) -> Texts | None:
     """SigLIP was trained on lower case without punctuation; SigLIP 2, whose tokenizer is Gemma's, on lower case."""
-    settings = tokenizer_settings(folder)
-    gemma = str(settings.get("tokenizer_class")).startswith(("Gemma", "Siglip2"))
-    bare = not gemma and not kind.startswith("siglip2")
-    return _texts(folder, module, lower=settings.get("do_lower_case", True), bare=bare)
+    lower = tokenizer_settings(folder).get("do_lower_case", True)
+    return _texts(
+        folder, module, lambda tokenizer, tower: _filled(tokenizer, tower, lower=lower, bare=not _is_gemma(tokenizer))
+    )
 
 
-def _channels(value: Any) -> tuple[float, ...]:
-    return (value,) * 3 if isinstance(value, (int, float)) else tuple(value)
+def _is_gemma(tokenizer: Tokenizer) -> bool:
+    return tokenizer.vocabulary.id_of("<eos>") is not None
+
+
+def _big_vision_texts(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:
+    """Lower case, no start, an end that stays where a text is cut: which tokens these are, its vocabulary tells.
+
+    Raises:
+      TokenizerError: the vocabulary is neither SigLIP's (c4_en, mc4) nor Gemma's, or of another size than the tower's.
+
+    Source: big_vision, configs/proj/image_text/SigLIP_demo.ipynb, tokenize(model="c4_en", eos="sticky", pad_value=1);
+    SigLIP2_demo.ipynb, lower|tok(model="gemma", bos="no", eos="sticky"), which fills up with the model's padding.
+    """
+    gemma = _is_gemma(tokenizer)
+    ids = tuple(map(tokenizer.vocabulary.id_of, ("<pad>", "<eos>" if gemma else "</s>")))
+    if ids != (0, 1):
+        raise TokenizerError(
+            f"{tokenizer.origin}: expected the SentencePiece model of SigLIP (c4_en or mc4: <pad> 0, </s> 1) or "
+            f"that of SigLIP 2 (Gemma's: <pad> 0, <eos> 1), got these at {ids}"
+        )
+    rows, size = tower.vocab_size, tokenizer.vocab_size
+    if not rows <= size <= rows + _SENTINELS:
+        raise TokenizerError(
+            f"{tokenizer.origin}: {size} tokens, and the text tower has {rows}; take the tokenizer that it was trained "
+            "with: c4_en (32000) or mc4 (250000) for SigLIP, Gemma's (256000) for SigLIP 2"
+        )
+    pad_id = 0 if gemma else 1
+    return TextInputs(tokenizer, tower.context_length, pad_id, lower=True, bare=not gemma, end_id=1)
+
+
+def _repeated(value: Any, count: int, where: str) -> tuple[Any, ...]:
+    """A number, or a list of one, for all; else as many as are wanted."""
+    values = (value,) if isinstance(value, (int, float)) else tuple(value)
+    values = values * count if len(values) == 1 else values
+    if len(values) != count:
+        raise PretrainedError(f"{where}: expected a number or {count}, got {value!r}")
+    return values
