@@ -96,8 +96,7 @@ def test_a_release_of_other_sizes_is_refused(config, orbax, one_device, tmp_path
     with config.unlocked():
         config.decoder.vocab_size = 1000
     trainer = Trainer(config, build(config), one_device, tmp_path / "run", init_from=orbax, init_parts=PARTS)
-    message = (
-        r"orbax/params cannot be read: .*shape: \((\d+), 1000\) is not compatible with the stored shape: \(\1, 150\)"
-    )
+    # The table or the head, whichever Orbax meets first.
+    message = r"orbax/params cannot be read: .*1000.* is not compatible with the stored shape: \((150, \d+|\d+, 150)\)"
     with pytest.raises(CheckpointError, match=message):
         trainer._first_state(trainer._spans[0])
