@@ -249,3 +249,27 @@ def test_pictures_where_nothing_fills_texts_up(tmp_path):
     np.testing.assert_array_equal(again.processor(pictures(1)).images, ours.processor(pictures(1)).images)
     with pytest.raises(TokenizerError, match=r"1 texts cannot be read: .*expected a pad_token"):
         again.processor(texts=["a"])
+
+
+def vit(folder):
+    config = transformers.ViTConfig(**BLOCKS, image_size=16, patch_size=4)
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    return saved(folder, processor, transformers.ViTForImageClassification(config))
+
+
+@pytest.mark.parametrize("made", [clip, vit], ids=lambda made: made.__name__)
+def test_the_size_asked_for_at_load_is_that_of_the_pictures(tmp_path, made):
+    """A middle is cut from as much of a picture as before; what is written says so to both."""
+    processor, _, _ = made(tmp_path / "released")
+    ours = vlm_jax.from_pretrained(tmp_path / "released", image_size=32)
+    image_processor = getattr(processor, "image_processor", processor)
+    tile = {"height": 32, "width": 32}
+    size = {"size": {"shortest_edge": 40}, "crop_size": tile} if made is clip else {"size": tile}
+    expected = image_processor(pictures(4), return_tensors="np", **size)["pixel_values"].transpose(0, 2, 3, 1)
+    found = ours.processor(pictures(4)).images
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    ours.save_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(vlm_jax.from_pretrained(tmp_path / "saved").processor(pictures(4)).images, found)
+    again = type(image_processor).from_pretrained(tmp_path / "saved")
+    expected = again(pictures(4), return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -157,3 +157,24 @@ def test_classifiers_of_vision_transformer_and_big_vision(tmp_path, picture):
     assert named.labels == tuple(names)
     ours = copied("bv_vit_map_learn", tmp_path / "bv")
     assert ours.logits(ours.processor([picture])).shape == (1, 9)
+
+
+def test_a_tower_without_a_table_is_told_the_size_of_pictures(tmp_path, picture):
+    """At load or by the config, which is written; others say what is missing."""
+    with pytest.raises(PretrainedError, match="give from_pretrained an image_size, in pixels, or write it"):
+        _ = vlm_jax.from_pretrained(DATA / "bv_vit_gap_sincos_scan").processor
+    asked = vlm_jax.from_pretrained(DATA / "bv_vit_gap_sincos_scan", image_size=24)
+    found = asked.processor([picture]).images
+    assert found.shape == (1, 24, 24, 3)
+    asked.save_pretrained(tmp_path / "saved")
+    told = copied("bv_vit_gap_sincos_scan", tmp_path / "told", image_size=24)
+    for again in (vlm_jax.from_pretrained(tmp_path / "saved"), told):
+        np.testing.assert_array_equal(again.processor([picture]).images, found)
+
+
+def test_open_clip_at_a_size_asked_for_at_load(tmp_path, picture):
+    copied("open_clip_vit", tmp_path / "released", preprocess_cfg={"size": [32, 32]})
+    asked = vlm_jax.from_pretrained(tmp_path / "released", image_size=48)
+    assert asked.processor([picture]).images.shape == (1, 48, 48, 3)
+    asked.save_pretrained(tmp_path / "saved")
+    assert vlm_jax.from_pretrained(tmp_path / "saved").processor([picture]).images.shape == (1, 48, 48, 3)

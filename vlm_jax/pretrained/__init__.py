@@ -101,7 +101,7 @@ def from_pretrained(
       dtype: what parameters are stored and computed in: float32, bfloat16 or float16.
       mesh: devices to load to, each reading its own shards; the default device when None.
       image_size: side in pixels of the square images that position tables are interpolated for, in the
-        way of the release's own loader; as released when None.
+        way of the release's own loader, and that `processor` makes of pictures; as released when None.
       config: the released settings, for an `.npz` that comes without a `config.json`.
 
     Returns:

@@ -140,6 +140,11 @@ def _vit(
     return vit, maps.vit_rules(sizes, rows, scanned=settings["scan"])
 
 
+def _size_keys(vit: ViT, table_key: str) -> dict[str, Any]:
+    """What tells the side of pictures: the position table, or `image_size` beside `model` where there is none."""
+    return {"size_key": ("image_size",)} if vit.image_size is None else {"table_key": table_key}
+
+
 def _naflex(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
 ) -> tuple[NaflexViT, tuple[Rule, ...]]:
@@ -196,15 +201,15 @@ def describe_vit(
     prefix = _prefix(checkpoint)
     vit, rules = _vit(config.get("model", {}), checkpoint, prefix, "model", dtype=dtype, param_dtype=param_dtype)
     classes = config.get("num_classes")
-    table_key = f"{prefix}pos_embedding"
+    keys = _size_keys(vit, f"{prefix}pos_embedding")
     if not classes:
-        resize = resizer(config, vit, table_key=table_key)
+        resize = resizer(config, vit, **keys)
         return Description(vit, (image_shape(vit, 3),), prefixed(rules, prefix), resize=resize)
     return Description(
         Classifier(vit, classes),
         (image_shape(vit, 3),),
         (*prefixed(rules, prefix, "encoder/"), *prefixed(maps.dense("head", "head"), prefix)),
-        resize=resizer(config, vit, path=("encoder",), table_key=table_key),
+        resize=resizer(config, vit, path=("encoder",), **keys),
     )
 
 
@@ -235,7 +240,7 @@ def describe_two_towers(
     else:
         image, rules = _vit(section, checkpoint, f"{prefix}img/", "model.image", **fields)
         image_input = image_shape(image, 3)
-        resize = resizer(config, image, path=("image",), table_key=f"{prefix}img/pos_embedding")
+        resize = resizer(config, image, path=("image",), **_size_keys(image, f"{prefix}img/pos_embedding"))
     text, text_rules = _text(settings.get("text", {}), checkpoint, f"{prefix}txt/", "model.text", text_dim, dtypes)
     log_scale = math.log(settings["temperature_init"])
     return Description(

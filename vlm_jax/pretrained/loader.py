@@ -36,10 +36,12 @@ from vlm_jax.pretrained.family import Description, Family, PretrainedError, text
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, PROCESSORS, image_text
 from vlm_jax.pretrained.processing.agreement import check_agreement, check_image_text
+from vlm_jax.pretrained.processing.settings import write_image_size
 from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks
 from vlm_jax.processors.image import height_and_width, to_picture
-from vlm_jax.processors.image_text import ImageTextProcessor
+from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.system import Conversation, Picture, Processor, Video
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
@@ -60,6 +62,7 @@ class Pretrained:
       description: how the two hang together; see `family.Description`.
       checkpoint: the files that it came from, for the tensors that the module has no use for.
       folder: where they lie, with those of the tokenizer and the processor.
+      image_size: side in pixels that was asked for at load, which wins over the folder's; None for these.
     """
 
     config: dict[str, Any]
@@ -68,6 +71,7 @@ class Pretrained:
     description: Description
     checkpoint: Checkpoint
     folder: Path
+    image_size: int | None = None
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -84,6 +88,9 @@ class Pretrained:
         name = marker(self.config)
         if name in IMAGE_TEXT_PROCESSORS:
             processor = IMAGE_TEXT_PROCESSORS[name](self.folder, self.config, self.module)
+            if self.image_size is not None and isinstance(processor.images, SquareInputs):
+                images = processor.images.at((self.image_size, self.image_size))
+                processor = dataclasses.replace(processor, images=images)
             check_image_text(processor, self.module)
             return processor
         if name not in PROCESSORS:
@@ -297,7 +304,20 @@ class Pretrained:
         files = save(folder, tensors)
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        return (*files, path, *map(Path, copy_companions(self.folder, folder)))
+        companions = copy_companions(self.folder, folder)
+        if (views := self._resized_views()) is not None:
+            write_image_size(folder, views)
+        return (*files, path, *map(Path, companions))
+
+    def _resized_views(self) -> SquareViews | None:
+        """Of a model that was resized at load and whose pictures can be prepared; else its files stay as they are."""
+        if self.image_size is None or marker(self.config) not in IMAGE_TEXT_PROCESSORS:
+            return None
+        try:
+            images = self.processor.images
+        except PretrainedError:
+            return None
+        return images.views if isinstance(images, SquareInputs) else None
 
 
 def _end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -372,7 +392,7 @@ def load(
         description = family(released, {**checkpoint, **shapes}, **dtypes)
         placed = _targets(description, mesh)
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, getattr(like, "sharding", None)), params, placed)
-    return Pretrained(released, description.module, params, description, checkpoint, folder)
+    return Pretrained(released, description.module, params, description, checkpoint, folder, image_size)
 
 
 def _targets(description: Description, mesh: Mesh | None) -> Any:

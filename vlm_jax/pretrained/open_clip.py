@@ -18,6 +18,7 @@ from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
     PretrainedError,
+    Resize,
     check_supported,
     one_side,
     with_defaults,
@@ -96,6 +97,19 @@ def _image_tower(settings: Mapping[str, Any], **fields: Any) -> ViT | ModifiedRe
     )
 
 
+def _with_pictures(resize: Resize) -> Resize:
+    """Where the config also says how large pictures are made, it follows the tower."""
+
+    def apply(params: Any, side: int) -> tuple[dict[str, Any], Any, dict[str, SourceTensor]]:
+        config, params, shapes = resize(params, side)
+        pictures = config.get("preprocess_cfg") or {}
+        if pictures.get("size") is not None:
+            config = {**config, "preprocess_cfg": {**pictures, "size": side}}
+        return config, params, shapes
+
+    return apply
+
+
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
@@ -129,7 +143,7 @@ def describe(
         rows = image.grid(*image.image_size)[0] if image.image_size else 0
         rules, shape = maps.vit_rules(image.width, rows * rows), image_shape(image, 3)
         keys = (*(("model_cfg",) if wrapped else ()), "vision_cfg", "image_size")
-        resize = resizer(config, image, path=("image",), size_key=keys)
+        resize = _with_pictures(resizer(config, image, path=("image",), size_key=keys))
     else:
         rules, resize = maps.resnet_rules(), None
         shape = jax.ShapeDtypeStruct((1, *image.image_size, 3), jnp.float32)

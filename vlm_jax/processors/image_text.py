@@ -50,6 +50,12 @@ class SquareInputs:
         """(height, width) of the tiles, in pixels."""
         return self.views.size
 
+    def at(self, size: Size) -> "SquareInputs":
+        """The same with tiles of another size, cut from as much of a picture."""
+        edge, scale = self.views.shortest_edge, min(size) / min(self.size)
+        edge = None if edge is None else round(edge * scale)
+        return SquareInputs(dataclasses.replace(self.views, size=size, shortest_edge=edge))
+
     def __call__(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B height width channels"]:
         return np.concatenate([seen.pixels for seen in self.views.images(pictures)])
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from PIL import Image
@@ -124,14 +125,14 @@ def big_vision(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageT
     if isinstance(tower, NaflexViT):
         images = NaflexInputs(HALF, tower.patch_size, config.get("max_num_patches", 256), floats=True)
     elif tower is not None:
-        images = TensorFlowInputs(_side(module))
+        images = TensorFlowInputs(_side(module, config))
     return ImageTextProcessor(images, _texts(folder, module, _big_vision_texts))
 
 
 def big_vision_vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
     """ViT of big_vision as its configs evaluate one: the middle of a picture that was shrunk by areas."""
-    del folder, config
-    size = _side(module)
+    del folder
+    size = _side(module, config)
     return ImageTextProcessor(TensorFlowInputs(size, "overlap", shortest_edge=round(min(size) * _EDGE)))
 
 
@@ -164,16 +165,19 @@ def _image_tower(module: Any) -> Any:
     return None if isinstance(module, TextTower) else module
 
 
-def _side(module: Any) -> tuple[int, int]:
-    """(height, width) that a tower was trained for.
+def _side(module: Any, config: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
+    """(height, width) that a tower was trained for, or `image_size` of the config where it has no table to tell.
 
     Raises:
-      PretrainedError: it does not say.
+      PretrainedError: neither says.
     """
-    size = _image_tower(module).image_size
+    size = _image_tower(module).image_size or config.get("image_size")
     if size is None:
-        raise PretrainedError("this tower has no position table that tells the size of its pictures; resize them first")
-    return size
+        raise PretrainedError(
+            "the size of pictures: this tower has no position table that tells it; give from_pretrained an image_size, "
+            "in pixels, or write it into config.json, beside model"
+        )
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _texts(folder: Folder, module: Any, inputs: Callable[[Tokenizer, TextTower], TextInputs]) -> Texts | None:

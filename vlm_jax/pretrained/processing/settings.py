@@ -1,5 +1,6 @@
 """What a checkpoint folder says of its processor: `preprocessor_config.json`, `processor_config.json` and kin."""
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -143,6 +144,24 @@ def chat_template(folder: Folder, tokenizer: Tokenizer, source: str | None, *, o
         if source is None:
             raise
         return ChatTemplate(source, tokenizer.names)
+
+
+def write_image_size(folder: Folder, views: SquareViews) -> None:
+    """Puts the size of pictures into the files of a folder that say how they are prepared.
+
+    Args:
+      folder: an existing one, with or without such files.
+      views: of that size.
+    """
+    tile = dict(zip(("height", "width"), views.size, strict=True))
+    size = {"shortest_edge": views.shortest_edge} if views.fit == "crop" else tile
+    for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = epath.Path(folder) / name
+        whole = _json(path)
+        settings = whole if section is None else whole.get(section)
+        if settings:
+            settings |= {"size": size} | ({"crop_size": tile} if settings.get("crop_size") is not None else {})
+            path.write_text(json.dumps(whole, indent=2) + "\n")
 
 
 def end_of_text(tokenizer: Tokenizer) -> tuple[str, ...]:
