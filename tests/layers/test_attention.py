@@ -51,10 +51,18 @@ def test_scale_and_bias(reference):
     np.testing.assert_allclose(out, reference.attention(q, k, v, scale=0.3, bias=bias), atol=1e-5)
 
 
+@pytest.fixture(params=["xla", "blocked", "blocked together"])
+def in_blocks(request, monkeypatch):
+    """Names an implementation; the blocked one takes two queries at a time, of one key head or of both."""
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 2 * 2 * 7)
+    monkeypatch.setattr(module, "_TOGETHER_BYTES", 4 * 2 * 2 * 7 * (2 if "together" in request.param else 1))
+    return request.param.split()[0]
+
+
 @pytest.mark.parametrize("kind", ["full", "causal"])
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("branched", [False, True])
-def test_masks(reference, kind, segmented, branched):
+def test_masks(reference, in_blocks, kind, segmented, branched):
     q, k, v = arrays()
     segments = jnp.asarray(SEGMENTS) if segmented else None
     context = Context(kind, segments, segments, jnp.asarray(BRANCHES) if branched else None)
@@ -65,7 +73,32 @@ def test_masks(reference, kind, segmented, branched):
         key_segments=SEGMENTS if segmented else None,
         branches=BRANCHES if branched else None,
     )  # fmt: skip
-    np.testing.assert_allclose(attention(q, k, v, context), reference.attention(q, k, v, mask), atol=1e-5)
+    out = jax.jit(lambda *qkv: module.attention(*qkv, context, implementation=in_blocks))(q, k, v)
+    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "causal"])
+def test_blocks_of_uneven_lengths_and_values_of_their_own_width(reference, in_blocks, kind):
+    q, k, v = arrays(queries=5, keys=7)
+    v = jnp.concatenate([v, v[..., :1]], axis=-1)[..., 4:]
+    out = jax.jit(lambda *qkv: module.attention(*qkv, Context(kind), implementation=in_blocks))(q, k, v)
+    mask = readable(2, 5, 7, causal=kind == "causal", offset=2)
+    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
+
+
+def test_blocks_have_the_gradients_of_the_whole(in_blocks):
+    q, k, v = arrays()
+    context = Context("causal", jnp.asarray(SEGMENTS), jnp.asarray(SEGMENTS))
+
+    def grads(implementation):
+        def loss(qkv):
+            out = module.attention(*qkv, context, implementation=implementation)
+            return jnp.sum(jnp.sin(out) * (SEGMENTS != 0)[..., None, None])
+
+        return jax.jit(jax.grad(loss))([q, k, v])
+
+    for name, got, expected in zip("qkv", grads(in_blocks), grads("xla"), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=name)
 
 
 def test_causal_queries_are_the_last_of_longer_keys(reference):
@@ -90,7 +123,7 @@ def last_of(mask, window):
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("segmented", [False, True])
 @pytest.mark.parametrize("branched", [False, True])
-def test_a_window_leaves_the_last_keys(reference, window, segmented, branched):
+def test_a_window_leaves_the_last_keys(reference, in_blocks, window, segmented, branched):
     q, k, v = arrays()
     segments = jnp.asarray(SEGMENTS) if segmented else None
     branches = np.array([[0, 0, 1, 1, 2, 2], [0, 1, 1, 2, 2, 2]])  # a branch follows what all read
@@ -100,7 +133,8 @@ def test_a_window_leaves_the_last_keys(reference, window, segmented, branched):
     of_segments = {"query_segments": SEGMENTS, "key_segments": SEGMENTS} if segmented else {}
     mask = readable(2, 6, 6, causal=True, branches=branches if branched else None, **of_segments)
     expected = reference.attention(q, k, v, last_of(mask, window))
-    np.testing.assert_allclose(attention(q, k, v, context), expected, atol=1e-5)
+    out = jax.jit(lambda *qkv: module.attention(*qkv, context, implementation=in_blocks))(q, k, v)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_a_window_counts_no_padding_of_a_cache(reference):
@@ -188,7 +222,9 @@ def test_splash_refuses_a_bias():
 @pytest.mark.parametrize(
     ("platform", "dtype", "dim", "length", "context", "expected"),
     [
-        ("cpu", jnp.float32, 64, 128, Context("causal"), "xla"),
+        ("cpu", jnp.float32, 64, 1024, Context("causal"), "xla"),
+        ("cpu", jnp.float32, 64, 1025, Context("causal"), "blocked"),
+        ("cpu", jnp.bfloat16, 64, 1025, Context("full", window=jnp.asarray(4)), "blocked"),
         ("gpu", jnp.float32, 64, 128, Context("causal"), "xla"),
         ("gpu", jnp.bfloat16, 64, 100, Context("causal"), "cudnn"),
         ("gpu", jnp.float16, 64, 128, Context("full"), "cudnn"),
@@ -207,9 +243,11 @@ def test_the_platform_chooses(monkeypatch, platform, dtype, dim, length, context
     assert choose_implementation(x, x, context) == expected
 
 
-def test_a_bias_keeps_splash_away(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    x = jnp.zeros((1, 128, 1, 64))
+@pytest.mark.parametrize(("platform", "length"), [("tpu", 128), ("cpu", 1025)])
+def test_a_bias_is_for_the_written_out_softmax(monkeypatch, platform, length):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    x = jnp.zeros((1, length, 1, 64))
+    assert choose_implementation(x, x, Context("full")) != "xla"
     assert choose_implementation(x, x, Context("full"), biased=True) == "xla"
 
 

@@ -4,9 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from vlm_jax.layers.attention import Context
+from vlm_jax.layers.block import TransformerStack
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.unstacked import OneOf, Unstacked, of_layer, picked, product, unstacked_kernels, written
+
+from ..parameters import drawn
 
 DEPTH = 3
 
@@ -52,8 +57,24 @@ def test_writes_are_those_of_the_stack(stack, axis):
     expected = np.array(stack)
     expected[(..., 3) if axis == -1 else (..., 3, slice(None))] = 1
     np.testing.assert_array_equal(written(stack, fresh, 3, axis), expected)
-    got = jax.jit(lambda old: written(old, fresh, 3, axis))(Unstacked.of(stack))
+    got = jax.jit(lambda old: written(old, fresh, 3, axis))(Unstacked.of(stack, writable=True))
     np.testing.assert_array_equal(jnp.stack(got.layers), expected)
+
+
+def test_linear_layers_of_one_input_are_one_product():
+    block = {"num_heads": 4, "num_kv_heads": 2, "mlp_dim": 12, "activation": "silu", "gated": True, "norm": "rms"}
+    stack = TransformerStack(DEPTH, {**block, "norm_epsilon": 1e-6, "qkv_bias": True, "use_bias": True})
+    x, context = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 8)), jnp.float32), Context("causal")
+    params = nn.meta.unbox(drawn(jax.eval_shape(stack.init, jax.random.key(0), x, context)))["params"]
+    apart = unstacked_kernels(params)
+    layers = apart["layers"]
+    assert {name: set(layers[name]) for name in ("attention", "mlp")} == {
+        "attention": {"query_key_value", "out"},
+        "mlp": {"gate_up", "down"},
+    }
+    assert layers["attention"]["query_key_value"]["kernel"].shape == (DEPTH, 8, 16)
+    apply = jax.jit(lambda params: stack.apply({"params": params}, x, context)[0])
+    np.testing.assert_allclose(apply(apart), apply(params), atol=1e-5)
 
 
 def test_only_kernels_of_scanned_layers_are_taken_out():

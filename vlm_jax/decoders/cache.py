@@ -74,7 +74,7 @@ class Cache:
 
     def unstacked(self) -> "Cache":
         """The cache with an array a layer, for platforms that want it; not for use inside a program."""
-        layers = over_layers(lambda leaf, _: Unstacked.of(leaf), self.layers)
+        layers = over_layers(lambda leaf, _: Unstacked.of(leaf, writable=True), self.layers)
         return dataclasses.replace(self, layers=layers, rest=None if self.rest is None else self.rest.unstacked())
 
 

@@ -5,6 +5,7 @@
 | platform | implementation |
 |---|---|
 | CPU, and GPU in float32 | `xla`: two einsums and a float32 softmax |
+| CPU, where the weights of all heads outgrow its caches | `blocked`: the same, head by head and in blocks of queries |
 | GPU in bfloat16 or float16 | `cudnn`: flash, through `jax.nn.dot_product_attention` |
 | TPU | `splash`: JAX's Pallas kernel, where its tile sizes divide; else `xla` |
 
@@ -26,14 +27,18 @@ from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.rope import rotate
-from vlm_jax.layers.unstacked import product
+from vlm_jax.layers.unstacked import QUERY_KEY_VALUE, product
 from vlm_jax.types import PADDING_SEGMENT, static_field, struct
 
 MaskKind = Literal["full", "causal"]
-Implementation = Literal["xla", "cudnn", "splash"]
+Implementation = Literal["xla", "blocked", "cudnn", "splash"]
 
 HEADS = "heads"  # the collection of a layer's queries and keys, for whoever asks for it
 _SPLASH_TILE = 128  # lanes of a TPU register; splash wants lengths that are multiples of it
+# Of `blocked`, bytes of weights: of a block of a key head's queries, and of what is computed together. A few times what
+# a core's own cache holds costs as little as what it holds.
+_BLOCK_BYTES, _TOGETHER_BYTES = 2**20, 2**22
+_NUM_BLOCKS = 8  # at most, since each is compiled
 
 
 class KeyValue(NamedTuple):
@@ -143,7 +148,7 @@ def choose_implementation(
     """The implementation for the default platform; see the module's table.
 
     Splash takes no bias, and JAX does not partition a Pallas kernel by itself, so it serves where
-    the mesh is one device.
+    the mesh is one device; the blocked one likewise.
     """
     if is_written_out():
         return "xla"
@@ -154,8 +159,12 @@ def choose_implementation(
     tiled = query.shape[1] % _SPLASH_TILE == 0 and key.shape[1] % _SPLASH_TILE == 0
     square = query.shape[1] == key.shape[1]
     plain = square and context.branches is None and context.window is None and not biased
-    if platform == "tpu" and tiled and plain and jax.sharding.get_abstract_mesh().size <= 1:
+    one_device = jax.sharding.get_abstract_mesh().size <= 1  # JAX partitions neither a Pallas kernel nor a loop
+    if platform == "tpu" and tiled and plain and one_device:
         return "splash"
+    num_weights = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
+    if platform == "cpu" and not biased and one_device and 4 * num_weights > _TOGETHER_BYTES:
+        return "blocked"
     return "xla"
 
 
@@ -196,9 +205,9 @@ def attention(
     if past is not None:
         implementation = "xla"
     implementation = implementation or choose_implementation(query, key, context, biased=bias is not None)
+    if implementation in ("splash", "blocked") and bias is not None:
+        raise ValueError(f"{implementation} attention takes no bias; leave the implementation to be chosen")
     if implementation == "splash":
-        if bias is not None:
-            raise ValueError("the splash kernel takes no bias; leave the implementation to be chosen")
         return _splash(query, key, value, context, scale)
     mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
     if implementation == "cudnn":
@@ -208,7 +217,40 @@ def attention(
         value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - width)))
         out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
         return out[..., :width]
+    if implementation == "blocked":
+        return _blocked(query, key, value, mask, context.mask_kind == "causal", scale)
     return _xla(query, key, value, past, mask, bias, scale)
+
+
+def _blocked(query, key, value, mask, causal, scale):
+    """A few key heads of one row at a time, in blocks of queries; causal ones read no keys behind their block."""
+    batch, length, heads = query.shape[:3]
+    num_keys, kv_heads = key.shape[1:3]
+    row_bytes = 4 * (heads // kv_heads) * num_keys  # of the weights of one query and a key head
+    block = min(length, max(_BLOCK_BYTES // row_bytes, -(-length // _NUM_BLOCKS)))
+    counts = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
+    together = max([1, *(count for count in counts if count * block * row_bytes <= _TOGETHER_BYTES)])
+
+    def of_heads(arrays, mask):
+        (query, key, value), out = arrays, []
+        for start in range(0, length, block):
+            stop = min(start + block, length)
+            seen = num_keys - length + stop if causal else num_keys
+            part = None if mask is None else mask[None, start:stop, :seen]
+            out.append(_xla(query[None, start:stop], key[None, :seen], value[None, :seen], None, part, None, scale)[0])
+        return jnp.concatenate(out)
+
+    def of_row(row):
+        *arrays, mask = row
+        return jax.lax.map(lambda arrays: of_heads(arrays, mask), tuple(arrays))
+
+    def apart(x):
+        """[B, .., heads, H] -> [B, groups of heads, .., heads of a group, H]"""
+        return x.reshape(batch, x.shape[1], kv_heads // together, -1, x.shape[-1]).transpose(0, 2, 1, 3, 4)
+
+    mask = mask if mask is None else jnp.broadcast_to(mask, (batch, length, num_keys))
+    out = jax.lax.map(of_row, (apart(query), apart(key), apart(value), mask))
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, length, heads, -1)
 
 
 def _xla(query, key, value, past, mask, bias, scale):
@@ -329,9 +371,13 @@ class MultiHeadAttention(nn.Module):
             dense = Dense(count * head_dim, (axes.EMBED, axis), use_bias=self.use_bias, name=name, **settings)
             return dense(inputs).reshape(*inputs.shape[:-1], count, head_dim)
 
-        query = heads(x, self.num_heads, axes.HEADS, "query")
-        key = heads(inputs_k, kv_heads, axes.KV_HEADS, "key")
-        value = heads(inputs_v, kv_heads, axes.KV_HEADS, "value")
+        if self.has_variable("params", QUERY_KEY_VALUE):
+            together = heads(x, self.num_heads + 2 * kv_heads, axes.HEADS, QUERY_KEY_VALUE)
+            query, key, value = jnp.split(together, (self.num_heads, self.num_heads + kv_heads), axis=-2)
+        else:
+            query = heads(x, self.num_heads, axes.HEADS, "query")
+            key = heads(inputs_k, kv_heads, axes.KV_HEADS, "key")
+            value = heads(inputs_v, kv_heads, axes.KV_HEADS, "value")
         if self.qk_norm is not None:
             norm = {
                 "kind": self.qk_norm,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.unstacked import GATE_UP
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -70,11 +71,18 @@ class Mlp(nn.Module):
         out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
         if self.depth == 1:
             return out(x)
-        hidden = Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name="up", **settings)(x)
-        if self.gated:
-            hidden = act(Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name="gate", **settings)(x)) * hidden
+
+        def linear(name, times=1):
+            return Dense(times * self.hidden_dim, (axes.EMBED, axes.MLP), name=name, **settings)(x)
+
+        if self.has_variable("params", GATE_UP):
+            gate, hidden = jnp.split(linear(GATE_UP, 2), 2, axis=-1)
+            hidden = act(gate) * hidden
+        elif self.gated:
+            hidden = linear("up")
+            hidden = act(linear("gate")) * hidden
         else:
-            hidden = act(hidden)
+            hidden = act(linear("up"))
         for i in range(self.depth - 2):
             hidden = act(Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=f"middle_{i}", **settings)(hidden))
         return out(hidden)

@@ -8,31 +8,37 @@ product and nothing else, and the products compile to calls of a library, so tha
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float
 
-KERNEL = "kernel"  # the name of a linear layer's matrix
+KERNEL, BIAS = "kernel", "bias"  # the names of a linear layer's parameters
+# Linear layers of one input, which `unstacked_kernels` makes one.
+QUERY_KEY_VALUE, GATE_UP = "query_key_value", "gate_up"
+SIDE_BY_SIDE = {QUERY_KEY_VALUE: ("query", "key", "value"), GATE_UP: ("gate", "up")}
 
 
 @jax.tree_util.register_pytree_node_class
 class Unstacked:
     """What a stack [L, ..] holds, one array a layer; indexed like the stack.
 
-    The number of every layer is an array too: were it a constant, each layer's write would be another program.
+    For writing, the number of every layer is an array too: were it a constant, each layer's write would be another
+    program.
     """
 
-    def __init__(self, layers: Iterable[Any], numbers: Iterable[Any]):
+    def __init__(self, layers: Iterable[Any], numbers: Iterable[Any] = ()):
         self.layers, self.numbers = tuple(layers), tuple(numbers)
 
     @classmethod
-    def of(cls, stack: jax.Array) -> "Unstacked":
+    def of(cls, stack: jax.Array, writable: bool = False) -> "Unstacked":
         """Copies every layer out of `stack`, on the host, so that nothing is compiled; not for use inside a program."""
-        layers, numbers = np.asarray(stack), np.arange(len(stack), dtype=np.int32)
+        layers, numbers = np.asarray(stack), np.arange(len(stack) if writable else 0, dtype=np.int32)
         return cls(
             *([jax.device_put(np.asarray(leaf), may_alias=False) for leaf in leaves] for leaves in (layers, numbers))
         )
@@ -92,14 +98,22 @@ def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
     """`function(layer, *operands)`; of a `OneOf` by a branch a layer, whose array is not copied."""
     if not isinstance(layer, OneOf):
         return function(layer, *operands)
+    leaves, tree = jax.tree.flatten(operands)
+    traced = jax.make_jaxpr(lambda array, *leaves: function(array, *jax.tree.unflatten(tree, leaves)))(
+        layer.layers[0], *leaves
+    )
+    own, *rest = traced.jaxpr.invars
+    unread = jax.make_jaxpr(lambda *layers: ())(*layer.layers).jaxpr.invars
 
-    shared = jax.jit(function)  # traced once for all branches
+    def branch(number: int) -> Any:
+        """The traced function, whose array is that of layer `number`; to trace it for each would take longer."""
+        arrays = [*unread[:number], own, *unread[number + 1 :]]
+        invars = [*traced.jaxpr.constvars, *arrays, *rest]
+        return ClosedJaxpr(traced.jaxpr.replace(constvars=[], invars=invars), ())
 
-    def branch(number: int) -> Callable[..., Any]:
-        return lambda layers, *operands: shared(layers[number], *operands)
-
-    branches = [branch(number) for number in range(len(layer.layers))]
-    return jax.lax.switch(layer.index, branches, layer.layers, *operands)
+    branches = tuple(map(branch, range(len(layer.layers))))
+    index = jax.lax.clamp(np.int32(0), jnp.asarray(layer.index, jnp.int32), np.int32(len(branches) - 1))
+    return jax.lax.cond_p.bind(index, *traced.consts, *layer.layers, *leaves, branches=branches)[0]
 
 
 def product(matrix: Any, x: jax.Array, dtype: Any = None) -> jax.Array:
@@ -108,8 +122,13 @@ def product(matrix: Any, x: jax.Array, dtype: Any = None) -> jax.Array:
     One row times the matrix of one layer is written as a sum: as a product XLA's CPU backend would generate code
     for it, for every branch anew, which takes most of the compile time and runs no faster.
     """
-    times = _sum_of_rows if isinstance(matrix, OneOf) and x.shape[-2] == 1 else _matmul
-    return picked(functools.partial(times, dtype=dtype), matrix, x)
+    if isinstance(matrix, OneOf) and x.shape[-2] == 1:
+        rows, columns = matrix.shape[-2:]
+        heads = x.shape[:-2]
+        many = () if math.prod(heads) == 1 else (-1,)  # an axis of size one keeps XLA from its library
+        summed = picked(functools.partial(_sum_of_rows, dtype=dtype), matrix, x.reshape(*many, rows, 1))
+        return summed.reshape(*heads, 1, columns)
+    return picked(functools.partial(_matmul, dtype=dtype), matrix, x)
 
 
 def _matmul(matrix: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
@@ -117,17 +136,16 @@ def _matmul(matrix: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _sum_of_rows(matrix: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
-    rows, columns = matrix.shape[-2:]
-    many = () if matrix.size == rows * columns else (-1,)  # an axis of size one keeps XLA from its library
-    terms = x.reshape(*many, rows, 1) * matrix.astype(x.dtype).reshape(*many, rows, columns)
-    return jnp.sum(terms, axis=-2, dtype=dtype).reshape(*x.shape[:-1], columns)
+    terms = x * matrix.astype(x.dtype).reshape(*x.shape[:-1], -1)  # one axis for all heads, as in x
+    return jnp.sum(terms, axis=-2, dtype=dtype)
 
 
 def written(old: Any, fresh: Any, start: Any, axis: int) -> Any:
     """`old`, a stack or an array of one layer, with `fresh` written from slot `start` of `axis` (negative) on."""
     if isinstance(old, Unstacked):
         return old.written(fresh, start, axis)
-    return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), start, axis % old.ndim)
+    starts = [start if place == axis % old.ndim else 0 for place in range(old.ndim)]
+    return jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), starts, allow_negative_indices=False)
 
 
 def is_unstacked(tree: Any) -> bool:
@@ -148,17 +166,38 @@ def of_layer(stacks: Any, index: Any) -> Any:
 def unstacked_kernels(params: Any, within: bool = False) -> Any:
     """Parameters whose scanned linear layers have their kernels unstacked; all else as it is.
 
+    Linear layers of the same input, as `SIDE_BY_SIDE` names them, become one: fewer and larger products.
     Not for use inside a program: the kernels are copied, so that they are held twice while both trees are.
     """
     if not isinstance(params, dict):
         return params
-    return {
+    together: dict[str, Any] = {}
+    for name, parts in SIDE_BY_SIDE.items() if within else ():
+        if all(isinstance(params.get(part), dict) and _is_stack(params[part].get(KERNEL)) for part in parts):
+            together[name] = _side_by_side([params[part] for part in parts])
+            params = {key: value for key, value in params.items() if key not in parts}
+    return together | {
         name: Unstacked.of(value)
-        if within and name == KERNEL and getattr(value, "ndim", 0) == 3
+        if within and name == KERNEL and _is_stack(value)
         else unstacked_kernels(value, within or name == "layers")
         for name, value in params.items()
     }
 
 
+def _is_stack(kernel: Any) -> bool:
+    return getattr(kernel, "ndim", 0) == 3
+
+
+def _side_by_side(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The parameters of linear layers of one input as those of one linear layer."""
+    kernels = [np.asarray(part[KERNEL]) for part in parts]
+    layers = [jax.device_put(np.concatenate(of_layer, axis=-1)) for of_layer in zip(*kernels, strict=True)]
+    joined: dict[str, Any] = {KERNEL: Unstacked(layers)}
+    if BIAS in parts[0]:
+        joined[BIAS] = jax.device_put(np.concatenate([np.asarray(part[BIAS]) for part in parts], axis=-1))
+    return joined
+
+
 def _layer_of(fresh: jax.Array, number: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(fresh, number, keepdims=False)
+    starts, sizes = (number, *[0] * (fresh.ndim - 1)), (1, *fresh.shape[1:])
+    return jax.lax.dynamic_slice(fresh, starts, sizes, allow_negative_indices=False)[0]
