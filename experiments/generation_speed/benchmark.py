@@ -25,7 +25,7 @@ TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num
         "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 512}  # fmt: skip
 CASES = tuple((batch, prompt) for batch in (1, 8) for prompt in (64, 256, 1024))
 TINY_CASES = ((1, 16), (2, 32))
-DEPTHS = (4, 28)
+DEPTHS, TINY_DEPTHS = (4, 28), (1, 2)
 PHASES = ("prefill", "decode")
 
 # The prompts -> the new tokens, and the seconds of the prompt and of all tokens after the first.
@@ -247,7 +247,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = {int(core) for core in arguments.cores.split(",")}
     os.sched_setaffinity(0, cores)
-    settings, cases = (TINY, TINY_CASES) if arguments.tiny else (LLAMA, CASES)
+    settings, cases, depths = (TINY, TINY_CASES, TINY_DEPTHS) if arguments.tiny else (LLAMA, CASES, DEPTHS)
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "rows.json"  # what stands there is not measured again
     rows = json.loads(file.read_text()) if file.exists() else []
@@ -263,7 +263,7 @@ def main() -> None:
             add(contenders.row(batch, prompt, arguments.rounds))
     contenders.end()
     for batch in sorted({batch for batch, _ in cases}):
-        for depth in DEPTHS:
+        for depth in depths:
             if not any((row.get("depth"), row["batch"]) == (depth, batch) for row in rows):
                 add(compile_row(settings, depth, batch, arguments.rounds, cores))
     (arguments.out / "table.md").write_text(table(rows) + "\n")

@@ -91,7 +91,12 @@ def test_errors(model, tmp_path):
 def test_kernels_are_laid_out_for_generation_once(folder, monkeypatch):
     model, calls = vlm_jax.from_pretrained(folder), []
     of = Unstacked.of.__func__
-    monkeypatch.setattr(Unstacked, "of", classmethod(lambda cls, stack: calls.append(stack.shape) or of(cls, stack)))
+
+    def counted(cls, stack, **settings):
+        calls.append(stack.shape)
+        return of(cls, stack, **settings)
+
+    monkeypatch.setattr(Unstacked, "of", classmethod(counted))
     kernels = [leaf.shape for leaf in jax.tree.leaves(model.params["decoder"]["blocks"]) if leaf.ndim == 3]
     model.generate(ASKED, max_new_tokens=2)
     first = len(calls)

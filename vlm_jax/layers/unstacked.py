@@ -4,7 +4,8 @@ XLA's CPU backend multiplies by whole arrays alone: a scan over a stack of kerne
 each layer, so that a step of generation, whose time is that of reading the parameters, moves three times as
 much memory. `Unstacked` holds an array a layer. The scan goes over the layers' numbers, and where a product
 wants the layer's own array there are as many branches as layers, of which one runs. A branch holds its
-product and nothing else, and the products compile to calls of a library, so that compile time hardly grows.
+product and nothing else, is traced once for all layers, and compiles to a call of a library, so that compile
+time hardly grows.
 """
 
 import functools
@@ -95,7 +96,7 @@ class OneOf:
 
 
 def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
-    """`function(layer, *operands)`; of a `OneOf` by a branch a layer, whose array is not copied."""
+    """`function(layer, *operands)`, one array; of a `OneOf` by a branch a layer, whose array is not copied."""
     if not isinstance(layer, OneOf):
         return function(layer, *operands)
     leaves, tree = jax.tree.flatten(operands)
@@ -106,7 +107,7 @@ def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
     unread = jax.make_jaxpr(lambda *layers: ())(*layer.layers).jaxpr.invars
 
     def branch(number: int) -> Any:
-        """The traced function, whose array is that of layer `number`; to trace it for each would take longer."""
+        """The traced function with the array of layer `number`: `lax.switch` would trace it for each anew."""
         arrays = [*unread[:number], own, *unread[number + 1 :]]
         invars = [*traced.jaxpr.constvars, *arrays, *rest]
         return ClosedJaxpr(traced.jaxpr.replace(constvars=[], invars=invars), ())
