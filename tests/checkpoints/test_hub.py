@@ -12,7 +12,7 @@ import safetensors.numpy
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vlm_jax.checkpoints import hub
-from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint, read_config, save_checkpoint
+from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint, read_config, save_archive, save_checkpoint
 
 TENSORS = {
     "b.weight": np.arange(24, dtype=np.float32).reshape(4, 6),
@@ -136,8 +136,12 @@ def test_of_several_files_the_usual_name_is_taken(tmp_path):
     np.savez(tmp_path / "model.npz", x=np.zeros(1))
     np.savez(tmp_path / "cases.npz", y=np.zeros(1))
     assert set(open_checkpoint(tmp_path)) == {"x"}
-    save_checkpoint(tmp_path, {"z": np.zeros(1)})
+    with pytest.raises(CheckpointFileError, match=r"model\.npz exists"):
+        save_checkpoint(tmp_path, {"z": np.zeros(1)})
+    safetensors.numpy.save_file({"z": np.zeros(1)}, tmp_path / "model.safetensors")
     assert set(open_checkpoint(tmp_path)) == {"z"}
+    with pytest.raises(CheckpointFileError, match=r"model\.safetensors exists"):
+        save_archive(tmp_path, {"w": np.zeros(1)})
 
 
 def test_an_ambiguous_folder_is_an_error(tmp_path):

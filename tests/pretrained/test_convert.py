@@ -177,6 +177,14 @@ def test_what_was_loaded_from_orbax_is_written_back(tmp_path):
     assert (tmp_path / "back" / "tokenizer.json").exists()
 
 
+def test_a_folder_of_orbax_arrays_takes_no_released_files(tmp_path):
+    convert(DATA / "ovis2", tmp_path / "orbax")
+    before = sorted(path.name for path in (tmp_path / "orbax").iterdir())
+    with pytest.raises(CheckpointFileError, match=r"checkpoint_map\.json exists: write to another folder"):
+        vlm_jax.from_pretrained(tmp_path / "orbax").save_pretrained(tmp_path / "orbax")
+    assert sorted(path.name for path in (tmp_path / "orbax").iterdir()) == before
+
+
 def test_a_cast(alphabet, tmp_path):
     before = open_checkpoint(alphabet / "released")
     for source in ("released", "orbax"):

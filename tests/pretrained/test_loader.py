@@ -14,7 +14,7 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
-from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained import FAMILIES, loader
 from vlm_jax.pretrained.family import PretrainedError, find_prefix, one_side, square_root
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
@@ -51,7 +51,7 @@ def test_importing_the_package_imports_no_jax():
 def test_an_archive_is_written_back_as_it_was(tmp_path):
     loaded = vlm_jax.from_pretrained(ARCHIVE)
     files = loaded.save_pretrained(tmp_path / "saved")
-    assert [path.name for path in files[:2]] == ["model.npz", "config.json"]
+    assert files[0].name == "config.json" and files[-1].name == "model.npz"
     assert json.loads((tmp_path / "saved" / "config.json").read_text()) == loaded.config
     original, again = arrays(ARCHIVE / "model.npz"), arrays(tmp_path / "saved" / "model.npz")
     assert original.keys() == again.keys()
@@ -59,6 +59,21 @@ def test_an_archive_is_written_back_as_it_was(tmp_path):
         np.testing.assert_array_equal(again[key], array)
     with pytest.raises(CheckpointFileError, match=r"model\.npz exists"):
         loaded.save_pretrained(tmp_path / "saved")
+
+
+def test_weights_are_written_last_and_a_failed_save_can_be_tried_again(tmp_path, monkeypatch):
+    loaded = vlm_jax.from_pretrained(ARCHIVE)
+
+    def full(folder, tensors):
+        assert (folder / "config.json").exists()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "save_archive", full)
+        with pytest.raises(OSError, match="No space left"):
+            loaded.save_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path)
+    assert arrays(tmp_path / "model.npz").keys() == arrays(ARCHIVE / "model.npz").keys()
 
 
 def test_files_of_the_tokenizer_and_its_templates_come_along(tmp_path):

@@ -95,6 +95,14 @@ def test_what_a_tower_is_not(tmp_path):
         vlm_jax.from_pretrained(bare)
 
 
+def test_an_unknown_model_is_named_before_its_tower_is_looked_for(tmp_path):
+    folder = released("llava15", tmp_path, tower="../nowhere/clip")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava_other"}))
+    with pytest.raises(PretrainedError, match="no family is registered for 'llava_other'"):
+        vlm_jax.from_pretrained(folder)
+
+
 def test_the_processor_knows_the_tower(tmp_path):
     """Sizes of pictures are the tower's, which only its own folder states."""
     from vlm_jax.pretrained.processing import llava

@@ -27,6 +27,7 @@ from vlm_jax.config import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ARCHIVE_FILE = "model.npz"
 # Of a folder of Orbax arrays; see `checkpoints.mapped`.
 MAP_FILE, PARAMS = "checkpoint_map.json", "params"
 MAX_SHARD_BYTES = 5 * 2**30
@@ -195,6 +196,17 @@ def copy_companions(source: Path, folder: epath.PathLike) -> tuple[epath.Path, .
     return tuple(folder / name for name in written)
 
 
+def check_vacant(folder: Path) -> None:
+    """Refuses a folder that holds a checkpoint already, of whatever kind.
+
+    Raises:
+      CheckpointFileError: it does.
+    """
+    for name in (SINGLE_FILE, INDEX_FILE, ARCHIVE_FILE, MAP_FILE):
+        if (folder / name).exists():
+            raise CheckpointFileError(f"{folder / name} exists: write to another folder, or remove the old checkpoint")
+
+
 def save_checkpoint(
     folder: str | os.PathLike[str],
     tensors: Mapping[str, Any],
@@ -207,7 +219,7 @@ def save_checkpoint(
     opens the folder finds the whole checkpoint or none.
 
     Args:
-      folder: made if need be; it may hold other files, but no safetensors checkpoint.
+      folder: made if need be; it may hold other files, but no checkpoint.
       tensors: key -> NumPy or JAX array; copied to the host one shard at a time.
       max_shard_bytes: most bytes of a shard; a single tensor that is larger gets a shard to itself.
 
@@ -219,9 +231,7 @@ def save_checkpoint(
         cannot hold. Nothing has been written then.
     """
     folder = Path(folder)
-    for name in (SINGLE_FILE, INDEX_FILE):
-        if (folder / name).exists():
-            raise CheckpointFileError(f"{folder / name} exists: write to another folder, or remove the old checkpoint")
+    check_vacant(folder)
     writable = {np.dtype(dtype) for dtype in _DTYPES.values()}
     if wrong := [f"{key} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.dtype not in writable]:
         raise CheckpointFileError(f"{folder}: safetensors cannot hold {', '.join(wrong)}; cast to a number type")
@@ -247,18 +257,17 @@ def save_archive(folder: str | os.PathLike[str], tensors: Mapping[str, Any]) -> 
     """Writes tensors as `model.npz`, the file of vision_transformer and big_vision.
 
     Args:
-      folder: made if need be; it may hold other files, but no `model.npz`.
+      folder: made if need be; it may hold other files, but no checkpoint.
       tensors: key -> NumPy or JAX array.
 
     Returns:
       The files written.
 
     Raises:
-      CheckpointFileError: the folder holds such a file already.
+      CheckpointFileError: the folder holds a checkpoint already.
     """
-    path = Path(folder) / "model.npz"
-    if path.exists():
-        raise CheckpointFileError(f"{path} exists: write to another folder, or remove the old checkpoint")
+    path = Path(folder) / ARCHIVE_FILE
+    check_vacant(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not np.savez: a key may be called `file`.
     with (
@@ -306,7 +315,7 @@ def _renamed_when_complete(folder: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def _choose_file(folder: Path) -> Path:
-    for name in (SINGLE_FILE, INDEX_FILE, "model.npz"):
+    for name in (SINGLE_FILE, INDEX_FILE, ARCHIVE_FILE):
         if (folder / name).exists():
             return folder / name
     readable = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".npz"))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.checkpoints.hub import (
     Checkpoint,
+    check_vacant,
     copy_companions,
     fetch,
     read_config,
@@ -300,14 +301,16 @@ class Pretrained:
         for key, tensor in self.checkpoint.items():
             if key not in tensors and any(re.fullmatch(pattern, key) for pattern in self.description.ignore):
                 tensors[key] = tensor  # read when its shard is written
-        save = save_archive if self.checkpoint.archive else save_checkpoint
-        files = save(folder, tensors)
-        path = Path(folder) / "config.json"
+        folder = Path(folder)
+        check_vacant(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.json"
         path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         companions = copy_companions(self.folder, folder)
         if (views := self._resized_views()) is not None:
             write_image_size(folder, views)
-        return (*files, path, *map(Path, companions))
+        save = save_archive if self.checkpoint.archive else save_checkpoint  # last: with weights a folder is whole
+        return (path, *map(Path, companions), *save(folder, tensors))
 
     def _resized_views(self) -> SquareViews | None:
         """Of a model that was resized at load and whose pictures can be prepared; else its files stay as they are."""
@@ -380,8 +383,8 @@ def load(
     folder = path if path.is_dir() else path.parent
     if config is None:
         config = read_config(folder)
+    family = choose_family(config, families)
     released, checkpoint = with_named_tower(copy.deepcopy(dict(config)), open_release(path), folder)
-    family = choose_family(released, families)
     dtypes = {"dtype": DTYPES[dtype], "param_dtype": DTYPES[dtype]}
     description = family(released, checkpoint, **dtypes)
     params = import_params(description.rules, checkpoint, _targets(description, mesh), ignore=description.ignore)
