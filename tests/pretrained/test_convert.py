@@ -252,9 +252,22 @@ def test_a_run_of_another_model_is_refused(alphabet, tmp_path):
     params = vlm_jax.from_pretrained(alphabet / "released").params
     other = {**params["decoder"], "head": {"kernel": jnp.ones((30, 31))}}
     workdir = trained(tmp_path / "run", {"decoder": other})
-    message = r"of another model: it holds params\.decoder\.head\.kernel \(30, 31\), not \(30, 29\)"
-    with pytest.raises(CheckpointFileError, match=message):
+    message = r"of another model:\n  it holds params/decoder/head/kernel \(30, 31\), not \(30, 29\)$"
+    with pytest.raises(CheckpointError, match=message):
         open_conversion(alphabet / "released", FAMILIES, run=workdir)
+
+
+def test_a_parameter_more_or_less_is_another_model(alphabet, tmp_path):
+    decoder = vlm_jax.from_pretrained(alphabet / "released").params["decoder"]
+    more = trained(tmp_path / "more", {"decoder": {**decoder, "head": {**decoder["head"], "bias": jnp.ones(29)}}})
+    with pytest.raises(CheckpointError, match=r"it has params/decoder/head/bias \(29,\), which the model has not$"):
+        open_conversion(alphabet / "released", FAMILIES, run=more)
+    less = trained(tmp_path / "less", {"decoder": {key: decoder[key] for key in decoder if key != "head"}})
+    with pytest.raises(CheckpointError, match=r"it lacks params/decoder/head/kernel \(30, 29\)$"):
+        open_conversion(alphabet / "released", FAMILIES, run=less)
+    seeing = trained(tmp_path / "seeing", {"decoder": decoder, "encoder": {"bias": jnp.ones(2)}})
+    with pytest.raises(CheckpointError, match=r"it has params/encoder/bias \(2,\), which the model has not$"):
+        open_conversion(alphabet / "released", FAMILIES, run=seeing)
 
 
 @pytest.mark.parametrize("same", [True, False])

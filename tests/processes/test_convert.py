@@ -53,6 +53,13 @@ def test_there_and_back(folder, orbax):
     assert {key: x[...].tobytes() for key, x in before.items()} == {key: x[...].tobytes() for key, x in after.items()}
 
 
+def test_a_home_folder_is_found(folder, orbax, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    status, _, errors = run("convert", "--source=~/orbax", "--target=~/home/back")
+    assert status == 0 and errors == "", errors
+    assert (folder / "home" / "back" / "model.safetensors").exists()
+
+
 def test_the_arrays_answer(orbax):
     status, out, errors = run("generate", f"--checkpoint={orbax}", "--prompt=d")
     assert (status, out) == (0, LETTERS[4:] + "\n"), errors
@@ -75,6 +82,7 @@ def test_a_dry_run_lists_every_tensor_and_writes_nothing(folder, orbax, side):
     [
         (["--source=none", "--target=x"], "CheckpointFileError: none: no such file or folder, nor the `organisation/"),
         (["--source={folder}/released", "--target={folder}/orbax"], "orbax is there already; give another --target"),
+        (["--source={folder}/released", "--target="], "--target: no folder to write; give one, or --dry-run"),
         (["--source={folder}/released"], "--target: no folder to write; give one, or --dry-run"),
         (["--source={folder}/released", "--target=x", "--dtype=float8"], "--dtype=float8: value should be one of"),
         (["--source={folder}", "--target=x"], "or .npz file in this folder, nor a checkpoint_map.json of Orbax"),
@@ -99,3 +107,12 @@ def test_a_full_disk_is_explained_and_nothing_is_left(folder, orbax, side, tmp_p
     assert status == 1 and "Traceback" not in errors, errors
     assert "CheckpointFileError" in errors and "nothing is left of it" in errors and "space" in errors.lower(), errors
     assert listing.read_text() == ""
+
+
+@pytest.mark.parametrize("side", ["released", "orbax"])
+def test_a_write_that_is_refused_is_explained_and_nothing_is_left(folder, orbax, side, tmp_path):
+    limit = ("sh", "-c", 'ulimit -f 8; exec "$@"', "sh")  # of a file, in blocks of 512 bytes
+    status, _, errors = run("convert", f"--source={folder / side}", f"--target={tmp_path}/new/out", prefix=limit)
+    assert status == 1 and "Traceback" not in errors, errors
+    assert "CheckpointFileError" in errors and "could not be written, and nothing is left of it" in errors, errors
+    assert not any(tmp_path.iterdir())

@@ -46,7 +46,7 @@ def save_arrays(directory: epath.PathLike, tensors: Mapping[str, LazyTensor], nu
       num_stacked: how many leading axes of each are stacks, which are stored entry by entry.
 
     Raises:
-      OSError: there is no space for them on a local disk; nothing has been written then.
+      OSError: there is no space for them on a local disk, and nothing has been written; or a write failed.
     """
     check_space(directory, sum(tensor.nbytes for tensor in tensors.values()) + METADATA_BYTES)
     arguments = {
@@ -55,8 +55,13 @@ def save_arrays(directory: epath.PathLike, tensors: Mapping[str, LazyTensor], nu
     kinds = ((LazyTensor, _OneAtATime()), (jax.Array, ocp.type_handlers.ArrayHandler()))
     registry = ocp.type_handlers.create_type_handler_registry(*kinds)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True, use_zarr3=False)
-    with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(directory, args=ocp.args.PyTreeSave(_tree(tensors), save_args=_tree(arguments)))
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(directory, args=ocp.args.PyTreeSave(_tree(tensors), save_args=_tree(arguments)))
+    except ValueError as error:  # what TensorStore raises where the system does not let it write
+        if isinstance(error, CheckpointFileError):
+            raise
+        raise OSError(f"{directory} cannot be written ({_first_line(error)})") from error
 
 
 def check_space(path: epath.PathLike, num_bytes: int) -> None:
@@ -113,8 +118,13 @@ def _explained(result: Callable[[], Any], name: str, directory: epath.PathLike) 
     try:
         return result()
     except (ValueError, OSError) as error:
-        line = (str(error).strip().splitlines() or [""])[0][:500]
-        raise CheckpointFileError(f"{name} in {directory} cannot be read ({line}); write it again") from error
+        raise CheckpointFileError(
+            f"{name} in {directory} cannot be read ({_first_line(error)}); write it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:500]
 
 
 def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -159,6 +160,40 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
     return directory / str(step) / "state"
 
 
+def check_stored(state: epath.PathLike, wanted: Mapping[str, tuple[int, ...]], roots: Iterable[str]) -> None:
+    """Refuses arrays that are not all that a model has, and no more; none of them is read.
+
+    Args:
+      state: the folder of the arrays.
+      wanted: shapes by path, parts separated by `/`.
+      roots: what paths start with, where there may be no others.
+
+    Raises:
+      CheckpointError: arrays are missing, left over or misshapen; the message names them.
+    """
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(state)).tree
+    except Exception as error:
+        raise CheckpointError(f"{state} cannot be read: {_first_line(error)}") from error
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape or ()) for path, leaf in leaves}
+    below = tuple(f"{root}/" for root in roots)
+    problems = [f"it lacks {path} {shape}" for path, shape in wanted.items() if path not in found]
+    problems += [
+        f"it has {path} {shape}, which the model has not"
+        for path, shape in found.items()
+        if path.startswith(below) and path not in wanted
+    ]
+    problems += [
+        f"it holds {path} {found[path]}, not {shape}"
+        for path, shape in wanted.items()
+        if path in found and found[path] != shape
+    ]
+    if problems:
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise CheckpointError(f"{state} is of another model:\n  " + "\n  ".join([*problems[:8], *more]))
+
+
 def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, Any]:
     """Reads some parts of the newest checkpoint of another run, or of a release.
 
@@ -167,10 +202,13 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
       parts: {part: pytree of `jax.ShapeDtypeStruct` with shardings}.
 
     Raises:
-      CheckpointError: there is no checkpoint, or a part of it has other shapes.
+      CheckpointError: there is no checkpoint, or the parts in it are of another model.
     """
     directory, released = _absolute(directory), (_absolute(directory) / MAP_FILE).exists()
     state, like = (directory / PARAMS, parts) if released else (newest_state(directory), {"params": parts})
+    leaves = jax.tree_util.tree_leaves_with_path(like)
+    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    check_stored(state, shapes, parts if released else [f"params/{part}" for part in parts])
     restore_args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like)
     arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     try:
@@ -178,7 +216,4 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
             restored = reader.restore(state, args=arguments)
     except Exception as error:
         raise CheckpointError(f"{state} cannot be read: {_first_line(error)}") from error
-    for leaf, found in zip(jax.tree.leaves(like), jax.tree.leaves(restored), strict=True):
-        if leaf.shape != found.shape:
-            raise CheckpointError(f"{state} holds shape {found.shape}, not {leaf.shape}")
     return restored if released else restored["params"]

@@ -1,5 +1,7 @@
 """python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR] [--dtype=bfloat16] [--dry-run]"""
 
+import os
+
 from absl import app, flags, logging
 
 from vlm_jax.cli.process import explained
@@ -22,18 +24,19 @@ def main(argv: list[str]) -> None:
     """Converts one folder; which way follows from what it is."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
-    if TARGET.value is None and not DRY_RUN.value:
+    if not TARGET.value and not DRY_RUN.value:
         raise app.UsageError("--target: no folder to write; give one, or --dry-run")
+    # A shell leaves the ~ of --flag=~/x as it is.
+    source, target, run = (flag.value and os.path.expanduser(flag.value) for flag in (SOURCE, TARGET, RUN))
     logging.set_verbosity(logging.ERROR)  # Orbax remarks on its own progress
     with explained():
-        conversion = open_conversion(str(SOURCE.value), FAMILIES, dtype=DTYPE.value, run=RUN.value)
-        said = RUN.value or SOURCE.value
-        print(f"{conversion.direction}: {said}" + (f" -> {TARGET.value}" if TARGET.value else ""), flush=True)
+        conversion = open_conversion(str(source), FAMILIES, dtype=DTYPE.value, run=run)
+        print(f"{conversion.direction}: {run or source}" + (f" -> {target}" if target else ""), flush=True)
         if DRY_RUN.value:
             for way in conversion.ways():
                 print(way)
         else:
-            conversion.write(str(TARGET.value))
+            conversion.write(str(target))
         print(conversion.total)
 
 

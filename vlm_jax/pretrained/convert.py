@@ -30,7 +30,7 @@ from vlm_jax.checkpoints.hub import (
 )
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
 from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, newest_state
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state
 from vlm_jax.checkpoints.rules import Rule, Step, plan, prefixed
 from vlm_jax.pretrained.family import Description, Family
 from vlm_jax.pretrained.loader import DTYPES, choose_family
@@ -151,9 +151,10 @@ def open_conversion(
       families: the registration table.
       dtype: what floating-point tensors are cast to, a key of `DTYPES`; as stored when None.
       run: the workdir of a run of the model of `source`, whose newest parameters are written as a release;
-        what it has not, such as learned rows, stays as in `source`. A run that is none of ours is an error.
+        what no run has, such as learned rows, stays as in `source`.
 
     Raises:
+      CheckpointError: there is no such run, or it is of another model.
       CheckpointFileError, CheckpointMismatch, PretrainedError: as of `from_pretrained`.
     """
     path = fetch(source)
@@ -177,8 +178,9 @@ def _described(
     folder = path if path.is_dir() else path.parent
     release = open_release(path)
     own = read_config(folder)
+    family = choose_family(own, families)
     config, release = with_named_tower(own, release, folder)
-    description = choose_family(config, families)(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
+    description = family(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
     return folder, None if config == own else config, release, description
 
 
@@ -189,7 +191,9 @@ def _of_run(path: Path, families: Mapping[str, Family], workdir: epath.Path, dty
     steps = plan(prefixed(description.rules, target=f"{PARAMS}/"), release, {PARAMS: shapes}, ignore=description.ignore)
     steps = tuple(step for step in steps if step.targets[0].split("/")[1] in RUN_PARTS)
     wanted = {target: shape for step in steps for target, shape in zip(step.targets, step.shapes, strict=True)}
-    arrays = open_arrays(newest_state(workdir / CHECKPOINTS), wanted)
+    state = newest_state(workdir / CHECKPOINTS)
+    check_stored(state, wanted, [f"{PARAMS}/{part}" for part in RUN_PARTS])
+    arrays = open_arrays(state, wanted)
     made = lazy_release(steps, arrays, {key: tensor.dtype for key, tensor in release.items()})
     whole = Checkpoint({**release, **made}, release.origin, archive=release.archive)
     remarks = {key: f": as in {path}" for key in release if key not in made}
@@ -241,6 +245,7 @@ def _whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointFileError(f"{target} is there already; give another --target, or remove it")
     remote = "://" in str(target)
+    made = [] if remote else [parent for parent in target.parents if not parent.exists()]
     folder = target if remote else target.with_name(f".{target.name}.{os.getpid()}.incomplete")
     try:
         folder.mkdir(parents=True)
@@ -252,6 +257,9 @@ def _whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
     except BaseException as error:
         if folder.exists():
             folder.rmtree()
+        for parent in made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
         if isinstance(error, OSError | safetensors.SafetensorError):
             raise CheckpointFileError(
                 f"{target}: could not be written, and nothing is left of it ({error}); free space, mend the "
