@@ -90,8 +90,8 @@ def open_arrays(directory: epath.PathLike, shapes: Mapping[str, Shape]) -> dict[
     """
     if not (epath.Path(directory) / "_METADATA").exists():
         raise CheckpointFileError(f"{directory}: no whole Orbax checkpoint; write it again")
-    path = str(directory)
-    base = path if "://" in path else {"driver": "file", "path": f"{path}/"}
+    folder = str(directory)
+    base = folder if "://" in folder else {"driver": "file", "path": f"{folder}/"}
     names = {path: path.replace("/", ".") for path in shapes}
     opening = {
         path: ts.open(

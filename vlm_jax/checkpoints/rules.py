@@ -188,11 +188,11 @@ def plan(
     """
     rules = tuple(rules)
     leaves = dict(_flatten(targets))
-    kept = {path for path in leaves if _any_match(keep, path)}
+    kept = {path for path in leaves if matching(keep, path)}
     steps, problems = _steps(rules, {path: tuple(leaf.shape) for path, leaf in leaves.items()}, kept)
 
     missing, read, source_problems = _check_sources(steps, source, leaves, kept)
-    unused = [key for key in source if key not in read and not _any_match(ignore, key)]
+    unused = [key for key in source if key not in read and not matching(ignore, key)]
     problems += source_problems + _missing_and_unused(missing, unused, source, rules)
     if problems:
         raise CheckpointMismatch(problems)
@@ -228,7 +228,7 @@ def import_params(
     """
     steps = plan(rules, source, targets, ignore=ignore, keep=keep)
     leaves = dict(_flatten(targets))
-    kept = {path for path in leaves if _any_match(keep, path)}
+    kept = {path for path in leaves if matching(keep, path)}
     values = dict(leaves)
     with placement.readers() as pool:
         for step in steps:
@@ -508,5 +508,6 @@ def _entry(path: str, position: tuple[int, ...]) -> str:
     return f"{path}[{', '.join(map(str, position))}]" if position else path
 
 
-def _any_match(patterns: Iterable[str], name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
+def matching(patterns: Iterable[str], name: str) -> str | None:
+    """The first regular expression that matches a whole key or path, as of `ignore` and `keep`; None if none does."""
+    return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from vlm_jax.checkpoints.hub import (
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
 from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state
-from vlm_jax.checkpoints.rules import Rule, Step, plan, prefixed
+from vlm_jax.checkpoints.rules import Rule, Step, matching, plan, prefixed
 from vlm_jax.pretrained.family import Description, Family
 from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.named_tower import with_named_tower
@@ -219,16 +218,12 @@ def _all_steps(description: Description, release: Checkpoint) -> tuple[tuple[Ste
     rules = (*prefixed(description.rules, target=f"{PARAMS}/"), *(Rule(key, f"{CARRIED}/{key}") for key in others))
     targets: dict[str, Any] = {PARAMS: shapes, CARRIED: {key: release[key] for key in others}}
     steps = plan(rules, release, targets, ignore=description.ignore)
-    remarks = {f"{CARRIED}/{key}": f" (ignored: {_pattern(description.ignore, key)})" for key in others}
+    remarks = {f"{CARRIED}/{key}": f" (ignored: {matching(description.ignore, key)})" for key in others}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(boxed, is_leaf=_is_box)[0]:
         if _is_box(leaf):
             names = ", ".join(str(name) for name in leaf.names)
             remarks["/".join((PARAMS, *(str(part.key) for part in keys)))] = f" [{names}]"
     return steps, remarks
-
-
-def _pattern(patterns: tuple[str, ...], key: str) -> str:
-    return next(pattern for pattern in patterns if re.fullmatch(pattern, key))
 
 
 def _is_box(leaf: Any) -> bool:

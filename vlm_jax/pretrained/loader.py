@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +26,7 @@ from vlm_jax.checkpoints.hub import (
     save_checkpoint,
 )
 from vlm_jax.checkpoints.mapped import open_release
-from vlm_jax.checkpoints.rules import export_params, import_params
+from vlm_jax.checkpoints.rules import export_params, import_params, matching
 from vlm_jax.config import did_you_mean
 from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.sampling import Sampling
@@ -299,7 +298,7 @@ class Pretrained:
         """
         tensors: dict[str, Any] = export_params(self.description.rules, self.params if params is None else params)
         for key, tensor in self.checkpoint.items():
-            if key not in tensors and any(re.fullmatch(pattern, key) for pattern in self.description.ignore):
+            if key not in tensors and matching(self.description.ignore, key):
                 tensors[key] = tensor  # read when its shard is written
         folder = Path(folder)
         check_vacant(folder)
