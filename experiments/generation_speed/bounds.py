@@ -10,10 +10,15 @@ from typing import Any
 
 import numpy as np
 
-DEPTH, WIDTH, MLP = 12, 768, 2048
-KERNELS = [(WIDTH, WIDTH)] * 4 + [(WIDTH, MLP)] * 2 + [(MLP, WIDTH)]
+DEPTH, WIDTH, MLP, VOCABULARY = 12, 768, 2048, 32_000
+# Query, key and value as one kernel, gate and up as one, as generation lays them out; then those of PyTorch's Llama.
+BLOCKS = {
+    "XLA": [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 2 * MLP), (MLP, WIDTH)] * DEPTH,
+    "PyTorch": ([(WIDTH, WIDTH)] * 4 + [(WIDTH, MLP)] * 2 + [(MLP, WIDTH)]) * DEPTH,
+}
+HEAD = [(WIDTH, VOCABULARY)]
 PARAMETERS = 110e6
-ROWS = (1, 64, 256, 512, 2048)  # tokens of a step and of prompts
+CASES = [("blocks", rows) for rows in (1, 8, 64, 256, 512, 1024, 2048)] + [("head", rows) for rows in (1, 8)]
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -22,25 +27,27 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def products(threads: int) -> dict[str, Callable[[int], Callable[[], Any]]]:
-    """The products of all blocks for so many rows, by XLA and by PyTorch, each kernel an array of its own."""
+def products(threads: int) -> dict[str, Callable[[str, int], Callable[[], Any]]]:
+    """The products of all blocks, or of the head, for so many rows, each kernel an array of its own."""
     import jax
     import jax.numpy as jnp
     import torch
 
     torch.set_num_threads(threads)
-    draw = np.random.default_rng(0)
-    kernels = [draw.standard_normal(shape, dtype=np.float32) for _ in range(DEPTH) for shape in KERNELS]
-    ours = [jnp.asarray(kernel) for kernel in kernels]
-    theirs = [torch.from_numpy(np.ascontiguousarray(kernel.T)) for kernel in kernels]
 
-    def xla(rows: int) -> Callable[[], Any]:
+    def kernels(name: str, part: str) -> list[np.ndarray]:
+        draw = np.random.default_rng(0)
+        return [draw.standard_normal(shape, dtype=np.float32) for shape in (HEAD if part == "head" else BLOCKS[name])]
+
+    def xla(part: str, rows: int) -> Callable[[], Any]:
+        ours = [jnp.asarray(kernel) for kernel in kernels("XLA", part)]
         given = {width: jnp.full((rows, width), 0.01) for width in (WIDTH, MLP)}
         run = jax.jit(lambda given, kernels: [given[kernel.shape[0]] @ kernel for kernel in kernels])
         compiled = run.lower(given, ours).compile()
         return lambda: jax.block_until_ready(compiled(given, ours))
 
-    def mkl(rows: int) -> Callable[[], Any]:
+    def mkl(part: str, rows: int) -> Callable[[], Any]:
+        theirs = [torch.from_numpy(np.ascontiguousarray(kernel.T)) for kernel in kernels("PyTorch", part)]
         given = {width: torch.full((rows, width), 0.01) for width in (WIDTH, MLP)}
 
         @torch.inference_mode()
@@ -75,12 +82,13 @@ def main() -> None:
     cores = {int(core) for core in arguments.cores.split(",")}
     os.sched_setaffinity(0, cores)
     makers = products(len(cores))
-    for rows in ROWS:
-        programs = {name: make(rows) for name, make in makers.items()}
+    for part, rows in CASES:
+        programs = {name: make(part, rows) for name, make in makers.items()}
         for program in programs.values():
             program()
         rounds = [{name: seconds(program) for name, program in programs.items()} for _ in range(arguments.rounds)]
-        print(rows, *(f"{name} {statistics.median(r[name] for r in rounds) * 1e3:.0f} ms" for name in programs))
+        times = [f"{name} {statistics.median(r[name] for r in rounds) * 1e3:.1f} ms" for name in programs]
+        print(part, rows, *times, flush=True)
     rate = bandwidth(len(cores))
     print(f"reading {rate / 1e9:.1f} GB/s: {PARAMETERS * 4 / rate * 1e3:.0f} ms for all parameters")
 
