@@ -7,7 +7,8 @@ import pytest
 
 from tests.checkpoints.test_rules import RULES, model, release
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
-from vlm_jax.checkpoints.rules import export_plan, import_params, plan
+from vlm_jax.checkpoints.params import import_params
+from vlm_jax.checkpoints.plan import export_plan, plan
 
 
 def by_path(tree):

@@ -8,8 +8,11 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.checkpoints import placement
+from vlm_jax.checkpoints.mismatch import CheckpointMismatch
 from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Chain, Concatenate, Each, Reshape, fused_linear
-from vlm_jax.checkpoints.rules import CheckpointMismatch, Rule, export_params, import_params, plan, prefixed
+from vlm_jax.checkpoints.params import export_params, import_params
+from vlm_jax.checkpoints.plan import plan
+from vlm_jax.checkpoints.rules import Rule, prefixed
 
 LAYERS, WIDTH, HIDDEN = 3, 4, 6
 

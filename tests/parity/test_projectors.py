@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import InternVLConfig, InternVLModel
 
 from vlm_jax.checkpoints.maps import deepseek_vl2, internvl
-from vlm_jax.checkpoints.rules import import_params
+from vlm_jax.checkpoints.params import import_params
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.types import VisualFeatures
 

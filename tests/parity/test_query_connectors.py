@@ -21,7 +21,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
 
 from vlm_jax.checkpoints.maps.perceiver import perceiver_rules
 from vlm_jax.checkpoints.maps.qformer import qformer_rules
-from vlm_jax.checkpoints.rules import import_params
+from vlm_jax.checkpoints.params import import_params
 from vlm_jax.connectors.perceiver import Perceiver
 from vlm_jax.connectors.qformer import QueryTransformer
 from vlm_jax.types import Instruction, VisualFeatures

@@ -9,7 +9,9 @@ import numpy as np
 
 from vlm_jax.checkpoints.hub import LazyTensor
 from vlm_jax.checkpoints.ops import Index, Shape
-from vlm_jax.checkpoints.rules import SourceTensor, Step, block_reader
+from vlm_jax.checkpoints.params import block_reader
+from vlm_jax.checkpoints.plan import Step
+from vlm_jax.checkpoints.rules import SourceTensor
 
 
 def lazy_params(
@@ -18,7 +20,7 @@ def lazy_params(
     """The parameters that a release makes; reading one reads its tensors.
 
     Args:
-      steps: of `rules.plan` for the release.
+      steps: of `plan.plan` for the release.
       source: the release.
       dtype: what floating-point parameters are cast to; None keeps that of their tensors, or the
         smallest that holds all of them.
@@ -40,7 +42,7 @@ def lazy_release(
     """The released tensors that parameters make; reading one reads its part of the parameters.
 
     Args:
-      steps: of `rules.export_plan` for the parameters.
+      steps: of `plan.export_plan` for the parameters.
       params: by path.
       dtypes: of the released tensors by key, to which they are cast; a parameter's own where a key is missing.
     """

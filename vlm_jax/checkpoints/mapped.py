@@ -23,7 +23,8 @@ from vlm_jax.checkpoints.arrays import open_arrays, save_arrays
 from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS, Checkpoint, CheckpointFileError, LazyTensor, open_checkpoint
 from vlm_jax.checkpoints.lazy import lazy_release
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
-from vlm_jax.checkpoints.rules import Rule, Step, export_plan
+from vlm_jax.checkpoints.plan import Step, export_plan
+from vlm_jax.checkpoints.rules import Rule
 from vlm_jax.config import read_json
 
 CARRIED = "carried"  # beside PARAMS: a folder, and what the rules' targets start with

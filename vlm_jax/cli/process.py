@@ -10,8 +10,8 @@ from etils import epath
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.checkpoints.hub import CheckpointFileError
+from vlm_jax.checkpoints.mismatch import CheckpointMismatch
 from vlm_jax.checkpoints.orbax import CheckpointError
-from vlm_jax.checkpoints.rules import CheckpointMismatch
 from vlm_jax.config import ConfigError
 from vlm_jax.data.vqa_files import TooManyCorruptImages
 from vlm_jax.data.vqa_records import MalformedRecords

@@ -30,7 +30,8 @@ from vlm_jax.checkpoints.hub import (
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
 from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state
-from vlm_jax.checkpoints.rules import Rule, Step, matching, plan, prefixed
+from vlm_jax.checkpoints.plan import Step, plan
+from vlm_jax.checkpoints.rules import Rule, matching, prefixed
 from vlm_jax.pretrained.family import Description, Family
 from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.named_tower import with_named_tower

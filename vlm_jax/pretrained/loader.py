@@ -26,7 +26,8 @@ from vlm_jax.checkpoints.hub import (
     save_checkpoint,
 )
 from vlm_jax.checkpoints.mapped import open_release
-from vlm_jax.checkpoints.rules import export_params, import_params, matching
+from vlm_jax.checkpoints.params import export_params, import_params
+from vlm_jax.checkpoints.rules import matching
 from vlm_jax.config import did_you_mean
 from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.sampling import Sampling

@@ -12,7 +12,7 @@ import numpy as np
 from tests.golden.systems.vision_transformer import normalise
 from vlm_jax import from_pretrained
 from vlm_jax.checkpoints.hub import read_config
-from vlm_jax.checkpoints.rules import export_params
+from vlm_jax.checkpoints.params import export_params
 from vlm_jax.encoders.naflex import interpolate_table
 from vlm_jax.losses.two_tower import sigmoid_loss, softmax_loss
 from vlm_jax.models.two_tower import Embeddings

@@ -13,7 +13,8 @@ from tests.golden import comparison
 from tests.golden.systems import deepseek_vl2_language, deepseek_vl2_prompts
 from vlm_jax.checkpoints.maps.torch_layers import fused, layer_norm, linear
 from vlm_jax.checkpoints.ops import Reshape
-from vlm_jax.checkpoints.rules import Rule, import_params
+from vlm_jax.checkpoints.params import import_params
+from vlm_jax.checkpoints.rules import Rule
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.pooling import MapHead
 from vlm_jax.processors.image import normalize

@@ -10,7 +10,7 @@ from tests.golden import comparison
 from tests.golden.systems import language
 from tests.golden.systems.deepseek_vl2_prompts import pictures, say
 from tests.golden.systems.language import IGNORED, Row
-from vlm_jax.checkpoints.rules import export_params
+from vlm_jax.checkpoints.params import export_params
 from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.layers.attention import KeyValue
 from vlm_jax.layers.scan import LOSSES

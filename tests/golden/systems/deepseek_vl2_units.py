@@ -11,7 +11,7 @@ import numpy as np
 
 from tests.golden import comparison
 from vlm_jax.checkpoints.maps.deepseek import half_split
-from vlm_jax.checkpoints.rules import import_params
+from vlm_jax.checkpoints.params import import_params
 from vlm_jax.layers.rope import Rope, rotate, yarn_magnitude
 from vlm_jax.layers.router import Router
 from vlm_jax.layers.scan import LOSSES

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.golden.systems.pixels import CLIP, HALF
 from vlm_jax.checkpoints.hub import open_checkpoint
-from vlm_jax.checkpoints.rules import import_params
+from vlm_jax.checkpoints.params import import_params
 from vlm_jax.encoders.sam import partition_windows, relative_positions
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.processors.chat import ChatTemplate

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.checkpoints.hub import open_checkpoint
-from vlm_jax.checkpoints.rules import import_params
+from vlm_jax.checkpoints.params import import_params
 from vlm_jax.pretrained.projector import mm_projector
 from vlm_jax.types import VisualFeatures
 

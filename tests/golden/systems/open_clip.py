@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax import from_pretrained
-from vlm_jax.checkpoints.rules import export_params
+from vlm_jax.checkpoints.params import export_params
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.resize import resize_axis
 from vlm_jax.losses.two_tower import softmax_loss

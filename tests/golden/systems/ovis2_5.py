@@ -14,7 +14,7 @@ import vlm_jax
 from tests.golden import comparison
 from tests.golden.systems import language, ovis_prompts
 from tests.golden.systems.language import Patches, Row
-from vlm_jax.checkpoints.rules import export_params
+from vlm_jax.checkpoints.params import export_params
 from vlm_jax.encoders.packed import window_in_blocks
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.neighbours import squares

@@ -13,7 +13,8 @@ import numpy as np
 from tests.golden import comparison
 from vlm_jax.checkpoints.hub import open_checkpoint
 from vlm_jax.checkpoints.maps.qwen_vl import resampler_rules
-from vlm_jax.checkpoints.rules import import_params, prefixed
+from vlm_jax.checkpoints.params import import_params
+from vlm_jax.checkpoints.rules import prefixed
 from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.layers.position_embedding import sincos_2d
 from vlm_jax.layers.resize import resize

@@ -1,0 +1,272 @@
+"""What goes where between a release and a tree of parameters, checked before anything is read.
+
+The targets decide which keys are wanted: a source key that nothing reads, a target that nothing fills or two
+rules fill, a wrong shape are all reported in one `CheckpointMismatch`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.checkpoints.mismatch import CheckpointMismatch, Nearest
+from vlm_jax.checkpoints.ops import Shape
+from vlm_jax.checkpoints.rules import Rule, SourceTensor, expand, matcher, matching, placeholders
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One rule, for one value of the placeholders that its targets keep.
+
+    Attributes:
+      rule: where the step comes from.
+      targets: paths of the parameters that it fills.
+      shapes: their shapes, stacked axes included.
+      sources: the source keys of every position in the stack; the one position of a rule that stacks
+        nothing is `()`.
+      needed: the shapes that the source tensors must have, the same for every position.
+    """
+
+    rule: Rule
+    targets: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    sources: Mapping[tuple[int, ...], tuple[str, ...]]
+    needed: tuple[Shape, ...]
+
+    def __str__(self) -> str:
+        positions = list(self.sources)
+        keys = " + ".join(self.sources[positions[0]])
+        if len(positions) > 1:
+            keys += f" .. {' + '.join(self.sources[positions[-1]])} ({len(positions)} stacked)"
+        targets = " + ".join(f"{t} {s}" for t, s in zip(self.targets, self.shapes, strict=True))
+        return f"{keys} {' + '.join(map(str, self.needed))} -> {self.rule.op} -> {targets}"
+
+
+def plan(
+    rules: Iterable[Rule],
+    source: Mapping[str, SourceTensor],
+    targets: Any,
+    *,
+    ignore: Iterable[str] = (),
+    keep: Iterable[str] = (),
+) -> tuple[Step, ...]:
+    """Checks that a checkpoint fits a tree of parameters and says what goes where, reading no tensor.
+
+    Args:
+      rules: the table.
+      source: the checkpoint; only the shapes and dtypes of its tensors are looked at.
+      targets: a tree of arrays or `jax.ShapeDtypeStruct`; boxes of axis names may stay on.
+      ignore: regular expressions for whole source keys that may go unread.
+      keep: regular expressions for whole target paths that the checkpoint is not to fill, such as a
+        new head. A rule whose targets are all kept is left out; its source keys count as read.
+
+    Returns:
+      One step for every rule and value of the placeholders that its target keeps.
+
+    Raises:
+      CheckpointMismatch: something is missing, left over, written twice or misshapen.
+    """
+    rules = tuple(rules)
+    leaves = dict(flatten(targets))
+    kept = {path for path in leaves if matching(keep, path)}
+    steps, problems = _steps(rules, {path: tuple(leaf.shape) for path, leaf in leaves.items()}, kept)
+
+    missing, read, source_problems = _check_sources(steps, source, leaves, kept)
+    unused = [key for key in source if key not in read and not matching(ignore, key)]
+    problems += source_problems + _missing_and_unused(missing, unused, source, rules)
+    if problems:
+        raise CheckpointMismatch(problems)
+    return tuple(step for step in steps if not kept.issuperset(step.targets))
+
+
+def export_plan(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> tuple[Step, ...]:
+    """What becomes of every parameter in a release: the steps of `plan` by the parameters alone.
+
+    Args:
+      rules: the table of the import.
+      shapes: of the parameters, by path.
+
+    Raises:
+      CheckpointMismatch: as of `export_params`.
+    """
+    steps, problems = _steps(tuple(rules), shapes, set())
+    written: dict[str, Rule] = {}
+    for step in steps:
+        for key in itertools.chain.from_iterable(step.sources.values()):
+            if key in written:
+                problems.append(f"written twice: {key}, by {written[key]} and by {step.rule}")
+            written[key] = step.rule
+    if problems:
+        raise CheckpointMismatch(problems)
+    return tuple(steps)
+
+
+def _steps(rules: tuple[Rule, ...], shapes: Mapping[str, Shape], kept: set[str]) -> tuple[list[Step], list[str]]:
+    """Every step that the target paths call for, and what is wrong between rules and targets."""
+    steps: list[Step] = []
+    problems: list[str] = []
+    writers: dict[str, Rule] = {}
+    for rule in rules:
+        for values in _target_values(rule, shapes):
+            targets = tuple(expand(template, values) for template in rule.targets)
+            if absent := [path for path in targets if path not in shapes]:
+                problems.append(f"not in the model: {', '.join(absent)}, which {rule} fills together with others")
+                continue
+            for path in targets:
+                if path in writers:
+                    problems.append(f"written twice: {path}, by {writers[path]} and by {rule}")
+                writers[path] = rule
+            try:
+                steps.append(_step(rule, values, targets, tuple(shapes[path] for path in targets)))
+            except ValueError as error:
+                problems.append(f"misshapen: {error}")
+    nearest = Nearest(path for rule in rules for path in rule.targets if path not in writers)
+    problems += [
+        f"not filled: {path}, shape {shape}: no rule writes it" + nearest.suggest(path, "a rule's target is near")
+        for path, shape in shapes.items()
+        if path not in writers and path not in kept
+    ]
+    return steps, problems
+
+
+def _target_values(rule: Rule, paths: Iterable[str]) -> list[dict[str, int]]:
+    """The values of the targets' placeholders for which any of the targets is in the tree."""
+    found: dict[tuple[int, ...], dict[str, int]] = {}
+    for template in rule.targets:
+        names, matches = placeholders(rule.targets[0]), matcher(template).fullmatch
+        for match in filter(None, map(matches, paths)):
+            values = {name: int(match.group(name)) for name in names}
+            if all(value in rule.where.get(name, (value,)) for name, value in values.items()):
+                found[tuple(values.values())] = values
+    return [found[key] for key in sorted(found)]
+
+
+def _step(rule: Rule, values: Mapping[str, int], targets: tuple[str, ...], shapes: tuple[Shape, ...]) -> Step:
+    """Works out the source keys and their shapes.
+
+    Raises:
+      ValueError: the targets do not have the axes that the rule stacks, or a shape that its operation
+        cannot give.
+    """
+    depth = len(rule.stacked)
+    described = " + ".join(f"{path} {shape}" for path, shape in zip(targets, shapes, strict=True))
+    stack = shapes[0][:depth]
+    if len(stack) < depth or any(shape[:depth] != stack for shape in shapes):
+        raise ValueError(f"{described}: {rule} stacks {', '.join(rule.stacked)} on the leading axes")
+    ranges = [rule.where.get(name, range(size)) for name, size in zip(rule.stacked, stack, strict=True)]
+    for name, values_of, size in zip(rule.stacked, ranges, stack, strict=True):
+        if len(values_of) != size:
+            raise ValueError(f"{described}: {rule} stacks {len(values_of)} values of {name}, not {size}")
+    try:
+        needed = rule.op.inverse.shapes(*(shape[depth:] for shape in shapes))
+    except ValueError as error:
+        raise ValueError(f"{described}: {rule} cannot give this shape: {error}") from error
+    if len(needed) != len(rule.sources):
+        raise ValueError(f"{described}: {rule} names {len(rule.sources)} sources, and {rule.op} reads {len(needed)}")
+    sources = {}
+    for position in np.ndindex(*stack):
+        numbers = {name: values_of[i] for name, values_of, i in zip(rule.stacked, ranges, position, strict=True)}
+        sources[position] = tuple(expand(template, {**values, **numbers}) for template in rule.sources)
+    return Step(rule, targets, shapes, sources, needed)
+
+
+def _check_sources(
+    steps: Iterable[Step], source: Mapping[str, SourceTensor], leaves: Mapping[str, Any], kept: set[str]
+) -> tuple[dict[str, str], dict[str, Rule], list[str]]:
+    """Missing keys with their lines, the rule that reads each key, and all other problems of source keys."""
+    read: dict[str, Rule] = {}
+    missing: dict[str, str] = {}
+    problems: list[str] = []
+    for step in steps:
+        wanted = not kept.issuperset(step.targets)
+        for position, keys in step.sources.items():
+            for key, needed in zip(keys, step.needed, strict=True):
+                if key in read and wanted:
+                    problems.append(
+                        f"read twice: {key}, by {read[key]} and by {step.rule}; a tensor that makes several "
+                        "parameters needs one rule with several targets"
+                    )
+                read[key] = step.rule
+                if not wanted:
+                    continue
+                for_what = _entry(" + ".join(step.targets), position)
+                if key not in source:
+                    missing[key] = f"missing from the checkpoint: {key}, shape {needed}, for {for_what}"
+                elif tuple(source[key].shape) != needed:
+                    problems.append(
+                        f"misshapen: {key}: expected {needed}, found {tuple(source[key].shape)}, "
+                        f"for {for_what} through {step.rule.op}"
+                    )
+                else:
+                    problems += _dtype_problems(key, source[key].dtype, step, leaves)
+    return missing, read, problems
+
+
+def _missing_and_unused(
+    missing: Mapping[str, str],
+    unused: Sequence[str],
+    source: Mapping[str, SourceTensor],
+    rules: Iterable[Rule],
+) -> list[str]:
+    """The lines of missing and of unused keys, each with the nearest of the other."""
+    known = {key: made for key in unused if (made := _what_it_makes(key, rules))}
+    unknown = [key for key in unused if key not in known]
+    near_unused, near_missing = Nearest(unknown), Nearest(missing)
+    problems = [line + near_unused.suggest(key, "an unused key is near") for key, line in missing.items()]
+    problems += [
+        f"unused: {key}, shape {tuple(source[key].shape)}: the model has no {made}, and no ignore pattern "
+        "covers the key"
+        for key, made in known.items()
+    ]
+    problems += [
+        f"unused: {key}, shape {tuple(source[key].shape)}: no rule reads it and no ignore pattern covers it"
+        + near_missing.suggest(key, "a missing key is near")
+        for key in unknown
+    ]
+    return problems
+
+
+def _dtype_problems(key: str, dtype: Any, step: Step, leaves: Mapping[str, Any]) -> list[str]:
+    """A cast between integers and floating point is never meant."""
+    return [
+        f"wrong kind of number: {key} is {np.dtype(dtype)}, and {path} is {np.dtype(leaves[path].dtype)}"
+        for path in step.targets
+        if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(leaves[path].dtype, jnp.floating)
+    ]
+
+
+def _what_it_makes(key: str, rules: Iterable[Rule]) -> str | None:
+    """The parameters that a rule makes of a source key, or None where no rule knows the key."""
+    for rule in rules:
+        for template in rule.sources:
+            if match := matcher(template).fullmatch(key):
+                values = {name: int(value) for name, value in match.groupdict().items()}
+                return " + ".join(_at(target, rule, values) for target in rule.targets)
+    return None
+
+
+def _at(target: str, rule: Rule, values: Mapping[str, int]) -> str:
+    """The target with its own placeholders filled and the stacked ones as `[layer 3]`."""
+    stacked = ", ".join(f"{name} {values[name]}" for name in rule.stacked)
+    return expand(target, values) + (f"[{stacked}]" if stacked else "")
+
+
+def _entry(path: str, position: tuple[int, ...]) -> str:
+    return f"{path}[{', '.join(map(str, position))}]" if position else path
+
+
+def flatten(tree: Any) -> list[tuple[str, Any]]:
+    """(path, leaf) in tree order; a box of axis names adds nothing to the path."""
+    named = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        parts = [str(getattr(part, "key", getattr(part, "idx", None))) for part in path if not _is_box(part)]
+        named.append(("/".join(parts), leaf))
+    return named
+
+
+def _is_box(part: Any) -> bool:
+    return isinstance(part, jax.tree_util.GetAttrKey) and part.name == "value"
