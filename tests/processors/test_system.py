@@ -37,6 +37,9 @@ class Letters:
             text = text[len(name) :]
         return ids
 
+    def offsets(self, text, add_special):
+        return None
+
     def decode(self, ids):
         return "".join(self.special[index] if index in self.special else chr(index - 100) for index in ids)
 

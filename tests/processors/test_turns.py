@@ -30,7 +30,7 @@ def test_deepseek_vl2_learns_what_the_assistant_says():
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q "}]},
         {"role": "assistant", "content": " a"},
     ]
-    pieces = DeepSeekVL2Prompt(TOKENIZER)(messages, ())
+    pieces = DeepSeekVL2Prompt(TOKENIZER)(messages, (), targets=True)
     assert spelled(pieces) == "<s>S<|User|>: [image]\nq\n\n<|Assistant|>:a</s>"
     assert spelled([piece for piece in pieces if isinstance(piece, Text) and piece.learned]) == "a</s>"
     with pytest.raises(PromptError, match="message 1 has the role 'system', which only the first may have"):

@@ -19,6 +19,8 @@ from vlm_jax.config import did_you_mean, read_json
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
+# Variables whose values stand about every `{% generation %}` block; nothing where they are not given.
+GENERATION_BEGIN, GENERATION_END = "generation_begin", "generation_end"
 
 Message = Mapping[str, Any]
 
@@ -54,6 +56,11 @@ class ChatTemplate:
             self._reads = jinja2.meta.find_undeclared_variables(_environment().parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"{origin}: not a Jinja template: line {error.lineno}: {error.message}") from error
+
+    @property
+    def marks_learned(self) -> bool:
+        """Whether blocks in it say what a model learns."""
+        return GENERATION_BEGIN in self._reads
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The text of a conversation, to be encoded without further special tokens.
@@ -144,14 +151,17 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the parts that a model learns; they are written as they are."""
+    """`{% generation %}`, which marks the parts that a model learns, between the values of two variables."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
+        begin, end = (
+            jinja2.nodes.Output([jinja2.nodes.Name(name, "load")]) for name in (GENERATION_BEGIN, GENERATION_END)
+        )
+        return [node.set_lineno(line) for node in (begin, jinja2.nodes.Scope(body), end)]
 
 
 def _refuse(message: str) -> None:

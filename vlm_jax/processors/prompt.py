@@ -3,15 +3,17 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.layout import Text
+from vlm_jax.processors.learned import Span, encode_learned, render_learned, texts, within
 from vlm_jax.processors.tokenizer import Tokenizer
 
 Kind = Literal["image", "video"]
 Message = Mapping[str, Any]
+Stretch = tuple[str | Kind, list[Span]]  # a text, or what stands there, and what of it is learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,13 @@ class Prompt(Protocol):
     """A system's way from messages to ids."""
 
     def __call__(
-        self, messages: Sequence[Message], places: Sequence[int], *, add_generation_prompt: bool, **variables: Any
+        self,
+        messages: Sequence[Message],
+        places: Sequence[int],
+        *,
+        add_generation_prompt: bool,
+        targets: bool,
+        **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation, in order.
 
@@ -43,6 +51,7 @@ class Prompt(Protocol):
             `[{"type": "image"}, {"type": "text", "text": "…"}]`.
           places: how many places each of the conversation's videos takes.
           add_generation_prompt: ends with the head of the answer.
+          targets: as the release trains on it: what assistants say is learned, and the token that ends it.
           **variables: more for the template.
         """
         ...
@@ -65,6 +74,7 @@ class TemplatePrompt:
         template takes lists.
       begins: a text that the template begins without the BOS gets the tokens that the tokenizer puts about one, as
         processors of transformers do; its tokenizers leave it as it is.
+      training: writes the conversation for training, where the release does so otherwise.
     """
 
     template: ChatTemplate
@@ -75,6 +85,7 @@ class TemplatePrompt:
     split: bool = False
     joined: str | None = None
     begins: bool = True
+    training: ChatTemplate | None = None
 
     def __call__(
         self,
@@ -82,13 +93,19 @@ class TemplatePrompt:
         places: Sequence[int],
         *,
         add_generation_prompt: bool = True,
+        targets: bool = False,
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`."""
         if self.joined is not None:
             messages = [{**message, "content": self._content(message.get("content"))} for message in messages]
-        text = self.template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-        return self._in_pieces(text, places) if self.split else self._as_whole(text, places)
+        variables = {"add_generation_prompt": add_generation_prompt, **variables}
+        if targets:
+            text, spans = render_learned(self.training or self.template, messages, self.tokenizer, **variables)
+        else:
+            text, spans = self.template.render(messages, **variables), []
+        stretches = self._stretches(text, spans)
+        return self._in_pieces(stretches, places) if self.split else self._as_whole(stretches, places)
 
     def _content(self, content: Any) -> Any:
         if content is None or isinstance(content, str):
@@ -103,17 +120,24 @@ class TemplatePrompt:
             item["text"] if item["type"] == "text" else self.marks[item["type"]] for item in content
         )
 
-    def _stretches(self, text: str) -> Iterator[str | Kind]:
-        """Text, kind, text, kind, …, text."""
+    def _stretches(self, text: str, spans: Sequence[Span]) -> list[Stretch]:
+        """Text, kind, text, kind, …, text, each with its learned spans."""
         kinds: dict[str, Kind] = {mark: kind for kind, mark in self.marks.items()}
         pattern = "|".join(re.escape(mark) for mark in sorted(kinds, key=len, reverse=True))
+        found: list[Stretch] = []
+        start = 0
         for number, stretch in enumerate(re.split(f"({pattern})", text) if kinds else [text]):
-            yield kinds[stretch] if number % 2 else stretch
+            stop = start + len(stretch)
+            found.append((kinds[stretch], []) if number % 2 else (stretch, within(spans, start, stop)))
+            start = stop
+        return found
 
-    def _as_whole(self, text: str, places: Sequence[int]) -> list[Text | Slot]:
+    def _as_whole(self, stretches: Sequence[Stretch], places: Sequence[int]) -> list[Text | Slot]:
         remaining, written = iter(places), ""
         kinds: list[Kind] = []
-        for number, stretch in enumerate(self._stretches(text)):
+        spans: list[Span] = []
+        for number, (stretch, own) in enumerate(stretches):
+            spans += [(len(written) + start, len(written) + stop) for start, stop in own]
             if number % 2:
                 kind: Kind = stretch  # type: ignore[assignment]
                 count = next(remaining, 1) if kind == "video" else 1
@@ -123,34 +147,35 @@ class TemplatePrompt:
             written += stretch
         holders = {self.tokenizer.id_of(token) for token in self.tokens.values()}
         pieces: list[Text | Slot] = []
-        ids: list[int] = []
-        for index in self._encoded(written):
+        ids, learned = self._encoded(written, spans)
+        start = 0
+        for place, index in enumerate(ids):
             if index in holders:
                 # A text that spells such a token has more slots than pictures, which its processor refuses.
-                pieces += [Text(ids), Slot(kinds.pop(0) if kinds else "image", index)]
-                ids = []
-            else:
-                ids.append(index)
-        return [*pieces, Text(ids)]
+                slot = Slot(kinds.pop(0) if kinds else "image", index)
+                pieces += [*texts(ids[start:place], learned[start:place]), slot]
+                start = place + 1
+        return [*pieces, *texts(ids[start:], learned[start:])]
 
-    def _in_pieces(self, text: str, places: Sequence[int]) -> list[Text | Slot]:
+    def _in_pieces(self, stretches: Sequence[Stretch], places: Sequence[int]) -> list[Text | Slot]:
         """Every piece with the tokens that the release puts about a text; only the first keeps its BOS.
 
         Source: LLaVA, mm_utils.py, tokenizer_image_token.
         """
         remaining = iter(places)
         pieces: list[Text | Slot] = []
-        for number, stretch in enumerate(self._stretches(text)):
+        for number, (stretch, spans) in enumerate(stretches):
             if number % 2:
                 kind: Kind = stretch  # type: ignore[assignment]
                 slot = Slot(kind, self.tokenizer.id_of(self.tokens[kind]))
                 pieces += [slot] * (next(remaining, 1) if kind == "video" else 1)
             else:
-                ids = self._encoded(stretch)
-                begins = bool(ids) and ids[0] == self.tokenizer.bos_id
-                pieces.append(Text(ids[1:] if number and begins else ids))
+                ids, learned = self._encoded(stretch, spans)
+                skipped = int(number > 0 and bool(ids) and ids[0] == self.tokenizer.bos_id)
+                pieces += texts(ids[skipped:], learned[skipped:])
         return pieces
 
-    def _encoded(self, text: str) -> list[int]:
+    def _encoded(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
         bos = self.tokenizer.names.get("bos_token")
-        return self.tokenizer.encode(text, add_special=self.begins and not (bos and text.startswith(bos)))
+        special = self.begins and not (bos and text.startswith(bos))
+        return encode_learned(self.tokenizer, text, spans, add_special=special)

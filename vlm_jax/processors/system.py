@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -17,6 +17,7 @@ from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
 from vlm_jax.processors.seen import PictureMismatch, Seen, Views
 from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.turns import PromptError
 from vlm_jax.processors.video import FrameSampling, Sampling, read_video
 from vlm_jax.types import Batch
@@ -75,10 +76,11 @@ class Processor:
         max_visual_tokens: int | None = None,
         max_video_tokens: int | None = None,
         frame_sampling: Sampling | None = None,
-        add_generation_prompt: bool = True,
+        targets: bool = False,
+        add_generation_prompt: bool | None = None,
         **variables: Any,
     ) -> Batch:
-        """Conversations as prompts that end together.
+        """Conversations as prompts that end together, or as what is learned of them.
 
         Args:
           conversations: messages in the form of chat templates, with an item such as `{"type": "image"}` for every
@@ -89,17 +91,21 @@ class Processor:
           max_visual_tokens: most places of a picture; as the release has it when None.
           max_video_tokens: the same of a video.
           frame_sampling: which frames of videos that are files; the processor's `sampling` when None.
-          add_generation_prompt: ends with the head of the answer.
+          targets: as the release trains on it, to learn what assistants say, the token that ends it, and no more.
+          add_generation_prompt: ends with the head of the answer; when None, only without `targets`.
           **variables: more for the chat template.
 
         Returns:
-          A Batch of NumPy arrays, padded on the left, without targets.
+          A Batch of NumPy arrays, padded on the left and without `targets` and `loss_weights`, or padded on the right
+          and with them.
 
         Raises:
           PictureMismatch: a conversation has other pictures than it speaks of.
           SequenceTooLong: one has more than `max_length` tokens; nothing is ever cut.
           CorruptImage: a picture cannot be read, or is too large.
           InfeasibleBudget: no picture can be seen with so few tokens.
+          PromptError: there is nothing to learn in a conversation.
+          ChatTemplateError, TokenizerError: what is learned of one does not show in its template or its ids.
         """
         images, videos = images or [()] * len(conversations), videos or [()] * len(conversations)
         for what, given in (("images", images), ("videos", videos)):
@@ -111,7 +117,8 @@ class Processor:
             "fps": fps,
             "most": (max_visual_tokens, max_video_tokens),
             "sampling": frame_sampling or self.sampling,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": not targets if add_generation_prompt is None else add_generation_prompt,
+            "targets": targets,
             **variables,
         }
         examples = [
@@ -124,14 +131,17 @@ class Processor:
                 f"conversation {int(np.argmax(lengths))} is {max(lengths)} tokens long, over the limit of "
                 f"{self.max_length}; shorten it or give fewer or smaller pictures (nothing is truncated)"
             )
-        rows = [self._row(pieces, max(lengths), f"conversation {i}") for i, (pieces, _) in enumerate(examples)]
-        return Batch(
-            tokens=np.concatenate([row.tokens for row in rows]),
-            positions=np.concatenate([row.positions for row in rows]),
-            segment_ids=np.concatenate([row.segment_ids for row in rows]),
-            visual_index=np.concatenate([row.visual_index for row in rows]),
-            images=self.views.join([seen for _, seen in examples]),
-        )
+        side = "right" if targets else "left"
+        rows = [self._row(pieces, max(lengths), f"conversation {i}", side) for i, (pieces, _) in enumerate(examples)]
+        fields = [
+            "tokens",
+            "positions",
+            "segment_ids",
+            "visual_index",
+            *(["targets", "loss_weights"] if targets else []),
+        ]
+        joined = {name: np.concatenate([getattr(row, name) for row in rows]) for name in fields}
+        return Batch(**joined, images=self.views.join([seen for _, seen in examples]))
 
     def count_visual_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
         """Places of the sequence that the pictures of one conversation take, learned rows among them.
@@ -141,14 +151,16 @@ class Processor:
         """
         return [len(layout) for layout in self.views.layouts(image_sizes)]
 
-    def _row(self, pieces: Sequence[Text | Visual], length: int, name: str) -> Batch:
+    def _row(
+        self, pieces: Sequence[Text | Visual], length: int, name: str, pad_side: Literal["left", "right"]
+    ) -> Batch:
         return lay_out(
             pieces,
             length,
             pad_id=self.pad_id,
             image_id=self.pad_id,
             sample_id=name,
-            pad_side="left",
+            pad_side=pad_side,
             rotary_3d=self.rotary_3d,
         )
 
@@ -187,6 +199,8 @@ class Processor:
         waiting: dict[Kind, list[Seen]] = {"image": seen, "video": [*itertools.chain(*places)]}
         with named(name):
             pieces = self.prompt(messages, [len(parts) for parts in places], **options)
+            if options["targets"] and not any(isinstance(piece, Text) and piece.learned for piece in pieces):
+                raise PromptError("no assistant says anything in it, so that there is nothing to learn")
         return self._filled(pieces, waiting, name)
 
     def _frames(
@@ -238,7 +252,7 @@ def named(name: str) -> Iterator[None]:
     """Errors that do not say which sample they are of say it."""
     try:
         yield
-    except (ChatTemplateError, CorruptImage, InfeasibleBudget, PictureMismatch, PromptError) as error:
+    except (ChatTemplateError, CorruptImage, InfeasibleBudget, PictureMismatch, PromptError, TokenizerError) as error:
         if name in str(error):
             raise
         raise type(error)(f"{name}: {error}") from error

@@ -57,6 +57,16 @@ INTERNVL = {
 # AIDC-AI/Ovis2, configuration_ovis.py, QwenConversationFormatter.
 OVIS2 = chatml("You are a helpful assistant.")
 
+# AIDC-AI/Ovis, conversation_formatter.py, Qwen3ConversationFormatter: an answer without a thought is learned behind an
+# empty one.
+OVIS2_5_TRAINING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
+    "{% if '<think>' not in message.content or '</think>' not in message.content %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 # AIDC-AI/Ovis2.5, whose tokenizer's template this is for conversations without tools.
 OVIS2_5 = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"

@@ -20,7 +20,7 @@ class PromptError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class DeepSeekVL2Prompt:
-    """`<|User|>: question` and `<|Assistant|>:answer`, each spelled by itself; what the assistant says is learned.
+    """`<|User|>: question` and `<|Assistant|>:answer`, each spelled by itself.
 
     The text that the release displays of a conversation has other spaces; the ids are what it was trained on.
 
@@ -40,6 +40,7 @@ class DeepSeekVL2Prompt:
         places: Sequence[int],
         *,
         add_generation_prompt: bool = True,
+        targets: bool = False,
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer."""
@@ -54,7 +55,7 @@ class DeepSeekVL2Prompt:
             elif message["role"] in ASSISTANT:
                 end = _present(self.tokenizer.eos_id, "eos", self.tokenizer)
                 # An empty answer is where the model is to begin.
-                pieces += [] if last and not text else [*self.spelled(text, learned=True), Text([end], learned=True)]
+                pieces += [] if last and not text else [*self.spelled(text, targets), Text([end], targets)]
             elif number:
                 raise PromptError(f"message {number} has the role '{message['role']}', which only the first may have")
             else:
@@ -93,6 +94,7 @@ class QwenVLPrompt:
         places: Sequence[int],
         *,
         add_generation_prompt: bool = True,
+        targets: bool = False,
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`."""
@@ -104,7 +106,9 @@ class QwenVLPrompt:
         for number, message in enumerate(messages):
             pieces += newline if number else []
             pieces += [*self.spelled(start), *self.spelled(message["role"]), *newline]
-            pieces += [*self.spelled(self.content(message.get("content"))), *self.spelled(end)]
+            learned = targets and message["role"] == "assistant"
+            pieces += self.spelled(self.content(message.get("content")), learned)
+            pieces += self.spelled(end, learned)
         if add_generation_prompt:
             pieces += [*newline, *self.spelled(start), *self.spelled("assistant"), *newline]
         return pieces
@@ -116,7 +120,7 @@ class QwenVLPrompt:
         items = [{"text": item["text"]} if item["type"] == "text" else {"image": _path(item)} for item in content]
         return from_list_format(items, self.picture)
 
-    def spelled(self, text: str) -> list[Text | Slot]:
+    def spelled(self, text: str, learned: bool = False) -> list[Text | Slot]:
         """A text with its pictures; the bytes of a path are the ids 0 to 255 of the vocabulary's bytes.
 
         Raises:
@@ -131,7 +135,7 @@ class QwenVLPrompt:
             elif "<img>" in part:
                 raise PromptError(f"an <img> without </img> in the text {part!r}")
             elif part:
-                pieces.append(Text(self.tokenizer.encode(part)))
+                pieces.append(Text(self.tokenizer.encode(part), learned))
         return pieces
 
 

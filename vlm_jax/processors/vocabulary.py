@@ -41,6 +41,10 @@ class Vocabulary(Protocol):
         """Ids of a text, in which the names of added tokens are these; with its own BOS and EOS if `add_special`."""
         ...
 
+    def offsets(self, text: str, add_special: bool) -> list[tuple[int, int]] | None:
+        """Of every id of `encode` its first character of the text and the one behind its last; None if unknown."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens by their names; ids that are no token are left out."""
         ...
@@ -106,6 +110,9 @@ class TokenizersVocabulary:
     def encode(self, text: str, add_special: bool) -> list[int]:
         return self.backend.encode(text, add_special_tokens=add_special).ids
 
+    def offsets(self, text: str, add_special: bool) -> list[tuple[int, int]] | None:
+        return self.backend.encode(text, add_special_tokens=add_special).offsets
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=False)
 
@@ -165,6 +172,9 @@ class SentencePieceVocabulary:
         bos, eos = self._edges if add_special else (None, None)
         return [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
 
+    def offsets(self, text: str, add_special: bool) -> list[tuple[int, int]] | None:
+        return None
+
     def decode(self, ids: Sequence[int]) -> str:
         text, first = bytearray(), True
         for index in ids:
@@ -209,6 +219,9 @@ class TiktokenVocabulary:
     def encode(self, text: str, add_special: bool) -> list[int]:
         del add_special  # it has neither a BOS nor an EOS
         return self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+
+    def offsets(self, text: str, add_special: bool) -> list[tuple[int, int]] | None:
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([index for index in ids if 0 <= index < self.size], errors="replace")

@@ -56,7 +56,7 @@ def conversations(processor: Processor, inputs: dict, listed: dict) -> dict[str,
     prompt, found = processor.prompt, {}
     for entry in listed["conversations"]:
         pictures = [inputs[f"image.{number}"] for number in entry["images"]]
-        made = Official(processor, prompt(entry["conversation"], ()), pictures)
+        made = Official(processor, prompt(entry["conversation"], (), targets=True), pictures)
         batch = processor(entry["conversation"], [Image.fromarray(picture) for picture in pictures])
         np.testing.assert_array_equal(batch.tokens[0], made.ids)
         np.testing.assert_array_equal(batch.visual_index[0] >= 0, made.visual)

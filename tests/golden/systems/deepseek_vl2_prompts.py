@@ -38,7 +38,7 @@ def outputs(golden: Golden) -> dict[str, np.ndarray]:
         "sft": (say(str(inputs["sft.user"]), str(inputs["sft.assistant"])), pictures(golden, "sft")),
     }
     for name, (messages, images) in prompts.items():
-        made = Official(processor, processor.prompt(messages, ()), images)
+        made = Official(processor, processor.prompt(messages, (), targets=True), images)
         arrays = made.arrays()
         tiles = processor.views.join([made.seen])
         found |= {f"{name}.{key}": array[None] for key, array in arrays.items()}

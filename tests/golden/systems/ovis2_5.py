@@ -27,7 +27,6 @@ from vlm_jax.types import VisualFeatures
 
 NOT_COMPARED = {
     r"text\.input_ids": "ids drawn at random, which no text gives and other arrays are made of",
-    r"sft\.labels": "what the release's own fine-tuning learns of a conversation",
 }
 # Arrays of the same weights under other settings -> the fields of the module that differ.
 VARIANTS = {

@@ -98,16 +98,15 @@ def _video(golden: Golden, ours: Processor) -> dict[str, Any]:
 
 
 def _trained(golden: Golden, ours: Processor, images: list[Image.Image]) -> dict[str, Any]:
-    """The conversation of fine-tuning, where an answer without a thought gets an empty one."""
-    said = []
-    for turn in json.loads(str(golden.inputs["sft.conversation"])):
-        text = turn["value"]
-        if turn["from"] == "gpt" and "<think>" not in text:
-            text = THINK + text
-        said.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": text})
-    prompt = ours.prompt.template.render(said, add_generation_prompt=False)
-    batch = ours(said, images[:1], add_generation_prompt=False)
+    """The conversation of fine-tuning, and what is learned of it; without the last newline."""
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = json.loads(str(golden.inputs["sft.conversation"]))
+    said = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
+    batch = ours(said, images[:1], targets=True)
+    labels = np.full(batch.tokens.shape, IGNORED, np.int64)
+    labels[:, 1:] = np.where(batch.loss_weights, batch.targets, IGNORED)[:, :-1]
     return {
-        "sft.prompt": np.array(prompt),
-        "sft.input_ids": ids(batch)[:, :-1],  # without the last newline
+        "sft.prompt": np.array(ours.prompt.training.render(said, add_generation_prompt=False)),
+        "sft.input_ids": ids(batch)[:, :-1],
+        "sft.labels": labels[:, :-1],
     }

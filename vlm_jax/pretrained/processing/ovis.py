@@ -11,12 +11,13 @@ from vlm_jax.pretrained.ovis import (
     TOKENIZER_DEFAULTS,
 )
 from vlm_jax.pretrained.processing.settings import Folder, chat_template, end_of_text, image_settings, pad_id, pixels
+from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.seen import Views
 from vlm_jax.processors.smart_resize import ovis_size
 from vlm_jax.processors.system import Processor
-from vlm_jax.processors.templates import OVIS2, OVIS2_5
+from vlm_jax.processors.templates import OVIS2, OVIS2_5, OVIS2_5_TRAINING
 from vlm_jax.processors.tiles import Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import PatchFormat
@@ -50,10 +51,17 @@ def processor2_5(folder: Folder, config: Mapping[str, Any]) -> Processor:
         image_edges=(0, 1),
         video_edges=(2, 3),
     )
-    return _processor(folder, config, views, OVIS2_5, NUM_INDICATORS_2_5)
+    return _processor(folder, config, views, OVIS2_5, NUM_INDICATORS_2_5, OVIS2_5_TRAINING)
 
 
-def _processor(folder: Folder, config: Mapping[str, Any], views: Views, template: str, num_learned: int) -> Processor:
+def _processor(
+    folder: Folder,
+    config: Mapping[str, Any],
+    views: Views,
+    template: str,
+    num_learned: int,
+    training: str | None = None,
+) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
     holder = tokenizer.names["pad_token"]  # the release has negative ids here, which are no tokens
     prompt = TemplatePrompt(
@@ -63,6 +71,7 @@ def _processor(folder: Folder, config: Mapping[str, Any], views: Views, template
         tokens={"image": holder, "video": holder},
         split=True,
         joined="\n",
+        training=None if training is None else ChatTemplate(training, tokenizer.names),
     )
     # The release's examples give generate() the end of its text tokenizer.
     ends = end_of_text(tokenizer)
