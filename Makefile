@@ -10,6 +10,9 @@ WORKDIR ?= workdir/digits_token_budget
 # A fixed release: an open range takes the newest build, with several GB of CUDA packages. The CPU
 # build serves as well where the package index offers it.
 TORCH ?= torch==2.13.0
+# The release made for it; without what it asks for, so that it never brings another build of torch, and
+# in a folder of its own, which only tests/parity/conftest.py puts on the path.
+TORCHVISION ?= torchvision==0.28.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
@@ -62,5 +65,6 @@ $(VENV)/.dev: setup.py | $(BIN)/python
 
 $(VENV)/.parity: setup.py | $(BIN)/python
 	$(PIP) '$(TORCH)'
+	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision '$(TORCHVISION)'
 	$(PIP) --editable '.[test,parity]'
 	touch $@

@@ -5,7 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from vlm_jax.interpolation import ResizeKind, interpolation_weights
+from vlm_jax.interpolation import ResizeKind, fixed_point_weights, interpolation_weights
 
 KINDS = get_args(ResizeKind)
 
@@ -51,3 +51,12 @@ def test_the_two_bicubic_kernels_differ_in_their_constant():
 def test_what_cannot_be_resized_is_named(sizes, kind, message):
     with pytest.raises(Exception, match=message if kind in KINDS else "lanczos"):
         interpolation_weights(*sizes, kind)
+
+
+def test_weights_in_fixed_point_are_the_closed_form_in_as_many_bits_as_fit():
+    """3/7 and 1/7 times 2 ** 16, after which 3/7 would not fit into 15 bits and a sign."""
+    weights, bits = fixed_point_weights(4, 2, "bilinear_antialias")
+    assert (bits, weights.dtype) == (16, np.int32)
+    np.testing.assert_array_equal(weights.toarray(), [[28087, 28087, 9362, 0], [0, 9362, 28087, 28087]])
+    weights, bits = fixed_point_weights(1, 2, "bicubic_antialias")  # a weight of 1 has 14 bits behind the point
+    assert (bits, weights.toarray().tolist()) == (14, [[2**14], [2**14]])

@@ -11,10 +11,12 @@
 `bilinear` and `bilinear_antialias` are TensorFlow's `image.resize` too.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
+import scipy.sparse
 from jaxtyping import Float
 
 ResizeKind = Literal[
@@ -35,6 +37,27 @@ def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Floa
     if size_in == size_out:
         return np.eye(size_in, dtype=np.float32)
     return _WEIGHTS[kind](size_in, size_out).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=64)  # of all frames of a video, and all videos of a size
+def fixed_point_weights(size_in: int, size_out: int, kind: ResizeKind) -> tuple[scipy.sparse.csr_array, int]:
+    """The same in whole numbers, as torch has it for antialiased pixels of 8 bits.
+
+    Args:
+      size_in: samples.
+      size_out: samples that they become.
+      kind: one with antialiasing.
+
+    Returns:
+      The int32 matrix [out, in] times 2 to a power, and the power: the largest whose weights have 16 bits.
+
+    Source: PyTorch, aten/src/ATen/native/cpu/UpSampleKernel.cpp, _compute_index_ranges_int16_weights.
+    """
+    weights = _WEIGHTS[kind](size_in, size_out)
+    largest = weights.max()
+    bits = next((bits for bits in range(22) if int(0.5 + largest * 2 ** (bits + 1)) >= 2**15), 22)
+    whole = np.trunc(weights * 2**bits + np.copysign(0.5, weights))
+    return scipy.sparse.csr_array(whole.astype(np.int32)), bits
 
 
 def _triangle(distance: np.ndarray) -> np.ndarray:

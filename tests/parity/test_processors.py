@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import numpy as np
 import pytest
 import tokenizers
@@ -15,14 +16,17 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
     DeepseekVLHybridImageProcessorPil,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from vlm_jax.pretrained.processing import deepseek_hf, internvl_hf, llava_hf, ovis2_hf, qwen_hf
+from vlm_jax.processors.video import SegmentSampling
 
 SIZES = [(40, 70), (90, 31), (56, 56), (23, 200), (131, 97)]
 
@@ -66,23 +70,22 @@ def conversation(count):
     ]
 
 
-def official(theirs, messages, images, **options):
+def official(theirs, messages, images, return_tensors="np", **options):
     text = theirs.apply_chat_template(messages, add_generation_prompt=True)
     bos = theirs.tokenizer.bos_token
     special = {"add_special_tokens": False} if text.startswith(bos) else {}
-    return theirs(images=images or None, text=[text], return_tensors="np", **special, **options)
+    return theirs(images=images or None, text=[text], return_tensors=return_tensors, **special, **options)
+
+
+def official_video(theirs, messages, frames, fps, **metadata):
+    """The same of a conversation with a video, whose frames are chosen already."""
+    described = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames))), **metadata}
+    made = official(theirs, messages, [], "pt", videos=[frames], video_metadata=[described])
+    return {name: np.asarray(value) for name, value in made.items()}
 
 
 def save(theirs, folder, **config):
-    """In one file, or in those of older releases where a part cannot be made here."""
-    if getattr(theirs, "video_processor", folder) is None:
-        theirs.image_processor.save_pretrained(folder)
-        theirs.tokenizer.save_pretrained(folder)
-        (folder / "chat_template.jinja").write_text(theirs.chat_template)
-        own = {key: getattr(theirs, key) for key in ("image_seq_length",) if hasattr(theirs, key)}
-        (folder / "processor_config.json").write_text(json.dumps(own))
-    else:
-        theirs.save_pretrained(folder)
+    theirs.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder, config
 
@@ -168,12 +171,6 @@ def test_llava_next(tmp_path):
     np.testing.assert_allclose(ours.images[0], tiles[tiles.any((1, 2, 3))], atol=1e-5)  # without what fills up
 
 
-@pytest.fixture
-def without_torchvision(monkeypatch):
-    """Processors with videos check their parts against classes that only torchvision brings."""
-    monkeypatch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
-
-
 ABOUT_A_VIDEO = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]
 
 
@@ -181,24 +178,20 @@ def frames(count):
     return [picture.resize((70, 50)) for picture in pictures(count)]
 
 
-def qwen_video(theirs, messages, frames):
-    """What their processor makes of a video: frames as its image processor makes each, two to a patch."""
-    size = {"shortest_edge": 1024, "longest_edge": 2048}
-    one = [theirs.image_processor([frame], size=size) for frame in frames + frames[-1:] * (len(frames) % 2)]
-    _, rows, cols = one[0]["image_grid_thw"][0]
-    # Each of their patches holds a picture twice, of which the first is taken.
-    halves = np.stack([o["pixel_values"].reshape(rows * cols, 3, 2, -1)[:, :, 0] for o in one])
-    count = len(one) // 2
-    patches = halves.reshape(count, 2, rows * cols, 3, -1).transpose(0, 2, 3, 1, 4).reshape(count * rows * cols, -1)
-    text = theirs.apply_chat_template(messages, add_generation_prompt=True)
-    text = text.replace("<|video_pad|>", "<|video_pad|>" * (count * rows * cols // 4))
-    encoded = theirs.tokenizer([text], return_tensors="np")
-    return {
-        **encoded,
-        "mm_token_type_ids": 2 * (encoded["input_ids"] == theirs.video_token_id),
-        "pixel_values_videos": patches,
-        "video_grid_thw": np.array([[count, rows, cols]]),
-    }
+def video_file(path, pictures, fps):
+    """A file that loses something of its frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height = pictures[0].size
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return path
+
+
+def decoded(path):
+    with av.open(str(path)) as container:
+        return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
 
 
 QWEN_TAGS = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -224,10 +217,15 @@ def qwen(kind, folder):
     made, model, vision = QWEN[kind]
     names = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
     images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096})
-    theirs = made(images, tokenizer(*names), None, chat_template=template(QWEN_TAGS, video=QWEN_VIDEO))
+    videos = Qwen2VLVideoProcessor(
+        patch_size=4,
+        merge_size=2,
+        size={"shortest_edge": 1024, "longest_edge": 2048},
+        image_mean=[0.4, 0.5, 0.6],
+        cap_pixels_per_frame=False,
+    )
+    theirs = made(images, tokenizer(*names), videos, chat_template=template(QWEN_TAGS, video=QWEN_VIDEO))
     folder, config = save(theirs, folder, model_type=kind, vision_config=vision)
-    sizes = {"size": {"shortest_edge": 1024, "longest_edge": 2048}}
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(sizes))
     positions = object.__new__(model)
     object.__setattr__(positions, "config", Config(vision))
     return theirs, positions, qwen_hf.processor(folder, config)
@@ -245,7 +243,7 @@ def same_patches(ours, theirs):
 
 
 @pytest.mark.parametrize("kind", QWEN)
-def test_qwen_images(tmp_path, without_torchvision, kind):
+def test_qwen_images(tmp_path, kind):
     theirs, model, processor = qwen(kind, tmp_path)
     for images in (pictures(1), pictures(2), pictures(5)[3:]):
         messages = conversation(len(images))
@@ -261,20 +259,52 @@ def test_qwen_images(tmp_path, without_torchvision, kind):
         np.testing.assert_array_equal(ours.positions.transpose(2, 0, 1), positions)
 
 
-@pytest.mark.parametrize("kind", QWEN)
-def test_qwen_videos(tmp_path, without_torchvision, kind):
-    theirs, model, processor = qwen(kind, tmp_path)
-    ours = processor(ABOUT_A_VIDEO, videos=[frames(5)], fps=1.0)
-    expected = qwen_video(theirs, ABOUT_A_VIDEO, frames(5))
-    same_ids(ours, expected)
-    np.testing.assert_allclose(patches_of(ours.images), expected["pixel_values_videos"], atol=1e-5)
-    ids, grids = torch.from_numpy(expected["input_ids"]), torch.from_numpy(expected["video_grid_thw"])
-    kinds = torch.from_numpy(expected["mm_token_type_ids"])
-    seconds = {"second_per_grid_ts": [2.0]} if kind == "qwen2_5_vl" else {}
-    positions, _ = type(model).get_rope_index(model, ids, mm_token_type_ids=kinds, video_grid_thw=grids, **seconds)
+def same_video(ours, theirs, model, processor):
+    """Ids, pixels, and the positions of the video and of the token after it."""
+    same_ids(ours, theirs)
+    np.testing.assert_allclose(patches_of(ours.images), theirs["pixel_values_videos"], atol=1e-5)
+    ids, grids = torch.from_numpy(theirs["input_ids"]), torch.from_numpy(theirs["video_grid_thw"])
+    kinds = 2 * (ids == processor.video_token_id).int()
+    timed = {"second_per_grid_ts": torch.tensor(theirs["second_per_grid_ts"])} if "second_per_grid_ts" in theirs else {}
+    positions, _ = type(model).get_rope_index(model, ids, mm_token_type_ids=kinds, video_grid_thw=grids, **timed)
     places = np.asarray(ours.visual_index[0]) >= 0
     np.testing.assert_array_equal(ours.positions[0][places], positions[:, 0].T[places])
     assert ours.positions[0, places.nonzero()[0][-1] + 1, 0] == ours.positions[0][places].max() + 1
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_qwen_videos(tmp_path, kind):
+    """Frames, many and few, at several rates; one larger than the limit, one smaller, one in between."""
+    theirs, model, processor = qwen(kind, tmp_path)
+    between = [frame.resize((48, 40)) for frame in frames(3)]
+    for given, fps in ((frames(5), 1.0), (pictures(1), 2.0), (between, 0.7), ([pictures(5)[4]] * 4, 3)):
+        ours = processor(ABOUT_A_VIDEO, videos=[given], fps=fps)
+        expected = official_video(theirs, ABOUT_A_VIDEO, given, fps)
+        assert ("second_per_grid_ts" in expected) == (kind == "qwen2_5_vl")
+        same_video(ours, expected, model, theirs)
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_a_video_file(tmp_path, kind):
+    """Two frames a second, evenly from the first to the last, as the release's reader chooses them."""
+    theirs, model, processor = qwen(kind, tmp_path)
+    path = video_file(tmp_path / "video.mp4", (frames(5) * 5)[:24], 8)
+    given = decoded(path)
+    chosen = torch.linspace(0, len(given) - 1, 6).round().int().tolist()  # of three seconds
+    metadata = {"total_num_frames": len(given), "frames_indices": chosen}
+    expected = official_video(theirs, ABOUT_A_VIDEO, [given[number] for number in chosen], 8.0, **metadata)
+    same_video(processor(ABOUT_A_VIDEO, videos=[path]), expected, model, theirs)
+
+
+def test_settings_in_files_of_their_own(tmp_path):
+    """As older releases have them."""
+    _, _, processor = qwen("qwen2_vl", tmp_path)
+    parts = json.loads((tmp_path / "processor_config.json").read_text())
+    for name, section in (("", "image_processor"), ("video_", "video_processor")):
+        (tmp_path / f"{name}preprocessor_config.json").write_text(json.dumps(parts.pop(section)))
+    (tmp_path / "processor_config.json").write_text(json.dumps(parts))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert qwen_hf.processor(tmp_path, config).views == processor.views
 
 
 def deepseek_vl_processor(size=32):
@@ -334,22 +364,13 @@ def internvl_processor():
     return transformers.InternVLProcessor(
         GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6),
         tokenizer(**names, video_token="<video>"),
-        None,
+        InternVLVideoProcessor(size={"height": 28, "width": 28}),
         image_seq_length=4,
         chat_template=template("<IMG_CONTEXT>"),
     )
 
 
-def internvl_video(theirs, messages, frames):
-    """What their processor makes of a video: every frame as a picture of one tile, on a line of its own."""
-    frame = "<img>" + theirs.image_seq_length * "<IMG_CONTEXT>" + "</img>"
-    lines = "\n".join(f"Frame{number}: {frame}" for number in range(1, len(frames) + 1))
-    text = theirs.apply_chat_template(messages, add_generation_prompt=True).replace("<video>", lines)
-    pixels = theirs.image_processor(frames, crop_to_patches=False)["pixel_values"]
-    return {**theirs.tokenizer([text], return_tensors="np"), "pixel_values": np.stack(pixels)}
-
-
-def test_internvl(tmp_path, without_torchvision):
+def test_internvl(tmp_path):
     theirs = internvl_processor()
     folder, config = save(theirs, tmp_path, model_type="internvl")
     processor = internvl_hf.processor(folder, config)
@@ -359,9 +380,12 @@ def test_internvl(tmp_path, without_torchvision):
         same_ids(ours, expected)
         same_tiles(ours, expected)
         check_rows(ours, theirs.image_token_id, 4 * ours.images.shape[1])
-    ours, expected = processor(ABOUT_A_VIDEO, videos=[pictures(2)]), internvl_video(theirs, ABOUT_A_VIDEO, pictures(2))
-    same_ids(ours, expected)
-    same_tiles(ours, expected)
+    path = video_file(tmp_path / "video.mp4", frames(4), 8)
+    chosen = [decoded(path)[number] for number in SegmentSampling().chosen(4, 8)]
+    for video, given in ((frames(3), frames(3)), (path, chosen)):
+        ours, expected = processor(ABOUT_A_VIDEO, videos=[video]), official_video(theirs, ABOUT_A_VIDEO, given, 2.0)
+        same_ids(ours, expected)
+        same_tiles(ours, expected)
 
 
 INDICATORS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
@@ -394,7 +418,7 @@ def test_ovis2(tmp_path, tiles):
             assert (ours.visual_index[np.asarray(ours.tokens) == index] == row).all()
 
 
-def test_a_batch_is_padded_on_the_left(tmp_path, without_torchvision):
+def test_a_batch_is_padded_on_the_left(tmp_path):
     theirs, _, processor = qwen("qwen2_vl", tmp_path)
     conversations = [conversation(2), conversation(0), conversation(1)]
     images = [pictures(2), [], pictures(1)]

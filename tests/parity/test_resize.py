@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from vlm_jax.layers.resize import resize, resize_axis
+from vlm_jax.processors.image import resize_in_fixed_point
 
 SIZES = [((7, 9), (5, 12)), ((12, 10), (3, 4)), ((3, 4), (11, 8)), ((15, 15), (96, 96)), ((1, 2), (3, 5))]
 
@@ -33,3 +35,14 @@ def test_corner_linear_is_torch_with_aligned_corners(before, after):
     x = np.random.default_rng(0).normal(size=(before, 4)).astype(np.float32)
     expected = functional.interpolate(torch.from_numpy(x.T[None]), size=after, mode="linear", align_corners=True)
     np.testing.assert_allclose(resize_axis(x, 0, after, "corner_linear"), expected[0].numpy().T, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("before", "after"), [*SIZES, ((360, 640), (252, 448)), ((131, 97), (300, 97))])
+def test_pixels_of_8_bits_as_torch(mode, before, after):
+    """Bit for bit, and so torchvision's `resize` of a video's frames."""
+    image = np.random.default_rng(0).integers(0, 256, (*before, 3), np.uint8)
+    channels_first = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
+    expected = functional.interpolate(channels_first, size=after, mode=mode, antialias=True)[0].numpy()
+    found = resize_in_fixed_point(image, after, Image.Resampling[mode.upper()])
+    np.testing.assert_array_equal(found, expected.transpose(1, 2, 0))

@@ -28,15 +28,14 @@ from .test_processors import (
     deepseek_vl_processor,
     frames,
     internvl_processor,
-    internvl_video,
     llava_next_processor,
     llava_processor,
     official,
+    official_video,
     ovis2_processor,
     patches_of,
     pictures,
     qwen,
-    qwen_video,
     same_ids,
     same_two_sizes,
     save,
@@ -181,8 +180,7 @@ def saved(folder, processor, model):
 
 
 SYSTEMS = (llava, llava_next, deepseek_vl, deepseek_vl_hybrid, internvl, ovis2, qwen2_vl, qwen2_5_vl)
-# What their processors make of a video's frames; the part that reads its file needs torchvision.
-VIDEOS = {"internvl": internvl_video, "qwen2_vl": qwen_video, "qwen2_5_vl": qwen_video}
+VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl")
 FPS = 2.0
 INPUTS = {
     "text": (conversation(0), [], []),
@@ -195,23 +193,17 @@ INPUTS = {
 
 @pytest.fixture(scope="module", params=SYSTEMS, ids=lambda made: made.__name__)
 def system(request, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        # Processors with videos check their parts against classes that only torchvision brings.
-        patch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
-        return request.param(tmp_path_factory.mktemp(request.param.__name__))
+    return request.param(tmp_path_factory.mktemp(request.param.__name__))
 
 
 def prepared(system, messages, images, videos=()):
     """What their processor makes of a conversation, and what their model is given of it."""
-    processor, model, _ = system
+    processor = system[0]
     if videos:
-        inputs = VIDEOS[model.config.model_type](processor, messages, *videos)
+        inputs = official_video(processor, messages, *videos, FPS)
     else:
         inputs = official(processor, messages, images)
-    given = {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
-    if "video_grid_thw" in given and model.config.model_type == "qwen2_5_vl":
-        given["second_per_grid_ts"] = torch.tensor([2 / FPS])
-    return inputs, given
+    return inputs, {name: torch.from_numpy(np.asarray(value)) for name, value in inputs.items()}
 
 
 def logits_of(model, given):
@@ -310,9 +302,8 @@ def test_the_command_line(system, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(images[0]))
 
 
-def test_boxes_and_documents_in_pixels_of_what_was_seen(tmp_path, monkeypatch):
+def test_boxes_and_documents_in_pixels_of_what_was_seen(tmp_path):
     """Qwen2.5-VL counts pixels of the picture as its processor resized it."""
-    monkeypatch.setattr(transformers.ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
     processor, _, ours = qwen2_5_vl(tmp_path)
     picture = pictures(5)[4]
     _, rows, cols = official(processor, conversation(1), [picture])["image_grid_thw"][0] * 4

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
 
 import vlm_jax
@@ -18,6 +19,8 @@ from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing import PROCESSORS, text
 from vlm_jax.pretrained.processing.agreement import check_agreement, num_learned_rows
 from vlm_jax.pretrained.processing.llava import canvases
+from vlm_jax.pretrained.processing.settings import image_settings, video_pixels
+from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.tokenizer import TokenizerError
 
 from ..processors.vocabularies import tiktoken_ranks
@@ -50,6 +53,22 @@ def test_other_patches_are_told():
     views = dataclasses.replace(views, format=dataclasses.replace(views.format, patch_size=4))
     with pytest.raises(PretrainedError, match="the processor cuts patches as PatchFormat"):
         check_agreement(dataclasses.replace(model.processor, views=views), model.module)
+
+
+def test_videos_have_what_is_stated_of_them_over_what_is_stated_of_pictures(tmp_path):
+    images = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"image_std": [1, 1, 1], "resample": None}))
+    found = video_pixels(tmp_path, image_settings(tmp_path, {}))
+    assert found == Pixels((0.1, 0.2, 0.3), (1.0, 1.0, 1.0), Image.Resampling.BILINEAR, as_torch=True)
+    for wrong, message in (
+        ({"do_resize": False}, "video processor.do_resize: expected True, got False"),
+        ({"rescale_factor": 1.0}, "video processor: rescale_factor: expected 1/255, got 1.0"),
+        ({"resample": 1}, "video processor.resample: expected 2 or 3, got 1"),
+    ):
+        (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": wrong}))
+        with pytest.raises(PretrainedError, match=message):
+            video_pixels(tmp_path, image_settings(tmp_path, {}))
 
 
 def test_a_model_without_a_processor_is_told():

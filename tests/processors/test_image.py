@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.processors.image import FILTERS, CorruptImage, normalize, open_image, resize, to_channels, to_picture
+from vlm_jax.processors.image import (
+    FILTERS,
+    FIXED_POINT,
+    CorruptImage,
+    normalize,
+    open_image,
+    resize,
+    resize_in_fixed_point,
+    to_channels,
+    to_picture,
+)
 
 
 def saved(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -170,6 +180,25 @@ def test_the_box_filter_halves_by_averaging_four_pixels():
     image = np.array([[[0], [100]], [[200], [20]]], np.uint8)
     assert resize(image, (1, 1), "box").tolist() == [[[80]]]
     assert resize(image, (2, 2), "box") is image
+
+
+@pytest.mark.parametrize("kind", FIXED_POINT)
+@pytest.mark.parametrize("size", [(9, 17), (20, 13), (33, 40), (20, 31)])
+def test_resizing_in_fixed_point_is_near_pillow(kind, size):
+    """Torch itself is met in tests/parity."""
+    image = np.random.default_rng(1).integers(0, 256, (20, 31, 3), dtype=np.uint8)
+    resized = resize_in_fixed_point(image, size, kind)
+    expected = np.asarray(Image.fromarray(image).resize(size[::-1], kind)).astype(int)
+    assert resized.dtype == np.uint8 and np.abs(resized - expected).max() <= 2
+
+
+def test_columns_are_rounded_before_rows():
+    """Weights 3/7, 3/7, 1/7, 0: 255 * 3/7 is rounded to 109, and 109 * 3/7 to 47; 255 * 9/49 would be 46.8."""
+    image = np.zeros((4, 4, 1), np.uint8)
+    image[0, 0] = 255
+    assert resize_in_fixed_point(image, (2, 2), Image.Resampling.BILINEAR)[..., 0].tolist() == [[47, 0], [0, 0]]
+    image[0, 0], image[0, 2] = 0, 255  # 36.4 and 109.3, then 15.4 (15.6 unrounded) and 46.7
+    assert resize_in_fixed_point(image, (2, 2), Image.Resampling.BILINEAR)[..., 0].tolist() == [[15, 47], [0, 0]]
 
 
 def test_pixels_are_rescaled_and_normalised_per_channel():

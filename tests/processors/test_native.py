@@ -33,6 +33,16 @@ def test_many_frames_share_the_tokens_of_a_video():
     assert seen.num_rows == len(seen.layout) == 100
 
 
+def test_frames_have_pixels_of_their_own():
+    """Statistics, and torch's last bits, for videos alone."""
+    frame = picture(30, 22)
+    own = views(video_pixels=Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), as_torch=True))
+    (seen,), (plain,) = own.video([frame] * 2, 2.0), views().images([frame])
+    np.testing.assert_array_equal(own.images([frame])[0].pixels, plain.pixels)
+    difference = seen.pixels / 4 + 0.5 - plain.pixels
+    assert 1 / 256 < np.abs(difference).max() < 2.1 / 255
+
+
 def test_pictures_of_which_nothing_is_left_are_refused():
     thin = NativeViews(Pixels(), FORMAT, ovis_size, 64, 4096)
     with pytest.raises(CorruptImage, match="a picture of 9x1700 pixels is too thin for 4096"):

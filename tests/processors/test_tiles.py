@@ -32,6 +32,12 @@ def test_tiles_of_internvl_are_the_picture_and_the_whole_follows():
     assert [part.pixels.shape for part in views.video([picture(8, 30), picture(9, 9)], 1.0)] == [(1, 8, 8, 3)] * 2
 
 
+def test_frames_of_internvl_have_pixels_of_their_own():
+    frame = picture(8, 8)
+    views = InternVLViews(Pixels(), 8, 2, video_pixels=Pixels((0.5, 0.5, 0.5)))
+    np.testing.assert_allclose(views.video([frame], None)[0].pixels, views.images([frame])[0].pixels - 0.5, atol=1e-6)
+
+
 @pytest.mark.parametrize("whole_first", [True, False])
 def test_rows_of_deepseek_vl2_run_across_tiles(whole_first):
     views = DeepSeekVL2Views(Pixels(), 8, 2, ((8, 8), (8, 16), (16, 8)), whole_first=whole_first)

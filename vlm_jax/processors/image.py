@@ -14,12 +14,19 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vlm_jax.interpolation import ResizeKind, fixed_point_weights
+
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 FILTERS: dict[str, Image.Resampling] = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+}
+
+FIXED_POINT: dict[Image.Resampling, ResizeKind] = {
+    Image.Resampling.BILINEAR: "bilinear_antialias",
+    Image.Resampling.BICUBIC: "bicubic_antialias",
 }
 
 
@@ -174,6 +181,31 @@ def resize(
     picture = Image.fromarray(image[:, :, 0] if grey else image)
     resized = np.asarray(picture.resize((size[1], size[0]), FILTERS[filter]))
     return resized[:, :, None] if grey else resized
+
+
+def resize_in_fixed_point(
+    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int], resample: Image.Resampling
+) -> UInt8[np.ndarray, "new_height new_width channels"]:
+    """Resizes to (height, width) as torch's `interpolate` does pixels of 8 bits, and so torchvision's `resize`.
+
+    Columns first, then rows, each rounded to 8 bits. Weights of Pillow are finer, and its order is not always this.
+
+    Args:
+      image: to be resized.
+      size: in pixels.
+      resample: one of `FIXED_POINT`.
+
+    Source: PyTorch, aten/src/ATen/native/cpu/UpSampleKernelAVXAntialias.h.
+    """
+    for axis in (1, 0):
+        if image.shape[axis] == size[axis]:
+            continue
+        weights, bits = fixed_point_weights(image.shape[axis], size[axis], FIXED_POINT[resample])
+        lines = np.moveaxis(image, axis, 0)
+        sums = weights @ lines.reshape(len(lines), -1).astype(np.int32)
+        rounded = np.clip((sums + (1 << (bits - 1))) >> bits, 0, 255).astype(np.uint8)
+        image = np.moveaxis(rounded.reshape(-1, *lines.shape[1:]), 0, axis)
+    return image
 
 
 def normalize(

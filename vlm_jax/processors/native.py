@@ -49,6 +49,7 @@ class NativeViews:
       size_rule: the size that a picture is brought to.
       min_pixels, max_pixels: of a picture.
       video_limits: limits of a video's frames; None where they are a picture's.
+      video_pixels: what is done to the pixels of a video's frames; None where it is what is done to a picture's.
       image_edges, video_edges: the learned rows before and after a picture and a video; None without.
       rotary_3d: whether places have positions of time, row and column.
       tokens_per_second: temporal positions of a second of video; None where every temporal patch is one.
@@ -60,6 +61,7 @@ class NativeViews:
     min_pixels: int
     max_pixels: int
     video_limits: VideoLimits | None = None
+    video_pixels: Pixels | None = None
     image_edges: tuple[int, int] | None = None
     video_edges: tuple[int, int] | None = None
     rotary_3d: bool = False
@@ -68,7 +70,8 @@ class NativeViews:
     def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """Every picture by itself."""
         return [
-            self._seen([picture], self.size(height_and_width(picture)), self.image_edges, 1.0) for picture in pictures
+            self._seen([picture], self.pixels, self.size(height_and_width(picture)), self.image_edges, 1.0)
+            for picture in pictures
         ]
 
     def within(self, max_tokens: int) -> "NativeViews":
@@ -105,7 +108,8 @@ class NativeViews:
         interval = 1.0
         if self.tokens_per_second is not None and fps is not None:
             interval = self.tokens_per_second * self.format.temporal_patch_size / fps
-        return [self._seen(frames, self._size(size, least, most), self.video_edges, interval)]
+        pixels = self.video_pixels or self.pixels
+        return [self._seen(frames, pixels, self._size(size, least, most), self.video_edges, interval)]
 
     def size(self, size: Size) -> Size:
         """(height, width) that a picture of a size is brought to.
@@ -142,14 +146,21 @@ class NativeViews:
         }
         return dataclasses.replace(packed[0], **fields)  # type: ignore
 
-    def _seen(self, frames: Sequence[Image.Image], size: Size, edges: tuple[int, int] | None, interval: float) -> Seen:
+    def _seen(
+        self,
+        frames: Sequence[Image.Image],
+        pixels: Pixels,
+        size: Size,
+        edges: tuple[int, int] | None,
+        interval: float,
+    ) -> Seen:
         form = self.format
-        pixels = np.stack([np.asarray(self.pixels.resized(frame, size)) for frame in frames])
+        resized = np.stack([np.asarray(pixels.resized(frame, size)) for frame in frames])
         depth = 1 if len(frames) == 1 else form.temporal_patch_size
         patches, grid = patchify(
-            pixels, patch_size=form.patch_size, temporal_patch_size=depth, merge_size=form.merge_size
+            resized, patch_size=form.patch_size, temporal_patch_size=depth, merge_size=form.merge_size
         )
-        values = self._normalised(patches)
+        values = _normalised(patches, pixels)
         if depth < form.temporal_patch_size:  # a picture fills its patches with copies, which need no arithmetic
             frame = values.reshape(len(values), 3, 1, -1)
             values = np.repeat(frame, form.temporal_patch_size, axis=2).reshape(len(values), -1)
@@ -157,20 +168,19 @@ class NativeViews:
         positions = rotary_positions(merged, interval) if self.rotary_3d else None
         return Seen(values, math.prod(merged), _between(math.prod(merged), edges), grid, positions)
 
-    def _normalised(self, patches: np.ndarray) -> np.ndarray:
-        """float32 of uint8 patches, whose values lie channel after channel."""
-        scale, shift = (
-            np.repeat(part, patches.shape[1] // 3) for part in scale_and_shift(self.pixels.mean, self.pixels.std)
-        )
-        values = patches.astype(np.float32)
-        values *= scale
-        values -= shift
-        return values
-
     def _blank(self) -> Seen:
         """One block, for an example without pictures."""
         size = (self.format.block_size, self.format.block_size)
-        return self._seen([Image.new("RGB", size)], size, None, 1.0)
+        return self._seen([Image.new("RGB", size)], self.pixels, size, None, 1.0)
+
+
+def _normalised(patches: np.ndarray, pixels: Pixels) -> np.ndarray:
+    """float32 of uint8 patches, whose values lie channel after channel."""
+    scale, shift = (np.repeat(part, patches.shape[1] // 3) for part in scale_and_shift(pixels.mean, pixels.std))
+    values = patches.astype(np.float32)
+    values *= scale
+    values -= shift
+    return values
 
 
 def rotary_positions(grid: tuple[int, int, int], interval: float) -> Int[np.ndarray, "n 3"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.processors.image import normalize
+from vlm_jax.processors.image import normalize, resize_in_fixed_point
 from vlm_jax.processors.tiling import Size
 from vlm_jax.types import PackedPatches, TwoSizes
 
@@ -92,11 +92,13 @@ class Pixels:
       mean: per channel, on the scale [0, 1].
       std: per channel.
       resample: Pillow's filter.
+      as_torch: resized as torch does pixels of 8 bits, by the filter of that name; else by Pillow itself.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     resample: Image.Resampling = Image.Resampling.BICUBIC
+    as_torch: bool = False
 
     @property
     def mean_colour(self) -> tuple[int, ...]:
@@ -106,7 +108,11 @@ class Pixels:
     def resized(self, picture: Image.Image, size: Size) -> Image.Image:
         """The picture stretched to (height, width)."""
         wanted = (size[1], size[0])
-        return picture if picture.size == wanted else picture.resize(wanted, self.resample)
+        if picture.size == wanted:
+            return picture
+        if self.as_torch:
+            return Image.fromarray(resize_in_fixed_point(np.asarray(picture), size, self.resample))
+        return picture.resize(wanted, self.resample)
 
     def tiles(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "tiles height width channels"]:
         """Normalised pixels of pictures of one size."""

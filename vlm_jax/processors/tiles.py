@@ -43,6 +43,7 @@ class InternVLViews(Tiles):
       min_tiles, max_tiles: of a picture, without the whole.
       thumbnail: whether the whole picture follows.
       order: of equally good grids; see `tiling.ratio_candidates`.
+      video_pixels: what is done to the pixels of a video's frames; None where it is what is done to a picture's.
 
     Source: Chen et al. 2024 (InternVL 1.5), section 3.2; InternVL, dynamic_preprocess.
     """
@@ -54,6 +55,7 @@ class InternVLViews(Tiles):
     max_tiles: int = 12
     thumbnail: bool = True
     order: Order = "release"
+    video_pixels: Pixels | None = None
 
     def grid(self, size: Size) -> Grid:
         """Rows and columns of tiles of a picture of a size."""
@@ -70,7 +72,7 @@ class InternVLViews(Tiles):
 
     def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
         """Every picture by itself."""
-        return [self._seen(self.tiles(picture)) for picture in pictures]
+        return [self._seen(self.tiles(picture), self.pixels) for picture in pictures]
 
     def within(self, max_tokens: int) -> "InternVLViews":
         """With fewer tiles, the whole picture among them."""
@@ -97,11 +99,12 @@ class InternVLViews(Tiles):
             if not count:
                 raise too_few(max_tokens, self.num_tokens, "a video")
             frames = [frames[number] for number in SegmentSampling(count).chosen(len(frames), 1)]
-        return [self._seen([self.pixels.resized(frame, (self.side, self.side))]) for frame in frames]
+        pixels = self.video_pixels or self.pixels
+        return [self._seen([pixels.resized(frame, (self.side, self.side))], pixels) for frame in frames]
 
-    def _seen(self, tiles: list[Image.Image]) -> Seen:
+    def _seen(self, tiles: list[Image.Image], pixels: Pixels) -> Seen:
         count = len(tiles) * self.num_tokens
-        return Seen(self.pixels.tiles(tiles), count, np.arange(count))
+        return Seen(pixels.tiles(tiles), count, np.arange(count))
 
 
 @dataclasses.dataclass(frozen=True)

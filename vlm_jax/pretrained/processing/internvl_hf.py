@@ -10,6 +10,7 @@ from vlm_jax.pretrained.processing.settings import (
     pad_id,
     pixels,
     processor_settings,
+    video_pixels,
 )
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.prompt import TemplatePrompt
@@ -35,6 +36,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         settings["min_patches"],
         settings["max_patches"],
         order="port",
+        video_pixels=video_pixels(folder, settings),
     )
     start, end, context = (tokenizer.names.get(role, name) for role, name in NAMES.items())
     tagged = f"{start}{context}{end}"

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.encoders.packed import window_in_blocks
-from vlm_jax.pretrained.processing.settings import Folder, image_settings, pad_id, pixels, video_settings
+from vlm_jax.pretrained.processing.settings import (
+    Folder,
+    image_settings,
+    pad_id,
+    pixels,
+    video_pixels,
+    video_settings,
+)
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.native import NativeViews, VideoLimits
 from vlm_jax.processors.prompt import TemplatePrompt
@@ -42,6 +49,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         least,
         most,
         video_limits=VideoLimits(*_limits(videos, VIDEO_PIXELS), VIDEO_TOKENS[kind]),
+        video_pixels=video_pixels(folder, settings),
         rotary_3d=True,
         tokens_per_second=tokens_per_second,
     )

@@ -1,5 +1,6 @@
 """What a checkpoint folder says of its processor: `preprocessor_config.json`, `processor_config.json` and kin."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from PIL import Image
 from vlm_jax.config import read_json
 from vlm_jax.pretrained.family import PretrainedError, check_supported, text_section
 from vlm_jax.processors.chat import ChatTemplate, MissingChatTemplate
+from vlm_jax.processors.image import FIXED_POINT
 from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
@@ -55,17 +57,42 @@ def image_settings(folder: Folder, defaults: Mapping[str, Any]) -> dict[str, Any
     """
     inside = processor_settings(folder).get("image_processor") or {}
     given = {**_json(epath.Path(folder) / "preprocessor_config.json"), **inside}
-    settings: dict[str, Any] = {**COMMON, **defaults, **{key: x for key, x in given.items() if x is not None}}
-    check_supported(settings, {"do_resize": (True,), "do_rescale": (True,)}, f"{folder}: image processor")
-    if abs(settings["rescale_factor"] * 255 - 1) > 1e-6:
-        raise PretrainedError(f"{folder}: rescale_factor: expected 1/255, got {settings['rescale_factor']}")
-    return settings
+    return _usable({**COMMON, **defaults, **_stated(given)}, f"{folder}: image processor")
 
 
 def video_settings(folder: Folder) -> dict[str, Any]:
-    """The same of videos: in `processor_config.json`, or `video_preprocessor_config.json`."""
+    """What is said of videos alone: in `processor_config.json`, or `video_preprocessor_config.json`."""
     inside = processor_settings(folder).get("video_processor") or {}
-    return {**_json(epath.Path(folder) / "video_preprocessor_config.json"), **inside}
+    return _stated({**_json(epath.Path(folder) / "video_preprocessor_config.json"), **inside})
+
+
+def video_pixels(folder: Folder, images: Mapping[str, Any]) -> Pixels:
+    """What is done to the pixels of a video's frames, by torch as in the video processors of transformers.
+
+    A file that qwen-vl-utils resizes before them is rounded once, after both axes: mostly within 1 of this.
+
+    Args:
+      folder: of the checkpoint.
+      images: settings of pictures, which hold where none are stated of videos.
+
+    Raises:
+      PretrainedError: frames are not resized, rescaled otherwise than by 255, or resized by another filter.
+    """
+    where = f"{folder}: video processor"
+    settings = _usable({**images, **video_settings(folder)}, where)
+    check_supported(settings, {"resample": tuple(map(int, FIXED_POINT))}, where)
+    return dataclasses.replace(pixels(settings), as_torch=True)
+
+
+def _stated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _usable(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    check_supported(settings, {"do_resize": (True,), "do_rescale": (True,)}, where)
+    if abs(settings["rescale_factor"] * 255 - 1) > 1e-6:
+        raise PretrainedError(f"{where}: rescale_factor: expected 1/255, got {settings['rescale_factor']}")
+    return settings
 
 
 def tokenizer_settings(folder: Folder) -> dict[str, Any]:
@@ -78,7 +105,8 @@ def pixels(settings: Mapping[str, Any]) -> Pixels:
     resample = Image.Resampling(settings["resample"])
     if not settings["do_normalize"]:
         return Pixels(resample=resample)
-    return Pixels(tuple(settings["image_mean"]), tuple(settings["image_std"]), resample)
+    mean, std = (tuple(map(float, settings[name])) for name in ("image_mean", "image_std"))
+    return Pixels(mean, std, resample)
 
 
 def mean_colour(settings: Mapping[str, Any]) -> tuple[int, ...]:
