@@ -12,7 +12,8 @@ import safetensors.numpy
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vlm_jax.checkpoints import hub
-from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint, read_config, save_archive, save_checkpoint
+from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint, read_config
+from vlm_jax.checkpoints.saving import save_archive, save_checkpoint
 
 TENSORS = {
     "b.weight": np.arange(24, dtype=np.float32).reshape(4, 6),
@@ -316,7 +317,8 @@ def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing", "a/b/c", "/no/such/folder", "./x", "../x"])
-def test_what_is_neither_a_path_nor_a_repository(name):
+def test_what_is_neither_a_path_nor_a_repository(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointFileError, match="no such file or folder, nor the `organisation/name`"):
         open_checkpoint(name)
 

@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.checkpoints import placement
-from vlm_jax.checkpoints.hub import LazyTensor, open_checkpoint, save_checkpoint
+from vlm_jax.checkpoints.hub import LazyTensor, open_checkpoint
 from vlm_jax.checkpoints.ops import LINEAR
 from vlm_jax.checkpoints.params import import_params
 from vlm_jax.checkpoints.rules import Rule
+from vlm_jax.checkpoints.saving import save_checkpoint
 
 LAYERS, ROWS, COLUMNS = 6, 1024, 512
 TENSOR_BYTES = ROWS * COLUMNS * 4

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from vlm_jax.checkpoints.hub import open_checkpoint, read_config, save_checkpoint
+from vlm_jax.checkpoints.hub import open_checkpoint, read_config
 from vlm_jax.checkpoints.ops import LINEAR, Reshape, fused_bias, fused_linear, patch_linear
 from vlm_jax.checkpoints.params import export_params, import_params
 from vlm_jax.checkpoints.rules import Rule, prefixed
+from vlm_jax.checkpoints.saving import save_checkpoint
 
 LAYERS, WIDTH, HIDDEN, HEADS, PATCH, SIDE = 3, 8, 12, 2, 4, 12
 

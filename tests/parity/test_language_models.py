@@ -8,7 +8,8 @@ import torch
 import transformers
 
 import vlm_jax
-from vlm_jax.checkpoints.hub import open_checkpoint, save_checkpoint
+from vlm_jax.checkpoints.hub import open_checkpoint
+from vlm_jax.checkpoints.saving import save_checkpoint
 from vlm_jax.types import Batch
 
 SIZES = {

@@ -11,8 +11,9 @@ from flax import linen as nn
 
 import vlm_jax
 from tests.golden.conftest import DATA
-from vlm_jax.checkpoints.hub import open_checkpoint, read_config, save_checkpoint
+from vlm_jax.checkpoints.hub import open_checkpoint, read_config
 from vlm_jax.checkpoints.params import import_params
+from vlm_jax.checkpoints.saving import save_checkpoint
 from vlm_jax.layers.rope import Rope
 from vlm_jax.pretrained.family import Names, PretrainedError
 from vlm_jax.pretrained.language import language_model

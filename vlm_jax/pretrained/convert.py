@@ -16,22 +16,13 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.checkpoints.arrays import check_space, open_arrays
-from vlm_jax.checkpoints.hub import (
-    PARAMS,
-    Checkpoint,
-    CheckpointFileError,
-    LazyTensor,
-    copy_companions,
-    fetch,
-    read_config,
-    save_archive,
-    save_checkpoint,
-)
+from vlm_jax.checkpoints.hub import PARAMS, Checkpoint, CheckpointFileError, LazyTensor, fetch, read_config
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
 from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state
 from vlm_jax.checkpoints.plan import Step, plan
 from vlm_jax.checkpoints.rules import Rule, matching, prefixed
+from vlm_jax.checkpoints.saving import copy_companions, save_archive, save_checkpoint
 from vlm_jax.pretrained.family import Description, Family
 from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.named_tower import with_named_tower

@@ -16,18 +16,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from vlm_jax.checkpoints.hub import (
-    Checkpoint,
-    check_vacant,
-    copy_companions,
-    fetch,
-    read_config,
-    save_archive,
-    save_checkpoint,
-)
+from vlm_jax.checkpoints.hub import Checkpoint, fetch, read_config
 from vlm_jax.checkpoints.mapped import open_release
 from vlm_jax.checkpoints.params import export_params, import_params
 from vlm_jax.checkpoints.rules import matching
+from vlm_jax.checkpoints.saving import check_vacant, copy_companions, save_archive, save_checkpoint
 from vlm_jax.config import did_you_mean
 from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.sampling import Sampling

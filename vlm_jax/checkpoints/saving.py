@@ -1,0 +1,163 @@
+"""Released checkpoint files as they are written: safetensors, NumPy archives, and what stands beside them."""
+
+import contextlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from vlm_jax.checkpoints.hub import (
+    ARCHIVE_FILE,
+    COMPANIONS,
+    DTYPES,
+    INDEX_FILE,
+    MAP_FILE,
+    SINGLE_FILE,
+    CheckpointFileError,
+)
+
+MAX_SHARD_BYTES = 5 * 2**30
+
+
+def copy_companions(source: Path, folder: epath.PathLike) -> tuple[epath.Path, ...]:
+    """Copies what stands beside a checkpoint's weights, but for its index; files that are there already stay.
+
+    Args:
+      source: the folder of the checkpoint.
+      folder: an existing one, local or `gs://`.
+
+    Returns:
+      The files written.
+    """
+    folder = epath.Path(folder)
+    found = sorted({path.relative_to(source) for pattern in COMPANIONS for path in source.glob(pattern)})
+    companions = [name for name in found if name.name != MAP_FILE and not name.name.endswith(".index.json")]
+    written = [name for name in companions if not (folder / name).exists()]
+    for name in written:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((source / name).read_bytes())
+    return tuple(folder / name for name in written)
+
+
+def check_vacant(folder: Path) -> None:
+    """Refuses a folder that holds a checkpoint already, of whatever kind.
+
+    Raises:
+      CheckpointFileError: it does.
+    """
+    for name in (SINGLE_FILE, INDEX_FILE, ARCHIVE_FILE, MAP_FILE):
+        if (folder / name).exists():
+            raise CheckpointFileError(f"{folder / name} exists: write to another folder, or remove the old checkpoint")
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> tuple[Path, ...]:
+    """Writes tensors as `model.safetensors`, or as shards with an index where they are larger.
+
+    Every file is written under another name and renamed when all are complete, the index last: whoever
+    opens the folder finds the whole checkpoint or none.
+
+    Args:
+      folder: made if need be; it may hold other files, but no checkpoint.
+      tensors: key -> NumPy or JAX array; copied to the host one shard at a time.
+      max_shard_bytes: most bytes of a shard; a single tensor that is larger gets a shard to itself.
+
+    Returns:
+      The files written.
+
+    Raises:
+      CheckpointFileError: the folder holds a checkpoint already, or a tensor has a dtype that safetensors
+        cannot hold. Nothing has been written then.
+    """
+    folder = Path(folder)
+    check_vacant(folder)
+    writable = {np.dtype(dtype) for dtype in DTYPES.values()}
+    if wrong := [f"{key} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.dtype not in writable]:
+        raise CheckpointFileError(f"{folder}: safetensors cannot hold {', '.join(wrong)}; cast to a number type")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _shards(tensors, max_shard_bytes)
+    names = [SINGLE_FILE]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    with _renamed_when_complete(folder) as temporary:
+        for name, keys in zip(names, shards, strict=True):
+            shard = {key: np.asarray(tensors[key], order="C") for key in keys}
+            safetensors.numpy.save_file(shard, temporary(name), metadata={"format": "pt"})
+        if len(shards) > 1:
+            weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            temporary(INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+            names.append(INDEX_FILE)
+    return tuple(folder / name for name in names)
+
+
+def save_archive(folder: str | os.PathLike[str], tensors: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Writes tensors as `model.npz`, the file of vision_transformer and big_vision.
+
+    Args:
+      folder: made if need be; it may hold other files, but no checkpoint.
+      tensors: key -> NumPy or JAX array.
+
+    Returns:
+      The files written.
+
+    Raises:
+      CheckpointFileError: the folder holds a checkpoint already.
+    """
+    path = Path(folder) / ARCHIVE_FILE
+    check_vacant(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not np.savez: a key may be called `file`.
+    with (
+        _renamed_when_complete(path.parent) as temporary,
+        zipfile.ZipFile(temporary(path.name), "w") as archive,
+    ):
+        for key, tensor in tensors.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(tensor), allow_pickle=False)
+    return (path,)
+
+
+def _shards(tensors: Mapping[str, Any], max_bytes: int) -> list[list[str]]:
+    """Keys in order, cut where the next tensor would not fit."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += tensor.nbytes
+    return shards
+
+
+@contextlib.contextmanager
+def _renamed_when_complete(folder: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives out temporary paths, and renames them in order on leaving, or removes all on an error."""
+    pending: dict[str, Path] = {}
+
+    def temporary(name: str) -> Path:
+        pending[name] = folder / f".{name}.{os.getpid()}.incomplete"
+        return pending[name]
+
+    renamed: list[Path] = []
+    try:
+        yield temporary
+        for name, path in pending.items():
+            os.replace(path, folder / name)
+            renamed.append(folder / name)
+    except BaseException:
+        for path in (*pending.values(), *renamed):
+            path.unlink(missing_ok=True)
+        raise
