@@ -8,7 +8,8 @@ from vlm_jax.cli.process import explained, keep_programs
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
-from vlm_jax.pretrained.loader import DTYPES, Pretrained
+from vlm_jax.pretrained.loader import DTYPES
+from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.processors.grounding import draw_boxes
 from vlm_jax.processors.image import to_picture
 

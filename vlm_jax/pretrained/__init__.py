@@ -33,9 +33,10 @@ from vlm_jax.pretrained import (
     vit,
 )
 from vlm_jax.pretrained.family import Family
-from vlm_jax.pretrained.loader import Pretrained, load
+from vlm_jax.pretrained.loader import load
+from vlm_jax.pretrained.pretrained import Pretrained
 
-# What a released config calls its kind of model (`loader.marker`) -> who describes it.
+# What a released config calls its kind of model (`family.marker`) -> who describes it.
 FAMILIES: dict[str, Family] = {
     "big_vision.proj.image_text.text_transformer": big_vision.describe_text,
     "big_vision.proj.image_text.two_towers": big_vision.describe_two_towers,

@@ -150,6 +150,29 @@ ACTIVATIONS = {
 }
 
 
+def marker(config: Mapping[str, Any]) -> str:
+    """What a released config calls its kind of model.
+
+    `model_type` of Hugging Face files; `open_clip` for a `model_cfg` or a `vision_cfg`; `vit_jax` for the
+    config of vision_transformer, which has a `classifier`; else big_vision's `model_name`.
+
+    Raises:
+      PretrainedError: the config has none of these.
+    """
+    if "model_type" in config:
+        return str(config["model_type"])
+    if "model_cfg" in config or "vision_cfg" in config:
+        return "open_clip"
+    if "classifier" in config and "patches" in config:
+        return "vit_jax"
+    if "model_name" in config:
+        return f"big_vision.{config['model_name']}"
+    raise PretrainedError(
+        "the config does not say what it describes: expected the key model_type (Hugging Face), model_cfg "
+        "(open_clip), classifier (vision_transformer) or model_name (big_vision), got " + ", ".join(sorted(config))
+    )
+
+
 # Where released configs of systems keep the one of their language model.
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 

@@ -31,7 +31,7 @@ def _llava(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return (llava if "mm_vision_tower" in config else llava_hf).processor(folder, config)
 
 
-# What a released config calls its kind of model (`loader.marker`) -> what makes its processor.
+# What a released config calls its kind of model (`family.marker`) -> what makes its processor.
 PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
     "deepseek_v2": text.processor,
     "deepseek_vl": deepseek_hf.processor,

@@ -1,0 +1,315 @@
+"""What `from_pretrained` returns: a released model, its parameters, its processor, and the way back."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax.checkpoints.hub import Checkpoint, read_config
+from vlm_jax.checkpoints.params import export_params
+from vlm_jax.checkpoints.rules import matching
+from vlm_jax.checkpoints.saving import check_vacant, copy_companions, save_archive, save_checkpoint
+from vlm_jax.generation.engine import prepared
+from vlm_jax.generation.sampling import Sampling
+from vlm_jax.generation.text import Completion, complete
+from vlm_jax.models.two_tower import Embeddings, TwoTower
+from vlm_jax.pretrained.family import Description, PretrainedError, marker, text_section
+from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, PROCESSORS, image_text
+from vlm_jax.pretrained.processing.agreement import check_agreement, check_image_text
+from vlm_jax.pretrained.processing.settings import write_image_size
+from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks
+from vlm_jax.processors.image import height_and_width, to_picture
+from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs
+from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.system import Conversation, Picture, Processor, Video
+from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.sharding.rules import mesh_of
+from vlm_jax.types import Batch, ImageTextBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A released model, ready to be applied, trained on, or written back.
+
+    Attributes:
+      config: the released settings, in the schema of the release.
+      module: the Linen module.
+      params: its parameters, a tree without boxes.
+      description: how the two hang together; see `family.Description`.
+      checkpoint: the files that it came from, for the tensors that the module has no use for.
+      folder: where they lie, with those of the tokenizer and the processor.
+      image_size: side in pixels that was asked for at load, which wins over the folder's; None for these.
+    """
+
+    config: dict[str, Any]
+    module: nn.Module
+    params: Any
+    description: Description
+    checkpoint: Checkpoint
+    folder: Path
+    image_size: int | None = None
+
+    @functools.cached_property
+    def processor(self) -> Any:
+        """What makes batches, configured by the release's own files.
+
+        A `processors.system.Processor` of conversations and pictures; of a two-tower model or a classifier a
+        `processors.image_text.ImageTextProcessor` of pictures and texts.
+
+        Raises:
+          PretrainedError: the release has none, or its files say what is not computed here, or what is not
+            true of the model.
+          TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
+        """
+        name = marker(self.config)
+        if name in IMAGE_TEXT_PROCESSORS:
+            processor = IMAGE_TEXT_PROCESSORS[name](self.folder, self.config, self.module)
+            if self.image_size is not None and isinstance(processor.images, SquareInputs):
+                images = processor.images.at((self.image_size, self.image_size))
+                processor = dataclasses.replace(processor, images=images)
+            check_image_text(processor, self.module)
+            return processor
+        if name not in PROCESSORS:
+            registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))
+            raise PretrainedError(f"no processor is registered for '{name}'; registered: {', '.join(registered)}")
+        processor = PROCESSORS[name](self.folder, self.config)
+        check_agreement(processor, self.module)
+        return processor
+
+    @property
+    def _conversations(self) -> Processor:
+        if isinstance(self.processor, ImageTextProcessor):
+            raise PretrainedError(
+                f"'{marker(self.config)}' embeds or classifies, and answers no conversation; call processor(images=…, "
+                "texts=…) and logits, encode_images or encode_texts"
+            )
+        return self.processor
+
+    def count_visual_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Places of a prompt that each picture of one conversation takes, before anything runs.
+
+        Args:
+          image_sizes: (height, width) of every picture, in pixels.
+        """
+        return self._conversations.count_visual_tokens(image_sizes)
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """`module.apply` with the parameters; `method=` and `mutable=` as there."""
+        return self.module.apply({"params": self.params}, *args, **kwargs)
+
+    def logits(self, batch: Batch | ImageTextBatch) -> Float[Array, "B T V"] | Float[Array, "B classes"]:
+        """Float32 logits of a batch of `processor`, compiled once for its shapes.
+
+        Returns:
+          Of a conversation, those at every position. Of two towers, [images, texts]: the scaled similarity of every
+          picture with every text. Of a classifier, those of its classes; see `labels`.
+
+        Raises:
+          PretrainedError: the model has no head, or the batch lacks one of two towers' inputs.
+        """
+        return self._logits(self.params, batch)
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        def run(params: Any, batch: Batch | ImageTextBatch) -> Any:
+            inputs = batch.inputs if isinstance(batch, ImageTextBatch) else (batch,)
+            if isinstance(self.module, TwoTower) and len(inputs) < 2:
+                raise PretrainedError("logits of two towers need pictures and texts; give the processor both")
+            found = self.module.apply({"params": params}, *inputs)
+            if isinstance(found, Embeddings):
+                return found.logits()
+            if not hasattr(found, "dtype"):
+                raise PretrainedError(
+                    f"'{marker(self.config)}' has no head in this checkpoint; call apply for features"
+                )
+            return found
+
+        return jax.jit(run)
+
+    def encode_images(self, images: Sequence[Picture]) -> Float[Array, "B E"]:
+        """Float32 embeddings of pictures by the image tower, not normalised, compiled once for their number."""
+        return self._encoder("encode_image")(self.params, self.processor(images=images).images)
+
+    def encode_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
+        """The same of texts by the text tower, as `evals.zero_shot.class_embeddings` takes it."""
+        return self._encoder("encode_text")(self.params, self.processor(texts=texts).tokens)
+
+    def _encoder(self, method: str) -> Any:
+        if not isinstance(self.module, TwoTower):
+            raise PretrainedError(f"'{marker(self.config)}' has not two towers, whose embeddings could be compared")
+        return self._encoders[method]
+
+    @functools.cached_property
+    def _encoders(self) -> dict[str, Any]:
+        def encode(method: str, params: Any, given: Any) -> Any:
+            return jnp.asarray(self.module.apply({"params": params}, given, method=method), jnp.float32)
+
+        return {name: jax.jit(functools.partial(encode, name)) for name in ("encode_image", "encode_text")}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of a classifier's classes, in the order of its logits; raises a `PretrainedError` without."""
+        return image_text.labels(self.config)
+
+    @functools.cached_property
+    def _laid_out(self) -> Any:
+        """The parameters as generation wants them; on a CPU a second copy of the decoder's kernels, kept."""
+        return prepared(self.params, mesh_of(self.params))
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That of the folder; raises a `TokenizerError` where there is none."""
+        return Tokenizer.from_folder(self.folder)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
+
+        Where both state none, those of the config, which may be a class's defaults; else of the tokenizer.
+
+        Raises:
+          TokenizerError: the vocabulary lacks one of the processor's.
+        """
+        path = self.folder / "generation_config.json"
+        stated = read_config(self.folder, name=path.name) if path.exists() else {}
+        own = self.processor.end_tokens if marker(self.config) in PROCESSORS else ()
+        ids = (*_end_ids(stated), *map(self.tokenizer.id_of, own))
+        if ids:
+            return tuple(dict.fromkeys(ids))
+        last = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+        return _end_ids(self.config) or _end_ids(text_section(self.config)) or last
+
+    def generate(
+        self,
+        messages: Conversation,
+        images: Sequence[Picture] = (),
+        videos: Sequence[Video] = (),
+        *,
+        max_new_tokens: int,
+        max_visual_tokens: int | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[str] = (),
+        processor_options: Mapping[str, Any] = MappingProxyType({}),
+        on_text: Callable[[str], Any] | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Answers a conversation.
+
+        Args:
+          messages, images, videos: as `processor` takes them.
+          max_new_tokens: the most tokens of the answer.
+          max_visual_tokens: the most of a picture; as the release has it when None.
+          sampling: how a token is chosen; the most likely one unless told.
+          stop: strings before which the answer ends.
+          stop_tokens: names of tokens that end it, beside `end_ids`.
+          processor_options: more of `Processor.batch`, and variables of the chat template, such as `fps` and
+            `enable_thinking`.
+          on_text: is given every piece of the answer as it comes.
+          **options: of `generation.engine.generate`, such as `chunk`, `cache_dtype` and `cache_length`.
+
+        Raises:
+          GenerationError: a setting outside its range, a prompt that does not fit, or logits that are NaN.
+          TokenizerError: a name of `stop_tokens` that the vocabulary lacks, or no tokenizer in the folder.
+          ChatTemplateError: no template in the folder, or messages that it refuses.
+        """
+        processor = self._conversations
+        ends = (*self.end_ids, *map(self.tokenizer.id_of, stop_tokens))
+        batch = processor(messages, images, videos, max_visual_tokens=max_visual_tokens, **processor_options)
+        (answer,) = complete(
+            self.module,
+            self._laid_out,
+            batch,
+            self.tokenizer,
+            end_ids=ends,
+            stop=stop,
+            on_text=None if on_text is None else lambda row, text: on_text(text),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            names=("prompt",),
+            mesh=mesh_of(self.params),
+            **options,
+        )
+        return answer
+
+    def boxes(self, answer: Completion, image: Picture, *, max_visual_tokens: int | None = None) -> list[NamedBox]:
+        """The boxes of an answer, in pixels of the picture; none where it has none.
+
+        Args:
+          answer: of `generate`.
+          image: that the answer is about.
+          max_visual_tokens: with which it was generated.
+        """
+        # Tags of boxes are special tokens in some vocabularies, which the answer's text leaves out.
+        text = self.tokenizer.decode(answer.tokens, skip_special=False)
+        return answer_boxes(text, *self._sizes(image, max_visual_tokens))
+
+    def document(self, answer: Completion, image: Picture, *, max_visual_tokens: int | None = None) -> list[Block]:
+        """The blocks of an answer that is a document in HTML, as Qwen2.5-VL writes it; arguments as of `boxes`."""
+        return document_blocks(answer.text, *self._sizes(image, max_visual_tokens))
+
+    def _sizes(self, image: Picture, max_visual_tokens: int | None) -> tuple[Size, Size | None]:
+        """Of a picture, and as the model is given it where it counts its pixels."""
+        size, views = height_and_width(to_picture(image)), self._conversations.views
+        if not isinstance(views, NativeViews):
+            return size, None
+        views = views if max_visual_tokens is None else views.within(max_visual_tokens)
+        return size, views.size(size)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, params: Any = None) -> tuple[Path, ...]:
+        """Writes config and weights under the released names, as the release's own code reads them.
+
+        The files of the tokenizer, the chat template and the processor come along.
+
+        Args:
+          folder: made if need be; must not hold a checkpoint.
+          params: what is written instead of `self.params`, such as trained parameters.
+
+        Returns:
+          The files written.
+
+        Raises:
+          CheckpointFileError: the folder holds a checkpoint already.
+          CheckpointMismatch: `params` has not the shapes of `self.params`.
+        """
+        tensors: dict[str, Any] = export_params(self.description.rules, self.params if params is None else params)
+        for key, tensor in self.checkpoint.items():
+            if key not in tensors and matching(self.description.ignore, key):
+                tensors[key] = tensor  # read when its shard is written
+        folder = Path(folder)
+        check_vacant(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.json"
+        path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        companions = copy_companions(self.folder, folder)
+        if (views := self._resized_views()) is not None:
+            write_image_size(folder, views)
+        save = save_archive if self.checkpoint.archive else save_checkpoint  # last: with weights a folder is whole
+        return (path, *map(Path, companions), *save(folder, tensors))
+
+    def _resized_views(self) -> SquareViews | None:
+        """Of a model that was resized at load and whose pictures can be prepared; else its files stay as they are."""
+        if self.image_size is None or marker(self.config) not in IMAGE_TEXT_PROCESSORS:
+            return None
+        try:
+            images = self.processor.images
+        except PretrainedError:
+            return None
+        return images.views if isinstance(images, SquareInputs) else None
+
+
+def _end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """`eos_token_id`: a number, several, or none."""
+    found = config.get("eos_token_id")
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
