@@ -173,6 +173,8 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 
 
 def test_positions_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="longrope: expected 8 factors, one for each angle, got 8 for short sequences"):
+        Rope(THETA, "longrope", original_length=4, short_factors=(1.0,) * 8, long_factors=(1.0,)).check(DIM)
     with pytest.raises(ValueError, match=r"sections \(2, 2\) are for 4 angles, not 8"):
         angles_of(sections=(2, 2))
     with pytest.raises(ValueError, match="positions have three axes"):

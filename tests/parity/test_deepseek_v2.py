@@ -41,7 +41,7 @@ GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 # what a config says beside the sizes
 MODELS = {
     "greedy": {},
-    "query latent": {"q_lora_rank": 12},
+    "query latent": {"q_lora_rank": 12, "hidden_act": "gelu"},
     "groups": {**GROUPS, "routed_scaling_factor": 2.5},
     "query latent, groups": {**GROUPS, "q_lora_rank": 12, "attention_bias": True},
     "no dense layer, tied": {"first_k_dense_replace": 0, "tie_word_embeddings": True},

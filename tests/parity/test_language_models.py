@@ -63,6 +63,10 @@ SCALED = {
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, {}),
     "llama, tied": (transformers.LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "llama, biases": (
+        transformers.LlamaForCausalLM,
+        {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+    ),
     **{f"llama, {name}": (transformers.LlamaForCausalLM, settings) for name, settings in SCALED.items()},
     "mistral": (transformers.MistralForCausalLM, {"sliding_window": 4}),
     "qwen2": (transformers.Qwen2ForCausalLM, {}),

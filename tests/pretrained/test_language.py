@@ -26,6 +26,7 @@ TINY = {
     "intermediate_size": 6,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
+    "num_key_value_heads": 2,
 }
 SHAPES = {
     "model.embed_tokens.weight": (5, 4),
@@ -75,13 +76,33 @@ def test_a_tied_head_that_is_not_the_table_is_refused(tmp_path):
             "text_config.model_type: no language model 'lama' here; did you mean 'llama'?",
         ),
         ({"vocab_size": 3}, "text_config: expected the key model_type"),
-        ({**TINY, "attention_bias": True}, "text_config.attention_bias: expected False, got True"),
-        ({**TINY, "hidden_act": "gelu"}, "text_config.hidden_act: expected 'silu', got 'gelu'"),
+        ({**TINY, "hidden_act": "tanh"}, "text_config.hidden_act: expected 'gelu' or"),
+        ({**TINY, "hidden_size": "4"}, "text_config.hidden_size: expected a positive integer, got '4'"),
+        ({**TINY, "num_hidden_layers": None}, "text_config.num_hidden_layers: expected a positive integer, got None"),
+        ({**TINY, "num_key_value_heads": 3}, "heads: expected a divisor of num_attention_heads, 2, got 3"),
+        (
+            {**TINY, "num_attention_heads": 3, "num_key_value_heads": None},
+            "text_config.num_attention_heads: expected a divisor of hidden_size, 4, or the key head_dim, got 3",
+        ),
         (
             {**TINY, "rope_scaling": {"type": "ntk"}},
             "text_config.rope_scaling.rope_type: expected 'default' or 'mrope' or 'linear'",
         ),
         ({**TINY, "rope_scaling": {"type": "linear"}}, "text_config.rope_scaling: 'linear' needs the key 'factor'"),
+        ({**TINY, "rope_scaling": "dynamic"}, "rope_scaling: expected a set of settings or null, got 'dynamic'"),
+        (
+            {**TINY, "rope_scaling": {"type": "linear", "factor": None}},
+            "text_config.rope_scaling: expected numbers and lists of numbers for 'linear', got",
+        ),
+        (
+            {**TINY, "rope_scaling": {"type": "longrope", "short_factor": [1, 2], "long_factor": [3, 4]}},
+            "text_config.rope_scaling: longrope: expected 1 factors, one for each angle, got 2 for short",
+        ),
+        (
+            {**TINY, "model_type": "qwen2_vl_text"},
+            "text_config.rope_parameters: M-RoPE sections (16, 24, 24) are for 64 angles, not 1",
+        ),
+        ({**TINY, "partial_rotary_factor": 0.5}, "text_config.partial_rotary_factor: expected None or 1.0, got 0.5"),
         (
             {**TINY, "rope_parameters": {"partial_rotary_factor": 0.5}},
             "text_config.rope_parameters.partial_rotary_factor: expected None or 1.0, got 0.5",
@@ -125,7 +146,7 @@ def test_old_and_new_forms_of_rotary_settings_are_the_same():
 
 
 def test_sections_of_m_rope_in_every_layout():
-    text = {**TINY, "num_attention_heads": 1, "hidden_size": 128}
+    text = {**TINY, "num_attention_heads": 1, "num_key_value_heads": 1, "hidden_size": 128}
     old = {"type": "mrope", "mrope_section": [16, 24, 24]}
     new = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
     expected = Rope(1e6, sections=(16, 24, 24))
@@ -150,8 +171,40 @@ def test_windows_of_layers_as_released():
         ({**qwen2, "max_window_layers": 3, "use_sliding_window": True}, ()),
         (mistral, (4096, 4096)),
         ({**mistral, "sliding_window": None}, ()),
+        # Keys that a class does not look at.
+        ({**mistral, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}, (4096, 4096)),
+        ({**TINY, "use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]}, ()),
     ):
         assert language_model(config, {}, "config", **DTYPES).decoder.windows == expected
+
+
+def test_biases_of_the_classes_that_have_a_switch():
+    both = {"attention_bias": True, "mlp_bias": True}
+    for kind, more, expected in (
+        ("llama", both, (True, True, True)),
+        ("llama", {}, (False, False, False)),
+        ("mistral", both, (False, False, False)),
+        ("qwen2", both, (True, False, False)),
+        ("qwen3", both, (True, True, False)),
+        ("qwen3", {}, (False, False, False)),
+    ):
+        decoder = language_model({**TINY, "model_type": kind, **more}, {}, "config", **DTYPES).decoder
+        assert (decoder.qkv_bias, decoder.out_bias, decoder.mlp_bias) == expected, kind
+
+
+def test_deepseek_scales_logits_by_the_rotary_settings_that_are_in_force():
+    """By modeling_deepseek_v2.py, yarn_apply_mscale."""
+    deepseek = {**TINY, "model_type": "deepseek_v2", "max_position_embeddings": 40}
+    yarn = {"type": "yarn", "original_max_position_embeddings": 10, "mscale_all_dim": 0.5}
+    expected = (0.05 * np.log(4) + 1) ** 2
+    for scaling, scale in (
+        ({**yarn, "factor": 4.0}, expected),
+        ({**yarn, "factor": None}, expected),
+        ({**yarn, "mscale_all_dim": 0.0}, 1.0),
+        ({"type": "default", "mscale_all_dim": 0.5, "factor": 4.0}, 1.0),
+    ):
+        decoder = language_model({**deepseek, "rope_scaling": scaling}, {}, "config", **DTYPES).decoder
+        assert decoder.logit_scale == pytest.approx(scale)
 
 
 # Folders with the language model of a whole system, and what stands before its keys.

@@ -38,6 +38,7 @@ class Deepseek(nn.Module):
       depth: number of blocks.
       num_heads: query heads.
       mlp_dim: hidden width of the dense layers' feed-forward.
+      activation: of the gates, a name of `layers.mlp.ACTIVATIONS`.
       latent_dim: width of the keys' and values' bottleneck; None for plain attention, with heads of width / num_heads.
       expert_dim: hidden width of an expert.
       num_experts: experts to choose from.
@@ -73,6 +74,7 @@ class Deepseek(nn.Module):
     expert_dim: int
     num_experts: int
     num_selected: int
+    activation: str = "silu"
     num_shared: int = 2
     num_dense: int = 1
     expert_every: int = 1
@@ -158,7 +160,7 @@ class Deepseek(nn.Module):
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
             "mlp_dim": self.mlp_dim,
-            "activation": "silu",
+            "activation": self.activation,
             "gated": True,
             "norm": "rms",
             "norm_epsilon": self.norm_epsilon,

@@ -32,11 +32,13 @@ class Transformer(nn.Module):
       num_heads: query heads.
       num_kv_heads: key and value heads; divides num_heads.
       mlp_dim: hidden width of the gated feed-forward.
+      activation: of its gate, a name of `layers.mlp.ACTIVATIONS`.
       head_dim: width / num_heads when None.
       rope: how positions become rotary angles.
       log_length: queries at places beyond it are scaled by log(place) / log(log_length), as in Qwen; None for none.
       norm_epsilon: epsilon of every RMSNorm.
       qkv_bias: biases on query, key and value, as in Qwen2.
+      out_bias, mlp_bias: one on attention's output, and on the feed-forward's layers.
       windows: of every block how many positions it sees at most, itself among them, or None; empty for all of all.
       qk_norm: an RMSNorm of every head's queries and keys before they are turned, as in Qwen3.
       tie_embeddings: logits by the embedding table instead of a head of their own.
@@ -54,11 +56,14 @@ class Transformer(nn.Module):
     num_heads: int
     num_kv_heads: int
     mlp_dim: int
+    activation: str = "silu"
     head_dim: int | None = None
     rope: Rope = Rope()
     log_length: int | None = None
     norm_epsilon: float = 1e-6
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()
     tie_embeddings: bool = True
@@ -81,13 +86,14 @@ class Transformer(nn.Module):
                 "num_kv_heads": self.num_kv_heads,
                 "head_dim": self.head_dim,
                 "mlp_dim": self.mlp_dim,
-                "activation": "silu",
+                "activation": self.activation,
                 "gated": True,
                 "norm": "rms",
                 "norm_epsilon": self.norm_epsilon,
                 "qkv_bias": self.qkv_bias,
                 "qk_norm": "rms" if self.qk_norm else None,
-                "use_bias": False,
+                "use_bias": self.out_bias,
+                "mlp_bias": self.mlp_bias,
                 **settings,
             },
             remat=self.remat,

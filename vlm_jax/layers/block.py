@@ -42,6 +42,7 @@ class TransformerBlock(nn.Module):
       norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
       use_bias: biases on the other linear layers.
+      mlp_bias: whether the feed-forward has them, where it is not as the others; `use_bias` when None.
       layer_scale: learned factors, one a channel, of what is added to x; where they start. None for none.
       latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
       experts: arguments of a `MixtureOfExperts` in place of the `Mlp`, or None.
@@ -62,6 +63,7 @@ class TransformerBlock(nn.Module):
     gated: bool = False
     qkv_bias: bool = True
     use_bias: bool = True
+    mlp_bias: bool | None = None
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
     layer_scale: float | None = None
@@ -109,7 +111,8 @@ class TransformerBlock(nn.Module):
     def _feed_forward(self, settings: dict[str, Any]) -> Any:
         if self.experts is not None:
             return MixtureOfExperts(activation=self.activation, name="mlp", **self.experts, **settings)
-        return Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=self.use_bias, name="mlp", **settings)
+        bias = self.use_bias if self.mlp_bias is None else self.mlp_bias
+        return Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=bias, name="mlp", **settings)
 
     def _scaled(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
         if self.layer_scale is None:

@@ -98,6 +98,18 @@ class Rope:
             return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
         return 1.0
 
+    def check(self, head_dim: int) -> None:
+        """Raises a `ValueError` where sections or factors are not those of a head of which so many coordinates turn."""
+        if self.sections and sum(self.sections) != head_dim // 2:
+            raise ValueError(
+                f"M-RoPE sections {self.sections} are for {sum(self.sections)} angles, not {head_dim // 2}"
+            )
+        if self.scaling == "longrope" and {len(self.short_factors), len(self.long_factors)} != {head_dim // 2}:
+            raise ValueError(
+                f"longrope: expected {head_dim // 2} factors, one for each angle, got {len(self.short_factors)} for "
+                f"short sequences and {len(self.long_factors)} for long ones"
+            )
+
     def angles(
         self, positions: Positions, head_dim: int, lengths: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T half"]:
@@ -109,12 +121,9 @@ class Rope:
           lengths: of the sequence that each place is in; for scalings `by_length`.
 
         Raises:
-          ValueError: sections that are not those of the head, or positions of several axes without sections.
+          ValueError: as of `check`, or positions of several axes without sections.
         """
-        if self.sections and sum(self.sections) != head_dim // 2:
-            raise ValueError(
-                f"M-RoPE sections {self.sections} are for {sum(self.sections)} angles, not {head_dim // 2}"
-            )
+        self.check(head_dim)
         if positions.ndim == 3 and not self.sections:
             raise ValueError("positions have three axes, and rotary positions without sections take one")
         frequencies = jnp.asarray(self._frequencies(head_dim, lengths))

@@ -8,10 +8,16 @@ from vlm_jax.checkpoints.maps import deepseek as maps
 from vlm_jax.checkpoints.maps.torch_layers import rms_norm
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.decoders.deepseek import Deepseek
-from vlm_jax.layers.rope import yarn_magnitude
-from vlm_jax.pretrained.family import LanguageModel, Names, PretrainedError, check_supported, with_defaults
-from vlm_jax.pretrained.hugging_face import vocabulary
-from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
+from vlm_jax.pretrained.family import (
+    ACTIVATIONS,
+    LanguageModel,
+    Names,
+    PretrainedError,
+    check_supported,
+    with_defaults,
+)
+from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
+from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_logit_scale, released_rope
 
 # deepseek_vl2/models/configuration_deepseek.py, which is that of DeepSeek-V2 with `use_mla`.
 DEFAULTS: dict[str, Any] = {
@@ -67,7 +73,7 @@ def deepseek_v2(
     settings = with_defaults(config, DEFAULTS, where)
     plain = not settings["use_mla"]
     known = {
-        "hidden_act": ("silu",),
+        "hidden_act": tuple(ACTIVATIONS),
         "mlp_bias": (False,),
         "topk_method": ("greedy", "group_limited_greedy", "noaux_tc"),
         "scoring_func": ("softmax", "sigmoid"),
@@ -75,16 +81,20 @@ def deepseek_v2(
     }
     check_supported(settings, known, where)
     tied = settings["tie_word_embeddings"]
+    # Where there are latents, the rotary key is one for all heads.
+    shared = {"num_key_value_heads": None, "head_dim": settings["qk_rope_head_dim"]}
+    *_, rope_dim = text_sizes({**settings, **({"head_dim": None} if plain else shared)}, where)
     decoder = Deepseek(
         vocab_size=settings["vocab_size"],
         width=settings["hidden_size"],
         depth=settings["num_hidden_layers"],
         num_heads=settings["num_attention_heads"],
         mlp_dim=settings["intermediate_size"],
-        rope=released_rope(settings, where),
+        activation=ACTIVATIONS[settings["hidden_act"]],
+        rope=released_rope(settings, where, rope_dim),
         norm_epsilon=settings["rms_norm_eps"],
         tie_embeddings=tied,
-        **_attention_fields(settings),
+        **_attention_fields(settings, where),
         **_expert_fields(settings, where),
         **dtypes,
     )
@@ -124,13 +134,11 @@ def trunk_rules(decoder: Deepseek) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _attention_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _attention_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not settings["use_mla"]:
         return {"latent_dim": None, "num_kv_heads": settings["num_key_value_heads"]}
-    scaling = settings["rope_scaling"] or settings["rope_parameters"] or {}
-    weight = scaling.get("mscale_all_dim")
     return {
-        "logit_scale": yarn_magnitude(scaling["factor"], weight) ** 2 if weight else 1.0,
+        "logit_scale": released_logit_scale(settings, where),
         "latent_dim": settings["kv_lora_rank"],
         "query_latent_dim": settings["q_lora_rank"],
         "content_dim": settings["qk_nope_head_dim"],
@@ -159,7 +167,7 @@ def _expert_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
         "scoring": settings["scoring_func"],
         "selection": settings["topk_method"],
         "normalize_weights": settings["norm_topk_prob"],
-        "weight_scale": settings["routed_scaling_factor"],
-        "balance_weight": settings["aux_loss_alpha"],
+        "weight_scale": float(settings["routed_scaling_factor"]),
+        "balance_weight": float(settings["aux_loss_alpha"]),
         "balance_over": "sequence" if settings["seq_aux"] else "batch",
     }

@@ -147,6 +147,7 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "silu": "silu",
+    "swish": "silu",
 }
 
 

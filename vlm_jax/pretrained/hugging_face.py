@@ -34,6 +34,32 @@ def block_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
+def text_sizes(settings: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+    """Query heads, key and value heads, and the width of one, of a language model's config with its defaults in place.
+
+    Raises:
+      PretrainedError: sizes that are no positive integers, or heads that do not fit each other or the width.
+    """
+    optional = {key: settings[key] for key in ("num_key_value_heads", "head_dim") if settings.get(key) is not None}
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {key: settings[key] for key in needed} | optional
+    wrong = {key: size for key, size in sizes.items() if type(size) is not int or size < 1}
+    if wrong:
+        messages = (f"{where}.{key}: expected a positive integer, got {size!r}" for key, size in wrong.items())
+        raise PretrainedError("\n".join(messages))
+    heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
+    kv_heads = sizes.get("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise PretrainedError(
+            f"{where}.num_key_value_heads: expected a divisor of num_attention_heads, {heads}, got {kv_heads}"
+        )
+    if "head_dim" not in sizes and width % heads:
+        raise PretrainedError(
+            f"{where}.num_attention_heads: expected a divisor of hidden_size, {width}, or the key head_dim, got {heads}"
+        )
+    return heads, kv_heads, sizes.get("head_dim", width // heads)
+
+
 def vit_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Those of a ViT with a learned table of positions, which transformers interpolates bicubically.
 

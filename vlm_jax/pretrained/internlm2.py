@@ -7,8 +7,8 @@ from typing import Any
 from vlm_jax.checkpoints.maps.transformer import internlm2_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.decoders.transformer import Transformer
-from vlm_jax.pretrained.family import LanguageModel, Names, check_supported, with_defaults
-from vlm_jax.pretrained.hugging_face import vocabulary
+from vlm_jax.pretrained.family import ACTIVATIONS, LanguageModel, Names, check_supported, with_defaults
+from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
 
 # OpenGVLab/InternVL, internvl_chat/internvl/model/internlm2/configuration_internlm2.py.
@@ -37,9 +37,9 @@ def internlm2(
       PretrainedError: settings that nothing here computes.
     """
     settings = with_defaults(config, DEFAULTS, where)
-    check_supported(settings, {"hidden_act": ("silu",), "bias": (False,)}, where)
-    tied, width, heads = settings["tie_word_embeddings"], settings["hidden_size"], settings["num_attention_heads"]
-    kv_heads = settings["num_key_value_heads"] or heads
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "bias": (False,)}, where)
+    tied, width = settings["tie_word_embeddings"], settings["hidden_size"]
+    heads, kv_heads, head_dim = text_sizes({**settings, "head_dim": None}, where)
     decoder = Transformer(
         vocab_size=settings["vocab_size"],
         width=width,
@@ -47,7 +47,8 @@ def internlm2(
         num_heads=heads,
         num_kv_heads=kv_heads,
         mlp_dim=settings["intermediate_size"],
-        rope=released_rope(settings, where),
+        activation=ACTIVATIONS[settings["hidden_act"]],
+        rope=released_rope(settings, where, head_dim),
         norm_epsilon=settings["rms_norm_eps"],
         tie_embeddings=tied,
         **dtypes,

@@ -7,12 +7,20 @@ from typing import Any
 from vlm_jax.checkpoints.maps.transformer import trunk_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.decoders.transformer import Transformer
-from vlm_jax.pretrained.family import LanguageModel, Names, PretrainedError, check_supported, with_defaults
-from vlm_jax.pretrained.hugging_face import vocabulary
+from vlm_jax.pretrained.family import (
+    ACTIVATIONS,
+    LanguageModel,
+    Names,
+    PretrainedError,
+    check_supported,
+    with_defaults,
+)
+from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
 
-# transformers, models/llama/configuration_llama.py, and those of the others.
-LLAMA_DEFAULTS: dict[str, Any] = {
+# What each class looks at, with its defaults: transformers, models/llama/configuration_llama.py, and those of the
+# others. Any other key of a config plays no part, there as here.
+_COMMON: dict[str, Any] = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
     "intermediate_size": 11_008,
@@ -23,33 +31,38 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "max_window_layers": 0,
-    "layer_types": None,
     "tie_word_embeddings": False,
     **ROPE_DEFAULTS,
 }
+# Of a class that does not look at them: no biases but its own; a window, where it has one, is that of every layer.
+_UNREAD: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": True,
+    "sliding_window": None,
+    "max_window_layers": 0,
+    "layer_types": None,
+}
+LLAMA_DEFAULTS: dict[str, Any] = {**_COMMON, "attention_bias": False, "mlp_bias": False}
 MISTRAL_DEFAULTS: dict[str, Any] = {
-    **LLAMA_DEFAULTS,
+    **_COMMON,
     "intermediate_size": 14_336,
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
-    "use_sliding_window": True,  # the release has no such switch
     "sliding_window": 4096,
 }
 QWEN2_DEFAULTS: dict[str, Any] = {
-    **LLAMA_DEFAULTS,
+    **_COMMON,
     "vocab_size": 151_936,
     "intermediate_size": 22_016,
     "num_key_value_heads": 32,
     "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
+    "layer_types": None,
 }
-QWEN3_DEFAULTS: dict[str, Any] = {**QWEN2_DEFAULTS, "head_dim": 128}
+QWEN3_DEFAULTS: dict[str, Any] = {**QWEN2_DEFAULTS, "head_dim": 128, "attention_bias": False}
 QWEN2_VL_DEFAULTS: dict[str, Any] = {
     **QWEN2_DEFAULTS,
     "vocab_size": 152_064,
@@ -82,32 +95,34 @@ def llama(
     Raises:
       PretrainedError: settings that nothing here computes, or a head that is tied and yet not the table.
     """
-    settings = with_defaults(config, defaults, where)
-    known = {
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
+    read = {key: value for key, value in config.items() if key in defaults}
+    settings = {**_UNREAD, **with_defaults(read, defaults, where)}
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
+    tied, (heads, kv_heads, head_dim) = settings["tie_word_embeddings"], text_sizes(settings, where)
+    biases = {
+        "qkv_bias": qkv_bias or settings["attention_bias"],
+        "out_bias": settings["attention_bias"],
+        "mlp_bias": settings["mlp_bias"],
     }
-    check_supported(settings, known, where)
-    tied, heads = settings["tie_word_embeddings"], settings["num_attention_heads"]
     decoder = Transformer(
         vocab_size=settings["vocab_size"],
         width=settings["hidden_size"],
         depth=settings["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=settings["num_key_value_heads"] or heads,
+        num_kv_heads=kv_heads,
         mlp_dim=settings["intermediate_size"],
+        activation=ACTIVATIONS[settings["hidden_act"]],
         head_dim=settings["head_dim"],
-        rope=released_rope(settings, where, sections),
+        rope=released_rope(settings, where, head_dim, sections),
         norm_epsilon=settings["rms_norm_eps"],
-        qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         windows=_windows(settings, where),
         tie_embeddings=tied,
+        **biases,
         **dtypes,
     )
     rules = (
-        *prefixed(trunk_rules(qkv_bias=qkv_bias, qk_norm=qk_norm), names.trunk),
+        *prefixed(trunk_rules(**biases, qk_norm=qk_norm), names.trunk),
         *vocabulary(f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight", checkpoint, where, tied=tied),
     )
     return LanguageModel(decoder, rules, (rf"{re.escape(names.trunk)}(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",))

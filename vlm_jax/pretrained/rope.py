@@ -7,40 +7,69 @@ from vlm_jax.layers.rope import Rope, yarn_magnitude
 from vlm_jax.pretrained.family import PretrainedError, check_supported
 
 # transformers, modeling_rope_utils.py.
-ROPE_DEFAULTS: dict[str, Any] = {"rope_theta": 10_000.0, "rope_scaling": None, "rope_parameters": None}
+ROPE_DEFAULTS: dict[str, Any] = {
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "original_max_position_embeddings": None,
+    "partial_rotary_factor": None,
+}
 _PLAIN = ("default", "mrope")
+_WHOLE = {"partial_rotary_factor": (None, 1.0)}
 
 
-def released_rope(settings: Mapping[str, Any], where: str, sections: tuple[int, ...] = ()) -> Rope:
+def released_rope(settings: Mapping[str, Any], where: str, head_dim: int, sections: tuple[int, ...] = ()) -> Rope:
     """The rotary settings of a text config.
 
     Args:
       settings: the section with `ROPE_DEFAULTS` in place; `max_position_embeddings` is wanted where there is a scaling.
       where: names the section in messages.
+      head_dim: coordinates of a head that turn.
       sections: of M-RoPE, where the release does not say.
 
     Raises:
-      PretrainedError: a scaling that is not computed here, one for each kind of layer, or keys that it lacks.
+      PretrainedError: a scaling that is not computed here, one for each kind of layer, heads that turn in part, keys
+        that it lacks, or values that are not numbers or not for the heads.
     """
-    key = "rope_scaling" if settings["rope_scaling"] else "rope_parameters"
-    found: dict[str, Any] = dict(settings[key] or {})
-    where = f"{where}.{key}"
-    if any(isinstance(value, Mapping) for value in found.values()):
-        raise PretrainedError(f"{where}: expected one set of settings, got one for each of {', '.join(found)}")
-    kind = found.get("rope_type", found.get("type", "default"))
-    check_supported(
-        {**found, "rope_type": kind}, {"rope_type": (*_PLAIN, *_SCALED), "partial_rotary_factor": (None, 1.0)}, where
-    )
-    fields = {
-        "theta": float(found.get("rope_theta", settings["rope_theta"])),
-        "sections": tuple(found.get("mrope_section", sections)),
-    }
+    check_supported(settings, _WHOLE, where)
+    key, found = _settings_of(settings, where)
+    where, kind = f"{where}.{key}", found["rope_type"]
+    check_supported(found, {"rope_type": (*_PLAIN, *_SCALED), **_WHOLE}, where)
     try:
-        return Rope(**fields) if kind in _PLAIN else Rope(scaling=kind, **fields, **_SCALED[kind](found, settings))
+        rope = Rope(
+            theta=float(found.get("rope_theta", settings["rope_theta"])),
+            sections=tuple(found.get("mrope_section", sections)),
+            **({} if kind in _PLAIN else {"scaling": kind, **_SCALED[kind](found, settings)}),
+        )
+        rope.check(head_dim)
     except KeyError as error:
         raise PretrainedError(f"{where}: '{kind}' needs the key {error}") from error
+    except TypeError as error:
+        given = {"rope_theta": settings["rope_theta"], **found}
+        raise PretrainedError(f"{where}: expected numbers and lists of numbers for '{kind}', got {given}") from error
     except ValueError as error:
         raise PretrainedError(f"{where}: {error}") from error
+    return rope
+
+
+def released_logit_scale(settings: Mapping[str, Any], where: str) -> float:
+    """DeepSeek's factor of the attention's logits beside the root of the width; arguments as of `released_rope`."""
+    _, found = _settings_of(settings, where)
+    weight = _optional(found, "mscale_all_dim")
+    if found["rope_type"] in _PLAIN or not weight:
+        return 1.0
+    return yarn_magnitude(_factor(found, settings), weight) ** 2
+
+
+def _settings_of(settings: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """The key of the rotary settings, and these with their `rope_type`."""
+    key = "rope_scaling" if settings["rope_scaling"] else "rope_parameters"
+    found = settings[key] or {}
+    if not isinstance(found, Mapping):
+        raise PretrainedError(f"{where}.{key}: expected a set of settings or null, got {found!r}")
+    if any(isinstance(value, Mapping) for value in found.values()):
+        raise PretrainedError(f"{where}.{key}: expected one set of settings, got one for each of {', '.join(found)}")
+    return key, {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
 
 
 def _linear(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,8 +91,8 @@ def _llama3(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
 
 
 def _yarn(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    factor, magnitude = _factor(found, settings), found.get("attention_factor")
-    weight, weight_all = found.get("mscale"), found.get("mscale_all_dim")
+    factor, magnitude = _factor(found, settings), _optional(found, "attention_factor")
+    weight, weight_all = _optional(found, "mscale"), _optional(found, "mscale_all_dim")
     if magnitude is None and weight and weight_all:
         magnitude = yarn_magnitude(factor, weight) / yarn_magnitude(factor, weight_all)
     return {
@@ -80,9 +109,9 @@ def _longrope(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
     return {
         "factor": _factor(found, settings),
         "original_length": _original(found, settings),
-        "short_factors": tuple(found["short_factor"]),
-        "long_factors": tuple(found["long_factor"]),
-        "attention_factor": found.get("attention_factor"),
+        "short_factors": tuple(map(float, found["short_factor"])),
+        "long_factors": tuple(map(float, found["long_factor"])),
+        "attention_factor": _optional(found, "attention_factor"),
     }
 
 
@@ -99,6 +128,11 @@ def _original(found: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     """Positions in training: beside the rotary settings, among them, or those of the model."""
     key = "original_max_position_embeddings"
     return settings.get(key) or found.get(key) or settings["max_position_embeddings"]
+
+
+def _optional(found: Mapping[str, Any], key: str) -> float | None:
+    value = found.get(key)
+    return None if value is None else float(value)
 
 
 def _factor(found: Mapping[str, Any], settings: Mapping[str, Any]) -> float:

@@ -7,12 +7,12 @@ from vlm_jax.checkpoints.rules import Rule
 _BLOCK, _OURS = "layers.{layer}", "blocks/layers"
 
 
-def trunk_rules(*, qkv_bias: bool, qk_norm: bool) -> tuple[Rule, ...]:
+def trunk_rules(*, qkv_bias: bool, out_bias: bool, mlp_bias: bool, qk_norm: bool) -> tuple[Rule, ...]:
     """Blocks and final norm, after `model.`; the settings are those of `Transformer`."""
     rules = [
         *rms_norm(f"{_BLOCK}.input_layernorm", f"{_OURS}/attention_norm"),
         *rms_norm(f"{_BLOCK}.post_attention_layernorm", f"{_OURS}/mlp_norm"),
-        *linear(f"{_BLOCK}.self_attn.o_proj", f"{_OURS}/attention/out", bias=False),
+        *linear(f"{_BLOCK}.self_attn.o_proj", f"{_OURS}/attention/out", bias=out_bias),
         *rms_norm("norm", "final_norm"),
     ]
     for released, ours in {"q": "query", "k": "key", "v": "value"}.items():
@@ -21,7 +21,7 @@ def trunk_rules(*, qkv_bias: bool, qk_norm: bool) -> tuple[Rule, ...]:
         rules += rms_norm(f"{_BLOCK}.self_attn.q_norm", f"{_OURS}/attention/query_norm")
         rules += rms_norm(f"{_BLOCK}.self_attn.k_norm", f"{_OURS}/attention/key_norm")
     for name in ("gate", "up", "down"):
-        rules += linear(f"{_BLOCK}.mlp.{name}_proj", f"{_OURS}/mlp/{name}", bias=False)
+        rules += linear(f"{_BLOCK}.mlp.{name}_proj", f"{_OURS}/mlp/{name}", bias=mlp_bias)
     return tuple(rules)
 
 
