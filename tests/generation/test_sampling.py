@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax.generation.sampling import GenerationError, Sampling, filtered, penalised
+from vlm_jax.generation.sampling import GenerationError, Sampling, choose, filtered, penalised
 
 LOGITS = np.random.default_rng(1).normal(size=(4, 23)).astype(np.float32) * 2
 
@@ -31,6 +31,21 @@ def test_top_k_and_top_p(top_k, top_p):
 def test_what_ties_with_the_last_of_top_k_stays():
     logits = jnp.asarray([[3.0, 1.0, 1.0, 0.0]])
     assert np.isfinite(filtered(logits, np.int32(2), None)).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.01, 1), (0.3, 2), (0.8, 4), (0.99, 5)])
+def test_of_ties_top_p_keeps_as_many_as_it_needs(top_p, kept):
+    """Four tokens of a quarter each, but for what the last one takes of them."""
+    logits = jnp.asarray([[1.0, 1.0, 1.0, 1.0, -2.0]])
+    assert np.isfinite(filtered(logits, None, np.float32(top_p))).sum() == kept
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-40, 1e-60])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2**40}, {"top_p": 0.9}])
+def test_the_coldest_draw_is_of_the_most_likely_token(temperature, settings):
+    values = Sampling(temperature=temperature, **settings).values()
+    logits = jnp.asarray([[-5.0, -4.0, -3.0], [0.0, 9.0, 2.0]])
+    assert choose(logits, values, None, jnp.arange(2), jnp.asarray(0)).tolist() == [2, 1]
 
 
 def test_logits_that_are_minus_infinity_are_never_drawn():

@@ -59,9 +59,10 @@ class Sampling:
         """The settings that are in use, as scalars; another number under the same names compiles nothing anew."""
         used: dict[str, Any] = {}
         if self.temperature > 0:
-            used |= {"temperature": np.float32(self.temperature), "seed": np.uint32(self.seed)}
+            coldest = float(np.finfo(np.float32).tiny)  # what is less, devices take for 0
+            used |= {"temperature": np.float32(max(self.temperature, coldest)), "seed": np.uint32(self.seed)}
         if self.top_k is not None:
-            used["top_k"] = np.int32(self.top_k)
+            used["top_k"] = np.int32(min(self.top_k, np.iinfo(np.int32).max))
         if self.top_p is not None and self.top_p < 1:
             used["top_p"] = np.float32(self.top_p)
         if self.repetition_penalty != 1:
@@ -89,6 +90,7 @@ def choose(
         logits = penalised(logits, seen, values["repetition_penalty"])
     if "temperature" not in values:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits - logits.max(axis=-1, keepdims=True)  # so that no temperature makes the largest infinite
     logits = filtered(logits / values["temperature"], values.get("top_k"), values.get("top_p"))
 
     def draw(row, logits):
@@ -112,20 +114,21 @@ def filtered(
 ) -> Float[Array, "B V"]:
     """Minus infinity where a token may not be drawn; first `top_k`, then `top_p` among those that are left.
 
+    Of equal logits `top_k` keeps all, and `top_p` as many as it needs, as transformers' logits processors do.
+
     Source: Fan et al. 2018, section 5.4; Holtzman et al. 2020, section 3.1.
     """
     if top_k is None and top_p is None:
         return logits
-    vocab = logits.shape[-1]
-    falling = -jnp.sort(-logits, axis=-1)
-    least = falling[:, -1:]
+    order = jnp.argsort(logits, axis=-1)  # from the least likely one on
+    rising = jnp.take_along_axis(logits, order, axis=-1)
     if top_k is not None:
-        least = jnp.take_along_axis(falling, jnp.full((logits.shape[0], 1), jnp.minimum(top_k, vocab) - 1), axis=-1)
-        falling = jnp.where(falling < least, -jnp.inf, falling)
+        place = jnp.maximum(logits.shape[-1] - top_k, 0)
+        least = jax.lax.dynamic_slice_in_dim(rising, place, 1, axis=1)
+        logits, rising = (jnp.where(values < least, -jnp.inf, values) for values in (logits, rising))
     if top_p is not None:
-        # From the least likely one on: those that together have no more than 1 - top_p are left out.
-        below = jnp.cumsum(jax.nn.softmax(falling[:, ::-1], axis=-1), axis=-1)[:, ::-1]
-        kept = (below > 1 - top_p) & jnp.isfinite(falling)
-        kept = kept.at[:, 0].set(True)
-        least = jnp.min(jnp.where(kept, falling, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits < least, -jnp.inf, logits)
+        # Those that together have no more than 1 - top_p are left out.
+        left_out = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) <= 1 - top_p
+        left_out = left_out.at[:, -1].set(False)
+        logits = jnp.where(jnp.put_along_axis(left_out, order, left_out, axis=-1, inplace=False), -jnp.inf, logits)
+    return logits
