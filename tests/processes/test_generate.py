@@ -1,6 +1,7 @@
 """`python -m vlm_jax.cli.generate` as a process: what it writes, and what it says of a user's error."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -23,14 +24,24 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def said(folder, programs):
-    def run(*arguments):
-        """Exit status, standard output and standard error."""
+def started(folder, programs):
+    def start(*arguments):
+        """The process, with pipes."""
         environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
         words = [sys.executable, "-m", "vlm_jax.cli.generate", f"--checkpoint={folder}", *arguments]
         words.append(f"--compilation_cache={programs}")
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        return done.returncode, done.stdout, done.stderr
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
+
+
+@pytest.fixture
+def said(started):
+    def run(*arguments):
+        """Exit status, standard output and standard error."""
+        process = started(*arguments)
+        out, errors = process.communicate(timeout=300)
+        return process.returncode, out.decode(), errors.decode()
 
     return run
 
@@ -59,12 +70,28 @@ def test_the_answer_is_written(said, arguments, answer):
         (["--prompt=d", "--max_new_tokens=0"], "GenerationError: max_new_tokens: expected 1 or more, got 0"),
         (["--prompt=abcd", "--cache_length=8"], "GenerationError: prompt: a prompt of 4 tokens"),
         (["--prompt=d", "--image=none.png"], "FileNotFoundError: [Errno 2] No such file or directory: 'none.png'"),
+        (["--prompt=d", "--image=/"], "IsADirectoryError: [Errno 21] Is a directory: '/'"),
     ],
 )
 def test_an_error_of_the_user_is_one_message(said, arguments, message):
     status, out, errors = said(*arguments)
     assert status == 1 and out == "", errors
     assert message in errors and "Traceback" not in errors, errors
+
+
+@pytest.mark.parametrize("what", ["close", "interrupt"])
+def test_a_reader_that_has_enough_ends_it_without_a_word(started, folder, what):
+    """As `| head` and Ctrl-C do, in the middle of an answer that has no end."""
+    (folder / "generation_config.json").unlink()
+    with started("--prompt=d", "--chunk=1", "--max_new_tokens=100000") as process:
+        assert process.stdout.read(5) == b"efghi"
+        if what == "interrupt":
+            process.send_signal(signal.SIGINT)
+            process.stdout.read()
+        process.stdout.close()
+        errors = process.stderr.read()
+    status = {"close": 128 + signal.SIGPIPE, "interrupt": 128 + signal.SIGINT}[what]
+    assert (process.returncode, errors) == (status, b"")
 
 
 def test_a_picture_for_a_language_model_is_refused(said, folder):

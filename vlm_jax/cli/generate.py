@@ -1,5 +1,9 @@
 """python -m vlm_jax.cli.generate --checkpoint=DIR --prompt="…" [--image=FILE ...]"""
 
+import os
+import signal
+import sys
+
 from absl import app, flags
 from etils import epath
 
@@ -47,7 +51,7 @@ def main(argv: list[str]) -> None:
     if DRAW.value is not None and not IMAGE.value:
         raise app.UsageError("--draw: boxes are drawn on the first --image, and none is given")
     keep_programs()
-    with explained(FileNotFoundError):
+    with explained(OSError):
         sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, REPETITION_PENALTY.value, SEED.value)
         model = vlm_jax.from_pretrained(str(CHECKPOINT.value), dtype=DTYPE.value)
         # Templates of language models take strings, those of systems with eyes lists.
@@ -76,11 +80,20 @@ def main(argv: list[str]) -> None:
             chunk=CHUNK.value,
             cache_dtype=CACHE_DTYPE.value,
             cache_length=CACHE_LENGTH.value,
-            on_text=lambda text: print(text, end="", flush=True),
+            on_text=say,
         )
-        print()
+        say("\n")
         if DRAW.value is not None:
             draw(model, answer)
+
+
+def say(text: str) -> None:
+    """Writes a piece of the answer; ends the process where nobody reads on, as behind `| head`."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its exit
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def draw(model: Pretrained, answer: Completion) -> None:

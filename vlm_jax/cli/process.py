@@ -1,6 +1,7 @@
 """What every command's process does: it keeps compiled programs, and says one clear line for an error."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -59,9 +60,11 @@ def keep_programs() -> None:
 
 @contextlib.contextmanager
 def explained(*more: type[Exception]) -> Iterator[None]:
-    """An explained error inside, or one of `more`, becomes its message and exit status 1."""
+    """An explained error inside, or one of `more`, becomes its message and exit status 1; Ctrl-C is status 130."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # as shells tell of it
     except (*EXPLAINED, *more) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
