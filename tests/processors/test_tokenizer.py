@@ -104,6 +104,13 @@ def test_the_space_that_a_text_begins_with_stands_before_it_alone_or_before_ever
     assert Tokenizer.from_folder(llama).encode("the</s>the") == [*with_space, 2, *with_space]
 
 
+@pytest.mark.parametrize("text", [b"a\xe2\x8b\x0f\xc8", b"the\xf0\x9f\xa6", b"\xfd\x07\xf0\x97b", b"\xed\xa0\x80x"])
+def test_bytes_that_are_no_character_are_told_as_its_library_does(llama, model, text):
+    spell = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = [spell.piece_to_id(f"<0x{byte:02X}>") for byte in text]
+    assert Tokenizer.from_folder(llama).decode(ids) == spell.decode(ids)
+
+
 def test_tokens_beside_a_sentencepiece_model(llama, model):
     size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
     special = {"eos_token": "<end>", "additional_special_tokens": ["<image>", {"content": "<pad>", "rstrip": True}]}

@@ -1,6 +1,7 @@
 """The vocabularies that releases ship: a `tokenizer.json`, a SentencePiece model, Qwen's tiktoken ranks."""
 
 import base64
+import codecs
 import itertools
 import re
 import unicodedata
@@ -23,6 +24,16 @@ QWEN_PATTERN = (
 CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))
 QWEN_VISUAL = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
+EVERY_BYTE = "vlm_jax.every_byte"
+
+
+def _every_byte(error: UnicodeError) -> tuple[str, int]:
+    """A replacement character for every byte that is part of none, as SentencePiece has it; Python has one for all."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\N{REPLACEMENT CHARACTER}" * (error.end - error.start), error.end
+
+
+codecs.register_error(EVERY_BYTE, _every_byte)
 
 
 @runtime_checkable
@@ -188,7 +199,7 @@ class SentencePieceVocabulary:
                 piece = self._model.id_to_piece(index).replace(SPACE, " ").encode()
             text += piece[1:] if first and self._prefixed and piece.startswith(b" ") else piece
             first = False
-        return text.decode(errors="replace")
+        return text.decode(errors=EVERY_BYTE)
 
     def _piece(self, index: int) -> str | None:
         return None if index < 0 else self._model.id_to_piece(index)
