@@ -4,13 +4,16 @@ import itertools
 
 import numpy as np
 import pytest
+import tokenizers
 from flax import linen as nn
+from tokenizers import decoders, models
 
 from vlm_jax.generation import text as module
 from vlm_jax.generation.engine import Generated
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.generation.text import TextStream, complete
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.vocabulary import TokenizersVocabulary
 from vlm_jax.types import Batch
 
 from ..processors.vocabularies import sentencepiece_model, tiktoken_ranks
@@ -81,6 +84,19 @@ def test_an_id_that_is_no_token_takes_no_space_with_it(tokenizer):
     assert "".join(stream.push([index]) for index in [*the, tokenizer.vocab_size + 5, *dog]) == "the dog"
 
 
+def test_what_stands_before_unfinished_bytes_in_a_token_is_told_and_stops():
+    """Pairs of bytes go over the ends of characters, as in a space with the first bytes of a dash."""
+    pair, *rest = tokens = ["xâ", "Ģ", "Ķ", "a"]
+    backend = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(TokenizersVocabulary(backend))
+    ids = [tokenizer.id_of(token) for token in (pair, *rest)]
+    stream = TextStream(tokenizer)
+    assert [stream.push([index]) for index in ids] == ["x", "", "\N{EM DASH}", "a"]
+    stopped = TextStream(tokenizer, ["x"])
+    assert (stopped.push(ids), stopped.length, stopped.stopped) == ("", 1, True)
+
+
 def test_unfinished_bytes_are_told_at_the_end(tokenizer):
     ids = tokenizer.encode("🦊")[:-1]
     stream = TextStream(tokenizer)
@@ -147,10 +163,13 @@ def test_a_stop_string_that_is_a_special_token_ends_a_row(monkeypatch, tokenizer
     assert (answer.text, answer.reason, answer.tokens[-1]) == ("the dog", "stop", special)
 
 
-def test_an_empty_stop_string_is_refused(tokenizer):
+@pytest.mark.parametrize(
+    ("stop", "message"), [(["a", ""], "a stop string is empty"), ("ab", r"got the string 'ab'; give \['ab'\]")]
+)
+def test_stop_strings_that_would_end_every_answer_are_refused(tokenizer, stop, message):
     zeros = np.zeros((1, 1), np.int32)
-    with pytest.raises(GenerationError, match="a stop string is empty"):
-        complete(nn.Module(), None, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer, end_ids=[], stop=["a", ""])
+    with pytest.raises(GenerationError, match=message):
+        complete(nn.Module(), None, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer, end_ids=[], stop=stop)
 
 
 def test_every_split_of_a_text_tells_the_same(tokenizer):

@@ -55,6 +55,7 @@ class TextStream:
         # Tokens are spelled behind those before them, since a space may depend on them.
         self._before: list[int] = []
         self._unspelled: list[int] = []
+        self._spelled = 0  # characters of both that are in the text
         self._told = 0
 
     def push(self, ids: Sequence[int]) -> str:
@@ -76,11 +77,12 @@ class TextStream:
 
     def _spell(self, last: bool) -> None:
         together = self._decode([*self._before, *self._unspelled])
-        if together.endswith(UNFINISHED) and not last:
-            return
-        fresh = together[len(self._decode(self._before)) :]
-        self._before = self._unspelled if fresh else [*self._before, *self._unspelled]
-        self._unspelled = []
+        whole = together if last else together.rstrip(UNFINISHED)
+        fresh = whole[self._spelled :]
+        self._spelled += len(fresh)
+        if whole == together:
+            self._before = self._unspelled if fresh else [*self._before, *self._unspelled]
+            self._unspelled, self._spelled = [], len(self._decode(self._before))
         # An earlier end of a stop string would have been seen earlier.
         start = max(0, len(self.text) - max(map(len, self._stop), default=0))
         self.text += fresh
@@ -126,8 +128,10 @@ def complete(
       **options: more of `engine.generate`.
 
     Raises:
-      GenerationError: an empty stop string, or as `engine.generate`.
+      GenerationError: an empty stop string, one string for several, or as `engine.generate`.
     """
+    if isinstance(stop, str):  # else every letter would be one
+        raise GenerationError(f"stop: expected a list of strings, got the string {stop!r}; give [{stop!r}]")
     if "" in stop:
         raise GenerationError("stop: a stop string is empty, and would end every answer at once")
     named = {string: tokenizer.vocabulary.id_of(string) for string in stop}
