@@ -60,6 +60,8 @@ def test_options_of_the_processor(tmp_path):
         ({"generation_config.json": {}}, {"eos_token_id": 3}, (3,)),
         ({}, {"text_config": {"eos_token_id": [7]}}, (7,)),
         ({"tokenizer_config.json": {"eos_token": "<end>"}}, {}, (26,)),
+        ({"generation_config.json": {"eos_token_id": [26, 151645]}}, {}, (26,)),
+        ({"tokenizer_config.json": {"eos_token": "<end>"}}, {"eos_token_id": 151645}, ()),
         ({}, {}, ()),
     ],
 )

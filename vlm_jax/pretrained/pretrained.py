@@ -176,7 +176,8 @@ class Pretrained:
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
 
-        Where both state none, those of the config, which may be a class's defaults; else of the tokenizer.
+        Where both state none, those of the config, which may be a class's defaults; else of the tokenizer. Ids that
+        the model has no token for, as such defaults are in a small vocabulary, are left out.
 
         Raises:
           TokenizerError: the vocabulary lacks one of the processor's.
@@ -185,10 +186,10 @@ class Pretrained:
         stated = read_config(self.folder, name=path.name) if path.exists() else {}
         own = self.processor.end_tokens if marker(self.config) in PROCESSORS else ()
         ids = (*_end_ids(stated), *map(self.tokenizer.id_of, own))
-        if ids:
-            return tuple(dict.fromkeys(ids))
-        last = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-        return _end_ids(self.config) or _end_ids(text_section(self.config)) or last
+        if not ids:
+            last = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+            ids = _end_ids(self.config) or _end_ids(text_section(self.config)) or last
+        return tuple(index for index in dict.fromkeys(ids) if index < self.module.decoder.vocab_size)
 
     def generate(
         self,
