@@ -1,7 +1,7 @@
 """Prefill and decode of a Llama beside `transformers`, and compile time by depth; see README.md.
 
-Both contenders live in a process of their own, on the same cores, and take turns, one generation each a round,
-while the other sleeps.
+Every contender lives in a process of its own, on the same cores, and they take turns, one generation each a round,
+while the others sleep. Beside the two models there are what bounds them (`bounds.py`).
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bounds import reading, torch_products, xla_products
 
 # 110 M parameters, the head tied to the embedding table.
 LLAMA = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -27,6 +28,7 @@ CASES = tuple((batch, prompt) for batch in (1, 8) for prompt in (64, 256, 1024))
 TINY_CASES = ((1, 16), (2, 32))
 DEPTHS, TINY_DEPTHS = (4, 28), (1, 2)
 PHASES = ("prefill", "decode")
+OURS, THEIRS, XLA, PYTORCH, READING = "ours", "theirs", "XLA's products", "PyTorch's products", "reading"
 
 # The prompts -> the new tokens, and the seconds of the prompt and of all tokens after the first.
 Generate = Callable[[np.ndarray], tuple[np.ndarray, float, float]]
@@ -101,9 +103,35 @@ def released_folder(folder: str, settings: dict[str, int]) -> None:
 def serve(pipe: Connection, name: str, folder: str, new_tokens: int, cores: set[int]) -> None:
     """A contender's process: one generation an order."""
     os.sched_setaffinity(0, cores)
-    run = ours(folder, new_tokens) if name == "ours" else theirs(folder, new_tokens, len(cores))
+    run = contender(name, folder, new_tokens, len(cores))
     while (ids := pipe.recv()) is not None:
         pipe.send(run(ids))
+
+
+def contender(name: str, folder: str, new_tokens: int, threads: int) -> Generate:
+    if name == OURS:
+        return ours(folder, new_tokens)
+    if name == THEIRS:
+        return theirs(folder, new_tokens, threads)
+    settings, steps = json.loads((Path(folder) / "config.json").read_text()), new_tokens - 1
+    if name == PYTORCH:
+        import torch
+
+        torch.set_num_threads(threads)
+    made: dict[tuple[int, ...], Callable[[], tuple[float, float]]] = {}
+
+    def run(ids: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """The bound of these prompts' shape; that of the shape before is dropped, for it holds matrices."""
+        if ids.shape not in made:
+            made.clear()
+            made[ids.shape] = (
+                reading(settings, threads, steps)
+                if name == READING
+                else (xla_products if name == XLA else torch_products)(settings, *ids.shape, steps)
+            )
+        return np.zeros((len(ids), 0), np.int32), *made[ids.shape]()
+
+    return run
 
 
 def first_call(pipe: Connection, folder: str, prompt: np.ndarray, new_tokens: int, cores: set[int]) -> None:
@@ -133,7 +161,9 @@ def prompt_of(settings: dict[str, int], batch: int, length: int) -> np.ndarray:
 
 
 class Contenders:
-    """The two processes, started with the first order."""
+    """The processes, started with the first order."""
+
+    NAMES = (OURS, THEIRS, XLA, PYTORCH, READING)
 
     def __init__(self, settings: dict[str, int], new_tokens: int, cores: set[int]):
         self._settings, self._new_tokens, self._cores = settings, new_tokens, cores
@@ -143,14 +173,14 @@ class Contenders:
         """Seconds of every round of one case, and how many of the first tokens are the same."""
         if not self._pipes:
             self._start()
-        ids, names = prompt_of(self._settings, batch, length), ("ours", "theirs")
-        tokens = {name: self._ask(name, ids)[0] for name in names}
-        seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in names}
+        ids = prompt_of(self._settings, batch, length)
+        tokens = {name: self._ask(name, ids)[0] for name in self.NAMES}
+        seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in self.NAMES}
         for number in range(rounds):
-            for name in names if number % 2 else reversed(names):
+            for name in self.NAMES if number % 2 else reversed(self.NAMES):
                 for phase, measured in zip(PHASES, self._ask(name, ids)[1:], strict=True):
                     seconds[name][phase].append(measured)
-        same = float(np.mean(np.cumprod(tokens["ours"] == tokens["theirs"], axis=1)))
+        same = float(np.mean(np.cumprod(tokens[OURS] == tokens[THEIRS], axis=1)))
         row = {"batch": batch, "prompt": length, "new_tokens": self._new_tokens, "same": same, "seconds": seconds}
         return row
 
@@ -164,7 +194,7 @@ class Contenders:
         maker = context.Process(target=released_folder, args=(folder, self._settings))
         maker.start()
         maker.join()
-        for name in ("ours", "theirs"):
+        for name in self.NAMES:
             self._pipes[name], there = context.Pipe()
             arguments = (there, name, folder, self._new_tokens, self._cores)
             context.Process(target=serve, args=arguments, daemon=True).start()
@@ -187,21 +217,21 @@ def compile_row(settings: dict[str, int], depth: int, batch: int, rounds: int, c
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Medians of the rounds, in Markdown."""
-    lines = ["| batch | prompt | prefill, ms: ours | theirs | theirs / ours | decode, tokens/s: ours | theirs "
-             "| ours / theirs | same tokens |", "|---" * 9 + "|"]  # fmt: skip
-    for row in sorted((row for row in rows if "prompt" in row), key=lambda row: (row["batch"], row["prompt"])):
-        median = {n: {p: statistics.median(row["seconds"][n][p]) for p in PHASES} for n in row["seconds"]}
-        prefill = [median[name]["prefill"] for name in ("ours", "theirs")]
-        tokens = row["batch"] * (row["new_tokens"] - 1)
-        decode = [tokens / median[name]["decode"] for name in ("ours", "theirs")]
-        lines.append(
-            f"| {row['batch']} | {row['prompt']} | {prefill[0] * 1e3:.0f} | {prefill[1] * 1e3:.0f} "
-            f"| {prefill[1] / prefill[0]:.2f} | {decode[0]:.1f} | {decode[1]:.1f} | {decode[0] / decode[1]:.2f} "
-            f"| {row['same']:.0%} |"
-        )
+    """Medians of the rounds, in Markdown; milliseconds of a prompt, and of a step after it."""
+    lines = []
+    measured = sorted((row for row in rows if "prompt" in row), key=lambda row: (row["batch"], row["prompt"]))
+    for phase in PHASES:
+        head = ["batch", "prompt", *Contenders.NAMES, "theirs / ours", "same tokens"]
+        lines += [f"{phase}, ms", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for row in measured:
+            steps = 1 if phase == "prefill" else row["new_tokens"] - 1
+            median = {name: statistics.median(row["seconds"][name][phase]) / steps * 1e3 for name in Contenders.NAMES}
+            times = [f"{median[name]:.1f}" for name in Contenders.NAMES]
+            cells = [row["batch"], row["prompt"], *times, f"{median[THEIRS] / median[OURS]:.2f}", f"{row['same']:.0%}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append("")
     compiled = sorted((row for row in rows if "depth" in row), key=lambda row: (row["batch"], row["depth"]))
-    lines += ["", "| batch | layers | first call, s | CPU seconds | of the shallower |", "|---" * 5 + "|"]
+    lines += ["| batch | layers | first call, s | CPU seconds | of the shallower |", "|---" * 5 + "|"]
     base: dict[int, float] = {}
     for row in compiled:
         wall, cpu = statistics.median(row["wall"]), statistics.median(row["cpu"])
@@ -221,7 +251,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     for panel, phase in zip(panels, PHASES, strict=True):
         for batch in sorted({row["batch"] for row in rows if "prompt" in row}):
             points = sorted(
-                (row["prompt"], *(statistics.median(row["seconds"][n][phase]) for n in ("theirs", "ours")))
+                (row["prompt"], *(statistics.median(row["seconds"][n][phase]) for n in (THEIRS, OURS)))
                 for row in rows
                 if row.get("prompt") and row["batch"] == batch
             )

@@ -1,8 +1,10 @@
-"""What a prompt and a step of the benchmark's model take at least on a CPU: its products alone, and reading it."""
+"""What a generation takes at least on a CPU: its products alone, and reading the parameters.
 
-import argparse
-import os
-import statistics
+Each is made from a model's settings and gives the seconds of a prompt and of the steps after it, as
+`benchmark.py` has them of whole models. Products go one behind the other, each with a matrix of its own, and
+nothing is computed between them; the head is that of a prompt's last position.
+"""
+
 import threading
 import time
 from collections.abc import Callable
@@ -10,88 +12,92 @@ from typing import Any
 
 import numpy as np
 
-DEPTH, WIDTH, MLP, VOCABULARY = 12, 768, 2048, 32_000
-# Query, key and value as one kernel, gate and up as one, as generation lays them out; then those of PyTorch's Llama.
-BLOCKS = {
-    "XLA": [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 2 * MLP), (MLP, WIDTH)] * DEPTH,
-    "PyTorch": ([(WIDTH, WIDTH)] * 4 + [(WIDTH, MLP)] * 2 + [(MLP, WIDTH)]) * DEPTH,
-}
-HEAD = [(WIDTH, VOCABULARY)]
-PARAMETERS = 110e6
-CASES = [("blocks", rows) for rows in (1, 8, 64, 256, 512, 1024, 2048)] + [("head", rows) for rows in (1, 8)]
+Shapes = list[tuple[int, int]]  # input and output widths
+
+
+def widths(settings: dict[str, int]) -> tuple[int, int, int]:
+    """Of the residual stream, of keys, and within the MLP."""
+    width = settings["hidden_size"]
+    key = width // settings["num_attention_heads"] * settings["num_key_value_heads"]
+    return width, key, settings["intermediate_size"]
+
+
+def xla_products(settings: dict[str, int], batch: int, prompt: int, steps: int) -> Callable[[], tuple[float, float]]:
+    """As generation lays them out on a CPU: query, key and value are one matrix, gate and up another."""
+    import jax
+    import jax.numpy as jnp
+
+    width, key, mlp = widths(settings)
+    shapes = [(width, width + 2 * key), (width, width), (width, 2 * mlp), (mlp, width)]
+    blocks = [[jnp.asarray(matrix) for matrix in drawn(shapes)] for _ in range(settings["num_hidden_layers"])]
+    (head,) = map(jnp.asarray, drawn([(width, settings["vocab_size"])]))
+
+    def run(x: Any, blocks: Any, head: Any) -> Any:
+        for block in blocks:
+            for matrix in block:
+                x = matrix @ x[: matrix.shape[1]]
+        return x, (head @ x[:, :batch]).max(axis=0, keepdims=True)
+
+    def decode(x: Any, blocks: Any, head: Any) -> Any:
+        return jax.lax.fori_loop(0, steps, lambda _, x: x + 0 * run(x, blocks, head)[1], x)
+
+    columns, column = jnp.ones((width, batch * prompt)), jnp.ones((width, batch))
+    prompts, tokens = (
+        jax.jit(function).lower(x, blocks, head).compile() for function, x in ((run, columns), (decode, column))
+    )
+    return lambda: (
+        seconds(lambda: jax.block_until_ready(prompts(columns, blocks, head))),
+        seconds(lambda: jax.block_until_ready(tokens(column, blocks, head))),
+    )
+
+
+def torch_products(settings: dict[str, int], batch: int, prompt: int, steps: int) -> Callable[[], tuple[float, float]]:
+    """As the Llama of `transformers` has them."""
+    import torch
+
+    width, key, mlp = widths(settings)
+    shapes = [(width, width), (width, key), (width, key), (width, width), (width, mlp), (width, mlp), (mlp, width)]
+    blocks = [[*map(torch.from_numpy, drawn(shapes))] for _ in range(settings["num_hidden_layers"])]
+    (head,) = map(torch.from_numpy, drawn([(width, settings["vocab_size"])]))
+    inputs = {width: torch.ones(batch * prompt, width), mlp: torch.ones(batch * prompt, mlp)}
+
+    @torch.inference_mode()
+    def run(rows: int) -> None:
+        for block in blocks:
+            for matrix in block:
+                torch.nn.functional.linear(inputs[matrix.shape[1]][:rows], matrix)
+        torch.nn.functional.linear(inputs[width][:batch], head)
+
+    return lambda: (
+        seconds(lambda: run(batch * prompt)),
+        seconds(lambda: [run(batch) for _ in range(steps)]),
+    )
+
+
+def reading(settings: dict[str, int], threads: int, steps: int) -> Callable[[], tuple[float, float]]:
+    """All parameters, once for the prompt and once a step, a part a thread."""
+    width, key, mlp = widths(settings)
+    block = 2 * width * (width + key) + 3 * width * mlp
+    size = settings["num_hidden_layers"] * block + width * settings["vocab_size"]
+    parts = [np.ones(size // threads, np.float32) for _ in range(threads)]
+
+    def read() -> None:
+        running = [threading.Thread(target=np.max, args=(part,)) for part in parts]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join()
+
+    return lambda: (seconds(read), seconds(lambda: [read() for _ in range(steps)]))
+
+
+def drawn(shapes: Shapes) -> list[np.ndarray]:
+    """Matrices [O, I]."""
+    draw = np.random.default_rng(0)
+    return [draw.standard_normal((o, i), dtype=np.float32) / np.float32(np.sqrt(i)) for i, o in shapes]
 
 
 def seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def products(threads: int) -> dict[str, Callable[[str, int], Callable[[], Any]]]:
-    """The products of all blocks, or of the head, for so many rows, each kernel an array of its own."""
-    import jax
-    import jax.numpy as jnp
-    import torch
-
-    torch.set_num_threads(threads)
-
-    def kernels(name: str, part: str) -> list[np.ndarray]:
-        draw = np.random.default_rng(0)
-        return [draw.standard_normal(shape, dtype=np.float32) for shape in (HEAD if part == "head" else BLOCKS[name])]
-
-    def xla(part: str, rows: int) -> Callable[[], Any]:
-        ours = [jnp.asarray(kernel) for kernel in kernels("XLA", part)]
-        given = {width: jnp.full((rows, width), 0.01) for width in (WIDTH, MLP)}
-        run = jax.jit(lambda given, kernels: [given[kernel.shape[0]] @ kernel for kernel in kernels])
-        compiled = run.lower(given, ours).compile()
-        return lambda: jax.block_until_ready(compiled(given, ours))
-
-    def mkl(part: str, rows: int) -> Callable[[], Any]:
-        theirs = [torch.from_numpy(np.ascontiguousarray(kernel.T)) for kernel in kernels("PyTorch", part)]
-        given = {width: torch.full((rows, width), 0.01) for width in (WIDTH, MLP)}
-
-        @torch.inference_mode()
-        def run() -> None:
-            for kernel in theirs:
-                torch.nn.functional.linear(given[kernel.shape[1]], kernel)
-
-        return run
-
-    return {"XLA": xla, "PyTorch": mkl}
-
-
-def bandwidth(threads: int) -> float:
-    """Bytes a second of reading, an array a thread."""
-    arrays = [np.ones(60_000_000, np.float32) for _ in range(threads)]
-
-    def read() -> None:
-        running = [threading.Thread(target=np.max, args=(array,)) for array in arrays]
-        for thread in running:
-            thread.start()
-        for thread in running:
-            thread.join()
-
-    return sum(array.nbytes for array in arrays) / statistics.median(seconds(read) for _ in range(9))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", default="0,1")
-    arguments = parser.parse_args()
-    cores = {int(core) for core in arguments.cores.split(",")}
-    os.sched_setaffinity(0, cores)
-    makers = products(len(cores))
-    for part, rows in CASES:
-        programs = {name: make(part, rows) for name, make in makers.items()}
-        for program in programs.values():
-            program()
-        rounds = [{name: seconds(program) for name, program in programs.items()} for _ in range(arguments.rounds)]
-        times = [f"{name} {statistics.median(r[name] for r in rounds) * 1e3:.1f} ms" for name in programs]
-        print(part, rows, *times, flush=True)
-    rate = bandwidth(len(cores))
-    print(f"reading {rate / 1e9:.1f} GB/s: {PARAMETERS * 4 / rate * 1e3:.0f} ms for all parameters")
-
-
-if __name__ == "__main__":
-    main()

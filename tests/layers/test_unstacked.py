@@ -9,7 +9,16 @@ from flax import linen as nn
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import TransformerStack
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.unstacked import OneOf, Unstacked, of_layer, picked, product, unstacked_kernels, written
+from vlm_jax.layers.unstacked import (
+    OneOf,
+    Unstacked,
+    linear,
+    of_layer,
+    picked,
+    product,
+    unstacked_kernels,
+    written,
+)
 
 from ..parameters import drawn
 
@@ -43,12 +52,14 @@ def test_products_are_those_of_the_layer(stack, rows, heads):
     np.testing.assert_allclose(got, np.float64(x) @ np.float64(matrix[1]), atol=1e-5)
 
 
-def test_a_linear_layer_takes_a_kernel_of_one_layer(stack):
-    x = jnp.ones((2, 1, 4))
-    got = Dense(5, ("embed", "mlp"), use_bias=False).apply(
-        {"params": {"kernel": Unstacked.of(stack[:, 0])[jnp.asarray(1)]}}, x
-    )
-    np.testing.assert_allclose(got, x @ stack[1, 0], atol=1e-5)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 3)])
+def test_a_weight_gives_what_its_kernel_gives(stack, shape):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(*shape, 4)), jnp.float32)
+    kernel, bias = np.float64(stack[1, 0]), np.arange(5.0, dtype=np.float32)
+    weight = Unstacked.of(jnp.swapaxes(stack[:, 0], 1, 2))[jnp.asarray(1)]
+    np.testing.assert_allclose(jax.jit(linear)(weight, x), np.float64(x) @ kernel, atol=1e-5)
+    got = Dense(5, ("embed", "mlp")).apply({"params": {"weight": weight, "bias": bias}}, x)
+    np.testing.assert_allclose(got, np.float64(x) @ kernel + bias, atol=1e-5)
 
 
 @pytest.mark.parametrize("axis", [-1, -2])
@@ -72,17 +83,19 @@ def test_linear_layers_of_one_input_are_one_product():
         "attention": {"query_key_value", "out"},
         "mlp": {"gate_up", "down"},
     }
-    assert layers["attention"]["query_key_value"]["kernel"].shape == (DEPTH, 8, 16)
+    assert layers["attention"]["query_key_value"]["weight"].shape == (DEPTH, 16, 8)
     apply = jax.jit(lambda params: stack.apply({"params": params}, x, context)[0])
     np.testing.assert_allclose(apply(apart), apply(params), atol=1e-5)
 
 
 def test_only_kernels_of_scanned_layers_are_taken_out():
-    kernel, scale = jnp.zeros((DEPTH, 4, 5)), jnp.zeros((DEPTH, 4))
+    kernel, scale = jnp.arange(DEPTH * 20.0).reshape(DEPTH, 4, 5), jnp.zeros((DEPTH, 4))
     params = {
-        "blocks": {"layers": {"mlp": {"up": {"kernel": kernel}}, "norm": {"scale": scale}}},
+        "blocks": {"layers": {"mlp": {"up": {"kernel": kernel, "bias": scale}}, "norm": {"scale": scale}}},
         "head": {"kernel": kernel},
     }
     got = unstacked_kernels(params)
-    assert isinstance(got["blocks"]["layers"]["mlp"]["up"]["kernel"], Unstacked)
+    up = got["blocks"]["layers"]["mlp"]["up"]
+    assert set(up) == {"weight", "bias"} and isinstance(up["weight"], Unstacked)
+    np.testing.assert_array_equal(up["weight"][2], kernel[2].T)
     assert got["blocks"]["layers"]["norm"]["scale"] is scale and got["head"]["kernel"] is kernel

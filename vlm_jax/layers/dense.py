@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.unstacked import OneOf, product
+from vlm_jax.layers.unstacked import BIAS, KERNEL, WEIGHT, linear
 
 Initializer = Callable[..., Any]
 
@@ -58,17 +58,15 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        kernel = self.param(
-            "kernel", named(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features), self.param_dtype
-        )
         x = x.astype(self.dtype)
-        if isinstance(kernel, OneOf):
-            y = product(kernel, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        if self.has_variable("params", WEIGHT):
+            y = linear(self.get_variable("params", WEIGHT), x)
         else:
-            y = jnp.dot(x, kernel.astype(self.dtype))
+            init, shape = named(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features)
+            y = jnp.dot(x, self.param(KERNEL, init, shape, self.param_dtype).astype(self.dtype))
         if self.use_bias:
             bias = self.param(
-                "bias", named(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
+                BIAS, named(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
             )
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y

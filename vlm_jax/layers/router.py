@@ -1,6 +1,5 @@
 """Which experts each token goes to, and with what weights."""
 
-import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, named
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.layers.unstacked import picked
+from vlm_jax.layers.unstacked import KERNEL, WEIGHT, linear
 
 Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -71,10 +70,13 @@ class Router(nn.Module):
         """
         self._check()
         names, shape = (axes.EMBED, axes.CLASSES), (x.shape[-1], self.num_experts)
-        kernel = self.param("kernel", named(KERNEL_INIT, *names), shape, self.param_dtype)
         # In full precision on every platform: a rounded logit can select another expert.
-        precise = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
-        logits = picked(lambda kernel, x: precise(x, kernel.astype(jnp.float32)), kernel, x.astype(jnp.float32))
+        x, precision = x.astype(jnp.float32), jax.lax.Precision.HIGHEST
+        if self.has_variable("params", WEIGHT):
+            logits = linear(self.get_variable("params", WEIGHT), x, precision)
+        else:
+            kernel = self.param(KERNEL, named(KERNEL_INIT, *names), shape, self.param_dtype)
+            logits = jnp.dot(x, kernel.astype(jnp.float32), precision=precision)
         scores = jax.nn.softmax(logits) if self.scoring == "softmax" else jax.nn.sigmoid(logits)
         expert = jax.lax.top_k(self._ranking(scores), self.num_selected)[1]
         weight = jnp.take_along_axis(scores, expert, axis=-1)
