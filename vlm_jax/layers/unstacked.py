@@ -130,7 +130,8 @@ def linear(weight: Any, x: Float[Array, "*batch I"], precision: jax.lax.Precisio
 
     The weight is the product's left side, which XLA's CPU library reads where it lies; it packs the right side anew.
     """
-    columns = x.reshape(-1, x.shape[-1]).T  # outside of the branches, which are to be one call each
+    one = x.size == x.shape[-1]
+    columns = x.reshape(-1) if one else x.reshape(-1, x.shape[-1]).T  # outside of the branches, each one product
     return picked(functools.partial(_times, precision=precision), weight, columns).T.reshape(*x.shape[:-1], -1)
 
 
