@@ -52,7 +52,7 @@ def test_products_are_those_of_the_layer(stack, rows, heads):
     np.testing.assert_allclose(got, np.float64(x) @ np.float64(matrix[1]), atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 3)])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 3), (2, 20)])
 def test_a_weight_gives_what_its_kernel_gives(stack, shape):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(*shape, 4)), jnp.float32)
     kernel, bias = np.float64(stack[1, 0]), np.arange(5.0, dtype=np.float32)

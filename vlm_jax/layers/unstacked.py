@@ -26,6 +26,8 @@ KERNEL, WEIGHT, BIAS = "kernel", "weight", "bias"
 QUERY_KEY_VALUE, GATE_UP = "query_key_value", "gate_up"
 SIDE_BY_SIDE = {QUERY_KEY_VALUE: ("query", "key", "value"), GATE_UP: ("gate", "up")}
 
+_FEW_ROWS = 16
+
 
 @jax.tree_util.register_pytree_node_class
 class Unstacked:
@@ -128,11 +130,16 @@ def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
 def linear(weight: Any, x: Float[Array, "*batch I"], precision: jax.lax.Precision | None = None) -> jax.Array:
     """x times the transpose of a weight [O, I], as it stands or of one layer; [.., O].
 
-    The weight is the product's left side, which XLA's CPU library reads where it lies; it packs the right side anew.
+    Few rows are the product's right side, turned outside of the branches: XLA's CPU library reads the left side
+    where it lies, and packs the right one anew. Turning many costs more than that.
     """
-    one = x.size == x.shape[-1]
-    columns = x.reshape(-1) if one else x.reshape(-1, x.shape[-1]).T  # outside of the branches, each one product
-    return picked(functools.partial(_times, precision=precision), weight, columns).T.reshape(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > _FEW_ROWS:
+        y = picked(functools.partial(_rows_times, precision=precision), weight, rows)
+    else:
+        columns = rows[0] if len(rows) == 1 else rows.T
+        y = picked(functools.partial(_times_columns, precision=precision), weight, columns).T
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def product(matrix: Any, x: jax.Array, dtype: Any = None) -> jax.Array:
@@ -150,7 +157,11 @@ def product(matrix: Any, x: jax.Array, dtype: Any = None) -> jax.Array:
     return picked(functools.partial(_matmul, dtype=dtype), matrix, x)
 
 
-def _times(weight: jax.Array, columns: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+def _rows_times(weight: jax.Array, rows: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
+    return jnp.matmul(rows, weight.astype(rows.dtype).T, precision=precision)
+
+
+def _times_columns(weight: jax.Array, columns: jax.Array, precision: jax.lax.Precision | None) -> jax.Array:
     return jnp.matmul(weight.astype(columns.dtype), columns, precision=precision)
 
 
