@@ -1,5 +1,6 @@
 """Images: every mode that Pillow writes, against pixels known beforehand, and files that are broken."""
 
+import inspect
 import io
 import struct
 import zlib
@@ -214,3 +215,10 @@ def test_a_picture_without_pixels_is_named(shape):
     for source in (np.zeros(shape, np.uint8), Image.new("RGB", (width, height))):
         with pytest.raises(CorruptImage, match=f"image 3: expected pixels, got none in {height}x{width}"):
             to_picture(source, name="image 3")
+
+
+@pytest.mark.parametrize(("source", "told"), [(None, "None"), (["a.png"], "a value of type list"), (3, "type int")])
+def test_what_is_no_picture_is_named(source, told):
+    call = inspect.unwrap(to_picture)  # without the checks of types, which stand before it in tests
+    with pytest.raises(CorruptImage, match=f"image 3: expected a file's path or bytes, .* got .*{told}"):
+        call(source, name="image 3")

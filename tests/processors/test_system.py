@@ -1,6 +1,8 @@
 """The processor of a system, over a small template: what is filled, and what is refused."""
 
 import dataclasses
+import inspect
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tiles import InternVLViews, Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.turns import PromptError
 from vlm_jax.types import PatchFormat
 
 
@@ -139,6 +142,25 @@ def test_places_and_pictures_that_differ(messages, given, told):
     for split in (False, True):
         with pytest.raises(PictureMismatch, match=f"conversation 1: its text {told}"):
             processor(split=split).batch([say("a"), messages], [[], [picture()] * given])
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "videos", "error", "told"),
+    [
+        ("hi", [], [], PromptError, "got the string 'hi'; write [{\"role\": \"user\", \"content\": 'hi'}]"),
+        (say("a")[0], [], [], PromptError, "got one dict; write [message]"),
+        (None, [], [], PromptError, "expected a list of messages such as"),
+        ([*say("a"), "b"], [], [], PromptError, "message 1: expected one such as"),
+        (say("<image>"), "a.png", [], PictureMismatch, "images: expected a list, got 'a.png'; write ['a.png']"),
+        (say("<image>"), picture(), [], PictureMismatch, "images: expected a list, got one ndarray; write […]"),
+        (say("<image>"), None, [], PictureMismatch, "images: expected a list, got None; leave it out or give []"),
+        (say("<video>"), [], "a.mp4", PictureMismatch, "videos: expected a list, got 'a.mp4'; write ['a.mp4']"),
+    ],
+)  # fmt: skip
+def test_what_stands_without_its_list_is_named(messages, images, videos, error, told):
+    call = inspect.unwrap(Processor.batch)  # without the checks of types, which stand before it in tests
+    with pytest.raises(error, match=f"^conversation 1: .*{re.escape(told)}"):
+        call(processor(), [say("a"), messages], [[], images], [[], videos])
 
 
 def test_other_numbers_of_lists_and_of_tokens():

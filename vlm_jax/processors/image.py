@@ -77,8 +77,14 @@ def to_picture(
 
     Raises:
       FileNotFoundError: there is no such file.
-      CorruptImage: the file cannot be decoded, the picture is too large or has no pixels, or the array is no picture.
+      CorruptImage: the file cannot be decoded, the picture is too large or has no pixels, the array is no picture, or
+        it is none of these.
     """
+    if not isinstance(source, Image.Image | np.ndarray | str | os.PathLike | bytes):
+        raise CorruptImage(
+            f"{name}: expected a file's path or bytes, a picture of Pillow's or a NumPy array, got "
+            + ("None" if source is None else f"a value of type {type(source).__name__}")
+        )
     if isinstance(source, np.ndarray):
         if (
             source.dtype != np.uint8

@@ -1,7 +1,6 @@
 """Pictures and texts side by side, for models of two towers and for classifiers: no conversation, no places."""
 
 import dataclasses
-import os
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from vlm_jax.interpolation import ResizeKind
 from vlm_jax.processors.image import height_and_width, to_picture
 from vlm_jax.processors.naflex import interpolate, size_for_sequence
 from vlm_jax.processors.patches import pack, patchify
-from vlm_jax.processors.seen import PictureMismatch, Pixels
+from vlm_jax.processors.seen import PictureMismatch, Pixels, check_list
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.system import Picture
 from vlm_jax.processors.tiling import Size
@@ -198,7 +197,7 @@ class ImageTextProcessor:
         """
         if isinstance(texts, str):
             raise PictureMismatch(f"texts: expected a list of texts, got the text {texts!r}; write [{texts!r}]")
-        _check_list(images)
+        check_list(images, "images")
         for what, given, reads in (("pictures", images, self.images), ("texts", texts, self.texts)):
             if given and reads is None:
                 raise PictureMismatch(f"this model reads no {what}, and {len(given)} are given")
@@ -211,10 +210,3 @@ class ImageTextProcessor:
             self.images(pictures) if self.images is not None and pictures else None,
             self.texts(texts) if self.texts is not None and texts else None,
         )
-
-
-def _check_list(images: object) -> None:
-    """Refuses what is one picture, whose letters or rows would be taken for pictures."""
-    if isinstance(images, Image.Image | np.ndarray | str | os.PathLike | bytes):
-        shown = repr(images) if isinstance(images, str | os.PathLike) else f"one {type(images).__name__}"
-        raise PictureMismatch(f"images: expected a list of pictures, got {shown}; write [picture]")

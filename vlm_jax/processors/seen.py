@@ -1,6 +1,7 @@
 """What a model is given of a picture or a video: its pixels, and the places that it takes of a sequence."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +21,25 @@ Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSiz
 
 class PictureMismatch(ValueError):
     """A conversation with other pictures than it speaks of, or than its model reads; the message names both."""
+
+
+def check_list(given: object, what: str) -> None:
+    """Refuses what is no list, such as one picture or file, whose rows or letters would be taken for several.
+
+    Args:
+      given: what a caller gave as pictures, or as videos.
+      what: its name in messages.
+
+    Raises:
+      PictureMismatch: it is none.
+    """
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        return
+    shown = repr(given) if given is None or isinstance(given, str | os.PathLike) else f"one {type(given).__name__}"
+    fix = (
+        "leave it out or give []" if given is None else f"write [{given!r}]" if isinstance(given, str) else "write […]"
+    )
+    raise PictureMismatch(f"{what}: expected a list, got {shown}; {fix}")
 
 
 @dataclasses.dataclass(frozen=True)

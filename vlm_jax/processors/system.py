@@ -15,7 +15,7 @@ from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
-from vlm_jax.processors.seen import PictureMismatch, Seen, Views
+from vlm_jax.processors.seen import PictureMismatch, Seen, Views, check_list
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.turns import PromptError
@@ -100,11 +100,11 @@ class Processor:
           and with them.
 
         Raises:
-          PictureMismatch: a conversation has other pictures than it speaks of.
+          PictureMismatch: a conversation has other pictures than it speaks of, or one without a list.
           SequenceTooLong: one has more than `max_length` tokens; nothing is ever cut.
           CorruptImage: a picture cannot be read, or is too large.
           InfeasibleBudget: no picture can be seen with so few tokens.
-          PromptError: there is nothing to learn in a conversation.
+          PromptError: there is nothing to learn in a conversation, or it is no list of messages.
           ChatTemplateError, TokenizerError: what is learned of one does not show in its template or its ids.
         """
         images, videos = images or [()] * len(conversations), videos or [()] * len(conversations)
@@ -113,6 +113,8 @@ class Processor:
                 raise PictureMismatch(
                     f"{what}: expected a list for each of {len(conversations)} conversations, got {len(given)}"
                 )
+        for number, given in enumerate(zip(conversations, images, videos, strict=True)):
+            _check_given(f"conversation {number}", *given)
         options = {
             "fps": fps,
             "most": (max_visual_tokens, max_video_tokens),
@@ -260,6 +262,22 @@ def named(name: str) -> Iterator[None]:
 
 def _length(piece: Text | Visual) -> int:
     return len(piece.ids) if isinstance(piece, Text) else len(piece.rows)
+
+
+def _check_given(name: str, messages: object, images: object, videos: object) -> None:
+    """Refuses what is no list, such as a question or a file by itself, whose letters would be taken for several."""
+    form = '{"role": "user", "content": "…"}'
+    if isinstance(messages, str):
+        form, shown = form.replace('"…"', repr(messages)), f"the string {messages!r}"
+        raise PromptError(f"{name}: expected a list of messages, got {shown}; write [{form}]")
+    if not isinstance(messages, Sequence):
+        shown = f"one {type(messages).__name__}"
+        raise PromptError(f"{name}: expected a list of messages such as {form}, got {shown}; write [message]")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise PromptError(f"{name}: message {number}: expected one such as {form}, got {message!r}")
+    check_list(images, f"{name}: images")
+    check_list(videos, f"{name}: videos")
 
 
 def _given(messages: Conversation, kind: Kind, beside: Sequence[Any], name: str) -> Sequence[Any]:
