@@ -1,5 +1,7 @@
 """Filters of logits against their definitions in NumPy, token by token."""
 
+import inspect
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,9 +72,28 @@ def test_the_penalty_lowers_whatever_the_sign():
         ({"temperature": 1.0, "top_p": 1.1}, "top_p: expected more than 0 and at most 1, got 1.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: expected more than 0, got 0.0"),
         ({"seed": -1}, "seed: expected 0 to"),
+        ({"temperature": 1.0, "top_p": float("nan")}, "top_p: expected more than 0 and at most 1, got nan"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty: expected more than 0, got nan"),
+        ({"temperature": "1"}, "temperature: expected a number, got '1'"),
+        ({"temperature": None}, "temperature: expected a number, got None"),
+        ({"temperature": True}, "temperature: expected a number, got True"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k: expected a whole number or None, got 2.5"),
+        ({"temperature": 1.0, "top_k": True}, "top_k: expected a whole number or None, got True"),
+        ({"temperature": 1.0, "top_p": "0.5"}, "top_p: expected a number or None, got '0.5'"),
+        ({"temperature": 1.0, "top_p": np.True_}, "top_p: expected a number or None, got .*True"),
+        ({"repetition_penalty": [1.5]}, r"repetition_penalty: expected a number, got \[1.5\]"),
+        ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
+        ({"seed": False, "top_k": 1.0}, "top_k: .* got 1.0\nseed: expected a whole number, got False"),
         ({"top_p": 0.5}, "top_p: is for draws, and temperature 0 draws none"),
     ],
 )
 def test_settings_outside_their_range_are_named(settings, message):
+    made = inspect.unwrap(Sampling.__init__)  # without the checks of types, which stand before it in tests
     with pytest.raises(GenerationError, match=message):
-        Sampling(**settings)
+        made(object.__new__(Sampling), **settings)
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = Sampling(np.float32(0.5), np.int64(3), np.float64(0.25), np.float16(2), np.uint32(7))
+    assert given.values() == Sampling(0.5, 3, 0.25, 2, 7).values()
+    assert len(given.values()) == 5

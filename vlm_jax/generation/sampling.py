@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+Whole = int | np.integer
+Number = Whole | float | np.floating
+
 
 class GenerationError(ValueError):
     """A request that cannot be generated, or logits that no token can be chosen from; the message names it."""
@@ -28,16 +31,17 @@ class Sampling:
       seed: of the draws; the same seed gives the same tokens.
 
     Raises:
-      GenerationError: a number outside its range, or one that nothing would read.
+      GenerationError: what is no number, one outside its range, or one that nothing would read.
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    temperature: Number = 0.0
+    top_k: Whole | None = None
+    top_p: Number | None = None
+    repetition_penalty: Number = 1.0
+    seed: Whole = 0
 
     def __post_init__(self):
+        self._check_types()
         wrong = []
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             wrong.append(f"temperature: expected 0 or more, got {self.temperature}")
@@ -52,6 +56,21 @@ class Sampling:
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 wrong.append(f"{name}: is for draws, and temperature 0 draws none; give a temperature")
+        if wrong:
+            raise GenerationError("\n".join(wrong))
+
+    def _check_types(self) -> None:
+        wrong = []
+        for name, kind, form in (
+            ("temperature", Number, "a number"),
+            ("top_k", Whole | None, "a whole number or None"),
+            ("top_p", Number | None, "a number or None"),
+            ("repetition_penalty", Number, "a number"),
+            ("seed", Whole, "a whole number"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                wrong.append(f"{name}: expected {form}, got {value!r}")
         if wrong:
             raise GenerationError("\n".join(wrong))
 
