@@ -12,6 +12,7 @@ from vlm_jax.generation import engine
 from vlm_jax.generation.engine import generate
 from vlm_jax.generation.prompt import bucket, fitted
 from vlm_jax.generation.sampling import GenerationError, Sampling
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
 from .toys import Toy, prompts, says
 
@@ -172,6 +173,33 @@ def test_logits_that_are_nan_are_named_by_row_and_step(first, step):
         return
     with pytest.raises(GenerationError, match=rf"sample 'b': .* new token {step} \(from 0\) are NaN; look for NaN"):
         run({"table": table}, batch, names=["sample 'a'", "sample 'b'"])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 20])
+@pytest.mark.parametrize("mesh", [None, MeshSettings(data=4, tensor=2)])
+def test_nan_behind_the_end_of_a_row_that_the_host_ends_is_no_error(chunk, mesh):
+    """The first row is ended at 5; the second goes on to 12, behind which its logits are NaN too."""
+    table = COUNTING["table"].copy()
+    table[[6, 12]] = np.nan
+    told = [[], []]
+
+    def until(*ends):
+        def watch(new, counts):
+            for row, (ids, count) in enumerate(zip(new.tolist(), counts, strict=True)):
+                told[row] += ids[:count]
+            return np.asarray([last in ids for last, ids in zip(ends, told, strict=True)])
+
+        return watch
+
+    batch, options = prompts([3], [7]), {"chunk": chunk, "mesh": mesh and make_mesh(mesh)}
+    result = run({"table": table}, batch, watch=until(5, 12), **options)
+    assert result.tokens[0, :2].tolist() == [4, 5]
+    assert result.tokens[1, :5].tolist() == [8, 9, 10, 11, 12]
+    assert set(result.tokens[0, 2:].tolist()) <= {6, PAD} and set(result.tokens[1, 5:].tolist()) == {PAD}
+    told[:] = [], []
+    with pytest.raises(GenerationError, match=r"row 1: .* new token 5 \(from 0\) are NaN"):
+        run({"table": table}, batch, watch=until(5, int(np.argmax(table[12]))), **options)
+    assert told[1] == [8, 9, 10, 11, 12]  # and no token that NaN chose
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def generate(
       rows: numbers that the rows' draws go by, 0, 1, 2 … when None: a prompt with its number gives the same
         in any batch.
       names: of the rows, in messages.
-      watch: is told the new tokens after every chunk, and may end rows.
+      watch: is told the new tokens after every chunk, and may end rows; NaN behind where it does is no error.
       mesh: devices that the parameters are laid out on: rows are shared out over its data axes, heads of the
         cache over its tensor axis.
 
@@ -145,7 +145,10 @@ def generate(
             state = state.unstacked()
         while True:
             new, counts, ended, nan_step, step = _read(to_host(report), size)
-            for row in np.flatnonzero(nan_step != SOUND).tolist():
+            nan = nan_step != SOUND
+            counts = counts - nan  # nothing is said by NaN, nor behind it
+            stopping = np.zeros(size, bool) if watch is None else watch(new, counts)
+            for row in np.flatnonzero(nan & ~stopping).tolist():
                 raise GenerationError(
                     f"{names[row]}: the logits of its new token {nan_step[row]} (from 0) are NaN; look for NaN in the "
                     "parameters and the images, or compute in float32"
@@ -153,10 +156,12 @@ def generate(
             for row, count in enumerate(counts):
                 tokens[row, lengths[row] : lengths[row] + count] = new[row, :count]
             lengths, transfers = lengths + counts, transfers + 1
-            if watch is not None and (stopping := watch(new, counts) & ~ended).any():
+            if (stopping & (nan | ~ended)).any():
                 ended = ended | stopping
-                whole = np.concatenate([ended, np.ones(extra, bool)])
-                state = dataclasses.replace(state, ended=_placed(whole, mesh))
+                whole = np.concatenate([ended, np.ones(extra, bool)]), np.full(size + extra, SOUND, np.int32)
+                state = dataclasses.replace(
+                    state, **dict(zip(("ended", "nan_step"), _placed(whole, mesh), strict=True))
+                )
             if ended.all() or lengths.max() == max_new_tokens:
                 return Generated(tokens, lengths, steps=step - 1, transfers=transfers)
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
