@@ -16,7 +16,9 @@ from vlm_jax.types import TEXT_SLOT, Batch
 from ..parameters import drawn
 
 WIDTH, HIDDEN, VOCAB, LENGTH, SLOTS = 48, 80, 96, 4, 36
+# Of a stack's kernels; and of weights as generation lays them out.
 KERNELS = {(WIDTH, WIDTH), (WIDTH, WIDTH // 2), (WIDTH, HIDDEN), (HIDDEN, WIDTH)}
+WEIGHTS = {(2 * WIDTH, WIDTH), (WIDTH, WIDTH), (2 * HIDDEN, WIDTH), (WIDTH, HIDDEN)}
 
 
 def compiled(size, depth=3, by_layer=True):
@@ -45,6 +47,6 @@ def copied(program):
 @pytest.mark.parametrize("size", [1, 3])
 def test_no_kernel_and_no_layer_of_the_cache_is_copied(size):
     rows = (size, 2) if size > 1 else (2,)
-    kept = KERNELS | {(*rows, SLOTS, WIDTH // 4), (*rows, WIDTH // 4, SLOTS)}
-    assert not kept & copied(compiled(size))
-    assert kept <= copied(compiled(size, by_layer=False))  # what is looked for is found where it is
+    cache = {(*rows, SLOTS, WIDTH // 4), (*rows, WIDTH // 4, SLOTS)}
+    assert not (WEIGHTS | cache) & copied(compiled(size))
+    assert KERNELS | cache <= copied(compiled(size, by_layer=False))  # what is looked for is found where it is

@@ -93,6 +93,14 @@ def test_settings_outside_their_range_are_named(settings, message):
         made(object.__new__(Sampling), **settings)
 
 
+@pytest.mark.parametrize("extreme", [1e-50, 1e39])
+def test_settings_beyond_float32_are_its_nearest(extreme):
+    given = Sampling(temperature=extreme, repetition_penalty=extreme).values()
+    limits = np.finfo(np.float32)
+    nearest = limits.tiny if extreme < 1 else limits.max
+    assert given["temperature"] == given["repetition_penalty"] == nearest
+
+
 def test_numbers_of_numpy_are_numbers():
     given = Sampling(np.float32(0.5), np.int64(3), np.float64(0.25), np.float16(2), np.uint32(7))
     assert given.values() == Sampling(0.5, 3, 0.25, 2, 7).values()

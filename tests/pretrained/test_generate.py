@@ -60,8 +60,8 @@ def test_options_of_the_processor(tmp_path):
         ({"generation_config.json": {}}, {"eos_token_id": 3}, (3,)),
         ({}, {"text_config": {"eos_token_id": [7]}}, (7,)),
         ({"tokenizer_config.json": {"eos_token": "<end>"}}, {}, (26,)),
-        ({"generation_config.json": {"eos_token_id": [26, 151645]}}, {}, (26,)),
-        ({"tokenizer_config.json": {"eos_token": "<end>"}}, {"eos_token_id": 151645}, ()),
+        ({"generation_config.json": {"eos_token_id": [26, 151645]}}, {}, (26, 151645)),
+        ({"tokenizer_config.json": {"eos_token": "<end>"}}, {"eos_token_id": 151645}, (26,)),
         ({}, {}, ()),
     ],
 )
@@ -71,6 +71,15 @@ def test_where_the_end_tokens_are_stated(tmp_path, files, config, ids):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     assert vlm_jax.from_pretrained(tmp_path, config={**CONFIG, **config}).end_ids == ids
+
+
+def test_an_end_that_the_model_cannot_say_ends_nothing(tmp_path, model):
+    write(tmp_path)
+    stated = model.end_ids
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [*stated, 151645]}))
+    assert vlm_jax.from_pretrained(tmp_path).generate(ASKED, max_new_tokens=30) == model.generate(
+        ASKED, max_new_tokens=30
+    )
 
 
 def test_over_devices_as_on_one(folder, model):

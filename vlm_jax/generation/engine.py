@@ -29,7 +29,7 @@ from vlm_jax.sharding.rules import partition_spec, use_mesh
 from vlm_jax.types import PADDING_SEGMENT, Batch, struct
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-SOUND = -1  # the step of a row whose logits were never NaN
+SOUND = -1  # the step of a row whose logits are not known to be NaN
 
 # New tokens of every row, and how many of them are real -> the rows that are to end.
 Watch = Callable[[Int[np.ndarray, "B N"], Int[np.ndarray, "B"]], Bool[np.ndarray, "B"]]
@@ -61,7 +61,7 @@ class State:
       token: the newest of every row.
       position: its position, on one axis or three.
       ended: rows that take no more tokens.
-      nan_step: number of the token whose logits were NaN, -1 where there was none.
+      nan_step: number of the token whose logits were NaN, -1 where there was none or the row ended before it.
       step: tokens that were chosen.
       rows: what a row's draws go by.
       seen: tokens that a row has, for the repetition penalty alone.

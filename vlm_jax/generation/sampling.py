@@ -78,15 +78,20 @@ class Sampling:
         """The settings that are in use, as scalars; another number under the same names compiles nothing anew."""
         used: dict[str, Any] = {}
         if self.temperature > 0:
-            coldest = float(np.finfo(np.float32).tiny)  # what is less, devices take for 0
-            used |= {"temperature": np.float32(max(self.temperature, coldest)), "seed": np.uint32(self.seed)}
+            used |= {"temperature": _representable(self.temperature), "seed": np.uint32(self.seed)}
         if self.top_k is not None:
             used["top_k"] = np.int32(min(self.top_k, np.iinfo(np.int32).max))
         if self.top_p is not None and self.top_p < 1:
             used["top_p"] = np.float32(self.top_p)
         if self.repetition_penalty != 1:
-            used["repetition_penalty"] = np.float32(self.repetition_penalty)
+            used["repetition_penalty"] = _representable(self.repetition_penalty)
         return used
+
+
+def _representable(number: Number) -> np.float32:
+    """The nearest float32 above 0; what is less than its smallest normal number, devices take for 0."""
+    limits = np.finfo(np.float32)
+    return np.float32(np.clip(float(number), limits.tiny, limits.max))
 
 
 def choose(

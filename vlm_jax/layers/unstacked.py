@@ -4,9 +4,9 @@ XLA's CPU backend multiplies by whole arrays alone: a scan over a stack of kerne
 each layer, so that a step of generation, whose time is that of reading the parameters, moves three times as
 much memory. `Unstacked` holds an array a layer. The scan goes over the layers' numbers, and where a product
 wants the layer's own array there are as many branches as layers, of which one runs. A branch holds its
-product and nothing else, is traced once for all layers, and compiles to a call of a library, so that compile
-time hardly grows. The kernel of a linear layer becomes a `weight`, whose output axis is first: XLA's CPU
-backend reads such a matrix faster.
+product and nothing else, is traced once for all layers, and compiles to a call of a library, but for the product
+of one row and a weight, for which XLA generates code anew. The kernel of a linear layer becomes a `weight`, whose
+output axis is first: XLA's CPU backend reads such a matrix faster.
 """
 
 import functools
@@ -131,7 +131,8 @@ def linear(weight: Any, x: Float[Array, "*batch I"], precision: jax.lax.Precisio
     """x times the transpose of a weight [O, I], as it stands or of one layer; [.., O].
 
     Few rows are the product's right side, turned outside of the branches: XLA's CPU library reads the left side
-    where it lies, and packs the right one anew. Turning many costs more than that.
+    where it lies, and packs the right one anew. Turning many costs more than that. One row is a vector, for which
+    there is code in every branch: it takes longer to compile, and a sum over the last axis longer to run.
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW_ROWS:
@@ -139,7 +140,7 @@ def linear(weight: Any, x: Float[Array, "*batch I"], precision: jax.lax.Precisio
     else:
         columns = rows[0] if len(rows) == 1 else rows.T
         y = picked(functools.partial(_times_columns, precision=precision), weight, columns).T
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def product(matrix: Any, x: jax.Array, dtype: Any = None) -> jax.Array:

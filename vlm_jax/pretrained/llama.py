@@ -97,7 +97,8 @@ def llama(
     """
     read = {key: value for key, value in config.items() if key in defaults}
     settings = {**_UNREAD, **with_defaults(read, defaults, where)}
-    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
+    switches = {"attention_bias": (True, False), "mlp_bias": (True, False)}
+    check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), **switches}, where)
     tied, (heads, kv_heads, head_dim) = settings["tie_word_embeddings"], text_sizes(settings, where)
     biases = {
         "qkv_bias": qkv_bias or settings["attention_bias"],

@@ -176,8 +176,8 @@ class Pretrained:
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
 
-        Where both state none, those of the config, which may be a class's defaults; else of the tokenizer. Ids that
-        the model has no token for, as such defaults are in a small vocabulary, are left out.
+        Where both state none, those of the config that the model has a token for, since they may be a class's
+        defaults; else that of the tokenizer.
 
         Raises:
           TokenizerError: the vocabulary lacks one of the processor's.
@@ -188,8 +188,12 @@ class Pretrained:
         ids = (*_end_ids(stated), *map(self.tokenizer.id_of, own))
         if not ids:
             last = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-            ids = _end_ids(self.config) or _end_ids(text_section(self.config)) or last
-        return tuple(index for index in dict.fromkeys(ids) if index < self.module.decoder.vocab_size)
+            ids = self._known(_end_ids(self.config) or _end_ids(text_section(self.config))) or last
+        return tuple(dict.fromkeys(ids))
+
+    def _known(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Those that the model has a token for: no other can be said, though a folder may state it."""
+        return tuple(index for index in ids if index < self.module.decoder.vocab_size)
 
     def generate(
         self,
@@ -226,7 +230,7 @@ class Pretrained:
           ChatTemplateError: no template in the folder, or messages that it refuses.
         """
         processor = self._conversations
-        ends = (*self.end_ids, *map(self.tokenizer.id_of, stop_tokens))
+        ends = (*self._known(self.end_ids), *map(self.tokenizer.id_of, stop_tokens))
         batch = processor(messages, images, videos, max_visual_tokens=max_visual_tokens, **processor_options)
         (answer,) = complete(
             self.module,

@@ -127,7 +127,7 @@ _SCALED = {
 def _original(found: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     """Positions in training: beside the rotary settings, among them, or those of the model."""
     key = "original_max_position_embeddings"
-    return settings.get(key) or found.get(key) or settings["max_position_embeddings"]
+    return int(settings.get(key) or found.get(key) or settings["max_position_embeddings"])
 
 
 def _optional(found: Mapping[str, Any], key: str) -> float | None:

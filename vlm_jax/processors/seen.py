@@ -20,7 +20,7 @@ Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSiz
 
 
 class PictureMismatch(ValueError):
-    """A conversation with other pictures than it speaks of, or than its model reads; the message names both."""
+    """Other pictures than a conversation speaks of or its model reads, or what is no list; the message names both."""
 
 
 def check_list(given: object, what: str) -> None:
