@@ -114,7 +114,7 @@ def _waves(stem: str, settings: dict) -> dict[str, np.ndarray]:
     scaling = {**settings, "type": kind, "factor": settings.get("scaling_factor")} if kind else None
     length_in_training = {"max_position_embeddings": settings["max_position_embeddings"]}
     config = {**ROPE_DEFAULTS, "rope_theta": settings["base"], "rope_scaling": scaling, **length_in_training}
-    rope = released_rope(config, settings["cls"])
+    rope = released_rope(config, settings["cls"], settings["dim"])
     angles = rope.angles(jnp.arange(length)[None], settings["dim"], jnp.full((1, length), length))[0]
     angles = np.concatenate([angles, angles], axis=-1)
     return {f"{stem}cos": rope.magnitude * np.cos(angles), f"{stem}sin": rope.magnitude * np.sin(angles)}
