@@ -144,15 +144,17 @@ def filtered(
     """
     if top_k is None and top_p is None:
         return logits
-    order = jnp.argsort(logits, axis=-1)  # from the least likely one on
-    rising = jnp.take_along_axis(logits, order, axis=-1)
+    rising = jnp.sort(logits, axis=-1)
     if top_k is not None:
         place = jnp.maximum(logits.shape[-1] - top_k, 0)
         least = jax.lax.dynamic_slice_in_dim(rising, place, 1, axis=1)
         logits, rising = (jnp.where(values < least, -jnp.inf, values) for values in (logits, rising))
     if top_p is not None:
-        # Those that together have no more than 1 - top_p are left out.
-        left_out = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) <= 1 - top_p
-        left_out = left_out.at[:, -1].set(False)
-        logits = jnp.where(jnp.put_along_axis(left_out, order, left_out, axis=-1, inplace=False), -jnp.inf, logits)
+        # Those that together have no more than 1 - top_p are left out; of the ties at the edge as many as are too many.
+        kept = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) > 1 - top_p
+        count = jnp.maximum(kept.sum(-1, keepdims=True), 1)
+        least = jnp.take_along_axis(rising, logits.shape[-1] - count, axis=-1)
+        tied, surplus = logits == least, (logits >= least).sum(-1, keepdims=True) - count
+        left_out = (logits < least) | (tied & (jnp.cumsum(tied, axis=-1) <= surplus))
+        logits = jnp.where(left_out, -jnp.inf, logits)
     return logits
