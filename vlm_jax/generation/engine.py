@@ -159,9 +159,8 @@ def generate(
             if (stopping & (nan | ~ended)).any():
                 ended = ended | stopping
                 whole = np.concatenate([ended, np.ones(extra, bool)]), np.full(size + extra, SOUND, np.int32)
-                state = dataclasses.replace(
-                    state, **dict(zip(("ended", "nan_step"), _placed(whole, mesh), strict=True))
-                )
+                all_ended, nan_steps = _placed(whole, mesh)
+                state = dataclasses.replace(state, ended=all_ended, nan_step=nan_steps)
             if ended.all() or lengths.max() == max_new_tokens:
                 return Generated(tokens, lengths, steps=step - 1, transfers=transfers)
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
