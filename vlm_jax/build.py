@@ -115,7 +115,7 @@ def build(config: Any) -> System:
         )
     vision = solve_vision(config, settings, source.channels, num_images, decoder, dtypes)
     parts = {"encoder": vision.encoder, "decoder": decoder}
-    for part, fields in ({} if vision.reducer is None else vision.reducer.asks()).items():
+    for part, fields in ({} if vision.reducer is None else vision.reducer.required_fields()).items():
         parts[part] = _set(parts[part], fields, config, part)
     by_layer = _tokens_by_layer(vision, parts["decoder"])
 

@@ -13,7 +13,7 @@ from vlm_jax.budget import InfeasibleBudget, share
 from vlm_jax.config import ConfigError, check_keys, choose, choose_kind, convert, parse_kind, positive
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
 from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS, PACKED_ENCODERS
-from vlm_jax.processors.views import NativeViews, Pixels, TiledViews, Views, packed_length
+from vlm_jax.processors.sample_views import NativeViews, Pixels, TiledViews, Views, packed_length
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.types import Grid
 

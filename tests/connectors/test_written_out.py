@@ -16,7 +16,7 @@ from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.resampler import Resampler
-from vlm_jax.layers.neighbours import squares
+from vlm_jax.layers.squares import squares
 from vlm_jax.types import VisualFeatures
 
 from ..parameters import drawn

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.encoders import PACKED_ENCODERS
-from vlm_jax.processors.patches import pack
+from vlm_jax.processors.patches import pack_patches
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 
 from ..parameters import drawn
@@ -34,7 +34,7 @@ def packed_for(encoder, batch=2):
     for i in range(batch):
         grids = GRIDS if i % 2 else GRIDS[::-1]
         patches = rng.normal(size=(int(np.prod(grids, axis=1).sum()), size)).astype(np.float32)
-        rows.append(pack(patches, grids, merge_size=form.merge_size, window=form.window, length=LENGTH))
+        rows.append(pack_patches(patches, grids, merge_size=form.merge_size, window=form.window, length=LENGTH))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
 
 

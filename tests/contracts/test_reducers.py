@@ -89,7 +89,7 @@ def test_every_accepted_budget_is_met(kind, grid):
         assert all(1 <= small <= full for small, full in zip(size, (height, width), strict=True))
         reduced = reducer.reduced_grid(shown)
         count = reduced[0] * reduced[1]
-        asked = reducer.asks()
+        asked = reducer.required_fields()
         if kind in IN_DECODER:
             assert count == reducer.connector_budget(shown) == shown[0] * shown[1]  # all are shown
             assert asked["decoder"]["drops"][-1].num_kept == budget
@@ -138,7 +138,7 @@ def test_an_image_depends_on_no_other(kind):
     np.testing.assert_allclose(reduce(reducer, features).tokens[2], alone.tokens[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if solve(kind, 16, (8, 8)).asks()])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if solve(kind, 16, (8, 8)).required_fields()])
 def test_what_a_kind_asks_for_is_a_field_and_changes_no_parameter(kind):
     grid = (SIZES["image_size"][0] // SIZES["patch_size"], SIZES["image_size"][1] // SIZES["patch_size"])
 
@@ -149,7 +149,7 @@ def test_what_a_kind_asks_for_is_a_field_and_changes_no_parameter(kind):
             inputs = (jnp.zeros((1, 4, module.width)), tokens, tokens)
         return module.init_with_output(jax.random.key(0), *inputs)
 
-    for part, fields in solve_for(kind, 9, grid, SIZES["depth"]).asks().items():
+    for part, fields in solve_for(kind, 9, grid, SIZES["depth"]).required_fields().items():
         plain = small({"encoder": ENCODERS["vit"], "decoder": DECODERS["transformer"]}[part])
         assert all(hasattr(plain, field) for field in fields)
         changed = plain.clone(**fields)

@@ -13,7 +13,7 @@ from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import open_image
-from vlm_jax.processors.views import Pixels, TiledViews
+from vlm_jax.processors.sample_views import Pixels, TiledViews
 from vlm_jax.processors.vqa import VqaProcessor
 from vlm_jax.types import Sample
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from vlm_jax.encoders.qwen_vit import QwenViT
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
-from vlm_jax.processors.patches import pack
+from vlm_jax.processors.patches import pack_patches
 
 SIZES = {"patch_size": 2, "width": 16, "depth": 4, "num_heads": 2, "mlp_dim": 24}
 WINDOWS = {"window_size": 8, "full_layers": (1, 3)}
@@ -26,7 +26,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def packed_for(encoder, grids=GRIDS, seed=0, **more):
     count = int(np.prod(grids, axis=1).sum())
     patches = np.random.default_rng(seed).normal(size=(count, encoder.patch_dim)).astype(np.float32)
-    return pack(patches, grids, merge_size=encoder.merge_size, window=encoder.window, **more)
+    return pack_patches(patches, grids, merge_size=encoder.merge_size, window=encoder.window, **more)
 
 
 @functools.cache
@@ -58,7 +58,9 @@ def test_features_come_in_the_processors_order_with_their_mask(kind):
     start = 0
     for grid in [(1, 6, 4), (1, 4, 10), (1, 4, 10)]:  # a video's frames are images of their own
         stop = start + grid[1] * grid[2]
-        alone = pack(patches[start:stop], [grid], merge_size=encoder.merge_size, window=encoder.window, length=192)
+        alone = pack_patches(
+            patches[start:stop], [grid], merge_size=encoder.merge_size, window=encoder.window, length=192
+        )
         features = encode(kind)(params_of(kind), alone)
         expected = together.tokens[0, start:stop]
         np.testing.assert_allclose(features.tokens[0, : len(expected)], expected, atol=1e-4)
@@ -129,9 +131,9 @@ def test_patches_of_another_encoder_are_refused(fields, message):
 def test_patches_packed_without_windows_or_blocks_are_refused():
     patches = np.zeros((6, 24), np.float32)
     with pytest.raises(ValueError, match="6 places cannot be merged by 2x2"):
-        KINDS["qwen2_vl"].init(jax.random.key(0), pack(patches, [(1, 2, 3)]))
+        KINDS["qwen2_vl"].init(jax.random.key(0), pack_patches(patches, [(1, 2, 3)]))
     with pytest.raises(ValueError, match=r"layers \[0, 2\] attend inside windows"):
-        KINDS["qwen2_5_vl"].init(jax.random.key(0), pack(patches[:4], [(1, 2, 2)], merge_size=2))
+        KINDS["qwen2_5_vl"].init(jax.random.key(0), pack_patches(patches[:4], [(1, 2, 2)], merge_size=2))
 
 
 def count(encoder):

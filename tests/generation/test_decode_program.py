@@ -33,7 +33,7 @@ def compiled(size, depth=3, by_layer=True):
     static, ends = {"model": model, "pad_id": 0}, np.zeros(0, np.int32)
     given = (batch, np.arange(size, dtype=np.int32), np.zeros(size, bool), {}, ends)
     state, _ = prefill({"params": params}, *given, cache_length=SLOTS, cache_dtype=None, mesh=None, **static)
-    state = state.__class__(**{**vars(state), "cache": state.cache.unstacked() if by_layer else state.cache})
+    state = state.__class__(**{**vars(state), "cache": state.cache.per_layer() if by_layer else state.cache})
     return decode.lower({"params": params}, state, {}, ends, np.int32(9), chunk=8, **static).compile()
 
 

@@ -9,8 +9,8 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.generation import engine
+from vlm_jax.generation.buckets import bucket, fitted
 from vlm_jax.generation.engine import generate
-from vlm_jax.generation.prompt import bucket, fitted
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
@@ -65,9 +65,9 @@ class Sealed:
     def __init__(self, content):
         self._content = content
 
-    def unstacked(self):
+    def per_layer(self):
         """Done on the device."""
-        return Sealed(self._content.unstacked())
+        return Sealed(self._content.per_layer())
 
 
 class Fetched:

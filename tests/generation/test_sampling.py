@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlm_jax.generation.sampling import GenerationError, Sampling, choose, filtered, penalised
+from vlm_jax.generation.sampling import GenerationError, Sampling, filtered, penalised, sample_tokens
 
 LOGITS = np.random.default_rng(1).normal(size=(4, 23)).astype(np.float32) * 2
 
@@ -47,7 +47,7 @@ def test_of_ties_top_p_keeps_as_many_as_it_needs(top_p, kept):
 def test_the_coldest_draw_is_of_the_most_likely_token(temperature, settings):
     values = Sampling(temperature=temperature, **settings).values()
     logits = jnp.asarray([[-5.0, -4.0, -3.0], [0.0, 9.0, 2.0]])
-    assert choose(logits, values, None, jnp.arange(2), jnp.asarray(0)).tolist() == [2, 1]
+    assert sample_tokens(logits, values, None, jnp.arange(2), jnp.asarray(0)).tolist() == [2, 1]
 
 
 def test_logits_that_are_minus_infinity_are_never_drawn():

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import Dense, Embed, Named, named
+from vlm_jax.layers.dense import Dense, Embed, Named, with_axes
 
 from ..parameters import drawn
 
@@ -53,7 +53,7 @@ def test_embed_draws_rows_of_the_asked_deviation():
 
 
 def test_a_box_opens_to_its_value_and_takes_a_name_for_a_new_axis():
-    box = named(nn.initializers.ones, axes.EMBED)(jax.random.key(0), (3,))
+    box = with_axes(nn.initializers.ones, axes.EMBED)(jax.random.key(0), (3,))
     assert isinstance(box, Named)
     np.testing.assert_array_equal(box.unbox(), np.ones(3))
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), box).add_axis(0, {nn.PARTITION_NAME: axes.LAYERS})

@@ -9,7 +9,7 @@ from vlm_jax.layers.block import TransformerBlock
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.windowed_stack import Schedule, WindowedStack, restore_order, runs, schedule
 from vlm_jax.planner.flops import count_flops
-from vlm_jax.processors.patches import pack
+from vlm_jax.processors.patches import pack_patches
 
 WIDTH, HEADS = 8, 2
 BLOCK = {
@@ -26,7 +26,7 @@ GRIDS = [(1, 6, 10), (2, 4, 6)]  # windows that edges cut off share rows, of one
 def packed_patches(grids=GRIDS, **more):
     count = int(np.prod(grids, axis=1).sum())
     patches = np.random.default_rng(0).normal(size=(count, WIDTH)).astype(np.float32)
-    return jax.tree.map(jnp.asarray, pack(patches, grids, merge_size=2, window=2, **more))
+    return jax.tree.map(jnp.asarray, pack_patches(patches, grids, merge_size=2, window=2, **more))
 
 
 def angles_of(packed):
@@ -166,7 +166,7 @@ def test_layers_outside_the_stack_and_missing_windows_are_refused():
     packed = packed_patches()
     with pytest.raises(ValueError, match=r"full_layers \[4\] are not among the layers 0 to 3"):
         WindowedStack(4, BLOCK, full_layers=(1, 4)).init(jax.random.key(0), packed.patches, packed)
-    plain = pack(np.zeros((60, WIDTH), np.float32), GRIDS[:1], merge_size=2)
+    plain = pack_patches(np.zeros((60, WIDTH), np.float32), GRIDS[:1], merge_size=2)
     plain = jax.tree.map(jnp.asarray, plain)
     with pytest.raises(ValueError, match=r"layers \[0, 2\] attend inside windows"):
         WindowedStack(3, BLOCK, full_layers=(1,)).init(jax.random.key(0), plain.patches, plain)

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from vlm_jax.pretrained.processing import deepseek_hf, internvl_hf, llava_hf, ovis2_hf, qwen_hf
-from vlm_jax.processors.video import SegmentSampling
+from vlm_jax.processors.video import SegmentSampler
 
 SIZES = [(40, 70), (90, 31), (56, 56), (23, 200), (131, 97)]
 
@@ -381,7 +381,7 @@ def test_internvl(tmp_path):
         same_tiles(ours, expected)
         check_rows(ours, theirs.image_token_id, 4 * ours.images.shape[1])
     path = video_file(tmp_path / "video.mp4", frames(4), 8)
-    chosen = [decoded(path)[number] for number in SegmentSampling().chosen(4, 8)]
+    chosen = [decoded(path)[number] for number in SegmentSampler().chosen(4, 8)]
     for video, given in ((frames(3), frames(3)), (path, chosen)):
         ours, expected = processor(ABOUT_A_VIDEO, videos=[video]), official_video(theirs, ABOUT_A_VIDEO, given, 2.0)
         same_ids(ours, expected)

@@ -23,7 +23,7 @@ from transformers.vision_utils import get_vision_window_index
 
 import vlm_jax
 from vlm_jax.pretrained.qwen2_vl import packed_shapes, qwen2_5_visual, qwen2_visual
-from vlm_jax.processors.patches import pack, patchify
+from vlm_jax.processors.patches import pack_patches, patchify
 
 TEXT = {
     "hidden_size": 32,
@@ -109,7 +109,7 @@ def reference(tower, patches):
 def apply(model, patches, **more):
     """States of the blocks, and the connector's tokens."""
     encoder, connector = model.module.encoder, model.module.connector
-    packed = pack(patches, GRIDS, merge_size=encoder.merge_size, window=encoder.window, **more)
+    packed = pack_patches(patches, GRIDS, merge_size=encoder.merge_size, window=encoder.window, **more)
 
     @jax.jit
     def run(params, packed):

@@ -10,9 +10,9 @@ import transformers
 
 import vlm_jax
 from vlm_jax.processors.anyres import NEWLINE, AnyresViews
-from vlm_jax.processors.patches import pack
-from vlm_jax.processors.seen import Pixels
+from vlm_jax.processors.patches import pack_patches
 from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.views import Pixels
 from vlm_jax.types import Batch
 
 from .test_deepseek_vl import SAM
@@ -255,8 +255,8 @@ def test_logits_of_packed_images_and_a_video(name, tied, tmp_path):
     )
     encoder = packing(config)
     none = (patches[:0], np.zeros((0, 3), int))
-    length = pack(patches, GRIDS, **encoder).patches.shape[1]
-    packed = [pack(*given, length=length, **encoder) for given in ((patches, GRIDS), none)]
+    length = pack_patches(patches, GRIDS, **encoder).patches.shape[1]
+    packed = [pack_patches(*given, length=length, **encoder) for given in ((patches, GRIDS), none)]
     joined = jax.tree.map(lambda *parts: np.concatenate(parts), *packed)
     batch = batch_of(np.where(ids == VIDEO, IMAGE, ids), mask, joined)
     batch = dataclasses.replace(

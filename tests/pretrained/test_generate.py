@@ -8,7 +8,7 @@ import pytest
 
 import vlm_jax
 from vlm_jax.generation.sampling import GenerationError, Sampling
-from vlm_jax.layers.unstacked import Unstacked
+from vlm_jax.layers.per_layer import PerLayer
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
@@ -101,13 +101,13 @@ def test_errors(model, tmp_path):
 
 def test_kernels_are_laid_out_for_generation_once(folder, monkeypatch):
     model, calls = vlm_jax.from_pretrained(folder), []
-    of_kernels = Unstacked.of_kernels.__func__
+    of_kernels = PerLayer.of_kernels.__func__
 
     def counted(cls, *stacks):
         calls.extend(stack.shape for stack in stacks)
         return of_kernels(cls, *stacks)
 
-    monkeypatch.setattr(Unstacked, "of_kernels", classmethod(counted))
+    monkeypatch.setattr(PerLayer, "of_kernels", classmethod(counted))
     kernels = [leaf.shape for leaf in jax.tree.leaves(model.params["decoder"]["blocks"]) if leaf.ndim == 3]
     for _ in range(2):
         model.generate(ASKED, max_new_tokens=2)

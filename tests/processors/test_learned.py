@@ -6,15 +6,15 @@ import pytest
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.learned import encode_learned, render_learned
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.system import Processor
+from vlm_jax.processors.spelled_prompt import DeepSeekVL2Prompt, PromptError, QwenVLPrompt
 from vlm_jax.processors.templates import DEEPSEEK, INTERNVL, OVIS2, OVIS2_5_TRAINING, VICUNA
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
-from vlm_jax.processors.turns import DeepSeekVL2Prompt, PromptError, QwenVLPrompt
 from vlm_jax.processors.vocabulary import SentencePieceVocabulary
 
-from .test_system import SQUARE, picture
-from .test_turns import TOKENIZER, spelled
+from .test_processor import SQUARE, picture
+from .test_spelled_prompt import TOKENIZER, spelled
 from .vocabularies import sentencepiece_model
 
 TURNS = [

@@ -6,8 +6,8 @@ from PIL import Image
 
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.native import NativeViews, VideoLimits, rotary_positions
-from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.smart_resize import ovis_size, qwen_size
+from vlm_jax.processors.views import Pixels
 from vlm_jax.types import PatchFormat
 
 FORMAT = PatchFormat(4, 2, 2)

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.processors.patches import pack, patchify, window_of_blocks
+from vlm_jax.processors.patches import pack_patches, patchify, window_of_blocks
 
 GRIDS = [(1, 6, 4), (2, 4, 10), (1, 2, 2)]
 
@@ -54,13 +54,13 @@ def test_positions_follow_the_order_of_patches():
     rows, cols = 6, 4
     image = np.stack(np.mgrid[:rows, :cols], axis=-1)[None].astype(np.float32)
     patches, grid = patchify(image, patch_size=1, merge_size=2)
-    packed = pack(patches, [grid], merge_size=2)
+    packed = pack_patches(patches, [grid], merge_size=2)
     np.testing.assert_array_equal(packed.positions[0], patches)
     np.testing.assert_array_equal(packed.sizes[0], np.tile([[rows, cols]], (rows * cols, 1)))
 
 
 def test_without_windows_patches_keep_their_places():
-    packed = pack(numbered(GRIDS), GRIDS, merge_size=2, length=120)
+    packed = pack_patches(numbered(GRIDS), GRIDS, merge_size=2, length=120)
     assert packed.patches.shape == (1, 120, 3) and packed.order is None and packed.window_ids is None
     np.testing.assert_array_equal(packed.patches[0, :108, 0], np.arange(108))
     np.testing.assert_array_equal(packed.segment_ids[0], np.repeat([1, 2, 3, 4, 0], [24, 40, 40, 4, 12]))
@@ -75,7 +75,7 @@ def test_windows_of_blocks_are_numbered_row_by_row():
 
 @pytest.mark.parametrize("length", [None, 160])
 def test_rows_hold_whole_windows(length):
-    packed = pack(numbered(GRIDS), GRIDS, merge_size=2, window=2, length=length)
+    packed = pack_patches(numbered(GRIDS), GRIDS, merge_size=2, window=2, length=length)
     places = packed.segment_ids.shape[1]
     # 27 blocks in windows of at most 4: 6 full ones, and 4 + 3 x 2 + 1 ... cut off at edges.
     assert packed.window_length == 16 and places == (length or 112)
@@ -91,7 +91,7 @@ def test_rows_hold_whole_windows(length):
 
 
 def test_order_brings_patches_back():
-    packed = pack(numbered(GRIDS), GRIDS, merge_size=2, window=2, length=160)
+    packed = pack_patches(numbered(GRIDS), GRIDS, merge_size=2, window=2, length=160)
     np.testing.assert_array_equal(np.sort(packed.order[0]), np.arange(160))
     np.testing.assert_array_equal(packed.patches[0, packed.order[0, :108], 0], np.arange(108))
     # Blocks stay together, so that they can be merged before they are brought back.
@@ -104,12 +104,14 @@ def test_order_brings_patches_back():
 def test_rows_are_never_more_than_twice_those_that_patches_fill(seed):
     random = np.random.default_rng(seed)
     grids = np.stack([random.integers(1, 3, 6), *(2 * random.integers(1, 9, (2, 6)))], axis=1)
-    packed = pack(numbered(grids), grids, merge_size=2, window=3)
+    packed = pack_patches(numbered(grids), grids, merge_size=2, window=3)
     assert packed.segment_ids.size <= 2 * np.prod(grids, axis=1).sum() + packed.window_length
 
 
 def test_packed_sequences_form_a_batch():
-    parts = [pack(numbered(grids), grids, merge_size=2, window=2, length=64) for grids in ([(1, 4, 6)], [(1, 8, 4)])]
+    parts = [
+        pack_patches(numbered(grids), grids, merge_size=2, window=2, length=64) for grids in ([(1, 4, 6)], [(1, 8, 4)])
+    ]
     batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     assert batch.patches.shape == (2, 64, 3) and batch.window_length == 16
 
@@ -131,4 +133,4 @@ def test_packed_sequences_form_a_batch():
 )
 def test_what_does_not_fit_is_refused(grids, patches, more, message):
     with pytest.raises(ValueError, match=message):
-        pack(np.zeros((patches, 3), np.float32), grids, merge_size=2, **more)
+        pack_patches(np.zeros((patches, 3), np.float32), grids, merge_size=2, **more)

@@ -11,13 +11,13 @@ from PIL import Image
 
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.native import NativeViews
-from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.tiles import InternVLViews
-from vlm_jax.processors.video import FrameSampling, SegmentSampling, read_video
+from vlm_jax.processors.video import RateSampler, SegmentSampler, read_video
+from vlm_jax.processors.views import Pixels
 from vlm_jax.types import PatchFormat
 
-from .test_system import processor, say
+from .test_processor import processor, say
 
 
 def video(num_frames, fps, size=(32, 48), codec="libx264"):
@@ -47,11 +47,11 @@ def levels(frames):
     ],
 )
 def test_frames_are_spread_from_the_first_to_the_last(num_frames, video_fps, expected):
-    assert FrameSampling().chosen(num_frames, video_fps).tolist() == expected
+    assert RateSampler().chosen(num_frames, video_fps).tolist() == expected
 
 
 def test_a_long_video_has_no_more_than_the_most():
-    chosen = FrameSampling(max_frames=8).chosen(1000, 10)
+    chosen = RateSampler(max_frames=8).chosen(1000, 10)
     np.testing.assert_array_equal(chosen, np.rint(np.linspace(0, 999, 8)))
 
 
@@ -61,7 +61,7 @@ def test_a_file_gives_the_chosen_frames_and_their_rate(tmp_path, as_path):
     if as_path:
         (tmp_path / "v.mp4").write_bytes(source)
         source = tmp_path / "v.mp4"
-    frames, fps = read_video(source, FrameSampling())
+    frames, fps = read_video(source, RateSampler())
     assert levels(frames) == [0, 6, 12, 17, 23, 29]
     assert frames[0].size == (48, 32)
     assert fps == pytest.approx(2.0)
@@ -80,14 +80,14 @@ def test_segments_give_their_middle_frames(num_frames, segments):
     """As the model cards of InternVL compute them, one by one."""
     length = float(num_frames - 1) / segments
     expected = [int(0 + length / 2 + np.round(length * index)) for index in range(segments)]
-    chosen = SegmentSampling(segments).chosen(num_frames, 30)
+    chosen = SegmentSampler(segments).chosen(num_frames, 30)
     np.testing.assert_array_equal(chosen, expected)
     assert chosen.min() >= 0 and chosen.max() < num_frames
 
 
 def test_frames_that_are_chosen_twice_are_there_twice():
-    frames, _ = read_video(video(3, 10), SegmentSampling(6))
-    chosen = SegmentSampling(6).chosen(3, 10)
+    frames, _ = read_video(video(3, 10), SegmentSampler(6))
+    chosen = SegmentSampler(6).chosen(3, 10)
     assert levels(frames) == chosen.tolist() and len(set(levels(frames))) < 6
 
 
@@ -110,29 +110,29 @@ def test_a_video_is_shown_as_its_file_says(degrees):
         for _ in range(4):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(corner, format="rgb24")))
         container.mux(stream.encode())
-    frames, _ = read_video(turned(buffer.getvalue(), degrees), FrameSampling())
+    frames, _ = read_video(turned(buffer.getvalue(), degrees), RateSampler())
     expected = np.rot90(corner, k=-degrees // 90)  # counterclockwise
     assert frames[0].size == expected.shape[1::-1]
     np.testing.assert_allclose(np.asarray(frames[0]), expected, atol=12)
 
 
 def test_a_file_is_sampled_as_the_argument_says():
-    made = processor(InternVLViews(Pixels(), 4, 1), {"video": "<video>"}, sampling=SegmentSampling(4))
+    made = processor(InternVLViews(Pixels(), 4, 1), {"video": "<video>"}, frame_sampler=SegmentSampler(4))
     for options, count in (
         ({}, 4),
-        ({"frame_sampling": SegmentSampling(2)}, 2),
-        ({"frame_sampling": FrameSampling()}, 6),
+        ({"frame_sampler": SegmentSampler(2)}, 2),
+        ({"frame_sampler": RateSampler()}, 6),
     ):
         assert made(say("<video>"), videos=[video(30, 10)], **options).images.shape[1] == count
 
 
 def test_what_is_no_video_is_named():
     with pytest.raises(CorruptImage, match="video: InvalidDataError"):
-        read_video(b"no video at all", FrameSampling())
+        read_video(b"no video at all", RateSampler())
     with pytest.raises(FileNotFoundError):
-        read_video("/nowhere/v.mp4", FrameSampling())
+        read_video("/nowhere/v.mp4", RateSampler())
     with pytest.raises(CorruptImage, match="frames have 32x48 pixels, more than max_pixels=100"):
-        read_video(video(4, 10), FrameSampling(), max_pixels=100)
+        read_video(video(4, 10), RateSampler(), max_pixels=100)
     still = io.BytesIO()
     Image.new("RGB", (8, 8)).save(still, "PNG")
-    assert len(read_video(still.getvalue(), FrameSampling())[0]) == 1
+    assert len(read_video(still.getvalue(), RateSampler())[0]) == 1

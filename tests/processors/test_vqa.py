@@ -8,7 +8,7 @@ import pytest
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.layout_tokenizer import UnknownText
-from vlm_jax.processors.views import Pixels, TiledViews
+from vlm_jax.processors.sample_views import Pixels, TiledViews
 from vlm_jax.processors.vqa import VqaProcessor
 from vlm_jax.types import Sample, Turn
 

@@ -300,4 +300,4 @@ def test_schedules_are_those_of_the_papers():
 )
 def test_drops_that_cannot_be_made_are_refused(reducer, message):
     with pytest.raises(ConfigError, match=message):
-        reducer.asks()
+        reducer.required_fields()

@@ -21,9 +21,9 @@ from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.processors.seen import PictureMismatch
+from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import TokenizerError
-from vlm_jax.processors.turns import PromptError
+from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.train.loop import Diverged
 
 # Errors whose message is meant for the user, without a traceback.

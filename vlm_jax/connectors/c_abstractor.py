@@ -14,10 +14,10 @@ from vlm_jax.layers.block import REMAT_POLICIES
 from vlm_jax.layers.conv import Conv
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import in_rows, masked
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.scan import scan_layers
+from vlm_jax.layers.squares import in_rows, masked
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 _SQUEEZE_RATIO = 0.25

@@ -7,8 +7,8 @@ from flax import linen as nn
 
 from vlm_jax.connectors.solving import WholeSquares
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.squares import squares
 from vlm_jax.types import VisualFeatures, VisualTokens
 
 

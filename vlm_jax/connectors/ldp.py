@@ -12,8 +12,8 @@ from vlm_jax.budget import refuse
 from vlm_jax.layers.conv import Conv, reached
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
-from vlm_jax.layers.neighbours import in_rows, masked
 from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.squares import in_rows, masked
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 WINDOW = 3  # of the depthwise convolutions; a larger step would leave features out

@@ -9,7 +9,7 @@ from vlm_jax.connectors.pool import average_windows
 from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.conv import Conv, reached
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import masked
+from vlm_jax.layers.squares import masked
 from vlm_jax.types import VisualFeatures, VisualTokens
 
 

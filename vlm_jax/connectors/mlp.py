@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from vlm_jax.budget import refuse
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import masked
+from vlm_jax.layers.squares import masked
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 

@@ -10,11 +10,11 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import masked
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.scan import scan_layers
+from vlm_jax.layers.squares import masked
 from vlm_jax.types import VisualFeatures, VisualTokens
 
 _MLP_RATIO = 4  # of every layer, in both releases
@@ -70,7 +70,7 @@ class Perceiver(Queries, nn.Module):
         mlp = {"activation": self.activation, "gated": self.gated, "use_bias": False, **settings}
         norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
         batch = features.tokens.shape[0]
-        init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
+        init = with_axes(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
         queries = queries[: self.num_used].astype(self.dtype)
         queries = jnp.broadcast_to(queries[None], (batch, *queries.shape))

@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax.connectors.solving import CoveringSquares
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import in_rows, squares
 from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.squares import in_rows, squares
 from vlm_jax.types import VisualFeatures, VisualTokens
 
 Version = Literal["v1", "v2"]

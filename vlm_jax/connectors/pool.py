@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import in_rows
+from vlm_jax.layers.squares import in_rows
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 

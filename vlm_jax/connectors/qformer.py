@@ -11,11 +11,11 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
-from vlm_jax.layers.dense import Dense, Embed, named
+from vlm_jax.layers.dense import Dense, Embed, with_axes
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import masked
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.scan import scan_layers
+from vlm_jax.layers.squares import masked
 from vlm_jax.types import Instruction, VisualFeatures, VisualTokens
 
 # Queries, and the instruction or None: what goes from layer to layer.
@@ -110,7 +110,7 @@ class QueryTransformer(nn.Module, kw_only=True):
             raise ValueError(f"qformer: an instruction of {length} tokens, and max_length is {self.max_length}")
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         words = Embed(self.vocab_size, self.width, 0.02, name="words", **settings)(instruction.tokens)
-        init = named(nn.initializers.normal(0.02), axes.POSITION, axes.EMBED)
+        init = with_axes(nn.initializers.normal(0.02), axes.POSITION, axes.EMBED)
         table = self.param("positions", init, (self.max_length, self.width), self.param_dtype)
         return words + table[:length].astype(self.dtype)[None]
 
@@ -141,7 +141,7 @@ class QFormer(Queries, QueryTransformer, kw_only=True):
           ValueError: an instruction without a vocabulary, none with one, or one longer than the table.
         """
         del deterministic  # nothing is drawn
-        init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
+        init = with_axes(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.width), self.param_dtype)
         batch = features.tokens.shape[0]
         queries = queries[: self.num_used].astype(self.dtype)

@@ -12,11 +12,11 @@ from vlm_jax import axes
 from vlm_jax.budget import grid_of_size
 from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
-from vlm_jax.layers.dense import Dense, named
-from vlm_jax.layers.neighbours import in_rows, masked
+from vlm_jax.layers.dense import Dense, with_axes
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.position_embedding import sincos_2d
 from vlm_jax.layers.resize import resize
+from vlm_jax.layers.squares import in_rows, masked
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 
@@ -75,7 +75,7 @@ class Resampler(Queries, nn.Module):
             return jnp.asarray(sincos_2d((side, side), shape[1], last=False), dtype)
 
         shape = (self.num_queries, self.features)
-        table = self.param("positions", named(init, axes.QUERY, axes.EMBED), shape, self.param_dtype)
+        table = self.param("positions", with_axes(init, axes.QUERY, axes.EMBED), shape, self.param_dtype)
         table = jax.lax.stop_gradient(table.astype(jnp.float32))
         return table, resize(table.reshape(side, side, -1), grid, "bicubic").reshape(-1, self.features)
 
@@ -85,7 +85,7 @@ class Resampler(Queries, nn.Module):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": "layer", "epsilon": self.norm_epsilon, **settings}
         batch = features.tokens.shape[0]
-        init = named(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
+        init = with_axes(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.features), self.param_dtype)
         kv = masked(in_rows(features, "resampler"))
         if not self.released or kv.shape[-1] != self.features:

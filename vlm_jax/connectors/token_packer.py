@@ -11,9 +11,9 @@ from vlm_jax.connectors.solving import WholeSquares
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import Mlp
-from vlm_jax.layers.neighbours import in_rows, masked, squares
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.resize import resize
+from vlm_jax.layers.squares import in_rows, masked, squares
 from vlm_jax.types import VisualFeatures, VisualTokens
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float
 from vlm_jax import axes
 from vlm_jax.connectors.solving import CoveringSquares
 from vlm_jax.layers.dense import Dense, Embed
-from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.squares import squares
 from vlm_jax.types import VisualFeatures, VisualTokens
 
 Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax", "hard_softmax"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from vlm_jax.layers.unstacked import Unstacked, written
+from vlm_jax.layers.per_layer import PerLayer, written
 from vlm_jax.types import static_field, struct
 
 
@@ -72,10 +72,10 @@ class Cache:
         layers = over_layers(lambda old, new, axis: written(old, new, self.length, axis), self.layers, fresh)
         return dataclasses.replace(self.with_segments(segment_ids), layers=layers)
 
-    def unstacked(self) -> "Cache":
+    def per_layer(self) -> "Cache":
         """The cache with an array a layer, for platforms that want it; not for use inside a program."""
-        layers = over_layers(lambda leaf, _: Unstacked.of(leaf, writable=True), self.layers)
-        return dataclasses.replace(self, layers=layers, rest=None if self.rest is None else self.rest.unstacked())
+        layers = over_layers(lambda leaf, _: PerLayer.of(leaf, writable=True), self.layers)
+        return dataclasses.replace(self, layers=layers, rest=None if self.rest is None else self.rest.per_layer())
 
 
 def over_layers(function: Callable[..., Any], layers: Any, *others: Any) -> Any:

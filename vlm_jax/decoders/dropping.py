@@ -33,7 +33,7 @@ def num_dropped(places: VisualPlaces, num_kept: int) -> int:
     return images * (tokens - num_kept)
 
 
-def drop(rows: Rows, places: VisualPlaces, received: Float[Array, "B T"], num_kept: int) -> tuple[Rows, VisualPlaces]:
+def drop(rows: Rows, places: VisualPlaces, saliency: Float[Array, "B T"], num_kept: int) -> tuple[Rows, VisualPlaces]:
     """Keeps of every image the `num_kept` tokens with most attention, and everything that is no visual token.
 
     Tokens stay in order; of equal ones the first is kept; padding goes before any real token. A row in which
@@ -42,15 +42,15 @@ def drop(rows: Rows, places: VisualPlaces, received: Float[Array, "B T"], num_ke
     Args:
       rows: T positions.
       places: where the tokens stand, and what must stay.
-      received: attention that each position gets.
+      saliency: attention that each position gets.
       num_kept: at most as many as an image has.
 
     Returns:
       Rows of T - num_dropped(places, num_kept) positions, and the places in them.
     """
-    batch, length = received.shape
+    batch, length = saliency.shape
     row = jnp.arange(batch)[:, None, None]
-    value = jnp.where(rows.segment_ids == PADDING_SEGMENT, -1.0, jax.lax.stop_gradient(received))
+    value = jnp.where(rows.segment_ids == PADDING_SEGMENT, -1.0, jax.lax.stop_gradient(saliency))
     value = jnp.where(places.ranking, jnp.inf, value)
     value = jnp.pad(value, ((0, 0), (0, 1)), constant_values=-2.0)  # of a token without a place
     best = jnp.sort(jax.lax.top_k(value[row, places.index], num_kept)[1], axis=-1)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
-from vlm_jax.layers.dense import Dense, Embed, named
+from vlm_jax.layers.dense import Dense, Embed, with_axes
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
 from vlm_jax.types import struct
@@ -82,7 +82,7 @@ class TextTower(nn.Module):
     def setup(self):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.embedding = Embed(self.vocab_size, self.width, 0.02, **settings)
-        init = named(nn.initializers.normal(0.01), axes.POSITION, axes.EMBED)
+        init = with_axes(nn.initializers.normal(0.01), axes.POSITION, axes.EMBED)
         self.positions = self.param("positions", init, (self.context_length, self.width), self.param_dtype)
         block = {
             "num_heads": self.num_heads,

@@ -17,8 +17,8 @@ from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
-from vlm_jax.layers.received import Heads, attention_received
 from vlm_jax.layers.rope import Rope
+from vlm_jax.layers.saliency import Heads, attention_saliency
 from vlm_jax.types import Drop, Positions, VisualPlaces
 
 
@@ -154,8 +154,8 @@ class Transformer(nn.Module):
                 written.append(part)
             if coming is not None and places is not None and heads is not None:
                 context = self.blocks.context_of(coming.ranked_by, self._context(rows))
-                received = attention_received(heads, context, places.ranking.astype(jnp.float32))
-                rows, places = drop(rows, places, received, coming.num_kept)
+                saliency = attention_saliency(heads, context, places.ranking.astype(jnp.float32))
+                rows, places = drop(rows, places, saliency, coming.num_kept)
         x = self.final_norm(rows.x)
         return (restore(x, rows, length) if drops else x), Cache.chained(written) if written else None
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from vlm_jax import axes
 from vlm_jax.encoders.packed import check_packed
 from vlm_jax.encoders.trunk import Trunk
-from vlm_jax.layers.dense import Dense, named
+from vlm_jax.layers.dense import Dense, with_axes
 from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
@@ -64,7 +64,7 @@ class NaflexViT(Trunk, kw_only=True):
         packed = check_packed(packed, self.channels * self.patch_size**2, 1, None)
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         embed = Dense(self.width, (axes.PATCH, axes.EMBED), self.patch_bias, name="patch_embed", **settings)
-        init = named(nn.initializers.normal(self.width**-0.5), axes.POSITION, axes.EMBED)
+        init = with_axes(nn.initializers.normal(self.width**-0.5), axes.POSITION, axes.EMBED)
         table = self.param("positions", init, (self.table_grid[0] * self.table_grid[1], self.width), self.param_dtype)
         table = table.astype(jnp.float32).reshape(*self.table_grid, self.width)
         read = interpolate_table if self.position_interpolation == "linear" else nearest_of_table

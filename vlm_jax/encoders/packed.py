@@ -19,7 +19,7 @@ from vlm_jax.types import PADDING_SEGMENT, Grid, PackedPatches, PatchFormat, Vis
 class PackedTrunk(nn.Module, kw_only=True):
     """Embedded patches through pre-norm blocks with 2D rotary positions, some of them in windows; subclasses embed.
 
-    Images come packed (`processors.patches.pack` with `merge_size` and `window` of the module), and so do
+    Images come packed (`processors.patches.pack_patches` with `merge_size` and `window` of the module), and so do
     features, in blocks of merge_size x merge_size neighbours.
 
     Attributes:

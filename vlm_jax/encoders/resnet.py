@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.conv import Conv
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.types import Grid, VisualFeatures
 
 _NORM_EPSILON = 1e-5
@@ -29,7 +29,7 @@ class FrozenBatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols D"]) -> Float[Array, "B rows cols D"]:
-        ones, zeros = (named(init, axes.NORM) for init in (nn.initializers.ones, nn.initializers.zeros))
+        ones, zeros = (with_axes(init, axes.NORM) for init in (nn.initializers.ones, nn.initializers.zeros))
         inits = {"scale": ones, "bias": zeros, "mean": zeros, "variance": ones}
         p = {
             name: self.param(name, init, (x.shape[-1],), self.param_dtype).astype(jnp.float32)[None, None, None]
@@ -102,7 +102,7 @@ class AttentionPool(nn.Module):
                 f"expected a map of {self.num_positions} places, as in training, got {x.shape[1]}; "
                 "resize the images to image_size"
             )
-        init = named(nn.initializers.normal(x.shape[-1] ** -0.5), axes.POSITION, axes.EMBED)
+        init = with_axes(nn.initializers.normal(x.shape[-1] ** -0.5), axes.POSITION, axes.EMBED)
         table = self.param("positions", init, (self.num_positions + 1, x.shape[-1]), self.param_dtype)
         x = jnp.concatenate([x.mean(1, keepdims=True), x], axis=1) + table.astype(self.dtype)[None]
         attention = MultiHeadAttention(

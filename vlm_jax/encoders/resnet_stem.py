@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.conv import Conv
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.types import Grid
 
 _GROUPS = 32
@@ -29,8 +29,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols D"]) -> Float[Array, "B rows cols D"]:
         width = x.shape[-1]
-        scale = self.param("scale", named(nn.initializers.ones, axes.NORM), (width,), self.param_dtype)
-        bias = self.param("bias", named(nn.initializers.zeros, axes.NORM), (width,), self.param_dtype)
+        scale = self.param("scale", with_axes(nn.initializers.ones, axes.NORM), (width,), self.param_dtype)
+        bias = self.param("bias", with_axes(nn.initializers.zeros, axes.NORM), (width,), self.param_dtype)
         groups = x.astype(jnp.float32).reshape(*x.shape[:3], _GROUPS, -1)
         centred = groups - groups.mean((1, 2, 4), keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.square(centred).mean((1, 2, 4), keepdims=True) + _NORM_EPSILON)

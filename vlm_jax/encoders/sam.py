@@ -12,7 +12,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import Context, attention
 from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy
 from vlm_jax.layers.conv import Conv
-from vlm_jax.layers.dense import Dense, named
+from vlm_jax.layers.dense import Dense, with_axes
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
@@ -119,7 +119,7 @@ class RelativeAttention(nn.Module):
             return dense(x).reshape(batch, rows * cols, self.num_heads, head_dim)
 
         def positions(name, size, axis_size):
-            init = named(nn.initializers.zeros, axes.POSITION, axes.HEAD_DIM)
+            init = with_axes(nn.initializers.zeros, axes.POSITION, axes.HEAD_DIM)
             table = self.param(name, init, (2 * size - 1, head_dim), self.param_dtype)
             return relative_positions(table.astype(self.dtype), axis_size, axis_size)
 
@@ -301,7 +301,7 @@ class SAM(nn.Module):
         if self.high_res_branch:
             if first_global is None:
                 raise ValueError("high_res_branch reads the first global block, and global_blocks is empty")
-            init = named(nn.initializers.zeros, axes.NORM)
+            init = with_axes(nn.initializers.zeros, axes.NORM)
             scale = self.param("high_res_scale", init, (1,), self.param_dtype).astype(self.dtype)
             x = x + out(first_global, "high_res_neck") * scale[None, None, None]
         tokens = x.reshape(len(images), -1, self.features)

@@ -12,7 +12,7 @@ from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
-from vlm_jax.layers.received import attention_received
+from vlm_jax.layers.saliency import attention_saliency
 from vlm_jax.layers.token_merging import run_merging
 from vlm_jax.types import Grid, VisualFeatures
 
@@ -148,14 +148,14 @@ class Trunk(nn.Module, kw_only=True):
             **settings,
         }
         stack = TransformerStack(self.num_blocks, block, self.remat, self.unroll, name="blocks")
-        hidden, received, keys = x[None], None, None
+        hidden, saliency, keys = x[None], None, None
         if self.merged or self.saliency != "none":
             self._check_looked_into(collect)
         if self.merged:
             tokens = run_merging(stack, x, segments, self.merged, num_prefix=num_prefix)
             x, segments, grid = tokens.x, tokens.segments, (1, tokens.x.shape[1] - num_prefix)
         elif self.saliency != "none":
-            x, received, keys = self._run_looked_into(stack, x, Context("full", segments, segments), num_prefix)
+            x, saliency, keys = self._run_looked_into(stack, x, Context("full", segments, segments), num_prefix)
         elif self.num_blocks:
             x, _, hidden = stack(x, Context("full", segments, segments), collect=collect or bool(self.levels))
         levels = [] if hidden is None else [hidden[i] for i in self._level_numbers()]
@@ -176,7 +176,7 @@ class Trunk(nn.Module, kw_only=True):
         hidden = hidden if collect else None
         side_by_side = jnp.concatenate(levels, axis=-1) if levels else None
         return VisualFeatures(
-            x, mask, grid, pooled=pooled, hidden=hidden, levels=side_by_side, saliency=received, keys=keys
+            x, mask, grid, pooled=pooled, hidden=hidden, levels=side_by_side, saliency=saliency, keys=keys
         )
 
     def _level_numbers(self) -> tuple[int, ...]:
@@ -217,8 +217,8 @@ class Trunk(nn.Module, kw_only=True):
         if num_prefix:
             weights = jnp.zeros(x.shape[:2]).at[:, 0].set(1)
         looking = heads.joined() if self.saliency == "joined" else heads
-        received = attention_received(looking, context, weights.astype(jnp.float32))
-        return x, received[:, num_prefix:], heads.key[:, num_prefix:]
+        saliency = attention_saliency(looking, context, weights.astype(jnp.float32))
+        return x, saliency[:, num_prefix:], heads.key[:, num_prefix:]
 
     def _pool(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, num_prefix: int

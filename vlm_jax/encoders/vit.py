@@ -10,7 +10,7 @@ from vlm_jax import axes
 from vlm_jax.encoders.resnet_stem import ResNetStem
 from vlm_jax.encoders.trunk import Trunk
 from vlm_jax.interpolation import ResizeKind
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D, sincos_2d
 from vlm_jax.types import Grid, VisualFeatures
@@ -95,7 +95,7 @@ class ViT(Trunk, kw_only=True):
 
     def _class_token(self, batch: int) -> Float[Array, "B 1 D"]:
         """The class token with its position; the two are apart, since other loaders keep them apart."""
-        init = named(nn.initializers.normal(0.02), axes.POSITION, axes.EMBED)
+        init = with_axes(nn.initializers.normal(0.02), axes.POSITION, axes.EMBED)
         token = self.param("class_token", init, (1, self.width), self.param_dtype)
         if self.class_position:
             token = token + self.param("class_position", init, (1, self.width), self.param_dtype)

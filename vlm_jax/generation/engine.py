@@ -19,9 +19,9 @@ from jaxtyping import Array, Bool, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.generation.prompt import fitted, whole_rows
-from vlm_jax.generation.sampling import GenerationError, Sampling, choose
-from vlm_jax.layers.unstacked import unstacked_kernels
+from vlm_jax.generation.buckets import fitted, whole_rows
+from vlm_jax.generation.sampling import GenerationError, Sampling, sample_tokens
+from vlm_jax.layers.per_layer import per_layer_kernels
 from vlm_jax.models.vlm import without_masked
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.processes import to_host
@@ -76,9 +76,9 @@ class State:
     rows: Int[Array, "B"]
     seen: Bool[Array, "B V"] | None
 
-    def unstacked(self) -> "State":
+    def per_layer(self) -> "State":
         """With an array a layer in the cache; on the device."""
-        return dataclasses.replace(self, cache=self.cache.unstacked())
+        return dataclasses.replace(self, cache=self.cache.per_layer())
 
 
 def generate(
@@ -112,7 +112,7 @@ def generate(
       chunk: the most tokens between two looks of the host.
       cache_dtype: float32 or bfloat16; the decoder's own dtype when None.
       cache_length: slots of the cache; as many as are needed when None.
-      buckets: lengths that prompts are padded to, so that few programs are compiled; see `prompt.bucket`.
+      buckets: lengths that prompts are padded to, so that few programs are compiled; see `buckets.bucket`.
       rows: numbers that the rows' draws go by, 0, 1, 2 … when None: a prompt with its number gives the same
         in any batch.
       names: of the rows, in messages.
@@ -142,7 +142,7 @@ def generate(
             variables, *given, values, ends, cache_length=cache_length, cache_dtype=cache_dtype, mesh=mesh, **static
         )
         if _by_layer(mesh):
-            state = state.unstacked()
+            state = state.per_layer()
         while True:
             new, counts, ended, nan_step, step = _read(to_host(report), size)
             nan = nan_step != SOUND
@@ -173,7 +173,7 @@ def prepared(params: Any, mesh: Mesh | None = None) -> Any:
     """
     if not _by_layer(mesh):
         return params
-    return {name: unstacked_kernels(part) if name == "decoder" else part for name, part in params.items()}
+    return {name: per_layer_kernels(part) if name == "decoder" else part for name, part in params.items()}
 
 
 def _by_layer(mesh: Mesh | None) -> bool:
@@ -238,7 +238,7 @@ def decode(variables, state, values, ends, limit, *, model, pad_id, chunk):
 
 def _chosen(state: State, logits: jax.Array, values: Any, ends: jax.Array, pad_id: int) -> State:
     """The state with one more token a row."""
-    token = choose(logits, values, state.seen, state.rows, state.step)
+    token = sample_tokens(logits, values, state.seen, state.rows, state.step)
     token = jnp.where(state.ended, pad_id, token)
     nan = jnp.isnan(logits).any(axis=-1) & ~state.ended
     seen = state.seen if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)

@@ -94,7 +94,7 @@ def _representable(number: Number) -> np.float32:
     return np.float32(np.clip(float(number), limits.tiny, limits.max))
 
 
-def choose(
+def sample_tokens(
     logits: Float[Array, "B V"],
     values: Mapping[str, Any],
     seen: Bool[Array, "B V"] | None,

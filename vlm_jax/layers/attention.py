@@ -26,8 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.per_layer import QUERY_KEY_VALUE, product
 from vlm_jax.layers.rope import rotate
-from vlm_jax.layers.unstacked import QUERY_KEY_VALUE, product
 from vlm_jax.types import PADDING_SEGMENT, static_field, struct
 
 MaskKind = Literal["full", "causal"]

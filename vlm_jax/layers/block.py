@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context, MultiHeadAttention
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.latent_attention import LatentAttention
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.layers.norm import Norm, NormKind
-from vlm_jax.layers.received import Heads
+from vlm_jax.layers.per_layer import has_per_layer, of_layer
+from vlm_jax.layers.saliency import Heads
 from vlm_jax.layers.scan import scan_layers
-from vlm_jax.layers.unstacked import has_unstacked, of_layer
 
 LayerCache = Any  # a `KeyValue` or a `LatentKeyValue`, of one layer or of all with a leading layer axis
 
@@ -117,7 +117,7 @@ class TransformerBlock(nn.Module):
     def _scaled(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
         if self.layer_scale is None:
             return x
-        init = named(nn.initializers.constant(self.layer_scale), axes.NORM)
+        init = with_axes(nn.initializers.constant(self.layer_scale), axes.NORM)
         return x * self.param(name, init, x.shape[-1:], self.param_dtype).astype(self.dtype)[None, None]
 
 
@@ -166,7 +166,7 @@ class TransformerStack(nn.Module):
 
         The collected states are the input of every block and the output of the last.
         """
-        if not self.is_initializing() and has_unstacked((self.variables["params"]["layers"], cache)):
+        if not self.is_initializing() and has_per_layer((self.variables["params"]["layers"], cache)):
             return *self.run(x, context, 0, self.depth, cache=cache), None
         block = _ScannedBlock
         if self.remat != "none":
@@ -198,7 +198,7 @@ class TransformerStack(nn.Module):
 
         # A slice is a copy, which a step of generation would make anew; but the gradient of an indexed
         # stack is a sum over layers of whole stacks, so that training slices.
-        sliced = cache is None and not has_unstacked(params)
+        sliced = cache is None and not has_per_layer(params)
         own = jax.tree.map(lambda leaf: leaf[start:stop], params) if sliced else None
         return jax.lax.scan(layer, x, (jnp.arange(start, stop), own, self._windows(start, stop)), unroll=self.unroll)
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import KERNEL_INIT, named
+from vlm_jax.layers.dense import KERNEL_INIT, with_axes
 
 _STD_EPSILON = 1e-5
 
@@ -50,7 +50,7 @@ class Conv(nn.Module):
             raise ValueError(f"features: a depthwise window keeps the {x.shape[-1]} channels, got {self.features}")
         kernel = self.param(
             "kernel",
-            named(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
+            with_axes(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
             (self.window, self.window, x.shape[-1] // groups, self.features),
             self.param_dtype,
         )
@@ -69,7 +69,7 @@ class Conv(nn.Module):
         else:
             y = jax.lax.conv_general_dilated(x, kernel, steps, margin, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         if self.use_bias:
-            bias = self.param("bias", named(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype)
+            bias = self.param("bias", with_axes(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)[None, None, None]
         return y
 

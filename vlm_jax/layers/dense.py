@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.unstacked import BIAS, KERNEL, WEIGHT, linear
+from vlm_jax.layers.per_layer import BIAS, KERNEL, WEIGHT, linear
 
 Initializer = Callable[..., Any]
 
@@ -28,7 +28,7 @@ class Named(nn.LogicallyPartitioned):
         return self.value
 
 
-def named(init: Initializer, *names: str) -> Initializer:
+def with_axes(init: Initializer, *names: str) -> Initializer:
     """An initialiser whose parameter carries one logical axis name a dimension."""
 
     def boxed(*args: Any, **kwargs: Any) -> Named:
@@ -62,11 +62,11 @@ class Dense(nn.Module):
         if self.has_variable("params", WEIGHT):
             y = linear(self.get_variable("params", WEIGHT), x)
         else:
-            init, shape = named(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features)
+            init, shape = with_axes(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features)
             y = jnp.dot(x, self.param(KERNEL, init, shape, self.param_dtype).astype(self.dtype))
         if self.use_bias:
             bias = self.param(
-                BIAS, named(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
+                BIAS, with_axes(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
             )
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
@@ -94,7 +94,7 @@ class Embed(nn.Module):
     def setup(self):
         self.embedding = self.param(
             "embedding",
-            named(nn.initializers.normal(self.init_stddev), axes.VOCAB, axes.EMBED),
+            with_axes(nn.initializers.normal(self.init_stddev), axes.VOCAB, axes.EMBED),
             (self.num_rows, self.features),
             self.param_dtype,
         )

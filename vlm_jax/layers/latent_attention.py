@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.attention import Context, attention
-from vlm_jax.layers.dense import KERNEL_INIT, Dense, named
+from vlm_jax.layers.dense import KERNEL_INIT, Dense, with_axes
 from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.per_layer import picked
 from vlm_jax.layers.rope import rotate
-from vlm_jax.layers.unstacked import picked
 
 _EPSILON = 1e-6  # of the norms of bottlenecks, whatever that of the residual stream's
 
@@ -105,7 +105,7 @@ class LatentAttention(nn.Module):
         """From latents to every head's content keys and values."""
         found = []
         for name, size in (("key", self.content_dim), ("value", self.value_dim)):
-            init, shape = named(KERNEL_INIT, axes.LATENT, axes.HEADS), (self.latent_dim, self.num_heads * size)
+            init, shape = with_axes(KERNEL_INIT, axes.LATENT, axes.HEADS), (self.latent_dim, self.num_heads * size)
             kernel = self.param(f"{name}_expansion", init, shape, self.param_dtype).astype(self.dtype)
             found.append(kernel.reshape(self.latent_dim, self.num_heads, size))
         return found[0], found[1]

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 
 
 class LearnedRows(nn.Module):
@@ -29,6 +29,6 @@ class LearnedRows(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "rows D"]:
-        init = named(nn.initializers.normal(self.features**-0.5), axes.EMBED)
+        init = with_axes(nn.initializers.normal(self.features**-0.5), axes.EMBED)
         rows = [self.param(name, init, (self.features,), self.param_dtype) for name in self.names]
         return jnp.stack(rows).astype(self.dtype)

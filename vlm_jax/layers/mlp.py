@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.unstacked import GATE_UP
+from vlm_jax.layers.per_layer import GATE_UP
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

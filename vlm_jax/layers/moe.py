@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.grouped import Dot, by_group
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
 from vlm_jax.layers.router import Router, Routing
@@ -77,7 +77,7 @@ class Experts(nn.Module):
 
         def kernel(name: str, *names: str) -> jax.Array:
             shape = (self.num_experts, *(width if axis == axes.EMBED else self.hidden_dim for axis in names))
-            value = self.param(name, named(_INIT, axes.EXPERT, *names), shape, self.param_dtype)
+            value = self.param(name, with_axes(_INIT, axes.EXPERT, *names), shape, self.param_dtype)
             return value.astype(self.dtype)
 
         kernels = (

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 
 NormKind = Literal["layer", "rms"]
 
@@ -39,10 +39,10 @@ class Norm(nn.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         shape = (1,) * (x.ndim - 1) + (-1,)
         width = (x.shape[-1],)
-        scale = self.param("scale", named(nn.initializers.ones, self.axis_name), width, self.param_dtype)
+        scale = self.param("scale", with_axes(nn.initializers.ones, self.axis_name), width, self.param_dtype)
         if self.kind == "rms":
             return _rms(x, scale.astype(self.dtype).reshape(shape), self.epsilon)
-        bias = self.param("bias", named(nn.initializers.zeros, self.axis_name), width, self.param_dtype)
+        bias = self.param("bias", with_axes(nn.initializers.zeros, self.axis_name), width, self.param_dtype)
         scale, bias = (leaf.astype(jnp.float32).reshape(shape) for leaf in (scale, bias))
         return _layer(x, scale, bias, self.epsilon).astype(self.dtype)
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import KERNEL_INIT, named
+from vlm_jax.layers.dense import KERNEL_INIT, with_axes
 
 
 class PatchEmbed(nn.Module):
@@ -37,7 +37,7 @@ class PatchEmbed(nn.Module):
         side, channels = self.patch_size, images.shape[-1]
         kernel = self.param(
             "kernel",
-            named(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
+            with_axes(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
             (side, side, channels, self.features),
             self.param_dtype,
         )
@@ -52,6 +52,6 @@ class PatchEmbed(nn.Module):
             (((2,), (0,)), ((), ())),
         )
         if self.use_bias:
-            bias = self.param("bias", named(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype)
+            bias = self.param("bias", with_axes(nn.initializers.zeros, axes.EMBED), (self.features,), self.param_dtype)
             x = x + bias.astype(self.dtype)[None, None]
         return x

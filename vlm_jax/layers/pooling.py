@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.attention import Context, MultiHeadAttention
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm
 
@@ -63,7 +63,7 @@ class MapHead(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, "B D"]:
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        init = named(nn.initializers.xavier_uniform(), axes.QUERY, axes.EMBED)
+        init = with_axes(nn.initializers.xavier_uniform(), axes.QUERY, axes.EMBED)
         probe = self.param("probe", init, (1, x.shape[-1]), self.param_dtype).astype(self.dtype)
         probe = jnp.broadcast_to(probe[None], (x.shape[0], *probe.shape))
         context = Context("full")

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.interpolation import ResizeKind
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.resize import resize
 from vlm_jax.types import Grid
 
@@ -63,7 +63,7 @@ class LearnedPositions2D(nn.Module):
     @nn.compact
     def __call__(self, grid: Grid) -> Float[Array, "N D"]:
         rows, cols = self.table_grid
-        init = named(nn.initializers.normal(1 / np.sqrt(self.features)), axes.POSITION, axes.EMBED)
+        init = with_axes(nn.initializers.normal(1 / np.sqrt(self.features)), axes.POSITION, axes.EMBED)
         table = self.param("table", init, (rows * cols, self.features), self.param_dtype)
         if grid == self.table_grid:
             return table

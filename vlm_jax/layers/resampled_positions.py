@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 
 _A = -0.75  # torch's bicubic; Pillow and jax.image.resize have -0.5
 
@@ -62,7 +62,7 @@ class ResampledPositions(nn.Module):
     @nn.compact
     def __call__(self, positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]) -> Float[Array, "B N D"]:
         """Gives, in float32, what is added at (row, column) `positions` of an image of `sizes` patches."""
-        init = named(nn.initializers.normal(1 / np.sqrt(self.features)), axes.POSITION, axes.EMBED)
+        init = with_axes(nn.initializers.normal(1 / np.sqrt(self.features)), axes.POSITION, axes.EMBED)
         table = self.param("table", init, (self.side**2, self.features), self.param_dtype)
         rows, cols = (cubic_weights(positions[..., i], sizes[..., i], self.side) for i in (0, 1))
         weights = rows[..., :, None] * cols[..., None, :]

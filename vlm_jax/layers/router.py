@@ -8,9 +8,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
-from vlm_jax.layers.dense import KERNEL_INIT, named
+from vlm_jax.layers.dense import KERNEL_INIT, with_axes
+from vlm_jax.layers.per_layer import KERNEL, WEIGHT, linear
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.layers.unstacked import KERNEL, WEIGHT, linear
 
 Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -75,7 +75,7 @@ class Router(nn.Module):
         if self.has_variable("params", WEIGHT):
             logits = linear(self.get_variable("params", WEIGHT), x, precision)
         else:
-            kernel = self.param(KERNEL, named(KERNEL_INIT, *names), shape, self.param_dtype)
+            kernel = self.param(KERNEL, with_axes(KERNEL_INIT, *names), shape, self.param_dtype)
             logits = jnp.dot(x, kernel.astype(jnp.float32), precision=precision)
         scores = jax.nn.softmax(logits) if self.scoring == "softmax" else jax.nn.sigmoid(logits)
         expert = jax.lax.top_k(self._ranking(scores), self.num_selected)[1]
@@ -92,7 +92,7 @@ class Router(nn.Module):
         if self.selection == "greedy":
             return scores
         if self.selection == "noaux_tc":
-            init = named(nn.initializers.zeros, axes.CLASSES)
+            init = with_axes(nn.initializers.zeros, axes.CLASSES)
             bias = self.param("bias", init, (self.num_experts,), self.param_dtype)
             scores = scores + jax.lax.stop_gradient(bias).astype(jnp.float32)[None, None]
         grouped = scores.reshape(*scores.shape[:-1], self.num_groups, -1)

@@ -77,7 +77,7 @@ class WindowedStack(nn.Module):
 
     A windowed layer folds the sequence into rows of `packed.window_length`, each holding whole windows,
     and attends inside a row: its attention costs N * window_length, not N * N. The layout is made on
-    the host (`processors.patches.pack`), so that a layer moves no token.
+    the host (`processors.patches.pack_patches`), so that a layer moves no token.
 
     Attributes:
       depth: number of blocks; none hands its input on.
@@ -119,7 +119,7 @@ class WindowedStack(nn.Module):
         if "window" in kinds and packed.window_ids is None:
             raise ValueError(
                 f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, "
-                "and the patches were packed without any: give `window` to processors.patches.pack"
+                "and the patches were packed without any: give `window` to processors.patches.pack_patches"
             )
         params = self.param("layers", self._init, x.shape[-1])
         layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.layers.dense import named
+from vlm_jax.layers.dense import with_axes
 from vlm_jax.types import PackedPatches, struct
 
 _NORM_EPSILON = 1e-8
@@ -58,9 +58,9 @@ class TwoTower(nn.Module):
 
     def setup(self):
         constant = nn.initializers.constant
-        self.log_scale = self.param("log_scale", named(constant(self.initial_log_scale)), (), jnp.float32)
+        self.log_scale = self.param("log_scale", with_axes(constant(self.initial_log_scale)), (), jnp.float32)
         if self.initial_bias is not None:
-            self.bias = self.param("bias", named(constant(self.initial_bias)), (), jnp.float32)
+            self.bias = self.param("bias", with_axes(constant(self.initial_bias)), (), jnp.float32)
 
     def encode_image(self, images: Float[Array, "B height width channels"] | PackedPatches) -> Float[Array, "B E"]:
         """The image tower's pooled vectors, not normalised.

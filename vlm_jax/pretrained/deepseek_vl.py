@@ -13,10 +13,10 @@ from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.sam import stacks
-from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import num_patches
 
 # The release names its towers and leaves their sizes to its code: models/siglip_vit.py and models/sam.py.

@@ -7,9 +7,9 @@ from vlm_jax.checkpoints.maps.deepseek_vl import siglip_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
-from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import image_shape, num_patches
 
 # deepseek_vl2/models/modeling_deepseek_vl_v2.py, VisionEncoderConfig and MlpProjectorConfig.

@@ -16,10 +16,10 @@ from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import text_names, text_section, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, find_prefix, with_defaults
 from vlm_jax.pretrained.sam import VISION_DEFAULTS, stacks, vision_encoder
 from vlm_jax.pretrained.siglip import vision_tower
-from vlm_jax.pretrained.system import text_names, text_section, with_language
 
 # The config leaves these to the processor; they are those of the released 7B model.
 HIGH_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

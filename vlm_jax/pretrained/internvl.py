@@ -8,9 +8,9 @@ from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import vit_fields
-from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches, resizer
 
 # OpenGVLab/InternVL, configuration_intern_vit.py and configuration_internvl_chat.py.

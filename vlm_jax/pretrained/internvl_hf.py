@@ -9,6 +9,7 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import text_names, text_section, with_language
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -20,7 +21,6 @@ from vlm_jax.pretrained.family import (
 )
 from vlm_jax.pretrained.hugging_face import projector, vit_fields
 from vlm_jax.pretrained.internvl import INTERN_VIT, NORMS
-from vlm_jax.pretrained.system import text_names, text_section, with_language
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches
 
 # transformers, models/internvl/configuration_internvl.py.

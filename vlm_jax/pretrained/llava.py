@@ -13,9 +13,9 @@ from vlm_jax.encoders.multiscale import MultiScale
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip
+from vlm_jax.pretrained.composition import with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mm_projector
-from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import image_shape, left_out
 
 # The config names its tower on the hub; these are what differs from the defaults in the tower's own config.

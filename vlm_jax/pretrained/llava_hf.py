@@ -8,6 +8,7 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip, llava
+from vlm_jax.pretrained.composition import text_names, text_section, with_language
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -18,7 +19,6 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.hugging_face import projector
-from vlm_jax.pretrained.system import text_names, text_section, with_language
 from vlm_jax.pretrained.tables import image_shape, left_out
 
 # transformers, models/llava/configuration_llava.py and models/llava_next/configuration_llava_next.py.

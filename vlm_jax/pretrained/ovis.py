@@ -14,9 +14,9 @@ from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
 from vlm_jax.encoders.aimv2 import AIMv2
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import text_names, text_section, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.qwen2_vl import packed_shapes
-from vlm_jax.pretrained.system import text_names, text_section, with_language
 
 # AIDC-AI/Ovis2, modeling_aimv2.py, AIMv2Config; sizes differ between releases and must be given.
 AIMV2_DEFAULTS: dict[str, Any] = {

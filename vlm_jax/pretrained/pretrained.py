@@ -30,8 +30,8 @@ from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document
 from vlm_jax.processors.image import height_and_width, to_picture
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.processor import Conversation, Picture, Processor, Video
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.system import Conversation, Picture, Processor, Video
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import mesh_of
@@ -64,7 +64,7 @@ class Pretrained:
     def processor(self) -> Any:
         """What makes batches, configured by the release's own files.
 
-        A `processors.system.Processor` of conversations and pictures; of a two-tower model or a classifier a
+        A `processors.processor.Processor` of conversations and pictures; of a two-tower model or a classifier a
         `processors.image_text.ImageTextProcessor` of pictures and texts.
 
         Raises:

@@ -11,6 +11,7 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.concat import Concat
 from vlm_jax.encoders.qwen_vit import QwenViT
 from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import text_names, text_section, with_language
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -20,8 +21,7 @@ from vlm_jax.pretrained.family import (
     find_prefix,
     with_defaults,
 )
-from vlm_jax.pretrained.system import text_names, text_section, with_language
-from vlm_jax.processors.patches import pack
+from vlm_jax.processors.patches import pack_patches
 from vlm_jax.types import PackedPatches
 
 # transformers, models/qwen2_vl/configuration_qwen2_vl.py, Qwen2VLVisionConfig; the width of the tower and
@@ -161,5 +161,5 @@ def describe(
 def packed_shapes(patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:
     """Shapes of the smallest image that can be packed for an encoder."""
     patches = np.zeros((merge_size**2, patch_dim), np.float32)
-    packed = pack(patches, [(1, merge_size, merge_size)], merge_size=merge_size, window=window)
+    packed = pack_patches(patches, [(1, merge_size, merge_size)], merge_size=merge_size, window=window)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), packed)

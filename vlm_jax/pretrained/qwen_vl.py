@@ -8,9 +8,9 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, square_root, with_defaults
 from vlm_jax.pretrained.language import describe_qwen
-from vlm_jax.pretrained.system import with_language
 from vlm_jax.pretrained.tables import image_shape
 
 # Qwen/Qwen-VL-Chat, visual.py, VisionTransformer.

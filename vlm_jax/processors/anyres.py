@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.processors.image import height_and_width
-from vlm_jax.processors.seen import Layout, Seen, Tiles, too_few
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size, best_resolution
+from vlm_jax.processors.views import Layout, PreparedImage, Tiles, too_few
 from vlm_jax.types import Grid
 
 Merge = Literal["flat", "spatial", "spatial_unpad"]
@@ -46,14 +46,14 @@ class AnyresViews(Tiles):
     merge: Merge = "spatial_unpad"
     port: bool = False
 
-    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Every picture by itself."""
         seen = []
         for picture, layout in zip(
             pictures, self.layouts([height_and_width(picture) for picture in pictures]), strict=True
         ):
             tiles = self.tiles(picture)
-            seen.append(Seen(self.base.pixels.tiles(tiles), len(tiles) * math.prod(self.grid), layout))
+            seen.append(PreparedImage(self.base.pixels.tiles(tiles), len(tiles) * math.prod(self.grid), layout))
         return seen
 
     def tiles(self, picture: Image.Image) -> list[Image.Image]:

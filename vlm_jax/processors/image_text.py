@@ -13,12 +13,12 @@ from PIL import Image
 from vlm_jax.interpolation import ResizeKind
 from vlm_jax.processors.image import height_and_width, to_picture
 from vlm_jax.processors.naflex import interpolate, size_for_sequence
-from vlm_jax.processors.patches import pack, patchify
-from vlm_jax.processors.seen import PictureMismatch, Pixels, check_list
+from vlm_jax.processors.patches import pack_patches, patchify
+from vlm_jax.processors.processor import Picture
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.system import Picture
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.views import PictureMismatch, Pixels, check_list
 from vlm_jax.types import ImageTextBatch, PackedPatches
 
 # Texts to the ids that a text tower reads.
@@ -125,7 +125,7 @@ class NaflexInputs:
         else:
             frame = self.pixels.tiles([self.pixels.resized(picture, size)])[0]
         patches, grid = patchify(frame[None], patch_size=self.patch_size, channels_last=True)
-        return pack(patches, [grid], length=self.max_num_patches)
+        return pack_patches(patches, [grid], length=self.max_num_patches)
 
 
 @dataclasses.dataclass(frozen=True)

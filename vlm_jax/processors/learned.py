@@ -57,7 +57,7 @@ def render_learned(
     return text, spans
 
 
-def within(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
+def clipped_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
     """The parts of spans inside text[start:stop], as spans of that text."""
     clipped = [(max(first, start) - start, min(last, stop) - start) for first, last in spans]
     return [(first, last) for first, last in clipped if first < last]

@@ -3,15 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
 from vlm_jax.processors.image import CorruptImage, height_and_width, scale_and_shift
-from vlm_jax.processors.patches import pack, patchify
-from vlm_jax.processors.seen import Layout, Pixels, Seen, too_few
+from vlm_jax.processors.patches import pack_patches, patchify
 from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.views import Layout, Pixels, PreparedImage, too_few
 from vlm_jax.types import PackedPatches, PatchFormat
 
 # Of a picture's size, the side of a block, and the least and most pixels: one of `smart_resize`.
@@ -67,7 +68,7 @@ class NativeViews:
     rotary_3d: bool = False
     tokens_per_second: float | None = None
 
-    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Every picture by itself."""
         return [
             self._seen([picture], self.pixels, self.size(height_and_width(picture)), self.image_edges, 1.0)
@@ -92,7 +93,7 @@ class NativeViews:
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
-    ) -> list[Seen]:
+    ) -> list[PreparedImage]:
         """A video in one place; its frames get the size of the first, a smaller one to meet `max_tokens`."""
         num_slots, size, unit = self.format.num_slots(len(frames)), height_and_width(frames[0]), self.format.block_size
         least, most = self.min_pixels, self.max_pixels
@@ -125,20 +126,20 @@ class NativeViews:
             raise CorruptImage(f"a picture of {size[0]}x{size[1]} pixels is too thin for {most} pixels at most")
         return found
 
-    def join(self, examples: Sequence[Sequence[Seen]]) -> PackedPatches | None:
+    def join(self, examples: Sequence[Sequence[PreparedImage]]) -> PackedPatches | None:
         """The patches of every example in one sequence, all of one length."""
         if not any(examples):
             return None
         blank = self._blank()
         rows = [list(example) or [blank] for example in examples]
-        settings = {"merge_size": self.format.merge_size, "window": self.format.window}
+        settings: dict[str, Any] = {"merge_size": self.format.merge_size, "window": self.format.window}
         patches = [np.concatenate([seen.pixels for seen in row]) for row in rows]
-        grids = [[seen.grid for seen in row] for row in rows]
-        packed = [pack(part, grid, **settings) for part, grid in zip(patches, grids, strict=True)]  # type: ignore
+        grids: list[Any] = [[seen.grid for seen in row] for row in rows]
+        packed = [pack_patches(part, grid, **settings) for part, grid in zip(patches, grids, strict=True)]
         if len(packed) == 1:
             return packed[0]
-        length = max(part.patches.shape[1] for part in packed)
-        packed = [pack(part, grid, **settings, length=length) for part, grid in zip(patches, grids, strict=True)]  # type: ignore
+        settings["length"] = max(part.patches.shape[1] for part in packed)
+        packed = [pack_patches(part, grid, **settings) for part, grid in zip(patches, grids, strict=True)]
         fields = {
             field.name: np.concatenate([getattr(part, field.name) for part in packed])
             for field in dataclasses.fields(PackedPatches)  # type: ignore
@@ -153,7 +154,7 @@ class NativeViews:
         size: Size,
         edges: tuple[int, int] | None,
         interval: float,
-    ) -> Seen:
+    ) -> PreparedImage:
         form = self.format
         resized = np.stack([np.asarray(pixels.resized(frame, size)) for frame in frames])
         depth = 1 if len(frames) == 1 else form.temporal_patch_size
@@ -166,9 +167,9 @@ class NativeViews:
             values = np.repeat(frame, form.temporal_patch_size, axis=2).reshape(len(values), -1)
         merged = (grid[0], grid[1] // form.merge_size, grid[2] // form.merge_size)
         positions = rotary_positions(merged, interval) if self.rotary_3d else None
-        return Seen(values, math.prod(merged), _between(math.prod(merged), edges), grid, positions)
+        return PreparedImage(values, math.prod(merged), _between(math.prod(merged), edges), grid, positions)
 
-    def _blank(self) -> Seen:
+    def _blank(self) -> PreparedImage:
         """One block, for an example without pictures."""
         size = (self.format.block_size, self.format.block_size)
         return self._seen([Image.new("RGB", size)], self.pixels, size, None, 1.0)

@@ -57,7 +57,7 @@ def patchify(
     return rows.reshape(grid[0] * grid[1] * grid[2], -1), grid
 
 
-def pack(
+def pack_patches(
     patches: Float[np.ndarray, "n P"],
     grids: Sequence[Sequence[int]] | Int[np.ndarray, "images 3"],
     *,

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.layout import Text
-from vlm_jax.processors.learned import Span, encode_learned, render_learned, texts, within
+from vlm_jax.processors.learned import Span, clipped_spans, encode_learned, render_learned, texts
 from vlm_jax.processors.tokenizer import Tokenizer
 
 Kind = Literal["image", "video"]
@@ -128,7 +128,7 @@ class TemplatePrompt:
         start = 0
         for number, stretch in enumerate(re.split(f"({pattern})", text) if kinds else [text]):
             stop = start + len(stretch)
-            found.append((kinds[stretch], []) if number % 2 else (stretch, within(spans, start, stop)))
+            found.append((kinds[stretch], []) if number % 2 else (stretch, clipped_spans(spans, start, stop)))
             start = stop
         return found
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.processors.image import square_padded
-from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles, joined_tiles, too_few
 from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.views import Layout, Pixels, PreparedImage, Tiles, joined_tiles, too_few
 from vlm_jax.types import TwoSizes
 
 Fit = Literal["stretch", "crop", "crop_rounded", "pad", "shrink", "shrink_rounded"]
@@ -49,10 +49,10 @@ class SquareViews(Tiles):
     background: tuple[int, ...] | None = None
     min_size: int = 14
 
-    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Every picture by itself."""
         layout = np.arange(self.num_tokens)
-        return [Seen(self.pixels.tiles([self.tile(picture)]), self.num_tokens, layout) for picture in pictures]
+        return [PreparedImage(self.pixels.tiles([self.tile(picture)]), self.num_tokens, layout) for picture in pictures]
 
     def within(self, max_tokens: int) -> "SquareViews":
         """Itself: it has one number of tokens."""
@@ -110,7 +110,7 @@ class TwoSizeViews(Tiles):
     high: SquareViews
     low: SquareViews
 
-    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Every picture by itself."""
         tiles = [self.high.tile(picture) for picture in pictures]
         seen = self.high.images(tiles)
@@ -127,7 +127,7 @@ class TwoSizeViews(Tiles):
         """Itself: it has one number of tokens."""
         return dataclasses.replace(self, high=self.high.within(max_tokens))
 
-    def join(self, examples: Sequence[Sequence[Seen]]) -> TwoSizes | None:
+    def join(self, examples: Sequence[Sequence[PreparedImage]]) -> TwoSizes | None:
         """The tiles of every example at both sizes."""
         high = joined_tiles([[seen.pixels for seen in example] for example in examples])
         low = joined_tiles([[seen.low for seen in example if seen.low is not None] for example in examples])

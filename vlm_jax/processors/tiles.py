@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlm_jax.processors.image import height_and_width
-from vlm_jax.processors.seen import Layout, Pixels, Seen, Tiles, too_few
 from vlm_jax.processors.tiling import (
     Order,
     Size,
@@ -19,7 +18,8 @@ from vlm_jax.processors.tiling import (
     ratio_candidates,
     split,
 )
-from vlm_jax.processors.video import SegmentSampling
+from vlm_jax.processors.video import SegmentSampler
+from vlm_jax.processors.views import Layout, Pixels, PreparedImage, Tiles, too_few
 from vlm_jax.types import Grid
 
 
@@ -70,7 +70,7 @@ class InternVLViews(Tiles):
             tiles.append(self.pixels.resized(picture, (self.side, self.side)))
         return tiles
 
-    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Every picture by itself."""
         return [self._seen(self.tiles(picture), self.pixels) for picture in pictures]
 
@@ -91,20 +91,20 @@ class InternVLViews(Tiles):
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
-    ) -> list[Seen]:
+    ) -> list[PreparedImage]:
         """Every frame as one tile, with a place of its own; fewer frames, evenly spaced, where all take too many."""
         del fps  # frames are numbered, not timed
         if max_tokens is not None and len(frames) * self.num_tokens > max_tokens:
             count = max_tokens // self.num_tokens
             if not count:
                 raise too_few(max_tokens, self.num_tokens, "a video")
-            frames = [frames[number] for number in SegmentSampling(count).chosen(len(frames), 1)]
+            frames = [frames[number] for number in SegmentSampler(count).chosen(len(frames), 1)]
         pixels = self.video_pixels or self.pixels
         return [self._seen([pixels.resized(frame, (self.side, self.side))], pixels) for frame in frames]
 
-    def _seen(self, tiles: list[Image.Image], pixels: Pixels) -> Seen:
+    def _seen(self, tiles: list[Image.Image], pixels: Pixels) -> PreparedImage:
         count = len(tiles) * self.num_tokens
-        return Seen(pixels.tiles(tiles), count, np.arange(count))
+        return PreparedImage(pixels.tiles(tiles), count, np.arange(count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +145,13 @@ class DeepSeekVL2Views(Tiles):
         whole = self._padded(picture, 1, 1)
         return [whole, *([whole] if rows * cols == 1 else cut(self._padded(picture, rows, cols), self.side))]
 
-    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """All pictures of a conversation: their number decides whether they are cut."""
         layouts = self.layouts([height_and_width(picture) for picture in pictures])
         seen = []
         for picture, layout in zip(pictures, layouts, strict=True):
             tiles = self.tiles(picture, len(pictures))
-            seen.append(Seen(self.pixels.tiles(tiles), len(tiles) * self.tokens_per_side**2, layout))
+            seen.append(PreparedImage(self.pixels.tiles(tiles), len(tiles) * self.tokens_per_side**2, layout))
         return seen
 
     def within(self, max_tokens: int) -> "DeepSeekVL2Views":
@@ -211,14 +211,14 @@ class Ovis2Views(Tiles):
         rows, cols = _covering_grid(size, self.side, self.max_parts)
         return (cols, rows) if self.port else (rows, cols)
 
-    def images(self, pictures: Sequence[Image.Image]) -> list[Seen]:
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Every picture by itself."""
         seen = []
         for picture, layout in zip(
             pictures, self.layouts([height_and_width(picture) for picture in pictures]), strict=True
         ):
             tiles = self.stretched(picture) if self.port else self.fitted(picture)
-            seen.append(Seen(tiles, len(tiles) * self.num_tokens, layout))
+            seen.append(PreparedImage(tiles, len(tiles) * self.num_tokens, layout))
         return seen
 
     def fitted(self, picture: Image.Image) -> np.ndarray:

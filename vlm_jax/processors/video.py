@@ -14,7 +14,7 @@ from vlm_jax.processors.image import CorruptImage
 
 
 @runtime_checkable
-class Sampling(Protocol):
+class FrameSampler(Protocol):
     """Which frames of a video are looked at; one class a way."""
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
@@ -28,7 +28,7 @@ class Sampling(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class FrameSampling:
+class RateSampler:
     """So many frames a second, evenly spaced from the first to the last: Qwen2-VL, Ovis 2.5.
 
     Attributes:
@@ -46,14 +46,14 @@ class FrameSampling:
     multiple: int = 2
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
-        """Numbers of the frames; see `Sampling`."""
+        """Numbers of the frames; see `FrameSampler`."""
         wanted = min(max(num_frames / video_fps * self.fps, self.min_frames), self.max_frames, num_frames)
         count = max(math.floor(wanted / self.multiple) * self.multiple, 1)
         return np.rint(np.linspace(0, num_frames - 1, count)).astype(int)
 
 
 @dataclasses.dataclass(frozen=True)
-class SegmentSampling:
+class SegmentSampler:
     """The middle frame of every one of so many equal parts, whatever the video's length: InternVL.
 
     Attributes:
@@ -65,7 +65,7 @@ class SegmentSampling:
     num_segments: int = 32
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
-        """Numbers of the frames; see `Sampling`."""
+        """Numbers of the frames; see `FrameSampler`."""
         del video_fps
         length = (num_frames - 1) / self.num_segments
         return (length / 2 + np.round(length * np.arange(self.num_segments))).astype(int)
@@ -73,7 +73,7 @@ class SegmentSampling:
 
 def read_video(
     source: str | os.PathLike | bytes,
-    sampling: Sampling,
+    sampling: FrameSampler,
     *,
     max_pixels: int = 100_000_000,
     name: str = "video",

@@ -1,209 +1,196 @@
-"""Pictures to the images of a batch: tiles of one size, or packed patches at native resolution.
-
-What is looked at is a clip, a sequence of frames; a picture is a clip of one frame. Both kinds of
-views say, before any model runs, how many visual tokens a clip takes: `count` reads shapes alone.
-"""
+"""What a model is given of a picture or a video: its pixels, and the places that it takes of a sequence."""
 
 import dataclasses
-import math
+import os
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int
+from PIL import Image
 
-from vlm_jax.config import ConfigError
-from vlm_jax.processors.image import FILTERS, normalize, resize, to_channels
-from vlm_jax.processors.patches import pack, patchify
-from vlm_jax.types import Grid, PackedPatches, PatchFormat
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.processors.image import normalize, resize_in_fixed_point
+from vlm_jax.processors.tiling import Size
+from vlm_jax.types import PackedPatches, TwoSizes
 
-Clip = Sequence[UInt8[np.ndarray, "_ _ _"]]
+# Of every place in order: row r of the picture's own visual tokens as r, the learned row k as -1 - k.
+Layout = Int[np.ndarray, "n"]
+Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSizes
+
+
+class PictureMismatch(ValueError):
+    """Other pictures than a conversation speaks of or its model reads, or what is no list; the message names both."""
+
+
+def check_list(given: object, what: str) -> None:
+    """Refuses what is no list, such as one picture or file, whose rows or letters would be taken for several.
+
+    Args:
+      given: what a caller gave as pictures, or as videos.
+      what: its name in messages.
+
+    Raises:
+      PictureMismatch: it is none.
+    """
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        return
+    shown = repr(given) if given is None or isinstance(given, str | os.PathLike) else f"one {type(given).__name__}"
+    fix = (
+        "leave it out or give []" if given is None else f"write [{given!r}]" if isinstance(given, str) else "write […]"
+    )
+    raise PictureMismatch(f"{what}: expected a list, got {shown}; {fix}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedImage:
+    """A picture, a video, or a part of either that stands in one place of the text.
+
+    Attributes:
+      pixels: normalised tiles [tiles, height, width, channels], or patches [patches, values].
+      num_rows: rows of the visual table that they become.
+      layout: what fills its places.
+      grid: (frames, rows, columns) of the patches; None of tiles.
+      positions: (time, row, column) of every place, from 0, where text has positions of three axes.
+      low: the same tiles at a lower resolution, for an encoder that sees both.
+    """
+
+    pixels: Float[np.ndarray, "..."]
+    num_rows: int
+    layout: Layout
+    grid: tuple[int, int, int] | None = None
+    positions: Int[np.ndarray, "n 3"] | None = None
+    low: Float[np.ndarray, "tiles height width channels"] | None = None
+
+
+@runtime_checkable
+class Views(Protocol):
+    """How a system looks at the pictures of a conversation; one class a way, configured by a release's files."""
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
+        """All pictures of a conversation, in RGB."""
+        ...
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """The same of their sizes alone, (height, width) in pixels, before anything runs."""
+        ...
+
+    def video(
+        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
+    ) -> list[PreparedImage]:
+        """A video, for every place that it has in the text.
+
+        Args:
+          frames: in RGB, as sampled.
+          fps: frames a second of them, None where it is unknown.
+          max_tokens: most places of the video, by fewer pixels or fewer frames; as the release has it when None.
+
+        Raises:
+          PictureMismatch: the system takes no videos.
+          InfeasibleBudget: the video takes more with the fewest.
+        """
+        ...
+
+    def within(self, max_tokens: int) -> "Views":
+        """The same with no more than so many places for a picture, as far as the system can see with fewer.
+
+        Raises:
+          InfeasibleBudget: it takes more for the smallest; the message says how many.
+        """
+        ...
+
+    def join(self, examples: Sequence[Sequence[PreparedImage]]) -> Images | None:
+        """The images of a batch; None where nothing is seen in it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """How a picture's pixels reach the encoder.
+    """How pixels of tiles reach the encoder.
 
     Attributes:
-      channels: 1 (grey) or 3 (RGB).
-      mean: per channel, on the scale [0, 1], taken off the rescaled pixels.
-      std: per channel, divides what remains.
-      filter: resampling filter, a key of `image.FILTERS`.
+      mean: per channel, on the scale [0, 1].
+      std: per channel.
+      resample: Pillow's filter.
+      as_torch: resized as torch does pixels of 8 bits, by the filter of that name; else by Pillow itself.
     """
 
-    channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    filter: str
-
-    def __post_init__(self):
-        if self.channels not in (1, 3):
-            raise ConfigError(f"config.data.channels: images have 1 or 3 channels, got {self.channels}")
-        for key in ("mean", "std"):
-            if len(getattr(self, key)) != self.channels:
-                raise ConfigError(
-                    f"config.processor.{key}: one number a channel, {self.channels}, expected; got {getattr(self, key)}"
-                )
-        if min(self.std) <= 0:
-            raise ConfigError(f"config.processor.std: positive numbers expected, got {self.std}")
-        if self.filter not in FILTERS:
-            raise ConfigError(f"config.processor.filter: '{self.filter}' is not one of {', '.join(FILTERS)}")
-
-    def __call__(
-        self, image: UInt8[np.ndarray, "height width given"], size: tuple[int, int]
-    ) -> Float[np.ndarray, "new_height new_width channels"]:
-        """A picture converted, resized to (height, width) and normalised."""
-        return normalize(resize(to_channels(image, self.channels), size, self.filter), self.mean, self.std)
-
-
-@dataclasses.dataclass(frozen=True)
-class TiledViews:
-    """Every frame as rows x columns of tiles, and a thumbnail of the whole; each is an image of the batch.
-
-    Attributes:
-      pixels: what is done to pixels.
-      tile_size: (height, width) in pixels of a tile.
-      num_tokens: M, visual tokens of a tile.
-      tiles: rows and columns of tiles that a frame is resized to and cut into.
-      thumbnail: whether the whole frame, at the size of a tile, follows its tiles.
-
-    Source: Chen et al. 2024 (InternVL 1.5), section 3.2, for tiles row by row and the thumbnail after them.
-    """
-
-    pixels: Pixels
-    tile_size: tuple[int, int]
-    num_tokens: int
-    tiles: Grid = (1, 1)
-    thumbnail: bool = False
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+    as_torch: bool = False
 
     @property
-    def per_frame(self) -> int:
-        """Images of the batch that one frame becomes."""
-        return self.tiles[0] * self.tiles[1] + self.thumbnail
+    def mean_colour(self) -> tuple[int, ...]:
+        """The mean in 8 bits, truncated."""
+        return tuple(int(255 * value) for value in self.mean)
 
-    def count(self, clip: Clip) -> int:
-        """Visual tokens of a clip."""
-        return len(clip) * self.per_frame * self.num_tokens
+    def resized(self, picture: Image.Image, size: Size) -> Image.Image:
+        """The picture stretched to (height, width)."""
+        wanted = (size[1], size[0])
+        if picture.size == wanted:
+            return picture
+        if self.as_torch:
+            return Image.fromarray(resize_in_fixed_point(np.asarray(picture), size, self.resample))
+        return picture.resize(wanted, self.resample)
 
-    def picture(
-        self, image: UInt8[np.ndarray, "height width given"]
-    ) -> Float[np.ndarray, "tile_height tile_width channels"]:
-        """A whole picture as one view."""
-        return self.pixels(image, self.tile_size)
-
-    def __call__(self, clips: Sequence[Clip]) -> Float[np.ndarray, "1 I tile_height tile_width channels"]:
-        """The views of all frames of all clips, in order, as a batch of one."""
-        return np.stack([view for clip in clips for frame in clip for view in self._views(frame)])[None]
-
-    def _views(self, frame: UInt8[np.ndarray, "height width given"]) -> list[np.ndarray]:
-        (rows, cols), (height, width) = self.tiles, self.tile_size
-        whole = self.pixels(frame, (rows * height, cols * width))
-        tiles = whole.reshape(rows, height, cols, width, -1).swapaxes(1, 2).reshape(-1, height, width, whole.shape[-1])
-        return [*tiles, *([self.picture(frame)] if self.thumbnail else [])]
+    def tiles(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "tiles height width channels"]:
+        """Normalised pixels of pictures of one size."""
+        return np.stack([normalize(np.asarray(picture), self.mean, self.std) for picture in pictures])
 
 
-@dataclasses.dataclass(frozen=True)
-class NativeViews:
-    """Every clip at a resolution of its own, its patches packed into one sequence of a fixed length.
-
-    A frame of a clip is resized so that it has at most `max_blocks` blocks of merge_size x merge_size
-    patches, with the aspect of the first. Temporal patches join `temporal_patch_size` frames.
-
-    Attributes:
-      pixels: what is done to pixels.
-      format: how patches are cut and packed.
-      length: places of the sequence.
-      max_blocks: most blocks of a frame (of frames that share a patch, together).
-      min_blocks: fewest; a smaller frame is enlarged.
-      block_tokens: visual tokens of a block.
-    """
-
-    pixels: Pixels
-    format: PatchFormat
-    length: int
-    max_blocks: int
-    min_blocks: int = 1
-    block_tokens: int = 1
-
-    def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of blocks that a frame of so many pixels is resized to."""
-        return fit_blocks(height, width, self.format.block_size, self.min_blocks, self.max_blocks)
-
-    def count(self, clip: Clip) -> int:
-        """Visual tokens of a clip."""
-        rows, cols = self.grid(*clip[0].shape[:2])
-        return self.format.num_slots(len(clip)) * rows * cols * self.block_tokens
-
-    def picture(self, image: UInt8[np.ndarray, "height width given"]) -> Float[np.ndarray, "height2 width2 channels"]:
-        """A whole picture as it is cut into patches."""
-        return self._frames([image])[0]
-
-    def __call__(self, clips: Sequence[Clip]) -> PackedPatches:
-        """The patches of all clips, in order, as a batch of one."""
-        form = self.format
-        cut = [
-            patchify(
-                self._frames(clip),
-                patch_size=form.patch_size,
-                temporal_patch_size=form.temporal_patch_size,
-                merge_size=form.merge_size,
-                channels_last=form.channels_last,
-            )
-            for clip in clips
-        ]
-        patches, grids = zip(*cut, strict=True)
-        settings = {"merge_size": form.merge_size, "window": form.window, "length": self.length}
-        return pack(np.concatenate(patches), grids, **settings)
-
-    def _frames(self, clip: Clip) -> Float[np.ndarray, "frames height width channels"]:
-        rows, cols = self.grid(*clip[0].shape[:2])
-        unit = self.format.block_size
-        return np.stack([self.pixels(frame, (rows * unit, cols * unit)) for frame in clip])
+def too_few(max_tokens: int, needed: int, what: str = "a picture") -> InfeasibleBudget:
+    """The error of a picture, or a video, that takes `needed` places at least."""
+    return InfeasibleBudget(f"{what} takes {needed} visual tokens at least, more than the {max_tokens} allowed")
 
 
-Views = TiledViews | NativeViews
+class Tiles:
+    """What views of tiles have in common: no videos, and batches that are filled up with blank tiles."""
+
+    def video(
+        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
+    ) -> list[PreparedImage]:
+        """Refuses."""
+        del frames, fps, max_tokens
+        raise PictureMismatch("this system takes pictures and no videos; give single frames as images")
+
+    def join(
+        self, examples: Sequence[Sequence[PreparedImage]]
+    ) -> Float[np.ndarray, "B I height width channels"] | None:
+        """The tiles of every example, one after another, and blank ones up to the most of any."""
+        return joined_tiles([[seen.pixels for seen in example] for example in examples])
 
 
-def fit_blocks(height: int, width: int, unit: int, min_blocks: int, max_blocks: int) -> Grid:
-    """Rows and columns of squares of `unit` pixels that a picture is resized to, about keeping its aspect.
-
-    Sides are rounded to whole blocks. A picture of more than max_blocks shrinks, and one of fewer than
-    min_blocks grows, to the sides sqrt(blocks * aspect) rounded down or up. Unlike in the source the
-    result never has more than max_blocks blocks, however long and thin the picture, and sides are
-    computed in integers.
-
-    Source: transformers, Qwen2VLImageProcessor, smart_resize.
-    """
-    rows, cols = max(1, round(height / unit)), max(1, round(width / unit))
-    if rows * cols < min_blocks:
-        rows, cols = (_ceil_sqrt(a * min_blocks, b) for a, b in ((height, width), (width, height)))
-    if rows * cols > max_blocks:
-        rows = min(max(1, math.isqrt(height * max_blocks // width)), max_blocks)
-        cols = min(max(1, math.isqrt(width * max_blocks // height)), max_blocks // rows)
-    return rows, cols
+def joined_tiles(
+    examples: Sequence[Sequence[Float[np.ndarray, "_ height width channels"]]],
+) -> Float[np.ndarray, "B I height width channels"] | None:
+    """Tiles of every example, one after another, and blank ones up to the most of any; None where there is none."""
+    shape = next((part.shape[1:] for parts in examples for part in parts), None)
+    if shape is None:
+        return None
+    joined = np.zeros((len(examples), max(sum(map(len, parts)) for parts in examples), *shape), np.float32)
+    for row, parts in zip(joined, examples, strict=True):
+        if parts:
+            np.concatenate(parts, out=row[: sum(map(len, parts))])
+    return joined
 
 
-def _ceil_sqrt(numerator: int, denominator: int) -> int:
-    """The smallest integer whose square is at least the fraction, which is positive."""
-    return math.isqrt(-(-numerator // denominator) - 1) + 1
+class NoViews(Tiles):
+    """A model without eyes."""
 
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
+        """Refuses any picture."""
+        if pictures:
+            raise PictureMismatch(f"this model reads text alone, and {len(pictures)} pictures are given")
+        return []
 
-def packed_length(blocks: int, format: PatchFormat) -> int:
-    """Places that any images of `blocks` blocks in all fit into.
+    def within(self, max_tokens: int) -> "NoViews":
+        """Itself."""
+        del max_tokens
+        return self
 
-    With windows, `pack` fills rows of whole windows first-fit: any two rows hold more blocks together
-    than one has room for, so that the rows are fewer than 2 * blocks / room.
-    """
-    if format.window is None:
-        return blocks * format.merge_size**2
-    room = format.window**2
-    return max(1, -(-2 * blocks // room) - 1) * room * format.merge_size**2
-
-
-def uniform_frames(count: int, wanted: int) -> list[int]:
-    """Which of `count` frames stand for the clip: the middles of `wanted` equal parts, in order.
-
-    Fewer frames than are wanted are repeated.
-
-    Source: Wang et al. 2016 (TSN), section 3.1, at the middle of each segment as in testing.
-    """
-    return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """Refuses any picture."""
+        if sizes:
+            raise PictureMismatch(f"this model reads text alone, and sizes of {len(sizes)} pictures are given")
+        return []

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.layout_tokenizer import LayoutTokenizer, UnknownText
-from vlm_jax.processors.views import Clip, Views, uniform_frames
+from vlm_jax.processors.sample_views import Clip, Views, uniform_frames
 from vlm_jax.types import Batch, PackedPatches, Sample
 
 

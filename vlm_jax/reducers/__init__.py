@@ -17,8 +17,8 @@ The contract, which `tests/contracts/test_reducers.py` holds every entry of `RED
 - `image_size(height, width, grid) -> (height, width)`: what the processor resizes images to;
 - `reduced_grid(grid) -> Grid`: the grid that the connector meets, pure Python;
 - `connector_budget(grid) -> int`: how many tokens the connector is to give of it;
-- `asks() -> {part: {field: value}}`: what the encoder and the decoder must be set to; `build` does so, and refuses
-  a part without such a field. No parameter comes or goes with them;
+- `required_fields() -> {part: {field: value}}`: what the encoder and the decoder must be set to; `build` does so,
+  and refuses a part without such a field. No parameter comes or goes with them;
 - `__call__(features, *, deterministic) -> VisualFeatures` of the reduced grid.
 
 `REDUCERS["none"]` is None: features pass as they are, and the connector meets the budget.

@@ -40,7 +40,7 @@ class ReducesInDecoder(Reducer):
         del grid
         return self.num_features if self.num_shown is None else self.num_shown
 
-    def asks(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[str, dict[str, Any]]:
         """The drops.
 
         Raises:

@@ -31,7 +31,7 @@ class PruMerge(KeepsFeatures):
     num_neighbors: int = 32
     spatial_share: float = 0.0
 
-    def asks(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[str, dict[str, Any]]:
         """The attention of the last block, all heads as one."""
         return {"encoder": {"saliency": "joined"}}
 

@@ -36,7 +36,7 @@ class Reducer(nn.Module):
         rows, cols = self.reduced_grid(grid)
         return rows * cols
 
-    def asks(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[str, dict[str, Any]]:
         """{part: {field: value}} of what other parts must be set to."""
         return {}
 
@@ -79,10 +79,12 @@ class KeepsFeatures(Reducer):
         """Saliency and keys of the features.
 
         Raises:
-          ValueError: the encoder was not set to what `asks` says.
+          ValueError: the encoder was not set to what `required_fields` says.
         """
         if features.saliency is None or features.keys is None:
-            raise ValueError(f"{self.kind} wants features with saliency and keys: set {self.asks()}, as build does")
+            raise ValueError(
+                f"{self.kind} wants features with saliency and keys: set {self.required_fields()}, as build does"
+            )
         return jax.lax.stop_gradient(features.saliency), jax.lax.stop_gradient(features.keys)
 
 

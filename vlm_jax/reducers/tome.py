@@ -33,7 +33,7 @@ class ToMe(KeepsFeatures):
             raise refuse(cls.kind, budget, grid, feasible, why)
         return {"num_kept": budget, "merged": merge_schedule(total, budget, num_layers)}
 
-    def asks(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[str, dict[str, Any]]:
         """Blocks that merge."""
         return {"encoder": {"merged": self.merged}}
 

@@ -33,7 +33,7 @@ class VisionZip(KeepsFeatures):
         """Features that stand for others."""
         return max(0, min(round(self.num_kept * self.contextual_share), self.num_kept - 1))
 
-    def asks(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[str, dict[str, Any]]:
         """The attention of the last block, head by head."""
         return {"encoder": {"saliency": "heads"}}
 

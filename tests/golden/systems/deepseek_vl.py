@@ -62,7 +62,7 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
         if name in entries and not name.startswith("sam_"):
             found[name] = found[name][:, :: step(entries[name])]
 
-    class Seen(type(module.low)):  # the low-resolution tower, which also notes its input
+    class PreparedImage(type(module.low)):  # the low-resolution tower, which also notes its input
         def __call__(self, images, **kwargs):
             self.sow("intermediates", "images", images)
             return super().__call__(images, **kwargs)
@@ -70,7 +70,7 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
     fields = {
         name: getattr(module.low, name) for name in module.low.__dataclass_fields__ if name not in ("parent", "name")
     }
-    unnormalised = module.clone(low=Seen(**fields), low_statistics=None)
+    unnormalised = module.clone(low=PreparedImage(**fields), low_statistics=None)
 
     @jax.jit
     def resized(params, images):  # the towers behind it are left out by the compiler

@@ -9,8 +9,8 @@ from PIL import Image
 
 from tests.golden import comparison
 from vlm_jax.pretrained.processing import deepseek
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import Slot
-from vlm_jax.processors.system import Processor
 
 IGNORED = -100
 

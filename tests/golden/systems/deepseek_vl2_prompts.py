@@ -10,7 +10,7 @@ from tests.golden.systems.deepseek_vl2_processor import Official
 from vlm_jax.checkpoints.hub import read_config
 from vlm_jax.pretrained.processing import deepseek
 from vlm_jax.processors.layout import Text
-from vlm_jax.processors.system import Processor
+from vlm_jax.processors.processor import Processor
 
 
 def pictures(golden: Golden, *prefixes: str) -> list[np.ndarray]:

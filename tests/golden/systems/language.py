@@ -102,7 +102,9 @@ def _images(given: Sequence[np.ndarray | Patches | None], module: Any) -> np.nda
     if not kinds:
         return None
     if isinstance(kinds[0], Patches):
-        pack = functools.partial(patches.pack, merge_size=module.encoder.merge_size, window=module.encoder.window)
+        pack = functools.partial(
+            patches.pack_patches, merge_size=module.encoder.merge_size, window=module.encoder.window
+        )
         none = Patches(kinds[0].patches[:0], kinds[0].grids[:0])
         packed = [pack(*(none if images is None else images)) for images in given]
         length = max(one.patches.shape[1] for one in packed)

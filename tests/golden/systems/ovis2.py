@@ -17,8 +17,8 @@ from tests.golden import comparison
 from tests.golden.systems import language, ovis_prompts
 from tests.golden.systems.language import Row
 from vlm_jax.connectors.visual_vocabulary import gumbel_softmax, straight_through
-from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm
+from vlm_jax.layers.squares import squares
 
 
 def straight_gradient(connector, logits) -> jax.Array:

@@ -17,12 +17,12 @@ from tests.golden.systems.language import Patches, Row
 from vlm_jax.checkpoints.params import export_params
 from vlm_jax.encoders.packed import window_in_blocks
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.neighbours import squares
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.resampled_positions import ResampledPositions
 from vlm_jax.layers.rope_2d import rope_2d_angles
+from vlm_jax.layers.squares import squares
 from vlm_jax.pretrained.ovis import NAVIT_DEFAULTS
-from vlm_jax.processors.patches import pack, window_of_blocks
+from vlm_jax.processors.patches import pack_patches, window_of_blocks
 from vlm_jax.types import VisualFeatures
 
 NOT_COMPARED = {
@@ -44,7 +44,7 @@ class Tower:
         self.module, self.params = model.module.encoder, model.params["encoder"]
 
     def packed(self, window):
-        return pack(self.patches, self.grids, merge_size=self.module.merge_size, window=window)
+        return pack_patches(self.patches, self.grids, merge_size=self.module.merge_size, window=window)
 
     def encode(self, **fields):
         """The features, and [depth + 1, patches, width] of the blocks, in the processor's order."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.golden.comparison import Golden
 from vlm_jax.pretrained.processing import ovis
-from vlm_jax.processors.system import Processor
+from vlm_jax.processors.processor import Processor
 from vlm_jax.types import Batch
 
 ATOM, IGNORED = -300, -100  # indicators are -301, -302, ...

@@ -1,6 +1,6 @@
 """Processors of released systems, configured by the files of a checkpoint folder; one file a family.
 
-Those of conversations have a function of a folder and its config that gives a `processors.system.Processor`; those
+Those of conversations have a function of a folder and its config that gives a `processors.processor.Processor`; those
 of two towers and classifiers one of the module too, which gives a `processors.image_text.ImageTextProcessor`.
 """
 
@@ -23,7 +23,7 @@ from vlm_jax.pretrained.processing import (
 )
 from vlm_jax.pretrained.processing.settings import Folder
 from vlm_jax.processors.image_text import ImageTextProcessor
-from vlm_jax.processors.system import Processor
+from vlm_jax.processors.processor import Processor
 
 
 def _llava(folder: Folder, config: Mapping[str, Any]) -> Processor:

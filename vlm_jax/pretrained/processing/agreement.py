@@ -8,8 +8,8 @@ from PIL import Image
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.image_text import ImageTextProcessor, NaflexInputs, SquareInputs, TensorFlowInputs
 from vlm_jax.processors.native import NativeViews
-from vlm_jax.processors.seen import NoViews
-from vlm_jax.processors.system import Processor
+from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.views import NoViews
 
 
 def check_agreement(processor: Processor, module: nn.Module) -> None:

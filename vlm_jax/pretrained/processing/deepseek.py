@@ -17,13 +17,13 @@ from vlm_jax.pretrained.processing.settings import (
     pixels,
     processor_settings,
 )
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.spelled_prompt import DeepSeekVL2Prompt
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.templates import DEEPSEEK
 from vlm_jax.processors.tiles import DeepSeekVL2Views
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.turns import DeepSeekVL2Prompt
 
 # deepseek_vl/models/image_processing_vlm.py and processing_vlm.py.
 IMAGE_DEFAULTS: dict[str, Any] = {"min_size": 14}

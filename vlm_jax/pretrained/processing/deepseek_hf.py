@@ -19,11 +19,11 @@ from vlm_jax.pretrained.processing.settings import (
     processor_settings,
 )
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.seen import Pixels
 from vlm_jax.processors.square import SquareViews, TwoSizeViews
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.views import Pixels
 
 # transformers, models/deepseek_vl/image_processing_deepseek_vl.py.
 DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "min_size": 14, "do_pad": True}

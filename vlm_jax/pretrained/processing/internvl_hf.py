@@ -13,11 +13,11 @@ from vlm_jax.pretrained.processing.settings import (
     video_pixels,
 )
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.video import SegmentSampling
+from vlm_jax.processors.video import SegmentSampler
 
 # transformers, models/got_ocr2/image_processing_got_ocr2.py; the processor itself asks for tiles.
 DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "min_patches": 1, "max_patches": 12}
@@ -47,4 +47,4 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         tokens={"image": context, "video": context},
         texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
     )
-    return Processor(prompt, views, pad_id(tokenizer, config), sampling=SegmentSampling())
+    return Processor(prompt, views, pad_id(tokenizer, config), frame_sampler=SegmentSampler())

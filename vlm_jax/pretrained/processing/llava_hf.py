@@ -15,9 +15,9 @@ from vlm_jax.pretrained.processing.settings import (
 )
 from vlm_jax.processors.anyres import AnyresViews
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
 
 # transformers, models/llava/image_processing_llava.py and models/llava_next/image_processing_llava_next.py.

@@ -13,13 +13,13 @@ from vlm_jax.pretrained.ovis import (
 from vlm_jax.pretrained.processing.settings import Folder, chat_template, end_of_text, image_settings, pad_id, pixels
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.seen import Views
 from vlm_jax.processors.smart_resize import ovis_size
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.templates import OVIS2, OVIS2_5, OVIS2_5_TRAINING
 from vlm_jax.processors.tiles import Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.views import Views
 from vlm_jax.types import PatchFormat
 
 MAX_PARTS = 9  # of the release's example

@@ -13,8 +13,8 @@ from vlm_jax.pretrained.processing.settings import (
     processor_settings,
 )
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tiles import Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, end_of_text
-from vlm_jax.processors.seen import NoViews, Pixels
+from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.spelled_prompt import QwenVLPrompt
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.turns import QwenVLPrompt
+from vlm_jax.processors.views import NoViews, Pixels
 
 # QwenLM/Qwen-VL-Chat, qwen_generation_utils.py, get_stop_words_ids of ChatML, which chat() adds.
 END_TOKENS = ("<|im_end|>", "<|im_start|>")

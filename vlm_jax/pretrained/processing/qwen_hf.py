@@ -14,9 +14,9 @@ from vlm_jax.pretrained.processing.settings import (
 )
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.native import NativeViews, VideoLimits
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.smart_resize import qwen_size
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import PatchFormat
 

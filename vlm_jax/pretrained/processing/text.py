@@ -5,11 +5,11 @@ from typing import Any
 
 from vlm_jax.pretrained.processing.settings import Folder, end_of_text, pad_id
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.seen import NoViews
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.templates import IM_END
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.views import NoViews
 
 
 def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from vlm_jax.config import ConfigError
-from vlm_jax.processors.patches import pack
-from vlm_jax.processors.views import NativeViews, Pixels, TiledViews, fit_blocks, packed_length, uniform_frames
+from vlm_jax.processors.patches import pack_patches
+from vlm_jax.processors.sample_views import NativeViews, Pixels, TiledViews, fit_blocks, packed_length, uniform_frames
 from vlm_jax.types import PatchFormat
 
 PIXELS = {"channels": 1, "mean": (0.0,), "std": (1 / 255,), "filter": "box"}  # normalised pixels are the grey levels
@@ -132,7 +132,7 @@ def test_the_length_holds_any_images(window):
         grids = [(1, *(2 * rng.integers(1, 9, 2)).tolist()) for _ in range(rng.integers(1, 4))]
         blocks = sum(rows * cols // 4 for _, rows, cols in grids)
         length = packed_length(blocks, PatchFormat(2, merge_size=2, window=window))
-        pack(np.zeros((4 * blocks, 1), np.float32), grids, merge_size=2, window=window, length=length)
+        pack_patches(np.zeros((4 * blocks, 1), np.float32), grids, merge_size=2, window=window, length=length)
     assert packed_length(12, PatchFormat(2, merge_size=2)) == 48
 
 

@@ -4,11 +4,11 @@ import pytest
 
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.prompt import Slot
-from vlm_jax.processors.seen import PictureMismatch
+from vlm_jax.processors.spelled_prompt import DeepSeekVL2Prompt, PromptError, QwenVLPrompt
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.turns import DeepSeekVL2Prompt, PromptError, QwenVLPrompt
+from vlm_jax.processors.views import PictureMismatch
 
-from .test_system import Letters, picture, processor, say
+from .test_processor import Letters, picture, processor, say
 
 
 class Vocabulary(Letters):

@@ -2,7 +2,7 @@
 
 XLA's CPU backend multiplies by whole arrays alone: a scan over a stack of kernels first copies the kernel of
 each layer, so that a step of generation, whose time is that of reading the parameters, moves three times as
-much memory. `Unstacked` holds an array a layer. The scan goes over the layers' numbers, and where a product
+much memory. `PerLayer` holds an array a layer. The scan goes over the layers' numbers, and where a product
 wants the layer's own array there are as many branches as layers, of which one runs. A branch holds its
 product and nothing else, is traced once for all layers, and compiles to a call of a library, but for the product
 of one row and a weight, for which XLA generates code anew. The kernel of a linear layer becomes a `weight`, whose
@@ -20,9 +20,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float
 
-# The names of a linear layer's parameters: a kernel [I, O], or a weight [O, I] as `unstacked_kernels` makes it.
+# The names of a linear layer's parameters: a kernel [I, O], or a weight [O, I] as `per_layer_kernels` makes it.
 KERNEL, WEIGHT, BIAS = "kernel", "weight", "bias"
-# Linear layers of one input, which `unstacked_kernels` makes one.
+# Linear layers of one input, which `per_layer_kernels` makes one.
 QUERY_KEY_VALUE, GATE_UP = "query_key_value", "gate_up"
 SIDE_BY_SIDE = {QUERY_KEY_VALUE: ("query", "key", "value"), GATE_UP: ("gate", "up")}
 
@@ -30,7 +30,7 @@ _FEW_ROWS = 16
 
 
 @jax.tree_util.register_pytree_node_class
-class Unstacked:
+class PerLayer:
     """What a stack [L, ..] holds, one array a layer; indexed like the stack.
 
     For writing, the number of every layer is an array too: were it a constant, each layer's write would be another
@@ -41,7 +41,7 @@ class Unstacked:
         self.layers, self.numbers = tuple(layers), tuple(numbers)
 
     @classmethod
-    def of(cls, stack: jax.Array, writable: bool = False) -> "Unstacked":
+    def of(cls, stack: jax.Array, writable: bool = False) -> "PerLayer":
         """Copies every layer out of `stack`, on the host, so that nothing is compiled; not for use inside a program."""
         layers, numbers = np.asarray(stack), np.arange(len(stack) if writable else 0, dtype=np.int32)
         return cls(
@@ -49,7 +49,7 @@ class Unstacked:
         )
 
     @classmethod
-    def of_kernels(cls, *stacks: Any) -> "Unstacked":
+    def of_kernels(cls, *stacks: Any) -> "PerLayer":
         """The weights [L, O, I] of stacks of kernels [L, I, ..] of one input, side by side; copied on the host."""
         kernels = zip(*map(np.asarray, stacks), strict=True)
         return cls(jax.device_put(np.ascontiguousarray(np.concatenate(layer, axis=-1).T)) for layer in kernels)
@@ -66,24 +66,24 @@ class Unstacked:
         """The layer's array for an int, a choice among all for one that is computed, fewer layers for a slice."""
         if isinstance(index, slice):
             layers = self.layers[index]
-            return Unstacked(layers, self.numbers[: len(layers)])
-        return self.layers[index] if isinstance(index, int) else OneOf(self.layers, index)
+            return PerLayer(layers, self.numbers[: len(layers)])
+        return self.layers[index] if isinstance(index, int) else LayerChoice(self.layers, index)
 
-    def written(self, fresh: Float[Array, "L *shape"], start: Any, axis: int) -> "Unstacked":
+    def written(self, fresh: Float[Array, "L *shape"], start: Any, axis: int) -> "PerLayer":
         """With the layers of `fresh` written from slot `start` of `axis` on."""
         pairs = zip(self.layers, self.numbers, strict=True)
-        return Unstacked([written(old, _layer_of(fresh, i), start, axis) for old, i in pairs], self.numbers)
+        return PerLayer([written(old, _layer_of(fresh, i), start, axis) for old, i in pairs], self.numbers)
 
     def tree_flatten(self) -> tuple[Any, None]:
         return (self.layers, self.numbers), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> "Unstacked":
+    def tree_unflatten(cls, _: None, children: Any) -> "PerLayer":
         return cls(*children)
 
 
 @jax.tree_util.register_pytree_node_class
-class OneOf:
+class LayerChoice:
     """The array of one layer, by a number that is computed; see `picked`."""
 
     def __init__(self, layers: Sequence[Any], index: Any):
@@ -101,13 +101,13 @@ class OneOf:
         return (self.layers, self.index), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> "OneOf":
+    def tree_unflatten(cls, _: None, children: Any) -> "LayerChoice":
         return cls(*children)
 
 
 def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
-    """`function(layer, *operands)`, one array; of a `OneOf` by a branch a layer, whose array is not copied."""
-    if not isinstance(layer, OneOf):
+    """`function(layer, *operands)`, one array; of a `LayerChoice` by a branch a layer, whose array is not copied."""
+    if not isinstance(layer, LayerChoice):
         return function(layer, *operands)
     leaves, tree = jax.tree.flatten(operands)
     traced = jax.make_jaxpr(lambda array, *leaves: function(array, *jax.tree.unflatten(tree, leaves)))(
@@ -149,7 +149,7 @@ def product(matrix: Any, x: jax.Array, dtype: Any = None) -> jax.Array:
     One row times the matrix of one layer is written as a sum: as a product XLA's CPU backend would generate code
     for it, for every branch anew, which takes compile time and runs no faster.
     """
-    if isinstance(matrix, OneOf) and x.shape[-2] == 1:
+    if isinstance(matrix, LayerChoice) and x.shape[-2] == 1:
         rows, columns = matrix.shape[-2:]
         heads = x.shape[:-2]
         many = () if math.prod(heads) == 1 else (-1,)  # an axis of size one keeps XLA from its library
@@ -177,29 +177,29 @@ def _sum_of_rows(matrix: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
 
 def written(old: Any, fresh: Any, start: Any, axis: int) -> Any:
     """`old`, a stack or an array of one layer, with `fresh` written from slot `start` of `axis` (negative) on."""
-    if isinstance(old, Unstacked):
+    if isinstance(old, PerLayer):
         return old.written(fresh, start, axis)
     starts = [start if place == axis % old.ndim else 0 for place in range(old.ndim)]
     return jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), starts, allow_negative_indices=False)
 
 
-def is_unstacked(tree: Any) -> bool:
-    """Whether this is an `Unstacked`; a leaf of the trees that layers are taken from."""
-    return isinstance(tree, Unstacked)
+def is_per_layer(tree: Any) -> bool:
+    """Whether this is an `PerLayer`; a leaf of the trees that layers are taken from."""
+    return isinstance(tree, PerLayer)
 
 
-def has_unstacked(tree: Any) -> bool:
+def has_per_layer(tree: Any) -> bool:
     """Whether there is one among the leaves."""
-    return any(map(is_unstacked, jax.tree.leaves(tree, is_leaf=is_unstacked)))
+    return any(map(is_per_layer, jax.tree.leaves(tree, is_leaf=is_per_layer)))
 
 
 def of_layer(stacks: Any, index: Any) -> Any:
     """The tree of layer `index` from a tree of stacks."""
-    return jax.tree.map(lambda leaf: leaf[index], stacks, is_leaf=is_unstacked)
+    return jax.tree.map(lambda leaf: leaf[index], stacks, is_leaf=is_per_layer)
 
 
-def unstacked_kernels(params: Any, within: bool = False) -> Any:
-    """Parameters whose scanned linear layers have weights, unstacked, for kernels; all else as it is.
+def per_layer_kernels(params: Any, within: bool = False) -> Any:
+    """Parameters whose scanned linear layers have weights, per_layer, for kernels; all else as it is.
 
     Linear layers of the same input, as `SIDE_BY_SIDE` names them, become one: fewer and larger products.
     Not for use inside a program: the kernels are copied, so that they are held twice while both trees are.
@@ -213,7 +213,7 @@ def unstacked_kernels(params: Any, within: bool = False) -> Any:
         if all(_is_linear(params.get(part)) for part in parts):
             together[name] = _with_weight([params[part] for part in parts])
             params = {key: value for key, value in params.items() if key not in parts}
-    return together | {name: unstacked_kernels(value, within or name == "layers") for name, value in params.items()}
+    return together | {name: per_layer_kernels(value, within or name == "layers") for name, value in params.items()}
 
 
 def _is_linear(params: Any) -> bool:
@@ -225,7 +225,7 @@ def _with_weight(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The parameters of linear layers of one input as those of one linear layer."""
     rest = [{name: value for name, value in part.items() if name != KERNEL} for part in parts]
     beside = jax.tree.map(lambda *leaves: jax.device_put(np.concatenate([*map(np.asarray, leaves)], axis=-1)), *rest)
-    return {WEIGHT: Unstacked.of_kernels(*(part[KERNEL] for part in parts)), **beside}
+    return {WEIGHT: PerLayer.of_kernels(*(part[KERNEL] for part in parts)), **beside}
 
 
 def _layer_of(fresh: jax.Array, number: jax.Array) -> jax.Array:

@@ -13,14 +13,14 @@ from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.seen import PictureMismatch, Pixels
 from vlm_jax.processors.smart_resize import qwen_size
+from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.system import Processor
 from vlm_jax.processors.tiles import InternVLViews, Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.turns import PromptError
+from vlm_jax.processors.views import PictureMismatch, Pixels
 from vlm_jax.types import PatchFormat
 
 

@@ -15,11 +15,11 @@ from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
-from vlm_jax.processors.seen import PictureMismatch, Seen, Views, check_list
+from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import TokenizerError
-from vlm_jax.processors.turns import PromptError
-from vlm_jax.processors.video import FrameSampling, Sampling, read_video
+from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
+from vlm_jax.processors.views import PictureMismatch, PreparedImage, Views, check_list
 from vlm_jax.types import Batch
 
 Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
@@ -42,7 +42,7 @@ class Processor:
       max_length: most tokens of a conversation; None where the release has no limit.
       end_tokens: names of those that end an answer in the release's own code; its generation config may add more.
       max_pixels: of a picture; more is refused as a decompression bomb.
-      sampling: which frames of a video's file are looked at.
+      frame_sampler: which frames of a video's file are looked at.
     """
 
     prompt: Prompt
@@ -54,7 +54,7 @@ class Processor:
     max_length: int | None = None
     end_tokens: tuple[str, ...] = ()
     max_pixels: int = 100_000_000
-    sampling: Sampling = dataclasses.field(default_factory=FrameSampling)
+    frame_sampler: FrameSampler = dataclasses.field(default_factory=RateSampler)
 
     def __call__(
         self,
@@ -75,7 +75,7 @@ class Processor:
         fps: float | int = FRAME_RATE,
         max_visual_tokens: int | None = None,
         max_video_tokens: int | None = None,
-        frame_sampling: Sampling | None = None,
+        frame_sampler: FrameSampler | None = None,
         targets: bool = False,
         add_generation_prompt: bool | None = None,
         **variables: Any,
@@ -90,7 +90,7 @@ class Processor:
           fps: frames a second of videos that are given as frames.
           max_visual_tokens: most places of a picture; as the release has it when None.
           max_video_tokens: the same of a video.
-          frame_sampling: which frames of videos that are files; the processor's `sampling` when None.
+          frame_sampler: which frames of videos that are files; the processor's `frame_sampler` when None.
           targets: as the release trains on it, to learn what assistants say, the token that ends it, and no more.
           add_generation_prompt: ends with the head of the answer; when None, only without `targets`.
           **variables: more for the chat template.
@@ -118,7 +118,7 @@ class Processor:
         options = {
             "fps": fps,
             "most": (max_visual_tokens, max_video_tokens),
-            "sampling": frame_sampling or self.sampling,
+            "frame_sampler": frame_sampler or self.frame_sampler,
             "add_generation_prompt": not targets if add_generation_prompt is None else add_generation_prompt,
             "targets": targets,
             **variables,
@@ -175,9 +175,9 @@ class Processor:
         *,
         fps: float | int,
         most: tuple[int | None, int | None],
-        sampling: Sampling,
+        frame_sampler: FrameSampler,
         **options: Any,
-    ) -> tuple[list[Text | Visual], list[Seen]]:
+    ) -> tuple[list[Text | Visual], list[PreparedImage]]:
         """The pieces of a conversation, and what is seen in it in the order of the visual table."""
         images = _given(messages, "image", images, name)
         videos = _given(messages, "video", videos, name)
@@ -186,10 +186,10 @@ class Processor:
         ]
         places = []
         for i, video in enumerate(videos):
-            with named(f"{name}, video {i}"):
-                frames = self._frames(video, fps, sampling, f"{name}, video {i}")
+            with error_context(f"{name}, video {i}"):
+                frames = self._frames(video, fps, frame_sampler, f"{name}, video {i}")
                 places.append(self.views.video(*frames, most[1]))
-        with named(name):
+        with error_context(name):
             seen = (self.views if most[0] is None else self.views.within(most[0])).images(pictures)
         for kind, limit, counts in (
             ("image", most[0], [len(one.layout) for one in seen]),
@@ -198,26 +198,26 @@ class Processor:
             for i, count in enumerate(counts):
                 if limit is not None and count > limit:
                     raise InfeasibleBudget(f"{name}, {kind} {i}: takes {count} visual tokens at least, over {limit}")
-        waiting: dict[Kind, list[Seen]] = {"image": seen, "video": [*itertools.chain(*places)]}
-        with named(name):
+        waiting: dict[Kind, list[PreparedImage]] = {"image": seen, "video": [*itertools.chain(*places)]}
+        with error_context(name):
             pieces = self.prompt(messages, [len(parts) for parts in places], **options)
             if options["targets"] and not any(isinstance(piece, Text) and piece.learned for piece in pieces):
                 raise PromptError("no assistant says anything in it, so that there is nothing to learn")
         return self._filled(pieces, waiting, name)
 
     def _frames(
-        self, video: Video, fps: float | int, sampling: Sampling, name: str
+        self, video: Video, fps: float | int, frame_sampler: FrameSampler, name: str
     ) -> tuple[list[Image.Image], float | int]:
         if isinstance(video, str | os.PathLike | bytes):
-            return read_video(video, sampling, max_pixels=self.max_pixels, name=name)
+            return read_video(video, frame_sampler, max_pixels=self.max_pixels, name=name)
         frames = [to_picture(frame, max_pixels=self.max_pixels, name=name) for frame in video]
         if not frames:
             raise PictureMismatch(f"{name}: a video of no frames")
         return frames, fps
 
     def _filled(
-        self, pieces: Sequence[Text | Slot], waiting: dict[Kind, list[Seen]], name: str
-    ) -> tuple[list[Text | Visual], list[Seen]]:
+        self, pieces: Sequence[Text | Slot], waiting: dict[Kind, list[PreparedImage]], name: str
+    ) -> tuple[list[Text | Visual], list[PreparedImage]]:
         for kind, seen in waiting.items():
             wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
             if wanted != len(seen):
@@ -226,7 +226,7 @@ class Processor:
                     f'{{"type": "{kind}"}} item in the messages for every {kind}'
                 )
         filled: list[Text | Visual] = []
-        order: list[Seen] = []
+        order: list[PreparedImage] = []
         start = self.num_learned
         for piece in pieces:
             if isinstance(piece, Text):
@@ -250,7 +250,7 @@ class Processor:
 
 
 @contextlib.contextmanager
-def named(name: str) -> Iterator[None]:
+def error_context(name: str) -> Iterator[None]:
     """Errors that do not say which sample they are of say it."""
     try:
         yield

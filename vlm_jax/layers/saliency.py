@@ -20,7 +20,7 @@ class Heads(NamedTuple):
         return Heads(*(x.reshape(*x.shape[:2], 1, -1) for x in self))
 
 
-def attention_received(heads: Heads, context: Context, weights: Float[Array, "B T"]) -> Float[Array, "B S"]:
+def attention_saliency(heads: Heads, context: Context, weights: Float[Array, "B T"]) -> Float[Array, "B S"]:
     """Softmax attention that each key gets: the mean over heads, and over queries by `weights`; float32.
 
     Args:

@@ -6,9 +6,9 @@ import pytest
 
 from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.models.vlm import VLM
+from vlm_jax.pretrained.composition import text_names, text_section
 from vlm_jax.pretrained.family import Names
 from vlm_jax.pretrained.internvl import describe
-from vlm_jax.pretrained.system import text_names, text_section
 
 DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 TABLE, OTHER = np.arange(6.0).reshape(3, 2), np.ones((3, 2))

@@ -9,14 +9,14 @@ from flax import linen as nn
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import TransformerStack
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.unstacked import (
-    OneOf,
-    Unstacked,
+from vlm_jax.layers.per_layer import (
+    LayerChoice,
+    PerLayer,
     linear,
     of_layer,
+    per_layer_kernels,
     picked,
     product,
-    unstacked_kernels,
     written,
 )
 
@@ -31,14 +31,14 @@ def stack():
 
 
 def test_indexing_gives_what_the_stack_gives(stack):
-    unstacked = Unstacked.of(stack)
-    assert (unstacked.shape, unstacked.dtype) == (stack.shape, stack.dtype)
-    np.testing.assert_array_equal(unstacked[1], stack[1])
-    np.testing.assert_array_equal(unstacked[1:][0], stack[1])
-    chosen = unstacked[jnp.asarray(2)]
-    assert isinstance(chosen, OneOf) and chosen.shape == stack.shape[1:]
+    per_layer = PerLayer.of(stack)
+    assert (per_layer.shape, per_layer.dtype) == (stack.shape, stack.dtype)
+    np.testing.assert_array_equal(per_layer[1], stack[1])
+    np.testing.assert_array_equal(per_layer[1:][0], stack[1])
+    chosen = per_layer[jnp.asarray(2)]
+    assert isinstance(chosen, LayerChoice) and chosen.shape == stack.shape[1:]
     np.testing.assert_array_equal(picked(lambda layer, x: layer * x, chosen, 2), 2 * stack[2])
-    of = of_layer({"a": unstacked, "b": jnp.arange(DEPTH)}, jnp.asarray(1))
+    of = of_layer({"a": per_layer, "b": jnp.arange(DEPTH)}, jnp.asarray(1))
     np.testing.assert_array_equal(picked(jnp.copy, of["a"]), stack[1])
     assert of["b"] == 1
 
@@ -48,7 +48,7 @@ def test_indexing_gives_what_the_stack_gives(stack):
 def test_products_are_those_of_the_layer(stack, rows, heads):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(heads, rows, 4)), jnp.float32)
     matrix = stack[:, :heads]
-    got = jax.jit(product)(Unstacked.of(matrix)[jnp.asarray(1)], x)
+    got = jax.jit(product)(PerLayer.of(matrix)[jnp.asarray(1)], x)
     np.testing.assert_allclose(got, np.float64(x) @ np.float64(matrix[1]), atol=1e-5)
 
 
@@ -56,7 +56,7 @@ def test_products_are_those_of_the_layer(stack, rows, heads):
 def test_a_weight_gives_what_its_kernel_gives(stack, shape):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(*shape, 4)), jnp.float32)
     kernel, bias = np.float64(stack[1, 0]), np.arange(5.0, dtype=np.float32)
-    weight = Unstacked.of(jnp.swapaxes(stack[:, 0], 1, 2))[jnp.asarray(1)]
+    weight = PerLayer.of(jnp.swapaxes(stack[:, 0], 1, 2))[jnp.asarray(1)]
     np.testing.assert_allclose(jax.jit(linear)(weight, x), np.float64(x) @ kernel, atol=1e-5)
     got = Dense(5, ("embed", "mlp")).apply({"params": {"weight": weight, "bias": bias}}, x)
     np.testing.assert_allclose(got, np.float64(x) @ kernel + bias, atol=1e-5)
@@ -68,7 +68,7 @@ def test_writes_are_those_of_the_stack(stack, axis):
     expected = np.array(stack)
     expected[(..., 3) if axis == -1 else (..., 3, slice(None))] = 1
     np.testing.assert_array_equal(written(stack, fresh, 3, axis), expected)
-    got = jax.jit(lambda old: written(old, fresh, 3, axis))(Unstacked.of(stack, writable=True))
+    got = jax.jit(lambda old: written(old, fresh, 3, axis))(PerLayer.of(stack, writable=True))
     np.testing.assert_array_equal(jnp.stack(got.layers), expected)
 
 
@@ -77,7 +77,7 @@ def test_linear_layers_of_one_input_are_one_product():
     stack = TransformerStack(DEPTH, {**block, "norm_epsilon": 1e-6, "qkv_bias": True, "use_bias": True})
     x, context = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 8)), jnp.float32), Context("causal")
     params = nn.meta.unbox(drawn(jax.eval_shape(stack.init, jax.random.key(0), x, context)))["params"]
-    apart = unstacked_kernels(params)
+    apart = per_layer_kernels(params)
     layers = apart["layers"]
     assert {name: set(layers[name]) for name in ("attention", "mlp")} == {
         "attention": {"query_key_value", "out"},
@@ -94,8 +94,8 @@ def test_only_kernels_of_scanned_layers_are_taken_out():
         "blocks": {"layers": {"mlp": {"up": {"kernel": kernel, "bias": scale}}, "norm": {"scale": scale}}},
         "head": {"kernel": kernel},
     }
-    got = unstacked_kernels(params)
+    got = per_layer_kernels(params)
     up = got["blocks"]["layers"]["mlp"]["up"]
-    assert set(up) == {"weight", "bias"} and isinstance(up["weight"], Unstacked)
+    assert set(up) == {"weight", "bias"} and isinstance(up["weight"], PerLayer)
     np.testing.assert_array_equal(up["weight"][2], kernel[2].T)
     assert got["blocks"]["layers"]["norm"]["scale"] is scale and got["head"]["kernel"] is kernel
