@@ -97,6 +97,8 @@ class VisualFeatures:
       keys: of each feature and head in that block, with `saliency`.
       first_dim: static; channels that the first of two encoders gave, where channels of both stand in
         `tokens`, else None.
+      kept: behind a reducer, the index of each feature among those that the reducer was given (of a merged
+        one, the index whose place it takes), else None.
     """
 
     tokens: Float[Array, "B N D"]
@@ -109,6 +111,7 @@ class VisualFeatures:
     saliency: Float[Array, "B N"] | None = None
     keys: Float[Array, "B N K H"] | None = None
     first_dim: int | None = static_field(default=None)
+    kept: Int[Array, "B N"] | None = None
 
     def reduced(self, tokens: Float[Array, "B K D"], mask: Bool[Array, "B K"], grid: Grid) -> "VisualFeatures":
         """Fewer features of the same channels in their stead, without what was found of each one."""
@@ -117,10 +120,18 @@ class VisualFeatures:
 
 @struct
 class VisualTokens:
-    """What a connector returns: M tokens of the decoder's width for every image."""
+    """What a connector returns: M tokens of the decoder's width for every image.
+
+    Attributes:
+      tokens: in the order in which they fill the visual table.
+      mask: True where a token is real.
+      kept: where a reducer chose, the index of each token among all tokens (or features) of its image or packed
+        row before the reducer; else None.
+    """
 
     tokens: Float[Array, "B M D"]
     mask: Bool[Array, "B M"]
+    kept: Int[Array, "B M"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +176,21 @@ class Instruction:
 
 
 @struct
+class PackedImages:
+    """Where the images of a packed row lie among its merged tokens; for reducers, which act image by image.
+
+    Attributes:
+      starts: index of each image's first token in the row, in the processor's order.
+      counts: tokens of each image; 0 where there is none.
+      longest: static; the most tokens that one image can have.
+    """
+
+    starts: Int[Array, "B I"]
+    counts: Int[Array, "B I"]
+    longest: int = static_field(default=0)
+
+
+@struct
 class PackedPatches:
     """Patches of several images and video frames of any size in one sequence, laid out on the host.
 
@@ -183,6 +209,7 @@ class PackedPatches:
         where window_ids is None.
       window_length: patches of a row of whole windows, the largest that one window can have; 0
         without windows.
+      images: which tokens are of which image, where a reducer needs it, else None.
     """
 
     patches: Float[Array, "B N P"]
@@ -192,6 +219,7 @@ class PackedPatches:
     window_ids: Int[Array, "B N"] | None = None
     order: Int[Array, "B N"] | None = None
     window_length: int = static_field(default=0)
+    images: PackedImages | None = None
 
 
 @struct
@@ -205,6 +233,23 @@ class TwoSizes:
 
     high: Float[Array, "*images height width channels"]
     low: Float[Array, "*images low_height low_width channels"]
+
+
+@struct
+class VisualPlaces:
+    """Where a sequence's visual tokens stand, whose attention ranks them, and how long rows are after each drop.
+
+    Attributes:
+      index: position of every token of every image (or tile), in order; T for a token that is in no place.
+      ranking: True at the last position of each instruction, which no drop touches.
+      lengths: static; positions of a row after each of the decoder's drops, enough for every real position
+        that is left. Empty where they follow from the index: T less what each image loses, whether or not a
+        row has as much to lose.
+    """
+
+    index: Int[Array, "B I M"]
+    ranking: Bool[Array, "B T"]
+    lengths: tuple[int, ...] = static_field(default=())
 
 
 # Rotary positions: one of each place, or three (temporal, row, column) as M-RoPE has them.
@@ -228,6 +273,11 @@ class Batch:
       targets: the id to be predicted at each position (already shifted), any id without weight.
       loss_weights: 1.0 where the prediction counts.
       branch_ids: None, or what a position reads of its segment: branch 0 and its own branch.
+      places: of decoders that drop visual tokens between layers, else None.
+      visual_positions: where a reducer chooses tokens and each keeps its own position: that of every token
+        before the reducer, as its `kept` counts them (of tiles, tile after tile); else None, and positions are
+        as laid out.
+      instruction: what a Q-Former reads beside the images, a row for each image of the batch, else None.
     """
 
     tokens: Int[Array, "B T"]
@@ -238,6 +288,9 @@ class Batch:
     targets: Int[Array, "B T"] | None = None
     loss_weights: Float[Array, "B T"] | None = None
     branch_ids: Int[Array, "B T"] | None = None
+    places: VisualPlaces | None = None
+    visual_positions: Int[Array, "B R"] | Int[Array, "B R 3"] | None = None
+    instruction: Instruction | None = None
 
 
 @struct
@@ -270,19 +323,6 @@ class Drop(NamedTuple):
     layer: int
     num_kept: int
     ranked_by: int
-
-
-@struct
-class VisualPlaces:
-    """Where a sequence's visual tokens stand, and whose attention says which of them matter.
-
-    Attributes:
-      index: position of every image's tokens; T for a token that is in no place.
-      ranking: True at the last position of each instruction, which no drop touches.
-    """
-
-    index: Int[Array, "B I M"]
-    ranking: Bool[Array, "B T"]
 
 
 @struct
