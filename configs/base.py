@@ -51,11 +51,10 @@ def get_config() -> ConfigDict:
             "tokenizer": "digits",
             "special_tokens": {},
             "independent_turns": True,
-            "max_text_length": 60,
-            "max_question_length": 8,
-            "max_answer_length": 24,
         }
     )
+    # Positions of a training row: text, and the visual tokens that the budget adds to it.
+    config.row = ConfigDict({"text_length": 60, "length": placeholder(int)})
     config.encoder = ConfigDict(
         {
             "kind": "vit",
@@ -98,6 +97,6 @@ def get_config() -> ConfigDict:
         }
     )
     config.loop = ConfigDict({"save_every": 200, "keep": 2, "log_every": 20, "input_workers": 0})
-    config.evaluation = ConfigDict({"batch_size": 200})
+    config.evaluation = ConfigDict({"batch_size": 200, "question_length": 8, "max_new_tokens": 24})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1})
     return config

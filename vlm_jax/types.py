@@ -17,6 +17,7 @@ Letters of shape annotations, everywhere in the package:
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
@@ -347,12 +348,17 @@ class Turn:
     Attributes:
       question: text before the model answers.
       answer: text that the model is to give.
-      task: which metric scores the answer; free text for sets with a single task.
+      task: which metric scores the answer.
     """
 
     question: str
     answer: str
     task: str = "vqa"
+
+
+# A chat message: {"role": "user", "content": "…"}, or with content such as
+# [{"type": "image"}, {"type": "text", "text": "…"}].
+Message = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,12 +367,70 @@ class Sample:
 
     Attributes:
       sample_id: names the sample in every message about it.
-      images: uint8 pictures of any size, [height, width, channels].
-      turns: the conversation, in order; the images stand before the first question.
-      context: text that stands where the images would, before the first question.
+      messages: the conversation, with an item `{"type": "image"}` for every picture; the last message is the answer.
+      images: uint8 pictures of any size, [height, width, channels], in the order of their items.
+      task: which metric scores the answer; free text for sets with a single task.
     """
 
     sample_id: str
-    images: tuple[np.ndarray, ...]
-    turns: tuple[Turn, ...]
-    context: str = ""
+    messages: tuple[Message, ...]
+    images: tuple[np.ndarray, ...] = ()
+    task: str = "vqa"
+
+    @property
+    def question(self) -> str:
+        """The text before the last answer, without pictures."""
+        return text_of(self.messages[-2])
+
+    @property
+    def answer(self) -> str:
+        """The last answer."""
+        return text_of(self.messages[-1])
+
+
+def text_of(message: Message) -> str:
+    """The text of a message's last text item, or its whole content where that is a text."""
+    content = message["content"]
+    return content if isinstance(content, str) else [item["text"] for item in content if item["type"] == "text"][-1]
+
+
+def dialogue(turns: Sequence[Turn], *, num_images: int = 0, context: str = "") -> tuple[Message, ...]:
+    """Messages of questions and their answers.
+
+    Args:
+      turns: in order.
+      num_images: pictures that stand before the first question.
+      context: text that stands between them and the first question.
+    """
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        items: list[Message] = []
+        if not number:
+            items += [{"type": "image"}] * num_images + [{"type": "text", "text": context}] * bool(context)
+        messages.append({"role": "user", "content": [*items, {"type": "text", "text": turn.question}]})
+        messages.append({"role": "assistant", "content": turn.answer})
+    return tuple(messages)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The static shape of a row.
+
+    Attributes:
+      length: positions, T.
+      images: tiles, or places of packed patches.
+      kept: positions that are left after each drop of visual tokens inside the decoder.
+    """
+
+    length: int
+    images: int
+    kept: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What one example takes of a row; loads of a row add up. Fields as of `RowShape`."""
+
+    length: int
+    images: int
+    kept: tuple[int, ...] = ()

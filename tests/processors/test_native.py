@@ -7,7 +7,7 @@ from PIL import Image
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.native import NativeViews, VideoLimits, rotary_positions
 from vlm_jax.processors.smart_resize import ovis_size, qwen_size
-from vlm_jax.processors.views import Pixels
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.types import PatchFormat
 
 FORMAT = PatchFormat(4, 2, 2)

@@ -20,7 +20,8 @@ from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import InternVLViews, Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.views import PictureMismatch, Pixels
+from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import PatchFormat
 
 

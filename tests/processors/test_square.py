@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.views import Pixels
+from vlm_jax.processors.pixels import Pixels
 
 GREY = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), Image.Resampling.NEAREST)
 

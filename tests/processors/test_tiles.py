@@ -10,7 +10,8 @@ from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.smart_resize import ovis_size
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import DeepSeekVL2Views, InternVLViews, Ovis2Views
-from vlm_jax.processors.views import NoViews, Pixels
+from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.views import NoViews
 from vlm_jax.types import PatchFormat
 
 DRAW = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.video import RateSampler, SegmentSampler, read_video
-from vlm_jax.processors.views import Pixels
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.types import PatchFormat
 
 from .test_processor import processor, say

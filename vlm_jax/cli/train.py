@@ -8,9 +8,10 @@ import rich.progress
 from absl import flags
 
 from vlm_jax.build import PARTS, build
+from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.cli import command
 from vlm_jax.config import parse
-from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all, realised_tokens
+from vlm_jax.evals.vqa import accuracy, answer_all, realised_tokens
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.loop import Trainer
@@ -28,7 +29,7 @@ def main() -> None:
     """Trains every stage of a config, then evaluates; writes `metrics.jsonl` and `evaluation.json`."""
     config, workdir = command.CONFIG.value, command.workdir()
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
-    system = build(config)
+    experiment = build(config)
     mesh = make_mesh(parse(MeshSettings, config.mesh, "config.mesh"))
     console = rich.console.Console()
     with rich.progress.Progress(console=console) as bar:
@@ -38,14 +39,17 @@ def main() -> None:
             bar.update(task, total=steps, completed=step, description=f"{metrics['stage']} {metrics['loss']:.3f}")
 
         start: Any = {"init_from": INIT_FROM.value, "init_parts": PARTS}
-        outcome = Trainer(config, system, mesh, workdir, progress=progress, **start).run()
-    samples = system.open_source().evaluation(config.seed)
-    answers = answer_all(system, outcome.params, samples, evaluation.batch_size)
+        outcome = Trainer(config, experiment, mesh, workdir, progress=progress, **start).run()
+    samples = experiment.open_source().evaluation(config.seed)
+    answers = answer_all(experiment, outcome.params, samples, evaluation)
     table, tokens = accuracy(answers), realised_tokens(answers)
     if is_primary():
         result = {"accuracy": table, "token_budget": config.token_budget, "num_visual_tokens": tokens}
         # What enters the decoder is above; a reducer inside it leaves fewer.
-        result |= {"visual_tokens_left": system.num_visual_tokens, "mean_visual_tokens": system.mean_visual_tokens}
+        result |= {
+            "visual_tokens_left": experiment.system.budget.left,
+            "mean_visual_tokens": experiment.system.budget.mean,
+        }
         write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
     console.print(f"visual tokens an image: {tokens['mean']} on average, {tokens['max']} at most")
     for name, entry in table.items():

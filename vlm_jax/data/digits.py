@@ -2,7 +2,7 @@
 
 Streams:
   questions: samples with one picture and several turns of random tasks.
-  text_pages: the same questions, without picture; `context` is the page's digits in reading order,
+  text_pages: the same questions, without picture: the page's digits in reading order stand before the first,
     and `locate` is left out, because text has no boxes.
   cells: `CellBatch`es of one page, for training an encoder by itself.
 
@@ -19,7 +19,7 @@ from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.data.digit_questions import TASKS, TASKS_WITHOUT_PIXELS, ask, digits_in_reading_order
 from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, Tools
-from vlm_jax.types import CellBatch, Grid, Sample
+from vlm_jax.types import CellBatch, Grid, Sample, dialogue
 
 STREAMS = ("questions", "text_pages", "cells")
 # First key of every generator, so that no two uses of a seed draw the same pages.
@@ -201,10 +201,10 @@ class DigitSource:
     def _sample(
         self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int = 1
     ) -> Sample:
-        turns = tuple(ask(task, page, draws, self._tools.format_box) for task, draws in questions)
+        turns = [ask(task, page, draws, self._tools.format_box) for task, draws in questions]
         if stream == "text_pages":
-            return Sample(name, images=(), turns=turns, context=digits_in_reading_order(page, scale))
-        return Sample(name, images=(page.pixels,), turns=turns)
+            return Sample(name, dialogue(turns, context=digits_in_reading_order(page, scale)), task=turns[-1].task)
+        return Sample(name, dialogue(turns, num_images=1), (page.pixels,), turns[-1].task)
 
     def _cells(self, page: Page) -> CellBatch:
         height, width, _ = page.pixels.shape

@@ -28,7 +28,7 @@ class Tools:
       read_image: (path, *, channels, max_pixels) -> uint8 [height, width, channels]; raises OSError
         or ValueError for a file without a usable image; `processors.image.open_image`.
       prepare_image: uint8 [height, width, channels] -> the encoder's float32 pixels;
-        `VqaProcessor.prepare_image`.
+        `Experiment.prepare_image`.
     """
 
     format_box: Callable[..., str]

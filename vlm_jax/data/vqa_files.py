@@ -16,7 +16,7 @@ import numpy as np
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.data.source import Tools
 from vlm_jax.data.vqa_records import Record, read_records
-from vlm_jax.types import Sample
+from vlm_jax.types import Sample, Turn, dialogue, text_of
 
 STREAMS = ("questions",)
 _log = logging.getLogger(__name__)
@@ -142,7 +142,8 @@ class Records:
         except (OSError, ValueError) as error:
             self._count(record, error)
             return None
-        return Sample(f"{self._path}:{record.record_id}", images, record.turns)
+        messages = dialogue(record.turns, num_images=len(images))
+        return Sample(f"{self._path}:{record.record_id}", messages, images, record.turns[-1].task)
 
     def _count(self, record: Record, error: Exception) -> None:
         with self._lock:
@@ -218,11 +219,13 @@ class EvaluationSamples:
             sample = self.records.read(index)
             if sample is None:
                 continue
-            if len(sample.turns) == 1:
+            if len(sample.messages) == 2:
                 yield sample
                 continue
-            for number, turn in enumerate(sample.turns, start=1):
-                yield dataclasses.replace(sample, sample_id=f"{sample.sample_id}#{number}", turns=(turn,))
+            questions = zip(sample.messages[::2], sample.messages[1::2], strict=True)
+            for number, (question, answer) in enumerate(questions, start=1):
+                alone = dialogue([Turn(text_of(question), text_of(answer))], num_images=len(sample.images))
+                yield dataclasses.replace(sample, sample_id=f"{sample.sample_id}#{number}", messages=alone)
 
 
 def _check_stream(stream: str) -> None:

@@ -5,29 +5,20 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
-from vlm_jax.build import System
+from vlm_jax.build import Experiment
+from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.generation.engine import generate, prepared
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
+from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.types import TEXT_SLOT, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
-    """`config.evaluation`.
-
-    Attributes:
-      batch_size: prompts that are answered together.
-    """
-
-    batch_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,44 +70,59 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return low, 1.0 if successes == trials else min(1.0, centre + half)
 
 
-def answer_all(system: System, params: dict[str, Any], samples: Iterable[Sample], batch_size: int) -> list[Answer]:
-    """Generates an answer to the first question of every sample; the last batch is padded by repeats.
+def answer_all(
+    experiment: Experiment, params: dict[str, Any], samples: Iterable[Sample], settings: EvaluationSettings
+) -> list[Answer]:
+    """Generates an answer to the last question of every sample; the last batch is padded by repeats.
 
     Raises:
-      ValueError: an image takes more visual tokens than its budget, or a prompt has another number of
-        places for them.
+      SequenceTooLong: a prompt is longer than `config.evaluation.question_length` allows, or a reference answer
+        longer than `max_new_tokens`, so that no generated answer could equal it.
+      ValueError: a prompt has another number of places for visual tokens than its images take.
     """
     samples, mesh = list(samples), mesh_of(params)
     if mesh is not None and mesh.shape[CONTEXT] > 1:
         mesh = None  # new tokens come one by one, and are not shared out over it
     params = prepared(params, mesh)  # once for all batches
-    processor, tokenizer = system.processor, system.processor.tokenizer
-    answers = []
-    for start in range(0, len(samples), batch_size):
-        group = samples[start : start + batch_size]
-        padded = group + [group[-1]] * (batch_size - len(group))
-        batch = jax.tree.map(lambda *rows: np.concatenate(rows), *[processor.prompt(sample) for sample in padded])
+    system, shape, size = experiment.system, experiment.prompt, settings.batch_size
+    processor, answers = system.processor, []
+    for sample in samples:
+        _check_reference(processor.tokenizer, sample, settings.max_new_tokens)
+    for start in range(0, len(samples), size):
+        group = samples[start : start + size]
+        examples = [experiment.example(sample, targets=False) for sample in group]
+        padded = examples + [examples[-1]] * (size - len(group))
+        batch = processor.rows([[example] for example in padded], shape, targets=False, key="config.evaluation")
         ids = generate(
             system.model,
             params,
             batch,
-            max_new_tokens=processor.max_answer_length,
-            end_ids=(tokenizer.eos_id,),
-            pad_id=tokenizer.pad_id,
-            buckets=(batch.tokens.shape[1],),
-            names=[f"sample '{sample.sample_id}'" for sample in padded],
+            max_new_tokens=settings.max_new_tokens,
+            end_ids=system.ends,
+            pad_id=processor.pad_id,
+            buckets=(shape.length,),
+            names=[f"sample '{example.name}'" for example in padded],
             mesh=mesh,
         ).tokens
         places = np.count_nonzero(batch.visual_index != TEXT_SLOT, axis=1).tolist()
-        for sample, row, shown in zip(group, ids.tolist(), places, strict=False):
-            ended = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
-            text, turn = tokenizer.decode(ended), sample.turns[0]
-            correct = tokenizer.eos_id in row and SCORERS.get(turn.task, exact)(text, turn.answer)
-            counts = processor.visual_tokens(sample)
+        for sample, example, row, shown in zip(group, examples, ids.tolist(), places, strict=False):
+            ended = next((number for number, index in enumerate(row) if index in system.ends), None)
+            text = processor.tokenizer.decode(row[:ended])
+            correct = ended is not None and SCORERS.get(sample.task, exact)(text, sample.answer)
+            counts = example.visual_tokens
             if sum(counts) != shown:
                 raise ValueError(f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places")
             answers.append(Answer(sample, text, correct, counts))
     return answers
+
+
+def _check_reference(tokenizer: Tokenizer, sample: Sample, max_new_tokens: int) -> None:
+    length = len(tokenizer.encode(sample.answer)) + 1
+    if length > max_new_tokens:
+        raise SequenceTooLong(
+            f"sample '{sample.sample_id}': its reference answer has {length} tokens with the end token, over the limit "
+            f"of {max_new_tokens}; raise config.evaluation.max_new_tokens"
+        )
 
 
 def realised_tokens(answers: Iterable[Answer]) -> dict[str, float | int]:
@@ -130,7 +136,7 @@ def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:
     """{task: {"mean", "low", "high", "n"}}, the interval being Wilson's at 95%."""
     by_task: dict[str, list[bool]] = {}
     for answer in answers:
-        by_task.setdefault(answer.sample.turns[0].task, []).append(answer.correct)
+        by_task.setdefault(answer.sample.task, []).append(answer.correct)
     table = {}
     for task, results in by_task.items():
         low, high = wilson_interval(sum(results), len(results))

@@ -26,11 +26,12 @@ from vlm_jax.pretrained.family import Description, PretrainedError, marker, text
 from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, PROCESSORS, image_text
 from vlm_jax.pretrained.processing.agreement import check_agreement, check_image_text
 from vlm_jax.pretrained.processing.settings import write_image_size
+from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks
 from vlm_jax.processors.image import height_and_width, to_picture
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs
 from vlm_jax.processors.native import NativeViews
-from vlm_jax.processors.processor import Conversation, Picture, Processor, Video
+from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer

@@ -93,6 +93,24 @@ class AnyresViews(Tiles):
             raise too_few(max_tokens, min(counts))
         return dataclasses.replace(self, canvases=kept)
 
+    def retokened(self, tokens: Grid | int) -> "AnyresViews":
+        """With other tokens for a tile; where they form no grid, tile after tile and without the learned row."""
+        if isinstance(tokens, int):
+            return dataclasses.replace(self, grid=(1, tokens), merge="flat")
+        return dataclasses.replace(self, grid=tokens)
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """Tiles of each picture, the whole among them."""
+        if not self.canvases:
+            return [1] * len(sizes)
+        canvases = [best_resolution(size, self.canvases) for size in sizes]
+        return [1 + (height // self.side) * (width // self.side) for height, width in canvases]
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile."""
+        return self.base.tile_shape
+
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """The tokens of the whole, then those of the canvas."""
         return [self._layout(size) for size in sizes]

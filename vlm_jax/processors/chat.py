@@ -15,14 +15,13 @@ import jinja2.sandbox
 from etils import epath
 
 from vlm_jax.config import did_you_mean, read_json
+from vlm_jax.types import Message
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
 # Variables whose values stand about every `{% generation %}` block; nothing where they are not given.
 GENERATION_BEGIN, GENERATION_END = "generation_begin", "generation_end"
-
-Message = Mapping[str, Any]
 
 
 class ChatTemplateError(ValueError):

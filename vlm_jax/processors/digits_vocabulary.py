@@ -7,7 +7,8 @@ digits 7, 4, 1, 9 is `7419`, four tokens, and decodes to `7419` again.
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from vlm_jax.processors.layout_tokenizer import LayoutTokenizer
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.vocabulary import TokenizersVocabulary
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<image>", "<unk>")
 TASK_WORDS = ("read", "transcribe", "count", "locate", "row", "column")
@@ -18,7 +19,7 @@ BOX_TOKENS = ("<box>", "</box>", "(", ")", ",")
 _WORD = r"</?[a-z]+>|[0-9]|[^\s0-9<>(),]+|\S"
 
 
-def digits_tokenizer() -> LayoutTokenizer:
+def digits_tokenizer() -> Tokenizer:
     """The tokenizer of the digit pages' questions and answers.
 
     `decode` gives back the canonical text: one space about every task word, none elsewhere, so
@@ -33,4 +34,6 @@ def digits_tokenizer() -> LayoutTokenizer:
         + [decoders.Fuse(), decoders.Replace("  ", " "), decoders.Replace(tokenizers.Regex("^ +| +$"), "")]
     )
     backend.add_special_tokens(list(SPECIAL_TOKENS))
-    return LayoutTokenizer(backend, origin="the digit pages' vocabulary")
+    roles = ("pad", "bos", "eos", "image", "unk")
+    names: dict[str, str] = {f"{role}_token": token for role, token in zip(roles, SPECIAL_TOKENS, strict=True)}
+    return Tokenizer(TokenizersVocabulary(backend), names, origin="the digit pages' vocabulary")

@@ -7,7 +7,6 @@ In the rooms of data a picture is a uint8 array [height, width, channels] with 1
 import io
 import os
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from etils import epath
@@ -16,7 +15,6 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vlm_jax.interpolation import ResizeKind, fixed_point_weights
 
-Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 FILTERS: dict[str, Image.Resampling] = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
@@ -66,14 +64,16 @@ def to_picture(
     *,
     max_pixels: int = 100_000_000,
     name: str = "picture",
+    mode: str = "RGB",
 ) -> Image.Image:
-    """Any picture as one of Pillow's in mode RGB: upright, in 8 bits, transparency laid over white.
+    """Any picture as one of Pillow's in one mode: upright, in 8 bits, transparency laid over white.
 
     Args:
       source: a file as `open_image` takes it, a picture of Pillow's, or pixels [height, width] or
         [height, width, channels] of dtype uint8 with 1, 3 or 4 channels.
       max_pixels: more than so many are refused.
       name: stands for the picture in messages.
+      mode: RGB, or L for grey (ITU-R 601 luma).
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -102,7 +102,7 @@ def to_picture(
         picture = _decoded(source, max_pixels, name)
     else:
         picture = _opened(source, max_pixels, name)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+    return picture if picture.mode == mode else picture.convert(mode)
 
 
 def _opened(source: str | os.PathLike | bytes, max_pixels: int, name: str) -> Image.Image:
@@ -172,21 +172,6 @@ def to_channels(
     if channels == 3:
         return np.repeat(image, 3, axis=2)
     return np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
-
-
-def resize(
-    image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int], filter: str
-) -> UInt8[np.ndarray, "new_height new_width channels"]:
-    """Resizes to (height, width) pixels with one of `FILTERS`, antialiased when it shrinks.
-
-    The aspect is not kept: the image is stretched to the size. `image` itself if it has the size.
-    """
-    if image.shape[:2] == tuple(size):
-        return image
-    grey = image.shape[2] == 1
-    picture = Image.fromarray(image[:, :, 0] if grey else image)
-    resized = np.asarray(picture.resize((size[1], size[0]), FILTERS[filter]))
-    return resized[:, :, None] if grey else resized
 
 
 def resize_in_fixed_point(

@@ -11,14 +11,15 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from vlm_jax.interpolation import ResizeKind
+from vlm_jax.processors.conversation import Picture
 from vlm_jax.processors.image import height_and_width, to_picture
 from vlm_jax.processors.naflex import interpolate, size_for_sequence
 from vlm_jax.processors.patches import pack_patches, patchify
-from vlm_jax.processors.processor import Picture
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.views import PictureMismatch, Pixels, check_list
+from vlm_jax.processors.views import PictureMismatch, check_list
 from vlm_jax.types import ImageTextBatch, PackedPatches
 
 # Texts to the ids that a text tower reads.

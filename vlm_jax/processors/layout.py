@@ -1,4 +1,4 @@
-"""Layout is data: a sequence's pieces become the arrays that say what stands at every position.
+"""Layout is data: a row's pieces become the arrays that say what stands at every position.
 
 The model knows no order of text and images. It reads, for each position, a vocabulary id or the
 row of the visual table that fills it, and this file writes both.
@@ -33,125 +33,134 @@ class Text:
     learned: bool = False
     branch: int = 0
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
 
 @dataclasses.dataclass(frozen=True)
 class Visual:
-    """A run of places that rows of the visual table fill.
+    """A run of places that rows of the visual table fill; always of branch 0.
 
     Attributes:
-      rows: of the sample's table.
-      ids: what stands there as a token; the image id everywhere when None.
+      rows: of the row's table.
+      ids: what stands there as a token.
       positions: (time, row, column) of every place, from 0; None where it has one as text has.
     """
 
     rows: Sequence[int] | Int[np.ndarray, "n"]
-    ids: Sequence[int] | Int[np.ndarray, "n"] | None = None
+    ids: Sequence[int] | Int[np.ndarray, "n"]
     positions: Int[np.ndarray, "n 3"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+Pieces = Sequence[Text | Visual]
 
 
 def lay_out(
-    pieces: Sequence[Text | Visual],
+    examples: Sequence[Pieces],
     length: int,
     *,
     pad_id: int,
-    image_id: int,
-    sample_id: str,
     pad_side: Literal["right", "left"] = "right",
     rotary_3d: bool = False,
-    limit_key: str = "config.processor.max_text_length",
 ) -> Batch:
-    """Writes one sequence, padded to `length`, as a batch of one example.
+    """Writes examples one after another into one row, padded to `length`, as a batch of one.
 
     Args:
-      pieces: in reading order.
-      length: positions of the row, T.
+      examples: pieces of each in reading order; each example is a segment, counted from 1.
+      length: positions of the row, T; at least as many as the pieces have.
       pad_id: id of padding, and target where there is nothing to predict.
-      image_id: id that holds the place of a visual token.
-      sample_id: names the sample in messages.
       pad_side: "right" for training; "left" for prompts, so that all end at the last position.
-      rotary_3d: positions have three axes; without branches.
-      limit_key: the config key that `length` is from, or grows with, for messages.
+      rotary_3d: positions have three axes.
 
     Returns:
       A Batch with B = 1 and without images; all fields are numpy arrays [1, length], int32, and
-      float32 for loss_weights. `targets` holds at each position the id of the next; loss_weights is
-      1.0 where that next id belongs to a learned piece. Positions count from 0 at the first id, and
+      float32 for loss_weights. `targets` holds at each position the id of the next of its example; loss_weights
+      is 1.0 where that next id belongs to a learned piece. Positions count from 0 in every example, and
       on from the end of branch 0 in every branch; on three axes, what follows a picture counts on from its largest.
       `branch_ids` is None where all is branch 0.
 
     Raises:
-      SequenceTooLong: the pieces are longer than `length`; nothing is ever truncated.
+      ValueError: the pieces are longer than `length`.
     """
-    ids, rows, learned, branches = _joined(pieces, image_id)
-    count = len(ids)
+    segments = [_Segment(pieces, rotary_3d) for pieces in examples]
+    count = sum(len(segment.ids) for segment in segments)
     if count > length:
-        raise SequenceTooLong(
-            f"sample '{sample_id}' is {count} tokens long, over the limit of {length}; raise "
-            f"{limit_key} by {count - length} or more, or leave the sample out (nothing is truncated)"
-        )
+        raise ValueError(f"{count} positions do not fit into a row of {length}")
     start = 0 if pad_side == "right" else length - count
-    end = start + count
 
-    tokens = np.full((1, length), pad_id, np.int32)
-    positions = np.zeros((1, length, 3) if rotary_3d else (1, length), np.int32)
-    segment_ids = np.full((1, length), PADDING_SEGMENT, np.int32)
-    visual_index = np.full((1, length), TEXT_SLOT, np.int32)
-    targets = np.full((1, length), pad_id, np.int32)
-    loss_weights = np.zeros((1, length), np.float32)
-    tokens[0, start:end] = ids
-    branch_ids = None
-    if branches.any():
-        branch_ids = np.zeros((1, length), np.int32)
-        branch_ids[0, start:end] = branches
-    positions[0, start:end] = _positions_3d(pieces) if rotary_3d else _positions(branches)
-    segment_ids[0, start:end] = PADDING_SEGMENT + 1
-    visual_index[0, start:end] = rows
-    targets[0, start : max(end - 1, start)] = ids[1:]
-    loss_weights[0, start : max(end - 1, start)] = learned[1:]
+    def written(parts: Sequence[np.ndarray], fill: int, dtype: type = np.int32) -> np.ndarray:
+        tail = parts[0].shape[1:] if parts else (3,) * rotary_3d if fill == 0 else ()
+        row = np.full((1, length, *tail), fill, dtype)
+        if parts:
+            row[0, start : start + count] = np.concatenate(parts)
+        return row
+
+    branches = [segment.branches for segment in segments]
     return Batch(
-        tokens=tokens,
-        positions=positions,
-        segment_ids=segment_ids,
-        visual_index=visual_index,
-        branch_ids=branch_ids,
-        targets=targets,
-        loss_weights=loss_weights,
+        tokens=written([segment.ids for segment in segments], pad_id),
+        positions=written([segment.positions for segment in segments], 0),
+        segment_ids=written(
+            [np.full(len(segment.ids), number) for number, segment in enumerate(segments, PADDING_SEGMENT + 1)],
+            PADDING_SEGMENT,
+        ),
+        visual_index=written([segment.rows for segment in segments], TEXT_SLOT),
+        branch_ids=written(branches, 0) if any(part.any() for part in branches) else None,
+        targets=written([_next(segment.ids, pad_id) for segment in segments], pad_id),
+        loss_weights=written([_next(segment.learned, 0) for segment in segments], 0, np.float32),
     )
 
 
-def _joined(pieces: Sequence[Text | Visual], image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, visual rows, whether a place is learned, and branches."""
-    parts: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int32),) * 4]
-    for piece in pieces:
-        if isinstance(piece, Text):
-            count, ids, rows = len(piece.ids), np.asarray(piece.ids, np.int32), TEXT_SLOT
-            learned, branch = piece.learned, piece.branch
-        else:
-            count, rows, learned, branch = len(piece.rows), np.asarray(piece.rows, np.int32), False, 0
-            ids = image_id if piece.ids is None else np.asarray(piece.ids, np.int32)
-        parts.append(tuple(np.broadcast_to(np.int32(part), count) for part in (ids, rows, learned, branch)))
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+class _Segment:
+    """The arrays of one example."""
+
+    def __init__(self, pieces: Pieces, rotary_3d: bool):
+        parts: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int32),) * 4]
+        for piece in pieces:
+            text = isinstance(piece, Text)
+            values = (piece.ids, TEXT_SLOT, piece.learned, piece.branch) if text else (piece.ids, piece.rows, 0, 0)
+            parts.append(tuple(np.broadcast_to(np.asarray(value, np.int32), len(piece)) for value in values))
+        self.ids, self.rows, self.learned, self.branches = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        self.positions = _positions_3d(pieces) if rotary_3d else _positions(self.branches)
+
+
+def _next(values: np.ndarray, last: int) -> np.ndarray:
+    """Of each place the value of the next; `last` at the end."""
+    return np.append(values[1:], np.asarray([last] * bool(len(values)), values.dtype))
 
 
 def _positions(branches: np.ndarray) -> np.ndarray:
-    within = np.zeros(len(branches), np.int32)
+    found = np.zeros(len(branches), np.int32)
     for value in np.unique(branches):
         members = branches == value
-        within[members] = np.arange(members.sum()) + (0 if value == 0 else (branches == 0).sum())
-    return within
+        found[members] = np.arange(members.sum()) + (0 if value == 0 else (branches == 0).sum())
+    return found
 
 
-def _positions_3d(pieces: Sequence[Text | Visual]) -> np.ndarray:
+def _positions_3d(pieces: Pieces) -> np.ndarray:
     """Source: Wang et al. 2024 (Qwen2-VL), section 2.1: each modality begins after the largest position before it."""
     found: list[np.ndarray] = [np.zeros((0, 3), np.int32)]
-    following = 0
+    following = {0: 0}
+    shared = [piece for piece in pieces if isinstance(piece, Visual) or piece.branch == 0]
+    end = sum(_extent(piece) for piece in shared)  # where every other branch begins
     for piece in pieces:
         if isinstance(piece, Visual) and piece.positions is not None:
             own = piece.positions
         else:
-            count = len(piece.ids if isinstance(piece, Text) else piece.rows)
-            own = np.repeat(np.arange(count)[:, None], 3, axis=1)
-        if len(own):
-            found.append(own + following)
-            following += int(own.max()) + 1
+            own = np.repeat(np.arange(len(piece))[:, None], 3, axis=1)
+        branch = 0 if isinstance(piece, Visual) else piece.branch
+        start = following.setdefault(branch, end)
+        found.append((own + start).astype(np.int32))
+        following[branch] = start + _extent(piece)
     return np.concatenate(found)
+
+
+def _extent(piece: Text | Visual) -> int:
+    """Positions by which what follows the piece moves on."""
+    if isinstance(piece, Visual) and piece.positions is not None:
+        return int(piece.positions.max(initial=-1)) + 1
+    return len(piece)

@@ -10,10 +10,11 @@ from jaxtyping import Int
 from PIL import Image
 
 from vlm_jax.processors.image import CorruptImage, height_and_width, scale_and_shift
-from vlm_jax.processors.patches import pack_patches, patchify
+from vlm_jax.processors.patches import num_places, pack_patches, patchify
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.views import Layout, Pixels, PreparedImage, too_few
-from vlm_jax.types import PackedPatches, PatchFormat
+from vlm_jax.processors.views import Layout, PreparedImage, too_few
+from vlm_jax.types import Grid, PackedPatches, PatchFormat
 
 # Of a picture's size, the side of a block, and the least and most pixels: one of `smart_resize`.
 SizeRule = Callable[[Size, int, int, int], Size]
@@ -49,6 +50,7 @@ class NativeViews:
       format: how patches are cut and packed.
       size_rule: the size that a picture is brought to.
       min_pixels, max_pixels: of a picture.
+      block_tokens: visual tokens of a block.
       video_limits: limits of a video's frames; None where they are a picture's.
       video_pixels: what is done to the pixels of a video's frames; None where it is what is done to a picture's.
       image_edges, video_edges: the learned rows before and after a picture and a video; None without.
@@ -61,6 +63,7 @@ class NativeViews:
     size_rule: SizeRule
     min_pixels: int
     max_pixels: int
+    block_tokens: int = 1
     video_limits: VideoLimits | None = None
     video_pixels: Pixels | None = None
     image_edges: tuple[int, int] | None = None
@@ -68,49 +71,76 @@ class NativeViews:
     rotary_3d: bool = False
     tokens_per_second: float | None = None
 
+    @property
+    def channels(self) -> int:
+        """As of `Views`."""
+        return self.pixels.channels
+
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Every picture by itself."""
         return [
-            self._seen([picture], self.pixels, self.size(height_and_width(picture)), self.image_edges, 1.0)
+            self._prepared([picture], self.pixels, self.size(height_and_width(picture)), self.image_edges, 1.0)
             for picture in pictures
         ]
 
     def within(self, max_tokens: int) -> "NativeViews":
         """With fewer pixels; one so thin that its single row or column is longer takes more all the same."""
         edges = 0 if self.image_edges is None else len(self.image_edges)
-        if max_tokens <= edges:
-            raise too_few(max_tokens, edges + 1)
-        most = min(self.max_pixels, (max_tokens - edges) * self.format.block_size**2)
+        if max_tokens < edges + self.block_tokens:
+            raise too_few(max_tokens, edges + self.block_tokens)
+        blocks = (max_tokens - edges) // self.block_tokens
+        most = min(self.max_pixels, blocks * self.format.block_size**2)
         if most == self.max_pixels:
             return self
         # Sides that grow are rounded up, and would not stay below a limit right above.
         return dataclasses.replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most // 4))
 
+    def retokened(self, tokens: Grid | int) -> "NativeViews":
+        """With another number of tokens for a block."""
+        return dataclasses.replace(self, block_tokens=tokens if isinstance(tokens, int) else math.prod(tokens))
+
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Block after block, between the edges."""
-        unit = self.format.block_size
-        return [_between(math.prod(self.size(size)) // unit**2, self.image_edges) for size in sizes]
+        return [self._layout(1, self.size(size), self.image_edges) for size in sizes]
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """Places of the packed patches of each picture."""
+        return [self._load(1, self.size(size)) for size in sizes]
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
         """A video in one place; its frames get the size of the first, a smaller one to meet `max_tokens`."""
-        num_slots, size, unit = self.format.num_slots(len(frames)), height_and_width(frames[0]), self.format.block_size
+        size = self._video_size(len(frames), height_and_width(frames[0]), max_tokens)
+        interval = 1.0
+        if self.tokens_per_second is not None and fps is not None:
+            interval = self.tokens_per_second * self.format.temporal_patch_size / fps
+        pixels = self.video_pixels or self.pixels
+        return [self._prepared(frames, pixels, size, self.video_edges, interval)]
+
+    def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
+        """The layout of its one place."""
+        size = self._video_size(num_frames, size, max_tokens)
+        return [self._layout(self.format.num_slots(num_frames), size, self.video_edges)]
+
+    def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
+        """Places of the packed patches of all frames."""
+        return self._load(self.format.num_slots(num_frames), self._video_size(num_frames, size, max_tokens))
+
+    def _video_size(self, num_frames: int, size: Size, max_tokens: int | None) -> Size:
+        num_slots, unit = self.format.num_slots(num_frames), self.format.block_size
         least, most = self.min_pixels, self.max_pixels
         if self.video_limits is not None:
             least, most = self.video_limits.min_pixels, self.video_limits.pixels(num_slots, unit**2)
         if max_tokens is not None:
             edges = 0 if self.video_edges is None else len(self.video_edges)
-            share = (max_tokens - edges) // num_slots * unit**2
+            share = (max_tokens - edges) // (num_slots * self.block_tokens) * unit**2
             if share < unit**2:
-                raise too_few(max_tokens, num_slots + edges, f"a video of {len(frames)} frames")
+                least_tokens = num_slots * self.block_tokens + edges
+                raise too_few(max_tokens, least_tokens, f"a video of {num_frames} frames")
             if share < most:  # sides that grow are rounded up, and would not stay below a limit right above
                 least, most = min(least, share // 4), share
-        interval = 1.0
-        if self.tokens_per_second is not None and fps is not None:
-            interval = self.tokens_per_second * self.format.temporal_patch_size / fps
-        pixels = self.video_pixels or self.pixels
-        return [self._seen(frames, pixels, self._size(size, least, most), self.video_edges, interval)]
+        return self._size(size, least, most)
 
     def size(self, size: Size) -> Size:
         """(height, width) that a picture of a size is brought to.
@@ -126,20 +156,28 @@ class NativeViews:
             raise CorruptImage(f"a picture of {size[0]}x{size[1]} pixels is too thin for {most} pixels at most")
         return found
 
-    def join(self, examples: Sequence[Sequence[PreparedImage]]) -> PackedPatches | None:
-        """The patches of every example in one sequence, all of one length."""
-        if not any(examples):
+    def _layout(self, num_slots: int, size: Size, edges: tuple[int, int] | None) -> Layout:
+        blocks = num_slots * math.prod(size) // self.format.block_size**2
+        return _between(blocks * self.block_tokens, edges)
+
+    def _load(self, num_slots: int, size: Size) -> int:
+        grid = (num_slots, size[0] // self.format.patch_size, size[1] // self.format.patch_size)
+        return num_places(grid, self.format.merge_size, self.format.window)
+
+    def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> PackedPatches | None:
+        """The patches of every row in one sequence, all of one length."""
+        if capacity is None and not any(rows):
             return None
-        blank = self._blank()
-        rows = [list(example) or [blank] for example in examples]
-        settings: dict[str, Any] = {"merge_size": self.format.merge_size, "window": self.format.window}
-        patches = [np.concatenate([seen.pixels for seen in row]) for row in rows]
-        grids: list[Any] = [[seen.grid for seen in row] for row in rows]
+        form = self.format
+        settings: dict[str, Any] = {"merge_size": form.merge_size, "window": form.window, "length": capacity}
+        channels = len((self.video_pixels or self.pixels).mean)
+        none = np.zeros((0, channels * form.temporal_patch_size * form.patch_size**2), np.float32)
+        patches = [np.concatenate([none, *(image.pixels for image in row)]) for row in rows]
+        grids: list[Any] = [[image.grid for image in row] or np.zeros((0, 3), int) for row in rows]
         packed = [pack_patches(part, grid, **settings) for part, grid in zip(patches, grids, strict=True)]
-        if len(packed) == 1:
-            return packed[0]
-        settings["length"] = max(part.patches.shape[1] for part in packed)
-        packed = [pack_patches(part, grid, **settings) for part, grid in zip(patches, grids, strict=True)]
+        if capacity is None and len(packed) > 1:
+            settings["length"] = max(part.patches.shape[1] for part in packed)
+            packed = [pack_patches(part, grid, **settings) for part, grid in zip(patches, grids, strict=True)]
         fields = {
             field.name: np.concatenate([getattr(part, field.name) for part in packed])
             for field in dataclasses.fields(PackedPatches)  # type: ignore
@@ -147,7 +185,7 @@ class NativeViews:
         }
         return dataclasses.replace(packed[0], **fields)  # type: ignore
 
-    def _seen(
+    def _prepared(
         self,
         frames: Sequence[Image.Image],
         pixels: Pixels,
@@ -156,28 +194,31 @@ class NativeViews:
         interval: float,
     ) -> PreparedImage:
         form = self.format
-        resized = np.stack([np.asarray(pixels.resized(frame, size)) for frame in frames])
+        resized = np.stack([pixels.array(pixels.resized(frame, size)) for frame in frames])
         depth = 1 if len(frames) == 1 else form.temporal_patch_size
         patches, grid = patchify(
-            resized, patch_size=form.patch_size, temporal_patch_size=depth, merge_size=form.merge_size
+            resized,
+            patch_size=form.patch_size,
+            temporal_patch_size=depth,
+            merge_size=form.merge_size,
+            channels_last=form.channels_last,
         )
-        values = _normalised(patches, pixels)
+        values = _normalised(patches, pixels, form.channels_last)
         if depth < form.temporal_patch_size:  # a picture fills its patches with copies, which need no arithmetic
-            frame = values.reshape(len(values), 3, 1, -1)
-            values = np.repeat(frame, form.temporal_patch_size, axis=2).reshape(len(values), -1)
+            shape = (1, -1) if form.channels_last else (pixels.channels, 1, -1)
+            frame = values.reshape(len(values), *shape)
+            values = np.repeat(frame, form.temporal_patch_size, axis=-2).reshape(len(values), -1)
         merged = (grid[0], grid[1] // form.merge_size, grid[2] // form.merge_size)
         positions = rotary_positions(merged, interval) if self.rotary_3d else None
-        return PreparedImage(values, math.prod(merged), _between(math.prod(merged), edges), grid, positions)
-
-    def _blank(self) -> PreparedImage:
-        """One block, for an example without pictures."""
-        size = (self.format.block_size, self.format.block_size)
-        return self._seen([Image.new("RGB", size)], self.pixels, size, None, 1.0)
+        layout = self._layout(grid[0], size, edges)
+        return PreparedImage(values, math.prod(merged) * self.block_tokens, layout, grid, positions)
 
 
-def _normalised(patches: np.ndarray, pixels: Pixels) -> np.ndarray:
-    """float32 of uint8 patches, whose values lie channel after channel."""
-    scale, shift = (np.repeat(part, patches.shape[1] // 3) for part in scale_and_shift(pixels.mean, pixels.std))
+def _normalised(patches: np.ndarray, pixels: Pixels, channels_last: bool) -> np.ndarray:
+    """float32 of uint8 patches, whose values lie channel after channel, or pixel after pixel."""
+    count = patches.shape[1] // pixels.channels
+    spread = np.tile if channels_last else np.repeat
+    scale, shift = (spread(part, count) for part in scale_and_shift(pixels.mean, pixels.std))
     values = patches.astype(np.float32)
     values *= scale
     values -= shift

@@ -3,12 +3,14 @@
 All of it is NumPy on the host: a compiled model sees the same shapes whatever was packed.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from vlm_jax.types import PADDING_SEGMENT, PackedPatches
+from vlm_jax.types import PADDING_SEGMENT, PackedPatches, PatchFormat
 
 # Frames (after merging neighbours in time), rows and columns of patches.
 Grid3D = tuple[int, int, int]
@@ -87,6 +89,8 @@ def pack_patches(
     row_length = block if window is None else window**2 * block
     windows = None if window is None else window_of_blocks(grids, merge_size, window)
     places = np.arange(units) if windows is None else _fill_rows(windows, row_length // block)
+    if length is not None and window is not None and places.max(initial=-1) * block >= length:
+        places = _one_after_another(grids, merge_size, window)  # never more than each image needs alone
     needed = -(-(int(places.max(initial=-1)) + 1) // (row_length // block)) * row_length
     length = needed if length is None else length
     if length < needed or length % row_length:
@@ -117,6 +121,34 @@ def pack_patches(
     )
 
 
+def num_places(grid: Grid3D, merge_size: int, window: int | None) -> int:
+    """Places of a sequence that an image or video takes by itself; those of several add up.
+
+    Args:
+      grid: frames, rows and columns of patches.
+      merge_size, window: as of `pack_patches`.
+    """
+    if window is None:
+        return math.prod(grid)
+    return _num_rows(grid, merge_size, window) * (window * merge_size) ** 2
+
+
+@functools.lru_cache(1 << 14)
+def _num_rows(grid: Grid3D, merge_size: int, window: int) -> int:
+    places = _fill_rows(window_of_blocks([grid], merge_size, window), window**2)
+    return int(places.max()) // window**2 + 1
+
+
+def _one_after_another(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int, window: int) -> np.ndarray:
+    """The place of every block where each image fills rows of its own."""
+    found, start = [np.zeros(0, int)], 0
+    for frames, rows, cols in np.asarray(grids).tolist():
+        places = _fill_rows(window_of_blocks([(frames, rows, cols)], merge_size, window), window**2)
+        found.append(places + start)
+        start += (int(places.max()) // window**2 + 1) * window**2
+    return np.concatenate(found)
+
+
 def window_of_blocks(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int, window: int) -> np.ndarray:
     """int32 [blocks], from 1: the window that each block of merge_size x merge_size patches belongs to.
 
@@ -134,6 +166,18 @@ def window_of_blocks(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: in
         found.append(of_image.reshape(-1))
         count += frames * per_frame
     return np.concatenate(found).astype(np.int32)
+
+
+def packed_length(blocks: int, format: PatchFormat) -> int:
+    """Places that any one image of at most `blocks` blocks fits into.
+
+    With windows, rows of whole windows are filled first-fit: any two rows hold more blocks together than one has
+    room for, so that the rows are fewer than 2 * blocks / room.
+    """
+    if format.window is None:
+        return blocks * format.merge_size**2
+    room = format.window**2
+    return max(1, -(-2 * blocks // room) - 1) * room * format.merge_size**2
 
 
 def _checked(num_patches: int, grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int) -> int:

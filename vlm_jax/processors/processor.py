@@ -1,40 +1,66 @@
-"""A released system's processor: a conversation and its pictures to the batch that its model is given."""
+"""The processor of every system: a conversation and its pictures to a row, and rows to a batch."""
 
-import contextlib
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.processors.chat import ChatTemplateError
-from vlm_jax.processors.image import CorruptImage, to_picture
+from vlm_jax.processors.conversation import (
+    Conversation,
+    Picture,
+    Video,
+    VideoSize,
+    check_given,
+    error_context,
+    given_pictures,
+)
+from vlm_jax.processors.image import to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
-from vlm_jax.processors.prompt import Kind, Message, Prompt, Slot
+from vlm_jax.processors.prompt import Kind, Prompt, Slot
 from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
-from vlm_jax.processors.views import PictureMismatch, PreparedImage, Views, check_list
-from vlm_jax.types import Batch
+from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
+from vlm_jax.types import Batch, Load, RowShape
 
-Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
-Video = Sequence[Picture] | str | os.PathLike | bytes
-Conversation = Sequence[Message]
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
 
 @dataclasses.dataclass(frozen=True)
+class Example:
+    """One conversation, before it is laid out in a row.
+
+    Attributes:
+      name: of the sample, in messages.
+      pieces: what stands in it, in order; rows of `Visual` count the conversation's own image tokens from 0, and
+        learned row k is -1 - k.
+      images: what an encoder is given, in the order of those rows.
+      visual_tokens: places of every picture and every video, learned rows among them.
+      load: what the example takes of a row.
+    """
+
+    name: str
+    pieces: tuple[Text | Visual, ...]
+    images: tuple[PreparedImage, ...]
+    visual_tokens: tuple[int, ...]
+    load: Load
+
+
+@dataclasses.dataclass(frozen=True)
 class Processor:
-    """Prompt, views and layout of a system; all of a system's ways are in its fields.
+    """Prompt, views and layout of a system; all that differs between systems is in its fields.
 
     Attributes:
       prompt: messages to ids.
       views: pictures to pixels and the places that they take.
+      tokenizer: spells prompts and answers.
       pad_id: id of padding.
       num_learned: rows of the visual table before those of pictures: the learned ones.
       learned_ids: what stands as a token where a learned row is; the token of its picture when empty.
@@ -47,6 +73,7 @@ class Processor:
 
     prompt: Prompt
     views: Views
+    tokenizer: Tokenizer
     pad_id: int
     num_learned: int = 0
     learned_ids: tuple[int, ...] = ()
@@ -72,78 +99,257 @@ class Processor:
         images: Sequence[Sequence[Picture]] = (),
         videos: Sequence[Sequence[Video]] = (),
         *,
-        fps: float | int = FRAME_RATE,
-        max_visual_tokens: int | None = None,
-        max_video_tokens: int | None = None,
-        frame_sampler: FrameSampler | None = None,
         targets: bool = False,
-        add_generation_prompt: bool | None = None,
-        **variables: Any,
+        shape: RowShape | None = None,
+        **options: Any,
     ) -> Batch:
-        """Conversations as prompts that end together, or as what is learned of them.
+        """Conversations as prompts that end together, or as what is learned of them, each in a row of its own.
 
         Args:
           conversations: messages in the form of chat templates, with an item such as `{"type": "image"}` for every
             picture. A picture may stand in its item under `image`, a video under `video`, instead of below.
           images: pictures of every conversation, in order: files, Pillow's images, or uint8 arrays.
           videos: every video of every conversation: a file, or its frames as pictures.
-          fps: frames a second of videos that are given as frames.
-          max_visual_tokens: most places of a picture; as the release has it when None.
-          max_video_tokens: the same of a video.
-          frame_sampler: which frames of videos that are files; the processor's `frame_sampler` when None.
           targets: as the release trains on it, to learn what assistants say, the token that ends it, and no more.
-          add_generation_prompt: ends with the head of the answer; when None, only without `targets`.
-          **variables: more for the chat template.
+          shape: of every row; the smallest that all fit when None.
+          **options: more of `example`.
 
         Returns:
           A Batch of NumPy arrays, padded on the left and without `targets` and `loss_weights`, or padded on the right
           and with them.
 
         Raises:
-          PictureMismatch: a conversation has other pictures than it speaks of, or one without a list.
-          SequenceTooLong: one has more than `max_length` tokens; nothing is ever cut.
-          CorruptImage: a picture cannot be read, or is too large.
-          InfeasibleBudget: no picture can be seen with so few tokens.
-          PromptError: there is nothing to learn in a conversation, or it is no list of messages.
-          ChatTemplateError, TokenizerError: what is learned of one does not show in its template or its ids.
+          PictureMismatch: the pictures of a conversation do not match its messages, or are not a list.
+          PromptError: no conversation, or one that is not a list of messages.
+          SequenceTooLong: a conversation is longer than `max_length`, or does not fit `shape`.
+          InfeasibleBudget: a picture, or a video, takes more than its limit at least.
+          ChatTemplateError: the template refuses the messages, or has no use for a variable, or does not show what is
+            learned.
         """
+        if not conversations or not isinstance(conversations, Sequence) or isinstance(conversations, str):
+            raise PromptError(f"expected a list of conversations, each a list of messages, got {conversations!r}")
         images, videos = images or [()] * len(conversations), videos or [()] * len(conversations)
         for what, given in (("images", images), ("videos", videos)):
             if len(given) != len(conversations):
                 raise PictureMismatch(
                     f"{what}: expected a list for each of {len(conversations)} conversations, got {len(given)}"
                 )
-        for number, given in enumerate(zip(conversations, images, videos, strict=True)):
-            _check_given(f"conversation {number}", *given)
-        options = {
-            "fps": fps,
-            "most": (max_visual_tokens, max_video_tokens),
-            "frame_sampler": frame_sampler or self.frame_sampler,
-            "add_generation_prompt": not targets if add_generation_prompt is None else add_generation_prompt,
-            "targets": targets,
-            **variables,
-        }
+        given = list(enumerate(zip(conversations, images, videos, strict=True)))
+        for number, parts in given:
+            check_given(f"conversation {number}", *parts)
         examples = [
-            self._example(f"conversation {number}", *example, **options)
-            for number, example in enumerate(zip(conversations, images, videos, strict=True))
+            self.example(*parts, targets=targets, name=f"conversation {number}", **options) for number, parts in given
         ]
-        lengths = [sum(map(_length, pieces)) for pieces, _ in examples]
-        if self.max_length is not None and max(lengths) > self.max_length:
-            raise SequenceTooLong(
-                f"conversation {int(np.argmax(lengths))} is {max(lengths)} tokens long, over the limit of "
-                f"{self.max_length}; shorten it or give fewer or smaller pictures (nothing is truncated)"
+        return self.rows([[example] for example in examples], shape, targets=targets)
+
+    def rows(
+        self,
+        rows: Sequence[Sequence[Example]],
+        shape: RowShape | None = None,
+        *,
+        targets: bool,
+        key: str = "config.row",
+    ) -> Batch:
+        """A batch of rows, each of one or several examples.
+
+        Args:
+          rows: the examples of each row, in order; each is a segment of its own.
+          shape: of every row; the smallest that all fit when None.
+          targets: padded on the right, with targets and loss weights; else padded on the left.
+          key: the config section that `shape` is from, for messages.
+
+        Raises:
+          SequenceTooLong: the examples of a row do not fit the shape; nothing is cut.
+        """
+        total = [(sum(one.load.length for one in row), sum(one.load.images for one in row)) for row in rows]
+        length, capacity = (None, None) if shape is None else (shape.length, shape.images)
+        for row, (needed, images) in zip(rows, total, strict=True):
+            for what, limit, taken in (("length", length, needed), ("images", capacity, images)):
+                if limit is not None and taken > limit:
+                    names = ", ".join(f"'{one.name}'" for one in row)
+                    unit = "tokens long" if what == "length" else "tiles or places of patches"
+                    raise SequenceTooLong(
+                        f"sample {names} is {taken} {unit}, over the limit of {limit}; raise {key}.{what} by "
+                        f"{taken - limit} or more, or leave it out (nothing is cut)"
+                    )
+        length = max(needed for needed, _ in total) if length is None else length
+        laid = [
+            lay_out(
+                self._placed(row),
+                length,
+                pad_id=self.pad_id,
+                pad_side="right" if targets else "left",
+                rotary_3d=self.rotary_3d,
             )
-        side = "right" if targets else "left"
-        rows = [self._row(pieces, max(lengths), f"conversation {i}", side) for i, (pieces, _) in enumerate(examples)]
-        fields = [
-            "tokens",
-            "positions",
-            "segment_ids",
-            "visual_index",
-            *(["targets", "loss_weights"] if targets else []),
+            for row in rows
         ]
-        joined = {name: np.concatenate([getattr(row, name) for row in rows]) for name in fields}
-        return Batch(**joined, images=self.views.join([seen for _, seen in examples]))
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *laid) if _alike(laid) else _with_branches(laid)
+        pictures = self.views.join([[image for one in row for image in one.images] for row in rows], capacity)
+        if not targets:
+            joined = dataclasses.replace(joined, targets=None, loss_weights=None)
+        return dataclasses.replace(joined, images=pictures)
+
+    def _placed(self, row: Sequence[Example]) -> list[list[Text | Visual]]:
+        """The pieces of each example with rows of the whole row's visual table."""
+        placed, start = [], self.num_learned
+        for example in row:
+            pieces: list[Text | Visual] = []
+            for piece in example.pieces:
+                if isinstance(piece, Visual):
+                    own = np.asarray(piece.rows)
+                    piece = dataclasses.replace(piece, rows=np.where(own < 0, -1 - own, own + start))
+                pieces.append(piece)
+            placed.append(pieces)
+            start += sum(image.num_rows for image in example.images)
+        return placed
+
+    def example(
+        self,
+        messages: Conversation,
+        images: Sequence[Picture] = (),
+        videos: Sequence[Video] = (),
+        *,
+        targets: bool = False,
+        name: str = "conversation 0",
+        fps: float | int = FRAME_RATE,
+        max_visual_tokens: int | None = None,
+        max_video_tokens: int | None = None,
+        frame_sampler: FrameSampler | None = None,
+        add_generation_prompt: bool | None = None,
+        **variables: Any,
+    ) -> Example:
+        """One conversation, its pictures decoded and prepared.
+
+        Args:
+          messages, images, videos, targets: as of `batch`.
+          name: of the sample, in messages.
+          fps: frames a second of videos that are given as frames.
+          max_visual_tokens: most places of a picture; as the release has it when None.
+          max_video_tokens: the same of a video.
+          frame_sampler: which frames of videos that are files; the processor's own when None.
+          add_generation_prompt: ends with the head of the answer; when None, only without `targets`.
+          **variables: more for the chat template.
+
+        Raises:
+          As of `batch`.
+        """
+        images = given_pictures(messages, "image", images, name)
+        videos = given_pictures(messages, "video", videos, name)
+        mode = "L" if self.views.channels == 1 else "RGB"
+        pictures = [
+            to_picture(image, max_pixels=self.max_pixels, name=f"{name}, image {i}", mode=mode)
+            for i, image in enumerate(images)
+        ]
+        clips: list[tuple[list[Image.Image], float | int]] = []
+        for i, video in enumerate(videos):
+            with error_context(f"{name}, video {i}"):
+                sampler = frame_sampler or self.frame_sampler
+                clips.append(self._frames(video, fps, sampler, f"{name}, video {i}", mode))
+        places: list[list[PreparedImage]] = []
+        for i, (frames, rate) in enumerate(clips):
+            with error_context(f"{name}, video {i}"):
+                places.append(self.views.video(frames, rate, max_video_tokens))
+        with error_context(name):
+            prepared = self._bounded(max_visual_tokens).images(pictures)
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        frame_sizes = [VideoSize(len(frames), frames[0].height, frames[0].width) for frames, _ in clips]
+        load = self._load(sizes, frame_sizes, max_visual_tokens, max_video_tokens)
+        return self._example(
+            messages,
+            [(one.layout, one) for one in prepared],
+            [[(one.layout, one) for one in parts] for parts in places],
+            load,
+            name=name,
+            targets=targets,
+            limits=(max_visual_tokens, max_video_tokens),
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+
+    def measure(
+        self,
+        messages: Conversation,
+        sizes: Sequence[Size] = (),
+        videos: Sequence[VideoSize] = (),
+        *,
+        targets: bool = False,
+        name: str = "conversation 0",
+        max_visual_tokens: int | None = None,
+        max_video_tokens: int | None = None,
+        add_generation_prompt: bool | None = None,
+        **variables: Any,
+    ) -> Load:
+        """What `example` would take of a row, without decoding a pixel.
+
+        Args:
+          messages: of the conversation.
+          sizes: (height, width) of every picture, in pixels.
+          videos: of every video.
+          **variables: as of `example`; the other arguments likewise.
+        """
+        with error_context(name):
+            layouts = self._bounded(max_visual_tokens).layouts(sizes)
+            frames = [self.views.video_layouts(count, (h, w), max_video_tokens) for count, h, w in videos]
+        return self._example(
+            messages,
+            [(layout, None) for layout in layouts],
+            [[(layout, None) for layout in parts] for parts in frames],
+            self._load(sizes, videos, max_visual_tokens, max_video_tokens),
+            name=name,
+            targets=targets,
+            limits=(max_visual_tokens, max_video_tokens),
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        ).load
+
+    def _bounded(self, max_visual_tokens: int | None) -> Views:
+        return self.views if max_visual_tokens is None else self.views.within(max_visual_tokens)
+
+    def _load(
+        self, sizes: Sequence[Size], videos: Sequence[VideoSize], max_visual: int | None, max_video: int | None
+    ) -> int:
+        """Tiles, or places of packed patches, of all pictures and videos."""
+        of_videos = [self.views.video_load(count, (h, w), max_video) for count, h, w in videos]
+        return sum(self._bounded(max_visual).loads(sizes)) + sum(of_videos)
+
+    def _example(
+        self,
+        messages: Conversation,
+        images: list[tuple[Layout, PreparedImage | None]],
+        videos: list[list[tuple[Layout, PreparedImage | None]]],
+        load: int,
+        *,
+        name: str,
+        targets: bool,
+        limits: tuple[int | None, int | None],
+        add_generation_prompt: bool | None,
+        **variables: Any,
+    ) -> Example:
+        counts = [len(layout) for layout, _ in images], [sum(len(one) for one, _ in parts) for parts in videos]
+        for kind, limit, of_kind in zip(("image", "video"), limits, counts, strict=True):
+            for i, count in enumerate(of_kind):
+                if limit is not None and count > limit:
+                    raise InfeasibleBudget(f"{name}, {kind} {i}: takes {count} visual tokens at least, over {limit}")
+        with error_context(name):
+            prompt = not targets if add_generation_prompt is None else add_generation_prompt
+            pieces = self.prompt(
+                messages, [len(parts) for parts in videos], add_generation_prompt=prompt, targets=targets, **variables
+            )
+            if targets and not any(isinstance(piece, Text) and piece.learned for piece in pieces):
+                raise PromptError("no assistant says anything in it, so that there is nothing to learn")
+        waiting: dict[Kind, list[tuple[Layout, PreparedImage | None]]] = {
+            "image": list(images),
+            "video": list(itertools.chain(*videos)),
+        }
+        filled, order = self._filled(pieces, waiting, name)
+        length = sum(map(len, filled))
+        if self.max_length is not None and length > self.max_length:
+            raise SequenceTooLong(
+                f"{name} is {length} tokens long, over the limit of {self.max_length}; shorten it or give fewer or "
+                "smaller pictures (nothing is cut)"
+            )
+        prepared = tuple(one for one in order if one is not None)
+        return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), Load(length, load))
 
     def count_visual_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
         """Places of the sequence that the pictures of one conversation take, learned rows among them.
@@ -153,88 +359,39 @@ class Processor:
         """
         return [len(layout) for layout in self.views.layouts(image_sizes)]
 
-    def _row(
-        self, pieces: Sequence[Text | Visual], length: int, name: str, pad_side: Literal["left", "right"]
-    ) -> Batch:
-        return lay_out(
-            pieces,
-            length,
-            pad_id=self.pad_id,
-            image_id=self.pad_id,
-            sample_id=name,
-            pad_side=pad_side,
-            rotary_3d=self.rotary_3d,
-        )
-
-    def _example(
-        self,
-        name: str,
-        messages: Conversation,
-        images: Sequence[Picture],
-        videos: Sequence[Video],
-        *,
-        fps: float | int,
-        most: tuple[int | None, int | None],
-        frame_sampler: FrameSampler,
-        **options: Any,
-    ) -> tuple[list[Text | Visual], list[PreparedImage]]:
-        """The pieces of a conversation, and what is seen in it in the order of the visual table."""
-        images = _given(messages, "image", images, name)
-        videos = _given(messages, "video", videos, name)
-        pictures = [
-            to_picture(image, max_pixels=self.max_pixels, name=f"{name}, image {i}") for i, image in enumerate(images)
-        ]
-        places = []
-        for i, video in enumerate(videos):
-            with error_context(f"{name}, video {i}"):
-                frames = self._frames(video, fps, frame_sampler, f"{name}, video {i}")
-                places.append(self.views.video(*frames, most[1]))
-        with error_context(name):
-            seen = (self.views if most[0] is None else self.views.within(most[0])).images(pictures)
-        for kind, limit, counts in (
-            ("image", most[0], [len(one.layout) for one in seen]),
-            ("video", most[1], [sum(len(part.layout) for part in parts) for parts in places]),
-        ):
-            for i, count in enumerate(counts):
-                if limit is not None and count > limit:
-                    raise InfeasibleBudget(f"{name}, {kind} {i}: takes {count} visual tokens at least, over {limit}")
-        waiting: dict[Kind, list[PreparedImage]] = {"image": seen, "video": [*itertools.chain(*places)]}
-        with error_context(name):
-            pieces = self.prompt(messages, [len(parts) for parts in places], **options)
-            if options["targets"] and not any(isinstance(piece, Text) and piece.learned for piece in pieces):
-                raise PromptError("no assistant says anything in it, so that there is nothing to learn")
-        return self._filled(pieces, waiting, name)
-
     def _frames(
-        self, video: Video, fps: float | int, frame_sampler: FrameSampler, name: str
+        self, video: Video, fps: float | int, frame_sampler: FrameSampler, name: str, mode: str
     ) -> tuple[list[Image.Image], float | int]:
         if isinstance(video, str | os.PathLike | bytes):
-            return read_video(video, frame_sampler, max_pixels=self.max_pixels, name=name)
-        frames = [to_picture(frame, max_pixels=self.max_pixels, name=name) for frame in video]
+            frames, rate = read_video(video, frame_sampler, max_pixels=self.max_pixels, name=name)
+            return [frame if frame.mode == mode else frame.convert(mode) for frame in frames], rate
+        frames = [to_picture(frame, max_pixels=self.max_pixels, name=name, mode=mode) for frame in video]
         if not frames:
             raise PictureMismatch(f"{name}: a video of no frames")
         return frames, fps
 
     def _filled(
-        self, pieces: Sequence[Text | Slot], waiting: dict[Kind, list[PreparedImage]], name: str
-    ) -> tuple[list[Text | Visual], list[PreparedImage]]:
-        for kind, seen in waiting.items():
+        self,
+        pieces: Sequence[Text | Slot],
+        waiting: Mapping[Kind, list[tuple[Layout, PreparedImage | None]]],
+        name: str,
+    ) -> tuple[list[Text | Visual], list[PreparedImage | None]]:
+        for kind, prepared in waiting.items():
             wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
-            if wanted != len(seen):
+            if wanted != len(prepared):
                 raise PictureMismatch(
-                    f"{name}: its text has {wanted} places for {kind}s, but {len(seen)} are given; give one "
+                    f"{name}: its text has {wanted} places for {kind}s, but {len(prepared)} are given; give one "
                     f'{{"type": "{kind}"}} item in the messages for every {kind}'
                 )
         filled: list[Text | Visual] = []
-        order: list[PreparedImage] = []
-        start = self.num_learned
+        order: list[PreparedImage | None] = []
+        start = 0
         for piece in pieces:
             if isinstance(piece, Text):
                 filled.append(piece)
                 continue
-            seen = waiting[piece.kind].pop(0)
-            rows = np.where(seen.layout < 0, -1 - seen.layout, seen.layout + start)
-            ids = np.full(len(rows), piece.token_id)
+            layout, prepared = waiting[piece.kind].pop(0)
+            ids = np.full(len(layout), piece.token_id)
             if len(piece.first_ids) > len(ids):
                 raise PictureMismatch(
                     f"{name}: the name of a picture has {len(piece.first_ids)} bytes, more than the {len(ids)} places "
@@ -242,54 +399,22 @@ class Processor:
                 )
             ids[: len(piece.first_ids)] = piece.first_ids
             if self.learned_ids:
-                ids = np.where(seen.layout < 0, np.take(self.learned_ids, -1 - seen.layout, mode="clip"), ids)
-            filled.append(Visual(rows, ids, seen.positions))
-            order.append(seen)
-            start += seen.num_rows
+                ids = np.where(layout < 0, np.take(self.learned_ids, -1 - layout, mode="clip"), ids)
+            positions = None if prepared is None else prepared.positions
+            filled.append(Visual(np.where(layout < 0, layout, layout + start), ids, positions))
+            order.append(prepared)
+            start += 0 if prepared is None else prepared.num_rows
         return filled, order
 
 
-@contextlib.contextmanager
-def error_context(name: str) -> Iterator[None]:
-    """Errors that do not say which sample they are of say it."""
-    try:
-        yield
-    except (ChatTemplateError, CorruptImage, InfeasibleBudget, PictureMismatch, PromptError, TokenizerError) as error:
-        if name in str(error):
-            raise
-        raise type(error)(f"{name}: {error}") from error
+def _alike(rows: Sequence[Batch]) -> bool:
+    return len({row.branch_ids is None for row in rows}) == 1
 
 
-def _length(piece: Text | Visual) -> int:
-    return len(piece.ids) if isinstance(piece, Text) else len(piece.rows)
-
-
-def _check_given(name: str, messages: object, images: object, videos: object) -> None:
-    """Refuses what is no list, such as a question or a file by itself, whose letters would be taken for several."""
-    form = '{"role": "user", "content": "…"}'
-    if isinstance(messages, str):
-        form, shown = form.replace('"…"', repr(messages)), f"the string {messages!r}"
-        raise PromptError(f"{name}: expected a list of messages, got {shown}; write [{form}]")
-    if not isinstance(messages, Sequence):
-        shown = f"one {type(messages).__name__}"
-        raise PromptError(f"{name}: expected a list of messages such as {form}, got {shown}; write [message]")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise PromptError(f"{name}: message {number}: expected one such as {form}, got {message!r}")
-    check_list(images, f"{name}: images")
-    check_list(videos, f"{name}: videos")
-
-
-def _given(messages: Conversation, kind: Kind, beside: Sequence[Any], name: str) -> Sequence[Any]:
-    """The pictures of a conversation: those in its messages, or those beside them."""
-    contents = [message.get("content") for message in messages]
-    items = [
-        item
-        for content in contents
-        if isinstance(content, Sequence) and not isinstance(content, str)
-        for item in content
+def _with_branches(rows: Sequence[Batch]) -> Batch:
+    """Rows of which some have branches and others have one branch."""
+    rows = [
+        row if row.branch_ids is not None else dataclasses.replace(row, branch_ids=np.zeros_like(row.tokens))
+        for row in rows
     ]
-    inside = [item[kind] for item in items if isinstance(item, Mapping) and item.get("type") == kind and kind in item]
-    if inside and beside:
-        raise PictureMismatch(f"{name}: {kind}s stand both in its messages and beside them; give them in one place")
-    return inside or beside
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)

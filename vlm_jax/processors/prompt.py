@@ -10,9 +10,9 @@ from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.learned import Span, clipped_spans, encode_learned, render_learned, texts
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Message
 
 Kind = Literal["image", "video"]
-Message = Mapping[str, Any]
 Stretch = tuple[str | Kind, list[Span]]  # a text, or what stands there, and what of it is learned
 
 

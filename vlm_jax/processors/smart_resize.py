@@ -57,3 +57,24 @@ def ovis_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size
         grow = math.sqrt(min_pixels / (height * width))
         rows, cols = (math.ceil(side * grow / factor) for side in (height, width))
     return rows * factor, cols * factor
+
+
+def bounded_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
+    """The same without exception: never more than `max_pixels`, however long and thin the picture.
+
+    A picture of more blocks than fit shrinks, and one of fewer than min_pixels grows, to the sides
+    sqrt(blocks * aspect) rounded down or up; sides are computed in integers.
+    """
+    (height, width), least, most = size, -(-min_pixels // factor**2), max_pixels // factor**2
+    rows, cols = max(1, round(height / factor)), max(1, round(width / factor))
+    if rows * cols < least:
+        rows, cols = (_ceil_sqrt(a * least, b) for a, b in ((height, width), (width, height)))
+    if rows * cols > most:
+        rows = min(max(1, math.isqrt(height * most // width)), most)
+        cols = min(max(1, math.isqrt(width * most // height)), most // rows)
+    return rows * factor, cols * factor
+
+
+def _ceil_sqrt(numerator: int, denominator: int) -> int:
+    """The smallest integer whose square is at least the fraction, which is positive."""
+    return math.isqrt(-(-numerator // denominator) - 1) + 1

@@ -7,8 +7,9 @@ from typing import Any
 
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.list_format import PICTURE, from_list_format
-from vlm_jax.processors.prompt import Message, Slot
+from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Message
 
 USER = ("user", "<|User|>")
 ASSISTANT = ("assistant", "<|Assistant|>")

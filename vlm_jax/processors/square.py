@@ -1,6 +1,7 @@
-"""One square view of every picture: CLIP, SigLIP, LLaVA-1.5, MobileVLM, Qwen-VL, DeepSeek-VL."""
+"""One view of one size of every picture: CLIP, SigLIP, LLaVA-1.5, MobileVLM, Qwen-VL, DeepSeek-VL."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from vlm_jax.processors.image import square_padded
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.views import Layout, Pixels, PreparedImage, Tiles, joined_tiles, too_few
-from vlm_jax.types import TwoSizes
+from vlm_jax.processors.views import Layout, PreparedImage, Tiles, joined_tiles, too_few
+from vlm_jax.types import Grid, TwoSizes
 
 Fit = Literal["stretch", "crop", "crop_rounded", "pad", "shrink", "shrink_rounded"]
 
@@ -60,9 +62,22 @@ class SquareViews(Tiles):
             raise too_few(max_tokens, self.num_tokens)
         return self
 
+    def retokened(self, tokens: Grid | int) -> "SquareViews":
+        """With another number of tokens."""
+        return dataclasses.replace(self, num_tokens=tokens if isinstance(tokens, int) else math.prod(tokens))
+
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """As many tokens for every picture."""
         return [np.arange(self.num_tokens)] * len(sizes)
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """One tile each."""
+        return [1] * len(sizes)
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile."""
+        return (*self.size, self.pixels.channels)
 
     def tile(self, picture: Image.Image) -> Image.Image:
         """The picture at the tile's size, in 8 bits."""
@@ -127,8 +142,23 @@ class TwoSizeViews(Tiles):
         """Itself: it has one number of tokens."""
         return dataclasses.replace(self, high=self.high.within(max_tokens))
 
-    def join(self, examples: Sequence[Sequence[PreparedImage]]) -> TwoSizes | None:
-        """The tiles of every example at both sizes."""
-        high = joined_tiles([[seen.pixels for seen in example] for example in examples])
-        low = joined_tiles([[seen.low for seen in example if seen.low is not None] for example in examples])
-        return None if high is None or low is None else TwoSizes(high, low)
+    def retokened(self, tokens: Grid | int) -> "TwoSizeViews":
+        """With another number of tokens."""
+        return dataclasses.replace(self, high=self.high.retokened(tokens))
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """One tile each."""
+        return self.high.loads(sizes)
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile of the larger size."""
+        return self.high.tile_shape
+
+    def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> TwoSizes | None:
+        """The tiles of every row at both sizes."""
+        high = joined_tiles([[image.pixels for image in row] for row in rows], self.tile_shape, capacity)
+        low = [[image.low for image in row if image.low is not None] for row in rows]
+        if high is None or (smaller := joined_tiles(low, self.low.tile_shape, high.shape[1])) is None:
+            return None
+        return TwoSizes(high, smaller)

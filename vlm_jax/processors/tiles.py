@@ -1,4 +1,4 @@
-"""Views that cut a picture into as many tiles as fit its shape: InternVL, DeepSeek-VL2, Ovis 2."""
+"""Views that cut a picture into tiles, as many as fit its shape (InternVL, DeepSeek-VL2, Ovis 2) or a fixed grid."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vlm_jax.processors.image import height_and_width
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tiling import (
     Order,
     Size,
@@ -19,17 +20,105 @@ from vlm_jax.processors.tiling import (
     split,
 )
 from vlm_jax.processors.video import SegmentSampler
-from vlm_jax.processors.views import Layout, Pixels, PreparedImage, Tiles, too_few
+from vlm_jax.processors.views import Layout, PreparedImage, Tiles, too_few
 from vlm_jax.types import Grid
 
 
-def cut(picture: Image.Image, side: int) -> list[Image.Image]:
-    """Squares of `side` pixels, row by row, of a picture that is made of whole ones."""
+def cut(picture: Image.Image, height: int, width: int) -> list[Image.Image]:
+    """Tiles of height x width pixels, row by row, of a picture that is made of whole ones."""
     return [
-        picture.crop((left, top, left + side, top + side))
-        for top in range(0, picture.height, side)
-        for left in range(0, picture.width, side)
+        picture.crop((left, top, left + width, top + height))
+        for top in range(0, picture.height, height)
+        for left in range(0, picture.width, width)
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedTilesViews(Tiles):
+    """Every picture, or frame of a video, as rows x columns of tiles, and a thumbnail of the whole.
+
+    Attributes:
+      pixels: what is done to pixels.
+      size: (height, width) of a tile, in pixels.
+      num_tokens: visual tokens of a tile.
+      grid: rows and columns of tiles that a picture is resized to and cut into.
+      thumbnail: whether the whole picture, at the size of a tile, follows its tiles.
+
+    Source: Chen et al. 2024 (InternVL 1.5), section 3.2, for tiles row by row and the thumbnail after them.
+    """
+
+    pixels: Pixels
+    size: Size
+    num_tokens: int
+    grid: Grid = (1, 1)
+    thumbnail: bool = False
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of a picture."""
+        return math.prod(self.grid) + self.thumbnail
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile."""
+        return (*self.size, self.pixels.channels)
+
+    def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
+        """Every picture by itself."""
+        return [self._prepared([picture]) for picture in pictures]
+
+    def within(self, max_tokens: int) -> "FixedTilesViews":
+        """Itself: it has one number of tokens."""
+        if self.num_tiles * self.num_tokens > max_tokens:
+            raise too_few(max_tokens, self.num_tiles * self.num_tokens)
+        return self
+
+    def retokened(self, tokens: Grid | int) -> "FixedTilesViews":
+        """With another number of tokens for a tile."""
+        return dataclasses.replace(self, num_tokens=_count(tokens))
+
+    def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
+        """Tile after tile."""
+        return [np.arange(self.num_tiles * self.num_tokens)] * len(sizes)
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """As many tiles for every picture."""
+        return [self.num_tiles] * len(sizes)
+
+    def video(
+        self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
+    ) -> list[PreparedImage]:
+        """A video in one place, frame after frame."""
+        del fps  # frames are counted, not timed
+        self.video_layouts(len(frames), height_and_width(frames[0]), max_tokens)
+        return [self._prepared(frames)]
+
+    def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
+        """The layout of its one place."""
+        del size
+        count = num_frames * self.num_tiles * self.num_tokens
+        if max_tokens is not None and count > max_tokens:
+            raise too_few(max_tokens, count, "a video")
+        return [np.arange(count)]
+
+    def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
+        """Tiles of all frames."""
+        del size, max_tokens
+        return num_frames * self.num_tiles
+
+    def _prepared(self, frames: Sequence[Image.Image]) -> PreparedImage:
+        (rows, cols), (height, width) = self.grid, self.size
+        tiles = []
+        for frame in frames:
+            whole = self.pixels.resized(frame, (rows * height, cols * width))
+            tiles += cut(whole, height, width)
+            tiles += [self.pixels.resized(frame, self.size)] if self.thumbnail else []
+        count = len(tiles) * self.num_tokens
+        return PreparedImage(self.pixels.tiles(tiles), count, np.arange(count))
+
+
+def _count(tokens: Grid | int) -> int:
+    return tokens if isinstance(tokens, int) else math.prod(tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +154,7 @@ class InternVLViews(Tiles):
     def tiles(self, picture: Image.Image) -> list[Image.Image]:
         """The tiles of a picture, in 8 bits."""
         rows, cols = self.grid(height_and_width(picture))
-        tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side)
+        tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side, self.side)
         if self.thumbnail and len(tiles) > 1:
             tiles.append(self.pixels.resized(picture, (self.side, self.side)))
         return tiles
@@ -84,20 +173,44 @@ class InternVLViews(Tiles):
             raise too_few(max_tokens, counts[1])
         return dataclasses.replace(self, min_tiles=min(self.min_tiles, kept[-1]), max_tiles=kept[-1])
 
+    def retokened(self, tokens: Grid | int) -> "InternVLViews":
+        """With another number of tokens for a tile."""
+        return dataclasses.replace(self, num_tokens=_count(tokens))
+
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
         """Tile after tile."""
+        return [np.arange(count * self.num_tokens) for count in self.loads(sizes)]
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """Tiles of each picture, the whole among them."""
         counts = [math.prod(self.grid(size)) for size in sizes]
-        return [np.arange((count + (self.thumbnail and count > 1)) * self.num_tokens) for count in counts]
+        return [count + (self.thumbnail and count > 1) for count in counts]
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile."""
+        return self.side, self.side, self.pixels.channels
+
+    def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
+        """One place for each frame that is looked at."""
+        return [np.arange(self.num_tokens)] * self.video_load(num_frames, size, max_tokens)
+
+    def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
+        """Frames that are looked at: fewer, evenly spaced, where all take too many tokens."""
+        del size
+        if max_tokens is None:
+            return num_frames
+        if max_tokens < self.num_tokens:
+            raise too_few(max_tokens, self.num_tokens, "a video")
+        return min(num_frames, max_tokens // self.num_tokens)
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """Every frame as one tile, with a place of its own; fewer frames, evenly spaced, where all take too many."""
+        """Every frame as one tile, with a place of its own; see `video_load`."""
         del fps  # frames are numbered, not timed
-        if max_tokens is not None and len(frames) * self.num_tokens > max_tokens:
-            count = max_tokens // self.num_tokens
-            if not count:
-                raise too_few(max_tokens, self.num_tokens, "a video")
+        count = self.video_load(len(frames), height_and_width(frames[0]), max_tokens)
+        if count < len(frames):
             frames = [frames[number] for number in SegmentSampler(count).chosen(len(frames), 1)]
         pixels = self.video_pixels or self.pixels
         return [self._seen([pixels.resized(frame, (self.side, self.side))], pixels) for frame in frames]
@@ -116,7 +229,8 @@ class DeepSeekVL2Views(Tiles):
     Attributes:
       pixels: what is done to pixels; the mean colour fills borders.
       side: of a tile, in pixels.
-      tokens_per_side: rows, and columns, of tokens of a tile.
+      tokens: rows and columns of tokens of a tile, or, where they form no grid, their number: rows then do not end
+        in a learned row.
       canvases: (height, width) in pixels, in the release's order.
       max_tiled: pictures of a conversation above which each is one tile.
       whole_first: whether the whole picture's tokens stand before the tiles'.
@@ -126,7 +240,7 @@ class DeepSeekVL2Views(Tiles):
 
     pixels: Pixels
     side: int
-    tokens_per_side: int
+    tokens: Grid | int
     canvases: tuple[Size, ...]
     max_tiled: int = 2
     whole_first: bool = True
@@ -143,7 +257,7 @@ class DeepSeekVL2Views(Tiles):
         rows, cols = self.grid(height_and_width(picture), num_pictures)
         # The canvas of the whole is that of a single tile.
         whole = self._padded(picture, 1, 1)
-        return [whole, *([whole] if rows * cols == 1 else cut(self._padded(picture, rows, cols), self.side))]
+        return [whole, *([whole] if rows * cols == 1 else cut(self._padded(picture, rows, cols), self.side, self.side))]
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """All pictures of a conversation: their number decides whether they are cut."""
@@ -151,8 +265,21 @@ class DeepSeekVL2Views(Tiles):
         seen = []
         for picture, layout in zip(pictures, layouts, strict=True):
             tiles = self.tiles(picture, len(pictures))
-            seen.append(PreparedImage(self.pixels.tiles(tiles), len(tiles) * self.tokens_per_side**2, layout))
+            seen.append(PreparedImage(self.pixels.tiles(tiles), len(tiles) * _count(self.tokens), layout))
         return seen
+
+    def retokened(self, tokens: Grid | int) -> "DeepSeekVL2Views":
+        """With other tokens for a tile."""
+        return dataclasses.replace(self, tokens=tokens)
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """Tiles of each picture, the whole among them."""
+        return [1 + math.prod(self.grid(size, len(sizes))) for size in sizes]
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile."""
+        return self.side, self.side, self.pixels.channels
 
     def within(self, max_tokens: int) -> "DeepSeekVL2Views":
         """With the canvases that take no more."""
@@ -168,12 +295,15 @@ class DeepSeekVL2Views(Tiles):
 
     def layout(self, grid: Grid) -> Layout:
         """The layout of a picture of which the canvas has so many rows and columns of tiles."""
-        (rows, cols), tokens = grid, self.tokens_per_side
+        (rows, cols), count = grid, _count(self.tokens)
         newline, separator = -1, -2
-        whole = np.arange(tokens**2).reshape(tokens, tokens)
-        mosaic = tokens**2 + np.arange(rows * cols * tokens**2)
-        mosaic = mosaic.reshape(rows, cols, tokens, tokens).swapaxes(1, 2).reshape(rows * tokens, cols * tokens)
-        parts = [np.pad(part, ((0, 0), (0, 1)), constant_values=newline).reshape(-1) for part in (whole, mosaic)]
+        whole, mosaic = np.arange(count), count + np.arange(rows * cols * count)
+        parts = [whole, mosaic]
+        if not isinstance(self.tokens, int):
+            down, across = self.tokens
+            mosaic = mosaic.reshape(rows, cols, down, across).swapaxes(1, 2).reshape(rows * down, cols * across)
+            lines = (whole.reshape(self.tokens), mosaic)
+            parts = [np.pad(part, ((0, 0), (0, 1)), constant_values=newline).reshape(-1) for part in lines]
         first, second = parts if self.whole_first else parts[::-1]
         return np.concatenate([first, [separator], second])
 
@@ -239,9 +369,23 @@ class Ovis2Views(Tiles):
     def stretched(self, picture: Image.Image) -> np.ndarray:
         """Tiles of the port."""
         rows, cols = self.grid(height_and_width(picture))
-        tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side)
+        tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side, self.side)
         whole = [self.pixels.resized(picture, (self.side, self.side))] if len(tiles) > 1 else []
         return self.pixels.tiles([*whole, *tiles])
+
+    def retokened(self, tokens: Grid | int) -> "Ovis2Views":
+        """With another number of tokens for a tile."""
+        return dataclasses.replace(self, num_tokens=_count(tokens))
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """Tiles of each picture: its parts, and the whole where there are several."""
+        counts = [math.prod(self.grid(size)) for size in sizes]
+        return [count + (count > 1) for count in counts]
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile."""
+        return self.side, self.side, self.pixels.channels
 
     def within(self, max_tokens: int) -> "Ovis2Views":
         """With fewer parts."""

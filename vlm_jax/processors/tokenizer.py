@@ -46,7 +46,7 @@ class Tokenizer:
       vocabulary: what spells texts.
       names: the special tokens of templates, `{"bos_token": "<s>", ...}`.
       vocab_size: the largest id + 1; a model's table may have more rows.
-      bos_id, eos_id, pad_id: None where the release names none.
+      bos_id, eos_id, pad_id, unknown_id: None where the release names none.
       special_ids: ids that `decode` leaves out unless told.
       origin: where it is from, for messages.
     """
@@ -63,7 +63,8 @@ class Tokenizer:
         if missing:
             raise TokenizerError(f"{origin}: {', '.join(missing)} not in its vocabulary; give the names that it uses")
         self.vocab_size = vocabulary.size
-        self.bos_id, self.eos_id, self.pad_id = (ids.get(f"{role}_token") for role in ("bos", "eos", "pad"))
+        roles = ("bos", "eos", "pad", "unk")
+        self.bos_id, self.eos_id, self.pad_id, self.unknown_id = (ids.get(f"{role}_token") for role in roles)
         self.special_ids = frozenset(vocabulary.special) | {index for index in ids.values() if index is not None}
 
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
@@ -92,6 +93,19 @@ class Tokenizer:
             near = did_you_mean(token, self.vocabulary.special.values())
             raise TokenizerError(f"{self.origin}: its vocabulary has no token '{token}'{near}")
         return index
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], names: Mapping[str, str]) -> "Tokenizer":
+        """Reads a `tokenizer.json`, local or `gs://`, with the `names` of its special tokens.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          TokenizerError: the file is no tokenizer, or lacks a special token.
+        """
+        backend = read_backend(path)
+        unknown = getattr(backend.model, "unk_token", None)
+        names = {**names, **({"unk_token": unknown} if unknown else {})}
+        return cls(TokenizersVocabulary(backend), names, origin=os.fspath(path))
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> "Tokenizer":

@@ -133,3 +133,13 @@ def _upright(picture: Image.Image, degrees: int) -> Image.Image:
     """The picture turned counterclockwise, as a file's display matrix asks it to be shown."""
     turn = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
     return picture if degrees % 360 not in turn else picture.transpose(turn[degrees % 360])
+
+
+def uniform_frames(count: int, wanted: int) -> list[int]:
+    """Which of `count` frames stand for a clip: the middles of `wanted` equal parts, in order.
+
+    Fewer frames than are wanted are repeated.
+
+    Source: Wang et al. 2016 (TSN), section 3.1, at the middle of each segment as in testing.
+    """
+    return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]

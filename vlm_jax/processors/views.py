@@ -1,4 +1,4 @@
-"""What a model is given of a picture or a video: its pixels, and the places that it takes of a sequence."""
+"""What an encoder is given of the pictures of a conversation, and the places that they take of a sequence."""
 
 import dataclasses
 import os
@@ -10,9 +10,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.processors.image import normalize, resize_in_fixed_point
 from vlm_jax.processors.tiling import Size
-from vlm_jax.types import PackedPatches, TwoSizes
+from vlm_jax.types import Grid, PackedPatches, TwoSizes
 
 # Of every place in order: row r of the picture's own visual tokens as r, the learned row k as -1 - k.
 Layout = Int[np.ndarray, "n"]
@@ -20,18 +19,18 @@ Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSiz
 
 
 class PictureMismatch(ValueError):
-    """Other pictures than a conversation speaks of or its model reads, or what is no list; the message names both."""
+    """Pictures that differ from what a conversation or its model expects; the message names both."""
 
 
 def check_list(given: object, what: str) -> None:
-    """Refuses what is no list, such as one picture or file, whose rows or letters would be taken for several.
+    """Raises unless given a list; a bare picture, array or string would be iterated.
 
     Args:
       given: what a caller gave as pictures, or as videos.
       what: its name in messages.
 
     Raises:
-      PictureMismatch: it is none.
+      PictureMismatch: it is not a list.
     """
     if isinstance(given, Sequence) and not isinstance(given, str | bytes):
         return
@@ -52,7 +51,7 @@ class PreparedImage:
       layout: what fills its places.
       grid: (frames, rows, columns) of the patches; None of tiles.
       positions: (time, row, column) of every place, from 0, where text has positions of three axes.
-      low: the same tiles at a lower resolution, for an encoder that sees both.
+      low: the same tiles at a lower resolution, for an encoder that reads both.
     """
 
     pixels: Float[np.ndarray, "..."]
@@ -65,23 +64,36 @@ class PreparedImage:
 
 @runtime_checkable
 class Views(Protocol):
-    """How a system looks at the pictures of a conversation; one class a way, configured by a release's files."""
+    """How a system looks at the pictures of a conversation; one class for each way.
+
+    Sizes are (height, width) in pixels. The *load* of a picture is what it takes of a row's images: tiles, or
+    places of packed patches; loads of one row add up.
+    """
+
+    @property
+    def channels(self) -> int:
+        """Channels of the pictures that it takes: 1 for mode L, 3 for RGB."""
+        ...
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """All pictures of a conversation, in RGB."""
+        """All pictures of a conversation."""
         ...
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """The same of their sizes alone, (height, width) in pixels, before anything runs."""
+        """The layouts of `images`, from sizes alone."""
+        ...
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """The load of each picture of a conversation."""
         ...
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """A video, for every place that it has in the text.
+        """A video, one entry for every place that it has in the text.
 
         Args:
-          frames: in RGB, as sampled.
+          frames: as sampled.
           fps: frames a second of them, None where it is unknown.
           max_tokens: most places of the video, by fewer pixels or fewer frames; as the release has it when None.
 
@@ -91,52 +103,42 @@ class Views(Protocol):
         """
         ...
 
+    def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
+        """The layouts of `video`, from the number and the size of its frames; raises as `video` does."""
+        ...
+
+    def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
+        """The load of a video."""
+        ...
+
     def within(self, max_tokens: int) -> "Views":
-        """The same with no more than so many places for a picture, as far as the system can see with fewer.
+        """The same with no more than `max_tokens` places for a picture, by fewer tiles or pixels.
 
         Raises:
-          InfeasibleBudget: it takes more for the smallest; the message says how many.
+          InfeasibleBudget: the smallest picture takes more; the message says how many.
         """
         ...
 
-    def join(self, examples: Sequence[Sequence[PreparedImage]]) -> Images | None:
-        """The images of a batch; None where nothing is seen in it."""
+    def retokened(self, tokens: Grid | int) -> "Views":
+        """The same for an encoder and connector that give another number of tokens for a view.
+
+        Args:
+          tokens: rows and columns of a view's tokens, or, where they form no grid, their number; a layout of rows
+            and columns is then replaced by one without.
+        """
         ...
 
+    def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> Images | None:
+        """The images of a batch.
 
-@dataclasses.dataclass(frozen=True)
-class Pixels:
-    """How pixels of tiles reach the encoder.
+        Args:
+          rows: of every row of the batch, its pictures in order.
+          capacity: load that every row has room for; the largest of the rows when None.
 
-    Attributes:
-      mean: per channel, on the scale [0, 1].
-      std: per channel.
-      resample: Pillow's filter.
-      as_torch: resized as torch does pixels of 8 bits, by the filter of that name; else by Pillow itself.
-    """
-
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    resample: Image.Resampling = Image.Resampling.BICUBIC
-    as_torch: bool = False
-
-    @property
-    def mean_colour(self) -> tuple[int, ...]:
-        """The mean in 8 bits, truncated."""
-        return tuple(int(255 * value) for value in self.mean)
-
-    def resized(self, picture: Image.Image, size: Size) -> Image.Image:
-        """The picture stretched to (height, width)."""
-        wanted = (size[1], size[0])
-        if picture.size == wanted:
-            return picture
-        if self.as_torch:
-            return Image.fromarray(resize_in_fixed_point(np.asarray(picture), size, self.resample))
-        return picture.resize(wanted, self.resample)
-
-    def tiles(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "tiles height width channels"]:
-        """Normalised pixels of pictures of one size."""
-        return np.stack([normalize(np.asarray(picture), self.mean, self.std) for picture in pictures])
+        Returns:
+          None where the capacity is 0.
+        """
+        ...
 
 
 def too_few(max_tokens: int, needed: int, what: str = "a picture") -> InfeasibleBudget:
@@ -147,39 +149,66 @@ def too_few(max_tokens: int, needed: int, what: str = "a picture") -> Infeasible
 class Tiles:
     """What views of tiles have in common: no videos, and batches that are filled up with blank tiles."""
 
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of a tile."""
+        raise NotImplementedError
+
+    @property
+    def channels(self) -> int:
+        """As of `Views`."""
+        return self.tile_shape[2]
+
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """Refuses."""
+        """Raises: no videos."""
         del frames, fps, max_tokens
         raise PictureMismatch("this system takes pictures and no videos; give single frames as images")
 
+    def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
+        """Raises: no videos."""
+        del num_frames, size, max_tokens
+        raise PictureMismatch("this system takes pictures and no videos; give single frames as images")
+
+    def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
+        """Raises: no videos."""
+        return len(self.video_layouts(num_frames, size, max_tokens))
+
     def join(
-        self, examples: Sequence[Sequence[PreparedImage]]
+        self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None
     ) -> Float[np.ndarray, "B I height width channels"] | None:
-        """The tiles of every example, one after another, and blank ones up to the most of any."""
-        return joined_tiles([[seen.pixels for seen in example] for example in examples])
+        """The tiles of every row, one after another, and blank ones up to the capacity."""
+        return joined_tiles([[image.pixels for image in row] for row in rows], self.tile_shape, capacity)
 
 
 def joined_tiles(
-    examples: Sequence[Sequence[Float[np.ndarray, "_ height width channels"]]],
+    rows: Sequence[Sequence[Float[np.ndarray, "_ height width channels"]]],
+    tile_shape: tuple[int, int, int],
+    capacity: int | None,
 ) -> Float[np.ndarray, "B I height width channels"] | None:
-    """Tiles of every example, one after another, and blank ones up to the most of any; None where there is none."""
-    shape = next((part.shape[1:] for parts in examples for part in parts), None)
-    if shape is None:
+    """Tiles of every row, one after another, and blank ones up to the capacity, or the most of any row."""
+    if capacity is None:
+        capacity = max(sum(map(len, parts)) for parts in rows)
+    if not capacity:
         return None
-    joined = np.zeros((len(examples), max(sum(map(len, parts)) for parts in examples), *shape), np.float32)
-    for row, parts in zip(joined, examples, strict=True):
+    joined = np.zeros((len(rows), capacity, *tile_shape), np.float32)
+    for row, parts in zip(joined, rows, strict=True):
         if parts:
             np.concatenate(parts, out=row[: sum(map(len, parts))])
     return joined
 
 
 class NoViews(Tiles):
-    """A model without eyes."""
+    """Views of a text-only model."""
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """Of nothing."""
+        return 0, 0, 3
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Refuses any picture."""
+        """Raises for any picture."""
         if pictures:
             raise PictureMismatch(f"this model reads text alone, and {len(pictures)} pictures are given")
         return []
@@ -189,8 +218,17 @@ class NoViews(Tiles):
         del max_tokens
         return self
 
+    def retokened(self, tokens: Grid | int) -> "NoViews":
+        """Itself."""
+        del tokens
+        return self
+
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """Refuses any picture."""
+        """Raises for any picture."""
         if sizes:
             raise PictureMismatch(f"this model reads text alone, and sizes of {len(sizes)} pictures are given")
         return []
+
+    def loads(self, sizes: Sequence[Size]) -> list[int]:
+        """Raises for any picture."""
+        return [0 for _ in self.layouts(sizes)]

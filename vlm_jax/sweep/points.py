@@ -9,11 +9,10 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from vlm_jax.build import System, build
+from vlm_jax.build import Experiment, build
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
 from vlm_jax.models.vlm import flat_images
 from vlm_jax.planner.flops import count_flops
-from vlm_jax.types import Batch
 
 SECTIONS = ("encoder", "reducer", "connector", "decoder")
 
@@ -60,20 +59,20 @@ class Point:
       label: `connector@budget`, and `#seed` for a seed beyond the first.
       connector: the candidate's label.
       config: the whole config of the run.
-      system: what it builds.
+      experiment: what it builds.
       costs: what it costs.
       trained_as: label of the run that its parameters are from: its own, or that of the candidate at the
         budget that all its points share.
-      training: the config and the system of that run.
+      training: the config and the experiment of that run.
     """
 
     label: str
     connector: str
     config: Any
-    system: System
+    experiment: Experiment
     costs: Costs
     trained_as: str
-    training: tuple[Any, System]
+    training: tuple[Any, Experiment]
 
 
 def sweep_settings(config: Any) -> SweepSettings:
@@ -122,16 +121,16 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
             made = functools.partial(_made, config.base, name, candidate, seed, settings.shared)
             suffix = f"#{seed}" if number else ""
             for budget in candidate.budgets:
-                run, system = made(budget)
+                run, experiment = made(budget)
                 trained_at = candidate.trained_at if "trained_at" in candidate else budget
-                training = (run, system) if trained_at == budget else made(trained_at)
-                if trained_at != budget and _shapes(training[1]) != _shapes(system):
+                training = (run, experiment) if trained_at == budget else made(trained_at)
+                if trained_at != budget and _shapes(training[1]) != _shapes(experiment):
                     raise ConfigError(
                         f"{path}.trained_at: the parameters for {trained_at} tokens have other shapes than those for "
                         f"{budget}; choose a connector that nests its budgets, such as matryoshka, or train each"
                     )
                 label, trained_as = f"{name}@{budget}{suffix}", f"{name}@{trained_at}{suffix}"
-                points[label] = Point(label, name, run, system, costs(system), trained_as, training)
+                points[label] = Point(label, name, run, experiment, costs(experiment), trained_as, training)
     unknown = [label for label in only if label not in points]
     if unknown:
         raise ConfigError(f"--only: no point '{unknown[0]}'{did_you_mean(unknown[0], points)}")
@@ -139,8 +138,10 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     return sorted(chosen, key=lambda point: point.costs.num_visual_tokens)
 
 
-def _made(base: Any, name: str, candidate: Any, seed: int, shared: tuple[str, ...], budget: int) -> tuple[Any, System]:
-    """Config and system of a candidate at a budget; a refusal names the two."""
+def _made(
+    base: Any, name: str, candidate: Any, seed: int, shared: tuple[str, ...], budget: int
+) -> tuple[Any, Experiment]:
+    """Config and experiment of a candidate at a budget; a refusal names the two."""
     run = point_config(base, candidate, budget, seed, shared)
     try:
         return run, build(run)
@@ -148,8 +149,8 @@ def _made(base: Any, name: str, candidate: Any, seed: int, shared: tuple[str, ..
         raise type(error)(f"candidate '{name}' at {budget} tokens: {error}") from error
 
 
-def _shapes(system: System) -> Any:
-    return jax.eval_shape(system.init, jax.random.key(0))
+def _shapes(experiment: Experiment) -> Any:
+    return jax.eval_shape(experiment.init, jax.random.key(0))
 
 
 def point_config(base: Any, candidate: Any, budget: int, seed: int, shared: tuple[str, ...]) -> Any:
@@ -172,17 +173,16 @@ def shared_config(base: Any, seed: int, shared: tuple[str, ...]) -> Any:
     return run
 
 
-def costs(system: System) -> Costs:
+def costs(experiment: Experiment) -> Costs:
     """Counts by shape; nothing is allocated."""
-    processor, model = system.processor, system.model
-    boxed = jax.eval_shape(system.init, jax.random.key(0))
-    params = {"params": {part: nn.meta.unbox(boxed[part]) for part in system.num_params()}}
-    row = jax.ShapeDtypeStruct((1, processor.max_prompt_length), jax.numpy.int32)
-    images: Any = system.example().images
-    prompt = Batch(row, row, row, row, images=images)
-    flat = jax.eval_shape(flat_images, images)
+    system, length = experiment.system, experiment.prompt.length
+    model, num_params = system.model, experiment.num_params()
+    boxed = jax.eval_shape(experiment.init, jax.random.key(0))
+    params = {"params": {part: nn.meta.unbox(boxed[part]) for part in num_params}}
+    prompt = dataclasses.replace(system.example(experiment.prompt), targets=None, loss_weights=None)
+    flat = jax.eval_shape(flat_images, prompt.images)
     encoder = count_flops(lambda p, x: model.apply(p, x, method=lambda m, x: m.encoder(x)), params, flat)
     visual = count_flops(lambda p, x: model.apply(p, x, method="visual_tokens"), params, flat)
-    whole = count_flops(lambda p, b: model.apply(p, b, processor.max_prompt_length, method="prefill"), params, prompt)
+    whole = count_flops(lambda p, b: model.apply(p, b, length, method="prefill"), params, prompt)
     flops = {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}
-    return Costs(system.num_visual_tokens, system.mean_visual_tokens, system.num_params(), flops)
+    return Costs(system.budget.left, system.budget.mean, num_params, flops)

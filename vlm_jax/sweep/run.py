@@ -11,8 +11,9 @@ import rich.table
 from etils import epath
 
 from vlm_jax.build import build
+from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import config_hash, parse
-from vlm_jax.evals.vqa import EvaluationSettings, accuracy, answer_all, realised_tokens
+from vlm_jax.evals.vqa import accuracy, answer_all, realised_tokens
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.sweep.frontier import draw_frontier
@@ -109,11 +110,11 @@ class Sweep:
 
     def _train_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> Outcome:
         """The run that the point's parameters are from; one that several points share is taken up once."""
-        label, (config, system) = point.trained_as, point.training
+        label, (config, experiment) = point.trained_as, point.training
         if label in self._outcomes:
             return self._outcomes[label]
         folder, report = self._folder(label), progress.report(label)
-        outcome = Trainer(config, system, self._mesh, folder, init_from=start, progress=report).run()
+        outcome = Trainer(config, experiment, self._mesh, folder, init_from=start, progress=report).run()
         if sum(other.trained_as == label for other in self.points) > 1:
             self._outcomes[label] = outcome
         return outcome
@@ -121,8 +122,8 @@ class Sweep:
     def _run_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> dict[str, Any]:
         outcome = self._train_point(point, start, progress)
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
-        samples = point.system.open_source().evaluation(point.config.seed)
-        answers = answer_all(point.system, outcome.params, samples, evaluation.batch_size)
+        samples = point.experiment.open_source().evaluation(point.config.seed)
+        answers = answer_all(point.experiment, outcome.params, samples, evaluation)
         lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
         if is_primary():
             self._folder(point.label).mkdir(parents=True, exist_ok=True)
@@ -179,14 +180,13 @@ class Sweep:
         for other in self.points:
             lines = read_lines(self._folder(other.label) / ANSWERS_FILE)
             answers[other.label] = {line["sample_id"]: line for line in lines}
-        examples, taken = [], dict.fromkeys(point.system.source.tasks, 0)
-        for sample in point.system.open_source().evaluation(point.config.seed):
-            turn = sample.turns[0]
+        examples, taken = [], dict.fromkeys(point.experiment.source.tasks, 0)
+        for sample in point.experiment.open_source().evaluation(point.config.seed):
             given = {label: lines[sample.sample_id] for label, lines in answers.items() if sample.sample_id in lines}
-            if taken[turn.task] < EXAMPLES_PER_TASK and given:
-                taken[turn.task] += 1
+            if taken[sample.task] < EXAMPLES_PER_TASK and given:
+                taken[sample.task] += 1
                 spoken = {label: (line["text"], line["correct"]) for label, line in given.items()}
-                examples.append(Example(sample.images[0], turn.question, turn.answer, turn.task, spoken))
+                examples.append(Example(sample.images[0], sample.question, sample.answer, sample.task, spoken))
         return examples
 
     def _progress(self, todo: list[Point]) -> "_Progress":

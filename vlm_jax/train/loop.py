@@ -14,7 +14,7 @@ from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from vlm_jax.build import System
+from vlm_jax.build import Experiment
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
 from vlm_jax.config import ConfigError, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
@@ -85,7 +85,7 @@ class Trainer:
 
     Args:
       config: the run's config; see `configs/base.py`.
-      system: what `build(config)` made.
+      experiment: what `build(config)` made.
       mesh: devices.
       workdir: the run's folder, local or `gs://`.
       init_from: checkpoint directory of another run, or a folder that `cli.convert` made of a release,
@@ -100,7 +100,7 @@ class Trainer:
     def __init__(
         self,
         config: Any,
-        system: System,
+        experiment: Experiment,
         mesh: Mesh,
         workdir: epath.PathLike,
         *,
@@ -108,13 +108,13 @@ class Trainer:
         init_parts: tuple[str, ...] = ("encoder", "decoder"),
         progress: Progress = lambda step, steps, metrics: None,
     ):
-        self.system, self.mesh, self.workdir = system, mesh, epath.Path(workdir)
+        self.experiment, self.mesh, self.workdir = experiment, mesh, epath.Path(workdir)
         self._seed, self._progress = config.seed, progress
         self._init_from, self._init_parts = init_from, init_parts
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
-        self._boxed = jax.eval_shape(system.init, jax.random.key(0))
+        self._boxed = jax.eval_shape(experiment.init, jax.random.key(0))
         self._check_stages()
         claim(self.workdir, config)
         self._stop = False
@@ -163,7 +163,7 @@ class Trainer:
 
     def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the program."""
-        iterator = stage_batches(self.system, span.stage, self._seed, num_workers=self._settings.input_workers)
+        iterator = stage_batches(self.experiment, span.stage, self._seed, num_workers=self._settings.input_workers)
         with contextlib.closing(iterator):
             if position:
                 iterator.set_state(position)
@@ -179,7 +179,7 @@ class Trainer:
             self._abstract_state(span),
             batch,
             self.mesh,
-            objective=OBJECTIVES[stage.objective](self.system),
+            objective=OBJECTIVES[stage.objective](self.experiment),
             tx=self._tx(span),
             trained=tuple(stage.learning_rates),
         )
@@ -238,7 +238,7 @@ class Trainer:
     def _first_state(self, span: Span) -> TrainState:
         """Parameters drawn on their devices, or read from the run that this one starts from."""
         with use_mesh(self.mesh):
-            init = jax.jit(lambda key: nn.meta.unbox(self.system.init(key)), out_shardings=self._param_shardings())
+            init = jax.jit(lambda key: nn.meta.unbox(self.experiment.init(key)), out_shardings=self._param_shardings())
             params = init(jax.random.key(self._seed))
         if self._init_from is not None:
             shapes = abstract(self._boxed, self.mesh)
@@ -270,7 +270,7 @@ class Trainer:
 
     def _probe_batch(self, span: Span) -> Any:
         """A batch to compile for when the stage has no step left."""
-        return distribute(next(stage_batches(self.system, span.stage, self._seed)), self.mesh)
+        return distribute(next(stage_batches(self.experiment, span.stage, self._seed)), self.mesh)
 
     def _check_stages(self) -> None:
         for span in self._spans:
@@ -279,8 +279,8 @@ class Trainer:
                 raise ConfigError(
                     f"{path}.objective: none '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}"
                 )
-            if stage.stream not in self.system.source.streams:
-                streams = self.system.source.streams
+            if stage.stream not in self.experiment.source.streams:
+                streams = self.experiment.source.streams
                 raise ConfigError(f"{path}.stream: none '{stage.stream}'{did_you_mean(stage.stream, streams)}")
             if (stage.stream == "cells") != (stage.objective == "read_cells"):
                 raise ConfigError(f"{path}: the objective read_cells and the stream cells go together")

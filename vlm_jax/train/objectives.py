@@ -10,7 +10,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.build import System
+from vlm_jax.build import Experiment
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
@@ -22,7 +22,7 @@ Objective = Callable[[dict[str, Any], Any, jax.Array], tuple[jax.Array, Metrics]
 BOX_WEIGHT = 5.0  # of the boxes' L1 against the classes' cross entropy, as in DETR
 
 
-def next_token(system: System) -> Objective:
+def next_token(experiment: Experiment) -> Objective:
     """Cross entropy of the answers' tokens, given images (or text alone) and questions.
 
     What modules sow into the collection `losses`, such as a router's balance loss, is added to it.
@@ -31,7 +31,9 @@ def next_token(system: System) -> Objective:
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         parts = {part: params[part] for part in ("encoder", "connector", "decoder")}
         rngs = {"reduce": key, "connect": key}
-        logits, sown = system.model.apply({"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES])
+        logits, sown = experiment.system.model.apply(
+            {"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES]
+        )
         value, accuracy = cross_entropy(
             cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
         )
@@ -42,13 +44,13 @@ def next_token(system: System) -> Objective:
     return loss
 
 
-def read_cells(system: System) -> Objective:
+def read_cells(experiment: Experiment) -> Objective:
     """Class and box of every cell of a page: dense supervision of the encoder.
 
     Source: cross entropy and 5 times L1 as in Carion et al. 2020 (DETR), section 3.1, without
     the matching, since a cell knows its target.
     """
-    reader = cast(CellReader, system.cell_reader)  # there is one where a stage has this objective
+    reader = cast(CellReader, experiment.cell_reader)  # there is one where a stage has this objective
 
     def loss(params: dict[str, Any], batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del key
@@ -62,4 +64,4 @@ def read_cells(system: System) -> Objective:
     return loss
 
 
-OBJECTIVES: dict[str, Callable[[System], Objective]] = {"next_token": next_token, "read_cells": read_cells}
+OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {"next_token": next_token, "read_cells": read_cells}

@@ -20,7 +20,7 @@ from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
 from vlm_jax.processors.tiles import DeepSeekVL2Views
 from vlm_jax.processors.tiling import best_resolution
-from vlm_jax.processors.views import Pixels
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.types import VisualFeatures
 
 NOT_COMPARED = {

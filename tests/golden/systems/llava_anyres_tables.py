@@ -13,7 +13,7 @@ from vlm_jax.processors.anyres import AnyresViews, unpadded
 from vlm_jax.processors.image import square_padded
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import best_resolution
-from vlm_jax.processors.views import Pixels
+from vlm_jax.processors.pixels import Pixels
 
 SIDES = {"16": 336, "big": 384}  # of a tile, by the list's name
 

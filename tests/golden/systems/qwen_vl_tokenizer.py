@@ -21,7 +21,7 @@ from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.spelled_prompt import QwenVLPrompt
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.views import Pixels
+from vlm_jax.processors.pixels import Pixels
 
 IMAGE = "<img>"
 

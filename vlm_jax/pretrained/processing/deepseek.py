@@ -70,7 +70,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         tokens={"image": own["image_tag"]},
         joined="",
     )
-    return Processor(prompt, views, pad_id(tokenizer, config), end_tokens=end_of_text(tokenizer))
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), end_tokens=end_of_text(tokenizer))
 
 
 def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
@@ -92,7 +92,7 @@ def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
     check_consistent(config, own, side)
     prompt = DeepSeekVL2Prompt(tokenizer, own["image_token"])
     ends = end_of_text(tokenizer)
-    return Processor(prompt, views, tokenizer.id_of(own["pad_token"]), num_learned=2, end_tokens=ends)
+    return Processor(prompt, views, tokenizer, tokenizer.id_of(own["pad_token"]), num_learned=2, end_tokens=ends)
 
 
 def check_consistent(config: Mapping[str, Any], own: Mapping[str, Any], side: int) -> None:

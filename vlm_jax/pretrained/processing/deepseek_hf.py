@@ -19,11 +19,11 @@ from vlm_jax.pretrained.processing.settings import (
     processor_settings,
 )
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews, TwoSizeViews
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.views import Pixels
 
 # transformers, models/deepseek_vl/image_processing_deepseek_vl.py.
 DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "min_size": 14, "do_pad": True}
@@ -53,7 +53,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     prompt = TemplatePrompt(
         ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, marks={"image": token}, tokens={"image": token}
     )
-    return Processor(prompt, views, pad_id(tokenizer, config))
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config))
 
 
 def processor_hybrid(folder: Folder, config: Mapping[str, Any]) -> Processor:

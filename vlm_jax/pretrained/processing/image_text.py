@@ -29,9 +29,9 @@ from vlm_jax.processors.image_text import (
     TextInputs,
     Texts,
 )
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
-from vlm_jax.processors.views import Pixels
 
 # transformers, models/{clip,siglip,siglip2,vit}/image_processing_*.py; sizes that files leave out are the tower's.
 NAFLEX_DEFAULTS: dict[str, Any] = {**HALF_STATISTICS, "resample": 2, "patch_size": 16, "max_num_patches": 256}

@@ -7,13 +7,13 @@ from typing import Any
 from vlm_jax.pretrained.family import PretrainedError, check_supported, one_side, with_defaults
 from vlm_jax.pretrained.internvl import VISION_DEFAULTS
 from vlm_jax.pretrained.processing.settings import IMAGENET_STATISTICS, Folder, chat_template, pad_id
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.templates import IM_END, INTERNVL
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import SegmentSampler
-from vlm_jax.processors.views import Pixels
 
 # OpenGVLab/InternVL, configuration_internvl_chat.py.
 DEFAULTS: dict[str, Any] = {
@@ -47,7 +47,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     # modeling_internvl_chat.py, chat: the separator of the template.
     ends = (IM_END,) if name is not None else ()
     pad = pad_id(tokenizer, config)
-    return Processor(prompt, views(config), pad, end_tokens=ends, frame_sampler=SegmentSampler())
+    return Processor(prompt, views(config), tokenizer, pad, end_tokens=ends, frame_sampler=SegmentSampler())
 
 
 def views(config: Mapping[str, Any]) -> InternVLViews:

@@ -47,4 +47,4 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         tokens={"image": context, "video": context},
         texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
     )
-    return Processor(prompt, views, pad_id(tokenizer, config), frame_sampler=SegmentSampler())
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), frame_sampler=SegmentSampler())

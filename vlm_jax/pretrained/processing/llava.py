@@ -10,13 +10,13 @@ from vlm_jax.pretrained.llava import DEFAULTS, TOWERS
 from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, chat_template, end_of_text, pad_id
 from vlm_jax.pretrained.projector import mm_projector
 from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.templates import VICUNA
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.views import Pixels
 
 FIT = {"pad": "pad", "anyres": "crop", "square": "crop", None: "crop"}
 
@@ -39,6 +39,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return Processor(
         prompt,
         views(config),
+        tokenizer,
         pad_id(tokenizer, config),
         num_learned=int(newline),
         max_length=longest,

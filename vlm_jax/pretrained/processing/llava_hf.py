@@ -67,4 +67,4 @@ def _processor(folder: Folder, config: Mapping[str, Any], views: Any, **fields: 
     prompt = TemplatePrompt(
         ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, marks={"image": token}, tokens={"image": token}
     )
-    return Processor(prompt, views, pad_id(tokenizer, config), **fields)
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), **fields)

@@ -75,4 +75,4 @@ def _processor(
     )
     # The release's examples give generate() the end of its text tokenizer.
     ends = end_of_text(tokenizer)
-    return Processor(prompt, views, pad_id(tokenizer, config), num_learned=num_learned, end_tokens=ends)
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), num_learned=num_learned, end_tokens=ends)

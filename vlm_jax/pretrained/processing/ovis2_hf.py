@@ -48,4 +48,4 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         tokens={"image": "<IMG_ATOM>"},
     )
     learned = tuple(config["visual_indicator_token_ids"])
-    return Processor(prompt, views, pad_id(tokenizer, config), num_learned=len(learned), learned_ids=learned)
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), num_learned=len(learned), learned_ids=learned)

@@ -5,11 +5,12 @@ from typing import Any
 
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, end_of_text
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.spelled_prompt import QwenVLPrompt
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.views import NoViews, Pixels
+from vlm_jax.processors.views import NoViews
 
 # QwenLM/Qwen-VL-Chat, qwen_generation_utils.py, get_stop_words_ids of ChatML, which chat() adds.
 END_TOKENS = ("<|im_end|>", "<|im_start|>")
@@ -28,4 +29,4 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
         side = visual["image_size"]
         views = SquareViews(pixels, (side, side), visual.get("n_queries", NUM_QUERIES), "stretch")
     ends = (*end_of_text(tokenizer), *END_TOKENS)
-    return Processor(QwenVLPrompt(tokenizer), views, tokenizer.eos_id, max_length=None, end_tokens=ends)
+    return Processor(QwenVLPrompt(tokenizer), views, tokenizer, tokenizer.eos_id, max_length=None, end_tokens=ends)

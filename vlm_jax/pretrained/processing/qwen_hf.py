@@ -55,7 +55,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     )
     template = ChatTemplate.from_folder(folder, tokenizer.names)
     prompt = TemplatePrompt(template, tokenizer, marks=TOKENS, tokens=TOKENS)  # type: ignore[arg-type]
-    return Processor(prompt, views, pad_id(tokenizer, config), rotary_3d=True)
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), rotary_3d=True)
 
 
 def _limits(settings: Mapping[str, Any], defaults: Mapping[str, int]) -> tuple[int, int]:

@@ -13,10 +13,10 @@ from vlm_jax.config import read_json
 from vlm_jax.pretrained.family import PretrainedError, check_supported, text_section
 from vlm_jax.processors.chat import ChatTemplate, MissingChatTemplate
 from vlm_jax.processors.image import FIXED_POINT
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.views import Pixels
 
 Folder = str | os.PathLike[str]
 

@@ -19,4 +19,4 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     ends = ()
     if config["model_type"] == "internlm2" and tokenizer.vocabulary.id_of(IM_END) is not None:
         ends = (*end_of_text(tokenizer), IM_END)  # modeling_internlm2.py, chat
-    return Processor(prompt, NoViews(), pad_id(tokenizer, config), end_tokens=ends)
+    return Processor(prompt, NoViews(), tokenizer, pad_id(tokenizer, config), end_tokens=ends)

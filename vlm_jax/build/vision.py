@@ -1,4 +1,4 @@
-"""The seeing half of a config: encoder, reducer, connector and views of pictures, solved for the token budget."""
+"""Builds encoder, reducer, connector and views from the sections of a config, for its token budget."""
 
 import dataclasses
 import inspect
@@ -10,65 +10,17 @@ from typing import Any
 from flax import linen as nn
 
 from vlm_jax.budget import InfeasibleBudget, share
+from vlm_jax.build.settings import ProcessorSettings
 from vlm_jax.config import ConfigError, check_keys, choose, choose_kind, convert, parse_kind, positive
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
 from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS, PACKED_ENCODERS
-from vlm_jax.processors.sample_views import NativeViews, Pixels, TiledViews, Views, packed_length
+from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.patches import packed_length
+from vlm_jax.processors.smart_resize import bounded_size
+from vlm_jax.processors.tiles import FixedTilesViews
+from vlm_jax.processors.views import Views
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.types import Grid
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessorSettings:
-    """`config.processor`: how pictures and text become rows.
-
-    Attributes:
-      image_size: (height, width) in pixels at full budget, of a tile where there are several; None where
-        the encoder packs images of any size.
-      mean: per channel on [0, 1], taken off the pixels.
-      std: per channel on [0, 1], divides them.
-      filter: resampling filter, a key of `processors.image.FILTERS`.
-      tokenizer: `digits` for the built-in vocabulary of the digit pages, else a tokenizer.json.
-      independent_turns: whether the turns of a training row are answered each by itself.
-      max_text_length: text positions of a training row, visual tokens not counted.
-      max_question_length: text positions of a prompt, visual tokens not counted.
-      max_answer_length: new tokens of a generated answer, its end token among them.
-      tiles: rows and columns of tiles that a picture is cut into, each an image for the encoder.
-      thumbnail: whether the whole picture, at the size of a tile, follows its tiles.
-      frames: None, or how many of a sample's pictures, evenly spaced, stand for the clip that they are.
-      special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not <pad> and
-        so on.
-      min_tokens: where the encoder packs images of any size, the fewest visual tokens of a picture; a
-        smaller one is enlarged.
-    """
-
-    image_size: tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    filter: str
-    tokenizer: str
-    independent_turns: bool
-    max_text_length: int
-    max_question_length: int
-    max_answer_length: int
-    tiles: Grid = (1, 1)
-    thumbnail: bool = False
-    frames: int | None = None
-    min_tokens: int = 1
-    special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        if min(self.tiles) < 1:
-            raise ConfigError(f"config.processor.tiles: rows and columns are at least 1, got {self.tiles}")
-        if self.thumbnail and self.tiles == (1, 1):
-            raise ConfigError("config.processor.thumbnail: a picture of one tile is its own thumbnail; set it to False")
-        check_keys(self.special_tokens, ("pad", "bos", "eos", "image"), "config.processor.special_tokens")
-        if self.special_tokens and self.tokenizer == "digits":
-            raise ConfigError("config.processor.special_tokens: the built-in tokenizer has its own; remove them")
-        for key in ("frames", "min_tokens"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"config.processor.{key}: at least 1 expected, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +34,7 @@ class Vision:
       num_tokens: visual tokens of an image with all its tiles, or of a whole clip, that enter the decoder;
         the most that it can have where every image has a grid of its own.
       num_left: how many of them are to reach the decoder's last layers.
+      load: tiles, or places of packed patches, of an image with all its tiles, or of a whole clip.
       num_views: views of an image that have equal parts of these; 1 where every image has a grid of its own.
     """
 
@@ -92,11 +45,12 @@ class Vision:
     grid: Grid | None
     num_tokens: int
     num_left: int
+    load: int
     num_views: int = 1
 
 
 def solve_vision(
-    config: Any, settings: ProcessorSettings, channels: int, num_images: int, decoder: Any, dtypes: dict[str, Any]
+    config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]
 ) -> Vision:
     """What `config` says of seeing, solved for `config.token_budget`.
 
@@ -104,7 +58,6 @@ def solve_vision(
       config: a run's config.
       settings: its section `processor`.
       channels: of the pictures.
-      num_images: pictures of a sample.
       decoder: for its width, and its depth where tokens are dropped inside.
       dtypes: `dtype` and `param_dtype` of the modules.
 
@@ -114,15 +67,14 @@ def solve_vision(
     """
     kind = choose_kind({**ENCODERS, **COMPOSITE_ENCODERS, **PACKED_ENCODERS}, config.encoder, "config.encoder")
     solve = _native if kind in PACKED_ENCODERS.values() else _tiled
-    return solve(config, settings, channels, num_images, decoder, dtypes)
+    return solve(config, settings, channels, decoder, dtypes)
 
 
 def _tiled(
-    config: Any, settings: ProcessorSettings, channels: int, num_images: int, decoder: Any, dtypes: dict[str, Any]
+    config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]
 ) -> Vision:
     """Views of one size: the reducer or the connector meets the budget, view by view."""
-    del num_images  # each of them is encoded by itself
-    size, pixels = settings.image_size, Pixels(channels, settings.mean, settings.std, settings.filter)
+    size, pixels = settings.image_size, settings.pixels(channels)
     if size is None:
         raise ConfigError(f"config.processor.image_size: config.encoder.kind {config.encoder.kind} needs a size")
     if settings.min_tokens != 1:
@@ -147,14 +99,15 @@ def _tiled(
         realised = connector.num_tokens(connector_grid)
         if realised != wanted:
             raise InfeasibleBudget(f"{config.connector.kind} solved a budget of {wanted} tokens but gives {realised}")
-        views = TiledViews(pixels, reduced_size, realised, settings.tiles, settings.thumbnail)
-        return Vision(encoder, reducer, connector, views, grid, num_views * realised, num_views * budget, num_views)
+        views = FixedTilesViews(pixels, reduced_size, realised, settings.tiles, settings.thumbnail)
+        counts = num_views * realised, num_views * budget
+        return Vision(encoder, reducer, connector, views, grid, *counts, load=num_views, num_views=num_views)
 
     return _share(config, settings, num_views, full_grid[0] * full_grid[1], solve)
 
 
 def _native(
-    config: Any, settings: ProcessorSettings, channels: int, num_images: int, decoder: Any, dtypes: dict[str, Any]
+    config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]
 ) -> Vision:
     """Views of any size, packed into one sequence: the processor meets the budget, which bounds their size."""
     kind, connector_kind = config.encoder.kind, config.connector.kind
@@ -174,7 +127,7 @@ def _native(
             f"sequence; choose one of {', '.join(PACKED_CONNECTORS)}"
         )
     encoder = parse_kind(PACKED_ENCODERS, config.encoder, "config.encoder", channels=channels, **dtypes)
-    form, pixels = encoder.patch_format, Pixels(channels, settings.mean, settings.std, settings.filter)
+    form, pixels = encoder.patch_format, settings.pixels(channels)
     block = encoder.grid(form.block_size, form.block_size)  # a picture is made of blocks of patches
     solved = _fewest(connector_class, block)
     connector = parse_kind(CONNECTORS, config.connector, "config.connector", **solved, features=decoder.width, **dtypes)
@@ -187,9 +140,10 @@ def _native(
                 f"{block_tokens} and are at least config.processor.min_tokens={settings.min_tokens}"
             )
         most, least = budget // block_tokens, -(-settings.min_tokens // block_tokens)
-        length = packed_length(num_images * num_slots * most, form)
-        views = NativeViews(pixels, form, length, most, least, block_tokens)
-        return Vision(encoder, None, connector, views, None, num_slots * budget, num_slots * budget)
+        unit = form.block_size**2
+        views = NativeViews(pixels, form, bounded_size, least * unit, most * unit, block_tokens)
+        load = packed_length(num_slots * most, form)
+        return Vision(encoder, None, connector, views, None, num_slots * budget, num_slots * budget, load)
 
     return _share(config, settings, num_slots, 2 * config.token_budget, solve)
 

@@ -5,13 +5,18 @@ connector's own fields from the token budget, widths and vocabulary from each ot
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jaxtyping import Float, UInt8
 
 from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
+from vlm_jax.build.vision import Vision, solve_vision
 from vlm_jax.config import ConfigError, check_keys, choose, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
@@ -19,15 +24,16 @@ from vlm_jax.decoders import DECODERS
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.boxes import format_box
-from vlm_jax.processors.digits_vocabulary import digits_tokenizer
-from vlm_jax.processors.image import open_image
-from vlm_jax.processors.layout_tokenizer import LayoutTokenizer
-from vlm_jax.processors.vqa import VqaProcessor
-from vlm_jax.types import Batch, Grid
-from vlm_jax.vision import ProcessorSettings, Vision, solve_vision
+from vlm_jax.processors.image import open_image, to_picture
+from vlm_jax.processors.plain_prompt import PlainPrompt
+from vlm_jax.processors.processor import Example, Processor
+from vlm_jax.processors.video import uniform_frames
+from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.system import Budget, System
+from vlm_jax.types import Batch, Message, RowShape, Sample
 
 # Every key of a run's config; the last ones are read by the trainer and the evaluation.
-KEYS = ("seed", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "processor", "encoder",
+KEYS = ("seed", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor", "encoder",
         "reducer", "connector", "decoder", "schedule", "stages", "optimizer", "loop", "mesh",
         "evaluation")  # fmt: skip
 PARTS = ("encoder", "connector", "decoder")
@@ -35,46 +41,74 @@ CELL_HEAD = "cell_head"
 
 
 @dataclasses.dataclass(frozen=True)
-class System:
+class Experiment:
     """Everything that a config describes; nothing in it has parameters yet.
 
     Attributes:
-      model: the vision-language model.
-      cell_reader: its encoder under a dense head, where a stage's objective is `read_cells`.
-      processor: makes rows of samples.
+      system: the model with its processor.
       source: where samples come from; `open_source` reads it.
-      grid: rows and columns of patches that the encoder gives for one tile; None where every image has
-        its own.
-      num_visual_tokens: tokens of one image, with all its tiles or frames, that reach the decoder's last
-        layers; the most that can where every image has a grid of its own.
-      mean_visual_tokens: the mean over its layers, which is more where tokens are dropped on the way.
+      row: shape of a training row.
+      prompt: shape of a prompt of the evaluation.
+      text_row: shape of a training row of the stream `text_pages`, which has no pictures.
+      num_frames: None, or how many of a sample's pictures stand for the clip that they are.
+      cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
     """
 
-    model: VLM
-    cell_reader: CellReader | None
-    processor: VqaProcessor
+    system: System
     source: Settings
-    grid: Grid | None
-    num_visual_tokens: int
-    mean_visual_tokens: float
+    row: RowShape
+    prompt: RowShape
+    text_row: RowShape
+    num_frames: int | None = None
+    cell_reader: CellReader | None = None
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
-        return self.source.open(Tools(format_box, open_image, self.processor.prepare_image))
+        return self.source.open(Tools(format_box, open_image, self.prepare_image))
 
-    def example(self) -> Batch:
-        """Shapes of one training row with its images, for `eval_shape`."""
-        length = self.processor.max_length
-        row = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        images = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.processor.example_images())
-        weights = jax.ShapeDtypeStruct((1, length), jnp.float32)
-        return Batch(row, row, row, row, images=images, targets=row, loss_weights=weights)
+    def prepare_image(
+        self, image: UInt8[np.ndarray, "height width given"]
+    ) -> Float[np.ndarray, "new_height new_width channels"]:
+        """The pixels of a picture's first view, as the encoder gets them.
+
+        Raises:
+          ValueError: the encoder takes packed patches.
+        """
+        processor = self.system.processor
+        mode = "L" if processor.views.channels == 1 else "RGB"
+        pixels = processor.views.images([to_picture(image, mode=mode)])[0].pixels
+        if pixels.ndim != 4:
+            raise ValueError("this encoder reads packed patches of several images, not one image of one size")
+        return pixels[0]
+
+    def example(self, sample: Sample, *, targets: bool) -> Example:
+        """A sample through the processor: whole with `targets`, else as the prompt before its last answer.
+
+        Raises:
+          As `Processor.example`, naming the sample.
+        """
+        messages, images = sample.messages if targets else sample.messages[:-1], list(sample.images)
+        if self.num_frames is None:
+            return self.system.processor.example(messages, images, targets=targets, name=sample.sample_id)
+        if not images:
+            raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no picture")
+        chosen = uniform_frames(len(images), self.num_frames)
+        clip = [[images[index] for index in chosen]]
+        return self.system.processor.example(_as_clip(messages), (), clip, targets=targets, name=sample.sample_id)
+
+    def training_row(self, sample: Sample) -> Batch:
+        """A sample as a training row, a batch of one."""
+        return self.system.processor.rows([[self.example(sample, targets=True)]], self.row, targets=True)
+
+    def text_page(self, sample: Sample) -> Batch:
+        """The same of the stream `text_pages`."""
+        return self.system.processor.rows([[self.example(sample, targets=True)]], self.text_row, targets=True)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Boxed parameters {part: tree}, drawn so that a part does not depend on its neighbours' kinds."""
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.example())
-        params = dict(self.model.init({"params": key, "reduce": key}, zeros)["params"])
+        params = self.system.init(key, self.row)
         if self.cell_reader is not None:
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.system.example(self.row))
             head = self.cell_reader.init(key, zeros.images[:, 0])["params"]
             params[CELL_HEAD] = {name: tree for name, tree in head.items() if name != "encoder"}
         return params
@@ -85,8 +119,21 @@ class System:
         return {part: sum(leaf.size for leaf in jax.tree.leaves(shapes[part])) for part in PARTS if part in shapes}
 
 
-def build(config: Any) -> System:
-    """Makes the system that a run's config describes.
+def _as_clip(messages: Sequence[Message]) -> list[Message]:
+    """Messages with one video in place of their pictures."""
+    found, clip = [], [{"type": "video"}]
+    for message in messages:
+        if not isinstance(message["content"], str):
+            items = [item for item in message["content"] if item["type"] != "image"]
+            if len(items) < len(message["content"]):
+                items, clip = clip + items, []
+            message = {**message, "content": items}
+        found.append(message)
+    return found
+
+
+def build(config: Any) -> Experiment:
+    """Makes what a run's config describes.
 
     Args:
       config: a ConfigDict with the sections of `configs/base.py`.
@@ -100,10 +147,10 @@ def build(config: Any) -> System:
     if missing:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
     settings = parse(ProcessorSettings, config.processor, "config.processor")
+    row = parse(RowSettings, config.row, "config.row")
+    evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
     source = parse_kind(SOURCES, config.data, "config.data")
-    tokenizer = digits_tokenizer()
-    if settings.tokenizer != "digits":
-        tokenizer = LayoutTokenizer.from_file(settings.tokenizer, **settings.special_tokens)
+    tokenizer = settings.read_tokenizer()
     dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
 
     decoder = _decoder(config.decoder, tokenizer.vocab_size, dtypes)
@@ -113,32 +160,28 @@ def build(config: Any) -> System:
             "config.data.num_images: None is for samples that are clips of any length; set config.processor.frames to "
             "the frames that stand for one, or num_images to the pictures that every sample has"
         )
-    vision = solve_vision(config, settings, source.channels, num_images, decoder, dtypes)
+    vision = solve_vision(config, settings, source.channels, decoder, dtypes)
     parts = {"encoder": vision.encoder, "decoder": decoder}
     for part, fields in ({} if vision.reducer is None else vision.reducer.required_fields()).items():
         parts[part] = _set(parts[part], fields, config, part)
     by_layer = _tokens_by_layer(vision, parts["decoder"])
-
-    visual = num_images * vision.num_tokens
-    processor = VqaProcessor(
-        tokenizer=tokenizer,
-        views=vision.views,
-        num_visual_tokens=vision.num_tokens,
-        num_images=num_images,
-        num_frames=settings.frames,
-        independent_turns=settings.independent_turns,
-        max_length=visual + settings.max_text_length,
-        max_prompt_length=visual + settings.max_question_length,
-        max_answer_length=settings.max_answer_length,
-    )
-    return System(
+    visual, images = num_images * vision.num_tokens, num_images * vision.load
+    system = System(
         model=VLM(parts["encoder"], vision.connector, parts["decoder"], vision.reducer),
-        cell_reader=_cell_reader(config, vision, source),
-        processor=processor,
+        processor=Processor(
+            PlainPrompt(tokenizer, settings.independent_turns), vision.views, tokenizer, tokenizer.pad_id or 0
+        ),
+        ends=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        budget=Budget(vision.num_tokens, tuple(by_layer), vision.grid),
+    )
+    return Experiment(
+        system=system,
         source=source,
-        grid=vision.grid,
-        num_visual_tokens=by_layer[-1],
-        mean_visual_tokens=sum(by_layer) / len(by_layer),
+        row=RowShape(row.positions(visual), images),
+        prompt=RowShape(evaluation.question_length + visual, images),
+        text_row=RowShape(row.positions(0) + source.context_length, 0),
+        num_frames=settings.frames if num_images else None,
+        cell_reader=_cell_reader(config, vision, source),
     )
 
 

@@ -1,0 +1,84 @@
+"""Conversations as users give them: messages, and pictures and videos inside or beside them."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.processors.chat import ChatTemplateError
+from vlm_jax.processors.image import CorruptImage
+from vlm_jax.processors.plain_prompt import UnknownText
+from vlm_jax.processors.prompt import Kind
+from vlm_jax.processors.spelled_prompt import PromptError
+from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.processors.views import PictureMismatch, check_list
+from vlm_jax.types import Message
+
+Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
+Video = Sequence[Picture] | str | os.PathLike | bytes
+Conversation = Sequence[Message]
+
+
+class VideoSize(NamedTuple):
+    """What `measure` is told of a video: frames as sampled, and their height and width in pixels."""
+
+    num_frames: int
+    height: int
+    width: int
+
+
+ERRORS = (
+    ChatTemplateError,
+    CorruptImage,
+    InfeasibleBudget,
+    PictureMismatch,
+    PromptError,
+    TokenizerError,
+    UnknownText,
+)
+
+
+@contextlib.contextmanager
+def error_context(name: str) -> Iterator[None]:
+    """Puts the sample's name before errors that lack it."""
+    try:
+        yield
+    except ERRORS as error:
+        if name in str(error):
+            raise
+        raise type(error)(f"{name}: {error}") from error
+
+
+def check_given(name: str, messages: object, images: object, videos: object) -> None:
+    """Raises unless given lists; a bare question or file would be iterated letter by letter."""
+    form = '{"role": "user", "content": "…"}'
+    if isinstance(messages, str):
+        form, shown = form.replace('"…"', repr(messages)), f"the string {messages!r}"
+        raise PromptError(f"{name}: expected a list of messages, got {shown}; write [{form}]")
+    if not isinstance(messages, Sequence):
+        shown = f"one {type(messages).__name__}"
+        raise PromptError(f"{name}: expected a list of messages such as {form}, got {shown}; write [message]")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise PromptError(f"{name}: message {number}: expected one such as {form}, got {message!r}")
+    check_list(images, f"{name}: images")
+    check_list(videos, f"{name}: videos")
+
+
+def given_pictures(messages: Conversation, kind: Kind, beside: Sequence[Any], name: str) -> Sequence[Any]:
+    """The pictures of a conversation: those in its messages, or those beside them."""
+    contents = [message.get("content") for message in messages]
+    items = [
+        item
+        for content in contents
+        if isinstance(content, Sequence) and not isinstance(content, str)
+        for item in content
+    ]
+    inside = [item[kind] for item in items if isinstance(item, Mapping) and item.get("type") == kind and kind in item]
+    if inside and beside:
+        raise PictureMismatch(f"{name}: {kind}s stand both in its messages and beside them; give them in one place")
+    return inside or beside

@@ -1,0 +1,60 @@
+"""How a picture's pixels reach the encoder: colours, resizing and normalisation."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from vlm_jax.processors.image import normalize, resize_in_fixed_point
+from vlm_jax.processors.tiling import Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """Settings of a release's, or a config's, image processor.
+
+    Attributes:
+      mean: per channel, on the scale [0, 1], subtracted from the rescaled pixels; one for grey, three for RGB.
+      std: per channel, divides what remains.
+      resample: Pillow's filter.
+      as_torch: resized as torch does pixels of 8 bits, by the filter of that name; else by Pillow itself.
+    """
+
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+    as_torch: bool = False
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return len(self.mean)
+
+    @property
+    def mean_colour(self) -> tuple[int, ...]:
+        """The mean in 8 bits, truncated."""
+        return tuple(int(255 * value) for value in self.mean)
+
+    def blank(self, size: Size) -> Image.Image:
+        """A black picture of (height, width)."""
+        return Image.new("L" if self.channels == 1 else "RGB", (size[1], size[0]))
+
+    def resized(self, picture: Image.Image, size: Size) -> Image.Image:
+        """The picture stretched to (height, width)."""
+        wanted = (size[1], size[0])
+        if picture.size == wanted:
+            return picture
+        if self.as_torch:
+            return Image.fromarray(resize_in_fixed_point(np.asarray(picture), size, self.resample))
+        return picture.resize(wanted, self.resample)
+
+    def array(self, picture: Image.Image) -> np.ndarray:
+        """uint8 [height, width, channels]."""
+        pixels = np.asarray(picture)
+        return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+    def tiles(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "tiles height width channels"]:
+        """Normalised pixels of pictures of one size."""
+        return np.stack([normalize(self.array(picture), self.mean, self.std) for picture in pictures])

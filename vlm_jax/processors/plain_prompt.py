@@ -1,0 +1,101 @@
+"""Conversations without a chat template: a start token, pictures, questions, and answers with their end token."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from vlm_jax.processors.layout import Text
+from vlm_jax.processors.prompt import Kind, Slot
+from vlm_jax.processors.spelled_prompt import PromptError
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Message
+
+# Distinct texts whose ids are kept: questions and short answers repeat all through a run.
+CACHED_TEXTS = 1 << 16
+
+
+class UnknownText(ValueError):
+    """A text that the vocabulary cannot spell; the message names the text and the word."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainPrompt:
+    """Writes `<bos> pictures context question answer <eos> question answer <eos> ...`.
+
+    Everything before the last text of the first user message is context.
+
+    Attributes:
+      tokenizer: with the names `bos_token`, `eos_token` and `image_token`, whose id stands where a visual token does.
+      independent_turns: no turn reads another, and each follows the context in its positions as if it were alone,
+        so that one encoded picture serves many questions. Source: Deitke et al. 2024 (Molmo), section 3,
+        multi-annotated images.
+
+    Raises:
+      TokenizerError: the tokenizer has no such names.
+    """
+
+    tokenizer: Tokenizer
+    independent_turns: bool = False
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        places: Sequence[int],
+        *,
+        add_generation_prompt: bool = True,
+        targets: bool = False,
+        **variables: Any,
+    ) -> list[Text | Slot]:
+        """The pieces of one conversation; see `Prompt`.
+
+        Raises:
+          PromptError: no question, or variables, which nothing reads.
+          UnknownText: a word that the vocabulary lacks, or the name of a special token.
+        """
+        del add_generation_prompt  # an answer has no head
+        if variables:
+            raise PromptError(f"no chat template reads {', '.join(variables)}; leave them out")
+        if not any(message["role"] == "user" for message in messages):
+            raise PromptError("no message of a user, so that nothing is asked")
+        names = self.tokenizer.names
+        bos, eos, image = (self.tokenizer.id_of(names.get(f"{role}_token", role)) for role in ("bos", "eos", "image"))
+        remaining, turn = iter(places), 0
+        pieces: list[Text | Slot] = [Text([bos])]
+        for message in messages:
+            content = message["content"]
+            items = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+            if message["role"] == "assistant":
+                branch = turn if self.independent_turns else 0
+                pieces += [Text([*self._ids(item["text"]), eos], targets, branch) for item in items]
+                continue
+            last = len(items) - 1
+            turn += message["role"] == "user"
+            for number, item in enumerate(items):
+                if item["type"] == "text":
+                    asked = message["role"] == "user" and number == last
+                    branch = turn if asked and self.independent_turns else 0
+                    pieces.append(Text(self._ids(item["text"]), branch=branch))
+                else:
+                    count = next(remaining, 1) if item["type"] == "video" else 1
+                    kind: Kind = "video" if item["type"] == "video" else "image"
+                    pieces += [Slot(kind, image)] * count
+        return pieces
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return _known_ids(self.tokenizer, text)
+
+
+@functools.lru_cache(CACHED_TEXTS)
+def _known_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The ids of a text that spells no special and no unknown token."""
+    ids = tokenizer.encode(text)
+    refused = tokenizer.special_ids
+    if not refused.isdisjoint(ids):
+        spans = tokenizer.vocabulary.offsets(text, False) or [(0, len(text))] * len(ids)
+        place, (start, stop) = next((i, span) for i, span in zip(ids, spans, strict=True) if i in refused)
+        if place == tokenizer.unknown_id:
+            raise UnknownText(f"the vocabulary has no '{text[start:stop]}', in the text '{text}'")
+        name = tokenizer.decode([place], skip_special=False)
+        raise UnknownText(f"the special token {name} may not stand in a text, here '{text}'")
+    return tuple(ids)
