@@ -232,7 +232,8 @@ def test_a_plan_begun_anywhere_measures_up_to_there_once_and_keeps_few_windows_i
     # Windows before the row were measured, since nothing told their number of rows; none behind it was.
     assert sorted(measure.elements) == list(range(max(measure.elements) + 1))
     assert set(measure.elements.values()) == {1}
-    assert [rows[row] for row in range(101)] == [plan()[row] for row in range(101)]
+    other = plan()
+    assert [rows[row] for row in range(101)] == [other[row] for row in range(101)]
     assert set(measure.elements.values()) == {1}
     assert len(rows._plans) == packing.WINDOWS_IN_MEMORY
 
@@ -281,7 +282,8 @@ def test_without_a_folder_that_can_be_written_rows_are_the_same(tmp_path, caplog
 
 def test_processes_that_share_a_folder_write_the_same_files_and_read_each_others(tmp_path):
     options = {"folder": tmp_path, "fingerprint": "data"}
-    expected = [plan()[row] for row in range(30)]
+    other = plan()
+    expected = [other[row] for row in range(30)]
     found: dict[int, list] = {}
     plans = [plan(**options) for _ in range(4)]
 
@@ -302,7 +304,7 @@ def test_processes_that_share_a_folder_write_the_same_files_and_read_each_others
     early[0]
     for row in range(30, 60):
         plans[0][row]
-    assert [early[row] for row in range(60)] == [plan()[row] for row in range(60)]
+    assert [early[row] for row in range(60)] == [other[row] for row in range(60)]
     assert not measure.elements
 
 
