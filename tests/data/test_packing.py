@@ -299,8 +299,8 @@ def test_processes_that_share_a_folder_write_the_same_files_and_read_each_others
     (folder,) = tmp_path.iterdir()
     assert len({file.name.split("-")[0] for file in folder.iterdir()}) == len(list(folder.iterdir()))
     # One that began before a window was written finds it all the same.
-    early, measure = plan(**options), Measure()
-    early._load_of = measure
+    measure = Measure()
+    early = plan(measure, **options)
     early[0]
     for row in range(30, 60):
         plans[0][row]
