@@ -342,6 +342,45 @@ class CellBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Load:
+    """What one example, or one row of several, takes of a `RowShape`; loads of a row add up.
+
+    Attributes:
+      length: positions.
+      images: tiles, or places of packed patches.
+      kept: positions that are left after each drop of visual tokens inside the decoder.
+    """
+
+    length: int
+    images: int
+    kept: tuple[int, ...] = ()
+
+    def __add__(self, other: "Load") -> "Load":
+        kept = tuple(mine + theirs for mine, theirs in zip(self.kept, other.kept, strict=True))
+        return Load(self.length + other.length, self.images + other.images, kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The static shape of a row of a batch.
+
+    Attributes:
+      length: positions.
+      images: tiles, or places of packed patches.
+      kept: positions of the row after each drop of visual tokens inside the decoder.
+    """
+
+    length: int
+    images: int
+    kept: tuple[int, ...] = ()
+
+    def holds(self, load: Load) -> bool:
+        """Whether a load fits in an empty row."""
+        kept = all(need <= size for need, size in zip(load.kept, self.kept, strict=True))
+        return load.length <= self.length and load.images <= self.images and kept
+
+
+@dataclasses.dataclass(frozen=True)
 class Turn:
     """One question about a sample's images, and its answer.
 

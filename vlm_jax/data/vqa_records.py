@@ -1,17 +1,40 @@
-"""Visual questions in a JSONL file next to its images: the lines, checked before any image is opened.
+r"""Conversations about images in a file next to the images, checked before any image is opened.
 
-One JSON object a line:
+A `.jsonl` file has one JSON object a line; a `.json` file may also be one array of such objects.
+Three schemas, also mixed in one file:
 
     {"id": "42", "image": "images/42.jpg", "question": "what is it?", "answer": "a cat"}
     {"id": "43", "image": ["a.png", "b.png"], "turns": [["which?", "left"], ["why?", "red"]], "task": "vqa"}
+    {"id": "44", "image": "c.png", "conversations": [{"from": "human", "value": "<image>\nwhat is it?"},
+                                                     {"from": "gpt", "value": "a cat"}]}
 
-`id` is a text or an integer, different in every line. `image` is a path relative to the file, or a
-list of them, `config.data.num_images` in every line where that is set. `task` is by default the first
-of the configured tasks.
+`image` is a path relative to the file, or a list of paths, `config.data.num_images` in every record where
+that is set. `task` is by default the first of the configured tasks. `id` is a text or an integer.
+
+The first two put the images before the first question, and every `id` is another one.
+
+`conversations` is LLaVA's schema:
+
+- A turn has the keys `from` and `value`, or `role` and `content`; speakers are `human` or `user`, `gpt` or
+  `assistant`, and `system`, which may only come first. Users and assistants take turns, an assistant ends. An
+  assistant's turn before the first user's is left out, as LLaVA does, and counted in a warning.
+- `<image>` in a user's turn is where an image stands, and the line break behind it (or before it, at the end
+  of the turn) belongs to it. There are as many of them as images, or none: then the images stand first.
+- `image` may be missing, null or empty: a conversation without a picture.
+- `id`s need not differ (LLaVA's own repeat): a repeated one is told apart by its line or index, `id@line`.
+- The keys of EXTRA_KEYS, which released files have beside the schema, are ignored.
+
+Source: LLaVA, docs/Finetune_Custom_Data.md, and `preprocess` and `preprocess_multimodal` of llava/train/train.py.
+LLaVA moves an `<image>` to the front of its turn; here it stays where it stands.
 """
 
 import dataclasses
+import gzip
 import json
+import logging
+import re
+import zlib
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
@@ -19,100 +42,182 @@ from etils import epath
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.types import Turn
 
-KEYS = ("id", "image", "question", "answer", "turns", "task")
-MOST_REPORTED = 20  # faulty lines that one error lists
+KEYS = ("id", "image", "question", "answer", "turns", "conversations", "task")
+EXTRA_KEYS = ("model", "source", "dataset", "width", "height", "metadata")
+SPELLINGS = (("from", "value"), ("role", "content"))  # of a turn's two keys
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = "<image>"
+MOST_REPORTED = 20  # faulty records that one error lists
+IMAGE = None  # stands for an image among the texts of a message
+
+Parts = tuple[str | None, ...]
+Content = tuple[str, Parts]
+# With the line break behind it, and the one before images that end a turn.
+_PLACEHOLDER_AND_BREAK = re.compile(rf"(?:\n(?=(?:{PLACEHOLDER}\n?)+\Z))?{PLACEHOLDER}\n?")
+_log = logging.getLogger(__name__)
 
 
 class MalformedRecords(ValueError):
-    """Lines of a JSONL file that are no records; the message lists them as file:line."""
+    """Records of a file that cannot be used; the message lists them as file:line or file[index]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One checked line.
+    """One checked record.
 
     Attributes:
-      record_id: the line's id, as text.
+      record_id: names it in its file.
       images: paths, joined to the file's folder.
-      turns: the conversation.
+      task: which metric scores its answers.
+      contents: (role, parts) of every message in order; a part is a text, or IMAGE for the next image.
     """
 
     record_id: str
     images: tuple[str, ...]
-    turns: tuple[Turn, ...]
+    task: str
+    contents: tuple[Content, ...]
+
+    @property
+    def messages(self) -> tuple[dict[str, Any], ...]:
+        """Chat messages: a user's content is a list of images and texts, any other content is a text."""
+        return tuple(
+            {"role": role, "content": [_item(part) for part in parts] if role == "user" else parts[0]}
+            for role, parts in self.contents
+        )
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The conversation as questions and answers, with all images before the first question.
+
+        Raises:
+          MalformedRecords: it has a system turn, an image elsewhere or a question without text.
+        """
+        questions = [parts for _, parts in self.contents[::2]]
+        questions[0] = questions[0][len(self.images) :]
+        if self.contents[0][0] == "system" or any(len(parts) != 1 or parts[0] is IMAGE for parts in questions):
+            raise MalformedRecords(
+                f"record '{self.record_id}': a system turn, an image that does not stand before the first "
+                "question, or a question without text; none of them can be read as questions and answers"
+            )
+        answers = [parts for _, parts in self.contents[1::2]]
+        return tuple(
+            Turn(str(question), str(answer), self.task)
+            for (question,), (answer,) in zip(questions, answers, strict=True)
+        )
 
 
 def read_records(path: str, tasks: tuple[str, ...], num_images: int | None, key: str) -> list[Record]:
-    """Reads and checks every line of a file; empty lines are passed over.
+    """Reads and checks every record of a file; empty lines are passed over.
 
     Args:
-      path: of the JSONL file, local or `gs://`.
-      tasks: names that a line's `task` may have; the first is the default.
-      num_images: images that every line must have; None for any number.
+      path: of the file, local or `gs://`, in UTF-8; it may be compressed by gzip.
+      tasks: names that a record's `task` may have; the first is the default.
+      num_images: images that every record must have; None for any number.
       key: the key under config.data that `path` is from, for messages.
 
     Raises:
       ConfigError: there is no such file, or no record in it.
-      MalformedRecords: lines that are no records, the first MOST_REPORTED of them listed.
+      MalformedRecords: a file that cannot be read, or records that cannot be used, the first MOST_REPORTED
+        of them listed.
     """
     file = epath.Path(path)
     if not file.exists():
         raise ConfigError(f"config.data.{key}: there is no file '{path}'")
+    is_array, entries = _entries(file)
     records: list[Record] = []
     faults: list[str] = []
-    lines_of_ids: dict[str, int] = {}
-    for number, line in enumerate(file.read_text().split("\n"), start=1):
-        if not line.strip():
-            continue
+    places_of_ids: dict[str, str] = {}
+    num_cut = 0
+    for number, entry in entries:
         try:
-            record = _record(line, file.parent, tasks)
-            if record.record_id in lines_of_ids:
-                raise ValueError(f"id '{record.record_id}' is that of line {lines_of_ids[record.record_id]} too")
-            lines_of_ids[record.record_id] = number
+            fields = entry if is_array else _json(entry)
+            record = _record(fields, file.parent, tasks)
+            if record.record_id in places_of_ids:
+                if "conversations" not in fields:
+                    raise ValueError(f"id '{record.record_id}' is that of {places_of_ids[record.record_id]} too")
+                record = dataclasses.replace(record, record_id=f"{record.record_id}@{number}")
+            places_of_ids[record.record_id] = f"index {number}" if is_array else f"line {number}"
             if num_images not in (None, len(record.images)):
                 raise ValueError(f"{len(record.images)} images, but config.data.num_images is {num_images}")
         except ValueError as error:
-            faults.append(f"  {path}:{number}: {error}")
+            faults.append(f"  {path}[{number}]: {error}" if is_array else f"  {path}:{number}: {error}")
             continue
+        num_cut += len(record.contents) < len(fields.get("conversations", ()))
         records.append(record)
     if faults:
         more = f"\n  and {len(faults) - MOST_REPORTED} more" if len(faults) > MOST_REPORTED else ""
         listed = "\n".join(faults[:MOST_REPORTED])
-        raise MalformedRecords(f"{len(faults)} lines are no records of visual questions:\n{listed}{more}")
+        kind = "elements" if is_array else "lines"
+        raise MalformedRecords(f"{len(faults)} {kind} are no records of visual questions:\n{listed}{more}")
     if not records:
         raise ConfigError(f"config.data.{key}: '{path}' has no record")
+    if num_cut:
+        _log.warning("%s: %d records begin with an assistant's turn, which is left out", path, num_cut)
     return records
 
 
-def _record(line: str, folder: epath.Path, tasks: tuple[str, ...]) -> Record:
-    """Checks one line; raises a ValueError that says what is wrong with it."""
+def _entries(file: epath.Path) -> tuple[bool, Iterable[tuple[int, Any]]]:
+    """Whether the file is one JSON array, and its numbered elements or lines.
+
+    Raises:
+      MalformedRecords: it is no text, or no JSON where it is to be an array.
+    """
+    data = file.read_bytes()
     try:
-        fields = json.loads(line)
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        text = data.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise MalformedRecords(f"{file}: not a text in UTF-8, plain or compressed by gzip: {error}") from error
+    if file.name.removesuffix(".gz").endswith(".json") and text.lstrip().startswith("["):
+        try:
+            return True, enumerate(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise MalformedRecords(f"{file}:{error.lineno}: not a JSON array: {error}") from None
+    return False, ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
+
+
+def _record(fields: Any, folder: epath.Path, tasks: tuple[str, ...]) -> Record:
+    """Checks one record; raises a ValueError that says what is wrong with it."""
     if not isinstance(fields, dict):
         raise ValueError(f"a JSON object expected, got {type(fields).__name__}")
+    is_conversation = "conversations" in fields
     for name in fields:
-        if name not in KEYS:
+        if name not in KEYS and not (is_conversation and name in EXTRA_KEYS):
             raise ValueError(f"unknown key '{name}'{did_you_mean(name, KEYS)}")
-    for name in ("id", "image"):
+    for name in ("id",) if is_conversation else ("id", "image"):
         if name not in fields:
             raise ValueError(f"key '{name}' is missing")
     record_id = fields["id"]
     if isinstance(record_id, bool) or not isinstance(record_id, str | int):
         raise ValueError(f"id: a text or an integer expected, got {record_id!r}")
-    images = [fields["image"]] if isinstance(fields["image"], str) else fields["image"]
-    if not isinstance(images, list) or not images or not all(isinstance(i, str) and i for i in images):
-        raise ValueError(f"image: a path or a list of paths expected, got {fields['image']!r}")
+    images = _images(fields, may_be_empty=is_conversation)
     task = fields.get("task", tasks[0])
     if task not in tasks:
         raise ValueError(f"task {task!r} is not one of config.data.tasks: {', '.join(tasks)}")
-    turns = tuple(Turn(question, answer, task) for question, answer in _turns(fields))
-    return Record(str(record_id), tuple(str(folder / image) for image in images), turns)
+    contents = _conversation(fields, len(images)) if is_conversation else _questions(fields, len(images))
+    return Record(str(record_id), tuple(str(folder / image) for image in images), task, contents)
 
 
-def _turns(fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """The (question, answer) pairs of a line, in either of the two forms."""
+def _images(fields: dict[str, Any], may_be_empty: bool) -> list[str]:
+    given = fields.get("image")
+    if may_be_empty and given in (None, "", []):
+        return []
+    images = [given] if isinstance(given, str) else given
+    if not isinstance(images, list) or not images or not all(isinstance(i, str) and i for i in images):
+        raise ValueError(f"image: a path or a list of paths expected, got {given!r}")
+    return images
+
+
+def _questions(fields: dict[str, Any], num_images: int) -> tuple[Content, ...]:
+    """The messages of a record in either of the two schemas of questions and answers."""
     single = [name for name in ("question", "answer") if name in fields]
     if "turns" in fields:
         if single:
@@ -123,8 +228,71 @@ def _turns(fields: dict[str, Any]) -> list[tuple[str, str]]:
     elif len(single) == 2:
         turns = [[fields["question"], fields["answer"]]]
     else:
-        raise ValueError("'question' and 'answer', or 'turns', expected")
+        raise ValueError("'question' and 'answer', or 'turns', expected; or 'conversations', as LLaVA has them")
     for turn in turns:
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) and text for text in turn):
             raise ValueError(f"a question and an answer, two texts that are not empty, expected, got {turn!r}")
-    return [(question, answer) for question, answer in turns]
+    images: Parts = (IMAGE,) * num_images
+    contents: list[Content] = []
+    for place, (question, answer) in enumerate(turns):
+        contents += [("user", (question,) if place else (*images, question)), ("assistant", (answer,))]
+    return tuple(contents)
+
+
+def _conversation(fields: dict[str, Any], num_images: int) -> tuple[Content, ...]:
+    """The messages of a record in LLaVA's schema."""
+    for name in ("question", "answer", "turns"):
+        if name in fields:
+            raise ValueError(f"both 'conversations' and '{name}' are given; keep one")
+    turns = fields["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"conversations: a list of turns expected, got {turns!r}")
+    contents = [_turn(number, turn) for number, turn in enumerate(turns, start=1)]
+    start = 1 if contents[0][0] == "system" else 0
+    if [role for role, _ in contents[start : start + 1]] == ["assistant"]:
+        del contents[start]
+    roles = [role for role, _ in contents[start:]]
+    if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(
+            "conversations: users and assistants that take turns expected, an assistant last and a system "
+            f"turn only first; got {', '.join(role for role, _ in contents)}"
+        )
+    num_placeholders = sum(parts.count(IMAGE) for _, parts in contents)
+    if num_placeholders not in (0, num_images):
+        raise ValueError(f"conversations: {num_placeholders} placeholders {PLACEHOLDER}, but {num_images} images")
+    if not num_placeholders:
+        contents[start] = ("user", (IMAGE,) * num_images + contents[start][1])
+    return tuple(contents)
+
+
+def _turn(number: int, turn: Any) -> Content:
+    """One message; raises a ValueError that says what is wrong with it."""
+    where = f"conversations, turn {number}"
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where}: a JSON object expected, got {type(turn).__name__}")
+    speaker_key, text_key = SPELLINGS[1] if "role" in turn or "content" in turn else SPELLINGS[0]
+    for name in turn:
+        if name not in (speaker_key, text_key):
+            raise ValueError(f"{where}: unknown key '{name}'{did_you_mean(name, (speaker_key, text_key))}")
+    for name in (speaker_key, text_key):
+        if name not in turn:
+            raise ValueError(f"{where}: key '{name}' is missing")
+    speaker, text = turn[speaker_key], turn[text_key]
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise ValueError(f"{where}: unknown speaker {speaker!r}{did_you_mean(str(speaker), ROLES)}")
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{where}: a text that is not empty expected, got {text!r}")
+    role = ROLES[speaker]
+    if role != "user":
+        if PLACEHOLDER in text:
+            raise ValueError(f"{where}: {PLACEHOLDER} in a turn of the {role}; images stand in turns of the user")
+        return role, (text,)
+    parts: list[str | None] = []
+    for place, piece in enumerate(_PLACEHOLDER_AND_BREAK.split(text)):
+        parts += [IMAGE] * bool(place) + [piece] * bool(piece)
+    return role, tuple(parts)
+
+
+def _item(part: str | None) -> dict[str, str]:
+    """An image or a text of a message's content."""
+    return {"type": "image"} if part is None else {"type": "text", "text": part}
