@@ -433,6 +433,12 @@ def text_of(message: Message) -> str:
     return content if isinstance(content, str) else [item["text"] for item in content if item["type"] == "text"][-1]
 
 
+def images_of(message: Message) -> list[Message]:
+    """The image items of a message."""
+    content = message["content"]
+    return [] if isinstance(content, str) else [item for item in content if item["type"] == "image"]
+
+
 def dialogue(turns: Sequence[Turn], *, num_images: int = 0, context: str = "") -> tuple[Message, ...]:
     """Messages of questions and their answers.
 
@@ -449,27 +455,3 @@ def dialogue(turns: Sequence[Turn], *, num_images: int = 0, context: str = "") -
         messages.append({"role": "user", "content": [*items, {"type": "text", "text": turn.question}]})
         messages.append({"role": "assistant", "content": turn.answer})
     return tuple(messages)
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    """The static shape of a row.
-
-    Attributes:
-      length: positions, T.
-      images: tiles, or places of packed patches.
-      kept: positions that are left after each drop of visual tokens inside the decoder.
-    """
-
-    length: int
-    images: int
-    kept: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """What one example takes of a row; loads of a row add up. Fields as of `RowShape`."""
-
-    length: int
-    images: int
-    kept: tuple[int, ...] = ()

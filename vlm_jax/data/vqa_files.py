@@ -16,7 +16,7 @@ import numpy as np
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.data.source import Tools
 from vlm_jax.data.vqa_records import Record, read_records
-from vlm_jax.types import Sample, Turn, dialogue, text_of
+from vlm_jax.types import Sample, images_of
 
 STREAMS = ("questions",)
 _log = logging.getLogger(__name__)
@@ -142,8 +142,7 @@ class Records:
         except (OSError, ValueError) as error:
             self._count(record, error)
             return None
-        messages = dialogue(record.turns, num_images=len(images))
-        return Sample(f"{self._path}:{record.record_id}", messages, images, record.turns[-1].task)
+        return Sample(f"{self._path}:{record.record_id}", record.messages, images, record.task)
 
     def _count(self, record: Record, error: Exception) -> None:
         with self._lock:
@@ -219,13 +218,27 @@ class EvaluationSamples:
             sample = self.records.read(index)
             if sample is None:
                 continue
-            if len(sample.messages) == 2:
+            asked = [number for number, message in enumerate(sample.messages) if message["role"] == "user"]
+            if len(asked) == 1:
                 yield sample
                 continue
-            questions = zip(sample.messages[::2], sample.messages[1::2], strict=True)
-            for number, (question, answer) in enumerate(questions, start=1):
-                alone = dialogue([Turn(text_of(question), text_of(answer))], num_images=len(sample.images))
-                yield dataclasses.replace(sample, sample_id=f"{sample.sample_id}#{number}", messages=alone)
+            for number, place in enumerate(asked, start=1):
+                yield _alone(sample, place, f"{sample.sample_id}#{number}")
+
+
+def _alone(sample: Sample, place: int, name: str) -> Sample:
+    """One question of a conversation with its answer, behind the images that were shown by then."""
+    shown = [item for message in sample.messages[:place] for item in images_of(message)]
+    question = sample.messages[place]
+    content = (
+        question["content"]
+        if not isinstance(question["content"], str)
+        else [{"type": "text", "text": question["content"]}]
+    )
+    count = len(shown) + len(images_of(question))
+    system = [message for message in sample.messages[:1] if message["role"] == "system"]
+    messages = (*system, {**question, "content": [*shown, *content]}, sample.messages[place + 1])
+    return dataclasses.replace(sample, sample_id=name, messages=messages, images=sample.images[:count])
 
 
 def _check_stream(stream: str) -> None:

@@ -40,7 +40,6 @@ from typing import Any
 from etils import epath
 
 from vlm_jax.config import ConfigError, did_you_mean
-from vlm_jax.types import Turn
 
 KEYS = ("id", "image", "question", "answer", "turns", "conversations", "task")
 EXTRA_KEYS = ("model", "source", "dataset", "width", "height", "metadata")
@@ -83,26 +82,6 @@ class Record:
         return tuple(
             {"role": role, "content": [_item(part) for part in parts] if role == "user" else parts[0]}
             for role, parts in self.contents
-        )
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The conversation as questions and answers, with all images before the first question.
-
-        Raises:
-          MalformedRecords: it has a system turn, an image elsewhere or a question without text.
-        """
-        questions = [parts for _, parts in self.contents[::2]]
-        questions[0] = questions[0][len(self.images) :]
-        if self.contents[0][0] == "system" or any(len(parts) != 1 or parts[0] is IMAGE for parts in questions):
-            raise MalformedRecords(
-                f"record '{self.record_id}': a system turn, an image that does not stand before the first "
-                "question, or a question without text; none of them can be read as questions and answers"
-            )
-        answers = [parts for _, parts in self.contents[1::2]]
-        return tuple(
-            Turn(str(question), str(answer), self.task)
-            for (question,), (answer,) in zip(questions, answers, strict=True)
         )
 
 

@@ -30,6 +30,8 @@ from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
 from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
 from vlm_jax.types import Batch, Load, RowShape
 
+# By kind what fills the places of each picture or video, and its pixels where they are decoded.
+Waiting = Mapping[Kind, list[tuple[Layout, PreparedImage | None]]]
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
 
@@ -373,7 +375,7 @@ class Processor:
     def _filled(
         self,
         pieces: Sequence[Text | Slot],
-        waiting: Mapping[Kind, list[tuple[Layout, PreparedImage | None]]],
+        waiting: Waiting,
         name: str,
     ) -> tuple[list[Text | Visual], list[PreparedImage | None]]:
         for kind, prepared in waiting.items():
