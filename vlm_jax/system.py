@@ -1,15 +1,30 @@
-"""A system: a model with its processor, whatever it comes from."""
+"""A system: a model with its processor, whether a release or a config describes it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from vlm_jax.checkpoints.release import Release
+from vlm_jax.generation.engine import prepared
+from vlm_jax.generation.text import Completion, complete
+from vlm_jax.processors.conversation import Conversation, Picture, Video
+from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.processor import Processor
+from vlm_jax.sharding.rules import mesh_of, shardings, use_mesh
 from vlm_jax.types import Batch, Grid, RowShape
+
+Params = dict[str, Any]
+
+
+class UnsupportedError(ValueError):
+    """What a model cannot do, such as answer without a language model; the message says what it can do instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +54,155 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A vision-language model with what makes its batches; nothing in it has parameters.
+    """A model with what makes its batches; nothing in it has parameters.
 
     Attributes:
-      model: the Linen module.
-      processor: conversations and pictures to batches.
-      ends: ids of the tokens that end an answer.
-      budget: visual tokens of an image.
+      model: the Linen module: a `VLM`, a `TwoTower`, a classifier, or a part of one.
+      inputs: shapes of the arguments of its `__call__`, through which the shapes of its parameters are found.
+      make_processor: reads what makes its batches, when it is first asked for: a release without the files of its
+        processor can still be loaded and applied.
+      make_ends: likewise ids of the tokens that end an answer.
+      release: the released checkpoint that it is made of; None where all parameters are drawn.
+      budget: visual tokens of an image, where a config states a budget for images of one kind; else None.
     """
 
     model: nn.Module
-    processor: Processor
-    ends: tuple[int, ...]
-    budget: Budget
+    inputs: tuple[Any, ...]
+    make_processor: Callable[[], Processor | ImageTextProcessor]
+    make_ends: Callable[[], tuple[int, ...]]
+    release: Release | None = None
+    budget: Budget | None = None
+
+    @functools.cached_property
+    def any_processor(self) -> Processor | ImageTextProcessor:
+        """The processor of any model."""
+        return self.make_processor()
+
+    @property
+    def processor(self) -> Processor:
+        """The processor of conversations.
+
+        Raises:
+          UnsupportedError: the model embeds or classifies.
+        """
+        processor = self.any_processor
+        if isinstance(processor, ImageTextProcessor):
+            raise UnsupportedError(
+                f"a {type(self.model).__name__} embeds or classifies, and answers no conversation; call "
+                "processor(images=…, texts=…) and logits, encode_images or encode_texts"
+            )
+        return processor
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        return self.make_ends()
 
     def example(self, shape: RowShape) -> Batch:
         """Shapes of one training row with its images, for `eval_shape` and the planner."""
         row = self.processor.rows([[]], shape, targets=True)
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), row)
 
-    def init(self, key: jax.Array, shape: RowShape) -> dict[str, Any]:
-        """Boxed parameters {part: tree}, drawn for rows of a shape, which no parameter depends on."""
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.example(shape))
-        return dict(self.model.init({"params": key, "reduce": key}, zeros)["params"])
+    def init(self, key: jax.Array) -> Params:
+        """Boxed parameters {part: tree}, all drawn; a part does not depend on its neighbours' kinds."""
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.inputs)
+        return dict(self.model.init({"params": key, "reduce": key}, *zeros)["params"])
+
+    def boxed_shapes(self) -> Params:
+        """Shapes of the parameters, in the boxes that name their axes."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def initial(self, key: jax.Array, mesh: Mesh | None = None) -> Params:
+        """Parameters on their devices: read where the release has them, drawn where it lacks them.
+
+        No host holds a parameter twice: tensors are read in parts, straight to the devices that need them, and
+        nothing is drawn that is read.
+
+        Args:
+          key: of the draws.
+          mesh: devices that they are laid out on; the default device when None.
+
+        Raises:
+          CheckpointMismatch: unused, missing and misshapen keys of the release, all in one message.
+        """
+        boxed = self.boxed_shapes()
+        targets = nn.meta.unbox(boxed)
+        if mesh is not None:
+            targets = jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                targets,
+                shardings(boxed, mesh),
+            )
+        drawn = tuple(targets) if self.release is None else tuple(part for part in self.release.drawn if part in targets)
+        params = {} if self.release is None else self.release.read(targets)
+        if drawn:
+            params |= self._draw(key, drawn, boxed, mesh)
+        return {part: params[part] for part in targets}
+
+    def _draw(self, key: jax.Array, parts: Sequence[str], boxed: Params, mesh: Mesh | None) -> Params:
+        """Some parts alone: the compiler leaves out what makes the others."""
+
+        def draw(key: jax.Array) -> Params:
+            return nn.meta.unbox({part: tree for part, tree in self.init(key).items() if part in parts})
+
+        if mesh is None:
+            return jax.jit(draw)(key)
+        with use_mesh(mesh):
+            return jax.jit(draw, out_shardings=shardings({part: boxed[part] for part in parts}, mesh))(key)
+
+    def prepared(self, params: Params) -> Params:
+        """Parameters as generation wants them, for callers that generate more than once."""
+        return prepared(params, mesh_of(params))
+
+    def answer(
+        self,
+        params: Params,
+        conversations: Sequence[Conversation],
+        images: Sequence[Sequence[Picture]] = (),
+        videos: Sequence[Sequence[Video]] = (),
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int] | None = None,
+        on_text: Callable[[int, str], Any] | None = None,
+        processor_options: dict[str, Any] | None = None,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answers of a batch of conversations.
+
+        Args:
+          params: of the model, or what `prepared` made of them.
+          conversations, images, videos: as `Processor.batch` takes them.
+          max_new_tokens: the most tokens of an answer.
+          end_ids: tokens that end an answer; `ends` when None.
+          on_text: is given the number of a conversation and every piece of its answer as it comes.
+          processor_options: more of `Processor.batch`.
+          names: of the conversations, in messages.
+          **options: of `generation.text.complete` and `generation.engine.generate`.
+
+        Raises:
+          GenerationError: a setting outside its range, a prompt that does not fit, or logits that are NaN.
+        """
+        processor = self.processor
+        batch = processor.batch(conversations, images, videos, **(processor_options or {}))
+        return complete(
+            self.model,
+            params,
+            batch,
+            processor.tokenizer,
+            end_ids=self.ends if end_ids is None else end_ids,
+            on_text=on_text,
+            max_new_tokens=max_new_tokens,
+            names=names or [f"conversation {number}" for number in range(len(conversations))],
+            **options,
+        )
+
+    def save_pretrained(self, folder: Any, params: Params, **options: Any) -> Any:
+        """Writes the release with other parameters; see `Release.save`.
+
+        Raises:
+          UnsupportedError: there is no release.
+        """
+        if self.release is None:
+            raise UnsupportedError("a model from a config has no released schema; its run's checkpoints hold it")
+        return self.release.save(folder, params, **options)
