@@ -57,7 +57,10 @@ setuptools.setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vlm_jax", "vlm_jax.*"]),
-    package_data={"vlm_jax.sweep": ["report.html", "report.css", "report.js"]},
+    package_data={
+        "vlm_jax.pretrained": ["released/*.json"],
+        "vlm_jax.sweep": ["report.html", "report.css", "report.js"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
 )

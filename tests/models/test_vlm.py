@@ -57,6 +57,19 @@ def test_text_alone_needs_no_encoder(model, params, batch):
     np.testing.assert_allclose(logits, jnp.einsum("btd,vd->btv", hidden, table), atol=1e-5)
 
 
+def test_without_a_decoder_a_batch_gives_visual_tokens(model, params, batch):
+    half = model.clone(decoder=None)
+    found = jax.jit(half.apply)(params, batch)
+    expected = jax.jit(lambda p, x: model.apply(p, x, method="visual_tokens"))(
+        params, batch.images.reshape(4, 8, 16, 3)
+    )
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    with pytest.raises(ValueError, match="no decoder: expected a batch with images"):
+        half.apply(params, dataclasses.replace(batch, images=None))
+    with pytest.raises(ValueError, match="no decoder, only an encoder and a connector"):
+        half.apply(params, batch, 7, method="prefill")
+
+
 def test_images_reach_the_logits_of_their_own_row(model, params, batch):
     run = jax.jit(model.apply)
     before, after = (

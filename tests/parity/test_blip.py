@@ -1,5 +1,6 @@
 """BLIP-2 and InstructBLIP beside transformers: whole models, Q-Formers and towers, from files and back to files."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,7 +26,7 @@ from transformers import (
 
 import vlm_jax
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.types import Instruction, VisualFeatures
+from vlm_jax.types import Batch, Instruction, VisualFeatures
 
 VISION = {
     "hidden_size": 24,
@@ -84,9 +85,11 @@ def expected(model, images, **more):
         return model.get_image_features(pixels, **text, **more)
 
 
-def inputs(kind, images):
-    instruction = Instruction(jnp.asarray(IDS, jnp.int32), jnp.asarray(REAL))
-    return (jnp.asarray(images), *([instruction] if kind == "instructblip" else []))
+def batch(kind, images):
+    """One image an example, and where the Q-Former reads one, an instruction."""
+    row = jnp.zeros((len(images), 1), jnp.int32)
+    instruction = Instruction(jnp.asarray(IDS, jnp.int32), jnp.asarray(REAL)) if kind == "instructblip" else None
+    return Batch(row, row, row, row, images=jnp.asarray(images[:, None]), instruction=instruction)
 
 
 def check_export(ours, model, folder):
@@ -103,7 +106,7 @@ def test_the_visual_half_of_a_whole_model(tmp_path, kind):
     model.save_pretrained(tmp_path / "torch")
     ours = vlm_jax.from_pretrained(tmp_path / "torch")
     theirs = expected(model, IMAGES)
-    found = jax.jit(ours.apply)(*inputs(kind, IMAGES))
+    found = jax.jit(ours.apply)(batch(kind, IMAGES))
     encoded = jax.jit(lambda images: ours.apply(images, method=lambda module, images: module.encoder(images)))
     assert error(encoded(jnp.asarray(IMAGES)).tokens, theirs.last_hidden_state) <= 1e-5
     assert error(found.tokens, theirs.pooler_output) <= 1e-4
@@ -124,7 +127,7 @@ def test_images_of_another_size(tmp_path):
     ours = vlm_jax.from_pretrained(tmp_path, image_size=20)
     theirs = expected(made("blip-2"), images, interpolate_pos_encoding=True).pooler_output
     assert ours.config["vision_config"]["image_size"] == 20
-    assert error(jax.jit(ours.apply)(jnp.asarray(images)).tokens, theirs) <= 1e-4
+    assert error(jax.jit(ours.apply)(batch("blip-2", images)).tokens, theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("cls", [Blip2VisionModel, InstructBlipVisionModel])
@@ -179,7 +182,8 @@ def test_real_sizes_have_as_many_parameters(kind):
         {"model_type": kind}, stand_in, dtype=jnp.float32, param_dtype=jnp.float32
     )
     shapes = jax.eval_shape(description.module.init, jax.random.key(0), *description.inputs)
-    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    out = jax.eval_shape(description.module.init_with_output, jax.random.key(0), images, *description.inputs[1:])[0]
+    (smallest,) = description.inputs
+    whole = dataclasses.replace(smallest, images=jax.ShapeDtypeStruct((1, 1, 224, 224, 3), jnp.float32))
+    out = jax.eval_shape(description.module.init_with_output, jax.random.key(0), whole)[0]
     assert out.tokens.shape == (1, 32, theirs.language_projection.out_features)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == counted

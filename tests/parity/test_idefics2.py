@@ -12,7 +12,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransfo
 import vlm_jax
 from vlm_jax.encoders.naflex import nearest_of_table
 from vlm_jax.pretrained import FAMILIES
-from vlm_jax.types import PackedPatches
+from vlm_jax.types import Batch, PackedPatches
 
 PATCH = 4
 VISION = {
@@ -105,7 +105,8 @@ def test_the_visual_half(tmp_path, cls, own):
     pixels, mask = padded()
     with torch.no_grad():
         expected = model.get_image_features(pixels[:, None], mask[:, None], return_dict=True).pooler_output
-    found = jax.jit(ours.apply)(packed())
+    row = jnp.zeros((len(GRIDS), 1), jnp.int32)
+    found = jax.jit(ours.apply)(Batch(row, row, row, row, images=packed()))
     assert error(found.tokens, torch.stack(list(expected)).numpy()) <= 1e-4
     assert found.mask.all()
     check_export(ours, model, tmp_path / "ours")

@@ -22,6 +22,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.vision_utils import get_vision_window_index
 
 import vlm_jax
+from vlm_jax.pretrained.composition import visual_half
 from vlm_jax.pretrained.qwen2_vl import packed_shapes, qwen2_5_visual, qwen2_visual
 from vlm_jax.processors.patches import pack_patches, patchify
 
@@ -225,7 +226,7 @@ def test_patches_are_those_of_the_released_processor(frames):
 def test_real_sizes_have_as_many_parameters(tower, config, visual):
     with torch.device("meta"):
         theirs = sum(parameter.numel() for parameter in tower(config).parameters())
-    ours = visual(config.to_dict(), "vision_config")
-    packed = packed_shapes(ours.encoder.patch_dim, ours.encoder.merge_size, ours.encoder.window)
-    shapes = jax.eval_shape(ours.init, jax.random.key(0), packed)
+    encoder, connector = visual(config.to_dict(), "vision_config")
+    packed = packed_shapes(encoder.patch_dim, encoder.merge_size, encoder.window)
+    shapes = visual_half(encoder, connector, packed, ()).boxed_shapes()
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == theirs

@@ -39,14 +39,13 @@ def test_a_layer_too_many_is_an_unused_key(tmp_path):
 
 
 def test_the_defaults_of_the_released_classes():
-    visual = qwen2_5_visual(QWEN2_5, "vision_config")
-    encoder = visual.encoder
-    assert (visual.connector.features, visual.connector.factor, visual.connector.norm) == (2048, 2, "rms")
+    encoder, connector = qwen2_5_visual(QWEN2_5, "vision_config")
+    assert (connector.features, connector.factor, connector.norm) == (2048, 2, "rms")
     assert encoder.window == 4 and encoder.full_layers == (7, 15, 23, 31) and encoder.mlp_dim == 3420
     assert (encoder.depth, encoder.num_heads, encoder.patch_dim, encoder.features) == (32, 16, 1176, 1280)
-    visual = qwen2_visual({"hidden_size": 1536}, "vision_config")
-    assert visual.encoder.window is None and visual.encoder.mlp_dim == 5120
-    assert (visual.connector.features, visual.connector.factor, visual.connector.norm) == (1536, 2, "layer")
+    encoder, connector = qwen2_visual({"hidden_size": 1536}, "vision_config")
+    assert encoder.window is None and encoder.mlp_dim == 5120
+    assert (connector.features, connector.factor, connector.norm) == (1536, 2, "layer")
     tower = navit({"fullatt_block_indexes": "1|3"}, "vit_config")
     assert tower.full_layers == (1, 3) and tower.window == 3 and tower.table_side == 32
     assert navit({}, "vit_config").window is None

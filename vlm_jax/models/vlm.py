@@ -13,6 +13,7 @@ from vlm_jax.types import (
     PROMPT_SEGMENT,
     TEXT_SLOT,
     Batch,
+    Instruction,
     PackedPatches,
     Positions,
     TwoSizes,
@@ -21,6 +22,7 @@ from vlm_jax.types import (
 )
 
 Images = Float[Array, "images height width channels"] | PackedPatches | TwoSizes
+_NO_DECODER = "this model has no decoder, only an encoder and a connector: call it, or visual_tokens, for visual tokens"
 
 
 def flat_images(images: Float[Array, "B I height width channels"] | PackedPatches | TwoSizes) -> Images:
@@ -51,7 +53,7 @@ class VLM(nn.Module):
     Attributes:
       encoder: an entry of `encoders.ENCODERS`, or of another of its tables; None for a language model alone.
       connector: an entry of `connectors.CONNECTORS`; None without an encoder.
-      decoder: an entry of `decoders.DECODERS`.
+      decoder: an entry of `decoders.DECODERS`; None for the visual half alone, which gives visual tokens.
       reducer: an entry of `reducers.REDUCERS`, or None.
       learned_rows: the first rows of every example's visual table, in front of the tokens of its images: a
         `LearnedRows`, or `connector` for the `indicators()` of the connector; None where there are none.
@@ -59,12 +61,19 @@ class VLM(nn.Module):
 
     encoder: nn.Module | None
     connector: nn.Module | None
-    decoder: nn.Module
+    decoder: nn.Module | None = None
     reducer: nn.Module | None = None
     learned_rows: nn.Module | Literal["connector"] | None = None
 
-    def visual_tokens(self, images: Images, *, deterministic: bool = True) -> VisualTokens:
+    def visual_tokens(
+        self, images: Images, instruction: Instruction | None = None, *, deterministic: bool = True
+    ) -> VisualTokens:
         """Tokens of a flat batch of images, or of sequences of packed ones.
+
+        Args:
+          images: normalised pixels, or packed patches.
+          instruction: for a connector that reads one, a row for each image.
+          deterministic: False in training.
 
         Raises:
           ValueError: the connector gave another number of tokens than its `num_tokens` says, or there is none.
@@ -74,7 +83,8 @@ class VLM(nn.Module):
         features = self.encoder(images)
         if self.reducer is not None:
             features = self.reducer(features, deterministic=deterministic)
-        tokens = self.connector(features, deterministic=deterministic)
+        instructed = {} if instruction is None else {"instruction": instruction}
+        tokens = self.connector(features, deterministic=deterministic, **instructed)
         grid = (features[0] if isinstance(features, tuple) else features).grid  # two towers have one grid
         expected = self.connector.num_tokens(grid)
         if tokens.tokens.shape[1] != expected:
@@ -107,11 +117,13 @@ class VLM(nn.Module):
           The embeddings; the segment ids, in which a masked visual token is padding; and, for a decoder that
           drops visual tokens, their places.
         """
+        if self.decoder is None:
+            raise ValueError(_NO_DECODER)
         text = self.decoder.embed(batch.tokens)
         if batch.images is None:
             return text, jnp.asarray(batch.segment_ids), None
         size = batch.tokens.shape[0]
-        visual = self.visual_tokens(flat_images(batch.images), deterministic=deterministic)
+        visual = self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
         table, real, num_learned = self.table(visual, size, text.dtype)
         index = batch.visual_index[..., None]
         rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
@@ -122,8 +134,12 @@ class VLM(nn.Module):
             places = visual_places(batch, (table.shape[1] - num_learned) // num_tokens, num_tokens, num_learned)
         return jnp.where(index == TEXT_SLOT, text, rows), segments, places
 
-    def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"]:
-        """Float32 logits at every position."""
+    def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"] | VisualTokens:
+        """Float32 logits at every position; without a decoder, the visual tokens of the batch's images."""
+        if self.decoder is None:
+            if batch.images is None:
+                raise ValueError("this model has no decoder: expected a batch with images, got images=None")
+            return self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
         embeddings, segments, places = self.embed(batch, deterministic=deterministic)
         positions, dropped = without_masked(batch, segments), {} if places is None else {"places": places}
         hidden, _ = self.decoder(embeddings, positions, segments, branch_ids=batch.branch_ids, **dropped)
@@ -136,6 +152,8 @@ class VLM(nn.Module):
           Logits of the last token of every row, and a cache of `cache_length` slots, in `cache_dtype` or the
           decoder's own, with the prompt in it.
         """
+        if self.decoder is None:
+            raise ValueError(_NO_DECODER)
         embeddings, segments, places = self.embed(batch)
         positions, dropped = without_masked(batch, segments), {} if places is None else {"places": places}
         cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, cache_dtype, **dropped)
@@ -148,6 +166,8 @@ class VLM(nn.Module):
         self, tokens: Int[Array, "B T"], positions: Positions, cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Runs T more text tokens of the prompt's segment, `PROMPT_SEGMENT`, after the cache; logits of the last."""
+        if self.decoder is None:
+            raise ValueError(_NO_DECODER)
         segments = jnp.full_like(tokens, PROMPT_SEGMENT)
         hidden, cache = self.decoder(self.decoder.embed(tokens), positions, segments, cache)
         return self.decoder.logits(hidden[:, -1]), cache

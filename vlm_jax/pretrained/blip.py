@@ -14,7 +14,7 @@ from vlm_jax.checkpoints.maps.qformer import connector_rules, qformer_rules
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.connectors.qformer import QFormer, QueryTransformer
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import visual_half
 from vlm_jax.pretrained.family import Description, PretrainedError, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import block_fields, vit_fields
 from vlm_jax.pretrained.tables import image_shape, num_patches, resizer
@@ -90,10 +90,10 @@ def _qformer_rules(module: QueryTransformer) -> tuple[Rule, ...]:
     return qformer_rules(module.depth, module.cross_attention_every, instruction=module.vocab_size is not None)
 
 
-def _instruction_shape(module: QueryTransformer) -> tuple[Instruction, ...]:
+def _instruction_shape(module: QueryTransformer) -> Instruction | None:
     if module.vocab_size is None:
-        return ()
-    return (Instruction(jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)),)
+        return None
+    return Instruction(jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_))
 
 
 def describe(
@@ -118,10 +118,17 @@ def describe(
         *prefixed(_qformer_rules(connector), f"{prefix}qformer.", "connector/"),
         *prefixed(connector_rules(connector.num_queries, connector.width), prefix, "connector/"),
     )
-    inputs = (image_shape(vit, _CHANNELS), *_instruction_shape(connector))
     ignore = tuple(f"({prefix})?{pattern}" for pattern in IGNORE)
     resize = resizer(config, vit, path=("encoder",), size_key=("vision_config", "image_size"))
-    return Description(VisualPrefix(vit, connector), inputs, rules, ignore, resize)
+    return visual_half(
+        vit,
+        connector,
+        image_shape(vit, _CHANNELS),
+        rules,
+        ignore,
+        instruction=_instruction_shape(connector),
+        resize=resize,
+    )
 
 
 def describe_qformer(
@@ -135,7 +142,8 @@ def describe_qformer(
     queries, tokens = (jax.ShapeDtypeStruct((1, 1, dim), jnp.float32) for dim in (module.width, width))
     features = VisualFeatures(tokens, jax.ShapeDtypeStruct((1, 1), jnp.bool_), (1, 1))
     prefix = find_prefix(checkpoint, "encoder.layer.0.attention.attention.query.weight")
-    inputs = (queries, features, *_instruction_shape(module))
+    instruction = _instruction_shape(module)
+    inputs = (queries, features, *(() if instruction is None else (instruction,)))
     return Description(module, inputs, prefixed(_qformer_rules(module), prefix), IGNORE)
 
 

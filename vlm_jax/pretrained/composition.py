@@ -1,5 +1,6 @@
 """A whole system: the visual half that a family file describes, and the language model behind it."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,13 +8,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
-from vlm_jax.pretrained.family import Description, LanguageModel, Names, find_prefix
+from vlm_jax.pretrained.family import Description, LanguageModel, Names, Resize, find_prefix
 from vlm_jax.pretrained.language import LANGUAGE_MODELS, language_model
-from vlm_jax.types import Batch, PackedPatches
+from vlm_jax.types import Batch, Instruction, PackedPatches
+
+
+def visual_half(
+    encoder: nn.Module,
+    connector: nn.Module,
+    images: jax.ShapeDtypeStruct | PackedPatches,
+    rules: tuple[Rule, ...],
+    ignore: tuple[str, ...] = (),
+    *,
+    instruction: Instruction | None = None,
+    resize: Resize | None = None,
+) -> Description:
+    """An encoder and a connector: a `VLM` without a decoder.
+
+    Args:
+      encoder, connector: of the release.
+      images: shape of one image, or of its packed patches, with the axis of the batch.
+      rules, ignore, resize: as of `Description`.
+      instruction: shapes of one, where the connector reads one.
+    """
+    batch = dataclasses.replace(smallest_batch(images), instruction=instruction)
+    return Description(VLM(encoder, connector), (batch,), rules, ignore, resize)
 
 
 def with_language(
@@ -33,7 +57,7 @@ def with_language(
     language model is none of `LANGUAGE_MODELS`; its tensors are then carried along.
 
     Args:
-      visual: a `VisualPrefix`, its rules, and the keys that it has no use for.
+      visual: as of `visual_half`.
       text: the released config of the language model, with its `model_type`.
       checkpoint: for its keys.
       where: names the text section in messages.
@@ -54,19 +78,18 @@ def composed(
     visual: Description, language: LanguageModel, learned_rows: Mapping[str, str] | str | None = None, **dtypes: Any
 ) -> Description:
     """The parts as one `VLM`; arguments as of `with_language`."""
-    prefix: Any = visual.module
     rules = [*visual.rules, *prefixed(language.rules, target="decoder/")]
     rows: Any = learned_rows
     if isinstance(learned_rows, Mapping):
         rows = LearnedRows(tuple(learned_rows), language.decoder.width, **dtypes)
         rules += [Rule(released, f"learned_rows/{name}") for name, released in learned_rows.items()]
-    module = VLM(prefix.encoder, prefix.connector, language.decoder, learned_rows=rows)
+    module = visual.module.clone(decoder=language.decoder, learned_rows=rows)
     ignore = (*visual.ignore, *language.ignore)
-    return Description(module, (smallest_batch(visual.inputs[0]),), tuple(rules), ignore)
+    return Description(module, visual.inputs, tuple(rules), ignore)
 
 
 def smallest_batch(images: jax.ShapeDtypeStruct | PackedPatches) -> Batch:
-    """Shapes of one example of one position, with the image that is the visual half's input."""
+    """Shapes of one example of one position, with one image."""
     if not isinstance(images, PackedPatches):
         images = jax.ShapeDtypeStruct((1, *images.shape), images.dtype)
     row = jax.ShapeDtypeStruct((1, 1), jnp.int32)

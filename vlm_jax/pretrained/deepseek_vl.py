@@ -12,8 +12,7 @@ from vlm_jax.config import did_you_mean
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.composition import with_language
+from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.sam import stacks
@@ -89,7 +88,7 @@ def describe(
     connector, projector = mlp_projector(aligner["params"], "aligner_config.params", source="aligner", **dtypes)
     pixels = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     rules = (*prefixed(rules, target="encoder/"), *prefixed(projector, target="connector/"))
-    visual = Description(VisualPrefix(encoder, connector), (pixels,), rules, UNUSED)
+    visual = visual_half(encoder, connector, pixels, rules, UNUSED)
     text, names = config.get("language_config", {}), Names("language_model.model.", "language_model.")
     text = {"model_type": "llama", **text}
     return with_language(visual, text, checkpoint, "language_config", names=names, beside=NOT_VISION, **dtypes)

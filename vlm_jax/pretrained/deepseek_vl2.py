@@ -6,8 +6,7 @@ from typing import Any
 from vlm_jax.checkpoints.maps.deepseek_vl import siglip_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.composition import with_language
+from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.tables import image_shape, num_patches
@@ -49,7 +48,7 @@ def describe(
         *prefixed(siglip_rules(num_patches=num_patches(vit), width=vit.width), "vision.", "encoder/"),
         *prefixed(projector, target="connector/"),
     )
-    visual = Description(VisualPrefix(vit, connector), (image_shape(vit, 3),), rules, UNUSED)
+    visual = visual_half(vit, connector, image_shape(vit, 3), rules, UNUSED)
     return with_language(
         visual,
         {"model_type": "deepseek_v2", **settings["language_config"]},

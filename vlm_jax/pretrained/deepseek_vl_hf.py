@@ -15,8 +15,7 @@ from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.composition import text_names, text_section, with_language
+from vlm_jax.pretrained.composition import text_names, text_section, visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, find_prefix, with_defaults
 from vlm_jax.pretrained.sam import VISION_DEFAULTS, stacks, vision_encoder
 from vlm_jax.pretrained.siglip import vision_tower
@@ -43,8 +42,8 @@ def describe(
         *prefixed(_siglip_rules(encoder, checkpoint), target="encoder/"),
         *prefixed(aligner, prefix, "connector/"),
     )
-    module = VisualPrefix(encoder, MlpConnector(_text_width(settings), **dtypes))
-    return _whole(Description(module, (pixels,), rules, UNUSED), config, checkpoint, "deepseek_vl", dtypes)
+    visual = visual_half(encoder, MlpConnector(_text_width(settings), **dtypes), pixels, rules, UNUSED)
+    return _whole(visual, config, checkpoint, "deepseek_vl", dtypes)
 
 
 def describe_hybrid(
@@ -67,7 +66,6 @@ def describe_hybrid(
         **dtypes,
     )
     encoder = Hybrid(high, low, min(_size(low)), "tuple", HIGH_STATISTICS, LOW_STATISTICS)
-    module = VisualPrefix(encoder, HybridMlp(_text_width(settings), **dtypes))
     names = {"high_res_vision_proj": "high", "vision_proj": "low", "proj": "mlp/down"}
     aligner = [rule for released, ours in names.items() for rule in linear(f"aligner.{released}", ours)]
     prefix = find_prefix(checkpoint, "aligner.vision_proj.weight")
@@ -77,7 +75,8 @@ def describe_hybrid(
         *prefixed(aligner, prefix, "connector/"),
     )
     pixels = jax.ShapeDtypeStruct((1, *high.image_size, 3), jnp.float32)
-    return _whole(Description(module, (pixels,), rules, UNUSED), config, checkpoint, where, dtypes)
+    visual = visual_half(encoder, HybridMlp(_text_width(settings), **dtypes), pixels, rules, UNUSED)
+    return _whole(visual, config, checkpoint, where, dtypes)
 
 
 def _whole(

@@ -8,7 +8,7 @@ from vlm_jax.checkpoints.maps.perceiver import perceiver_rules
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.connectors.perceiver import Perceiver
 from vlm_jax.encoders.naflex import NaflexViT
-from vlm_jax.models.visual_prefix import VisualPrefix
+from vlm_jax.pretrained.composition import visual_half
 from vlm_jax.pretrained.family import (
     ACTIVATIONS,
     Description,
@@ -119,7 +119,7 @@ def describe(
         *prefixed(_vision_rules(vit), f"{prefix}vision_model.", "encoder/"),
         *prefixed(perceiver_rules(), f"{prefix}connector.", "connector/"),
     )
-    return Description(VisualPrefix(vit, connector), (patches_shape(vit, vit.channels),), rules, IGNORE)
+    return visual_half(vit, connector, patches_shape(vit, vit.channels), rules, IGNORE)
 
 
 def describe_vision(

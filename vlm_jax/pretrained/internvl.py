@@ -7,8 +7,7 @@ from vlm_jax.checkpoints.maps import internvl as maps
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.composition import with_language
+from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import vit_fields
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches, resizer
@@ -99,9 +98,10 @@ def describe(
         version=settings["ps_version"],
         **dtypes,
     )
-    visual = Description(
-        VisualPrefix(vit, connector),
-        (image_shape(vit, section["num_channels"]),),
+    visual = visual_half(
+        vit,
+        connector,
+        image_shape(vit, section["num_channels"]),
         (
             *prefixed(vision_rules(vit), PREFIX, "encoder/"),
             *prefixed(maps.projector_rules(), target="connector/"),

@@ -8,8 +8,7 @@ from vlm_jax.checkpoints.maps.torch_layers import layer_norm
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.composition import text_names, text_section, with_language
+from vlm_jax.pretrained.composition import text_names, text_section, visual_half, with_language
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -101,9 +100,10 @@ def describe(
     encoder_rules = hf_encoder_rules(
         width=vit.width, num_patches=num_patches(vit), qkv_bias=vit.qkv_bias, rms=vit.norm == "rms"
     )
-    visual = Description(
-        VisualPrefix(vit, connector),
-        (image_shape(vit, section["num_channels"]),),
+    visual = visual_half(
+        vit,
+        connector,
+        image_shape(vit, section["num_channels"]),
         (
             *prefixed(encoder_rules, tower, "encoder/"),
             *prefixed((*layer_norm(f"{names}layer_norm", "norm"), *projector_rules), target="connector/"),

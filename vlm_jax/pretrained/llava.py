@@ -11,9 +11,8 @@ from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
 from vlm_jax.config import did_you_mean
 from vlm_jax.encoders.multiscale import MultiScale
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip
-from vlm_jax.pretrained.composition import with_language
+from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mm_projector
 from vlm_jax.pretrained.tables import image_shape, left_out
@@ -57,7 +56,7 @@ def describe(
     encoder, pixels, rules, ignore = _tower(settings, where, dtypes)
     connector, projector = mm_projector(settings["mm_projector_type"], settings["hidden_size"], where, **dtypes)
     rules = (*prefixed(rules, target="encoder/"), *prefixed(projector, target="connector/"))
-    visual = Description(VisualPrefix(encoder, connector), (pixels,), rules, ignore)
+    visual = visual_half(encoder, connector, pixels, rules, ignore)
     return with_language(
         visual,
         {**config, "model_type": "llama"},

@@ -6,9 +6,8 @@ from typing import Any
 
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.mlp import MlpConnector
-from vlm_jax.models.visual_prefix import VisualPrefix
 from vlm_jax.pretrained import clip, llava
-from vlm_jax.pretrained.composition import text_names, text_section, with_language
+from vlm_jax.pretrained.composition import text_names, text_section, visual_half, with_language
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -70,7 +69,7 @@ def describe(
         *prefixed(projector_rules, target="connector/"),
     )
     pixels = image_shape(vit, section.get("num_channels", 3))
-    visual = Description(VisualPrefix(vit, MlpConnector(width, **dtypes)), (pixels,), rules, ignore)
+    visual = visual_half(vit, MlpConnector(width, **dtypes), pixels, rules, ignore)
     newline = f"{find_prefix(checkpoint, 'image_newline')}image_newline"
     return with_language(
         visual,

@@ -13,8 +13,7 @@ from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
 from vlm_jax.encoders.aimv2 import AIMv2
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
-from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.composition import text_names, text_section, with_language
+from vlm_jax.pretrained.composition import text_names, text_section, visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.qwen2_vl import packed_shapes
 
@@ -121,7 +120,7 @@ def describe_ovis2(
         *prefixed(_VOCABULARY, target="connector/"),
     )
     ignore = (r"visual_tokenizer\.backbone\.trunk\.post_trunk_norm\.weight",)
-    visual = Description(VisualPrefix(encoder, connector), (_pixels(encoder, settings),), rules, ignore)
+    visual = visual_half(encoder, connector, _pixels(encoder, settings), rules, ignore)
     return _with_llm(visual, {"model_type": "qwen2", **whole["llm_config"]}, checkpoint, "ovis.llm_config", dtypes)
 
 
@@ -161,7 +160,7 @@ def describe_ovis2_hf(
         *prefixed(vocabulary, target="connector/"),
     )
     return with_language(
-        Description(VisualPrefix(encoder, connector), (_pixels(encoder, settings),), rules),
+        visual_half(encoder, connector, _pixels(encoder, settings), rules),
         text_section(config, checkpoint, kind="qwen2", tied=True),
         checkpoint,
         "ovis2.text_config",
@@ -199,7 +198,7 @@ def describe_ovis2_5(
     rules = (*prefixed(tower, prefix, "encoder/"), *prefixed(_VOCABULARY, target="connector/"))
     inputs = packed_shapes(encoder.patch_dim, encoder.merge_size, encoder.window)
     ignore = (re.escape(prefix) + r"post_layernorm\.(weight|bias)",)
-    visual = Description(VisualPrefix(encoder, connector), (inputs,), rules, ignore)
+    visual = visual_half(encoder, connector, inputs, rules, ignore)
     return _with_llm(visual, {"model_type": "qwen3", **whole["llm_config"]}, checkpoint, "ovis2_5.llm_config", dtypes)
 
 

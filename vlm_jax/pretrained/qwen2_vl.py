@@ -10,8 +10,7 @@ from vlm_jax.checkpoints.maps.qwen_vit import encoder_rules, merger_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.concat import Concat
 from vlm_jax.encoders.qwen_vit import QwenViT
-from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.composition import text_names, text_section, with_language
+from vlm_jax.pretrained.composition import text_names, text_section, visual_half, with_language
 from vlm_jax.pretrained.family import (
     REQUIRED,
     Description,
@@ -53,7 +52,7 @@ QWEN2_5_DEFAULTS: dict[str, Any] = {
 }
 
 
-def qwen2_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> VisualPrefix:
+def qwen2_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> tuple[QwenViT, Concat]:
     """Tower and merger of a `Qwen2VLVisionConfig`: LayerNorm, quick GELU, every layer sees whole images.
 
     Args:
@@ -73,10 +72,10 @@ def qwen2_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> Visual
         **_common_fields(settings, where),
         **dtypes,
     )
-    return VisualPrefix(encoder, Concat(settings["hidden_size"], encoder.merge_size, norm="layer", **dtypes))
+    return encoder, Concat(settings["hidden_size"], encoder.merge_size, norm="layer", **dtypes)
 
 
-def qwen2_5_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> VisualPrefix:
+def qwen2_5_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> tuple[QwenViT, Concat]:
     """Tower and merger of a `Qwen2_5_VLVisionConfig`: RMSNorm, SwiGLU, windows outside the listed layers.
 
     Args:
@@ -99,7 +98,7 @@ def qwen2_5_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> Visu
         **_common_fields(settings, where),
         **dtypes,
     )
-    return VisualPrefix(encoder, Concat(settings["out_hidden_size"], encoder.merge_size, norm="rms", **dtypes))
+    return encoder, Concat(settings["out_hidden_size"], encoder.merge_size, norm="rms", **dtypes)
 
 
 def _common_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -135,8 +134,7 @@ def describe(
     visual = qwen2_5_visual if kind.startswith("qwen2_5_vl") else qwen2_visual
     where = f"{kind}.vision_config" if "vision_config" in config else kind
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-    module = visual(config.get("vision_config", config), where, **dtypes)
-    encoder: Any = module.encoder
+    encoder, connector = visual(config.get("vision_config", config), where, **dtypes)
     window = (encoder.channels, encoder.temporal_patch_size, encoder.patch_size, encoder.patch_size)
     prefix = find_prefix(checkpoint, "patch_embed.proj.weight")
     rules = (
@@ -148,7 +146,7 @@ def describe(
     nested = config if config.get("text_config") else {"text_config": config, **config}
     text = {**text_section(nested, checkpoint, kind="", tied=False), "model_type": f"{system}_text"}
     return with_language(
-        Description(module, (inputs,), rules),
+        visual_half(encoder, connector, inputs, rules),
         text,
         checkpoint,
         f"{kind}.text_config" if config.get("text_config") else kind,

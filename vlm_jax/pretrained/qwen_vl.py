@@ -7,8 +7,7 @@ from vlm_jax.checkpoints.maps.qwen_vl import encoder_rules, projection_rules, re
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.models.visual_prefix import VisualPrefix
-from vlm_jax.pretrained.composition import with_language
+from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, square_root, with_defaults
 from vlm_jax.pretrained.language import describe_qwen
 from vlm_jax.pretrained.tables import image_shape
@@ -73,5 +72,5 @@ def describe(
         *prefixed(resampler_rules(width), f"{PREFIX}attn_pool.", "connector/"),
         *prefixed(projection_rules(), PREFIX, "connector/"),
     )
-    visual = Description(VisualPrefix(vit, connector), (image_shape(vit, 3),), rules)
+    visual = visual_half(vit, connector, image_shape(vit, 3), rules)
     return with_language(visual, config, checkpoint, "qwen", names=Names("transformer."), beside=BESIDE, **dtypes)

@@ -41,6 +41,6 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
         if name.endswith("_encoded"):
             tiles = expected[name.replace("_encoded", "_pixel_values")].transpose(0, 2, 3, 1)
             found[name] = tokens(normalised(tiles, CLIP))
-    if hasattr(ours.module, "decoder"):
+    if ours.module.decoder is not None:
         found |= llava_language.outputs(golden, ours)
     return {name: np.asarray(value) for name, value in found.items()}

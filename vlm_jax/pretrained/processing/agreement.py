@@ -73,7 +73,7 @@ def check_image_text(processor: ImageTextProcessor, module: nn.Module) -> None:
 
 def num_learned_rows(module: Any) -> int | None:
     """Rows of the visual table before those of images; None where the module has no table."""
-    if not hasattr(module, "learned_rows"):
+    if getattr(module, "decoder", None) is None:
         return None
     rows = module.learned_rows
     if rows is None:

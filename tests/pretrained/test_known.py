@@ -1,0 +1,122 @@
+"""Released configs kept as data: each describes a module with the published number of parameters."""
+
+import jax
+import pytest
+from flax import linen as nn
+
+from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.known import describe_known, known_config, known_configs
+
+_CLIP_UNUSED = 12_596_224 + 2048  # CLIP's last block and norm, which LLaVA and MobileVLM do not use
+_SIGLIP_L_HEAD, _SO400M_HEAD = 12_595_200, 15_238_352  # timm's attention pooling, which DeepSeek-VL does not use
+_LLAMA_7B, _LLAMA_13B, _MISTRAL_7B = 6_738_415_616, 13_015_864_320, 7_241_732_096  # model cards, to the last one
+_CLIP_L_336 = 303_507_456  # the image tower, by transformers 5.23
+
+# Published number of parameters -> how many of them nothing here reads, or the files hold twice. A number is a
+# count of transformers 5.23 on the meta device or of a model card; a string is billions by the page on the hub.
+PUBLISHED: dict[str, tuple[int | str, int]] = {
+    "AIDC-AI/Ovis2-1B": ("1.27", 151_936 * 896),  # the head is stored beside the table
+    "AIDC-AI/Ovis2-2B": ("2.46", 151_936 * 1536),
+    "AIDC-AI/Ovis2-4B": ("4.62", 151_936 * 2048),
+    "AIDC-AI/Ovis2-8B": ("8.94", 0),
+    "AIDC-AI/Ovis2-16B": ("16.2", 0),
+    "AIDC-AI/Ovis2.5-2B": ("2.57", 0),
+    "AIDC-AI/Ovis2.5-9B": ("9.17", 0),
+    "OpenGVLab/InternVL2-8B": ("8.08", 0),
+    "OpenGVLab/InternVL2-26B": ("25.5", 0),
+    "OpenGVLab/InternVL2_5-1B": ("0.938", 0),
+    "OpenGVLab/InternVL2_5-2B": ("2.21", 0),
+    "OpenGVLab/InternVL2_5-4B": ("3.71", 0),
+    "OpenGVLab/InternVL2_5-8B": ("8.08", 0),
+    "OpenGVLab/InternVL3-1B": ("0.938", 0),
+    "OpenGVLab/InternVL3-2B": ("2.09", 0),
+    "OpenGVLab/InternVL3-8B": ("7.94", 0),
+    "OpenGVLab/InternVL3-14B": ("15.1", 0),
+    "OpenGVLab/InternViT-300M-448px": (304_012_288, 0),
+    "OpenGVLab/InternViT-6B-448px-V1-5": (5_536_496_000, 0),
+    # OpenCLIP's ViT-bigG/14 of 1.84 billion without class token, last norm and head; Qwen-7B of 7.72; the resampler.
+    "Qwen/Qwen-VL": ("9.66", 0),
+    "Qwen/Qwen2-VL-2B-Instruct": ("2.21", 0),
+    "Qwen/Qwen2-VL-7B-Instruct": (8_291_375_616, 0),
+    "Qwen/Qwen2-VL-72B-Instruct": ("73.4", 0),
+    "Qwen/Qwen2.5-VL-3B-Instruct": ("3.75", 0),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (8_292_166_656, 0),
+    "Qwen/Qwen2.5-VL-72B-Instruct": ("73.4", 0),
+    "deepseek-ai/deepseek-vl-1.3b-base": ("1.98", _SIGLIP_L_HEAD),
+    "deepseek-ai/deepseek-vl-7b-base": ("7.34", _SIGLIP_L_HEAD),
+    "deepseek-ai/deepseek-vl2-tiny": ("3.37", _SO400M_HEAD),
+    "deepseek-ai/deepseek-vl2-small": ("16.1", _SO400M_HEAD),
+    "deepseek-ai/deepseek-vl2": ("27.5", _SO400M_HEAD),
+    "facebook/sam-vit-base": (89_670_912, 0),  # the image encoder
+    "facebook/sam-vit-large": (308_278_272, 0),
+    "facebook/sam-vit-huge": (637_026_048, 0),
+    "google/siglip-base-patch16-224": (203_155_970, 0),
+    "google/siglip-large-patch16-384": (652_478_466, 0),
+    "google/siglip-so400m-patch14-384": (877_960_498, 0),
+    "google/siglip2-giant-opt-patch16-384": (1_871_885_426, 0),
+    "google/siglip2-so400m-patch14-384": (1_136_008_498, 0),
+    "google/vit-base-patch16-224-in21k": (86_389_248, 0),
+    "google/vit-large-patch16-224-in21k": (304_351_232, 0),
+    # 64 more words than Llama's, a projector of two layers, and a newline.
+    "llava-hf/llava-1.5-7b-hf": (7_063_427_072, _CLIP_UNUSED),
+    "llava-hf/llava-1.5-13b-hf": (_LLAMA_13B + 2 * 64 * 5120 + _CLIP_L_336 + 6145 * 5120 + 5120, _CLIP_UNUSED),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": (7_063_427_072 + 4096, _CLIP_UNUSED),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": ("13.4", _CLIP_UNUSED),
+    "llava-hf/llava-v1.6-mistral-7b-hf": (
+        _MISTRAL_7B + 2 * 64 * 4096 + _CLIP_L_336 + 5121 * 4096 + 4096 + 4096,
+        _CLIP_UNUSED,
+    ),
+    "mtgv/MobileVLM_V2-1.7B": ("1.7", _CLIP_UNUSED),
+    "mtgv/MobileVLM_V2-3B": ("3.0", _CLIP_UNUSED),
+    # Two linear layers, and a 3x3 depthwise convolution.
+    "mtgv/MobileVLM_V2-7B": (_LLAMA_7B + _CLIP_L_336 + (1025 + 4097 + 10) * 4096, _CLIP_UNUSED),
+    "openai/clip-vit-base-patch16": (149_620_737, 0),
+    "openai/clip-vit-base-patch32": (151_277_313, 0),
+    "openai/clip-vit-large-patch14": (427_616_513, 0),
+    "openai/clip-vit-large-patch14-336": (427_944_193, 0),
+}
+
+
+@pytest.mark.parametrize("name", known_configs())
+def test_a_known_config_has_the_published_number_of_parameters(name):
+    published, unread = PUBLISHED[name]
+    count = sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(describe_known(name).boxed_shapes()))) + unread
+    if isinstance(published, str):
+        assert f"{count / 1e9:.{len(published.split('.')[1])}f}" == published
+    else:
+        assert count == published
+
+
+def test_every_published_number_is_of_a_known_config():
+    assert set(PUBLISHED) == set(known_configs())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("Qwen/Qwen2-VL-2B-Instruct", "qwen2_vl"), ("deepseek-ai/deepseek-vl2", "deepseek_vl_v2")],
+)
+def test_a_config_is_found_by_its_name(name, kind):
+    assert known_config(name)["model_type"] == kind
+
+
+def test_another_name_is_refused_with_the_nearest():
+    with pytest.raises(PretrainedError, match=r"no config of 'Qwen/Qwen2-VL-7b-instruct'.*'Qwen/Qwen2-VL-7B-Instruct'"):
+        describe_known("Qwen/Qwen2-VL-7b-instruct")
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "count"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", 336, 576),
+        ("mtgv/MobileVLM_V2-1.7B", 336, 144),
+        ("Qwen/Qwen-VL", 448, 256),
+        ("OpenGVLab/InternVL3-8B", 448, 256),  # of a tile
+        ("deepseek-ai/deepseek-vl2-tiny", 384, 14 * 14),  # of a tile
+        ("deepseek-ai/deepseek-vl-1.3b-base", 384, 576),
+        ("deepseek-ai/deepseek-vl-7b-base", 1024, 576),
+        ("AIDC-AI/Ovis2-8B", 448, 256),  # of a tile
+    ],
+)
+def test_visual_tokens_of_a_square_image(name, side, count):
+    module = describe_known(name).module
+    assert module.connector.num_tokens(module.encoder.grid(side, side)) == count

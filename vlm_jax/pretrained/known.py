@@ -1,0 +1,87 @@
+"""Released configs of known sizes, kept as data: a system is described, and planned, before its weights are there.
+
+`released/<organisation>--<name>.json` holds the settings that a family reads of the `config.json` of a repository on
+the Hugging Face hub.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from vlm_jax.config import did_you_mean
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.family import Description, PretrainedError, marker
+from vlm_jax.pretrained.loader import choose_family
+
+_FOLDER = resources.files("vlm_jax.pretrained") / "released"
+_SEPARATOR, _SUFFIX = "--", ".json"
+
+# `family.marker` -> the keys of the released files that tell a family which parts are there and what stands
+# before their names; those of a family that is not named here follow from its config.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
+    "internvl_chat": ("language_model.model.norm.weight",),
+    "llava": (
+        "language_model.model.embed_tokens.weight",
+        "language_model.lm_head.weight",
+        "vision_tower.vision_model.embeddings.class_embedding",
+    ),
+    "mobilevlm": ("model.embed_tokens.weight",),
+    "multi_modality": ("language_model.model.norm.weight",),
+    "ovis": ("llm.model.norm.weight",),
+    "ovis2_5": ("llm.model.norm.weight",),
+    "qwen": ("transformer.wte.weight", "transformer.visual.proj"),
+    "qwen2_5_vl": ("visual.patch_embed.proj.weight", "model.embed_tokens.weight"),
+    "qwen2_vl": ("visual.patch_embed.proj.weight", "model.embed_tokens.weight"),
+    "vit": ("pooler.dense.weight",),
+}
+_KEYS["llava_next"] = (*_KEYS["llava"], "image_newline")
+
+
+def known_configs() -> tuple[str, ...]:
+    """Names on the Hugging Face hub, `organisation/name`, in alphabetical order."""
+    files = (file.name for file in _FOLDER.iterdir() if file.name.endswith(_SUFFIX))
+    return tuple(sorted(name.removesuffix(_SUFFIX).replace(_SEPARATOR, "/", 1) for name in files))
+
+
+def known_config(name: str) -> dict[str, Any]:
+    """The released settings of one of `known_configs`.
+
+    Args:
+      name: `organisation/name`.
+
+    Raises:
+      PretrainedError: no config of that name is kept here; the message has the nearest one.
+    """
+    if name not in known_configs():
+        raise PretrainedError(f"no config of '{name}' is kept here{did_you_mean(name, known_configs())}")
+    return json.loads((_FOLDER / (name.replace("/", _SEPARATOR, 1) + _SUFFIX)).read_text(encoding="utf-8"))
+
+
+def describe_known(name: str, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32) -> Description:
+    """One of `known_configs` as a module, the whole system with its language model, without a checkpoint.
+
+    Args:
+      name: `organisation/name`.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+
+    Raises:
+      PretrainedError: as of `known_config`.
+    """
+    config = known_config(name)
+    return choose_family(config, FAMILIES)(config, _stand_ins(config), dtype=dtype, param_dtype=param_dtype)
+
+
+def _stand_ins(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors that a family looks at, of zeros that take no memory."""
+    kind = marker(config)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_KEYS.get(kind, ()), (1,))
+    if kind in ("llava", "llava_next"):  # read for the width of the language model
+        width = config["text_config"]["hidden_size"]
+        shapes["multi_modal_projector.linear_2.weight"] = (width, width)
+    return {key: np.broadcast_to(np.zeros((), np.float32), shape) for key, shape in shapes.items()}
