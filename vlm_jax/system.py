@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -100,8 +99,7 @@ class System:
 
     def example(self, shape: RowShape) -> Batch:
         """Shapes of one training row with its images, for `eval_shape` and the planner."""
-        row = self.processor.rows([[]], shape, targets=True)
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), row)
+        return self.processor.example_row(shape)
 
     def init(self, key: jax.Array) -> Params:
         """Boxed parameters {part: tree}, all drawn; a part does not depend on its neighbours' kinds."""
@@ -112,7 +110,7 @@ class System:
         """Shapes of the parameters, in the boxes that name their axes."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def initial(self, key: jax.Array, mesh: Mesh | None = None) -> Params:
+    def initial(self, key: jax.Array, mesh: Mesh | None = None, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices: read where the release has them, drawn where it lacks them.
 
         No host holds a parameter twice: tensors are read in parts, straight to the devices that need them, and
@@ -121,6 +119,7 @@ class System:
         Args:
           key: of the draws.
           mesh: devices that they are laid out on; the default device when None.
+          without: parts that are neither read nor drawn, since the caller has them from elsewhere.
 
         Raises:
           CheckpointMismatch: unused, missing and misshapen keys of the release, all in one message.
@@ -133,7 +132,9 @@ class System:
                 targets,
                 shardings(boxed, mesh),
             )
-        drawn = tuple(targets) if self.release is None else tuple(part for part in self.release.drawn if part in targets)
+        drawn = (
+            tuple(targets) if self.release is None else tuple(part for part in self.release.drawn if part in targets)
+        )
         params = {} if self.release is None else self.release.read(targets)
         if drawn:
             params |= self._draw(key, drawn, boxed, mesh)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from vlm_jax.budget import InfeasibleBudget
@@ -29,6 +30,7 @@ from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Example, Processor
 from vlm_jax.processors.video import uniform_frames
 from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.sharding.rules import shardings, use_mesh
 from vlm_jax.system import Budget, System
 from vlm_jax.types import Batch, Message, RowShape, Sample
 
@@ -104,14 +106,31 @@ class Experiment:
         """The same of the stream `text_pages`."""
         return self.system.processor.rows([[self.example(sample, targets=True)]], self.text_row, targets=True)
 
+    @property
+    def budget(self) -> Budget:
+        """Visual tokens of an image."""
+        assert self.system.budget is not None
+        return self.system.budget
+
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Boxed parameters {part: tree}, drawn so that a part does not depend on its neighbours' kinds."""
-        params = self.system.init(key, self.row)
-        if self.cell_reader is not None:
-            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.system.example(self.row))
-            head = self.cell_reader.init(key, zeros.images[:, 0])["params"]
-            params[CELL_HEAD] = {name: tree for name, tree in head.items() if name != "encoder"}
-        return params
+        """Boxed parameters {part: tree} of the model and of the head for cells, all drawn."""
+        return self.system.init(key) | self._cell_head(key)
+
+    def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Parameters on their devices; see `System.initial`."""
+        params = self.system.initial(key, mesh, without=without)
+        if self.cell_reader is None or CELL_HEAD in without:
+            return params
+        out = shardings(jax.eval_shape(self._cell_head, key), mesh)
+        with use_mesh(mesh):
+            return params | jax.jit(lambda key: nn.meta.unbox(self._cell_head(key)), out_shardings=out)(key)
+
+    def _cell_head(self, key: jax.Array) -> dict[str, Any]:
+        if self.cell_reader is None:
+            return {}
+        images: Any = self.system.example(self.row).images
+        head = self.cell_reader.init(key, jnp.zeros(images.shape[:1] + images.shape[2:], images.dtype))["params"]
+        return {CELL_HEAD: {name: tree for name, tree in head.items() if name != "encoder"}}
 
     def num_params(self) -> dict[str, int]:
         """Parameters of each part of the model, counted by shape."""
@@ -166,18 +185,20 @@ def build(config: Any) -> Experiment:
         parts[part] = _set(parts[part], fields, config, part)
     by_layer = _tokens_by_layer(vision, parts["decoder"])
     visual, images = num_images * vision.num_tokens, num_images * vision.load
+    shape = RowShape(row.positions(visual), images)
+    prompt = PlainPrompt(tokenizer, settings.independent_turns)
+    processor = Processor(prompt, vision.views, tokenizer, tokenizer.pad_id or 0)
     system = System(
         model=VLM(parts["encoder"], vision.connector, parts["decoder"], vision.reducer),
-        processor=Processor(
-            PlainPrompt(tokenizer, settings.independent_turns), vision.views, tokenizer, tokenizer.pad_id or 0
-        ),
-        ends=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+        inputs=(processor.example_row(shape),),
+        make_processor=lambda: processor,
+        make_ends=lambda: () if tokenizer.eos_id is None else (tokenizer.eos_id,),
         budget=Budget(vision.num_tokens, tuple(by_layer), vision.grid),
     )
     return Experiment(
         system=system,
         source=source,
-        row=RowShape(row.positions(visual), images),
+        row=shape,
         prompt=RowShape(evaluation.question_length + visual, images),
         text_row=RowShape(row.positions(0) + source.context_length, 0),
         num_frames=settings.frames if num_images else None,

@@ -78,8 +78,8 @@ class Release:
         """
         if self.drawn:
             raise CheckpointFileError(
-                f"{folder}: the released schema has no names for the {' and the '.join(self.drawn)} that took the place "
-                "of the release's own; save the parameters as a run does, or load the release without it"
+                f"{folder}: the released schema has no names for the {' and the '.join(self.drawn)} that replaced the "
+                "release's own; save the parameters as a run does, or load the release without the replacement"
             )
         tensors: dict[str, Any] = export_params(self.rules, params)
         for key, tensor in self.checkpoint.items():

@@ -47,8 +47,8 @@ def main() -> None:
         result = {"accuracy": table, "token_budget": config.token_budget, "num_visual_tokens": tokens}
         # What enters the decoder is above; a reducer inside it leaves fewer.
         result |= {
-            "visual_tokens_left": experiment.system.budget.left,
-            "mean_visual_tokens": experiment.system.budget.mean,
+            "visual_tokens_left": experiment.budget.left,
+            "mean_visual_tokens": experiment.budget.mean,
         }
         write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
     console.print(f"visual tokens an image: {tokens['mean']} on average, {tokens['max']} at most")

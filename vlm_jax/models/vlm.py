@@ -65,6 +65,15 @@ class VLM(nn.Module):
     reducer: nn.Module | None = None
     learned_rows: nn.Module | Literal["connector"] | None = None
 
+    @property
+    def num_learned_rows(self) -> int:
+        """Rows of the visual table before those of images."""
+        if self.learned_rows is None:
+            return 0
+        if isinstance(self.learned_rows, str):
+            return self.connector.num_indicators  # type: ignore[union-attr]
+        return len(self.learned_rows.names)  # type: ignore[attr-defined]
+
     def visual_tokens(
         self, images: Images, instruction: Instruction | None = None, *, deterministic: bool = True
     ) -> VisualTokens:

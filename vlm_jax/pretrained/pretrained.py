@@ -1,8 +1,7 @@
-"""What `from_pretrained` returns: a released model, its parameters, its processor, and the way back."""
+"""What `from_pretrained` returns: a released system with its parameters, and what is asked of it."""
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,28 +13,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vlm_jax.checkpoints.hub import Checkpoint, read_config
-from vlm_jax.checkpoints.params import export_params
-from vlm_jax.checkpoints.rules import matching
-from vlm_jax.checkpoints.saving import check_vacant, copy_companions, save_archive, save_checkpoint
-from vlm_jax.generation.engine import prepared
+from vlm_jax.checkpoints.release import Release
 from vlm_jax.generation.sampling import Sampling
-from vlm_jax.generation.text import Completion, complete
+from vlm_jax.generation.text import Completion
 from vlm_jax.models.two_tower import Embeddings, TwoTower
-from vlm_jax.pretrained.family import Description, PretrainedError, marker, text_section
-from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, PROCESSORS, image_text
-from vlm_jax.pretrained.processing.agreement import check_agreement, check_image_text
+from vlm_jax.pretrained.family import PretrainedError, marker
+from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, image_text
 from vlm_jax.pretrained.processing.settings import write_image_size
 from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks
 from vlm_jax.processors.image import height_and_width, to_picture
-from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs
+from vlm_jax.processors.image_text import SquareInputs
 from vlm_jax.processors.native import NativeViews
-from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import mesh_of
+from vlm_jax.system import System
 from vlm_jax.types import Batch, ImageTextBatch
 
 
@@ -44,24 +38,37 @@ class Pretrained:
     """A released model, ready to be applied, trained on, or written back.
 
     Attributes:
-      config: the released settings, in the schema of the release.
-      module: the Linen module.
+      system: the model, its processor and its release.
       params: its parameters, a tree without boxes.
-      description: how the two hang together; see `family.Description`.
-      checkpoint: the files that it came from, for the tensors that the module has no use for.
-      folder: where they lie, with those of the tokenizer and the processor.
       image_size: side in pixels that was asked for at load, which wins over the folder's; None for these.
     """
 
-    config: dict[str, Any]
-    module: nn.Module
+    system: System
     params: Any
-    description: Description
-    checkpoint: Checkpoint
-    folder: Path
     image_size: int | None = None
 
-    @functools.cached_property
+    @property
+    def module(self) -> nn.Module:
+        """The Linen module."""
+        return self.system.model
+
+    @property
+    def release(self) -> Release:
+        """The released checkpoint: its tensors, rules and files."""
+        assert self.system.release is not None
+        return self.system.release
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The released settings, in the schema of the release."""
+        return self.release.config
+
+    @property
+    def folder(self) -> Path:
+        """Where the release lies."""
+        return self.release.folder
+
+    @property
     def processor(self) -> Any:
         """What makes batches, configured by the release's own files.
 
@@ -73,29 +80,7 @@ class Pretrained:
             true of the model.
           TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
         """
-        name = marker(self.config)
-        if name in IMAGE_TEXT_PROCESSORS:
-            processor = IMAGE_TEXT_PROCESSORS[name](self.folder, self.config, self.module)
-            if self.image_size is not None and isinstance(processor.images, SquareInputs):
-                images = processor.images.at((self.image_size, self.image_size))
-                processor = dataclasses.replace(processor, images=images)
-            check_image_text(processor, self.module)
-            return processor
-        if name not in PROCESSORS:
-            registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))
-            raise PretrainedError(f"no processor is registered for '{name}'; registered: {', '.join(registered)}")
-        processor = PROCESSORS[name](self.folder, self.config)
-        check_agreement(processor, self.module)
-        return processor
-
-    @property
-    def _conversations(self) -> Processor:
-        if isinstance(self.processor, ImageTextProcessor):
-            raise PretrainedError(
-                f"'{marker(self.config)}' embeds or classifies, and answers no conversation; call processor(images=…, "
-                "texts=…) and logits, encode_images or encode_texts"
-            )
-        return self.processor
+        return self.system.any_processor
 
     def count_visual_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Places of a prompt that each picture of one conversation takes, before anything runs.
@@ -103,7 +88,7 @@ class Pretrained:
         Args:
           image_sizes: (height, width) of every picture, in pixels.
         """
-        return self._conversations.count_visual_tokens(image_sizes)
+        return self.system.processor.count_visual_tokens(image_sizes)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """`module.apply` with the parameters; `method=` and `mutable=` as there."""
@@ -148,7 +133,9 @@ class Pretrained:
 
     def _encoder(self, method: str) -> Any:
         if not isinstance(self.module, TwoTower):
-            raise PretrainedError(f"'{marker(self.config)}' has not two towers, whose embeddings could be compared")
+            raise PretrainedError(
+                f"'{marker(self.config)}' is not a two-tower model, whose embeddings could be compared"
+            )
         return self._encoders[method]
 
     @functools.cached_property
@@ -166,35 +153,17 @@ class Pretrained:
     @functools.cached_property
     def _laid_out(self) -> Any:
         """The parameters as generation wants them; on a CPU a second copy of the decoder's kernels, kept."""
-        return prepared(self.params, mesh_of(self.params))
+        return self.system.prepared(self.params)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """That of the folder; raises a `TokenizerError` where there is none."""
         return Tokenizer.from_folder(self.folder)
 
-    @functools.cached_property
+    @property
     def end_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
-
-        Where both state none, those of the config that the model has a token for, since they may be a class's
-        defaults; else that of the tokenizer.
-
-        Raises:
-          TokenizerError: the vocabulary lacks one of the processor's.
-        """
-        path = self.folder / "generation_config.json"
-        stated = read_config(self.folder, name=path.name) if path.exists() else {}
-        own = self.processor.end_tokens if marker(self.config) in PROCESSORS else ()
-        ids = (*_end_ids(stated), *map(self.tokenizer.id_of, own))
-        if not ids:
-            last = () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
-            ids = self._known(_end_ids(self.config) or _end_ids(text_section(self.config))) or last
-        return tuple(dict.fromkeys(ids))
-
-    def _known(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Those that the model has a token for: no other can be said, though a folder may state it."""
-        return tuple(index for index in ids if index < self.module.decoder.vocab_size)
+        """Tokens that end an answer; see `processing.end_ids`."""
+        return self.system.ends
 
     def generate(
         self,
@@ -230,20 +199,18 @@ class Pretrained:
           TokenizerError: a name of `stop_tokens` that the vocabulary lacks, or no tokenizer in the folder.
           ChatTemplateError: no template in the folder, or messages that it refuses.
         """
-        processor = self._conversations
-        ends = (*self._known(self.end_ids), *map(self.tokenizer.id_of, stop_tokens))
-        batch = processor(messages, images, videos, max_visual_tokens=max_visual_tokens, **processor_options)
-        (answer,) = complete(
-            self.module,
+        options["names"] = ("prompt",)
+        (answer,) = self.system.answer(
             self._laid_out,
-            batch,
-            self.tokenizer,
-            end_ids=ends,
-            stop=stop,
-            on_text=None if on_text is None else lambda row, text: on_text(text),
+            [messages],
+            [images],
+            [videos],
             max_new_tokens=max_new_tokens,
+            end_ids=(*self.end_ids, *map(self.tokenizer.id_of, stop_tokens)),
+            on_text=None if on_text is None else lambda row, text: on_text(text),
+            processor_options={"max_visual_tokens": max_visual_tokens, **processor_options},
+            stop=stop,
             sampling=sampling,
-            names=("prompt",),
             mesh=mesh_of(self.params),
             **options,
         )
@@ -267,7 +234,7 @@ class Pretrained:
 
     def _sizes(self, image: Picture, max_visual_tokens: int | None) -> tuple[Size, Size | None]:
         """Of a picture, and as the model is given it where it counts its pixels."""
-        size, views = height_and_width(to_picture(image)), self._conversations.views
+        size, views = height_and_width(to_picture(image)), self.system.processor.views
         if not isinstance(views, NativeViews):
             return size, None
         views = views if max_visual_tokens is None else views.within(max_visual_tokens)
@@ -289,20 +256,13 @@ class Pretrained:
           CheckpointFileError: the folder holds a checkpoint already.
           CheckpointMismatch: `params` has not the shapes of `self.params`.
         """
-        tensors: dict[str, Any] = export_params(self.description.rules, self.params if params is None else params)
-        for key, tensor in self.checkpoint.items():
-            if key not in tensors and matching(self.description.ignore, key):
-                tensors[key] = tensor  # read when its shard is written
-        folder = Path(folder)
-        check_vacant(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "config.json"
-        path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        companions = copy_companions(self.folder, folder)
-        if (views := self._resized_views()) is not None:
-            write_image_size(folder, views)
-        save = save_archive if self.checkpoint.archive else save_checkpoint  # last: with weights a folder is whole
-        return (path, *map(Path, companions), *save(folder, tensors))
+        views = self._resized_views()
+
+        def finish(written: Path) -> None:
+            if views is not None:
+                write_image_size(written, views)
+
+        return self.release.save(folder, self.params if params is None else params, finish=finish)
 
     def _resized_views(self) -> SquareViews | None:
         """Of a model that was resized at load and whose pictures can be prepared; else its files stay as they are."""
@@ -313,9 +273,3 @@ class Pretrained:
         except PretrainedError:
             return None
         return images.views if isinstance(images, SquareInputs) else None
-
-
-def _end_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """`eos_token_id`: a number, several, or none."""
-    found = config.get("eos_token_id")
-    return () if found is None else tuple(found) if isinstance(found, list) else (found,)

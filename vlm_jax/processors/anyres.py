@@ -107,6 +107,11 @@ class AnyresViews(Tiles):
         return [1 + (height // self.side) * (width // self.side) for height, width in canvases]
 
     @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        return math.prod(self.grid)
+
+    @property
     def tile_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of a tile."""
         return self.base.tile_shape

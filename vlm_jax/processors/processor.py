@@ -191,6 +191,11 @@ class Processor:
             joined = dataclasses.replace(joined, targets=None, loss_weights=None)
         return dataclasses.replace(joined, images=pictures)
 
+    def example_row(self, shape: RowShape) -> Batch:
+        """Shapes of one training row with its images."""
+        row = self.rows([[]], shape, targets=True)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), row)
+
     def _placed(self, row: Sequence[Example]) -> list[list[Text | Visual]]:
         """The pieces of each example with rows of the whole row's visual table."""
         placed, start = [], self.num_learned

@@ -75,6 +75,11 @@ class SquareViews(Tiles):
         return [1] * len(sizes)
 
     @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        return self.num_tokens
+
+    @property
     def tile_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of a tile."""
         return (*self.size, self.pixels.channels)
@@ -149,6 +154,11 @@ class TwoSizeViews(Tiles):
     def loads(self, sizes: Sequence[Size]) -> list[int]:
         """One tile each."""
         return self.high.loads(sizes)
+
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        return self.high.num_tokens
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:

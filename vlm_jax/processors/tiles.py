@@ -59,6 +59,11 @@ class FixedTilesViews(Tiles):
         return math.prod(self.grid) + self.thumbnail
 
     @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        return self.num_tokens
+
+    @property
     def tile_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of a tile."""
         return (*self.size, self.pixels.channels)
@@ -187,6 +192,11 @@ class InternVLViews(Tiles):
         return [count + (self.thumbnail and count > 1) for count in counts]
 
     @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        return self.num_tokens
+
+    @property
     def tile_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of a tile."""
         return self.side, self.side, self.pixels.channels
@@ -275,6 +285,11 @@ class DeepSeekVL2Views(Tiles):
     def loads(self, sizes: Sequence[Size]) -> list[int]:
         """Tiles of each picture, the whole among them."""
         return [1 + math.prod(self.grid(size, len(sizes))) for size in sizes]
+
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        return _count(self.tokens)
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:
@@ -381,6 +396,11 @@ class Ovis2Views(Tiles):
         """Tiles of each picture: its parts, and the whole where there are several."""
         counts = [math.prod(self.grid(size)) for size in sizes]
         return [count + (count > 1) for count in counts]
+
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        return self.num_tokens
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:

@@ -159,6 +159,11 @@ class Tiles:
         """As of `Views`."""
         return self.tile_shape[2]
 
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens of a tile."""
+        raise NotImplementedError
+
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
@@ -206,6 +211,11 @@ class NoViews(Tiles):
     def tile_shape(self) -> tuple[int, int, int]:
         """Of nothing."""
         return 0, 0, 3
+
+    @property
+    def tile_tokens(self) -> int:
+        """None."""
+        return 0
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
         """Raises for any picture."""

@@ -185,4 +185,4 @@ def costs(experiment: Experiment) -> Costs:
     visual = count_flops(lambda p, x: model.apply(p, x, method="visual_tokens"), params, flat)
     whole = count_flops(lambda p, b: model.apply(p, b, length, method="prefill"), params, prompt)
     flops = {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}
-    return Costs(system.budget.left, system.budget.mean, num_params, flops)
+    return Costs(experiment.budget.left, experiment.budget.mean, num_params, flops)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
@@ -236,13 +235,12 @@ class Trainer:
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
 
     def _first_state(self, span: Span) -> TrainState:
-        """Parameters drawn on their devices, or read from the run that this one starts from."""
-        with use_mesh(self.mesh):
-            init = jax.jit(lambda key: nn.meta.unbox(self.experiment.init(key)), out_shardings=self._param_shardings())
-            params = init(jax.random.key(self._seed))
+        """Parameters on their devices: read from the release or the run that this one starts from, or drawn."""
+        read = () if self._init_from is None else self._init_parts
+        params = self.experiment.initial(jax.random.key(self._seed), self.mesh, without=read)
         if self._init_from is not None:
             shapes = abstract(self._boxed, self.mesh)
-            params |= read_parts(self._init_from, {part: shapes[part] for part in self._init_parts})
+            params |= read_parts(self._init_from, {part: shapes[part] for part in read})
         return self._enter(span, TrainState(np.zeros((), np.int32), params, None))
 
     def _enter(self, span: Span, state: TrainState) -> TrainState:

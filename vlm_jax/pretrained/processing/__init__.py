@@ -4,9 +4,16 @@ Those of conversations have a function of a folder and its config that gives a `
 of two towers and classifiers one of the module too, which gives a `processors.image_text.ImageTextProcessor`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from flax import linen as nn
+
+from vlm_jax.checkpoints.hub import read_config
+from vlm_jax.models.vlm import VLM
+from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.processing import (
     deepseek,
     deepseek_hf,
@@ -22,8 +29,11 @@ from vlm_jax.pretrained.processing import (
     text,
 )
 from vlm_jax.pretrained.processing.settings import Folder
-from vlm_jax.processors.image_text import ImageTextProcessor
+from vlm_jax.processors.image_text import ImageTextProcessor, NaflexInputs, SquareInputs, TensorFlowInputs
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.views import NoViews, Tiles
 
 
 def _llava(folder: Folder, config: Mapping[str, Any]) -> Processor:
@@ -76,3 +86,106 @@ IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any], Any], Imag
     "vit": image_text.vit,
     "vit_jax": image_text.vit_jax,
 }
+
+
+def read_processor(
+    folder: Path, config: Mapping[str, Any], model: nn.Module, image_size: int | None
+) -> Processor | ImageTextProcessor:
+    """What makes batches, configured by the release's own files.
+
+    Args:
+      folder: with the files of tokenizer and processor.
+      config: the released settings.
+      model: of the same release.
+      image_size: side in pixels of the pictures of two towers and classifiers; as the files say when None.
+
+    Raises:
+      PretrainedError: there is none for the release, or its files say what is not computed here, or what does not
+        fit the model.
+      TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
+    """
+    name = marker(config)
+    if name in IMAGE_TEXT_PROCESSORS:
+        made = IMAGE_TEXT_PROCESSORS[name](folder, config, model)
+        if image_size is not None and isinstance(made.images, SquareInputs):
+            made = dataclasses.replace(made, images=made.images.at((image_size, image_size)))
+        _check_image_text(made, model)
+        return made
+    if name not in PROCESSORS:
+        registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))
+        raise PretrainedError(f"no processor is registered for '{name}'; registered: {', '.join(registered)}")
+    processor = PROCESSORS[name](folder, config)
+    if isinstance(model, VLM):
+        _check_conversations(processor, model)
+    return processor
+
+
+def _check_conversations(processor: Processor, model: VLM) -> None:
+    """Raises unless the reserved positions equal the model's visual tokens, and patches are cut as it reads them."""
+    views, encoder, connector = processor.views, model.encoder, model.connector
+    if isinstance(views, NoViews) or encoder is None or connector is None:
+        return
+    if isinstance(views, NativeViews) and views.format != encoder.patch_format:
+        raise PretrainedError(f"the processor cuts patches as {views.format}, the model reads {encoder.patch_format}")
+    if isinstance(views, Tiles):
+        height, width, _ = views.tile_shape
+        tokens, reserved = connector.num_tokens(encoder.grid(height, width)), views.tile_tokens
+        if reserved != tokens:
+            raise PretrainedError(
+                f"a tile of {height}x{width} pixels takes {reserved} places by the processor's files, and the model "
+                f"makes {tokens} tokens of it; set the files' image_seq_length or num_image_tokens, or their size of "
+                "images"
+            )
+    if model.decoder is not None and model.num_learned_rows != processor.num_learned:
+        raise PretrainedError(
+            f"the processor lays out {processor.num_learned} learned rows, the model has {model.num_learned_rows}"
+        )
+
+
+def _check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
+    """Raises unless the size of tiles is that of the tower's position table, or patches have its size."""
+    tower = next((getattr(model, name) for name in ("image", "encoder") if hasattr(model, name)), model)
+    told, inputs = getattr(tower, "image_size", None), processor.images
+    if isinstance(inputs, NaflexInputs):
+        told, found, what = tower.patch_size, inputs.patch_size, "patches"
+    elif isinstance(inputs, SquareInputs | TensorFlowInputs):
+        found, what = inputs.size, "pictures"
+    else:
+        return
+    if told is not None and told != found:
+        raise PretrainedError(
+            f"the processor makes {what} of {found} pixels by the folder's files, the model reads {told}; set size and "
+            "crop_size, or patch_size, in preprocessor_config.json, or size in open_clip's preprocess_cfg, to the "
+            "model's"
+        )
+
+
+def end_ids(folder: Path, config: Mapping[str, Any], model: nn.Module) -> tuple[int, ...]:
+    """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
+
+    Where both state none, those of the config, which may be a class's defaults; else that of the tokenizer. Ids that
+    the model has no token for are left out: it cannot say them, though a folder may state them.
+
+    Raises:
+      TokenizerError: the vocabulary lacks one of the processor's.
+    """
+    tokenizer, path = Tokenizer.from_folder(folder), folder / "generation_config.json"
+    stated = read_config(folder, name=path.name) if path.exists() else {}
+    name = marker(config)
+    own = PROCESSORS[name](folder, config).end_tokens if name in PROCESSORS else ()
+    size = model.decoder.vocab_size if isinstance(model, VLM) and model.decoder is not None else None
+
+    def known(ids: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(index for index in ids if size is None or index < size)
+
+    ids = known((*_stated_ends(stated), *map(tokenizer.id_of, own)))
+    if not ids:
+        last = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        ids = known(_stated_ends(config) or _stated_ends(text_section(config))) or known(last)
+    return tuple(dict.fromkeys(ids))
+
+
+def _stated_ends(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """`eos_token_id`: a number, several, or none."""
+    found = config.get("eos_token_id")
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
