@@ -132,10 +132,10 @@ class System:
                 targets,
                 shardings(boxed, mesh),
             )
-        drawn = (
-            tuple(targets) if self.release is None else tuple(part for part in self.release.drawn if part in targets)
-        )
-        params = {} if self.release is None else self.release.read(targets)
+        targets = {part: tree for part, tree in targets.items() if part not in without}
+        release = self.release.without(*without) if self.release is not None and without else self.release
+        drawn = [part for part in targets if release is None or part in release.drawn]
+        params = {} if release is None else release.read(targets)
         if drawn:
             params |= self._draw(key, drawn, boxed, mesh)
         return {part: params[part] for part in targets}
@@ -163,7 +163,7 @@ class System:
         videos: Sequence[Sequence[Video]] = (),
         *,
         max_new_tokens: int,
-        end_ids: Sequence[int] | None = None,
+        end_ids: Sequence[int] = (),
         on_text: Callable[[int, str], Any] | None = None,
         processor_options: dict[str, Any] | None = None,
         names: Sequence[str] | None = None,
@@ -175,7 +175,7 @@ class System:
           params: of the model, or what `prepared` made of them.
           conversations, images, videos: as `Processor.batch` takes them.
           max_new_tokens: the most tokens of an answer.
-          end_ids: tokens that end an answer; `ends` when None.
+          end_ids: tokens that end an answer beside `ends`.
           on_text: is given the number of a conversation and every piece of its answer as it comes.
           processor_options: more of `Processor.batch`.
           names: of the conversations, in messages.
@@ -191,12 +191,17 @@ class System:
             params,
             batch,
             processor.tokenizer,
-            end_ids=self.ends if end_ids is None else end_ids,
+            end_ids=self._sayable(self.ends) + tuple(end_ids),
             on_text=on_text,
             max_new_tokens=max_new_tokens,
             names=names or [f"conversation {number}" for number in range(len(conversations))],
             **options,
         )
+
+    def _sayable(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Those that the model has a token for: no other can be said, though a folder may state it."""
+        model: Any = self.model
+        return tuple(index for index in ids if index < model.decoder.vocab_size)
 
     def save_pretrained(self, folder: Any, params: Params, **options: Any) -> Any:
         """Writes the release with other parameters; see `Release.save`.

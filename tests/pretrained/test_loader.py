@@ -14,7 +14,8 @@ import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
-from vlm_jax.pretrained import FAMILIES, pretrained
+from vlm_jax.checkpoints import release
+from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.family import PretrainedError, find_prefix, one_side, square_root
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
@@ -69,7 +70,7 @@ def test_weights_are_written_last_and_a_failed_save_can_be_tried_again(tmp_path,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "save_archive", full)
+        patch.setattr(release, "save_archive", full)
         with pytest.raises(OSError, match="No space left"):
             loaded.save_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)

@@ -206,7 +206,7 @@ class Pretrained:
             [images],
             [videos],
             max_new_tokens=max_new_tokens,
-            end_ids=(*self.end_ids, *map(self.tokenizer.id_of, stop_tokens)),
+            end_ids=tuple(map(self.tokenizer.id_of, stop_tokens)),
             on_text=None if on_text is None else lambda row, text: on_text(text),
             processor_options={"max_visual_tokens": max_visual_tokens, **processor_options},
             stop=stop,

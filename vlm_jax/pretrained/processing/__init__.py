@@ -163,8 +163,8 @@ def _check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
 def end_ids(folder: Path, config: Mapping[str, Any], model: nn.Module) -> tuple[int, ...]:
     """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
 
-    Where both state none, those of the config, which may be a class's defaults; else that of the tokenizer. Ids that
-    the model has no token for are left out: it cannot say them, though a folder may state them.
+    Where both state none, those of the config that the model has a token for, since they may be a class's
+    defaults; else that of the tokenizer.
 
     Raises:
       TokenizerError: the vocabulary lacks one of the processor's.
@@ -173,15 +173,12 @@ def end_ids(folder: Path, config: Mapping[str, Any], model: nn.Module) -> tuple[
     stated = read_config(folder, name=path.name) if path.exists() else {}
     name = marker(config)
     own = PROCESSORS[name](folder, config).end_tokens if name in PROCESSORS else ()
-    size = model.decoder.vocab_size if isinstance(model, VLM) and model.decoder is not None else None
-
-    def known(ids: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(index for index in ids if size is None or index < size)
-
-    ids = known((*_stated_ends(stated), *map(tokenizer.id_of, own)))
+    ids = (*_stated_ends(stated), *map(tokenizer.id_of, own))
     if not ids:
         last = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        ids = known(_stated_ends(config) or _stated_ends(text_section(config))) or known(last)
+        size = model.decoder.vocab_size if isinstance(model, VLM) and model.decoder is not None else None
+        found = _stated_ends(config) or _stated_ends(text_section(config))
+        ids = tuple(index for index in found if size is None or index < size) or last
     return tuple(dict.fromkeys(ids))
 
 
