@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from vlm_jax.processors.sample_views import Pixels, TiledViews
+from vlm_jax.processors.vqa import VqaProcessor
 
 from vlm_jax.config import parse
 from vlm_jax.data import SOURCES
@@ -13,8 +15,6 @@ from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import open_image
-from vlm_jax.processors.sample_views import Pixels, TiledViews
-from vlm_jax.processors.vqa import VqaProcessor
 from vlm_jax.types import Sample
 
 

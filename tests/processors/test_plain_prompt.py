@@ -32,10 +32,11 @@ PROCESSOR = Processor(
     PlainPrompt(TOKENIZER), FixedTilesViews(Pixels((0.5,), (0.25,)), (4, 6), NUM_TOKENS), TOKENIZER, pad_id=PAD
 )
 PICTURE = np.full((4, 6, 1), 255, np.uint8)
+SHAPE = RowShape(16, 1)
 TURNS = (Turn("count 7", "12", "count"), Turn("read row 1 column 2", "3", "read"))
 
 
-def training_row(messages, images=(PICTURE,), *, processor=PROCESSOR, shape=RowShape(16, 1)):
+def training_row(messages, images=(PICTURE,), *, processor=PROCESSOR, shape=SHAPE):
     example = processor.example(messages, images, targets=True, name="page")
     return processor.rows([[example]], shape, targets=True)
 
@@ -140,11 +141,14 @@ def test_independent_turns_follow_the_images_and_read_nothing_of_each_other():
 
 
 def test_pictures_stand_where_the_messages_have_them_and_a_video_has_its_places():
+    def said(text):
+        return {"type": "text", "text": text}
+
     messages = [
         {"role": "system", "content": "read"},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "count 7"}]},
+        {"role": "user", "content": [{"type": "image"}, said("count 7")]},
         {"role": "assistant", "content": "1"},
-        {"role": "user", "content": [{"type": "text", "text": "row"}, {"type": "video"}, {"type": "text", "text": "2"}]},
+        {"role": "user", "content": [said("row"), {"type": "video"}, said("2")]},
     ]
     pieces = PlainPrompt(TOKENIZER)(messages, [3])
     shown = [piece.kind if isinstance(piece, Slot) else [*piece.ids] for piece in pieces]
