@@ -157,6 +157,15 @@ def test_pictures_stand_where_the_messages_have_them_and_a_video_has_its_places(
     assert not any(piece.learned for piece in pieces if isinstance(piece, Text))
 
 
+def test_a_question_may_stand_before_its_picture():
+    """With independent turns the question is of its turn's branch, and what stands before it is shared."""
+    question = {"role": "user", "content": [{"type": "text", "text": text} for text in ("749", "count 7")]}
+    question["content"].append({"type": "image"})
+    first, context, asked, picture = PlainPrompt(TOKENIZER, independent_turns=True)([question], ())
+    assert (first.branch, context.branch, asked.branch) == (0, 0, 1)
+    assert [*asked.ids] == [COUNT, digit(7)] and isinstance(picture, Slot)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
