@@ -1,5 +1,6 @@
 """What a token budget is for: images, tiles or frames, of one size or of their own."""
 
+import dataclasses
 from fractions import Fraction
 
 import jax
@@ -11,7 +12,7 @@ from configs import base
 from vlm_jax.budget import InfeasibleBudget, share
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
-from vlm_jax.types import PackedPatches, Sample, Turn
+from vlm_jax.types import PackedPatches, Sample, Turn, dialogue
 
 VIT = {"patch_size": 12, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
 ENCODERS = {
@@ -47,7 +48,23 @@ def page(*sizes, seed=0):
     """A sample with a picture of each of the sizes."""
     rng = np.random.default_rng(seed)
     pictures = tuple(rng.integers(0, 256, (*size, 1), np.uint8) for size in sizes)
-    return Sample("page", pictures, (Turn("count 7", "2", "count"),))
+    return Sample("page", dialogue([Turn("count 7", "2")], num_images=len(sizes)), pictures, "count")
+
+
+def counts(experiment, sample):
+    """Visual tokens of a sample's images."""
+    return experiment.example(sample, targets=False).visual_tokens
+
+
+def prompt(experiment, sample):
+    """The sample as a prompt of the evaluation."""
+    processor = experiment.system.processor
+    return processor.rows([[experiment.example(sample, targets=False)]], experiment.prompt, targets=False)
+
+
+def shapes(experiment):
+    """Images of a training row."""
+    return experiment.system.example(experiment.row).images
 
 
 @pytest.mark.parametrize(
@@ -55,25 +72,26 @@ def page(*sizes, seed=0):
     [("image", 20, 4, 20), ("tile", 4, 4, 20), ("image", 80, 16, 80), ("tile", 1, 1, 5)],
 )
 def test_a_budget_is_shared_by_tiles_and_thumbnail(per, budget, view, image):
-    system = build(made(budget, per, tiles=(2, 2), thumbnail=True))
-    assert system.grid == (4, 4)  # of a tile
-    assert system.model.connector.num_tokens(system.grid) == view
-    assert system.num_visual_tokens == image
-    row = system.processor.prompt(page((48, 48)))
-    assert row.images.shape == (1, 5, 48, 48, 1) == system.example().images.shape
+    experiment = build(made(budget, per, tiles=(2, 2), thumbnail=True))
+    system = experiment.system
+    assert system.budget.grid == (4, 4)  # of a tile
+    assert system.model.connector.num_tokens(system.budget.grid) == view
+    assert (system.budget.entering, system.budget.left, system.budget.mean) == (image, image, image)
+    row = prompt(experiment, page((48, 48)))
+    assert row.images.shape == (1, 5, 48, 48, 1) == shapes(experiment).shape
     assert row.visual_index[row.visual_index >= 0].tolist() == list(range(image))
-    assert system.processor.visual_tokens(page((48, 48))) == (image,)
+    assert counts(experiment, page((48, 48))) == (image,)
 
 
 @pytest.mark.parametrize(("per", "budget", "clip"), [("image", 24, 24), ("frame", 8, 24), ("tile", 4, 24)])
 def test_a_budget_is_shared_by_the_frames_of_a_clip(per, budget, clip):
-    system = build(made(budget, per, tiles=(1, 2), frames=3))
-    assert system.num_visual_tokens == clip
+    experiment = build(made(budget, per, tiles=(1, 2), frames=3))
+    assert experiment.system.budget.entering == clip
     frames = page(*[(48, 96)] * 9)
-    row = system.processor(frames)
-    assert row.images.shape == (1, 6, 48, 48, 1) == system.example().images.shape
+    row = experiment.training_row(frames)
+    assert row.images.shape == (1, 6, 48, 48, 1) == shapes(experiment).shape
     assert row.visual_index[row.visual_index >= 0].tolist() == list(range(clip))
-    same = system.processor(Sample("page", frames.images[1::3], frames.turns))  # frames 1, 4 and 7
+    same = experiment.training_row(dataclasses.replace(frames, images=frames.images[1::3]))  # frames 1, 4 and 7
     np.testing.assert_array_equal(row.images, same.images)
 
 
@@ -145,44 +163,43 @@ def test_settings_that_do_not_go_together_are_named(config, message):
 @pytest.mark.parametrize("native", ENCODERS)
 def test_pictures_of_any_size_stay_within_their_budget(native):
     """Counts are those of the grid, the sequence has one length, and every token has its place in it."""
-    system = build(made(16, native=native))
+    experiment = build(made(16, native=native))
+    system = experiment.system
     block = system.model.encoder.patch_format.block_size
-    shapes = set()
+    found = set()
     for size in [(48, 48), (200, 31), (12, 12), (1, 500), (100, 100), (47, 61)]:
         sample = page(size)
-        (count,) = system.processor.visual_tokens(sample)
-        assert 1 <= count <= 16 == system.num_visual_tokens
-        row = system.processor.prompt(sample)
+        (count,) = counts(experiment, sample)
+        assert 1 <= count <= 16 == system.budget.entering
+        row = prompt(experiment, sample)
         assert row.visual_index[row.visual_index >= 0].tolist() == list(range(count))
         height, width = (max(block, round(side / block) * block) for side in size)
         tokens = system.model.connector.num_tokens(system.model.encoder.grid(height, width))
         assert count == tokens or tokens > 16  # small pictures stay as they are
         assert isinstance(row.images, PackedPatches)
-        shapes.add(tuple(leaf.shape for leaf in jax.tree.leaves(row.images)))
-    assert shapes == {tuple(leaf.shape for leaf in jax.tree.leaves(system.example().images))}
+        found.add(tuple(leaf.shape for leaf in jax.tree.leaves(row.images)))
+    assert found == {tuple(leaf.shape for leaf in jax.tree.leaves(shapes(experiment)))}
 
 
 def test_frames_of_any_size_share_the_budget_of_their_clip():
-    system = build(made(4, "frame", native="qwen_vit", frames=4))
-    assert system.num_visual_tokens == 16  # two frames share a patch, and their tokens
+    experiment = build(made(4, "frame", native="qwen_vit", frames=4))
+    assert experiment.system.budget.entering == 16  # two frames share a patch, and their tokens
     sample = page(*[(96, 48)] * 8)
-    assert system.processor.visual_tokens(sample) == (2 * 8,)
-    row = system.processor(sample)
+    assert counts(experiment, sample) == (2 * 8,)
+    row = experiment.training_row(sample)
     assert row.images.segment_ids.max() == 2 and np.count_nonzero(row.images.segment_ids) == 16 * 4
 
 
 def test_a_small_picture_is_enlarged_to_its_least():
-    counts = [
-        build(made(16, native="naflex", min_tokens=least)).processor.visual_tokens(page((12, 24))) for least in (1, 8)
-    ]
-    assert counts == [(2,), (8,)]
+    found = [counts(build(made(16, native="naflex", min_tokens=least)), page((12, 24))) for least in (1, 8)]
+    assert found == [(2,), (8,)]
 
 
 def test_clips_of_any_length_come_from_files(tmp_path):
     config = made(4, frames=2)
     section = {"kind": "vqa_files", "train_path": "a", "evaluation_path": "b", "channels": 1, "num_images": None}
     config.data = ConfigDict(section)
-    assert build(config).processor.num_frames == 2
+    assert build(config).num_frames == 2
     config.processor.frames = None
     with pytest.raises(ConfigError, match=r"config\.data\.num_images: None is for samples that are clips"):
         build(config)

@@ -22,19 +22,18 @@ def built(encoder, budget):
 
 
 def test_several_scales():
-    system = built({"kind": "multiscale", "encoder": VIT, "scales": (1, 2)}, budget=16)
-    encoder = system.model.encoder
+    experiment = built({"kind": "multiscale", "encoder": VIT, "scales": (1, 2)}, budget=16)
+    encoder = experiment.system.model.encoder
     assert isinstance(encoder, MultiScale) and encoder.encoder.image_size == (48, 48)
-    assert system.grid == (4, 4) and encoder.features == 16
-    params = jax.eval_shape(system.init, jax.random.key(0))
+    assert experiment.system.budget.grid == (4, 4) and encoder.features == 16
+    params = jax.eval_shape(experiment.init, jax.random.key(0))
     assert params["encoder"]["encoder"]["positions"]["table"].value.shape == (16, 8)
 
 
 def test_a_part_may_have_an_image_size_of_its_own():
     low = {**VIT, "patch_size": 6, "image_size": (24, 24)}
     section = {"kind": "hybrid", "high": SAM, "low": low, "low_size": 24, "combine": "feature"}
-    system = built(section, budget=16)
-    encoder = system.model.encoder
+    encoder = built(section, budget=16).system.model.encoder
     assert isinstance(encoder, Hybrid) and encoder.features == 16
     assert encoder.high.image_size == (48, 48) and encoder.low.image_size == (24, 24)
 

@@ -428,9 +428,9 @@ class Sample:
 
 
 def text_of(message: Message) -> str:
-    """The text of a message's last text item, or its whole content where that is a text."""
+    """The text of a message's last text item, or its whole content where that is a text; empty without any."""
     content = message["content"]
-    return content if isinstance(content, str) else [item["text"] for item in content if item["type"] == "text"][-1]
+    return content if isinstance(content, str) else ["", *(i["text"] for i in content if i["type"] == "text")][-1]
 
 
 def images_of(message: Message) -> list[Message]:

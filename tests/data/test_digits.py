@@ -8,7 +8,7 @@ import pytest
 from vlm_jax.config import ConfigError, parse
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Tools
-from vlm_jax.types import CellBatch
+from vlm_jax.types import CellBatch, images_of, text_of
 
 
 def format_box(box, height, width):
@@ -36,6 +36,12 @@ def page_of(source, sample, seed_keys):
     return page
 
 
+def turns(sample):
+    """(question, answer) of every turn."""
+    texts = [text_of(message) for message in sample.messages]
+    return list(zip(texts[::2], texts[1::2], strict=True))
+
+
 def answer_by_search(question: str, page) -> str:
     """The answer, found by going through the page cell by cell."""
     words = question.split()
@@ -57,30 +63,31 @@ def test_answers_of_the_training_stream_are_right():
     stream = source.train("questions", seed=3)
     for index in range(60):
         sample = stream[index]
-        assert len(sample.turns) == 5
+        assert len(turns(sample)) == 5
         page = page_of(source, sample, (0, 3, 0, index))
-        for turn in sample.turns:
-            assert turn.answer == answer_by_search(turn.question, page)
-            assert turn.question.split()[0] == turn.task
+        for question, answer in turns(sample):
+            assert answer == answer_by_search(question, page)
+        assert sample.question.split()[0] == sample.task
+        assert [len(images_of(message)) for message in sample.messages] == [1] + [0] * 9
 
 
 def test_answers_of_the_evaluation_are_right_and_every_task_has_its_share():
     source = opened()
     samples = source.evaluation(seed=0)
-    assert [sample.turns[0].task for sample in samples] == [
+    assert [sample.task for sample in samples] == [
         task for task in ("read", "transcribe", "count", "locate") for _ in range(20)
     ]
     for number, sample in enumerate(samples):
-        (turn,) = sample.turns
+        ((question, answer),) = turns(sample)
         page = page_of(source, sample, (1, 0, 0, number // 20, number % 20))
-        assert turn.answer == answer_by_search(turn.question, page)
+        assert answer == answer_by_search(question, page)
     assert len({sample.sample_id for sample in samples}) == len(samples)
 
 
 def test_questions_have_the_four_forms_and_stay_on_the_page():
     stream = opened().train("questions", seed=0)
     forms = r"read row [123] column [1234]|transcribe row [123]|count \d|locate \d"
-    questions = [turn.question for index in range(300) for turn in stream[index].turns]
+    questions = [question for index in range(300) for question, _ in turns(stream[index])]
     assert all(re.fullmatch(forms, question) for question in questions)
     # Every cell and row is asked for: 12 + 3 questions, and each digit counted and located.
     assert len(set(questions)) == 12 + 3 + 10 + 10
@@ -88,7 +95,7 @@ def test_questions_have_the_four_forms_and_stay_on_the_page():
 
 def test_a_counted_digit_is_usually_on_the_page_and_sometimes_not():
     stream = opened(task_weights={"count": 1.0}).train("questions", seed=0)
-    answers = [int(turn.answer) for index in range(250) for turn in stream[index].turns]
+    answers = [int(answer) for index in range(250) for _, answer in turns(stream[index])]
     # One in five asks for any digit, which 12 cells lack with probability 0.9 ** 12 = 0.28: 5.6% in all.
     absent = np.mean(np.array(answers) == 0)
     assert abs(absent - 0.2 * 0.9**12) < 5 * np.sqrt(0.056 * 0.944 / 1000)
@@ -98,10 +105,10 @@ def test_tasks_are_asked_by_their_weights():
     source = opened(task_weights={"read": 3.0, "locate": 1.0, "count": 0.0})
     assert source.tasks == ("read", "locate")
     stream = source.train("questions", seed=0)
-    asked = [turn.task for index in range(250) for turn in stream[index].turns]
+    asked = [question.split()[0] for index in range(250) for question, _ in turns(stream[index])]
     assert set(asked) == {"read", "locate"}
     assert abs(np.mean(np.array(asked) == "read") - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 1000)
-    assert {sample.turns[0].task for sample in source.evaluation(0)} == {"read", "locate"}
+    assert {sample.task for sample in source.evaluation(0)} == {"read", "locate"}
 
 
 def test_an_element_depends_on_seed_and_index_alone():
@@ -109,7 +116,7 @@ def test_an_element_depends_on_seed_and_index_alone():
     for index in (7, 0, 10**12):
         _, ours, theirs = two[3], one[index], two[index]
         np.testing.assert_array_equal(ours.images[0], theirs.images[0])
-        assert ours.turns == theirs.turns
+        assert ours.messages == theirs.messages
         assert ours.sample_id == theirs.sample_id == f"digits/train/5/{index}"
     assert (one[1].images[0] != one[2].images[0]).any()
     assert (one[1].images[0] != opened().train("questions", seed=6)[1].images[0]).any()
@@ -117,11 +124,11 @@ def test_an_element_depends_on_seed_and_index_alone():
 
 def test_the_evaluation_of_a_task_is_fixed_by_the_seed_whatever_else_is_asked():
     alone = opened(task_weights={"count": 1.0}).evaluation(seed=2)
-    among = [sample for sample in opened(augment=False).evaluation(seed=2) if sample.turns[0].task == "count"]
-    assert [sample.turns for sample in alone] == [sample.turns for sample in among]
+    among = [sample for sample in opened(augment=False).evaluation(seed=2) if sample.task == "count"]
+    assert [sample.messages for sample in alone] == [sample.messages for sample in among]
     for ours, theirs in zip(alone, among, strict=True):
         np.testing.assert_array_equal(ours.images[0], theirs.images[0])
-    assert [s.turns for s in alone] != [s.turns for s in opened(task_weights={"count": 1.0}).evaluation(seed=3)]
+    assert [s.messages for s in alone] != [s.messages for s in opened(task_weights={"count": 1.0}).evaluation(seed=3)]
 
 
 def test_text_pages_hold_the_digits_in_reading_order_and_ask_for_no_box():
@@ -131,10 +138,11 @@ def test_text_pages_hold_the_digits_in_reading_order_and_ask_for_no_box():
         sample = stream[index]
         assert sample.images == ()
         page = page_of(source, sample, (0, 1, 1, index))
-        assert sample.context == "".join(str(page.classes[row, col]) for row in range(3) for col in range(4))
-        assert all(turn.answer == answer_by_search(turn.question, page) for turn in sample.turns)
-        assert "locate" not in {turn.task for turn in sample.turns}
-    assert {s.turns[0].task for s in source.evaluation(0, "text_pages")} == {"read", "transcribe", "count"}
+        digits = "".join(str(page.classes[row, col]) for row in range(3) for col in range(4))
+        assert sample.messages[0]["content"][0] == {"type": "text", "text": digits}
+        assert all(answer == answer_by_search(question, page) for question, answer in turns(sample))
+        assert "locate" not in {question.split()[0] for question, _ in turns(sample)}
+    assert {s.task for s in source.evaluation(0, "text_pages")} == {"read", "transcribe", "count"}
     with pytest.raises(ConfigError, match=r"config\.data\.task_weights: the stream 'text_pages' has no boxes"):
         opened(task_weights={"locate": 1.0}).train("text_pages", seed=0)
 

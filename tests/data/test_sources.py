@@ -12,10 +12,12 @@ from vlm_jax.data.loader import batch_at
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
-from vlm_jax.processors.image import open_image
-from vlm_jax.processors.sample_views import Pixels, TiledViews
-from vlm_jax.processors.vqa import VqaProcessor
-from vlm_jax.types import Sample
+from vlm_jax.processors.image import normalize, open_image
+from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.plain_prompt import PlainPrompt
+from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.tiles import FixedTilesViews
+from vlm_jax.types import RowShape, Sample, text_of
 
 
 def vqa_files_section(folder):
@@ -47,15 +49,8 @@ SECTIONS = {
 
 @pytest.fixture
 def processor():
-    return VqaProcessor(
-        tokenizer=digits_tokenizer(),
-        views=TiledViews(Pixels(1, (0.5,), (0.5,), "bilinear"), (48, 48), num_tokens=4),
-        num_visual_tokens=4,
-        num_images=1,
-        max_length=128,
-        max_prompt_length=16,
-        max_answer_length=24,
-    )
+    tokenizer = digits_tokenizer()
+    return Processor(PlainPrompt(tokenizer), FixedTilesViews(Pixels((0.5,), (0.5,)), (48, 48), 4), tokenizer, 0)
 
 
 def test_every_kind_is_under_contract():
@@ -66,7 +61,7 @@ def test_every_kind_is_under_contract():
 def test_a_source_keeps_its_contract(kind, tmp_path, processor):
     settings = parse(SOURCES[kind], SECTIONS[kind](tmp_path), "config.data")
     assert isinstance(settings, Settings)
-    source = settings.open(Tools(format_box, open_image, processor.prepare_image))
+    source = settings.open(Tools(format_box, open_image, lambda image: normalize(image, (0.5,), (0.5,))))
     assert isinstance(source, Source)
     assert (source.tasks, source.channels, source.streams) == (
         settings.tasks,
@@ -77,15 +72,21 @@ def test_a_source_keeps_its_contract(kind, tmp_path, processor):
 
     for sample in [source.train("questions", 0)[0], *source.evaluation(0)]:
         assert isinstance(sample, Sample)
-        assert all(turn.task in source.tasks for turn in sample.turns)
+        assert sample.task in source.tasks
+        roles = [message["role"] for message in sample.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert all(image.dtype == np.uint8 and image.shape[2] == source.channels for image in sample.images)
     samples = list(source.evaluation(0))
-    assert [s.turns for s in samples] == [s.turns for s in source.evaluation(0)]
-    assert all(len(sample.turns) == 1 for sample in samples)
+    assert [s.messages for s in samples] == [s.messages for s in source.evaluation(0)]
+    assert all(len(sample.messages) == 2 for sample in samples)
     assert len({sample.sample_id for sample in samples}) == len(samples)
 
+    def row(sample):
+        example = processor.example(sample.messages, sample.images, targets=True, name=sample.sample_id)
+        return processor.rows([[example]], RowShape(128, 1), targets=True)
+
     # The stream is endless, and a batch is made again from (seed, step).
-    rows, again = (source.train("questions", 5).map(processor) for _ in range(2))
+    rows, again = (source.train("questions", 5).map(row) for _ in range(2))
     ours, theirs = batch_at(rows, 4, 10_000), batch_at(again, 4, 10_000)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     np.testing.assert_array_equal(ours.images, theirs.images)
@@ -94,4 +95,4 @@ def test_a_source_keeps_its_contract(kind, tmp_path, processor):
     # What is learned decodes to the answers.
     first = source.train("questions", 5)[40_000]
     learned = ours.targets[0][ours.loss_weights[0] == 1.0]
-    assert processor.tokenizer.decode(learned) == "".join(turn.answer for turn in first.turns)
+    assert processor.tokenizer.decode(learned) == "".join(text_of(message) for message in first.messages[1::2])

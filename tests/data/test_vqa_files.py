@@ -12,6 +12,7 @@ from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Tools
 from vlm_jax.data.vqa_files import TooManyCorruptImages
 from vlm_jax.data.vqa_records import MalformedRecords, read_records
+from vlm_jax.types import images_of, text_of
 
 
 def read_image(path, *, channels, max_pixels):
@@ -61,7 +62,7 @@ def test_a_sample_is_its_line_and_its_image(tmp_path):
     source = opened(tmp_path, channels=1)
     samples = list(source.evaluation(seed=0))
     assert [int(sample.images[0].max()) for sample in samples] == list(range(6))
-    assert [(t.question, t.answer, t.task) for s in samples for t in s.turns] == [
+    assert [(sample.question, sample.answer, sample.task) for sample in samples] == [
         (f"q{number}", f"a{number}", "vqa") for number in range(6)
     ]
     assert samples[4].sample_id == f"{tmp_path}/test.jsonl:4"
@@ -145,11 +146,29 @@ def test_turns_of_a_conversation_are_trained_together_and_asked_one_by_one(tmp_p
     settings = dataclasses.replace(source.settings, num_images=2)
     asked = list(settings.open(TOOLS).evaluation(seed=0))
     assert [sample.sample_id.split(":")[1] for sample in asked] == ["c#1", "c#2"]
-    assert [sample.turns[0].question for sample in asked] == ["x", "y"]
-    assert {turn.task for sample in asked for turn in sample.turns} == {"yes_no"}
-    assert len(asked[0].images) == 2
+    assert [sample.question for sample in asked] == ["x", "y"]
+    assert {sample.task for sample in asked} == {"yes_no"}
+    assert all(len(sample.images) == 2 and len(sample.messages) == 2 for sample in asked)
+    assert all(images_of(sample.messages[0]) == [{"type": "image"}] * 2 for sample in asked)
     (record,) = read_records(str(tmp_path / "test.jsonl"), ("chat", "yes_no"), 2, "train_path")
-    assert [(turn.question, turn.answer) for turn in record.turns] == [("x", "1"), ("y", "2")]
+    assert [text_of(message) for message in record.messages] == ["x", "1", "y", "2"]
+
+
+def test_a_question_is_asked_with_the_images_shown_by_then_and_the_system_turn(tmp_path):
+    source = opened(tmp_path)
+    turns = [("system", "be brief"), ("human", "<image>\nx"), ("gpt", "1"), ("human", "<image>"), ("gpt", "2")]
+    line = {
+        "id": "c",
+        "image": ["images/test3", "images/test4"],
+        "conversations": [{"from": speaker, "value": value} for speaker, value in turns],
+    }
+    (tmp_path / "test.jsonl").write_text(json.dumps(line))
+    settings = dataclasses.replace(source.settings, num_images=None)
+    asked = list(settings.open(TOOLS).evaluation(seed=0))
+    assert [[int(image.max()) for image in sample.images] for sample in asked] == [[3], [3, 4]]
+    assert [len(images_of(sample.messages[1])) for sample in asked] == [1, 2]
+    assert [sample.messages[0] for sample in asked] == [{"role": "system", "content": "be brief"}] * 2
+    assert [(sample.question, sample.answer) for sample in asked] == [("x", "1"), ("", "2")]
 
 
 GOOD = {"id": "g", "image": "a.png", "question": "q", "answer": "a"}

@@ -8,11 +8,13 @@ from scipy.stats import binomtest
 
 from configs import base
 from vlm_jax.build import build
+from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals import vqa
 from vlm_jax.evals.vqa import Answer, accuracy, answer_all, exact, overlap, wilson_interval
 from vlm_jax.generation.engine import Generated
+from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-from vlm_jax.types import Sample, Turn
+from vlm_jax.types import Sample, Turn, dialogue
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_overlap(answer, right):
 
 def sample(name, task, answer="7"):
     picture = np.zeros((48, 48, 1), np.uint8)
-    return Sample(name, (picture,), (Turn("read 0 0", answer, task),))
+    return Sample(name, dialogue([Turn("read 0 0", answer)], num_images=1), (picture,), task)
 
 
 def test_accuracy_counts_task_by_task():
@@ -77,20 +79,25 @@ def test_accuracy_counts_task_by_task():
 
 
 @pytest.fixture(scope="module")
-def system():
+def experiment():
     return build(base.get_config())
+
+
+def settings(batch_size, max_new_tokens=24):
+    return EvaluationSettings(batch_size, question_length=8, max_new_tokens=max_new_tokens)
 
 
 def generated(rows):
     return Generated(np.asarray(rows), np.asarray([len(row) for row in rows]), steps=0, transfers=1)
 
 
-def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatch, system):
+def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatch, experiment):
+    system = experiment.system
     tokenizer = system.processor.tokenizer
     digits = tokenizer.encode("749")
     seven = tokenizer.encode("7")
     assert tokenizer.decode(digits) == "749"
-    eos, length = tokenizer.eos_id, system.processor.max_answer_length
+    eos, length = tokenizer.eos_id, 24
     there = tokenizer.encode(box(0, 0, 100, 90))
     written = [
         (sample("right", "read"), [*seven, eos, *digits], "7", True),  # what follows the end is not read
@@ -108,7 +115,7 @@ def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatc
         return generated(rows + [rows[-1]] * (2 - len(rows)))
 
     monkeypatch.setattr(vqa, "generate", stand_in)
-    answers = answer_all(system, {}, [given for given, *_ in written], batch_size=2)
+    answers = answer_all(experiment, {}, [given for given, *_ in written], settings(2))
     assert sizes == [2, 2, 2]  # one program: the last batch is filled up
     assert len(answers) == len(written)
     for answer, (given, _, text, correct) in zip(answers, written, strict=True):
@@ -117,25 +124,33 @@ def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatc
         assert answer.correct is correct, given.sample_id
 
 
-@pytest.mark.parametrize(
-    ("settings", "given"), [({"data": 8}, True), ({"data": 4, "context": 2}, False), (None, False)]
-)
-def test_answers_are_shared_out_over_the_devices_of_the_parameters(monkeypatch, system, settings, given):
-    mesh = None if settings is None else make_mesh(MeshSettings(**settings))
+@pytest.mark.parametrize(("axes", "given"), [({"data": 8}, True), ({"data": 4, "context": 2}, False), (None, False)])
+def test_answers_are_shared_out_over_the_devices_of_the_parameters(monkeypatch, experiment, axes, given):
+    mesh = None if axes is None else make_mesh(MeshSettings(**axes))
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    eos, meshes = system.processor.tokenizer.eos_id, []
+    eos, meshes = experiment.system.processor.tokenizer.eos_id, []
 
     def stand_in(*args, mesh, **options):
         meshes.append(mesh)
         return generated([[eos]])
 
     monkeypatch.setattr(vqa, "generate", stand_in)
-    answer_all(system, {"kernel": jax.device_put(np.ones(2), sharding)}, [sample("x", "read")], batch_size=1)
+    answer_all(experiment, {"kernel": jax.device_put(np.ones(2), sharding)}, [sample("x", "read")], settings(1))
     assert meshes == [mesh if given else None]
 
 
-def test_an_endless_answer_is_wrong_even_when_its_text_is_right(monkeypatch, system):
-    ids = system.processor.tokenizer.encode("7")
+def test_an_endless_answer_is_wrong_even_when_its_text_is_right(monkeypatch, experiment):
+    ids = experiment.system.processor.tokenizer.encode("7")
     monkeypatch.setattr(vqa, "generate", lambda *args, **kwargs: generated([ids]))
-    (answer,) = answer_all(system, {}, [sample("x", "read")], batch_size=1)
-    assert answer.text == "7" == answer.sample.turns[0].answer and not answer.correct
+    (answer,) = answer_all(experiment, {}, [sample("x", "read")], settings(1))
+    assert answer.text == "7" == answer.sample.answer and not answer.correct
+
+
+def test_a_prompt_or_reference_answer_over_its_limit_is_named(experiment):
+    picture = np.zeros((48, 48, 1), np.uint8)
+    asked = Sample("page", dialogue([Turn("read row 12 column 12 1 1", "1")], num_images=1), (picture,))
+    key = r"config\.evaluation\.question_length by 2 or more"
+    with pytest.raises(SequenceTooLong, match=rf"'page' is 26 tokens .* raise {key}"):
+        answer_all(experiment, {}, [asked], settings(1))
+    with pytest.raises(SequenceTooLong, match=r"'x': .* 4 tokens .* of 3; raise config\.evaluation\.max_new_tokens"):
+        answer_all(experiment, {}, [sample("x", "read", "123")], settings(1, max_new_tokens=3))

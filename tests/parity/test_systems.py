@@ -11,8 +11,8 @@ import transformers
 import vlm_jax
 from vlm_jax.processors.anyres import NEWLINE, AnyresViews
 from vlm_jax.processors.patches import pack_patches
-from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.square import SquareViews
 from vlm_jax.types import Batch
 
 from .test_deepseek_vl import SAM

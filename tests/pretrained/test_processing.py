@@ -20,8 +20,8 @@ from vlm_jax.pretrained.processing import PROCESSORS, text
 from vlm_jax.pretrained.processing.agreement import check_agreement, num_learned_rows
 from vlm_jax.pretrained.processing.llava import canvases
 from vlm_jax.pretrained.processing.settings import image_settings, video_pixels
-from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.tokenizer import TokenizerError
 
 from ..processors.vocabularies import tiktoken_ranks
 

@@ -15,11 +15,11 @@ from vlm_jax.processors.image import (
     CorruptImage,
     normalize,
     open_image,
-    resize,
     resize_in_fixed_point,
     to_channels,
     to_picture,
 )
+from vlm_jax.processors.pixels import Pixels
 
 
 def saved(picture: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -170,7 +170,8 @@ def test_a_missing_file_is_no_corrupt_image(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_resizing_equals_pillow(name, channels):
     image = np.random.default_rng(1).integers(0, 256, (20, 31, channels), dtype=np.uint8)
-    resized = resize(image, (9, 40), name)
+    pixels = Pixels((0.0,) * channels, (1.0,) * channels, FILTERS[name])
+    resized = pixels.array(pixels.resized(to_picture(image, mode="L" if channels == 1 else "RGB"), (9, 40)))
     assert resized.shape == (9, 40, channels)
     for channel in range(channels):
         picture = Image.fromarray(image[:, :, channel]).resize((40, 9), getattr(Image.Resampling, name.upper()))
@@ -178,9 +179,10 @@ def test_resizing_equals_pillow(name, channels):
 
 
 def test_the_box_filter_halves_by_averaging_four_pixels():
-    image = np.array([[[0], [100]], [[200], [20]]], np.uint8)
-    assert resize(image, (1, 1), "box").tolist() == [[[80]]]
-    assert resize(image, (2, 2), "box") is image
+    image = Image.fromarray(np.array([[0, 100], [200, 20]], np.uint8))
+    pixels = Pixels((0.0,), (1.0,), FILTERS["box"])
+    assert pixels.array(pixels.resized(image, (1, 1))).tolist() == [[[80]]]
+    assert pixels.resized(image, (2, 2)) is image
 
 
 @pytest.mark.parametrize("kind", FIXED_POINT)

@@ -11,9 +11,9 @@ from tokenizers import models, pre_tokenizers
 
 from vlm_jax.interpolation import interpolation_weights
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TensorFlowInputs, TextInputs
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.processors.vocabulary import TokenizersVocabulary
 

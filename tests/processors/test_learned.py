@@ -72,7 +72,7 @@ def test_a_thought_is_learned_and_an_empty_one_that_is_put_in_is_not():
 
 def processor():
     marks = {"image": "<image>"}
-    return Processor(TemplatePrompt(ChatTemplate(OVIS2), TOKENIZER, marks, marks), SQUARE, 0)
+    return Processor(TemplatePrompt(ChatTemplate(OVIS2), TOKENIZER, marks, marks), SQUARE, TOKENIZER, 0)
 
 
 def test_a_batch_of_targets():
@@ -93,7 +93,7 @@ def test_what_cannot_be_learned_names_its_sample():
     with pytest.raises(PromptError, match="conversation 1: no assistant says anything in it"):
         processor().batch([TURNS[2:], TURNS[2:3]], targets=True)
     last = "{% for m in messages %}{{ m.role }}:{% if loop.last %}hm {% endif %}{{ m.content }}{% endfor %}"
-    made = Processor(TemplatePrompt(ChatTemplate(last), TOKENIZER), SQUARE, 0)
+    made = Processor(TemplatePrompt(ChatTemplate(last), TOKENIZER), SQUARE, TOKENIZER, 0)
     with pytest.raises(ChatTemplateError, match="conversation 0: the chat template: message 1: what is learned of it"):
         made(TURNS, targets=True)
 

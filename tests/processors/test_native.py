@@ -6,8 +6,9 @@ from PIL import Image
 
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.native import NativeViews, VideoLimits, rotary_positions
-from vlm_jax.processors.smart_resize import ovis_size, qwen_size
+from vlm_jax.processors.patches import packed_length
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.smart_resize import bounded_size, ovis_size, qwen_size
 from vlm_jax.types import PatchFormat
 
 FORMAT = PatchFormat(4, 2, 2)
@@ -76,5 +77,68 @@ def test_examples_are_packed_to_one_length():
     assert joined.patches.shape == (3, lengths[1], 96)
     np.testing.assert_array_equal(joined.patches[0, : lengths[0]], small[0].pixels)
     np.testing.assert_array_equal(joined.patches[2], np.concatenate([seen.pixels for seen in large]))
-    np.testing.assert_array_equal((joined.segment_ids > 0).sum(1), [lengths[0], 4, lengths[1]])
+    np.testing.assert_array_equal((joined.segment_ids > 0).sum(1), [lengths[0], 0, lengths[1]])
     assert one.join([[], []]) is None
+    assert one.join([[], []], 0) is None
+
+
+GREY = Pixels((0.0,), (1 / 255,), Image.Resampling.BOX)  # normalised pixels are the grey levels
+
+
+def grey(height, width):
+    return Image.fromarray(DRAW.integers(0, 256, (height, width), np.uint8))
+
+
+def bounded(pixels, form, most, **fields):
+    """Pictures of at most so many blocks."""
+    return NativeViews(pixels, form, bounded_size, 1, most * form.block_size**2, **fields)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_patches_hold_the_pixels_of_the_resized_picture(channels_last):
+    form = PatchFormat(2, merge_size=2, channels_last=channels_last)
+    pages = [picture(8, 4), picture(4, 12)]
+    blue_less = Pixels((0.0, 0.0, 100 / 255), (1 / 255,) * 3, Image.Resampling.BOX)
+    made = bounded(blue_less, form, 3)
+    packed = made.join([made.images(pages)], 24)
+    assert packed.patches.shape == (1, 24, 12)
+    np.testing.assert_array_equal(packed.segment_ids, [[1] * 8 + [2] * 12 + [0] * 4])
+    for place in range(20):
+        page = np.asarray(pages[packed.segment_ids[0, place] - 1])
+        row, col = 2 * packed.positions[0, place]
+        expected = page[row : row + 2, col : col + 2].astype(float) - np.array([0, 0, 100.0])
+        if not channels_last:
+            expected = expected.transpose(2, 0, 1)
+        np.testing.assert_allclose(packed.patches[0, place], expected.reshape(-1), atol=1e-3)
+
+
+def test_a_clip_shares_patches_in_time_and_the_size_of_its_first_frame():
+    made = bounded(GREY, PatchFormat(2, temporal_patch_size=2, merge_size=1), 6)
+    frames = [grey(4, 6), grey(5, 5), grey(4, 6)]
+    (seen,) = made.video(frames, None)
+    assert seen.num_rows == len(seen.layout) == made.video_load(3, (4, 6)) == 2 * 6
+    packed = made.join([[seen]], 12)
+    assert packed.segment_ids.tolist() == [[1] * 6 + [2] * 6]
+    first = packed.patches[0, 0].reshape(2, 2, 2)
+    np.testing.assert_allclose(first[0], np.asarray(frames[0])[:2, :2], atol=1e-3)
+    last = packed.patches[0, 6].reshape(2, 2, 2)
+    np.testing.assert_allclose(last[0], last[1])  # the third frame has no partner and is repeated
+
+
+def test_counts_are_those_of_the_packed_patches():
+    form = PatchFormat(2, merge_size=2)
+    made = bounded(GREY, form, 10, block_tokens=4)
+    for height, width in [(1, 1), (48, 48), (47, 200), (1000, 31), (3, 900), (640, 480), (14, 14), (4000, 4000)]:
+        page = Image.new("L", (min(width, 90), min(height, 50)))
+        packed = made.join([made.images([page])], packed_length(10, form))
+        (layout,) = made.layouts([(page.height, page.width)])
+        assert len(layout) == np.count_nonzero(packed.segment_ids) <= 40
+
+
+def test_windows_decide_the_load_of_a_picture():
+    """3 x 3 blocks in windows of 2 x 2: four windows of 4, 2, 2 and 1 blocks fill three rows of 16 patches."""
+    made = bounded(GREY, PatchFormat(2, merge_size=2, window=2), 9)
+    assert made.loads([(12, 12)]) == [48]
+    (seen,) = made.images([grey(12, 12)])
+    assert made.join([[seen]]).patches.shape == (1, 48, 4)
+    assert made.join([[]], 48).segment_ids.tolist() == [[0] * 48]

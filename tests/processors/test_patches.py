@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from vlm_jax.processors.patches import pack_patches, patchify, window_of_blocks
+from vlm_jax.processors.patches import num_places, pack_patches, packed_length, patchify, window_of_blocks
+from vlm_jax.types import PatchFormat
 
 GRIDS = [(1, 6, 4), (2, 4, 10), (1, 2, 2)]
 
@@ -134,3 +135,27 @@ def test_packed_sequences_form_a_batch():
 def test_what_does_not_fit_is_refused(grids, patches, more, message):
     with pytest.raises(ValueError, match=message):
         pack_patches(np.zeros((patches, 3), np.float32), grids, merge_size=2, **more)
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+def test_the_length_holds_any_one_image(window):
+    """Every grid of up to 15 x 15 blocks, one of two frames among them."""
+    form = PatchFormat(2, merge_size=2, window=window)
+    for rows in range(1, 16):
+        for cols in range(1, 16):
+            for frames in (1, 2):
+                grid = (frames, 2 * rows, 2 * cols)
+                assert num_places(grid, 2, window) <= packed_length(frames * rows * cols, form)
+    assert packed_length(12, PatchFormat(2, merge_size=2)) == 48
+
+
+@pytest.mark.parametrize("window", [None, 2, 3])
+def test_the_places_of_each_image_hold_all_of_them(window):
+    """A row whose length is the sum of `num_places` holds the images, whatever they are."""
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        grids = [(1, *(2 * random.integers(1, 9, 2)).tolist()) for _ in range(random.integers(1, 5))]
+        length = sum(num_places(grid, 2, window) for grid in grids)
+        packed = pack_patches(numbered(grids), grids, merge_size=2, window=window, length=length)
+        real = packed.segment_ids[0] > 0
+        np.testing.assert_array_equal(np.sort(packed.patches[0, real, 0]), np.arange(real.sum()))

@@ -4,25 +4,27 @@ import dataclasses
 import inspect
 import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
+from vlm_jax.processors.conversation import VideoSize
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.tiles import InternVLViews, Ovis2Views
+from vlm_jax.processors.tiles import FixedTilesViews, InternVLViews, Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.views import PictureMismatch
-from vlm_jax.types import PatchFormat
+from vlm_jax.types import PatchFormat, RowShape
 
 
 class Letters:
@@ -63,7 +65,7 @@ SQUARE = SquareViews(Pixels(), (4, 4), 3, "stretch")
 
 def processor(views=SQUARE, tokens=MARKS, **fields):
     prompt = {key: fields.pop(key) for key in ("texts", "split", "joined") if key in fields}
-    return Processor(TemplatePrompt(TEMPLATE, TOKENIZER, MARKS, tokens, **prompt), views, 2, **fields)
+    return Processor(TemplatePrompt(TEMPLATE, TOKENIZER, MARKS, tokens, **prompt), views, TOKENIZER, 2, **fields)
 
 
 def picture(height=4, width=4, value=0):
@@ -169,9 +171,7 @@ def test_other_numbers_of_lists_and_of_tokens():
         processor().batch([say("a")] * 2, [[]])
     # a, three places, the head of the answer and the beginning
     assert processor(max_length=6)(say("a", "<image>"), [picture()]).tokens.shape == (1, 6)
-    with pytest.raises(
-        SequenceTooLong, match=r"conversation 0 is 6 tokens long, over the limit of 5.*nothing is trunc"
-    ):
+    with pytest.raises(SequenceTooLong, match=r"conversation 0 is 6 tokens long, over the limit of 5.*nothing is cut"):
         processor(max_length=5)(say("a", "<image>"), [picture()])
 
 
@@ -252,3 +252,103 @@ def test_a_conversation_that_goes_on_ends_without_an_answer():
     np.testing.assert_array_equal(batch.tokens[0], [1, *letters("a")])
     assert batch.images is None
     assert dataclasses.replace(processor(), max_pixels=1).count_visual_tokens([(9, 9), (4, 7)]) == [3, 3]
+
+
+TILES = InternVLViews(Pixels(), 4, 2)
+NATIVE = NativeViews(Pixels(), PatchFormat(4, 2, 2, window=2), qwen_size, 64, 4096, rotary_3d=True)
+ANSWERED = {"role": "assistant", "content": "ok"}
+
+
+def answered(*parts):
+    return [*say(*parts), ANSWERED]
+
+
+@pytest.mark.parametrize(
+    ("views", "sizes", "video"),
+    [
+        (SQUARE, [(4, 4), (9, 3)], None),
+        (TILES, [(4, 12), (8, 8)], (3, 9, 5)),
+        (FixedTilesViews(Pixels(), (4, 4), 2, (1, 2), thumbnail=True), [(4, 12), (8, 8)], (3, 9, 5)),
+        (NATIVE, [(40, 40), (24, 56)], (5, 24, 16)),
+        (NATIVE, [], (4, 40, 40)),
+        (NATIVE, [], None),
+    ],
+)
+@pytest.mark.parametrize("limits", [{}, {"max_visual_tokens": 8, "max_video_tokens": 18}])
+def test_a_measure_is_the_load_of_the_example(views, sizes, video, limits):
+    made = processor(views, {"image": "<image>", "video": "<video>"})
+    messages = say(*["<image>", "a"] * len(sizes), *["<video>"] * (video is not None), "b")
+    videos = [] if video is None else [[picture(*video[1:])] * video[0]]
+    example = made.example(messages, [picture(*size) for size in sizes], videos, **limits)
+    assert made.measure(messages, sizes, [] if video is None else [VideoSize(*video)], **limits) == example.load
+    row = made.rows([[example]], targets=False)
+    assert row.tokens.shape == (1, example.load.length)
+    taken = 0 if row.images is None else (row.images.patches if views is NATIVE else row.images).shape[1]
+    assert taken <= example.load.images  # several pictures with windows may be packed more densely
+    assert (taken == example.load.images) or (views is NATIVE and len(sizes) + len(videos) > 1)
+
+
+@pytest.mark.parametrize("views", [TILES, NATIVE])
+def test_rows_of_any_number_of_pictures_have_one_shape(views):
+    """One compiled step reads rows of 0, 1 and 3 pictures, and those of several examples."""
+    made = processor(views, {"image": "<image>"}, rotary_3d=views is NATIVE)
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}</a>{% else %}{% for c in m.content %}"
+        "{% if c.type == 'text' %}{{ c.text }}{% else %}<{{ c.type }}>{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    made = dataclasses.replace(made, prompt=dataclasses.replace(made.prompt, template=template))
+    none, one, three = (
+        made.example(answered(*["<image>"] * count, "a"), [picture(8, 8)] * count, targets=True) for count in (0, 1, 3)
+    )
+    shape = RowShape(100, 48 if views is TILES else 512)
+    rows = [made.rows([row], shape, targets=True) for row in ([none], [one], [three], [one, none, three], [])]
+    assert len({jax.tree.structure(row) for row in rows}) == 1
+    assert len({tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(row)) for row in rows}) == 1
+    assert [(row.visual_index >= 0).sum() for row in rows] == [
+        sum(example.visual_tokens) for example in (none, one, three)
+    ] + [sum(one.visual_tokens) + sum(three.visual_tokens), 0]
+
+
+def test_visual_rows_of_packed_examples_are_counted_over_the_row():
+    """The learned rows are shared; those of pictures go on behind the ones of the example before."""
+    views = Ovis2Views(Pixels(), 4, 2)
+    made = processor(views, num_learned=5, learned_ids=(51, 52, 53, 54, 55))
+    first, second = (made.example(say("<image>"), [picture(value=value)]) for value in (10, 20))
+    row = made.rows([[first, second]], RowShape(16, 3), targets=True)
+    place = [-1, 0, 5, 6, 1, 4, -1]  # beginning, learned 0, two of the picture, learned 1 and 4, head of the answer
+    np.testing.assert_array_equal(row.visual_index[0], [*place, -1, 0, 7, 8, 1, 4, -1, -1, -1])
+    np.testing.assert_array_equal(row.segment_ids[0], [1] * 7 + [2] * 7 + [0] * 2)
+    np.testing.assert_array_equal(row.positions[0], [*range(7), *range(7), 0, 0])
+    np.testing.assert_allclose(row.images[0, :, 0, 0, 0] * 255, [10, 20, 0], atol=1e-5)
+    assert row.targets[0, 6] == 2 and not row.loss_weights.any()  # padding, not the beginning of the second
+
+
+def test_packed_examples_on_three_axes_begin_again():
+    made = processor(NATIVE, {"image": "<image>"}, rotary_3d=True)
+    example = made.example(say("a", "<image>"), [picture(16, 16)])
+    row = made.rows([[example, example]], RowShape(20, 128), targets=True)
+    length = example.load.length
+    np.testing.assert_array_equal(row.positions[0, :length], row.positions[0, length : 2 * length])
+    np.testing.assert_array_equal(row.positions[0, 2:6], [[2, 2, 2], [2, 2, 3], [2, 3, 2], [2, 3, 3]])
+    np.testing.assert_array_equal(row.visual_index[0], [-1, -1, 0, 1, 2, 3, -1, -1, -1, 4, 5, 6, 7] + [-1] * 7)
+    np.testing.assert_array_equal(np.unique(row.images.segment_ids), [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        (RowShape(13, 2), "sample 'x', 'y' is 14 tokens long, over the limit of 13; raise L by 1 or more"),
+        (RowShape(14, 1), "sample 'x', 'y' has 2 tiles or places of patches, over the limit of 1; raise I by 1 or"),
+    ],
+)
+def test_examples_that_do_not_fit_a_row_are_named(shape, told):
+    made = processor()
+    row = [made.example(say("aa", "<image>"), [picture()], name=name) for name in "xy"]
+    assert made.rows([row], RowShape(14, 2), targets=True).tokens.shape == (1, 14)
+    with pytest.raises(SequenceTooLong, match=told):
+        made.rows([row], shape, targets=True, keys=("L", "I"))
+
+
+def test_a_batch_takes_a_stated_shape():
+    batch = processor().batch([say("ab"), say("<image>")], [[], [picture()]], shape=RowShape(9, 2))
+    assert batch.tokens.shape == (2, 9) and batch.images.shape == (2, 2, 4, 4, 3)

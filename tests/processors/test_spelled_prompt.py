@@ -53,7 +53,7 @@ def test_qwen_vl_numbers_the_pictures_of_a_message():
 
 def test_a_path_lies_in_the_first_places_of_its_picture():
     made = processor()
-    made = type(made)(QwenVLPrompt(TOKENIZER), made.views, 2)
+    made = type(made)(QwenVLPrompt(TOKENIZER), made.views, TOKENIZER, 2)
     batch = made([{"role": "user", "content": "<img>é</img>"}], [picture()])
     places = batch.visual_index[0] >= 0
     assert batch.tokens[0][places].tolist() == [0xC3, 0xA9, 6]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.square import SquareViews
 
 GREY = Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), Image.Resampling.NEAREST)
 

@@ -7,10 +7,10 @@ from PIL import Image
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.anyres import AnyresViews
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import ovis_size
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.tiles import DeepSeekVL2Views, InternVLViews, Ovis2Views
-from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.tiles import DeepSeekVL2Views, FixedTilesViews, InternVLViews, Ovis2Views
 from vlm_jax.processors.views import NoViews
 from vlm_jax.types import PatchFormat
 
@@ -19,6 +19,44 @@ DRAW = np.random.default_rng(0)
 
 def picture(height, width):
     return Image.fromarray(DRAW.integers(0, 255, (height, width, 3), np.uint8))
+
+
+GREY = Pixels((0.0,), (1 / 255,), Image.Resampling.BOX)  # normalised pixels are the grey levels
+
+
+def grey(height, width):
+    return Image.fromarray(DRAW.integers(0, 256, (height, width), np.uint8))
+
+
+def test_fixed_tiles_lie_row_by_row_and_the_thumbnail_follows():
+    views = FixedTilesViews(GREY, (2, 3), num_tokens=5, grid=(2, 3), thumbnail=True)
+    page = grey(4, 9)
+    values = np.asarray(page)[:, :, None]
+    (seen,) = views.images([page])
+    assert seen.pixels.shape == (7, 2, 3, 1) and seen.pixels.dtype == np.float32
+    for tile in range(6):
+        row, col = divmod(tile, 3)
+        expected = values[2 * row : 2 * row + 2, 3 * col : 3 * col + 3]
+        np.testing.assert_allclose(seen.pixels[tile], expected, atol=1e-3)
+    means = values.reshape(2, 2, 3, 3, 1).astype(float).mean((1, 3))  # a box filter averages, and rounds
+    np.testing.assert_allclose(seen.pixels[6], means, atol=1.01)
+    np.testing.assert_array_equal(seen.layout, range(7 * 5))
+    assert seen.num_rows == 7 * 5
+
+
+def test_clips_of_fixed_tiles_follow_each_other_frame_by_frame():
+    views = FixedTilesViews(GREY, (2, 2), num_tokens=3, grid=(1, 2))
+    frames = [grey(2, 4) for _ in range(4)]
+    clips = [*views.video(frames[:3], None), *views.video(frames[3:], None)]
+    got = views.join([clips])
+    assert got.shape == (1, 8, 2, 2, 1)
+    for place in range(8):
+        frame, tile = divmod(place, 2)
+        expected = np.asarray(frames[frame])[:, 2 * tile : 2 * tile + 2, None]
+        np.testing.assert_allclose(got[0, place], expected, atol=1e-3)
+    assert [clip.num_rows for clip in clips] == [18, 6]
+    with pytest.raises(InfeasibleBudget, match="a video takes 18 visual tokens at least, more than the 17 allowed"):
+        views.video(frames[:3], None, 17)
 
 
 def test_tiles_of_internvl_are_the_picture_and_the_whole_follows():
@@ -41,7 +79,7 @@ def test_frames_of_internvl_have_pixels_of_their_own():
 
 @pytest.mark.parametrize("whole_first", [True, False])
 def test_rows_of_deepseek_vl2_run_across_tiles(whole_first):
-    views = DeepSeekVL2Views(Pixels(), 8, 2, ((8, 8), (8, 16), (16, 8)), whole_first=whole_first)
+    views = DeepSeekVL2Views(Pixels(), 8, (2, 2), ((8, 8), (8, 16), (16, 8)), whole_first=whole_first)
     newline, separator = -1, -2
     whole = [0, 1, newline, 2, 3, newline]
     tiles = [4, 5, 8, 9, newline, 6, 7, 10, 11, newline]
@@ -51,7 +89,7 @@ def test_rows_of_deepseek_vl2_run_across_tiles(whole_first):
 
 
 def test_three_pictures_of_deepseek_vl2_are_not_cut():
-    views = DeepSeekVL2Views(Pixels(), 8, 2, ((8, 8), (8, 16)))
+    views = DeepSeekVL2Views(Pixels(), 8, (2, 2), ((8, 8), (8, 16)))
     image = picture(8, 16)
     assert [len(seen.pixels) for seen in views.images([image] * 2)] == [3, 3]
     three = views.images([image] * 3)
@@ -121,7 +159,17 @@ def test_batches_are_filled_up_with_blank_tiles():
     assert views.join([[], []]) is None
 
 
-def test_a_model_without_eyes_refuses_pictures():
+def test_rows_of_a_stated_capacity_are_filled_up_with_blank_tiles():
+    views = FixedTilesViews(Pixels(), (4, 4), 1)
+    one = views.images([picture(4, 4)])
+    joined = views.join([one, []], 3)
+    assert joined.shape == (2, 3, 4, 4, 3)
+    np.testing.assert_array_equal(joined[0, 0], one[0].pixels[0])
+    assert not joined[0, 1:].any() and not joined[1].any()
+    assert views.join([[]], 0) is None
+
+
+def test_a_text_only_model_refuses_pictures():
     with pytest.raises(ValueError, match="text alone, and 1 pictures"):
         NoViews().images([picture(2, 2)])
     with pytest.raises(ValueError, match="text alone, and sizes of 2 pictures"):
@@ -131,10 +179,11 @@ def test_a_model_without_eyes_refuses_pictures():
 
 BUDGETED = [
     (InternVLViews(Pixels(), 8, 2), 8, 2),
-    (DeepSeekVL2Views(Pixels(), 8, 2, ((8, 8), (8, 16), (16, 8), (16, 16))), 17, 13),
+    (DeepSeekVL2Views(Pixels(), 8, (2, 2), ((8, 8), (8, 16), (16, 8), (16, 16))), 17, 13),
     (Ovis2Views(Pixels(), 8, 2, 9), 15, 5),
     (anyres("spatial_unpad", canvases=((8, 16), (16, 16))), 14, 14),
     (SquareViews(Pixels(), (8, 8), 4), 4, 4),
+    (FixedTilesViews(Pixels(), (8, 8), 2, (1, 2), thumbnail=True), 6, 6),
     (NativeViews(Pixels(), PatchFormat(4, 1, 2), ovis_size, 4096, 4096, image_edges=(0, 1)), 20, 3),
 ]
 
@@ -151,3 +200,33 @@ def test_no_picture_takes_more_than_its_budget(views, budget, least):
         InfeasibleBudget, match=f"takes {least} visual tokens at least, more than the {least - 1} allowed"
     ):
         views.within(least - 1)
+
+
+@pytest.mark.parametrize(("views", "budget", "least"), BUDGETED)
+def test_loads_are_those_of_the_pixels(views, budget, least):
+    """Tiles, or patches where pictures have a grid of their own."""
+    del budget, least
+    pictures = [picture(8, 8), picture(20, 61)]
+    sizes = [(8, 8), (20, 61)]
+    seen = views.images(pictures)
+    assert views.loads(sizes) == [len(image.pixels) for image in seen]
+    assert [layout.tolist() for layout in views.layouts(sizes)] == [image.layout.tolist() for image in seen]
+
+
+@pytest.mark.parametrize("tokens", [3, (1, 3)])
+def test_other_numbers_of_tokens(tokens):
+    """(2, 2) tokens of a tile become three."""
+    for views, expected in (
+        (FixedTilesViews(Pixels(), (8, 8), 4, (1, 2)), 6),
+        (InternVLViews(Pixels(), 8, 4), 3 * 3),  # two tiles and the whole
+        (Ovis2Views(Pixels(), 8, 4, 1), 3 + 3),  # one tile and three learned rows
+        (SquareViews(Pixels(), (8, 8), 4), 3),
+        (NativeViews(Pixels(), PatchFormat(4, 1, 2), ovis_size, 64, 4096), 2 * 3),  # a block is 8 x 8 pixels
+    ):
+        assert len(views.retokened(tokens).layouts([(8, 16)])[0]) == expected, type(views)
+    deepseek = DeepSeekVL2Views(Pixels(), 8, (2, 2), ((8, 8), (8, 16))).retokened(tokens)
+    newline, separator = (-1, -2)
+    lines = [[0, 1, 2], [3, 4, 5, 6, 7, 8]]
+    if tokens == (1, 3):
+        lines = [[*line, newline] for line in lines]
+    np.testing.assert_array_equal(deepseek.layouts([(8, 16)])[0], [*lines[0], separator, *lines[1]])

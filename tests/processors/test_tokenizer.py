@@ -8,6 +8,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 
 from .vocabularies import TEXTS, sentencepiece_model, tiktoken_ranks
@@ -177,3 +178,74 @@ def test_what_a_folder_lacks_is_named(tmp_path, qwen):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not JSON"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_the_digits_vocabulary_is_specials_words_digits_and_marks():
+    tokenizer = digits_tokenizer()
+    assert tokenizer.vocab_size == 26  # by hand: 5 special tokens, 6 task words, 10 digits, 5 marks of a box
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.id_of("<image>")) == (0, 1, 2, 3)
+    assert tokenizer.encode("read transcribe count locate row column") == [5, 6, 7, 8, 9, 10]
+    assert tokenizer.encode("0123456789") == list(range(11, 21))
+    assert tokenizer.encode("<box></box>(),") == [21, 22, 23, 24, 25]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<box>(12,30),(450,999)</box>",
+        "<box>(0,0),(999,999)</box>",
+        "7419",
+        "0",
+        "12",
+        "read row 2 column 3",
+        "read row 12 column 10",
+        "transcribe row 2",
+        "count 7",
+        "locate 0",
+    ],
+)
+def test_canonical_texts_of_the_digit_pages_come_back_exactly(text):
+    tokenizer = digits_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_each_digit_is_one_token_and_spaces_between_them_are_dropped():
+    tokenizer = digits_tokenizer()
+    assert tokenizer.encode("7 4 1 9") == tokenizer.encode("7419") == [18, 15, 12, 20]
+    assert len(tokenizer.encode("<box>(12,30),(450,999)</box>")) == 19
+
+
+def test_special_tokens_are_left_out_of_decoded_text():
+    tokenizer = digits_tokenizer()
+    ids = [tokenizer.bos_id, *tokenizer.encode("count 7"), tokenizer.eos_id, tokenizer.pad_id]
+    assert tokenizer.decode(ids) == "count 7"
+
+
+def test_the_ids_of_a_text_are_the_callers_own():
+    tokenizer = digits_tokenizer()
+    tokenizer.encode("count 7").append(99)
+    assert tokenizer.encode("count 7") == [7, 18]
+
+
+def test_a_tokenizer_file_is_read_with_its_own_names(tmp_path):
+    vocabulary = {"[PAD]": 0, "[S]": 1, "[E]": 2, "[I]": 3, "[U]": 4, "a": 5, "cat": 6}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[U]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["[PAD]", "[S]", "[E]", "[I]", "[U]"])
+    path = tmp_path / "tokenizer.json"
+    backend.save(str(path))
+    names = {"pad_token": "[PAD]", "bos_token": "[S]", "eos_token": "[E]", "image_token": "[I]"}
+    tokenizer = Tokenizer.from_file(path, names)
+    assert tokenizer.encode("a cat") == [5, 6]
+    assert tokenizer.decode([1, 5, 6, 2]) == "a cat"
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unknown_id) == (0, 1, 2, 4)
+    assert tokenizer.id_of(tokenizer.names["image_token"]) == 3
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: bos_token '<s>', eos_token '<eos>' not in its"):
+        Tokenizer.from_file(path, {**names, "bos_token": "<s>", "eos_token": "<eos>"})
+
+
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model": 3}')
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a tokenizer\.json of the tokenizers library"):
+        Tokenizer.from_file(path, {})

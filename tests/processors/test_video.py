@@ -11,10 +11,10 @@ from PIL import Image
 
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.tiles import InternVLViews
-from vlm_jax.processors.video import RateSampler, SegmentSampler, read_video
-from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.video import RateSampler, SegmentSampler, read_video, uniform_frames
 from vlm_jax.types import PatchFormat
 
 from .test_processor import processor, say
@@ -136,3 +136,11 @@ def test_what_is_no_video_is_named():
     still = io.BytesIO()
     Image.new("RGB", (8, 8)).save(still, "PNG")
     assert len(read_video(still.getvalue(), RateSampler())[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "expected"),
+    [(8, 8, list(range(8))), (8, 4, [1, 3, 5, 7]), (9, 3, [1, 4, 7]), (2, 4, [0, 0, 1, 1]), (1, 2, [0, 0])],
+)
+def test_uniform_frames_are_the_middles_of_equal_parts(count, wanted, expected):
+    assert uniform_frames(count, wanted) == expected

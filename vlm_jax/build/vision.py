@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from vlm_jax.budget import InfeasibleBudget, share
 from vlm_jax.build.settings import ProcessorSettings
-from vlm_jax.config import ConfigError, check_keys, choose, choose_kind, convert, parse_kind, positive
+from vlm_jax.config import ConfigError, choose, choose_kind, convert, parse_kind, positive
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
 from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS, PACKED_ENCODERS
 from vlm_jax.processors.native import NativeViews
@@ -70,9 +70,7 @@ def solve_vision(
     return solve(config, settings, channels, decoder, dtypes)
 
 
-def _tiled(
-    config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]
-) -> Vision:
+def _tiled(config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]) -> Vision:
     """Views of one size: the reducer or the connector meets the budget, view by view."""
     size, pixels = settings.image_size, settings.pixels(channels)
     if size is None:
@@ -106,9 +104,7 @@ def _tiled(
     return _share(config, settings, num_views, full_grid[0] * full_grid[1], solve)
 
 
-def _native(
-    config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]
-) -> Vision:
+def _native(config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]) -> Vision:
     """Views of any size, packed into one sequence: the processor meets the budget, which bounds their size."""
     kind, connector_kind = config.encoder.kind, config.connector.kind
     for key, only in (("image_size", None), ("tiles", (1, 1)), ("thumbnail", False)):

@@ -19,6 +19,7 @@ from vlm_jax.types import TEXT_SLOT, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
+KEYS = ("config.evaluation.question_length", "config.data.num_images")  # what bounds a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def answer_all(
         group = samples[start : start + size]
         examples = [experiment.example(sample, targets=False) for sample in group]
         padded = examples + [examples[-1]] * (size - len(group))
-        batch = processor.rows([[example] for example in padded], shape, targets=False, key="config.evaluation")
+        batch = processor.rows([[example] for example in padded], shape, targets=False, keys=KEYS)
         ids = generate(
             system.model,
             params,

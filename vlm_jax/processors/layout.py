@@ -85,17 +85,15 @@ def lay_out(
     Raises:
       ValueError: the pieces are longer than `length`.
     """
-    segments = [_Segment(pieces, rotary_3d) for pieces in examples]
+    segments = [_Segment(pieces, rotary_3d) for pieces in examples or [()]]
     count = sum(len(segment.ids) for segment in segments)
     if count > length:
         raise ValueError(f"{count} positions do not fit into a row of {length}")
     start = 0 if pad_side == "right" else length - count
 
     def written(parts: Sequence[np.ndarray], fill: int, dtype: type = np.int32) -> np.ndarray:
-        tail = parts[0].shape[1:] if parts else (3,) * rotary_3d if fill == 0 else ()
-        row = np.full((1, length, *tail), fill, dtype)
-        if parts:
-            row[0, start : start + count] = np.concatenate(parts)
+        row = np.full((1, length, *parts[0].shape[1:]), fill, dtype)
+        row[0, start : start + count] = np.concatenate(parts)
         return row
 
     branches = [segment.branches for segment in segments]

@@ -166,7 +166,7 @@ class NativeViews:
 
     def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> PackedPatches | None:
         """The patches of every row in one sequence, all of one length."""
-        if capacity is None and not any(rows):
+        if capacity == 0 or (capacity is None and not any(rows)):
             return None
         form = self.format
         settings: dict[str, Any] = {"merge_size": form.merge_size, "window": form.window, "length": capacity}

@@ -69,7 +69,7 @@ class PlainPrompt:
                 branch = turn if self.independent_turns else 0
                 pieces += [Text([*self._ids(item["text"]), eos], targets, branch) for item in items]
                 continue
-            last = len(items) - 1
+            last = max((number for number, item in enumerate(items) if item["type"] == "text"), default=-1)
             turn += message["role"] == "user"
             for number, item in enumerate(items):
                 if item["type"] == "text":

@@ -150,7 +150,7 @@ class Processor:
         shape: RowShape | None = None,
         *,
         targets: bool,
-        key: str = "config.row",
+        keys: tuple[str, str] = ("config.row.text_length or config.row.length", "config.data.num_images"),
     ) -> Batch:
         """A batch of rows, each of one or several examples.
 
@@ -158,7 +158,7 @@ class Processor:
           rows: the examples of each row, in order; each is a segment of its own.
           shape: of every row; the smallest that all fit when None.
           targets: padded on the right, with targets and loss weights; else padded on the left.
-          key: the config section that `shape` is from, for messages.
+          keys: the config keys that length and images of `shape` are from, for messages.
 
         Raises:
           SequenceTooLong: the examples of a row do not fit the shape; nothing is cut.
@@ -166,13 +166,13 @@ class Processor:
         total = [(sum(one.load.length for one in row), sum(one.load.images for one in row)) for row in rows]
         length, capacity = (None, None) if shape is None else (shape.length, shape.images)
         for row, (needed, images) in zip(rows, total, strict=True):
-            for what, limit, taken in (("length", length, needed), ("images", capacity, images)):
+            units = "is {} tokens long", "has {} tiles or places of patches"
+            for limit, taken, unit, key in zip((length, capacity), (needed, images), units, keys, strict=True):
                 if limit is not None and taken > limit:
                     names = ", ".join(f"'{one.name}'" for one in row)
-                    unit = "tokens long" if what == "length" else "tiles or places of patches"
                     raise SequenceTooLong(
-                        f"sample {names} is {taken} {unit}, over the limit of {limit}; raise {key}.{what} by "
-                        f"{taken - limit} or more, or leave it out (nothing is cut)"
+                        f"sample {names} {unit.format(taken)}, over the limit of {limit}; raise {key} by "
+                        f"{taken - limit} or more, or leave the sample out (nothing is cut)"
                     )
         length = max(needed for needed, _ in total) if length is None else length
         laid = [

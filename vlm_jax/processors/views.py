@@ -14,7 +14,7 @@ from vlm_jax.processors.tiling import Size
 from vlm_jax.types import Grid, PackedPatches, TwoSizes
 
 # Of every place in order: row r of the picture's own visual tokens as r, the learned row k as -1 - k.
-Layout = Int[np.ndarray, "n"]
+Layout = Int[np.ndarray, "_"]
 Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSizes
 
 
@@ -56,7 +56,7 @@ class PreparedImage:
 
     pixels: Float[np.ndarray, "..."]
     num_rows: int
-    layout: Layout
+    layout: Int[np.ndarray, "n"]
     grid: tuple[int, int, int] | None = None
     positions: Int[np.ndarray, "n 3"] | None = None
     low: Float[np.ndarray, "tiles height width channels"] | None = None

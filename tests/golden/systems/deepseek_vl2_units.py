@@ -18,9 +18,9 @@ from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tiles import DeepSeekVL2Views
 from vlm_jax.processors.tiling import best_resolution
-from vlm_jax.processors.pixels import Pixels
 from vlm_jax.types import VisualFeatures
 
 NOT_COMPARED = {

@@ -16,9 +16,9 @@ from vlm_jax.checkpoints.params import import_params
 from vlm_jax.encoders.sam import partition_windows, relative_positions
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.templates import DEEPSEEK
-from vlm_jax.processors.pixels import Pixels
 from vlm_jax.types import VisualFeatures
 
 # By the first letters of an array's meaning.

@@ -8,8 +8,8 @@ from PIL import Image
 
 from tests.golden import comparison
 from tests.golden.systems.pixels import IMAGENET
-from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.tiles import InternVLViews
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

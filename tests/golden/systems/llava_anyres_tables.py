@@ -11,9 +11,9 @@ from tests.golden import comparison
 from vlm_jax.pretrained.processing.llava import canvases
 from vlm_jax.processors.anyres import AnyresViews, unpadded
 from vlm_jax.processors.image import square_padded
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import best_resolution
-from vlm_jax.processors.pixels import Pixels
 
 SIDES = {"16": 336, "big": 384}  # of a tile, by the list's name
 

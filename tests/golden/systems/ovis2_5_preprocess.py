@@ -9,8 +9,8 @@ from PIL import Image
 from tests.golden import comparison
 from tests.golden.systems.pixels import HALF
 from vlm_jax.processors.native import NativeViews
-from vlm_jax.processors.smart_resize import ovis_size
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.smart_resize import ovis_size
 from vlm_jax.types import PatchFormat
 
 

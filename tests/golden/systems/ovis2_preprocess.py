@@ -6,8 +6,8 @@ import re
 import numpy as np
 
 from tests.golden import comparison
-from vlm_jax.processors.tiles import Ovis2Views
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.tiles import Ovis2Views
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,12 +16,12 @@ from vlm_jax.pretrained.processing.qwen import NUM_QUERIES
 from vlm_jax.processors.boxes import SCALE
 from vlm_jax.processors.grounding import answer_boxes
 from vlm_jax.processors.list_format import PICTURE, from_list_format, to_list_format
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.spelled_prompt import QwenVLPrompt
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.pixels import Pixels
 
 IMAGE = "<img>"
 

@@ -1,0 +1,130 @@
+"""The settings classes of `config.processor`, `config.row` and `config.evaluation`."""
+
+import dataclasses
+
+from vlm_jax.config import ConfigError, check_keys
+from vlm_jax.processors.digits_vocabulary import digits_tokenizer
+from vlm_jax.processors.image import FILTERS
+from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Grid
+
+SPECIAL_TOKENS = ("pad", "bos", "eos", "image")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessorSettings:
+    """`config.processor`: how pictures and text become rows.
+
+    Attributes:
+      image_size: (height, width) in pixels at full budget, of a tile where there are several; None where
+        the encoder packs images of any size.
+      mean: per channel on [0, 1], subtracted from the pixels.
+      std: per channel on [0, 1], divides them.
+      filter: resampling filter, a key of `processors.image.FILTERS`.
+      tokenizer: `digits` for the built-in vocabulary of the digit pages, else a tokenizer.json.
+      independent_turns: whether each turn of a training row is answered by itself.
+      tiles: rows and columns of tiles that a picture is cut into, each an image for the encoder.
+      thumbnail: whether the whole picture, at the size of a tile, follows its tiles.
+      frames: None, or how many of a sample's pictures, evenly spaced, stand for the clip that they are.
+      special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not <pad> and
+        so on.
+      min_tokens: where the encoder packs images of any size, the fewest visual tokens of a picture; a
+        smaller one is enlarged.
+    """
+
+    image_size: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    filter: str
+    tokenizer: str
+    independent_turns: bool
+    tiles: Grid = (1, 1)
+    thumbnail: bool = False
+    frames: int | None = None
+    min_tokens: int = 1
+    special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if min(self.tiles) < 1:
+            raise ConfigError(f"config.processor.tiles: rows and columns are at least 1, got {self.tiles}")
+        if self.thumbnail and self.tiles == (1, 1):
+            raise ConfigError("config.processor.thumbnail: a picture of one tile is its own thumbnail; set it to False")
+        check_keys(self.special_tokens, SPECIAL_TOKENS, "config.processor.special_tokens")
+        if self.special_tokens and self.tokenizer == "digits":
+            raise ConfigError("config.processor.special_tokens: the built-in tokenizer has its own; remove them")
+        for key in ("frames", "min_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"config.processor.{key}: at least 1 expected, got {value}")
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The built-in one, or that of the file.
+
+        Raises:
+          FileNotFoundError, TokenizerError: as of `Tokenizer.from_file`.
+        """
+        if self.tokenizer == "digits":
+            return digits_tokenizer()
+        names = {f"{role}_token": self.special_tokens.get(role, f"<{role}>") for role in SPECIAL_TOKENS}
+        return Tokenizer.from_file(self.tokenizer, names)
+
+    def pixels(self, channels: int) -> Pixels:
+        """What is done to pixels.
+
+        Args:
+          channels: of the data's pictures.
+
+        Raises:
+          ConfigError: statistics of another number of channels, or no such filter.
+        """
+        if channels not in (1, 3):
+            raise ConfigError(f"config.data.channels: images have 1 or 3 channels, got {channels}")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise ConfigError(f"config.processor.{key}: expected one number a channel, {channels}; got {values}")
+        if min(self.std) <= 0:
+            raise ConfigError(f"config.processor.std: expected positive numbers, got {self.std}")
+        if self.filter not in FILTERS:
+            raise ConfigError(f"config.processor.filter: '{self.filter}' is not one of {', '.join(FILTERS)}")
+        return Pixels(self.mean, self.std, FILTERS[self.filter])
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """`config.row`: the static shape of training rows.
+
+    Attributes:
+      text_length: positions of text; those of the budget's visual tokens are added, so that the length follows the
+        budget. Exactly one of this and `length` is set.
+      length: all positions.
+    """
+
+    text_length: int | None = None
+    length: int | None = None
+
+    def __post_init__(self):
+        if (self.text_length is None) == (self.length is None):
+            raise ConfigError(
+                "config.row: expected either text_length (positions of text, visual tokens not counted) or length (all "
+                f"positions), got text_length={self.text_length} and length={self.length}"
+            )
+
+    def positions(self, visual: int) -> int:
+        """Positions of a row whose pictures take `visual` of them."""
+        return self.length if self.text_length is None else self.text_length + visual  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """`config.evaluation`.
+
+    Attributes:
+      batch_size: prompts that are answered together.
+      question_length: text positions of a prompt, visual tokens not counted.
+      max_new_tokens: tokens of an answer, its end token among them.
+    """
+
+    batch_size: int
+    question_length: int
+    max_new_tokens: int
