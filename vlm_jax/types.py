@@ -18,7 +18,7 @@ Letters of shape annotations, everywhere in the package:
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -98,6 +98,7 @@ class VisualFeatures:
       keys: of each feature and head in that block, with `saliency`.
       first_dim: static; channels that the first of two encoders gave, where channels of both stand in
         `tokens`, else None.
+      num_prefix: static; features in front that are no patches: 1 where the class token is kept among them, else 0.
       kept: behind a reducer, the index of each feature among those that the reducer was given (of a merged
         one, the index whose place it takes), else None.
     """
@@ -113,10 +114,13 @@ class VisualFeatures:
     keys: Float[Array, "B N K H"] | None = None
     first_dim: int | None = static_field(default=None)
     kept: Int[Array, "B N"] | None = None
+    num_prefix: int = static_field(default=0)
 
-    def reduced(self, tokens: Float[Array, "B K D"], mask: Bool[Array, "B K"], grid: Grid) -> "VisualFeatures":
+    def reduced(
+        self, tokens: Float[Array, "B K D"], mask: Bool[Array, "B K"], grid: Grid, kept: Int[Array, "B K"] | None = None
+    ) -> "VisualFeatures":
         """Fewer features of the same channels in their stead, without what was found of each one."""
-        return VisualFeatures(tokens, mask, grid, first_dim=self.first_dim)
+        return VisualFeatures(tokens, mask, grid, first_dim=self.first_dim, kept=kept)
 
 
 @struct
@@ -317,13 +321,25 @@ class Drop(NamedTuple):
 
     Attributes:
       layer: before which, counted from 0.
-      num_kept: visual tokens of each image that are left.
+      num_kept: visual tokens of each image that are left; all of an image that has fewer.
       ranked_by: the layer whose attention ranks them: the one before, or `layer` itself.
+      share: where it is given, the share of an image's first tokens that is left instead of `num_kept`.
+      rounding: how that becomes a number: rounded down, or to the nearest integer (halves to the even one).
+      renumbers: positions count from 0 behind it, without those of the tokens that are gone.
     """
 
     layer: int
     num_kept: int
     ranked_by: int
+    share: float | None = None
+    rounding: Literal["down", "nearest"] = "down"
+    renumbers: bool = False
+
+    def num_left(self, count: int) -> int:
+        """Tokens that are left behind it of an image that enters the decoder with `count`."""
+        if self.share is None:
+            return min(self.num_kept, count)
+        return int(count * self.share) if self.rounding == "down" else round(count * self.share)
 
 
 @struct

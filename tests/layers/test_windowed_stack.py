@@ -81,7 +81,7 @@ def test_equals_layers_with_masks(depth, full):
     packed = packed_patches()
     stack = WindowedStack(depth, BLOCK, full_layers=full)
     params = initialised(stack, packed)
-    out, hidden = jax.jit(lambda p, x: stack.apply(p, x.patches, x, angles_of(x), collect=True))(params, packed)
+    out, hidden, _ = jax.jit(lambda p, x: stack.apply(p, x.patches, x, angles_of(x), collect=True))(params, packed)
     every = tuple(range(depth)) if full is None else full
     expected = jax.jit(lambda p, x: unrolled(p, x, depth, every))(params, packed)
     real = np.asarray(packed.segment_ids[0] > 0)

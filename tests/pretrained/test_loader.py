@@ -12,9 +12,9 @@ import pytest
 
 import vlm_jax
 from tests.golden.conftest import DATA
+from vlm_jax.checkpoints import release
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
-from vlm_jax.checkpoints import release
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.family import PretrainedError, find_prefix, one_side, square_root
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh

@@ -11,13 +11,13 @@ import pytest
 import tokenizers
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
+from vlm_jax.pretrained.processing.agreement import check_agreement, num_learned_rows
 
 import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.pretrained import language
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing import PROCESSORS, text
-from vlm_jax.pretrained.processing.agreement import check_agreement, num_learned_rows
 from vlm_jax.pretrained.processing.llava import canvases
 from vlm_jax.pretrained.processing.settings import image_settings, video_pixels
 from vlm_jax.processors.pixels import Pixels

@@ -89,7 +89,7 @@ def test_images_of_a_sequence_are_embedded_as_each_by_itself(kind):
     pair = sample(3, (24, 24), (60, 17))
     batch = system.processor.prompt(pair)
     model, params = system.model, nn.meta.unbox(system.init(jax.random.key(0)))
-    embedded, segments, _ = jax.jit(lambda p, b: model.apply({"params": p}, b, method="embed"))(params, batch)
+    embedded, segments, *_ = jax.jit(lambda p, b: model.apply({"params": p}, b, method="embed"))(params, batch)
     assert (segments == batch.segment_ids).all()
     start = 1 + int(np.argmax(batch.tokens[0] == system.processor.tokenizer.bos_id))
     run = jax.jit(lambda p, x: model.apply({"params": p}, flat_images(x), method="visual_tokens"))

@@ -5,6 +5,9 @@ The contract, which `tests/contracts/test_connectors.py` holds every entry of `C
 - a Linen module with the fields `features` (the decoder's width), `dtype` and `param_dtype`;
 - `num_tokens(grid) -> int`, pure Python, callable before `init`; raises `InfeasibleGrid` for a
   grid that the kind cannot take;
+- `token_grid(grid) -> Grid | None`, likewise: rows and columns of the tokens, each of which stands for its block of
+  features; None where a token has no place, as a learned query. Of packed features, whose grid is
+  (block, N // block), the grid has as many tokens and says how large a block each stands for;
 - `for_budget(budget, grid) -> dict`, a class method that solves the kind's own fields so that
   `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets; settings
   that the solution depends on are keyword arguments with a default, and come back among the fields;

@@ -37,6 +37,10 @@ class HybridMlp(nn.Module):
         """As many as there are features of one encoder."""
         return grid[0] * grid[1]
 
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """That of the features."""
+        return grid
+
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
         """No field to solve; the budget must be the number of features."""

@@ -92,6 +92,10 @@ class LDP(nn.Module):
         """Places of the last convolution."""
         return -(-grid[0] // self.stride) * -(-grid[1] // self.stride)
 
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """Rows and columns of those places."""
+        return -(-grid[0] // self.stride), -(-grid[1] // self.stride)
+
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
         """The smallest step that leaves `budget` places."""

@@ -62,6 +62,11 @@ class Matryoshka(nn.Module):
         with _by_name():
             return self._member(self.token_budget).num_tokens(grid)
 
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """That of the inner connector at `token_budget`."""
+        with _by_name():
+            return self._member(self.token_budget).token_grid(grid)
+
     @classmethod
     def for_budget(
         cls,

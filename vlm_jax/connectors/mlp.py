@@ -38,6 +38,10 @@ class MlpConnector(nn.Module):
         """As many as there are features."""
         return grid[0] * grid[1]
 
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """That of the features."""
+        return grid
+
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
         """No field to solve; the budget must be the number of features."""

@@ -1,4 +1,4 @@
-"""The ways in which kinds meet a budget: each gives `num_tokens` and `for_budget` to the kinds that share it.
+"""The ways in which kinds meet a budget: each gives `num_tokens`, `token_grid` and `for_budget` to its kinds.
 
 A kind names itself as in `CONNECTORS` by the class attribute `kind`, and holds the field that is solved.
 """
@@ -19,6 +19,11 @@ class OutputGrid:
         """Rows times columns of `output_grid`, whatever the grid."""
         del grid
         return self.output_grid[0] * self.output_grid[1]
+
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """`output_grid`, whatever the grid."""
+        del grid
+        return self.output_grid
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
@@ -45,6 +50,10 @@ class WholeSquares:
             )
         return grid[0] * grid[1] // self.factor**2
 
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """Rows and columns of squares."""
+        return grid[0] // self.factor, grid[1] // self.factor
+
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
         """The factor that leaves `budget` squares."""
@@ -63,6 +72,10 @@ class CoveringSquares:
     def num_tokens(self, grid: Grid) -> int:
         """Squares of the grid, those at its edges included."""
         return -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
+
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """Rows and columns of squares, those at the edges included."""
+        return -(-grid[0] // self.factor), -(-grid[1] // self.factor)
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
@@ -84,6 +97,11 @@ class Queries:
         """The number of queries that are used, whatever the grid."""
         del grid
         return self.num_used or self.num_queries
+
+    def token_grid(self, grid: Grid) -> Grid | None:
+        """None: a query has no place."""
+        del grid
+        return None
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class Cache:
       segment_ids: segment of each slot; 0 where a slot is empty or padding.
       length: slots written so far.
       rest: that of the layers behind a drop of visual tokens, which has fewer slots; None where these are all.
+      position_shift: of layers behind a drop that numbers positions anew, by how much positions of what follows are
+        smaller there; else None.
       prompt_length: positions of every row's prompt, 0 before there is one; None where nothing depends on it.
       is_empty: nothing is written yet, which a program is compiled for: a prompt then attends to itself alone.
     """
@@ -32,6 +34,7 @@ class Cache:
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
     rest: "Cache | None" = None
+    position_shift: Int[Array, "B"] | None = None
     prompt_length: Int[Array, "B"] | None = None
     is_empty: bool = static_field(default=False)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.decoders.rotary import no_prompt, rotary_angles
+from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
@@ -18,7 +18,8 @@ from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.router import Scoring, Selection
-from vlm_jax.types import Positions
+from vlm_jax.layers.scan import LOSSES
+from vlm_jax.types import Drop, Positions, VisualPlaces
 
 # Fields that are not read: those of the other attention, and of groups that no selection is by.
 _OF_LATENT = ("query_latent_dim", "content_dim", "rope_dim", "value_dim", "logit_scale", "attention_bias")
@@ -26,7 +27,7 @@ _OF_PLAIN = ("num_kv_heads",)
 _OF_GROUPS = ("num_groups", "num_selected_groups")
 
 
-class Deepseek(nn.Module):
+class Deepseek(DropsTokens, nn.Module):
     """A causal language model over embeddings whose feed-forwards are mixtures of experts.
 
     Layers of one kind that follow one another are one stack, scanned over depth: the dense ones in front, and
@@ -55,6 +56,7 @@ class Deepseek(nn.Module):
       rope: how positions become rotary angles.
       norm_epsilon: epsilon of the blocks' RMSNorms and the last.
       tie_embeddings: logits by the embedding table instead of a head of their own.
+      drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -96,6 +98,7 @@ class Deepseek(nn.Module):
     rope: Rope = Rope()
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = False
+    drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -174,20 +177,17 @@ class Deepseek(nn.Module):
         """Looks token ids up."""
         return self.embedding(tokens)
 
-    def init_cache(self, batch_size: int, length: int, dtype: Any = None) -> Cache:
-        """An empty cache for `length` positions a row, in `dtype` when given: of latents, or of keys and values."""
-        dtype = dtype or self.dtype
+    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> tuple[LayerCache, ...]:
+        """Latents, or keys and values, of layers `start` to `stop` - 1, a stack for each of the decoder's."""
 
         def empty(depth: int) -> LayerCache:
-            rows = (depth, batch_size, length)
+            rows = (depth, batch_size, slots)
             if self.latent_dim is not None:
                 sizes = (self.latent_dim, self.rope_dim)
                 return LatentKeyValue(*(jnp.zeros((*rows, size), dtype) for size in sizes))
-            return KeyValue.empty(*rows, self.num_kv_heads or self.num_heads, self._rope_dim(), dtype)
+            return KeyValue.empty(*rows, self.num_kv_heads or self.num_heads, self.rotary_dim(), dtype)
 
-        layers = tuple(empty(stop - start) for _, start, stop in self.stacks())
-        cache = Cache.empty(layers, batch_size, length)
-        return dataclasses.replace(cache, prompt_length=no_prompt(self.rope, batch_size))
+        return tuple(empty(min(stop, b) - max(start, a)) for _, a, b in self.stacks() if a < stop and b > start)
 
     def __call__(
         self,
@@ -196,30 +196,39 @@ class Deepseek(nn.Module):
         segment_ids: Int[Array, "B T"],
         cache: Cache | None = None,
         branch_ids: Int[Array, "B T"] | None = None,
+        places: VisualPlaces | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Runs T positions, after those in the cache when there is one.
 
-        `branch_ids` is for sequences without a cache; see `types.Batch`.
+        `branch_ids` is for sequences without a cache; see `types.Batch`. With `places` visual tokens are
+        dropped on the way, at `drops`; the cache is then an empty one that was made for them.
 
         Returns:
-          Normalised hidden states, and the cache with T more slots written.
+          Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
+
+        Raises:
+          ValueError: tokens are dropped where the experts' balance loss is asked for.
         """
-        angles, cache = rotary_angles(self.rope, positions, segment_ids, self._rope_dim(), cache)
-        context = Context("causal", segment_ids, segment_ids, branch_ids, angles, magnitude=self.rope.magnitude)
-        if cache is not None:
-            context = dataclasses.replace(context, key_segments=cache.key_segments(segment_ids), branches=None)
-        x, written = embeddings, []
-        for number, (name, _, _) in enumerate(self.stacks()):
-            layers = None if cache is None else cache.readable[number]
-            x, layers, _ = getattr(self, name)(x, context, cache=layers)
-            written.append(layers)
-        return self.final_norm(x), None if cache is None else cache.with_written(tuple(written), segment_ids)
+        asked = self.is_mutable_collection(LOSSES) and not self.is_initializing()
+        if places is not None and asked and self.balance_weight:
+            raise ValueError(
+                "a decoder with experts gives no balance loss where visual tokens are dropped between its layers; set "
+                "config.decoder.balance_weight to 0, or choose a reducer that acts before the decoder"
+            )
+        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places)
+        x = self.final_norm(rows.x)
+        return x if places is None else restore(x, rows, embeddings.shape[1]), cache
+
+    def context(self, rows: Rows) -> Context:
+        """That of a sequence without a cache."""
+        segments = rows.segment_ids
+        return Context("causal", segments, segments, rows.branch_ids, rows.angles, magnitude=self.rope.magnitude)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Vocabulary logits in float32."""
         out = self.embedding.attend(hidden) if self.tie_embeddings else self.head(hidden)
         return out.astype(jnp.float32)
 
-    def _rope_dim(self) -> int:
+    def rotary_dim(self) -> int:
         """Coordinates of a head that turn; all of them in plain attention."""
         return self.rope_dim if self.latent_dim is not None else self.width // self.num_heads

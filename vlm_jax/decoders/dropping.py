@@ -1,10 +1,22 @@
 """Dropping visual tokens between a decoder's layers: rows get shorter, by a number that is known."""
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vlm_jax.types import PADDING_SEGMENT, VisualPlaces, struct
+from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
+from vlm_jax.layers.attention import Context
+from vlm_jax.layers.block import LayerCache, TransformerStack
+from vlm_jax.layers.rope import Rope
+from vlm_jax.layers.saliency import Heads, attention_saliency
+from vlm_jax.types import PADDING_SEGMENT, Drop, Positions, VisualPlaces, struct
 
 
 @struct
@@ -13,6 +25,8 @@ class Rows:
 
     Attributes:
       x: activations.
+      positions: rotary positions.
+      lengths: of the sequence that each position is in, where the rotary scaling goes by it, else None.
       angles: rotary angles.
       query_scale: factor of its queries, or None.
       segment_ids, branch_ids: as in `Batch`.
@@ -20,6 +34,8 @@ class Rows:
     """
 
     x: Float[Array, "B T D"]
+    positions: Positions
+    lengths: Int[Array, "B T"] | None
     angles: Float[Array, "B T half"]
     query_scale: Float[Array, "B T"] | None
     segment_ids: Int[Array, "B T"]
@@ -27,41 +43,93 @@ class Rows:
     index: Int[Array, "B T"]
 
 
-def num_dropped(places: VisualPlaces, num_kept: int) -> int:
-    """Positions by which a row gets shorter when `num_kept` tokens of each image are left."""
+def lengths_left(places: VisualPlaces, drops: Sequence[Drop]) -> list[int]:
+    """Positions of a row behind each drop.
+
+    Raises:
+      ValueError: `places.lengths` are those of another number of drops.
+    """
+    if places.lengths:
+        if len(places.lengths) != len(drops):
+            raise ValueError(f"places.lengths: expected one for each of {len(drops)} drops, got {places.lengths}")
+        return list(places.lengths)
     images, tokens = places.index.shape[1:]
-    return images * (tokens - num_kept)
+    return [places.ranking.shape[1] - images * (tokens - drop.num_left(tokens)) for drop in drops]
 
 
-def drop(rows: Rows, places: VisualPlaces, saliency: Float[Array, "B T"], num_kept: int) -> tuple[Rows, VisualPlaces]:
-    """Keeps of every image the `num_kept` tokens with most attention, and everything that is no visual token.
+def first_counts(places: VisualPlaces) -> Int[Array, "B I"]:
+    """Tokens of every image that have a place."""
+    return jnp.sum(places.index < places.ranking.shape[1], axis=-1)
 
-    Tokens stay in order; of equal ones the first is kept; padding goes before any real token. A row in which
-    tokens have no place loses padding in their stead, of which it must have as much.
+
+def drop(
+    rows: Rows,
+    places: VisualPlaces,
+    saliency: Float[Array, "B T"],
+    coming: Drop,
+    counts: Int[Array, "B I"],
+    length: int,
+) -> tuple[Rows, VisualPlaces]:
+    """Keeps of every image the tokens with most attention, and everything that is no visual token.
+
+    Tokens stay in order; of equal ones the first is kept; padding goes before any real token.
 
     Args:
       rows: T positions.
       places: where the tokens stand, and what must stay.
       saliency: attention that each position gets.
-      num_kept: at most as many as an image has.
+      coming: says how many tokens of an image are left.
+      counts: tokens that each image had before the first drop.
+      length: positions that are left of a row. A row that loses fewer tokens loses padding, of which it must have
+        as much.
 
     Returns:
-      Rows of T - num_dropped(places, num_kept) positions, and the places in them.
+      Rows of `length` positions, and the places in them.
     """
-    batch, length = saliency.shape
+    batch, before = saliency.shape
     row = jnp.arange(batch)[:, None, None]
     value = jnp.where(rows.segment_ids == PADDING_SEGMENT, -1.0, jax.lax.stop_gradient(saliency))
     value = jnp.where(places.ranking, jnp.inf, value)
     value = jnp.pad(value, ((0, 0), (0, 1)), constant_values=-2.0)  # of a token without a place
-    best = jnp.sort(jax.lax.top_k(value[row, places.index], num_kept)[1], axis=-1)
-    kept = jnp.take_along_axis(places.index, best, axis=-1)
-    lost = jnp.zeros((batch, length + 1), bool).at[row, places.index].set(True).at[row, kept].set(False)[:, :length]
+    # The first drop is given all tokens of an image and any later one fewer; the table is of first numbers.
+    table = np.asarray([coming.num_left(count) for count in range(before + 1)], np.int32)
+    tokens = places.index.shape[2]
+    most = tokens if coming.share is not None else min(coming.num_kept, tokens)
+    best = jax.lax.top_k(value[row, places.index], most)[1]
+    number = jnp.minimum(jnp.asarray(table)[jnp.minimum(counts, before)], tokens)
+    best = jnp.sort(jnp.where(jnp.arange(most)[None, None] < number[..., None], best, tokens), axis=-1)
+    index = jnp.pad(places.index, ((0, 0), (0, 0), (0, 1)), constant_values=before)
+    kept = jnp.take_along_axis(index, best, axis=-1)
+    lost = jnp.zeros((batch, before + 1), bool).at[row, places.index].set(True).at[row, kept].set(False)[:, :before]
     going = jnp.where(lost, 2, jnp.where(rows.segment_ids == PADDING_SEGMENT, 1, 0))
-    left = jnp.sort(jnp.argsort(going, axis=1)[:, : length - num_dropped(places, num_kept)], axis=1)
+    left = jnp.sort(jnp.argsort(going, axis=1)[:, :length], axis=1)
 
-    moved = jnp.full((batch, length + 1), left.shape[1]).at[row[..., 0], left].set(jnp.arange(left.shape[1])[None])
+    moved = jnp.full((batch, before + 1), length).at[row[..., 0], left].set(jnp.arange(length)[None])
     shorter = jax.tree.map(lambda leaf: _take(leaf, left), rows)
     return shorter, VisualPlaces(moved[row, kept], _take(places.ranking, left))
+
+
+def renumbered(rows: Rows) -> Rows:
+    """The rows with positions that count from 0 in every segment, on all axes; 0 for padding.
+
+    A position of a branch comes behind those of branch 0 and of its own that are before it.
+    """
+    segments = rows.segment_ids
+    earlier = jnp.tri(segments.shape[1], k=-1, dtype=bool)[None]
+    earlier &= segments[:, :, None] == segments[:, None, :]
+    if rows.branch_ids is not None:
+        keys = rows.branch_ids[:, None, :]
+        earlier &= (keys == 0) | (keys == rows.branch_ids[:, :, None])
+    numbers = jnp.where(segments == PADDING_SEGMENT, 0, earlier.sum(axis=2))
+    if rows.positions.ndim == 3:
+        numbers = jnp.broadcast_to(numbers[..., None], rows.positions.shape)
+    return dataclasses.replace(rows, positions=numbers.astype(rows.positions.dtype))
+
+
+def next_position(positions: Positions, segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
+    """1 + the largest position of every row, padding left out."""
+    flat = positions if positions.ndim == 2 else positions.max(axis=-1)
+    return 1 + jnp.max(jnp.where(segment_ids == PADDING_SEGMENT, -1, flat), axis=1)
 
 
 def restore(x: Float[Array, "B T D"], rows: Rows, length: int) -> Float[Array, "B S D"]:
@@ -72,3 +140,160 @@ def restore(x: Float[Array, "B T D"], rows: Rows, length: int) -> Float[Array, "
 
 def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(leaf, index.reshape(*index.shape, *(1,) * (leaf.ndim - 2)), axis=1)
+
+
+class DropsTokens:
+    """A decoder's run through its layers, with drops of visual tokens between them.
+
+    It gives `init_cache` and `run_layers`. A decoder that shares it names its stacks of blocks in `stacks`, and says
+    what a row's attention needs in `context`.
+    """
+
+    depth: int
+    rope: Rope
+    drops: tuple[Drop, ...]
+    dtype: Any
+
+    def stacks(self) -> list[tuple[str, int, int]]:
+        """(name, first layer, last layer + 1) of every stack of blocks, one behind the other."""
+        raise NotImplementedError
+
+    def rotary_dim(self) -> int:
+        """Coordinates of a head that turn."""
+        raise NotImplementedError
+
+    def context(self, rows: Rows) -> Context:
+        """That of a sequence without a cache."""
+        raise NotImplementedError
+
+    def query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
+        """Factor of every query, or None."""
+        del positions
+
+    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> LayerCache:
+        """What is cached of layers `start` to `stop` - 1: a stack, or a tuple of those."""
+        raise NotImplementedError
+
+    def init_cache(self, batch_size: int, length: int, dtype: Any = None, places: VisualPlaces | None = None) -> Cache:
+        """An empty cache for `length` positions a row; layers behind a drop hold fewer.
+
+        `dtype` is the decoder's when None; `places` are those of the prompt that it is for.
+        """
+        drops = () if places is None else self.drops
+        whole = 0 if places is None else places.ranking.shape[1]
+        left = [whole, *([] if places is None else lengths_left(places, drops))]
+        parts = []
+        for number, (start, stop) in enumerate(_spans(drops, self.depth)):
+            slots = length - (whole - left[number])
+            dtype = self.dtype if dtype is None else dtype
+            part = Cache.empty(self.empty_layers(start, stop, batch_size, slots, dtype), batch_size, slots)
+            if any(drop.renumbers for drop in drops[:number]):
+                part = dataclasses.replace(part, position_shift=jnp.zeros(batch_size, jnp.int32))
+            parts.append(part)
+        parts[0] = dataclasses.replace(parts[0], prompt_length=no_prompt(self.rope, batch_size))
+        return Cache.chained(parts)
+
+    def run_layers(
+        self,
+        embeddings: Float[Array, "B T D"],
+        positions: Positions,
+        segment_ids: Int[Array, "B T"],
+        cache: Cache | None,
+        branch_ids: Int[Array, "B T"] | None,
+        places: VisualPlaces | None,
+    ) -> tuple[Rows, Cache | None]:
+        """All layers: what is left of the rows, and the cache with it written."""
+        every = jnp.broadcast_to(jnp.arange(embeddings.shape[1])[None], segment_ids.shape)
+        lengths, cache = rotary_lengths(self.rope, positions, segment_ids, cache)
+        angles = self.rope.angles(positions, self.rotary_dim(), lengths)
+        scale = self.query_scale(positions)
+        rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every)
+        drops = () if places is None else self.drops
+        left = [] if places is None else lengths_left(places, drops)
+        counts = None if places is None else first_counts(places)
+        spans = _spans(drops, self.depth) if cache is None else _spans_of(cache)
+        following, shift = next_position(positions, segment_ids), None
+        written: list[Cache] = []
+        for number, (start, stop) in enumerate(spans):
+            coming = drops[number] if number < len(drops) else None
+            part = None if cache is None else cache.parts[number]
+            if part is not None and part.position_shift is not None:
+                if part.is_empty:
+                    part = dataclasses.replace(part, position_shift=shift)
+                else:
+                    shift_of = part.position_shift.reshape(-1, *(1,) * (positions.ndim - 1))
+                    rows = self._turned(dataclasses.replace(rows, positions=positions - shift_of))
+            x, part, heads = self._span(rows, part, start, stop, coming)
+            rows = dataclasses.replace(rows, x=x)
+            if part is not None:
+                written.append(part)
+            if coming is not None and places is not None and heads is not None and counts is not None:
+                stack, layer = self._stack_of(coming.ranked_by)
+                context = stack.context_of(layer, self.context(rows))
+                saliency = attention_saliency(heads, context, places.ranking.astype(jnp.float32))
+                rows, places = drop(rows, places, saliency, coming, counts, left[number])
+                if coming.renumbers:
+                    rows = self._turned(renumbered(rows))
+                    shift = following - next_position(rows.positions, rows.segment_ids)
+        return rows, Cache.chained(written) if written else None
+
+    def _turned(self, rows: Rows) -> Rows:
+        """The rows with the angles and the factors of their positions."""
+        angles = self.rope.angles(rows.positions, self.rotary_dim(), rows.lengths)
+        return dataclasses.replace(rows, angles=angles, query_scale=self.query_scale(rows.positions))
+
+    def _stack_of(self, layer: int) -> tuple[TransformerStack, int]:
+        """The stack that a layer is in, and its number there."""
+        return next(
+            (getattr(self, name), layer - start) for name, start, stop in self.stacks() if start <= layer < stop
+        )
+
+    def _span(
+        self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None, Heads | None]:
+        """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the drop that comes."""
+        context, heads, x = self.context(rows), None, rows.x
+        held: tuple[Any, ...] = ()
+        if cache is not None:
+            context = dataclasses.replace(context, key_segments=cache.key_segments(rows.segment_ids), branches=None)
+            held = _as_tuple(cache.readable)
+        pieces = [(name, max(start, a), min(stop, b), a, b) for name, a, b in self.stacks() if a < stop and b > start]
+        written = []
+        for number, (name, first, last, a, b) in enumerate(pieces):
+            stack: TransformerStack = getattr(self, name)
+            own = held[number] if held else None
+            if coming is not None and coming.ranked_by == last - 1 == stop - 1:
+                head, tail = (None, None) if own is None else (own.part(0, -1), own.part(-1, None))
+                x, head = stack.run(x, context, first - a, last - 1 - a, cache=head)
+                x, tail, heads = stack.attend(x, context, last - 1 - a, cache=tail)
+                x = stack.feed_forward(x, last - 1 - a)
+                own = tail if head is None or tail is None else head.joined(tail)
+            elif (first, last) == (a, b):
+                x, own, _ = stack(x, context, cache=own)
+            else:
+                x, own = stack.run(x, context, first - a, last - a, cache=own)
+            written.append(own)
+        if coming is not None and heads is None:
+            stack, layer = self._stack_of(coming.ranked_by)
+            heads = stack.attend(x, self.context(rows), layer)[2]
+        if cache is not None:  # of a span without layers there is nothing to write
+            segments = rows.segment_ids
+            fresh = tuple(written) if _as_tuple(cache.layers) is cache.layers else next(iter(written), None)
+            cache = cache.with_written(fresh, segments) if written else cache.with_segments(segments)
+        return x, cache, heads
+
+
+def _spans(drops: Sequence[Drop], depth: int) -> list[tuple[int, int]]:
+    """First and last + 1 of the layers between drops."""
+    return list(itertools.pairwise((0, *(drop.layer for drop in drops), depth)))
+
+
+def _spans_of(cache: Cache) -> list[tuple[int, int]]:
+    """First and last + 1 of the layers of every part of a cache."""
+    counts = (sum(stack[0].shape[0] for stack in _as_tuple(part.layers)) for part in cache.parts)
+    return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
+
+
+def _as_tuple(layers: LayerCache) -> tuple[Any, ...]:
+    """The stacks of a cache."""
+    return (layers,) if hasattr(layers, "SLOTS") else layers

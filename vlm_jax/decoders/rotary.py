@@ -1,9 +1,9 @@
-"""Rotary angles of a decoder's positions, by the length of their sequence where the scaling wants it."""
+"""Lengths of a decoder's sequences, for rotary scalings that go by them."""
 
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.layers.rope import Rope, sequence_lengths
@@ -15,20 +15,20 @@ def no_prompt(rope: Rope, batch_size: int) -> Int[Array, "B"] | None:
     return jnp.zeros(batch_size, jnp.int32) if rope.by_prompt else None
 
 
-def rotary_angles(
-    rope: Rope, positions: Positions, segment_ids: Int[Array, "B T"], head_dim: int, cache: Cache | None
-) -> tuple[Float[Array, "B T half"], Cache | None]:
-    """Angles of T positions, after those in the cache when there is one.
+def rotary_lengths(
+    rope: Rope, positions: Positions, segment_ids: Int[Array, "B T"], cache: Cache | None
+) -> tuple[Int[Array, "B T"] | None, Cache | None]:
+    """Lengths of the sequences that T positions are in, after those in the cache when there is one.
 
     Args:
       rope: the settings.
       positions: of each place, on one axis or three.
       segment_ids: as in `Batch`.
-      head_dim: coordinates of a head that turn.
       cache: what comes before, or None.
 
     Returns:
-      Angles in radians, and the cache, which from its first call on knows the length of the prompt.
+      The lengths where the scaling wants them, else None; and the cache, which from its first call on knows the
+      length of the prompt.
     """
     lengths = None
     if rope.by_length:
@@ -38,4 +38,4 @@ def rotary_angles(
             longest = jnp.where(cache.prompt_length == 0, longest, cache.prompt_length)
             cache = dataclasses.replace(cache, prompt_length=longest)
             lengths = jnp.broadcast_to(longest[:, None], lengths.shape)
-    return rope.angles(positions, head_dim, lengths), cache
+    return lengths, cache

@@ -1,7 +1,5 @@
 """The decoder-only transformer of the Llama family: RoPE, grouped heads, RMSNorm, SwiGLU."""
 
-import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -11,18 +9,16 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.decoders.dropping import Rows, drop, num_dropped, restore
-from vlm_jax.decoders.rotary import no_prompt, rotary_angles
+from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
-from vlm_jax.layers.saliency import Heads, attention_saliency
 from vlm_jax.types import Drop, Positions, VisualPlaces
 
 
-class Transformer(nn.Module):
+class Transformer(DropsTokens, nn.Module):
     """A causal language model over embeddings, so that visual tokens can stand among the text.
 
     Attributes:
@@ -108,18 +104,13 @@ class Transformer(nn.Module):
         """Looks token ids up."""
         return self.embedding(tokens)
 
-    def init_cache(self, batch_size: int, length: int, dtype: Any = None, places: VisualPlaces | None = None) -> Cache:
-        """An empty cache for `length` positions a row; layers behind a drop hold fewer.
+    def stacks(self) -> list[tuple[str, int, int]]:
+        """One, of all layers."""
+        return [("blocks", 0, self.depth)]
 
-        `dtype` is the decoder's when None; `places` are those of the prompt that it is for.
-        """
-        parts = []
-        for (start, stop), dropped in zip(self._spans(places), self._dropped(places), strict=True):
-            slots, dtype = length - dropped, self.dtype if dtype is None else dtype
-            layers = KeyValue.empty(stop - start, batch_size, slots, self.num_kv_heads, self._head_dim, dtype)
-            parts.append(Cache.empty(layers, batch_size, slots))
-        parts[0] = dataclasses.replace(parts[0], prompt_length=no_prompt(self.rope, batch_size))
-        return Cache.chained(parts)
+    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> KeyValue:
+        """Keys and values of layers `start` to `stop` - 1."""
+        return KeyValue.empty(stop - start, batch_size, slots, self.num_kv_heads, self.rotary_dim(), dtype)
 
     def __call__(
         self,
@@ -138,53 +129,11 @@ class Transformer(nn.Module):
         Returns:
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
         """
-        length = embeddings.shape[1]
-        every = jnp.broadcast_to(jnp.arange(length)[None], segment_ids.shape)
-        angles, cache = rotary_angles(self.rope, positions, segment_ids, self._head_dim, cache)
-        rows = Rows(embeddings, angles, self._query_scale(positions), segment_ids, branch_ids, every)
-        drops = () if places is None else self.drops
-        spans = self._spans(places) if cache is None else _spans_of(cache)
-        written: list[Cache] = []
-        for number, (start, stop) in enumerate(spans):
-            coming = drops[number] if number < len(drops) else None
-            part = None if cache is None else cache.parts[number]
-            x, part, heads = self._span(rows, part, start, stop, coming)
-            rows = dataclasses.replace(rows, x=x)
-            if part is not None:
-                written.append(part)
-            if coming is not None and places is not None and heads is not None:
-                context = self.blocks.context_of(coming.ranked_by, self._context(rows))
-                saliency = attention_saliency(heads, context, places.ranking.astype(jnp.float32))
-                rows, places = drop(rows, places, saliency, coming.num_kept)
+        rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places)
         x = self.final_norm(rows.x)
-        return (restore(x, rows, length) if drops else x), Cache.chained(written) if written else None
+        return x if places is None else restore(x, rows, embeddings.shape[1]), cache
 
-    def _span(
-        self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None, Heads | None]:
-        """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the drop that comes."""
-        context, heads, layers = self._context(rows), None, None
-        if cache is not None:
-            context = dataclasses.replace(context, key_segments=cache.key_segments(rows.segment_ids), branches=None)
-            layers = cache.readable
-        if (start, stop) == (0, self.depth):
-            x, layers, _ = self.blocks(rows.x, context, cache=layers)
-        elif coming is None or coming.ranked_by == stop:
-            x, layers = self.blocks.run(rows.x, context, start, stop, cache=layers)
-        else:
-            first, last = (None, None) if layers is None else (layers.part(0, -1), layers.part(-1, None))
-            x, first = self.blocks.run(rows.x, context, start, stop - 1, cache=first)
-            x, last, heads = self.blocks.attend(x, context, stop - 1, cache=last)
-            x = self.blocks.feed_forward(x, stop - 1)
-            layers = last if first is None or last is None else first.joined(last)
-        if coming is not None and heads is None:
-            heads = self.blocks.attend(x, self._context(rows), coming.ranked_by)[2]
-        if cache is not None:  # of a span without layers there is nothing to write
-            segments = rows.segment_ids
-            cache = cache.with_segments(segments) if layers is None else cache.with_written(layers, segments)
-        return x, cache, heads
-
-    def _context(self, rows: Rows) -> Context:
+    def context(self, rows: Rows) -> Context:
         """That of a sequence without a cache."""
         return Context(
             "causal",
@@ -196,33 +145,18 @@ class Transformer(nn.Module):
             query_scale=rows.query_scale,
         )
 
-    def _query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
+    def query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
         """Source: Su 2023 (log-n scaling); Bai et al. 2023 (Qwen), section 2.4."""
         if self.log_length is None:
             return None
         places = (positions if positions.ndim == 2 else positions.max(axis=-1)) + 1
         return jnp.log(jnp.maximum(places, self.log_length).astype(jnp.float32)) / math.log(self.log_length)
 
-    @property
-    def _head_dim(self) -> int:
+    def rotary_dim(self) -> int:
+        """Coordinates of a head, all of which turn."""
         return self.head_dim or self.width // self.num_heads
-
-    def _spans(self, places: VisualPlaces | None) -> list[tuple[int, int]]:
-        """First and last + 1 of the layers between drops."""
-        drops = () if places is None else self.drops
-        return list(itertools.pairwise((0, *(drop.layer for drop in drops), self.depth)))
-
-    def _dropped(self, places: VisualPlaces | None) -> list[int]:
-        """Positions that are missing in each span."""
-        return [0] + ([] if places is None else [num_dropped(places, drop.num_kept) for drop in self.drops])
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Vocabulary logits in float32."""
         out = self.embedding.attend(hidden) if self.tie_embeddings else self.head(hidden)
         return out.astype(jnp.float32)
-
-
-def _spans_of(cache: Cache) -> list[tuple[int, int]]:
-    """First and last + 1 of the layers of every part of a cache."""
-    counts = itertools.accumulate((part.layers.key.shape[0] for part in cache.parts), initial=0)
-    return list(itertools.pairwise(counts))

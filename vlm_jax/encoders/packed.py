@@ -1,5 +1,6 @@
 """What the encoders of packed patches share: blocks, the check of their inputs, their grid and their output."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.block import RematPolicy
 from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
-from vlm_jax.layers.windowed_stack import WindowedStack, restore_order
+from vlm_jax.layers.windowed_stack import Saliency, WindowedStack, restore_order
 from vlm_jax.types import PADDING_SEGMENT, Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
@@ -40,6 +41,7 @@ class PackedTrunk(nn.Module, kw_only=True):
         the last block. Blocks behind it are not built. None runs the whole model.
       use_rope: turns queries and keys with row and column.
       rope_theta: base of the rotary wavelengths.
+      saliency: as in `WindowedStack`. For reducers; `build` sets it.
       remat: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -62,6 +64,7 @@ class PackedTrunk(nn.Module, kw_only=True):
     select_layer: int | None = None
     use_rope: bool = True
     rope_theta: float = 10_000.0
+    saliency: Saliency = "none"
     remat: RematPolicy = "none"
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -121,11 +124,19 @@ class PackedTrunk(nn.Module, kw_only=True):
                 "param_dtype": self.param_dtype,
             },
             full_layers=None if self.full_layers is None else tuple(i for i in self.full_layers if i < depth),
+            saliency=self.saliency,
             remat=self.remat,
             name="blocks",
         )
-        x, hidden = stack(x, packed, angles, collect=collect)
-        return packed_features(x, packed, hidden, block=self.merge_size)
+        x, hidden, attended = stack(x, packed, angles, collect=collect)
+        found = packed_features(x, packed, hidden, block=self.merge_size)
+        if attended is None:
+            return found
+        batch, count, heads, dim = attended.keys.shape
+        keys = restore_order(attended.keys.reshape(batch, count, -1), packed).reshape(batch, count, heads, dim)
+        return dataclasses.replace(
+            found, saliency=restore_order(attended.saliency[..., None], packed)[..., 0], keys=keys
+        )
 
 
 def patches_in_blocks(height: int, width: int, patch_size: int, merge_size: int) -> Grid:

@@ -12,7 +12,7 @@ from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
-from vlm_jax.layers.saliency import attention_saliency
+from vlm_jax.layers.saliency import attention_saliency, segment_saliency
 from vlm_jax.layers.token_merging import run_merging
 from vlm_jax.types import Grid, VisualFeatures
 
@@ -49,8 +49,10 @@ class Trunk(nn.Module, kw_only=True):
       projection_dim: width of a linear layer behind that, or None.
       projection_bias: a bias on it.
       saliency: whether features come with the attention that they get in the last block that is built:
-        the mean over its `heads`, or that of all heads `joined` into one. For reducers; `build` sets it.
+        the mean over its `heads`, or that of all heads `joined` into one; from the class token, or the mean over the
+        tokens of the same image where there is none. For reducers; `build` sets it.
       merged: tokens that every block merges, for the reducer ToMe; `build` sets it. None are where it is empty.
+      merging: whether what is left stands in order, or as ToMe's release leaves it.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -78,6 +80,7 @@ class Trunk(nn.Module, kw_only=True):
     projection_bias: bool = False
     saliency: Literal["none", "heads", "joined"] = "none"
     merged: tuple[int, ...] = ()
+    merging: Literal["exact", "as_released"] = "exact"
     remat: RematPolicy = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -148,12 +151,14 @@ class Trunk(nn.Module, kw_only=True):
             **settings,
         }
         stack = TransformerStack(self.num_blocks, block, self.remat, self.unroll, name="blocks")
-        hidden, saliency, keys = x[None], None, None
+        hidden, saliency, keys, kept = x[None], None, None, None
         if self.merged or self.saliency != "none":
             self._check_looked_into(collect)
         if self.merged:
-            tokens = run_merging(stack, x, segments, self.merged, num_prefix=num_prefix)
+            released = self.merging == "as_released"
+            tokens = run_merging(stack, x, segments, self.merged, num_prefix=num_prefix, released=released)
             x, segments, grid = tokens.x, tokens.segments, (1, tokens.x.shape[1] - num_prefix)
+            kept = tokens.place[:, num_prefix:] - num_prefix
         elif self.saliency != "none":
             x, saliency, keys = self._run_looked_into(stack, x, Context("full", segments, segments), num_prefix)
         elif self.num_blocks:
@@ -167,7 +172,8 @@ class Trunk(nn.Module, kw_only=True):
             x = self._represent(x)
         else:
             pooled = self._represent(pooled)
-        if num_prefix and self.keep_class_token:
+        prefix_left = num_prefix if self.keep_class_token else 0
+        if prefix_left:
             grid = (1, x.shape[1])
         elif num_prefix:
             x, levels = x[:, num_prefix:], [level[:, num_prefix:] for level in levels]
@@ -176,7 +182,16 @@ class Trunk(nn.Module, kw_only=True):
         hidden = hidden if collect else None
         side_by_side = jnp.concatenate(levels, axis=-1) if levels else None
         return VisualFeatures(
-            x, mask, grid, pooled=pooled, hidden=hidden, levels=side_by_side, saliency=saliency, keys=keys
+            x,
+            mask,
+            grid,
+            pooled=pooled,
+            hidden=hidden,
+            levels=side_by_side,
+            saliency=saliency,
+            keys=keys,
+            kept=kept,
+            num_prefix=prefix_left,
         )
 
     def _level_numbers(self) -> tuple[int, ...]:
@@ -199,26 +214,28 @@ class Trunk(nn.Module, kw_only=True):
         return numbers
 
     def _check_looked_into(self, collect: bool) -> None:
-        if collect or self.levels or self.keep_class_token or not self.num_blocks:
+        if collect or self.levels or (self.keep_class_token and self.merged) or not self.num_blocks:
             raise ValueError(
-                "a reducer that looks into the encoder wants blocks, and features of patches alone: with `saliency` "
-                "or `merged`, leave out `collect`, levels and keep_class_token, and select a layer behind the first"
+                "a reducer that looks into the encoder wants blocks, and, where it merges, features of patches alone: "
+                "with `saliency` or `merged`, leave out `collect` and levels, with `merged` keep_class_token, and "
+                "select a layer behind the first"
             )
 
     def _run_looked_into(
         self, stack: TransformerStack, x: Float[Array, "B T D"], context: Context, num_prefix: int
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B N"], Float[Array, "B N K H"]]:
-        """The blocks' output; attention that patches get in the last, from the class token or all of them; keys."""
+        """The blocks' output; attention in the last, from the class token or all of the image; keys."""
         last = self.num_blocks - 1
         x, _ = stack.run(x, context, 0, last)
         x, _, heads = stack.attend(x, context, last)
         x = stack.feed_forward(x, last)
-        weights = jnp.ones(x.shape[:2]) if context.query_segments is None else context.query_segments > 0
-        if num_prefix:
-            weights = jnp.zeros(x.shape[:2]).at[:, 0].set(1)
         looking = heads.joined() if self.saliency == "joined" else heads
-        saliency = attention_saliency(looking, context, weights.astype(jnp.float32))
-        return x, saliency[:, num_prefix:], heads.key[:, num_prefix:]
+        if num_prefix:
+            saliency = attention_saliency(looking, context, jnp.zeros(x.shape[:2]).at[:, 0].set(1))
+        else:
+            saliency = segment_saliency(looking, context)
+        first = 0 if self.keep_class_token else num_prefix
+        return x, saliency[:, first:], heads.key[:, first:]
 
     def _pool(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, num_prefix: int

@@ -192,6 +192,9 @@ def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache
     positions = without_masked(batch, segments)
     flat = positions if positions.ndim == 2 else positions.max(axis=-1)
     last = jnp.max(jnp.where(segments == PADDING_SEGMENT, -1, flat), axis=1)
+    if batch.visual_positions is not None:  # a prompt may end with an image whose last tokens are gone
+        visual = batch.visual_positions
+        last = jnp.maximum(last, jnp.max(visual if visual.ndim == 2 else visual.max(axis=-1), axis=1, initial=-1))
     size, seen = len(batch.tokens), None
     if "repetition_penalty" in values:
         index = jnp.where(batch.segment_ids == PADDING_SEGMENT, logits.shape[-1], batch.tokens)

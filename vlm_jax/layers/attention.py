@@ -310,7 +310,8 @@ def _splash(query, key, value, context, scale):
     return jnp.swapaxes(cast(jax.Array, out), 1, 2).astype(query.dtype)
 
 
-def _last(held: Any, sown: Any) -> Any:
+def last(held: Any, sown: Any) -> Any:
+    """Of what is sown under one name, the last."""
     del held
     return sown
 
@@ -397,7 +398,7 @@ class MultiHeadAttention(nn.Module):
             query = query * context.query_scale[:, :, None, None].astype(query.dtype)
         if not self.is_initializing():
             for name, heads_of in (("queries", query), ("keys", key)):
-                self.sow(HEADS, name, heads_of, init_fn=tuple, reduce_fn=_last)
+                self.sow(HEADS, name, heads_of, init_fn=tuple, reduce_fn=last)
         past = fresh = None
         if cache is not None:
             key, value = key.astype(cache.key.dtype), value.astype(cache.value.dtype)

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.attention import Context, attention
+from vlm_jax.layers.attention import HEADS, Context, attention, last
 from vlm_jax.layers.dense import KERNEL_INIT, Dense, with_axes
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.per_layer import picked
@@ -25,6 +25,14 @@ class LatentKeyValue(NamedTuple):
 
     AXES = ((axes.LAYERS, axes.BATCH, None, None),) * 2  # of all layers
     SLOTS = (-2, -2)  # which axis of each is that of the positions
+
+    def part(self, start: int, stop: int | None) -> "LatentKeyValue":
+        """Those of layers `start` to `stop` - 1."""
+        return LatentKeyValue(*(leaf[start:stop] for leaf in self))
+
+    def joined(self, other: "LatentKeyValue") -> "LatentKeyValue":
+        """These layers, and the others behind them."""
+        return LatentKeyValue(*(jnp.concatenate(pair) for pair in zip(self, other, strict=True)))
 
 
 class LatentAttention(nn.Module):
@@ -77,6 +85,11 @@ class LatentAttention(nn.Module):
         if context.angles is not None:
             rotary = rotate(rotary, context.angles, context.magnitude)
             key = rotate(key[:, :, None], context.angles, context.magnitude)[:, :, 0]
+        expansions = self._expansions()
+        if self.is_mutable_collection(HEADS) and not self.is_initializing():  # for whoever asks for them
+            query = self.logit_scale * jnp.concatenate([content, rotary], axis=-1)
+            self.sow(HEADS, "queries", query, init_fn=tuple, reduce_fn=last)
+            self.sow(HEADS, "keys", self._keys(latent, key, expansions[0]), init_fn=tuple, reduce_fn=last)
         fresh = None
         if cache is not None:
             fresh = LatentKeyValue(latent.astype(cache.latent.dtype), key.astype(cache.rope_key.dtype))
@@ -85,7 +98,7 @@ class LatentAttention(nn.Module):
                 for pair in zip(cache, fresh, strict=True)
             )
         attend = self._absorbed if self._absorbs(x.shape[1], latent.shape[1]) else self._expanded
-        out = attend(content, rotary, latent, key, context, self._expansions())
+        out = attend(content, rotary, latent, key, context, expansions)
         out = out.reshape(*x.shape[:-1], self.num_heads * self.value_dim)
         dense = Dense(x.shape[-1], (axes.HEADS, axes.EMBED), self.use_bias, name="out", **settings)
         return dense(out), fresh
@@ -123,11 +136,16 @@ class LatentAttention(nn.Module):
 
     def _expanded(self, content, rotary, latent, key, context, expansions):
         of_keys, of_values = expansions
-        keys = jnp.einsum("bsr,rqc->bsqc", latent, of_keys)
-        shared = jnp.broadcast_to(key[:, :, None], (*keys.shape[:3], key.shape[-1]))
         query = jnp.concatenate([content, rotary], axis=-1)
         values = jnp.einsum("bsr,rqv->bsqv", latent, of_values)
-        return attention(query, jnp.concatenate([keys, shared], axis=-1), values, context, scale=self._scale())
+        return attention(query, self._keys(latent, key, of_keys), values, context, scale=self._scale())
+
+    @staticmethod
+    def _keys(latent: jax.Array, key: jax.Array, of_keys: jax.Array) -> Float[Array, "B S Q H"]:
+        """Of every head: its content part, and the rotary part of all."""
+        keys = jnp.einsum("bsr,rqc->bsqc", latent, of_keys)
+        shared = jnp.broadcast_to(key[:, :, None], (*keys.shape[:3], key.shape[-1]))
+        return jnp.concatenate([keys, shared], axis=-1)
 
     def _absorbed(self, content, rotary, latent, key, context, expansions):
         of_keys, of_values = expansions

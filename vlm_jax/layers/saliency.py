@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.layers.attention import Context, allowed
+from vlm_jax.types import PADDING_SEGMENT
+
+_MOST_WEIGHTS = 2**27  # attention weights that are held at once
 
 
 class Heads(NamedTuple):
@@ -28,16 +31,53 @@ def attention_saliency(heads: Heads, context: Context, weights: Float[Array, "B 
       context: mask of the layer, without a cache. A key that a query may not read gets nothing of it.
       weights: how much each query counts; 0 throughout gives 0.
     """
+    shares = weights / jnp.maximum(weights.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return _received(heads, context, shares)
+
+
+def segment_saliency(heads: Heads, context: Context) -> Float[Array, "B T"]:
+    """Softmax attention that each token gets: the mean over heads, and over the queries of its segment; float32.
+
+    Args:
+      heads: of the layer, with as many queries as keys.
+      context: full attention inside segments; padding neither gives nor gets any.
+    """
+    segments = context.query_segments
+    if segments is None:
+        return attention_saliency(heads, context, jnp.ones(heads.query.shape[:2]))
+    real = segments != PADDING_SEGMENT
+    # Segment ids of a row count up to its length at most.
+    row = jnp.arange(segments.shape[0])[:, None]
+    sizes = jnp.zeros((segments.shape[0], segments.shape[1] + 1)).at[row, segments].add(1.0, mode="drop")
+    return _received(heads, context, real / jnp.maximum(jnp.take_along_axis(sizes, segments, axis=1), 1))
+
+
+def _received(heads: Heads, context: Context, shares: Float[Array, "B T"]) -> Float[Array, "B S"]:
+    """Sum over queries of their share times the mean weight of the heads; many queries go block by block."""
     query, key = (x.astype(jnp.float32) for x in heads)
     batch, length, count, dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, dim) * dim**-0.5
-    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key)
     mask = allowed(context, length, key.shape[1])
-    if mask is not None:
-        mask = mask[:, None, None]
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    attended = jax.nn.softmax(logits, axis=-1)
-    if mask is not None:
-        attended = jnp.where(mask, attended, 0)
-    shares = weights / jnp.maximum(weights.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    return jnp.einsum("bts,bt->bs", attended.sum(axis=(1, 2)) / count, shares)
+
+    def of_block(block):
+        grouped, shares, mask = block
+        logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key)
+        if mask is not None:
+            mask = mask[:, None, None]
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        attended = jax.nn.softmax(logits, axis=-1)
+        if mask is not None:
+            attended = jnp.where(mask, attended, 0)
+        return jnp.einsum("bts,bt->bs", attended.sum(axis=(1, 2)) / count, shares)
+
+    size = max(1, _MOST_WEIGHTS // (batch * count * key.shape[1]))
+    if size >= length:
+        return of_block((grouped, shares, mask))
+    blocks = -(-length // size)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, blocks * size - length), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
+
+    mask = None if mask is None else cut(mask)
+    return jax.lax.map(of_block, (cut(grouped), cut(shares), mask)).sum(axis=0)

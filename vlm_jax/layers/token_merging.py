@@ -1,6 +1,7 @@
 """Bipartite soft matching: the most similar tokens of a sequence become one, between attention and feed-forward."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +55,10 @@ def run_merging(
     counts: tuple[int, ...],
     *,
     num_prefix: int,
+    released: bool = False,
+    proportional: bool = True,
 ) -> Merged:
     """Runs the blocks of a stack, merging counts[i] tokens in block i; tokens come back in their first order.
-
-    Keys weigh in attention by the number of patches that they stand for.
 
     Args:
       stack: its depth is that of `counts`; the parameters are those of a run without merging.
@@ -65,27 +66,84 @@ def run_merging(
       segments: as in `Context`.
       counts: of every block, at most half of the patches that reach it.
       num_prefix: 1 where the first token is never merged, else 0.
+      released: tokens come back as the released code leaves them; see `merge`.
+      proportional: keys weigh in attention by the number of patches that they stand for.
 
-    Source: Bolya et al. 2023 (ToMe), section 3; tome/merge.py and tome/patch/timm.py. Deviation: tokens
-    that stay in the first set keep their order also without a class token.
+    Source: Bolya et al. 2023 (ToMe), section 3; tome/merge.py and tome/patch/timm.py. Deviation unless
+    `released`: the order of tokens.
     """
     batch, length, _ = x.shape
     size = jnp.ones((batch, length)) if segments is None else (segments > 0).astype(jnp.float32)
     place = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
     tokens = Merged(x, size, place, segments)
     for layer, count in enumerate(counts):
-        bias = jnp.log(jnp.maximum(tokens.size, 1))
+        bias = jnp.log(jnp.maximum(tokens.size, 1)) if proportional else None
         context = Context("full", tokens.segments, tokens.segments, key_bias=bias)
         x, _, heads = stack.attend(tokens.x, context, layer)
         tokens = dataclasses.replace(tokens, x=x)
         if count:
-            tokens = merge(tokens, heads.key, count, num_prefix=num_prefix)
+            tokens = merge(tokens, heads.key, count, num_prefix=num_prefix, released=released)
         tokens = dataclasses.replace(tokens, x=stack.feed_forward(tokens.x, layer))
+    if released:
+        return tokens
     order = jnp.argsort(tokens.place, axis=1)
     return jax.tree.map(lambda leaf: _take(leaf, order), tokens)
 
 
-def merge(tokens: Merged, key: Float[Array, "B T K H"], count: int, *, num_prefix: int) -> Merged:
+class Matching(NamedTuple):
+    """Which tokens of the first set, every other one from the first, are merged into which of the second, the others.
+
+    Attributes:
+      stays: numbers in the first set of those that stay.
+      source: of those that are merged, the most similar to its target first.
+      target: number in the second set that each of these goes to.
+    """
+
+    stays: Int[Array, "B U"]
+    source: Int[Array, "B C"]
+    target: Int[Array, "B C"]
+
+
+def match(
+    metric: Float[Array, "B T H"],
+    segments: Int[Array, "B T"] | None,
+    count: int,
+    *,
+    num_prefix: int,
+    released: bool = False,
+) -> Matching:
+    """Matches each token of the first set with that of the second that is nearest to it by cosine.
+
+    Padding goes first, into anything, and tokens of different segments last.
+
+    Args:
+      metric: what is compared.
+      segments: 0 is padding; None where all is one segment.
+      count: how many are merged.
+      num_prefix: 1 where the first token is never merged; 2 where nothing is merged into the second either.
+      released: without a prefix those that stay come by falling similarity, as in the released code; else in order.
+    """
+    metric = metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
+    scores = jnp.einsum("bth,bsh->bts", metric[:, ::2], metric[:, 1::2])
+    if segments is not None:
+        first, second = segments[:, ::2, None], segments[:, None, 1::2]
+        scores = jnp.where(first == second, scores, _LAST)
+        scores = jnp.where(first == 0, _FIRST, scores)
+    if num_prefix:
+        scores = scores.at[:, 0].set(-jnp.inf)
+    if num_prefix > 1:
+        scores = scores.at[:, :, 0].set(-jnp.inf)
+    best = jnp.max(scores, axis=-1)
+    order = jax.lax.top_k(best, best.shape[1])[1]
+    source, stays = order[:, :count], order[:, count:]
+    if num_prefix or not released:
+        stays = jnp.sort(stays, axis=1)
+    return Matching(stays, source, jnp.take_along_axis(jnp.argmax(scores, axis=-1), source, axis=1))
+
+
+def merge(
+    tokens: Merged, key: Float[Array, "B T K H"], count: int, *, num_prefix: int, released: bool = False
+) -> Merged:
     """Merges `count` tokens of the first set, every other one from the first, into the rest.
 
     Each token of the first set looks for the token of the second whose key, averaged over heads, is nearest
@@ -93,23 +151,11 @@ def merge(tokens: Merged, key: Float[Array, "B T K H"], count: int, *, num_prefi
     anything, and changes nothing.
 
     Returns:
-      What stays of the first set, in order, and then the second.
+      What stays of the first set, in order or as `match` says, and then the second.
     """
     metric = jax.lax.stop_gradient(key).astype(jnp.float32).mean(axis=2)
-    metric = metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
-    scores = jnp.einsum("bth,bsh->bts", metric[:, ::2], metric[:, 1::2])
-    if tokens.segments is not None:
-        first, second = tokens.segments[:, ::2, None], tokens.segments[:, None, 1::2]
-        scores = jnp.where(first == second, scores, _LAST)
-        scores = jnp.where(first == 0, _FIRST, scores)
-    if num_prefix:
-        scores = scores.at[:, 0].set(-jnp.inf)
-    partner = jnp.argmax(scores, axis=-1)
-    source = jax.lax.top_k(jnp.max(scores, axis=-1), count)[1]
-    target = jnp.take_along_axis(partner, source, axis=1)
-    row = jnp.arange(scores.shape[0])[:, None]
-    goes = jnp.zeros(scores.shape[:2], bool).at[row, source].set(True)
-    stays = jnp.argsort(goes, axis=1)[:, : scores.shape[1] - count]  # stable, so in order
+    stays, source, target = match(metric, tokens.segments, count, num_prefix=num_prefix, released=released)
+    row = jnp.arange(metric.shape[0])[:, None]
 
     def joined(leaf, reduce):
         second = leaf[:, 1::2]

@@ -1,8 +1,9 @@
 """A stack of blocks in which some layers attend to whole images and the others inside windows."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,25 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.attention import Context
+from vlm_jax.layers.attention import HEADS, Context
 from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy, TransformerBlock
+from vlm_jax.layers.saliency import Heads, segment_saliency
 from vlm_jax.types import PackedPatches
 
 Kind = Literal["full", "window"]
+Saliency = Literal["none", "heads", "joined"]
+
+
+class Attended(NamedTuple):
+    """What is seen of the attention in a stack's last layer.
+
+    Attributes:
+      saliency: attention that each token gets, float32.
+      keys: of each token and head.
+    """
+
+    saliency: Float[Array, "B N"]
+    keys: Float[Array, "B N K H"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +98,9 @@ class WindowedStack(nn.Module):
       depth: number of blocks; none hands its input on.
       block: keyword arguments of `TransformerBlock`.
       full_layers: indices of the layers that attend to a whole image; None for all.
+      saliency: whether the attention that each patch gets in the last layer is given too: the mean over its `heads`,
+        or that of all heads `joined` into one, and over the queries of the same segment; of the same window where the
+        last layer has windows.
       remat: as in `TransformerStack`.
 
     Source: Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
@@ -91,6 +109,7 @@ class WindowedStack(nn.Module):
     depth: int
     block: Mapping[str, Any]
     full_layers: tuple[int, ...] | None = None
+    saliency: Saliency = "none"
     remat: RematPolicy = "none"
 
     @nn.compact
@@ -101,8 +120,8 @@ class WindowedStack(nn.Module):
         angles: Float[Array, "B N half"] | None = None,
         *,
         collect: bool = False,
-    ) -> tuple[Float[Array, "B N D"], Float[Array, "L B N D"] | None]:
-        """Returns the last output and, with `collect`, [depth + 1, B, N, D].
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "L B N D"] | None, Attended | None]:
+        """Returns the last output; with `collect` [depth + 1, B, N, D]; and what `saliency` asks for.
 
         Args:
           x: embeddings in the order of `packed`.
@@ -111,11 +130,14 @@ class WindowedStack(nn.Module):
           collect: also returns the input of every block and the output of the last.
 
         Raises:
-          ValueError: a layer outside the stack, or windowed layers without windows in `packed`.
+          ValueError: a layer outside the stack, windowed layers without windows in `packed`, or `saliency` without
+            layers or with `collect`.
         """
         kinds = self._kinds()
+        if self.saliency != "none" and (collect or not kinds):
+            raise ValueError("saliency is that of a last layer, without collected states: leave out `collect`")
         if not kinds:
-            return x, x[None] if collect else None
+            return x, x[None] if collect else None, None
         if "window" in kinds and packed.window_ids is None:
             raise ValueError(
                 f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, "
@@ -123,6 +145,19 @@ class WindowedStack(nn.Module):
             )
         params = self.param("layers", self._init, x.shape[-1])
         layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)
+        if self.saliency != "none":
+            last = kinds[-1]
+            x, _ = self._planned(layers, params, x, kinds[:-1])
+            x, attended = layers.attended(x, jax.tree.map(lambda leaf: leaf[-1], params), last, self.saliency)
+            return x, None, attended
+        return *self._planned(layers, params, x, kinds), None
+
+    @staticmethod
+    def _planned(layers: "_Layers", params: Any, x: Any, kinds: tuple[Kind, ...]) -> tuple[Any, Any]:
+        """The first layers, of `kinds`: their output and, where it is collected, the states."""
+        if not kinds:
+            return x, None
+        params = jax.tree.map(lambda leaf: leaf[: len(kinds)], params)
         plan = schedule(kinds)
         split = len(plan.period) * plan.repeats
         if plan.repeats > 1:
@@ -132,7 +167,7 @@ class WindowedStack(nn.Module):
         else:
             x, first = layers(x, jax.tree.map(lambda leaf: leaf[:split], params), plan.period)
         x, last = layers(x, jax.tree.map(lambda leaf: leaf[split:], params), plan.rest)
-        if not collect:
+        if first is None:
             return x, None
         return x, jnp.concatenate([first.reshape(-1, *x.shape), last, x[None]])
 
@@ -159,6 +194,7 @@ class _Layers:
             return block.apply({"params": params}, x, None, context)[0]  # type: ignore[index]
 
         policy = None if remat == "none" else REMAT_POLICIES[remat]
+        self._block, self._remat = block, remat
         self._layer = layer if remat == "none" else jax.checkpoint(layer, policy=policy, prevent_cse=False)
         self._collect = collect
         self._window_length = packed.window_length
@@ -170,6 +206,23 @@ class _Layers:
 
     def _fold(self, x: Any) -> Any:
         return x.reshape(-1, self._window_length, *x.shape[2:])
+
+    def attended(self, x: Any, params: Any, kind: Kind, saliency: Saliency) -> tuple[Any, Attended]:
+        """Runs one layer, and says what attention its tokens got."""
+        shape, context = x.shape, self._contexts[kind]
+
+        def halves(x, params):
+            run: Any = functools.partial(self._block.apply, {"params": params})
+            (x, _), sown = run(x, None, context, half="attention", mutable=[HEADS])
+            return run(x, None, context, half="feed_forward")[0], sown[HEADS]["attention"]
+
+        if self._remat != "none":
+            halves = jax.checkpoint(halves, policy=REMAT_POLICIES[self._remat], prevent_cse=False)
+        x, sown = halves(x if kind == "full" else self._fold(x), params)
+        heads = Heads(sown["queries"], sown["keys"])
+        looking = heads.joined() if saliency == "joined" else heads
+        received = segment_saliency(looking, context).reshape(shape[:2])
+        return x.reshape(shape), Attended(received, heads.key.reshape(*shape[:2], *heads.key.shape[2:]))
 
     def __call__(self, x: Any, params: Any, kinds: tuple[Kind, ...]) -> tuple[Any, Any]:
         """Runs layers of `kinds` with stacked parameters; returns x and [layers, B, N, D] or None."""

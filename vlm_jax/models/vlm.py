@@ -1,6 +1,7 @@
 """The vision-language model: encoder, reducer, connector, decoder, and one gather between."""
 
-from typing import Any, Literal
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.decoders.cache import Cache
+from vlm_jax.reducers.behind_connector import positions_of_kept, reduce_packed, token_features
+from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import (
     PADDING_SEGMENT,
     PROMPT_SEGMENT,
@@ -17,9 +20,27 @@ from vlm_jax.types import (
     PackedPatches,
     Positions,
     TwoSizes,
+    VisualFeatures,
     VisualPlaces,
     VisualTokens,
 )
+
+
+class Embedded(NamedTuple):
+    """What a decoder reads of a batch.
+
+    Attributes:
+      x: embeddings.
+      segment_ids: those of the batch; a masked visual token is padding.
+      places: of the visual tokens, for a decoder that drops some of them, else None.
+      positions: those of the batch, or of visual tokens that keep their own, the ones that these have.
+    """
+
+    x: Float[Array, "B T D"]
+    segment_ids: Int[Array, "B T"]
+    places: VisualPlaces | None
+    positions: Positions
+
 
 Images = Float[Array, "images height width channels"] | PackedPatches | TwoSizes
 _NO_DECODER = "this model has no decoder, only an encoder and a connector: call it, or visual_tokens, for visual tokens"
@@ -36,9 +57,10 @@ def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
     """Positions as if masked visual tokens were not there: what comes after one in its segment moves up.
 
     So a sequence of which a share of the tokens is masked, in training, gives what it gives without them.
-    On three axes an image takes the room of its grid, however many of its tokens are there: nothing moves.
+    Where an image takes the positions of its grid, however many of its tokens are there, nothing moves: on three axes,
+    and where a reducer's tokens keep their positions.
     """
-    if batch.positions.ndim == 3:
+    if batch.positions.ndim == 3 or batch.visual_positions is not None:
         return batch.positions
     given = jnp.asarray(batch.segment_ids)
     masked = (given != PADDING_SEGMENT) & (segments == PADDING_SEGMENT)
@@ -55,6 +77,8 @@ class VLM(nn.Module):
       connector: an entry of `connectors.CONNECTORS`; None without an encoder.
       decoder: an entry of `decoders.DECODERS`; None for the visual half alone, which gives visual tokens.
       reducer: an entry of `reducers.REDUCERS`, or None.
+      reduce: where a reducer acts that works neither in the encoder nor in the decoder: on the encoder's `features`,
+        before the connector, or on the connector's `tokens`, as it must where several images are packed in a row.
       learned_rows: the first rows of every example's visual table, in front of the tokens of its images: a
         `LearnedRows`, or `connector` for the `indicators()` of the connector; None where there are none.
     """
@@ -62,7 +86,8 @@ class VLM(nn.Module):
     encoder: nn.Module | None
     connector: nn.Module | None
     decoder: nn.Module | None = None
-    reducer: nn.Module | None = None
+    reducer: Reducer | None = None
+    reduce: Literal["features", "tokens"] = "features"
     learned_rows: nn.Module | Literal["connector"] | None = None
 
     @property
@@ -77,7 +102,7 @@ class VLM(nn.Module):
     def visual_tokens(
         self, images: Images, instruction: Instruction | None = None, *, deterministic: bool = True
     ) -> VisualTokens:
-        """Tokens of a flat batch of images, or of sequences of packed ones.
+        """Tokens of a flat batch of images, or of sequences of packed ones, behind the reducer.
 
         Args:
           images: normalised pixels, or packed patches.
@@ -85,23 +110,59 @@ class VLM(nn.Module):
           deterministic: False in training.
 
         Raises:
-          ValueError: the connector gave another number of tokens than its `num_tokens` says, or there is none.
+          ValueError: the connector gave another number of tokens than its `num_tokens` says, there is none, or the
+            reducer cannot act on packed images.
         """
         if self.encoder is None or self.connector is None:
             raise ValueError("this is a language model without an encoder: expected a batch with images=None")
         features = self.encoder(images)
-        if self.reducer is not None:
-            features = self.reducer(features, deterministic=deterministic)
+        reducer = None if self.reducer is None or self.reducer.reduces_in == "decoder" else self.reducer
+        if reducer is None or self.reduce == "tokens":
+            tokens = self._connected(features, instruction, deterministic)
+            return tokens if reducer is None else self._reduced(reducer, tokens, features, images, deterministic)
+        if isinstance(images, PackedPatches):
+            raise ValueError(
+                f"{reducer.kind} acts on the features of one image, and several are packed in a row; set reduce to "
+                "'tokens', so that it acts behind the connector"
+            )
+        features = reducer(features, deterministic=deterministic)
+        tokens = self._connected(features, instruction, deterministic)
+        if features.kept is None or self.connector.token_grid(features.grid) != features.grid:
+            return tokens  # a token is made of several features, or there is no choice
+        return dataclasses.replace(tokens, kept=features.kept)
+
+    def _connected(
+        self, features: VisualFeatures, instruction: Instruction | None, deterministic: bool
+    ) -> VisualTokens:
+        """The connector's tokens, as many as it says."""
+        connector: Any = self.connector
         instructed = {} if instruction is None else {"instruction": instruction}
-        tokens = self.connector(features, deterministic=deterministic, **instructed)
+        tokens = connector(features, deterministic=deterministic, **instructed)
         grid = (features[0] if isinstance(features, tuple) else features).grid  # two towers have one grid
-        expected = self.connector.num_tokens(grid)
+        expected = connector.num_tokens(grid)
         if tokens.tokens.shape[1] != expected:
             raise ValueError(
-                f"{type(self.connector).__name__} gave {tokens.tokens.shape[1]} tokens for a {grid} grid, "
+                f"{type(connector).__name__} gave {tokens.tokens.shape[1]} tokens for a {grid} grid, "
                 f"but its num_tokens says {expected}; one of the two is wrong"
             )
         return tokens
+
+    def _reduced(
+        self, reducer: Reducer, tokens: VisualTokens, features: VisualFeatures, images: Images, deterministic: bool
+    ) -> VisualTokens:
+        """What a reducer leaves of the connector's tokens."""
+        connector: Any = self.connector
+        if reducer.reduces_in is not None:
+            raise ValueError(
+                f"{reducer.kind} works in the {reducer.reduces_in}, not on tokens; set reduce to 'features'"
+            )
+        found = token_features(tokens, features, connector.token_grid(features.grid))
+        if not isinstance(images, PackedPatches):
+            left = reducer(found, deterministic=deterministic)
+            return VisualTokens(left.tokens, left.mask, left.kept)
+        if images.images is None:
+            raise ValueError(f"{reducer.kind}: expected packed patches that say where each image's tokens lie (images)")
+        return reduce_packed(reducer, found, images.images, deterministic=deterministic)
 
     def table(
         self, tokens: VisualTokens, size: int, dtype: Any
@@ -117,20 +178,14 @@ class VLM(nn.Module):
         shown = jnp.pad(shown, ((0, 0), (first.shape[1], 0)), constant_values=True)
         return jnp.concatenate([first, rows], axis=1), shown, first.shape[1]
 
-    def embed(
-        self, batch: Batch, *, deterministic: bool = True
-    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"], VisualPlaces | None]:
-        """Embeddings of every position: text looked up, visual slots gathered from the table.
-
-        Returns:
-          The embeddings; the segment ids, in which a masked visual token is padding; and, for a decoder that
-          drops visual tokens, their places.
-        """
+    def embed(self, batch: Batch, *, deterministic: bool = True) -> Embedded:
+        """What the decoder reads: text looked up, visual slots gathered from the table."""
         if self.decoder is None:
             raise ValueError(_NO_DECODER)
         text = self.decoder.embed(batch.tokens)
         if batch.images is None:
-            return text, jnp.asarray(batch.segment_ids), None
+            segments = jnp.asarray(batch.segment_ids)
+            return Embedded(text, segments, None, without_masked(batch, segments))
         size = batch.tokens.shape[0]
         visual = self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
         table, real, num_learned = self.table(visual, size, text.dtype)
@@ -138,10 +193,18 @@ class VLM(nn.Module):
         rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
         shown = jnp.take_along_axis(real, jnp.maximum(batch.visual_index, 0), axis=1)
         segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
-        num_tokens, places = visual.tokens.shape[1], None
-        if getattr(self.decoder, "drops", ()):
-            places = visual_places(batch, (table.shape[1] - num_learned) // num_tokens, num_tokens, num_learned)
-        return jnp.where(index == TEXT_SLOT, text, rows), segments, places
+        positions, places = without_masked(batch, segments), None
+        if batch.visual_positions is not None and visual.kept is not None:
+            of_images = jnp.asarray(batch.visual_index) - num_learned
+            own = positions_of_kept(batch.visual_positions, visual.kept, jnp.maximum(of_images, 0))
+            chosen = of_images >= 0
+            positions = jnp.where(chosen if positions.ndim == 2 else chosen[..., None], own, positions)
+        if self.decoder.drops:
+            num_tokens = visual.tokens.shape[1]
+            num_images = (table.shape[1] - num_learned) // num_tokens
+            places = batch.places
+            places = visual_places(batch, num_images, num_tokens, num_learned) if places is None else places
+        return Embedded(jnp.where(index == TEXT_SLOT, text, rows), segments, places, positions)
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"] | VisualTokens:
         """Float32 logits at every position; without a decoder, the visual tokens of the batch's images."""
@@ -149,9 +212,10 @@ class VLM(nn.Module):
             if batch.images is None:
                 raise ValueError("this model has no decoder: expected a batch with images, got images=None")
             return self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
-        embeddings, segments, places = self.embed(batch, deterministic=deterministic)
-        positions, dropped = without_masked(batch, segments), {} if places is None else {"places": places}
-        hidden, _ = self.decoder(embeddings, positions, segments, branch_ids=batch.branch_ids, **dropped)
+        given = self.embed(batch, deterministic=deterministic)
+        hidden, _ = self.decoder(
+            given.x, given.positions, given.segment_ids, branch_ids=batch.branch_ids, places=given.places
+        )
         return self.decoder.logits(hidden)
 
     def prefill(self, batch: Batch, cache_length: int, cache_dtype: Any = None) -> tuple[Float[Array, "B V"], Cache]:
@@ -163,10 +227,10 @@ class VLM(nn.Module):
         """
         if self.decoder is None:
             raise ValueError(_NO_DECODER)
-        embeddings, segments, places = self.embed(batch)
-        positions, dropped = without_masked(batch, segments), {} if places is None else {"places": places}
-        cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, cache_dtype, **dropped)
-        hidden, cache = self.decoder(embeddings, positions, segments, cache, **dropped)
+        given = self.embed(batch)
+        segments = given.segment_ids
+        cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, cache_dtype, places=given.places)
+        hidden, cache = self.decoder(given.x, given.positions, segments, cache, places=given.places)
         last = jnp.max(jnp.where(segments == PADDING_SEGMENT, 0, jnp.arange(segments.shape[1])[None]), axis=1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         return self.decoder.logits(hidden[:, 0]), cache

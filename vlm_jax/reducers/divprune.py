@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.reducers.reducer import KeepsFeatures, real, unit
+from vlm_jax.reducers.reducer import KeepsFeatures, every, real, unit
 from vlm_jax.types import VisualFeatures
 
 # Below any cosine distance: what is masked, and what is taken already.
@@ -14,29 +15,74 @@ class DivPrune(KeepsFeatures):
     """Keeps features so that the least cosine distance between two of them is large.
 
     Greedy: first the feature whose nearest neighbour is farthest, then, again and again, the one whose
-    nearest among those taken is. Kept in their order.
+    nearest among those taken is. Kept in their order. By the rule `as_released` a feature that is taken may be
+    taken again, and then stands twice.
 
-    Source: Alvar et al. 2025 (DivPrune), section 3.3 and algorithm 1. Deviation: the release measures
-    distances of tokens behind the connector, this of features before it, so that any connector may follow.
+    Attributes:
+      ratio: by `as_released`, the share of an image's features that is kept, rounded to the nearest integer (halves
+        to the even one), as the release is told; None for `num_kept`.
+
+    Source: Alvar et al. 2025 (DivPrune), section 3.3 and algorithm 1. The release measures distances of tokens
+    behind the connector (`VLM.reduce` is `tokens`); features before it are the default here, so that any connector may
+    follow.
     """
 
     kind = "divprune"
 
+    ratio: float | None = None
+
+    def num_left(self, count: int) -> int:
+        """`num_kept`, or all where there are fewer; of the release, the share of `ratio`."""
+        if self.rule == "as_released" and self.ratio is not None:
+            return round(self.ratio * count)
+        return min(self.num_kept, count)
+
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         del deterministic
+        if self.rule == "exact" and self.passes(features):
+            return every(features)
+        chosen = self.chosen(features)
+        return self.take(features, jnp.sort(chosen, axis=1))
+
+    def chosen(self, features: VisualFeatures) -> Int[Array, "B K"]:
+        """Indices in the order in which they are taken."""
         mask = features.mask
-        units = unit(real(jax.lax.stop_gradient(features.tokens), mask))
-        distances = 1 - jnp.einsum("bnd,bmd->bnm", units, units)
-        alone = jnp.eye(mask.shape[1], dtype=bool)[None] | ~mask[:, None]
-        nearest = jnp.min(jnp.where(alone, jnp.inf, distances), axis=-1)
-        row = jnp.arange(mask.shape[0])
+        distances = cosine_distances(features)
+        if self.rule == "exact":
+            alone = jnp.eye(mask.shape[1], dtype=bool)[None] | ~mask[:, None]
+            first = jnp.min(jnp.where(alone, jnp.inf, distances), axis=-1)
+        else:  # the second smallest, the distance to itself among them
+            first = -jax.lax.top_k(-jnp.where(mask[:, None], distances, jnp.inf), 2)[0][..., 1]
+        return farthest_first(distances, mask, first, self.num_left(mask.shape[1]), again=self.rule == "as_released")
 
-        def take(_, carry):
-            scores, least, taken = carry
-            chosen = jnp.argmax(jnp.where(taken, _TAKEN, jnp.where(mask, scores, _MASKED)), axis=1)
-            least = jnp.minimum(least, distances[row, chosen])
-            return least, least, taken.at[row, chosen].set(True)
 
-        start = (nearest, jnp.full_like(nearest, jnp.inf), jnp.zeros_like(mask))
-        taken = jax.lax.fori_loop(0, self.num_kept, take, start)[2]
-        return self.take(features, jnp.argsort(~taken, axis=1)[:, : self.num_kept])
+def cosine_distances(features: VisualFeatures) -> Float[Array, "B N N"]:
+    """1 - cosine of every two features; 1 to what is masked."""
+    units = unit(real(jax.lax.stop_gradient(features.tokens), features.mask))
+    return 1 - jnp.einsum("bnd,bmd->bnm", units, units)
+
+
+def farthest_first(
+    distances: Float[Array, "B N N"], mask: Bool[Array, "B N"], first: Float[Array, "B N"], count: int, *, again: bool
+) -> Int[Array, "B K"]:
+    """Indices of `count` features in the order in which they are taken; masked ones after all that are real.
+
+    Args:
+      distances: of every two features.
+      mask: True where a feature is real.
+      first: the score by which the first is taken.
+      count: how many are taken.
+      again: what is taken may be taken again, as distances of 0 let happen.
+    """
+    row = jnp.arange(mask.shape[0])
+
+    def take(number, carry):
+        scores, least, taken, order = carry
+        barred = jnp.zeros_like(taken) if again else taken
+        chosen = jnp.argmax(jnp.where(barred, _TAKEN, jnp.where(mask, scores, _MASKED)), axis=1)
+        least = jnp.minimum(least, distances[row, chosen])
+        return least, least, taken.at[row, chosen].set(True), order.at[:, number].set(chosen)
+
+    order = jnp.zeros((mask.shape[0], count), jnp.int32)
+    start = (first, jnp.full_like(first, jnp.inf), jnp.zeros_like(mask), order)
+    return jax.lax.fori_loop(0, count, take, start)[3]

@@ -3,11 +3,11 @@
 from typing import Any
 
 from vlm_jax.budget import grid_of_size, refuse, sizes_of_grids
-from vlm_jax.reducers.reducer import Reducer
+from vlm_jax.reducers.reducer import PassesFeatures
 from vlm_jax.types import Grid
 
 
-class DownsampleImage(Reducer):
+class DownsampleImage(PassesFeatures):
     """Resizes the image, on the host, until its patches are as many as the budget.
 
     Attributes:

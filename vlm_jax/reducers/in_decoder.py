@@ -1,15 +1,16 @@
 """Reducers that work in the decoder: all visual tokens enter, few reach its last layers."""
 
 import abc
+import dataclasses
 from typing import Any
 
 from vlm_jax.budget import refuse
 from vlm_jax.config import ConfigError
-from vlm_jax.reducers.reducer import Reducer
+from vlm_jax.reducers.reducer import Part, PassesFeatures, PositionRule
 from vlm_jax.types import Drop, Grid
 
 
-class ReducesInDecoder(Reducer):
+class ReducesInDecoder(PassesFeatures):
     """Tells the decoder before which of its layers to drop visual tokens; the budget is what is left at the end.
 
     Attributes:
@@ -18,6 +19,7 @@ class ReducesInDecoder(Reducer):
       num_layers: layers of the decoder.
       num_shown: visual tokens of an image that enter the decoder, which the connector makes; as many as there
         are features when None.
+      positions: what is left keeps its positions, by default.
     """
 
     reduces_in = "decoder"
@@ -26,6 +28,7 @@ class ReducesInDecoder(Reducer):
     num_features: int
     num_layers: int
     num_shown: int | None = None
+    positions: PositionRule = dataclasses.field(default="keep", kw_only=True)
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
@@ -40,7 +43,7 @@ class ReducesInDecoder(Reducer):
         del grid
         return self.num_features if self.num_shown is None else self.num_shown
 
-    def required_fields(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, dict[str, Any]]:
         """The drops.
 
         Raises:

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.reducers.reducer import KeepsFeatures, highest, marked, pick, real, spread, unit
+from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest, marked, pick, real, spread, unit
 from vlm_jax.types import VisualFeatures
 
 
@@ -14,46 +15,117 @@ class PruMerge(KeepsFeatures):
 
     Near are the features whose keys, all heads as one vector, have the largest cosine.
 
+    By the rule `as_released` features stand by falling saliency, the spatial ones of PruMerge+ behind them, and a last
+    token is the weighted sum of all that were left out.
+
     Attributes:
       num_neighbors: how many are added to each feature; all others where there are fewer.
       spatial_share: share of the budget, rounded, that is taken at even steps from what is not salient, as
-        the variant PruMerge+ does; 0 for PruMerge.
+        the variant PruMerge+ does; 0 for PruMerge. By `as_released` any share above 0 is PruMerge+.
+      ratio: by `as_released`, the share of an image's features that is salient, rounded down, as the release is told
+        or finds; None for what `num_kept` leaves beside the last token.
+      adaptive: by `as_released`, PruMerge+ takes three times as many spatial features, and none twice: what it
+        would take again is masked.
 
     Source: Shang et al. 2024 (LLaVA-PruMerge), section 3 and algorithm 1; multimodal_encoder/clip_encoder.py.
-    Deviations: the budget says how many are kept, where the paper counts outliers of the attention; the spatial
-    samples are taken from the rest, so that their number is fixed; no token for all that was left out is
-    appended; attention and keys are those of the last block that is built, and of all patches where there is
-    no class token.
+    Deviations: the budget or `ratio` says how many are kept, where the paper counts outliers of the attention;
+    attention and keys are those of the last block that is built (the release's are of the block behind its features),
+    and of all patches where there is no class token. Of `exact` alone: the spatial samples are taken from the rest, so
+    that their number is fixed; no token for all that was left out is appended.
     """
 
     kind = "prumerge"
 
     num_neighbors: int = 32
     spatial_share: float = 0.0
+    ratio: float | None = None
+    adaptive: bool = False
 
-    def required_fields(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, dict[str, Any]]:
         """The attention of the last block, all heads as one."""
         return {"encoder": {"saliency": "joined"}}
 
+    def num_left(self, count: int) -> int:
+        """`num_kept`, or all where there are fewer; of the release the salient, the spatial and the last one."""
+        if self.rule == "exact":
+            return min(self.num_kept, count)
+        return self.num_salient(count) + len(self.spatial(count)) + 1
+
+    def num_salient(self, count: int) -> int:
+        """Salient features of the release, of an image that has `count`."""
+        return min(self.num_kept - 1, count) if self.ratio is None else int(count * self.ratio)
+
+    def spatial(self, count: int) -> range:
+        """Features that PruMerge+ takes at even steps, of an image that has `count`."""
+        if self.spatial_share <= 0:
+            return range(0)
+        step = int(1 / (self.num_salient(count) / count if self.ratio is None else self.ratio))
+        return range(0, count, max(step // 3 if self.adaptive else step, 1))
+
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         del deterministic
+        if self.rule == "exact" and self.passes(features):
+            return every(features)
         saliency, keys = self.attended(features)
-        mask, tokens = features.mask, real(features.tokens, features.mask)
-        size = mask.shape[1]
-        weights = real(saliency, mask)
+        tokens, weights = real(features.tokens, features.mask), real(saliency, features.mask)
+        if self.rule == "as_released":
+            return self._released(features, tokens, weights, keys)
+        kept = self._kept(weights, features.mask)
+        added = self._added(tokens, features.mask, weights, keys, kept)
+        some_go = features.mask.sum(axis=1) > self.num_kept  # of an image that has no more, all are as they were
+        return self.left(features, pick(tokens, kept) + jnp.where(some_go[:, None, None], added, 0), kept)
+
+    def _kept(self, weights: Float[Array, "B N"], mask: Bool[Array, "B N"]) -> Int[Array, "B K"]:
         num_spatial = round(self.num_kept * min(max(self.spatial_share, 0.0), 1.0))
         kept = highest(weights, mask, self.num_kept - num_spatial)
-        if num_spatial:
-            even = spread(mask & ~marked(kept, size), num_spatial)
-            kept = jnp.sort(jnp.concatenate([kept, even], axis=1), axis=1)
+        if not num_spatial:
+            return kept
+        even = spread(mask & ~marked(kept, mask.shape[1]), num_spatial)
+        return jnp.sort(jnp.concatenate([kept, even], axis=1), axis=1)
+
+    def _added(
+        self,
+        tokens: Float[Array, "B N D"],
+        mask: Bool[Array, "B N"],
+        weights: Float[Array, "B N"],
+        keys: Float[Array, "B N K H"],
+        kept: Int[Array, "B K"],
+    ) -> Float[Array, "B K D"]:
+        """The weighted sum of the neighbours of each feature that is kept."""
+        size = mask.shape[1]
         keys = unit(real(keys.reshape(*mask.shape, -1), mask))
         similarity = jnp.einsum("bkh,bnh->bkn", pick(keys, kept), keys)
         itself = kept[..., None] == jnp.arange(size)[None, None]
         similarity = jnp.where(itself | ~mask[:, None], -jnp.inf, similarity)
         near = jax.lax.top_k(similarity, min(self.num_neighbors, size - 1))[1]
         row = jnp.arange(mask.shape[0])[:, None, None]
-        place = jnp.arange(self.num_kept)[None, :, None]
+        place = jnp.arange(kept.shape[1])[None, :, None]
         shares = jnp.zeros(similarity.shape).at[row, place, near].set(weights[row, near])
         added = jnp.einsum("bkn,bnd->bkd", jnp.where(itself, 0, shares), tokens.astype(jnp.float32))
-        merged = pick(tokens, kept) + added.astype(tokens.dtype)
-        return features.reduced(merged, pick(mask, kept), self.reduced_grid(features.grid))
+        return added.astype(tokens.dtype)
+
+    def _released(
+        self,
+        features: VisualFeatures,
+        tokens: Float[Array, "B N D"],
+        weights: Float[Array, "B N"],
+        keys: Float[Array, "B N K H"],
+    ) -> VisualFeatures:
+        """Salient features by falling saliency, spatial ones, and the sum of the others in the place of the last."""
+        mask = features.mask
+        batch, size = mask.shape
+        ranked = jnp.where(mask, jnp.nan_to_num(weights), -jnp.inf)
+        kept = jax.lax.top_k(ranked, self.num_salient(size))[1]
+        twice = jnp.zeros(kept.shape, bool)
+        if steps := self.spatial(size):
+            even = jnp.broadcast_to(jnp.asarray(steps, jnp.int32)[None], (batch, len(steps)))
+            again = pick(marked(kept, size), even)
+            twice = jnp.concatenate([twice, again if self.adaptive else jnp.zeros_like(again)], axis=1)
+            kept = jnp.concatenate([kept, even], axis=1)
+        merged = pick(tokens, kept) + self._added(tokens, mask, weights, keys, kept)
+        others = jnp.where(marked(kept, size), 0, weights)
+        rest = jnp.einsum("bn,bnd->bd", others, tokens.astype(jnp.float32)).astype(tokens.dtype)
+        found = jnp.concatenate([merged, rest[:, None]], axis=1)
+        last = jnp.full((batch, 1), size - 1, kept.dtype)
+        shown = jnp.concatenate([pick(mask, kept) & ~twice, mask.any(axis=1, keepdims=True)], axis=1)
+        return self.left(features, found, jnp.concatenate([kept, last], axis=1), shown)

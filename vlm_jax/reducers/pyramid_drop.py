@@ -1,5 +1,6 @@
 """PyramidDrop: visual tokens are dropped in stages, at a constant ratio."""
 
+from vlm_jax.config import ConfigError
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
 from vlm_jax.types import Drop
 
@@ -11,25 +12,36 @@ class PyramidDrop(ReducesInDecoder):
 
     Attributes:
       layers: before which layers tokens are dropped; where None, the paper's: at every quarter of the decoder.
+      ratios: by the rule `as_released`, the share of an image's first tokens that is left behind each drop; halves of
+        what was left before when None, as the paper has them.
 
     Source: Xing et al. 2024 (PyramidDrop), section 3.2; modeling_llama_pdrop.py, pdrop_rank_drop. As there, the
     attention is that of the last token of the instruction, in training the mean over all instructions of a row.
-    Deviation: the ratio follows from the budget, where the paper sets 0.5. Each image keeps as many as any other.
+    Deviation of `exact`: the ratio follows from the budget, where the paper sets 0.5. By `as_released` shares are of
+    each image's own number, rounded down, and positions count from 0 behind every drop.
     """
 
     kind = "pyramid_drop"
 
     layers: tuple[int, ...] | None = None
+    ratios: tuple[float, ...] | None = None
 
     def drops(self) -> tuple[Drop, ...]:
-        """One a layer."""
+        """One a layer.
+
+        Raises:
+          ConfigError: there is not one of `ratios` for each layer.
+        """
         quarters = sorted({max(1, self.num_layers * quarter // 4) for quarter in (1, 2, 3)})
         layers = tuple(quarters) if self.layers is None else tuple(sorted(self.layers))
+        if self.rule == "as_released":
+            shares = tuple(0.5**stage for stage in range(1, len(layers) + 1)) if self.ratios is None else self.ratios
+            if len(shares) != len(layers):
+                raise ConfigError(f"config.reducer.ratios: expected one for each of layers {layers}, got {shares}")
+            pairs = zip(layers, shares, strict=True)
+            return tuple(Drop(layer, self.num_kept, layer, share, renumbers=True) for layer, share in pairs)
         shown = self.connector_budget((1, self.num_features))
-        ratio = self.num_kept / shown
-        return tuple(
-            Drop(
-                layer, self.num_kept if number == len(layers) else round(shown * ratio ** (number / len(layers))), layer
-            )
-            for number, layer in enumerate(layers, 1)
-        )
+        ratio, renumbers = self.num_kept / shown, self.positions == "consecutive"
+        counts = [round(shown * ratio ** (number / len(layers))) for number in range(1, len(layers))]
+        kept = [*counts, self.num_kept][: len(layers)]
+        return tuple(Drop(layer, count, layer, renumbers=renumbers) for layer, count in zip(layers, kept, strict=True))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.reducers.reducer import KeepsFeatures, highest
+from vlm_jax.reducers.reducer import KeepsFeatures, every, highest
 from vlm_jax.types import VisualFeatures
 
 
@@ -18,6 +18,8 @@ class RandomDrop(KeepsFeatures):
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         mask = features.mask
+        if self.passes(features):
+            return every(features)
         if deterministic:
             scores = jnp.broadcast_to(jax.random.uniform(jax.random.key(0), mask.shape[1:])[None], mask.shape)
         else:

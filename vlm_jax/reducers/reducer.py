@@ -1,6 +1,7 @@
-"""What reducers share, and what those share that keep some of an encoder's features."""
+"""The contract of reducers, what they share, and what those share that keep some of an encoder's features."""
 
-from typing import Any, ClassVar, Literal
+import dataclasses
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,74 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.budget import refuse
 from vlm_jax.types import Grid, VisualFeatures
 
+Rule = Literal["exact", "as_released"]
+PositionRule = Literal["keep", "consecutive"]
+Part = Literal["encoder", "decoder"]
 
-class Reducer(nn.Module):
-    """A reducer that asks nothing of the other parts, and passes features on as they are.
+
+@runtime_checkable
+class Reducer(Protocol):
+    """The contract of every entry of `REDUCERS`; see the package's docstring.
 
     Attributes:
       kind: its name in the table, for messages.
       reduces_in: the part whose blocks it works in, or None.
+      rule: `exact` leaves precisely the budget, and an image that has no more as it is; `as_released` has the counts,
+        the order and the extra tokens of the released code.
+      positions: whether a token that is left keeps its position (on all axes), or the row is numbered anew.
     """
 
     kind: ClassVar[str]
-    reduces_in: ClassVar[Literal["encoder", "decoder"] | None] = None
+    reduces_in: ClassVar[Part | None]
+
+    @property
+    def rule(self) -> Rule: ...
+
+    @property
+    def positions(self) -> PositionRule: ...
+
+    @classmethod
+    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
+        """The fields that leave `budget` of a full-size image's `grid`, or `InfeasibleBudget`."""
+        ...
+
+    def image_size(self, height: int, width: int, grid: Grid) -> tuple[int, int]:
+        """What the processor resizes images to, in pixels."""
+        ...
+
+    def reduced_grid(self, grid: Grid) -> Grid:
+        """The grid that the connector meets."""
+        ...
+
+    def connector_budget(self, grid: Grid) -> int:
+        """Tokens that the connector is to give."""
+        ...
+
+    def required_fields(self) -> dict[Part, dict[str, Any]]:
+        """What the encoder and the decoder must be set to."""
+        ...
+
+    def num_left(self, count: int) -> int:
+        """Tokens that an image takes in the decoder's row if it has `count` before the reducer."""
+        ...
+
+    def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
+        """What is left, with `kept`."""
+        ...
+
+
+class PassesFeatures(nn.Module, kw_only=True):
+    """A reducer that asks nothing of the other parts, and passes features on as they are.
+
+    Attributes:
+      rule, positions: as in `Reducer`.
+    """
+
+    kind: ClassVar[str]
+    reduces_in: ClassVar[Part | None] = None
+
+    rule: Rule = "exact"
+    positions: PositionRule = "consecutive"
 
     def image_size(self, height: int, width: int, grid: Grid) -> tuple[int, int]:
         """The image's own."""
@@ -36,9 +94,13 @@ class Reducer(nn.Module):
         rows, cols = self.reduced_grid(grid)
         return rows * cols
 
-    def required_fields(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, dict[str, Any]]:
         """{part: {field: value}} of what other parts must be set to."""
         return {}
+
+    def num_left(self, count: int) -> int:
+        """All."""
+        return count
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         """Features pass."""
@@ -46,8 +108,10 @@ class Reducer(nn.Module):
         return features
 
 
-class KeepsFeatures(Reducer):
+class KeepsFeatures(PassesFeatures):
     """Leaves `num_kept` features of every image; what is kept forms no rectangle any more.
+
+    An image with no more features than that passes as it is.
 
     Attributes:
       num_kept: features left, solved from the budget.
@@ -65,15 +129,33 @@ class KeepsFeatures(Reducer):
         return {"num_kept": budget}
 
     def reduced_grid(self, grid: Grid) -> Grid:
-        """One row."""
-        del grid
-        return (1, self.num_kept)
+        """One row; the grid itself where nothing is left out."""
+        count = grid[0] * grid[1]
+        left = self.num_left(count)
+        return grid if self.rule == "exact" and left == count else (1, left)
+
+    def num_left(self, count: int) -> int:
+        """`num_kept`, or all where there are fewer."""
+        return min(self.num_kept, count)
 
     def take(self, features: VisualFeatures, kept: Int[Array, "B K"]) -> VisualFeatures:
         """The features at `kept`."""
-        return features.reduced(
-            pick(features.tokens, kept), pick(features.mask, kept), self.reduced_grid(features.grid)
-        )
+        return self.left(features, pick(features.tokens, kept), kept)
+
+    def left(
+        self,
+        features: VisualFeatures,
+        tokens: Float[Array, "B K D"],
+        kept: Int[Array, "B K"],
+        mask: Bool[Array, "B K"] | None = None,
+    ) -> VisualFeatures:
+        """`tokens` in place of the features at `kept`, whose mask they have unless one is given."""
+        mask = pick(features.mask, kept) if mask is None else mask
+        return features.reduced(tokens, mask, (1, tokens.shape[1]), kept)
+
+    def passes(self, features: VisualFeatures) -> bool:
+        """Whether no image can have more than may be left."""
+        return features.mask.shape[1] <= self.num_kept
 
     def attended(self, features: VisualFeatures) -> tuple[Float[Array, "B N"], Float[Array, "B N K H"]]:
         """Saliency and keys of the features.
@@ -124,3 +206,9 @@ def unit(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
 def real(x: Any, mask: Bool[Array, "B N"]) -> Any:
     """x with zeros where it is masked, whatever it holds there."""
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
+
+
+def every(features: VisualFeatures) -> VisualFeatures:
+    """The features as they are, with `kept`."""
+    kept = jnp.broadcast_to(jnp.arange(features.mask.shape[1])[None], features.mask.shape)
+    return dataclasses.replace(features, kept=kept)

@@ -4,7 +4,7 @@ from typing import Any
 
 from vlm_jax.budget import refuse
 from vlm_jax.layers.token_merging import merge_schedule
-from vlm_jax.reducers.reducer import KeepsFeatures
+from vlm_jax.reducers.reducer import KeepsFeatures, Part
 from vlm_jax.types import Grid, VisualFeatures
 
 
@@ -14,6 +14,9 @@ class ToMe(KeepsFeatures):
     Attributes:
       merged: tokens that each block merges, solved from the budget; the same number in every block, but no
         more than half, and in the last ones what is left to merge.
+
+    By the rule `as_released` tokens come in the order in which the release leaves them: those that stayed of the
+    first set, and then the second.
 
     Source: Bolya et al. 2023 (Token Merging), section 3; `layers.token_merging` merges.
     """
@@ -33,11 +36,11 @@ class ToMe(KeepsFeatures):
             raise refuse(cls.kind, budget, grid, feasible, why)
         return {"num_kept": budget, "merged": merge_schedule(total, budget, num_layers)}
 
-    def required_fields(self) -> dict[str, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, dict[str, Any]]:
         """Blocks that merge."""
-        return {"encoder": {"merged": self.merged}}
+        return {"encoder": {"merged": self.merged, "merging": self.rule}}
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
-        """Features pass: the encoder merged them."""
+        """Features pass: the encoder merged them, and gave `kept`."""
         del deterministic
         return features

@@ -1,6 +1,6 @@
 """The second control: keep features at even steps."""
 
-from vlm_jax.reducers.reducer import KeepsFeatures, spread
+from vlm_jax.reducers.reducer import KeepsFeatures, every, spread
 from vlm_jax.types import VisualFeatures
 
 
@@ -11,4 +11,6 @@ class UniformStride(KeepsFeatures):
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         del deterministic
+        if self.passes(features):
+            return every(features)
         return self.take(features, spread(features.mask, self.num_kept))

@@ -161,7 +161,7 @@ def forward(model: Any, batch: Batch, official: jax.Array, known: jax.Array) -> 
         seen.append(call(*args, **{**kwargs, "collect": True}))
         return seen[-1]
 
-    embeddings, segments, _ = model.embed(batch)
+    embeddings, segments, *_ = model.embed(batch)
     follows = embeddings + jax.lax.stop_gradient(jnp.where(known, official - embeddings, 0))
     with nn.intercept_methods(collect):
         hidden, _ = model.decoder(follows, batch.positions, segments)
