@@ -32,6 +32,7 @@ from vlm_jax.pretrained import (
     vision_transformer,
     vit,
 )
+from vlm_jax.pretrained.budgets import Section
 from vlm_jax.pretrained.family import Family
 from vlm_jax.pretrained.loader import load
 from vlm_jax.pretrained.pretrained import Pretrained
@@ -93,6 +94,9 @@ def from_pretrained(
     mesh: Mesh | None = None,
     image_size: int | None = None,
     config: Mapping[str, Any] | None = None,
+    token_budget: int | None = None,
+    reducer: Section | None = None,
+    connector: Section | None = None,
 ) -> Pretrained:
     """Loads a released checkpoint under its own names.
 
@@ -104,6 +108,8 @@ def from_pretrained(
       image_size: side in pixels of the square images that position tables are interpolated for, in the
         way of the release's own loader, and that `processor` makes of pictures; as released when None.
       config: the released settings, for an `.npz` that comes without a `config.json`.
+      token_budget, reducer, connector: visual tokens of a picture; as of `budgets.with_budget`. The release's own
+        when None.
 
     Returns:
       The module, its parameters and the way back.
@@ -112,5 +118,7 @@ def from_pretrained(
       PretrainedError: no family for the config, or settings that nothing here computes.
       CheckpointFileError: files missing, damaged, or in a format that could run code.
       CheckpointMismatch: unused, missing and misshapen keys, all in one message.
+      InfeasibleBudget, ConfigError: as of `budgets.with_budget`, before any tensor is read.
     """
-    return load(source, FAMILIES, dtype=dtype, mesh=mesh, image_size=image_size, config=config)
+    budget = (token_budget, reducer, connector)
+    return load(source, FAMILIES, dtype=dtype, mesh=mesh, image_size=image_size, config=config, budget=budget)

@@ -16,6 +16,7 @@ from vlm_jax.checkpoints.hub import fetch, read_config
 from vlm_jax.checkpoints.mapped import open_release
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.config import did_you_mean
+from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.family import Family, PretrainedError, marker
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.pretrained import Pretrained
@@ -64,9 +65,13 @@ def load(
     mesh: Mesh | None,
     image_size: int | None,
     config: Mapping[str, Any] | None,
+    budget: tuple[int | None, Section | None, Section | None] = (None, None, None),
 ) -> Pretrained:
     """`from_pretrained` with the registration table as an argument."""
     system, family, resize = _opened(source, families, dtype, config)
+    if any(part is not None for part in budget):
+        tokens, reducer, connector = budget
+        system = with_budget(system, tokens, reducer=reducer, connector=connector)
     params = system.initial(jax.random.key(0), mesh)
     release = system.release
     assert release is not None

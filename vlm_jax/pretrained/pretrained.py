@@ -17,6 +17,7 @@ from vlm_jax.checkpoints.release import Release
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
 from vlm_jax.models.two_tower import Embeddings, TwoTower
+from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.family import PretrainedError, marker
 from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, image_text
 from vlm_jax.pretrained.processing.settings import write_image_size
@@ -81,6 +82,25 @@ class Pretrained:
           TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
         """
         return self.system.any_processor
+
+    def with_budget(
+        self, tokens: int | None = None, *, reducer: Section | None = None, connector: Section | None = None
+    ) -> "Pretrained":
+        """The model with a number of visual tokens; parameters are shared, but for those of a connector, drawn anew.
+
+        Args:
+          tokens, reducer, connector: as of `budgets.with_budget`.
+
+        Raises:
+          InfeasibleBudget, ConfigError: as there.
+        """
+        system = with_budget(self.system, tokens, reducer=reducer, connector=connector)
+        drawn = set() if system.release is None else set(system.release.drawn) - set(self.release.drawn)
+        params = self.params
+        if drawn:
+            kept = {part: tree for part, tree in params.items() if part not in drawn}
+            params = kept | system.initial(jax.random.key(0), mesh_of(params), without=tuple(kept))
+        return Pretrained(system, params, self.image_size)
 
     def count_visual_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
         """Places of a prompt that each picture of one conversation takes, before anything runs.

@@ -44,12 +44,16 @@ class Visual:
     Attributes:
       rows: of the row's table.
       ids: what stands there as a token.
-      positions: (time, row, column) of every place, from 0; None where it has one as text has.
+      positions: of every place, from 0, on one axis or as (time, row, column); None where they count as text's do.
+      before: where a reducer chooses tokens that keep their positions, those of all tokens before it, from 0.
+      extent: positions by which what follows moves on; the largest of `positions` + 1 when None.
     """
 
     rows: Sequence[int] | Int[np.ndarray, "n"]
     ids: Sequence[int] | Int[np.ndarray, "n"]
-    positions: Int[np.ndarray, "n 3"] | None = None
+    positions: Int[np.ndarray, "n"] | Int[np.ndarray, "n 3"] | None = None
+    before: Int[np.ndarray, "m"] | Int[np.ndarray, "m 3"] | None = None
+    extent: int | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,7 +84,7 @@ def lay_out(
       float32 for loss_weights. `targets` holds at each position the id of the next of its example; loss_weights
       is 1.0 where that next id belongs to a learned piece. Positions count from 0 in every example, and
       on from the end of branch 0 in every branch; on three axes, what follows a picture counts on from its largest.
-      `branch_ids` is None where all is branch 0.
+      `branch_ids` is None where all is branch 0, and `visual_positions` where no picture says `before`.
 
     Raises:
       ValueError: the pieces are longer than `length`.
@@ -108,6 +112,7 @@ def lay_out(
         branch_ids=written(branches, 0) if any(part.any() for part in branches) else None,
         targets=written([_next(segment.ids, pad_id) for segment in segments], pad_id),
         loss_weights=written([_next(segment.learned, 0) for segment in segments], 0, np.float32),
+        visual_positions=np.concatenate(before)[None] if (before := [x for s in segments for x in s.before]) else None,
     )
 
 
@@ -123,7 +128,7 @@ class _Segment:
         self.ids, self.rows, self.learned, self.branches = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
-        self.positions = _positions_3d(pieces) if rotary_3d else _positions(self.branches)
+        self.positions, self.before = _positions(pieces, rotary_3d)
 
 
 def _next(values: np.ndarray, last: int) -> np.ndarray:
@@ -131,34 +136,36 @@ def _next(values: np.ndarray, last: int) -> np.ndarray:
     return np.append(values[1:], np.asarray([last] * bool(len(values)), values.dtype))
 
 
-def _positions(branches: np.ndarray) -> np.ndarray:
-    found = np.zeros(len(branches), np.int32)
-    for value in np.unique(branches):
-        members = branches == value
-        found[members] = np.arange(members.sum()) + (0 if value == 0 else (branches == 0).sum())
-    return found
+def _positions(pieces: Pieces, rotary_3d: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Positions of every place, and those of each picture's tokens before a reducer.
 
-
-def _positions_3d(pieces: Pieces) -> np.ndarray:
-    """Source: Wang et al. 2024 (Qwen2-VL), section 2.1: each modality begins after the largest position before it."""
-    found: list[np.ndarray] = [np.zeros((0, 3), np.int32)]
+    Source: Wang et al. 2024 (Qwen2-VL), section 2.1: each modality begins after the largest position before it.
+    """
+    found, before = [np.zeros((0, 3) if rotary_3d else 0, np.int32)], []
     following = {0: 0}
     shared = [piece for piece in pieces if isinstance(piece, Visual) or piece.branch == 0]
-    end = sum(_extent(piece) for piece in shared)  # where every other branch begins
+    end = sum(map(_extent, shared))  # where every other branch begins
     for piece in pieces:
-        if isinstance(piece, Visual) and piece.positions is not None:
-            own = piece.positions
-        else:
-            own = np.repeat(np.arange(len(piece))[:, None], 3, axis=1)
         branch = 0 if isinstance(piece, Visual) else piece.branch
         start = following.setdefault(branch, end)
-        found.append((own + start).astype(np.int32))
+        own = piece.positions if isinstance(piece, Visual) else None
+        if own is None:
+            own = np.arange(len(piece))
+        found.append((_on_axes(own, rotary_3d) + start).astype(np.int32))
+        if isinstance(piece, Visual) and piece.before is not None:
+            before.append((_on_axes(piece.before, rotary_3d) + start).astype(np.int32))
         following[branch] = start + _extent(piece)
-    return np.concatenate(found)
+    return np.concatenate(found), before
+
+
+def _on_axes(positions: np.ndarray, rotary_3d: bool) -> np.ndarray:
+    return np.repeat(positions[:, None], 3, axis=1) if rotary_3d and positions.ndim == 1 else positions
 
 
 def _extent(piece: Text | Visual) -> int:
     """Positions by which what follows the piece moves on."""
-    if isinstance(piece, Visual) and piece.positions is not None:
-        return int(piece.positions.max(initial=-1)) + 1
-    return len(piece)
+    if isinstance(piece, Text):
+        return len(piece)
+    if piece.extent is not None:
+        return piece.extent
+    return len(piece) if piece.positions is None else int(np.max(piece.positions, initial=-1)) + 1

@@ -56,6 +56,7 @@ class NativeViews:
       image_edges, video_edges: the learned rows before and after a picture and a video; None without.
       rotary_3d: whether places have positions of time, row and column.
       tokens_per_second: temporal positions of a second of video; None where every temporal patch is one.
+      num_left: how many tokens of so many of a picture, or of a video, a reducer leaves; None for all.
     """
 
     pixels: Pixels
@@ -70,6 +71,7 @@ class NativeViews:
     video_edges: tuple[int, int] | None = None
     rotary_3d: bool = False
     tokens_per_second: float | None = None
+    num_left: Callable[[int], int] | None = None
 
     @property
     def channels(self) -> int:
@@ -158,7 +160,10 @@ class NativeViews:
 
     def _layout(self, num_slots: int, size: Size, edges: tuple[int, int] | None) -> Layout:
         blocks = num_slots * math.prod(size) // self.format.block_size**2
-        return _between(blocks * self.block_tokens, edges)
+        return _between(self._left(blocks * self.block_tokens), edges)
+
+    def _left(self, count: int) -> int:
+        return count if self.num_left is None else self.num_left(count)
 
     def _load(self, num_slots: int, size: Size) -> int:
         grid = (num_slots, size[0] // self.format.patch_size, size[1] // self.format.patch_size)
@@ -211,7 +216,7 @@ class NativeViews:
         merged = (grid[0], grid[1] // form.merge_size, grid[2] // form.merge_size)
         positions = rotary_positions(merged, interval) if self.rotary_3d else None
         layout = self._layout(grid[0], size, edges)
-        return PreparedImage(values, math.prod(merged) * self.block_tokens, layout, grid, positions)
+        return PreparedImage(values, self._left(math.prod(merged) * self.block_tokens), layout, grid, positions)
 
 
 def _normalised(patches: np.ndarray, pixels: Pixels, channels_last: bool) -> np.ndarray:

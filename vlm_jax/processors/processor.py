@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from vlm_jax.processors.conversation import (
 from vlm_jax.processors.image import to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.prompt import Kind, Prompt, Slot
+from vlm_jax.processors.reduction import Reduction, Tokens
 from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
@@ -30,8 +31,6 @@ from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
 from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
 from vlm_jax.types import Batch, Load, RowShape
 
-# By kind what fills the places of each picture or video, and its pixels where they are decoded.
-Waiting = Mapping[Kind, list[tuple[Layout, PreparedImage | None]]]
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
 
@@ -46,6 +45,7 @@ class Example:
       images: what an encoder is given, in the order of those rows.
       visual_tokens: places of every picture and every video, learned rows among them.
       load: what the example takes of a row.
+      tokens: with a reducer, the tokens of each of `images` before it.
     """
 
     name: str
@@ -53,6 +53,23 @@ class Example:
     images: tuple[PreparedImage, ...]
     visual_tokens: tuple[int, ...]
     load: Load
+    tokens: tuple[Tokens, ...] = ()
+
+
+class Place(NamedTuple):
+    """A place of a picture or video in the text.
+
+    Attributes:
+      layout: what fills it.
+      load: what the picture takes of a row's images.
+      prepared: its pixels; None where only sizes are known.
+      tokens: with a reducer, the tokens before it.
+    """
+
+    layout: Layout
+    load: int
+    prepared: PreparedImage | None
+    tokens: Tokens | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +88,7 @@ class Processor:
       end_tokens: names of those that end an answer in the release's own code; its generation config may add more.
       max_pixels: of a picture; more is refused as a decompression bomb.
       frame_sampler: which frames of a video's file are looked at.
+      reduction: a token reducer, behind which `views` lays pictures out; None without.
     """
 
     prompt: Prompt
@@ -84,6 +102,7 @@ class Processor:
     end_tokens: tuple[str, ...] = ()
     max_pixels: int = 100_000_000
     frame_sampler: FrameSampler = dataclasses.field(default_factory=RateSampler)
+    reduction: Reduction | None = None
 
     def __call__(
         self,
@@ -185,11 +204,14 @@ class Processor:
             )
             for row in rows
         ]
-        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *laid) if _alike(laid) else _with_branches(laid)
         pictures = self.views.join([[image for one in row for image in one.images] for row in rows], capacity)
+        joined = dataclasses.replace(_joined(laid), images=pictures)
         if not targets:
             joined = dataclasses.replace(joined, targets=None, loss_weights=None)
-        return dataclasses.replace(joined, images=pictures)
+        if self.reduction is None:
+            return joined
+        tokens = [[one for example in row for one in example.tokens] for row in rows]
+        return self.reduction.applied(joined, tokens, self.num_learned, capacity)
 
     def example_row(self, shape: RowShape) -> Batch:
         """Shapes of one training row with its images."""
@@ -252,23 +274,22 @@ class Processor:
             with error_context(f"{name}, video {i}"):
                 sampler = frame_sampler or self.frame_sampler
                 clips.append(self._frames(video, fps, sampler, f"{name}, video {i}", mode))
-        places: list[list[PreparedImage]] = []
+        parts: list[list[PreparedImage]] = []
         for i, (frames, rate) in enumerate(clips):
             with error_context(f"{name}, video {i}"):
-                places.append(self.views.video(frames, rate, max_video_tokens))
+                parts.append(self.views.video(frames, rate, max_video_tokens))
         with error_context(name):
-            prepared = self._bounded(max_visual_tokens).images(pictures)
+            prepared = self._bounded(self.views, max_visual_tokens).images(pictures)
+        limits = max_visual_tokens, max_video_tokens
         sizes = [(picture.height, picture.width) for picture in pictures]
-        frame_sizes = [VideoSize(len(frames), frames[0].height, frames[0].width) for frames, _ in clips]
-        load = self._load(sizes, frame_sizes, max_visual_tokens, max_video_tokens)
+        clip_sizes = [VideoSize(len(frames), frames[0].height, frames[0].width) for frames, _ in clips]
         return self._example(
             messages,
-            [(one.layout, one) for one in prepared],
-            [[(one.layout, one) for one in parts] for parts in places],
-            load,
+            self._image_places(sizes, limits[0], prepared),
+            self._video_places(clip_sizes, limits[1], parts),
             name=name,
             targets=targets,
-            limits=(max_visual_tokens, max_video_tokens),
+            limits=limits,
             add_generation_prompt=add_generation_prompt,
             **variables,
         )
@@ -295,13 +316,10 @@ class Processor:
           **variables: as of `example`; the other arguments likewise.
         """
         with error_context(name):
-            layouts = self._bounded(max_visual_tokens).layouts(sizes)
-            frames = [self.views.video_layouts(count, (h, w), max_video_tokens) for count, h, w in videos]
+            places = self._image_places(sizes, max_visual_tokens), self._video_places(videos, max_video_tokens)
         return self._example(
             messages,
-            [(layout, None) for layout in layouts],
-            [[(layout, None) for layout in parts] for parts in frames],
-            self._load(sizes, videos, max_visual_tokens, max_video_tokens),
+            *places,
             name=name,
             targets=targets,
             limits=(max_visual_tokens, max_video_tokens),
@@ -309,22 +327,42 @@ class Processor:
             **variables,
         ).load
 
-    def _bounded(self, max_visual_tokens: int | None) -> Views:
-        return self.views if max_visual_tokens is None else self.views.within(max_visual_tokens)
+    def _bounded(self, views: Views, max_visual_tokens: int | None) -> Views:
+        return views if max_visual_tokens is None else views.within(max_visual_tokens)
 
-    def _load(
-        self, sizes: Sequence[Size], videos: Sequence[VideoSize], max_visual: int | None, max_video: int | None
-    ) -> int:
-        """Tiles, or places of packed patches, of all pictures and videos."""
-        of_videos = [self.views.video_load(count, (h, w), max_video) for count, h, w in videos]
-        return sum(self._bounded(max_visual).loads(sizes)) + sum(of_videos)
+    def _image_places(
+        self, sizes: Sequence[Size], most: int | None, prepared: Sequence[PreparedImage] | None = None
+    ) -> list[Place]:
+        """The place of each picture of a conversation."""
+        views = self._bounded(self.views, most)
+        full = views if self.reduction is None else self._bounded(self.reduction.before, most)
+        made = [None] * len(sizes) if prepared is None else prepared
+        parts = zip(views.layouts(sizes), full.layouts(sizes), views.loads(sizes), made, strict=True)
+        return [self._place(layout, before, load, one) for layout, before, load, one in parts]
+
+    def _video_places(
+        self, videos: Sequence[VideoSize], most: int | None, prepared: Sequence[Sequence[PreparedImage]] | None = None
+    ) -> list[list[Place]]:
+        """The places of each video of a conversation, which share its load."""
+        full, found = self.views if self.reduction is None else self.reduction.before, []
+        for number, (count, height, width) in enumerate(videos):
+            layouts = self.views.video_layouts(count, (height, width), most)
+            load = self.views.video_load(count, (height, width), most) // len(layouts)
+            made = [None] * len(layouts) if prepared is None else prepared[number]
+            before = full.video_layouts(count, (height, width), most)
+            parts = zip(layouts, before, made, strict=True)
+            found.append([self._place(layout, first, load, part) for layout, first, part in parts])
+        return found
+
+    def _place(self, layout: Layout, full: Layout, load: int, prepared: PreparedImage | None) -> Place:
+        tokens = None if self.reduction is None else self.reduction.tokens(load, layout, full, prepared)
+        return Place(layout, load, prepared, tokens)
 
     def _example(
         self,
         messages: Conversation,
-        images: list[tuple[Layout, PreparedImage | None]],
-        videos: list[list[tuple[Layout, PreparedImage | None]]],
-        load: int,
+        images: list[Place],
+        videos: list[list[Place]],
         *,
         name: str,
         targets: bool,
@@ -332,7 +370,7 @@ class Processor:
         add_generation_prompt: bool | None,
         **variables: Any,
     ) -> Example:
-        counts = [len(layout) for layout, _ in images], [sum(len(one) for one, _ in parts) for parts in videos]
+        counts = [len(place.layout) for place in images], [sum(len(one.layout) for one in parts) for parts in videos]
         for kind, limit, of_kind in zip(("image", "video"), limits, counts, strict=True):
             for i, count in enumerate(of_kind):
                 if limit is not None and count > limit:
@@ -344,7 +382,7 @@ class Processor:
             )
             if targets and not any(isinstance(piece, Text) and piece.learned for piece in pieces):
                 raise PromptError("no assistant says anything in it, so that there is nothing to learn")
-        waiting: dict[Kind, list[tuple[Layout, PreparedImage | None]]] = {
+        waiting: dict[Kind, list[Place]] = {
             "image": list(images),
             "video": list(itertools.chain(*videos)),
         }
@@ -355,8 +393,11 @@ class Processor:
                 f"{name} is {length} tokens long, over the limit of {self.max_length}; shorten it or give fewer or "
                 "smaller pictures (nothing is cut)"
             )
-        prepared = tuple(one for one in order if one is not None)
-        return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), Load(length, load))
+        load = sum(place.load for place in order)
+        tokens = tuple(place.tokens for place in order if place.tokens is not None)
+        kept = () if self.reduction is None else self.reduction.kept(length, tokens)
+        prepared = tuple(place.prepared for place in order if place.prepared is not None)
+        return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), Load(length, load, kept), tokens)
 
     def count_visual_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
         """Places of the sequence that the pictures of one conversation take, learned rows among them.
@@ -378,26 +419,24 @@ class Processor:
         return frames, fps
 
     def _filled(
-        self,
-        pieces: Sequence[Text | Slot],
-        waiting: Waiting,
-        name: str,
-    ) -> tuple[list[Text | Visual], list[PreparedImage | None]]:
-        for kind, prepared in waiting.items():
+        self, pieces: Sequence[Text | Slot], waiting: Mapping[Kind, list[Place]], name: str
+    ) -> tuple[list[Text | Visual], list[Place]]:
+        for kind, places in waiting.items():
             wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
-            if wanted != len(prepared):
+            if wanted != len(places):
                 raise PictureMismatch(
-                    f"{name}: its text has {wanted} places for {kind}s, but {len(prepared)} are given; give one "
+                    f"{name}: its text has {wanted} places for {kind}s, but {len(places)} are given; give one "
                     f'{{"type": "{kind}"}} item in the messages for every {kind}'
                 )
         filled: list[Text | Visual] = []
-        order: list[PreparedImage | None] = []
+        order: list[Place] = []
         start = 0
         for piece in pieces:
             if isinstance(piece, Text):
                 filled.append(piece)
                 continue
-            layout, prepared = waiting[piece.kind].pop(0)
+            place = waiting[piece.kind].pop(0)
+            layout = place.layout
             ids = np.full(len(layout), piece.token_id)
             if len(piece.first_ids) > len(ids):
                 raise PictureMismatch(
@@ -407,21 +446,34 @@ class Processor:
             ids[: len(piece.first_ids)] = piece.first_ids
             if self.learned_ids:
                 ids = np.where(layout < 0, np.take(self.learned_ids, -1 - layout, mode="clip"), ids)
-            positions = None if prepared is None else prepared.positions
-            filled.append(Visual(np.where(layout < 0, layout, layout + start), ids, positions))
-            order.append(prepared)
-            start += 0 if prepared is None else prepared.num_rows
+            filled.append(Visual(np.where(layout < 0, layout, layout + start), ids, **self._positions(place)))
+            order.append(place)
+            start += 0 if place.prepared is None else place.prepared.num_rows
         return filled, order
 
+    def _positions(self, place: Place) -> dict[str, Any]:
+        """Fields of `Visual`."""
+        prepared, reduction, tokens = place.prepared, self.reduction, place.tokens
+        if reduction is None or tokens is None or reduction.num_left is None:
+            return {"positions": None if prepared is None else prepared.positions}
+        if not reduction.keeps_positions:
+            return {}
+        found = reduction.positions(tokens, place.layout)
+        return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
 
-def _alike(rows: Sequence[Batch]) -> bool:
-    return len({row.branch_ids is None for row in rows}) == 1
 
-
-def _with_branches(rows: Sequence[Batch]) -> Batch:
-    """Rows of which some have branches and others have one branch."""
-    rows = [
-        row if row.branch_ids is not None else dataclasses.replace(row, branch_ids=np.zeros_like(row.tokens))
-        for row in rows
-    ]
+def _joined(rows: Sequence[Batch]) -> Batch:
+    """Rows of one length; those without branches, or without positions of tokens before a reducer, get them."""
+    if any(row.branch_ids is not None for row in rows):
+        fill = [row.branch_ids if row.branch_ids is not None else np.zeros_like(row.tokens) for row in rows]
+        rows = [dataclasses.replace(row, branch_ids=ids) for row, ids in zip(rows, fill, strict=True)]
+    before = [row.visual_positions for row in rows]
+    if any(part is not None for part in before):
+        size = max(part.shape[1] for part in before if part is not None)
+        filled = []
+        for row, part in zip(rows, before, strict=True):
+            part = row.positions[:, :0] if part is None else part
+            width = [(0, 0), (0, size - part.shape[1]), *[(0, 0)] * (part.ndim - 2)]
+            filled.append(dataclasses.replace(row, visual_positions=np.pad(part, width)))
+        rows = filled
     return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)

@@ -1,0 +1,243 @@
+"""A token budget on a release: bounded by smaller pictures, or met by a reducer or another connector."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
+from vlm_jax.config import ConfigError, choose, parse_kind
+from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
+from vlm_jax.encoders import PACKED_ENCODERS
+from vlm_jax.layers.learned_rows import LearnedRows
+from vlm_jax.models.vlm import VLM
+from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.reduction import Reduction
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.views import Tiles, Views
+from vlm_jax.reducers import REDUCERS
+from vlm_jax.reducers.in_decoder import ReducesInDecoder
+from vlm_jax.reducers.reducer import Reducer
+from vlm_jax.system import System
+from vlm_jax.types import Grid
+
+Section = str | Mapping[str, Any]  # a kind, or a section with its kind and settings
+
+
+def with_budget(
+    system: System,
+    tokens: int | None,
+    *,
+    reducer: Section | None = None,
+    connector: Section | None = None,
+    path: str = "config",
+) -> System:
+    """The system with a number of visual tokens.
+
+    Args:
+      system: of a release, with an encoder, a connector and a decoder.
+      tokens: with neither a reducer nor a connector a bound for a picture with all its tiles, met by fewer tiles or
+        pixels; with one of them precisely so many for a tile, or for a picture that is packed at its own
+        resolution (one that has fewer keeps them). None leaves what the release has, or what the sections say.
+      reducer: a training-free reducer; its parameters are none.
+      connector: takes the place of the release's own; its parameters are drawn anew.
+      path: of the config that the sections are from, for messages.
+
+    Raises:
+      InfeasibleBudget: the budget cannot be met; the message names the nearest ones, or the fixed number.
+      ConfigError: the system cannot take the reducer or the connector; the message names why.
+    """
+    model, processor = system.model, system.processor
+    if not isinstance(model, VLM) or model.encoder is None or model.connector is None or model.decoder is None:
+        raise ConfigError(f"{path}.token_budget: this model reads no pictures for a language model; leave it out")
+    if connector is not None:
+        system = _with_connector(system, model, tokens, _section(connector), f"{path}.connector")
+        if reducer is None:
+            return system
+        model, processor = system.model, system.processor
+        assert isinstance(model, VLM)
+    if reducer is not None and _section(reducer).get("kind") != "none":
+        return _with_reducer(system, model, tokens, _section(reducer), f"{path}.reducer")
+    if tokens is None:
+        return system
+    try:
+        views = processor.views.within(tokens)
+    except InfeasibleBudget as error:
+        fixed = isinstance(processor.views, SquareViews)
+        more = "; set a reducer or another connector, which meet a budget exactly" if fixed else ""
+        raise InfeasibleBudget(f"{path}.token_budget: {error}{more}") from error
+    return dataclasses.replace(system, make_processor=_returning(dataclasses.replace(processor, views=views)))
+
+
+def _section(section: Section) -> dict[str, Any]:
+    return {"kind": section} if isinstance(section, str) else dict(section)
+
+
+def _returning(processor: Processor) -> Any:
+    return lambda: processor
+
+
+def _grid_of_view(model: VLM, views: Views) -> Grid:
+    """Rows and columns of features of a tile, or of a block of packed patches."""
+    encoder: Any = model.encoder
+    if isinstance(views, NativeViews):
+        return encoder.grid(views.format.block_size, views.format.block_size)
+    assert isinstance(views, Tiles)
+    return encoder.grid(*views.tile_shape[:2])
+
+
+def _with_connector(system: System, model: VLM, tokens: int | None, section: dict[str, Any], path: str) -> System:
+    processor, decoder = system.processor, model.decoder
+    views, released, kind = processor.views, model.connector, section.get("kind")
+    connector_class = choose(CONNECTORS, str(kind), f"{path}.kind")
+    packed = isinstance(views, NativeViews)
+    if packed and kind not in PACKED_CONNECTORS:
+        raise ConfigError(
+            f"{path}.kind: {kind} reads the grid of one picture, and {type(model.encoder).__name__} packs several of "
+            f"any size into a sequence; choose one of {', '.join(PACKED_CONNECTORS)}"
+        )
+    grid = _grid_of_view(model, views)
+    budget = tokens
+    if packed:
+        budget = _fewest(connector_class, grid)
+    elif budget is None:
+        budget = released.num_tokens(grid)  # type: ignore[union-attr]
+    named = inspect.signature(connector_class.for_budget).parameters.values()
+    asked = {a.name: section[a.name] for a in named if a.kind is a.KEYWORD_ONLY and a.name in section}
+    solved = connector_class.for_budget(budget, grid, **asked)
+    rest = {key: value for key, value in section.items() if key not in asked}
+    dtypes = {"dtype": released.dtype, "param_dtype": released.param_dtype}  # type: ignore[union-attr]
+    connector: Any = parse_kind(CONNECTORS, rest, path, **solved, features=decoder.width, **dtypes)  # type: ignore[union-attr]
+    learned, drawn = model.learned_rows, ["connector"]
+    if learned == "connector":  # rows of the release's own connector, which goes
+        names = tuple(f"indicator_{number}" for number in range(model.num_learned_rows))
+        learned = LearnedRows(names, decoder.width, **dtypes)  # type: ignore[union-attr]
+        drawn.append("learned_rows")
+    laid_out = connector.token_grid(grid)
+    views = views.retokened(connector.num_tokens(grid) if laid_out is None or packed else laid_out)
+    if packed and tokens is not None:
+        views = views.within(tokens)
+    return dataclasses.replace(
+        system,
+        model=model.clone(connector=connector, learned_rows=learned),
+        make_processor=_returning(dataclasses.replace(processor, views=views)),
+        release=None if system.release is None else system.release.without(*drawn),
+    )
+
+
+def _fewest(connector_class: Any, grid: Grid) -> int:
+    """The smallest number of tokens that a connector can give of a block."""
+    for budget in range(1, grid[0] * grid[1] + 1):
+        try:
+            connector_class.for_budget(budget, grid)
+        except InfeasibleBudget:
+            continue
+        return budget
+    return grid[0] * grid[1]
+
+
+def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[str, Any], path: str) -> System:
+    processor = system.processor
+    views, kind = processor.views, str(section.get("kind"))
+    reducer_class = choose(REDUCERS, kind, f"{path}.kind")
+    encoder, connector, decoder = model.encoder, model.connector, model.decoder
+    packed = isinstance(encoder, tuple(PACKED_ENCODERS.values()))
+    parts: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
+    grid = _grid_of_view(model, views)
+    laid_out = connector.token_grid(grid)  # type: ignore[union-attr]
+    at_tokens = packed or laid_out != grid
+    if kind == "downsample_image":
+        return _with_smaller_pictures(system, model, tokens, path)
+    if packed and reducer_class.reduces_in == "encoder":
+        raise ConfigError(
+            f"{path}.kind: {kind} merges tokens inside the encoder, which breaks the windows and blocks of "
+            f"{type(encoder).__name__}; choose a reducer that acts on its merged tokens"
+        )
+    if at_tokens and reducer_class.reduces_in == "encoder":
+        raise ConfigError(
+            f"{path}.kind: {kind} merges tokens inside the encoder, and {type(connector).__name__} needs their grid; "
+            "choose a reducer that acts behind the connector"
+        )
+    if packed:
+        assert isinstance(views, NativeViews)
+        most = views.max_pixels // views.format.block_size**2 * views.block_tokens
+        given: Grid = (1, most)
+    else:
+        given = (laid_out or (1, connector.num_tokens(grid))) if at_tokens else grid  # type: ignore[union-attr]
+    part = parts.get(reducer_class.reduces_in)
+    depth = 0 if part is None else _num_blocks(part)
+    budget = tokens if tokens is not None else given[0] * given[1]
+    if packed:
+        budget = min(budget, given[1])
+    solved = reducer_class.for_budget(budget, given, depth)
+    made: Reducer = parse_kind(REDUCERS, section, path, **solved)
+    if at_tokens and laid_out is None and not packed and made.required_fields().get("encoder"):
+        raise ConfigError(
+            f"{path}.kind: {kind} ranks tokens by the attention that their patches get, and the tokens of "
+            f"{type(connector).__name__} are queries without a place; choose random, uniform_stride or divprune"
+        )
+    for name, fields in made.required_fields().items():
+        parts[name] = _set(parts[name], fields, kind, name, path)
+    in_decoder = made.reduces_in == "decoder"
+    reduction = Reduction(
+        before=views,
+        num_left=None if in_decoder else made.num_left,
+        drops=tuple(drop.num_kept for drop in made.drops()) if isinstance(made, ReducesInDecoder) else (),
+        keeps_positions=made.positions == "keep" and not in_decoder,
+        is_packed=packed and not in_decoder,
+    )
+    if not in_decoder:
+        if packed:
+            views = dataclasses.replace(views, num_left=made.num_left)  # type: ignore[type-var]
+        else:
+            left = made.num_left(given[0] * given[1])
+            views = views if left == given[0] * given[1] else views.retokened(left)
+    reduced = model.clone(
+        encoder=parts["encoder"], decoder=parts["decoder"], reducer=made, reduce="tokens" if at_tokens else "features"
+    )
+    if not at_tokens and not in_decoder:
+        _check_kept_by_connector(reduced, made, grid, path)
+    made_processor = dataclasses.replace(processor, views=views, reduction=reduction)
+    return dataclasses.replace(system, model=reduced, make_processor=_returning(made_processor))
+
+
+def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, path: str) -> System:
+    """Fewer pixels: the bound of a native resolution, or a smaller tile."""
+    processor, views = system.processor, system.processor.views
+    if tokens is None:
+        raise ConfigError(f"{path}.kind: downsample_image needs a token_budget")
+    if isinstance(views, NativeViews):
+        return dataclasses.replace(
+            system, make_processor=_returning(dataclasses.replace(processor, views=views.within(tokens)))
+        )
+    raise ConfigError(
+        f"{path}.kind: downsample_image changes the size of a tile, which the tables and the layout of "
+        f"{type(model.encoder).__name__} and {type(views).__name__} are for; choose another reducer"
+    )
+
+
+def _check_kept_by_connector(model: VLM, reducer: Reducer, grid: Grid, path: str) -> None:
+    reduced, wanted = reducer.reduced_grid(grid), reducer.connector_budget(grid)
+    try:
+        found = model.connector.num_tokens(reduced)  # type: ignore[union-attr]
+    except InfeasibleGrid as error:
+        raise ConfigError(f"{path}.kind: {reducer.kind} leaves no grid that the connector takes: {error}") from error
+    if found != wanted:
+        raise ConfigError(f"{path}.kind: {reducer.kind} leaves {wanted} features, of which the connector makes {found}")
+
+
+def _num_blocks(part: Any) -> int:
+    return part.num_blocks if hasattr(part, "num_blocks") else getattr(part, "depth", 0)
+
+
+def _set(part: nn.Module, fields: Mapping[str, Any], kind: str, name: str, path: str) -> nn.Module:
+    """The part with what a reducer needs; its parameters stay."""
+    if missing := [field for field in fields if not hasattr(part, field)]:
+        raise ConfigError(
+            f"{path}.kind: {kind} works inside the {name}, and {type(part).__name__} has no way to do so (no field "
+            f"{', '.join(missing)}); choose another reducer"
+        )
+    return part.clone(**fields)

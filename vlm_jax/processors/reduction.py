@@ -1,0 +1,144 @@
+"""What a token reducer changes in the layout of rows: which tokens take places, and what the decoder drops."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from vlm_jax.processors.views import Layout, PreparedImage, Tiles, Views
+from vlm_jax.types import PADDING_SEGMENT, Batch, PackedImages, VisualPlaces
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens of a picture before a reducer.
+
+    Attributes:
+      groups: how many each tile has, or the whole picture where it is packed.
+      placed: how many of each, after a reducer before the decoder, have a place in the sequence.
+      positions: position of each in the sequence, from 0; on three axes where text has three.
+      extent: positions by which what follows the picture moves on.
+    """
+
+    groups: tuple[int, ...]
+    placed: tuple[int, ...]
+    positions: Int[np.ndarray, "n"] | Int[np.ndarray, "n 3"]
+    extent: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """A reducer, as the host sees it.
+
+    Attributes:
+      before: the views of the system without it.
+      num_left: how many tokens of so many of a tile, or of a packed picture, are left before the decoder; None where
+        all enter it.
+      drops: how many of each are left after each drop inside the decoder.
+      keeps_positions: whether a token that is left keeps its position; else tokens move up.
+      is_packed: whether pictures are packed in one sequence, so that the reducer is told where each lies.
+    """
+
+    before: Views
+    num_left: Callable[[int], int] | None
+    drops: tuple[int, ...] = ()
+    keeps_positions: bool = False
+    is_packed: bool = False
+
+    def left(self, count: int) -> int:
+        """Tokens of so many that enter the decoder."""
+        return count if self.num_left is None else self.num_left(count)
+
+    def tokens(self, load: int, layout: Layout, full: Layout, prepared: PreparedImage | None) -> Tokens:
+        """Those of one place.
+
+        Args:
+          load: tiles of the picture; not read of packed ones.
+          layout: of the place, behind the reducer.
+          full: of the same place without the reducer.
+          prepared: for positions on three axes; None without.
+        """
+        own = full[full >= 0]
+        groups = (self.before.tile_tokens,) * load if isinstance(self.before, Tiles) else (len(own),)
+        left = [self.left(count) for count in groups]
+        shown = np.searchsorted(np.cumsum(left), layout[layout >= 0], side="right")
+        placed = np.bincount(shown, minlength=len(groups))
+        if prepared is not None and prepared.positions is not None:
+            positions, extent = prepared.positions, int(prepared.positions.max(initial=-1)) + 1
+        else:  # a token that the layout leaves out stands where the one before it does
+            at = np.full(sum(groups), -1)
+            at[own] = np.flatnonzero(full >= 0)
+            positions, extent = np.maximum(np.maximum.accumulate(at), 0), len(full)
+        return Tokens(groups, tuple(placed.tolist()), positions, extent)
+
+    def positions(self, tokens: Tokens, layout: Layout) -> np.ndarray:
+        """Of every place of a picture whose tokens keep their positions: a bound for tokens, which the model replaces.
+
+        Learned rows stand behind the tokens before them.
+        """
+        ends = np.cumsum([self.left(count) for count in tokens.groups])
+        last = np.maximum.accumulate(tokens.positions.max(axis=-1) if tokens.positions.ndim > 1 else tokens.positions)
+        behind = last[np.cumsum(tokens.groups) - 1] + 1  # the position behind each group
+        group = np.searchsorted(ends, np.maximum.accumulate(np.maximum(layout, -1)), side="right")
+        found = np.where((layout < 0) & (np.maximum.accumulate(layout) < 0), 0, np.append(behind, 0)[group])
+        return np.minimum(found, tokens.extent - 1)
+
+    def kept(self, length: int, pictures: Sequence[Tokens]) -> tuple[int, ...]:
+        """Positions of an example of a length that are left after each drop."""
+        counts = [count for tokens in pictures for count in tokens.placed]
+        return tuple(length - sum(max(0, count - most) for count in counts) for most in self.drops)
+
+    def applied(self, batch: Batch, rows: Sequence[Sequence[Tokens]], num_learned: int, capacity: int | None) -> Batch:
+        """A batch with what the model needs to reduce it.
+
+        Args:
+          batch: of rows, laid out behind the reducer, with the images.
+          rows: the pictures of each row, in order.
+          num_learned: rows of the visual table before those of images.
+          capacity: tiles of every row; the most of the rows when None.
+        """
+        groups = [[count for tokens in row for count in tokens.groups] for row in rows]
+        num_images = max(map(len, groups)) if capacity is None or self.is_packed else capacity
+        if self.is_packed and batch.images is not None:
+            images = dataclasses.replace(batch.images, images=_packed(groups, num_images))  # type: ignore[type-var]
+            batch = dataclasses.replace(batch, images=images)
+        if self.drops and num_images:
+            batch = dataclasses.replace(batch, places=self._places(batch, rows, num_learned, num_images))
+        return batch
+
+    def _places(
+        self, batch: Batch, rows: Sequence[Sequence[Tokens]], num_learned: int, num_images: int
+    ) -> VisualPlaces:
+        length = batch.tokens.shape[1]
+        left = [[self.left(count) for tokens in row for count in tokens.groups] for row in rows]
+        most = max(max(counts, default=0) for counts in left)
+        index = np.full((len(rows), num_images, most), length, np.int32)
+        for row, counts, shown in zip(index, left, np.asarray(batch.visual_index), strict=True):
+            of_row = np.full(sum(counts), length, np.int32)
+            place = np.flatnonzero(shown >= num_learned)
+            of_row[shown[place] - num_learned] = place
+            for number, part in enumerate(np.split(of_row, np.cumsum(counts)[:-1])):
+                row[number, : len(part)] = part
+        real = np.count_nonzero(np.asarray(batch.segment_ids) != PADDING_SEGMENT, axis=1).tolist()
+        kept = [self.kept(count, row) for count, row in zip(real, rows, strict=True)]
+        lengths = tuple(max(of_drop) for of_drop in zip(*kept, strict=True))
+        return VisualPlaces(index, ranking(batch), lengths)
+
+
+def ranking(batch: Batch) -> np.ndarray:
+    """True at the last position of each instruction: before each answer that is learned, else where a segment ends."""
+    segments = np.asarray(batch.segment_ids)
+    if batch.loss_weights is None:
+        following = np.pad(segments[:, 1:], ((0, 0), (0, 1)), constant_values=PADDING_SEGMENT)
+        return (segments != PADDING_SEGMENT) & (segments != following)
+    learned = np.asarray(batch.loss_weights) > 0
+    return learned & ~np.pad(learned[:, :-1], ((0, 0), (1, 0)))
+
+
+def _packed(groups: Sequence[Sequence[int]], num_images: int) -> PackedImages:
+    counts = np.zeros((len(groups), max(num_images, 1)), np.int32)
+    for row, own in zip(counts, groups, strict=True):
+        row[: len(own)] = own
+    starts = np.cumsum(counts, axis=1) - counts
+    return PackedImages(starts.astype(np.int32), counts, longest=int(counts.max(initial=1)) or 1)
