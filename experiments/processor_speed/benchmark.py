@@ -23,9 +23,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from vlm_jax.processors.image import to_picture
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.views import Views
 from vlm_jax.types import PatchFormat
 

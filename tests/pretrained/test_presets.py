@@ -138,23 +138,23 @@ def test_every_preset_is_compared():
 def test_visual_tokens_of_an_image(preset, tiles, visual_tokens, tokenizer):
     config = configured(preset(), tokenizer)
     config.processor.tiles, config.processor.thumbnail = tiles, tiles != (1, 1)
-    assert build(config).num_visual_tokens == visual_tokens
+    assert build(config).system.budget.left == visual_tokens
 
 
 def test_a_vocabulary_is_the_release_s_where_the_decoder_states_one(tokenizer):
     config = configured(llava.llava_1_5_7b(), tokenizer)
-    assert build(config).model.decoder.vocab_size == 32_064
+    assert build(config).system.model.decoder.vocab_size == 32_064
     config.decoder.vocab_size = 4
     with pytest.raises(ConfigError, match=r"config\.decoder\.vocab_size: 4 is less than the \d+ tokens of"):
         build(config)
     del config.decoder["vocab_size"]
     size = tokenizers.Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    assert build(config).model.decoder.vocab_size == size
+    assert build(config).system.model.decoder.vocab_size == size
 
 
 def test_special_tokens_are_those_of_the_release(tokenizer):
     config = configured(qwen_vl.qwen2_vl_2b(), tokenizer)
-    made, backend = build(config).processor.tokenizer, tokenizers.Tokenizer.from_file(str(tokenizer))
+    made, backend = build(config).system.processor.tokenizer, tokenizers.Tokenizer.from_file(str(tokenizer))
     assert made.eos_id == backend.token_to_id("<|im_end|>")
     assert made.image_id == backend.token_to_id("<|image_pad|>")
     config.processor.special_tokens = {"end": "</s>"}
