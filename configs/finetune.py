@@ -36,7 +36,9 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.schedule = ("instruction",)
     config.optimizer.update({"b2": 0.999, "weight_decay": 0.0})
-    config.processor.update({"independent_turns": False, "max_text_length": 1472, "max_question_length": 256})
+    config.processor.independent_turns = False
+    config.row.text_length = 1472
+    config.evaluation.question_length = 256
     if arg == "smoke":
         _shrink(config)
         return config.lock()
@@ -54,7 +56,7 @@ def _shrink(config: ConfigDict) -> None:
     config.encoder.update({**sizes, "patch_size": small.encoder.patch_size})
     config.decoder.update({**sizes, "num_kv_heads": 2})
     del config.decoder["vocab_size"]
-    config.processor = small.processor
+    config.processor, config.row, config.evaluation = small.processor, small.row, small.evaluation
     config.token_budget = small.token_budget
     config.data.evaluation_size = 4
     config.evaluation.batch_size = 16

@@ -18,11 +18,11 @@ def built(**decoder):
 
 def test_heads_windows_and_scaled_positions():
     rope = {"theta": 500.0, "scaling": "yarn", "factor": 4.0, "original_length": 32, "sections": (2, 4, 6)}
-    system = built(rope=rope, windows=(None, 8, None), qk_norm=True, qkv_bias=True, head_dim=24, log_length=64)
-    decoder = system.model.decoder
+    experiment = built(rope=rope, windows=(None, 8, None), qk_norm=True, qkv_bias=True, head_dim=24, log_length=64)
+    decoder = experiment.system.model.decoder
     assert decoder.rope == Rope(500.0, "yarn", factor=4.0, original_length=32, sections=(2, 4, 6))
     assert decoder.windows == (None, 8, None) and decoder.log_length == 64
-    attention = jax.eval_shape(system.init, jax.random.key(0))["decoder"]["blocks"]["layers"]["attention"]
+    attention = jax.eval_shape(experiment.init, jax.random.key(0))["decoder"]["blocks"]["layers"]["attention"]
     assert attention["query"]["bias"].value.shape == (3, 96) and attention["key_norm"]["scale"].value.shape == (3, 24)
 
 

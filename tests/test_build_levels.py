@@ -15,8 +15,8 @@ def shapes(**encoder):
     config.encoder = ConfigDict({**VIT, **encoder})
     config.connector = ConfigDict({"kind": "token_packer"})
     config.token_budget = 4
-    system = build(config)
-    return jax.eval_shape(system.init, jax.random.key(0))
+    experiment = build(config)
+    return jax.eval_shape(experiment.init, jax.random.key(0))
 
 
 @pytest.mark.parametrize(("levels", "width"), [((), 8), ((1, -2), 16), ((0, 1, 2), 24)])

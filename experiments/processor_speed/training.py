@@ -70,9 +70,9 @@ def config_of(folder: Path, batch_size: int, steps: int, workers: int) -> Config
 
 def input_alone(config: ConfigDict, batches: int) -> float:
     """Pictures a second, after the first batch."""
-    system = build(config)
+    experiment = build(config)
     (span,) = parse_schedule(tuple(config.schedule), config.stages)
-    iterator = stage_batches(system, span.stage, config.seed, num_workers=config.loop.input_workers)
+    iterator = stage_batches(experiment, span.stage, config.seed, num_workers=config.loop.input_workers)
     for _ in range(2 * max(1, config.loop.input_workers) + 1):  # what was made ahead while workers started
         next(iterator)
     start = time.perf_counter()

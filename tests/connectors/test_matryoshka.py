@@ -18,7 +18,7 @@ from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.connectors.matryoshka import POOLING, QUERIES, Matryoshka
 from vlm_jax.data.loader import join
-from vlm_jax.types import Sample, Turn, VisualFeatures
+from vlm_jax.types import Sample, Turn, VisualFeatures, dialogue
 
 from ..parameters import drawn
 
@@ -114,7 +114,7 @@ def test_training_draws_every_budget_up_to_its_own_and_masks_the_rest(kind):
     assert sum((count - 30) ** 2 / 30 for count in counts.values()) < 13.8  # chi-square, 2 degrees, 1 in 1000
 
 
-def system(budget, budgets=(1, 2, 4), **inner):
+def experiment(budget, budgets=(1, 2, 4), **inner):
     config = tiny_config()
     with config.unlocked():
         config.token_budget = budget
@@ -124,18 +124,18 @@ def system(budget, budgets=(1, 2, 4), **inner):
 
 def test_a_drawn_budget_in_training_is_that_budget_at_inference():
     """What is masked takes no position: the answers' logits are those of the shorter sequence."""
-    whole = system(4)
+    whole = experiment(4)
     rng = np.random.default_rng(0)
-    turns = (Turn("count 7", "2", "count"), Turn("read row 1 column 2", "3", "read"))
-    samples = [Sample(str(i), (rng.integers(0, 256, (24, 24, 1), np.uint8),), turns) for i in range(2)]
+    messages = dialogue([Turn("count 7", "2"), Turn("read row 1 column 2", "3")], num_images=1)
+    samples = [Sample(str(i), messages, (rng.integers(0, 256, (24, 24, 1), np.uint8),)) for i in range(2)]
     params = nn.meta.unbox(whole.init(jax.random.key(0)))
-    batch = jax.tree.map(jnp.asarray, join([whole.processor(sample) for sample in samples]))
+    batch = jax.tree.map(jnp.asarray, join([whole.training_row(sample) for sample in samples]))
 
     @jax.jit
     def train(key):
         settings = {"deterministic": False, "rngs": {"connect": key}}
-        out = whole.model.apply({"params": params}, batch.images[:, 0], method="visual_tokens", **settings)
-        return whole.model.apply({"params": params}, batch, **settings), out.mask.sum(1)
+        out = whole.system.model.apply({"params": params}, batch.images[:, 0], method="visual_tokens", **settings)
+        return whole.system.model.apply({"params": params}, batch, **settings), out.mask.sum(1)
 
     met = set()
     for number in range(8):
@@ -144,10 +144,10 @@ def test_a_drawn_budget_in_training_is_that_budget_at_inference():
         if count in met:
             continue
         met.add(count)
-        short = system(count)
-        assert short.num_visual_tokens == count
-        expected_batch = join([short.processor(sample) for sample in samples])
-        expected = jax.jit(lambda b, model=short.model: model.apply({"params": params}, b))(expected_batch)
+        short = experiment(count)
+        assert short.system.budget.entering == count
+        expected_batch = join([short.training_row(sample) for sample in samples])
+        expected = jax.jit(lambda b, model=short.system.model: model.apply({"params": params}, b))(expected_batch)
         assert expected_batch.tokens.shape[1] == batch.tokens.shape[1] - 4 + count  # really fewer
         learned, also = batch.loss_weights > 0, expected_batch.loss_weights > 0
         assert learned.sum() == also.sum() > 0
@@ -169,7 +169,7 @@ def test_a_drawn_budget_in_training_is_that_budget_at_inference():
 )
 def test_what_cannot_be_nested_is_named(change, error, message):
     with pytest.raises(error, match=message):
-        system(**{"budget": 4, **change})
+        experiment(**{"budget": 4, **change})
 
 
 def test_grids_that_do_not_divide_are_not_nested():

@@ -42,7 +42,7 @@ def test_a_folder_and_its_model_agree(name, learned):
 
 def test_other_tokens_of_a_tile_are_told():
     model = vlm_jax.from_pretrained(DATA / "deepseek_vl2_tiny")
-    views = dataclasses.replace(model.processor.views, tokens_per_side=3)
+    views = dataclasses.replace(model.processor.views, tokens=(3, 3))
     with pytest.raises(PretrainedError, match=r"a tile of 48x48 pixels takes 9 places .* makes 4 tokens"):
         check_agreement(dataclasses.replace(model.processor, views=views), model.module)
 

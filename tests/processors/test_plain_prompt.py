@@ -140,6 +140,16 @@ def test_independent_turns_follow_the_images_and_read_nothing_of_each_other():
     np.testing.assert_array_equal(row.positions, [[*positions, 0]])
 
 
+def test_a_prompt_of_independent_turns_is_one_branch():
+    """Generation takes no branches; of one question the row is the same."""
+    processor = dataclasses.replace(PROCESSOR, prompt=PlainPrompt(TOKENIZER, independent_turns=True))
+    asked = dialogue(TURNS[:1], num_images=1)[:-1]
+    row, expected = (made(asked, [PICTURE]) for made in (processor, PROCESSOR))
+    assert row.branch_ids is None
+    np.testing.assert_array_equal(row.tokens, expected.tokens)
+    np.testing.assert_array_equal(row.positions, expected.positions)
+
+
 def test_pictures_stand_where_the_messages_have_them_and_a_video_has_its_places():
     def said(text):
         return {"type": "text", "text": text}
@@ -161,7 +171,7 @@ def test_a_question_may_stand_before_its_picture():
     """With independent turns the question is of its turn's branch, and what stands before it is shared."""
     question = {"role": "user", "content": [{"type": "text", "text": text} for text in ("749", "count 7")]}
     question["content"].append({"type": "image"})
-    first, context, asked, picture = PlainPrompt(TOKENIZER, independent_turns=True)([question], ())
+    first, context, asked, picture = PlainPrompt(TOKENIZER, independent_turns=True)([question], (), targets=True)
     assert (first.branch, context.branch, asked.branch) == (0, 0, 1)
     assert [*asked.ids] == [COUNT, digit(7)] and isinstance(picture, Slot)
 

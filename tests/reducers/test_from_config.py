@@ -38,31 +38,31 @@ def config_of(kind, budget=BUDGET, **fields):
 
 
 @functools.cache
-def system_of(kind):
+def experiment_of(kind):
     return build(config_of(kind))
 
 
 @functools.cache
 def params():
     """Of every kind alike."""
-    system = system_of("random")
-    return nn.meta.unbox(jax.jit(system.init)(jax.random.key(0)))
+    return nn.meta.unbox(jax.jit(experiment_of("random").init)(jax.random.key(0)))
 
 
 @functools.cache
 def samples():
-    return list(system_of("random").open_source().evaluation(0))
+    return list(experiment_of("random").open_source().evaluation(0))
 
 
 @every_kind
 def test_the_budget_is_realised(kind):
-    system = system_of(kind)
-    assert system.num_visual_tokens == BUDGET
+    experiment = experiment_of(kind)
+    budget = experiment.system.budget
+    assert budget.left == BUDGET
     in_decoder = REDUCERS[kind].reduces_in == "decoder"
-    assert system.mean_visual_tokens == ((16 + BUDGET) / 2 if in_decoder else BUDGET)
-    assert system.processor.num_visual_tokens == (16 if in_decoder else BUDGET)
-    counted = costs(system)
-    assert counted.num_visual_tokens == BUDGET and counted.mean_visual_tokens == system.mean_visual_tokens
+    assert budget.mean == ((16 + BUDGET) / 2 if in_decoder else BUDGET)
+    assert budget.entering == (16 if in_decoder else BUDGET)
+    counted = costs(experiment)
+    assert counted.num_visual_tokens == BUDGET and counted.mean_visual_tokens == budget.mean
     full = costs(build(config_of("uniform_stride", 16)))
     assert counted.flops["prefill"] < full.flops["prefill"]
     if kind in ("tome", "downsample_image"):
@@ -73,9 +73,9 @@ def test_the_budget_is_realised(kind):
 def test_parameters_are_those_without_a_reducer(kind):
     got, expected = (
         jax.tree_util.tree_leaves_with_path(
-            jax.eval_shape(system.init, jax.random.key(0)), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+            jax.eval_shape(experiment.init, jax.random.key(0)), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
         )
-        for system in (system_of(kind), build(config_of("none", 16)))
+        for experiment in (experiment_of(kind), build(config_of("none", 16)))
     )
     assert [(path, leaf.value.shape, leaf.names) for path, leaf in got] == [
         (path, leaf.value.shape, leaf.names) for path, leaf in expected
@@ -84,9 +84,10 @@ def test_parameters_are_those_without_a_reducer(kind):
 
 @every_kind
 def test_a_step_of_training_and_an_answer(kind):
-    system = system_of(kind)
-    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[system.processor(s) for s in samples()[:2]])
-    loss = next_token(system)
+    experiment = experiment_of(kind)
+    system, processor = experiment.system, experiment.system.processor
+    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[experiment.training_row(s) for s in samples()[:2]])
+    loss = next_token(experiment)
 
     @jax.jit
     def step(params, rows):
@@ -103,7 +104,8 @@ def test_a_step_of_training_and_an_answer(kind):
         where = jax.tree_util.keystr(path)
         assert np.isfinite(grad) and (grad > 0 or where.endswith("['key']['bias']")), where
 
-    prompts = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[system.processor.prompt(s) for s in samples()[:3]])
+    asked = [[experiment.example(sample, targets=False)] for sample in samples()[:3]]
+    prompts = processor.rows(asked, experiment.prompt, targets=False)
     answer = functools.partial(generate, system.model, trained, max_new_tokens=3)
     answers = answer(prompts).tokens
     expected = without_a_cache(system, trained, prompts, 3)
@@ -173,17 +175,16 @@ def test_a_budget_that_cannot_be_met_is_refused(kind, budget, message):
 def test_fewer_tokens_may_be_shown_than_there_are_features():
     config = config_of("pyramid_drop", 2, num_shown=4)
     config.connector.kind = "pool"
-    system = build(config)
-    assert system.processor.num_visual_tokens == 4
-    assert (system.num_visual_tokens, system.mean_visual_tokens) == (2, 3.0)
+    budget = build(config).system.budget
+    assert (budget.entering, budget.left, budget.mean) == (4, 2, 3.0)
 
 
 def test_the_dense_head_reads_an_encoder_that_keeps_its_grid():
     config = config_of("tome")
     config.schedule = ("seeing", "answering")
-    system = build(config)
-    assert system.cell_reader is not None and system.cell_reader.encoder.merged == ()
-    assert system.model.encoder.merged == (4, 3)
+    experiment = build(config)
+    assert experiment.cell_reader is not None and experiment.cell_reader.encoder.merged == ()
+    assert experiment.system.model.encoder.merged == (4, 3)
 
 
 def test_every_kind_is_named_in_the_table_of_the_room():

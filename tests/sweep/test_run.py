@@ -55,7 +55,7 @@ def test_points_are_costed_by_shape_in_closed_form(config):
     pool = points["pool@1"].costs
     assert pool.flops["encoder"] == 2 * encoder
     assert points["random@2"].costs.flops["connector"] == 2 * 2 * (2 * WIDTH * WIDTH)  # two tokens, two layers
-    prompt = 1 + points["random@2"].system.processor.max_prompt_length - 1
+    prompt = points["random@2"].experiment.prompt.length
     gated = 4 * WIDTH * WIDTH + 3 * WIDTH * MLP
     vocabulary = 26
     decoder = DEPTH * (prompt * gated + 2 * prompt * prompt * WIDTH) + WIDTH * vocabulary
@@ -74,11 +74,11 @@ def test_a_sweep_is_run_written_resumed_and_kept(config, console, tmp_path, monk
     evaluated = []
     real = sweep_run.answer_all
 
-    def dies_in_the_second_point(system, *arguments):
-        evaluated.append(system.num_visual_tokens)
+    def dies_in_the_second_point(experiment, *arguments):
+        evaluated.append(experiment.system.budget.left)
         if evaluated == [1, 2]:
             raise Killed
-        return real(system, *arguments)
+        return real(experiment, *arguments)
 
     monkeypatch.setattr(sweep_run, "answer_all", dies_in_the_second_point)
     with pytest.raises(Killed):

@@ -12,6 +12,7 @@ from vlm_jax.build import build
 from vlm_jax.data.vqa_files import TooManyCorruptImages
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.loop import Trainer
+from vlm_jax.types import text_of
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def config(tmp_path):
             for index in range(8):
                 sample = source.train("questions", seed=0)[index]
                 Image.fromarray(sample.images[0][:, :, 0]).save(tmp_path / f"{name}{index}.png")
-                turns = [[turn.question, turn.answer] for turn in sample.turns]
+                texts = [text_of(message) for message in sample.messages]
+                turns = list(zip(texts[::2], texts[1::2], strict=True))
                 file.write(json.dumps({"id": f"page{index}", "image": f"{name}{index}.png", "turns": turns}) + "\n")
     broken = tmp_path / "train4.png"
     broken.write_bytes(broken.read_bytes()[:60])

@@ -49,14 +49,15 @@ def minimised(weight):
     """What is added to the cross entropy, the metrics, and the routers' kernels, gradients and inputs."""
     config = tiny_config().unlock()
     config.decoder = ConfigDict({**DECODER, "balance_weight": weight})
-    system = build(config)
-    params = nn.meta.unbox(drawn(jax.eval_shape(system.init, jax.random.key(0))))
-    run = jax.jit(jax.value_and_grad(next_token(system), has_aux=True))
+    experiment = build(config)
+    model = experiment.system.model
+    params = nn.meta.unbox(drawn(jax.eval_shape(experiment.init, jax.random.key(0))))
+    run = jax.jit(jax.value_and_grad(next_token(experiment), has_aux=True))
     (value, metrics), grads = run(params, text(), jax.random.key(1))
 
     @jax.jit
     def apply(variables):
-        return system.model.apply(variables, text(), capture_intermediates=lambda part, _: part.name == "mlp_norm")
+        return model.apply(variables, text(), capture_intermediates=lambda part, _: part.name == "mlp_norm")
 
     logits, state = apply({"params": {"decoder": params["decoder"]}})
     inputs = state["intermediates"]["decoder"]["sparse_1"]["layers"]["mlp_norm"]["__call__"][0]

@@ -1,5 +1,6 @@
 """Tiles, clips and images of their own sizes, through one step of training and into answers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,14 +11,16 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from vlm_jax.build import build
+from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.data.loader import join
 from vlm_jax.evals.vqa import answer_all, realised_tokens
 from vlm_jax.models.vlm import flat_images
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
+from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.state import TrainState
 from vlm_jax.train.step import train_step
-from vlm_jax.types import Sample, Turn
+from vlm_jax.types import Sample, Turn, dialogue
 
 from .conftest import tiny_config
 
@@ -32,7 +35,7 @@ VIEWED = {"tiles": {"tiles": (1, 2), "thumbnail": True}, "frames": {"frames": 2}
 
 
 @functools.cache
-def system_of(kind, num_images=1, budget=12):
+def experiment_of(kind, num_images=1, budget=12):
     config = tiny_config()
     with config.unlocked():
         config.token_budget = budget
@@ -52,21 +55,34 @@ def system_of(kind, num_images=1, budget=12):
 def sample(number, *sizes):
     rng = np.random.default_rng(number)
     pictures = tuple(rng.integers(0, 256, (*size, 1), np.uint8) for size in sizes)
-    return Sample(f"page {number}", pictures, (Turn("count 7", "2", "count"),))
+    return Sample(f"page {number}", dialogue([Turn("count 7", "2")], num_images=len(sizes)), pictures, "count")
+
+
+def counts_of(experiment, sample):
+    return experiment.example(sample, targets=False).visual_tokens
+
+
+def prompt_of(experiment, sample):
+    example = experiment.example(sample, targets=False)
+    return experiment.system.processor.rows([[example]], experiment.prompt, targets=False)
+
+
+def evaluation(batch_size):
+    return EvaluationSettings(batch_size, question_length=8, max_new_tokens=24)
 
 
 @pytest.mark.parametrize("kind", [*NATIVE, *VIEWED])
 def test_a_system_learns_and_answers(kind):
-    system = system_of(kind)
+    experiment = experiment_of(kind)
     samples = [sample(0, (24, 24)), sample(1, (60, 17)), sample(2, (6, 31))]
-    counts = [system.processor.visual_tokens(each)[0] for each in samples]
+    counts = [counts_of(experiment, each)[0] for each in samples]
     assert (len(set(counts)) > 1) == (kind in NATIVE)
-    batch = join([system.processor(each) for each in samples])
+    batch = join([experiment.training_row(each) for each in samples])
     parts = ("encoder", "connector", "decoder")
     settings = OptimizerSettings(b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0, final_scale=0.0)
     tx = adamw(settings, dict.fromkeys(parts, 1e-3), 0, 10)
-    params = nn.meta.unbox(system.init(jax.random.key(0)))
-    step = jax.jit(functools.partial(train_step, objective=OBJECTIVES["next_token"](system), tx=tx, trained=parts))
+    params = nn.meta.unbox(experiment.init(jax.random.key(0)))
+    step = jax.jit(functools.partial(train_step, objective=OBJECTIVES["next_token"](experiment), tx=tx, trained=parts))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     losses = []
     for _ in range(6):
@@ -77,7 +93,7 @@ def test_a_system_learns_and_answers(kind):
         new = functools.reduce(lambda tree, key: tree[key.key], path, state.params["encoder"])
         assert (new != leaf).any(), path  # the images reach the loss by every parameter of the encoder
 
-    answers = answer_all(system, state.params, samples, batch_size=2)
+    answers = answer_all(experiment, state.params, samples, evaluation(2))
     assert [answer.visual_tokens for answer in answers] == [(count,) for count in counts]
     realised = realised_tokens(answers)
     assert realised == {"mean": sum(counts) / 3, "max": max(counts)} and realised["max"] <= 12
@@ -85,25 +101,30 @@ def test_a_system_learns_and_answers(kind):
 
 @pytest.mark.parametrize("kind", NATIVE)
 def test_images_of_a_sequence_are_embedded_as_each_by_itself(kind):
-    system, alone = system_of(kind, num_images=2), system_of(kind)
+    experiment, alone = experiment_of(kind, num_images=2), experiment_of(kind)
     pair = sample(3, (24, 24), (60, 17))
-    batch = system.processor.prompt(pair)
-    model, params = system.model, nn.meta.unbox(system.init(jax.random.key(0)))
+    batch = prompt_of(experiment, pair)
+    model, params = experiment.system.model, nn.meta.unbox(experiment.init(jax.random.key(0)))
     embedded, segments, *_ = jax.jit(lambda p, b: model.apply({"params": p}, b, method="embed"))(params, batch)
     assert (segments == batch.segment_ids).all()
-    start = 1 + int(np.argmax(batch.tokens[0] == system.processor.tokenizer.bos_id))
+    start = 1 + int(np.argmax(batch.tokens[0] == experiment.system.processor.tokenizer.bos_id))
     run = jax.jit(lambda p, x: model.apply({"params": p}, flat_images(x), method="visual_tokens"))
     for picture in pair.images:
-        one = Sample("one", (picture,), pair.turns)
-        (count,) = alone.processor.visual_tokens(one)
-        tokens = run(params, alone.processor.prompt(one).images)
+        one = Sample("one", sample(0, (1, 1)).messages, (picture,))
+        (count,) = counts_of(alone, one)
+        tokens = run(params, prompt_of(alone, one).images)
         assert tokens.mask.sum() == count
         np.testing.assert_allclose(embedded[0, start : start + count], tokens.tokens[0, :count], atol=1e-5)
         start += count
 
 
-def test_the_answers_of_an_image_over_its_budget_are_refused(monkeypatch):
-    system = system_of("naflex")
-    monkeypatch.setattr(type(system.processor.views), "count", lambda self, clip: 13)
-    with pytest.raises(ValueError, match=r"'page 0': its images take \(13,\) visual tokens, over the budget of 12"):
-        answer_all(system, {}, [sample(0, (24, 24))], batch_size=1)
+def test_an_image_over_its_budget_is_refused():
+    experiment = experiment_of("naflex")
+    processor = experiment.system.processor
+    larger = dataclasses.replace(processor, views=dataclasses.replace(processor.views, max_pixels=10**6))
+    experiment = dataclasses.replace(experiment, system=dataclasses.replace(experiment.system, processor=larger))
+    message = r"'page 0' has 16 tiles or places of patches, over the limit of 12"
+    with pytest.raises(SequenceTooLong, match=message):
+        experiment.training_row(sample(0, (24, 24)))
+    with pytest.raises(SequenceTooLong, match=message):
+        answer_all(experiment, {}, [sample(0, (24, 24))], evaluation(1))

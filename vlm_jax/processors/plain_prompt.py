@@ -28,8 +28,8 @@ class PlainPrompt:
     Attributes:
       tokenizer: with the names `bos_token`, `eos_token` and `image_token`, whose id stands where a visual token does.
       independent_turns: no turn reads another, and each follows the context in its positions as if it were alone,
-        so that one encoded picture serves many questions. Source: Deitke et al. 2024 (Molmo), section 3,
-        multi-annotated images.
+        so that one encoded picture serves many questions. A prompt that is answered is one branch all the same.
+        Source: Deitke et al. 2024 (Molmo), section 3, multi-annotated images.
 
     Raises:
       TokenizerError: the tokenizer has no such names.
@@ -60,13 +60,13 @@ class PlainPrompt:
             raise PromptError("no message of a user, so that nothing is asked")
         names = self.tokenizer.names
         bos, eos, image = (self.tokenizer.id_of(names.get(f"{role}_token", role)) for role in ("bos", "eos", "image"))
-        remaining, turn = iter(places), 0
+        remaining, turn, independent = iter(places), 0, self.independent_turns and targets
         pieces: list[Text | Slot] = [Text([bos])]
         for message in messages:
             content = message["content"]
             items = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
             if message["role"] == "assistant":
-                branch = turn if self.independent_turns else 0
+                branch = turn if independent else 0
                 pieces += [Text([*self._ids(item["text"]), eos], targets, branch) for item in items]
                 continue
             last = max((number for number, item in enumerate(items) if item["type"] == "text"), default=-1)
@@ -74,7 +74,7 @@ class PlainPrompt:
             for number, item in enumerate(items):
                 if item["type"] == "text":
                     asked = message["role"] == "user" and number == last
-                    branch = turn if asked and self.independent_turns else 0
+                    branch = turn if asked and independent else 0
                     pieces.append(Text(self._ids(item["text"]), branch=branch))
                 else:
                     count = next(remaining, 1) if item["type"] == "video" else 1

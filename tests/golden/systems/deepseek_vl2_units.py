@@ -136,7 +136,9 @@ def _resolutions(expected: dict[str, np.ndarray], meaning: str) -> dict[str, np.
     """The canvas of every size of the table; the released candidates are listed as an output."""
     candidates = expected["resolution.candidates"]
     side, tokens = map(int, re.search(r"tile (\d+).*-> (\d+)x", meaning).groups())
-    views = DeepSeekVL2Views(Pixels(), side, tokens, tuple((height, width) for width, height in candidates.tolist()))
+    views = DeepSeekVL2Views(
+        Pixels(), side, (tokens, tokens), tuple((height, width) for width, height in candidates.tolist())
+    )
     rows = []
     for width, height, *_ in expected["resolution.table"].tolist():
         (layout,), grid = views.layouts([(height, width)]), views.grid((height, width), 1)

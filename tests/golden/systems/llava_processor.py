@@ -49,15 +49,14 @@ def _batch(golden: Golden, views: AnyresViews) -> dict[str, np.ndarray]:
             for token, label in zip(ids[mask].tolist(), labels[mask].tolist(), strict=True):
                 if token == PLACEHOLDER:
                     (layout,) = views.layouts([inputs[f"img{next(numbers)}_u8"].shape[:2]])
-                    pieces.append(Visual(layout))
+                    pieces.append(Visual(layout, np.zeros(len(layout), np.int32)))
                     answers.append(Text([IGNORED] * len(layout)))
                 else:
                     pieces.append(Text([token]))
                     answers.append(Text([label]))
             rows.append((pieces, answers))
         length = max(sum(len(p.ids if isinstance(p, Text) else p.rows) for p in pieces) for pieces, _ in rows)
-        settings = {"pad_id": IGNORED, "image_id": 0, "sample_id": "batch", "pad_side": side}
-        laid = [[lay_out(part, length, **settings) for part in row] for row in rows]
+        laid = [[lay_out([part], length, pad_id=IGNORED, pad_side=side) for part in row] for row in rows]
         found[f"batch_{side}_mask"] = np.concatenate([row.segment_ids for row, _ in laid])
         found[f"batch_{side}_position_ids"] = np.concatenate([row.positions for row, _ in laid])
         found[f"batch_{side}_labels"] = np.concatenate([row.tokens for _, row in laid])

@@ -60,7 +60,7 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 def _processed(tokenizer: Tokenizer, rows: list[dict]) -> list[tuple[dict, Any]]:
     """Rows of lists, boxes and conversations that do not hold, with what is found."""
-    processor = Processor(QwenVLPrompt(tokenizer), SquareViews(Pixels(), (1, 1), NUM_QUERIES), 0)
+    processor = Processor(QwenVLPrompt(tokenizer), SquareViews(Pixels(), (1, 1), NUM_QUERIES), tokenizer, 0)
     wrong = []
     for row in rows:
         match row["fn"].split(" (")[0].split("(")[0]:

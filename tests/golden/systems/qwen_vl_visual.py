@@ -15,7 +15,8 @@ from tests.golden.systems import qwen_vl_language
 from tests.golden.systems.pixels import CLIP, normalised
 from vlm_jax import from_pretrained
 from vlm_jax.layers.position_embedding import sincos_2d
-from vlm_jax.processors.image import normalize, open_image, resize
+from vlm_jax.processors.image import to_picture
+from vlm_jax.processors.pixels import Pixels
 
 
 def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
     if "png_features" in manifest:
         side = loaded.config["visual"]["image_size"]
         pictures = {
-            path.name: normalize(resize(open_image(path), (side, side), "bicubic"), *CLIP)
+            path.name: Pixels(*CLIP).tiles([Pixels().resized(to_picture(path), (side, side))])[0]
             for path in sorted(folder.glob("*.png"))
         }
         found |= {

@@ -81,10 +81,11 @@ def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
     canvases = tuple((height, width) for width, height in own["candidate_resolutions"])
     side = canvases[0][0]
+    rows = math.ceil(side // own["patch_size"] / own["downsample_ratio"])
     views = DeepSeekVL2Views(
         pixels({**COMMON, **own, "do_normalize": own["normalize"]}),
         side,
-        math.ceil(side // own["patch_size"] / own["downsample_ratio"]),
+        (rows, rows),
         canvases,
         whole_first=config.get("global_view_pos", "head") == "head",
     )
