@@ -13,6 +13,9 @@ def get_config() -> ConfigDict:
     """A small model for 4x4 pages of 48 pixels: 16 patches at full budget."""
     config = ConfigDict()
     config.seed = 0
+    # A released folder, or its name on the hub, whose parts, processor and template are taken; None: the sections below
+    # describe all.
+    config.release = placeholder(str)
     config.dtype = "float32"
     config.param_dtype = "float32"
     # Visual tokens that reach the decoder, whatever the connector: of one image with all its tiles (or a
@@ -54,7 +57,7 @@ def get_config() -> ConfigDict:
         }
     )
     # Positions of a training row: text, and the visual tokens that the budget adds to it.
-    config.row = ConfigDict({"text_length": 60, "length": placeholder(int)})
+    config.row = ConfigDict({"text_length": 60, "length": placeholder(int), "images": placeholder(int)})
     config.encoder = ConfigDict(
         {
             "kind": "vit",

@@ -2,8 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.presets import digits_stages
+from configs import base, digits_stages
 
 
 def get_config(arg: str = "") -> ConfigDict:

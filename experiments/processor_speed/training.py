@@ -22,8 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import base
-from configs.presets import digits_stages
+from configs import base, digits_stages
 from vlm_jax.build import build
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.input import stage_batches

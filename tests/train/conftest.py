@@ -4,8 +4,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.presets import digits_stages
+from configs import base, digits_stages
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
 

@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import vlm_jax
-from configs import base
-from configs.presets import digits_stages
+from configs import base, digits_stages
 from tests.golden.conftest import DATA
 from vlm_jax.build import PARTS, build
 from vlm_jax.checkpoints.hub import open_checkpoint

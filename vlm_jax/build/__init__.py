@@ -5,6 +5,7 @@ connector's own fields from the token budget, widths and vocabulary from each ot
 """
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,17 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
+from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, ReleaseProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
-from vlm_jax.config import ConfigError, check_keys, choose, parse, parse_kind
+from vlm_jax.config import ConfigError, check_keys, choose, convert, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders import DECODERS
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.vlm import VLM
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.image import open_image, to_picture
 from vlm_jax.processors.plain_prompt import PlainPrompt
@@ -35,8 +39,8 @@ from vlm_jax.system import Budget, System
 from vlm_jax.types import Batch, Message, RowShape, Sample
 
 # Every key of a run's config; the last ones are read by the trainer and the evaluation.
-KEYS = ("seed", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor", "encoder",
-        "reducer", "connector", "decoder", "schedule", "stages", "optimizer", "loop", "mesh",
+KEYS = ("seed", "release", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor",
+        "encoder", "reducer", "connector", "decoder", "schedule", "stages", "optimizer", "loop", "mesh",
         "evaluation")  # fmt: skip
 PARTS = ("encoder", "connector", "decoder")
 CELL_HEAD = "cell_head"
@@ -50,7 +54,7 @@ class Experiment:
       system: the model with its processor.
       source: where samples come from; `open_source` reads it.
       row: shape of a training row.
-      prompt: shape of a prompt of the evaluation.
+      prompt: shape of a prompt of the evaluation; None for that of the longest of its batch.
       text_row: shape of a training row of the stream `text_pages`, which has no pictures.
       num_frames: None, or how many of a sample's pictures stand for the clip that they are.
       cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
@@ -59,7 +63,7 @@ class Experiment:
     system: System
     source: Settings
     row: RowShape
-    prompt: RowShape
+    prompt: RowShape | None
     text_row: RowShape
     num_frames: int | None = None
     cell_reader: CellReader | None = None
@@ -165,9 +169,13 @@ def build(config: Any) -> Experiment:
     missing = [key for key in KEYS if key not in config]
     if missing:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
+    if config.release is not None:
+        return _of_release(config)
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     row = parse(RowSettings, config.row, "config.row")
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
+    if evaluation.question_length is None:
+        raise ConfigError("config.evaluation.question_length: expected the text positions of a prompt, got None")
     source = parse_kind(SOURCES, config.data, "config.data")
     tokenizer = settings.read_tokenizer()
     dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
@@ -204,6 +212,35 @@ def build(config: Any) -> Experiment:
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
     )
+
+
+def _of_release(config: Any) -> Experiment:
+    """What `config.release` is made of; the sections of parts replace what they name."""
+    if config.token_budget_per != "image":
+        raise ConfigError("config.token_budget_per: of a release a budget is per picture, or per tile; set it to image")
+    row = parse(RowSettings, config.row, "config.row")
+    if row.length is None or row.images is None:
+        raise ConfigError("config.row: a release needs length (positions) and images (tiles, or places of patches)")
+    source = parse_kind(SOURCES, config.data, "config.data")
+    names = [config[key] for key in ("dtype", "param_dtype")]
+    system = open_system(config.release, FAMILIES, dtype=names[0], param_dtype=names[1])
+    connector = None if config.connector.kind is None else config.connector.to_dict()
+    system = with_budget(system, config.token_budget, reducer=config.reducer.to_dict(), connector=connector)
+    model: Any = system.model
+    for part in ("encoder", "decoder"):
+        fields = {} if config[part] is None else config[part].to_dict()
+        own = getattr(model, part)
+        hints = typing.get_type_hints(type(own))
+        check_keys(fields, hints, f"config.{part}")
+        made = {key: convert(value, hints[key], f"config.{part}.{key}") for key, value in fields.items()}
+        model = model.clone(**{part: own.clone(**made)}) if made else model
+    changes = parse(ReleaseProcessorSettings, config.processor, "config.processor")
+    given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
+    processor = dataclasses.replace(system.processor, **given)
+    system = dataclasses.replace(system, model=model, make_processor=lambda: processor)
+    if source.channels != processor.views.channels:
+        raise ConfigError(f"config.data.channels: the release reads {processor.views.channels}, set it to that")
+    return Experiment(system, source, RowShape(row.length, row.images), None, RowShape(row.length, 0))
 
 
 def _decoder(section: Any, num_tokens: int, dtypes: dict[str, Any]) -> Any:

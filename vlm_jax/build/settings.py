@@ -91,6 +91,19 @@ class ProcessorSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReleaseProcessorSettings:
+    """`config.processor` of a release: what replaces the release's own settings, where it is not None.
+
+    Attributes:
+      max_pixels: of a picture; more is refused as a decompression bomb.
+      max_length: most tokens of a conversation.
+    """
+
+    max_pixels: int | None = None
+    max_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class RowSettings:
     """`config.row`: the static shape of training rows.
 
@@ -98,10 +111,13 @@ class RowSettings:
       text_length: positions of text; those of the budget's visual tokens are added, so that the length follows the
         budget. Exactly one of this and `length` is set.
       length: all positions.
+      images: tiles, or places of packed patches, that a row has room for, of a release; None where a config describes
+        all, whose samples have as many pictures each.
     """
 
     text_length: int | None = None
     length: int | None = None
+    images: int | None = None
 
     def __post_init__(self):
         if (self.text_length is None) == (self.length is None):
@@ -121,10 +137,11 @@ class EvaluationSettings:
 
     Attributes:
       batch_size: prompts that are answered together.
-      question_length: text positions of a prompt, visual tokens not counted.
+      question_length: text positions of a prompt, visual tokens not counted; None for a release, whose prompts are
+        padded to the longest of their batch.
       max_new_tokens: tokens of an answer, its end token among them.
     """
 
     batch_size: int
-    question_length: int
+    question_length: int | None
     max_new_tokens: int

@@ -101,7 +101,7 @@ def answer_all(
             max_new_tokens=settings.max_new_tokens,
             end_ids=system.ends,
             pad_id=processor.pad_id,
-            buckets=(shape.length,),
+            buckets=None if shape is None else (shape.length,),
             names=[f"sample '{example.name}'" for example in padded],
             mesh=mesh,
         ).tokens

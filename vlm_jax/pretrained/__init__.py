@@ -102,7 +102,8 @@ def from_pretrained(
 
     Args:
       source: a folder with `config.json` and safetensors (one file or shards) or an `.npz`; such a file
-        itself; `organisation/name` on the Hugging Face hub; or a folder that `cli.convert` made of one.
+        itself; `organisation/name` on the Hugging Face hub; a folder that `cli.convert` made of one; or the workdir
+        of a run that `config.release` started.
       dtype: what parameters are stored and computed in: float32, bfloat16 or float16.
       mesh: devices to load to, each reading its own shards; the default device when None.
       image_size: side in pixels of the square images that position tables are interpolated for, in the

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.checkpoints.hub import fetch, read_config
 from vlm_jax.checkpoints.mapped import open_release
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, read_parts
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.config import did_you_mean
 from vlm_jax.pretrained.budgets import Section, with_budget
@@ -21,6 +22,7 @@ from vlm_jax.pretrained.family import Family, PretrainedError, marker
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.pretrained.processing import end_ids, read_processor
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import shardings
 from vlm_jax.system import System
 
@@ -47,14 +49,15 @@ def open_system(
     families: Mapping[str, Family],
     *,
     dtype: str,
+    param_dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> System:
-    """The system of a release, none of whose tensors are read yet.
+    """The system of a release, none of whose tensors are read yet; `param_dtype` is `dtype` when None.
 
     Raises:
       As `from_pretrained`.
     """
-    return _opened(source, families, dtype, config)[0]
+    return _opened(source, families, (dtype, param_dtype or dtype), config)[0]
 
 
 def load(
@@ -68,7 +71,9 @@ def load(
     budget: tuple[int | None, Section | None, Section | None] = (None, None, None),
 ) -> Pretrained:
     """`from_pretrained` with the registration table as an argument."""
-    system, family, resize = _opened(source, families, dtype, config)
+    if is_run(source):
+        return _of_run(Path(source), families, dtype, mesh)
+    system, family, resize = _opened(source, families, (dtype, dtype), config)
     if any(part is not None for part in budget):
         tokens, reducer, connector = budget
         system = with_budget(system, tokens, reducer=reducer, connector=connector)
@@ -80,7 +85,9 @@ def load(
             raise PretrainedError(f"image_size: '{marker(release.config)}' is not resized at load")
         released, params, shapes = resize(params, image_size)
         checkpoint = release.checkpoint
-        system = _system(released, {**checkpoint, **shapes}, checkpoint, release.folder, family, dtype, image_size)[0]
+        system = _system(
+            released, {**checkpoint, **shapes}, checkpoint, release.folder, family, (dtype, dtype), image_size
+        )[0]
         boxed = system.boxed_shapes()
         if mesh is not None:
             params = jax.tree.map(jax.device_put, params, shardings(boxed, mesh))
@@ -89,18 +96,50 @@ def load(
     return Pretrained(system, params, image_size)
 
 
+def is_run(source: str | os.PathLike[str]) -> bool:
+    """Whether a folder is the workdir of a run."""
+    return (Path(source) / CHECKPOINTS).is_dir()
+
+
+def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, mesh: Mesh | None) -> Pretrained:
+    """The model of a run that `config.release` started, with the run's newest parameters.
+
+    Raises:
+      PretrainedError: the run was not started from a release.
+      CheckpointError: there is no whole checkpoint.
+    """
+    config = read_config(workdir)
+    if not config.get("release"):
+        raise PretrainedError(f"{workdir}: this run has no config.release, so that no processor belongs to it")
+    connector = config["connector"] if config["connector"].get("kind") else None
+    system = open_system(config["release"], families, dtype=dtype)
+    system = with_budget(system, config["token_budget"], reducer=config["reducer"], connector=connector)
+    boxed = system.boxed_shapes()
+    mesh = make_mesh(MeshSettings(data=1), jax.devices()[:1]) if mesh is None else mesh
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        shardings(boxed, mesh),
+    )
+    return Pretrained(system, read_parts(workdir / CHECKPOINTS, like))
+
+
 def _opened(
-    source: str | os.PathLike[str], families: Mapping[str, Family], dtype: str, config: Mapping[str, Any] | None
+    source: str | os.PathLike[str],
+    families: Mapping[str, Family],
+    dtypes: tuple[str, str],
+    config: Mapping[str, Any] | None,
 ) -> tuple[System, Family, Any]:
-    if dtype not in DTYPES:
-        raise PretrainedError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise PretrainedError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     path = fetch(source)
     folder = path if path.is_dir() else path.parent
     if config is None:
         config = read_config(folder)
     family = choose_family(config, families)
     released, checkpoint = with_named_tower(copy.deepcopy(dict(config)), open_release(path), folder)
-    system, resize = _system(released, checkpoint, checkpoint, folder, family, dtype, None)
+    system, resize = _system(released, checkpoint, checkpoint, folder, family, dtypes, None)
     return system, family, resize
 
 
@@ -110,11 +149,11 @@ def _system(
     checkpoint: Any,
     folder: Path,
     family: Family,
-    dtype: str,
+    dtypes: tuple[str, str],
     image_size: int | None,
 ) -> tuple[System, Any]:
     """The system, and what makes it one for images of another size."""
-    description = family(config, tensors, dtype=DTYPES[dtype], param_dtype=DTYPES[dtype])
+    description = family(config, tensors, dtype=DTYPES[dtypes[0]], param_dtype=DTYPES[dtypes[1]])
     release = Release(config, checkpoint, folder, tuple(description.rules), tuple(description.ignore))
     processor = functools.partial(read_processor, folder, config, description.module, image_size)
     system = System(

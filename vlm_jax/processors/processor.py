@@ -211,7 +211,7 @@ class Processor:
         if self.reduction is None:
             return joined
         tokens = [[one for example in row for one in example.tokens] for row in rows]
-        return self.reduction.applied(joined, tokens, self.num_learned, capacity)
+        return self.reduction.applied(joined, tokens, self.num_learned, shape)
 
     def example_row(self, shape: RowShape) -> Batch:
         """Shapes of one training row with its images."""

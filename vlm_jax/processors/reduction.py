@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.views import Layout, PreparedImage, Tiles, Views
-from vlm_jax.types import PADDING_SEGMENT, Batch, PackedImages, VisualPlaces
+from vlm_jax.types import PADDING_SEGMENT, Batch, PackedImages, RowShape, VisualPlaces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,22 +90,38 @@ class Reduction:
         counts = [count for tokens in pictures for count in tokens.placed]
         return tuple(length - sum(max(0, count - most) for count in counts) for most in self.drops)
 
-    def applied(self, batch: Batch, rows: Sequence[Sequence[Tokens]], num_learned: int, capacity: int | None) -> Batch:
+    def num_before(self, capacity: int) -> int:
+        """Tokens before the reducer that images of a load have at most."""
+        if isinstance(self.before, NativeViews):
+            return capacity // self.before.format.merge_size**2 * self.before.block_tokens
+        return capacity * (self.before.tile_tokens if isinstance(self.before, Tiles) else 0)
+
+    def applied(
+        self, batch: Batch, rows: Sequence[Sequence[Tokens]], num_learned: int, shape: RowShape | None
+    ) -> Batch:
         """A batch with what the model needs to reduce it.
 
         Args:
           batch: of rows, laid out behind the reducer, with the images.
           rows: the pictures of each row, in order.
           num_learned: rows of the visual table before those of images.
-          capacity: tiles of every row; the most of the rows when None.
+          shape: of every row, whose sizes are then static; the smallest that fit when None.
         """
+        capacity = None if shape is None else shape.images
         groups = [[count for tokens in row for count in tokens.groups] for row in rows]
         num_images = max(map(len, groups)) if capacity is None or self.is_packed else capacity
         if self.is_packed and batch.images is not None:
             images = dataclasses.replace(batch.images, images=_packed(groups, num_images))  # type: ignore[type-var]
             batch = dataclasses.replace(batch, images=images)
         if self.drops and num_images:
-            batch = dataclasses.replace(batch, places=self._places(batch, rows, num_learned, num_images))
+            places = self._places(batch, rows, num_learned, num_images)
+            if shape is not None:
+                places = dataclasses.replace(places, lengths=shape.kept or (shape.length,) * len(self.drops))
+            batch = dataclasses.replace(batch, places=places)
+        if capacity is not None and batch.visual_positions is not None:
+            missing = self.num_before(capacity) - batch.visual_positions.shape[1]
+            width = [(0, 0), (0, missing), *[(0, 0)] * (batch.visual_positions.ndim - 2)]
+            batch = dataclasses.replace(batch, visual_positions=np.pad(batch.visual_positions, width))
         return batch
 
     def _places(

@@ -175,11 +175,12 @@ def shared_config(base: Any, seed: int, shared: tuple[str, ...]) -> Any:
 
 def costs(experiment: Experiment) -> Costs:
     """Counts by shape; nothing is allocated."""
-    system, length = experiment.system, experiment.prompt.length
+    system, shape = experiment.system, experiment.prompt or experiment.row
+    length = shape.length
     model, num_params = system.model, experiment.num_params()
     boxed = jax.eval_shape(experiment.init, jax.random.key(0))
     params = {"params": {part: nn.meta.unbox(boxed[part]) for part in num_params}}
-    prompt = dataclasses.replace(system.example(experiment.prompt), targets=None, loss_weights=None)
+    prompt = dataclasses.replace(system.example(shape), targets=None, loss_weights=None)
     flat = jax.eval_shape(flat_images, prompt.images)
     encoder = count_flops(lambda p, x: model.apply(p, x, method=lambda m, x: m.encoder(x)), params, flat)
     visual = count_flops(lambda p, x: model.apply(p, x, method="visual_tokens"), params, flat)

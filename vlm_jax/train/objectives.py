@@ -10,7 +10,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from vlm_jax.build import Experiment
+from vlm_jax.build import CELL_HEAD, Experiment
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
@@ -29,7 +29,7 @@ def next_token(experiment: Experiment) -> Objective:
     """
 
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        parts = {part: params[part] for part in ("encoder", "connector", "decoder")}
+        parts = {part: tree for part, tree in params.items() if part != CELL_HEAD}
         rngs = {"reduce": key, "connect": key}
         logits, sown = experiment.system.model.apply(
             {"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES]
