@@ -176,7 +176,8 @@ def costs(system: System) -> Costs:
     """Counts by shape; nothing is allocated."""
     processor, model = system.processor, system.model
     boxed = jax.eval_shape(system.init, jax.random.key(0))
-    params = {"params": {part: nn.meta.unbox(boxed[part]) for part in system.num_params()}}
+    num_params = system.num_params()
+    params = {"params": {part: nn.meta.unbox(boxed[part]) for part in num_params}}
     row = jax.ShapeDtypeStruct((1, processor.max_prompt_length), jax.numpy.int32)
     images: Any = system.example().images
     prompt = Batch(row, row, row, row, images=images)
@@ -185,4 +186,4 @@ def costs(system: System) -> Costs:
     visual = count_flops(lambda p, x: model.apply(p, x, method="visual_tokens"), params, flat)
     whole = count_flops(lambda p, b: model.apply(p, b, processor.max_prompt_length, method="prefill"), params, prompt)
     flops = {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}
-    return Costs(system.num_visual_tokens, system.mean_visual_tokens, system.num_params(), flops)
+    return Costs(system.num_visual_tokens, system.mean_visual_tokens, num_params, flops)
