@@ -49,6 +49,24 @@ def params():
 
 
 @functools.cache
+def costs_of_all_tokens():
+    return costs(build(config_of("uniform_stride", 16)))
+
+
+def shapes(experiment):
+    """(path, shape, names) of every parameter."""
+    boxed = jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(experiment.init, jax.random.key(0)), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+    )
+    return [(path, leaf.value.shape, leaf.names) for path, leaf in boxed]
+
+
+@functools.cache
+def shapes_without_a_reducer():
+    return shapes(build(config_of("none", 16)))
+
+
+@functools.cache
 def samples():
     return list(experiment_of("random").open_source().evaluation(0))
 
@@ -63,7 +81,7 @@ def test_the_budget_is_realised(kind):
     assert budget.entering == (16 if in_decoder else BUDGET)
     counted = costs(experiment)
     assert counted.num_visual_tokens == BUDGET and counted.mean_visual_tokens == budget.mean
-    full = costs(build(config_of("uniform_stride", 16)))
+    full = costs_of_all_tokens()
     assert counted.flops["prefill"] < full.flops["prefill"]
     if kind in ("tome", "downsample_image"):
         assert counted.flops["encoder"] < full.flops["encoder"]
@@ -71,15 +89,7 @@ def test_the_budget_is_realised(kind):
 
 @every_kind
 def test_parameters_are_those_without_a_reducer(kind):
-    got, expected = (
-        jax.tree_util.tree_leaves_with_path(
-            jax.eval_shape(experiment.init, jax.random.key(0)), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
-        )
-        for experiment in (experiment_of(kind), build(config_of("none", 16)))
-    )
-    assert [(path, leaf.value.shape, leaf.names) for path, leaf in got] == [
-        (path, leaf.value.shape, leaf.names) for path, leaf in expected
-    ]
+    assert shapes(experiment_of(kind)) == shapes_without_a_reducer()
 
 
 @every_kind

@@ -1,24 +1,34 @@
 """A sweep of two tiny points: what is listed, run, kept, resumed and written."""
 
+import dataclasses
 import io
 import json
+import pathlib
 
+import jax
+import numpy as np
 import pytest
 import rich.console
 from ml_collections import ConfigDict
 
 from tests.train.conftest import tiny_config
 from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.build import build
+from vlm_jax.checkpoints.orbax import read_parts
 from vlm_jax.config import ConfigError
 from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
+from vlm_jax.train.state import abstract
 
 PATCHES, WIDTH, DEPTH, MLP = 4, 16, 2, 32
 
 
-@pytest.fixture
-def config() -> ConfigDict:
+class Killed(Exception):
+    pass
+
+
+def tiny_sweep() -> ConfigDict:
     sweep = ConfigDict()
     sweep.base = tiny_config()
     with sweep.base.unlocked():
@@ -34,8 +44,17 @@ def config() -> ConfigDict:
 
 
 @pytest.fixture
-def console():
+def config() -> ConfigDict:
+    return tiny_sweep()
+
+
+def new_console():
     return rich.console.Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def console():
+    return new_console()
 
 
 def make(config, workdir, console, **settings) -> Sweep:
@@ -67,11 +86,38 @@ def test_points_are_costed_by_shape_in_closed_form(config):
     assert pool.num_visual_tokens == 1
 
 
-def test_a_sweep_is_run_written_resumed_and_kept(config, console, tmp_path, monkeypatch):
-    class Killed(Exception):
-        pass
+@pytest.fixture
+def on_one_device(one_device, monkeypatch):
+    """Half of the time of eight devices, on which a nested candidate is run below."""
+    monkeypatch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
 
-    evaluated = []
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """A sweep that was killed in its second point, run to its end, and called once more.
+
+    Attributes:
+      workdir: its folder.
+      first: `results.jsonl` when it was killed.
+      trained: `metrics.jsonl` of the second point then.
+      results: what the second call returned.
+      evaluated: budgets of the evaluations that were begun.
+      counts: how many of them had been at the end of each call.
+      printed: what the second call printed.
+    """
+
+    workdir: pathlib.Path
+    first: list[dict]
+    trained: str
+    results: list[dict]
+    evaluated: list[int]
+    counts: tuple[int, int, int]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def swept(one_device, tmp_path_factory) -> Swept:
+    workdir, evaluated = tmp_path_factory.mktemp("swept") / "sweep", []
     real = sweep_run.answer_all
 
     def dies_in_the_second_point(experiment, *arguments):
@@ -80,22 +126,34 @@ def test_a_sweep_is_run_written_resumed_and_kept(config, console, tmp_path, monk
             raise Killed
         return real(experiment, *arguments)
 
-    monkeypatch.setattr(sweep_run, "answer_all", dies_in_the_second_point)
-    with pytest.raises(Killed):
-        make(config, tmp_path / "sweep", console).run()
-    (first,) = lines(tmp_path / "sweep")
-    trained = (tmp_path / "sweep" / "points" / "random@2" / "metrics.jsonl").read_text()
-    assert len(trained.splitlines()) == 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
+        patch.setattr(sweep_run, "answer_all", dies_in_the_second_point)
+        with pytest.raises(Killed):
+            make(tiny_sweep(), workdir, new_console()).run()
+        first, trained = lines(workdir), metrics(workdir)
+        counts, console = [len(evaluated)], new_console()
+        results = make(tiny_sweep(), workdir, console).run()
+        counts.append(len(evaluated))
+        make(tiny_sweep(), workdir, new_console()).run()
+        counts.append(len(evaluated))
+    return Swept(workdir, first, trained, results, evaluated, tuple(counts), console.file.getvalue())
 
-    results = make(config, tmp_path / "sweep", console).run()
-    assert evaluated == [1, 2, 2]  # the finished point was kept, the other one was not trained again
-    assert (tmp_path / "sweep" / "points" / "random@2" / "metrics.jsonl").read_text() == trained
-    assert lines(tmp_path / "sweep") == results and results[0] == first
 
-    make(config, tmp_path / "sweep", console).run()
-    assert evaluated == [1, 2, 2]
+def metrics(workdir) -> str:
+    return (workdir / "points" / "random@2" / "metrics.jsonl").read_text()
 
-    result = results[1]
+
+def test_a_sweep_is_resumed_where_it_was_killed_and_kept_when_it_is_finished(swept):
+    assert len(swept.trained.splitlines()) == 8 and len(swept.first) == 1
+    # The finished point was kept, the other one was evaluated, and not trained, again; and then nothing was.
+    assert swept.evaluated == [1, 2, 2] and swept.counts == (2, 3, 3)
+    assert metrics(swept.workdir) == swept.trained
+    assert lines(swept.workdir) == swept.results and swept.results[:1] == swept.first
+
+
+def test_what_a_sweep_writes_and_prints(swept):
+    result = swept.results[1]
     assert {key: result[key] for key in ("connector", "token_budget", "num_visual_tokens", "seed")} == {
         "connector": "random",
         "token_budget": 2,
@@ -109,29 +167,31 @@ def test_a_sweep_is_run_written_resumed_and_kept(config, console, tmp_path, monk
     assert result["command"] == (
         "python -m vlm_jax.cli.sweep --config=configs/tiny.py --only=random@2 --workdir=workdir/random@2"
     )
-    assert (tmp_path / "sweep" / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    report = (tmp_path / "sweep" / "report.html").read_text()
-    assert all(result["command"] in report for result in results)
-    printed = console.file.getvalue()
+    assert (swept.workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    report = (swept.workdir / "report.html").read_text()
+    assert all(result["command"] in report for result in swept.results)
+    printed = swept.printed
     assert "2 points, by shape" in printed and printed.index("by shape") < printed.index("95% intervals")
 
 
-def test_the_command_of_a_point_makes_it_again(config, console, tmp_path):
-    whole = make(config, tmp_path / "whole", console).run()
-    alone = make(config, tmp_path / "alone", console, only=("random@2",)).run()
+def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_device, tmp_path):
+    alone = make(config, tmp_path, console, only=("random@2",)).run()
     assert [result["label"] for result in alone] == ["random@2"]
     measured = ("step_seconds",)
     assert {k: v for k, v in alone[0].items() if k not in measured} == {
-        k: v for k, v in whole[1].items() if k not in measured
+        k: v for k, v in swept.results[1].items() if k not in measured
     }
 
 
-def test_points_start_from_the_shared_stages(config, console, tmp_path):
-    sweep = make(config, tmp_path / "sweep", console)
-    sweep.run()
-    frozen = sweep.outcome("pool@1").params["encoder"]["patch_embed"]["kernel"]
-    other = sweep.outcome("random@2").params["encoder"]["patch_embed"]["kernel"]
-    assert (frozen == other).all()  # the encoder is frozen after the shared stage
+def test_points_start_from_the_shared_stages(swept, one_device):
+    boxed = jax.eval_shape(build(tiny_sweep().base).init, jax.random.key(0))
+    shapes = {"encoder": abstract(boxed, one_device)["encoder"]}
+    shared, *points = (
+        read_parts(swept.workdir / run / "checkpoints", shapes)
+        for run in ("shared_0", "points/pool@1", "points/random@2")
+    )
+    for point in points:  # the encoder is frozen after the shared stage
+        jax.tree.map(np.testing.assert_array_equal, point, shared)
 
 
 @pytest.mark.parametrize(
@@ -171,23 +231,27 @@ def test_a_bad_sweep_is_refused_before_anything_is_written(config, console, tmp_
 
 
 def test_an_unknown_point_is_refused(config, console, tmp_path):
+    with config.unlocked():
+        del config.candidates["random"]
+        config.sweep.controls = ()
     with pytest.raises(ConfigError, match="no point 'pool@2'; did you mean 'pool@1'"):
         make(config, tmp_path / "sweep", console, only=("pool@2",))
 
 
-def test_the_workdir_of_another_sweep_is_refused(config, console, tmp_path):
-    make(config, tmp_path / "sweep", console)
+def test_the_workdir_of_another_sweep_is_refused(config, console, swept):
     with config.unlocked():
         config.base.optimizer.weight_decay = 0.5
     with pytest.raises(ConfigError, match=r"config\.base\.optimizer\.weight_decay: 0\.05 here, 0\.5 there"):
-        make(config, tmp_path / "sweep", console)
+        make(config, swept.workdir, console)
 
 
 def test_a_nested_candidate_is_trained_once_and_evaluated_at_every_budget(config, console, tmp_path):
     connector = {"kind": "matryoshka", "budgets": (1, 2, 4), "inner": {"kind": "pool"}}
     with config.unlocked():
         config.candidates = ConfigDict({"nested": {"budgets": (1, 4), "trained_at": 4, "connector": connector}})
-        config.sweep.controls = ()
+        config.sweep.controls = config.sweep.shared = ()
+        config.base.schedule = ("answering",)
+        del config.base.stages["seeing"]
     sweep = make(config, tmp_path / "sweep", console)
     results = sweep.run()
     assert [result["label"] for result in results] == ["nested@1", "nested@4"]
