@@ -57,17 +57,18 @@ def lengths_left(places: VisualPlaces, drops: Sequence[Drop]) -> list[int]:
     return [places.ranking.shape[1] - images * (tokens - drop.num_left(tokens)) for drop in drops]
 
 
-def first_counts(places: VisualPlaces) -> Int[Array, "B I"]:
-    """Tokens of every image that have a place."""
-    return jnp.sum(places.index < places.ranking.shape[1], axis=-1)
+def numbers_left(places: VisualPlaces, coming: Drop) -> Int[Array, "B I"]:
+    """Tokens of every image that a drop leaves, by the places before the first drop."""
+    table = np.asarray([coming.num_left(count) for count in range(places.index.shape[2] + 1)], np.int32)
+    return jnp.asarray(table)[jnp.sum(places.index < places.ranking.shape[1], axis=-1)]
 
 
 def drop(
     rows: Rows,
     places: VisualPlaces,
     saliency: Float[Array, "B T"],
-    coming: Drop,
-    counts: Int[Array, "B I"],
+    number: Int[Array, "B I"],
+    most: int,
     length: int,
 ) -> tuple[Rows, VisualPlaces]:
     """Keeps of every image the tokens with most attention, and everything that is no visual token.
@@ -78,8 +79,8 @@ def drop(
       rows: T positions.
       places: where the tokens stand, and what must stay.
       saliency: attention that each position gets.
-      coming: says how many tokens of an image are left.
-      counts: tokens that each image had before the first drop.
+      number: tokens of each image that are left.
+      most: the largest that it can be.
       length: positions that are left of a row. A row that loses fewer tokens loses padding, of which it must have
         as much.
 
@@ -91,12 +92,9 @@ def drop(
     value = jnp.where(rows.segment_ids == PADDING_SEGMENT, -1.0, jax.lax.stop_gradient(saliency))
     value = jnp.where(places.ranking, jnp.inf, value)
     value = jnp.pad(value, ((0, 0), (0, 1)), constant_values=-2.0)  # of a token without a place
-    # The first drop is given all tokens of an image and any later one fewer; the table is of first numbers.
-    table = np.asarray([coming.num_left(count) for count in range(before + 1)], np.int32)
     tokens = places.index.shape[2]
-    most = tokens if coming.share is not None else min(coming.num_kept, tokens)
+    most = min(most, tokens)
     best = jax.lax.top_k(value[row, places.index], most)[1]
-    number = jnp.minimum(jnp.asarray(table)[jnp.minimum(counts, before)], tokens)
     best = jnp.sort(jnp.where(jnp.arange(most)[None, None] < number[..., None], best, tokens), axis=-1)
     index = jnp.pad(places.index, ((0, 0), (0, 0), (0, 1)), constant_values=before)
     kept = jnp.take_along_axis(index, best, axis=-1)
@@ -210,7 +208,7 @@ class DropsTokens:
         rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every)
         drops = () if places is None else self.drops
         left = [] if places is None else lengths_left(places, drops)
-        counts = None if places is None else first_counts(places)
+        whole = places
         spans = _spans(drops, self.depth) if cache is None else _spans_of(cache)
         following, shift = next_position(positions, segment_ids), None
         written: list[Cache] = []
@@ -227,11 +225,12 @@ class DropsTokens:
             rows = dataclasses.replace(rows, x=x)
             if part is not None:
                 written.append(part)
-            if coming is not None and places is not None and heads is not None and counts is not None:
+            if coming is not None and places is not None and whole is not None and heads is not None:
                 stack, layer = self._stack_of(coming.ranked_by)
                 context = stack.context_of(layer, self.context(rows))
                 saliency = attention_saliency(heads, context, places.ranking.astype(jnp.float32))
-                rows, places = drop(rows, places, saliency, coming, counts, left[number])
+                most = coming.num_left(whole.index.shape[2])
+                rows, places = drop(rows, places, saliency, numbers_left(whole, coming), most, left[number])
                 if coming.renumbers:
                     rows = self._turned(renumbered(rows))
                     shift = following - next_position(rows.positions, rows.segment_ids)

@@ -65,7 +65,7 @@ def run_merging(
       x: the prefix, then patches.
       segments: as in `Context`.
       counts: of every block, at most half of the patches that reach it.
-      num_prefix: 1 where the first token is never merged, else 0.
+      num_prefix: 1 where the first token is never merged, 2 where nothing is merged into the second either, else 0.
       released: tokens come back as the released code leaves them; see `merge`.
       proportional: keys weigh in attention by the number of patches that they stand for.
 
@@ -158,8 +158,10 @@ def merge(
     row = jnp.arange(metric.shape[0])[:, None]
 
     def joined(leaf, reduce):
-        second = leaf[:, 1::2]
-        return jnp.concatenate([_take(leaf[:, ::2], stays), reduce(second.at[row, target], leaf[:, ::2])], axis=1)
+        left, second = _take(leaf[:, ::2], stays), reduce(leaf[:, 1::2].at[row, target], leaf[:, ::2])
+        if num_prefix > 1:  # the prefix stays in front
+            return jnp.concatenate([left[:, :1], second[:, :1], left[:, 1:], second[:, 1:]], axis=1)
+        return jnp.concatenate([left, second], axis=1)
 
     def added(place, first):
         return place.add(_take(first, source))

@@ -56,11 +56,13 @@ class PruMerge(KeepsFeatures):
         return min(self.num_kept - 1, count) if self.ratio is None else int(count * self.ratio)
 
     def spatial(self, count: int) -> range:
-        """Features that PruMerge+ takes at even steps, of an image that has `count`."""
+        """Features that PruMerge+ takes at even steps, of an image that has `count`; never its last."""
         if self.spatial_share <= 0:
             return range(0)
         step = int(1 / (self.num_salient(count) / count if self.ratio is None else self.ratio))
-        return range(0, count, max(step // 3 if self.adaptive else step, 1))
+        if self.adaptive:
+            return range(0, count - 1, max(step // 3, 1))
+        return range(step // 2, count - 1, max(step, 1))
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         del deterministic
@@ -71,7 +73,9 @@ class PruMerge(KeepsFeatures):
         if self.rule == "as_released":
             return self._released(features, tokens, weights, keys)
         kept = self._kept(weights, features.mask)
-        added = self._added(tokens, features.mask, weights, keys, kept)
+        every_one = jnp.broadcast_to(jnp.arange(weights.shape[1])[None], weights.shape)
+        usable = (kept[..., None] != every_one[:, None]) & features.mask[:, None]
+        added = self._added(tokens, weights, real(keys, features.mask), kept, every_one, usable)
         some_go = features.mask.sum(axis=1) > self.num_kept  # of an image that has no more, all are as they were
         return self.left(features, pick(tokens, kept) + jnp.where(some_go[:, None, None], added, 0), kept)
 
@@ -86,23 +90,22 @@ class PruMerge(KeepsFeatures):
     def _added(
         self,
         tokens: Float[Array, "B N D"],
-        mask: Bool[Array, "B N"],
         weights: Float[Array, "B N"],
         keys: Float[Array, "B N K H"],
-        kept: Int[Array, "B K"],
-    ) -> Float[Array, "B K D"]:
-        """The weighted sum of the neighbours of each feature that is kept."""
-        size = mask.shape[1]
-        keys = unit(real(keys.reshape(*mask.shape, -1), mask))
-        similarity = jnp.einsum("bkh,bnh->bkn", pick(keys, kept), keys)
-        itself = kept[..., None] == jnp.arange(size)[None, None]
-        similarity = jnp.where(itself | ~mask[:, None], -jnp.inf, similarity)
-        near = jax.lax.top_k(similarity, min(self.num_neighbors, size - 1))[1]
-        row = jnp.arange(mask.shape[0])[:, None, None]
+        kept: Int[Array, "B M"],
+        others: Int[Array, "B C"],
+        usable: Bool[Array, "B M C"],
+    ) -> Float[Array, "B M D"]:
+        """The weighted sum of the neighbours of each feature that is kept, among the `others` that it may use."""
+        keys = unit(keys.reshape(*weights.shape, -1))
+        similarity = jnp.einsum("bkh,bnh->bkn", pick(keys, kept), pick(keys, others))
+        similarity = jnp.where(usable, similarity, -jnp.inf)
+        near = jax.lax.top_k(similarity, min(self.num_neighbors, others.shape[1] - 1))[1]
+        row = jnp.arange(weights.shape[0])[:, None, None]
         place = jnp.arange(kept.shape[1])[None, :, None]
-        shares = jnp.zeros(similarity.shape).at[row, place, near].set(weights[row, near])
-        added = jnp.einsum("bkn,bnd->bkd", jnp.where(itself, 0, shares), tokens.astype(jnp.float32))
-        return added.astype(tokens.dtype)
+        shares = jnp.zeros(similarity.shape).at[row, place, near].set(pick(weights, others)[row, near])
+        shares = jnp.where(usable, shares, 0)
+        return jnp.einsum("bkn,bnd->bkd", shares, pick(tokens, others).astype(jnp.float32)).astype(tokens.dtype)
 
     def _released(
         self,
@@ -116,16 +119,30 @@ class PruMerge(KeepsFeatures):
         batch, size = mask.shape
         ranked = jnp.where(mask, jnp.nan_to_num(weights), -jnp.inf)
         kept = jax.lax.top_k(ranked, self.num_salient(size))[1]
-        twice = jnp.zeros(kept.shape, bool)
+        again = jnp.zeros(kept.shape, bool)
         if steps := self.spatial(size):
             even = jnp.broadcast_to(jnp.asarray(steps, jnp.int32)[None], (batch, len(steps)))
-            again = pick(marked(kept, size), even)
-            twice = jnp.concatenate([twice, again if self.adaptive else jnp.zeros_like(again)], axis=1)
+            again = jnp.concatenate([again, pick(marked(kept, size), even)], axis=1)
             kept = jnp.concatenate([kept, even], axis=1)
-        merged = pick(tokens, kept) + self._added(tokens, mask, weights, keys, kept)
-        others = jnp.where(marked(kept, size), 0, weights)
+        rest_of = left_out(kept, jnp.where(self.adaptive, 0, again.sum(axis=1)), size) & mask
+        # Neighbours are found among all that is kept, twice where it is, and what goes into the last token.
+        others = jnp.concatenate([kept, jnp.broadcast_to(jnp.arange(size)[None], mask.shape)], axis=1)
+        usable = jnp.concatenate([pick(mask, kept) & ~(again & self.adaptive), rest_of], axis=1)
+        usable = usable[:, None] & (jnp.arange(kept.shape[1])[:, None] != jnp.arange(others.shape[1])[None])[None]
+        added = self._added(tokens, weights, real(keys, mask), kept, others, usable)
+        merged = pick(tokens, kept) + added
+        others = jnp.where(rest_of, weights, 0)
         rest = jnp.einsum("bn,bnd->bd", others, tokens.astype(jnp.float32)).astype(tokens.dtype)
         found = jnp.concatenate([merged, rest[:, None]], axis=1)
         last = jnp.full((batch, 1), size - 1, kept.dtype)
-        shown = jnp.concatenate([pick(mask, kept) & ~twice, mask.any(axis=1, keepdims=True)], axis=1)
+        shown = jnp.concatenate([pick(mask, kept) & ~(again & self.adaptive), mask.any(axis=1, keepdims=True)], axis=1)
         return self.left(features, found, jnp.concatenate([kept, last], axis=1), shown)
+
+
+def left_out(kept: Int[Array, "B K"], num_twice: Int[Array, "B"], size: int) -> Bool[Array, "B N"]:
+    """Features of the last token: those that are not kept; for each that is kept twice the first of them is lost.
+
+    Source: clip_encoder.py, complement_idx, which drops as many indices in front as there are kept ones.
+    """
+    others = ~marked(kept, size)
+    return others & (jnp.cumsum(others, axis=1) > num_twice[:, None])
