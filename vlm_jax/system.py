@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -17,7 +18,7 @@ from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.processor import Processor
 from vlm_jax.sharding.rules import mesh_of, shardings, use_mesh
-from vlm_jax.types import Batch, Grid, RowShape
+from vlm_jax.types import TEXT_SLOT, Batch, Grid, RowShape
 
 Params = dict[str, Any]
 
@@ -186,7 +187,7 @@ class System:
         """
         processor = self.processor
         batch = processor.batch(conversations, images, videos, **(processor_options or {}))
-        return complete(
+        answers = complete(
             self.model,
             params,
             batch,
@@ -197,6 +198,10 @@ class System:
             names=names or [f"conversation {number}" for number in range(len(conversations))],
             **options,
         )
+        for answer, entering in zip(answers, np.count_nonzero(batch.visual_index != TEXT_SLOT, axis=1), strict=True):
+            if answer.visual_tokens and answer.visual_tokens[0] != entering:
+                raise AssertionError(f"{entering} visual tokens were laid out, the decoder got {answer.visual_tokens}")
+        return answers
 
     def _sayable(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Those that the model has a token for: no other can be said, though a folder may state it."""

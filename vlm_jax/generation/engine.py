@@ -44,12 +44,14 @@ class Generated:
       lengths: how many of them are real.
       steps: runs of the model after the prompt.
       transfers: arrays that came to the host.
+      prompt_lengths: real positions of every prompt, in the first layers and behind each drop of visual tokens.
     """
 
     tokens: Int[np.ndarray, "B G"]
     lengths: Int[np.ndarray, "B"]
     steps: int
     transfers: int
+    prompt_lengths: Int[np.ndarray, "B spans"] | None = None
 
 
 @struct
@@ -138,7 +140,7 @@ def generate(
     tokens = np.full((size, max_new_tokens), pad_id, np.int32)
     lengths, transfers = np.zeros(size, np.int32), 0
     with use_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        state, report = prefill(
+        state, report, spans = prefill(
             variables, *given, values, ends, cache_length=cache_length, cache_dtype=cache_dtype, mesh=mesh, **static
         )
         if _by_layer(mesh):
@@ -162,7 +164,8 @@ def generate(
                 all_ended, nan_steps = _placed(whole, mesh)
                 state = dataclasses.replace(state, ended=all_ended, nan_step=nan_steps)
             if ended.all() or lengths.max() == max_new_tokens:
-                return Generated(tokens, lengths, steps=step - 1, transfers=transfers)
+                prompt_lengths = to_host(spans)[:size]
+                return Generated(tokens, lengths, step - 1, transfers, prompt_lengths)
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
 
 
@@ -183,7 +186,7 @@ def _by_layer(mesh: Mesh | None) -> bool:
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))
 def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache_length, cache_dtype, mesh):
-    """Runs the prompts; the state behind their first new tokens, and the first report."""
+    """Runs the prompts; the state behind their first new tokens, the first report, and positions of each span."""
     dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
     logits, cache = model.apply(variables, batch, cache_length, dtype, method="prefill")
     if mesh is not None:
@@ -211,7 +214,8 @@ def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache
     )
     going = ~ended
     state = _chosen(state, logits, values, ends, pad_id)
-    return state, _report(state.token[:, None], going.astype(jnp.int32), state)
+    spans = jnp.stack([jnp.sum(part.segment_ids != PADDING_SEGMENT, axis=1) for part in cache.parts], axis=1)
+    return state, _report(state.token[:, None], going.astype(jnp.int32), state), spans
 
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "chunk"), donate_argnames=("state",))

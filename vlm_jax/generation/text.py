@@ -7,10 +7,10 @@ from typing import Any, Literal
 import numpy as np
 from flax import linen as nn
 
-from vlm_jax.generation.engine import generate
+from vlm_jax.generation.engine import Generated, generate
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Batch
+from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for the first bytes of a character
 
@@ -26,11 +26,14 @@ class Completion:
       text: what was said, up to the stop string; end tokens are left out.
       tokens: ids of it, the end token or the stop string's last one included.
       reason: what ended it: an end token, a stop string, or the limit of new tokens.
+      visual_tokens: places of its prompt that visual tokens fill, in the first layers of the decoder and behind each
+        drop of visual tokens inside it; empty where no picture is read.
     """
 
     text: str
     tokens: tuple[int, ...]
     reason: Literal["end", "stop", "length"]
+    visual_tokens: tuple[int, ...] = ()
 
 
 class TextStream:
@@ -158,5 +161,14 @@ def complete(
         ids = tuple(generated.tokens[row, :length].tolist())
         stopped = stream.stopped or ids[-1] in stop_ids.difference(end_ids)
         reason = "stop" if stopped else "end" if ids[-1] in ends else "length"
-        answers.append(Completion(stream.text, ids, reason))
+        answers.append(Completion(stream.text, ids, reason, _visual_tokens(batch, row, generated)))
     return answers
+
+
+def _visual_tokens(batch: Batch, row: int, generated: Generated) -> tuple[int, ...]:
+    """Visual tokens of a prompt in each span of layers, from the positions that its cache holds."""
+    if batch.images is None or generated.prompt_lengths is None:
+        return ()
+    segments, shown = np.asarray(batch.segment_ids[row]), np.asarray(batch.visual_index[row])
+    num_text = int(np.count_nonzero((segments != PADDING_SEGMENT) & (shown == TEXT_SLOT)))
+    return tuple((generated.prompt_lengths[row] - num_text).tolist())
