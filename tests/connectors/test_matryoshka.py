@@ -128,7 +128,7 @@ def test_a_drawn_budget_in_training_is_that_budget_at_inference():
     rng = np.random.default_rng(0)
     turns = (Turn("count 7", "2", "count"), Turn("read row 1 column 2", "3", "read"))
     samples = [Sample(str(i), (rng.integers(0, 256, (24, 24, 1), np.uint8),), turns) for i in range(2)]
-    params = nn.meta.unbox(whole.init(jax.random.key(0)))
+    params = nn.meta.unbox(jax.jit(whole.init)(jax.random.key(0)))
     batch = jax.tree.map(jnp.asarray, join([whole.processor(sample) for sample in samples]))
 
     @jax.jit
