@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# A file's tests go to one worker, which makes its fixtures once. tests/golden is one file, one test a folder.
+PYTEST := -n 2 --dist loadfile
 WORKDIR ?= workdir/digits_token_budget
 # A fixed release: an open range takes the newest build, with several GB of CUDA packages. The CPU
 # build serves as well where the package index offers it.
@@ -23,16 +25,16 @@ sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
 	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) $(ARGS)
 
 parity: $(VENV)/.parity  ## against live torch models
-	$(BIN)/python -m pytest -n 2 tests/parity $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) tests/parity $(ARGS)
 
 golden: $(VENV)/.test  ## against arrays of the official implementations
 	$(BIN)/python -m pytest -n 2 tests/golden $(ARGS)
 
 processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full disks, several hosts
-	$(BIN)/python -m pytest -n 2 tests/processes $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) tests/processes $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

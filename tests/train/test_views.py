@@ -22,6 +22,7 @@ from vlm_jax.train.state import TrainState
 from vlm_jax.train.step import train_step
 from vlm_jax.types import Sample, Turn, dialogue
 
+from ..parameters import drawn
 from .conftest import tiny_config
 
 SIZES = {"patch_size": 6, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 16}
@@ -50,6 +51,10 @@ def experiment_of(kind, num_images=1, budget=12):
         config.schedule = ("answering",)
         del config.stages["seeing"]
     return build(config)
+
+
+def params_of(experiment):
+    return nn.meta.unbox(drawn(jax.eval_shape(experiment.init, jax.random.key(0))))
 
 
 def sample(number, *sizes):
@@ -81,7 +86,7 @@ def test_a_system_learns_and_answers(kind):
     parts = ("encoder", "connector", "decoder")
     settings = OptimizerSettings(b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0, final_scale=0.0)
     tx = adamw(settings, dict.fromkeys(parts, 1e-3), 0, 10)
-    params = nn.meta.unbox(experiment.init(jax.random.key(0)))
+    params = params_of(experiment)
     step = jax.jit(functools.partial(train_step, objective=OBJECTIVES["next_token"](experiment), tx=tx, trained=parts))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     losses = []
@@ -104,7 +109,7 @@ def test_images_of_a_sequence_are_embedded_as_each_by_itself(kind):
     experiment, alone = experiment_of(kind, num_images=2), experiment_of(kind)
     pair = sample(3, (24, 24), (60, 17))
     batch = prompt_of(experiment, pair)
-    model, params = experiment.system.model, nn.meta.unbox(experiment.init(jax.random.key(0)))
+    model, params = experiment.system.model, params_of(experiment)
     embedded, segments, *_ = jax.jit(lambda p, b: model.apply({"params": p}, b, method="embed"))(params, batch)
     assert (segments == batch.segment_ids).all()
     start = 1 + int(np.argmax(batch.tokens[0] == experiment.system.processor.tokenizer.bos_id))
