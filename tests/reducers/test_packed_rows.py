@@ -97,8 +97,8 @@ def model(reducer=None, saliency="none"):
 @functools.cache
 def batch():
     rng = np.random.default_rng(2)
-    pictures = [rng.normal(size=(1, 2 * rows, 2 * cols, 3)).astype(np.float32) for rows, cols in GRIDS]
-    packed = pack_patches([pictures], QwenViT(**TOWER).patch_format, length=32)
+    patches = rng.normal(size=(sum(rows * cols for rows, cols in GRIDS), 12)).astype(np.float32)
+    packed = pack_patches(patches, [(1, *grid) for grid in GRIDS], merge_size=2, length=32)
     images = PackedImages(np.array([[0, 4]], np.int32), np.array([[4, 3]], np.int32), 4)
     index = np.array([[-1, 0, 1, 2, 3, -1, 4, 5, 6, -1]], np.int32)
     length = index.shape[1]
