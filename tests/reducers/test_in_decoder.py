@@ -10,13 +10,14 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError
+from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.layers.rope import Rope
 from vlm_jax.models.vlm import visual_places
 from vlm_jax.planner.flops import count_flops
 from vlm_jax.reducers.fastv import FastV
 from vlm_jax.reducers.pyramid_drop import PyramidDrop
-from vlm_jax.types import Batch, Drop
+from vlm_jax.types import Batch, Drop, VisualPlaces
 
 from ..parameters import drawn
 from . import blocks, definitions
@@ -301,3 +302,53 @@ def test_schedules_are_those_of_the_papers():
 def test_drops_that_cannot_be_made_are_refused(reducer, message):
     with pytest.raises(ConfigError, match=message):
         reducer.required_fields()
+
+
+def places_by_hand(lengths):
+    """Of `LAYOUT`, the second row's first image has four tokens only; rows are as long as what is left wants."""
+    index = np.array([[range(1, 7), range(9, 15)], [[5, 6, 7, 8, LENGTH, LENGTH], range(11, 17)]])
+    ranking = np.arange(LENGTH)[None].repeat(2, 0) == LENGTH - 1
+    return VisualPlaces(jnp.asarray(index), jnp.asarray(ranking), lengths)
+
+
+@pytest.mark.parametrize("latent", [None, 6], ids=["plain", "latent"])
+@pytest.mark.parametrize("renumbers", [False, True])
+def test_rows_without_padding_lose_no_real_token_and_the_cache_gives_what_the_whole_gives(latent, renumbers):
+    """Layers of both kinds; images of several sizes; positions that stay and that are numbered anew."""
+    drops = tuple(drop._replace(renumbers=renumbers) for drop in PYRAMID)
+    module = Deepseek(
+        VOCAB, WIDTH, DEPTH, HEADS, 24, latent, 8, 4, 2, content_dim=6 if latent else 128, rope_dim=4 if latent else 64,
+        value_dim=5 if latent else 128, rope=Rope(THETA), drops=drops,
+    )  # fmt: skip
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(2, LENGTH + 2, WIDTH)), jnp.float32)
+    segments, positions = jnp.ones(x.shape[:2], jnp.int32), jnp.tile(jnp.arange(LENGTH + 2)[None], (2, 1))
+    own = nn.meta.unbox(drawn(jax.eval_shape(module.init, jax.random.key(0), x, positions, segments)))
+    lost = np.array([[sum(max(n - d.num_kept, 0) for n in row) for d in drops] for row in ((6, 6), (4, 6))])
+    places = places_by_hand(tuple(int(LENGTH - n) for n in lost.min(0)))
+
+    def run(own, x, positions, segments, places):
+        cache = module.init_cache(2, LENGTH + 2, places=places)
+        first = slice(0, LENGTH)
+        args = (x[:, first], positions[:, first], segments[:, first])
+        hidden, cache = module.apply(own, *args, cache, places=places)
+        outs = [hidden]
+        for place in range(LENGTH, LENGTH + 2):
+            args = (leaf[:, place : place + 1] for leaf in (x, positions, segments))
+            hidden, cache = module.apply(own, *args, cache)
+            outs.append(hidden)
+        return jnp.concatenate(outs, axis=1)
+
+    stepped = jax.jit(run)(own, x, positions, segments, places)
+    longer = dataclasses.replace(
+        places,
+        index=jnp.where(places.index == LENGTH, LENGTH + 2, places.index),
+        ranking=jnp.pad(places.ranking, ((0, 0), (0, 2))),
+        lengths=tuple(length + 2 for length in places.lengths),
+    )
+    whole = jax.jit(lambda *args: module.apply(*args, places=longer)[0])(own, x, positions, segments)
+    np.testing.assert_allclose(stepped, whole, atol=2e-4)
+    left = (np.abs(whole).max(-1) > 0).sum(1)
+    np.testing.assert_array_equal(left, LENGTH + 2 - lost[:, -1])
+    text = np.asarray(LAYOUT) < 0
+    assert (np.abs(whole[:, :LENGTH]).max(-1) > 0)[text].all()

@@ -18,6 +18,8 @@ from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
 from vlm_jax.types import PADDING_SEGMENT, Drop, Positions, VisualPlaces, struct
 
+_NOWHERE = 2**30  # the index of what fills a row up
+
 
 @struct
 class Rows:
@@ -30,7 +32,7 @@ class Rows:
       angles: rotary angles.
       query_scale: factor of its queries, or None.
       segment_ids, branch_ids: as in `Batch`.
-      index: which position of the whole sequence it is.
+      index: which position of the whole sequence it is; beyond all of them for a dropped token that fills a row up.
     """
 
     x: Float[Array, "B T D"]
@@ -104,6 +106,12 @@ def drop(
 
     moved = jnp.full((batch, before + 1), length).at[row[..., 0], left].set(jnp.arange(length)[None])
     shorter = jax.tree.map(lambda leaf: _take(leaf, left), rows)
+    filling = _take(lost, left)  # a row that loses more than others may be filled up with what it loses, as padding
+    shorter = dataclasses.replace(
+        shorter,
+        segment_ids=jnp.where(filling, PADDING_SEGMENT, shorter.segment_ids),
+        index=jnp.where(filling, _NOWHERE, shorter.index),
+    )
     return shorter, VisualPlaces(moved[row, kept], _take(places.ranking, left))
 
 
@@ -133,7 +141,7 @@ def next_position(positions: Positions, segment_ids: Int[Array, "B T"]) -> Int[A
 def restore(x: Float[Array, "B T D"], rows: Rows, length: int) -> Float[Array, "B S D"]:
     """Activations of all `length` positions; zeros where tokens were dropped."""
     row = jnp.arange(x.shape[0])[:, None]
-    return jnp.zeros((x.shape[0], length, x.shape[2]), x.dtype).at[row, rows.index].set(x)
+    return jnp.zeros((x.shape[0], length, x.shape[2]), x.dtype).at[row, rows.index].set(x, mode="drop")
 
 
 def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:

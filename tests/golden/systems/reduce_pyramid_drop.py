@@ -74,5 +74,7 @@ def of_drop(folder: Path, case: str, settings: dict, own: dict[str, np.ndarray])
         "position_ids": rows.positions,
     }
     if labels is not None:
-        arrays["labels_out"] = np.where(real, np.take_along_axis(labels, np.asarray(rows.index), axis=1), IGNORED)
+        arrays["labels_out"] = np.where(
+            real, np.take_along_axis(labels, np.where(real, rows.index, 0), axis=1), IGNORED
+        )
     return arrays
