@@ -1,10 +1,10 @@
 """A tiny released folder of a vision-language model with a tokenizer, and a file of questions, made without torch."""
 
 import json
-import shutil
 import string
 
 import numpy as np
+import safetensors.numpy
 import tokenizers
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
@@ -16,13 +16,17 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 
 
 def write_release(folder) -> None:
-    """LLaVA-1.5 with random weights, one token a character."""
+    """LLaVA-1.5 with random weights, one token a character; its first layer comes once more, for FastV to drop in."""
     folder.mkdir()
     source = DATA / "llava15"
     config = json.loads((source / "config.json").read_text())
     config["vision_tower_config"] = json.loads((source / "vision_tower_config.json").read_text())
+    tensors = safetensors.numpy.load_file(source / "model.safetensors")
+    added = f"model.layers.{config['num_hidden_layers']}."
+    tensors |= {name.replace("model.layers.0.", added): tensors[name] for name in tensors}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    config["num_hidden_layers"] += 1
     (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(source / "model.safetensors", folder)
     tokens = [*SPECIAL, *string.printable]
     words = models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token="<unk>")
     backend = tokenizers.Tokenizer(words)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.sharding.rules import BATCH_AXES
-from vlm_jax.types import PADDING_SEGMENT, PROMPT_SEGMENT, TEXT_SLOT, Batch
+from vlm_jax.types import PADDING_SEGMENT, PROMPT_SEGMENT, TEXT_SLOT, Batch, VisualPlaces
 
 SHORTEST_BUCKET = 16
 CACHE_MULTIPLE = 32  # caches differ by so many slots, so that a few more new tokens compile nothing
@@ -84,7 +84,14 @@ def fitted(
         return np.pad(array, ((0, 0), (padding, 0), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL[name])
 
     needed = {name: padded(name) for name in FILL}
-    return dataclasses.replace(batch, **needed, targets=None, loss_weights=None), cache_length
+    places = None if batch.places is None else _moved(batch.places, padding)
+    return dataclasses.replace(batch, **needed, places=places, targets=None, loss_weights=None), cache_length
+
+
+def _moved(places: VisualPlaces, padding: int) -> VisualPlaces:
+    """Places behind `padding` more columns; rows stay as much longer after every drop, so that few programs differ."""
+    ranking = np.pad(np.asarray(places.ranking), ((0, 0), (padding, 0)))
+    return VisualPlaces(np.asarray(places.index) + padding, ranking, tuple(size + padding for size in places.lengths))
 
 
 def _check(batch: Batch, segments: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> None:
