@@ -27,6 +27,13 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of
 MAX_VISUAL_TOKENS = flags.DEFINE_integer(
     "max_visual_tokens", None, "The most tokens of a picture; as released if unset."
 )
+TOKEN_BUDGET = flags.DEFINE_integer(
+    "token_budget", None, "Visual tokens of a picture: a bound, or with --reducer or --connector an exact number."
+)
+REDUCER = flags.DEFINE_string("reducer", None, "A training-free token reducer that meets --token_budget.")
+CONNECTOR = flags.DEFINE_string(
+    "connector", None, "A connector that replaces the release's own; its parameters are drawn, not trained."
+)
 MAX_VIDEO_TOKENS = flags.DEFINE_integer("max_video_tokens", None, "The same of a video.")
 ENABLE_THINKING = flags.DEFINE_boolean(
     "enable_thinking", None, "Whether the model may think first, where its chat template asks; its default if unset."
@@ -53,7 +60,13 @@ def main(argv: list[str]) -> None:
     keep_programs()
     with explained(OSError):
         sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, REPETITION_PENALTY.value, SEED.value)
-        model = vlm_jax.from_pretrained(str(CHECKPOINT.value), dtype=DTYPE.value)
+        model = vlm_jax.from_pretrained(
+            str(CHECKPOINT.value),
+            dtype=DTYPE.value,
+            token_budget=TOKEN_BUDGET.value,
+            reducer=REDUCER.value,
+            connector=CONNECTOR.value,
+        )
         # Templates of language models take strings, those of systems with eyes lists.
         listed = getattr(model.module, "encoder", None) is not None or bool(IMAGE.value or VIDEO.value)
 

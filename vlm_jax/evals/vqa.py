@@ -138,8 +138,10 @@ def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:
     by_task: dict[str, list[bool]] = {}
     for answer in answers:
         by_task.setdefault(answer.sample.task, []).append(answer.correct)
-    table = {}
-    for task, results in by_task.items():
-        low, high = wilson_interval(sum(results), len(results))
-        table[task] = {"mean": sum(results) / len(results), "low": low, "high": high, "n": len(results)}
-    return table
+    return {task: share(sum(results), len(results)) for task, results in by_task.items()}
+
+
+def share(successes: int, trials: int) -> dict[str, float | int]:
+    """{"mean", "low", "high", "n"} of a proportion, the interval being Wilson's at 95%."""
+    low, high = wilson_interval(successes, trials)
+    return {"mean": successes / trials, "low": low, "high": high, "n": trials}

@@ -52,6 +52,7 @@ AXES = {
     "flops": Axis("Forward FLOPs per example: encoder + connector + prefill", 1e9, "G"),
     "parameters": Axis("Parameters: encoder + connector + decoder", 1e6, "M"),
     "step_seconds": Axis("Time of a training step", 1e-3, "ms"),
+    "seconds_per_sample": Axis("Time of an answer", 1e-3, "ms"),
 }
 
 
@@ -71,8 +72,8 @@ class FrontierPoint:
 
     Attributes:
       label: `connector@budget`.
-      costs: by key of AXES, in base units; the mean over seeds. A step time that no seed measured
-        is left out.
+      costs: by key of AXES, in base units; the mean over seeds. A time that no seed measured is
+        left out.
       accuracy: by task. The mean over seeds; the interval reaches from the lowest low to the highest
         high of the seeds, which is the run's own interval where there is one seed.
       runs: the results that the point is made of.
@@ -120,12 +121,13 @@ def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:
 
 
 def total_costs(result: dict[str, Any]) -> dict[str, Number]:
-    """The costs of one result, by key of AXES, in base units; an unmeasured step time is left out."""
+    """The costs of one result, by key of AXES, in base units; an unmeasured time is left out."""
     costs = {
         "tokens": result["realised_visual_tokens"]["mean"],
         "flops": sum(result["flops"].values()),
         "parameters": sum(result["num_params"].values()),
         "step_seconds": result["step_seconds"],
+        "seconds_per_sample": result.get("seconds_per_sample"),
     }
     return {key: cost for key, cost in costs.items() if cost is not None}
 
@@ -166,6 +168,11 @@ def _combine(label: str, runs: list[dict[str, Any]]) -> FrontierPoint:
             n=min(share["n"] for share in shares),
         )
     return FrontierPoint(label, runs[0]["connector"], costs, accuracy, tuple(runs))
+
+
+def measured_axes(points: Sequence[FrontierPoint]) -> dict[str, Axis]:
+    """The entries of AXES that a point has a cost for."""
+    return {key: axis for key, axis in AXES.items() if any(key in point.costs for point in points)}
 
 
 def tasks_of(results: Sequence[dict[str, Any]]) -> list[str]:

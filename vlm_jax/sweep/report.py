@@ -26,6 +26,7 @@ from vlm_jax.sweep.frontier import (
     drawn_costs,
     front_of,
     log_ticks,
+    measured_axes,
     replace_whole,
     styles,
     tasks_of,
@@ -90,7 +91,7 @@ def report_html(
     return template.render(
         title=title,
         tasks=tasks,
-        axes=AXES,
+        axes=measured_axes(points),
         controls=[name for name in dict.fromkeys(point.connector for point in points) if name in controls],
         findings=[finding for task in tasks for finding in find(points, task, controls)],
         rows=table_rows(points, tasks),
@@ -169,7 +170,7 @@ def table_rows(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> list[di
             "point": point,
             "run": run,
             "costs": {key: cost / AXES[key].divisor for key, cost in total_costs(run).items()},
-            "peak_mib": run["peak_bytes"] / 2**20,
+            "peak_mib": None if run["peak_bytes"] is None else run["peak_bytes"] / 2**20,
             "fronts": {task: [axis for axis, on in fronts[task].items() if index in on] for task in tasks},
         }
         for index, point in enumerate(points)
@@ -179,7 +180,8 @@ def table_rows(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> list[di
 
 def chart_data(points: Sequence[FrontierPoint], tasks: Sequence[str], controls: frozenset[str]) -> dict[str, Any]:
     """What the chart's script reads: costs in displayed units, accuracies, fronts as indices of points."""
-    drawn = {axis: drawn_costs(points, axis) for axis in AXES}
+    axes = measured_axes(points)
+    drawn = {axis: drawn_costs(points, axis) for axis in axes}
     return {
         "tasks": list(tasks),
         "axes": {
@@ -188,20 +190,20 @@ def chart_data(points: Sequence[FrontierPoint], tasks: Sequence[str], controls: 
                 "scale": axis_scale(points, key),
                 "ticks": log_ticks(points, key) if axis_scale(points, key) == "log" else None,
             }
-            for key, axis in AXES.items()
+            for key, axis in axes.items()
         },
         "points": [
             {
                 "label": point.label,
                 "connector": point.connector,
                 "costs": {key: cost / AXES[key].divisor for key, cost in point.costs.items()},
-                "drawn_costs": {axis: drawn[axis].get(index) for axis in AXES},
+                "drawn_costs": {axis: drawn[axis].get(index) for axis in axes},
                 "accuracy": {task: dataclasses.asdict(share) for task, share in point.accuracy.items()},
                 "details": details(point),
             }
             for index, point in enumerate(points)
         ],
-        "fronts": {task: {axis: front_of(points, task, axis) for axis in AXES} for task in tasks},
+        "fronts": {task: {axis: front_of(points, task, axis) for axis in axes} for task in tasks},
         "styles": {
             name: dataclasses.asdict(style) | {"control": name in controls}
             for name, style in styles([point.connector for point in points], controls).items()
@@ -221,14 +223,16 @@ def details(point: FrontierPoint) -> list[str]:
         return f"{percent(share.mean)}% [{percent(share.low)}, {percent(share.high)}], n = {share.n}"
 
     costs = {key: quantity(cost / AXES[key].divisor) for key, cost in point.costs.items()}
-    peak = max(run["peak_bytes"] for run in point.runs) / 2**20
+    peaks = [run["peak_bytes"] / 2**20 for run in point.runs if run["peak_bytes"] is not None]
+    answer = [f"time of an answer: {costs['seconds_per_sample']} ms"] if "seconds_per_sample" in costs else []
     return [
         *(f"{task}: {interval(share)}" for task, share in point.accuracy.items()),
         f"visual tokens: {costs['tokens']}",
         f"GFLOPs: {costs['flops']} ({parts('flops', 1e9)})",
         f"parameters, M: {costs['parameters']} ({parts('num_params', 1e6)})",
         f"training step: {costs['step_seconds'] + ' ms' if 'step_seconds' in costs else 'not measured'}",
-        f"peak memory: {quantity(peak)} MiB",
+        f"peak memory: {f'{quantity(max(peaks))} MiB' if peaks else 'not measured'}",
+        *answer,
         f"seeds: {', '.join(str(run['seed']) for run in point.runs)}",
     ]
 

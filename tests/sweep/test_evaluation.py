@@ -1,0 +1,192 @@
+"""An evaluation of a tiny release: its points, files and numbers, and what a stop, a failure and a refusal leave."""
+
+import io
+import json
+
+import pytest
+import rich.console
+import safetensors.numpy
+
+import vlm_jax
+from vlm_jax.config import ConfigError
+from vlm_jax.evals.vqa import wilson_interval
+from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.sweep.evaluation import Evaluation, Questions, ReleaseEvaluation
+from vlm_jax.system import System
+
+from .releases import VISUAL_TOKENS, write_questions, write_release
+
+ASKED = [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)]  # (record, turn) of the five questions
+MAX_NEW_TOKENS = 4
+
+
+def conversation(turn):
+    image = [] if turn is None else [{"type": "image"}]
+    return [{"role": "user", "content": [*image, {"type": "text", "text": f"what is {turn}?"}]}]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """(folder of the release, file of questions, what it answers to each of them by itself)."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    release, questions = folder / "release", folder / "questions.jsonl"
+    write_release(release)
+    model = vlm_jax.from_pretrained(release)
+    write_questions(questions, [["x"], ["x", "x"], ["x"], ["x"]])
+
+    def ask(record, turn):
+        return model.generate(conversation(turn), [folder / f"{record}.png"], max_new_tokens=MAX_NEW_TOKENS)
+
+    # The release ends at whatever it says last to the first question.
+    (release / "generation_config.json").write_text(json.dumps({"eos_token_id": [ask(0, 0).tokens[-1], 2]}))
+    model = vlm_jax.from_pretrained(release)
+    answers = [ask(*place) for place in ASKED]
+    # References are the release's own answers, but for that of the last question.
+    texts = [answer.text or "x" for answer in answers]
+    write_questions(questions, [[texts[0]], texts[1:3], [texts[3]], ["?!"]])
+    return release, questions, answers
+
+
+@pytest.fixture(scope="module")
+def evaluation(released):
+    def make(workdir, console=None, **changes):
+        settings = {"reducers": ("none", "fastv", "pool"), "budgets": (4,), "batch_size": 2}
+        settings |= {"max_new_tokens": MAX_NEW_TOKENS, **changes}
+        console = rich.console.Console(file=console or io.StringIO(), width=200)
+        return Evaluation(ReleaseEvaluation(str(released[0]), str(released[1]), **settings), workdir, console=console)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(evaluation, tmp_path_factory):
+    """(workdir of an evaluation that nothing stopped, what was said)."""
+    workdir, said = tmp_path_factory.mktemp("finished") / "work", io.StringIO()
+    assert evaluation(workdir, said).run() == {}
+    return workdir, said.getvalue()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answers_of(workdir, label):
+    return (workdir / "points" / label / "answers.jsonl").read_text()
+
+
+def test_points_that_cannot_be_met_are_named_and_the_others_go_on(finished):
+    workdir, said = finished
+    assert "none@4: left out: release.token_budget: a picture takes 36 visual tokens at least" in said
+    assert "pool: left out: a connector, which would be drawn anew and has learned nothing; train it" in said
+    assert [line["label"] for line in lines(workdir / "results.jsonl")] == ["none@released", "fastv@4"]
+
+
+def test_answers_are_those_of_the_release_to_each_question_alone(released, finished):
+    found, answers = lines(finished[0] / "points" / "none@released" / "answers.jsonl"), released[2]
+    ids = [f"{released[1]}:{name}" for name in ("0", "1#1", "1#2", "2", "3")]
+    assert [line["sample_id"] for line in found] == ids
+    assert [line["text"] for line in found] == [answer.text for answer in answers]
+    right = [bool(answer.text) and answer.reason == "end" for answer in answers[:4]] + [False]
+    assert [line["correct"] for line in found] == right and any(right)
+    low, high = wilson_interval(sum(right), 5)
+    result = lines(finished[0] / "results.jsonl")[0]
+    assert result["accuracy"] == {"vqa": {"mean": sum(right) / 5, "low": low, "high": high, "n": 5}}
+
+
+def test_costs_of_points(released, finished):
+    whole, dropped = lines(finished[0] / "results.jsonl")
+    assert whole["num_visual_tokens"] == VISUAL_TOKENS and dropped["num_visual_tokens"] == 4
+    for result in (whole, dropped):  # FastV drops inside the decoder, which all tokens enter
+        assert result["realised_visual_tokens"] == {"mean": VISUAL_TOKENS, "max": VISUAL_TOKENS}
+        assert result["seconds_per_sample"] > 0
+    tensors = safetensors.numpy.load_file(released[0] / "model.safetensors")
+    connector = sum(tensor.size for name, tensor in tensors.items() if "mm_projector" in name)
+    decoder = sum(t.size for name, t in tensors.items() if "mm_projector" not in name and "vision_tower" not in name)
+    assert whole["num_params"] == dropped["num_params"]
+    assert (whole["num_params"]["connector"], whole["num_params"]["decoder"]) == (connector, decoder)
+    assert whole["flops"]["connector"] == 2 * VISUAL_TOKENS * (32 * 64 + 64 * 64)
+    assert dropped["flops"]["prefill"] < whole["flops"]["prefill"]
+    words = dropped["command"].split()
+    assert words[:3] == ["python", "-m", "vlm_jax.cli.evaluate"]
+    assert {"--reducers=fastv", "--budgets=4", "--workdir=workdir/fastv@4"} <= set(words)
+
+
+def test_the_frontier_and_the_report_show_every_point(finished):
+    assert (finished[0] / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    page = (finished[0] / "report.html").read_text()
+    assert 'data-point="none@released"' in page and 'data-point="fastv@4"' in page
+    assert '<option value="seconds_per_sample">' in page and '<option value="step_seconds">' not in page
+
+
+def test_a_stopped_point_goes_on_behind_its_last_whole_line(evaluation, finished, tmp_path, monkeypatch):
+    real, calls = System.answer, []
+
+    def stopped(system, *arguments, **options):
+        calls.append(options["names"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(system, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(System, "answer", stopped)
+        evaluation(tmp_path / "work").run()
+    path = tmp_path / "work" / "points" / "none@released" / "answers.jsonl"
+    first, second = path.read_text().splitlines(keepends=True)
+    path.write_text(first + second[:20])
+    assert evaluation(tmp_path / "work").run() == {}
+    for label in ("none@released", "fastv@4"):
+        assert answers_of(tmp_path / "work", label) == answers_of(finished[0], label)
+    found, expected = (lines(folder / "results.jsonl") for folder in (tmp_path / "work", finished[0]))
+    for result in found + expected:
+        del result["seconds_per_sample"]
+    assert found == expected
+    with pytest.raises(ConfigError, match=r"was made by another config.*\n.*config\.batch_size: 2 here, 3 there"):
+        evaluation(tmp_path / "work", batch_size=3)
+
+
+def test_a_point_that_fails_is_named_and_tried_again(evaluation, finished, tmp_path, monkeypatch):
+    real = System.answer
+
+    def failing(system, *arguments, **options):
+        if system.processor.reduction is None:
+            return real(system, *arguments, **options)
+        raise GenerationError("the logits are NaN")
+
+    failed = {"fastv@4": "GenerationError: the logits are NaN"}
+    with monkeypatch.context() as patch:
+        patch.setattr(System, "answer", failing)
+        assert evaluation(tmp_path / "work", reducers=("fastv", "none")).run() == failed
+    assert lines(tmp_path / "work" / "failed.jsonl") == [{"label": "fastv@4", "error": failed["fastv@4"]}]
+    assert [line["label"] for line in lines(tmp_path / "work" / "results.jsonl")] == ["none@released"]
+    assert evaluation(tmp_path / "work", reducers=("fastv", "none")).run() == {}
+    assert (tmp_path / "work" / "failed.jsonl").read_text() == ""
+    assert answers_of(tmp_path / "work", "fastv@4") == answers_of(finished[0], "fastv@4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"reducers": ("fastw",)}, ConfigError, "--reducers: no reducer 'fastw'; did you mean 'fastv'"),
+        ({"budgets": (0,)}, ConfigError, "--budgets: expected a positive integer, got 0"),
+        ({"reducers": ("fastv",), "budgets": ()}, ConfigError, "no point can be evaluated"),
+        ({"batch_size": 0}, ConfigError, "--batch_size: at least 1 expected, got 0"),
+        ({"max_new_tokens": 1}, SequenceTooLong, "record '0': its reference answer has .* raise --max_new_tokens"),
+    ],
+)
+def test_what_is_refused_before_anything_is_written(evaluation, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        evaluation(tmp_path / "work", **changes)
+    assert not (tmp_path / "work").exists()
+
+
+def test_questions_from_any_number_on_and_of_drawn_records(released):
+    settings = ReleaseEvaluation("", str(released[1]), ("none",))
+    questions = Questions(settings, channels=3)
+    whole = [sample.sample_id for sample in questions.start_at(0)]
+    assert len(questions) == len(whole) == 5
+    for start in range(6):
+        assert [sample.sample_id for sample in questions.start_at(start)] == whole[start:]
+    drawn = Questions(ReleaseEvaluation("", str(released[1]), ("none",), num_samples=2), channels=3)
+    of_records = {sample.sample_id.split(":")[-1].split("#")[0] for sample in drawn.start_at(0)}
+    assert len(of_records) == 2 and {sample.sample_id for sample in drawn.start_at(0)} <= set(whole)

@@ -1,0 +1,65 @@
+"""python -m vlm_jax.cli.evaluate --release=DIR --data=FILE --reducers=none,visionzip --budgets=64,16 --workdir=DIR"""
+
+import sys
+
+from absl import app, flags
+
+from vlm_jax.cli.process import explained, keep_programs
+from vlm_jax.config import ConfigError
+from vlm_jax.pretrained.loader import DTYPES
+from vlm_jax.sweep.evaluation import FAILED_FILE, Evaluation, ReleaseEvaluation
+
+RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisation/name on the Hugging Face hub.")
+DATA = flags.DEFINE_string("data", None, "A JSONL file of questions, or LLaVA's JSON, next to its images.")
+REDUCERS = flags.DEFINE_list(
+    "reducers", ["none"], "Training-free token reducers; none is the release as it is, and bounded by each budget."
+)
+BUDGETS = flags.DEFINE_list("budgets", [], "Visual tokens of a picture that each reducer is to meet.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results, local or gs://; made when missing.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are answered together.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The most tokens of an answer.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "What parameters are stored and computed in.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Records that are evaluated, drawn by --seed; all if unset.")
+SEED = flags.DEFINE_integer("seed", 0, "Of that draw.")
+TASKS = flags.DEFINE_list("tasks", ["vqa"], "Names that a record's task may have; the first is the default.")
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates every point; see `vlm_jax.sweep.evaluation`. Exit status 1 where a point failed."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument: {argv[1]}")
+    keep_programs()
+    with explained(OSError):
+        settings = ReleaseEvaluation(
+            release=str(RELEASE.value),
+            data=str(DATA.value),
+            reducers=tuple(REDUCERS.value),
+            budgets=tuple(_number(word) for word in BUDGETS.value),
+            batch_size=BATCH_SIZE.value,
+            max_new_tokens=MAX_NEW_TOKENS.value,
+            dtype=DTYPE.value,
+            num_samples=NUM_SAMPLES.value,
+            seed=SEED.value,
+            tasks=tuple(TASKS.value),
+        )
+        evaluation = Evaluation(settings, str(WORKDIR.value))
+        failed = evaluation.run()
+    if failed:
+        print(
+            f"{len(failed)} of {len(evaluation.points)} points failed: {', '.join(failed)}; see "
+            f"{evaluation.workdir / FAILED_FILE}. The same command tries them again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _number(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise ConfigError(f"--budgets: expected integers, got {word!r}") from None
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["release", "data", "workdir"])
+    app.run(main)

@@ -1,0 +1,387 @@
+"""Evaluates a release with training-free reducers at token budgets; resumes an interrupted run."""
+
+import dataclasses
+import itertools
+import json
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+from etils import epath
+
+from vlm_jax.config import ConfigError
+from vlm_jax.data.source import Tools
+from vlm_jax.data.vqa_files import EvaluationSamples, Records, VqaFiles
+from vlm_jax.data.vqa_records import Record, read_records
+from vlm_jax.evals.vqa import SCORERS, exact, share
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.loader import open_system
+from vlm_jax.processors.boxes import format_box
+from vlm_jax.processors.image import open_image
+from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.sweep.frontier import draw_frontier
+from vlm_jax.sweep.release_points import (
+    AS_RELEASED,
+    RefusedPoint,
+    ReleasePoint,
+    flops,
+    list_release_points,
+    num_params,
+)
+from vlm_jax.sweep.report import Example, write_report
+from vlm_jax.sweep.run import (
+    ANSWERS_FILE,
+    EXAMPLES_PER_TASK,
+    FRONTIER_FILE,
+    REPORT_FILE,
+    RESULTS_FILE,
+    results_table,
+)
+from vlm_jax.system import System
+from vlm_jax.train.workdir import claim, read_lines, write_whole
+from vlm_jax.types import Sample
+
+FAILED_FILE = "failed.jsonl"
+CONTROLS = frozenset({"random", "uniform_stride", "downsample_image"})
+COMMAND = "vlm_jax.cli.evaluate"
+
+Line = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseEvaluation:
+    """What is evaluated; the flags of `cli.evaluate`.
+
+    Attributes:
+      release: a released folder, or `organisation/name` on the Hugging Face hub.
+      data: a file of questions, as of `data.vqa_records`.
+      reducers: names of `REDUCERS`; `none` is the release as it is, and bounded by each budget where it can be.
+      budgets: visual tokens of a picture.
+      batch_size: prompts that are answered together.
+      max_new_tokens: the most tokens of an answer, its end token among them.
+      dtype: what parameters are stored and computed in.
+      num_samples: records that are evaluated, drawn by the seed; None for all.
+      seed: of that draw.
+      tasks: names that a record's `task` may have; the first is the default.
+    """
+
+    release: str
+    data: str
+    reducers: tuple[str, ...]
+    budgets: tuple[int, ...] = ()
+    batch_size: int = 8
+    max_new_tokens: int = 32
+    dtype: str = "float32"
+    num_samples: int | None = None
+    seed: int = 0
+    tasks: tuple[str, ...] = ("vqa",)
+
+    def __post_init__(self):
+        for name in ("batch_size", "max_new_tokens", "num_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name}: at least 1 expected, got {value}")
+        if not self.reducers or not self.tasks:
+            raise ConfigError("--reducers, --tasks: at least one name expected")
+
+    def command(self, workdir: str, point: ReleasePoint) -> str:
+        """The command that evaluates one point alone."""
+        given = dataclasses.asdict(self) | {
+            "reducers": (point.reducer,),
+            "budgets": () if point.token_budget is None else (point.token_budget,),
+            "workdir": f"{workdir}/{point.label}",
+        }
+        words = ["python", "-m", COMMAND]
+        for name, value in given.items():
+            if value is not None:
+                value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                words.append(f"--{name}={value}")
+        return shlex.join(words)
+
+
+class Questions:
+    """The questions of a file, checked when made; pictures are read as samples are iterated.
+
+    Args:
+      settings: which file, tasks and draw.
+      channels: of the model's pictures, 1 or 3.
+
+    Raises:
+      ConfigError, MalformedRecords: as of `read_records`.
+    """
+
+    def __init__(self, settings: ReleaseEvaluation, channels: int):
+        path, tasks = settings.data, settings.tasks
+        if not epath.Path(path).exists():
+            raise ConfigError(f"--data: there is no file '{path}'")
+        files = VqaFiles("", path, channels=channels, num_images=None, tasks=tasks)
+        self._records = Records(path, files, "evaluation_path", Tools(format_box, open_image, lambda image: image))
+        count, size = len(self._records), settings.num_samples
+        chosen = np.arange(count)
+        if size is not None and size < count:
+            chosen = np.sort(np.random.default_rng(settings.seed).choice(count, size, replace=False))
+        self._indices: list[int] = chosen.tolist()
+        records = read_records(path, tasks, None, "evaluation_path")
+        self._chosen = [records[index] for index in self._indices]
+        self._ends = list(itertools.accumulate(map(_num_questions, self._chosen)))
+
+    def __len__(self) -> int:
+        """Questions, of which a record may have several."""
+        return self._ends[-1]
+
+    def start_at(self, start: int) -> Iterator[Sample]:
+        """Samples from number `start` on, in the order of the file; no picture of an earlier record is read."""
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        before = self._ends[first - 1] if first else 0
+        return itertools.islice(iter(EvaluationSamples(self._records, self._indices[first:])), start - before, None)
+
+    def check_references(self, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+        """Raises a SequenceTooLong for a reference answer that no generated answer could equal."""
+        for record in self._chosen:
+            for text in (parts[0] for role, parts in record.contents if role == "assistant"):
+                length = len(tokenizer.encode(str(text))) + 1
+                if length > max_new_tokens:
+                    raise SequenceTooLong(
+                        f"record '{record.record_id}': its reference answer has {length} tokens with the end token, "
+                        f"over the limit of {max_new_tokens}; raise --max_new_tokens"
+                    )
+
+
+def _num_questions(record: Record) -> int:
+    return sum(role == "user" for role, _ in record.contents)
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over the lines of a point's answers.
+
+    Attributes:
+      right, asked: by task.
+      num_images: of all samples.
+      entering: visual tokens of these that enter the decoder.
+      left: those of them in its last layer.
+      most: the most that enter of one picture.
+    """
+
+    right: Counter[str] = dataclasses.field(default_factory=Counter)
+    asked: Counter[str] = dataclasses.field(default_factory=Counter)
+    num_images: int = 0
+    entering: int = 0
+    left: int = 0
+    most: int = 0
+
+    def add(self, line: Line) -> None:
+        """Counts one line."""
+        self.asked[line["task"]] += 1
+        self.right[line["task"]] += line["correct"]
+        self.num_images += len(line["visual_tokens"])
+        self.entering += sum(line["visual_tokens"])
+        self.left += line["tokens_in_last_layer"]
+        self.most = max([self.most, *line["visual_tokens"]])
+
+    def result(self) -> dict[str, Any]:
+        """Accuracy by task, and visual tokens of a picture."""
+        images = max(self.num_images, 1)
+        return {
+            "num_visual_tokens": _short(self.left / images),
+            "realised_visual_tokens": {"mean": _short(self.entering / images), "max": self.most},
+            "accuracy": {task: share(self.right[task], asked) for task, asked in self.asked.items()},
+        }
+
+
+def _short(number: float) -> float | int:
+    return int(number) if number.is_integer() else number
+
+
+class Evaluation:
+    """One workdir's evaluation of a release.
+
+    Args:
+      settings: what is evaluated; another workdir is needed for other settings.
+      workdir: folder of the results, local or `gs://`.
+
+    Raises:
+      ConfigError, InfeasibleBudget, SequenceTooLong, MalformedRecords: before weights are read or anything is written.
+    """
+
+    def __init__(
+        self, settings: ReleaseEvaluation, workdir: epath.PathLike, *, console: rich.console.Console | None = None
+    ):
+        self.workdir, self._settings = epath.Path(workdir), settings
+        self._console = console or rich.console.Console()
+        self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
+        self.points, self.refused = list_release_points(self._system, settings.reducers, settings.budgets)
+        for refused in self.refused:
+            self._console.print(f"{refused.label}: left out: {refused.reason}", markup=False, soft_wrap=True)
+        if not self.points:
+            raise ConfigError(f"no point can be evaluated:\n{_listed(self.refused)}")
+        processor = self._system.processor
+        self._questions = Questions(settings, processor.views.channels)
+        self._questions.check_references(processor.tokenizer, settings.max_new_tokens)
+        claim(self.workdir, dataclasses.asdict(settings))
+
+    def run(self) -> dict[str, str]:
+        """Evaluates what is not finished, then draws the frontier and writes the report.
+
+        Returns:
+          {label: error} of points that failed, as in `failed.jsonl`; empty when all are finished.
+        """
+        results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
+        todo, failed = [point for point in self.points if point.label not in results], {}
+        self._write_failed(failed)
+        if todo:
+            self._console.print(f"{len(todo)} points, {len(self._questions)} questions each")
+            params = self._system.prepared(self._system.initial(jax.random.key(self._settings.seed)))
+            with rich.progress.Progress(console=self._console) as progress:
+                for point in todo:
+                    try:
+                        results[point.label] = self._run_point(point, params, progress)
+                    except Exception as error:  # of whatever kind: the other points are still worth having
+                        failed[point.label] = f"{type(error).__name__}: {error}"
+                        self._console.print(f"{point.label}: failed: {failed[point.label]}", markup=False)
+                        self._write_failed(failed)
+                        continue
+                    self._write(RESULTS_FILE, results.values())
+        ordered = [results[point.label] for point in self.points if point.label in results]
+        if ordered:
+            self._report(ordered)
+        return failed
+
+    def _run_point(self, point: ReleasePoint, params: Any, progress: rich.progress.Progress) -> Line:
+        path = self._answers(point)
+        tally, start = resume(path)
+        if start > len(self._questions):
+            raise ValueError(f"{path} has {start} answers to {len(self._questions)} questions; use another workdir")
+        size, seconds = self._settings.batch_size, []
+        task = progress.add_task(point.label, total=len(self._questions), completed=start)
+        # A batch that was written in part is answered again as a whole, so that its answers stay the same.
+        samples, skipped = self._questions.start_at(start - start % size), start % size
+        while start < len(self._questions):
+            begun = time.perf_counter()
+            lines = self._answer(point.system, params, list(itertools.islice(samples, size)))[skipped:]
+            seconds.append((time.perf_counter() - begun) / (len(lines) + skipped))
+            with path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            for line in lines:
+                tally.add(line)
+            start, skipped = start + len(lines), 0
+            progress.update(task, completed=start)
+        return self._result(point, tally, seconds)
+
+    def _answer(self, system: System, params: Any, samples: list[Sample]) -> list[Line]:
+        """Answers of a batch, which repeats of its last sample fill up."""
+        processor, size = system.processor, self._settings.batch_size
+        filled = samples + [samples[-1]] * (size - len(samples))
+        answers = system.answer(
+            params,
+            [sample.messages[:-1] for sample in filled],
+            [sample.images for sample in filled],
+            max_new_tokens=self._settings.max_new_tokens,
+            names=[f"sample '{sample.sample_id}'" for sample in filled],
+        )
+        lines = []
+        for sample, answer in zip(samples, answers, strict=False):
+            scorer: Callable[[str, str], bool] = SCORERS.get(sample.task, exact)
+            sizes = [(image.shape[0], image.shape[1]) for image in sample.images]
+            counts = processor.count_visual_tokens(sizes)
+            load = processor.measure(sample.messages[:-1], sizes)
+            lines.append(
+                {
+                    "sample_id": sample.sample_id,
+                    "task": sample.task,
+                    "text": answer.text,
+                    "correct": answer.reason == "end" and scorer(answer.text, sample.answer),
+                    "visual_tokens": counts,
+                    "tokens_in_last_layer": sum(counts) - (load.length - load.kept[-1] if load.kept else 0),
+                }
+            )
+        return lines
+
+    def _result(self, point: ReleasePoint, tally: Tally, seconds: Sequence[float]) -> Line:
+        """One line of `results.jsonl`; FLOPs are those of the first sample, times leave out the batch that compiles."""
+        sample = next(self._questions.start_at(0))
+        batch = point.system.processor.batch([sample.messages[:-1]], [sample.images])
+        timed = seconds[1:]
+        return {
+            "label": point.label,
+            "reducer": point.reducer,
+            "token_budget": point.token_budget,
+            **tally.result(),
+            "seconds_per_sample": sum(timed) / len(timed) if timed else None,
+            "num_params": num_params(point.system),
+            "flops": flops(point.system, batch),
+            "seed": self._settings.seed,
+            "command": self._settings.command("workdir", point),
+        }
+
+    def _answers(self, point: ReleasePoint) -> epath.Path:
+        folder = self.workdir / "points" / point.label
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / ANSWERS_FILE
+
+    def _write(self, name: str, lines: Any) -> None:
+        write_whole(self.workdir / name, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def _write_failed(self, failed: dict[str, str]) -> None:
+        self._write(FAILED_FILE, [{"label": label, "error": error} for label, error in failed.items()])
+
+    def _report(self, results: Sequence[Line]) -> None:
+        shown = [drawable(result) for result in results]
+        draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=CONTROLS)
+        title = f"Visual token budgets: {self._settings.release}"
+        examples = self._examples([result["label"] for result in results])
+        write_report(shown, self.workdir / REPORT_FILE, controls=CONTROLS, examples=examples, title=title)
+        self._console.print(results_table(shown))
+        for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
+            self._console.print(f"{self.workdir / name}", soft_wrap=True)
+
+    def _examples(self, labels: Sequence[str]) -> list[Example]:
+        """The first samples with a picture of every task, with what each point answered."""
+        files = {label: (self.workdir / "points" / label / ANSWERS_FILE).open() for label in labels}
+        examples, taken = [], Counter()
+        try:
+            for sample in self._questions.start_at(0):
+                lines = {label: json.loads(next(file)) for label, file in files.items()}
+                if sample.images and taken[sample.task] < EXAMPLES_PER_TASK:
+                    taken[sample.task] += 1
+                    spoken = {label: (line["text"], line["correct"]) for label, line in lines.items()}
+                    examples.append(Example(sample.images[0], sample.question, sample.answer, sample.task, spoken))
+                if all(taken[task] >= EXAMPLES_PER_TASK for task in self._settings.tasks):
+                    break
+        finally:
+            for file in files.values():
+                file.close()
+        return examples
+
+
+def resume(path: epath.Path) -> tuple[Tally, int]:
+    """The tally of a file's whole lines, and their number; a last line that was cut off is taken out of the file."""
+    tally, count, size, whole = Tally(), 0, 0, 0
+    if not path.exists():
+        return tally, 0
+    with path.open("rb") as file:
+        for line in file:
+            size += len(line)
+            if line.endswith(b"\n"):
+                tally.add(json.loads(line))
+                count, whole = count + 1, size
+    if whole < size:
+        write_whole(path, path.read_bytes()[:whole].decode())
+    return tally, count
+
+
+def drawable(result: Line) -> Line:
+    """A line of `results.jsonl` as the frontier and the report take it: a reducer in a connector's place."""
+    budget = AS_RELEASED if result["token_budget"] is None else result["token_budget"]
+    return {**result, "connector": result["reducer"], "token_budget": budget, "step_seconds": None, "peak_bytes": None}
+
+
+def _listed(refused: Sequence[RefusedPoint]) -> str:
+    return "\n".join(f"  {point.label}: {point.reason}" for point in refused)

@@ -1,0 +1,132 @@
+"""The points of a release's evaluation: training-free candidates at token budgets, and what each costs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.config import ConfigError, did_you_mean, positive
+from vlm_jax.connectors import CONNECTORS
+from vlm_jax.models.vlm import flat_images
+from vlm_jax.planner.flops import count_flops
+from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.reducers import REDUCERS
+from vlm_jax.system import System
+from vlm_jax.types import Batch
+
+UNREDUCED, AS_RELEASED = "none", "released"
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasePoint:
+    """A release with a reducer at a token budget.
+
+    Attributes:
+      reducer: an entry of `REDUCERS`; `none` for the release's own tokens.
+      token_budget: visual tokens of a picture; None as released.
+      system: the release with both; it has the release's parameters.
+    """
+
+    reducer: str
+    token_budget: int | None
+    system: System
+
+    @property
+    def label(self) -> str:
+        """`reducer@budget`, a folder's name."""
+        return label(self.reducer, self.token_budget)
+
+
+@dataclasses.dataclass(frozen=True)
+class RefusedPoint:
+    """A point that cannot be evaluated.
+
+    Attributes:
+      label: as of `ReleasePoint`; without a budget where the candidate is refused at any.
+      reason: why, and what can be done.
+    """
+
+    label: str
+    reason: str
+
+
+def label(reducer: str, token_budget: int | None) -> str:
+    """`visionzip@64`, or `none@released`."""
+    return f"{reducer}@{AS_RELEASED if token_budget is None else token_budget}"
+
+
+def list_release_points(
+    system: System, reducers: Sequence[str], budgets: Sequence[int]
+) -> tuple[list[ReleasePoint], list[RefusedPoint]]:
+    """Every reducer at every budget, and the release as it is where `none` is among the reducers.
+
+    Args:
+      system: of the release; no tensor is read.
+      reducers: names of `REDUCERS`. Names of `CONNECTORS` are refused as points, since nothing is trained.
+      budgets: visual tokens of a picture.
+
+    Returns:
+      Points in the order given, and those that cannot be met.
+
+    Raises:
+      ConfigError: a name of no reducer, a budget that is not a positive integer, or a model that reads no pictures.
+    """
+    for budget in budgets:
+        positive(budget, "--budgets")
+    points: list[ReleasePoint] = []
+    refused: list[RefusedPoint] = []
+    for name in dict.fromkeys(reducers):
+        if name not in REDUCERS and name not in CONNECTORS:
+            raise ConfigError(f"--reducers: no reducer '{name}'{did_you_mean(name, REDUCERS)}")
+        if name not in REDUCERS:
+            reason = (
+                "a connector, which would be drawn anew and has learned nothing; train it with vlm_jax.cli.train, or "
+                "compare trained connectors with vlm_jax.cli.sweep"
+            )
+            refused.append(RefusedPoint(name, reason))
+            continue
+        if name == UNREDUCED:
+            points.append(ReleasePoint(name, None, with_budget(system, None, path="release")))
+        for budget in dict.fromkeys(budgets):
+            try:
+                points.append(_point(system, name, budget))
+            except (InfeasibleBudget, ConfigError) as error:
+                refused.append(RefusedPoint(label(name, budget), str(error)))
+    return points, refused
+
+
+def _point(system: System, name: str, budget: int) -> ReleasePoint:
+    if name != UNREDUCED:
+        return ReleasePoint(name, budget, with_budget(system, budget, reducer=name, path="release"))
+    bounded = with_budget(system, budget, path="release")
+    if bounded.processor.views == system.processor.views:
+        raise InfeasibleBudget(
+            f"a picture takes no more than {budget} tokens as released, so that nothing would change"
+        )
+    return ReleasePoint(name, budget, bounded)
+
+
+def num_params(system: System) -> dict[str, int]:
+    """Parameters of each part, counted by shape."""
+    shapes = nn.meta.unbox(system.boxed_shapes())
+    return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
+
+
+def flops(system: System, batch: Batch) -> dict[str, int]:
+    """FLOPs of the encoder, the connector and the prefill of one prompt, counted by shape."""
+    model, length = system.model, batch.tokens.shape[1]
+    params = {"params": nn.meta.unbox(system.boxed_shapes())}
+    whole = count_flops(lambda p, b: model.apply(p, b, length, method="prefill"), params, batch)
+    if batch.images is None:
+        return {"encoder": 0, "connector": 0, "prefill": whole}
+
+    def encode(module: Any, images: Any) -> Any:
+        return module.encoder(images)
+
+    flat, instruction = jax.eval_shape(flat_images, batch.images), batch.instruction
+    encoder = count_flops(lambda p, x: model.apply(p, x, method=encode), params, flat)
+    visual = count_flops(lambda p, x, i: model.apply(p, x, i, method="visual_tokens"), params, flat, instruction)
+    return {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}
