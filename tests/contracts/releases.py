@@ -257,14 +257,6 @@ FOLDERS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Named:
-    """A tensor of which the shape alone is known."""
-
-    shape: tuple[int, ...]
-    dtype: Any = np.dtype(np.float32)
-
-
 def make(name: str, folder: Path) -> Pretrained:
     """Writes the folder of a system of `FOLDERS` and loads it."""
     case = FOLDERS[name]
@@ -283,7 +275,8 @@ def make(name: str, folder: Path) -> Pretrained:
         _write_tokenizer(folder, case.added)
     if case.whole:
         return from_pretrained(folder)
-    config, tensors = dict(case.config), {key: _Named(shape) for key, shape in case.names.items()}
+    config: dict[str, Any] = dict(case.config)
+    tensors: dict[str, Any] = {key: np.zeros(shape, np.float32) for key, shape in case.names.items()}
     if source is not None:
         config, tensors = _changed(source, case.config), dict(open_checkpoint(source))
     (folder / "config.json").write_text(json.dumps(config))
