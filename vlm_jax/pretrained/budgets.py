@@ -11,6 +11,7 @@ from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
 from vlm_jax.config import ConfigError, choose, parse_kind
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
 from vlm_jax.encoders import PACKED_ENCODERS
+from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.native import NativeViews
@@ -53,13 +54,17 @@ def with_budget(
     model, processor = system.model, system.processor
     if not isinstance(model, VLM) or model.encoder is None or model.connector is None or model.decoder is None:
         raise ConfigError(f"{path}.token_budget: this model reads no pictures for a language model; leave it out")
+    reduces = reducer is not None and _section(reducer).get("kind") != "none"
+    if connector is not None or reduces:
+        model = _with_joined_features(model)
     if connector is not None:
         system = _with_connector(system, model, tokens, _section(connector), f"{path}.connector")
         if reducer is None:
             return system
         model, processor = system.model, system.processor
         assert isinstance(model, VLM)
-    if reducer is not None and _section(reducer).get("kind") != "none":
+    if reduces:
+        assert reducer is not None
         return _with_reducer(system, model, tokens, _section(reducer), f"{path}.reducer")
     if tokens is None:
         return system
@@ -74,6 +79,14 @@ def with_budget(
 
 def _section(section: Section) -> dict[str, Any]:
     return {"kind": section} if isinstance(section, str) else dict(section)
+
+
+def _with_joined_features(model: VLM) -> VLM:
+    """The model whose two encoders give features of one grid as one, for a reducer or a connector that takes one."""
+    encoder = model.encoder
+    if not isinstance(encoder, Hybrid) or encoder.combine != "tuple":
+        return model
+    return model.clone(encoder=encoder.clone(combine="feature"))
 
 
 def _returning(processor: Processor) -> Any:
@@ -169,6 +182,11 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
         given = (laid_out or (1, connector.num_tokens(grid))) if at_tokens else grid  # type: ignore[union-attr]
     part = parts.get(reducer_class.reduces_in)
     depth = 0 if part is None else _num_blocks(part)
+    if part is not None and not depth:
+        raise ConfigError(
+            f"{path}.kind: {kind} works inside the {reducer_class.reduces_in}, and {type(part).__name__} has no blocks "
+            "of its own; choose another reducer"
+        )
     budget = tokens if tokens is not None else given[0] * given[1]
     if packed:
         budget = min(budget, given[1])

@@ -50,7 +50,7 @@ class PreparedImage:
       num_rows: rows of the visual table that they become.
       layout: what fills its places.
       grid: (frames, rows, columns) of the patches; None of tiles.
-      positions: (time, row, column) of every place, from 0, where text has positions of three axes.
+      positions: (time, row, column) of every token before a reducer, from 0, where text has positions of three axes.
       low: the same tiles at a lower resolution, for an encoder that reads both.
     """
 
@@ -58,7 +58,7 @@ class PreparedImage:
     num_rows: int
     layout: Int[np.ndarray, "n"]
     grid: tuple[int, int, int] | None = None
-    positions: Int[np.ndarray, "n 3"] | None = None
+    positions: Int[np.ndarray, "m 3"] | None = None
     low: Float[np.ndarray, "tiles height width channels"] | None = None
 
 

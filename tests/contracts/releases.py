@@ -1,0 +1,321 @@
+"""Small folders of released systems, with random weights, for `vlm_jax.from_pretrained`."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import linen as nn
+from tokenizers import decoders, models, pre_tokenizers
+
+from tests.golden.conftest import DATA
+from tests.processors.vocabularies import tiktoken_ranks
+from vlm_jax.checkpoints.hub import open_checkpoint
+from vlm_jax.checkpoints.params import export_params
+from vlm_jax.checkpoints.saving import save_checkpoint
+from vlm_jax.pretrained import FAMILIES, Pretrained, from_pretrained
+from vlm_jax.pretrained.family import marker
+
+VOCABULARY = 320
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+SIGLIP = {name: value for name, value in CLIP.items() if name != "model_type"}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+}
+LLAMA, QWEN2 = {**TEXT, "model_type": "llama"}, {**TEXT, "model_type": "qwen2"}
+SAM = {
+    "hidden_size": 16,
+    "output_channels": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 4,
+    "window_size": 2,
+    "global_attn_indexes": [1],
+}
+QWEN_TOWER = {"num_heads": 4, "patch_size": 4, "hidden_size": 32}
+QWEN_TEXT = {**TEXT, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+QWEN_FILES = {
+    "preprocessor_config.json": {
+        "patch_size": 4,
+        "merge_size": 2,
+        "size": {"shortest_edge": 256, "longest_edge": 1024},
+    }
+}
+QWEN_TAGS = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
+HEAD = {"tie_word_embeddings": False}
+CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+
+
+def template(image: str) -> str:
+    """A chat template in the manner of releases, which says what the model is trained to say."""
+    return (
+        "{% for m in messages %}{{ m['role'] | upper }}:{% if m['role'] == 'assistant' %}{% generation %}"
+        "{% for c in m['content'] %} {{ c['text'] }}{% endfor %}</s>{% endgeneration %}{% else %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "\n{% else %}{{ c['text'] }}{% endif %}"
+        "{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """What a small folder of a release is made of.
+
+    Attributes:
+      config: its settings; where `golden` is given, what changes in those of that folder.
+      golden: a folder of tests/golden/data, for its config and the names of its tensors.
+      whole: the golden folder as it is, weights and files; `files` come beside.
+      names: of some tensors, with their shapes, from which the family tells what stands before the others.
+      added: tokens that the tokenizer has beside bytes.
+      image: what the chat template writes for a picture; None where the release has a template in its code.
+      files: of the processor.
+      options: of `Processor.example`, to keep pictures small.
+    """
+
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    golden: str | None = None
+    whole: bool = False
+    names: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    added: tuple[str, ...] = ()
+    image: str | None = None
+    files: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_LANGUAGE = {"language_model.model.embed_tokens.weight": (1, 1), "language_model.lm_head.weight": (1, 1)}
+_LLAVA = {
+    "vision_tower.vision_model.embeddings.class_embedding": (16,),
+    "multi_modal_projector.linear_2.weight": (32, 32),
+    **_LANGUAGE,
+}
+_QWEN = {"visual.patch_embed.proj.weight": (1,), "model.embed_tokens.weight": (1, 1), "lm_head.weight": (1, 1)}
+_DEEPSEEK = {
+    "model.vision_model.embeddings.patch_embedding.weight": (1,),
+    "model.language_model.embed_tokens.weight": (1, 1),
+    "lm_head.weight": (1, 1),
+}
+FOLDERS = {
+    "llava": Folder(
+        {"model_type": "llava", "vision_config": CLIP, "text_config": LLAMA, "image_token_index": 259, **HEAD},
+        names=_LLAVA,
+        added=("<image>",),
+        image="<image>",
+        files={"preprocessor_config.json": CROP},
+    ),
+    "llava_llama": Folder({"vocab_size": VOCABULARY}, golden="llava15"),
+    "llava_next": Folder(
+        {
+            "model_type": "llava_next",
+            "vision_config": CLIP,
+            "text_config": LLAMA,
+            "image_token_index": 259,
+            "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
+            **HEAD,
+        },
+        names={**_LLAVA, "image_newline": (32,)},
+        added=("<image>",),
+        image="<image>",
+        files={
+            "preprocessor_config.json": {**CROP, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
+        },
+    ),
+    "mobilevlm": Folder({"vocab_size": VOCABULARY}, golden="mobilevlm_v2"),
+    "qwen2_vl": Folder(
+        {
+            "model_type": "qwen2_vl",
+            "vision_config": {**QWEN_TOWER, "depth": 2, "embed_dim": 32, "mlp_ratio": 2},
+            **QWEN_TEXT,
+            **HEAD,
+        },
+        names=_QWEN,
+        added=QWEN_TAGS,
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        files=QWEN_FILES,
+    ),
+    "qwen2_5_vl": Folder(
+        {
+            "model_type": "qwen2_5_vl",
+            "vision_config": {
+                **QWEN_TOWER,
+                "depth": 3,
+                "intermediate_size": 40,
+                "out_hidden_size": 32,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            **QWEN_TEXT,
+            **HEAD,
+        },
+        names=_QWEN,
+        added=QWEN_TAGS,
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        files=QWEN_FILES,
+    ),
+    "internvl_chat": Folder(
+        {"llm_config.vocab_size": VOCABULARY, "max_dynamic_patch": 3},
+        golden="internvl2_qwen2",
+        added=("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>"),
+    ),
+    "internvl": Folder(
+        {
+            "model_type": "internvl",
+            "vision_config": {**SIGLIP, "image_size": [16, 16], "patch_size": [4, 4]},
+            "text_config": QWEN2,
+            "image_seq_length": 4,
+            **HEAD,
+        },
+        names={"vision_tower.embeddings.cls_token": (16,), "multi_modal_projector.linear_2.weight": (32, 32)}
+        | _LANGUAGE,
+        added=("<img>", "</img>", "<IMG_CONTEXT>"),
+        image="<IMG_CONTEXT>",
+        files={
+            "preprocessor_config.json": {"size": {"height": 16, "width": 16}, "max_patches": 3},
+            "processor_config.json": {"image_seq_length": 4},
+        },
+    ),
+    "deepseek_vl": Folder(
+        {"model_type": "deepseek_vl", "vision_config": SIGLIP, "text_config": LLAMA, **HEAD},
+        names={"model.aligner.linear1.weight": (1,), **_DEEPSEEK},
+        added=("<image_placeholder>",),
+        image="<image_placeholder>",
+        files={
+            "preprocessor_config.json": {"size": {"height": 16, "width": 16}, "min_size": 4},
+            "processor_config.json": {"num_image_tokens": 16},
+        },
+    ),
+    "deepseek_vl_hybrid": Folder(
+        {
+            "model_type": "deepseek_vl_hybrid",
+            "vision_config": SIGLIP,
+            "high_res_vision_config": SAM,
+            "text_config": LLAMA,
+            **HEAD,
+        },
+        names={
+            "model.aligner.vision_proj.weight": (1,),
+            "model.high_res_vision_model.vision_encoder.patch_embed.projection.weight": (1,),
+            "model.high_res_vision_alpha": (1,),
+            **_DEEPSEEK,
+        },
+        added=("<image_placeholder>",),
+        image="<image_placeholder>",
+        files={
+            "preprocessor_config.json": {
+                "size": {"height": 16, "width": 16},
+                "high_res_size": {"height": 64, "width": 64},
+                "min_size": 4,
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_std": [0.5, 0.5, 0.5],
+            },
+            "processor_config.json": {"num_image_tokens": 16},
+        },
+    ),
+    "deepseek_vl_v2": Folder(golden="deepseek_vl2_tiny", whole=True),
+    "multi_modality": Folder(
+        {"language_config.vocab_size": VOCABULARY},
+        golden="deepseek_vl_siglip",
+        added=("<image_placeholder>",),
+        files={
+            "processor_config.json": {"num_image_tokens": 144},
+            "preprocessor_config.json": {"image_size": 96, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        },
+    ),
+    "ovis": Folder(golden="ovis2", whole=True),
+    "ovis2": Folder(
+        golden="ovis2_hf",
+        whole=True,
+        added=("<image>", "<IMG_ATOM>"),
+        image="<image>",
+        files={
+            "preprocessor_config.json": {"size": {"height": 84, "width": 84}},
+            "processor_config.json": {"image_seq_length": 9},
+        },
+    ),
+    "ovis2_5": Folder(golden="ovis2_5", whole=True, options={"max_visual_tokens": 18}),
+    "qwen": Folder({"vocab_size": 512, "visual.image_start_id": 478}, golden="qwen_vl_v1"),
+}
+
+
+def make(name: str, folder: Path) -> Pretrained:
+    """Writes the folder of a system of `FOLDERS` and loads it."""
+    case = FOLDERS[name]
+    source = None if case.golden is None else DATA / case.golden
+    if source is not None and case.whole:
+        for file in source.iterdir():
+            if file.name not in ("cases.npz", "cases.md", "golden.json"):
+                shutil.copy(file, folder / file.name)
+    for file, content in case.files.items():
+        (folder / file).write_text(json.dumps(content))
+    if case.image is not None:
+        (folder / "chat_template.jinja").write_text(template(case.image))
+    if name == "qwen":
+        (folder / "qwen.tiktoken").write_bytes(tiktoken_ranks())
+    elif not (folder / "tokenizer.json").exists():
+        _write_tokenizer(folder, case.added)
+    if case.whole:
+        return from_pretrained(folder)
+    config: dict[str, Any] = dict(case.config)
+    tensors: dict[str, Any] = {key: np.zeros(shape, np.float32) for key, shape in case.names.items()}
+    if source is not None:
+        config, tensors = _changed(source, case.config), dict(open_checkpoint(source))
+    (folder / "config.json").write_text(json.dumps(config))
+    families: Any = FAMILIES
+    description = families[marker(config)](config, tensors, dtype=jnp.float32, param_dtype=jnp.float32)
+    draw = np.random.default_rng(0)
+
+    def drawn(path, leaf):
+        scale = jax.tree_util.keystr(path).endswith("['scale']")
+        return (draw.normal(size=leaf.shape) * 0.2 + scale).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(drawn, nn.meta.unbox(description.boxed_shapes()))
+    save_checkpoint(folder, export_params(description.rules, params))
+    return from_pretrained(folder)
+
+
+def _changed(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    config = json.loads((source / "config.json").read_text())
+    for file, key in (("vision_tower_config.json", "vision_tower_config"), ("tiny_registry.json", "model_registry")):
+        if (source / file).exists():
+            config[key] = json.loads((source / file).read_text())
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        *parts, last = key.split(".")
+        section = config
+        for part in parts:
+            section = section[part]
+        section[last] = value
+    return config
+
+
+def _write_tokenizer(folder: Path, added: tuple[str, ...]) -> None:
+    """Bytes, and tokens that releases add."""
+    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>", "<pad>", *added])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
