@@ -11,13 +11,12 @@ import pytest
 import tokenizers
 from PIL import Image
 from tokenizers import decoders, models, pre_tokenizers
-from vlm_jax.pretrained.processing.agreement import check_agreement, num_learned_rows
 
 import vlm_jax
 from tests.golden.conftest import DATA
 from vlm_jax.pretrained import language
 from vlm_jax.pretrained.family import PretrainedError
-from vlm_jax.pretrained.processing import PROCESSORS, text
+from vlm_jax.pretrained.processing import PROCESSORS, check_conversations, text
 from vlm_jax.pretrained.processing.llava import canvases
 from vlm_jax.pretrained.processing.settings import image_settings, video_pixels
 from vlm_jax.processors.pixels import Pixels
@@ -32,19 +31,20 @@ from ..processors.vocabularies import tiktoken_ranks
 def test_a_folder_and_its_model_agree(name, learned):
     model = vlm_jax.from_pretrained(DATA / name)
     assert model.processor.num_learned == learned
-    assert num_learned_rows(model.module) in (None, learned)
+    if model.module.decoder is not None:
+        assert model.module.num_learned_rows == learned
     assert model.count_visual_tokens([(64, 64)]) == [len(model.processor.views.layouts([(64, 64)])[0])]
     wrong = dataclasses.replace(model.processor, num_learned=learned + 1)
-    if num_learned_rows(model.module) is not None:
+    if model.module.decoder is not None:
         with pytest.raises(PretrainedError, match=f"lays out {learned + 1} learned rows, the model has {learned}"):
-            check_agreement(wrong, model.module)
+            check_conversations(wrong, model.module)
 
 
 def test_other_tokens_of_a_tile_are_told():
     model = vlm_jax.from_pretrained(DATA / "deepseek_vl2_tiny")
     views = dataclasses.replace(model.processor.views, tokens=(3, 3))
     with pytest.raises(PretrainedError, match=r"a tile of 48x48 pixels takes 9 places .* makes 4 tokens"):
-        check_agreement(dataclasses.replace(model.processor, views=views), model.module)
+        check_conversations(dataclasses.replace(model.processor, views=views), model.module)
 
 
 def test_other_patches_are_told():
@@ -52,7 +52,7 @@ def test_other_patches_are_told():
     views = model.processor.views
     views = dataclasses.replace(views, format=dataclasses.replace(views.format, patch_size=4))
     with pytest.raises(PretrainedError, match="the processor cuts patches as PatchFormat"):
-        check_agreement(dataclasses.replace(model.processor, views=views), model.module)
+        check_conversations(dataclasses.replace(model.processor, views=views), model.module)
 
 
 def test_videos_have_what_is_stated_of_them_over_what_is_stated_of_pictures(tmp_path):
@@ -161,7 +161,7 @@ def test_a_release_without_a_chat_template(name, tmp_path):
     assert text.count("<s>") == 1
     # Every row of the table that a place names is there, and but for a canvas's borders the last is named.
     module, (_, tiles, height, width, _) = model.module, batch.images.shape
-    rows = tiles * module.connector.num_tokens(module.encoder.grid(height, width)) + (num_learned_rows(module) or 0)
+    rows = tiles * module.connector.num_tokens(module.encoder.grid(height, width)) + module.num_learned_rows
     named = batch.visual_index.max()
     assert named < rows if model.config.get("image_aspect_ratio") == "anyres" else named == rows - 1
     logits = jax.eval_shape(lambda params, batch: module.apply({"params": params}, batch), model.params, batch)

@@ -109,18 +109,18 @@ def read_processor(
         made = IMAGE_TEXT_PROCESSORS[name](folder, config, model)
         if image_size is not None and isinstance(made.images, SquareInputs):
             made = dataclasses.replace(made, images=made.images.at((image_size, image_size)))
-        _check_image_text(made, model)
+        check_image_text(made, model)
         return made
     if name not in PROCESSORS:
         registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))
         raise PretrainedError(f"no processor is registered for '{name}'; registered: {', '.join(registered)}")
     processor = PROCESSORS[name](folder, config)
     if isinstance(model, VLM):
-        _check_conversations(processor, model)
+        check_conversations(processor, model)
     return processor
 
 
-def _check_conversations(processor: Processor, model: VLM) -> None:
+def check_conversations(processor: Processor, model: VLM) -> None:
     """Raises unless the reserved positions equal the model's visual tokens, and patches are cut as it reads them."""
     views, encoder, connector = processor.views, model.encoder, model.connector
     if isinstance(views, NoViews) or encoder is None or connector is None:
@@ -142,7 +142,7 @@ def _check_conversations(processor: Processor, model: VLM) -> None:
         )
 
 
-def _check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
+def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
     """Raises unless the size of tiles is that of the tower's position table, or patches have its size."""
     tower = next((getattr(model, name) for name in ("image", "encoder") if hasattr(model, name)), model)
     told, inputs = getattr(tower, "image_size", None), processor.images
