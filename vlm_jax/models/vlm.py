@@ -132,7 +132,10 @@ class VLM(nn.Module):
         return dataclasses.replace(tokens, kept=features.kept)
 
     def _connected(
-        self, features: VisualFeatures, instruction: Instruction | None, deterministic: bool
+        self,
+        features: VisualFeatures | tuple[VisualFeatures, VisualFeatures],
+        instruction: Instruction | None,
+        deterministic: bool,
     ) -> VisualTokens:
         """The connector's tokens, as many as it says."""
         connector: Any = self.connector

@@ -456,8 +456,9 @@ class Processor:
         prepared, reduction, tokens = place.prepared, self.reduction, place.tokens
         if reduction is None or tokens is None or reduction.num_left is None:
             return {"positions": None if prepared is None else prepared.positions}
-        if not reduction.keeps_positions:
-            return {}
+        if not reduction.keeps_positions:  # numbered anew, but for a picture of which all tokens are left
+            whole = all(reduction.left(count) == count for count in tokens.groups)
+            return {"positions": prepared.positions} if whole and prepared is not None else {}
         found = reduction.positions(tokens, place.layout)
         return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
 
