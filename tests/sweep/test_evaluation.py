@@ -93,6 +93,14 @@ def test_answers_are_those_of_the_release_to_each_question_alone(released, finis
     assert result["accuracy"] == {"vqa": {"mean": sum(right) / 5, "low": low, "high": high, "n": 5}}
 
 
+def test_answers_behind_a_drop_are_those_of_prompts_without_padding(released, finished):
+    model = vlm_jax.from_pretrained(released[0], token_budget=4, reducer="fastv")
+    images = [released[1].parent / "0.png"]
+    length = model.processor(conversation(0), images).tokens.shape[1]
+    alone = model.generate(conversation(0), images, max_new_tokens=MAX_NEW_TOKENS, buckets=(length,))
+    assert lines(finished[0] / "points" / "fastv@4" / "answers.jsonl")[0]["text"] == alone.text
+
+
 def test_costs_of_points(released, finished):
     whole, dropped = lines(finished[0] / "results.jsonl")
     assert whole["num_visual_tokens"] == VISUAL_TOKENS and dropped["num_visual_tokens"] == 4
