@@ -22,8 +22,7 @@ MAX_NEW_TOKENS = 4
 
 
 def conversation(turn):
-    image = [] if turn is None else [{"type": "image"}]
-    return [{"role": "user", "content": [*image, {"type": "text", "text": f"what is {turn}?"}]}]
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"what is {turn}?"}]}]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +93,14 @@ def test_answers_are_those_of_the_release_to_each_question_alone(released, finis
     assert result["accuracy"] == {"vqa": {"mean": sum(right) / 5, "low": low, "high": high, "n": 5}}
 
 
+def test_answers_behind_a_drop_are_those_of_prompts_without_padding(released, finished):
+    model = vlm_jax.from_pretrained(released[0], token_budget=4, reducer="fastv")
+    images = [released[1].parent / "0.png"]
+    length = model.processor(conversation(0), images).tokens.shape[1]
+    alone = model.generate(conversation(0), images, max_new_tokens=MAX_NEW_TOKENS, buckets=(length,))
+    assert lines(finished[0] / "points" / "fastv@4" / "answers.jsonl")[0]["text"] == alone.text
+
+
 def test_costs_of_points(released, finished):
     whole, dropped = lines(finished[0] / "results.jsonl")
     assert whole["num_visual_tokens"] == VISUAL_TOKENS and dropped["num_visual_tokens"] == 4
@@ -106,7 +113,10 @@ def test_costs_of_points(released, finished):
     assert whole["num_params"] == dropped["num_params"]
     assert (whole["num_params"]["connector"], whole["num_params"]["decoder"]) == (connector, decoder)
     assert whole["flops"]["connector"] == 2 * VISUAL_TOKENS * (32 * 64 + 64 * 64)
-    assert dropped["flops"]["prefill"] < whole["flops"]["prefill"]
+    images = [released[1].parent / "0.png"]
+    length = vlm_jax.from_pretrained(released[0]).processor(conversation(0), images).tokens.shape[1]
+    layer = length * 2 * (4 * 64 * 64 + 3 * 64 * 112) + 4 * length * length * 64
+    assert whole["flops"]["prefill"] == 3 * layer + 2 * 64 * 140  # logits of the last position
     words = dropped["command"].split()
     assert words[:3] == ["python", "-m", "vlm_jax.cli.evaluate"]
     assert {"--reducers=fastv", "--budgets=4", "--workdir=workdir/fastv@4"} <= set(words)

@@ -14,6 +14,7 @@ import numpy as np
 import rich.console
 import rich.progress
 from etils import epath
+from flax import linen as nn
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data.source import Tools
@@ -222,6 +223,7 @@ class Evaluation:
             self._console.print(f"{refused.label}: left out: {refused.reason}", markup=False, soft_wrap=True)
         if not self.points:
             raise ConfigError(f"no point can be evaluated:\n{_listed(self.refused)}")
+        self._shapes = nn.meta.unbox(self._system.boxed_shapes())
         processor = self._system.processor
         self._questions = Questions(settings, processor.views.channels)
         self._questions.check_references(processor.tokenizer, settings.max_new_tokens)
@@ -315,8 +317,8 @@ class Evaluation:
             "token_budget": point.token_budget,
             **tally.result(),
             "seconds_per_sample": sum(timed) / len(timed) if timed else None,
-            "num_params": num_params(point.system),
-            "flops": flops(point.system, batch),
+            "num_params": num_params(self._shapes),
+            "flops": flops(point.system.model, self._shapes, batch),
             "seed": self._settings.seed,
             "command": self._settings.command("workdir", point),
         }

@@ -14,7 +14,7 @@ from vlm_jax.models.vlm import flat_images
 from vlm_jax.planner.flops import count_flops
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.reducers import REDUCERS
-from vlm_jax.system import System
+from vlm_jax.system import Params, System
 from vlm_jax.types import Batch
 
 UNREDUCED, AS_RELEASED = "none", "released"
@@ -109,16 +109,20 @@ def _point(system: System, name: str, budget: int) -> ReleasePoint:
     return ReleasePoint(name, budget, bounded)
 
 
-def num_params(system: System) -> dict[str, int]:
+def num_params(shapes: Params) -> dict[str, int]:
     """Parameters of each part, counted by shape."""
-    shapes = nn.meta.unbox(system.boxed_shapes())
     return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
 
 
-def flops(system: System, batch: Batch) -> dict[str, int]:
-    """FLOPs of the encoder, the connector and the prefill of one prompt, counted by shape."""
-    model, length = system.model, batch.tokens.shape[1]
-    params = {"params": nn.meta.unbox(system.boxed_shapes())}
+def flops(model: nn.Module, shapes: Params, batch: Batch) -> dict[str, int]:
+    """FLOPs of the encoder, the connector and the prefill of one prompt, counted by shape.
+
+    Args:
+      model: of the point.
+      shapes: of the release's parameters, which every point has.
+      batch: one prompt of the point's processor.
+    """
+    length, params = batch.tokens.shape[1], {"params": shapes}
     whole = count_flops(lambda p, b: model.apply(p, b, length, method="prefill"), params, batch)
     if batch.images is None:
         return {"encoder": 0, "connector": 0, "prefill": whole}
