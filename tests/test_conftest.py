@@ -5,6 +5,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.lru_cache import LRUCache
 
 import vlm_jax.types
 from tests import conftest
@@ -42,3 +43,11 @@ def test_a_test_that_does_not_run_fails(body: str, tmp_path: pathlib.Path):
     assert done.returncode != 0, done.stdout
     assert "No test is skipped here" in done.stdout
     assert "later" in done.stdout
+
+
+def test_an_entry_of_the_compilation_cache_is_written_once_and_whole(tmp_path: pathlib.Path):
+    cache = LRUCache(str(tmp_path), max_size=-1)
+    cache.put("program", b"first")
+    cache.put("program", b"second")
+    assert cache.get("program") == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["program-cache"]  # and no part of one

@@ -12,6 +12,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = pathlib.Path(__file__).parent / "tiny.py"
 
 
+def environment(devices: int = 1) -> dict[str, str]:
+    """That of a process with so many CPU devices, whose programs are compiled as fast as the tests' own."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    return {**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+
+
 class Command:
     """`python -m vlm_jax.cli.train` on the tiny config, with one device and a shared program cache."""
 
@@ -19,11 +26,10 @@ class Command:
         self._cache = cache
 
     def start(self, workdir, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
         words = [sys.executable, "-m", "vlm_jax.cli.train", f"--config={CONFIG}", f"--workdir={workdir}"]
         words += [f"--compilation_cache={self._cache}", *arguments]
         return subprocess.Popen(
-            [*prefix, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*prefix, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     def finish(self, workdir, *arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, str]:

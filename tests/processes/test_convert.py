@@ -9,15 +9,14 @@ import pytest
 from vlm_jax.checkpoints.hub import open_checkpoint
 
 from .alphabet import LETTERS, write
-from .conftest import ROOT
+from .conftest import ROOT, environment
 from .test_full_disk import SMALL_DISK
 
 
 def run(command, *arguments, prefix=()):
     """Exit status, standard output and standard error."""
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     words = [*prefix, sys.executable, "-m", f"vlm_jax.cli.{command}", *map(str, arguments)]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,6 +1,5 @@
 """`python -m vlm_jax.cli.generate` as a process: what it writes, and what it says of a user's error."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 
 from .alphabet import LETTERS, write
-from .conftest import ROOT
+from .conftest import ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +26,9 @@ def folder(tmp_path):
 def started(folder, programs):
     def start(*arguments):
         """The process, with pipes."""
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
         words = [sys.executable, "-m", "vlm_jax.cli.generate", f"--checkpoint={folder}", *arguments]
         words.append(f"--compilation_cache={programs}")
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     return start
 

@@ -1,8 +1,6 @@
 """Two real processes of four devices each, against one process of eight."""
 
 import json
-import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -10,9 +8,8 @@ import sys
 
 import numpy as np
 
-from tests.processes.conftest import wait_for_step
+from tests.processes.conftest import ROOT, environment, wait_for_step
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 MESH = ("--config.mesh.data=4", "--config.mesh.fsdp=2")
 
 
@@ -23,18 +20,13 @@ def free_port() -> int:
 
 
 def start(workdir, cache, devices: int, count: int = 1, index: int = 0, port: int = 0) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     words = [sys.executable, "-m", "vlm_jax.cli.train", "--config=tests/processes/two_processes.py", *MESH]
     words += [f"--workdir={workdir}", f"--compilation_cache={cache}"]
     if count > 1:
         words += ["--distributed", f"--coordinator_address=127.0.0.1:{port}"]
         words += [f"--num_processes={count}", f"--process_id={index}"]
     return subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        words, cwd=ROOT, env=environment(devices), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = pathlib.Path("configs")
 TIMEOUT_SECONDS = 600
+# Compiling is what a few steps cost: as in tests/conftest.py, no costly passes.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 # Run in a process of its own, as a config may import others from the repository root.
 ACCEPTS_SMOKE = """
@@ -45,9 +47,9 @@ def runnable_configs() -> list[pathlib.Path]:
 def call(arguments: Sequence[str]) -> str | None:
     """Runs Python with `arguments` from the repository root; returns what went wrong, or None."""
     # A new interpreter finds configs/ and vlm_jax/ from the root, whatever the folder of this script.
-    command = [sys.executable, *arguments]
+    command, environment = [sys.executable, *arguments], {"XLA_FLAGS": XLA_FLAGS, **os.environ}
     try:
-        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS)
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return f"ran past {TIMEOUT_SECONDS} s"
     return None if done.returncode == 0 else f"exit status {done.returncode}"
