@@ -16,6 +16,7 @@ from vlm_jax.encoders import ENCODERS
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.downsample_image import DownsampleImage
 from vlm_jax.reducers.random_drop import RandomDrop
+from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import VisualFeatures
 
 from .kinds import SIZES, defined, small
@@ -101,6 +102,34 @@ def test_every_accepted_budget_is_met(kind, grid):
         shape = jax.eval_shape(lambda f, r=reducer: r.apply({}, f, deterministic=True), numbered(shown))
         assert shape.grid == reduced
         assert shape.tokens.shape == (3, budget, 2) and shape.mask.shape == (3, budget)
+        assert reducer.num_left(shown[0] * shown[1]) == budget
+        if kind != "downsample_image":
+            assert shape.kept.shape == (3, budget)
+
+
+@every_kind
+def test_a_kind_is_a_reducer_that_leaves_an_image_with_fewer_tokens_as_it_is(kind):
+    reducer = solve(kind, 16, (8, 8))
+    assert isinstance(reducer, Reducer)
+    assert (reducer.rule, reducer.positions) == ("exact", "keep" if kind in IN_DECODER else "consecutive")
+    assert [reducer.num_left(count) for count in (0, 9, 16)] == [0, 9, 16]
+    if kind in IN_DECODER:
+        assert [reducer.required_fields()["decoder"]["drops"][-1].num_left(n) for n in (9, 64)] == [9, 16]
+        return
+    few = numbered((3, 3))
+    np.testing.assert_array_equal(reduce(reducer, few).tokens, few.tokens)
+
+
+@before_connector
+def test_kept_says_which_features_are_left(kind):
+    if kind == "downsample_image":
+        return
+    reducer = solve(kind, 16, (8, 8))
+    features = numbered((8, 8))
+    units = jnp.broadcast_to(jnp.eye(64)[None], (3, 64, 64))
+    out = reduce(reducer, dataclasses.replace(features, tokens=units))
+    weights = np.take_along_axis(np.asarray(out.tokens), np.asarray(out.kept)[..., None], axis=2)
+    np.testing.assert_array_equal(weights, 1)  # each is there once, whatever was added to it
 
 
 @every_kind

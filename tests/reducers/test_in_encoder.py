@@ -147,11 +147,14 @@ def test_bfloat16_is_near_to_float32(fields):
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"keep_class_token": True, "class_token": True}, {"select_layer": 0}],
+    ("fields", "asked"),
+    [
+        ({"keep_class_token": True, "class_token": True}, {"merged": (4, 4, 4)}),
+        ({"select_layer": 0}, {"merged": (4, 4, 4)}),
+        ({"select_layer": 0}, {"saliency": "heads"}),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("asked", [{"merged": (4, 4, 4)}, {"saliency": "heads"}], ids=str)
 def test_an_encoder_that_cannot_say_so_refuses(fields, asked):
     with pytest.raises(ValueError, match="a reducer that looks into the encoder wants blocks"):
         jax.eval_shape(vit(**fields, **asked).init, jax.random.key(0), IMAGES)
