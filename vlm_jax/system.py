@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.text import Completion, complete
+from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.processor import Processor
@@ -105,7 +106,12 @@ class System:
     def init(self, key: jax.Array) -> Params:
         """Boxed parameters {part: tree}, all drawn; a part does not depend on its neighbours' kinds."""
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.inputs)
-        return dict(self.model.init({"params": key, "reduce": key}, *zeros)["params"])
+        model = self.model
+        if self.release is not None and isinstance(model, VLM) and model.reducer is not None:
+            # A reducer has no parameters, and the smallest input of the release may have too few tokens for it.
+            decoder: Any = model.decoder
+            model = model.clone(reducer=None, decoder=decoder.clone(drops=()))
+        return dict(model.init({"params": key, "reduce": key}, *zeros)["params"])
 
     def boxed_shapes(self) -> Params:
         """Shapes of the parameters, in the boxes that name their axes."""

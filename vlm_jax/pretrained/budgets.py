@@ -43,7 +43,8 @@ def with_budget(
       tokens: with neither a reducer nor a connector a bound for a picture with all its tiles, met by fewer tiles or
         pixels; with one of them precisely so many for a tile, or for a picture that is packed at its own
         resolution (one that has fewer keeps them). None leaves what the release has, or what the sections say.
-      reducer: a training-free reducer; its parameters are none.
+      reducer: a training-free reducer, without parameters; where positions have three axes, tokens keep theirs
+        unless the section says otherwise.
       connector: takes the place of the release's own; its parameters are drawn anew.
       path: of the config that the sections are from, for messages.
 
@@ -191,6 +192,8 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     if packed:
         budget = min(budget, given[1])
     solved = reducer_class.for_budget(budget, given, depth)
+    if processor.rotary_3d:  # rows and columns are what grounding goes by
+        section = {"positions": "keep", **section}
     made: Reducer = parse_kind(REDUCERS, section, path, **solved)
     if at_tokens and laid_out is None and not packed and made.required_fields().get("encoder"):
         raise ConfigError(

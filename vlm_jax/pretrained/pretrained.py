@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vlm_jax.checkpoints.hub import Checkpoint
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
@@ -63,6 +64,11 @@ class Pretrained:
     def config(self) -> Mapping[str, Any]:
         """The released settings, in the schema of the release."""
         return self.release.config
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The released tensors."""
+        return self.release.checkpoint
 
     @property
     def folder(self) -> Path:
