@@ -206,7 +206,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     reduction = Reduction(
         before=views,
         num_left=None if in_decoder else made.num_left,
-        drops=tuple(drop.num_kept for drop in made.drops()) if isinstance(made, ReducesInDecoder) else (),
+        drops=tuple(drop.num_left for drop in made.drops()) if isinstance(made, ReducesInDecoder) else (),
         keeps_positions=made.positions == "keep" and not in_decoder,
         is_packed=packed and not in_decoder,
     )

@@ -36,14 +36,14 @@ class Reduction:
       before: the views of the system without it.
       num_left: how many tokens of so many of a tile, or of a packed picture, are left before the decoder; None where
         all enter it.
-      drops: how many of each are left after each drop inside the decoder.
+      drops: how many of so many that enter the decoder are left after each drop inside it.
       keeps_positions: whether a token that is left keeps its position; else tokens move up.
       is_packed: whether pictures are packed in one sequence, so that the reducer is told where each lies.
     """
 
     before: Views
     num_left: Callable[[int], int] | None
-    drops: tuple[int, ...] = ()
+    drops: tuple[Callable[[int], int], ...] = ()
     keeps_positions: bool = False
     is_packed: bool = False
 
@@ -88,7 +88,7 @@ class Reduction:
     def kept(self, length: int, pictures: Sequence[Tokens]) -> tuple[int, ...]:
         """Positions of an example of a length that are left after each drop."""
         counts = [count for tokens in pictures for count in tokens.placed]
-        return tuple(length - sum(max(0, count - most) for count in counts) for most in self.drops)
+        return tuple(length - sum(count - drop(count) for count in counts) for drop in self.drops)
 
     def num_before(self, capacity: int) -> int:
         """Tokens before the reducer that images of a load have at most."""

@@ -1,0 +1,116 @@
+"""Runs of `config.release`: a released system trains through its own processor and answers from the workdir."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+import vlm_jax
+from configs import finetune
+from tests.contracts import releases
+from vlm_jax.build import build
+from vlm_jax.checkpoints.hub import CheckpointFileError
+from vlm_jax.config import ConfigError
+from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.train.loop import Trainer
+
+LENGTH, TILES = 128, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    releases.make("llava", folder)
+    for number in range(3):
+        Image.new("RGB", (24, 16), ("red", "green", "blue")[number]).save(folder / f"{number}.png")
+    records = [
+        {"id": "none", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]},
+        {
+            "id": "three",
+            "image": ["0.png", "1.png", "2.png"],
+            "conversations": [
+                {"from": "human", "value": "<image>\n<image>\nwhich?"},
+                {"from": "gpt", "value": "b"},
+                {"from": "human", "value": "<image>\nthis?"},
+                {"from": "gpt", "value": "c"},
+            ],
+        },
+        {"id": "one", "image": "2.png", "question": "what?", "answer": "d"},
+    ]
+    for name in ("train", "evaluation"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def config_of(folder, **changes):
+    config = finetune.get_config()
+    with config.unlocked():
+        config.release, config.dtype = str(folder), "float32"
+        config.row.update({"length": LENGTH, "images": TILES})
+        config.data.update(
+            {"train_path": str(folder / "train.jsonl"), "evaluation_path": str(folder / "evaluation.jsonl")}
+        )
+        config.stages.instruction.update({"steps": 2, "batch_size": 3, "warmup_steps": 1})
+        config.loop.update({"log_every": 1})
+        for key, value in changes.items():
+            config[key] = ConfigDict(value) if isinstance(value, dict) else value
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(folder, one_device, tmp_path_factory):
+    """A run with another connector, its experiment and its workdir."""
+    config = config_of(folder, connector={"kind": "pool"}, token_budget=4)
+    experiment, workdir = build(config), tmp_path_factory.mktemp("run") / "run"
+    outcome = Trainer(config, experiment, one_device, workdir).run()
+    return experiment, workdir, outcome
+
+
+def test_rows_of_any_number_of_pictures_have_one_structure(folder):
+    experiment = build(config_of(folder))
+    rows = [
+        experiment.training_row(sample) for sample in map(experiment.open_source().train_records.__getitem__, range(3))
+    ]
+    assert len({str(jax.tree.structure(row)) for row in rows}) == 1
+    shapes = {tuple(np.shape(leaf) for leaf in jax.tree.leaves(row)) for row in rows}
+    assert len(shapes) == 1 and rows[0].images.shape[1] == TILES
+    with pytest.raises(SequenceTooLong, match=r"three' .* over the limit of 2"):
+        narrow = config_of(folder, row={"length": LENGTH, "images": 2, "text_length": None})
+        build(narrow).training_row(records[1])
+
+
+def test_what_the_release_has_is_read_and_the_rest_is_drawn(folder, run, one_device):
+    experiment, *_ = run
+    released, params = vlm_jax.from_pretrained(folder).params, experiment.initial(jax.random.key(0), one_device)
+    assert experiment.system.release.drawn == ("connector",)
+    for part in ("encoder", "decoder"):
+        jax.tree.map(np.testing.assert_array_equal, params[part], released[part])
+    kernels = [jax.tree.leaves(tree["connector"]) for tree in (params, released)]
+    assert not any(np.array_equal(ours, theirs) for ours, theirs in zip(*kernels, strict=True) if ours.ndim > 1)
+
+
+def test_a_workdir_answers_with_the_trained_parameters(run, folder):
+    _, workdir, outcome = run
+    again = vlm_jax.from_pretrained(workdir)
+    jax.tree.map(np.testing.assert_array_equal, again.params, dict(outcome.params))
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    answer = again.generate(messages, [folder / "2.png"], max_new_tokens=2)
+    assert answer.visual_tokens == (4,)
+    with pytest.raises(CheckpointFileError, match="the released schema has no names for the connector"):
+        again.save_pretrained(workdir / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": {"widht": 3}}, r"config\.encoder\.widht: unknown or unused key; did you mean 'width'"),
+        ({"row": {"length": None, "images": 1, "text_length": 9}}, r"config\.row: a release needs length"),
+        ({"token_budget_per": "tile"}, r"config\.token_budget_per: of a release"),
+    ],
+)
+def test_wrong_sections_are_named(folder, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build(config_of(folder, **changes))
