@@ -71,9 +71,8 @@ def run(folder, one_device, tmp_path_factory):
 
 def test_rows_of_any_number_of_pictures_have_one_structure(folder):
     experiment = build(config_of(folder))
-    rows = [
-        experiment.training_row(sample) for sample in map(experiment.open_source().train_records.__getitem__, range(3))
-    ]
+    records = experiment.open_source().train_records
+    rows = [experiment.training_row(records[number]) for number in range(3)]
     assert len({str(jax.tree.structure(row)) for row in rows}) == 1
     shapes = {tuple(np.shape(leaf) for leaf in jax.tree.leaves(row)) for row in rows}
     assert len(shapes) == 1 and rows[0].images.shape[1] == TILES

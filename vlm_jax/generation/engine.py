@@ -22,6 +22,7 @@ from vlm_jax.decoders.cache import Cache
 from vlm_jax.generation.buckets import fitted, whole_rows
 from vlm_jax.generation.sampling import GenerationError, Sampling, sample_tokens
 from vlm_jax.layers.per_layer import per_layer_kernels
+from vlm_jax.layers.platform import platform
 from vlm_jax.models.vlm import without_masked
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.processes import to_host
@@ -181,7 +182,7 @@ def prepared(params: Any, mesh: Mesh | None = None) -> Any:
 
 def _by_layer(mesh: Mesh | None) -> bool:
     """Whether layers are arrays of their own; a stack is what is laid out on a mesh."""
-    return mesh is None and jax.default_backend() == "cpu"
+    return mesh is None and platform() == "cpu"
 
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))

@@ -27,6 +27,7 @@ from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.per_layer import QUERY_KEY_VALUE, product
+from vlm_jax.layers.platform import platform
 from vlm_jax.layers.rope import rotate
 from vlm_jax.types import PADDING_SEGMENT, static_field, struct
 
@@ -145,25 +146,25 @@ def is_written_out() -> bool:
 def choose_implementation(
     query: jax.Array, key: jax.Array, context: Context, *, biased: bool = False
 ) -> Implementation:
-    """The implementation for the default platform; see the module's table.
+    """The implementation for the platform of the mesh; see the module's table.
 
     Splash takes no bias, and JAX does not partition a Pallas kernel by itself, so it serves where
     the mesh is one device; the blocked one likewise.
     """
     if is_written_out():
         return "xla"
-    platform = jax.default_backend()
+    on = platform()
     head_dim = query.shape[-1]
-    if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
+    if on == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
         return "cudnn"
     tiled = query.shape[1] % _SPLASH_TILE == 0 and key.shape[1] % _SPLASH_TILE == 0
     square = query.shape[1] == key.shape[1]
     plain = square and context.branches is None and context.window is None and not biased
     one_device = jax.sharding.get_abstract_mesh().size <= 1  # JAX partitions neither a Pallas kernel nor a loop
-    if platform == "tpu" and tiled and plain and one_device:
+    if on == "tpu" and tiled and plain and one_device:
         return "splash"
     num_weights = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
-    if platform == "cpu" and not biased and one_device and 4 * num_weights > _TOGETHER_BYTES:
+    if on == "cpu" and not biased and one_device and 4 * num_weights > _TOGETHER_BYTES:
         return "blocked"
     return "xla"
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.layers.attention import is_written_out
+from vlm_jax.layers.platform import platform
 
 Implementation = Literal["ragged", "blocks"]
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, kernels of all groups)
@@ -29,8 +30,8 @@ _TPU_ROWS = 8  # XLA takes its grouped kernel for a multiple of as many rows, an
 
 
 def choose_implementation() -> Implementation:
-    """That of the default platform; `ragged` where products are to be seen and counted."""
-    return "ragged" if jax.default_backend() == "tpu" or is_written_out() else "blocks"
+    """That of the mesh's platform; `ragged` where products are to be seen and counted."""
+    return "ragged" if platform() == "tpu" or is_written_out() else "blocks"
 
 
 def by_group(
@@ -55,7 +56,7 @@ def by_group(
     """
     count, groups = rows.shape[0], sizes.shape[0]
     if (implementation or choose_implementation()) == "ragged":
-        missing = -count % _TPU_ROWS if jax.default_backend() == "tpu" else 0
+        missing = -count % _TPU_ROWS if platform() == "tpu" else 0
         rows = jnp.pad(rows, ((0, missing), (0, 0)))
         out = function(rows, lambda x, kernels: jax.lax.ragged_dot(x, kernels, sizes))
         return jnp.where((jnp.arange(count) < sizes.sum())[:, None], out[:count], 0)
