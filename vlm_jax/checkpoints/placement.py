@@ -22,8 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.layers.platform import platform
-
 Block = tuple[range, ...]  # one range for every axis
 Position = tuple[int, ...]  # in a stack
 Read = Callable[[Position, Block | None], Sequence[np.ndarray]]
@@ -141,7 +139,7 @@ class _OnDevices:
 def _in_host_memory(leaf: jax.ShapeDtypeStruct) -> bool:
     """Whether the devices of a parameter are CPUs, or it has a sharding that is not one of a mesh."""
     if leaf.sharding is None:
-        return platform() == "cpu"
+        return jax.devices()[0].platform == "cpu"  # where an array without a sharding goes
     on_cpu = all(device.platform == "cpu" for device in leaf.sharding.device_set)
     return on_cpu or not isinstance(leaf.sharding, NamedSharding)
 
