@@ -31,18 +31,18 @@ def config(backend, tmp_path):
 
 
 def test_a_vocabulary_is_the_config_s_where_it_states_one(config):
-    assert build(config).model.decoder.vocab_size == len(WORDS)
+    assert build(config).system.model.decoder.vocab_size == len(WORDS)
     config.decoder.vocab_size = 32_064
-    assert build(config).model.decoder.vocab_size == 32_064
+    assert build(config).system.model.decoder.vocab_size == 32_064
     config.decoder.vocab_size = 4
     with pytest.raises(ConfigError, match=r"config\.decoder\.vocab_size: 4 is less than the \d+ tokens of"):
         build(config)
 
 
 def test_special_tokens_are_those_of_the_config(config, backend):
-    made = build(config).processor.tokenizer
+    made = build(config).system.processor.tokenizer
     assert made.eos_id == backend.token_to_id("<|im_end|>")
-    assert made.image_id == backend.token_to_id("<|image_pad|>")
+    assert made.id_of(made.names["image_token"]) == backend.token_to_id("<|image_pad|>")
     config.processor.special_tokens = {"end": "</s>"}
     with pytest.raises(ConfigError, match=r"config\.processor\.special_tokens\.end: unknown or unused key"):
         build(config)

@@ -63,5 +63,5 @@ def test_a_matryoshka_has_one_training_and_every_other_point_its_own(points):
 )
 def test_smaller_sweeps(arg, labels, monkeypatch):
     """Every point is built; what they cost, which takes its time, is left out."""
-    monkeypatch.setattr(points_module, "costs", lambda system: Costs(system.num_visual_tokens, 0.0, {}, {}))
+    monkeypatch.setattr(points_module, "costs", lambda experiment: Costs(experiment.budget.left, 0.0, {}, {}))
     assert {point.label for point in list_points(digits_all_connectors.get_config(arg))} == labels

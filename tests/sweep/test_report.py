@@ -330,7 +330,7 @@ def test_what_cannot_be_reported_is_refused_and_nothing_is_written(tmp_path):
 
 def test_the_pages_files_are_packaged():
     root = pathlib.Path(__file__).parents[2]
-    shipped = re.search(r'package_data=\{"vlm_jax.sweep": (\[.*\])\}', (root / "setup.py").read_text())
+    shipped = re.search(r'"vlm_jax.sweep": (\[.*\])', (root / "setup.py").read_text())
     assert shipped is not None
     files = {file.name for file in (root / "vlm_jax" / "sweep").iterdir() if file.suffix not in {".py", ""}}
     assert set(json.loads(shipped[1])) == files

@@ -127,7 +127,9 @@ def test_an_image_over_its_budget_is_refused():
     experiment = experiment_of("naflex")
     processor = experiment.system.processor
     larger = dataclasses.replace(processor, views=dataclasses.replace(processor.views, max_pixels=10**6))
-    experiment = dataclasses.replace(experiment, system=dataclasses.replace(experiment.system, processor=larger))
+    experiment = dataclasses.replace(
+        experiment, system=dataclasses.replace(experiment.system, make_processor=lambda: larger)
+    )
     message = r"'page 0' has 16 tiles or places of patches, over the limit of 12"
     with pytest.raises(SequenceTooLong, match=message):
         experiment.training_row(sample(0, (24, 24)))

@@ -30,6 +30,7 @@ from vlm_jax.sharding.rules import partition_spec, use_mesh
 from vlm_jax.types import PADDING_SEGMENT, Batch, struct
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_REPORTED = 4  # columns of a report behind its tokens
 SOUND = -1  # the step of a row whose logits are not known to be NaN
 
 # New tokens of every row, and how many of them are real -> the rows that are to end.
@@ -139,15 +140,18 @@ def generate(
     variables = {"params": prepared(params, mesh)}
     limit, static = np.int32(max_new_tokens), {"model": model, "pad_id": pad_id}
     tokens = np.full((size, max_new_tokens), pad_id, np.int32)
-    lengths, transfers = np.zeros(size, np.int32), 0
+    lengths, transfers, prompt_lengths = np.zeros(size, np.int32), 0, None
     with use_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        state, report, spans = prefill(
+        state, report = prefill(
             variables, *given, values, ends, cache_length=cache_length, cache_dtype=cache_dtype, mesh=mesh, **static
         )
         if _by_layer(mesh):
             state = state.per_layer()
         while True:
-            new, counts, ended, nan_step, step = _read(to_host(report), size)
+            values_of = to_host(report)
+            if prompt_lengths is None:
+                prompt_lengths, values_of = np.split(values_of, [values_of.shape[1] - _REPORTED - 1], axis=1)
+            new, counts, ended, nan_step, step = _read(values_of, size)
             nan = nan_step != SOUND
             counts = counts - nan  # nothing is said by NaN, nor behind it
             stopping = np.zeros(size, bool) if watch is None else watch(new, counts)
@@ -165,8 +169,7 @@ def generate(
                 all_ended, nan_steps = _placed(whole, mesh)
                 state = dataclasses.replace(state, ended=all_ended, nan_step=nan_steps)
             if ended.all() or lengths.max() == max_new_tokens:
-                prompt_lengths = to_host(spans)[:size]
-                return Generated(tokens, lengths, step - 1, transfers, prompt_lengths)
+                return Generated(tokens, lengths, step - 1, transfers, prompt_lengths[:size])
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
 
 
@@ -187,7 +190,7 @@ def _by_layer(mesh: Mesh | None) -> bool:
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))
 def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache_length, cache_dtype, mesh):
-    """Runs the prompts; the state behind their first new tokens, the first report, and positions of each span."""
+    """Runs the prompts; the state behind their first new tokens, and the first report behind each span's positions."""
     dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
     logits, cache = model.apply(variables, batch, cache_length, dtype, method="prefill")
     if mesh is not None:
@@ -216,7 +219,8 @@ def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache
     going = ~ended
     state = _chosen(state, logits, values, ends, pad_id)
     spans = jnp.stack([jnp.sum(part.segment_ids != PADDING_SEGMENT, axis=1) for part in cache.parts], axis=1)
-    return state, _report(state.token[:, None], going.astype(jnp.int32), state), spans
+    report = _report(state.token[:, None], going.astype(jnp.int32), state)
+    return state, jnp.concatenate([spans, report], axis=1)
 
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "chunk"), donate_argnames=("state",))
@@ -271,7 +275,7 @@ def _report(tokens: jax.Array, counts: jax.Array, state: State) -> jax.Array:
 def _read(report: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
     """Tokens, counts, ended rows and steps of NaN of the batch's own rows, and the number of steps."""
     report = report[:size]
-    return report[:, :-4], report[:, -4], report[:, -3] != 0, report[:, -2], int(report[0, -1])
+    return report[:, :-_REPORTED], report[:, -4], report[:, -3] != 0, report[:, -2], int(report[0, -1])
 
 
 def _laid_out(cache: Cache, mesh: Mesh) -> Cache:

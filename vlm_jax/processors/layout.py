@@ -144,17 +144,17 @@ def _positions(pieces: Pieces, rotary_3d: bool) -> tuple[np.ndarray, list[np.nda
     found, before = [np.zeros((0, 3) if rotary_3d else 0, np.int32)], []
     following = {0: 0}
     shared = [piece for piece in pieces if isinstance(piece, Visual) or piece.branch == 0]
-    end = sum(map(_extent, shared))  # where every other branch begins
+    end = sum(_extent(piece, rotary_3d) for piece in shared)  # where every other branch begins
     for piece in pieces:
         branch = 0 if isinstance(piece, Visual) else piece.branch
         start = following.setdefault(branch, end)
         own = piece.positions if isinstance(piece, Visual) else None
-        if own is None:
+        if own is None or own.ndim > 1 + rotary_3d:  # without three axes a grid counts as text does
             own = np.arange(len(piece))
         found.append((_on_axes(own, rotary_3d) + start).astype(np.int32))
         if isinstance(piece, Visual) and piece.before is not None:
             before.append((_on_axes(piece.before, rotary_3d) + start).astype(np.int32))
-        following[branch] = start + _extent(piece)
+        following[branch] = start + _extent(piece, rotary_3d)
     return np.concatenate(found), before
 
 
@@ -162,10 +162,12 @@ def _on_axes(positions: np.ndarray, rotary_3d: bool) -> np.ndarray:
     return np.repeat(positions[:, None], 3, axis=1) if rotary_3d and positions.ndim == 1 else positions
 
 
-def _extent(piece: Text | Visual) -> int:
+def _extent(piece: Text | Visual, rotary_3d: bool) -> int:
     """Positions by which what follows the piece moves on."""
     if isinstance(piece, Text):
         return len(piece)
     if piece.extent is not None:
         return piece.extent
-    return len(piece) if piece.positions is None else int(np.max(piece.positions, initial=-1)) + 1
+    if piece.positions is None or piece.positions.ndim > 1 + rotary_3d:
+        return len(piece)
+    return int(np.max(piece.positions, initial=-1)) + 1

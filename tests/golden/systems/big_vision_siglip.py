@@ -118,7 +118,7 @@ def _parameter_gradients(loaded: Pretrained, images: Any, text: jax.Array) -> Ou
 
         return jax.grad(loss)(params)
 
-    released = export_params(loaded.description.rules, run(loaded.params))
+    released = export_params(loaded.release.rules, run(loaded.params))
     return {f"param_grad_{key.removeprefix('params/').replace('/', '.')}": x for key, x in released.items()}
 
 

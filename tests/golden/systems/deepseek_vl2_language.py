@@ -87,7 +87,7 @@ def trained(ours: Any, row: Row, labels: np.ndarray) -> dict[str, np.ndarray]:
 
     value, back = jax.vjp(jax.jit(losses), ours.params)
     (alone,), (balance,) = back((1.0, 0.0)), back((0.0, 1.0))
-    rules = ours.description.rules
+    rules = ours.release.rules
     both = export_params(rules, jax.tree.map(jnp.add, alone, balance))
     found = {"train.loss": value[0], **{f"train.grad.{name}": array for name, array in both.items()}}
     return found | {f"train.grad_ce_only.{name}": array for name, array in export_params(rules, alone).items()}

@@ -93,7 +93,7 @@ def _loss(loaded: Pretrained, images: jax.Array, text: jax.Array) -> Outputs:
         return jax.value_and_grad(loss)(params)
 
     value, gradients = run(loaded.params)
-    released = export_params(loaded.description.rules, gradients)
+    released = export_params(loaded.release.rules, gradients)
     return {"clip_loss": value, **{f"grad_{key}": x for key, x in released.items()}}
 
 

@@ -172,7 +172,7 @@ def _gradients(model, rows: dict[str, Row], official: dict, labels: np.ndarray) 
 
     value, gradients = run(model.params, *language.forward_inputs(model, rows, official))
     # Every operation of these rules moves numbers about, so that it takes gradients where it takes parameters.
-    released = export_params(model.description.rules, gradients)
+    released = export_params(model.release.rules, gradients)
     return {"batch.loss": value, **{f"grad.{name}": array for name, array in released.items()}}
 
 
