@@ -97,7 +97,7 @@ def test_one_array_a_chunk_comes_to_the_host(monkeypatch, batch):
     )
     result = run(COUNTING, batch, chunk=3)
     size = len(batch.tokens)
-    assert fetched == [(size, 1 + 4), (size, 3 + 4), (size, 3 + 4), (size, 3 + 4)]
+    assert fetched == [(size, 1 + 4 + 1), (size, 3 + 4), (size, 3 + 4), (size, 3 + 4)]
     assert result.transfers == len(fetched) and result.lengths.tolist() == [8] * size
 
 

@@ -148,10 +148,10 @@ def generate(
         if _by_layer(mesh):
             state = state.per_layer()
         while True:
-            values_of = to_host(report)
+            found = to_host(report)
             if prompt_lengths is None:
-                prompt_lengths, values_of = np.split(values_of, [values_of.shape[1] - _REPORTED - 1], axis=1)
-            new, counts, ended, nan_step, step = _read(values_of, size)
+                found, prompt_lengths = np.split(found, [1 + _REPORTED], axis=1)
+            new, counts, ended, nan_step, step = _read(found, size)
             nan = nan_step != SOUND
             counts = counts - nan  # nothing is said by NaN, nor behind it
             stopping = np.zeros(size, bool) if watch is None else watch(new, counts)
@@ -190,7 +190,7 @@ def _by_layer(mesh: Mesh | None) -> bool:
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))
 def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache_length, cache_dtype, mesh):
-    """Runs the prompts; the state behind their first new tokens, and the first report behind each span's positions."""
+    """Runs the prompts; the state behind their first new tokens, and the first report with each span's positions."""
     dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
     logits, cache = model.apply(variables, batch, cache_length, dtype, method="prefill")
     if mesh is not None:
@@ -220,7 +220,7 @@ def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache
     state = _chosen(state, logits, values, ends, pad_id)
     spans = jnp.stack([jnp.sum(part.segment_ids != PADDING_SEGMENT, axis=1) for part in cache.parts], axis=1)
     report = _report(state.token[:, None], going.astype(jnp.int32), state)
-    return state, jnp.concatenate([spans, report], axis=1)
+    return state, jnp.concatenate([report, spans], axis=1)
 
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "chunk"), donate_argnames=("state",))

@@ -95,7 +95,8 @@ def spoken(model, golden: comparison.Golden, pixels: np.ndarray) -> dict[str, np
     found = {"mm.expanded_labels": labels[None]}
     for tokenize in {name.rsplit(".", 1)[1] for name in golden.expected if name.startswith("mm.logits.")}:
         connector = model.module.connector.clone(tokenize=tokenize)
-        variant = dataclasses.replace(model, module=model.module.clone(connector=connector))
+        whole = dataclasses.replace(model.system, model=model.module.clone(connector=connector))
+        variant = dataclasses.replace(model, system=whole)
         name = f"mm.inputs_embeds.{tokenize}"
         official = {"mm": golden.expected[name][0]} if name in golden.expected else {}
         state = language.states(variant, {"mm": row}, official)["mm"]
