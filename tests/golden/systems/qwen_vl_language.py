@@ -1,6 +1,5 @@
 """Qwen-VL's prompts, text alone and with pictures named by path: logits, loss and greedy ids."""
 
-import dataclasses
 import json
 import re
 from typing import Any
@@ -59,9 +58,7 @@ def outputs(golden: Golden, ours: Any, pictures: dict[str, np.ndarray]) -> dict[
         if match := re.fullmatch(rf"(\w+)_logits_({'|'.join(VARIANTS)})", name):
             case, settings = match.group(1), VARIANTS[match.group(2)]
             config = json.loads((golden.folder / "config.json").read_text())
-            other = dataclasses.replace(
-                ours, module=from_pretrained(golden.folder, config={**config, **settings}).module
-            )
+            other = from_pretrained(golden.folder, config={**config, **settings})
             found[name] = language.shown(golden.entries[name], language.logits(other, {case: rows[f"{case}.0"]})[case])
             found[name] = found[name][None]
     if "ntk_alpha_table" in expected:
