@@ -77,7 +77,7 @@ def theirs(folder: str, new_tokens: int, threads: int) -> Generate:
         length = ids.shape[1]
         start = time.perf_counter()
         cache = StaticCache(config=model.config, max_cache_len=length + new_tokens)
-        given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        given = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
         logits = model(torch.from_numpy(ids).long(), cache_position=torch.arange(length), **given).logits
         tokens = [logits[:, -1].argmax(-1, keepdim=True)]
         first = time.perf_counter()

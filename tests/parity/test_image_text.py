@@ -18,6 +18,7 @@ from tests.processors.vocabularies import sentencepiece_model
 from vlm_jax.evals.zero_shot import class_embeddings, top_k_accuracy
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.system import UnsupportedError
 
 from .test_processors import SIZES, pictures
 
@@ -215,9 +216,9 @@ def test_a_classifier(tmp_path, resample):
     found = np.asarray(ours.logits(batch))
     assert np.abs(found - logits).max() <= 1e-4 * np.abs(logits).max()
     assert [ours.labels[row.argmax()] for row in found] == [model.config.id2label[row.argmax()] for row in logits]
-    with pytest.raises(PretrainedError, match="answers no conversation"):
+    with pytest.raises(UnsupportedError, match="answers no conversation"):
         ours.generate([{"role": "user", "content": "What?"}], max_new_tokens=1)
-    with pytest.raises(PretrainedError, match="not two towers"):
+    with pytest.raises(PretrainedError, match="not a two-tower model"):
         ours.encode_texts(["a"])
 
 

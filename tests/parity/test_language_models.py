@@ -116,7 +116,7 @@ def their_steps(model, ids):
     """Logits of a prompt and of single tokens behind it, through the cache."""
     cache = transformers.DynamicCache(config=model.config)
     spans = [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, LENGTH))]
-    steps = [their_logits(model, ids[:, a:b], past_key_values=cache, use_cache=True) for a, b in spans]
+    steps = [their_logits(model, ids[:, a:b], cache=cache, use_cache=True) for a, b in spans]
     return np.concatenate(steps, axis=1)
 
 

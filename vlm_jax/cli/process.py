@@ -24,6 +24,7 @@ from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.system import UnsupportedError
 from vlm_jax.train.loop import Diverged
 
 # Errors whose message is meant for the user, without a traceback.
@@ -44,6 +45,7 @@ EXPLAINED = (
     SequenceTooLong,
     TokenizerError,
     TooManyCorruptImages,
+    UnsupportedError,
 )
 
 CACHE = flags.DEFINE_string(

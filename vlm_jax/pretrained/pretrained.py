@@ -225,6 +225,7 @@ class Pretrained:
           TokenizerError: a name of `stop_tokens` that the vocabulary lacks, or no tokenizer in the folder.
           ChatTemplateError: no template in the folder, or messages that it refuses.
         """
+        self.system.processor  # noqa: B018 (refuses a model that answers no conversation)
         options["names"] = ("prompt",)
         (answer,) = self.system.answer(
             self._laid_out,
