@@ -8,5 +8,6 @@ def platform() -> str:
 
     So a program that is traced for the devices of a topology, which the process does not have, gets their kernels.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    # Not every supported version of JAX tells the platform of an abstract mesh.
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
