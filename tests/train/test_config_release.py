@@ -12,8 +12,12 @@ import vlm_jax
 from configs import finetune
 from tests.contracts import releases
 from vlm_jax.build import build
-from vlm_jax.checkpoints.hub import CheckpointFileError
+from vlm_jax.checkpoints.hub import CheckpointFileError, read_config
 from vlm_jax.config import ConfigError
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.pretrained.configured import configured
+from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.train.loop import Trainer
 
@@ -108,8 +112,36 @@ def test_a_workdir_answers_with_the_trained_parameters(run, folder):
         ({"encoder": {"widht": 3}}, r"config\.encoder\.widht: unknown or unused key; did you mean 'width'"),
         ({"row": {"length": None, "images": 1, "text_length": 9}}, r"config\.row: a release needs length"),
         ({"token_budget_per": "tile"}, r"config\.token_budget_per: of a release"),
+        (
+            {"evaluation": {"batch_size": 1, "question_length": 9, "max_new_tokens": 2}},
+            r"config\.evaluation\.question_length: .* set it to None",
+        ),
+        ({"processor": {"max_pixel": 9}}, r"config\.processor\.max_pixel: unknown or unused key"),
     ],
 )
 def test_wrong_sections_are_named(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         build(config_of(folder, **changes))
+
+
+def test_a_workdir_has_the_settings_of_its_run(folder, one_device, tmp_path):
+    config = config_of(folder, processor={"max_pixels": 20, "max_length": None}, decoder={"norm_epsilon": 0.5})
+    Trainer(config, build(config), one_device, tmp_path / "run")
+    again = configured(open_system(folder, FAMILIES, dtype="float32"), read_config(tmp_path / "run"))
+    assert again.processor.max_pixels == 20 and again.model.decoder.norm_epsilon == 0.5
+    assert again.model == build(config).system.model
+
+
+def test_training_rows_with_a_reducer_on_native_resolution_are_refused(tmp_path, folder):
+    (tmp_path / "qwen").mkdir()
+    releases.make("qwen2_5_vl", tmp_path / "qwen")
+    reducer = {"kind": "random"}
+    with pytest.raises(ConfigError, match=r"config\.reducer\.kind: random acts on pictures of any number"):
+        build(config_of(folder, release=str(tmp_path / "qwen"), reducer=reducer, token_budget=2))
+
+
+def test_another_connector_leaves_the_tiles_of_a_picture(tmp_path):
+    releases.make("llava_next", tmp_path)
+    system = open_system(tmp_path, FAMILIES, dtype="float32")
+    kept = with_budget(system, 4, connector="pool", reducer={"kind": "none"}).processor.views
+    assert kept.loads([(32, 32)]) == system.processor.views.loads([(32, 32)]) != [1]

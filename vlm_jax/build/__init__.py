@@ -5,7 +5,6 @@ connector's own fields from the token budget, widths and vocabulary from each ot
 """
 
 import dataclasses
-import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +16,20 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, ReleaseProcessorSettings, RowSettings
+from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
-from vlm_jax.config import ConfigError, check_keys, choose, convert, parse, parse_kind
+from vlm_jax.config import ConfigError, check_keys, choose, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders import DECODERS
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained import FAMILIES
-from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.image import open_image, to_picture
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Example, Processor
 from vlm_jax.processors.video import uniform_frames
@@ -174,6 +174,8 @@ def build(config: Any) -> Experiment:
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     row = parse(RowSettings, config.row, "config.row")
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
+    if row.images is not None:
+        raise ConfigError("config.row.images: samples of a config have as many pictures each; set it to None")
     if evaluation.question_length is None:
         raise ConfigError("config.evaluation.question_length: expected the text positions of a prompt, got None")
     source = parse_kind(SOURCES, config.data, "config.data")
@@ -221,23 +223,17 @@ def _of_release(config: Any) -> Experiment:
     row = parse(RowSettings, config.row, "config.row")
     if row.length is None or row.images is None:
         raise ConfigError("config.row: a release needs length (positions) and images (tiles, or places of patches)")
+    if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
+        raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     source = parse_kind(SOURCES, config.data, "config.data")
-    names = [config[key] for key in ("dtype", "param_dtype")]
-    system = open_system(config.release, FAMILIES, dtype=names[0], param_dtype=names[1])
-    connector = None if config.connector.kind is None else config.connector.to_dict()
-    system = with_budget(system, config.token_budget, reducer=config.reducer.to_dict(), connector=connector)
-    model: Any = system.model
-    for part in ("encoder", "decoder"):
-        fields = {} if config[part] is None else config[part].to_dict()
-        own = getattr(model, part)
-        hints = typing.get_type_hints(type(own))
-        check_keys(fields, hints, f"config.{part}")
-        made = {key: convert(value, hints[key], f"config.{part}.{key}") for key, value in fields.items()}
-        model = model.clone(**{part: own.clone(**made)}) if made else model
-    changes = parse(ReleaseProcessorSettings, config.processor, "config.processor")
-    given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
-    processor = dataclasses.replace(system.processor, **given)
-    system = dataclasses.replace(system, model=model, make_processor=lambda: processor)
+    system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
+    system = configured(system, config.to_dict())
+    processor = system.processor
+    if processor.reduction is not None and isinstance(processor.views, NativeViews):
+        raise ConfigError(
+            f"config.reducer.kind: {config.reducer.kind} acts on pictures of any number and size in a row here, which "
+            "training rows of one shape do not lay out yet; train without it, and set it when answering"
+        )
     if source.channels != processor.views.channels:
         raise ConfigError(f"config.data.channels: the release reads {processor.views.channels}, set it to that")
     return Experiment(system, source, RowShape(row.length, row.images), None, RowShape(row.length, 0))

@@ -91,19 +91,6 @@ class ProcessorSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReleaseProcessorSettings:
-    """`config.processor` of a release: what replaces the release's own settings, where it is not None.
-
-    Attributes:
-      max_pixels: of a picture; more is refused as a decompression bomb.
-      max_length: most tokens of a conversation.
-    """
-
-    max_pixels: int | None = None
-    max_length: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class RowSettings:
     """`config.row`: the static shape of training rows.
 

@@ -160,6 +160,20 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
     return directory / str(step) / "state"
 
 
+def stored_shapes(state: epath.PathLike) -> dict[str, tuple[int, ...]]:
+    """Shapes of stored arrays by path, parts separated by `/`; none of them is read.
+
+    Raises:
+      CheckpointError: the folder cannot be read.
+    """
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(state)).tree
+    except Exception as error:
+        raise CheckpointError(f"{state} cannot be read: {_first_line(error)}") from error
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape or ()) for path, leaf in leaves}
+
+
 def check_stored(state: epath.PathLike, wanted: Mapping[str, tuple[int, ...]], roots: Iterable[str]) -> None:
     """Refuses arrays that are not all that a model has, and no more; none of them is read.
 
@@ -171,12 +185,7 @@ def check_stored(state: epath.PathLike, wanted: Mapping[str, tuple[int, ...]], r
     Raises:
       CheckpointError: arrays are missing, left over or misshapen; the message names them.
     """
-    try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(state)).tree
-    except Exception as error:
-        raise CheckpointError(f"{state} cannot be read: {_first_line(error)}") from error
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape or ()) for path, leaf in leaves}
+    found = stored_shapes(state)
     below = tuple(f"{root}/" for root in roots)
     problems = [f"it lacks {path} {shape}" for path, shape in wanted.items() if path not in found]
     problems += [

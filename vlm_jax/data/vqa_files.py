@@ -96,10 +96,10 @@ class Records:
         self._tools = tools
         self._corrupt: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._records = read_records(path, settings.tasks, settings.num_images, key)
+        self.records = read_records(path, settings.tasks, settings.num_images, key)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a process of its own, which counts for itself what it cannot read."""
@@ -133,7 +133,7 @@ class Records:
         Raises:
           TooManyCorruptImages: more than `max_corrupt` records cannot be read.
         """
-        record = self._records[index]
+        record = self.records[index]
         try:
             images = tuple(
                 self._tools.read_image(path, channels=self._settings.channels, max_pixels=self._settings.max_pixels)

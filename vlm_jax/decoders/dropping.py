@@ -1,5 +1,6 @@
 """Dropping visual tokens between a decoder's layers: rows get shorter, by a number that is known."""
 
+import abc
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -160,25 +161,25 @@ class DropsTokens:
     drops: tuple[Drop, ...]
     dtype: Any
 
+    @abc.abstractmethod
     def stacks(self) -> list[tuple[str, int, int]]:
         """(name, first layer, last layer + 1) of every stack of blocks, one behind the other."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def rotary_dim(self) -> int:
         """Coordinates of a head that turn."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def context(self, rows: Rows) -> Context:
         """That of a sequence without a cache."""
-        raise NotImplementedError
 
     def query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
         """Factor of every query, or None."""
         del positions
 
+    @abc.abstractmethod
     def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> LayerCache:
         """What is cached of layers `start` to `stop` - 1: a stack, or a tuple of those."""
-        raise NotImplementedError
 
     def init_cache(self, batch_size: int, length: int, dtype: Any = None, places: VisualPlaces | None = None) -> Cache:
         """An empty cache for `length` positions a row; layers behind a drop hold fewer.

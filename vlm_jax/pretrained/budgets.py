@@ -41,8 +41,9 @@ def with_budget(
     Args:
       system: of a release, with an encoder, a connector and a decoder.
       tokens: with neither a reducer nor a connector a bound for a picture with all its tiles, met by fewer tiles or
-        pixels; with one of them precisely so many for a tile, or for a picture that is packed at its own
-        resolution (one that has fewer keeps them). None leaves what the release has, or what the sections say.
+        pixels; with one of them precisely so many for a tile. For a picture that is packed at its own resolution a
+        reducer leaves precisely so many (one that has fewer keeps them), and another connector bounds it. None
+        leaves what the release has, or what the sections say.
       reducer: a training-free reducer, without parameters; where positions have three axes, tokens keep theirs
         unless the section says otherwise.
       connector: takes the place of the release's own; its parameters are drawn anew.
@@ -60,7 +61,7 @@ def with_budget(
         model = _with_joined_features(model)
     if connector is not None:
         system = _with_connector(system, model, tokens, _section(connector), f"{path}.connector")
-        if reducer is None:
+        if not reduces:
             return system
         model, processor = system.model, system.processor
         assert isinstance(model, VLM)
@@ -247,7 +248,10 @@ def _check_kept_by_connector(model: VLM, reducer: Reducer, grid: Grid, path: str
     except InfeasibleGrid as error:
         raise ConfigError(f"{path}.kind: {reducer.kind} leaves no grid that the connector takes: {error}") from error
     if found != wanted:
-        raise ConfigError(f"{path}.kind: {reducer.kind} leaves {wanted} features, of which the connector makes {found}")
+        raise ConfigError(
+            f"{path}.kind: {reducer.kind} leaves {wanted} features and the connector makes {found} tokens of them; "
+            "choose another reducer"
+        )
 
 
 def _num_blocks(part: Any) -> int:

@@ -19,7 +19,7 @@ from vlm_jax.checkpoints.arrays import check_space, open_arrays
 from vlm_jax.checkpoints.hub import PARAMS, Checkpoint, CheckpointFileError, LazyTensor, fetch, read_config
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
 from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state, stored_shapes
 from vlm_jax.checkpoints.plan import Step, plan
 from vlm_jax.checkpoints.rules import Rule, matching, prefixed
 from vlm_jax.checkpoints.saving import copy_companions, save_archive, save_checkpoint
@@ -28,6 +28,7 @@ from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.named_tower import with_named_tower
 
 RUN_PARTS = ("encoder", "connector", "decoder")  # which every run has
+LEARNED_ROWS = "learned_rows"  # which a run of `config.release` has where the release does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def open_conversion(
       families: the registration table.
       dtype: what floating-point tensors are cast to, a key of `DTYPES`; as stored when None.
       run: the workdir of a run of the model of `source`, whose newest parameters are written as a release;
-        what no run has, such as learned rows, stays as in `source`.
+        what the run does not have stays as in `source`.
 
     Raises:
       CheckpointError: there is no such run, or it is of another model.
@@ -180,10 +181,12 @@ def _of_run(path: Path, families: Mapping[str, Family], workdir: epath.Path, dty
     folder, config, release, description = _described(path, families)
     shapes = nn.meta.unbox(description.boxed_shapes())
     steps = plan(prefixed(description.rules, target=f"{PARAMS}/"), release, {PARAMS: shapes}, ignore=description.ignore)
-    steps = tuple(step for step in steps if step.targets[0].split("/")[1] in RUN_PARTS)
-    wanted = {target: shape for step in steps for target, shape in zip(step.targets, step.shapes, strict=True)}
     state = newest_state(workdir / CHECKPOINTS)
-    check_stored(state, wanted, [f"{PARAMS}/{part}" for part in RUN_PARTS])
+    has_rows = any(name.startswith(f"{PARAMS}/{LEARNED_ROWS}/") for name in stored_shapes(state))
+    parts = (*RUN_PARTS, LEARNED_ROWS) if has_rows else RUN_PARTS
+    steps = tuple(step for step in steps if step.targets[0].split("/")[1] in parts)
+    wanted = {target: shape for step in steps for target, shape in zip(step.targets, step.shapes, strict=True)}
+    check_stored(state, wanted, [f"{PARAMS}/{part}" for part in parts])
     arrays = open_arrays(state, wanted)
     made = lazy_release(steps, arrays, {key: tensor.dtype for key, tensor in release.items()})
     whole = Checkpoint({**release, **made}, release.origin, archive=release.archive)

@@ -18,6 +18,7 @@ from vlm_jax.checkpoints.orbax import CHECKPOINTS, read_parts
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.config import did_you_mean
 from vlm_jax.pretrained.budgets import Section, with_budget
+from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.family import Family, PretrainedError, marker
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.pretrained import Pretrained
@@ -111,9 +112,7 @@ def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, mesh: Mes
     config = read_config(workdir)
     if not config.get("release"):
         raise PretrainedError(f"{workdir}: this run has no config.release, so that no processor belongs to it")
-    connector = config["connector"] if config["connector"].get("kind") else None
-    system = open_system(config["release"], families, dtype=dtype)
-    system = with_budget(system, config["token_budget"], reducer=config["reducer"], connector=connector)
+    system = configured(open_system(config["release"], families, dtype=dtype), config)
     boxed = system.boxed_shapes()
     mesh = make_mesh(MeshSettings(data=1), jax.devices()[:1]) if mesh is None else mesh
     like = jax.tree.map(

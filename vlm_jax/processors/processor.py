@@ -169,7 +169,7 @@ class Processor:
         shape: RowShape | None = None,
         *,
         targets: bool,
-        keys: tuple[str, str] = ("config.row.text_length or config.row.length", "config.data.num_images"),
+        keys: tuple[str, str] = ("config.row.text_length or length", "config.row.images or config.data.num_images"),
     ) -> Batch:
         """A batch of rows, each of one or several examples.
 

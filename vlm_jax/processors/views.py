@@ -1,5 +1,6 @@
 """What an encoder is given of the pictures of a conversation, and the places that they take of a sequence."""
 
+import abc
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -146,13 +147,13 @@ def too_few(max_tokens: int, needed: int, what: str = "a picture") -> Infeasible
     return InfeasibleBudget(f"{what} takes {needed} visual tokens at least, more than the {max_tokens} allowed")
 
 
-class Tiles:
+class Tiles(abc.ABC):
     """What views of tiles have in common: no videos, and batches that are filled up with blank tiles."""
 
     @property
+    @abc.abstractmethod
     def tile_shape(self) -> tuple[int, int, int]:
         """(height, width, channels) of a tile."""
-        raise NotImplementedError
 
     @property
     def channels(self) -> int:
@@ -160,9 +161,9 @@ class Tiles:
         return self.tile_shape[2]
 
     @property
+    @abc.abstractmethod
     def tile_tokens(self) -> int:
         """Visual tokens of a tile."""
-        raise NotImplementedError
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None

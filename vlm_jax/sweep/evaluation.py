@@ -19,7 +19,7 @@ from flax import linen as nn
 from vlm_jax.config import ConfigError
 from vlm_jax.data.source import Tools
 from vlm_jax.data.vqa_files import EvaluationSamples, Records, VqaFiles
-from vlm_jax.data.vqa_records import Record, read_records
+from vlm_jax.data.vqa_records import Record
 from vlm_jax.evals.vqa import SCORERS, exact, share
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
@@ -129,8 +129,7 @@ class Questions:
         if size is not None and size < count:
             chosen = np.sort(np.random.default_rng(settings.seed).choice(count, size, replace=False))
         self._indices: list[int] = chosen.tolist()
-        records = read_records(path, tasks, None, "evaluation_path")
-        self._chosen = [records[index] for index in self._indices]
+        self._chosen = [self._records.records[index] for index in self._indices]
         self._ends = list(itertools.accumulate(map(_num_questions, self._chosen)))
 
     def __len__(self) -> int:
@@ -293,7 +292,6 @@ class Evaluation:
             scorer: Callable[[str, str], bool] = SCORERS.get(sample.task, exact)
             sizes = [(image.shape[0], image.shape[1]) for image in sample.images]
             counts = processor.count_visual_tokens(sizes)
-            load = processor.measure(sample.messages[:-1], sizes)
             lines.append(
                 {
                     "sample_id": sample.sample_id,
@@ -301,7 +299,7 @@ class Evaluation:
                     "text": answer.text,
                     "correct": answer.reason == "end" and scorer(answer.text, sample.answer),
                     "visual_tokens": counts,
-                    "tokens_in_last_layer": sum(counts) - (load.length - load.kept[-1] if load.kept else 0),
+                    "tokens_in_last_layer": answer.visual_tokens[-1] if counts else 0,
                 }
             )
         return lines

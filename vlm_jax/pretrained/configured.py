@@ -1,0 +1,53 @@
+"""A release as a run's config has it: its sections replace what they name of the release's own."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from vlm_jax.config import ConfigError, check_keys, convert, parse
+from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.system import System
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseProcessorSettings:
+    """`config.processor` of a release: what replaces the release's own settings, where it is not None.
+
+    Attributes:
+      max_pixels: of a picture; more is refused as a decompression bomb.
+      max_length: most tokens of a conversation.
+    """
+
+    max_pixels: int | None = None
+    max_length: int | None = None
+
+
+def configured(system: System, config: Mapping[str, Any]) -> System:
+    """The system of a release with the sections of a run's config.
+
+    Args:
+      system: of `config.release`.
+      config: with `token_budget` and the sections `reducer`, `connector`, `encoder`, `decoder` and `processor`, as of
+        a ConfigDict or of the `config.json` of a workdir.
+
+    Raises:
+      ConfigError: an unknown key, or what the release cannot take.
+      InfeasibleBudget: the budget cannot be met.
+    """
+    for section in ("reducer", "connector", "encoder", "decoder", "processor"):
+        if not isinstance(config[section], Mapping):
+            raise ConfigError(f"config.{section}: expected a section, got {config[section]!r}")
+    connector = config["connector"] if config["connector"].get("kind") else None
+    system = with_budget(system, config["token_budget"], reducer=config["reducer"], connector=connector)
+    model: Any = system.model
+    for part in ("encoder", "decoder"):
+        own = getattr(model, part)
+        hints = typing.get_type_hints(type(own))
+        check_keys(config[part], hints, f"config.{part}")
+        fields = {key: convert(value, hints[key], f"config.{part}.{key}") for key, value in config[part].items()}
+        model = model.clone(**{part: own.clone(**fields)}) if fields else model
+    changes = dataclasses.asdict(parse(ReleaseProcessorSettings, config["processor"], "config.processor"))
+    given = {key: value for key, value in changes.items() if value is not None}
+    processor = dataclasses.replace(system.processor, **given)
+    return dataclasses.replace(system, model=model, make_processor=lambda: processor)
