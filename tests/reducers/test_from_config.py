@@ -1,5 +1,6 @@
 """Every reducer from a config: built, counted, trained for a step, and made to answer."""
 
+import dataclasses
 import functools
 import re
 
@@ -15,6 +16,7 @@ from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.generation.engine import generate
+from vlm_jax.processors.reduction import visual_places
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.sweep.points import costs
 from vlm_jax.train.objectives import next_token
@@ -146,6 +148,10 @@ def without_a_cache(system, trained, prompts, count):
             loss_weights=weights,
             targets=np.asarray(rows["tokens"], np.int32),
         )
+        if prompts.places is not None:
+            tokens = prompts.places.index.shape[2]
+            places = visual_places(batch, [[tokens]] * len(batch.tokens), 1, tokens)
+            batch = dataclasses.replace(batch, places=places)
         rows["tokens"][:, place] = np.argmax(run(batch)[:, place - 1], -1)
     return rows["tokens"][:, length:]
 

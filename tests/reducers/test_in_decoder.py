@@ -13,8 +13,8 @@ from vlm_jax.config import ConfigError
 from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.layers.rope import Rope
-from vlm_jax.models.vlm import visual_places
 from vlm_jax.planner.flops import count_flops
+from vlm_jax.processors.reduction import visual_places
 from vlm_jax.reducers.fastv import FastV
 from vlm_jax.reducers.pyramid_drop import PyramidDrop
 from vlm_jax.types import Batch, Drop, VisualPlaces
@@ -77,12 +77,17 @@ def batch():
 def jitted(drops, **fields):
     module = decoder(drops, **fields)
 
-    def run(own, batch):
-        places = visual_places(batch, 2, TOKENS)
+    @jax.jit
+    def run(own, batch, places):
         args = (batch.tokens, batch.positions, batch.segment_ids)
         return module.apply(own, *args, method=run_tokens, branch_ids=batch.branch_ids, places=places)[0]
 
-    return jax.jit(run)
+    return lambda own, batch: run(own, batch, places_of(batch))
+
+
+def places_of(batch, tokens=TOKENS):
+    """Of rows with two images each."""
+    return jax.tree.map(jnp.asarray, visual_places(batch, [[tokens] * 2] * len(batch.tokens), 2, tokens))
 
 
 def causal(length, window):
@@ -196,13 +201,12 @@ def test_the_cache_gives_the_logits_of_the_whole(batch, drops):
     module = decoder(drops)
 
     @jax.jit
-    def prefill(own, batch):
-        places = visual_places(batch, 2, TOKENS)
+    def prefill(own, batch, places):
         cache = module.init_cache(2, LENGTH + 1, places=places)
         args = (batch.tokens, batch.positions, batch.segment_ids, cache)
         return module.apply(own, *args, method=run_tokens, places=places)
 
-    logits, cache = prefill(params(), first)
+    logits, cache = prefill(params(), first, places_of(first))
     slots = [part.layers.key.shape[-1] for part in cache.parts]
     assert slots == [LENGTH + 1 - 2 * (TOKENS - kept) for kept in (TOKENS, *(drop.num_kept for drop in drops))]
     assert sum(part.layers.key.shape[0] for part in cache.parts) == DEPTH
@@ -223,7 +227,7 @@ def test_fewer_operations_are_done(batch, drops):
     """Exactly those of shorter rows, and of the weights that rank."""
 
     def cost(drops):
-        places = {"places": visual_places(batch, 2, TOKENS)} if drops else {}
+        places = {"places": places_of(batch)} if drops else {}
         args = (batch.tokens, batch.positions, batch.segment_ids)
         return count_flops(lambda own: decoder(drops).apply(own, *args, method=run_tokens, **places)[0], params())
 
@@ -258,7 +262,7 @@ def test_the_compiled_program_does_fewer_operations(batch, drops):
         def run(own):
             args = (long.tokens, long.positions, long.segment_ids)
             module = decoder(drops, unroll=DEPTH)  # the compiler counts a loop's body once
-            return module.apply(own, *args, method=run_tokens, places=visual_places(long, 2, tokens))[0]
+            return module.apply(own, *args, method=run_tokens, places=places_of(long, tokens))[0]
 
         return jax.jit(run).lower(params()).compile().cost_analysis()["flops"]
 

@@ -32,6 +32,7 @@ from vlm_jax.processors.image import open_image, to_picture
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Example, Processor
+from vlm_jax.processors.reduction import Reduction
 from vlm_jax.processors.video import uniform_frames
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.rules import shardings, use_mesh
@@ -195,9 +196,16 @@ def build(config: Any) -> Experiment:
         parts[part] = _set(parts[part], fields, config, part)
     by_layer = _tokens_by_layer(vision, parts["decoder"])
     visual, images = num_images * vision.num_tokens, num_images * vision.load
-    shape = RowShape(row.positions(visual), images)
+    drops, count = parts["decoder"].drops, vision.num_tokens // vision.num_views
+
+    def shaped(length: int) -> RowShape:
+        """Rows of samples that all have as many pictures: each drop takes as much of all."""
+        return RowShape(length, images, tuple(length - images * (count - drop.num_left(count)) for drop in drops))
+
+    shape = shaped(row.positions(visual))
     prompt = PlainPrompt(tokenizer, settings.independent_turns)
-    processor = Processor(prompt, vision.views, tokenizer, tokenizer.pad_id or 0)
+    reduction = Reduction(vision.views, None, tuple(drop.num_left for drop in drops)) if drops else None
+    processor = Processor(prompt, vision.views, tokenizer, tokenizer.pad_id or 0, reduction=reduction)
     system = System(
         model=VLM(parts["encoder"], vision.connector, parts["decoder"], vision.reducer),
         inputs=(processor.example_row(shape),),
@@ -209,7 +217,7 @@ def build(config: Any) -> Experiment:
         system=system,
         source=source,
         row=shape,
-        prompt=RowShape(evaluation.question_length + visual, images),
+        prompt=shaped(evaluation.question_length + visual),
         text_row=RowShape(row.positions(0) + source.context_length, 0),
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),

@@ -203,10 +203,13 @@ class VLM(nn.Module):
             chosen = of_images >= 0
             positions = jnp.where(chosen if positions.ndim == 2 else chosen[..., None], own, positions)
         if self.decoder.drops:
-            num_tokens = visual.tokens.shape[1]
-            num_images = (table.shape[1] - num_learned) // num_tokens
             places = batch.places
-            places = visual_places(batch, num_images, num_tokens, num_learned) if places is None else places
+            if places is None:
+                raise ValueError(
+                    "this decoder drops visual tokens: expected a batch with places, as the processor of a system with "
+                    "this reducer makes it"
+                )
+            places = jax.tree.map(jnp.asarray, places)
         return Embedded(jnp.where(index == TEXT_SLOT, text, rows), segments, places, positions)
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"] | VisualTokens:
@@ -247,24 +250,3 @@ class VLM(nn.Module):
         segments = jnp.full_like(tokens, PROMPT_SEGMENT)
         hidden, cache = self.decoder(self.decoder.embed(tokens), positions, segments, cache)
         return self.decoder.logits(hidden[:, -1]), cache
-
-
-def visual_places(batch: Batch, num_images: int, num_tokens: int, num_learned: int = 0) -> VisualPlaces:
-    """Where the `num_tokens` tokens of each image of a row stand, and the last position of every instruction.
-
-    That is the position before each answer in a row that is learned, and the end of a segment in any other.
-    The images' rows of the visual table stand behind `num_learned` ones, which have no place here.
-    """
-    size, length = batch.tokens.shape
-    num_rows = num_images * num_tokens
-    row, place = jnp.arange(size)[:, None], jnp.arange(length)[None]
-    of_image = jnp.asarray(batch.visual_index) - num_learned
-    target = jnp.where(of_image < 0, num_rows, of_image)
-    index = jnp.full((size, num_rows), length).at[row, target].set(place, mode="drop")
-    if batch.loss_weights is None:
-        following = jnp.pad(batch.segment_ids[:, 1:], ((0, 0), (0, 1)), constant_values=PADDING_SEGMENT)
-        ranking = (batch.segment_ids != PADDING_SEGMENT) & (batch.segment_ids != following)
-    else:
-        learned = batch.loss_weights > 0
-        ranking = learned & ~jnp.pad(learned[:, :-1], ((0, 0), (1, 0)))
-    return VisualPlaces(index.reshape(size, num_images, num_tokens), ranking)

@@ -114,33 +114,53 @@ class Reduction:
             images = dataclasses.replace(batch.images, images=_packed(groups, num_images))  # type: ignore[type-var]
             batch = dataclasses.replace(batch, images=images)
         if self.drops and num_images:
-            places = self._places(batch, rows, num_learned, num_images)
-            if shape is not None:
-                places = dataclasses.replace(places, lengths=shape.kept or (shape.length,) * len(self.drops))
-            batch = dataclasses.replace(batch, places=places)
-        if capacity is not None and batch.visual_positions is not None:
-            missing = self.num_before(capacity) - batch.visual_positions.shape[1]
-            width = [(0, 0), (0, missing), *[(0, 0)] * (batch.visual_positions.ndim - 2)]
-            batch = dataclasses.replace(batch, visual_positions=np.pad(batch.visual_positions, width))
+            left = [[self.left(count) for count in of_row] for of_row in groups]
+            places = visual_places(batch, left, num_images, self._most_left(left, shape), num_learned)
+            batch = dataclasses.replace(
+                batch, places=dataclasses.replace(places, lengths=self._lengths(batch, rows, shape))
+            )
+        if capacity and self.keeps_positions:
+            before = batch.positions[:, :0] if batch.visual_positions is None else batch.visual_positions
+            width = [(0, 0), (0, self.num_before(capacity) - before.shape[1]), *[(0, 0)] * (before.ndim - 2)]
+            batch = dataclasses.replace(batch, visual_positions=np.pad(before, width))
         return batch
 
-    def _places(
-        self, batch: Batch, rows: Sequence[Sequence[Tokens]], num_learned: int, num_images: int
-    ) -> VisualPlaces:
-        length = batch.tokens.shape[1]
-        left = [[self.left(count) for tokens in row for count in tokens.groups] for row in rows]
-        most = max(max(counts, default=0) for counts in left)
-        index = np.full((len(rows), num_images, most), length, np.int32)
-        for row, counts, shown in zip(index, left, np.asarray(batch.visual_index), strict=True):
-            of_row = np.full(sum(counts), length, np.int32)
-            place = np.flatnonzero(shown >= num_learned)
-            of_row[shown[place] - num_learned] = place
-            for number, part in enumerate(np.split(of_row, np.cumsum(counts)[:-1])):
-                row[number, : len(part)] = part
+    def _most_left(self, left: Sequence[Sequence[int]], shape: RowShape | None) -> int:
+        """The most tokens of a tile or picture that enter the decoder: of a static shape that of any tile."""
+        if shape is not None and isinstance(self.before, Tiles):
+            return self.left(self.before.tile_tokens)
+        return max(max(counts, default=0) for counts in left)
+
+    def _lengths(self, batch: Batch, rows: Sequence[Sequence[Tokens]], shape: RowShape | None) -> tuple[int, ...]:
+        """Positions of rows behind each drop: those of the shape, else the most that a row has left."""
+        if shape is not None:
+            return shape.kept or (shape.length,) * len(self.drops)
         real = np.count_nonzero(np.asarray(batch.segment_ids) != PADDING_SEGMENT, axis=1).tolist()
         kept = [self.kept(count, row) for count, row in zip(real, rows, strict=True)]
-        lengths = tuple(max(of_drop) for of_drop in zip(*kept, strict=True))
-        return VisualPlaces(index, ranking(batch), lengths)
+        return tuple(max(of_drop) for of_drop in zip(*kept, strict=True))
+
+
+def visual_places(
+    batch: Batch, counts: Sequence[Sequence[int]], num_images: int, most: int, num_learned: int = 0
+) -> VisualPlaces:
+    """Where the tokens of each image of every row stand, and the last position of every instruction.
+
+    Args:
+      batch: of rows that are laid out.
+      counts: of each row, tokens of each image (or tile) in the order of its visual table.
+      num_images: images that a row has room for.
+      most: tokens of an image that there is room for.
+      num_learned: rows of the visual table before those of images.
+    """
+    length = batch.tokens.shape[1]
+    index = np.full((len(counts), num_images, most), length, np.int32)
+    for row, of_row, shown in zip(index, counts, np.asarray(batch.visual_index), strict=True):
+        where = np.full(sum(of_row), length, np.int32)
+        place = np.flatnonzero(shown >= num_learned)
+        where[shown[place] - num_learned] = place
+        for number, part in enumerate(np.split(where, np.cumsum(of_row)[:-1].astype(int))):
+            row[number, : len(part)] = part
+    return VisualPlaces(index, ranking(batch))
 
 
 def ranking(batch: Batch) -> np.ndarray:
