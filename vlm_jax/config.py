@@ -13,9 +13,16 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
+from etils import epath
+
+from vlm_jax.types import Fields
+
+RunConfig = Any  # an ml_collections.ConfigDict or a section of it, whose keys are attributes of any type; or a dict
 Settings = TypeVar("Settings")
+Entry = TypeVar("Entry")
 
 
 class ConfigError(ValueError):
@@ -31,7 +38,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known here: {', '.join(known) or 'no key at all'}"
 
 
-def read_json(path: Any, error: type[Exception]) -> dict[str, Any]:
+def read_json(path: Path | epath.Path, error: type[Exception]) -> Fields:
     """The object that a JSON file holds.
 
     Args:
@@ -59,14 +66,14 @@ def check_keys(given: Iterable[str], known: Iterable[str], path: str) -> None:
         )
 
 
-def choose(table: Mapping[str, Any], kind: str, path: str) -> Any:
+def choose(table: Mapping[str, Entry], kind: str, path: str) -> Entry:
     """Looks `kind` up in a registration table, or says which kinds there are."""
     if kind not in table:
         raise ConfigError(f"{path}: no kind '{kind}'{did_you_mean(kind, table)}")
     return table[kind]
 
 
-def choose_kind(table: Mapping[str, Any], section: Any, path: str) -> Any:
+def choose_kind(table: Mapping[str, Entry], section: RunConfig, path: str) -> Entry:
     """The entry of a registration table that a section's `kind` names.
 
     Raises:
@@ -77,7 +84,7 @@ def choose_kind(table: Mapping[str, Any], section: Any, path: str) -> Any:
     return choose(table, section["kind"], f"{path}.kind")
 
 
-def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Settings:
+def parse(cls: type[Settings], section: RunConfig, path: str, **derived: Any) -> Settings:
     """Makes a `cls` of a config section.
 
     Args:
@@ -107,13 +114,13 @@ def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Setti
     return cls(**values, **derived)
 
 
-def parse_kind(table: Mapping[str, Any], section: Any, path: str, **derived: Any) -> Any:
+def parse_kind(table: Mapping[str, type[Settings]], section: RunConfig, path: str, **derived: Any) -> Settings:
     """`parse` with the class that a section's `kind` names in a registration table."""
     cls = choose_kind(table, section, path)
     return parse(cls, {key: section[key] for key in section if key != "kind"}, path, **derived)
 
 
-def positive(value: Any, path: str) -> int:
+def positive(value: object, path: str) -> int:
     """The value, where it is an integer above 0.
 
     Raises:
@@ -181,12 +188,12 @@ def plain(config: Any) -> Any:
     return config
 
 
-def config_hash(config: Any) -> str:
+def config_hash(config: object) -> str:
     """Twelve hexadecimal digits that name a config's content, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:
+def differences(ours: object, theirs: object, path: str = "config") -> list[str]:
     """One line for every key in which two plain configs differ: `path: ours, not theirs`."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         lines = []

@@ -69,6 +69,12 @@ def struct(cls: type[Class]) -> type[Class]:
     return made
 
 
+Params = dict[str, Any]  # {name: array, or the same of a submodule}: parameters, or what stands for them
+Fields = dict[str, Any]  # {name: value}: fields of a module, keyword arguments, a section of settings
+Config = Mapping[str, Any]  # the same, read only: released settings, or a section of a config
+Dtype = Any  # whatever JAX takes for a dtype
+Tree = Any  # any pytree
+
 # (rows, columns) of patches or tokens.
 Grid = tuple[int, int]
 

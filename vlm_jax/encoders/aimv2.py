@@ -61,6 +61,11 @@ class AIMv2(nn.Module):
         """Width D_v of the features."""
         return self.width
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are built."""
+        return self.depth
+
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches of an image of `height` x `width` pixels; a rest is dropped.
 

@@ -75,6 +75,11 @@ class PackedTrunk(nn.Module, kw_only=True):
         return self.width
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks that are built."""
+        return self.depth
+
+    @property
     def window(self) -> int | None:
         """Side of an attention window in blocks of merge_size x merge_size patches."""
         if self.window_size is None:

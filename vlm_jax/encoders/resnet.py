@@ -144,6 +144,11 @@ class ModifiedResNet(nn.Module):
         """Width D_v of the features."""
         return 32 * self.base_width
 
+    @property
+    def num_blocks(self) -> int:
+        """None: stages of convolutions."""
+        return 0
+
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of the last map; every halving drops an odd rest but the first, which keeps it.
 

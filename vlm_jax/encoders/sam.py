@@ -248,6 +248,11 @@ class SAM(nn.Module):
         """Width D_v of the features."""
         return (self.neck_dim, *self.downsample_dims)[-1]
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are built."""
+        return self.depth
+
     def patch_grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches, on which the blocks work; a rest is dropped.
 

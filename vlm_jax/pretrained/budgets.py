@@ -2,15 +2,17 @@
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Mapping
-from typing import Any
-
-from flax import linen as nn
+from typing import Any, TypeVar
 
 from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
-from vlm_jax.config import ConfigError, choose, parse_kind
+from vlm_jax.config import ConfigError, choose, parse, parse_kind
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
+from vlm_jax.connectors.connector import Connector
+from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders import PACKED_ENCODERS
+from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
@@ -25,6 +27,7 @@ from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.system import System
 from vlm_jax.types import Grid
 
+Part = TypeVar("Part", Encoder, Decoder)
 Section = str | Mapping[str, Any]  # a kind, or a section with its kind and settings
 
 
@@ -97,7 +100,8 @@ def _returning(processor: Processor) -> Any:
 
 def _grid_of_view(model: VLM, views: Views) -> Grid:
     """Rows and columns of features of a tile, or of a block of packed patches."""
-    encoder: Any = model.encoder
+    encoder = model.encoder
+    assert encoder is not None
     if isinstance(views, NativeViews):
         return encoder.grid(views.format.block_size, views.format.block_size)
     assert isinstance(views, Tiles)
@@ -125,25 +129,25 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: dic
     solved = connector_class.for_budget(budget, grid, **asked)
     rest = {key: value for key, value in section.items() if key not in asked}
     dtypes = {"dtype": released.dtype, "param_dtype": released.param_dtype}  # type: ignore[union-attr]
-    connector: Any = parse_kind(CONNECTORS, rest, path, **solved, features=decoder.width, **dtypes)  # type: ignore[union-attr]
+    made = parse_kind(CONNECTORS, rest, path, **solved, features=decoder.width, **dtypes)  # type: ignore[union-attr]
     learned, drawn = model.learned_rows, ["connector"]
     if learned == "connector":  # rows of the release's own connector, which goes
         names = tuple(f"indicator_{number}" for number in range(model.num_learned_rows))
         learned = LearnedRows(names, decoder.width, **dtypes)  # type: ignore[union-attr]
         drawn.append("learned_rows")
-    laid_out = connector.token_grid(grid)
-    views = views.retokened(connector.num_tokens(grid) if laid_out is None or packed else laid_out)
+    laid_out = made.token_grid(grid)
+    views = views.retokened(made.num_tokens(grid) if laid_out is None or packed else laid_out)
     if packed and tokens is not None:
         views = views.within(tokens)
     return dataclasses.replace(
         system,
-        model=model.clone(connector=connector, learned_rows=learned),
+        model=model.clone(connector=made, learned_rows=learned),
         make_processor=_returning(dataclasses.replace(processor, views=views)),
         release=None if system.release is None else system.release.without(*drawn),
     )
 
 
-def _fewest(connector_class: Any, grid: Grid) -> int:
+def _fewest(connector_class: type[Connector], grid: Grid) -> int:
     """The smallest number of tokens that a connector can give of a block."""
     for budget in range(1, grid[0] * grid[1] + 1):
         try:
@@ -158,6 +162,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     processor = system.processor
     views, kind = processor.views, str(section.get("kind"))
     reducer_class = choose(REDUCERS, kind, f"{path}.kind")
+    assert reducer_class is not None  # `with_budget` has met "none"
     encoder, connector, decoder = model.encoder, model.connector, model.decoder
     packed = isinstance(encoder, tuple(PACKED_ENCODERS.values()))
     parts: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
@@ -182,7 +187,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
         given: Grid = (1, most)
     else:
         given = (laid_out or (1, connector.num_tokens(grid))) if at_tokens else grid  # type: ignore[union-attr]
-    part = parts.get(reducer_class.reduces_in)
+    part = None if reducer_class.reduces_in is None else parts[reducer_class.reduces_in]
     depth = 0 if part is None else _num_blocks(part)
     if part is not None and not depth:
         raise ConfigError(
@@ -195,7 +200,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     solved = reducer_class.for_budget(budget, given, depth)
     if processor.rotary_3d:  # rows and columns are what grounding goes by
         section = {"positions": "keep", **section}
-    made: Reducer = parse_kind(REDUCERS, section, path, **solved)
+    made = parse(reducer_class, {key: section[key] for key in section if key != "kind"}, path, **solved)
     if at_tokens and laid_out is None and not packed and made.required_fields().get("encoder"):
         raise ConfigError(
             f"{path}.kind: {kind} ranks tokens by the attention that their patches get, and the tokens of "
@@ -254,13 +259,14 @@ def _check_kept_by_connector(model: VLM, reducer: Reducer, grid: Grid, path: str
         )
 
 
-def _num_blocks(part: Any) -> int:
-    return part.num_blocks if hasattr(part, "num_blocks") else getattr(part, "depth", 0)
+def _num_blocks(part: Encoder | Decoder) -> int:
+    return part.num_blocks if isinstance(part, Encoder) else part.depth
 
 
-def _set(part: nn.Module, fields: Mapping[str, Any], kind: str, name: str, path: str) -> nn.Module:
+def _set(part: Part, fields: Mapping[str, Any], kind: str, name: str, path: str) -> Part:
     """The part with what a reducer needs; its parameters stay."""
-    if missing := [field for field in fields if not hasattr(part, field)]:
+    hints = typing.get_type_hints(type(part))
+    if missing := [field for field in fields if field not in hints]:
         raise ConfigError(
             f"{path}.kind: {kind} works inside the {name}, and {type(part).__name__} has no way to do so (no field "
             f"{', '.join(missing)}); choose another reducer"

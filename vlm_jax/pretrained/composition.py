@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.connectors.connector import Connector
+from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.family import Description, LanguageModel, Names, Resize, find_prefix
@@ -19,8 +20,8 @@ from vlm_jax.types import Batch, Instruction, PackedPatches
 
 
 def visual_half(
-    encoder: nn.Module,
-    connector: nn.Module,
+    encoder: Encoder,
+    connector: Connector,
     images: jax.ShapeDtypeStruct | PackedPatches,
     rules: tuple[Rule, ...],
     ignore: tuple[str, ...] = (),

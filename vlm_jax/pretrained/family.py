@@ -10,6 +10,7 @@ import jax
 from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
+from vlm_jax.decoders.decoder import Decoder
 
 
 class PretrainedError(ValueError):
@@ -92,7 +93,7 @@ class LanguageModel:
       ignore: regular expressions for whole released keys of it that the decoder has no use for.
     """
 
-    decoder: nn.Module
+    decoder: Decoder
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
 

@@ -4,13 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
-
 from vlm_jax.checkpoints.maps.deepseek_vl import split_projector_rules
 from vlm_jax.checkpoints.maps.deepseek_vl2 import projector_rules
 from vlm_jax.checkpoints.maps.mobilevlm import ldp_rules, ldp_v2_rules
 from vlm_jax.checkpoints.maps.torch_layers import linear, linear_stack
 from vlm_jax.checkpoints.rules import Rule, prefixed
+from vlm_jax.connectors.connector import Connector
 from vlm_jax.connectors.hybrid_mlp import HybridMlp
 from vlm_jax.connectors.ldp import LDP, squeezed_dim
 from vlm_jax.connectors.ldp_v2 import LDPv2
@@ -32,7 +31,7 @@ LDP_V2_GRID = (12, 12)  # of the release's tokens
 
 def mm_projector(
     kind: str, features: int, where: str, *, source: str = "model.mm_projector", **dtypes: Any
-) -> tuple[nn.Module, tuple[Rule, ...]]:
+) -> tuple[Connector, tuple[Rule, ...]]:
     """The connector and its rules.
 
     Args:
@@ -60,7 +59,7 @@ def mm_projector(
 
 def mlp_projector(
     config: Mapping[str, Any], where: str, *, source: str, **dtypes: Any
-) -> tuple[nn.Module, tuple[Rule, ...]]:
+) -> tuple[Connector, tuple[Rule, ...]]:
     """The connector and its rules of DeepSeek-VL's and DeepSeek-VL2's `MlpProjector`.
 
     Args:

@@ -1,6 +1,6 @@
 """The third control: show the encoder a smaller image."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from vlm_jax.budget import grid_of_size, refuse, sizes_of_grids
 from vlm_jax.reducers.reducer import PassesFeatures
@@ -14,7 +14,7 @@ class DownsampleImage(PassesFeatures):
       output_grid: rows and columns of patches of the smaller image, solved from the budget.
     """
 
-    kind = "downsample_image"
+    kind: ClassVar[str] = "downsample_image"
 
     output_grid: tuple[int, int]
 

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from vlm_jax.budget import refuse
 from vlm_jax.config import ConfigError
@@ -22,7 +22,7 @@ class ReducesInDecoder(PassesFeatures):
       positions: what is left keeps its positions, by default.
     """
 
-    reduces_in = "decoder"
+    reduces_in: ClassVar[Part | None] = "decoder"
 
     num_kept: int
     num_features: int

@@ -1,6 +1,6 @@
 """LLaVA-PruMerge: features that the class token looks at, each with its neighbours added to it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ class PruMerge(KeepsFeatures):
     that their number is fixed; no token for all that was left out is appended.
     """
 
-    kind = "prumerge"
+    kind: ClassVar[str] = "prumerge"
 
     num_neighbors: int = 32
     spatial_share: float = 0.0

@@ -1,6 +1,6 @@
 """ToMe: similar tokens become one, a few in every block of the encoder."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from vlm_jax.budget import refuse
 from vlm_jax.layers.token_merging import merge_schedule
@@ -21,8 +21,8 @@ class ToMe(KeepsFeatures):
     Source: Bolya et al. 2023 (Token Merging), section 3; `layers.token_merging` merges.
     """
 
-    kind = "tome"
-    reduces_in = "encoder"
+    kind: ClassVar[str] = "tome"
+    reduces_in: ClassVar[Part | None] = "encoder"
 
     merged: tuple[int, ...]
 

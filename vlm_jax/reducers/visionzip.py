@@ -1,6 +1,6 @@
 """VisionZip: features that get much attention are kept, the others are merged into a few."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class VisionZip(KeepsFeatures):
     10 of 64 contextual. Deviation of `exact`: the class token is no feature, and so not among the dominant.
     """
 
-    kind = "visionzip"
+    kind: ClassVar[str] = "visionzip"
 
     contextual_share: float = 10 / 64
 

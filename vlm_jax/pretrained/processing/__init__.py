@@ -12,6 +12,10 @@ from typing import Any
 from flax import linen as nn
 
 from vlm_jax.checkpoints.hub import read_config
+from vlm_jax.encoders.encoder import PackedEncoder
+from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.encoders.resnet import ModifiedResNet
+from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.processing import (
@@ -125,8 +129,12 @@ def check_conversations(processor: Processor, model: VLM) -> None:
     views, encoder, connector = processor.views, model.encoder, model.connector
     if isinstance(views, NoViews) or encoder is None or connector is None:
         return
-    if isinstance(views, NativeViews) and views.format != encoder.patch_format:
-        raise PretrainedError(f"the processor cuts patches as {views.format}, the model reads {encoder.patch_format}")
+    if isinstance(views, NativeViews):
+        assert isinstance(encoder, PackedEncoder)
+        if views.format != encoder.patch_format:
+            raise PretrainedError(
+                f"the processor cuts patches as {views.format}, the model reads {encoder.patch_format}"
+            )
     if isinstance(views, Tiles):
         height, width, _ = views.tile_shape
         tokens, reserved = connector.num_tokens(encoder.grid(height, width)), views.tile_tokens
@@ -144,9 +152,9 @@ def check_conversations(processor: Processor, model: VLM) -> None:
 
 def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
     """Raises unless the size of tiles is that of the tower's position table, or patches have its size."""
-    tower = next((getattr(model, name) for name in ("image", "encoder") if hasattr(model, name)), model)
-    told, inputs = getattr(tower, "image_size", None), processor.images
-    if isinstance(inputs, NaflexInputs):
+    tower, inputs = image_text.image_tower(model), processor.images
+    told = tower.image_size if isinstance(tower, ViT | ModifiedResNet) else None
+    if isinstance(inputs, NaflexInputs) and isinstance(tower, NaflexViT):
         told, found, what = tower.patch_size, inputs.patch_size, "patches"
     elif isinstance(inputs, SquareInputs | TensorFlowInputs):
         found, what = inputs.size, "pictures"

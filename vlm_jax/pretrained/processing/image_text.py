@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from flax import linen as nn
 from PIL import Image
 
 from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.encoders.resnet import ModifiedResNet
+from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.pretrained.family import PretrainedError, check_supported, with_defaults
@@ -58,11 +61,11 @@ _SENTINELS = 100  # mc4's file has so many pieces more than the tower has rows
 _EDGE = 256 / 224
 
 
-def clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def clip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
     """CLIP of transformers, whole or one tower of it."""
     del config
     images = None
-    if _image_tower(module) is not None:
+    if image_tower(module) is not None:
         height, width = _side(module)
         crop = {"crop_size": {"height": height, "width": width}, "do_center_crop": True}
         settings = image_settings(folder, {"size": {"shortest_edge": min(height, width)}, **crop})
@@ -70,9 +73,9 @@ def clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextPro
     return ImageTextProcessor(images, _texts(folder, module, _filled))
 
 
-def siglip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def siglip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
     """SigLIP and SigLIP 2 of transformers, whole or one tower of it."""
-    tower, images = _image_tower(module), None
+    tower, images = image_tower(module), None
     if isinstance(tower, NaflexViT):
         settings = image_settings(folder, NAFLEX_DEFAULTS)
         images = NaflexInputs(pixels(settings), settings["patch_size"], settings["max_num_patches"])
@@ -81,19 +84,19 @@ def siglip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextP
     return ImageTextProcessor(images, _siglip_texts(folder, module))
 
 
-def vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def vit(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
     """ViT of transformers, with classes or without."""
     del config
     return ImageTextProcessor(_stretched(folder, module, {**HALF_STATISTICS, "resample": 2}))
 
 
-def _stretched(folder: Folder, module: Any, defaults: Mapping[str, Any]) -> SquareInputs:
+def _stretched(folder: Folder, module: nn.Module, defaults: Mapping[str, Any]) -> SquareInputs:
     height, width = _side(module)
     settings = image_settings(folder, {"size": {"height": height, "width": width}, **defaults})
     return SquareInputs(square_views(settings, f"{folder}: image processor", edge=False))
 
 
-def open_clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def open_clip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
     """CLIP of open_clip, whose config has a `preprocess_cfg`; texts are filled up with zeros there."""
     where = "preprocess_cfg"
     given = {key: value for key, value in (config.get(where) or {}).items() if value is not None}
@@ -115,13 +118,13 @@ def open_clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTe
     return ImageTextProcessor(SquareInputs(views), _texts(folder, module, _filled_with_zeros))
 
 
-def big_vision(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def big_vision(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
     """SigLIP and SigLIP 2 of big_vision, and its text tower alone; the tokenizer's file is to be in the folder.
 
     A release of NaFlex has one length of sequences for all sizes, 256 patches where `max_num_patches` is not beside
     `model` in the config.
     """
-    tower, images = _image_tower(module), None
+    tower, images = image_tower(module), None
     if isinstance(tower, NaflexViT):
         images = NaflexInputs(HALF, tower.patch_size, config.get("max_num_patches", 256), floats=True)
     elif tower is not None:
@@ -129,14 +132,14 @@ def big_vision(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageT
     return ImageTextProcessor(images, _texts(folder, module, _big_vision_texts))
 
 
-def big_vision_vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def big_vision_vit(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
     """ViT of big_vision as its configs evaluate one: the middle of a picture that was shrunk by areas."""
     del folder
     size = _side(module, config)
     return ImageTextProcessor(TensorFlowInputs(size, "overlap", shortest_edge=round(min(size) * _EDGE)))
 
 
-def vit_jax(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def vit_jax(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
     """ViT and hybrids of vision_transformer, which stretches pictures and rounds nothing."""
     del folder, config
     return ImageTextProcessor(TensorFlowInputs(_side(module), whole=False))
@@ -156,31 +159,32 @@ def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names[number] for number in range(len(names)))
 
 
-def _image_tower(module: Any) -> Any:
+def image_tower(module: nn.Module) -> ViT | ModifiedResNet | NaflexViT | None:
     """What reads pictures; None in a text tower alone."""
-    if isinstance(module, TwoTower):
-        return module.image
-    if isinstance(module, Classifier):
-        return module.encoder
-    return None if isinstance(module, TextTower) else module
+    tower = module.image if isinstance(module, TwoTower) else module
+    tower = tower.encoder if isinstance(tower, Classifier) else tower
+    return tower if isinstance(tower, ViT | ModifiedResNet | NaflexViT) else None
 
 
-def _side(module: Any, config: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
+def _side(module: nn.Module, config: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
     """(height, width) that a tower was trained for, or `image_size` of the config where it has no table to tell.
 
     Raises:
       PretrainedError: neither says.
     """
-    size = _image_tower(module).image_size or config.get("image_size")
+    tower = image_tower(module)
+    assert isinstance(tower, ViT | ModifiedResNet)
+    size = tower.image_size or config.get("image_size")
     if size is None:
         raise PretrainedError(
             "the size of pictures: this tower has no position table that tells it; give from_pretrained an image_size, "
             "in pixels, or write it into config.json, beside model"
         )
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
-def _texts(folder: Folder, module: Any, inputs: Callable[[Tokenizer, TextTower], TextInputs]) -> Texts | None:
+def _texts(folder: Folder, module: nn.Module, inputs: Callable[[Tokenizer, TextTower], TextInputs]) -> Texts | None:
     """None without a text tower. A folder without its tokenizer still has its pictures; its texts are refused."""
     tower = module.text if isinstance(module, TwoTower) else module
     if not isinstance(tower, TextTower):
@@ -207,7 +211,7 @@ def _filled_with_zeros(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:
     return TextInputs(tokenizer, tower.context_length, 0)
 
 
-def _siglip_texts(folder: Folder, module: Any) -> Texts | None:
+def _siglip_texts(folder: Folder, module: nn.Module) -> Texts | None:
     """SigLIP was trained on lower case without punctuation; SigLIP 2, whose tokenizer is Gemma's, on lower case."""
     lower = tokenizer_settings(folder).get("do_lower_case", True)
     return _texts(
