@@ -1,11 +1,11 @@
-"""The second control: keep features at even steps."""
+"""The second baseline: keep features at even steps."""
 
 from vlm_jax.reducers.reducer import KeepsFeatures, every, spread
 from vlm_jax.types import VisualFeatures
 
 
 class UniformStride(KeepsFeatures):
-    """Keeps feature number i * N // num_kept of an image's N real ones, row by row."""
+    """Keeps feature number i * N // num_kept of an image's N unmasked ones, in row-major order."""
 
     kind = "uniform_stride"
 
