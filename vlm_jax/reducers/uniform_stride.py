@@ -1,4 +1,4 @@
-"""The second control: keep features at even steps."""
+"""The second baseline: keep features at even steps."""
 
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ from vlm_jax.types import VisualFeatures
 
 
 class UniformStride(KeepsFeatures):
-    """Keeps feature number i * N // num_kept of an image's N real ones, row by row."""
+    """Keeps feature number i * N // num_kept of an image's N unmasked ones, in row-major order."""
 
     kind: ClassVar[str] = "uniform_stride"
 
