@@ -74,6 +74,7 @@ Fields = dict[str, Any]  # {name: value}: fields of a module, keyword arguments,
 Config = Mapping[str, Any]  # the same, read only: released settings, or a section of a config
 Dtype = Any  # whatever JAX takes for a dtype
 Tree = Any  # any pytree
+Selection = Any  # whatever NumPy takes as an index
 
 # (rows, columns) of patches or tokens.
 Grid = tuple[int, int]
@@ -317,7 +318,7 @@ class ImageTextBatch:
     tokens: Int[Array, "B2 T"] | None = None
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Tree, ...]:
         """What is there of the two, as the module takes it."""
         return tuple(part for part in (self.images, self.tokens) if part is not None)
 
@@ -419,7 +420,7 @@ class Turn:
 
 # A chat message: {"role": "user", "content": "…"}, or with content such as
 # [{"type": "image"}, {"type": "text", "text": "…"}].
-Message = Mapping[str, Any]
+Message = Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from etils import epath
 from vlm_jax.checkpoints.hub import CheckpointFileError, LazyTensor
 from vlm_jax.checkpoints.ops import Shape
 from vlm_jax.checkpoints.orbax import METADATA_BYTES
+from vlm_jax.types import Config, Fields, Params, Selection, Tree
 
 CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk, which is written and read whole
 
@@ -109,7 +110,7 @@ def open_arrays(directory: epath.PathLike, shapes: Mapping[str, Shape]) -> dict[
     }
 
 
-def _reader(stored: Any, name: str, directory: epath.PathLike) -> Callable[[Any], np.ndarray]:
+def _reader(stored: Tree, name: str, directory: epath.PathLike) -> Callable[[Selection], np.ndarray]:
     return lambda index: _explained(stored[index].read().result, name, directory)
 
 
@@ -127,9 +128,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:500]
 
 
-def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _tree(leaves: Config) -> Fields:
     """Nested dicts from a mapping by path."""
-    tree: dict[str, Any] = {}
+    tree: Params = {}
     for path, leaf in leaves.items():
         *folders, name = path.split("/")
         place = tree

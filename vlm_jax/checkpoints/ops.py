@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from vlm_jax.types import Config, Fields
+
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 
@@ -341,13 +343,13 @@ OPS: dict[str, type[Op]] = {
 }
 
 
-def to_data(op: Op) -> dict[str, Any]:
+def to_data(op: Op) -> Fields:
     """The operation as JSON types: its name in `OPS`, and its fields."""
     (kind,) = (kind for kind, cls in OPS.items() if type(op) is cls)
     return {"kind": kind, **{field.name: _plain(getattr(op, field.name)) for field in dataclasses.fields(op)}}  # type: ignore[arg-type]
 
 
-def from_data(data: Mapping[str, Any]) -> Op:
+def from_data(data: Config) -> Op:
     """The inverse of `to_data`.
 
     Raises:

@@ -4,7 +4,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from vlm_jax.types import Dtype, Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 Kind = TypeVar("Kind")  # the class of a module; beartype reads no `Self` here
 
@@ -29,7 +29,7 @@ class Connector(Protocol):
     def param_dtype(self) -> Dtype: ...
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """The fields that give `budget` tokens of a `grid`, or `InfeasibleBudget`."""
         ...
 

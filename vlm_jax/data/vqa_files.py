@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import numpy as np
@@ -16,7 +15,7 @@ import numpy as np
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.data.source import Tools
 from vlm_jax.data.vqa_records import Record, read_records
-from vlm_jax.types import Sample, images_of
+from vlm_jax.types import Fields, Sample, images_of
 
 STREAMS = ("questions",)
 _log = logging.getLogger(__name__)
@@ -101,11 +100,11 @@ class Records:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Fields:
         """For a process of its own, which counts for itself what it cannot read."""
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Fields) -> None:
         self.__dict__ |= state
         self._lock = threading.Lock()
 

@@ -4,7 +4,6 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import LayerCache, TransformerStack
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
-from vlm_jax.types import PADDING_SEGMENT, Drop, Positions, VisualPlaces, struct
+from vlm_jax.types import PADDING_SEGMENT, Drop, Dtype, Positions, VisualPlaces, struct
 
 _NOWHERE = 2**30  # the index of padding added after a drop
 
@@ -159,7 +158,7 @@ class DropsTokens:
     depth: int
     rope: Rope
     drops: tuple[Drop, ...]
-    dtype: Any
+    dtype: Dtype
 
     @abc.abstractmethod
     def stacks(self) -> list[tuple[str, int, int]]:
@@ -178,10 +177,12 @@ class DropsTokens:
         del positions
 
     @abc.abstractmethod
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> LayerCache:
+    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> LayerCache:
         """The empty cache of layers `start` to `stop` - 1: a stack, or a tuple of stacks."""
 
-    def init_cache(self, batch_size: int, length: int, dtype: Any = None, places: VisualPlaces | None = None) -> Cache:
+    def init_cache(
+        self, batch_size: int, length: int, dtype: Dtype = None, places: VisualPlaces | None = None
+    ) -> Cache:
         """An empty cache for `length` positions per row; layers after a drop have fewer.
 
         `dtype` is the decoder's when None; `places` are those of the prompt to be cached.
@@ -261,7 +262,7 @@ class DropsTokens:
     ) -> tuple[Float[Array, "B T D"], Cache | None, Heads | None]:
         """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the next drop."""
         context, heads, x = self.context(rows), None, rows.x
-        held: tuple[Any, ...] = ()
+        held: tuple[LayerCache, ...] = ()
         if cache is not None:
             context = dataclasses.replace(context, key_segments=cache.key_segments(rows.segment_ids), branches=None)
             held = _as_tuple(cache.readable)
@@ -302,6 +303,6 @@ def _spans_of(cache: Cache) -> list[tuple[int, int]]:
     return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
 
 
-def _as_tuple(layers: LayerCache) -> tuple[Any, ...]:
+def _as_tuple(layers: LayerCache) -> tuple[LayerCache, ...]:
     """The stacks of a cache."""
     return (layers,) if hasattr(layers, "SLOTS") else layers

@@ -1,7 +1,5 @@
 """AIMv2, the vision tower of Ovis 2: RMSNorm, SwiGLU, a norm after the patch embedding."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -13,7 +11,7 @@ from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 
 class AIMv2(nn.Module):
@@ -53,8 +51,8 @@ class AIMv2(nn.Module):
     norm_epsilon: float = 1e-5
     remat: RematPolicy = "none"
     unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @property
     def features(self) -> int:

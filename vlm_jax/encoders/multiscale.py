@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -140,7 +139,7 @@ class MultiScale(nn.Module):
     def _encode(self, pieces: list[Float[Array, "_ _ _ c"]]) -> list[Float[Array, "_ _ D"]]:
         """The features of every scale's pieces, one call of the encoder per piece size."""
         shapes = [piece.shape[1:3] for piece in pieces]
-        found: list[Any] = [None] * len(pieces)
+        found = [pieces[0]] * len(pieces)
         for shape in dict.fromkeys(shapes):
             same = [i for i, other in enumerate(shapes) if other == shape]
             tokens = self.encoder(jnp.concatenate([pieces[i] for i in same])).tokens

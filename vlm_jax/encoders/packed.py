@@ -1,7 +1,6 @@
 """Base of the encoders of packed patches: blocks, input checks, grid and output."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from vlm_jax.layers.block import RematPolicy
 from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.windowed_stack import Saliency, WindowedStack, restore_order
-from vlm_jax.types import PADDING_SEGMENT, Grid, PackedPatches, PatchFormat, VisualFeatures
+from vlm_jax.types import PADDING_SEGMENT, Dtype, Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
 class PackedTrunk(nn.Module, kw_only=True):
@@ -66,8 +65,8 @@ class PackedTrunk(nn.Module, kw_only=True):
     rope_theta: float = 10_000.0
     saliency: Saliency = "none"
     remat: RematPolicy = "none"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @property
     def features(self) -> int:

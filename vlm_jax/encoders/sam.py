@@ -19,7 +19,7 @@ from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.resize import resize, resize_axis
 from vlm_jax.layers.scan import scan_layers
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 NECK_EPSILON = 1e-6
 
@@ -105,8 +105,8 @@ class RelativeAttention(nn.Module):
     num_heads: int
     table_grid: Grid
     qkv_bias: bool = True
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B R C D"]) -> Float[Array, "B R C D"]:
@@ -157,8 +157,8 @@ class SamBlock(nn.Module):
     qkv_bias: bool = True
     window_size: int | None = None
     collect: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -182,8 +182,8 @@ class Neck(nn.Module):
     """Two convolutions without bias, 1x1 and 3x3, each with a norm over the channels."""
 
     features: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B R C D"]) -> Float[Array, "B R C E"]:
@@ -240,8 +240,8 @@ class SAM(nn.Module):
     high_res_branch: bool = False
     remat: RematPolicy = "none"
     unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @property
     def features(self) -> int:

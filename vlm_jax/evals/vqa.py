@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
-from vlm_jax.types import TEXT_SLOT, Sample
+from vlm_jax.types import TEXT_SLOT, Params, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
@@ -72,7 +71,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def answer_all(
-    experiment: Experiment, params: dict[str, Any], samples: Iterable[Sample], settings: EvaluationSettings
+    experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
 ) -> list[Answer]:
     """Generates an answer to the last question of every sample; the last batch is padded by repeats.
 

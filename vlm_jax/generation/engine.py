@@ -27,7 +27,7 @@ from vlm_jax.models.vlm import without_masked
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.processes import to_host
 from vlm_jax.sharding.rules import partition_spec, use_mesh
-from vlm_jax.types import PADDING_SEGMENT, Batch, struct
+from vlm_jax.types import PADDING_SEGMENT, Batch, Params, Tree, struct
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _REPORTED = 4  # columns of a report after its tokens
@@ -87,7 +87,7 @@ class State:
 
 def generate(
     model: nn.Module,
-    params: Any,
+    params: Params,
     batch: Batch,
     *,
     max_new_tokens: int,
@@ -173,7 +173,7 @@ def generate(
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
 
 
-def prepared(params: Any, mesh: Mesh | None = None) -> Any:
+def prepared(params: Params, mesh: Mesh | None = None) -> Params:
     """Parameters in the layout that `generate` needs on this platform, for callers that generate more than once.
 
     On a CPU the decoder's kernels are copied out of their stacks; elsewhere parameters are unchanged.
@@ -248,7 +248,7 @@ def decode(variables, state, values, ends, limit, *, model, pad_id, chunk):
     return state, _report(tokens, counts, state)
 
 
-def _chosen(state: State, logits: jax.Array, values: Any, ends: jax.Array, pad_id: int) -> State:
+def _chosen(state: State, logits: jax.Array, values: Tree, ends: jax.Array, pad_id: int) -> State:
     """The state with one more token per row."""
     token = sample_tokens(logits, values, state.seen, state.rows, state.step)
     token = jnp.where(state.ended, pad_id, token)
@@ -292,7 +292,7 @@ def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
     return dataclasses.replace(cache, layers=layers, rest=rest)
 
 
-def _placed(tree: Any, mesh: Mesh | None) -> Any:
+def _placed(tree: Tree, mesh: Mesh | None) -> Tree:
     """Puts arrays with a leading batch axis on the mesh, or on the default device."""
     if mesh is None:
         return jax.device_put(tree)
@@ -328,7 +328,7 @@ def _check(
         raise GenerationError("\n".join(wrong))
 
 
-def _check_lengths(size: int, **given: Sequence[Any] | None) -> None:
+def _check_lengths(size: int, **given: Sequence[object] | None) -> None:
     """Raises a GenerationError for a per-row setting without one entry per row."""
     for name, values in given.items():
         if values is not None and len(values) != size:

@@ -8,6 +8,7 @@ import jax
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from vlm_jax.layers.attention import written_out
+from vlm_jax.types import Params
 
 
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
@@ -83,7 +84,7 @@ def _of_equation(equation: Any) -> list[tuple[Any, int]]:
     return [(found, times * length) for found, times in inner]
 
 
-def _jaxprs(params: dict[str, Any]) -> list[Any]:
+def _jaxprs(params: Params) -> list[Any]:
     found = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):

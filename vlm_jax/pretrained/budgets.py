@@ -3,8 +3,8 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
 from vlm_jax.config import ConfigError, choose, parse, parse_kind
@@ -25,10 +25,10 @@ from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.system import System
-from vlm_jax.types import Grid
+from vlm_jax.types import Config, Fields, Grid
 
 Part = TypeVar("Part", Encoder, Decoder)
-Section = str | Mapping[str, Any]  # a kind, or a section with its kind and settings
+Section = str | Config  # a kind, or a section with its kind and settings
 
 
 def with_budget(
@@ -82,7 +82,7 @@ def with_budget(
     return dataclasses.replace(system, make_processor=_returning(dataclasses.replace(processor, views=views)))
 
 
-def _section(section: Section) -> dict[str, Any]:
+def _section(section: Section) -> Fields:
     return {"kind": section} if isinstance(section, str) else dict(section)
 
 
@@ -94,7 +94,7 @@ def _with_joined_features(model: VLM) -> VLM:
     return model.clone(encoder=encoder.clone(combine="feature"))
 
 
-def _returning(processor: Processor) -> Any:
+def _returning(processor: Processor) -> Callable[[], Processor]:
     return lambda: processor
 
 
@@ -108,7 +108,7 @@ def _grid_of_view(model: VLM, views: Views) -> Grid:
     return encoder.grid(*views.tile_shape[:2])
 
 
-def _with_connector(system: System, model: VLM, tokens: int | None, section: dict[str, Any], path: str) -> System:
+def _with_connector(system: System, model: VLM, tokens: int | None, section: Fields, path: str) -> System:
     processor, decoder = system.processor, model.decoder
     views, released, kind = processor.views, model.connector, section.get("kind")
     connector_class = choose(CONNECTORS, str(kind), f"{path}.kind")
@@ -158,14 +158,14 @@ def _fewest(connector_class: type[Connector], grid: Grid) -> int:
     return grid[0] * grid[1]
 
 
-def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[str, Any], path: str) -> System:
+def _with_reducer(system: System, model: VLM, tokens: int | None, section: Fields, path: str) -> System:
     processor = system.processor
     views, kind = processor.views, str(section.get("kind"))
     reducer_class = choose(REDUCERS, kind, f"{path}.kind")
     assert reducer_class is not None  # `with_budget` has met "none"
     encoder, connector, decoder = model.encoder, model.connector, model.decoder
     packed = isinstance(encoder, tuple(PACKED_ENCODERS.values()))
-    parts: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
+    parts: Fields = {"encoder": encoder, "decoder": decoder}
     grid = _grid_of_view(model, views)
     laid_out = connector.token_grid(grid)  # type: ignore[union-attr]
     at_tokens = packed or laid_out != grid
@@ -263,7 +263,7 @@ def _num_blocks(part: Encoder | Decoder) -> int:
     return part.num_blocks if isinstance(part, Encoder) else part.depth
 
 
-def _set(part: Part, fields: Mapping[str, Any], kind: str, name: str, path: str) -> Part:
+def _set(part: Part, fields: Config, kind: str, name: str, path: str) -> Part:
     """The part with what a reducer needs; its parameters stay."""
     hints = typing.get_type_hints(type(part))
     if missing := [field for field in fields if field not in hints]:

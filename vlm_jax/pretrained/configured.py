@@ -8,6 +8,7 @@ from typing import Any
 from vlm_jax.config import ConfigError, check_keys, convert, parse
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.system import System
+from vlm_jax.types import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ReleaseProcessorSettings:
     max_length: int | None = None
 
 
-def configured(system: System, config: Mapping[str, Any]) -> System:
+def configured(system: System, config: Config) -> System:
     """The system of a release with the sections of a run's config.
 
     Args:

@@ -1,7 +1,6 @@
 """DeepSeek-VL as its own release stores it: SigLIP, or SAM and SigLIP together, the projector and Llama."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,10 @@ from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedEr
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.sam import stacks
 from vlm_jax.pretrained.tables import num_patches
-from vlm_jax.types import Grid
+from vlm_jax.types import Config, Dtype, Fields, Grid, Params
 
 # The release names its towers and leaves their sizes to its code: models/siglip_vit.py and models/sam.py.
-MODELS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, Fields] = {
     "siglip_so400m_patch14_384": {
         "patch_size": 14,
         "width": 1152,
@@ -63,7 +62,7 @@ UNUSED = (r"vision_model\.(high|low)_layer_norm\..*", r"vision_model\.(.*\.)?vis
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `MultiModalityCausalLM`, whose language model is a Llama.
 
@@ -93,9 +92,7 @@ def describe(
     return with_language(visual, text, checkpoint, "language_config", names=names, beside=NOT_VISION, **dtypes)
 
 
-def _hybrid(
-    params: Mapping[str, Any], registry: Mapping[str, Any], dtypes: dict
-) -> tuple[Hybrid, tuple[Rule, ...], Grid]:
+def _hybrid(params: Params, registry: Config, dtypes: dict) -> tuple[Hybrid, tuple[Rule, ...], Grid]:
     where = "vision_config.params"
     defaults = {"high_res_cfg": REQUIRED, "low_res_cfg": REQUIRED, "concat_type": "tuple"}
     params = with_defaults(params, defaults, where)
@@ -113,9 +110,7 @@ def _hybrid(
     return module, hybrid_rules(high_rules, low_rules), high_size
 
 
-def _tower(
-    settings: Mapping[str, Any], registry: Mapping[str, Any], where: str, dtypes: dict
-) -> tuple[ViT | SAM, tuple[Rule, ...], Grid]:
+def _tower(settings: Config, registry: Config, where: str, dtypes: dict) -> tuple[ViT | SAM, tuple[Rule, ...], Grid]:
     """A `CLIPVisionTower`: its module, its rules without a prefix, and (height, width) of its images."""
     defaults = {"model_name": REQUIRED, "image_size": REQUIRED, "select_layer": -2, "select_feature": "patch"}
     settings = with_defaults(settings, defaults, where)
@@ -130,7 +125,7 @@ def _tower(
 
 
 def _siglip(
-    sizes: Mapping[str, Any], image_size: tuple[int, int], select_layer: int, dtypes: dict
+    sizes: Config, image_size: tuple[int, int], select_layer: int, dtypes: dict
 ) -> tuple[ViT, tuple[Rule, ...]]:
     """A layer is selected by leaving out those behind it; the last norm stays."""
     depth = sizes["layers"]
@@ -149,7 +144,7 @@ def _siglip(
     return module, siglip_rules(num_patches=num_patches(module), width=module.width)
 
 
-def _sam(sizes: Mapping[str, Any], image_size: tuple[int, int], dtypes: dict) -> tuple[SAM, tuple[Rule, ...]]:
+def _sam(sizes: Config, image_size: tuple[int, int], dtypes: dict) -> tuple[SAM, tuple[Rule, ...]]:
     sizes = {**SAM_DEFAULTS, **sizes}
     module = SAM(
         image_size=image_size,
@@ -176,6 +171,6 @@ def _sam(sizes: Mapping[str, Any], image_size: tuple[int, int], dtypes: dict) ->
     return module, rules
 
 
-def _statistics(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _statistics(settings: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     mean, std = settings.get("pixel_mean"), settings.get("pixel_std")
     return None if mean is None or std is None else (tuple(map(float, mean)), tuple(map(float, std)))

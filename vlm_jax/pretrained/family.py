@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
 from vlm_jax.decoders.decoder import Decoder
+from vlm_jax.types import Config, Dtype, Fields, Params, Tree
 
 
 class PretrainedError(ValueError):
@@ -19,7 +20,7 @@ class PretrainedError(ValueError):
 
 # (params, side) -> the released config and the parameters at that size, and stand-ins for the released
 # tensors whose shapes then are others.
-Resize = Callable[[Any, int], tuple[dict[str, Any], Any, dict[str, SourceTensor]]]
+Resize = Callable[[Params, int], tuple[Fields, Params, dict[str, SourceTensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +39,15 @@ class Description:
     """
 
     module: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: tuple[Tree, ...]
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     resize: Resize | None = None
 
-    def boxed_shapes(self) -> Any:
+    def boxed_shapes(self) -> Params:
         """Shapes of the parameters, in the boxes that name their axes."""
 
-        def init(*inputs: Any) -> Any:
+        def init(*inputs: Tree) -> Tree:
             return self.module.init(jax.random.key(0), *inputs)["params"]
 
         return jax.eval_shape(init, *self.inputs)
@@ -63,11 +64,11 @@ class Family(Protocol):
 
     def __call__(
         self,
-        config: Mapping[str, Any],
+        config: Config,
         checkpoint: Mapping[str, SourceTensor],
         *,
-        dtype: Any,
-        param_dtype: Any,
+        dtype: Dtype,
+        param_dtype: Dtype,
     ) -> Description: ...
 
 
@@ -120,7 +121,7 @@ def beside(*prefixes: str) -> tuple[str, ...]:
     return () if "" in prefixes else (f"(?!{'|'.join(map(re.escape, prefixes))}).*",)
 
 
-def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+def with_defaults(config: Config, defaults: Config, where: str) -> Fields:
     """The config with the class defaults that released files leave out.
 
     Args:
@@ -152,7 +153,7 @@ ACTIVATIONS = {
 }
 
 
-def marker(config: Mapping[str, Any]) -> str:
+def marker(config: Config) -> str:
     """What a released config calls its kind of model.
 
     `model_type` of Hugging Face files; `open_clip` for a `model_cfg` or a `vision_cfg`; `vit_jax` for the
@@ -179,7 +180,7 @@ def marker(config: Mapping[str, Any]) -> str:
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 
 
-def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_section(config: Config) -> Config:
     """A system's config of its language model; empty where it has none of its own."""
     return next((config[key] for key in _TEXT_SECTIONS if isinstance(config.get(key), Mapping)), {})
 
@@ -219,7 +220,7 @@ def square_root(count: int, where: str) -> int:
     return side
 
 
-def check_supported(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], where: str) -> None:
+def check_supported(config: Config, expected: Mapping[str, tuple[object, ...]], where: str) -> None:
     """Refuses settings whose maths nothing here computes.
 
     Args:

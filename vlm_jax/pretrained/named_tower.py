@@ -1,21 +1,18 @@
 """LLaVA and MobileVLM name their vision tower; its config, and in most releases its tensors, lie in its own folder."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vlm_jax.checkpoints.hub import Checkpoint, CheckpointFileError, fetch, open_checkpoint, read_config
 from vlm_jax.config import did_you_mean
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.llava import PREFIX, TOWERS
+from vlm_jax.types import Config, Fields
 
 KEY, CONFIG_KEY = "mm_vision_tower", "vision_tower_config"
 _OWN = "vision_model."  # what the tensors of a CLIP's image tower start with
 
 
-def with_named_tower(
-    config: Mapping[str, Any], checkpoint: Checkpoint, folder: Path
-) -> tuple[dict[str, Any], Checkpoint]:
+def with_named_tower(config: Config, checkpoint: Checkpoint, folder: Path) -> tuple[Fields, Checkpoint]:
     """The config with its tower's under `vision_tower_config`, and the checkpoint with its tower's tensors.
 
     The tower is `mm_vision_tower`: a folder, relative to that of the checkpoint or to the working one, or a name on
@@ -68,7 +65,7 @@ def _place(name: str, folder: Path, *, missing: bool, where: str) -> Path:
         ) from error
 
 
-def _vision_section(config: Mapping[str, Any], place: Path) -> dict[str, Any]:
+def _vision_section(config: Config, place: Path) -> Fields:
     """Of a whole CLIP, or of its image tower."""
     if config.get("model_type") == "clip_vision_model":
         return dict(config)

@@ -14,7 +14,7 @@ from vlm_jax.processors.patches import num_places, pack_patches, patchify
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Layout, PreparedImage, too_few
-from vlm_jax.types import Grid, PackedPatches, PatchFormat
+from vlm_jax.types import Fields, Grid, PackedPatches, PatchFormat
 
 # Of a picture's size, the side of a block, and the least and most pixels: one of `smart_resize`.
 SizeRule = Callable[[Size, int, int, int], Size]
@@ -174,7 +174,7 @@ class NativeViews:
         if capacity == 0 or (capacity is None and not any(rows)):
             return None
         form = self.format
-        settings: dict[str, Any] = {"merge_size": form.merge_size, "window": form.window, "length": capacity}
+        settings: Fields = {"merge_size": form.merge_size, "window": form.window, "length": capacity}
         channels = len((self.video_pixels or self.pixels).mean)
         none = np.zeros((0, channels * form.temporal_patch_size * form.patch_size**2), np.float32)
         patches = [np.concatenate([none, *(image.pixels for image in row)]) for row in rows]

@@ -29,7 +29,7 @@ from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
 from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
-from vlm_jax.types import Batch, Load, RowShape
+from vlm_jax.types import Batch, Fields, Load, RowShape
 
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
@@ -451,7 +451,7 @@ class Processor:
             start += 0 if place.prepared is None else place.prepared.num_rows
         return filled, order
 
-    def _positions(self, place: Place) -> dict[str, Any]:
+    def _positions(self, place: Place) -> Fields:
         """Fields of `Visual`."""
         prepared, reduction, tokens = place.prepared, self.reduction, place.tokens
         if reduction is None or tokens is None or reduction.num_left is None:

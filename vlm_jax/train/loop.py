@@ -5,8 +5,8 @@ import dataclasses
 import signal
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
-from vlm_jax.config import ConfigError, did_you_mean, parse
+from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
@@ -25,8 +25,9 @@ from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
 from vlm_jax.train.step import compile_step, peak_bytes
 from vlm_jax.train.workdir import MetricsLog, claim
+from vlm_jax.types import Fields, Tree
 
-Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps in all, the step's metrics)
+Progress = Callable[[int, int, Fields], None]  # (step, steps in all, the step's metrics)
 
 
 class Interrupted(Exception):
@@ -74,7 +75,7 @@ class Outcome:
     peak_bytes: int
 
 
-def is_done(metrics: Any) -> bool:
+def is_done(metrics: Tree) -> bool:
     """Whether the step that gives `metrics` has been taken; so it is of None, which is no step's."""
     return all(value.is_ready() for value in jax.tree.leaves(metrics))
 
@@ -98,7 +99,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Any,
+        config: RunConfig,
         experiment: Experiment,
         mesh: Mesh,
         workdir: epath.PathLike,
@@ -142,7 +143,7 @@ class Trainer:
     def _run(self, checkpoints: RunCheckpoints) -> Outcome:
         step = checkpoints.latest() or 0
         span = span_at(self._spans, step)
-        position: dict[str, Any] = {}
+        position: Fields = {}
         if checkpoints.latest() is None:
             state = self._first_state(span)
         else:
@@ -183,7 +184,7 @@ class Trainer:
             trained=tuple(stage.learning_rates),
         )
         key = jax.random.key(self._seed)
-        pending: list[tuple[int, Any, float]] = []
+        pending: list[tuple[int, Tree, float]] = []
         since = time.perf_counter()
         while step < span.stop:
             state, metrics = compiled(state, batch, key)
@@ -210,7 +211,7 @@ class Trainer:
                 batch, waited = self._next(iterator, metrics)
         return state, compiled
 
-    def _next(self, iterator: Any, metrics: Any) -> tuple[Any, float]:
+    def _next(self, iterator: Iterator[Tree], metrics: Tree) -> tuple[Tree, float]:
         """The next batch on the devices, and the seconds that they may have stood still for it.
 
         None while they are busy with the step of `metrics`; else the time until the batch came, at most.
@@ -220,7 +221,7 @@ class Trainer:
         waited = time.perf_counter() - since
         return distribute(batch, self.mesh), waited if is_done(metrics) else 0.0
 
-    def _flush(self, pending: list[tuple[int, Any, float]], label: str, seconds: float, log: MetricsLog) -> None:
+    def _flush(self, pending: list[tuple[int, Tree, float]], label: str, seconds: float, log: MetricsLog) -> None:
         lines = []
         for step, metrics, waited in pending:
             values = {name: float(value) for name, value in metrics.items()}
@@ -259,14 +260,14 @@ class Trainer:
         tx, trained = self._tx(span), tuple(span.stage.learning_rates)
         return abstract(jax.eval_shape(lambda params: init_boxed(params, tx, trained), self._boxed), self.mesh)
 
-    def _param_shardings(self) -> Any:
+    def _param_shardings(self) -> Tree:
         return shardings(self._boxed, self.mesh)
 
     def _tx(self, span: Span):
         stage = span.stage
         return adamw(self._optimizer, stage.learning_rates, stage.warmup_steps, stage.steps)
 
-    def _probe_batch(self, span: Span) -> Any:
+    def _probe_batch(self, span: Span) -> Tree:
         """A batch to compile for when the stage has no step left."""
         return distribute(next(stage_batches(self.experiment, span.stage, self._seed)), self.mesh)
 
@@ -286,6 +287,6 @@ class Trainer:
                 if part not in self._boxed:
                     raise ConfigError(f"{path}.learning_rates.{part}: no such part{did_you_mean(part, self._boxed)}")
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
+    def _on_sigterm(self, signum: int, frame: types.FrameType | None) -> None:
         del signum, frame
         self._stop = True

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from etils import epath
 
-from vlm_jax.config import ConfigError, differences, plain
+from vlm_jax.config import ConfigError, RunConfig, differences, plain
 from vlm_jax.sharding.processes import is_primary
+from vlm_jax.types import Fields
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 
@@ -19,7 +19,7 @@ def write_whole(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
-def claim(workdir: epath.Path, config: Any) -> None:
+def claim(workdir: epath.Path, config: RunConfig) -> None:
     """Makes the folder for a config, or checks that the same config made it; the primary process does.
 
     Raises:
@@ -59,11 +59,11 @@ class MetricsLog:
         lines = [line for line in read_lines(self._path) if line["step"] <= step]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Fields]:
         """All lines so far, of earlier runs too."""
         return read_lines(self._path)
 
-    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+    def append(self, lines: Iterable[Fields]) -> None:
         """Adds whole lines at the end; the primary process does."""
         if not is_primary():
             return
@@ -71,7 +71,7 @@ class MetricsLog:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+def read_lines(path: epath.Path) -> list[Fields]:
     """The objects of a JSON-lines file; a last line that was cut off by a kill is left out.
 
     Raises:

@@ -5,9 +5,8 @@ of two towers and classifiers one of the module too, which gives a `processors.i
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flax import linen as nn
 
@@ -38,15 +37,16 @@ from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import NoViews, Tiles
+from vlm_jax.types import Config
 
 
-def _llava(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def _llava(folder: Folder, config: Config) -> Processor:
     """Of the release's own files or of those in transformers, which call themselves alike."""
     return (llava if "mm_vision_tower" in config else llava_hf).processor(folder, config)
 
 
 # What a released config calls its kind of model (`family.marker`) -> what makes its processor.
-PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
+PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
     "deepseek_v2": text.processor,
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
@@ -73,7 +73,7 @@ PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
     "qwen3": text.processor,
 }
 # The same of models that embed or classify, and answer no conversation.
-IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any], Any], ImageTextProcessor]] = {
+IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageTextProcessor]] = {
     "big_vision.proj.image_text.text_transformer": image_text.big_vision,
     "big_vision.proj.image_text.two_towers": image_text.big_vision,
     "big_vision.vit": image_text.big_vision_vit,
@@ -93,7 +93,7 @@ IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any], Any], Imag
 
 
 def read_processor(
-    folder: Path, config: Mapping[str, Any], model: nn.Module, image_size: int | None
+    folder: Path, config: Config, model: nn.Module, image_size: int | None
 ) -> Processor | ImageTextProcessor:
     """What makes batches, configured by the release's own files.
 
@@ -168,7 +168,7 @@ def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
         )
 
 
-def end_ids(folder: Path, config: Mapping[str, Any], model: nn.Module) -> tuple[int, ...]:
+def end_ids(folder: Path, config: Config, model: nn.Module) -> tuple[int, ...]:
     """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
 
     Where both state none, those of the config that the model has a token for, since they may be a class's
@@ -190,7 +190,7 @@ def end_ids(folder: Path, config: Mapping[str, Any], model: nn.Module) -> tuple[
     return tuple(dict.fromkeys(ids))
 
 
-def _stated_ends(config: Mapping[str, Any]) -> tuple[int, ...]:
+def _stated_ends(config: Config) -> tuple[int, ...]:
     """`eos_token_id`: a number, several, or none."""
     found = config.get("eos_token_id")
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)

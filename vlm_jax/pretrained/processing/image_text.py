@@ -1,7 +1,7 @@
 """Two-tower models and classifiers: what their pictures and texts become, by the folder's files and the module."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -35,11 +35,12 @@ from vlm_jax.processors.image_text import (
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
+from vlm_jax.types import Config, Fields
 
 # transformers, models/{clip,siglip,siglip2,vit}/image_processing_*.py; sizes that files leave out are the tower's.
-NAFLEX_DEFAULTS: dict[str, Any] = {**HALF_STATISTICS, "resample": 2, "patch_size": 16, "max_num_patches": 256}
+NAFLEX_DEFAULTS: Fields = {**HALF_STATISTICS, "resample": 2, "patch_size": 16, "max_num_patches": 256}
 # open_clip, src/open_clip/transform.py, PreprocessCfg; its size is the tower's where it is left out.
-OPEN_CLIP_DEFAULTS: dict[str, Any] = {
+OPEN_CLIP_DEFAULTS: Fields = {
     "size": None,
     "mode": "RGB",
     "mean": CLIP_STATISTICS["image_mean"],
@@ -61,7 +62,7 @@ _SENTINELS = 100  # mc4's file has so many pieces more than the tower has rows
 _EDGE = 256 / 224
 
 
-def clip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
+def clip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """CLIP of transformers, whole or one tower of it."""
     del config
     images = None
@@ -73,7 +74,7 @@ def clip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageT
     return ImageTextProcessor(images, _texts(folder, module, _filled))
 
 
-def siglip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
+def siglip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """SigLIP and SigLIP 2 of transformers, whole or one tower of it."""
     tower, images = image_tower(module), None
     if isinstance(tower, NaflexViT):
@@ -84,19 +85,19 @@ def siglip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> Imag
     return ImageTextProcessor(images, _siglip_texts(folder, module))
 
 
-def vit(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
+def vit(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """ViT of transformers, with classes or without."""
     del config
     return ImageTextProcessor(_stretched(folder, module, {**HALF_STATISTICS, "resample": 2}))
 
 
-def _stretched(folder: Folder, module: nn.Module, defaults: Mapping[str, Any]) -> SquareInputs:
+def _stretched(folder: Folder, module: nn.Module, defaults: Config) -> SquareInputs:
     height, width = _side(module)
     settings = image_settings(folder, {"size": {"height": height, "width": width}, **defaults})
     return SquareInputs(square_views(settings, f"{folder}: image processor", edge=False))
 
 
-def open_clip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
+def open_clip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """CLIP of open_clip, whose config has a `preprocess_cfg`; texts are filled up with zeros there."""
     where = "preprocess_cfg"
     given = {key: value for key, value in (config.get(where) or {}).items() if value is not None}
@@ -118,7 +119,7 @@ def open_clip(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> I
     return ImageTextProcessor(SquareInputs(views), _texts(folder, module, _filled_with_zeros))
 
 
-def big_vision(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
+def big_vision(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """SigLIP and SigLIP 2 of big_vision, and its text tower alone; the tokenizer's file is to be in the folder.
 
     A release of NaFlex has one length of sequences for all sizes, 256 patches where `max_num_patches` is not beside
@@ -132,20 +133,20 @@ def big_vision(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> 
     return ImageTextProcessor(images, _texts(folder, module, _big_vision_texts))
 
 
-def big_vision_vit(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
+def big_vision_vit(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """ViT of big_vision as its configs evaluate one: the middle of a picture that was shrunk by areas."""
     del folder
     size = _side(module, config)
     return ImageTextProcessor(TensorFlowInputs(size, "overlap", shortest_edge=round(min(size) * _EDGE)))
 
 
-def vit_jax(folder: Folder, config: Mapping[str, Any], module: nn.Module) -> ImageTextProcessor:
+def vit_jax(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """ViT and hybrids of vision_transformer, which stretches pictures and rounds nothing."""
     del folder, config
     return ImageTextProcessor(TensorFlowInputs(_side(module), whole=False))
 
 
-def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+def labels(config: Config) -> tuple[str, ...]:
     """Names of a classifier's classes: `id2label` of the config.
 
     Raises:
@@ -166,7 +167,7 @@ def image_tower(module: nn.Module) -> ViT | ModifiedResNet | NaflexViT | None:
     return tower if isinstance(tower, ViT | ModifiedResNet | NaflexViT) else None
 
 
-def _side(module: nn.Module, config: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
+def _side(module: nn.Module, config: Config = MappingProxyType({})) -> tuple[int, int]:
     """(height, width) that a tower was trained for, or `image_size` of the config where it has no table to tell.
 
     Raises:
