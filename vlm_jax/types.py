@@ -50,10 +50,10 @@ def struct(cls: type[Class]) -> type[Class]:
     static = tuple(field.name for field in fields if field.metadata.get("static"))
     leaves = tuple(field.name for field in fields if field.name not in static)
 
-    def flatten(value: Any) -> tuple[tuple, tuple]:
+    def flatten(value: object) -> tuple[tuple, tuple]:
         return tuple(getattr(value, name) for name in leaves), tuple(getattr(value, name) for name in static)
 
-    def flatten_with_keys(value: Any) -> tuple[tuple, tuple]:
+    def flatten_with_keys(value: object) -> tuple[tuple, tuple]:
         children, structure = flatten(value)
         return tuple(
             (jax.tree_util.GetAttrKey(name), child) for name, child in zip(leaves, children, strict=True)

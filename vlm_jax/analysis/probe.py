@@ -7,7 +7,7 @@ traced (`flax.linen.intercept_methods`), so any encoder made of `PatchEmbed`, `M
 
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
-from vlm_jax.types import Array, Config, Fields, Params
+from vlm_jax.types import Array, Config, Fields, Params, Tree
 
 _WEIGHTS = "attention_weights"
 _PATCHES = "patches"
@@ -61,8 +61,8 @@ def attention_weights(
 
 
 def _sow_weights(
-    next_fun: Callable[..., Any], args: tuple, kwargs: Fields, context: nn.module.InterceptorContext
-) -> Any:
+    next_fun: Callable[..., Tree], args: tuple, kwargs: Fields, context: nn.module.InterceptorContext
+) -> Tree:
     module, result = context.module, next_fun(*args, **kwargs)
     is_attention = isinstance(module, MultiHeadAttention) and context.method_name == "__call__"
     # The copy that is run below has no path; cross-attention (of a pooling head) is not asked for.
@@ -81,7 +81,7 @@ def _sow_weights(
     return result
 
 
-def _unit_values(start: int, head_dim: int) -> Callable[..., Any]:
+def _unit_values(start: int, head_dim: int) -> Callable[..., Tree]:
     """Makes the value of key start + i the unit vector i, and the output projection the identity."""
 
     def intercept(next_fun, args, kwargs, context):
@@ -185,7 +185,9 @@ def _added_to_patches(vit: nn.Module, params: Params, images: jax.Array) -> jax.
     return inputs[0][:, -count:].astype(jnp.float32) - patches[0].astype(jnp.float32)
 
 
-def _sown(vit: nn.Module, params: Params, images: jax.Array, interceptor: Callable[..., Any]) -> dict[Any, jax.Array]:
+def _sown(
+    vit: nn.Module, params: Params, images: jax.Array, interceptor: Callable[..., Tree]
+) -> dict[tuple[str, ...], jax.Array]:
     """What an interceptor sows while the encoder runs, by path."""
 
     @jax.jit
@@ -193,7 +195,7 @@ def _sown(vit: nn.Module, params: Params, images: jax.Array, interceptor: Callab
         with nn.intercept_methods(interceptor):
             return vit.apply({"params": params}, images, mutable=["intermediates"])[1]
 
-    intermediates: Any = flatten_dict(dict(run(params, images).get("intermediates", {})))
+    intermediates: Tree = flatten_dict(dict(run(params, images).get("intermediates", {})))
     return {path: value for path, (value,) in intermediates.items()}
 
 

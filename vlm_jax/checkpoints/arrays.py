@@ -7,7 +7,7 @@ chunked, so that a single layer can be read.
 import errno
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from vlm_jax.checkpoints.orbax import METADATA_BYTES
 from vlm_jax.types import Config, Fields, Params, Selection, Tree
 
 CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk, which is written and read whole
+Read = TypeVar("Read")
 
 
 class _OneAtATime(ocp.type_handlers.NumpyHandler):
@@ -30,8 +31,8 @@ class _OneAtATime(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(
-        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[ocp.SaveArgs] | None = None
-    ) -> Sequence[Any]:
+        self, values: Sequence[Tree], infos: Sequence[Tree], args: Sequence[ocp.SaveArgs] | None = None
+    ) -> Sequence[Tree]:
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
             (writing,) = await super().serialize([np.asarray(value)], [info], [arg])
             writing.result()
@@ -114,7 +115,7 @@ def _reader(stored: Tree, name: str, directory: epath.PathLike) -> Callable[[Sel
     return lambda index: _explained(stored[index].read().result, name, directory)
 
 
-def _explained(result: Callable[[], Any], name: str, directory: epath.PathLike) -> Any:
+def _explained(result: Callable[[], Read], name: str, directory: epath.PathLike) -> Read:
     """The result of TensorStore, with its errors as CheckpointFileErrors."""
     try:
         return result()

@@ -9,11 +9,10 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from vlm_jax.types import Config, Fields
+from vlm_jax.types import Config, Fields, Tree
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -360,13 +359,13 @@ def from_data(data: Config) -> Op:
     return cls(*fields.pop("ops"), **fields) if "ops" in fields else cls(**fields)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Tree) -> Tree:
     if isinstance(value, Op):
         return to_data(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else int(value)
 
 
-def _value(value: Any) -> Any:
+def _value(value: Tree) -> Tree:
     if isinstance(value, Mapping):
         return from_data(value)
     return tuple(map(_value, value)) if isinstance(value, list) else int(value)

@@ -15,7 +15,6 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +152,7 @@ def _zeros(shape: tuple[int, ...], dtype: Dtype, sharding: NamedSharding | None)
 
 
 @functools.lru_cache
-def _writer(sharding: NamedSharding | None) -> Any:
+def _writer(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
     """A jitted function that writes each shard of one array into the same shard of a stack, at an offset."""
 
     def write(stack: jax.Array, piece: jax.Array, offset: jax.Array) -> jax.Array:

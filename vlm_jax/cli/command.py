@@ -4,7 +4,6 @@ import errno
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -28,7 +27,7 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address, this process, from 0.")
 
 
-def run(main: Callable[[], Any]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Runs a command's main function; an explained error is one message and exit status 1.
 
     A run that was asked to stop (SIGTERM) and saved itself exits with status 0.

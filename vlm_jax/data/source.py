@@ -7,13 +7,13 @@ reads the data and returns a `Source`.
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vlm_jax.types import Grid
+from vlm_jax.types import Grid, Tree
 
 # Elements of a stream without end: element i is made from (seed, i), whatever i.
 ENDLESS = 1 << 48
@@ -52,11 +52,11 @@ class Source(Protocol):
     tasks: tuple[str, ...]
     channels: int
 
-    def train(self, stream: str, seed: int) -> grain.MapDataset[Any]:
+    def train(self, stream: str, seed: int) -> grain.MapDataset[Tree]:
         """An endless stream whose element i depends on (seed, i) and the data alone."""
         ...
 
-    def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Any]:
+    def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Tree]:
         """A fixed, finite set that shares no picture with training; may be iterated again."""
         ...
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from vlm_jax.layers.attention import KeyValue
+from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.per_layer import PerLayer, written
 from vlm_jax.types import Tree, static_field, struct
 
@@ -82,6 +84,6 @@ class Cache:
 
 def over_layers(function: Callable[..., Tree], layers: Tree, *others: Tree) -> Tree:
     """`function(*leaves, axis of the slots)` over the stacks of `layers`."""
-    if not hasattr(layers, "SLOTS"):
+    if not isinstance(layers, KeyValue | LatentKeyValue):
         return tuple(over_layers(function, *parts) for parts in zip(layers, *others, strict=True))
     return type(layers)(*(function(*leaves) for leaves in zip(layers, *others, layers.SLOTS, strict=True)))

@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
-from vlm_jax.layers.attention import Context
+from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, TransformerStack
+from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
 from vlm_jax.types import PADDING_SEGMENT, Drop, Dtype, Positions, VisualPlaces, struct
@@ -251,11 +252,13 @@ class DropsTokens:
         angles = self.rope.angles(rows.positions, self.rotary_dim(), rows.lengths)
         return dataclasses.replace(rows, angles=angles, query_scale=self.query_scale(rows.positions))
 
+    def _stack(self, name: str) -> TransformerStack:
+        """The stack that `setup` made under a name."""
+        return getattr(self, name)
+
     def _stack_of(self, layer: int) -> tuple[TransformerStack, int]:
         """The stack of a layer, and its index there."""
-        return next(
-            (getattr(self, name), layer - start) for name, start, stop in self.stacks() if start <= layer < stop
-        )
+        return next((self._stack(name), layer - start) for name, start, stop in self.stacks() if start <= layer < stop)
 
     def _span(
         self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
@@ -269,7 +272,7 @@ class DropsTokens:
         pieces = [(name, max(start, a), min(stop, b), a, b) for name, a, b in self.stacks() if a < stop and b > start]
         written = []
         for number, (name, first, last, a, b) in enumerate(pieces):
-            stack: TransformerStack = getattr(self, name)
+            stack = self._stack(name)
             own = held[number] if held else None
             if coming is not None and coming.ranked_by == last - 1 == stop - 1:
                 head, tail = (None, None) if own is None else (own.part(0, -1), own.part(-1, None))
@@ -305,4 +308,4 @@ def _spans_of(cache: Cache) -> list[tuple[int, int]]:
 
 def _as_tuple(layers: LayerCache) -> tuple[LayerCache, ...]:
     """The stacks of a cache."""
-    return (layers,) if hasattr(layers, "SLOTS") else layers
+    return (layers,) if isinstance(layers, KeyValue | LatentKeyValue) else layers

@@ -1,7 +1,8 @@
 """SAM's image encoder: windowed and global blocks, followed by the down-sampling of DeepSeek-VL."""
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -316,7 +317,7 @@ class SAM(nn.Module):
 
     def _stack(self, run: Run, table_grid: Grid, collect: bool) -> nn.Module:
         """The blocks of a run, scanned."""
-        block: Any = SamBlock
+        block: Callable[..., nn.Module] = SamBlock
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         length = run.stop - run.start

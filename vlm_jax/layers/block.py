@@ -22,7 +22,7 @@ from vlm_jax.layers.saliency import Heads
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.types import Config, Dtype, Fields, Params, Tree
 
-LayerCache = Any  # a `KeyValue` or a `LatentKeyValue` of one layer, or of all layers with a leading layer axis
+LayerCache = Tree  # a `KeyValue` or a `LatentKeyValue` of one layer, or of all layers with a leading layer axis
 
 RematPolicy = Literal["none", "full", "dots"]
 

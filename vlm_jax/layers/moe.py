@@ -7,7 +7,6 @@ computed for tokens that are not routed to it. Under a mesh each device holds th
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.grouped import Dot, by_group
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
 from vlm_jax.layers.router import Router, Routing
-from vlm_jax.types import Config, Dtype
+from vlm_jax.types import Config, Dtype, Tree
 
 _INIT = nn.initializers.lecun_normal(batch_axis=(0,))
 
@@ -143,7 +142,7 @@ def _over_mesh(
 def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axes of the names; a dimension that they do not divide is not sharded."""
     entries = []
-    wanted: Any = nn.logical_to_mesh_axes(names)
+    wanted: Tree = nn.logical_to_mesh_axes(names)
     for entry, size in zip(wanted, shape, strict=True):
         group = entry if isinstance(entry, tuple) else (entry,) if entry else ()
         count = 1

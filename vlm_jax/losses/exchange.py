@@ -131,7 +131,7 @@ def _choose(kind: str, name: str, known: Iterable[str]) -> None:
 
 def device_loss(
     loss: str, axis: Axis, *, exchange: str = "ring", block_size: int = DEFAULT_BLOCK_SIZE
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
     """A loss for use inside a `jax.shard_map` over `axis`, as a function of one device's features.
 
     Arguments and errors are those of `distributed`. The returned function takes the keyword arguments of
@@ -155,7 +155,7 @@ def device_loss(
         scale: ArrayLike,
         bias: ArrayLike = 0.0,
         **teacher: Any,
-    ) -> Any:
+    ) -> Tree:
         towers, scalars = pack(objective, image_features, text_features, scale=scale, bias=bias, **teacher)
         scalars = vary(scalars, axis)
         if exchange == "gather":
@@ -175,7 +175,7 @@ def distributed(
     *,
     exchange: str = "ring",
     block_size: int = DEFAULT_BLOCK_SIZE,
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
     """A two-tower loss of global arrays whose examples are split over `axis` of `mesh`.
 
     Args:

@@ -97,7 +97,7 @@ class Objective(Protocol):
         """Every part of the loss, summed over examples, from complete statistics."""
         ...
 
-    def gradient(self, tile: Tile, rows: Tree, columns: Tree, weights: tuple[Array, ...]) -> jax.Array:
+    def gradient(self, tile: Tile, rows: Tree, columns: Tree, weights: tuple[Array | float, ...]) -> jax.Array:
         """Gradient of `sum(weights * totals)` for the student logits of one tile."""
         ...
 
@@ -149,7 +149,7 @@ def sweep(
     offset: Offset,
     *,
     statistics: bool,
-    weights: tuple[Array, ...] | None,
+    weights: tuple[Array | float, ...] | None,
     block_size: int,
 ) -> tuple[Home, Travelling]:
     """Adds one block of texts to the accumulators, `block_size` images at a time.

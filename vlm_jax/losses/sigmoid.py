@@ -41,6 +41,6 @@ class Sigmoid:
     def totals(self, rows: jax.Array, columns: None) -> tuple[jax.Array]:
         return (jnp.sum(rows),)
 
-    def gradient(self, tile: Tile, rows: Tree, columns: Tree, weights: tuple[Array]) -> jax.Array:
+    def gradient(self, tile: Tile, rows: Tree, columns: Tree, weights: tuple[Array | float, ...]) -> jax.Array:
         sign = jnp.where(tile.positive, -1.0, 1.0)
         return weights[0] * sign * jax.nn.sigmoid(sign * tile.student)

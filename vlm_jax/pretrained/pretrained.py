@@ -141,7 +141,7 @@ class Pretrained:
             found = self.module.apply({"params": params}, *inputs)
             if isinstance(found, Embeddings):
                 return found.logits()
-            if not hasattr(found, "dtype"):
+            if not isinstance(found, jax.Array):
                 raise PretrainedError(
                     f"'{marker(self.config)}' has no head in this checkpoint; call apply for features"
                 )

@@ -62,7 +62,7 @@ class ChatTemplate:
         """Whether blocks in it say what a model learns."""
         return GENERATION_BEGIN in self._reads
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: object) -> str:
         """The text of a conversation, to be encoded without further special tokens.
 
         Args:

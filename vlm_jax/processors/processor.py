@@ -245,7 +245,7 @@ class Processor:
         max_video_tokens: int | None = None,
         frame_sampler: FrameSampler | None = None,
         add_generation_prompt: bool | None = None,
-        **variables: Any,
+        **variables: object,
     ) -> Example:
         """One conversation, its pictures decoded and prepared.
 
@@ -305,7 +305,7 @@ class Processor:
         max_visual_tokens: int | None = None,
         max_video_tokens: int | None = None,
         add_generation_prompt: bool | None = None,
-        **variables: Any,
+        **variables: object,
     ) -> Load:
         """What `example` would take of a row, without decoding a pixel.
 
@@ -368,7 +368,7 @@ class Processor:
         targets: bool,
         limits: tuple[int | None, int | None],
         add_generation_prompt: bool | None,
-        **variables: Any,
+        **variables: object,
     ) -> Example:
         counts = [len(place.layout) for place in images], [sum(len(one.layout) for one in parts) for parts in videos]
         for kind, limit, of_kind in zip(("image", "video"), limits, counts, strict=True):

@@ -42,7 +42,7 @@ class DeepSeekVL2Prompt:
         *,
         add_generation_prompt: bool = True,
         targets: bool = False,
-        **variables: Any,
+        **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer."""
         _refuse(places, variables)
@@ -96,7 +96,7 @@ class QwenVLPrompt:
         *,
         add_generation_prompt: bool = True,
         targets: bool = False,
-        **variables: Any,
+        **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`."""
         _refuse(places, variables)

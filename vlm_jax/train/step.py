@@ -34,7 +34,7 @@ def train_step(
 
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, opt_state = tx.update(grads, state.opt_state, params)
-    params: Any = optax.apply_updates(params, updates)
+    params: Tree = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     return TrainState(state.step + 1, {**frozen, **params}, opt_state), metrics
 
