@@ -56,8 +56,19 @@ def get_config() -> ConfigDict:
             "independent_turns": True,
         }
     )
-    # Positions of a training row: text, and the visual tokens that the budget adds to it.
-    config.row = ConfigDict({"text_length": 60, "length": placeholder(int), "images": placeholder(int)})
+    # Positions of a training row: text, and the visual tokens that the budget adds to it. With `pack` several samples
+    # share a row of `length` positions and `images` tiles.
+    config.row = ConfigDict(
+        {
+            "text_length": 60,
+            "length": placeholder(int),
+            "images": placeholder(int),
+            "pictures": placeholder(int),
+            "kept": placeholder(tuple),
+            "pack": False,
+            "buckets": 1,
+        }
+    )
     config.encoder = ConfigDict(
         {
             "kind": "vit",

@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
         ConfigDict(),
     )
     config.processor = ConfigDict({"max_pixels": placeholder(int), "max_length": placeholder(int)})
-    config.row = ConfigDict({"text_length": placeholder(int), "length": 2048, "images": 1})
+    config.row.update({"text_length": placeholder(int), "length": 2048, "images": 1})
     config.evaluation = ConfigDict({"batch_size": 16, "question_length": placeholder(int), "max_new_tokens": 64})
     files = {"train_path": "train.jsonl", "evaluation_path": "evaluation.jsonl"}
     config.data = ConfigDict({"kind": "vqa_files", **files, "num_images": placeholder(int)})

@@ -365,15 +365,17 @@ class Load:
       length: positions.
       images: tiles, or places of packed patches.
       kept: positions that are left after each drop of visual tokens inside the decoder.
+      pictures: pictures, and places of videos.
     """
 
     length: int
     images: int
     kept: tuple[int, ...] = ()
+    pictures: int = 0
 
     def __add__(self, other: "Load") -> "Load":
         kept = tuple(mine + theirs for mine, theirs in zip(self.kept, other.kept, strict=True))
-        return Load(self.length + other.length, self.images + other.images, kept)
+        return Load(self.length + other.length, self.images + other.images, kept, self.pictures + other.pictures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,16 +386,28 @@ class RowShape:
       length: positions.
       images: tiles, or places of packed patches.
       kept: positions of the row after each drop of visual tokens inside the decoder.
+      pictures: the most pictures, where a reducer acts on each picture of a packed row; None for any number.
     """
 
     length: int
     images: int
     kept: tuple[int, ...] = ()
+    pictures: int | None = None
 
     def holds(self, load: Load) -> bool:
         """Whether a load fits in an empty row."""
-        kept = all(need <= size for need, size in zip(load.kept, self.kept, strict=True))
-        return load.length <= self.length and load.images <= self.images and kept
+        return not self.excess(load)
+
+    def excess(self, load: Load) -> list[tuple[str, int, int]]:
+        """What a load needs more of than an empty row has: (in words, needed, size of the row)."""
+        amounts = [
+            ("positions", load.length, self.length),
+            ("tiles or places of patches", load.images, self.images),
+            ("pictures", load.pictures, load.pictures if self.pictures is None else self.pictures),
+        ]
+        for drop, (need, size) in enumerate(zip(load.kept, self.kept, strict=True), start=1):
+            amounts.append((f"positions after drop {drop}", need, size))
+        return [amount for amount in amounts if amount[1] > amount[2]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -441,6 +455,20 @@ class Sample:
     def answer(self) -> str:
         """The last answer."""
         return text_of(self.messages[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSizes:
+    """A sample of which no pixel is decoded: what decides how much of a row it takes.
+
+    Attributes:
+      sample_id, messages: as of `Sample`.
+      sizes: (height, width) of each picture, pixels.
+    """
+
+    sample_id: str
+    messages: tuple[Message, ...]
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 def text_of(message: Message) -> str:

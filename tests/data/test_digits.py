@@ -19,7 +19,9 @@ def prepare_image(image):
     return image.astype(np.float32) / 255
 
 
-TOOLS = Tools(format_box=format_box, read_image=lambda path: None, prepare_image=prepare_image)
+TOOLS = Tools(
+    format_box=format_box, read_image=lambda path: None, image_size=lambda path: None, prepare_image=prepare_image
+)
 SMALL = {"rows": 3, "cols": 4, "page_size": 48, "variants": 1, "evaluation_size": 20}
 
 

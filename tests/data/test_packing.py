@@ -23,7 +23,6 @@ from vlm_jax.data.packing import (
     buckets,
     fingerprint,
     pack_window,
-    padding_share,
 )
 from vlm_jax.types import Batch, Load, RowShape
 
@@ -126,8 +125,8 @@ def test_samples_that_fit_in_no_row_are_named_together_with_the_key():
     lines = str(caught.value).split("\n")
     assert lines[1:4] == [
         "  sample '1' needs 21 positions, config.row.length is 20",
-        "  sample '2' needs 7 images, config.row.images is 4",
-        "  sample '3' needs 10 positions after drop 1, of which a row of config.row.length=20 has 9",
+        "  sample '2' needs 7 tiles or places of patches, config.row.images is 4",
+        "  sample '3' needs 10 positions after drop 1, config.row.kept is 9",
     ]
     assert isinstance(caught.value, ConfigError)
     with pytest.raises(TooLargeForRow, match=r"sample 33 needs 21 positions, config\.row\.length is 20"):
@@ -333,12 +332,6 @@ def test_data_that_changed_under_one_fingerprint_is_an_error(tmp_path):
 def test_fingerprints_are_those_of_values_not_of_their_order():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
-
-
-def test_padding_is_what_no_example_fills():
-    assert padding_share([Load(10, 0), Load(5, 0)], RowShape(10, 1)) == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="no row"):
-        padding_share([], RowShape(10, 1))
 
 
 def test_buckets_are_parts_of_the_length_rounded_up():

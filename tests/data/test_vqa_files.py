@@ -23,7 +23,12 @@ def read_image(path, *, channels, max_pixels):
     return np.full((2, 3, channels), value, np.uint8)
 
 
-TOOLS = Tools(format_box=lambda *a: "", read_image=read_image, prepare_image=lambda image: image)
+TOOLS = Tools(
+    format_box=lambda *a: "",
+    read_image=read_image,
+    image_size=lambda path, *, max_pixels: read_image(path, channels=3, max_pixels=max_pixels).shape[:2],
+    prepare_image=lambda image: image,
+)
 
 
 def write(folder, name, count, corrupt=()):

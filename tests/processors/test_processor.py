@@ -346,7 +346,7 @@ def test_examples_that_do_not_fit_a_row_are_named(shape, told):
     row = [made.example(say("aa", "<image>"), [picture()], name=name) for name in "xy"]
     assert made.rows([row], RowShape(14, 2), targets=True).tokens.shape == (1, 14)
     with pytest.raises(SequenceTooLong, match=told):
-        made.rows([row], shape, targets=True, keys=("L", "I"))
+        made.rows([row], shape, targets=True, keys={"positions": "L", "tiles or places of patches": "I"})
 
 
 def test_a_batch_takes_a_stated_shape():

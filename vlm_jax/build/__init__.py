@@ -28,7 +28,8 @@ from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.boxes import format_box
-from vlm_jax.processors.image import open_image, to_picture
+from vlm_jax.processors.conversation import VideoSize
+from vlm_jax.processors.image import image_size, open_image, to_picture
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Example, Processor
@@ -37,7 +38,7 @@ from vlm_jax.processors.video import uniform_frames
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.rules import shardings, use_mesh
 from vlm_jax.system import Budget, System
-from vlm_jax.types import Batch, Message, RowShape, Sample
+from vlm_jax.types import Batch, Load, Message, RowShape, Sample, SampleSizes
 
 # Every key of a run's config; the last ones are read by the trainer and the evaluation.
 KEYS = ("seed", "release", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor",
@@ -57,6 +58,7 @@ class Experiment:
       row: shape of a training row.
       prompt: shape of a prompt of the evaluation; None for that of the longest of its batch.
       text_row: shape of a training row of the stream `text_pages`, which has no pictures.
+      rows: how samples share rows of these shapes.
       num_frames: None, or how many of a sample's pictures stand for the clip that they are.
       cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
     """
@@ -66,12 +68,13 @@ class Experiment:
     row: RowShape
     prompt: RowShape | None
     text_row: RowShape
+    rows: RowSettings
     num_frames: int | None = None
     cell_reader: CellReader | None = None
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
-        return self.source.open(Tools(format_box, open_image, self.prepare_image))
+        return self.source.open(Tools(format_box, open_image, image_size, self.prepare_image))
 
     def prepare_image(
         self, image: UInt8[np.ndarray, "height width given"]
@@ -103,13 +106,24 @@ class Experiment:
         clip = [[images[index] for index in chosen]]
         return self.system.processor.example(_as_clip(messages), (), clip, targets=targets, name=sample.sample_id)
 
-    def training_row(self, sample: Sample) -> Batch:
-        """A sample as a training row, a batch of one."""
-        return self.system.processor.rows([[self.example(sample, targets=True)]], self.row, targets=True)
+    def measure(self, sample: SampleSizes) -> Load:
+        """What a sample takes of a training row.
 
-    def text_page(self, sample: Sample) -> Batch:
-        """The same of the stream `text_pages`."""
-        return self.system.processor.rows([[self.example(sample, targets=True)]], self.text_row, targets=True)
+        Raises:
+          As `Processor.measure`, naming the sample.
+        """
+        messages, sizes, clips = sample.messages, list(sample.sizes), []
+        if self.num_frames is not None:
+            if not sizes:
+                raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no picture")
+            chosen = uniform_frames(len(sizes), self.num_frames)
+            messages, clips, sizes = _as_clip(messages), [VideoSize(len(chosen), *sizes[chosen[0]])], []
+        return self.system.processor.measure(messages, sizes, clips, targets=True, name=sample.sample_id)
+
+    def training_row(self, *samples: Sample, shape: RowShape | None = None) -> Batch:
+        """Samples that share a training row, of the shape `row` unless another is given, as a batch of one."""
+        row = [self.example(sample, targets=True) for sample in samples]
+        return self.system.processor.rows([row], shape or self.row, targets=True)
 
     @property
     def budget(self) -> Budget:
@@ -175,8 +189,10 @@ def build(config: Any) -> Experiment:
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     row = parse(RowSettings, config.row, "config.row")
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
-    if row.images is not None:
-        raise ConfigError("config.row.images: samples of a config have as many pictures each; set it to None")
+    if not row.pack and (unread := [key for key in ("images", "pictures", "kept") if getattr(row, key) is not None]):
+        raise ConfigError(
+            f"config.row.{unread[0]}: samples of a config have as many pictures each; set it to None, or row.pack"
+        )
     if evaluation.question_length is None:
         raise ConfigError("config.evaluation.question_length: expected the text positions of a prompt, got None")
     source = parse_kind(SOURCES, config.data, "config.data")
@@ -202,7 +218,8 @@ def build(config: Any) -> Experiment:
         """Rows of samples that all have as many pictures: each drop takes as much of all."""
         return RowShape(length, images, tuple(length - images * (count - drop.num_left(count)) for drop in drops))
 
-    shape = shaped(row.positions(visual))
+    shape = row.shape(len(drops)) if row.pack else shaped(row.positions(visual))
+    text_row = RowShape(row.positions(0) + source.context_length, 0)
     prompt = PlainPrompt(tokenizer, settings.independent_turns)
     reduction = Reduction(vision.views, None, tuple(drop.num_left for drop in drops)) if drops else None
     processor = Processor(prompt, vision.views, tokenizer, tokenizer.pad_id or 0, reduction=reduction)
@@ -218,7 +235,8 @@ def build(config: Any) -> Experiment:
         source=source,
         row=shape,
         prompt=shaped(evaluation.question_length + visual),
-        text_row=RowShape(row.positions(0) + source.context_length, 0),
+        text_row=dataclasses.replace(shape, images=0) if row.pack else text_row,
+        rows=row,
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
     )
@@ -229,22 +247,22 @@ def _of_release(config: Any) -> Experiment:
     if config.token_budget_per != "image":
         raise ConfigError("config.token_budget_per: of a release a budget is per picture, or per tile; set it to image")
     row = parse(RowSettings, config.row, "config.row")
-    if row.length is None or row.images is None:
-        raise ConfigError("config.row: a release needs length (positions) and images (tiles, or places of patches)")
     if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
         raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     source = parse_kind(SOURCES, config.data, "config.data")
     system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
     system = configured(system, config.to_dict())
     processor = system.processor
-    if processor.reduction is not None and isinstance(processor.views, NativeViews):
+    reduction = processor.reduction
+    if reduction is not None and isinstance(processor.views, NativeViews) and row.pictures is None:
         raise ConfigError(
-            f"config.reducer.kind: {config.reducer.kind} acts on pictures of any number and size in a row here, which "
-            "training rows of one shape do not lay out yet; train without it, and set it when answering"
+            f"config.row.pictures: {config.reducer.kind} acts on every picture of a packed row; set the most pictures "
+            "that a row has"
         )
+    shape = row.shape(0 if reduction is None else len(reduction.drops))
     if source.channels != processor.views.channels:
         raise ConfigError(f"config.data.channels: the release reads {processor.views.channels}, set it to that")
-    return Experiment(system, source, RowShape(row.length, row.images), None, RowShape(row.length, 0))
+    return Experiment(system, source, shape, None, dataclasses.replace(shape, images=0), row)
 
 
 def _decoder(section: Any, num_tokens: int, dtypes: dict[str, Any]) -> Any:

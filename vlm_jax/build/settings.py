@@ -7,7 +7,7 @@ from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import FILTERS
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Grid
+from vlm_jax.types import Grid, RowShape
 
 SPECIAL_TOKENS = ("pad", "bos", "eos", "image")
 
@@ -98,20 +98,55 @@ class RowSettings:
       text_length: positions of text; those of the budget's visual tokens are added, so that the length follows the
         budget. Exactly one of this and `length` is set.
       length: all positions.
-      images: tiles, or places of packed patches, that a row has room for, of a release; None where a config describes
-        all, whose samples have as many pictures each.
+      images: tiles, or places of packed patches, that a row holds, of a release or with `pack`; else None, since
+        samples of a config have as many pictures each.
+      pictures: the most pictures of a row; needed where a reducer acts on every picture of a packed row.
+      kept: positions of a row that are left after each drop of visual tokens inside the decoder, which a row of a
+        release, or with `pack`, may need; all when None.
+      pack: whether several samples share a row, told apart by segment ids.
+      buckets: lengths that rows are padded to, each a program of its own; a batch takes the smallest that holds it.
     """
 
     text_length: int | None = None
     length: int | None = None
     images: int | None = None
+    pictures: int | None = None
+    kept: tuple[int, ...] | None = None
+    pack: bool = False
+    buckets: int = 1
 
     def __post_init__(self):
+        for key in ("length", "images", "pictures", "buckets"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"config.row.{key}: at least 1 expected, got {value}")
         if (self.text_length is None) == (self.length is None):
             raise ConfigError(
                 "config.row: expected either text_length (positions of text, visual tokens not counted) or length (all "
                 f"positions), got text_length={self.text_length} and length={self.length}"
             )
+
+    def shape(self, num_drops: int) -> RowShape:
+        """Rows that hold samples of any number of pictures.
+
+        Args:
+          num_drops: of visual tokens inside the decoder.
+
+        Raises:
+          ConfigError: length or images is missing, or `kept` does not fit the drops.
+        """
+        if self.length is None or self.images is None:
+            raise ConfigError(
+                "config.row: rows of a release, or with pack, need length (positions) and images (tiles, or places of "
+                "patches)"
+            )
+        kept = (self.length,) * num_drops if self.kept is None else self.kept
+        if len(kept) != num_drops or any(not 1 <= count <= self.length for count in kept):
+            raise ConfigError(
+                f"config.row.kept: expected a number of positions up to {self.length} for each of {num_drops} drops "
+                f"of visual tokens, got {kept}"
+            )
+        return RowShape(self.length, self.images, kept, self.pictures)
 
     def positions(self, visual: int) -> int:
         """Positions of a row whose pictures take `visual` of them."""

@@ -4,8 +4,9 @@ A source is chosen by its kind in `SOURCES`, whose entries are settings classes:
 
     settings = parse(SOURCES[kind], section, "config.data")   # checked; nothing is read yet
     settings.tasks, settings.channels, settings.streams       # known before anything is read
-    source = settings.open(Tools(format_box=..., read_image=..., prepare_image=...))
+    source = settings.open(Tools(format_box=..., read_image=..., image_size=..., prepare_image=...))
     source.train(stream, seed)          # endless grain.MapDataset; element i depends on (seed, i)
+    source.sized(stream, seed)          # the same stream, and the sizes of its samples before pixels are decoded
     source.evaluation(seed, stream)     # finite, fixed by seed, can be iterated again
 
 The streams "questions" and "text_pages" yield `Sample`, to be mapped by a processor to a `Batch` of

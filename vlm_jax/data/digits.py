@@ -17,9 +17,10 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.data.digit_questions import TASKS, TASKS_WITHOUT_PIXELS, ask, digits_in_reading_order
+from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
-from vlm_jax.data.source import ENDLESS, Tools
-from vlm_jax.types import CellBatch, Grid, Sample, dialogue
+from vlm_jax.data.source import ENDLESS, SizedStream, Tools
+from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
 
 STREAMS = ("questions", "text_pages", "cells")
 # First key of every generator, so that no two uses of a seed draw the same pages.
@@ -160,6 +161,17 @@ class DigitSource:
             return self._sample(f"digits/train/{seed}/{index}", stream, page, questions, scale)
 
         return grain.MapDataset.range(ENDLESS).map(element)
+
+    def sized(self, stream: str, seed: int) -> SizedStream:
+        """As `Source.sized`; pages are composed to know their questions."""
+        samples = self.train(stream, seed)
+
+        def sizes(sample: Sample | CellBatch) -> SampleSizes:
+            assert isinstance(sample, Sample)
+            return SampleSizes(sample.sample_id, sample.messages, tuple(image.shape[:2] for image in sample.images))
+
+        data = fingerprint({"digits": dataclasses.asdict(self.settings)})
+        return SizedStream(samples, samples.map(sizes), None, data)
 
     def evaluation(self, seed: int, stream: str = "questions") -> list[Sample | CellBatch]:
         """The fixed set of pages of test scans that a seed stands for.

@@ -50,7 +50,12 @@ Row = tuple[int, ...]
 WINDOW = 4096  # elements that are measured and packed together
 WINDOWS_IN_MEMORY = 4
 MOST_REPORTED = 20  # samples too large for a row that one error lists
-FORMAT = 1  # of files and plans: raise it when the same loads would be packed differently
+FORMAT = 2  # of files and plans: raise it when the same loads would be packed differently
+KEYS = {
+    "positions": "config.row.length",
+    "tiles or places of patches": "config.row.images",
+    "pictures": "config.row.pictures",
+}
 _FILE_NAME = re.compile(r"(\d{8,})-(\d+)\.npz")
 _log = logging.getLogger(__name__)
 
@@ -92,14 +97,15 @@ def pack_window(
     """
     _check_loads(loads, shape, name_of)
     rows: list[list[int]] = []
-    left: list[tuple[int, ...]] = []  # of each row: images, then positions after each drop
+    left: list[tuple[int, ...]] = []  # of each row: images, pictures, then positions after each drop
+    pictures = sum(load.pictures for load in loads) if shape.pictures is None else shape.pictures
     # Rows as (length left, row), sorted. Those in `open_rows[b]` have images.bit_length() == b images left, so
     # that only one of the lists that a load looks at holds rows with too few.
     open_rows: list[list[tuple[int, int]]] = [[] for _ in range(shape.images.bit_length() + 1)]
     shortest = min((load.length for load in loads), default=0)
     for index in sorted(range(len(loads)), key=lambda i: (-loads[i].length, -loads[i].images, i)):
         load = loads[index]
-        need = (load.images, *load.kept)
+        need = (load.images, load.pictures, *load.kept)
         best: tuple[int, int] | None = None
         best_list = open_rows[0]
         for candidates in open_rows[load.images.bit_length() :]:
@@ -113,7 +119,7 @@ def pack_window(
         if best is None:
             length, row = shape.length, len(rows)
             rows.append([])
-            left.append((shape.images, *shape.kept))
+            left.append((shape.images, pictures, *shape.kept))
         else:
             length, row = best
             del best_list[bisect.bisect_left(best_list, best)]
@@ -132,18 +138,9 @@ def _check_loads(loads: Sequence[Load], shape: RowShape, name_of: Callable[[int]
                 f"{name_of(index)}: measured with {len(load.kept)} drops of visual tokens, but the row has "
                 f"{len(shape.kept)}"
             )
-        if shape.holds(load):
-            continue
-        if load.length > shape.length:
-            faults.append(f"{name_of(index)} needs {load.length} positions, config.row.length is {shape.length}")
-        if load.images > shape.images:
-            faults.append(f"{name_of(index)} needs {load.images} images, config.row.images is {shape.images}")
-        for drop, (need, size) in enumerate(zip(load.kept, shape.kept, strict=True), start=1):
-            if need > size:
-                faults.append(
-                    f"{name_of(index)} needs {need} positions after drop {drop}, of which a row of "
-                    f"config.row.length={shape.length} has {size}"
-                )
+        for words, need, size in shape.excess(load):
+            key = KEYS.get(words, "config.row.kept")
+            faults.append(f"{name_of(index)} needs {need} {words}, {key} is {size}")
     if faults:
         more = f"\n  and {len(faults) - MOST_REPORTED} more" if len(faults) > MOST_REPORTED else ""
         listed = "\n".join(f"  {fault}" for fault in faults[:MOST_REPORTED])
@@ -151,18 +148,6 @@ def _check_loads(loads: Sequence[Load], shape: RowShape, name_of: Callable[[int]
             f"samples that do not fit in a row:\n{listed}{more}\nRaise the key, lower config.token_budget, or "
             "remove the samples; nothing is cut."
         )
-
-
-def padding_share(loads: Iterable[Load], shape: RowShape) -> float:
-    """The share of positions that are padding, in [0, 1], of rows with these loads and this shape.
-
-    Raises:
-      ValueError: no row.
-    """
-    lengths = [load.length for load in loads]
-    if not lengths:
-        raise ValueError("no row to tell the share of padding of")
-    return 1 - sum(lengths) / (len(lengths) * shape.length)
 
 
 def buckets(shape: RowShape, count: int, multiple: int = 128) -> tuple[RowShape, ...]:
@@ -178,7 +163,7 @@ def buckets(shape: RowShape, count: int, multiple: int = 128) -> tuple[RowShape,
         raise ConfigError(f"the number of buckets of lengths must be at least 1, got {count}")
     lengths = {-(-shape.length * part // (count * multiple)) * multiple for part in range(1, count)}
     shorter = [
-        RowShape(length, shape.images, tuple(-(-kept * length // shape.length) for kept in shape.kept))
+        dataclasses.replace(shape, length=length, kept=tuple(-(-kept * length // shape.length) for kept in shape.kept))
         for length in sorted(lengths)
         if length < shape.length
     ]
@@ -210,6 +195,33 @@ class _Plan:
 
     rows: tuple[Row, ...]
     loads: tuple[Load, ...]
+
+
+class SingleRows:
+    """The plan in which every row is one element of an endless stream."""
+
+    def __init__(
+        self, load_of: Callable[[int], Load], shape: RowShape, *, name_of: Callable[[int], str] = "element {}".format
+    ):
+        """See `PackedRows`."""
+        self._load_of, self._shape, self._name_of = load_of, shape, name_of
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, row: int) -> Row:
+        return (row,)
+
+    def loads(self, rows: Iterable[int]) -> list[Load]:
+        """What each of these rows takes of its shape.
+
+        Raises:
+          TooLargeForRow: more than it has.
+        """
+        elements = list(rows)
+        loads = [self._load_of(element) for element in elements]
+        _check_loads(loads, self._shape, lambda index: self._name_of(elements[index]))
+        return loads
 
 
 class PackedRows:
@@ -402,19 +414,20 @@ class PackedRows:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 table = file["loads"]
-            expected = (len(self._elements(window)), 2 + len(self.shape.kept))
+            expected = (len(self._elements(window)), 3 + len(self.shape.kept))
             if table.shape != expected:
                 raise ValueError(f"loads of the shape {expected} expected, got {table.shape}")
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
             _log.warning("%s cannot be read and is made again: %s", path, error)
             return None
-        return [Load(length, images, tuple(kept)) for length, images, *kept in table.tolist()]
+        return [Load(length, images, tuple(kept), pictures) for length, images, pictures, *kept in table.tolist()]
 
     def _write(self, window: int, loads: Sequence[Load], count: int) -> None:
         if self._folder is None:
             return
         data = io.BytesIO()
-        np.savez(data, loads=np.array([(load.length, load.images, *load.kept) for load in loads], np.int64))
+        table = [(load.length, load.images, load.pictures, *load.kept) for load in loads]
+        np.savez(data, loads=np.array(table, np.int64))
         path = self._path(window, count)
         partial = self._folder / f".{path.name}.{uuid.uuid4().hex}"
         try:

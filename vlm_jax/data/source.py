@@ -27,15 +27,35 @@ class Tools:
       format_box: (box in pixels, height, width) -> the box as text; `processors.boxes.format_box`.
       read_image: (path, *, channels, max_pixels) -> uint8 [height, width, channels]; raises OSError
         or ValueError for a file without a usable image; `processors.image.open_image`.
+      image_size: (path, *, max_pixels) -> its upright (height, width), by its header; raises likewise;
+        `processors.image.image_size`.
       prepare_image: uint8 [height, width, channels] -> the encoder's float32 pixels;
         `Experiment.prepare_image`.
     """
 
     format_box: Callable[..., str]
     read_image: Callable[..., UInt8[np.ndarray, "height width channels"]]
+    image_size: Callable[..., tuple[int, int]]
     prepare_image: Callable[
         [UInt8[np.ndarray, "height width channels"]], Float[np.ndarray, "new_height new_width new_channels"]
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedStream:
+    """A training stream of which it is known, before any pixel is decoded, how large its samples are.
+
+    Attributes:
+      samples: element i is that of `Source.train`, but None where it cannot be read.
+      sizes: of the same samples; None where not even the sizes can be read.
+      epoch: elements after which the samples come again, in another order; None for a stream without epochs.
+      fingerprint: of the data that the samples are made from.
+    """
+
+    samples: grain.MapDataset[Any]
+    sizes: grain.MapDataset[Any]
+    epoch: int | None
+    fingerprint: str
 
 
 @runtime_checkable
@@ -54,6 +74,10 @@ class Source(Protocol):
 
     def train(self, stream: str, seed: int) -> grain.MapDataset[Any]:
         """An endless stream whose element i depends on (seed, i) and the data alone."""
+        ...
+
+    def sized(self, stream: str, seed: int) -> SizedStream:
+        """The stream of `train` with the sizes of its samples; what cannot be read is left out, not replaced."""
         ...
 
     def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Any]:

@@ -5,18 +5,22 @@ when its sample is asked for.
 """
 
 import dataclasses
+import functools
 import logging
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
 
 from vlm_jax.config import ConfigError, did_you_mean
-from vlm_jax.data.source import Tools
+from vlm_jax.data.packing import fingerprint
+from vlm_jax.data.source import SizedStream, Tools
 from vlm_jax.data.vqa_records import Record, read_records
-from vlm_jax.types import Sample, images_of
+from vlm_jax.types import Sample, SampleSizes, images_of
+
+Found = TypeVar("Found")
 
 STREAMS = ("questions",)
 _log = logging.getLogger(__name__)
@@ -133,16 +137,34 @@ class Records:
         Raises:
           TooManyCorruptImages: more than `max_corrupt` records cannot be read.
         """
+        record, settings = self.records[index], self._settings
+        read = functools.partial(self._tools.read_image, channels=settings.channels, max_pixels=settings.max_pixels)
+        images = self._of_images(record, read)
+        return None if images is None else Sample(self._name(record), record.messages, images, record.task)
+
+    def sizes(self, index: int) -> SampleSizes | None:
+        """The sample at `index` without its pixels, or None if the header of an image cannot be read.
+
+        Raises:
+          TooManyCorruptImages: as `read`.
+        """
         record = self.records[index]
+        found = self._of_images(record, functools.partial(self._tools.image_size, max_pixels=self._settings.max_pixels))
+        return None if found is None else SampleSizes(self._name(record), record.messages, found)
+
+    def fingerprint(self) -> str:
+        """Of all records and the file's place."""
+        return fingerprint({"path": self._path, "records": [dataclasses.astuple(record) for record in self.records]})
+
+    def _name(self, record: Record) -> str:
+        return f"{self._path}:{record.record_id}"
+
+    def _of_images(self, record: Record, read: Callable[[str], Found]) -> tuple[Found, ...] | None:
         try:
-            images = tuple(
-                self._tools.read_image(path, channels=self._settings.channels, max_pixels=self._settings.max_pixels)
-                for path in record.images
-            )
+            return tuple(read(path) for path in record.images)
         except (OSError, ValueError) as error:
             self._count(record, error)
             return None
-        return Sample(f"{self._path}:{record.record_id}", record.messages, images, record.task)
 
     def _count(self, record: Record, error: Exception) -> None:
         with self._lock:
@@ -182,7 +204,18 @@ class VqaFileSource:
           ConfigError: no such stream.
         """
         _check_stream(stream)
-        return grain.MapDataset.source(self.train_records).seed(seed).shuffle().repeat()
+        return _shuffled(self.train_records, seed)
+
+    def sized(self, stream: str, seed: int) -> SizedStream:
+        """As `Source.sized`; sizes are those in the headers of the images.
+
+        Raises:
+          ConfigError: no such stream.
+        """
+        _check_stream(stream)
+        records, count = self.train_records, len(self.train_records)
+        samples, sizes = (_shuffled(_Elements(read, count), seed) for read in (records.read, records.sizes))
+        return SizedStream(samples, sizes, count, records.fingerprint())
 
     def evaluation(self, seed: int, stream: str = "questions") -> "EvaluationSamples":
         """The evaluation records in the order of the file, one sample for every turn.
@@ -199,6 +232,24 @@ class VqaFileSource:
         if size is not None and size < count:
             chosen = np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
         return EvaluationSamples(self.evaluation_records, chosen.tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Elements:
+    """Random access to what a function reads at each of `count` indices."""
+
+    read: Callable[[int], Any]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(index)
+
+
+def _shuffled(elements: Any, seed: int) -> grain.MapDataset[Any]:
+    return grain.MapDataset.source(elements).seed(seed).shuffle().repeat()
 
 
 @dataclasses.dataclass(frozen=True)

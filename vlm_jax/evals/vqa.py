@@ -19,7 +19,11 @@ from vlm_jax.types import TEXT_SLOT, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
-KEYS = ("config.evaluation.question_length", "config.data.num_images")  # what bounds a prompt
+# What bounds a prompt.
+KEYS = {
+    "positions": "config.evaluation.question_length",
+    "tiles or places of patches": "config.data.num_images",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import datetime
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -50,6 +50,7 @@ class ChatTemplate:
           ChatTemplateError: it is no Jinja template.
         """
         self.source, self.names, self.origin = source, dict(names or {}), origin
+        self._unread: dict[tuple[Any, ...], frozenset[int]] = {}  # by structure: messages in the form not read
         try:
             self._template = _environment().from_string(source)
             self._reads = jinja2.meta.find_undeclared_variables(_environment().parse(source))
@@ -66,26 +67,72 @@ class ChatTemplate:
 
         Args:
           messages: `{"role": "user", "content": "…"}`, or with content such as
-            `[{"type": "image"}, {"type": "text", "text": "…"}]`. Images beside `type` are not handed on.
+            `[{"type": "image"}, {"type": "text", "text": "…"}]`. Images beside `type` are not handed on. A content of
+            text alone may be either, whichever the template reads.
           add_generation_prompt: ends with the head of the answer.
           **variables: more for the template, such as `enable_thinking`; `tools` among them.
 
         Raises:
-          ChatTemplateError: no message, the template refuses them, or it has no use for a variable.
+          ChatTemplateError: no message, the template refuses them or shows nothing of a text, or it has no use for a
+            variable.
         """
         if not messages:
             raise ChatTemplateError(f"{self.origin}: expected at least one message, got none")
         for name in variables.keys() - self._reads:
             raise ChatTemplateError(f"{self.origin}: nothing in it reads '{name}'{did_you_mean(name, self._reads)}")
         given = {"tools": None, "documents": None, **self.names, **variables}
+        values = {"add_generation_prompt": add_generation_prompt, **{key: _plain(given[key]) for key in given}}
+        plain = [{key: _plain(value) for key, value in m.items() if value is not None} for m in messages]
         try:
-            return self._template.render(
-                messages=[{key: _plain(value) for key, value in m.items() if value is not None} for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                **{key: _plain(value) for key, value in given.items()},
-            )
+            return self._template.render(messages=self._as_read(plain, values), **values)
         except (jinja2.TemplateError, TypeError) as error:
             raise ChatTemplateError(f"{self.origin}: {error}") from error
+
+    def _as_read(self, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The messages, contents of text alone in the form, list or text, of which the template shows something.
+
+        That depends on the messages' roles and items alone, and is found out once for each such structure.
+        """
+        structure = tuple((message.get("role"), *_structure(message.get("content"))) for message in messages)
+        if structure not in self._unread:
+            self._unread[structure] = self._not_read(messages, values)
+        return _in_other_form(messages, self._unread[structure])
+
+    def _not_read(self, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> frozenset[int]:
+        """Numbers of the messages whose content has the form that the template does not read."""
+        hidden = self._hidden(messages, values)
+        if hidden is None:  # perhaps since it reads the other form alone
+            of_form = (
+                {n for n, m in enumerate(messages) if isinstance(m.get("content"), form)} for form in (list, str)
+            )
+            fitting = (unread for unread in of_form if self._hidden(_in_other_form(messages, unread), values) == set())
+            return frozenset(next(fitting, ()))
+        for number in sorted(self._hidden(_in_other_form(messages, hidden), values) or ()) if hidden else ():
+            raise ChatTemplateError(
+                f"{self.origin}: message {number}, of the role {messages[number].get('role')!r}: the template shows "
+                "nothing of its text, or of one of its texts; give it in a role and in items that it reads"
+            )
+        return frozenset(hidden)
+
+    def _hidden(self, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> set[int] | None:
+        """Numbers of the messages with a text that the template does not show; None where it refuses them.
+
+        It is tried with a text of its own for every one of theirs.
+        """
+        tried, wanted = [], []
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else _items(content)
+            texts = [f"text{number}x{place}x" if _is_text(part) else None for place, part in enumerate(parts)]
+            wanted += [(number, text) for text in texts if text is not None]
+            filled = [part if text is None else {**part, "text": text} for part, text in zip(parts, texts, strict=True)]
+            new = texts[0] if isinstance(content, str) else filled
+            tried.append({**message, "content": new} if any(texts) else message)
+        try:
+            shown = self._template.render(messages=tried, **values)
+        except (jinja2.TemplateError, TypeError):
+            return None
+        return {number for number, text in wanted if text not in shown}
 
     @classmethod
     def from_folder(
@@ -161,6 +208,35 @@ class _Generation(jinja2.ext.Extension):
             jinja2.nodes.Output([jinja2.nodes.Name(name, "load")]) for name in (GENERATION_BEGIN, GENERATION_END)
         )
         return [node.set_lineno(line) for node in (begin, jinja2.nodes.Scope(body), end)]
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and bool(str(part.get("text", "")).strip())
+
+
+def _structure(content: Any) -> tuple[Any, ...]:
+    """What kind of content it is: a text or a list, and of which items."""
+    if isinstance(content, str):
+        return (bool(content.strip()),)
+    return ("list", *((part.get("type"), _is_text(part)) for part in _items(content) if isinstance(part, Mapping)))
+
+
+def _items(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else []
+
+
+def _in_other_form(messages: list[dict[str, Any]], numbers: Collection[int]) -> list[dict[str, Any]]:
+    return [_other_form(message) if number in numbers else message for number, message in enumerate(messages)]
+
+
+def _other_form(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its text in a list of one item, or a list of texts as one text; others as they are."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    if isinstance(content, list) and content and all(_is_text(part) for part in content):
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+    return message
 
 
 def _refuse(message: str) -> None:

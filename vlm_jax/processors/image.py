@@ -4,9 +4,11 @@ In the rooms of data a picture is a uint8 array [height, width, channels] with 1
 3 (RGB, sRGB as stored); the processors of released systems work on Pillow's RGB images.
 """
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import IO, cast
 
 import numpy as np
 from etils import epath
@@ -59,6 +61,26 @@ def open_image(
     return _pixels(_opened(source, max_pixels, name), channels)
 
 
+def image_size(
+    source: str | os.PathLike | bytes, *, max_pixels: int = 100_000_000, name: str = "bytes"
+) -> tuple[int, int]:
+    """(height, width) of the upright picture that `open_image` would read, from the file's header.
+
+    An orientation that a PNG file states behind its pixels is not seen.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CorruptImage: the header cannot be read, or the picture is too large.
+    """
+    name = name if isinstance(source, bytes) else os.fspath(source)
+    opened = io.BytesIO(source) if isinstance(source, bytes) else epath.Path(source).open("rb")
+    with opened as file, _reading(cast(io.IOBase, file), name) as picture:
+        _check_size(picture, max_pixels, name)
+        width, height = picture.size
+        known = picture.format != "PNG" or "exif" in picture.info  # else Pillow would decode it to look
+        return (width, height) if known and _orientation(picture) >= 5 else (height, width)
+
+
 def to_picture(
     source: Image.Image | np.ndarray | str | os.PathLike | bytes,
     *,
@@ -106,14 +128,18 @@ def to_picture(
 
 
 def _opened(source: str | os.PathLike | bytes, max_pixels: int, name: str) -> Image.Image:
-    if isinstance(source, bytes):
-        data = source
-    else:
-        name = os.fspath(source)
-        data = epath.Path(source).read_bytes()
+    name = name if isinstance(source, bytes) else os.fspath(source)
+    data = source if isinstance(source, bytes) else epath.Path(source).read_bytes()
+    with _reading(io.BytesIO(data), name) as picture:
+        return _decoded(picture, max_pixels, name)
+
+
+@contextlib.contextmanager
+def _reading(file: io.IOBase, name: str) -> Iterator[Image.Image]:
+    """A file of which Pillow has read the header; what Pillow raises becomes CorruptImage."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return _decoded(picture, max_pixels, name)
+        with Image.open(cast(IO[bytes], file)) as picture:
+            yield picture
     except CorruptImage:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds on broken bytes
@@ -121,16 +147,25 @@ def _opened(source: str | os.PathLike | bytes, max_pixels: int, name: str) -> Im
         raise CorruptImage(f"{name}: {type(error).__name__}: {reason}") from error
 
 
-def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
-    """Upright, in mode L or RGB. A file's header is read before its pixels are."""
+def _check_size(picture: Image.Image, max_pixels: int, name: str) -> None:
     width, height = picture.size
     if not width * height:
         raise CorruptImage(f"{name}: expected pixels, got none in {height}x{width}")
     if width * height > max_pixels:
         raise CorruptImage(f"{name}: its header claims {height}x{width} pixels, more than max_pixels={max_pixels}")
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Of EXIF: 1 is upright, and from 5 on rows and columns change places."""
+    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
+    """Upright, in mode L or RGB. A file's header is read before its pixels are."""
+    _check_size(picture, max_pixels, name)
     try:
         picture.load()
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1  # else Pillow would make a copy
+        turned = _orientation(picture) != 1  # else Pillow would make a copy
         return _eight_bits(ImageOps.exif_transpose(picture) if turned else picture)
     except (OSError, ValueError, SyntaxError) as error:
         raise CorruptImage(f"{name}: {type(error).__name__}: {error}") from error

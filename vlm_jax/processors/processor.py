@@ -1,7 +1,9 @@
 """The processor of every system: a conversation and its pictures to a row, and rows to a batch."""
 
 import dataclasses
+import functools
 import itertools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +33,11 @@ from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
 from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
 from vlm_jax.types import Batch, Load, RowShape
 
+KEYS = {
+    "positions": "config.row.text_length or length",
+    "tiles or places of patches": "config.row.images or config.data.num_images",
+    "pictures": "config.row.pictures",
+}
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
 
@@ -169,7 +176,7 @@ class Processor:
         shape: RowShape | None = None,
         *,
         targets: bool,
-        keys: tuple[str, str] = ("config.row.text_length or length", "config.row.images or config.data.num_images"),
+        keys: Mapping[str, str] = KEYS,
     ) -> Batch:
         """A batch of rows, each of one or several examples.
 
@@ -177,23 +184,19 @@ class Processor:
           rows: the examples of each row, in order; each is a segment of its own.
           shape: of every row; the smallest that all fit when None.
           targets: padded on the right, with targets and loss weights; else padded on the left.
-          keys: the config keys that length and images of `shape` are from, for messages.
+          keys: what a row of `shape` can lack -> the config key that it is from, for messages.
 
         Raises:
           SequenceTooLong: the examples of a row do not fit the shape; nothing is cut.
         """
-        total = [(sum(one.load.length for one in row), sum(one.load.images for one in row)) for row in rows]
-        length, capacity = (None, None) if shape is None else (shape.length, shape.images)
-        for row, (needed, images) in zip(rows, total, strict=True):
-            units = "is {} tokens long", "has {} tiles or places of patches"
-            for limit, taken, unit, key in zip((length, capacity), (needed, images), units, keys, strict=True):
-                if limit is not None and taken > limit:
-                    names = ", ".join(f"'{one.name}'" for one in row)
-                    raise SequenceTooLong(
-                        f"sample {names} {unit.format(taken)}, over the limit of {limit}; raise {key} by "
-                        f"{taken - limit} or more, or leave the sample out (nothing is cut)"
-                    )
-        length = max(needed for needed, _ in total) if length is None else length
+        if shape is not None and self.reduction is not None and not shape.kept:
+            shape = dataclasses.replace(shape, kept=(shape.length,) * len(self.reduction.drops))
+        if shape is not None:
+            for row in rows:
+                _check_row(row, shape, keys)
+        capacity = None if shape is None else shape.images
+        longest = max(sum(one.load.length for one in row) for row in rows)
+        length = longest if shape is None else shape.length
         laid = [
             lay_out(
                 self._placed(row),
@@ -205,7 +208,7 @@ class Processor:
             for row in rows
         ]
         pictures = self.views.join([[image for one in row for image in one.images] for row in rows], capacity)
-        joined = dataclasses.replace(_joined(laid), images=pictures)
+        joined = dataclasses.replace(_joined(laid, targets and self.prompt.independent_turns), images=pictures)
         if not targets:
             joined = dataclasses.replace(joined, targets=None, loss_weights=None)
         if self.reduction is None:
@@ -397,7 +400,8 @@ class Processor:
         tokens = tuple(place.tokens for place in order if place.tokens is not None)
         kept = () if self.reduction is None else self.reduction.kept(length, tokens)
         prepared = tuple(place.prepared for place in order if place.prepared is not None)
-        return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), Load(length, load, kept), tokens)
+        taken = Load(length, load, kept, len(order))
+        return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), taken, tokens)
 
     def count_visual_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
         """Places of the sequence that the pictures of one conversation take, learned rows among them.
@@ -463,9 +467,21 @@ class Processor:
         return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
 
 
-def _joined(rows: Sequence[Batch]) -> Batch:
-    """Rows of one length; those without branches, or without positions of tokens before a reducer, get them."""
-    if any(row.branch_ids is not None for row in rows):
+def _check_row(row: Sequence[Example], shape: RowShape, keys: Mapping[str, str]) -> None:
+    if not row:
+        return
+    for words, need, size in shape.excess(functools.reduce(operator.add, (one.load for one in row))):
+        names = ", ".join(f"'{one.name}'" for one in row)
+        taken = f"is {need} tokens long" if words == "positions" else f"has {need} {words}"
+        raise SequenceTooLong(
+            f"sample {names} {taken}, over the limit of {size}; raise {keys.get(words, 'config.row.kept')} by "
+            f"{need - size} or more, or leave the sample out (nothing is cut)"
+        )
+
+
+def _joined(rows: Sequence[Batch], branched: bool) -> Batch:
+    """Rows of one length, all with branches if `branched` or one has them, or with positions before a reducer."""
+    if branched or any(row.branch_ids is not None for row in rows):
         fill = [row.branch_ids if row.branch_ids is not None else np.zeros_like(row.tokens) for row in rows]
         rows = [dataclasses.replace(row, branch_ids=ids) for row, ids in zip(rows, fill, strict=True)]
     before = [row.visual_positions for row in rows]

@@ -33,7 +33,14 @@ class Slot:
 
 @runtime_checkable
 class Prompt(Protocol):
-    """A system's way from messages to ids."""
+    """A system's way from messages to ids.
+
+    Attributes:
+      independent_turns: whether the turns of what is trained on do not attend to each other.
+    """
+
+    @property
+    def independent_turns(self) -> bool: ...
 
     def __call__(
         self,
@@ -86,6 +93,8 @@ class TemplatePrompt:
     joined: str | None = None
     begins: bool = True
     training: ChatTemplate | None = None
+
+    independent_turns = False
 
     def __call__(
         self,

@@ -109,9 +109,12 @@ class Reduction:
         """
         capacity = None if shape is None else shape.images
         groups = [[count for tokens in row for count in tokens.groups] for row in rows]
-        num_images = max(map(len, groups)) if capacity is None or self.is_packed else capacity
+        native = isinstance(self.before, NativeViews)
+        static = None if shape is None else (shape.pictures if native and shape.images else shape.images)
+        num_images = max(map(len, groups)) if static is None else static
         if self.is_packed and batch.images is not None:
-            images = dataclasses.replace(batch.images, images=_packed(groups, num_images))  # type: ignore[type-var]
+            longest = None if static is None else self.num_before(shape.images)  # type: ignore[union-attr]
+            images = dataclasses.replace(batch.images, images=_packed(groups, num_images, longest))  # type: ignore
             batch = dataclasses.replace(batch, images=images)
         if self.drops and num_images:
             left = [[self.left(count) for count in of_row] for of_row in groups]
@@ -129,6 +132,8 @@ class Reduction:
         """The most tokens of a tile or picture that enter the decoder: of a static shape that of any tile."""
         if shape is not None and isinstance(self.before, Tiles):
             return self.left(self.before.tile_tokens)
+        if shape is not None and shape.pictures is not None:
+            return self.left(self.num_before(shape.images))
         return max(max(counts, default=0) for counts in left)
 
     def _lengths(self, batch: Batch, rows: Sequence[Sequence[Tokens]], shape: RowShape | None) -> tuple[int, ...]:
@@ -173,9 +178,9 @@ def ranking(batch: Batch) -> np.ndarray:
     return learned & ~np.pad(learned[:, :-1], ((0, 0), (1, 0)))
 
 
-def _packed(groups: Sequence[Sequence[int]], num_images: int) -> PackedImages:
+def _packed(groups: Sequence[Sequence[int]], num_images: int, longest: int | None) -> PackedImages:
     counts = np.zeros((len(groups), max(num_images, 1)), np.int32)
     for row, own in zip(counts, groups, strict=True):
         row[: len(own)] = own
     starts = np.cumsum(counts, axis=1) - counts
-    return PackedImages(starts.astype(np.int32), counts, longest=int(counts.max(initial=1)) or 1)
+    return PackedImages(starts.astype(np.int32), counts, longest=longest or int(counts.max(initial=1)) or 1)

@@ -35,6 +35,8 @@ class DeepSeekVL2Prompt:
     tokenizer: Tokenizer
     image: str = "<image>"
 
+    independent_turns = False
+
     def __call__(
         self,
         messages: Sequence[Message],
@@ -88,6 +90,8 @@ class QwenVLPrompt:
     tokenizer: Tokenizer
     system: str = "You are a helpful assistant."
     picture: str = PICTURE
+
+    independent_turns = False
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ from vlm_jax.evals.vqa import SCORERS, exact, share
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.boxes import format_box
-from vlm_jax.processors.image import open_image
+from vlm_jax.processors.image import image_size, open_image
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sweep.frontier import draw_frontier
@@ -123,7 +123,9 @@ class Questions:
         if not epath.Path(path).exists():
             raise ConfigError(f"--data: there is no file '{path}'")
         files = VqaFiles("", path, channels=channels, num_images=None, tasks=tasks)
-        self._records = Records(path, files, "evaluation_path", Tools(format_box, open_image, lambda image: image))
+        self._records = Records(
+            path, files, "evaluation_path", Tools(format_box, open_image, image_size, lambda image: image)
+        )
         count, size = len(self._records), settings.num_samples
         chosen = np.arange(count)
         if size is not None and size < count:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import statistics
 import time
@@ -19,12 +20,14 @@ from vlm_jax.config import ConfigError, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
-from vlm_jax.train.input import stage_batches
+from vlm_jax.train.input import ROWS, stage_batches
 from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
 from vlm_jax.train.step import compile_step, peak_bytes
 from vlm_jax.train.workdir import MetricsLog, claim
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps in all, the step's metrics)
 
@@ -149,7 +152,7 @@ class Trainer:
             state, position = checkpoints.restore(step, self._abstract_state(span))
         log = MetricsLog(self.workdir, step)
         while True:
-            state, compiled = self._run_stage(span, state, position, log, checkpoints)
+            state, most_bytes = self._run_stage(span, state, position, log, checkpoints)
             if span is self._spans[-1]:
                 break
             span, position = span_at(self._spans, span.stop), {}
@@ -158,11 +161,11 @@ class Trainer:
         wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
-        return Outcome(state.params, statistics.median(seconds), peak_bytes(compiled))
+        return Outcome(state.params, statistics.median(seconds), most_bytes)
 
     def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
-        """Steps from the state's to the stage's last; returns the state and the program."""
-        iterator = stage_batches(self.experiment, span.stage, self._seed, num_workers=self._settings.input_workers)
+        """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
+        iterator = self._batches(span, num_workers=self._settings.input_workers)
         with contextlib.closing(iterator):
             if position:
                 iterator.set_state(position)
@@ -174,19 +177,15 @@ class Trainer:
             batch, waited = self._next(iterator, None)
         else:
             batch = self._probe_batch(span)
-        compiled = compile_step(
-            self._abstract_state(span),
-            batch,
-            self.mesh,
-            objective=OBJECTIVES[stage.objective](self.experiment),
-            tx=self._tx(span),
-            trained=tuple(stage.learning_rates),
-        )
+        program = self._programs(span)
+        most = peak_bytes(program(batch))
         key = jax.random.key(self._seed)
         pending: list[tuple[int, Any, float]] = []
         since = time.perf_counter()
         while step < span.stop:
+            compiled = program(batch)
             state, metrics = compiled(state, batch, key)
+            most = max(most, peak_bytes(compiled))
             step += 1
             pending.append((step, metrics, waited))
             last = step == span.stop
@@ -208,7 +207,27 @@ class Trainer:
                 since = time.perf_counter()
             if not last:
                 batch, waited = self._next(iterator, metrics)
-        return state, compiled
+        return state, most
+
+    def _programs(self, span: Span) -> Callable[[Any], jax.stages.Compiled]:
+        """A stage's program for each shape of batches, compiled when it first comes."""
+        programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
+
+        def program(batch: Any) -> jax.stages.Compiled:
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            if shapes not in programs:
+                programs[shapes] = compile_step(
+                    self._abstract_state(span),
+                    batch,
+                    self.mesh,
+                    objective=OBJECTIVES[span.stage.objective](self.experiment),
+                    tx=self._tx(span),
+                    trained=tuple(span.stage.learning_rates),
+                )
+                _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
+            return programs[shapes]
+
+        return program
 
     def _next(self, iterator: Any, metrics: Any) -> tuple[Any, float]:
         """The next batch on the devices, and the seconds that they may have stood still for it.
@@ -268,7 +287,12 @@ class Trainer:
 
     def _probe_batch(self, span: Span) -> Any:
         """A batch to compile for when the stage has no step left."""
-        return distribute(next(stage_batches(self.experiment, span.stage, self._seed)), self.mesh)
+        with contextlib.closing(self._batches(span)) as iterator:
+            return distribute(next(iterator), self.mesh)
+
+    def _batches(self, span: Span, num_workers: int = 0) -> Any:
+        folder = self.workdir / ROWS
+        return stage_batches(self.experiment, span.stage, self._seed, num_workers=num_workers, folder=folder)
 
     def _check_stages(self) -> None:
         for span in self._spans:

@@ -14,7 +14,7 @@ from vlm_jax.build import CELL_HEAD, Experiment
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
-from vlm_jax.types import Batch, CellBatch
+from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[[dict[str, Any], Any, jax.Array], tuple[jax.Array, Metrics]]
@@ -25,7 +25,8 @@ BOX_WEIGHT = 5.0  # of the boxes' L1 against the classes' cross entropy, as in D
 def next_token(experiment: Experiment) -> Objective:
     """Cross entropy of the answers' tokens, given images (or text alone) and questions.
 
-    What modules sow into the collection `losses`, such as a router's balance loss, is added to it.
+    What modules sow into the collection `losses`, such as a router's balance loss, is added to it. The metric
+    `padding_share` is the share of the rows' positions that are padding.
     """
 
     def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -38,7 +39,10 @@ def next_token(experiment: Experiment) -> Objective:
             cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
         )
         auxiliary = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
-        metrics = {"accuracy": accuracy, **({"auxiliary_loss": jnp.asarray(auxiliary)} if sown else {})}
+        padding = jnp.mean(batch.segment_ids == PADDING_SEGMENT, dtype=jnp.float32)
+        metrics = {"accuracy": accuracy, "padding_share": padding}
+        if sown:
+            metrics["auxiliary_loss"] = jnp.asarray(auxiliary)
         return value + auxiliary, metrics
 
     return loss
