@@ -47,7 +47,7 @@ from vlm_jax.types import Load, RowShape
 
 Row = tuple[int, ...]
 
-WINDOW = 4096  # elements that are measured and packed together
+WINDOW = 2048  # elements that are measured and packed together
 WINDOWS_IN_MEMORY = 4
 MOST_REPORTED = 20  # samples too large for a row that one error lists
 FORMAT = 2  # of files and plans: raise it when the same loads would be packed differently

@@ -6,6 +6,7 @@ when its sample is asked for.
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import grain
 import numpy as np
+from etils import epath
 
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.data.packing import fingerprint
@@ -153,8 +155,9 @@ class Records:
         return None if found is None else SampleSizes(self._name(record), record.messages, found)
 
     def fingerprint(self) -> str:
-        """Of all records and the file's place."""
-        return fingerprint({"path": self._path, "records": [dataclasses.astuple(record) for record in self.records]})
+        """Of the file: where it is and what it holds."""
+        content = hashlib.blake2b(epath.Path(self._path).read_bytes(), digest_size=16).hexdigest()
+        return fingerprint({"path": self._path, "content": content})
 
     def _name(self, record: Record) -> str:
         return f"{self._path}:{record.record_id}"

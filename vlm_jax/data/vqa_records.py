@@ -32,6 +32,7 @@ import dataclasses
 import gzip
 import json
 import logging
+import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -103,6 +104,7 @@ def read_records(path: str, tasks: tuple[str, ...], num_images: int | None, key:
     if not file.exists():
         raise ConfigError(f"config.data.{key}: there is no file '{path}'")
     is_array, entries = _entries(file)
+    folder = os.fspath(file.parent)
     records: list[Record] = []
     faults: list[str] = []
     places_of_ids: dict[str, str] = {}
@@ -110,7 +112,7 @@ def read_records(path: str, tasks: tuple[str, ...], num_images: int | None, key:
     for number, entry in entries:
         try:
             fields = entry if is_array else _json(entry)
-            record = _record(fields, file.parent, tasks)
+            record = _record(fields, folder, tasks)
             if record.record_id in places_of_ids:
                 if "conversations" not in fields:
                     raise ValueError(f"id '{record.record_id}' is that of {places_of_ids[record.record_id]} too")
@@ -163,7 +165,7 @@ def _json(line: str) -> Any:
         raise ValueError(f"not JSON: {error}") from None
 
 
-def _record(fields: Any, folder: epath.Path, tasks: tuple[str, ...]) -> Record:
+def _record(fields: Any, folder: str, tasks: tuple[str, ...]) -> Record:
     """Checks one record; raises a ValueError that says what is wrong with it."""
     if not isinstance(fields, dict):
         raise ValueError(f"a JSON object expected, got {type(fields).__name__}")
@@ -182,7 +184,7 @@ def _record(fields: Any, folder: epath.Path, tasks: tuple[str, ...]) -> Record:
     if task not in tasks:
         raise ValueError(f"task {task!r} is not one of config.data.tasks: {', '.join(tasks)}")
     contents = _conversation(fields, len(images)) if is_conversation else _questions(fields, len(images))
-    return Record(str(record_id), tuple(str(folder / image) for image in images), task, contents)
+    return Record(str(record_id), tuple(os.path.join(folder, image) for image in images), task, contents)
 
 
 def _images(fields: dict[str, Any], may_be_empty: bool) -> list[str]:
