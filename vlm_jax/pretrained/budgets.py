@@ -47,7 +47,8 @@ def with_budget(
         reducer leaves precisely so many (one that has fewer keeps them), and another connector bounds it. None
         leaves what the release has, or what the sections say.
       reducer: a training-free reducer, without parameters; where positions have three axes, tokens keep theirs
-        unless the section says otherwise.
+        unless the section says otherwise. `downsample_image` shows the encoder fewer pixels, of each tile as it is
+        made as released, and is a bound for a packed picture.
       connector: takes the place of the release's own; its parameters are drawn anew.
       path: of the config that the sections are from, for messages.
 
