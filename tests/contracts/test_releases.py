@@ -66,6 +66,33 @@ def released(tmp_path_factory):
     return functools.cache(lambda name: make(name, tmp_path_factory.mktemp(name)))
 
 
+@pytest.fixture(scope="module")
+def logits_of(released):
+    """A function of a system's name and its model, however reduced, that gives logits of batches.
+
+    It embeds by a program of its own, and decodes by one that all models of the system share for rows of a length:
+    parameters and maths of the decoder are the release's, unless it drops tokens.
+    """
+
+    def decode(module, given, branches):
+        hidden, _ = module.decoder(given.x, given.positions, given.segment_ids, branch_ids=branches)
+        return module.decoder.logits(hidden)
+
+    @functools.cache
+    def decoder(name):
+        module = released(name).module
+        return jax.jit(lambda params, *given: module.apply({"params": params}, *given, method=decode))
+
+    def of(name, model):
+        if model.module.decoder.drops:
+            return model.logits
+        embed = jax.jit(lambda params, batch: model.module.apply({"params": params}, batch, method="embed"))
+        part = {"decoder": model.params["decoder"]}
+        return lambda batch: decoder(name)(part, embed(model.params, batch), batch.branch_ids)
+
+    return of
+
+
 def conversation(count):
     pictures = [{"type": "image"} for _ in range(count)]
     text = f"What is {count}?"
@@ -90,7 +117,7 @@ def close(found, expected):
 
 @pytest.mark.parametrize("name", sorted(FOLDERS))
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_budget_is_met_or_refused(name, cell, released, decoders):
+def test_a_budget_is_met_or_refused(name, cell, released, logits_of):
     model = released(name)
     tokens, tiles = TOKENS[name]
     if (name, cell) in REFUSED:
@@ -109,28 +136,9 @@ def test_a_budget_is_met_or_refused(name, cell, released, decoders):
         assert batch.places.lengths[-1] == length - max(0, tokens - BUDGET) * tiles
     else:
         assert shown == min(BUDGET, tokens) * tiles
-    if cell in IN_DECODER:
-        logits = found.logits(batch)
-    else:  # as `logits` does, by a decoder that is compiled once for all cells of a system
-        embedded = jax.jit(functools.partial(found.module.apply, method="embed"))({"params": found.params}, batch)
-        logits = decoders(name)(model.params, embedded)
+    logits = logits_of(name, found)(batch)
     assert logits.shape[:2] == batch.tokens.shape and logits.dtype == np.float32
     assert np.isfinite(logits).all()
-
-
-@pytest.fixture(scope="module")
-def decoders(released):
-    """What gives a system's logits of `Embedded`, compiled once for each shape."""
-
-    def decode(module, given):
-        hidden, _ = module.decoder(given.x, given.positions, given.segment_ids)
-        return module.decoder.logits(hidden)
-
-    def of(name):
-        module = released(name).module
-        return jax.jit(lambda params, given: module.apply({"params": params}, given, method=decode))
-
-    return functools.cache(of)
 
 
 def test_few_cells_are_refused():
@@ -138,50 +146,49 @@ def test_few_cells_are_refused():
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_a_full_budget_changes_no_logit(name, released):
+def test_a_full_budget_changes_no_logit(name, released, logits_of):
     model = released(name)
-    expected = model.logits(model.processor.rows([[example(name, model.processor, 1)]], targets=True))
+    expected = logits_of(name, model)(model.processor.rows([[example(name, model.processor, 1)]], targets=True))
     for cell in ("random", "uniform_stride", "visionzip", "divprune", "fastv", "pyramid_drop"):
         found = model.with_budget(None, **CELLS[cell])
         batch = found.processor.rows([[example(name, found.processor, 1)]], targets=True)
-        close(found.logits(batch), expected)
+        close(logits_of(name, found)(batch), expected)
 
 
 @pytest.mark.parametrize(
     ("name", "cell"), [*((name, "divprune") for name in sorted(FOLDERS)), ("llava", "fastv"), ("qwen2_5_vl", "fastv")]
 )
-def test_rows_do_not_depend_on_their_neighbours(name, cell, released):
-    """Of 0, 1 and 3 pictures in a batch, and of two conversations in a row."""
+def test_rows_do_not_depend_on_their_neighbours(name, cell, released, logits_of):
+    """Of 0, 1 and 3 pictures in a batch with others, and of two conversations in a row."""
     model = released(name).with_budget(BUDGET, **CELLS[cell])
-    processor = model.processor
-    examples = [example(name, processor, count) for count in (0, 1, 3)]
-    for count, one in zip((0, 1, 3), examples, strict=True):
+    processor, logits = model.processor, logits_of(name, model)
+    examples = {count: example(name, processor, count) for count in (0, 1, 3)}
+    for count, one in examples.items():
         sizes = SIZES[:count]
         assert processor.measure(conversation(count), sizes, targets=True, **FOLDERS[name].options) == one.load
-    pair = [sum(one.load.length for one in examples[1:]), sum(one.load.images for one in examples[1:])]
-    shape = RowShape(*pair)
-    alone = [rows_of(model, [[one]], shape)[0] for one in examples]
-    together = rows_of(model, [[one] for one in examples], shape)
-    for found, expected in zip(together, alone, strict=True):
-        close(found[0], expected[0])
-    packed = rows_of(model, [[examples[1], examples[2]]], shape)[0]
+    both = [examples[1].load, examples[3].load]
+    shape = RowShape(sum(load.length for load in both), sum(load.images for load in both))
+
+    def of_rows(*rows):
+        """Of every row the logits of each of its segments, at its text."""
+        batch = processor.rows([[examples[count] for count in row] for row in rows], shape, targets=True)
+        found = []
+        for row, segments, index in zip(np.asarray(logits(batch)), batch.segment_ids, batch.visual_index, strict=True):
+            found.append([row[(segments == number) & (index < 0)] for number in range(1, segments.max() + 1)])
+        return found
+
+    first, second = of_rows([0], [1], [3], [1]), of_rows([3], [0], [3], [1])
+    (packed,) = of_rows([1, 3])
     assert len(packed) == 2
-    close(packed[0], alone[1][0])
-    close(packed[1], alone[2][0])
-
-
-def rows_of(model, rows, shape):
-    """Of every row the logits of each of its segments, at its text."""
-    batch = model.processor.rows(rows, shape, targets=True)
-    logits = np.asarray(model.logits(batch))
-    found = []
-    for row, segments, index in zip(logits, batch.segment_ids, batch.visual_index, strict=True):
-        found.append([row[(segments == number) & (index < 0)] for number in range(1, segments.max() + 1)])
-    return found
+    close(first[0][0], second[1][0])
+    for found in (first[3][0], second[3][0], packed[0]):
+        close(found, first[1][0])
+    for found in (second[0][0], second[2][0], packed[1]):
+        close(found, first[2][0])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-def test_kept_tokens_keep_their_positions(name, released):
+def test_kept_tokens_keep_their_positions(name, released, logits_of):
     """As the release gives them where the other tokens are left out of its row by hand."""
     model = released(name)
     full = model.processor.rows([[example(name, model.processor, 1)]], targets=True)
@@ -198,4 +205,4 @@ def test_kept_tokens_keep_their_positions(name, released):
     np.testing.assert_array_equal(batch.positions[0][text], by_hand.positions[0][text])
     embed = jax.jit(functools.partial(reduced.apply, method="embed"))
     np.testing.assert_array_equal(embed(batch).positions, by_hand.positions)
-    close(reduced.logits(batch), model.logits(by_hand))
+    close(logits_of(name, reduced)(batch), logits_of(name, model)(by_hand))
