@@ -14,6 +14,8 @@ from vlm_jax.encoders import PACKED_ENCODERS
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
+from vlm_jax.pretrained.smaller_tile import smaller_tile
+from vlm_jax.processors.downsampled import DownsampledViews, TiledViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.reduction import Reduction
@@ -45,7 +47,8 @@ def with_budget(
         reducer leaves precisely so many (one that has fewer keeps them), and another connector bounds it. None
         leaves what the release has, or what the sections say.
       reducer: a training-free reducer, without parameters; where positions have three axes, tokens keep theirs
-        unless the section says otherwise.
+        unless the section says otherwise. `downsample_image` shows the encoder fewer pixels, of each tile as it is
+        made as released, and is a bound for a packed picture.
       connector: takes the place of the release's own; its parameters are drawn anew.
       path: of the config that the sections are from, for messages.
 
@@ -58,6 +61,10 @@ def with_budget(
         raise ConfigError(f"{path}.token_budget: this model reads no pictures for a language model; leave it out")
     reduces = reducer is not None and _section(reducer).get("kind") != "none"
     if connector is not None or reduces:
+        if model.reducer is not None:
+            raise ConfigError(
+                f"{path}.reducer: this system has the reducer {model.reducer.kind} already; start without"
+            )
         model = _with_joined_features(model)
     if connector is not None:
         system = _with_connector(system, model, tokens, _section(connector), f"{path}.connector")
@@ -165,7 +172,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     laid_out = connector.token_grid(grid)  # type: ignore[union-attr]
     at_tokens = packed or laid_out != grid
     if kind == "downsample_image":
-        return _with_smaller_pictures(system, model, tokens, path)
+        return _with_smaller_pictures(system, model, tokens, section, path)
     if packed and reducer_class.reduces_in == "encoder":
         raise ConfigError(
             f"{path}.kind: {kind} merges tokens inside the encoder, which breaks the windows and blocks of "
@@ -226,19 +233,29 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     return dataclasses.replace(system, model=reduced, make_processor=_returning(made_processor))
 
 
-def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, path: str) -> System:
-    """Fewer pixels: the bound of a native resolution, or a smaller tile."""
+def _with_smaller_pictures(
+    system: System, model: VLM, tokens: int | None, section: Mapping[str, Any], path: str
+) -> System:
+    """Fewer pixels: the bound of a native resolution, or tiles of which the encoder makes fewer patches.
+
+    Tiles are cut and finished as released, and each is then resized to fewer pixels. Its tokens form a grid of about
+    the released aspect, laid out as released, and each stands for as many patches as before: a connector that pools to
+    a grid of its own pools to the smaller one. Tables of positions are interpolated by the encoder.
+    """
     processor, views = system.processor, system.processor.views
     if tokens is None:
         raise ConfigError(f"{path}.kind: downsample_image needs a token_budget")
     if isinstance(views, NativeViews):
-        return dataclasses.replace(
-            system, make_processor=_returning(dataclasses.replace(processor, views=views.within(tokens)))
-        )
-    raise ConfigError(
-        f"{path}.kind: downsample_image changes the size of a tile, which the tables and the layout of "
-        f"{type(model.encoder).__name__} and {type(views).__name__} are for; choose another reducer"
-    )
+        parse_kind(REDUCERS, section, path, output_grid=(1, 1))  # its other settings
+        views = views.within(tokens)
+    else:
+        assert isinstance(views, TiledViews)
+        tile = smaller_tile(model, views, _grid_of_view(model, views), tokens, section, path)
+        model = model.clone(connector=tile.connector)
+        if tile.size != views.tile_shape[:2]:
+            views = DownsampledViews(views.retokened(tile.token_grid), tile.size)
+    processor = dataclasses.replace(processor, views=views)
+    return dataclasses.replace(system, model=model, make_processor=_returning(processor))
 
 
 def _check_kept_by_connector(model: VLM, reducer: Reducer, grid: Grid, path: str) -> None:

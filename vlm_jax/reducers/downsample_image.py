@@ -10,6 +10,9 @@ from vlm_jax.types import Grid
 class DownsampleImage(PassesFeatures):
     """Resizes the image, on the host, until its patches are as many as the budget.
 
+    On a release it is each tile that is resized, until the connector's tokens are as many (`pretrained.smaller_tile`,
+    `processors.downsampled`); a picture of native resolution, until its tokens are no more.
+
     Attributes:
       output_grid: rows and columns of patches of the smaller image, solved from the budget.
     """
