@@ -90,7 +90,7 @@ def test_noise_has_at_most_the_deviation_asked_for():
             r"config\.data\.max_digit: a digit of 13 pixels does not fit into a cell of 12 \(3x4",
         ),
         ({"max_digit": 7}, r"config\.data\.max_digit: 7 is below min_digit, 8"),
-        ({"rows": 0}, r"config\.data\.rows: at least 1 expected, got 0"),
+        ({"rows": 0}, r"config\.data\.rows: expected at least 1, got 0"),
         ({"cols": -1}, r"config\.data\.cols: at least 1"),
         ({"min_digit": 0}, r"config\.data\.min_digit: at least 1"),
         ({"variants": -1}, r"config\.data\.variants: 0 or more"),

@@ -178,11 +178,11 @@ GOOD = {"id": "g", "image": "a.png", "question": "q", "answer": "a"}
     ("line", "message"),
     [
         ('{"id": "x", ', "not JSON: "),
-        ("[1, 2]", "a JSON object expected, got list"),
+        ("[1, 2]", "expected a JSON object, got list"),
         (json.dumps({**GOOD, "id": "x", "imge": "b"}), "unknown key 'imge'; did you mean 'image'"),
         (json.dumps({"image": "a.png", "question": "q", "answer": "a"}), "key 'id' is missing"),
         (json.dumps({"id": "x", "question": "q", "answer": "a"}), "key 'image' is missing"),
-        (json.dumps({**GOOD, "id": 1.5}), "id: a text or an integer expected, got 1.5"),
+        (json.dumps({**GOOD, "id": 1.5}), "id: expected a string or an integer, got 1.5"),
         (json.dumps(GOOD), "id 'g' is that of line 1 too"),
         (json.dumps({**GOOD, "id": "x", "image": []}), "image: a path or a list of paths expected"),
         (json.dumps({**GOOD, "id": "x", "image": ["a", "b"]}), "2 images, but config.data.num_images is 1"),

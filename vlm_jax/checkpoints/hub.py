@@ -282,7 +282,7 @@ def _open_npz(path: Path) -> dict[str, LazyTensor]:
                     raise CheckpointFileError(
                         f"{path}: {key} is a pickled array, which is not read, because opening one can "
                         "run arbitrary code. Convert it once if you trust it: numpy.load(FILE, "
-                        "allow_pickle=True), then numpy.savez(NEW, **arrays) with number dtypes"
+                        "allow_pickle=True), then numpy.savez(NEW, **arrays) with numeric dtypes"
                     )
                 tensors[key] = LazyTensor(shape, _npy_dtype(dtype), _npz_reader(path, member))
     except (zipfile.BadZipFile, EOFError, OSError) as error:
@@ -302,7 +302,7 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _npy_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype to store: NumPy stores bfloat16 as two raw bytes."""
+    """The dtype of a stored array: NumPy stores bfloat16 as two raw bytes."""
     return np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
 

@@ -208,7 +208,7 @@ class VLM(nn.Module):
             places = batch.places
             if places is None:
                 raise ValueError(
-                    "this decoder drops visual tokens: expected a batch with places, as made by the processor of a system "
+                    "this decoder drops visual tokens: expected a batch with places, made by the processor of a system "
                     "with this reducer"
                 )
             places = jax.tree.map(jnp.asarray, places)

@@ -1,4 +1,4 @@
-"""From a stage's stream to device batches."""
+"""Batches of a stage's stream."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from vlm_jax.train.stages import Stage
 
 
 def rows(experiment: Experiment, stream: str, seed: int) -> grain.MapDataset:
-    """The rows of a stream, element i made from (seed, i): samples laid out by the processor."""
+    """The rows of a stream, batches of one made by the processor; element i depends on (seed, i)."""
     dataset = experiment.open_source().train(stream, seed)
     if stream == "cells":
         return dataset
@@ -21,13 +21,13 @@ def rows(experiment: Experiment, stream: str, seed: int) -> grain.MapDataset:
 def stage_batches(
     experiment: Experiment, stage: Stage, seed: int, *, num_workers: int = 0
 ) -> grain.DatasetIterator[Any]:
-    """This process's share of a stage's batches, from the first; its state can be saved and set.
+    """This process's part of a stage's batches, from the first; its state can be saved and set.
 
     Args:
-      experiment: the run's.
-      stage: whose stream and batch size.
-      seed: of the run.
-      num_workers: processes that make the batches; 0 for a thread of this one.
+      experiment: the run's experiment.
+      stage: provides the stream and batch size.
+      seed: seed of the run.
+      num_workers: processes that load batches; 0 for a thread of this process.
     """
     return batches(
         rows(experiment, stage.stream, seed),
