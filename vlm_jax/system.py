@@ -25,7 +25,7 @@ Params = dict[str, Any]
 
 
 class UnsupportedError(ValueError):
-    """An operation that a model does not support, such as generation without a decoder; the message has an alternative."""
+    """An operation that a model does not support, such as generation without a decoder; the message has the fix."""
 
 
 @dataclasses.dataclass(frozen=True)

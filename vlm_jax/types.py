@@ -248,8 +248,8 @@ class VisualPlaces:
       index: position of every token of every image (or tile), in order; T for a token without a position.
       ranking: True at the last position of each instruction, which is never dropped.
       lengths: static; length of a row after each of the decoder's drops, sufficient for every remaining real
-        position. Empty where it is computed from the index: T minus the maximum number of dropped tokens of
-        each image.
+        position. Empty where it is computed from the index: T minus the tokens that all images
+        lose, even if a row has fewer.
     """
 
     index: Int[Array, "B I M"]

@@ -132,5 +132,5 @@ def test_indicators_are_the_last_rows_and_learn():
 @pytest.mark.parametrize(("rows", "indicators"), [(3, 3), (3, -1)])
 def test_a_vocabulary_without_words_is_refused(rows, indicators):
     connector = CONNECTOR.clone(vocab_size=rows, num_indicators=indicators)
-    with pytest.raises(ValueError, match=f"{indicators} indicators leave no visual word of {rows} rows"):
+    with pytest.raises(ValueError, match=f"num_indicators: expected 0 to {rows - 1}, got {indicators}"):
         connector.init(jax.random.key(0), example(), deterministic=True)

@@ -54,7 +54,7 @@ REFUSED = {
     ("deepseek_vl_hybrid", "tome"): "has no blocks of its own",
     **{(name, kind): "no field saliency" for name in ("deepseek_vl_hybrid", "ovis", "ovis2")
        for kind in ("visionzip", "prumerge")},
-    **{("qwen", kind): "queries without a place" for kind in ("visionzip", "prumerge")},
+    **{("qwen", kind): "queries without a position" for kind in ("visionzip", "prumerge")},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
 }  # fmt: skip
 SIZES = [(20, 40), (33, 24), (16, 16)]  # of pictures, in pixels

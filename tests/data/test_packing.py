@@ -182,9 +182,9 @@ def test_a_finite_stream_has_as_many_rows_as_its_windows_and_no_more():
     rows = plan(repeat=False)
     assert len(rows) == count
     assert sorted(itertools.chain(*(rows[row] for row in range(count)))) == list(range(50))
-    with pytest.raises(IndexError, match=rf"the data has {count} rows, and none at {count}"):
+    with pytest.raises(IndexError, match=rf"the data has {count} rows, but not row {count}"):
         plan(repeat=False)[count]
-    with pytest.raises(IndexError, match="rows count from 0, got -1"):
+    with pytest.raises(IndexError, match="expected a row index of at least 0, got -1"):
         rows[-1]
 
 
@@ -254,7 +254,7 @@ def test_what_a_kill_leaves_is_passed_over_and_missing_or_broken_files_are_made_
     with caplog.at_level(logging.WARNING):
         assert [rows[row] for row in range(40)] == expected
     assert sorted(measure.elements) == list(range(12, 50))  # windows 1, 2 and 3
-    assert sum("cannot be read and is made again" in record.getMessage() for record in caplog.records) == 2
+    assert sum("cannot be read and is recomputed" in record.getMessage() for record in caplog.records) == 2
     assert [file.read_bytes() for file in files] == content
 
 
@@ -368,7 +368,7 @@ def test_a_batch_takes_the_smallest_bucket_that_holds_all_its_rows():
     [
         ({"epoch": 0}, ConfigError, "at least 1 sample, got 0"),
         ({"window": 0}, ValueError, "window and num_threads must be at least 1, got 0"),
-        ({"epoch": None, "repeat": False}, ValueError, "needs the number of its elements as epoch"),
+        ({"epoch": None, "repeat": False}, ValueError, "needs its number of elements as epoch"),
         ({"folder": "rows"}, ValueError, "need a fingerprint"),
     ],
 )

@@ -246,7 +246,7 @@ def test_sharded_over_devices_as_on_one(params):
     for leaf in states[0][0].cache.layers:
         assert leaf.shape[1] == 4
         assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), leaf.ndim)
-    with pytest.raises(GenerationError, match="lay it out with context=1, not 8"):
+    with pytest.raises(GenerationError, match="expected context=1, got 8"):
         generate(model, whole, batch, mesh=make_mesh(MeshSettings(context=8)), **options)
 
 

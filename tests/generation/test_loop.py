@@ -171,7 +171,7 @@ def test_logits_that_are_nan_are_named_by_row_and_step(first, step):
     if step is None:
         assert run({"table": table}, batch, end_ids=[6]).lengths.tolist() == [8, 3]
         return
-    with pytest.raises(GenerationError, match=rf"sample 'b': .* new token {step} \(from 0\) are NaN; look for NaN"):
+    with pytest.raises(GenerationError, match=rf"sample 'b': .* new token {step} \(from 0\) are NaN; check the"):
         run({"table": table}, batch, names=["sample 'a'", "sample 'b'"])
 
 
@@ -211,7 +211,7 @@ def test_nan_behind_the_end_of_a_row_that_the_host_ends_is_no_error(chunk, mesh)
         ({"cache_dtype": "int8"}, "cache_dtype: expected float32 or bfloat16, got 'int8'"),
         (
             {"cache_length": 9},
-            r"long: a prompt of 3 tokens, in a batch padded to 3, and 8 new tokens need 10 slots, and the cache has 9",
+            r"long: a prompt of 3 tokens, in a batch padded to 3, and 8 new tokens need 10 slots, but the cache has 9",
         ),
         (
             {"buckets": [2, 1]},
@@ -239,7 +239,7 @@ def test_a_row_that_is_not_one_prompt_is_named(segments, got):
     batch = prompts([1], [1, 2, 3])
     batch.segment_ids[1] = segments
     with pytest.raises(
-        GenerationError, match=rf"long: expected segment ids 0 .* got {re.escape(got)}; give each prompt"
+        GenerationError, match=rf"long: expected segment ids 0 .* got {re.escape(got)}; put each prompt"
     ):
         run(COUNTING, batch, names=["short", "long"])
 
@@ -248,7 +248,7 @@ def test_a_row_with_branches_is_named():
     """A cache does not know of branches."""
     batch = prompts([1], [1, 2, 3])
     batch = dataclasses.replace(batch, branch_ids=np.asarray([[0, 0, 0], [0, 1, 2]], np.int32))
-    with pytest.raises(GenerationError, match=r"long: the batch has branch_ids, .* give each branch a row of its own"):
+    with pytest.raises(GenerationError, match=r"long: the batch has branch_ids, .* put each branch in a separate row"):
         run(COUNTING, batch, names=["short", "long"])
 
 

@@ -164,7 +164,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_row(monkeypatch, tokenizer
 
 
 @pytest.mark.parametrize(
-    ("stop", "message"), [(["a", ""], "a stop string is empty"), ("ab", r"got the string 'ab'; give \['ab'\]")]
+    ("stop", "message"), [(["a", ""], "expected non-empty strings"), ("ab", r"got the string 'ab'; pass \['ab'\]")]
 )
 def test_stop_strings_that_would_end_every_answer_are_refused(tokenizer, stop, message):
     zeros = np.zeros((1, 1), np.int32)

@@ -216,7 +216,7 @@ def test_a_classifier(tmp_path, resample):
     found = np.asarray(ours.logits(batch))
     assert np.abs(found - logits).max() <= 1e-4 * np.abs(logits).max()
     assert [ours.labels[row.argmax()] for row in found] == [model.config.id2label[row.argmax()] for row in logits]
-    with pytest.raises(UnsupportedError, match="answers no conversation"):
+    with pytest.raises(UnsupportedError, match="has no conversations"):
         ours.generate([{"role": "user", "content": "What?"}], max_new_tokens=1)
     with pytest.raises(PretrainedError, match="not a two-tower model"):
         ours.encode_texts(["a"])
@@ -234,9 +234,9 @@ def test_towers_alone(tmp_path):
     whole = vlm_jax.from_pretrained(tmp_path / "whole").processor(pictures(2), TEXTS)
     np.testing.assert_array_equal(vision.processor(pictures(2)).images, whole.images)
     np.testing.assert_array_equal(text.processor(texts=TEXTS).tokens, whole.tokens)
-    with pytest.raises(ValueError, match="reads no texts"):
+    with pytest.raises(ValueError, match="takes no texts"):
         vision.processor(texts=TEXTS)
-    with pytest.raises(ValueError, match="reads no pictures"):
+    with pytest.raises(ValueError, match="takes no images"):
         text.processor(pictures(1))
 
 

@@ -73,7 +73,7 @@ def test_a_tied_head_that_is_not_the_table_is_refused(tmp_path):
     [
         (
             {**TINY, "model_type": "lama"},
-            "text_config.model_type: no language model 'lama' here; did you mean 'llama'?",
+            "text_config.model_type: unsupported language model 'lama'; did you mean 'llama'?",
         ),
         ({"vocab_size": 3}, "text_config: expected the key model_type"),
         ({**TINY, "hidden_act": "tanh"}, "text_config.hidden_act: expected 'gelu' or"),

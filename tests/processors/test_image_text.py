@@ -68,11 +68,11 @@ def test_the_middle_of_a_picture_shrunk_by_areas():
 def test_what_is_not_read_is_refused(tokenizer):
     picture, texts = Image.new("RGB", (8, 8)), TextInputs(tokenizer, 4, 0)
     images = SquareInputs(SquareViews(Pixels(), (8, 8)))
-    with pytest.raises(PictureMismatch, match="reads no pictures, and 1 are given"):
+    with pytest.raises(PictureMismatch, match="takes no images, got 1"):
         ImageTextProcessor(None, texts)([picture])
-    with pytest.raises(PictureMismatch, match="reads no texts"):
+    with pytest.raises(PictureMismatch, match="takes no texts"):
         ImageTextProcessor(images)([picture], ["a"])
-    with pytest.raises(PictureMismatch, match="neither pictures nor texts"):
+    with pytest.raises(PictureMismatch, match="expected images or texts, got none"):
         ImageTextProcessor(images, texts)()
     with pytest.raises(PictureMismatch, match="expected a list of texts"):
         ImageTextProcessor(images, texts)(texts="a")

@@ -77,7 +77,7 @@ def test_a_sequence_that_fills_the_row_fits():
 
 
 def test_a_longer_sequence_is_an_error_and_never_cut():
-    with pytest.raises(ValueError, match="9 positions do not fit into a row of 8"):
+    with pytest.raises(ValueError, match="9 positions do not fit in a row of 8"):
         lay_out([PIECES], 8, pad_id=PAD)
 
 

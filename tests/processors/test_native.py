@@ -46,7 +46,7 @@ def test_frames_have_pixels_of_their_own():
 
 def test_pictures_of_which_nothing_is_left_are_refused():
     thin = NativeViews(Pixels(), FORMAT, ovis_size, 64, 4096)
-    with pytest.raises(CorruptImage, match="a picture of 9x1700 pixels is too thin for 4096"):
+    with pytest.raises(CorruptImage, match="an image of 9x1700 pixels is too thin for at most 4096"):
         thin.layouts([(9, 1700)])
 
 

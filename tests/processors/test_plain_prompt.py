@@ -91,15 +91,15 @@ def test_context_stands_where_the_images_would():
 @pytest.mark.parametrize(
     ("messages", "images", "error", "message"),
     [
-        (dialogue(TURNS, num_images=1), (), PictureMismatch, "page: its text has 1 places for images, but 0 are given"),
+        (dialogue(TURNS, num_images=1), (), PictureMismatch, "page: its text has 1 image placeholders, but got 0"),
         (
             dialogue(TURNS, num_images=1),
             (PICTURE,) * 2,
             PictureMismatch,
-            "page: its text has 1 places for images, but 2 are given",
+            "page: its text has 1 image placeholders, but got 2",
         ),
-        (dialogue(TURNS, num_images=1)[1:2], (), PromptError, "page: no message of a user"),
-        (dialogue(TURNS, num_images=1)[:1], (PICTURE,), PromptError, "page: no assistant says anything in it"),
+        (dialogue(TURNS, num_images=1)[1:2], (), PromptError, "page: expected at least one user message"),
+        (dialogue(TURNS, num_images=1)[:1], (PICTURE,), PromptError, "page: expected at least one assistant message"),
         (dialogue([Turn("who", "1")]), (), UnknownText, "page: .* no 'who'"),
         (
             dialogue(TURNS * 2, num_images=1),
@@ -121,7 +121,7 @@ def test_a_sample_that_does_not_fit_is_named(messages, images, error, message):
 
 
 def test_variables_of_templates_are_refused():
-    with pytest.raises(PromptError, match="conversation 0: no chat template reads enable_thinking"):
+    with pytest.raises(PromptError, match="conversation 0: without a chat template, enable_thinking"):
         PROCESSOR.example(dialogue(TURNS), enable_thinking=True)
 
 
@@ -183,7 +183,7 @@ def test_a_question_may_stand_before_its_picture():
         ("count 7!", "has no '!', in the text 'count 7!'"),
         ("<bx>(1,2)", "has no '<bx>', in the text '<bx>(1,2)'"),
         ("count 7é", "has no 'é', in the text 'count 7é'"),
-        ("count <image>", "special token <image> may not stand in a text, here 'count <image>'"),
+        ("count <image>", "special token <image> is not allowed in a text, got 'count <image>'"),
     ],
 )
 def test_an_unknown_word_or_a_special_token_is_named_with_its_text(text, told):

@@ -100,7 +100,7 @@ def test_pictures_may_stand_in_the_messages():
     found = processor()(inside)
     np.testing.assert_array_equal(found.tokens, beside.tokens)
     np.testing.assert_array_equal(found.images, beside.images)
-    with pytest.raises(PictureMismatch, match="conversation 0: images stand both in its messages and beside them"):
+    with pytest.raises(PictureMismatch, match="conversation 0: images are given both in its messages and separately"):
         processor()(inside, [picture()])
 
 
@@ -136,9 +136,9 @@ def test_lists_are_joined_for_templates_of_texts():
 @pytest.mark.parametrize(
     ("messages", "given", "told"),
     [
-        (say("a"), 1, "has 0 places for images, but 1 are given"),
-        (say("<image>"), 0, "has 1 places for images, but 0 are given"),
-        (say("<image>", "<image> in a text"), 1, "has 2 places for images, but 1 are given"),
+        (say("a"), 1, "has 0 image placeholders, but got 1"),
+        (say("<image>"), 0, "has 1 image placeholders, but got 0"),
+        (say("<image>", "<image> in a text"), 1, "has 2 image placeholders, but got 1"),
     ],
 )
 def test_places_and_pictures_that_differ(messages, given, told):
@@ -153,10 +153,10 @@ def test_places_and_pictures_that_differ(messages, given, told):
         ("hi", [], [], PromptError, "got the string 'hi'; write [{\"role\": \"user\", \"content\": 'hi'}]"),
         (say("a")[0], [], [], PromptError, "got one dict; write [message]"),
         (None, [], [], PromptError, "expected a list of messages such as"),
-        ([*say("a"), "b"], [], [], PromptError, "message 1: expected one such as"),
+        ([*say("a"), "b"], [], [], PromptError, "message 1: expected a dict such as"),
         (say("<image>"), "a.png", [], PictureMismatch, "images: expected a list, got 'a.png'; write ['a.png']"),
         (say("<image>"), picture(), [], PictureMismatch, "images: expected a list, got one ndarray; write […]"),
-        (say("<image>"), None, [], PictureMismatch, "images: expected a list, got None; leave it out or give []"),
+        (say("<image>"), None, [], PictureMismatch, "images: expected a list, got None; leave it out or pass []"),
         (say("<video>"), [], "a.mp4", PictureMismatch, "videos: expected a list, got 'a.mp4'; write ['a.mp4']"),
     ],
 )  # fmt: skip
@@ -180,10 +180,10 @@ def test_a_budget_of_visual_tokens():
     wide = picture(4, 12)
     assert (tiles(say("<image>"), [wide]).visual_index >= 0).sum() == 4  # three tiles and the whole
     assert (tiles(say("<image>"), [wide], max_visual_tokens=3).visual_index >= 0).sum() == 3
-    with pytest.raises(InfeasibleBudget, match="takes 3 visual tokens at least, more than the 2 allowed"):
+    with pytest.raises(InfeasibleBudget, match="takes at least 3 visual tokens, more than the 2 allowed"):
         processor()(say("<image>"), [picture()], max_visual_tokens=2)
     native = processor(NativeViews(Pixels(), PatchFormat(4, 1, 1), qwen_size, 64, 4096), {"image": "<image>"})
-    with pytest.raises(InfeasibleBudget, match="conversation 0, image 0: takes 8 visual tokens at least, over 5"):
+    with pytest.raises(InfeasibleBudget, match="conversation 0, image 0: takes at least 8 visual tokens, over 5"):
         native(say("<image>"), [picture(2, 80)], max_visual_tokens=5)
 
 
@@ -206,14 +206,14 @@ def test_a_budget_of_a_video():
 def test_every_error_names_its_sample():
     native = processor(NativeViews(Pixels(), PatchFormat(4, 1, 1), qwen_size, 64, 4096), {"image": "<image>"})
     for made, given, told in (
-        (native, {"images": [[], [picture(1, 300)]]}, "conversation 1: a picture of 1x300 pixels"),
-        (processor(), {"images": [[], [picture()]], "max_visual_tokens": 2}, "conversation 0: a picture takes 3"),
+        (native, {"images": [[], [picture(1, 300)]]}, "conversation 1: an image of 1x300 pixels"),
+        (processor(), {"images": [[], [picture()]], "max_visual_tokens": 2}, "0: an image takes at least 3"),
     ):
         with pytest.raises(ValueError, match=told):
             made.batch([say("a"), say("<image>")], **given)
-    with pytest.raises(PictureMismatch, match="conversation 0, video 0: this system takes pictures and no videos"):
+    with pytest.raises(PictureMismatch, match="conversation 0, video 0: this system does not support videos"):
         processor()(say("<video>"), videos=[[picture()]])
-    with pytest.raises(ChatTemplateError, match="conversation 0: the chat template: nothing in it reads 'max_pix"):
+    with pytest.raises(ChatTemplateError, match="conversation 0: the chat template: unused variable 'max_pix"):
         processor()(say("a"), max_pixels=9)
     with pytest.raises(ChatTemplateError, match="conversation 1: the chat template: expected at least one message"):
         processor().batch([say("a"), []])
@@ -338,7 +338,7 @@ def test_packed_examples_on_three_axes_begin_again():
     ("shape", "told"),
     [
         (RowShape(13, 2), "sample 'x', 'y' is 14 tokens long, over the limit of 13; raise L by 1 or more"),
-        (RowShape(14, 1), "sample 'x', 'y' has 2 tiles or places of patches, over the limit of 1; raise I by 1 or"),
+        (RowShape(14, 1), "sample 'x', 'y' has 2 tiles or patches, over the limit of 1; raise I by 1 or"),
     ],
 )
 def test_examples_that_do_not_fit_a_row_are_named(shape, told):

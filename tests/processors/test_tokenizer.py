@@ -162,7 +162,7 @@ def test_qwen2s_two_files(tmp_path):
     write(tmp_path, tokenizer_config__json={"tokenizer_class": "GPT2Tokenizer"})
     with pytest.raises(
         TokenizerError,
-        match=r"for Qwen2Tokenizer and CLIPTokenizer, tokenizer_config\.json names GPT2Tokenizer",
+        match=r"tokenizer_class Qwen2Tokenizer or CLIPTokenizer, tokenizer_config\.json has GPT2Tokenizer",
     ):
         Tokenizer.from_folder(tmp_path)
 

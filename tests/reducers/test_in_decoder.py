@@ -296,11 +296,11 @@ def test_schedules_are_those_of_the_papers():
 @pytest.mark.parametrize(
     ("reducer", "message"),
     [
-        (FastV(4, 16, 2), r"config\.reducer: fastv drops tokens before layers \[2\]; a decoder of 2 layers .* 1 to 1"),
+        (FastV(4, 16, 2), r"config\.reducer: fastv drops tokens before layers \[2\]; with 2 decoder layers, .* 1 to 1"),
         (FastV(4, 16, 3, layer=0), r"before layers \[0\]"),
         (PyramidDrop(4, 16, 3, layers=()), r"before layers \[\]"),
-        (PyramidDrop(4, 16, 3, layers=(2, 2)), r"before layers \[2, 2\]; .* once before each"),
-        (FastV(4, 16, 3, num_shown=3), r"config\.reducer\.num_shown: 4 tokens are to be left .* only 3 are shown"),
+        (PyramidDrop(4, 16, 3, layers=(2, 2)), r"before layers \[2, 2\]; .* distinct layers"),
+        (FastV(4, 16, 3, num_shown=3), r"config\.reducer\.num_shown: expected at least the 4 tokens to keep .* got 3"),
     ],
 )
 def test_drops_that_cannot_be_made_are_refused(reducer, message):

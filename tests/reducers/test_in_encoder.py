@@ -156,7 +156,7 @@ def test_bfloat16_is_near_to_float32(fields):
     ids=str,
 )
 def test_an_encoder_that_cannot_say_so_refuses(fields, asked):
-    with pytest.raises(ValueError, match="a reducer that looks into the encoder wants blocks"):
+    with pytest.raises(ValueError, match="a reducer inside the encoder needs at least one block"):
         jax.eval_shape(vit(**fields, **asked).init, jax.random.key(0), IMAGES)
 
 

@@ -76,8 +76,8 @@ def answers_of(workdir, label):
 
 def test_points_that_cannot_be_met_are_named_and_the_others_go_on(finished):
     workdir, said = finished
-    assert "none@4: left out: release.token_budget: a picture takes 36 visual tokens at least" in said
-    assert "pool: left out: a connector, which would be drawn anew and has learned nothing; train it" in said
+    assert "none@4: skipped: release.token_budget: an image takes at least 36 visual tokens" in said
+    assert "pool: skipped: a connector, whose parameters would be random; train it" in said
     assert [line["label"] for line in lines(workdir / "results.jsonl")] == ["none@released", "fastv@4"]
 
 
@@ -151,7 +151,7 @@ def test_a_stopped_point_goes_on_behind_its_last_whole_line(evaluation, finished
     for result in found + expected:
         del result["seconds_per_sample"]
     assert found == expected
-    with pytest.raises(ConfigError, match=r"was made by another config.*\n.*config\.batch_size: 2 here, 3 there"):
+    with pytest.raises(ConfigError, match=r"was created with another config.*\n.*config\.batch_size: 2 here, 3 there"):
         evaluation(tmp_path / "work", batch_size=3)
 
 

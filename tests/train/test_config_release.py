@@ -113,7 +113,7 @@ def test_a_workdir_answers_with_the_trained_parameters(run, folder):
     [
         ({"encoder": {"widht": 3}}, r"config\.encoder\.widht: unknown or unused key; did you mean 'width'"),
         ({"row": {"length": None, "images": 1, "text_length": 9}}, r"config\.row: a release needs length"),
-        ({"token_budget_per": "tile"}, r"config\.token_budget_per: of a release"),
+        ({"token_budget_per": "tile"}, r"config\.token_budget_per: the budget of a release"),
         (
             {"evaluation": {"batch_size": 1, "question_length": 9, "max_new_tokens": 2}},
             r"config\.evaluation\.question_length: .* set it to None",
@@ -138,7 +138,7 @@ def test_training_rows_with_a_reducer_on_native_resolution_are_refused(tmp_path,
     (tmp_path / "qwen").mkdir()
     releases.make("qwen2_5_vl", tmp_path / "qwen")
     reducer = {"kind": "random"}
-    with pytest.raises(ConfigError, match=r"config\.reducer\.kind: random acts on pictures of any number"):
+    with pytest.raises(ConfigError, match=r"config\.reducer\.kind: random acts on any number"):
         build(config_of(folder, release=str(tmp_path / "qwen"), reducer=reducer, token_budget=2))
 
 

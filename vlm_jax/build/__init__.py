@@ -230,7 +230,7 @@ def _of_release(config: Any) -> Experiment:
         raise ConfigError("config.token_budget_per: the budget of a release is per image, or per tile; set it to image")
     row = parse(RowSettings, config.row, "config.row")
     if row.length is None or row.images is None:
-        raise ConfigError("config.row: a release needs length (positions) and images (tiles, or places of patches)")
+        raise ConfigError("config.row: a release needs length (positions) and images (tiles, or patches)")
     if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
         raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     source = parse_kind(SOURCES, config.data, "config.data")

@@ -92,7 +92,7 @@ class Pretrained:
     def with_budget(
         self, tokens: int | None = None, *, reducer: Section | None = None, connector: Section | None = None
     ) -> "Pretrained":
-        """The model with a token budget; parameters are shared, except a new connector's, which are initialised randomly.
+        """The model with a token budget; parameters are shared, except random ones of a new connector.
 
         Args:
           tokens, reducer, connector: as in `budgets.with_budget`.
@@ -213,8 +213,8 @@ class Pretrained:
           sampling: sampling settings; by default the most likely token.
           stop: strings before which the answer ends.
           stop_tokens: names of tokens that end it, in addition to `end_ids`.
-          processor_options: further arguments of `Processor.batch`, and variables of the chat template, such as `fps` and
-            `enable_thinking`.
+          processor_options: further arguments of `Processor.batch`, and variables of the chat template, such as
+            `fps` and `enable_thinking`.
           on_text: called with each piece of the answer as it is generated.
           **options: arguments of `generation.engine.generate`, such as `chunk`, `cache_dtype` and `cache_length`.
 

@@ -199,7 +199,7 @@ class ImageTextProcessor:
         if isinstance(texts, str):
             raise PictureMismatch(f"texts: expected a list of texts, got the text {texts!r}; write [{texts!r}]")
         check_list(images, "images")
-        for what, given, reads in (("pictures", images, self.images), ("texts", texts, self.texts)):
+        for what, given, reads in (("images", images, self.images), ("texts", texts, self.texts)):
             if given and reads is None:
                 raise PictureMismatch(f"this model takes no {what}, got {len(given)}")
         if not images and not texts:

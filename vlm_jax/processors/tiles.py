@@ -329,7 +329,7 @@ class DeepSeekVL2Views(Tiles):
 
 @dataclasses.dataclass(frozen=True)
 class Ovis2Views(Tiles):
-    """The fewest parts that keep 90% of the pixels, each on a square canvas; first the whole image if there are several.
+    """The fewest parts that keep 90% of the pixels, each on a square canvas, after the whole image if several.
 
     Learned rows: 0 starts an image, 1 ends the first tile, 2 separates columns, 3 separates rows, 4 ends the image.
 

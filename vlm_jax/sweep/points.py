@@ -91,8 +91,8 @@ def sweep_settings(config: Any) -> SweepSettings:
     for label in settings.shared:
         if "connector" in config.base.stages[label].learning_rates:
             raise ConfigError(
-                f"config.base.stages.{label}.learning_rates.connector: a shared stage must not train the connector, since "
-                "every point has its own"
+                f"config.base.stages.{label}.learning_rates.connector: a shared stage must not train the connector, "
+                "since every point has its own"
             )
     return settings
 

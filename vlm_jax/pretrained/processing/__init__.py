@@ -151,7 +151,7 @@ def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
     if isinstance(inputs, NaflexInputs):
         told, found, what = tower.patch_size, inputs.patch_size, "patches"
     elif isinstance(inputs, SquareInputs | TensorFlowInputs):
-        found, what = inputs.size, "pictures"
+        found, what = inputs.size, "images"
     else:
         return
     if told is not None and told != found:
