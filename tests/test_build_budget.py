@@ -45,7 +45,7 @@ def made(budget=16, per="image", native=None, **changes):
 
 
 def page(*sizes, seed=0):
-    """A sample with a picture of each of the sizes."""
+    """A sample with an image of each of the sizes."""
     rng = np.random.default_rng(seed)
     pictures = tuple(rng.integers(0, 256, (*size, 1), np.uint8) for size in sizes)
     return Sample("page", dialogue([Turn("count 7", "2")], num_images=len(sizes)), pictures, "count")
@@ -175,7 +175,7 @@ def test_pictures_of_any_size_stay_within_their_budget(native):
         assert row.visual_index[row.visual_index >= 0].tolist() == list(range(count))
         height, width = (max(block, round(side / block) * block) for side in size)
         tokens = system.model.connector.num_tokens(system.model.encoder.grid(height, width))
-        assert count == tokens or tokens > 16  # small pictures stay as they are
+        assert count == tokens or tokens > 16  # small images stay as they are
         assert isinstance(row.images, PackedPatches)
         found.add(tuple(leaf.shape for leaf in jax.tree.leaves(row.images)))
     assert found == {tuple(leaf.shape for leaf in jax.tree.leaves(shapes(experiment)))}

@@ -88,9 +88,9 @@ class Folder:
       whole: the golden folder as it is, weights and files; `files` come beside.
       names: of some tensors, with their shapes, from which the family tells what stands before the others.
       added: tokens that the tokenizer has beside bytes.
-      image: what the chat template writes for a picture; None where the release has a template in its code.
+      image: what the chat template writes for an image; None where the release has a template in its code.
       files: of the processor.
-      options: of `Processor.example`, to keep pictures small.
+      options: of `Processor.example`, to keep images small.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)

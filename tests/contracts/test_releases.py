@@ -23,7 +23,7 @@ CELLS = {
 }
 IN_DECODER = ("fastv", "pyramid_drop")
 BUDGET = 4
-# Tokens of a tile, or of the 20x40 picture that is packed; and its tiles.
+# Tokens of a tile, or of the 20x40 image that is packed; and its tiles.
 TOKENS = {
     "deepseek_vl": (16, 1),
     "deepseek_vl_hybrid": (16, 1),
@@ -57,7 +57,7 @@ REFUSED = {
     **{("qwen", kind): "queries without a position" for kind in ("visionzip", "prumerge")},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
 }  # fmt: skip
-SIZES = [(20, 40), (33, 24), (16, 16)]  # of pictures, in pixels
+SIZES = [(20, 40), (33, 24), (16, 16)]  # of images, in pixels
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_budget_is_met_or_refused(name, cell, released):
     batch = processor.rows([[example(name, processor, 1)]], targets=True)
     shown = int((batch.visual_index >= processor.num_learned).sum())
     if name in PACKED and cell in ("downsample_image", "pixel_shuffle"):
-        assert 1 <= shown <= BUDGET  # fewer pixels, of the picture's aspect
+        assert 1 <= shown <= BUDGET  # fewer pixels, of the image's aspect
     elif cell in IN_DECODER:
         assert shown >= tokens
         length = int((batch.segment_ids > 0).sum())
@@ -134,7 +134,7 @@ def test_a_full_budget_changes_no_logit(name, released):
     ("name", "cell"), [*((name, "divprune") for name in sorted(FOLDERS)), ("llava", "fastv"), ("qwen2_5_vl", "fastv")]
 )
 def test_rows_do_not_depend_on_their_neighbours(name, cell, released):
-    """Of 0, 1 and 3 pictures in a batch, and of two conversations in a row."""
+    """Of 0, 1 and 3 images in a batch, and of two conversations in a row."""
     model = released(name).with_budget(BUDGET, **CELLS[cell])
     processor = model.processor
     examples = [example(name, processor, count) for count in (0, 1, 3)]

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, SigLIP 2 and ViT of transformers beside ours: one saved folder, the same pictures and texts."""
+"""CLIP, SigLIP, SigLIP 2 and ViT of transformers beside ours: one saved folder, the same images and texts."""
 
 import json
 
@@ -260,7 +260,7 @@ def vit(folder):
 
 @pytest.mark.parametrize("made", [clip, vit], ids=lambda made: made.__name__)
 def test_the_size_asked_for_at_load_is_that_of_the_pictures(tmp_path, made):
-    """A middle is cut from as much of a picture as before; what is written says so to both."""
+    """A middle is cut from as much of an image as before; what is written says so to both."""
     processor, _, _ = made(tmp_path / "released")
     ours = vlm_jax.from_pretrained(tmp_path / "released", image_size=32)
     image_processor = getattr(processor, "image_processor", processor)

@@ -68,7 +68,7 @@ def test_greedy_ids_of_ragged_batches(name, tmp_path):
 
 
 def with_a_picture(length):
-    """Positions on three axes: two tokens, a picture of 1 x 2 x 3, and what follows it."""
+    """Positions on three axes: two tokens, an image of 1 x 2 x 3, and what follows it."""
     grid = [[2, 2 + row, 2 + column] for row in range(2) for column in range(3)]
     axes = [[0] * 3, [1] * 3, *grid, *([5 + i] * 3 for i in range(length))]
     return np.array(axes[:length])

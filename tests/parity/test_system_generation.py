@@ -286,7 +286,7 @@ def test_answers_of_a_ragged_batch(system):
 
 
 def test_the_command_line(system, tmp_path):
-    """A process for each system: pictures from files, the answer on standard output."""
+    """A process for each system: images from files, the answer on standard output."""
     images = pictures(2)
     for name, image in zip("ab", images, strict=True):
         image.save(tmp_path / f"{name}.png")
@@ -303,7 +303,7 @@ def test_the_command_line(system, tmp_path):
 
 
 def test_boxes_and_documents_in_pixels_of_what_was_seen(tmp_path):
-    """Qwen2.5-VL counts pixels of the picture as its processor resized it."""
+    """Qwen2.5-VL counts pixels of the image as its processor resized it."""
     processor, _, ours = qwen2_5_vl(tmp_path)
     picture = pictures(5)[4]
     _, rows, cols = official(processor, conversation(1), [picture])["image_grid_thw"][0] * 4

@@ -180,7 +180,7 @@ def test_logits_of_images_of_one_size(name, tmp_path):
 
 
 def test_logits_of_llava_next(tmp_path):
-    """A picture of two tiles beside one of a single row of them, each with its newlines."""
+    """An image of two tiles beside one of a single row of them, each with its newlines."""
     pinpoints = [[16, 32], [32, 16], [32, 32]]
     sections = {
         "vision_config": CLIP,

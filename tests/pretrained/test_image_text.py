@@ -94,7 +94,7 @@ def gemma_model(size):
 
 
 def test_pictures_without_a_tokenizer(tmp_path, picture):
-    """Released archives of big_vision have none: pictures are read, texts are refused by name."""
+    """Released archives of big_vision have none: images are read, texts are refused by name."""
     ours = copied("bv_siglip", tmp_path)
     side = ours.module.image.image_size
     (found,) = ours.processor([picture]).images

@@ -104,7 +104,7 @@ def test_an_unknown_model_is_named_before_its_tower_is_looked_for(tmp_path):
 
 
 def test_the_processor_knows_the_tower(tmp_path):
-    """Sizes of pictures are the tower's, which only its own folder states."""
+    """Sizes of images are the tower's, which only its own folder states."""
     from vlm_jax.pretrained.processing import llava
 
     ours = vlm_jax.from_pretrained(released("llava15", tmp_path, tower="../clip"))

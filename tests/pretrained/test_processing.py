@@ -112,7 +112,7 @@ def tokenizer_files(folder, *added):
 
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
-# Of a golden folder's config: added tokens, files of the processor, and the prompt but for what pictures take.
+# Of a golden folder's config: added tokens, files of the processor, and the prompt but for what images take.
 RELEASES = {
     "llava15": ([], {}, " USER: [image]\nWhat? ASSISTANT:"),
     "llava16_anyres": ([], {}, " USER: [image]\nWhat? ASSISTANT:"),

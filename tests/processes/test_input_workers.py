@@ -17,7 +17,7 @@ from vlm_jax.train.input import rows
 
 
 def files(folder, cut=()):
-    """The rows of eight small pictures; those of `cut` end too early."""
+    """The rows of eight small images; those of `cut` end too early."""
     for number in range(8):
         path = folder / f"{number}.png"
         Image.new("L", (24, 24), 30 * number).save(path)

@@ -113,7 +113,7 @@ def turned(degrees):
     ],
 )
 def test_every_kind_reaches_released_systems_in_rgb(picture, kind, options, pixels):
-    """As a file, and as the picture that Pillow opened, which is not upright by itself."""
+    """As a file, and as the image that Pillow opened, which is not upright by itself."""
     data = saved(picture, kind, **options)
     for source in (data, Image.open(io.BytesIO(data))):
         found = to_picture(source)

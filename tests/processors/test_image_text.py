@@ -1,4 +1,4 @@
-"""Pictures and texts of two towers and classifiers; `tests/parity/test_image_text.py` compares whole folders."""
+"""Images and texts of two towers and classifiers; `tests/parity/test_image_text.py` compares whole folders."""
 
 import inspect
 import pathlib

@@ -90,7 +90,7 @@ def grey(height, width):
 
 
 def bounded(pixels, form, most, **fields):
-    """Pictures of at most so many blocks."""
+    """Images of at most so many blocks."""
     return NativeViews(pixels, form, bounded_size, 1, most * form.block_size**2, **fields)
 
 

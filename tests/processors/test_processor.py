@@ -284,13 +284,13 @@ def test_a_measure_is_the_load_of_the_example(views, sizes, video, limits):
     row = made.rows([[example]], targets=False)
     assert row.tokens.shape == (1, example.load.length)
     taken = 0 if row.images is None else (row.images.patches if views is NATIVE else row.images).shape[1]
-    assert taken <= example.load.images  # several pictures with windows may be packed more densely
+    assert taken <= example.load.images  # several images with windows may be packed more densely
     assert (taken == example.load.images) or (views is NATIVE and len(sizes) + len(videos) > 1)
 
 
 @pytest.mark.parametrize("views", [TILES, NATIVE])
 def test_rows_of_any_number_of_pictures_have_one_shape(views):
-    """One compiled step reads rows of 0, 1 and 3 pictures, and those of several examples."""
+    """One compiled step reads rows of 0, 1 and 3 images, and those of several examples."""
     made = processor(views, {"image": "<image>"}, rotary_3d=views is NATIVE)
     template = ChatTemplate(
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}</a>{% else %}{% for c in m.content %}"
@@ -310,12 +310,12 @@ def test_rows_of_any_number_of_pictures_have_one_shape(views):
 
 
 def test_visual_rows_of_packed_examples_are_counted_over_the_row():
-    """The learned rows are shared; those of pictures go on behind the ones of the example before."""
+    """The learned rows are shared; those of images go on behind the ones of the example before."""
     views = Ovis2Views(Pixels(), 4, 2)
     made = processor(views, num_learned=5, learned_ids=(51, 52, 53, 54, 55))
     first, second = (made.example(say("<image>"), [picture(value=value)]) for value in (10, 20))
     row = made.rows([[first, second]], RowShape(16, 3), targets=True)
-    place = [-1, 0, 5, 6, 1, 4, -1]  # beginning, learned 0, two of the picture, learned 1 and 4, head of the answer
+    place = [-1, 0, 5, 6, 1, 4, -1]  # beginning, learned 0, two of the image, learned 1 and 4, head of the answer
     np.testing.assert_array_equal(row.visual_index[0], [*place, -1, 0, 7, 8, 1, 4, -1, -1, -1])
     np.testing.assert_array_equal(row.segment_ids[0], [1] * 7 + [2] * 7 + [0] * 2)
     np.testing.assert_array_equal(row.positions[0], [*range(7), *range(7), 0, 0])

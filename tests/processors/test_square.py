@@ -1,4 +1,4 @@
-"""One view of a picture: where its pixels go, by pictures of one colour with marks."""
+"""One view of an image: where its pixels go, by images of one colour with marks."""
 
 import numpy as np
 import pytest

@@ -133,7 +133,7 @@ def test_layouts_of_anyres(merge, canvas):
 
 
 def test_borders_of_a_canvas_take_no_place():
-    # On two tiles the picture is a square: of four columns the middle ones show it.
+    # On two tiles the image is a square: of four columns the middle ones show it.
     (layout,) = anyres("spatial_unpad").layouts([(50, 50)])
     np.testing.assert_array_equal(layout, [0, 1, 2, 3, 5, 8, -1, 7, 10, -1])
     canvas = np.asarray(anyres("flat").canvas(Image.new("RGB", (50, 50), (255, 255, 255))))
@@ -204,7 +204,7 @@ def test_no_picture_takes_more_than_its_budget(views, budget, least):
 
 @pytest.mark.parametrize(("views", "budget", "least"), BUDGETED)
 def test_loads_are_those_of_the_pixels(views, budget, least):
-    """Tiles, or patches where pictures have a grid of their own."""
+    """Tiles, or patches where images have a grid of their own."""
     del budget, least
     pictures = [picture(8, 8), picture(20, 61)]
     sizes = [(8, 8), (20, 61)]

@@ -2,7 +2,7 @@ r"""Grounding outputs of models: boxes of an answer in pixels, and the blocks of
 
 | system | syntax | unit |
 |---|---|---|
-| Qwen-VL | `<ref>name</ref><box>(x1,y1),(x2,y2)</box>` | thousandths of the picture |
+| Qwen-VL | `<ref>name</ref><box>(x1,y1),(x2,y2)</box>` | thousandths of the image |
 | Qwen2-VL | the same with `<\|object_ref_start\|>`, `<\|box_start\|>` and their ends | thousandths |
 | InternVL | `<ref>name</ref><box>[[x1, y1, x2, y2], …]</box>` | thousandths |
 | DeepSeek-VL2 | `<\|ref\|>name<\|/ref\|><\|det\|>[[x1, y1, x2, y2], …]<\|/det\|>` | 999ths |

@@ -137,7 +137,7 @@ def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """The picture in mode L or RGB."""
+    """The image in mode L or RGB."""
     if picture.mode.startswith("I"):  # 16-bit grey, in any of Pillow's modes
         return Image.fromarray((np.clip(np.asarray(picture), 0, 65535) >> 8).astype(np.uint8))
     if picture.mode == "F":

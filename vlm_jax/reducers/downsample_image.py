@@ -1,4 +1,4 @@
-"""The third baseline: downscale the image."""
+"""The third control: downscale the image."""
 
 from typing import Any
 

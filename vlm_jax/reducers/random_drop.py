@@ -1,4 +1,4 @@
-"""The first baseline: keep a random subset of the features."""
+"""The first control: keep a random subset of the features."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The second baseline: keep features at even steps."""
+"""The second control: keep features at even steps."""
 
 from vlm_jax.reducers.reducer import KeepsFeatures, every, spread
 from vlm_jax.types import VisualFeatures

@@ -25,7 +25,7 @@ class SweepSettings:
       shared: initial stages of every point, which are run once. They train the encoder and
         the decoder, never the connector.
       seeds: every point is run once per seed.
-      controls: labels of candidates that are baselines.
+      controls: labels of candidates that only serve as comparison.
     """
 
     shared: tuple[str, ...] = ()

@@ -68,7 +68,7 @@ def write_report(
     Args:
       results: one dict per point and seed, as written by the sweep.
       path: path of the file.
-      controls: baseline connectors.
+      controls: connectors that only serve as comparison.
       examples: sample images, in the order shown; may be empty.
       title: title of the HTML page.
 

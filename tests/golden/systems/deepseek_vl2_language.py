@@ -1,4 +1,4 @@
-"""What DeepSeek-VL2 makes of prompts: every layer of a text, pictures among text, a padded batch, gradients."""
+"""What DeepSeek-VL2 makes of prompts: every layer of a text, images among text, a padded batch, gradients."""
 
 from typing import Any
 

@@ -26,7 +26,7 @@ STATISTICS = {"CLIP": CLIP, "0.5": HALF}
 
 
 def prepared(image: np.ndarray, meaning: str) -> np.ndarray:
-    """One picture under the settings of its meaning."""
+    """One image under the settings of its meaning."""
     side, least, normalise, name = re.search(
         r"image_size=(\d+), min_size=(\d+), do_normalize=(\w+), mean/std (\S+)\)", meaning
     ).groups()

@@ -1,4 +1,4 @@
-"""What the image processors of LLaVA and MobileVLM make of pictures, and how prompts are padded into a batch."""
+"""What the image processors of LLaVA and MobileVLM make of images, and how prompts are padded into a batch."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The prompts of the Ovis folders: pictures as patches or crops, and ids with the released codes' negative ones."""
+"""The prompts of the Ovis folders: images as patches or crops, and ids with the released codes' negative ones."""
 
 import dataclasses
 import json
