@@ -1,4 +1,4 @@
-"""Encoders that are made of encoders, from a config."""
+"""Encoders that are composed of encoders, from a config."""
 
 import jax
 import pytest

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--workers", type=int, nargs="+", default=(0, 1, 2))
     arguments = parser.parse_args()
-    print("| input workers | pictures/s, input alone | s a step | first wait, s | median wait, ms | longest wait, ms |")
+    print("| input workers | images/s, only input | s per step | first wait, s | median wait, ms | longest wait, ms |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""Ovis's ways to choose visual words, in training and at inference; its numbers are held by tests/golden."""
+"""Ovis's ways to choose visual words, in training and at inference; its numbers are tested by tests/golden."""
 
 import functools
 
@@ -81,7 +81,7 @@ def test_training_takes_one_row_as_well(tokenize):
 
 @every_kind
 def test_gradients_in_training(tokenize):
-    """Of sum(words * weights), for the softmax behind each kind in closed form."""
+    """Of sum(words * weights), for the softmax after each kind in closed form."""
     x = jnp.asarray(logits(example())[:1], jnp.float32)
     weights = np.random.default_rng(1).normal(size=x.shape)
     connector = CONNECTOR.clone(tokenize=tokenize, tau=0.5)

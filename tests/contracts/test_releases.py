@@ -43,7 +43,7 @@ TOKENS = {
     "qwen2_vl": (10, 1),
 }
 PACKED = ("ovis2_5", "qwen2_5_vl", "qwen2_vl")
-# What is refused, and a part of the message.
+# What is rejected, and a part of the message.
 _TILE, _GRID, _BLOCKS = "changes the size of a tile", "needs their grid", "can merge at most half"
 REFUSED = {
     **{(name, "downsample_image"): _TILE for name in FOLDERS if name not in PACKED},

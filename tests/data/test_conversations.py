@@ -1,4 +1,4 @@
-"""Files of conversations in every schema: what is read of them, and which records are refused."""
+"""Files of conversations in every schema: what is parsed, and which records are rejected."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The digit source: answers derived again from the pages, streams made again from (seed, index)."""
+"""The digit source: answers derived again from the pages, streams reproduced from (seed, index)."""
 
 import re
 
@@ -28,7 +28,7 @@ def opened(**options):
 
 
 def page_of(source, sample, seed_keys):
-    """The page that a sample was made of, composed again from its generator's keys."""
+    """The page of a sample, composed again from its generator's keys."""
     pages = source._train_pages if seed_keys[0] == 0 else source._test_pages
     page = pages.compose(np.random.default_rng(seed_keys))
     if sample.images:

@@ -1,4 +1,4 @@
-"""Batches made again, resumed and sharded, over streams whose content is known in closed form."""
+"""Batches reproduced, resumed and sharded, over streams whose content is known in closed form."""
 
 import dataclasses
 

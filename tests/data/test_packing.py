@@ -1,4 +1,4 @@
-"""Plans of packed rows: against brute force and closed forms, made again, cached, on several hosts."""
+"""Plans of packed rows: against brute force and closed forms, reproduced, cached, on several hosts."""
 
 import itertools
 import logging
@@ -109,7 +109,7 @@ def test_rows_are_at_most_half_more_than_the_fewest():
 
 
 def test_packing_in_closed_form():
-    # 6 + 4 fills a row; 5 stands alone, since 5 + 4 leaves no length for the other 5.
+    # 6 + 4 fills a row; 5 is alone, since 5 + 4 leaves no length for the other 5.
     assert pack_window([Load(n, 0) for n in (5, 4, 6)], RowShape(10, 1)) == [(1, 2), (0,)]
     # Length would let all share a row, images two of them, positions after the drop one.
     loads = [Load(2, 1, (2,)) for _ in range(4)]
@@ -229,7 +229,7 @@ def test_a_plan_begun_anywhere_measures_up_to_there_once_and_keeps_few_windows_i
     measure = Measure()
     rows = plan(measure, folder=tmp_path, fingerprint="data")
     rows[100]
-    # Windows before the row were measured, since nothing told their number of rows; none behind it was.
+    # Windows before the row were measured, since nothing told their number of rows; none after it was.
     assert sorted(measure.elements) == list(range(max(measure.elements) + 1))
     assert set(measure.elements.values()) == {1}
     other = plan()

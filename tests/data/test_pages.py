@@ -1,4 +1,4 @@
-"""Pages of digits: where the ink lies, which digits there are, and which pages cannot be made."""
+"""Pages of digits: where the ink is, which digits there are, and which pages cannot be made."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files of visual questions: what is read, what a corrupt image does, and which lines are refused."""
+"""Files of visual questions: what is read, what a corrupt image does, and which lines are rejected."""
 
 import dataclasses
 import json

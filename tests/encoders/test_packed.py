@@ -1,4 +1,4 @@
-"""Encoders whose packed patches lie in blocks: order, windows, selected layers, refusals, released sizes."""
+"""Encoders whose packed patches are in blocks: order, windows, selected layers, errors, released sizes."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What a ViT's fields do; its numbers are held by tests/golden and tests/parity."""
+"""What a ViT's fields do; its numbers are tested by tests/golden and tests/parity."""
 
 import functools
 

@@ -88,7 +88,7 @@ def test_the_penalty_lowers_whatever_the_sign():
     ],
 )
 def test_settings_outside_their_range_are_named(settings, message):
-    made = inspect.unwrap(Sampling.__init__)  # without the checks of types, which stand before it in tests
+    made = inspect.unwrap(Sampling.__init__)  # without the checks of types, which are before it in tests
     with pytest.raises(GenerationError, match=message):
         made(object.__new__(Sampling), **settings)
 

@@ -21,7 +21,7 @@ def test_conv_by_hand(padding, stride, depthwise):
 
     front, sizes = [], []
     for size in x.shape[1:3]:
-        if padding == "SAME":  # as TensorFlow: the larger half behind
+        if padding == "SAME":  # as TensorFlow: the larger half after
             count = -(-size // stride)
             front.append(max((count - 1) * stride + 3 - size, 0) // 2)
         else:

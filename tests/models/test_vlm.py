@@ -1,4 +1,4 @@
-"""Composition: the one gather, and what stands between images and logits."""
+"""Composition: the one gather, and what is between images and logits."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, SigLIP 2 and ViT of transformers beside ours: one saved folder, the same images and texts."""
+"""CLIP, SigLIP, SigLIP 2 and ViT of transformers compared with ours: one saved folder, the same images and texts."""
 
 import json
 
@@ -157,7 +157,7 @@ def test_ids_pixels_and_logits(towers):
 
 
 def test_zero_shot_classification(towers):
-    """Class embeddings and accuracy of three lines beside what their towers give."""
+    """Class embeddings and accuracy in three lines compared with their towers."""
     processor, model, ours = towers
     names, templates, images = ["dog", "brown fox", "world"], ["a photo of the {}.", "the {}"], pictures(4)
     classes = class_embeddings(ours.encode_texts, names, templates, batch_size=6)

@@ -1,4 +1,4 @@
-"""Greedy ids of tiny random language models beside `generate` of transformers, in ragged batches and one by one."""
+"""Greedy ids of tiny random language models compared with `generate` of transformers, in ragged batches and alone."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ def prompts():
 
 
 def batch_of(rows, side):
-    """Prompts as one batch, padded on one side with what is of no account."""
+    """Prompts as one batch, padded on one side with arbitrary ids."""
     length = max(map(len, rows))
 
     def padded(row, values, fill):

@@ -1,4 +1,4 @@
-"""Processors of transformers beside ours: one saved folder, the same conversation, the same pictures."""
+"""Processors of transformers compared with ours: one saved folder, the same conversation, the same images."""
 
 import json
 
@@ -168,7 +168,7 @@ def test_llava_next(tmp_path):
     ours, expected = processor(messages, pictures(2)), official(theirs, messages, pictures(2))
     same_ids(ours, expected)
     tiles = expected["pixel_values"].transpose(0, 1, 3, 4, 2).reshape(-1, 28, 28, 3)
-    np.testing.assert_allclose(ours.images[0], tiles[tiles.any((1, 2, 3))], atol=1e-5)  # without what fills up
+    np.testing.assert_allclose(ours.images[0], tiles[tiles.any((1, 2, 3))], atol=1e-5)  # without padding
 
 
 ABOUT_A_VIDEO = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]

@@ -1,4 +1,4 @@
-"""Perceiver and Q-Formers beside transformers: connectors alone, their numbers and their masks."""
+"""Perceiver and Q-Formers compared with transformers: connectors alone, their numbers and their masks."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Whole systems of transformers beside ours: one saved folder, one conversation, to the same answer and back."""
+"""Whole systems of transformers compared with ours: one saved folder, one conversation, to the same answer and back."""
 
 import json
 import os
@@ -186,7 +186,7 @@ INPUTS = {
     "text": (conversation(0), [], []),
     "an image": (conversation(1), pictures(1), []),
     "two images": (conversation(2), pictures(2), []),
-    # Short in time beside its width: the text after it stands where the release and the port agree.
+    # Fewer times than columns: positions after it are equal in the release and the port.
     "a video": (ABOUT_A_VIDEO, [], [frames(4)]),
 }
 

@@ -47,7 +47,7 @@ def convert(source, target, **options):
 
 
 def copied(name, folder):
-    """A golden folder; LLaVA's tower has its config beside it."""
+    """A golden folder; LLaVA's tower has its config next to it."""
     shutil.copytree(DATA / name, folder)
     tower = folder / "vision_tower_config.json"
     if tower.exists():
@@ -73,7 +73,7 @@ def test_there_and_back_bit_for_bit(name, tmp_path):
     assert before.keys() == after.keys()
     for key in before:
         assert bits(before[key]) == bits(after[key]), key
-    for file in (tmp_path / "back").iterdir():  # the files beside the weights
+    for file in (tmp_path / "back").iterdir():  # the files next to the weights
         if file.name not in ("model.safetensors", "model.npz"):
             assert file.read_bytes() == (released / file.name).read_bytes(), file.name
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -120,7 +120,7 @@ def test_the_parameters_are_an_orbax_checkpoint_of_our_tree(tmp_path):
 
 @pytest.fixture(scope="module")
 def alphabet(tmp_path_factory):
-    """A model that says the alphabet, released and as Orbax arrays."""
+    """A model that outputs the alphabet, released and as Orbax arrays."""
     folder = tmp_path_factory.mktemp("alphabet")
     (folder / "released").mkdir()
     write(folder / "released")

@@ -1,4 +1,4 @@
-"""DeepSeek-VL's configs: sizes by name, layer selection, and what is refused."""
+"""DeepSeek-VL's configs: sizes by name, layer selection, and errors."""
 
 import jax
 import jax.numpy as jnp

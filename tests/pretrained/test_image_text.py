@@ -50,7 +50,7 @@ def test_open_clip_by_its_own_settings(tmp_path, picture):
     ("name", "resample"), [("random", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)]
 )
 def test_filters_of_open_clip(tmp_path, picture, name, resample):
-    """One drawn at random is of training; open_clip evaluates with a bicubic one then."""
+    """A random filter is for training; open_clip then evaluates with a bicubic one."""
     cfg = {"mean": 0, "std": 1, "interpolation": name, "resize_mode": "squash", "size": [32], "mode": "RGB"}
     found = copied("open_clip_vit", tmp_path, preprocess_cfg=cfg).processor([picture]).images[0]
     np.testing.assert_allclose(found * 255, np.asarray(picture.resize((32, 32), resample)), atol=1e-3)
@@ -83,7 +83,7 @@ def filled_up(size, **settings):
 
 
 def siglip_model(size):
-    """As c4_en and mc4 are: no start, pads beside an end."""
+    """As in c4_en and mc4: no start token, padding and an end token."""
     return filled_up(size, model_type="unigram", unk_id=2, bos_id=-1, remove_extra_whitespaces=True)
 
 
@@ -94,7 +94,7 @@ def gemma_model(size):
 
 
 def test_pictures_without_a_tokenizer(tmp_path, picture):
-    """Released archives of big_vision have none: images are read, texts are refused by name."""
+    """Released archives of big_vision have none: images are read, texts are rejected by name."""
     ours = copied("bv_siglip", tmp_path)
     side = ours.module.image.image_size
     (found,) = ours.processor([picture]).images
@@ -116,7 +116,7 @@ def test_pictures_without_a_tokenizer(tmp_path, picture):
     ],
 )
 def test_texts_of_big_vision(tmp_path, release, made, cleaned, pad, file):
-    """Beside SentencePiece itself, as the demos of both releases tokenize, whatever the file is called."""
+    """Compared with SentencePiece itself, as the demos of both releases tokenize, whatever the file is called."""
     rows = json.loads((DATA / release / "config.json").read_text())["model"]["text"]["vocab_size"]
     model = made(rows)
     ours = copied(release, tmp_path)

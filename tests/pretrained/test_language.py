@@ -207,7 +207,7 @@ def test_deepseek_scales_logits_by_the_rotary_settings_that_are_in_force():
         assert decoder.logit_scale == pytest.approx(scale)
 
 
-# Folders with the language model of a whole system, and what stands before its keys.
+# Folders with the language model of a whole system, and what is before its keys.
 GOLDEN = {
     "qwen_vl_v1": (Names("transformer."), ("text_short", "text_long")),
     "internvl15_internlm2": (Names("language_model.model.", "language_model."), ("text", "long")),

@@ -1,4 +1,4 @@
-"""LLaVA's configs: its tower by name, the selected layer, several scales, and what is refused."""
+"""LLaVA's configs: its tower by name, the selected layer, several scales, and errors."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,4 +1,4 @@
-"""The public loader: files in, files out, devices, and everything that is refused."""
+"""The public loader: files in, files out, devices, and everything that is rejected."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Processors of golden folders: they agree with their models, and disagreement is told."""
+"""Processors of golden folders: they agree with their models, and disagreement is reported."""
 
 import dataclasses
 import functools
@@ -199,7 +199,7 @@ def test_an_answer_ends_where_the_tokenizer_of_the_folder_says(name):
 
 
 def test_qwen_vl_ends_at_either_end_of_a_turn(tmp_path):
-    """chat() stops at both tokens of ChatML, beside <|endoftext|> of the generation config."""
+    """chat() stops at both tokens of ChatML, and at <|endoftext|> of the generation config."""
     (tmp_path / "qwen.tiktoken").write_bytes(tiktoken_ranks())
     shutil.copytree(DATA / "qwen_vl_v1", tmp_path, dirs_exist_ok=True)
     model = vlm_jax.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""`python -m vlm_jax.cli.convert` as a process: both ways, its lines, a full disk, and what it says of errors."""
+"""`python -m vlm_jax.cli.convert` as a process: both ways, its lines, a full disk, and error messages."""
 
 import os
 import subprocess
@@ -96,7 +96,7 @@ def test_an_error_of_the_user_is_one_message(folder, orbax, arguments, message):
 def test_a_full_disk_is_explained_and_nothing_is_left(folder, orbax, side, tmp_path):
     (tmp_path / "disk").mkdir()
     listing = tmp_path / "listing"
-    # The mount is gone with its process: what lies on it is listed before.
+    # The mount is gone with its process: what is on it is listed before.
     script = (
         f'mount -t tmpfs -o size=8k,nr_inodes=64 tmpfs "{tmp_path}/disk" && "$@"; status=$?; '
         f'find "{tmp_path}/disk" -mindepth 1 > "{listing}"; exit $status'

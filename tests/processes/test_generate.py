@@ -1,4 +1,4 @@
-"""`python -m vlm_jax.cli.generate` as a process: what it writes, and what it says of a user's error."""
+"""`python -m vlm_jax.cli.generate` as a process: what it writes, and user errors."""
 
 import signal
 import subprocess

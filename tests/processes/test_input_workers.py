@@ -1,4 +1,4 @@
-"""Batches made by processes of their own: the same ones, to the same curve, with errors that come through."""
+"""Batches made by separate processes: the same ones, to the same curve, with errors that come through."""
 
 import json
 import multiprocessing

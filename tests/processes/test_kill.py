@@ -1,4 +1,4 @@
-"""SIGTERM and SIGKILL, sent to a real process at whatever it is doing."""
+"""SIGTERM and SIGKILL, sent to a real process at any time."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Chat templates: where they are found, what they may do, and what they refuse. Texts are written by hand."""
+"""Chat templates: where they are found, what they may do, and what they reject. Texts are written by hand."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_what_a_template_refuses_and_what_it_may_not_do(source, message):
 
 
 def test_a_template_sees_no_objects():
-    """An image handed along with a message has methods that are not for a template."""
+    """An image passed along with a message has methods that are not for a template."""
     message = {"role": "user", "content": [{"type": "image", "image": object()}], "name": None}
     source = "{{ messages[0].content[0].image }} {{ 'name' in messages[0] }}"
     assert ChatTemplate(source).render([message]) == "<object> False"

@@ -221,6 +221,6 @@ def test_a_picture_without_pixels_is_named(shape):
 
 @pytest.mark.parametrize(("source", "told"), [(None, "None"), (["a.png"], "a value of type list"), (3, "type int")])
 def test_what_is_no_picture_is_named(source, told):
-    call = inspect.unwrap(to_picture)  # without the checks of types, which stand before it in tests
+    call = inspect.unwrap(to_picture)  # without the checks of types, which are before it in tests
     with pytest.raises(CorruptImage, match=f"image 3: expected a file's path or bytes, .* got .*{told}"):
         call(source, name="image 3")

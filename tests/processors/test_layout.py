@@ -111,7 +111,7 @@ def test_three_axes_begin_again_with_each_example():
 
 
 def test_branches_follow_the_shared_pieces_on_three_axes():
-    """Each begins where the shared text and images end, whatever stands before it in the row."""
+    """Each begins where the shared text and images end, whatever is before it in the row."""
     line = np.array([[0, 0, 0], [0, 0, 1], [0, 0, 2]])
     pieces = [
         Text([1]),

@@ -38,7 +38,7 @@ def learned(pieces):
         (INTERNVL["internvl2_5"], ["A cat.\n<|im_end|>", "Yes.<|im_end|>"]),
         (OVIS2, ["A cat.\n<|im_end|>", "Yes.<|im_end|>"]),
         (OVIS2_5_TRAINING, ["A cat.\n<|im_end|>", "Yes.<|im_end|>"]),
-        # An answer that no token ends is learned with what the template writes behind it.
+        # An answer that no token ends is learned with what the template writes after it.
         ("{% for m in messages %}{{ m.role }}:{{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant:"
          "{% endif %}", ["A cat.\n ", "Yes. "]),
     ],

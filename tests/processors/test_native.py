@@ -35,7 +35,7 @@ def test_many_frames_share_the_tokens_of_a_video():
 
 
 def test_frames_have_pixels_of_their_own():
-    """Statistics, and torch's last bits, for videos alone."""
+    """Statistics, and torch's last bits, only for videos."""
     frame = picture(30, 22)
     own = views(video_pixels=Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), as_torch=True))
     (seen,), (plain,) = own.video([frame] * 2, 2.0), views().images([frame])

@@ -50,7 +50,7 @@ def test_a_training_row_holds_every_turn():
     assert row.positions.tolist() == [[*range(15), 0]]
     learned = [token for token, weight in zip(row.targets[0], row.loss_weights[0], strict=True) if weight == 1.0]
     assert learned == [digit(1), digit(2), EOS, digit(3), EOS]
-    # The target of a position is the token that stands one further on.
+    # The target of a position is the token that is one further on.
     np.testing.assert_array_equal(row.targets[:, :14], row.tokens[:, 1:15])
     np.testing.assert_allclose(row.images, np.full((1, 1, 4, 6, 1), (1.0 - 0.5) / 0.25))
     assert row.images.dtype == np.float32
@@ -168,7 +168,7 @@ def test_pictures_stand_where_the_messages_have_them_and_a_video_has_its_places(
 
 
 def test_a_question_may_stand_before_its_picture():
-    """With independent turns the question is of its turn's branch, and what stands before it is shared."""
+    """With independent turns the question is of its turn's branch, and what is before it is shared."""
     question = {"role": "user", "content": [{"type": "text", "text": text} for text in ("749", "count 7")]}
     question["content"].append({"type": "image"})
     first, context, asked, picture = PlainPrompt(TOKENIZER, independent_turns=True)([question], (), targets=True)

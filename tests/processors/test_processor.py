@@ -1,4 +1,4 @@
-"""The processor of a system, over a small template: what is filled, and what is refused."""
+"""The processor of a system, over a small template: placeholders, and errors."""
 
 import dataclasses
 import inspect
@@ -161,7 +161,7 @@ def test_places_and_pictures_that_differ(messages, given, told):
     ],
 )  # fmt: skip
 def test_what_stands_without_its_list_is_named(messages, images, videos, error, told):
-    call = inspect.unwrap(Processor.batch)  # without the checks of types, which stand before it in tests
+    call = inspect.unwrap(Processor.batch)  # without the checks of types, which are before it in tests
     with pytest.raises(error, match=f"^conversation 1: .*{re.escape(told)}"):
         call(processor(), [say("a"), messages], [[], images], [[], videos])
 
@@ -310,7 +310,7 @@ def test_rows_of_any_number_of_pictures_have_one_shape(views):
 
 
 def test_visual_rows_of_packed_examples_are_counted_over_the_row():
-    """The learned rows are shared; those of images go on behind the ones of the example before."""
+    """The learned rows are shared; those of images continue after the ones of the example before."""
     views = Ovis2Views(Pixels(), 4, 2)
     made = processor(views, num_learned=5, learned_ids=(51, 52, 53, 54, 55))
     first, second = (made.example(say("<image>"), [picture(value=value)]) for value in (10, 20))

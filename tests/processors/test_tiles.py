@@ -1,4 +1,4 @@
-"""Tiled views: layouts written out by hand, and tiles put together again."""
+"""Tiled views: layouts written out by hand, and tiles combined again."""
 
 import numpy as np
 import pytest
@@ -204,7 +204,7 @@ def test_no_picture_takes_more_than_its_budget(views, budget, least):
 
 @pytest.mark.parametrize(("views", "budget", "least"), BUDGETED)
 def test_loads_are_those_of_the_pixels(views, budget, least):
-    """Tiles, or patches where images have a grid of their own."""
+    """Tiles, or patches where images have a separate grid."""
     del budget, least
     pictures = [picture(8, 8), picture(20, 61)]
     sizes = [(8, 8), (20, 61)]

@@ -1,4 +1,4 @@
-"""An evaluation of a tiny release: its points, files and numbers, and what a stop, a failure and a refusal leave."""
+"""An evaluation of a tiny release: its points, files and numbers, and what a stop, a failure and an error leave."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def released(tmp_path_factory):
     def ask(record, turn):
         return model.generate(conversation(turn), [folder / f"{record}.png"], max_new_tokens=MAX_NEW_TOKENS)
 
-    # The release ends at whatever it says last to the first question.
+    # The release ends at any it says last to the first question.
     (release / "generation_config.json").write_text(json.dumps({"eos_token_id": [ask(0, 0).tokens[-1], 2]}))
     model = vlm_jax.from_pretrained(release)
     answers = [ask(*place) for place in ASKED]

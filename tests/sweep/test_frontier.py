@@ -1,4 +1,4 @@
-"""The Pareto front against its definition, and the figure's marks against the results they stand for."""
+"""The Pareto front against its definition, and the figure's marks against the results they represent."""
 
 import itertools
 import math

@@ -81,7 +81,7 @@ def test_a_run_that_is_stopped_and_killed_goes_on_to_the_same_losses(config, one
             train(config, one_device, tmp_path, progress=terminate)
 
     def kill(step, steps, metrics):
-        if step == 9:  # the newest checkpoint stands before it
+        if step == 9:  # the newest checkpoint is before it
             raise Killed
 
     with pytest.raises(Killed):
@@ -89,7 +89,7 @@ def test_a_run_that_is_stopped_and_killed_goes_on_to_the_same_losses(config, one
     assert sorted(losses(tmp_path)) == list(range(1, 10))
     train(config, one_device, tmp_path)
     lines = read_lines(epath.Path(tmp_path) / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, 13))  # those behind the checkpoint are taken again once
+    assert [line["step"] for line in lines] == list(range(1, 13))  # those after the checkpoint are repeated once
     assert losses(tmp_path) == losses(finished[0])
 
 
@@ -219,5 +219,5 @@ def test_the_log_says_for_how_long_a_step_stood_still_for_its_batch(config, one_
     monkeypatch.setattr(loop, "is_done", busy_in_the_second_stage)
     train(config, one_device, tmp_path)
     lines = read_lines(epath.Path(tmp_path / "metrics.jsonl"))
-    expected = [5.0] * 4 + [5.0] + [0.0] * 7  # the first step of a stage has nothing to hide behind
+    expected = [5.0] * 4 + [5.0] + [0.0] * 7  # the first step of a stage has nothing to hide after
     assert [line["input_seconds"] for line in lines] == expected
