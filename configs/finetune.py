@@ -1,11 +1,11 @@
-r"""A release on pictures and questions of your own, through its own processor and chat template.
+r"""Fine-tunes a release on your own images and questions, with its processor and chat template.
 
     python -m vlm_jax.cli.train --config=configs/finetune.py --workdir=run \
         --config.release=llava-hf/llava-1.5-7b-hf \
         --config.data.train_path=train.jsonl --config.data.evaluation_path=evaluation.jsonl
 
 `--config.token_budget=64 --config.reducer.kind=visionzip` trains with fewer visual tokens, and
-`--config.connector.kind=resampler` with another connector, drawn anew.
+`--config.connector.kind=resampler` with another connector, randomly initialised.
 Source of the stage: Liu et al. 2023 (LLaVA-1.5), table 9.
 """
 

@@ -30,7 +30,7 @@ IN_DECODER = ("fastv", "pyramid_drop")
 COMPUTED = ("divprune", "visionzip", "tome", "downsample_image", "fastv", "pixel_shuffle")
 ALL_COMPUTED = ("llava", "qwen2_5_vl")
 BUDGET = 4
-# Tokens of a tile, or of the 20x40 picture that is packed; and its tiles.
+# Tokens of a tile, or of the 20x40 image that is packed; and its tiles.
 TOKENS = {
     "deepseek_vl": (16, 1),
     "deepseek_vl_hybrid": (16, 1),
@@ -64,7 +64,7 @@ REFUSED = {
     **{("qwen", kind): "queries without a place" for kind in ("visionzip", "prumerge")},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
 }  # fmt: skip
-SIZES = [(20, 40), (33, 24), (16, 16)]  # of pictures, in pixels
+SIZES = [(20, 40), (33, 24), (16, 16)]  # of images, in pixels
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_budget_is_met_or_refused(name, cell, released, logits_of):
     batch = processor.rows([[example(name, processor, 1)]], targets=True)
     shown = int((batch.visual_index >= processor.num_learned).sum())
     if name in PACKED and cell in ("downsample_image", "pixel_shuffle"):
-        assert 1 <= shown <= BUDGET  # fewer pixels, of the picture's aspect
+        assert 1 <= shown <= BUDGET  # fewer pixels, of the image's aspect
     elif cell in IN_DECODER:
         assert shown >= tokens
         length = int((batch.segment_ids > 0).sum())

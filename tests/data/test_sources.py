@@ -85,7 +85,7 @@ def test_a_source_keeps_its_contract(kind, tmp_path, processor):
         example = processor.example(sample.messages, sample.images, targets=True, name=sample.sample_id)
         return processor.rows([[example]], RowShape(128, 1), targets=True)
 
-    # The stream is endless, and a batch is made again from (seed, step).
+    # The stream is endless, and a batch is reproduced from (seed, step).
     rows, again = (source.train("questions", 5).map(row) for _ in range(2))
     ours, theirs = batch_at(rows, 4, 10_000), batch_at(again, 4, 10_000)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)

@@ -116,7 +116,7 @@ def test_a_workdir_answers_with_the_trained_parameters(run, folder):
             {"row": {"length": None, "images": 1, "text_length": 9}},
             r"config\.row: .* with pack, need length",
         ),
-        ({"token_budget_per": "tile"}, r"config\.token_budget_per: of a release"),
+        ({"token_budget_per": "tile"}, r"config\.token_budget_per: the budget of a release"),
         (
             {"evaluation": {"batch_size": 1, "question_length": 9, "max_new_tokens": 2}},
             r"config\.evaluation\.question_length: .* set it to None",

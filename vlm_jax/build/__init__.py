@@ -1,7 +1,7 @@
-"""The one place where a config becomes modules, a processor, a data source and a token count.
+"""Builds modules, a processor and a data source from a config, and counts tokens.
 
-Derived values are computed here and nowhere else: the encoder's grid from the image's size, the
-connector's own fields from the token budget, widths and vocabulary from each other.
+Derived values are computed only here: the encoder's grid from the image's size, the
+connector's fields from the token budget, widths and vocabulary from each other.
 """
 
 import dataclasses
@@ -50,11 +50,11 @@ CELL_HEAD = "cell_head"
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything that a config describes; nothing in it has parameters yet.
+    """Everything that a config describes, without parameters.
 
     Attributes:
       system: the model with its processor.
-      source: where samples come from; `open_source` reads it.
+      source: settings of the data source; `open_source` opens it.
       row: shape of a training row.
       prompt: shape of a prompt of the evaluation; None for that of the longest of its batch.
       text_row: shape of a training row of the stream `text_pages`, which has no pictures.
@@ -79,7 +79,7 @@ class Experiment:
     def prepare_image(
         self, image: UInt8[np.ndarray, "height width given"]
     ) -> Float[np.ndarray, "new_height new_width channels"]:
-        """The pixels of a picture's first view, as the encoder gets them.
+        """The preprocessed pixels of an image's first view.
 
         Raises:
           ValueError: the encoder takes packed patches.
@@ -88,11 +88,11 @@ class Experiment:
         mode = "L" if processor.views.channels == 1 else "RGB"
         pixels = processor.views.images([to_picture(image, mode=mode)])[0].pixels
         if pixels.ndim != 4:
-            raise ValueError("this encoder reads packed patches of several images, not one image of one size")
+            raise ValueError("this encoder takes packed patches of several images, not one image of one size")
         return pixels[0]
 
     def example(self, sample: Sample, *, targets: bool) -> Example:
-        """A sample through the processor: whole with `targets`, else as the prompt before its last answer.
+        """Processes a sample: the whole with `targets`, else the prompt before its last answer.
 
         Raises:
           As `Processor.example`, naming the sample.
@@ -101,7 +101,7 @@ class Experiment:
         if self.num_frames is None:
             return self.system.processor.example(messages, images, targets=targets, name=sample.sample_id)
         if not images:
-            raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no picture")
+            raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no image")
         chosen = uniform_frames(len(images), self.num_frames)
         clip = [[images[index] for index in chosen]]
         return self.system.processor.example(_as_clip(messages), (), clip, targets=targets, name=sample.sample_id)
@@ -132,7 +132,7 @@ class Experiment:
         return self.system.budget
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Boxed parameters {part: tree} of the model and of the head for cells, all drawn."""
+        """Boxed parameters {part: tree} of the model and of the head for cells, randomly initialised."""
         return self.system.init(key) | self._cell_head(key)
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Experiment:
 
 
 def _as_clip(messages: Sequence[Message]) -> list[Message]:
-    """Messages with one video in place of their pictures."""
+    """Messages with one video in place of their images."""
     found, clip = [], [{"type": "video"}]
     for message in messages:
         if not isinstance(message["content"], str):
@@ -171,7 +171,7 @@ def _as_clip(messages: Sequence[Message]) -> list[Message]:
 
 
 def build(config: Any) -> Experiment:
-    """Makes what a run's config describes.
+    """Builds the experiment of a run's config.
 
     Args:
       config: a ConfigDict with the sections of `configs/base.py`.
@@ -190,9 +190,7 @@ def build(config: Any) -> Experiment:
     row = parse(RowSettings, config.row, "config.row")
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
     if not row.pack and (unread := [key for key in ("images", "pictures", "kept") if getattr(row, key) is not None]):
-        raise ConfigError(
-            f"config.row.{unread[0]}: samples of a config have as many pictures each; set it to None, or row.pack"
-        )
+        raise ConfigError(f"config.row.{unread[0]}: is only for a release, or with config.row.pack; set it to None")
     if evaluation.question_length is None:
         raise ConfigError("config.evaluation.question_length: expected the text positions of a prompt, got None")
     source = parse_kind(SOURCES, config.data, "config.data")
@@ -204,7 +202,7 @@ def build(config: Any) -> Experiment:
     if num_images is None:
         raise ConfigError(
             "config.data.num_images: None is for samples that are clips of any length; set config.processor.frames to "
-            "the frames that stand for one, or num_images to the pictures that every sample has"
+            "the number of sampled frames, or num_images to the images of every sample"
         )
     vision = solve_vision(config, settings, source.channels, decoder, dtypes)
     parts = {"encoder": vision.encoder, "decoder": decoder}
@@ -215,7 +213,7 @@ def build(config: Any) -> Experiment:
     drops, count = parts["decoder"].drops, vision.num_tokens // vision.num_views
 
     def shaped(length: int) -> RowShape:
-        """Rows of samples that all have as many pictures: each drop takes as much of all."""
+        """The row shape of samples with equally many images: each drop takes the same number from all."""
         return RowShape(length, images, tuple(length - images * (count - drop.num_left(count)) for drop in drops))
 
     shape = row.shape(len(drops)) if row.pack else shaped(row.positions(visual))
@@ -243,9 +241,9 @@ def build(config: Any) -> Experiment:
 
 
 def _of_release(config: Any) -> Experiment:
-    """What `config.release` is made of; the sections of parts replace what they name."""
+    """The experiment of `config.release`; the sections of parts replace the release's settings."""
     if config.token_budget_per != "image":
-        raise ConfigError("config.token_budget_per: of a release a budget is per picture, or per tile; set it to image")
+        raise ConfigError("config.token_budget_per: the budget of a release is per image, or per tile; set it to image")
     row = parse(RowSettings, config.row, "config.row")
     if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
         raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
@@ -261,29 +259,29 @@ def _of_release(config: Any) -> Experiment:
         )
     shape = row.shape(0 if reduction is None else len(reduction.drops))
     if source.channels != processor.views.channels:
-        raise ConfigError(f"config.data.channels: the release reads {processor.views.channels}, set it to that")
+        raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
     return Experiment(system, source, shape, None, dataclasses.replace(shape, images=0), row)
 
 
 def _decoder(section: Any, num_tokens: int, dtypes: dict[str, Any]) -> Any:
-    """The decoder, whose vocabulary is the tokenizer's, or the larger one that the section states."""
+    """The decoder, with the tokenizer's vocabulary size, or a larger one in the section."""
     if "vocab_size" not in section:
         return parse_kind(DECODERS, section, "config.decoder", vocab_size=num_tokens, **dtypes)
     decoder = parse_kind(DECODERS, section, "config.decoder", **dtypes)
     if decoder.vocab_size < num_tokens:
         raise ConfigError(
             f"config.decoder.vocab_size: {decoder.vocab_size} is less than the {num_tokens} tokens of "
-            "config.processor.tokenizer; take that of the release, or raise it"
+            "config.processor.tokenizer; use the release's, or raise it"
         )
     return decoder
 
 
 def _set(part: Any, fields: dict[str, Any], config: Any, name: str) -> Any:
-    """The part with what a reducer asks of it; its parameters stay."""
+    """The part with the fields that a reducer needs; its parameters are unchanged."""
     if missing := [field for field in fields if not hasattr(part, field)]:
         raise ConfigError(
-            f"config.reducer.kind: {config.reducer.kind} works inside the {name}, and "
-            f"{config[name].kind} has no way to do so (no field {', '.join(missing)}); take another "
+            f"config.reducer.kind: {config.reducer.kind} works inside the {name}, but "
+            f"{config[name].kind} does not support it (no field {', '.join(missing)}); choose another "
             f"config.{name}.kind, such as {'vit' if name == 'encoder' else 'transformer'}, or another reducer"
         )
     return part.clone(**fields)
@@ -295,7 +293,9 @@ def _tokens_by_layer(vision: Vision, decoder: Any) -> list[int]:
     for drop in getattr(decoder, "drops", ()):
         counts[drop.layer :] = [vision.num_views * drop.num_kept] * (decoder.depth - drop.layer)
     if counts[-1] != vision.num_left:
-        raise InfeasibleBudget(f"a budget of {vision.num_left} tokens was solved, but {counts[-1]} are left at the end")
+        raise InfeasibleBudget(
+            f"a budget of {vision.num_left} tokens was solved, but {counts[-1]} reach the last layer"
+        )
     return counts
 
 
@@ -307,8 +307,8 @@ def _cell_reader(config: Any, vision: Vision, source: Settings) -> CellReader | 
         raise ConfigError(f"config.stages.{wanting[0]}.objective: config.data.kind {config.data.kind} has no cells")
     if vision.grid is None:
         raise ConfigError(
-            f"config.stages.{wanting[0]}.objective: cells are read from a grid, and config.encoder.kind "
-            f"{config.encoder.kind} packs images into a sequence; leave the stage out"
+            f"config.stages.{wanting[0]}.objective: cells need a grid, but config.encoder.kind "
+            f"{config.encoder.kind} packs images into a sequence; remove the stage"
         )
     if any(side % cells for side, cells in zip(vision.grid, source.cells, strict=True)):
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""Released checkpoints in and out: invertible tables of names, and the files that hold the tensors."""
+"""Import and export of released checkpoints: invertible tables of names, and the files of tensors."""

@@ -1,7 +1,7 @@
-"""Trees of arrays as Orbax checkpoints, written and read an array at a time.
+"""Trees of arrays as Orbax checkpoints, written and read one array at a time.
 
-Whatever reads Orbax reads these too: they are what its `PyTreeCheckpointHandler` writes, with the axes
-that stack layers cut into chunks, so that one layer can be read by itself.
+The format is that of Orbax's `PyTreeCheckpointHandler`, with the stacked layer axes
+chunked, so that a single layer can be read.
 """
 
 import errno
@@ -19,11 +19,11 @@ from vlm_jax.checkpoints.hub import CheckpointFileError, LazyTensor
 from vlm_jax.checkpoints.ops import Shape
 from vlm_jax.checkpoints.orbax import METADATA_BYTES
 
-CHUNK_BYTES = 64 * 2**20  # the most of a chunk, which is written and read whole
+CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk, which is written and read whole
 
 
 class _OneAtATime(ocp.type_handlers.NumpyHandler):
-    """Reads a `LazyTensor` when the one before it is on disk."""
+    """Reads a `LazyTensor` once the previous one is on disk."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -38,15 +38,15 @@ class _OneAtATime(ocp.type_handlers.NumpyHandler):
 
 
 def save_arrays(directory: epath.PathLike, tensors: Mapping[str, LazyTensor], num_stacked: Mapping[str, int]) -> None:
-    """Writes tensors as one Orbax checkpoint; on the host there is never more than one of them.
+    """Writes tensors as one Orbax checkpoint; at most one of them is in host memory at a time.
 
     Args:
-      directory: absolute, local or `gs://`; not there yet.
-      tensors: by their paths in the tree, parts separated by `/`; none without elements.
-      num_stacked: how many leading axes of each are stacks, which are stored entry by entry.
+      directory: absolute, local or `gs://`; must not exist.
+      tensors: by their paths in the tree, separated by `/`; none may be empty.
+      num_stacked: number of leading stacked axes of each, which are stored entry by entry.
 
     Raises:
-      OSError: there is no space for them on a local disk, and nothing has been written; or a write failed.
+      OSError: a local disk has too little free space, before anything is written; or a write failed.
     """
     check_space(directory, sum(tensor.nbytes for tensor in tensors.values()) + METADATA_BYTES)
     arguments = {
@@ -58,17 +58,17 @@ def save_arrays(directory: epath.PathLike, tensors: Mapping[str, LazyTensor], nu
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(directory, args=ocp.args.PyTreeSave(_tree(tensors), save_args=_tree(arguments)))
-    except ValueError as error:  # what TensorStore raises where the system does not let it write
+    except ValueError as error:  # raised by TensorStore where writing is not permitted
         if isinstance(error, CheckpointFileError):
             raise
         raise OSError(f"{directory} cannot be written ({_first_line(error)})") from error
 
 
 def check_space(path: epath.PathLike, num_bytes: int) -> None:
-    """Refuses before anything is written what cannot fit on a local disk.
+    """Checks the free space of a local disk before writing.
 
     Raises:
-      OSError: it does not fit.
+      OSError: fewer than `num_bytes` are free.
     """
     if "://" in str(path):
         return
@@ -79,17 +79,17 @@ def check_space(path: epath.PathLike, num_bytes: int) -> None:
 
 
 def open_arrays(directory: epath.PathLike, shapes: Mapping[str, Shape]) -> dict[str, LazyTensor]:
-    """The arrays of an Orbax checkpoint by their paths, parts separated by `/`; none of them is read yet.
+    """The arrays of an Orbax checkpoint by their paths, separated by `/`, without reading them.
 
     Args:
       directory: absolute, local or `gs://`.
-      shapes: of every array that is wanted, by its path; there may be others.
+      shapes: of every requested array, by its path; the checkpoint may have others.
 
     Raises:
-      CheckpointFileError: there is no checkpoint, or not these arrays; or, when one is read, it is damaged.
+      CheckpointFileError: there is no checkpoint, or it lacks these arrays; or, when one is read, it is damaged.
     """
     if not (epath.Path(directory) / "_METADATA").exists():
-        raise CheckpointFileError(f"{directory}: no whole Orbax checkpoint; write it again")
+        raise CheckpointFileError(f"{directory}: not a complete Orbax checkpoint; write it again")
     folder = str(directory)
     base = folder if "://" in folder else {"driver": "file", "path": f"{folder}/"}
     names = {path: path.replace("/", ".") for path in shapes}
@@ -103,7 +103,7 @@ def open_arrays(directory: epath.PathLike, shapes: Mapping[str, Shape]) -> dict[
     if wrong := [
         f"{names[path]} {x.shape}, not {shapes[path]}" for path, x in found.items() if x.shape != shapes[path]
     ]:
-        raise CheckpointFileError(f"{directory} is of another model: it holds {'; '.join(wrong[:8])}")
+        raise CheckpointFileError(f"{directory} is of another model: it has {'; '.join(wrong[:8])}")
     return {
         path: LazyTensor(x.shape, x.dtype.numpy_dtype, _reader(x, names[path], directory)) for path, x in found.items()
     }
@@ -114,7 +114,7 @@ def _reader(stored: Any, name: str, directory: epath.PathLike) -> Callable[[Any]
 
 
 def _explained(result: Callable[[], Any], name: str, directory: epath.PathLike) -> Any:
-    """What TensorStore gives; its errors, of files and of data, as a CheckpointFileError."""
+    """The result of TensorStore, with its errors as CheckpointFileErrors."""
     try:
         return result()
     except (ValueError, OSError) as error:
@@ -128,7 +128,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts of what is given by path."""
+    """Nested dicts from a mapping by path."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *folders, name = path.split("/")

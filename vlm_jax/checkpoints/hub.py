@@ -1,8 +1,8 @@
-"""Released checkpoint files, safetensors and NumPy archives, as they are read; `saving` writes them.
+"""Reads released checkpoint files, safetensors and NumPy archives; `saving` writes them.
 
-Files are opened for their names, shapes and dtypes; a tensor is read when it is asked for, and of a
-safetensors file only the slice that is asked for. Formats that run code when they are read (pickles:
-`.bin`, `.pt`, pickled arrays) are refused.
+Opening reads names, shapes and dtypes; a tensor is read when it is indexed, and from a
+safetensors file only the indexed slice. Formats that can run code when they are read (pickles:
+`.bin`, `.pt`, pickled arrays) raise an error.
 """
 
 import math
@@ -25,7 +25,7 @@ from vlm_jax.config import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ARCHIVE_FILE = "model.npz"
-# Of a folder of Orbax arrays; see `checkpoints.mapped`.
+# Files in a folder of Orbax arrays; see `checkpoints.mapped`.
 MAP_FILE, PARAMS = "checkpoint_map.json", "params"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -44,7 +44,7 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# What stands beside the weights: settings, and the files of tokenizers, chat templates and processors.
+# Files next to the weights: settings, and the files of tokenizers, chat templates and processors.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja")
 _DOWNLOADED = ("*.safetensors", "*.npz", *COMPANIONS)
 
@@ -54,12 +54,12 @@ class CheckpointFileError(ValueError):
 
 
 class LazyTensor:
-    """A tensor still in its file; indexing reads it.
+    """A tensor in its file; indexing reads it.
 
     Attributes:
       shape: of the whole tensor.
       dtype: as stored.
-      by_rows: reading some rows costs no more than these; else it may cost the whole tensor.
+      by_rows: whether reading some rows reads only these; else it may read the whole tensor.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[Any], np.ndarray], *, by_rows: bool = False):
@@ -73,7 +73,7 @@ class LazyTensor:
         return self._read(index)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Reads the whole tensor, as `np.asarray` asks it to."""
+        """Reads the whole tensor, for `np.asarray`."""
         return np.array(self[...], dtype=dtype, copy=copy)
 
     @property
@@ -86,11 +86,11 @@ class LazyTensor:
 
 
 class Checkpoint(Mapping[str, LazyTensor]):
-    """Released key -> tensor, none of them read yet.
+    """Released key -> unread tensor.
 
     Attributes:
-      origin: the path that it was opened at.
-      archive: whether it is released as an `.npz`.
+      origin: the path that was opened.
+      archive: whether it is an `.npz`.
     """
 
     def __init__(self, tensors: Mapping[str, LazyTensor], origin: str, *, archive: bool = False):
@@ -116,12 +116,12 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
 
     Args:
       source: a `.safetensors` or `.npz` file; a safetensors index; a folder; or the `organisation/name`
-        of a repository on the Hugging Face hub. Of a folder `model.safetensors` is taken, else the
-        shards of `model.safetensors.index.json`, else `model.npz`, else its only file of these kinds.
+        of a repository on the Hugging Face hub. In a folder `model.safetensors` is opened, else the
+        shards of `model.safetensors.index.json`, else `model.npz`, else its only file of these formats.
       revision: branch, tag or commit of a hub repository.
 
     Raises:
-      CheckpointFileError: there is no such checkpoint, it is damaged, or it is in a refused format.
+      CheckpointFileError: there is no such checkpoint, it is damaged, or its format is not supported.
     """
     path = fetch(source, revision=revision)
     if path.is_dir():
@@ -141,33 +141,33 @@ def fetch(source: str | os.PathLike[str], *, revision: str | None = None) -> Pat
     """The local path of a checkpoint, downloaded from the Hugging Face hub where it is `organisation/name`.
 
     Raises:
-      CheckpointFileError: neither a local path nor a repository that can be downloaded or is in the cache.
+      CheckpointFileError: not a local path, and not a repository that can be downloaded or is in the cache.
     """
     path = Path(source)
     if path.exists():
         return path
     name = os.fspath(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise CheckpointFileError(f"{name}: no such file or folder, nor the `organisation/name` of a hub repository")
+        raise CheckpointFileError(f"{name}: not a file or folder, and not the `organisation/name` of a hub repository")
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointFileError(
-            f"{name}: no such file or folder here, and it could not be downloaded from the Hugging Face hub "
+            f"{name}: not a local file or folder, and it could not be downloaded from the Hugging Face hub "
             f"({type(error).__name__}: {error}). Without a connection, download the repository elsewhere and "
-            "give the path of its folder"
+            "pass the path of its folder"
         ) from error
 
 
 def read_config(source: str | os.PathLike[str], *, name: str = "config.json") -> dict[str, Any]:
-    """The settings that a checkpoint's folder comes with.
+    """The settings in a checkpoint's folder.
 
     Args:
       source: the folder.
-      name: the file's name in it.
+      name: name of the file in it.
 
     Raises:
-      CheckpointFileError: no such file, or not one JSON object.
+      CheckpointFileError: no such file, or not a JSON object.
     """
     return read_json(Path(source) / name, CheckpointFileError)
 
@@ -181,7 +181,7 @@ def _choose_file(folder: Path) -> Path:
         return readable[0]
     if readable:
         raise CheckpointFileError(
-            f"{folder}: which of {', '.join(path.name for path in readable)} is meant? Give the path of "
+            f"{folder}: expected one checkpoint, found {', '.join(path.name for path in readable)}; pass the path of "
             f"the file, or the {INDEX_FILE} that lists the shards"
         )
     refused = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
@@ -196,8 +196,8 @@ def _refusal(paths: list[Path]) -> str:
     names = ", ".join(map(str, paths))
     if any(path.suffix in _PICKLES for path in paths):
         return (
-            f"{names}: pickled checkpoints are not read, because opening one can run any code. Convert it "
-            "once, where you trust it: tensors = torch.load(FILE, map_location='cpu', weights_only=True); "
+            f"{names}: pickled checkpoints are not read, because opening one can run arbitrary code. Convert it "
+            "once if you trust it: tensors = torch.load(FILE, map_location='cpu', weights_only=True); "
             "safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, "
             "'model.safetensors')"
         )
@@ -214,10 +214,10 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     for key, part in slices.items():
         stored = part.get_dtype()
         if stored not in DTYPES:
-            raise CheckpointFileError(f"{path}: {key} is stored as {stored}; can be read: {', '.join(DTYPES)}")
+            raise CheckpointFileError(f"{path}: {key} has dtype {stored}; expected one of {', '.join(DTYPES)}")
         shape = tuple(part.get_shape())
         tensors[key] = (shape, np.dtype(DTYPES[stored]))
-    # Tensors follow each other without gaps up to the file's end; the library refuses other files.
+    # Tensors follow each other without gaps up to the file's end; the library rejects other files.
     start = path.stat().st_size - sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     found = {}
     for key, (shape, dtype) in tensors.items():
@@ -230,7 +230,7 @@ def _safetensors_reader(
     path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, start: int
 ) -> Callable[[Any], np.ndarray]:
     def read(index: Any) -> np.ndarray:
-        """Reads rows as they lie in the file; a mapped file would keep what was read of it in memory."""
+        """Reads rows directly; a memory-mapped file would keep them in memory."""
         first, stop = 0, shape[0] if shape else 1
         rest: list[slice] = []
         if isinstance(index, tuple) and index:
@@ -240,7 +240,7 @@ def _safetensors_reader(
         size = max(0, stop - first) * row_bytes
         stored = np.fromfile(path, np.uint8, size, offset=start + first * row_bytes)
         if stored.size != size:
-            raise CheckpointFileError(f"{key} of {_damaged(path, EOFError('the file has become shorter'))}")
+            raise CheckpointFileError(f"{key} of {_damaged(path, EOFError('the file was truncated'))}")
         array = stored.view(dtype)
         return array.reshape(max(0, stop - first), *shape[1:])[(slice(None), *rest)] if shape else array.reshape(())
 
@@ -256,7 +256,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
     for name in sorted(set(weight_map.values())):
         listed = {key for key, shard in weight_map.items() if shard == name}
         if Path(name).name != name:
-            problems.append(f"{name} is not the name of a file next to the index")
+            problems.append(f"{name} is not a file name next to the index")
             continue
         if not (path.parent / name).is_file():
             problems.append(f"the shard {name} is missing ({len(listed)} tensors)")
@@ -281,8 +281,8 @@ def _open_npz(path: Path) -> dict[str, LazyTensor]:
                 if dtype.hasobject:
                     raise CheckpointFileError(
                         f"{path}: {key} is a pickled array, which is not read, because opening one can "
-                        "run any code. Convert it once, where you trust it: numpy.load(FILE, "
-                        "allow_pickle=True), then numpy.savez(NEW, **arrays) with number dtypes"
+                        "run arbitrary code. Convert it once if you trust it: numpy.load(FILE, "
+                        "allow_pickle=True), then numpy.savez(NEW, **arrays) with numeric dtypes"
                     )
                 tensors[key] = LazyTensor(shape, _npy_dtype(dtype), _npz_reader(path, member))
     except (zipfile.BadZipFile, EOFError, OSError) as error:
@@ -302,7 +302,7 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _npy_dtype(dtype: np.dtype) -> np.dtype:
-    """NumPy has no name for bfloat16 and stores it as two bytes without a meaning."""
+    """The dtype of a stored array: NumPy stores bfloat16 as two raw bytes."""
     return np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
 
@@ -322,6 +322,6 @@ def _damaged(path: Path, error: Exception) -> str:
     if path.is_file():
         with path.open("rb") as file:
             if file.read(32).startswith(b"version https://git-lfs"):
-                return f"{path}: only the pointer to the file, not the file; fetch it with `git lfs pull`"
-        return f"{path} ({path.stat().st_size} bytes): damaged or cut short ({error}); download it again"
+                return f"{path}: a Git LFS pointer instead of the file; fetch it with `git lfs pull`"
+        return f"{path} ({path.stat().st_size} bytes): damaged or truncated ({error}); download it again"
     return f"{path}: cannot be read ({error})"

@@ -1,4 +1,4 @@
-"""One side of a table of rules seen through the other, unread: parameters of a release, a release of parameters."""
+"""Lazy conversion by a table of rules: parameters from a release, a release from parameters."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -17,13 +17,13 @@ from vlm_jax.checkpoints.rules import SourceTensor
 def lazy_params(
     steps: Iterable[Step], source: Mapping[str, SourceTensor], *, dtype: Any = None
 ) -> dict[str, LazyTensor]:
-    """The parameters that a release makes; reading one reads its tensors.
+    """The parameters converted from a release; reading one reads its tensors.
 
     Args:
       steps: of `plan.plan` for the release.
       source: the release.
-      dtype: what floating-point parameters are cast to; None keeps that of their tensors, or the
-        smallest that holds all of them.
+      dtype: dtype of floating-point parameters; None keeps that of their tensors, or the
+        smallest that represents all of them.
     """
     params = {}
     for step in steps:
@@ -39,12 +39,12 @@ def lazy_params(
 def lazy_release(
     steps: Iterable[Step], params: Mapping[str, SourceTensor], dtypes: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
-    """The released tensors that parameters make; reading one reads its part of the parameters.
+    """The released tensors converted from parameters; reading one reads its part of the parameters.
 
     Args:
       steps: of `plan.export_plan` for the parameters.
       params: by path.
-      dtypes: of the released tensors by key, to which they are cast; a parameter's own where a key is missing.
+      dtypes: dtypes of the released tensors by key; a parameter's own where a key is missing.
     """
     tensors = {}
     for step in steps:
@@ -57,13 +57,13 @@ def lazy_release(
 
 
 def cast_dtype(stored: Any, dtype: Any) -> np.dtype:
-    """`dtype` for floating-point numbers, where one is asked for; what is stored else."""
+    """`dtype` if it is given and the stored dtype is floating-point; else the stored dtype."""
     wanted = dtype is not None and jnp.issubdtype(stored, jnp.floating)
     return np.dtype(dtype if wanted else stored)
 
 
 def cast(tensor: LazyTensor, dtype: Any) -> LazyTensor:
-    """The tensor with floating-point numbers as `dtype`; as it is where that is None."""
+    """The tensor, cast to `dtype` if it is floating-point; unchanged where `dtype` is None."""
     wanted = cast_dtype(tensor.dtype, dtype)
     return LazyTensor(tensor.shape, wanted, lambda index: tensor[index].astype(wanted, copy=False))
 

@@ -1,11 +1,11 @@
-"""A release kept as Orbax arrays: our parameters, what else it holds, and the table that leads back.
+"""A release stored as Orbax arrays: our parameters, its other tensors, and the table for converting back.
 
     params/                our tree of parameters, as Orbax writes it
-    carried/               the release's tensors that no parameter is made of, where there are any
-    checkpoint_map.json    the rules, and shapes and dtypes of both sides; written last
-    config.json, ..        the release's own files, but for its weights
+    carried/               the release's tensors without a parameter, if any
+    checkpoint_map.json    the rules, and shapes and dtypes of both formats; written last
+    config.json, ..        the release's other files, without its weights
 
-So a release is read back from it bit for bit, under its own names, whatever model it is of.
+So any release can be restored from it exactly, under its own names.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 (its dtypes are known to NumPy by name then)
+import ml_dtypes  # noqa: F401 (registers its dtype names with NumPy)
 import numpy as np
 from etils import epath
 
@@ -27,19 +27,19 @@ from vlm_jax.checkpoints.plan import Step, export_plan
 from vlm_jax.checkpoints.rules import Rule
 from vlm_jax.config import read_json
 
-CARRIED = "carried"  # beside PARAMS: a folder, and what the rules' targets start with
+CARRIED = "carried"  # like PARAMS: a folder, and a prefix of the rules' targets
 
 
 def is_mapped(path: Path) -> bool:
-    """Whether a folder is one of Orbax arrays that came from a release."""
+    """Whether a folder has Orbax arrays converted from a release."""
     return (path / MAP_FILE).is_file()
 
 
 def open_release(path: Path) -> Checkpoint:
-    """Opens the tensors of a release, wherever they are kept, without reading them.
+    """Opens the tensors of a release in any supported format without reading them.
 
     Raises:
-      CheckpointFileError: as of `open_checkpoint`; a folder of Orbax arrays that is not whole.
+      CheckpointFileError: as `open_checkpoint`, or a folder of Orbax arrays is incomplete.
     """
     if not is_mapped(path):
         return open_checkpoint(path)
@@ -51,11 +51,11 @@ class MappedFolder:
 
     Attributes:
       arrays: by path, which starts with `params/` or `carried/`.
-      steps: how the release is made of them.
+      steps: the conversion to the release.
       checkpoint: the release.
 
     Raises:
-      CheckpointFileError: it is damaged, or not whole.
+      CheckpointFileError: it is damaged or incomplete.
     """
 
     def __init__(self, path: Path):
@@ -67,7 +67,7 @@ class MappedFolder:
             dtypes = {key: np.dtype(entry["dtype"]) for key, entry in stored["tensors"].items()}
             archive = bool(stored["archive"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written ({error!r})") from error
+            raise CheckpointFileError(f"{path / MAP_FILE}: was modified or damaged ({error!r})") from error
         self.arrays = {}
         for part in (PARAMS, CARRIED):
             start = f"{part}/"
@@ -77,28 +77,28 @@ class MappedFolder:
         try:
             self.steps = export_plan(rules, arrays)
         except CheckpointMismatch as error:
-            raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written ({error})") from error
+            raise CheckpointFileError(f"{path / MAP_FILE}: was modified or damaged ({error})") from error
         found = lazy_release(self.steps, self.arrays, dtypes)
         found |= {key: _empty(shape, dtypes[key]) for key, shape in shapes.items() if math.prod(shape) == 0}
         if wrong := sorted(set(shapes.items()) ^ {(key, tensor.shape) for key, tensor in found.items()}):
             keys = ", ".join(key for key, _ in wrong[:8])
-            raise CheckpointFileError(f"{path / MAP_FILE}: not as it was written: {keys}")
+            raise CheckpointFileError(f"{path / MAP_FILE}: was modified or damaged: {keys}")
         self.checkpoint = Checkpoint(found, str(path), archive=archive)
 
 
 def save_mapped(
     folder: epath.Path, steps: Iterable[Step], arrays: Mapping[str, LazyTensor], release: Checkpoint
 ) -> None:
-    """Writes the arrays, and last the map; on the host there is never more than one array.
+    """Writes the arrays, and last the map; at most one array is in host memory at a time.
 
     Args:
-      folder: an existing one, absolute, local or `gs://`.
+      folder: an existing folder, absolute, local or `gs://`.
       steps: of a table whose targets start with `params/` or `carried/`.
-      arrays: what they make of the release, by path.
-      release: for the keys, shapes and dtypes that are read back.
+      arrays: the converted release, by path.
+      release: provides the released keys, shapes and dtypes.
 
     Raises:
-      OSError: there is no space for them.
+      OSError: there is too little free space.
     """
     steps = tuple(steps)
     depths = {path: len(step.rule.stacked) for step in steps for path in step.targets}
@@ -127,5 +127,5 @@ def _rule(data: Mapping[str, Any]) -> Rule:
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> LazyTensor:
-    """Orbax stores no array without elements."""
+    """An empty array, which Orbax cannot store."""
     return LazyTensor(shape, dtype, lambda index: np.empty(shape, dtype)[index])

@@ -1,4 +1,4 @@
-"""How a checkpoint and a model that do not fit are reported: every problem at once, with the nearest name."""
+"""The error for a checkpoint that does not fit the model: lists all problems, with similar names."""
 
 import difflib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 class CheckpointMismatch(ValueError):
-    """A checkpoint and a model that do not fit; one line for every key that is wrong."""
+    """A checkpoint does not fit the model; the message has one line per wrong key."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
@@ -15,7 +15,7 @@ class CheckpointMismatch(ValueError):
 
 
 class Nearest:
-    """Finds the name that a misspelt one was meant to be, among thousands that differ in numbers."""
+    """Finds the name most similar to a misspelt one, among thousands that differ only in numbers."""
 
     def __init__(self, names: Iterable[str]):
         self._groups: dict[str, list[str]] = {}
@@ -28,7 +28,7 @@ class Nearest:
         return re.sub(r"\d+|\{\w+\}", "#", name)
 
     def suggest(self, name: str, introduction: str) -> str:
-        """`; <introduction>: <the nearest name>`, or nothing where none is near."""
+        """`; <introduction>: <the nearest name>`, or an empty string where none is similar."""
         collapsed = self._collapse(name)
         if collapsed not in self._found:
             self._found[collapsed] = difflib.get_close_matches(collapsed, self._groups, n=1, cutoff=0.8)

@@ -1,8 +1,8 @@
-"""What happens to arrays between a released checkpoint and our parameters: invertible operations.
+"""Invertible operations between arrays of a released checkpoint and our parameters.
 
-An operation takes the tensors under a rule's source keys to the arrays of its targets. Each has an
+An operation maps the tensors of a rule's source keys to the arrays of its targets. Each has an
 exact inverse, so the table that imports a checkpoint also exports it. An operation of one array
-(`Transpose`, `Reshape`, `Permute`) that meets several applies to each of them.
+(`Transpose`, `Reshape`, `Permute`) is applied to each of several.
 """
 
 import abc
@@ -22,25 +22,25 @@ class Op(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The target arrays, views of the sources where that is possible."""
+        """The target arrays, views of the sources where possible."""
 
     @abc.abstractmethod
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
-        """The shapes that arrays of `shapes` come out with.
+        """The target shapes for source arrays of `shapes`.
 
         Raises:
-          ValueError: the operation cannot take these shapes; the message says which it wants.
+          ValueError: the operation cannot take these shapes; the message has the expected ones.
         """
 
     @property
     @abc.abstractmethod
     def inverse(self) -> "Op":
-        """The operation that undoes this one."""
+        """The inverse operation."""
 
     def source_index(self, index: Index) -> Index | None:
-        """Where the block `index` of the one target lies in the one source.
+        """The index in the single source of the block `index` of the single target.
 
-        None where the block cannot be read apart, so that the whole source is needed.
+        None where the block cannot be read separately, so that the whole source is needed.
         """
         del index
         return None
@@ -64,7 +64,7 @@ class _OneArray(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Identity(_OneArray):
-    """The array as it is."""
+    """Returns the array unchanged."""
 
     def _array(self, array: np.ndarray) -> np.ndarray:
         return array
@@ -95,7 +95,7 @@ class Transpose(_OneArray):
 
     def _shape(self, shape: Shape) -> Shape:
         if len(shape) != len(self.axes):
-            raise ValueError(f"{self} takes {len(self.axes)} axes, not the shape {shape}")
+            raise ValueError(f"{self}: expected {len(self.axes)} axes, got the shape {shape}")
         return tuple(shape[axis] for axis in self.axes)
 
     @property
@@ -122,7 +122,7 @@ class Reshape(_OneArray):
 
     def _shape(self, shape: Shape) -> Shape:
         if shape != self.source:
-            raise ValueError(f"{self} takes the shape {self.source}, not {shape}")
+            raise ValueError(f"{self}: expected the shape {self.source}, got {shape}")
         return self.target
 
     @property
@@ -149,7 +149,7 @@ class Permute(_OneArray):
 
     def _shape(self, shape: Shape) -> Shape:
         if len(shape) <= self.axis or shape[self.axis] != len(self.order):
-            raise ValueError(f"Permute orders {len(self.order)} rows along axis {self.axis}, not the shape {shape}")
+            raise ValueError(f"Permute: expected {len(self.order)} rows along axis {self.axis}, got the shape {shape}")
         return shape
 
     @property
@@ -159,7 +159,7 @@ class Permute(_OneArray):
 
 @dataclasses.dataclass(frozen=True)
 class Split(Op):
-    """One array is cut along `axis` into parts of `sizes`."""
+    """Splits one array along `axis` into parts of `sizes`."""
 
     axis: int
     sizes: tuple[int, ...]
@@ -171,7 +171,9 @@ class Split(Op):
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         fits = len(shapes) == 1 and len(shapes[0]) > self.axis and shapes[0][self.axis] == sum(self.sizes)
         if not fits:
-            raise ValueError(f"{self} takes one array with {sum(self.sizes)} rows on axis {self.axis}, not {shapes}")
+            raise ValueError(
+                f"{self}: expected one array with {sum(self.sizes)} rows on axis {self.axis}, got {shapes}"
+            )
         (shape,) = shapes
         return tuple((*shape[: self.axis], size, *shape[self.axis + 1 :]) for size in self.sizes)
 
@@ -182,7 +184,7 @@ class Split(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Concatenate(Op):
-    """Arrays with `sizes` rows along `axis` are joined into one."""
+    """Concatenates arrays with `sizes` rows along `axis`."""
 
     axis: int
     sizes: tuple[int, ...]
@@ -195,7 +197,7 @@ class Concatenate(Op):
         found = tuple(shape[self.axis] for shape in shapes) if long_enough else None
         others = {(*shape[: self.axis], *shape[self.axis + 1 :]) for shape in shapes}
         if found != self.sizes or len(others) != 1:
-            raise ValueError(f"{self} takes arrays that differ on axis {self.axis} alone, not the shapes {shapes}")
+            raise ValueError(f"{self}: expected arrays that differ only on axis {self.axis}, got the shapes {shapes}")
         return ((*shapes[0][: self.axis], sum(self.sizes), *shapes[0][self.axis + 1 :]),)
 
     @property
@@ -205,7 +207,7 @@ class Concatenate(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Parallel(Op):
-    """Array i goes through operation i; every operation is one of a single array."""
+    """Applies operation i to array i; every operation takes a single array."""
 
     ops: tuple[Op, ...]
 
@@ -217,7 +219,7 @@ class Parallel(Op):
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         if len(shapes) != len(self.ops):
-            raise ValueError(f"{self} takes {len(self.ops)} arrays, not {len(shapes)}")
+            raise ValueError(f"{self}: expected {len(self.ops)} arrays, got {len(shapes)}")
         return tuple(op.shapes(shape)[0] for op, shape in zip(self.ops, shapes, strict=True))
 
     @property
@@ -227,7 +229,7 @@ class Parallel(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Shared(Op):
-    """`count` equal arrays are one: a tensor that a release stores under several names."""
+    """Merges `count` equal arrays into one: a tensor that a release stores under several names."""
 
     count: int
 
@@ -236,7 +238,7 @@ class Shared(Op):
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         if len(shapes) != self.count or len(set(shapes)) != 1:
-            raise ValueError(f"{self} takes {self.count} arrays of one shape, not the shapes {shapes}")
+            raise ValueError(f"{self}: expected {self.count} arrays of one shape, got the shapes {shapes}")
         return (shapes[0],)
 
     @property
@@ -249,7 +251,7 @@ class Shared(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Copied(Op):
-    """One array becomes `count` that are the same."""
+    """Copies one array `count` times."""
 
     count: int
 
@@ -259,7 +261,7 @@ class Copied(Op):
 
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         if len(shapes) != 1:
-            raise ValueError(f"{self} takes one array, not the shapes {shapes}")
+            raise ValueError(f"{self}: expected one array, got the shapes {shapes}")
         return shapes * self.count
 
     @property
@@ -272,7 +274,7 @@ class Copied(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Each(Op):
-    """`op` on every slice of the leading axis: for a release that already stacks its layers."""
+    """Applies `op` to every slice of the leading axis: for a release with stacked layers."""
 
     op: Op
 
@@ -283,7 +285,7 @@ class Each(Op):
     def shapes(self, *shapes: Shape) -> tuple[Shape, ...]:
         counts = {shape[:1] for shape in shapes}
         if len(counts) != 1 or counts == {()}:
-            raise ValueError(f"{self} takes arrays of one and the same leading axis, not the shapes {shapes}")
+            raise ValueError(f"{self}: expected arrays with equal leading axes, got the shapes {shapes}")
         (count,) = counts
         return tuple((*count, *shape) for shape in self.op.shapes(*(shape[1:] for shape in shapes)))
 
@@ -294,7 +296,7 @@ class Each(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Op):
-    """One operation after the other, the first one first."""
+    """Applies operations in order."""
 
     ops: tuple[Op, ...]
 
@@ -346,10 +348,10 @@ def to_data(op: Op) -> dict[str, Any]:
 
 
 def from_data(data: Mapping[str, Any]) -> Op:
-    """The operation that `to_data` gave as this.
+    """The inverse of `to_data`.
 
     Raises:
-      KeyError, TypeError, ValueError: it gave nothing like this.
+      KeyError, TypeError, ValueError: `data` is not a result of `to_data`.
     """
     fields = {name: _value(value) for name, value in data.items() if name != "kind"}
     cls = OPS[data["kind"]]
@@ -380,7 +382,7 @@ def patch_linear(patch_size: int, channels: int, features: int) -> Op:
 
 
 def fused_linear(*sizes: int) -> Op:
-    """One torch weight [sum(sizes), in] -> kernels [in, size]: query, key and value one under the other."""
+    """One torch weight [sum(sizes), in] -> kernels [in, size]: concatenated query, key and value."""
     return Chain(Split(0, sizes), LINEAR)
 
 
@@ -390,10 +392,10 @@ def fused_bias(*sizes: int) -> Op:
 
 
 def grouped_linear(num_groups: int, sizes: Sequence[int], in_dim: int) -> Op:
-    """A torch weight whose rows come group by group -> one kernel [in, num_groups * size] a part.
+    """A torch weight whose rows are ordered by group -> one kernel [in, num_groups * size] per part.
 
     Per-head [query, key, value] is `grouped_linear(num_heads, (head_dim,) * 3, in_dim)`; InternLM2's
-    wqkv, where each key-value head comes after its query heads, is
+    wqkv, where each key-value head follows its query heads, is
     `grouped_linear(num_kv_heads, (queries_per_kv * head_dim, head_dim, head_dim), in_dim)`.
 
     Args:
@@ -405,7 +407,7 @@ def grouped_linear(num_groups: int, sizes: Sequence[int], in_dim: int) -> Op:
 
 
 def grouped_bias(num_groups: int, sizes: Sequence[int]) -> Op:
-    """The bias that belongs to a `grouped_linear`."""
+    """The bias of a `grouped_linear`."""
     return _grouped(num_groups, tuple(sizes), ())
 
 

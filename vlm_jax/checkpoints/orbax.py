@@ -12,22 +12,22 @@ from etils import epath
 from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS
 
 CHECKPOINTS = "checkpoints"  # the folder in a workdir
-METADATA_BYTES = 256 * 1024  # what Orbax writes beside the arrays, generously
+METADATA_BYTES = 256 * 1024  # upper estimate of what Orbax writes in addition to the arrays
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names it and the way on."""
+    """A checkpoint that cannot be written or read; the message names it and the fix."""
 
 
 class RunCheckpoints:
     """The numbered checkpoints of one workdir.
 
-    Saving returns at once and goes on in the background; a checkpoint appears under its number
-    only when it is whole, so a killed run leaves the one before.
+    Saving returns immediately and continues in the background; a checkpoint appears under its number
+    only when it is complete, so a killed run keeps the previous one.
 
     Args:
-      directory: where the numbered folders are, local or `gs://`; made when missing.
-      keep: how many of the newest stay.
+      directory: parent of the numbered folders, local or `gs://`; created when missing.
+      keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
@@ -36,7 +36,7 @@ class RunCheckpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def latest(self) -> int | None:
-        """Number of the newest whole checkpoint."""
+        """Number of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
@@ -45,19 +45,19 @@ class RunCheckpoints:
         Args:
           step: the checkpoint's number.
           state: a pytree of arrays.
-          position: where the input iterator stands, as JSON types.
+          position: state of the input iterator, as JSON types.
 
         Raises:
-          CheckpointError: this save, or the one before it, failed (no space, no permission).
+          CheckpointError: this save or the previous one failed (no space, no permission).
         """
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position))
         with self._failures(f"saving checkpoint {step}"):
-            self._manager.wait_until_finished()  # of the save before, which has its space then
+            self._manager.wait_until_finished()  # of the previous save, whose space is then used
             self._check_space(state)
             self._manager.save(step, args=args)
 
     def _check_space(self, state: Any) -> None:
-        """Refuses before anything is written what cannot fit on a local disk."""
+        """Checks the free space of a local disk before writing."""
         if "://" in str(self.directory):
             return
         leaves = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes")]
@@ -76,7 +76,7 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Reads one checkpoint, every array straight to its sharding.
+        """Reads one checkpoint, every array directly to its sharding.
 
         Args:
           step: its number.
@@ -86,14 +86,14 @@ class RunCheckpoints:
           The state and the position.
 
         Raises:
-          CheckpointError: it is damaged or holds other shapes.
+          CheckpointError: it is damaged or has other shapes.
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), position=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=args)
-        except Exception as error:  # Orbax and TensorStore raise a dozen kinds for a damaged file
+        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
             older = [s for s in self._manager.all_steps() if s < step]
-            way_on = f"the run then goes on from checkpoint {max(older)}" if older else "the run then starts anew"
+            way_on = f"the run then resumes from checkpoint {max(older)}" if older else "the run then restarts"
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} cannot be read: it is damaged or of another model. Delete "
                 f"the folder {self.directory / str(step)} and run the same command; {way_on}. "
@@ -102,7 +102,7 @@ class RunCheckpoints:
         return restored["state"], restored["position"]
 
     def close(self) -> None:
-        """Waits, then frees the background threads."""
+        """Waits, then stops the background threads."""
         self.wait()
         self._manager.close()
 
@@ -111,7 +111,7 @@ class RunCheckpoints:
 
 
 class _SaveFailures:
-    """Turns any failure of Orbax inside a `with` into one CheckpointError."""
+    """Converts any failure of Orbax inside a `with` to a CheckpointError."""
 
     def __init__(self, checkpoints: RunCheckpoints, action: str):
         self._checkpoints, self._action = checkpoints, action
@@ -123,15 +123,15 @@ class _SaveFailures:
         if not isinstance(error, Exception):
             return
         latest = self._checkpoints.latest()
-        kept = "no checkpoint is left" if latest is None else f"checkpoint {latest} is whole"
+        kept = "no checkpoint is left" if latest is None else f"checkpoint {latest} is complete"
         raise CheckpointError(
             f"{self._action} in {self._checkpoints.directory} failed: {_first_line(error)}. {kept}; free space or "
-            f"mend the permissions, and the same command goes on from there"
+            f"fix the permissions, and rerun the same command to resume"
         ) from error
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
-    """Orbax takes no relative path; `gs://` is absolute already."""
+    """The absolute path, as Orbax requires; `gs://` is already absolute."""
     path = epath.Path(directory)
     return path if path.is_absolute() else path.absolute()
 
@@ -142,7 +142,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def newest_state(directory: epath.PathLike) -> epath.Path:
-    """The folder of the arrays of a run's newest whole checkpoint.
+    """The folder of the arrays of a run's newest complete checkpoint.
 
     Args:
       directory: that run's checkpoint directory.
@@ -156,12 +156,12 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
         with ocp.CheckpointManager(directory) as manager:
             step = manager.latest_step()
     if step is None:
-        raise CheckpointError(f"no whole checkpoint in {directory}; train that run to its end first")
+        raise CheckpointError(f"no complete checkpoint in {directory}; train that run to its end first")
     return directory / str(step) / "state"
 
 
 def stored_shapes(state: epath.PathLike) -> dict[str, tuple[int, ...]]:
-    """Shapes of stored arrays by path, parts separated by `/`; none of them is read.
+    """Shapes of stored arrays by path, separated by `/`, without reading them.
 
     Raises:
       CheckpointError: the folder cannot be read.
@@ -175,26 +175,26 @@ def stored_shapes(state: epath.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 def check_stored(state: epath.PathLike, wanted: Mapping[str, tuple[int, ...]], roots: Iterable[str]) -> None:
-    """Refuses arrays that are not all that a model has, and no more; none of them is read.
+    """Checks, without reading them, that the stored arrays are exactly those of a model.
 
     Args:
       state: the folder of the arrays.
-      wanted: shapes by path, parts separated by `/`.
-      roots: what paths start with, where there may be no others.
+      wanted: shapes by path, separated by `/`.
+      roots: path prefixes under which no other arrays are allowed.
 
     Raises:
-      CheckpointError: arrays are missing, left over or misshapen; the message names them.
+      CheckpointError: arrays are missing, unexpected or of another shape; the message names them.
     """
     found = stored_shapes(state)
     below = tuple(f"{root}/" for root in roots)
     problems = [f"it lacks {path} {shape}" for path, shape in wanted.items() if path not in found]
     problems += [
-        f"it has {path} {shape}, which the model has not"
+        f"it has {path} {shape}, which the model does not have"
         for path, shape in found.items()
         if path.startswith(below) and path not in wanted
     ]
     problems += [
-        f"it holds {path} {found[path]}, not {shape}"
+        f"it has {path} {found[path]}, expected {shape}"
         for path, shape in wanted.items()
         if path in found and found[path] != shape
     ]
@@ -207,11 +207,11 @@ def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, An
     """Reads some parts of the newest checkpoint of another run, or of a release.
 
     Args:
-      directory: that run's checkpoint directory, or a folder of Orbax arrays that came from a release.
+      directory: that run's checkpoint directory, or a folder of Orbax arrays converted from a release.
       parts: {part: pytree of `jax.ShapeDtypeStruct` with shardings}.
 
     Raises:
-      CheckpointError: there is no checkpoint, or the parts in it are of another model.
+      CheckpointError: there is no checkpoint, or its parts are of another model.
     """
     directory, released = _absolute(directory), (_absolute(directory) / MAP_FILE).exists()
     state, like = (directory / PARAMS, parts) if released else (newest_state(directory), {"params": parts})

@@ -1,4 +1,4 @@
-"""Parameters from a release, and a release from parameters, by a table of rules."""
+"""Import of parameters from a release, and export to a release, by a table of rules."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -22,22 +22,22 @@ def import_params(
 ) -> Any:
     """Reads a released checkpoint into a tree of parameters.
 
-    Tensors are read one at a time, in parts, and only what the devices of this process hold, as far as the
-    operation allows; beside the parameters themselves the host has at most one tensor: see `placement`.
+    Tensors are read one at a time, in parts, and only the parts on the devices of this process where the
+    operation allows it; in addition to the parameters the host holds at most one tensor: see `placement`.
 
     Args:
       rules: the table.
       source: the checkpoint.
-      targets: a tree of `jax.ShapeDtypeStruct`; one without a sharding goes to the default device.
-      ignore: source keys that may go unread, as in `plan`.
-      keep: targets that stay as they are, as in `plan`.
+      targets: a tree of `jax.ShapeDtypeStruct`; one without a sharding is put on the default device.
+      ignore: source keys that may be unused, as in `plan`.
+      keep: targets that are not read, as in `plan`.
 
     Returns:
       The tree of `targets` with `jax.Array`s on their devices, cast to the dtypes of the targets. Leaves that `keep`
-      matches are left as they were given.
+      matches are unchanged.
 
     Raises:
-      CheckpointMismatch: as in `plan`; nothing has been read then.
+      CheckpointMismatch: as in `plan`, before anything is read.
     """
     steps = plan(rules, source, targets, ignore=ignore, keep=keep)
     leaves = dict(flatten(targets))
@@ -61,15 +61,15 @@ def export_params(rules: Iterable[Rule], params: Any, *, dtype: Any = None) -> d
 
     Args:
       rules: the table of the import.
-      params: arrays; each must be wholly addressable by this process.
-      dtype: what floating-point tensors are cast to; None keeps the dtype of each.
+      params: arrays; each must be fully addressable by this process.
+      dtype: dtype of floating-point tensors; None keeps the dtype of each.
 
     Returns:
       Released key -> tensor, views of the parameters on the host where the operation allows it.
 
     Raises:
-      CheckpointMismatch: a parameter has no rule or two, does not have a shape that its rule can
-        undo, or two rules write the same key.
+      CheckpointMismatch: a parameter has no rule or two rules, its shape does not fit its rule,
+        or two rules write the same key.
     """
     leaves = dict(flatten(params))
     steps = export_plan(rules, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
@@ -87,7 +87,7 @@ def export_params(rules: Iterable[Rule], params: Any, *, dtype: Any = None) -> d
 def block_reader(
     step: Step, i: int, source: Mapping[str, SourceTensor], dtype: Any
 ) -> Callable[[tuple[range, ...]], np.ndarray]:
-    """A function that reads a block of the step's target `i`, one range of step 1 for every axis."""
+    """A function that reads a block of the step's target `i`, given as one range of step 1 per axis."""
     depth = len(step.rule.stacked)
     read_at, axis = _reader(step, source, [i])
 
@@ -106,10 +106,10 @@ def block_reader(
 
 
 def _reader(step: Step, source: Mapping[str, SourceTensor], wanted: Sequence[int]) -> tuple[placement.Read, int | None]:
-    """What reads blocks of a step's `wanted` targets, and along which of their axes the rows of the tensor lie.
+    """A reader of blocks of a step's `wanted` targets, and their axis along which the tensor's rows are.
 
-    The axis is None where tensors are only read whole: there are several, or the operation cannot tell where
-    in the tensor a block of the target lies.
+    The axis is None where tensors are only read whole: there are several, or the operation cannot locate
+    a block of the target in the tensor.
     """
     op, rank = step.rule.op, len(step.shapes[0]) - len(step.rule.stacked)
     corner = op.source_index(tuple(slice(i, i + 1) for i in range(rank)))

@@ -1,11 +1,11 @@
-"""Parameters on their way from released tensors to their devices, a piece at a time.
+"""Copies parameters from released tensors to their devices, a piece at a time.
 
-A tensor is read in cuts of about a mebibyte along its rows, by several threads. A cut is cast, and copied to where
-it belongs in every shard that wants some of it, so that each byte is read once however the parameter is laid out.
+A tensor is read in pieces ("cuts") of about a mebibyte along its rows, by several threads. A cut is cast and copied
+into every shard that includes a part of it, so that each byte is read once for any sharding.
 
-On a CPU the memory of a device is the host's: a shard is one host buffer, which becomes the device's own without a
-copy. Elsewhere a stack of layers is made on its devices and filled there layer by layer, and the host holds what
-goes to one place of the stack: at most one tensor of the release, or one for every part of a stack that is split.
+On a CPU device memory is host memory: a shard is one host buffer, which becomes the device's array without a
+copy. Elsewhere a stack of layers is allocated on its devices and filled there layer by layer, and the host holds
+one entry of the stack: at most one tensor of the release, or one per part of a stack that is split.
 """
 
 import functools
@@ -22,16 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-Block = tuple[range, ...]  # one range for every axis
-Position = tuple[int, ...]  # in a stack
+Block = tuple[range, ...]  # one range per axis
+Position = tuple[int, ...]  # in a stack of layers
 Read = Callable[[Position, Block | None], Sequence[np.ndarray]]
 
-CUT_BYTES = 2**20  # a cut and the lines of memory that its transpose goes to stay in a core's cache
-_MIN_ROWS = 32  # a transposed row of which is a line of memory
+CUT_BYTES = 2**20  # a cut and the cache lines of its transpose fit in a core's cache
+_MIN_ROWS = 32  # so that a transposed row is a cache line
 
 
 def readers() -> ThreadPoolExecutor:
-    """The threads that read and copy cuts; more than a few wait for memory."""
+    """The threads that read and copy cuts; few, because they are bound by memory bandwidth."""
     return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="read")
 
 
@@ -41,17 +41,17 @@ def fill(
     """The parameters that come from the same tensors, on their devices.
 
     Args:
-      leaves: shape, dtype and sharding of each; those without a sharding go to the default device, uncommitted.
-      depth: leading axes of each that are a stack.
+      leaves: shape, dtype and sharding of each; those without a sharding are put on the default device, uncommitted.
+      depth: number of leading stacked axes of each.
       read: given a position in the stack and a block of the other axes, the block of every parameter, in any
         dtype; given None for the block, all of each.
-      axis: of the axes behind the stack, the one along which the rows of the one tensor lie; None where
+      axis: of the axes after the stacked ones, the one along the rows of the single tensor; None where
         tensors are only read whole.
       pool: runs reads and copies.
-      cut: blocks are read in cuts; else what is read costs the same in one.
+      cut: whether blocks are read in cuts, or as a whole.
     """
     parameters = [(_OnDevices if depth and not _in_host_memory(leaf) else _Buffers)(leaf, depth) for leaf in leaves]
-    if len({parameter.stack for parameter in parameters}) > 1:  # their stacks are cut differently
+    if len({parameter.stack for parameter in parameters}) > 1:  # their stacks are sharded differently
 
         def only(i: int) -> Read:
             return lambda position, block: [read(position, block)[i]]
@@ -75,7 +75,7 @@ def fill(
 
 
 class _Buffers:
-    """A parameter whose shards are filled in host memory and then handed to their devices.
+    """A parameter whose shards are filled in host memory and then moved to their devices.
 
     Attributes:
       stack: sizes of a shard's stacked axes.
@@ -87,21 +87,21 @@ class _Buffers:
         self.stack = _sizes(next(iter(self._buffers))[:depth])
 
     def pieces(self, offset: Position) -> Iterator[tuple[Position, Block, np.ndarray]]:
-        """Of every shard, for this place in its stack: the position, the block there, and what is to be written."""
+        """For every shard, at this offset in its stack: the position, its block, and the array to write."""
         for block, buffer in self._buffers.items():
             yield _position(block, offset), block[self._depth :], buffer[(*offset, ...)]
 
     def written(self, offset: Position) -> None:
-        """Everything at `offset` is there."""
+        """Called when everything at `offset` is written."""
         del offset
 
     def array(self) -> jax.Array:
-        """The parameter; a CPU device takes the buffers over."""
+        """The parameter; a CPU device adopts the buffers."""
         return jax.block_until_ready(_assembled(self._leaf, self._leaf.shape, self._devices, self._buffers))
 
 
 class _OnDevices:
-    """A stack that lies on its devices from the start, and of which the host has one place at a time.
+    """A stack allocated on its devices, of which the host holds one entry at a time.
 
     Attributes:
       stack: sizes of a shard's stacked axes.
@@ -110,23 +110,23 @@ class _OnDevices:
     def __init__(self, leaf: jax.ShapeDtypeStruct, depth: int):
         self._leaf, self._depth, self._devices = leaf, depth, _local_blocks(leaf)
         self.stack = _sizes(next(iter(self._devices.values()))[:depth])
-        # Each shard has one place of its stack in the array that is written into it.
+        # Each shard has one entry of its stack in the host array.
         places = (size // local for size, local in zip(leaf.shape, self.stack, strict=False))
         self._piece_shape = (*places, *leaf.shape[depth:])
         self._array = _zeros(leaf.shape, leaf.dtype, leaf.sharding)()
-        # Written anew for every offset: JAX lets go of an array on the host only when it is called again.
+        # Reused for every offset: JAX frees an array on the host only when it is called again.
         self._pieces = {
             block: np.empty((*(1 for _ in self.stack), *_sizes(block[depth:])), leaf.dtype)
             for block in set(self._devices.values())
         }
 
     def pieces(self, offset: Position) -> Iterator[tuple[Position, Block, np.ndarray]]:
-        """As of `_Buffers`, in the same memory at every offset."""
+        """As in `_Buffers`, in the same memory at every offset."""
         for block, piece in self._pieces.items():
             yield _position(block, offset), block[self._depth :], piece[(*(0 for _ in offset), ...)]
 
     def written(self, offset: Position) -> None:
-        """Sends what was written to the devices, and waits for it, so that the memory may be written again."""
+        """Copies the host array to the devices, and waits, so that the memory can be reused."""
         piece = _assembled(self._leaf, self._piece_shape, self._devices, self._pieces)
         self._array = _writer(self._leaf.sharding)(self._array, piece, np.asarray(offset, np.int32))
         jax.block_until_ready(self._array)
@@ -139,20 +139,20 @@ class _OnDevices:
 def _in_host_memory(leaf: jax.ShapeDtypeStruct) -> bool:
     """Whether the devices of a parameter are CPUs, or it has a sharding that is not one of a mesh."""
     if leaf.sharding is None:
-        return jax.devices()[0].platform == "cpu"  # where an array without a sharding goes
+        return jax.devices()[0].platform == "cpu"  # the device of arrays without a sharding
     on_cpu = all(device.platform == "cpu" for device in leaf.sharding.device_set)
     return on_cpu or not isinstance(leaf.sharding, NamedSharding)
 
 
 @functools.lru_cache
 def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
-    """A program that makes an array where it is to lie."""
+    """A jitted function that creates an array with a sharding."""
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.lru_cache
 def _writer(sharding: NamedSharding | None) -> Any:
-    """A program that writes each shard of one array into the same shard of another, at an offset of its stack."""
+    """A jitted function that writes each shard of one array into the same shard of a stack, at an offset."""
 
     def write(stack: jax.Array, piece: jax.Array, offset: jax.Array) -> jax.Array:
         rest = (0,) * (stack.ndim - len(offset))
@@ -175,7 +175,7 @@ def _assembled(
 
 
 def _local_blocks(leaf: jax.ShapeDtypeStruct) -> dict[Any, Block]:
-    """What every device of this process holds of a parameter; under None what the default device holds."""
+    """The block of a parameter on every device of this process; under None that of the default device."""
     if leaf.sharding is None:
         return {None: tuple(map(range, leaf.shape))}
     return {
@@ -185,9 +185,9 @@ def _local_blocks(leaf: jax.ShapeDtypeStruct) -> dict[Any, Block]:
 
 
 def _memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Whole pages, which a CPU device takes over; NumPy's own begin between XLA's alignments.
+    """Page-aligned memory, which a CPU device can adopt; NumPy's memory is not aligned for XLA.
 
-    Nor does it ask for huge pages, as NumPy does: to find these cost ten times what the copies did.
+    Without huge pages, which NumPy requests: allocating them took ten times as long as the copies.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return (
@@ -204,7 +204,7 @@ def _sizes(block: Block) -> tuple[int, ...]:
 
 
 def _cuts(places: Iterable[tuple[int, Block, np.ndarray]], axis: int, cut: bool) -> Iterator[Block]:
-    """The blocks to be read so that every place gets its own, and none twice."""
+    """The blocks to read so that every place is filled, without reading any twice."""
     blocks = {block for _, block, _ in places}
     itemsize = max(out.itemsize for _, _, out in places)
     edges = sorted({edge for block in blocks for edge in (block[axis].start, block[axis].stop)})
@@ -223,7 +223,7 @@ def _cuts(places: Iterable[tuple[int, Block, np.ndarray]], axis: int, cut: bool)
 
 
 def _read_cut(read: Read, position: Position, box: Block | None, places: list[tuple[int, Block, np.ndarray]]) -> None:
-    """Reads one cut, and copies it to all that want some of it."""
+    """Reads one cut, and copies it to all places that overlap it."""
     values = read(position, box)
     for i, block, out in places:
         origin = tuple(map(range, np.shape(values[i]))) if box is None else box
@@ -233,17 +233,17 @@ def _read_cut(read: Read, position: Position, box: Block | None, places: list[tu
 
 
 def _within(block: Sequence[range], outer: Block) -> tuple[Any, ...]:
-    """The index of a block in an array that begins where `outer` does; a view also where there are no axes."""
+    """The index of a block in an array that starts at `outer`; a view also for arrays without axes."""
     parts = zip(block, outer, strict=True)
     return (*(slice(part.start - whole.start, part.stop - whole.start) for part, whole in parts), ...)
 
 
 def _copy(out: np.ndarray, values: np.ndarray) -> None:
-    """Writes `values` into `out`, cast, in cuts along the rows in which the values lie."""
+    """Casts `values` and writes them into `out`, in cuts along the rows of the values."""
     if values.ndim == 0:
         out[...] = values
         return
-    bits = np.dtype(f"u{out.itemsize}")  # NumPy copies numbers of its own faster, and beside other threads
+    bits = np.dtype(f"u{out.itemsize}")  # NumPy copies native dtypes faster, and releases the GIL
     axis = int(np.argmax(np.abs(values.strides)))
     count = values.shape[axis]
     rows = max(_MIN_ROWS, CUT_BYTES * count // (values.size * out.itemsize))

@@ -1,7 +1,7 @@
-"""What goes where between a release and a tree of parameters, checked before anything is read.
+"""The conversion plan between a release and a tree of parameters, checked before anything is read.
 
-The targets decide which keys are wanted: a source key that nothing reads, a target that nothing fills or two
-rules fill, a wrong shape are all reported in one `CheckpointMismatch`.
+The targets determine the required keys: an unused source key, a target filled by no rule or by two,
+and a wrong shape are all reported in one `CheckpointMismatch`.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from vlm_jax.checkpoints.rules import Rule, SourceTensor, expand, matcher, match
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One rule, for one value of the placeholders that its targets keep.
+    """One rule, for one value of the placeholders in its targets.
 
     Attributes:
-      rule: where the step comes from.
+      rule: the rule.
       targets: paths of the parameters that it fills.
       shapes: their shapes, stacked axes included.
-      sources: the source keys of every position in the stack; the one position of a rule that stacks
-        nothing is `()`.
+      sources: the source keys of every position in the stack; the single position of a rule without
+        a stack is `()`.
       needed: the shapes that the source tensors must have, the same for every position.
     """
 
@@ -54,21 +54,21 @@ def plan(
     ignore: Iterable[str] = (),
     keep: Iterable[str] = (),
 ) -> tuple[Step, ...]:
-    """Checks that a checkpoint fits a tree of parameters and says what goes where, reading no tensor.
+    """Checks that a checkpoint fits a tree of parameters and plans the conversion, reading no tensor.
 
     Args:
       rules: the table.
-      source: the checkpoint; only the shapes and dtypes of its tensors are looked at.
-      targets: a tree of arrays or `jax.ShapeDtypeStruct`; boxes of axis names may stay on.
-      ignore: regular expressions for whole source keys that may go unread.
-      keep: regular expressions for whole target paths that the checkpoint is not to fill, such as a
-        new head. A rule whose targets are all kept is left out; its source keys count as read.
+      source: the checkpoint; only the shapes and dtypes of its tensors are used.
+      targets: a tree of arrays or `jax.ShapeDtypeStruct`; may have boxes of axis names.
+      ignore: regular expressions for whole source keys that may be unused.
+      keep: regular expressions for whole target paths that the checkpoint does not fill, such as a
+        new head. A rule whose targets are all kept is omitted; its source keys count as read.
 
     Returns:
-      One step for every rule and value of the placeholders that its target keeps.
+      One step for every rule and value of the placeholders in its target.
 
     Raises:
-      CheckpointMismatch: something is missing, left over, written twice or misshapen.
+      CheckpointMismatch: a key or target is missing, unused, written twice or of another shape.
     """
     rules = tuple(rules)
     leaves = dict(flatten(targets))
@@ -84,14 +84,14 @@ def plan(
 
 
 def export_plan(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> tuple[Step, ...]:
-    """What becomes of every parameter in a release: the steps of `plan` by the parameters alone.
+    """The steps of `plan` computed from the parameters only, for export.
 
     Args:
       rules: the table of the import.
       shapes: of the parameters, by path.
 
     Raises:
-      CheckpointMismatch: as of `export_params`.
+      CheckpointMismatch: as `export_params`.
     """
     steps, problems = _steps(tuple(rules), shapes, set())
     written: dict[str, Rule] = {}
@@ -106,7 +106,7 @@ def export_plan(rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> tuple[Ste
 
 
 def _steps(rules: tuple[Rule, ...], shapes: Mapping[str, Shape], kept: set[str]) -> tuple[list[Step], list[str]]:
-    """Every step that the target paths call for, and what is wrong between rules and targets."""
+    """Every step for the target paths, and the mismatches between rules and targets."""
     steps: list[Step] = []
     problems: list[str] = []
     writers: dict[str, Rule] = {}
@@ -126,7 +126,7 @@ def _steps(rules: tuple[Rule, ...], shapes: Mapping[str, Shape], kept: set[str])
                 problems.append(f"misshapen: {error}")
     nearest = Nearest(path for rule in rules for path in rule.targets if path not in writers)
     problems += [
-        f"not filled: {path}, shape {shape}: no rule writes it" + nearest.suggest(path, "a rule's target is near")
+        f"not filled: {path}, shape {shape}: no rule writes it" + nearest.suggest(path, "similar target of a rule")
         for path, shape in shapes.items()
         if path not in writers and path not in kept
     ]
@@ -134,7 +134,7 @@ def _steps(rules: tuple[Rule, ...], shapes: Mapping[str, Shape], kept: set[str])
 
 
 def _target_values(rule: Rule, paths: Iterable[str]) -> list[dict[str, int]]:
-    """The values of the targets' placeholders for which any of the targets is in the tree."""
+    """The values of the targets' placeholders for which a target is in the tree."""
     found: dict[tuple[int, ...], dict[str, int]] = {}
     for template in rule.targets:
         names, matches = placeholders(rule.targets[0]), matcher(template).fullmatch
@@ -146,11 +146,11 @@ def _target_values(rule: Rule, paths: Iterable[str]) -> list[dict[str, int]]:
 
 
 def _step(rule: Rule, values: Mapping[str, int], targets: tuple[str, ...], shapes: tuple[Shape, ...]) -> Step:
-    """Works out the source keys and their shapes.
+    """Computes the source keys and their shapes.
 
     Raises:
-      ValueError: the targets do not have the axes that the rule stacks, or a shape that its operation
-        cannot give.
+      ValueError: the targets lack the axes that the rule stacks, or have a shape that its operation
+        cannot return.
     """
     depth = len(rule.stacked)
     described = " + ".join(f"{path} {shape}" for path, shape in zip(targets, shapes, strict=True))
@@ -164,9 +164,9 @@ def _step(rule: Rule, values: Mapping[str, int], targets: tuple[str, ...], shape
     try:
         needed = rule.op.inverse.shapes(*(shape[depth:] for shape in shapes))
     except ValueError as error:
-        raise ValueError(f"{described}: {rule} cannot give this shape: {error}") from error
+        raise ValueError(f"{described}: {rule} cannot return this shape: {error}") from error
     if len(needed) != len(rule.sources):
-        raise ValueError(f"{described}: {rule} names {len(rule.sources)} sources, and {rule.op} reads {len(needed)}")
+        raise ValueError(f"{described}: {rule} names {len(rule.sources)} sources, but {rule.op} takes {len(needed)}")
     sources = {}
     for position in np.ndindex(*stack):
         numbers = {name: values_of[i] for name, values_of, i in zip(rule.stacked, ranges, position, strict=True)}
@@ -177,7 +177,7 @@ def _step(rule: Rule, values: Mapping[str, int], targets: tuple[str, ...], shape
 def _check_sources(
     steps: Iterable[Step], source: Mapping[str, SourceTensor], leaves: Mapping[str, Any], kept: set[str]
 ) -> tuple[dict[str, str], dict[str, Rule], list[str]]:
-    """Missing keys with their lines, the rule that reads each key, and all other problems of source keys."""
+    """Missing keys with their messages, the rule that reads each key, and all other problems of source keys."""
     read: dict[str, Rule] = {}
     missing: dict[str, str] = {}
     problems: list[str] = []
@@ -187,7 +187,7 @@ def _check_sources(
             for key, needed in zip(keys, step.needed, strict=True):
                 if key in read and wanted:
                     problems.append(
-                        f"read twice: {key}, by {read[key]} and by {step.rule}; a tensor that makes several "
+                        f"read twice: {key}, by {read[key]} and by {step.rule}; a tensor for several "
                         "parameters needs one rule with several targets"
                     )
                 read[key] = step.rule
@@ -198,7 +198,7 @@ def _check_sources(
                     missing[key] = f"missing from the checkpoint: {key}, shape {needed}, for {for_what}"
                 elif tuple(source[key].shape) != needed:
                     problems.append(
-                        f"misshapen: {key}: expected {needed}, found {tuple(source[key].shape)}, "
+                        f"wrong shape: {key}: expected {needed}, found {tuple(source[key].shape)}, "
                         f"for {for_what} through {step.rule.op}"
                     )
                 else:
@@ -212,11 +212,11 @@ def _missing_and_unused(
     source: Mapping[str, SourceTensor],
     rules: Iterable[Rule],
 ) -> list[str]:
-    """The lines of missing and of unused keys, each with the nearest of the other."""
+    """The messages for missing and unused keys, each with the most similar of the other."""
     known = {key: made for key in unused if (made := _what_it_makes(key, rules))}
     unknown = [key for key in unused if key not in known]
     near_unused, near_missing = Nearest(unknown), Nearest(missing)
-    problems = [line + near_unused.suggest(key, "an unused key is near") for key, line in missing.items()]
+    problems = [line + near_unused.suggest(key, "similar unused key") for key, line in missing.items()]
     problems += [
         f"unused: {key}, shape {tuple(source[key].shape)}: the model has no {made}, and no ignore pattern "
         "covers the key"
@@ -224,23 +224,23 @@ def _missing_and_unused(
     ]
     problems += [
         f"unused: {key}, shape {tuple(source[key].shape)}: no rule reads it and no ignore pattern covers it"
-        + near_missing.suggest(key, "a missing key is near")
+        + near_missing.suggest(key, "similar missing key")
         for key in unknown
     ]
     return problems
 
 
 def _dtype_problems(key: str, dtype: Any, step: Step, leaves: Mapping[str, Any]) -> list[str]:
-    """A cast between integers and floating point is never meant."""
+    """Problems of casts between integer and floating-point dtypes."""
     return [
-        f"wrong kind of number: {key} is {np.dtype(dtype)}, and {path} is {np.dtype(leaves[path].dtype)}"
+        f"wrong dtype: {key} is {np.dtype(dtype)}, and {path} is {np.dtype(leaves[path].dtype)}"
         for path in step.targets
         if jnp.issubdtype(dtype, jnp.floating) != jnp.issubdtype(leaves[path].dtype, jnp.floating)
     ]
 
 
 def _what_it_makes(key: str, rules: Iterable[Rule]) -> str | None:
-    """The parameters that a rule makes of a source key, or None where no rule knows the key."""
+    """The parameters that a rule fills from a source key, or None where no rule has the key."""
     for rule in rules:
         for template in rule.sources:
             if match := matcher(template).fullmatch(key):
@@ -250,7 +250,7 @@ def _what_it_makes(key: str, rules: Iterable[Rule]) -> str | None:
 
 
 def _at(target: str, rule: Rule, values: Mapping[str, int]) -> str:
-    """The target with its own placeholders filled and the stacked ones as `[layer 3]`."""
+    """The target with its placeholders filled and the stacked ones as `[layer 3]`."""
     stacked = ", ".join(f"{name} {values[name]}" for name in rule.stacked)
     return expand(target, values) + (f"[{stacked}]" if stacked else "")
 
@@ -260,7 +260,7 @@ def _entry(path: str, position: tuple[int, ...]) -> str:
 
 
 def flatten(tree: Any) -> list[tuple[str, Any]]:
-    """(path, leaf) in tree order; a box of axis names adds nothing to the path."""
+    """(path, leaf) in tree order, without path entries for boxes of axis names."""
     named = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         parts = [str(getattr(part, "key", getattr(part, "idx", None))) for part in path if not _is_box(part)]

@@ -1,4 +1,4 @@
-"""What a release is to this package: its tensors, its rules, and the files of its folder; it knows no model."""
+"""A release: its tensors, its rules, and the files of its folder, independent of models."""
 
 import dataclasses
 import json
@@ -16,16 +16,16 @@ from vlm_jax.checkpoints.saving import check_vacant, copy_companions, save_archi
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A released checkpoint in terms of this package.
+    """A released checkpoint with its conversion rules.
 
     Attributes:
       config: the released settings, in the schema of the release.
-      checkpoint: the released tensors, read when they are asked for.
-      folder: where they lie, with the files of the tokenizer and the processor.
-      rules: which released tensors make which parameters; targets are paths in `params`.
-      ignore: regular expressions for whole released keys that the model has no use for; carried along unread and
+      checkpoint: the released tensors, read when they are indexed.
+      folder: its folder, with the files of the tokenizer and the processor.
+      rules: conversion from released tensors to parameters; targets are paths in `params`.
+      ignore: regular expressions for whole released keys that the model does not use; kept unread and
         written back.
-      drawn: parts of the model that are not the release's, in whose stead its own have no use.
+      drawn: randomly initialised parts of the model that replace the release's.
     """
 
     config: Mapping[str, Any]
@@ -36,7 +36,7 @@ class Release:
     drawn: tuple[str, ...] = ()
 
     def without(self, *parts: str) -> "Release":
-        """The release whose `parts` are replaced by others that it does not know."""
+        """The release with `parts` replaced by randomly initialised ones."""
         lost = [rule for rule in self.rules if any(_of_part(target, parts) for target in rule.targets)]
         patterns = tuple(matcher(source).pattern for rule in lost for source in rule.sources)
         kept = tuple(rule for rule in self.rules if rule not in lost)
@@ -44,13 +44,13 @@ class Release:
         return dataclasses.replace(self, rules=kept, ignore=(*self.ignore, *patterns), drawn=drawn)
 
     def read(self, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters of all parts that are the release's.
+        """The parameters of all parts of the release.
 
         Args:
-          targets: {part: tree of `jax.ShapeDtypeStruct`}; one without a sharding goes to the default device.
+          targets: {part: tree of `jax.ShapeDtypeStruct`}; one without a sharding is put on the default device.
 
         Raises:
-          CheckpointMismatch: unused, missing and misshapen keys, all in one message.
+          CheckpointMismatch: unused and missing keys and wrong shapes, all in one message.
         """
         own = {part: tree for part, tree in targets.items() if part not in self.drawn}
         return import_params(self.rules, self.checkpoint, own, ignore=self.ignore)
@@ -65,15 +65,15 @@ class Release:
         """Writes config and weights under the released names, and the files of tokenizer and processor.
 
         Args:
-          folder: made if need be; must not hold a checkpoint.
+          folder: created if missing; must not contain a checkpoint.
           params: {part: tree}.
-          finish: changes the companions of the written folder before its weights are written.
+          finish: called to change the other files of the folder before its weights are written.
 
         Returns:
           The files written.
 
         Raises:
-          CheckpointFileError: the folder holds a checkpoint already, or a part has no name in the released schema.
+          CheckpointFileError: the folder contains a checkpoint, or a part has no name in the released schema.
           CheckpointMismatch: `params` do not have the release's shapes.
         """
         if self.drawn:
@@ -92,7 +92,7 @@ class Release:
         path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         companions = copy_companions(self.folder, folder)
         finish(folder)
-        save = save_archive if self.checkpoint.archive else save_checkpoint  # last: with weights a folder is whole
+        save = save_archive if self.checkpoint.archive else save_checkpoint  # last: a folder with weights is complete
         return (path, *map(Path, companions), *save(folder, tensors))
 
 

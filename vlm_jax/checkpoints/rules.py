@@ -1,13 +1,13 @@
-"""Rules that say which tensors of a release make which of our parameters, and how.
+"""Rules for converting tensors of a release to our parameters.
 
     Rule("vision_model.encoder.layers.{layer}.mlp.fc1.weight", "encoder/blocks/mlp/up/kernel", LINEAR)
 
-`{layer}` stands for an integer. Where the target has it too, there is one parameter for every layer.
-Where the target lacks it, the parameter is stacked: its leading axis runs over the layers. Several
-such placeholders (`{layer}`, `{expert}`) stack in the order in which the source names them.
+`{layer}` is a placeholder for an integer. Where the target has it too, there is one parameter per layer.
+Where the target lacks it, the parameter is stacked: its leading axis is the layer axis. Several
+such placeholders (`{layer}`, `{expert}`) are stacked in the order of the source.
 
-One table of rules imports a release and exports it again (`params`), after everything in it is accounted
-for (`plan`). These modules see path strings, shapes and arrays. They know no model.
+One table of rules both imports and exports a release (`params`), after every key is accounted
+for (`plan`). These modules use only path strings, shapes and arrays, and are independent of models.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @runtime_checkable
 class SourceTensor(Protocol):
-    """What a checkpoint holds under a key: a NumPy array will do, or a tensor still in a file."""
+    """A tensor of a checkpoint: a NumPy array or a lazily read tensor."""
 
     @property
     def shape(self) -> Shape: ...
@@ -38,15 +38,15 @@ class SourceTensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Which released tensors make which parameters.
+    """The conversion of some released tensors to some parameters.
 
     Attributes:
-      source: one or more key templates of the release. `{name}` is an integer; all else is literal.
-      target: one or more paths in our tree, parts separated by `/`. A target has no placeholder that
-        the sources lack; those that it lacks itself are stacked on its leading axes.
+      source: one or more key templates of the release. `{name}` is an integer; the rest is literal.
+      target: one or more paths in our tree, separated by `/`. Its placeholders must be in
+        the sources; source placeholders that it lacks are stacked on its leading axes.
       op: the operation on one source tensor of every key, without the stacked axes.
-      where: the values of a placeholder, where they are not 0, 1, 2, ..: `{"layer": range(1, 27)}` for
-        a stack that leaves out the first layer. Entry i of the stack holds value i of the range.
+      where: the values of a placeholder if they are not 0, 1, 2, ..: `{"layer": range(1, 27)}` for
+        a stack without the first layer. Entry i of the stack has value i of the range.
     """
 
     source: str | tuple[str, ...]
@@ -85,7 +85,7 @@ class Rule:
 def prefixed(rules: Iterable[Rule], source: str = "", target: str = "") -> tuple[Rule, ...]:
     """The rules of a part as rules of a whole: prefixes go before every source and every target.
 
-    A system's table is the tables of its parts, each under the system's names for the part:
+    A system's table consists of the tables of its parts, each with the system's prefix for the part:
 
         (*prefixed(siglip.rules(config.encoder), "vision_tower.", "encoder/"),
          *prefixed(qwen2.rules(config.decoder), "language_model.", "decoder/"))
@@ -112,7 +112,7 @@ def expand(template: str, values: Mapping[str, int]) -> str:
 
 @functools.cache
 def matcher(template: str) -> re.Pattern[str]:
-    """What the template is filled to; its groups are the placeholders."""
+    """A pattern for filled templates; its groups are the placeholders."""
     pattern, seen = "", set()
     for i, part in enumerate(_PLACEHOLDER.split(template)):
         if i % 2 == 0:
@@ -126,5 +126,5 @@ def matcher(template: str) -> re.Pattern[str]:
 
 
 def matching(patterns: Iterable[str], name: str) -> str | None:
-    """The first regular expression that matches a whole key or path, as of `ignore` and `keep`; None if none does."""
+    """The first regular expression (of `ignore` or `keep`) that matches a whole key or path, or None."""
     return next((pattern for pattern in patterns if re.fullmatch(pattern, name)), None)

@@ -1,4 +1,4 @@
-"""Released checkpoint files as they are written: safetensors, NumPy archives, and what stands beside them."""
+"""Writes released checkpoint files: safetensors, NumPy archives, and the files next to them."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 
 def copy_companions(source: Path, folder: epath.PathLike) -> tuple[epath.Path, ...]:
-    """Copies what stands beside a checkpoint's weights, but for its index; files that are there already stay.
+    """Copies the files next to a checkpoint's weights, except its index; existing files are kept.
 
     Args:
       source: the folder of the checkpoint.
-      folder: an existing one, local or `gs://`.
+      folder: an existing folder, local or `gs://`.
 
     Returns:
       The files written.
@@ -46,10 +46,10 @@ def copy_companions(source: Path, folder: epath.PathLike) -> tuple[epath.Path, .
 
 
 def check_vacant(folder: Path) -> None:
-    """Refuses a folder that holds a checkpoint already, of whatever kind.
+    """Checks that a folder does not contain a checkpoint of any format.
 
     Raises:
-      CheckpointFileError: it does.
+      CheckpointFileError: it contains one.
     """
     for name in (SINGLE_FILE, INDEX_FILE, ARCHIVE_FILE, MAP_FILE):
         if (folder / name).exists():
@@ -62,28 +62,28 @@ def save_checkpoint(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> tuple[Path, ...]:
-    """Writes tensors as `model.safetensors`, or as shards with an index where they are larger.
+    """Writes tensors as `model.safetensors`, or as shards with an index above `max_shard_bytes`.
 
-    Every file is written under another name and renamed when all are complete, the index last: whoever
-    opens the folder finds the whole checkpoint or none.
+    Every file is written under a temporary name and renamed when all are complete, the index last: the
+    folder contains the complete checkpoint or none.
 
     Args:
-      folder: made if need be; it may hold other files, but no checkpoint.
+      folder: created if missing; it may contain other files, but no checkpoint.
       tensors: key -> NumPy or JAX array; copied to the host one shard at a time.
-      max_shard_bytes: most bytes of a shard; a single tensor that is larger gets a shard to itself.
+      max_shard_bytes: maximum size of a shard; a larger tensor gets its own shard.
 
     Returns:
       The files written.
 
     Raises:
-      CheckpointFileError: the folder holds a checkpoint already, or a tensor has a dtype that safetensors
-        cannot hold. Nothing has been written then.
+      CheckpointFileError: the folder contains a checkpoint, or a tensor has a dtype that safetensors
+        does not support. Nothing is written then.
     """
     folder = Path(folder)
     check_vacant(folder)
     writable = {np.dtype(dtype) for dtype in DTYPES.values()}
     if wrong := [f"{key} ({tensor.dtype})" for key, tensor in tensors.items() if tensor.dtype not in writable]:
-        raise CheckpointFileError(f"{folder}: safetensors cannot hold {', '.join(wrong)}; cast to a number type")
+        raise CheckpointFileError(f"{folder}: safetensors does not support {', '.join(wrong)}; cast to a numeric dtype")
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, max_shard_bytes)
     names = [SINGLE_FILE]
@@ -106,19 +106,19 @@ def save_archive(folder: str | os.PathLike[str], tensors: Mapping[str, Any]) -> 
     """Writes tensors as `model.npz`, the file of vision_transformer and big_vision.
 
     Args:
-      folder: made if need be; it may hold other files, but no checkpoint.
+      folder: created if missing; it may contain other files, but no checkpoint.
       tensors: key -> NumPy or JAX array.
 
     Returns:
       The files written.
 
     Raises:
-      CheckpointFileError: the folder holds a checkpoint already.
+      CheckpointFileError: the folder contains a checkpoint.
     """
     path = Path(folder) / ARCHIVE_FILE
     check_vacant(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not np.savez: a key may be called `file`.
+    # Not np.savez: a key may be named `file`.
     with (
         _renamed_when_complete(path.parent) as temporary,
         zipfile.ZipFile(temporary(path.name), "w") as archive,
@@ -130,7 +130,7 @@ def save_archive(folder: str | os.PathLike[str], tensors: Mapping[str, Any]) -> 
 
 
 def _shards(tensors: Mapping[str, Any], max_bytes: int) -> list[list[str]]:
-    """Keys in order, cut where the next tensor would not fit."""
+    """Keys in order, split where the next tensor would exceed `max_bytes`."""
     shards: list[list[str]] = [[]]
     size = 0
     for key, tensor in tensors.items():
@@ -144,7 +144,7 @@ def _shards(tensors: Mapping[str, Any], max_bytes: int) -> list[list[str]]:
 
 @contextlib.contextmanager
 def _renamed_when_complete(folder: Path) -> Iterator[Callable[[str], Path]]:
-    """Gives out temporary paths, and renames them in order on leaving, or removes all on an error."""
+    """Provides temporary paths, and renames them in order on exit, or removes all on an error."""
     pending: dict[str, Path] = {}
 
     def temporary(name: str) -> Path:

@@ -1,24 +1,24 @@
 """Connectors: visual features of the encoder in, visual tokens of the decoder's width out.
 
-The contract, which `tests/contracts/test_connectors.py` holds every entry of `CONNECTORS` to:
+The interface of every entry of `CONNECTORS`, tested by `tests/contracts/test_connectors.py`:
 
 - a Linen module with the fields `features` (the decoder's width), `dtype` and `param_dtype`;
 - `num_tokens(grid) -> int`, pure Python, callable before `init`; raises `InfeasibleGrid` for a
-  grid that the kind cannot take;
-- `token_grid(grid) -> Grid | None`, likewise: rows and columns of the tokens, each of which stands for its block of
-  features; None where a token has no place, as a learned query. Of packed features, whose grid is
-  (block, N // block), the grid has as many tokens and says how large a block each stands for;
+  grid that the kind does not support;
+- `token_grid(grid) -> Grid | None`, likewise: rows and columns of the tokens, each of which represents a block of
+  features; None where tokens have no position, as with learned queries. For packed features, whose grid is
+  (block, N // block), the token grid determines the block size of a token;
 - `for_budget(budget, grid) -> dict`, a class method that solves the kind's own fields so that
-  `num_tokens(grid) == budget`, or raises `InfeasibleBudget` naming the nearest feasible budgets; settings
-  that the solution depends on are keyword arguments with a default, and come back among the fields;
-- `__call__(features: VisualFeatures, *, deterministic: bool) -> VisualTokens`; what a masked
-  feature holds changes nothing, and features in blocks (`VisualFeatures.block`) give the tokens that
-  those in rows give, in any order, or raise `InfeasibleGrid`. Without `deterministic` a kind may draw
-  from the rng stream `connect`. A kind that reads more than features takes it as a further argument whose
-  default is None, as `qformer` takes an `instruction`.
+  `num_tokens(grid) == budget`, or raises `InfeasibleBudget` with the nearest feasible budgets; settings
+  that the solution depends on are keyword arguments with a default, and are included in the result;
+- `__call__(features: VisualFeatures, *, deterministic: bool) -> VisualTokens`; masked
+  features are ignored, and features in blocks (`VisualFeatures.block`) give the same tokens as
+  those in rows, in any order, or raise `InfeasibleGrid`. Without `deterministic` a kind may sample
+  from the rng stream `connect`. Further inputs are optional arguments with default None, such as the
+  `instruction` of `qformer`.
 
-Those of `PACKED_CONNECTORS` also take packed images, several in a sequence: a token is made of one block of
-neighbours, so that the tokens of one image follow those of the image before.
+Those of `PACKED_CONNECTORS` also take packed images, several in a sequence: each token is computed from one block of
+neighbours, so that tokens keep the order of the images.
 """
 
 from vlm_jax.connectors.c_abstractor import CAbstractor

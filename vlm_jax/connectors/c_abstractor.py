@@ -1,4 +1,4 @@
-"""Honeybee's C-Abstractor: convolutions, adaptive average pooling to the tokens' grid, convolutions, an MLP."""
+"""Honeybee's C-Abstractor: convolutions, adaptive average pooling to the token grid, convolutions, an MLP."""
 
 from typing import Any
 
@@ -21,21 +21,21 @@ from vlm_jax.layers.squares import in_rows, masked
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 _SQUEEZE_RATIO = 0.25
-_NORM_EPSILON = 1e-5  # that of timm's norm with an activation; its LayerNorm2d alone has 1e-6
+_NORM_EPSILON = 1e-5  # of timm's LayerNormAct2d; its LayerNorm2d has 1e-6
 
 
 class CAbstractor(OutputGrid, nn.Module):
     """Learned positions, `depth` RegNet blocks, means of windows, `depth` RegNet blocks, linear, SiLU, linear.
 
-    Masked features are as outside of the image: zero for the convolutions, and left out of means.
+    Masked features are treated as padding: zero for the convolutions, and excluded from means.
 
     Attributes:
       features: the decoder's width D.
       output_grid: rows and columns of the tokens, solved from the budget.
-      table_grid: rows and columns of the position table, those of the features that the budget was solved
-        for; interpolated to the grid of others.
-      depth: blocks in front of the pooling, and as many behind it; the release has 3.
-      width: channels of the blocks; the features' own when None. The release has 1024, as its features.
+      table_grid: rows and columns of the position table: the feature grid that the budget was solved
+        for; interpolated to other grids.
+      depth: blocks before the pooling, and as many after it; 3 in the release.
+      width: channels of the blocks; the features' width when None. 1024 in the release, as its features.
       mlp_depth: linear layers of the MLP.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -61,7 +61,7 @@ class CAbstractor(OutputGrid, nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         grid = in_rows(features, "c_abstractor").grid
         x = masked(features).astype(self.dtype)
@@ -73,17 +73,17 @@ class CAbstractor(OutputGrid, nn.Module):
         x = self._stage(x, mask, "after")
         mlp = Mlp(self.features, "silu", out_dim=self.features, depth=self.mlp_depth, name="mlp", **settings)
         tokens = mlp(x.reshape(x.shape[0], -1, x.shape[-1]))
-        # The means of the blocks carry every real feature to every token.
+        # Through the blocks' global means every token depends on every unmasked feature.
         return VisualTokens(tokens, jnp.broadcast_to(features.mask.any(1, keepdims=True), tokens.shape[:2]))
 
     def _stage(
         self, x: Float[Array, "B rows cols E"], mask: Bool[Array, "B rows cols"], name: str
     ) -> Float[Array, "B rows cols D"]:
-        """The blocks of one stage; the first, where it changes the width, is not as the others."""
+        """The blocks of one stage; the first is separate where it changes the width."""
         width = self.width or x.shape[-1]
         fields = {"width": width, "dtype": self.dtype, "param_dtype": self.param_dtype}
         depth = self.depth
-        # The maps between the linear layers cost more to keep than to compute again.
+        # The maps between the linear layers cost more to store than to recompute.
         block = nn.remat(RegNetBlock, policy=REMAT_POLICIES["dots"], prevent_cse=False)
         if depth and width != x.shape[-1]:
             x, _ = block(name=f"{name}_first", **fields)(x, mask)
@@ -97,7 +97,7 @@ class RegNetBlock(nn.Module):
     """RegNet-Y's bottleneck with depthwise convolution: silu(x + linear(gate * conv(linear(x)))), LayerNorm after each.
 
     Attributes:
-      width: channels given; an input of another width is projected to it for the sum.
+      width: output channels; an input of another width is projected to it for the residual sum.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 

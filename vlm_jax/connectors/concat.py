@@ -1,4 +1,4 @@
-"""Qwen2-VL's patch merger: each feature is normalised, k x k neighbours are concatenated, an MLP follows."""
+"""Qwen2-VL's patch merger: each feature is normalised, k x k neighbours are concatenated and projected by an MLP."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from vlm_jax.types import VisualFeatures, VisualTokens
 
 
 class Concat(WholeSquares, nn.Module):
-    """Norm, factor x factor neighbours side by side, linear, GELU, linear; the hidden width is that of the square.
+    """Norm, concatenation of factor x factor neighbours, linear, GELU, linear; the hidden width is that of the square.
 
-    It takes the features of whole images and of packed ones, which lie in blocks of neighbours.
+    It takes the features of single images and of packed ones, which are in blocks of neighbours.
 
     Attributes:
       features: the decoder's width D.
@@ -39,7 +39,7 @@ class Concat(WholeSquares, nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         count = self.num_tokens(features.grid)
         x, mask = squares(features, self.factor, self.kind)

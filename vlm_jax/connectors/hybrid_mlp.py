@@ -1,4 +1,4 @@
-"""DeepSeek-VL's connector of two encoders: each is projected to half of the width, then an MLP sees both."""
+"""DeepSeek-VL's connector of two encoders: each is projected to half of the width, then an MLP is applied to both."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
 
 class HybridMlp(nn.Module):
-    """linear of the high-resolution features beside linear of the low-resolution ones, then (GELU, linear) again.
+    """Concatenated linear projections of the high- and the low-resolution features, then (GELU, linear) repeated.
 
-    It takes what `encoders.hybrid.Hybrid` gives with combine `tuple`, or the channels of both, high first,
-    as with `feature`; features that do not say where the high ones end (`first_dim`) are cut in half.
+    It takes the output of `encoders.hybrid.Hybrid` with combine `tuple`, or the channels of both, high first,
+    as with `feature`; without `first_dim`, the number of high channels, they are split in half.
 
     Attributes:
       features: the decoder's width D; the high-resolution half is the smaller one where D is odd.
-      depth: linear layers one behind the other, the first ones counted as one.
+      depth: number of linear layers, the first two projections counted as one.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -34,11 +34,11 @@ class HybridMlp(nn.Module):
     param_dtype: Any = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
-        """As many as there are features of one encoder."""
+        """The number of features of one encoder."""
         return grid[0] * grid[1]
 
     def token_grid(self, grid: Grid) -> Grid | None:
-        """That of the features."""
+        """The grid of the features."""
         return grid
 
     @classmethod
@@ -52,18 +52,18 @@ class HybridMlp(nn.Module):
     def __call__(
         self, features: VisualFeatures | tuple[VisualFeatures, VisualFeatures], *, deterministic: bool
     ) -> VisualTokens:
-        """Tokens of places where both encoders have a feature.
+        """Tokens, unmasked at positions where both encoders have a feature.
 
         Raises:
-          InfeasibleGrid: the two encoders' features are not those of one grid.
+          InfeasibleGrid: the two encoders' grids differ.
         """
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if isinstance(features, tuple):
             high, low = features
             if (high.grid, high.block) != (low.grid, low.block):
                 raise InfeasibleGrid(
-                    f"hybrid_mlp: needs the two encoders' features on one grid, got {high.grid[0]}x{high.grid[1]} "
+                    f"hybrid_mlp: expected the two encoders' features on one grid, got {high.grid[0]}x{high.grid[1]} "
                     f"(high) and {low.grid[0]}x{low.grid[1]} (low); change an encoder's image or patch size"
                 )
             mask, parts = high.mask & low.mask, (high.tokens, low.tokens)

@@ -16,7 +16,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.squares import in_rows, masked
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
-WINDOW = 3  # of the depthwise convolutions; a larger step would leave features out
+WINDOW = 3  # of the depthwise convolutions; a larger stride would skip features
 
 
 def squeezed_dim(width: int) -> int:
@@ -32,7 +32,7 @@ class LDPBlock(nn.Module):
     """MobileNetV3's block without expansion: depthwise convolution, squeeze-and-excite, linear, each LayerNorm.
 
     Attributes:
-      stride: step of the convolution; a step of 1 adds the input to the output.
+      stride: stride of the convolution; with stride 1 the input is added to the output.
       norm_epsilon: epsilon of both LayerNorms.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -49,7 +49,7 @@ class LDPBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "B rows cols D"], mask: Bool[Array, "B rows cols"]
     ) -> tuple[Float[Array, "B r c D"], Bool[Array, "B r c"]]:
-        """Runs the block on a map that is zero outside of `mask`, and gives such a map."""
+        """Runs the block on a map that is zero outside of `mask`, and returns such a map."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": "layer", "epsilon": self.norm_epsilon, **settings}
         width = x.shape[-1]
@@ -68,13 +68,13 @@ class LDPBlock(nn.Module):
 
 
 class LDP(nn.Module):
-    """linear, GELU, linear, then an `LDPBlock` at step 1 and one at `stride`.
+    """linear, GELU, linear, then an `LDPBlock` of stride 1 and one of `stride`.
 
-    Masked features are as outside of the image: zero for the convolutions, and left out of means.
+    Masked features are treated as padding: zero for the convolutions, and excluded from means.
 
     Attributes:
       features: the decoder's width D.
-      stride: step of the last convolution, solved from the budget; the release has 2.
+      stride: stride of the last convolution, solved from the budget; 2 in the release.
       norm_epsilon: epsilon of every LayerNorm.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -89,25 +89,25 @@ class LDP(nn.Module):
     param_dtype: Any = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
-        """Places of the last convolution."""
+        """Number of outputs of the last convolution."""
         return -(-grid[0] // self.stride) * -(-grid[1] // self.stride)
 
     def token_grid(self, grid: Grid) -> Grid | None:
-        """Rows and columns of those places."""
+        """Rows and columns of these outputs."""
         return -(-grid[0] // self.stride), -(-grid[1] // self.stride)
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The smallest step that leaves `budget` places."""
+        """The smallest stride that gives `budget` tokens."""
         for stride in range(1, WINDOW + 1):
             if cls(1, stride).num_tokens(grid) == budget:
                 return {"stride": stride}
         feasible = [cls(1, stride).num_tokens(grid) for stride in range(1, WINDOW + 1)]
-        raise refuse("ldp", budget, grid, feasible, f"its convolution of window {WINDOW} takes steps of 1 to {WINDOW}")
+        raise refuse("ldp", budget, grid, feasible, f"its convolution of window {WINDOW} has strides of 1 to {WINDOW}")
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         grid = in_rows(features, "ldp").grid
         x = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(masked(features))
@@ -116,5 +116,5 @@ class LDP(nn.Module):
         for i, stride in enumerate((1, self.stride)):
             x, mask = LDPBlock(stride, self.norm_epsilon, name=f"block_{i}", **settings)(x, mask)
         x = x.reshape(x.shape[0], -1, self.features)
-        # The means carry every real feature to every token.
+        # Through the global means every token depends on every unmasked feature.
         return VisualTokens(x, jnp.broadcast_to(features.mask.any(1, keepdims=True), x.shape[:2]))

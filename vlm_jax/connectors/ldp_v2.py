@@ -1,4 +1,4 @@
-"""MobileVLM V2's projector: an MLP, adaptive average pooling, a depthwise convolution that tells places apart."""
+"""MobileVLM V2's projector: an MLP, adaptive average pooling, a depthwise convolution as position encoding."""
 
 from typing import Any
 
@@ -18,8 +18,8 @@ class LDPv2(OutputGrid, nn.Module):
 
     Attributes:
       features: the decoder's width D.
-      output_grid: rows and columns of the tokens, solved from the budget; the release has (12, 12), whatever
-        the grid of the features.
+      output_grid: rows and columns of the tokens, solved from the budget; (12, 12) in the release for any
+        feature grid.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -36,7 +36,7 @@ class LDPv2(OutputGrid, nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Mlp(self.features, "gelu", out_dim=self.features, name="mlp", **settings)(masked(features))
         x, mask = average_windows(x, features, self.output_grid, self.kind)

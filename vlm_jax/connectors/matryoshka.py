@@ -21,7 +21,7 @@ from vlm_jax.connectors.qformer import QFormer
 from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 
-# Means of windows, of which a coarser grid has whole ones of a finer; and queries, of which the first are taken.
+# Connectors that average windows, which nest where grids divide each other, and query connectors, which use the first.
 POOLING = {"pool": Pool, "ldp_v2": LDPv2, "c_abstractor": CAbstractor}
 QUERIES = {"resampler": Resampler, "perceiver": Perceiver, "qformer": QFormer}
 _PATH = "config.connector.inner"
@@ -30,23 +30,23 @@ _PATH = "config.connector.inner"
 class Matryoshka(nn.Module):
     """A connector whose parameters serve several budgets.
 
-    In training every call draws one of the budgets up to `token_budget`, for all images, from the rng stream
-    `connect`; the tokens that it does not have are masked, so that shapes stay. With `deterministic` it gives
+    In training every call samples one of the budgets up to `token_budget`, for all images, from the rng stream
+    `connect`; tokens beyond it are masked, so that shapes are constant. With `deterministic` it returns
     `token_budget` tokens.
 
     Attributes:
       features: the decoder's width D.
-      inner: the section of the connector inside: its kind, of POOLING or QUERIES, and its settings.
-      budgets: nested budgets, ascending. Grids of a pooling kind divide each other; a query kind has as many
-        queries as the largest.
-      token_budget: one of them, which is trained up to, or answered with.
-      members: the inner connector's fields for each, solved from the grid.
+      inner: config section of the inner connector: its kind, from POOLING or QUERIES, and its settings.
+      budgets: nested budgets, ascending. Grids of a pooling kind divide each other; the largest budget is the
+        number of queries of a query kind.
+      token_budget: the largest of them used in training, and the one used at inference.
+      members: the inner connector's fields for each budget, solved from the grid.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
     Source: Cai et al. 2024 (Matryoshka Multimodal Models), section 3, for pooling; Hu et al. 2024 (Matryoshka
-    Query Transformer), section 3.2, for queries. Where they draw, or average over, a set of budgets of their
-    own, here it is `budgets`, each as likely.
+    Query Transformer), section 3.2, for queries. They sample from, or average over, a fixed
+    set of budgets; here `budgets` is sampled uniformly.
     """
 
     features: int
@@ -58,12 +58,12 @@ class Matryoshka(nn.Module):
     param_dtype: Any = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
-        """Those of the inner connector at `token_budget`."""
+        """The tokens of the inner connector at `token_budget`."""
         with _by_name():
             return self._member(self.token_budget).num_tokens(grid)
 
     def token_grid(self, grid: Grid) -> Grid | None:
-        """That of the inner connector at `token_budget`."""
+        """The token grid of the inner connector at `token_budget`."""
         with _by_name():
             return self._member(self.token_budget).token_grid(grid)
 
@@ -76,28 +76,28 @@ class Matryoshka(nn.Module):
         inner: Mapping[str, Any] = FrozenDict(kind="pool"),
         budgets: tuple[int, ...] | None = None,
     ) -> dict[str, Any]:
-        """The inner connector's fields for every one of `budgets`, of which the budget is one.
+        """The inner connector's fields for each of `budgets`, which must include the budget.
 
         Args:
-          budget: tokens that are given.
-          grid: of the features.
-          inner: the inner connector's section.
-          budgets: the nested budgets; None for the budget and its halves, as far as they are nested.
+          budget: number of tokens.
+          grid: rows and columns of the features.
+          inner: the inner connector's config section.
+          budgets: the nested budgets; None for the budget and its repeated halves, as far as they are nested.
 
         Raises:
-          ConfigError: the inner section is that of no kind that can be nested.
-          InfeasibleBudget: the budget is none of `budgets`, or the inner connector cannot meet one of them.
+          ConfigError: the inner section has no kind that supports nesting.
+          InfeasibleBudget: the budget is not in `budgets`, or the inner connector cannot meet one of them.
         """
         nested = tuple(sorted(set(budgets))) if budgets else _halves(budget, grid, inner)
         if budget not in nested:
-            raise refuse("matryoshka", budget, grid, nested, f"its one training serves {nested}")
+            raise refuse("matryoshka", budget, grid, nested, f"its nested budgets are {nested}")
         with _by_name():
             members = _solve(nested, grid, inner)
         fields = {"budgets": nested, "token_budget": budget, "members": tuple(map(FrozenDict, members))}
         return {"inner": FrozenDict(inner), **fields}
 
     def _member(self, budget: int) -> nn.Module:
-        """The inner connector that gives `budget` tokens, outside of this one's scope."""
+        """An unbound inner connector for `budget` tokens."""
         settings = {key: value for key, value in self.inner.items() if key != "kind"}
         settings |= {"features": self.features, "dtype": self.dtype, "param_dtype": self.param_dtype, "parent": None}
         kind = {**POOLING, **QUERIES}[self.inner["kind"]]
@@ -125,7 +125,7 @@ class Matryoshka(nn.Module):
 
 @contextlib.contextmanager
 def _by_name() -> Iterator[None]:
-    """Lets a refusal of the inner connector begin with this one's name."""
+    """Makes errors of the inner connector begin with this connector's name."""
     try:
         yield
     except (InfeasibleBudget, InfeasibleGrid) as error:
@@ -133,7 +133,7 @@ def _by_name() -> Iterator[None]:
 
 
 def _solve(budgets: tuple[int, ...], grid: Grid, inner: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The inner connector's fields for every budget: the same parameters, and tokens that are nested."""
+    """The inner connector's fields for every budget, with shared parameters and nested tokens."""
     if "kind" not in inner:
         raise ConfigError(f"{_PATH}.kind: missing; one of {', '.join([*POOLING, *QUERIES])}")
     kind = choose({**POOLING, **QUERIES}, inner["kind"], f"{_PATH}.kind")
@@ -146,8 +146,8 @@ def _solve(budgets: tuple[int, ...], grid: Grid, inner: Mapping[str, Any]) -> li
         for coarse, fine in itertools.pairwise(grids):
             if any(b % a for a, b in zip(coarse, fine, strict=True)):
                 raise InfeasibleBudget(
-                    f"config.connector.budgets: {inner['kind']} makes {coarse[0]}x{coarse[1]} and {fine[0]}x{fine[1]} "
-                    f"tokens of a {grid[0]}x{grid[1]} grid, which are not nested; choose budgets whose grids divide"
+                    f"config.connector.budgets: {inner['kind']} gives {coarse[0]}x{coarse[1]} and {fine[0]}x{fine[1]} "
+                    f"tokens for a {grid[0]}x{grid[1]} grid, which are not nested; choose budgets whose grids divide"
                 )
     section = {key: value for key, value in inner.items() if key != "kind"}
     known = {field.name for field in dataclasses.fields(kind)}
@@ -157,7 +157,7 @@ def _solve(budgets: tuple[int, ...], grid: Grid, inner: Mapping[str, Any]) -> li
 
 
 def _halves(budget: int, grid: Grid, inner: Mapping[str, Any]) -> tuple[int, ...]:
-    """The budget, its half, and so on, as long as they are whole and nested."""
+    """The budget, its half, and so on, as long as they are integers and nested."""
     found = (budget,)
     while found[0] > 1 and found[0] % 2 == 0:
         try:

@@ -1,4 +1,4 @@
-"""LLaVA's connector: an MLP on every feature; nothing is reduced."""
+"""LLaVA's connector: an MLP on every feature, one token per feature."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class MlpConnector(nn.Module):
     | release | fields |
     |---|---|
     | LLaVA, DeepSeek-VL `linear` | depth 1 |
-    | LLaVA-1.5, MobileVLM `mlp2x_gelu`, DeepSeek-VL `mlp_gelu` | depth 2, or what the release says |
+    | LLaVA-1.5, MobileVLM `mlp2x_gelu`, DeepSeek-VL `mlp_gelu` | depth 2, or the release's depth |
 
     Attributes:
       features: the decoder's width D.
@@ -35,11 +35,11 @@ class MlpConnector(nn.Module):
     param_dtype: Any = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
-        """As many as there are features."""
+        """The number of features."""
         return grid[0] * grid[1]
 
     def token_grid(self, grid: Grid) -> Grid | None:
-        """That of the features."""
+        """The grid of the features."""
         return grid
 
     @classmethod
@@ -51,7 +51,7 @@ class MlpConnector(nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         mlp = Mlp(self.features, "gelu", out_dim=self.features, depth=self.depth, name="mlp", **settings)
         return VisualTokens(mlp(masked(features)), features.mask)

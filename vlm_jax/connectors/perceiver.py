@@ -1,4 +1,4 @@
-"""The perceiver resampler: learned queries read the features, and each other, layer after layer."""
+"""The perceiver resampler: learned queries attend to the features and to each other in every layer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,19 +21,19 @@ _MLP_RATIO = 4  # of every layer, in both releases
 
 
 class Perceiver(Queries, nn.Module):
-    """A feed-forward to the decoder's width, `depth` layers from queries to features and queries, a norm.
+    """A feed-forward to the decoder's width, `depth` layers of queries attending to features and queries, a norm.
 
-    The features have a norm of their own in every layer, but are never updated. With `norm="layer"`,
+    Every layer has a separate norm for the features, which are never updated. With `norm="layer"`,
     `activation="gelu"` and `gated=False` the layers are those of Flamingo.
 
     Attributes:
       features: the decoder's width D, which is also that of the queries.
-      num_queries: tokens given, solved from the budget.
+      num_queries: number of tokens, solved from the budget.
       depth: number of layers.
-      num_used: the first so many queries are used, and the others kept for larger budgets of one training
-        (`matryoshka`); all when None.
-      num_heads: query heads; D // 128 when None, and 1 at least.
-      num_kv_heads: key and value heads; as many when None.
+      num_used: only the first `num_used` queries are used, the others serve larger budgets (`matryoshka`);
+        all when None.
+      num_heads: query heads; max(D // 128, 1) when None.
+      num_kv_heads: key and value heads; num_heads when None.
       head_dim: width of a head; D / num_heads when None.
       projection_dim: hidden width of the first feed-forward; 4 D when None.
       norm: kind of every norm.
@@ -65,7 +65,7 @@ class Perceiver(Queries, nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         mlp = {"activation": self.activation, "gated": self.gated, "use_bias": False, **settings}
         norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}

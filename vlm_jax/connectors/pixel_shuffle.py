@@ -21,7 +21,7 @@ def shuffle(
     """Space to depth: features of factor**2 times the width, in (row, column, channel) order, and their mask.
 
     Raises:
-      InfeasibleGrid: the features lie in blocks that cannot be cut so, or whose grid `v1` cannot turn.
+      InfeasibleGrid: the features are in blocks that cannot be divided into squares, or that `v1` cannot transpose.
     """
     x, mask = squares(features, factor, "pixel_shuffle")
     x, mask = x.reshape(*x.shape[:2], -1), mask.any(-1)
@@ -37,18 +37,18 @@ class PixelShuffle(CoveringSquares, nn.Module):
 
     | release | fields |
     |---|---|
-    | InternVL, ps_version `v2` | as they are |
+    | InternVL, ps_version `v2` | the defaults |
     | InternVL, ps_version `v1` or none | version `v1` |
     | DeepSeek-VL2 | no norm |
 
-    Zeros complete the squares at the bottom and the right of a grid that the factor does not divide, as
+    Squares at the bottom and the right of a grid that the factor does not divide are padded with zeros, as
     in DeepSeek-VL2, whose 27x27 features give 14x14 tokens; InternVL has no such grids.
 
     Attributes:
       features: the decoder's width D.
       factor: side of a square in features, solved from the budget.
-      version: `v1` leaves the map of tokens transposed, columns first.
-      norm: kind of the norm in front of the MLP, or None.
+      version: with `v1` the tokens are in column-major order.
+      norm: kind of the norm before the MLP, or None.
       norm_epsilon: its epsilon.
       mlp_dim: hidden width of the MLP; D when None.
       depth: linear layers of the MLP.
@@ -57,7 +57,7 @@ class PixelShuffle(CoveringSquares, nn.Module):
 
     Source: Chen et al. 2024 (InternVL 1.5), section 3.1; internvl_chat, modeling_internvl_chat.py; Wu et
     al. 2024 (DeepSeek-VL2), section 2; DeepSeek-VL2, MlpProjector, which unfolds channels first: its
-    weights' rows are put in order when they are loaded.
+    weights' rows are reordered when they are loaded.
     """
 
     kind = "pixel_shuffle"
@@ -74,7 +74,7 @@ class PixelShuffle(CoveringSquares, nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x, mask = shuffle(features, self.factor, self.version)
         if self.norm is not None:

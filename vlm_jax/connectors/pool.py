@@ -16,7 +16,7 @@ from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 def averaging_matrix(size_in: int, size_out: int) -> np.ndarray:
     """[size_out, size_in] float32 of zeros and ones: which inputs each output averages.
 
-    Output i covers inputs floor(i * in / out) up to ceil((i + 1) * in / out), so that windows
+    Output i averages inputs floor(i * in / out) to ceil((i + 1) * in / out) - 1, so that windows
     overlap where the sizes do not divide.
 
     Source: PyTorch, AdaptiveAvgPool2d.
@@ -30,13 +30,13 @@ def averaging_matrix(size_in: int, size_out: int) -> np.ndarray:
 def average_windows(
     x: Float[Array, "B N D"], features: VisualFeatures, output_grid: Grid, kind: str
 ) -> tuple[Float[Array, "B r c D"], Bool[Array, "B r c"]]:
-    """Means of what is not masked in the windows of `output_grid`, and which windows have any; else they are 0.
+    """Means of the unmasked values in the windows of `output_grid`, and which windows have any; else 0.
 
     Args:
       x: values in the order of `features`.
-      features: their mask and their grid.
+      features: provides the mask and the grid.
       output_grid: rows and columns of windows; windows repeat where it is larger than the grid.
-      kind: names the connector in the message.
+      kind: name of the connector for errors.
 
     Raises:
       InfeasibleGrid: the features are not in row-major order.
@@ -51,7 +51,7 @@ def average_windows(
 
 
 class Pool(OutputGrid, nn.Module):
-    """Averages the features of every window of the grid that are not masked.
+    """Averages the unmasked features of every window of the grid, then linear, GELU, linear.
 
     Attributes:
       features: the decoder's width D.
@@ -71,7 +71,7 @@ class Pool(OutputGrid, nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         mean, mask = average_windows(features.tokens, features, self.output_grid, self.kind)
         batch, *_, width = mean.shape

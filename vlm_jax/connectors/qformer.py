@@ -1,4 +1,4 @@
-"""The Q-Former: learned queries and, where there is one, an instruction read each other and the features."""
+"""The Q-Former: learned queries and an optional instruction attend to each other, and queries to the features."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,15 +18,15 @@ from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import masked
 from vlm_jax.types import Instruction, VisualFeatures, VisualTokens
 
-# Queries, and the instruction or None: what goes from layer to layer.
+# Queries, and the instruction or None: the carry of the layers.
 Stream = tuple[Float[Array, "B M D"], Float[Array, "B T D"] | None]
 
 
 class QueryTransformer(nn.Module, kw_only=True):
     """BERT with cross-attention to visual features in layers 0, n, 2 n, ..
 
-    Queries and instruction meet in self-attention. Queries alone read the features; each of the two
-    has feed-forwards of its own.
+    Queries and instruction share self-attention. Only queries attend to the features; the two have
+    separate feed-forwards.
 
     Attributes:
       width: residual width.
@@ -36,7 +36,7 @@ class QueryTransformer(nn.Module, kw_only=True):
       cross_attention_every: n.
       activation: a name of `layers.mlp.ACTIVATIONS`.
       norm_epsilon: epsilon of every LayerNorm.
-      vocab_size: ids of the instruction's vocabulary; None for a model that reads no instruction (BLIP-2).
+      vocab_size: ids of the instruction's vocabulary; None for a model without instructions (BLIP-2).
       max_length: rows of the instruction's position table.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -64,7 +64,7 @@ class QueryTransformer(nn.Module, kw_only=True):
         """The queries after the last layer.
 
         Raises:
-          ValueError: an instruction without a vocabulary, none with one, or one longer than the table.
+          ValueError: an instruction without vocab_size, vocab_size without one, or one longer than max_length.
         """
         return self.read(queries, features, instruction)
 
@@ -101,13 +101,13 @@ class QueryTransformer(nn.Module, kw_only=True):
 
     def _embed(self, instruction: Instruction | None) -> Float[Array, "B T D"] | None:
         if (instruction is None) != (self.vocab_size is None):
-            given, fix = ("none was", "give one") if instruction is None else ("one was", "leave it out")
-            raise ValueError(f"qformer: vocab_size is {self.vocab_size}, and {given} given as instruction; {fix}")
+            given, fix = ("no", "pass one") if instruction is None else ("an", "leave it out")
+            raise ValueError(f"qformer: vocab_size is {self.vocab_size}, but got {given} instruction; {fix}")
         if instruction is None or self.vocab_size is None:
             return None
         length = instruction.tokens.shape[1]
         if length > self.max_length:
-            raise ValueError(f"qformer: an instruction of {length} tokens, and max_length is {self.max_length}")
+            raise ValueError(f"qformer: max_length is {self.max_length}, but got an instruction of {length} tokens")
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         words = Embed(self.vocab_size, self.width, 0.02, name="words", **settings)(instruction.tokens)
         init = with_axes(nn.initializers.normal(0.02), axes.POSITION, axes.EMBED)
@@ -120,9 +120,9 @@ class QFormer(Queries, QueryTransformer, kw_only=True):
 
     Attributes:
       features: the decoder's width D.
-      num_queries: tokens given, solved from the budget.
-      num_used: the first so many queries are used, and the others kept for larger budgets of one training
-        (`matryoshka`); all when None.
+      num_queries: number of tokens, solved from the budget.
+      num_used: only the first `num_used` queries are used, the others serve larger budgets (`matryoshka`);
+        all when None.
     """
 
     kind = "qformer"
@@ -135,12 +135,12 @@ class QFormer(Queries, QueryTransformer, kw_only=True):
     def __call__(  # type: ignore[override]
         self, features: VisualFeatures, *, deterministic: bool, instruction: Instruction | None = None
     ) -> VisualTokens:
-        """Tokens of every image; an `instruction` for each where there is a vocabulary, as InstructBLIP has it.
+        """Tokens of every image; takes one `instruction` per image where vocab_size is set, as in InstructBLIP.
 
         Raises:
-          ValueError: an instruction without a vocabulary, none with one, or one longer than the table.
+          ValueError: an instruction without vocab_size, vocab_size without one, or one longer than max_length.
         """
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         init = with_axes(nn.initializers.truncated_normal(0.02), axes.QUERY, axes.EMBED)
         queries = self.param("queries", init, (self.num_queries, self.width), self.param_dtype)
         batch = features.tokens.shape[0]
@@ -156,7 +156,7 @@ class QFormerGroup(nn.Module):
     """A layer with cross-attention and the layers up to the next one.
 
     Attributes:
-      num_layers: layers in all.
+      num_layers: number of layers.
       layer: keyword arguments of `QFormerLayer`.
     """
 
@@ -175,7 +175,7 @@ class QFormerLayer(nn.Module):
 
     Attributes:
       num_heads, mlp_dim, activation, norm_epsilon: as in `QueryTransformer`.
-      reads_features: whether there is a cross-attention.
+      reads_features: whether the layer has cross-attention.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
     """

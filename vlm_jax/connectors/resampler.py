@@ -1,4 +1,4 @@
-"""Qwen-VL's resampler: learned queries read all features by one cross-attention."""
+"""Qwen-VL's resampler: one cross-attention from learned queries to all features."""
 
 import math
 from typing import Any
@@ -23,16 +23,16 @@ from vlm_jax.types import Grid, VisualFeatures, VisualTokens
 class Resampler(Queries, nn.Module):
     """One cross-attention layer from `num_queries` learned queries to the features.
 
-    Sin-cos positions are added to queries and keys, never to values. Queries stand for the
-    cells of a grid where their number forms one, else for points along the diagonal. With `released`
-    the layer is Qwen-VL's own to the last detail, for a square number of queries.
+    Sin-cos positions are added to queries and keys, never to values. Queries have the positions of
+    a grid where their number forms one, else of points along the diagonal. With `released`
+    the layer is exactly Qwen-VL's, for a square number of queries.
 
     Attributes:
       features: the decoder's width D.
-      num_queries: tokens given, solved from the budget.
-      num_heads: attention heads; D // 128 when None, as Qwen-VL has them, and 1 at least.
-      num_used: the first so many queries are used, and the others kept for larger budgets of one training
-        (`matryoshka`); all when None.
+      num_queries: number of tokens, solved from the budget.
+      num_heads: attention heads; max(D // 128, 1) when None, as in Qwen-VL.
+      num_used: only the first `num_used` queries are used, the others serve larger budgets (`matryoshka`);
+        all when None.
       released: positions are a stored table of the queries' grid, which is interpolated for the keys;
         features of the decoder's width are not projected; a norm and a projection follow.
       norm_epsilon: epsilon of every LayerNorm.
@@ -54,21 +54,21 @@ class Resampler(Queries, nn.Module):
     param_dtype: Any = jnp.float32
 
     def query_positions(self, grid: Grid) -> jnp.ndarray:
-        """[num_queries, D] sin-cos embeddings of the queries' places, stretched over `grid`."""
+        """[num_queries, D] sin-cos embeddings of the queries' positions, stretched over `grid`."""
         query_grid = grid_of_size(self.num_queries, (max(grid), max(grid)))
         if query_grid is not None:
             return jnp.asarray(sincos_2d(query_grid, self.features, table_grid=grid))
-        # The point i of the diagonal has the column of a row of points and the row of a column of them.
+        # Point i of the diagonal has column i of a row of points and row i of a column of points.
         count, half = self.num_queries, self.features // 2
         columns = sincos_2d((1, count), self.features, table_grid=grid)[:, :half]
         rows = sincos_2d((count, 1), self.features, table_grid=grid)[:, half:]
         return jnp.asarray(np.concatenate([columns, rows], axis=1))
 
     def _stored_positions(self, grid: Grid) -> tuple[jax.Array, jax.Array]:
-        """The stored table [num_queries, D], and the same at the features' grid; both are not trained."""
+        """The stored table [num_queries, D], and the same at the feature grid; neither is trained."""
         side = math.isqrt(self.num_queries)
         if side * side != self.num_queries:
-            raise ValueError(f"released positions are those of a square grid of queries, got {self.num_queries}")
+            raise ValueError(f"released positions need a square number of queries, got {self.num_queries}")
 
         def init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
             del key
@@ -81,7 +81,7 @@ class Resampler(Queries, nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": "layer", "epsilon": self.norm_epsilon, **settings}
         batch = features.tokens.shape[0]

@@ -1,6 +1,6 @@
-"""The ways in which kinds meet a budget: each gives `num_tokens`, `token_grid` and `for_budget` to its kinds.
+"""Mixins that solve a budget: each provides `num_tokens`, `token_grid` and `for_budget`.
 
-A kind names itself as in `CONNECTORS` by the class attribute `kind`, and holds the field that is solved.
+A connector sets the class attribute `kind` to its key in `CONNECTORS`, and has the field that is solved.
 """
 
 from typing import Any
@@ -10,35 +10,35 @@ from vlm_jax.types import Grid
 
 
 class OutputGrid:
-    """A chosen grid of tokens, of any size up to that of the features."""
+    """Solves `output_grid`, of any size up to the feature grid."""
 
     kind: str
     output_grid: tuple[int, int]
 
     def num_tokens(self, grid: Grid) -> int:
-        """Rows times columns of `output_grid`, whatever the grid."""
+        """Rows times columns of `output_grid` for any grid."""
         del grid
         return self.output_grid[0] * self.output_grid[1]
 
     def token_grid(self, grid: Grid) -> Grid | None:
-        """`output_grid`, whatever the grid."""
+        """`output_grid` for any grid."""
         del grid
         return self.output_grid
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The output grid of that size nearest in aspect to `grid`."""
+        """The output grid of `budget` tokens whose aspect ratio is nearest to that of `grid`."""
         return {"output_grid": solve_grid(cls.kind, budget, grid)}
 
 
 class WholeSquares:
-    """Squares of factor x factor neighbours, which divide the grid."""
+    """Solves `factor`: squares of factor x factor neighbours, which divide the grid."""
 
     kind: str
     factor: int
 
     def num_tokens(self, grid: Grid) -> int:
-        """Squares of the grid.
+        """The number of squares in the grid.
 
         Raises:
           InfeasibleGrid: the factor does not divide both sides.
@@ -56,7 +56,7 @@ class WholeSquares:
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
-        """The factor that leaves `budget` squares."""
+        """The factor that gives `budget` squares."""
         budgets = squares_of_sizes(grid, whole=True)
         if budget not in budgets:
             raise refuse(cls.kind, budget, grid, budgets, "a square's side must divide both sides")
@@ -64,17 +64,17 @@ class WholeSquares:
 
 
 class CoveringSquares:
-    """Squares of factor x factor neighbours, those at the edges completed."""
+    """Solves `factor`: squares of factor x factor neighbours, padded at the edges."""
 
     kind: str
     factor: int
 
     def num_tokens(self, grid: Grid) -> int:
-        """Squares of the grid, those at its edges included."""
+        """The number of squares in the grid, including those at the edges."""
         return -(-grid[0] // self.factor) * -(-grid[1] // self.factor)
 
     def token_grid(self, grid: Grid) -> Grid | None:
-        """Rows and columns of squares, those at the edges included."""
+        """Rows and columns of squares, including those at the edges."""
         return -(-grid[0] // self.factor), -(-grid[1] // self.factor)
 
     @classmethod
@@ -87,19 +87,19 @@ class CoveringSquares:
 
 
 class Queries:
-    """Learned queries, each of which becomes a token."""
+    """Solves `num_queries`: learned queries, each of which becomes a token."""
 
     kind: str
     num_queries: int
     num_used: int | None
 
     def num_tokens(self, grid: Grid) -> int:
-        """The number of queries that are used, whatever the grid."""
+        """The number of used queries, for any grid."""
         del grid
         return self.num_used or self.num_queries
 
     def token_grid(self, grid: Grid) -> Grid | None:
-        """None: a query has no place."""
+        """None: queries have no position."""
         del grid
         return None
 
@@ -107,5 +107,5 @@ class Queries:
     def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
         """As many queries as tokens; every positive budget is feasible."""
         if budget < 1:
-            raise refuse(cls.kind, budget, grid, [1], "it has one query at least")
+            raise refuse(cls.kind, budget, grid, [1], "it has at least one query")
         return {"num_queries": budget}

@@ -1,4 +1,4 @@
-"""TokenPacker: a coarse map of queries, each of which reads the square of fine features that it stands for."""
+"""TokenPacker: a coarse map of queries, each of which attends to its own square of fine features."""
 
 import dataclasses
 from typing import Any
@@ -20,14 +20,14 @@ from vlm_jax.types import VisualFeatures, VisualTokens
 class TokenPacker(WholeSquares, nn.Module):
     """Bilinear down-sampling, attention from each point to its square, linear, GELU, linear.
 
-    Keys and values come of `VisualFeatures.levels`, several hidden states of the encoder side by side, where
-    it gives them (`levels` of its config; the release has 12, 16, 22 and 23 of a CLIP with 24 blocks), else
-    of the features themselves. Masked features weigh nothing in the down-sampling and in the attention.
+    Keys and values are computed from `VisualFeatures.levels`, concatenated hidden states of the encoder, where
+    it returns them (`levels` of its config; 12, 16, 22 and 23 of a CLIP with 24 blocks in the release), else
+    from the features. Masked features have weight 0 in the down-sampling and in the attention.
 
     Attributes:
       features: the decoder's width D.
       factor: side of a square in features, solved from the budget; divides rows and columns.
-      num_heads: attention heads; D_v // 128 when None, as the release has them, and 1 at least.
+      num_heads: attention heads; max(D_v // 128, 1) when None, as in the release.
       norm_epsilon: epsilon of every LayerNorm.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -46,7 +46,7 @@ class TokenPacker(WholeSquares, nn.Module):
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
-        del deterministic  # nothing is drawn
+        del deterministic  # no randomness
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         count = self.num_tokens(in_rows(features, "token_packer").grid)
         batch, _, width = features.tokens.shape
@@ -58,7 +58,7 @@ class TokenPacker(WholeSquares, nn.Module):
         rows, cols = features.grid
         real = masked(features).reshape(batch, rows, cols, width)
         coarse = resize(real, (rows // self.factor, cols // self.factor), "bilinear")
-        # Where some are masked the sum of weights is below 1; the norm makes up for it.
+        # Where some are masked the weights sum to less than 1; the norm compensates for it.
         points = norm("query_norm", query(coarse.reshape(batch, count, width)))
         levels = features if features.levels is None else dataclasses.replace(features, tokens=features.levels)
         fine, mask = squares(levels, self.factor, "token_packer")

@@ -1,4 +1,4 @@
-"""Ovis's connector: every square of features becomes a distribution over visual words, and so a mean of their rows."""
+"""Ovis's connector: a token is the mean of visual word embeddings under a distribution that its features give."""
 
 from typing import Any, Literal
 
@@ -18,9 +18,9 @@ Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax", "hard_softmax"]
 
 
 def straight_through(x: Float[Array, "*batch V"]) -> Float[Array, "*batch V"]:
-    """One-hot of the largest entry, whose gradient goes to x as it is."""
+    """One-hot of the largest entry, with a straight-through gradient to x."""
     hard = jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1], dtype=x.dtype)
-    return hard + (x - jax.lax.stop_gradient(x))  # the bracket is 0, exactly
+    return hard + (x - jax.lax.stop_gradient(x))  # the bracket is exactly 0
 
 
 def gumbel_softmax(
@@ -31,24 +31,24 @@ def gumbel_softmax(
 
 
 class VisualVocabulary(CoveringSquares, nn.Module):
-    """Squares of neighbours, linear, LayerNorm, a choice of visual words, and the product with their table.
+    """Squares of neighbours, linear, LayerNorm, weights of visual words, and the product with their embedding table.
 
     | tokenize | weights of the words in training | their gradient |
     |---|---|---|
     | `softmax` | softmax of the logits | its own |
-    | `gumbel_argmax` | one-hot of a Gumbel sample, from the rng stream `connect` | that of the softmax with noise |
-    | `st_argmax` | one-hot of the largest logit | handed to the logits as it is (Ovis 2) |
-    | `hard_softmax` | one-hot of the largest logit | that of the softmax (the port of Ovis 2 in transformers) |
+    | `gumbel_argmax` | one-hot of a Gumbel sample, from the rng stream `connect` | that of the noisy softmax |
+    | `st_argmax` | one-hot of the largest logit | passed to the logits unchanged (Ovis 2) |
+    | `hard_softmax` | one-hot of the largest logit | that of the softmax (Ovis 2 in transformers) |
 
-    At inference (`deterministic`) all but `softmax` look up the row of the largest logit. Zeros complete the
-    squares at the bottom and the right of a grid that the factor does not divide.
+    At inference (`deterministic`) all but `softmax` look up the row of the largest logit. Squares at the
+    bottom and the right of a grid that the factor does not divide are padded with zeros.
 
     Attributes:
       features: the decoder's width D.
       vocab_size: rows of the table, indicators included.
       factor: side of a square in features, solved from the budget; hidden_stride of the release.
-      num_indicators: last rows of the table, which no feature can choose: the learned tokens that the layout
-        puts around images; 5 in Ovis 2, 4 in Ovis 2.5.
+      num_indicators: last rows of the table, which features cannot select: the learned tokens that the layout
+        inserts around images; 5 in Ovis 2, 4 in Ovis 2.5.
       tokenize: a row of the table above.
       tau: temperature of `gumbel_argmax`.
       norm_epsilon: epsilon of the LayerNorm.
@@ -74,14 +74,14 @@ class VisualVocabulary(CoveringSquares, nn.Module):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         words = self.vocab_size - self.num_indicators
         if words < 1 or self.num_indicators < 0:
-            raise ValueError(f"{self.num_indicators} indicators leave no visual word of {self.vocab_size} rows")
+            raise ValueError(f"num_indicators: expected 0 to {self.vocab_size - 1}, got {self.num_indicators}")
         self.head = Dense(words, (axes.EMBED, axes.VOCAB), use_bias=False, **settings)
         self.head_norm = Norm("layer", self.norm_epsilon, **settings)
-        # Softmax of fresh logits averages most of the rows, which takes their scale down far below 1.
+        # The softmax of initial logits averages most of the rows, which reduces their scale far below 1.
         self.table = Embed(self.vocab_size, self.features, 1.0, **settings)
 
     def logits(self, features: VisualFeatures) -> tuple[Float[Array, "B M V"], Bool[Array, "B M"]]:
-        """Logits of the visual words (indicators left out) for every square, and which squares are real."""
+        """Logits of the visual words (indicators left out) for every square, and the mask of the squares."""
         x, mask = squares(features, self.factor, self.kind)
         return self.head_norm(self.head(x.reshape(*x.shape[:2], -1))), mask.any(-1)
 
@@ -103,7 +103,7 @@ class VisualVocabulary(CoveringSquares, nn.Module):
         return jnp.dot(words, self.table.embedding.astype(self.dtype))
 
     def indicators(self) -> Float[Array, "rows D"]:
-        """The learned rows that stand first in the visual table of a released model (`VLM.learned_rows`)."""
+        """The learned rows that come first in the visual table of a released model (`VLM.learned_rows`)."""
         return self.table(jnp.arange(self.vocab_size - self.num_indicators, self.vocab_size))
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

@@ -1,7 +1,7 @@
-"""What every data source offers, and what it borrows from the processors' room.
+"""The interface of data sources, and the functions of `processors` that they need.
 
-A source is opened in two steps, so that a config can be checked before anything is read:
-its settings are a dataclass (parsed from `config.data`, checked when made), and `settings.open(tools)`
+A source is opened in two steps, so that a config is checked before anything is read:
+its settings are a dataclass (parsed from `config.data`, checked when created), and `settings.open(tools)`
 reads the data and returns a `Source`.
 """
 
@@ -15,13 +15,13 @@ from jaxtyping import Float, UInt8
 
 from vlm_jax.types import Grid
 
-# Elements of a stream without end: element i is made from (seed, i), whatever i.
+# Length of an endless stream, whose element i depends on (seed, i).
 ENDLESS = 1 << 48
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """Functions of the processors' room, handed in because `data` does not import it.
+    """Functions of the package `processors`, passed in because `data` does not import it.
 
     Attributes:
       format_box: (box in pixels, height, width) -> the box as text; `processors.boxes.format_box`.
@@ -63,9 +63,9 @@ class Source(Protocol):
     """An opened source.
 
     Attributes:
-      streams: names that `train` and `evaluation` take; "questions" is always one.
-      tasks: every task that a turn of this source can have, in a fixed order.
-      channels: of its pictures, 1 or 3.
+      streams: names that `train` and `evaluation` accept, always including "questions".
+      tasks: all tasks of this source's turns, in a fixed order.
+      channels: channels of its images, 1 or 3.
     """
 
     streams: tuple[str, ...]
@@ -73,7 +73,7 @@ class Source(Protocol):
     channels: int
 
     def train(self, stream: str, seed: int) -> grain.MapDataset[Any]:
-        """An endless stream whose element i depends on (seed, i) and the data alone."""
+        """An endless stream whose element i depends only on (seed, i) and the data."""
         ...
 
     def sized(self, stream: str, seed: int) -> SizedStream:
@@ -81,18 +81,18 @@ class Source(Protocol):
         ...
 
     def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Any]:
-        """A fixed, finite set that shares no picture with training; may be iterated again."""
+        """A fixed, finite set without images of the training data; may be iterated repeatedly."""
         ...
 
 
 @runtime_checkable
 class Settings(Protocol):
-    """The config section of a source; all but the data is known before it is opened.
+    """The config section of a source, with everything known before it is opened.
 
     Attributes:
-      streams: names that `train` and `evaluation` take.
-      num_images: pictures of every sample of `questions`; None where it differs.
-      context_length: most tokens that the text of a sample without pictures takes.
+      streams: names that `train` and `evaluation` accept.
+      num_images: images per sample of `questions`; None where it varies.
+      context_length: maximum tokens of the text of a sample without images.
       cells: rows and columns of the stream `cells`, or None without one.
       num_classes: classes of a cell.
     """

@@ -1,7 +1,7 @@
 """Visual questions in JSONL files next to their images, as a data source.
 
-`vqa_records` tells the format. Lines are all checked when the source is opened; an image is opened
-when its sample is asked for.
+`vqa_records` describes the format. All lines are checked when the source is opened; an image is opened
+when its sample is read.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ class VqaFiles:
     Attributes:
       train_path: JSONL file, local or `gs://`.
       evaluation_path: JSONL file of the evaluation; not the training file.
-      channels: 1 (grey) or 3 (RGB) that images are converted to.
-      num_images: images that every line has; None for any number, as of the frames of clips.
-      tasks: names that a line's `task` may have.
-      max_corrupt: records without a readable image that each of the two files may have; they are
-        skipped, each with a warning. Input workers count for themselves.
-      max_pixels: height * width over which an image counts as corrupt.
-      evaluation_size: records to evaluate, drawn by the seed; None for all.
+      channels: 1 (grey) or 3 (RGB), to which images are converted.
+      num_images: images of every line; None for any number, such as frames of clips.
+      tasks: allowed values of a line's `task`.
+      max_corrupt: maximum number of records without a readable image in each of the two files; they are
+        skipped, each with a warning. Each input worker counts separately.
+      max_pixels: height * width above which an image counts as corrupt.
+      evaluation_size: records to evaluate, sampled by the seed; None for all.
     """
 
     train_path: str
@@ -64,35 +64,33 @@ class VqaFiles:
 
     def __post_init__(self):
         if self.channels not in (1, 3):
-            raise ConfigError(f"config.data.channels: images have 1 or 3 channels, got {self.channels}")
+            raise ConfigError(f"config.data.channels: expected 1 or 3, got {self.channels}")
         if not self.tasks:
-            raise ConfigError("config.data.tasks: at least one task expected")
+            raise ConfigError("config.data.tasks: expected at least one task, got none")
         if self.num_images is not None and self.num_images < 1:
-            raise ConfigError(f"config.data.num_images: at least 1 expected, got {self.num_images}")
+            raise ConfigError(f"config.data.num_images: expected at least 1, got {self.num_images}")
         if self.max_corrupt < 0:
-            raise ConfigError(f"config.data.max_corrupt: 0 or more expected, got {self.max_corrupt}")
+            raise ConfigError(f"config.data.max_corrupt: expected 0 or more, got {self.max_corrupt}")
         if self.evaluation_size is not None and self.evaluation_size < 1:
-            raise ConfigError(f"config.data.evaluation_size: at least 1 expected, got {self.evaluation_size}")
+            raise ConfigError(f"config.data.evaluation_size: expected at least 1, got {self.evaluation_size}")
         if self.train_path == self.evaluation_path:
-            raise ConfigError(
-                f"config.data.evaluation_path: it is the training file, {self.train_path}; hold examples back for it"
-            )
+            raise ConfigError(f"config.data.evaluation_path: is train_path, {self.train_path}; use a separate file")
 
     def open(self, tools: Tools) -> "VqaFileSource":
         """Reads and checks both files.
 
         Raises:
           ConfigError: a file does not exist.
-          MalformedRecords: lines that are no records.
+          MalformedRecords: lines that are not valid records.
         """
         return VqaFileSource(self, tools)
 
 
 class Records:
-    """Random access to the samples of a file, for grain; skips what cannot be read.
+    """Random access to the samples of a file, for grain; skips unreadable records.
 
-    A record without a readable image is named in a warning and counted, once, and from then on the
-    next readable record of the file stands in its place, so that every index has a sample and
+    A record without a readable image is named in a warning and counted, once, and is replaced by the
+    next readable record of the file, so that every index has a sample and
     batches keep their order on every shard.
     """
 
@@ -108,7 +106,7 @@ class Records:
         return len(self.records)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a process of its own, which counts for itself what it cannot read."""
+        """State for another process, which counts unreadable records separately."""
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,12 +115,12 @@ class Records:
 
     @property
     def corrupt(self) -> dict[str, str]:
-        """Records without a readable image so far: id to reason."""
+        """Records without a readable image so far: id -> reason."""
         with self._lock:
             return dict(self._corrupt)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`, or the next that can be read.
+        """The sample at `index`, or the next readable one.
 
         Raises:
           TooManyCorruptImages: more than `max_corrupt` records cannot be read, or none can.
@@ -201,7 +199,7 @@ class VqaFileSource:
         self.evaluation_records = Records(settings.evaluation_path, settings, "evaluation_path", tools)
 
     def train(self, stream: str, seed: int) -> grain.MapDataset[Sample]:
-        """The training records, shuffled anew by (seed, epoch), without end.
+        """The training records, shuffled by (seed, epoch), endless.
 
         Raises:
           ConfigError: no such stream.
@@ -223,8 +221,8 @@ class VqaFileSource:
     def evaluation(self, seed: int, stream: str = "questions") -> "EvaluationSamples":
         """The evaluation records in the order of the file, one sample for every turn.
 
-        A question of a longer conversation is asked by itself, and its sample is named `id#turn`.
-        Images are read anew at every iteration; a record without a readable image is left out.
+        Each question of a longer conversation is a separate sample, named `id#turn`.
+        Images are read again in every iteration; a record without a readable image is omitted.
 
         Raises:
           ConfigError: no such stream.
@@ -260,7 +258,7 @@ class EvaluationSamples:
     """Samples of one turn, read as they are iterated, any number of times.
 
     Attributes:
-      records: where they are from.
+      records: the records of the file.
       indices: the records to read, in order.
     """
 
@@ -281,7 +279,7 @@ class EvaluationSamples:
 
 
 def _alone(sample: Sample, place: int, name: str) -> Sample:
-    """One question of a conversation with its answer, behind the images that were shown by then."""
+    """One question of a conversation with its answer, after the images that precede it."""
     shown = [item for message in sample.messages[:place] for item in images_of(message)]
     question = sample.messages[place]
     content = (

@@ -1,6 +1,6 @@
 """Language models: embeddings in, hidden states and logits out.
 
-The contract: a Linen module with `embed(tokens)`, `__call__(embeddings, positions,
+Interface: a Linen module with `embed(tokens)`, `__call__(embeddings, positions,
 segment_ids, cache=None, branch_ids=None) -> (hidden, cache)`, `logits(hidden)`, `width`, `vocab_size` and
 `init_cache(batch_size, length, dtype=None)`.
 """

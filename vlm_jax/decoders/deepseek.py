@@ -1,4 +1,4 @@
-"""DeepSeek's decoders: latent or plain attention, dense layers first, then mixtures of experts."""
+"""DeepSeek's decoders: latent or multi-head attention, dense layers first, then mixtures of experts."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from vlm_jax.layers.router import Scoring, Selection
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.types import Drop, Positions, VisualPlaces
 
-# Fields that are not read: those of the other attention, and of groups that no selection is by.
+# Fields that are not read: those of the other attention, and of groups without a group-limited selection.
 _OF_LATENT = ("query_latent_dim", "content_dim", "rope_dim", "value_dim", "logit_scale", "attention_bias")
 _OF_PLAIN = ("num_kv_heads",)
 _OF_GROUPS = ("num_groups", "num_selected_groups")
@@ -30,7 +30,7 @@ _OF_GROUPS = ("num_groups", "num_selected_groups")
 class Deepseek(DropsTokens, nn.Module):
     """A causal language model over embeddings whose feed-forwards are mixtures of experts.
 
-    Layers of one kind that follow one another are one stack, scanned over depth: the dense ones in front, and
+    Consecutive layers of one kind are one scanned stack: first the dense ones, then
     the mixtures.
 
     Attributes:
@@ -44,18 +44,18 @@ class Deepseek(DropsTokens, nn.Module):
       expert_dim: hidden width of an expert.
       num_experts: experts to choose from.
       num_selected: experts of a token.
-      num_shared: experts of all tokens beside them, which are one feed-forward.
-      num_dense: layers in front without experts.
-      expert_every: of the others, the layers whose number it divides have experts.
+      num_shared: experts shared by all tokens, implemented as one feed-forward.
+      num_dense: first layers, without experts.
+      expert_every: of the others, the layers whose index it divides have experts.
       num_kv_heads: key and value heads of plain attention; num_heads when None.
       query_latent_dim, content_dim, rope_dim, value_dim, logit_scale: as in `LatentAttention`.
-      attention_bias: its `use_bias`.
+      attention_bias: `use_bias` of `LatentAttention`.
       scoring, selection, num_groups, num_selected_groups: as in `Router`.
-      normalize_weights, weight_scale: its `normalize` and `scale`.
+      normalize_weights, weight_scale: `normalize` and `scale` of `Router`.
       balance_weight, balance_over: as in `Router`.
       rope: how positions become rotary angles.
-      norm_epsilon: epsilon of the blocks' RMSNorms and the last.
-      tie_embeddings: logits by the embedding table instead of a head of their own.
+      norm_epsilon: epsilon of the RMSNorms of the blocks and of the last one.
+      tie_embeddings: computes logits with the embedding table instead of a separate head.
       drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
@@ -111,7 +111,7 @@ class Deepseek(DropsTokens, nn.Module):
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         wrong = [f"{name} is not read by {by}" for name, by in unread.items() if getattr(self, name) != defaults[name]]
         if wrong:
-            raise ValueError(f"Deepseek: {', '.join(wrong)}; leave out what is not read")
+            raise ValueError(f"Deepseek: {', '.join(wrong)}; leave these fields out")
         super().__post_init__()
 
     def setup(self):
@@ -174,11 +174,11 @@ class Deepseek(DropsTokens, nn.Module):
         }
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks token ids up."""
+        """Looks up token ids."""
         return self.embedding(tokens)
 
     def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> tuple[LayerCache, ...]:
-        """Latents, or keys and values, of layers `start` to `stop` - 1, a stack for each of the decoder's."""
+        """Latents, or keys and values, of layers `start` to `stop` - 1, one stack for each stack of the decoder."""
 
         def empty(depth: int) -> LayerCache:
             rows = (depth, batch_size, slots)
@@ -201,18 +201,18 @@ class Deepseek(DropsTokens, nn.Module):
         """Runs T positions, after those in the cache when there is one.
 
         `branch_ids` is for sequences without a cache; see `types.Batch`. With `places` visual tokens are
-        dropped on the way, at `drops`; the cache is then an empty one that was made for them.
+        dropped at `drops`; the cache must then be empty and created for these places.
 
         Returns:
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
 
         Raises:
-          ValueError: tokens are dropped where the experts' balance loss is asked for.
+          ValueError: tokens are dropped and the balance loss is collected.
         """
         asked = self.is_mutable_collection(LOSSES) and not self.is_initializing()
         if places is not None and asked and self.balance_weight:
             raise ValueError(
-                "a decoder with experts gives no balance loss where visual tokens are dropped between its layers; set "
+                "a decoder with experts has no balance loss where visual tokens are dropped between its layers; set "
                 "config.decoder.balance_weight to 0, or choose a reducer that acts before the decoder"
             )
         rows, cache = self.run_layers(embeddings, positions, segment_ids, cache, branch_ids, places)
@@ -220,7 +220,7 @@ class Deepseek(DropsTokens, nn.Module):
         return x if places is None else restore(x, rows, embeddings.shape[1]), cache
 
     def context(self, rows: Rows) -> Context:
-        """That of a sequence without a cache."""
+        """The attention context of a sequence without a cache."""
         segments = rows.segment_ids
         return Context("causal", segments, segments, rows.branch_ids, rows.angles, magnitude=self.rope.magnitude)
 
@@ -230,5 +230,5 @@ class Deepseek(DropsTokens, nn.Module):
         return out.astype(jnp.float32)
 
     def rotary_dim(self) -> int:
-        """Coordinates of a head that turn; all of them in plain attention."""
+        """Rotated coordinates of a head; all of them in multi-head attention."""
         return self.rope_dim if self.latent_dim is not None else self.width // self.num_heads

@@ -1,4 +1,4 @@
-"""Dropping visual tokens between a decoder's layers: rows get shorter, by a number that is known."""
+"""Dropping visual tokens between a decoder's layers: rows get shorter by a static number of positions."""
 
 import abc
 import dataclasses
@@ -19,21 +19,21 @@ from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
 from vlm_jax.types import PADDING_SEGMENT, Drop, Positions, VisualPlaces, struct
 
-_NOWHERE = 2**30  # the index of what fills a row up
+_NOWHERE = 2**30  # the index of padding added after a drop
 
 
 @struct
 class Rows:
-    """What a decoder carries from layer to layer, of each position that is left.
+    """The state of each remaining position between decoder layers.
 
     Attributes:
       x: activations.
       positions: rotary positions.
-      lengths: of the sequence that each position is in, where the rotary scaling goes by it, else None.
+      lengths: length of each position's sequence, where the rotary scaling depends on it, else None.
       angles: rotary angles.
-      query_scale: factor of its queries, or None.
+      query_scale: factor of the queries, or None.
       segment_ids, branch_ids: as in `Batch`.
-      index: which position of the whole sequence it is; beyond all of them for a dropped token that fills a row up.
+      index: index in the whole sequence; out of range for a dropped token that serves as padding.
     """
 
     x: Float[Array, "B T D"]
@@ -47,10 +47,10 @@ class Rows:
 
 
 def lengths_left(places: VisualPlaces, drops: Sequence[Drop]) -> list[int]:
-    """Positions of a row behind each drop.
+    """Number of positions in a row after each drop.
 
     Raises:
-      ValueError: `places.lengths` are those of another number of drops.
+      ValueError: `places.lengths` does not have one entry per drop.
     """
     if places.lengths:
         if len(places.lengths) != len(drops):
@@ -61,7 +61,7 @@ def lengths_left(places: VisualPlaces, drops: Sequence[Drop]) -> list[int]:
 
 
 def numbers_left(places: VisualPlaces, coming: Drop) -> Int[Array, "B I"]:
-    """Tokens of every image that a drop leaves, by the places before the first drop."""
+    """Number of tokens of every image that a drop keeps, from the places before the first drop."""
     table = np.asarray([coming.num_left(count) for count in range(places.index.shape[2] + 1)], np.int32)
     return jnp.asarray(table)[jnp.sum(places.index < places.ranking.shape[1], axis=-1)]
 
@@ -74,27 +74,27 @@ def drop(
     most: int,
     length: int,
 ) -> tuple[Rows, VisualPlaces]:
-    """Keeps of every image the tokens with most attention, and everything that is no visual token.
+    """Keeps the tokens of every image with the most attention, and all tokens that are not visual.
 
-    Tokens stay in order; of equal ones the first is kept; padding goes before any real token.
+    Tokens stay in order; among ties the first is kept; padding is dropped first.
 
     Args:
       rows: T positions.
-      places: where the tokens stand, and what must stay.
+      places: positions of the visual tokens.
       saliency: attention that each position gets.
-      number: tokens of each image that are left.
-      most: the largest that it can be.
-      length: positions that are left of a row. A row that loses fewer tokens loses padding, of which it must have
-        as much.
+      number: tokens of each image to keep.
+      most: upper bound of `number`.
+      length: remaining positions of a row. A row that loses fewer tokens must have enough padding to drop
+        instead.
 
     Returns:
-      Rows of `length` positions, and the places in them.
+      Rows of `length` positions, and the places of visual tokens in them.
     """
     batch, before = saliency.shape
     row = jnp.arange(batch)[:, None, None]
     value = jnp.where(rows.segment_ids == PADDING_SEGMENT, -1.0, jax.lax.stop_gradient(saliency))
     value = jnp.where(places.ranking, jnp.inf, value)
-    value = jnp.pad(value, ((0, 0), (0, 1)), constant_values=-2.0)  # of a token without a place
+    value = jnp.pad(value, ((0, 0), (0, 1)), constant_values=-2.0)  # of a token outside of all images
     tokens = places.index.shape[2]
     most = min(most, tokens)
     best = jax.lax.top_k(value[row, places.index], most)[1]
@@ -107,7 +107,7 @@ def drop(
 
     moved = jnp.full((batch, before + 1), length).at[row[..., 0], left].set(jnp.arange(length)[None])
     shorter = jax.tree.map(lambda leaf: _take(leaf, left), rows)
-    filling = _take(lost, left)  # a row that loses more than others may be filled up with what it loses, as padding
+    filling = _take(lost, left)  # a row that loses more than others is padded with its dropped tokens
     shorter = dataclasses.replace(
         shorter,
         segment_ids=jnp.where(filling, PADDING_SEGMENT, shorter.segment_ids),
@@ -119,7 +119,7 @@ def drop(
 def renumbered(rows: Rows) -> Rows:
     """The rows with positions that count from 0 in every segment, on all axes; 0 for padding.
 
-    A position of a branch comes behind those of branch 0 and of its own that are before it.
+    A position of a branch follows the previous ones of branch 0 and of its own branch.
     """
     segments = rows.segment_ids
     earlier = jnp.tri(segments.shape[1], k=-1, dtype=bool)[None]
@@ -134,7 +134,7 @@ def renumbered(rows: Rows) -> Rows:
 
 
 def next_position(positions: Positions, segment_ids: Int[Array, "B T"]) -> Int[Array, "B"]:
-    """1 + the largest position of every row, padding left out."""
+    """1 + the largest position of every row, without padding."""
     flat = positions if positions.ndim == 2 else positions.max(axis=-1)
     return 1 + jnp.max(jnp.where(segment_ids == PADDING_SEGMENT, -1, flat), axis=1)
 
@@ -150,10 +150,10 @@ def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:
 
 
 class DropsTokens:
-    """A decoder's run through its layers, with drops of visual tokens between them.
+    """Mixin that runs a decoder's layers with drops of visual tokens between them.
 
-    It gives `init_cache` and `run_layers`. A decoder that shares it names its stacks of blocks in `stacks`, and says
-    what a row's attention needs in `context`.
+    It provides `init_cache` and `run_layers`. A decoder lists its stacks of blocks in `stacks` and defines
+    a row's attention in `context`.
     """
 
     depth: int
@@ -163,15 +163,15 @@ class DropsTokens:
 
     @abc.abstractmethod
     def stacks(self) -> list[tuple[str, int, int]]:
-        """(name, first layer, last layer + 1) of every stack of blocks, one behind the other."""
+        """(name, first layer, last layer + 1) of every stack of blocks, in order."""
 
     @abc.abstractmethod
     def rotary_dim(self) -> int:
-        """Coordinates of a head that turn."""
+        """Rotated coordinates of a head."""
 
     @abc.abstractmethod
     def context(self, rows: Rows) -> Context:
-        """That of a sequence without a cache."""
+        """The attention context of a sequence without a cache."""
 
     def query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
         """Factor of every query, or None."""
@@ -179,12 +179,12 @@ class DropsTokens:
 
     @abc.abstractmethod
     def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> LayerCache:
-        """What is cached of layers `start` to `stop` - 1: a stack, or a tuple of those."""
+        """The empty cache of layers `start` to `stop` - 1: a stack, or a tuple of stacks."""
 
     def init_cache(self, batch_size: int, length: int, dtype: Any = None, places: VisualPlaces | None = None) -> Cache:
-        """An empty cache for `length` positions a row; layers behind a drop hold fewer.
+        """An empty cache for `length` positions per row; layers after a drop have fewer.
 
-        `dtype` is the decoder's when None; `places` are those of the prompt that it is for.
+        `dtype` is the decoder's when None; `places` are those of the prompt to be cached.
         """
         drops = () if places is None else self.drops
         whole = 0 if places is None else places.ranking.shape[1]
@@ -209,7 +209,7 @@ class DropsTokens:
         branch_ids: Int[Array, "B T"] | None,
         places: VisualPlaces | None,
     ) -> tuple[Rows, Cache | None]:
-        """All layers: what is left of the rows, and the cache with it written."""
+        """Runs all layers; returns the remaining rows and the updated cache."""
         every = jnp.broadcast_to(jnp.arange(embeddings.shape[1])[None], segment_ids.shape)
         lengths, cache = rotary_lengths(self.rope, positions, segment_ids, cache)
         angles = self.rope.angles(positions, self.rotary_dim(), lengths)
@@ -246,12 +246,12 @@ class DropsTokens:
         return rows, Cache.chained(written) if written else None
 
     def _turned(self, rows: Rows) -> Rows:
-        """The rows with the angles and the factors of their positions."""
+        """The rows with the rotary angles and query scales of their positions."""
         angles = self.rope.angles(rows.positions, self.rotary_dim(), rows.lengths)
         return dataclasses.replace(rows, angles=angles, query_scale=self.query_scale(rows.positions))
 
     def _stack_of(self, layer: int) -> tuple[TransformerStack, int]:
-        """The stack that a layer is in, and its number there."""
+        """The stack of a layer, and its index there."""
         return next(
             (getattr(self, name), layer - start) for name, start, stop in self.stacks() if start <= layer < stop
         )
@@ -259,7 +259,7 @@ class DropsTokens:
     def _span(
         self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Heads | None]:
-        """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the drop that comes."""
+        """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the next drop."""
         context, heads, x = self.context(rows), None, rows.x
         held: tuple[Any, ...] = ()
         if cache is not None:
@@ -284,7 +284,7 @@ class DropsTokens:
         if coming is not None and heads is None:
             stack, layer = self._stack_of(coming.ranked_by)
             heads = stack.attend(x, self.context(rows), layer)[2]
-        if cache is not None:  # of a span without layers there is nothing to write
+        if cache is not None:  # a span without layers has nothing to write
             segments = rows.segment_ids
             fresh = tuple(written) if _as_tuple(cache.layers) is cache.layers else next(iter(written), None)
             cache = cache.with_written(fresh, segments) if written else cache.with_segments(segments)
@@ -292,12 +292,12 @@ class DropsTokens:
 
 
 def _spans(drops: Sequence[Drop], depth: int) -> list[tuple[int, int]]:
-    """First and last + 1 of the layers between drops."""
+    """(first layer, last layer + 1) of the layers between drops."""
     return list(itertools.pairwise((0, *(drop.layer for drop in drops), depth)))
 
 
 def _spans_of(cache: Cache) -> list[tuple[int, int]]:
-    """First and last + 1 of the layers of every part of a cache."""
+    """(first layer, last layer + 1) of every part of a cache."""
     counts = (sum(stack[0].shape[0] for stack in _as_tuple(part.layers)) for part in cache.parts)
     return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
 

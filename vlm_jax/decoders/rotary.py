@@ -1,4 +1,4 @@
-"""Lengths of a decoder's sequences, for rotary scalings that go by them."""
+"""Lengths of a decoder's sequences, for rotary scalings that depend on them."""
 
 import dataclasses
 
@@ -18,17 +18,17 @@ def no_prompt(rope: Rope, batch_size: int) -> Int[Array, "B"] | None:
 def rotary_lengths(
     rope: Rope, positions: Positions, segment_ids: Int[Array, "B T"], cache: Cache | None
 ) -> tuple[Int[Array, "B T"] | None, Cache | None]:
-    """Lengths of the sequences that T positions are in, after those in the cache when there is one.
+    """Lengths of the sequences of T positions, which follow those in the cache if there is one.
 
     Args:
-      rope: the settings.
-      positions: of each place, on one axis or three.
+      rope: the rotary settings.
+      positions: of each token, on one axis or three.
       segment_ids: as in `Batch`.
-      cache: what comes before, or None.
+      cache: the previous positions, or None.
 
     Returns:
-      The lengths where the scaling wants them, else None; and the cache, which from its first call on knows the
-      length of the prompt.
+      The lengths where the scaling needs them, else None; and the cache, which stores the prompt length
+      from the first call on.
     """
     lengths = None
     if rope.by_length:

@@ -1,4 +1,4 @@
-"""The text half of a two-tower model: CLIP's, SigLIP's and big_vision's."""
+"""The text tower of two-tower models: CLIP's, SigLIP's and big_vision's."""
 
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ class TextFeatures:
     Attributes:
       tokens: normalised outputs of the last block.
       pooled: the text's own embedding, not normalised.
-      hidden: inputs of every block and the output of the last, only when asked for.
+      hidden: inputs of every block and the output of the last, only with `collect`.
     """
 
     tokens: Float[Array, "B T D"]
@@ -33,24 +33,24 @@ class TextFeatures:
 
 
 class TextTower(nn.Module):
-    """Token and position embeddings, `depth` pre-norm blocks, a norm, one vector of every text.
+    """Token and position embeddings, `depth` pre-norm blocks, a norm, one vector per text.
 
-    Texts are of one length: they are padded, and the padding is read like any token, as the releases
-    were trained.
+    Texts are padded to one length, and padding is not masked, as in the releases'
+    training.
 
     Attributes:
       vocab_size: rows of the embedding table.
-      context_length: rows of the position table; shorter texts are taken too.
+      context_length: rows of the position table, the maximum text length.
       width: residual width D.
       depth: number of blocks.
       num_heads: attention heads.
       mlp_dim: hidden width of the feed-forward.
-      causal: tokens see what is before them (CLIP), or all (SigLIP).
-      pooling: which token is the text's (`first`, `last`, that with the `highest` id, or the first
+      causal: causal attention (CLIP) or full attention (SigLIP).
+      pooling: one token (`first`, `last`, that with the `highest` id, or the first
         `end_token`), or the `mean`, `max` or attention pooling (`map`) of all.
-      end_token: id of the token that `end` looks for, as every text must have.
-      projection_dim: width of the linear layer behind the pooling, or None for none.
-      projection_bias: a bias on it.
+      end_token: id of the token that `end` selects; every text must contain it.
+      projection_dim: width of the linear layer after the pooling, or None for none.
+      projection_bias: a bias on the projection.
       activation: a name of `layers.mlp.ACTIVATIONS`.
       norm_epsilon: epsilon of every LayerNorm.
       remat, unroll: as in `TransformerStack`.
@@ -108,7 +108,7 @@ class TextTower(nn.Module):
         """
         length = tokens.shape[1]
         if length > self.context_length:
-            raise ValueError(f"texts of {length} tokens are longer than the {self.context_length} of the tower")
+            raise ValueError(f"expected texts of at most {self.context_length} tokens (context_length), got {length}")
         x = self.embedding(tokens) + self.positions[:length].astype(self.dtype)[None]
         x, _, hidden = self.blocks(x, Context("causal" if self.causal else "full"), collect=collect)
         x = self.final_norm(x)

@@ -19,7 +19,7 @@ from vlm_jax.types import Drop, Positions, VisualPlaces
 
 
 class Transformer(DropsTokens, nn.Module):
-    """A causal language model over embeddings, so that visual tokens can stand among the text.
+    """A causal language model over embeddings, so that visual tokens can be interleaved with text.
 
     Attributes:
       vocab_size: rows of the embedding table.
@@ -31,13 +31,13 @@ class Transformer(DropsTokens, nn.Module):
       activation: of its gate, a name of `layers.mlp.ACTIVATIONS`.
       head_dim: width / num_heads when None.
       rope: how positions become rotary angles.
-      log_length: queries at places beyond it are scaled by log(place) / log(log_length), as in Qwen; None for none.
+      log_length: queries at later positions are scaled by log(position) / log(log_length), as in Qwen; None for none.
       norm_epsilon: epsilon of every RMSNorm.
       qkv_bias: biases on query, key and value, as in Qwen2.
-      out_bias, mlp_bias: one on attention's output, and on the feed-forward's layers.
-      windows: of every block how many positions it sees at most, itself among them, or None; empty for all of all.
-      qk_norm: an RMSNorm of every head's queries and keys before they are turned, as in Qwen3.
-      tie_embeddings: logits by the embedding table instead of a head of their own.
+      out_bias, mlp_bias: biases on the attention output, and on the feed-forward's layers.
+      windows: attention window of each block in positions, its own included, or None; empty where no block has one.
+      qk_norm: an RMSNorm of every head's queries and keys before RoPE, as in Qwen3.
+      tie_embeddings: computes logits with the embedding table instead of a separate head.
       drops: where visual tokens are dropped, first to last. For reducers; `build` sets it.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
@@ -71,8 +71,8 @@ class Transformer(DropsTokens, nn.Module):
 
     def setup(self):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Drawn at the scale that every block adds to the residual stream; a table that also gives
-        # the logits is drawn so that these start near 1.
+        # Initialised at the scale that every block adds to the residual stream; a table that also gives
+        # the logits is initialised so that these start near 1.
         stddev = self.width**-0.5 if self.tie_embeddings else 1.0
         self.embedding = Embed(self.vocab_size, self.width, stddev, **settings)
         self.blocks = TransformerStack(
@@ -101,11 +101,11 @@ class Transformer(DropsTokens, nn.Module):
             self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, **settings)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks token ids up."""
+        """Looks up token ids."""
         return self.embedding(tokens)
 
     def stacks(self) -> list[tuple[str, int, int]]:
-        """One, of all layers."""
+        """One stack of all layers."""
         return [("blocks", 0, self.depth)]
 
     def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> KeyValue:
@@ -124,7 +124,7 @@ class Transformer(DropsTokens, nn.Module):
         """Runs T positions, after those in the cache when there is one.
 
         `branch_ids` is for sequences without a cache; see `types.Batch`. With `places` visual tokens are
-        dropped on the way, at `drops`; the cache is then an empty one that was made for them.
+        dropped at `drops`; the cache must then be empty and created for these places.
 
         Returns:
           Normalised hidden states, zeros at positions that were dropped, and the cache with T more slots written.
@@ -134,7 +134,7 @@ class Transformer(DropsTokens, nn.Module):
         return x if places is None else restore(x, rows, embeddings.shape[1]), cache
 
     def context(self, rows: Rows) -> Context:
-        """That of a sequence without a cache."""
+        """The attention context of a sequence without a cache."""
         return Context(
             "causal",
             rows.segment_ids,
@@ -146,14 +146,14 @@ class Transformer(DropsTokens, nn.Module):
         )
 
     def query_scale(self, positions: Positions) -> Float[Array, "B T"] | None:
-        """Source: Su 2023 (log-n scaling); Bai et al. 2023 (Qwen), section 2.4."""
+        """Log-n scaling. Source: Su 2023; Bai et al. 2023 (Qwen), section 2.4."""
         if self.log_length is None:
             return None
         places = (positions if positions.ndim == 2 else positions.max(axis=-1)) + 1
         return jnp.log(jnp.maximum(places, self.log_length).astype(jnp.float32)) / math.log(self.log_length)
 
     def rotary_dim(self) -> int:
-        """Coordinates of a head, all of which turn."""
+        """Rotated coordinates of a head: all of them."""
         return self.head_dim or self.width // self.num_heads
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:

@@ -1,10 +1,10 @@
 """Vision encoders: pixels in, `VisualFeatures` out.
 
-The contract: a Linen module with `features` (its output width), a pure
+Interface: a Linen module with `features` (its output width), a pure
 `grid(height, width) -> (rows, cols)` that can be called before `init`, and
 `__call__(images) -> VisualFeatures`. Encoders of `PACKED_ENCODERS` take `PackedPatches` instead, in which
-images of any size share a sequence; their features lie in blocks (`VisualFeatures.block`), and `patch_format`
-says how the processor cuts and packs. `COMPOSITE_ENCODERS` are made of other encoders, and take what those take.
+images of any size share a sequence; their features are in blocks (`VisualFeatures.block`), and `patch_format`
+defines how the processor patchifies and packs. `COMPOSITE_ENCODERS` contain other encoders and take their inputs.
 """
 
 from vlm_jax.encoders.aimv2 import AIMv2

@@ -1,4 +1,4 @@
-"""AIMv2, the vision tower of Ovis 2: RMSNorm, SwiGLU, a norm on patches."""
+"""AIMv2, the vision tower of Ovis 2: RMSNorm, SwiGLU, a norm after the patch embedding."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ from vlm_jax.types import Grid, VisualFeatures
 
 
 class AIMv2(nn.Module):
-    """Patches, their norm, positions, `depth` blocks.
+    """Patch embedding, its norm, position embedding, `depth` blocks.
 
     Attributes:
-      image_size: (height, width) in pixels of training; the position table's size comes of it.
+      image_size: (height, width) in pixels of training; it determines the position table's size.
       patch_size: side of a patch in pixels.
       width: residual width.
       depth: number of blocks.
@@ -32,7 +32,7 @@ class AIMv2(nn.Module):
       use_bias: biases on the other linear layers of the blocks.
       final_norm: normalises features after the last block. Ovis 2 does not, its port in transformers does.
       select_layer: features are hidden state number `select_layer` without the final norm: 0 is the
-        embeddings, -1 the output of the last block. Blocks behind it are not built. None runs the
+        embeddings, -1 the output of the last block. Later blocks are not built. None runs the
         whole model.
       norm_epsilon: epsilon of every RMSNorm.
       saliency: as in `Trunk`: the mean over the tokens of the same image, as there is no class token. For reducers;
@@ -67,10 +67,10 @@ class AIMv2(nn.Module):
         return self.width
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of an image of `height` x `width` pixels; a rest is dropped.
+        """Rows and columns of patches of an image of `height` x `width` pixels; a remainder is dropped.
 
         Raises:
-          ValueError: not even one patch fits.
+          ValueError: the image is smaller than one patch.
         """
         grid = (height // self.patch_size, width // self.patch_size)
         if min(grid) < 1:

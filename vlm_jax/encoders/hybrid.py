@@ -15,24 +15,24 @@ ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class Hybrid(nn.Module):
-    """A high-resolution encoder on the image and a low-resolution one on the image made smaller.
+    """A high-resolution encoder on the image and a low-resolution one on the downscaled image.
 
     | combine | tokens | what must agree |
     |---|---|---|
     | `feature` | channels of both, high first | grids |
-    | `sequence` | tokens of both, high first; no rectangle any more, so the grid is (1, N) | widths |
+    | `sequence` | tokens of both, high first; they no longer form a rectangle, so the grid is (1, N) | widths |
     | `sum` | their sum | grids and widths |
     | `tuple` | (high, low) as two `VisualFeatures`, for a connector that takes both | nothing |
 
     Attributes:
-      high: the encoder of the image as it comes.
+      high: the encoder of the image at its own size.
       low: the encoder of the image at `low_size`.
-      low_size: pixels of the shorter side of the image that `low` sees; the longer one follows,
-        truncated. Bilinear with antialias, before either encoder normalises.
+      low_size: pixels of the shorter side of the input of `low`; the longer side keeps the aspect ratio,
+        truncated. Bilinear with antialiasing, before either encoder normalises.
       combine: a row of the table.
-      high_statistics: (mean, standard deviation) for every channel, with which `high` normalises its
-        pixels; None where the processor has done so.
-      low_statistics: the same for `low`. With either, the images are on [0, 1].
+      high_statistics: (mean, standard deviation) per channel, with which `high` normalises its
+        pixels; None where the processor normalises.
+      low_statistics: the same for `low`. With either, pixels are in [0, 1].
 
     Source: Lu et al. 2024 (DeepSeek-VL), section 3.1; DeepSeek-VL, models/clip_encoder.py,
     HybridVisionTower, where `sum` is called `add`.
@@ -47,21 +47,21 @@ class Hybrid(nn.Module):
 
     @property
     def features(self) -> int:
-        """Width D_v of the features; of a `tuple` the widths of both together."""
+        """Width D_v of the features; for `tuple` the sum of both widths."""
         if self.combine in ("feature", "tuple"):
             return self.high.features + self.low.features
         return self.high.features
 
     def low_image_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels that `low` sees of an image of `height` x `width` pixels."""
+        """(height, width) in pixels of the input of `low` for an image of `height` x `width` pixels."""
         shorter = min(height, width)
         return self.low_size * height // shorter, self.low_size * width // shorter
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of the features of an image of `height` x `width` pixels; of a `tuple` high's.
+        """Rows and columns of the features of an image of `height` x `width` pixels; for `tuple` those of `high`.
 
         Raises:
-          ValueError: the image is too small for an encoder, or the encoders do not fit together.
+          ValueError: the image is too small for an encoder, or the encoders are incompatible.
         """
         high = self.high.grid(height, width)
         low = self.low.grid(*self.low_image_size(height, width))
@@ -78,9 +78,9 @@ class Hybrid(nn.Module):
     def __call__(
         self, images: Float[Array, "B height width channels"] | TwoSizes
     ) -> VisualFeatures | tuple[VisualFeatures, VisualFeatures]:
-        """Encodes pixels: on [0, 1] where there are statistics, else normalised.
+        """Encodes pixels: in [0, 1] where there are statistics, else normalised.
 
-        Of `TwoSizes` the low-resolution encoder sees what it is given, and nothing is made smaller here.
+        With `TwoSizes` the low-resolution encoder gets the second image, without resizing.
         """
         if isinstance(images, TwoSizes):
             large, small = images.high, images.low

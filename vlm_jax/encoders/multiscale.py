@@ -1,4 +1,4 @@
-"""S²: any encoder at several scales, large images in pieces, features joined on the channels."""
+"""S²: any encoder at several scales, large images in pieces, features concatenated along channels."""
 
 import itertools
 import math
@@ -14,10 +14,10 @@ from vlm_jax.types import Grid, VisualFeatures
 
 
 def split_chessboard(images: Float[Array, "B h w c"], splits: Grid) -> Float[Array, "S h2 w2 c"]:
-    """Cuts every image into `splits` pieces a side; the batch runs over (row, column, image).
+    """Cuts every image into `splits` pieces a side; the batch axis is ordered (row, column, image).
 
     Raises:
-      ValueError: the pieces would not be of one size.
+      ValueError: the pieces would differ in size.
     """
     batch, height, width, channels = images.shape
     if height % splits[0] or width % splits[1]:
@@ -28,7 +28,7 @@ def split_chessboard(images: Float[Array, "B h w c"], splits: Grid) -> Float[Arr
 
 
 def merge_chessboard(maps: Float[Array, "S r c D"], splits: Grid) -> Float[Array, "B R C D"]:
-    """The inverse of `split_chessboard`, on maps of features."""
+    """The inverse of `split_chessboard`, for feature maps."""
     rows, cols, width = maps.shape[1:]
     x = maps.reshape(*splits, -1, rows, cols, width).transpose(2, 0, 3, 1, 4, 5)
     return x.reshape(-1, splits[0] * rows, splits[1] * cols, width)
@@ -38,20 +38,20 @@ class MultiScale(nn.Module):
     """Runs one encoder over the image at several sizes and concatenates the features' channels.
 
     Each scale is the image resized (bicubic, not antialiased). A scale larger than `max_split_size`
-    is cut into the fewest equal pieces that are not, and their features are put together again; area
-    pooling brings every scale to the grid of scale `resize_output_to`. Tokens that the encoder puts in
-    front of its grid, such as a class token, are averaged over the pieces and stay in front.
+    is cut into the fewest equal pieces that are not, and their features are merged; area
+    pooling resizes every scale to the grid of scale `resize_output_to`. Tokens before the encoder's
+    grid, such as a class token, are averaged over the pieces and stay before it.
 
-    Pieces of one size, of all scales, go through the encoder in one batch, where the reference calls it
-    once a scale.
+    Pieces of one size, of all scales, are encoded in one batch; the reference calls the encoder
+    once per scale.
 
     Attributes:
-      encoder: what gives the features of a piece.
-      scales: factors of the image's size, one a scale, truncated to whole pixels; empty where
-        `image_sizes` gives them.
-      image_sizes: (height, width) in pixels, one a scale.
+      encoder: the encoder of each piece.
+      scales: factors of the image's size, one per scale, truncated to whole pixels; empty with
+        `image_sizes`.
+      image_sizes: (height, width) in pixels, one per scale.
       max_split_size: side in pixels of the largest piece; the image's own height and width when None.
-      resize_output_to: which scale, counted from 0, gives the grid.
+      resize_output_to: index of the scale whose grid is used.
 
     Source: Shi et al. 2024 (S²), section 3.1; s2wrapper/core.py, forward.
     """
@@ -71,11 +71,11 @@ class MultiScale(nn.Module):
         """(height, width) in pixels of every scale of an image.
 
         Raises:
-          ValueError: both or none of `scales` and `image_sizes` are given, no such scale gives the grid, or
+          ValueError: both or none of `scales` and `image_sizes` are given, `resize_output_to` is out of range, or
             the image is empty.
         """
         if min(height, width) < 1:
-            raise ValueError(f"an image of {height}x{width} pixels has nothing to encode")
+            raise ValueError(f"an image of {height}x{width} pixels is empty")
         if bool(self.scales) == bool(self.image_sizes):
             raise ValueError(f"give either scales or image_sizes, got {self.scales} and {self.image_sizes}")
         sizes = self.image_sizes or tuple((int(height * scale), int(width * scale)) for scale in self.scales)
@@ -87,7 +87,7 @@ class MultiScale(nn.Module):
         """Rows and columns of pieces of every scale of an image of `height` x `width` pixels.
 
         Raises:
-          ValueError: as `sizes`, or the pieces of a scale would not be of one size; lists all such scales.
+          ValueError: as `sizes`, or the pieces of a scale would differ in size; lists all such scales.
         """
         largest = (height, width) if self.max_split_size is None else (self.max_split_size,) * 2
         sizes = self.sizes(height, width)
@@ -132,7 +132,7 @@ class MultiScale(nn.Module):
         return VisualFeatures(tokens, jnp.ones(tokens.shape[:2], bool), grid)
 
     def _encode(self, pieces: list[Float[Array, "_ _ _ c"]]) -> list[Float[Array, "_ _ D"]]:
-        """The features of every scale's pieces, one call of the encoder for each size of piece."""
+        """The features of every scale's pieces, one call of the encoder per piece size."""
         shapes = [piece.shape[1:3] for piece in pieces]
         found: list[Any] = [None] * len(pieces)
         for shape in dict.fromkeys(shapes):

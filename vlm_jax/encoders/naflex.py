@@ -16,18 +16,18 @@ from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
 class NaflexViT(Trunk, kw_only=True):
-    """A `Trunk` on flattened patches; the position table is read at the place of each in its own image.
+    """A `Trunk` on flattened patches; the position table is read at each patch's position in its own image.
 
-    Unlike the other encoders of native resolution it flattens a patch as (row, column, channel), and
-    expects patches row by row. An image is attended to by its own patches only, so that several may
-    share a sequence; but a pooling head reads a whole sequence, which then has to hold one image.
+    Unlike the other native-resolution encoders it flattens a patch as (row, column, channel), and
+    expects patches in row-major order. Patches attend within their own image only, so that several images may
+    share a sequence; but a pooling head pools a whole sequence, which must then hold one image.
 
     Attributes:
       patch_size: side of a patch in pixels.
       table_grid: rows and columns of the learned position table.
       position_interpolation: `linear`, with antialiasing (SigLIP 2), or the `nearest` row (Idefics2).
       patch_bias: a bias on the patch embedding.
-      channels: colours of a pixel.
+      channels: channels of a pixel.
 
     Source: Tschannen et al. 2025 (SigLIP 2), section 2.4.2; big_vision, models/proj/image_text/naflex_vit.py;
     Laurençon et al. 2024 (Idefics2), section 3.3; transformers, models/idefics2, Idefics2VisionEmbeddings.
@@ -41,11 +41,11 @@ class NaflexViT(Trunk, kw_only=True):
 
     @property
     def patch_format(self) -> PatchFormat:
-        """How images are cut and packed."""
+        """How images are patchified and packed."""
         return PatchFormat(self.patch_size, channels_last=True)
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of an image whose sides the processor made multiples of a patch.
+        """Rows and columns of patches of an image whose sides are multiples of the patch size.
 
         Raises:
           ValueError: they are not.
@@ -59,7 +59,7 @@ class NaflexViT(Trunk, kw_only=True):
         """Encodes patches of normalised pixels; the grid of the features is (1, N).
 
         Raises:
-          ValueError: the patches were cut for another encoder.
+          ValueError: the patches were made for another encoder.
         """
         packed = check_packed(packed, self.channels * self.patch_size**2, 1, None)
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -76,10 +76,10 @@ class NaflexViT(Trunk, kw_only=True):
 def interpolate_table(
     table: Float[Array, "R C D"], positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]
 ) -> Float[Array, "B N D"]:
-    """The table, resized to the size of each patch's image, at the patch's place.
+    """The table, resized to the grid of each patch's image, at the patch's position.
 
-    Linear with antialiasing between half-pixel centres; sizes are data, so nothing is compiled anew for
-    another image. What is padded (size 0) reads its place from a grid of one patch.
+    Linear with antialiasing between half-pixel centres; sizes are traced, so no image size needs another
+    compilation. Padding (size 0) is treated as a grid of one patch.
     """
     rows, cols = (
         _weights(positions[..., axis], jnp.maximum(sizes[..., axis], 1), table.shape[axis]) for axis in (0, 1)
@@ -90,7 +90,7 @@ def interpolate_table(
 
 
 def _weights(index: Int[Array, "B N"], size: Int[Array, "B N"], table_size: int) -> Float[Array, "B N S"]:
-    """Row `index` of the matrix that takes `table_size` samples to `size`: a triangle, normalised."""
+    """Row `index` of the matrix that resizes `table_size` samples to `size`: a normalised triangle."""
     step = table_size / size.astype(jnp.float32)
     centre = (index.astype(jnp.float32) + 0.5) * step - 0.5
     distance = centre[..., None] - jnp.arange(table_size, dtype=jnp.float32)[None, None]
@@ -103,8 +103,8 @@ def nearest_of_table(
 ) -> Float[Array, "B N D"]:
     """The row of the table in whose cell the upper left corner of each patch lies.
 
-    Corners lie on the edges of cells for many sizes, so that rounding decides. Steps and edges are made on
-    the host, in the release's float32: every platform finds the same rows.
+    For many sizes corners lie on cell edges, so that the result depends on rounding. Steps and edges are computed
+    on the host, in the release's float32, so that every platform selects the same rows.
     """
     counts = np.arange(positions.shape[1] + 1)  # no side of an image has more patches than the sequence
     steps = jnp.asarray(np.float32(1) / np.maximum(counts, 1).astype(np.float32))

@@ -1,4 +1,4 @@
-"""What the encoders of packed patches share: blocks, the check of their inputs, their grid and their output."""
+"""Base of the encoders of packed patches: blocks, input checks, grid and output."""
 
 import dataclasses
 from typing import Any
@@ -21,8 +21,8 @@ from vlm_jax.types import PADDING_SEGMENT, Grid, PackedPatches, PatchFormat, Vis
 class PackedTrunk(nn.Module, kw_only=True):
     """Embedded patches through pre-norm blocks with 2D rotary positions, some of them in windows; subclasses embed.
 
-    Images come packed (`processors.patches.pack_patches` with `merge_size` and `window` of the module), and so do
-    features, in blocks of merge_size x merge_size neighbours.
+    Images and features are packed (`processors.patches.pack_patches` with `merge_size` and `window` of the module),
+    in blocks of merge_size x merge_size neighbours.
 
     Attributes:
       patch_size: side of a patch in pixels.
@@ -31,16 +31,16 @@ class PackedTrunk(nn.Module, kw_only=True):
       num_heads: attention heads.
       mlp_dim: hidden width of the feed-forward.
       temporal_patch_size: frames of a patch; an image is repeated.
-      channels: colours of a pixel.
+      channels: channels of a pixel.
       activation, gated: as in `layers.mlp.Mlp`.
       norm: kind of every norm.
       norm_epsilon: epsilon of every norm.
-      merge_size: side in patches of the blocks in which patches and features lie.
-      window_size: side in pixels of an attention window; None where every layer sees whole images.
-      full_layers: the layers that see whole images; None for all.
+      merge_size: side in patches of the blocks in which patches and features are ordered.
+      window_size: side in pixels of an attention window; None where every layer attends to whole images.
+      full_layers: the layers that attend to whole images; None for all.
       select_layer: features are hidden state number `select_layer`: 0 is the embeddings, -1 the output of
-        the last block. Blocks behind it are not built. None runs the whole model.
-      use_rope: turns queries and keys with row and column.
+        the last block. Later blocks are not built. None runs the whole model.
+      use_rope: applies 2D RoPE to queries and keys.
       rope_theta: base of the rotary wavelengths.
       saliency: as in `WindowedStack`. For reducers; `build` sets it.
       remat: as in `TransformerStack`.
@@ -84,19 +84,19 @@ class PackedTrunk(nn.Module, kw_only=True):
 
     @property
     def patch_dim(self) -> int:
-        """Values of a patch."""
+        """Number of values in a patch."""
         return self.channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def patch_format(self) -> PatchFormat:
-        """How images are cut and packed."""
+        """How images are patchified and packed."""
         return PatchFormat(self.patch_size, self.temporal_patch_size, self.merge_size, self.window)
 
     def checked(self, packed: PackedPatches) -> PackedPatches:
         """The patches as device arrays.
 
         Raises:
-          ValueError: they were cut or packed for another encoder.
+          ValueError: they were made or packed for another encoder.
         """
         return check_packed(packed, self.patch_dim, self.merge_size, self.window)
 
@@ -106,7 +106,7 @@ class PackedTrunk(nn.Module, kw_only=True):
         Args:
           x: embedded patches in the order of `packed`.
           packed: segments, windows and positions.
-          collect: also gives the input of every block and the output of the last in `hidden`.
+          collect: also returns the input of every block and the output of the last in `hidden`.
         """
         x = nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
         head_dim = self.width // self.num_heads
@@ -141,15 +141,15 @@ class PackedTrunk(nn.Module, kw_only=True):
 
 
 def patches_in_blocks(height: int, width: int, patch_size: int, merge_size: int) -> Grid:
-    """Rows and columns of patches in an image of so many pixels, made of blocks of merge_size x merge_size.
+    """Rows and columns of patches in an image of `height` x `width` pixels, in blocks of merge_size x merge_size.
 
     Raises:
-      ValueError: a side is no multiple of a block's.
+      ValueError: a side is not a multiple of a block's.
     """
     unit = patch_size * merge_size
     if height % unit or width % unit or min(height, width) < unit:
         raise ValueError(
-            f"an image of {height}x{width} pixels is not made of blocks of {merge_size}x{merge_size} patches "
+            f"an image of {height}x{width} pixels cannot be divided into blocks of {merge_size}x{merge_size} patches "
             f"of {patch_size} pixels; resize both sides to a multiple of {unit}"
         )
     return height // patch_size, width // patch_size
@@ -171,16 +171,16 @@ def window_in_blocks(window_size: int, patch_size: int, merge_size: int) -> int:
 
 
 def check_packed(packed: PackedPatches, patch_dim: int, merge_size: int, window: int | None) -> PackedPatches:
-    """Gives the patches as device arrays, or refuses those that were cut or packed for another encoder.
+    """Returns the patches as device arrays after checking that they fit the encoder.
 
     Raises:
-      ValueError: names what differs.
+      ValueError: they were made or packed for another encoder; names the difference.
     """
     _, length, found = packed.patches.shape
     if found != patch_dim:
         raise ValueError(f"expected patches of {patch_dim} values (channels x frames x rows x columns), got {found}")
     if length % merge_size**2:
-        raise ValueError(f"{length} places cannot be merged by {merge_size}x{merge_size}; pack with this merge_size")
+        raise ValueError(f"{length} patches cannot be merged by {merge_size}x{merge_size}; pack with this merge_size")
     expected = 0 if window is None else (window * merge_size) ** 2
     if packed.window_length not in (0, expected):
         raise ValueError(
@@ -196,10 +196,10 @@ def packed_features(
     """Features of patches in the processor's order, with their mask.
 
     Args:
-      x: one feature a patch.
+      x: one feature per patch.
       packed: how the patches were laid out.
       hidden: hidden states of the patches.
-      block: side of the blocks of neighbours in which the patches lie.
+      block: side of the blocks of neighbours in which the patches are ordered.
     """
     real = (packed.segment_ids != PADDING_SEGMENT).astype(jnp.float32)[..., None]
     mask = restore_order(real, packed)[..., 0] > 0

@@ -17,7 +17,7 @@ class QwenViT(PackedTrunk, kw_only=True):
     | Qwen2-VL | activation `quick_gelu`, not gated, norm `layer` |
     | Qwen2.5-VL | window_size 112 and full_layers (7, 15, 23, 31) |
 
-    There is neither a position table nor a final norm; the release's patch merger is the connector `concat`.
+    There is no position table and no final norm; the release's patch merger is the connector `concat`.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
     """
@@ -31,7 +31,7 @@ class QwenViT(PackedTrunk, kw_only=True):
         """Rows and columns of features of one image of `height` x `width` pixels.
 
         Raises:
-          ValueError: the image is not made of whole blocks.
+          ValueError: a side is not a multiple of a block's.
         """
         return patches_in_blocks(height, width, self.patch_size, self.merge_size)
 
@@ -40,7 +40,7 @@ class QwenViT(PackedTrunk, kw_only=True):
         """Encodes packed patches; `collect` also returns every block's input in `hidden`.
 
         Raises:
-          ValueError: the patches were cut or packed for another encoder.
+          ValueError: the patches were made or packed for another encoder.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         packed = self.checked(packed)

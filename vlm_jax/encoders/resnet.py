@@ -19,7 +19,7 @@ _NORM_EPSILON = 1e-5
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation by the release's running statistics, which are never updated.
 
-    They are parameters without a gradient, so that they are loaded, sharded and saved like all others.
+    They are parameters without a gradient, so that they are loaded, sharded and saved like other parameters.
 
     Source: Ioffe and Szegedy 2015, algorithm 2.
     """
@@ -45,10 +45,10 @@ def _average(x: jax.Array, window: int) -> jax.Array:
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a skip; a stride is average pooling on either way.
+    """1x1, 3x3 and 1x1 convolutions with a skip connection; a stride is average pooling on both paths.
 
     Attributes:
-      features: channels inside; four times as many come out.
+      features: inner channels; the output has four times as many.
       stride: window of the average pooling.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -77,12 +77,12 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One attention layer, in which the mean of all places asks and they and it answer.
+    """One attention layer whose query is the mean of all positions, and whose keys are the positions and their mean.
 
     Attributes:
       num_heads: attention heads.
-      num_positions: rows of the position table, one for every place of the map of training.
-      out_dim: width given.
+      num_positions: rows of the position table, one per position of the map in training.
+      out_dim: output width.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -99,7 +99,7 @@ class AttentionPool(nn.Module):
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B E"]:
         if x.shape[1] != self.num_positions:
             raise ValueError(
-                f"expected a map of {self.num_positions} places, as in training, got {x.shape[1]}; "
+                f"expected a map of {self.num_positions} positions, as in training, got {x.shape[1]}; "
                 "resize the images to image_size"
             )
         init = with_axes(nn.initializers.normal(x.shape[-1] ** -0.5), axes.POSITION, axes.EMBED)
@@ -117,12 +117,12 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """CLIP's ResNet; its features are the cells of the last map, its pooled vector the attention pool's.
+    """CLIP's ResNet; its features are the positions of the last map, its pooled vector is the attention pool's output.
 
     Attributes:
       image_size: (height, width) in pixels of training.
       layers: bottlenecks in each of the four stages.
-      base_width: channels of the stem; 32 times as many come out.
+      base_width: channels of the stem; the output has 32 times as many.
       num_heads: heads of the attention pool.
       projection_dim: width of the pooled vector.
       dtype: dtype of the products.
@@ -145,7 +145,7 @@ class ModifiedResNet(nn.Module):
         return 32 * self.base_width
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of the last map; every halving drops an odd rest but the first, which keeps it.
+        """Rows and columns of the last map; every halving rounds down except the first, which rounds up.
 
         Raises:
           ValueError: the last map is empty.

@@ -39,7 +39,7 @@ class GroupNorm(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a skip, which is projected where the shape changes."""
+    """1x1, 3x3 and 1x1 convolutions with a skip connection, which is projected where the shape changes."""
 
     features: int
     stride: int = 1
@@ -63,11 +63,11 @@ class ResidualUnit(nn.Module):
 
 
 class ResNetStem(nn.Module):
-    """A root that quarters the image, and stages that halve it again from the second on.
+    """A root that divides each side by 4, and stages, each of which halves it from the second stage on.
 
     Attributes:
       layers: residual units in every stage; none for the root alone.
-      width: channels of the root; stage i gives 4 * width * 2**i.
+      width: channels of the root; stage i has 4 * width * 2**i.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 

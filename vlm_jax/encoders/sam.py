@@ -1,4 +1,4 @@
-"""SAM's image encoder: windowed and global blocks, and the down-sampling of DeepSeek-VL behind it."""
+"""SAM's image encoder: windowed and global blocks, followed by the down-sampling of DeepSeek-VL."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class Run(NamedTuple):
 def block_runs(depth: int, global_blocks: tuple[int, ...]) -> tuple[Run, ...]:
     """The blocks as runs of one kind, in order; a run is one scanned stack of parameters.
 
-    The first global block is a run by itself, since DeepSeek-VL reads its output.
+    The first global block is a separate run, because DeepSeek-VL reads its output.
 
     Raises:
       ValueError: a global block that does not exist.
@@ -52,7 +52,7 @@ def block_runs(depth: int, global_blocks: tuple[int, ...]) -> tuple[Run, ...]:
 
 
 def partition_windows(x: Float[Array, "B R C D"], window: int) -> Float[Array, "W window window D"]:
-    """Cuts a map into windows, in (image, row, column) order; zeros fill the last ones."""
+    """Cuts a map into windows, in (image, row, column) order; the last ones are padded with zeros."""
     batch, rows, cols, width = x.shape
     x = jnp.pad(x, ((0, 0), (0, -rows % window), (0, -cols % window), (0, 0)))
     x = x.reshape(batch, x.shape[1] // window, window, x.shape[2] // window, window, width)
@@ -60,7 +60,7 @@ def partition_windows(x: Float[Array, "B R C D"], window: int) -> Float[Array, "
 
 
 def merge_windows(windows: Float[Array, "W window window D"], grid: Grid) -> Float[Array, "B R C D"]:
-    """The inverse of `partition_windows`, for maps of `grid`; the filling is cut off."""
+    """The inverse of `partition_windows`, for maps of `grid`; padding is removed."""
     window, width = windows.shape[-2:]
     across = tuple(-(-size // window) for size in grid)
     x = windows.reshape(-1, *across, window, window, width).transpose(0, 1, 3, 2, 4, 5)
@@ -74,7 +74,7 @@ def relative_positions(
     """The row of `table` for every distance between a query and a key along one axis.
 
     Args:
-      table: embeddings of the distances; of a length other than 2 * max(queries, keys) - 1 it is
+      table: embeddings of the distances; a length other than 2 * max(queries, keys) - 1 is
         interpolated linearly first.
       num_queries: positions of queries.
       num_keys: positions of keys; where the counts differ, the shorter axis is stretched.
@@ -90,12 +90,12 @@ def relative_positions(
 class RelativeAttention(nn.Module):
     """Self-attention over a map, with decomposed relative positions.
 
-    The logits of a query q and a key at (row, column) are q k / sqrt(H) + q r_row + q c_column: the
-    positions meet the query before it is scaled.
+    The logits of a query q and a key at (row, column) are q k / sqrt(H) + q r_row + q c_column: position
+    terms use the unscaled query.
 
     Attributes:
       num_heads: heads Q.
-      table_grid: (rows, columns) for which the two tables of distances are stored.
+      table_grid: (rows, columns) of the two stored tables of distances.
       qkv_bias: biases on query, key and value.
       dtype, param_dtype: as in `Dense`.
 
@@ -135,14 +135,14 @@ class RelativeAttention(nn.Module):
 
 
 class SamBlock(nn.Module):
-    """A transformer block over a map, attending inside windows or over all of it.
+    """A transformer block over a feature map, attending inside windows or globally.
 
     Attributes:
       num_heads, table_grid, qkv_bias: as in `RelativeAttention`.
       mlp_dim, activation: as in `Mlp`.
       norm_epsilon: epsilon of both norms.
-      window_size: side of a window, or None for global attention. Padding joins behind the norm, as
-        zeros that are attended to.
+      window_size: side of a window, or None for global attention. Padding is added after the norm, as
+        unmasked zeros.
       collect: whether the block's input is returned as well.
       dtype, param_dtype: as in `Dense`.
 
@@ -195,7 +195,7 @@ class Neck(nn.Module):
 
 
 class SAM(nn.Module):
-    """SAM's image encoder, optionally brought to the low-resolution tower's grid as in DeepSeek-VL.
+    """SAM's image encoder, optionally down-sampled to the low-resolution tower's grid as in DeepSeek-VL.
 
     Attributes:
       image_size: (height, width) in pixels of training; other sizes interpolate the position tables.
@@ -205,16 +205,16 @@ class SAM(nn.Module):
       num_heads: attention heads.
       mlp_dim: hidden width of the feed-forward.
       neck_dim: channels of the neck.
-      global_blocks: which blocks, counted from 0, attend to the whole map; the others to windows.
+      global_blocks: indices of the blocks with global attention; the others attend inside windows.
       window_size: side of a window in patches.
       qkv_bias: biases on query, key and value.
       activation: a name of `layers.mlp.ACTIVATIONS`.
       norm_epsilon: epsilon of the blocks' norms.
-      downsample_dims: output channels of the convolutions of stride 2 behind the neck, one each.
-      downsample_from: (rows, columns) to which the neck's map is resized, bilinearly, before the
-        convolutions; None keeps it.
+      downsample_dims: output channels of the convolutions of stride 2 after the neck, one each.
+      downsample_from: (rows, columns) to which the neck's map is resized bilinearly before the
+        convolutions; None for no resizing.
       high_res_branch: adds a second path, scaled by the learned `high_res_scale`: the output of the
-        first global block through a neck of its own and the same down-sampling.
+        first global block through a second neck and the same down-sampling.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -249,10 +249,10 @@ class SAM(nn.Module):
         return (self.neck_dim, *self.downsample_dims)[-1]
 
     def patch_grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches, on which the blocks work; a rest is dropped.
+        """Rows and columns of patches, the blocks' input; a remainder is dropped.
 
         Raises:
-          ValueError: not even one patch fits.
+          ValueError: the image is smaller than one patch.
         """
         grid = (height // self.patch_size, width // self.patch_size)
         if min(grid) < 1:
@@ -300,7 +300,7 @@ class SAM(nn.Module):
         x = out(x, "neck")
         if self.high_res_branch:
             if first_global is None:
-                raise ValueError("high_res_branch reads the first global block, and global_blocks is empty")
+                raise ValueError("high_res_branch reads the first global block, but global_blocks is empty")
             init = with_axes(nn.initializers.zeros, axes.NORM)
             scale = self.param("high_res_scale", init, (1,), self.param_dtype).astype(self.dtype)
             x = x + out(first_global, "high_res_neck") * scale[None, None, None]

@@ -1,8 +1,8 @@
-"""Feature selection by layer: how many blocks a hidden state needs."""
+"""Number of blocks that a selected hidden state needs."""
 
 
 def blocks_up_to(select_layer: int | None, depth: int) -> int:
-    """Blocks that are to be built: all, or those before hidden state number `select_layer`.
+    """Number of blocks to build: all, or those before hidden state number `select_layer`.
 
     Args:
       select_layer: 0 for the input of the first block, -1 for the output of the last, -2 for that of the
@@ -16,7 +16,6 @@ def blocks_up_to(select_layer: int | None, depth: int) -> int:
         return depth
     if not -depth - 1 <= select_layer <= depth:
         raise ValueError(
-            f"select_layer {select_layer}: {depth} blocks have the hidden states 0 to {depth}, counted from "
-            f"behind -1 to {-depth - 1}"
+            f"select_layer {select_layer}: {depth} blocks have the hidden states 0 to {depth}, or {-depth - 1} to -1"
         )
     return select_layer % (depth + 1)

@@ -12,11 +12,11 @@ from vlm_jax.types import Grid, PackedPatches, VisualFeatures
 class Siglip2NaViT(PackedTrunk, kw_only=True):
     """Packed patches, positions, `depth` pre-norm blocks: see `PackedTrunk` for its other fields.
 
-    Features are those of the last block as they are: Ovis 2.5 has a norm behind it that it never uses.
+    Features are the last block's output: Ovis 2.5 has a norm after it that it never uses.
 
     Attributes:
-      table_side: rows and columns of the position table, which is resized to every image; None adds no
-        positions to the embeddings.
+      table_side: rows and columns of the position table, which is resized to every image's grid; None for no
+        position embeddings.
 
     Source: Lu et al. 2025 (Ovis2.5), section 2; AIDC-AI/Ovis2.5-9B, modeling_ovis2_5.py, Siglip2NavitModel.
     """
@@ -27,7 +27,7 @@ class Siglip2NaViT(PackedTrunk, kw_only=True):
         """Rows and columns of features of one image of `height` x `width` pixels.
 
         Raises:
-          ValueError: the image is not made of whole blocks.
+          ValueError: a side is not a multiple of a block's.
         """
         return patches_in_blocks(height, width, self.patch_size, self.merge_size)
 
@@ -36,7 +36,7 @@ class Siglip2NaViT(PackedTrunk, kw_only=True):
         """Encodes packed patches; `collect` also returns every block's input in `hidden`.
 
         Raises:
-          ValueError: the patches were cut or packed for another encoder.
+          ValueError: the patches were made or packed for another encoder.
         """
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         packed = self.checked(packed)

@@ -1,4 +1,4 @@
-"""What every plain vision transformer shares: blocks, norms, layer selection and pooling heads."""
+"""Base of the plain vision transformers: blocks, norms, layer selection and pooling heads."""
 
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ Pooling = Literal["none", "token", "gap", "max", "map"]
 
 
 class Trunk(nn.Module, kw_only=True):
-    """Embedded patches in, `VisualFeatures` out; subclasses embed.
+    """Encodes embedded patches to `VisualFeatures`; subclasses embed.
 
     Attributes:
       width: residual width.
@@ -34,26 +34,26 @@ class Trunk(nn.Module, kw_only=True):
       qkv_bias: biases on query, key and value.
       qk_norm, qk_norm_over, layer_scale: as in `TransformerBlock`.
       pre_norm: a norm before the first block, as CLIP has.
-      final_norm: what the last norm is for: all `tokens`, the `pooled` vector alone (Hugging
-        Face's CLIP leaves its tokens as they are), or `none`.
-      select_layer: the tokens are hidden state number `select_layer` as it is, without the last
+      final_norm: the last norm applies to all `tokens`, to the `pooled` vector only (as in Hugging
+        Face's CLIP), or is `none`.
+      select_layer: the tokens are hidden state number `select_layer`, without the last
         norm: 0 is the input of the first block, -1 the output of the last, -2 that of the one
-        before. Blocks behind it are not built: they have no parameters and cost nothing. None runs
+        before. Later blocks are not built: they have no parameters and cost nothing. None runs
         the whole model.
-      levels: numbers of the hidden states, counted as by `select_layer`, that are given side by side in
-        `VisualFeatures.levels`, for connectors that read several; none where it is empty.
-      keep_class_token: whether the tokens given out start with the class token.
+      levels: hidden states, numbered as in `select_layer`, to concatenate in
+        `VisualFeatures.levels`, for connectors that read several; empty for none.
+      keep_class_token: whether the returned tokens start with the class token.
       pooling: how an image gets one vector: its first `token` (the class token where there is
         one), the mean (`gap`) or `max` of its patches, attention pooling (`map`), or `none`.
-      representation_size: width of a linear layer with tanh behind the pooling, or None. Where
-        nothing is pooled it works on every token.
-      projection_dim: width of a linear layer behind that, or None.
-      projection_bias: a bias on it.
-      saliency: whether features come with the attention that they get in the last block that is built:
-        the mean over its `heads`, or that of all heads `joined` into one; from the class token, or the mean over the
+      representation_size: width of a linear layer with tanh after the pooling, or None. Without
+        pooling it is applied to every token.
+      projection_dim: width of a linear layer after that, or None.
+      projection_bias: a bias on the projection.
+      saliency: also returns the attention that features get in the last built block:
+        averaged over its `heads`, or of all heads `joined` into one; from the class token, or averaged over the
         tokens of the same image where there is none. For reducers; `build` sets it.
-      merged: tokens that every block merges, for the reducer ToMe; `build` sets it. None are where it is empty.
-      merging: whether what is left stands in order, or as ToMe's release leaves it.
+      merged: tokens to merge in each block, for the reducer ToMe; `build` sets it. Empty for no merging.
+      merging: whether the remaining tokens are in order, or as in ToMe's release.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -96,21 +96,21 @@ class Trunk(nn.Module, kw_only=True):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that are built: those up to `select_layer`.
+        """Number of blocks that are built: those up to `select_layer`.
 
         Raises:
-          ValueError: there is no such hidden state, or the last norm or the pooling want more blocks.
+          ValueError: there is no such hidden state, or the last norm or the pooling needs later blocks.
         """
         if self.select_layer is None:
             return self.depth
         if not -self.depth - 1 <= self.select_layer <= self.depth:
             raise ValueError(
                 f"select_layer {self.select_layer}: {self.depth} blocks have the hidden states 0 to "
-                f"{self.depth}, counted from behind -1 to {-self.depth - 1}"
+                f"{self.depth}, or {-self.depth - 1} to -1"
             )
         if self.pooling != "none" or self.representation_size or self.projection_dim:
             raise ValueError(
-                "select_layer gives a hidden state as it is; set pooling to 'none' and leave "
+                "select_layer returns an unpooled hidden state; set pooling to 'none' and leave "
                 "representation_size and projection_dim out"
             )
         return self.select_layer % (self.depth + 1)
@@ -127,10 +127,10 @@ class Trunk(nn.Module, kw_only=True):
         """Runs the blocks and the heads; to be called inside a subclass's compact `__call__`.
 
         Args:
-          x: embedded tokens, positions added.
+          x: embedded tokens with positions added.
           grid: rows and columns of the patches.
           segments: 0 where a token is padding; tokens of one segment attend to each other. None where
-            all are of one.
+            there is one segment.
           num_prefix: tokens before the patches: 1 with a class token, else 0.
           collect: also returns every hidden state.
         """
@@ -198,10 +198,10 @@ class Trunk(nn.Module, kw_only=True):
         )
 
     def _level_numbers(self) -> tuple[int, ...]:
-        """The hidden states of `levels`, counted from the front.
+        """The non-negative indices of the hidden states of `levels`.
 
         Raises:
-          ValueError: one that the model has not, or whose block is not built.
+          ValueError: a hidden state that does not exist or is not computed.
         """
         numbers = tuple(level % (self.depth + 1) for level in self.levels)
         wrong = [
@@ -212,16 +212,16 @@ class Trunk(nn.Module, kw_only=True):
         if wrong:
             raise ValueError(
                 f"levels {wrong}: {self.num_blocks} of {self.depth} blocks are built, with the hidden states 0 to "
-                f"{self.num_blocks}; name some of these, or let select_layer build more"
+                f"{self.num_blocks}; choose from these, or set select_layer so that more are built"
             )
         return numbers
 
     def _check_looked_into(self, collect: bool) -> None:
         if collect or self.levels or (self.keep_class_token and self.merged) or not self.num_blocks:
             raise ValueError(
-                "a reducer that looks into the encoder wants blocks, and, where it merges, features of patches alone: "
-                "with `saliency` or `merged`, leave out `collect` and levels, with `merged` keep_class_token, and "
-                "select a layer behind the first"
+                "a reducer inside the encoder needs at least one block and, if it merges, patch features only: "
+                "with `saliency` or `merged`, leave out `collect` and levels, with `merged` also keep_class_token, and "
+                "select a later layer than 0"
             )
 
     def _pool(

@@ -1,4 +1,4 @@
-"""The vision transformer: one module for every plain ViT, told apart by its fields."""
+"""The vision transformer: one module for every plain ViT, configured by its fields."""
 
 from typing import Literal
 
@@ -29,12 +29,12 @@ class ViT(Trunk, kw_only=True):
     | Qwen-VL | pre_norm, no patch_bias, final_norm `none`, position_interpolation `bicubic` |
 
     Attributes:
-      image_size: (height, width) in pixels of training; the position table's size comes of it. None
-        where no table is learned: sin-cos positions then count patches, at any size.
-      patch_size: side of a patch in pixels, or in cells of the stem's map.
+      image_size: (height, width) in pixels of training; it determines the position table's size. None
+        where no table is learned: sin-cos positions then are patch indices, at any size.
+      patch_size: side of a patch in pixels, or in positions of the stem's map.
       patch_bias: a bias on the patch embedding.
       position: `learned`, `sincos` or `none`; the first two are interpolated for another image size.
-      position_interpolation: how a learned table is, a kind of `vlm_jax.interpolation`.
+      position_interpolation: of a learned table, a kind of `vlm_jax.interpolation`.
       class_token: a learned token before the patches.
       class_position: a row of the position table for the class token.
       stem_layers: residual units in every stage of a ResNet in front of the patches (a hybrid; empty
@@ -55,10 +55,10 @@ class ViT(Trunk, kw_only=True):
     stem_width: int = 64
 
     def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches of an image of `height` x `width` pixels; a rest is dropped.
+        """Rows and columns of patches of an image of `height` x `width` pixels; a remainder is dropped.
 
         Raises:
-          ValueError: not even one patch fits.
+          ValueError: the image is smaller than one patch.
         """
         rows, cols = height, width
         if self.stem_layers is not None:
@@ -73,7 +73,7 @@ class ViT(Trunk, kw_only=True):
         """Encodes normalised pixels; `collect` also returns every block's input in `hidden`."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.class_position and not self.class_token:
-            raise ValueError("class_position is a place for the class token; set class_token too")
+            raise ValueError("class_position needs a class token; set class_token too")
         grid = self.grid(*images.shape[1:3])
         x = images
         if self.stem_layers is not None:
@@ -82,7 +82,7 @@ class ViT(Trunk, kw_only=True):
         table_grid = None if self.image_size is None else self.grid(*self.image_size)
         if self.position == "learned":
             if table_grid is None:
-                raise ValueError("learned positions have a table: give image_size, the size of training")
+                raise ValueError("learned positions need image_size, the image size of training")
             table = LearnedPositions2D(
                 table_grid, self.width, self.param_dtype, self.position_interpolation, name="positions"
             )
@@ -94,7 +94,7 @@ class ViT(Trunk, kw_only=True):
         return self.encode(x, grid, None, num_prefix=int(self.class_token), collect=collect)
 
     def _class_token(self, batch: int) -> Float[Array, "B 1 D"]:
-        """The class token with its position; the two are apart, since other loaders keep them apart."""
+        """The class token with its position; they are separate parameters, as in other releases."""
         init = with_axes(nn.initializers.normal(0.02), axes.POSITION, axes.EMBED)
         token = self.param("class_token", init, (1, self.width), self.param_dtype)
         if self.class_position:

@@ -1,4 +1,4 @@
-"""Prompts made to fit: lengths padded to a few buckets, rows padded to share them out over devices."""
+"""Padding of prompts: lengths to a few buckets, rows to a multiple of the devices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from vlm_jax.sharding.rules import BATCH_AXES
 from vlm_jax.types import PADDING_SEGMENT, PROMPT_SEGMENT, TEXT_SLOT, Batch, VisualPlaces
 
 SHORTEST_BUCKET = 16
-CACHE_MULTIPLE = 32  # caches differ by so many slots, so that a few more new tokens compile nothing
+CACHE_MULTIPLE = 32  # cache lengths are multiples of it, so that a few more new tokens need no compilation
 
-# What fills the columns in front of a prompt.
+# Padding values of the columns before a prompt.
 FILL: dict[str, Any] = {
     "tokens": 0,
     "positions": 0,
@@ -25,12 +25,12 @@ FILL: dict[str, Any] = {
 
 
 def bucket(length: int, buckets: Sequence[int] | None = None, name: str = "the prompt") -> int:
-    """The length that a prompt of `length` positions is padded to.
+    """The length to which a prompt of `length` positions is padded.
 
     Args:
       length: of the longest prompt of a batch.
-      buckets: lengths there are; when None powers of two from 16 on, and the numbers half way between.
-      name: of that prompt, in messages.
+      buckets: available lengths; when None powers of two from 16 on, and the numbers half way between.
+      name: name of the prompt in errors.
 
     Raises:
       GenerationError: no bucket is long enough.
@@ -54,22 +54,22 @@ def fitted(
     buckets: Sequence[int] | None,
     names: Sequence[str],
 ) -> tuple[Batch, int]:
-    """The batch, padded on the left to a bucket and without what only training reads, and the slots of its cache.
+    """The batch, padded on the left to a bucket and without training-only fields, and the length of its cache.
 
     Raises:
-      GenerationError: a prompt without a token, one of several segments or with branches, or one that the cache or
-        the buckets cannot hold; the message names it.
+      GenerationError: a prompt that is empty, has several segments or branches, or is too long for the cache or
+        the buckets; the message names it.
     """
     segments = np.asarray(batch.segment_ids)
     sizes = np.count_nonzero(segments != PADDING_SEGMENT, axis=1)
     _check(batch, segments, sizes, names)
-    length, following = segments.shape[1], max_new_tokens - 1  # the last token is not run
+    length, following = segments.shape[1], max_new_tokens - 1  # the last token is not fed back
     row = int(np.argmax(sizes))
     if cache_length is not None and length + following > cache_length:
         raise GenerationError(
             f"{names[row]}: a prompt of {sizes[row]} tokens, in a batch padded to {length}, and {max_new_tokens} new "
-            f"tokens need {length + following} slots, and the cache has {cache_length}; raise cache_length, "
-            "shorten the prompt, or ask for fewer tokens"
+            f"tokens need {length + following} slots, but the cache has {cache_length}; raise cache_length, "
+            "shorten the prompt, or reduce max_new_tokens"
         )
     wanted = bucket(length, buckets, names[row])
     if cache_length is None:
@@ -89,29 +89,29 @@ def fitted(
 
 
 def _shifted(places: VisualPlaces, padding: int, length: int) -> VisualPlaces:
-    """Places behind padding on the left; row lengths go to buckets too, so that few programs are compiled."""
+    """Shifts places by left padding; row lengths are padded to buckets too, so that few programs are compiled."""
     ranking = np.pad(np.asarray(places.ranking), ((0, 0), (padding, 0)))
     lengths = tuple(min(bucket(kept, None, ""), length) for kept in places.lengths)
     return VisualPlaces(np.asarray(places.index) + np.int32(padding), ranking, lengths)
 
 
 def _check(batch: Batch, segments: np.ndarray, sizes: np.ndarray, names: Sequence[str]) -> None:
-    """Raises a GenerationError for a row that is not one prompt."""
+    """Raises a GenerationError for a row that is not a single prompt."""
     for row in np.flatnonzero(sizes == 0).tolist():
         raise GenerationError(
-            f"{names[row]}: the prompt is empty; give it a token whose segment id is {PROMPT_SEGMENT}"
+            f"{names[row]}: the prompt is empty; expected at least one token with segment id {PROMPT_SEGMENT}"
         )
     foreign = (segments != PADDING_SEGMENT) & (segments != PROMPT_SEGMENT)
     for row in np.flatnonzero(foreign.any(axis=1)).tolist():
         raise GenerationError(
             f"{names[row]}: expected segment ids {PADDING_SEGMENT} (padding) and {PROMPT_SEGMENT} (the prompt), got "
-            f"{np.unique(segments[row]).tolist()}; give each prompt a row of its own, with segment id {PROMPT_SEGMENT}"
+            f"{np.unique(segments[row]).tolist()}; put each prompt in a separate row, with segment id {PROMPT_SEGMENT}"
         )
     if batch.branch_ids is not None:
         row = int(np.argmax(np.asarray(batch.branch_ids).any(axis=1)))
         raise GenerationError(
-            f"{names[row]}: the batch has branch_ids, and a prompt is one branch; give each branch a row of its own, "
-            "and branch_ids=None"
+            f"{names[row]}: the batch has branch_ids, but a prompt is one branch; put each branch in a separate row, "
+            "with branch_ids=None"
         )
 
 

@@ -1,7 +1,7 @@
 """Generation: a program for the prompt, and one for a chunk of new tokens, whose loop runs on the device.
 
-The host hears of new tokens once a chunk, in one array. A row ends at an end token, where the host
-says so (a stop string), or at its last token; the loop ends with its last row.
+The host receives new tokens once per chunk, in one array. A row ends at an end token, where the host
+ends it (a stop string), or at the maximum length; the loop ends when all rows have ended.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from vlm_jax.sharding.rules import partition_spec, use_mesh
 from vlm_jax.types import PADDING_SEGMENT, Batch, struct
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_REPORTED = 4  # columns of a report behind its tokens
+_REPORTED = 4  # columns of a report after its tokens
 SOUND = -1  # the step of a row whose logits are not known to be NaN
 
-# New tokens of every row, and how many of them are real -> the rows that are to end.
+# New tokens of every row, and the number that are valid -> the rows to end.
 Watch = Callable[[Int[np.ndarray, "B N"], Int[np.ndarray, "B"]], Bool[np.ndarray, "B"]]
 
 
@@ -42,11 +42,11 @@ class Generated:
     """New tokens of a batch.
 
     Attributes:
-      tokens: those of every row, its end token included; `pad_id` after it.
-      lengths: how many of them are real.
+      tokens: new tokens of every row, including its end token; then `pad_id`.
+      lengths: number of valid tokens per row.
       steps: runs of the model after the prompt.
-      transfers: arrays that came to the host.
-      prompt_lengths: real positions of every prompt, in the first layers and behind each drop of visual tokens.
+      transfers: number of arrays copied to the host.
+      prompt_lengths: unpadded positions of every prompt, in the first layers and after each drop of visual tokens.
     """
 
     tokens: Int[np.ndarray, "B G"]
@@ -58,17 +58,17 @@ class Generated:
 
 @struct
 class State:
-    """What a chunk hands to the next.
+    """The state between chunks.
 
     Attributes:
       cache: keys and values of all tokens but the newest.
-      token: the newest of every row.
+      token: the newest token of every row.
       position: its position, on one axis or three.
-      ended: rows that take no more tokens.
-      nan_step: number of the token whose logits were NaN, -1 where there was none or the row ended before it.
-      step: tokens that were chosen.
-      rows: what a row's draws go by.
-      seen: tokens that a row has, for the repetition penalty alone.
+      ended: rows that have ended.
+      nan_step: index of the token whose logits were NaN, -1 where there was none or the row ended before it.
+      step: number of tokens chosen.
+      rows: seeds of the rows' random numbers.
+      seen: tokens that occur in a row, only for the repetition penalty.
     """
 
     cache: Cache
@@ -81,7 +81,7 @@ class State:
     seen: Bool[Array, "B V"] | None
 
     def per_layer(self) -> "State":
-        """With an array a layer in the cache; on the device."""
+        """The state with one array per layer in the cache; on the device."""
         return dataclasses.replace(self, cache=self.cache.per_layer())
 
 
@@ -107,21 +107,21 @@ def generate(
 
     Args:
       model: has `prefill`, `extend` and `decoder` as `models.vlm.VLM`.
-      params: its parameters; parts that it does not know are left out.
+      params: its parameters; other parts in the tree are ignored.
       batch: prompts, padded on the left or on the right.
-      max_new_tokens: G, the most tokens of an answer, its end token among them.
+      max_new_tokens: G, the maximum number of tokens of an answer, including its end token.
       end_ids: tokens that end a row.
-      pad_id: fills a row after its end.
-      sampling: how a token is chosen.
-      chunk: the most tokens between two looks of the host.
+      pad_id: pads a row after its end.
+      sampling: sampling settings.
+      chunk: the maximum number of tokens between two reports to the host.
       cache_dtype: float32 or bfloat16; the decoder's own dtype when None.
-      cache_length: slots of the cache; as many as are needed when None.
-      buckets: lengths that prompts are padded to, so that few programs are compiled; see `buckets.bucket`.
-      rows: numbers that the rows' draws go by, 0, 1, 2 … when None: a prompt with its number gives the same
-        in any batch.
-      names: of the rows, in messages.
-      watch: is told the new tokens after every chunk, and may end rows; NaN behind where it does is no error.
-      mesh: devices that the parameters are laid out on: rows are shared out over its data axes, heads of the
+      cache_length: slots of the cache; as many as needed when None.
+      buckets: lengths to which prompts are padded, so that few programs are compiled; see `buckets.bucket`.
+      rows: seeds of the rows' random numbers, 0, 1, 2 … when None: a prompt with the same seed gives the same
+        tokens in any batch.
+      names: names of the rows in errors.
+      watch: called with the new tokens after every chunk, may end rows; NaN after such an end is no error.
+      mesh: mesh of the parameters: rows are sharded over its data axes, heads of the
         cache over its tensor axis.
 
     Raises:
@@ -153,12 +153,12 @@ def generate(
                 found, prompt_lengths = np.split(found, [1 + _REPORTED], axis=1)
             new, counts, ended, nan_step, step = _read(found, size)
             nan = nan_step != SOUND
-            counts = counts - nan  # nothing is said by NaN, nor behind it
+            counts = counts - nan  # tokens from NaN on are invalid
             stopping = np.zeros(size, bool) if watch is None else watch(new, counts)
             for row in np.flatnonzero(nan & ~stopping).tolist():
                 raise GenerationError(
-                    f"{names[row]}: the logits of its new token {nan_step[row]} (from 0) are NaN; look for NaN in the "
-                    "parameters and the images, or compute in float32"
+                    f"{names[row]}: the logits of its new token {nan_step[row]} (from 0) are NaN; check the "
+                    "parameters and the images for NaN, or compute in float32"
                 )
             for row, count in enumerate(counts):
                 tokens[row, lengths[row] : lengths[row] + count] = new[row, :count]
@@ -174,9 +174,9 @@ def generate(
 
 
 def prepared(params: Any, mesh: Mesh | None = None) -> Any:
-    """Parameters as `generate` wants them on this platform, for callers that generate more than once.
+    """Parameters in the layout that `generate` needs on this platform, for callers that generate more than once.
 
-    On a CPU the decoder's kernels are copied out of their stacks; elsewhere nothing is done.
+    On a CPU the decoder's kernels are copied out of their stacks; elsewhere parameters are unchanged.
     """
     if not _by_layer(mesh):
         return params
@@ -184,13 +184,13 @@ def prepared(params: Any, mesh: Mesh | None = None) -> Any:
 
 
 def _by_layer(mesh: Mesh | None) -> bool:
-    """Whether layers are arrays of their own; a stack is what is laid out on a mesh."""
+    """Whether layers are separate arrays; on a mesh they are stacked."""
     return mesh is None and platform() == "cpu"
 
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))
 def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache_length, cache_dtype, mesh):
-    """Runs the prompts; the state behind their first new tokens, and the first report with each span's positions."""
+    """Runs the prompts; the state after their first new tokens, and the first report with each span's positions."""
     dtype = None if cache_dtype is None else CACHE_DTYPES[cache_dtype]
     logits, cache = model.apply(variables, batch, cache_length, dtype, method="prefill")
     if mesh is not None:
@@ -199,7 +199,7 @@ def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache
     positions = without_masked(batch, segments)
     flat = positions if positions.ndim == 2 else positions.max(axis=-1)
     last = jnp.max(jnp.where(segments == PADDING_SEGMENT, -1, flat), axis=1)
-    if batch.visual_positions is not None:  # a prompt may end with an image whose last tokens are gone
+    if batch.visual_positions is not None:  # a prompt may end with an image whose last tokens are dropped
         visual = batch.visual_positions
         last = jnp.maximum(last, jnp.max(visual if visual.ndim == 2 else visual.max(axis=-1), axis=1, initial=-1))
     size, seen = len(batch.tokens), None
@@ -225,7 +225,7 @@ def prefill(variables, batch, rows, ended, values, ends, *, model, pad_id, cache
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "chunk"), donate_argnames=("state",))
 def decode(variables, state, values, ends, limit, *, model, pad_id, chunk):
-    """Up to `chunk` more tokens, `limit` in all; the state behind them, and the report of them."""
+    """Up to `chunk` more tokens, `limit` in total; the state after them, and their report."""
     size = len(state.token)
 
     def going_on(carry):
@@ -249,7 +249,7 @@ def decode(variables, state, values, ends, limit, *, model, pad_id, chunk):
 
 
 def _chosen(state: State, logits: jax.Array, values: Any, ends: jax.Array, pad_id: int) -> State:
-    """The state with one more token a row."""
+    """The state with one more token per row."""
     token = sample_tokens(logits, values, state.seen, state.rows, state.step)
     token = jnp.where(state.ended, pad_id, token)
     nan = jnp.isnan(logits).any(axis=-1) & ~state.ended
@@ -266,20 +266,20 @@ def _chosen(state: State, logits: jax.Array, values: Any, ends: jax.Array, pad_i
 
 
 def _report(tokens: jax.Array, counts: jax.Array, state: State) -> jax.Array:
-    """All that the host is to know, as one array."""
+    """The report to the host, as one array."""
     step = jnp.broadcast_to(state.step, counts.shape)
     rest = jnp.stack([counts, state.ended.astype(jnp.int32), state.nan_step, step], axis=1)
     return jnp.concatenate([tokens, rest], axis=1)
 
 
 def _read(report: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Tokens, counts, ended rows and steps of NaN of the batch's own rows, and the number of steps."""
+    """Tokens, counts, ended rows and NaN steps of the first `size` rows, and the number of steps."""
     report = report[:size]
     return report[:, :-_REPORTED], report[:, -4], report[:, -3] != 0, report[:, -2], int(report[0, -1])
 
 
 def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
-    """The cache shared out as the model's activations and heads are."""
+    """The cache sharded like the model's activations and heads."""
 
     def constrained(leaf, names):
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, partition_spec(names, leaf.shape, mesh)))
@@ -293,7 +293,7 @@ def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
 
 
 def _placed(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays with a leading batch axis, on the devices of the mesh; on the default one without."""
+    """Puts arrays with a leading batch axis on the mesh, or on the default device."""
     if mesh is None:
         return jax.device_put(tree)
 
@@ -310,7 +310,7 @@ def _check(
     """Raises a GenerationError that lists every setting outside its range."""
     if not hasattr(model, "prefill"):
         raise GenerationError(
-            f"{type(model).__name__} has no language model, so that it says nothing; use apply() for its outputs, or "
+            f"{type(model).__name__} has no language model to generate with; use apply() for its outputs, or "
             "load a release with one"
         )
     vocab = model.decoder.vocab_size
@@ -321,15 +321,15 @@ def _check(
         wrong.append(f"chunk: expected 1 or more, got {chunk}")
     if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
         wrong.append(f"cache_dtype: expected {' or '.join(CACHE_DTYPES)}, got {cache_dtype!r}")
-    wrong += [f"end_ids: {index} is not one of the {vocab} tokens" for index in end_ids if not 0 <= index < vocab]
+    wrong += [f"end_ids: expected 0 to {vocab - 1}, got {index}" for index in end_ids if not 0 <= index < vocab]
     if mesh is not None and mesh.shape[CONTEXT] > 1:
-        wrong.append(f"mesh: new tokens come one by one; lay it out with {CONTEXT}=1, not {mesh.shape[CONTEXT]}")
+        wrong.append(f"mesh: generation does not shard the sequence; expected {CONTEXT}=1, got {mesh.shape[CONTEXT]}")
     if wrong:
         raise GenerationError("\n".join(wrong))
 
 
 def _check_lengths(size: int, **given: Sequence[Any] | None) -> None:
-    """Raises a GenerationError for a setting of rows that is not one a row."""
+    """Raises a GenerationError for a per-row setting without one entry per row."""
     for name, values in given.items():
         if values is not None and len(values) != size:
             raise GenerationError(f"{name}: expected one for each of the {size} rows of the batch, got {len(values)}")

@@ -1,4 +1,4 @@
-"""How the next token is chosen from its logits."""
+"""Sampling of the next token from its logits."""
 
 import dataclasses
 import math
@@ -15,23 +15,23 @@ Number = Whole | float | np.floating
 
 
 class GenerationError(ValueError):
-    """A request that cannot be generated, or logits that no token can be chosen from; the message names it."""
+    """A request that cannot be generated, or NaN logits; the message names the cause."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of the choice; as they stand, the most likely token.
+    """Sampling settings; the defaults select the most likely token.
 
     Attributes:
-      temperature: what logits are divided by before a token is drawn; 0 takes the most likely one.
-      top_k: draws among so many of the most likely tokens, and what ties with the last; None for all.
-      top_p: draws among the most likely tokens that together have this probability; None for all.
-      repetition_penalty: divides the positive logits of tokens that a row has already, prompt included, and
+      temperature: divisor of the logits before sampling; 0 selects the most likely token.
+      top_k: samples among the `top_k` most likely tokens and ties with the last; None for all.
+      top_p: samples among the most likely tokens that together have this probability; None for all.
+      repetition_penalty: divides the positive logits of tokens that occur in the row, prompt included, and
         multiplies the negative ones.
-      seed: of the draws; the same seed gives the same tokens.
+      seed: random seed; the same seed gives the same tokens.
 
     Raises:
-      GenerationError: what is no number, one outside its range, or one that nothing would read.
+      GenerationError: a setting that is not a number, is out of range, or is unused at temperature 0.
     """
 
     temperature: Number = 0.0
@@ -55,7 +55,7 @@ class Sampling:
             wrong.append(f"seed: expected 0 to 2**32 - 1, got {self.seed}")
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
-                wrong.append(f"{name}: is for draws, and temperature 0 draws none; give a temperature")
+                wrong.append(f"{name}: is unused at temperature 0; set a temperature above 0")
         if wrong:
             raise GenerationError("\n".join(wrong))
 
@@ -75,7 +75,7 @@ class Sampling:
             raise GenerationError("\n".join(wrong))
 
     def values(self) -> dict[str, Any]:
-        """The settings that are in use, as scalars; another number under the same names compiles nothing anew."""
+        """The settings in use, as scalars; other values of the same settings need no compilation."""
         used: dict[str, Any] = {}
         if self.temperature > 0:
             used |= {"temperature": _representable(self.temperature), "seed": np.uint32(self.seed)}
@@ -89,7 +89,7 @@ class Sampling:
 
 
 def _representable(number: Number) -> np.float32:
-    """The nearest float32 above 0; what is less than its smallest normal number, devices take for 0."""
+    """The nearest normal float32 above 0, since devices may flush subnormal numbers to 0."""
     limits = np.finfo(np.float32)
     return np.float32(np.clip(float(number), limits.tiny, limits.max))
 
@@ -105,16 +105,16 @@ def sample_tokens(
 
     Args:
       logits: float32.
-      values: those of `Sampling.values`.
-      seen: tokens that a row has already, for the repetition penalty.
-      rows: what a row's draws go by, so that they do not depend on which others stand beside it.
-      step: number of the token.
+      values: the result of `Sampling.values`.
+      seen: tokens that occur in a row, for the repetition penalty.
+      rows: seeds of the rows, so that samples do not depend on the other rows of the batch.
+      step: index of the token.
     """
     if seen is not None:
         logits = penalised(logits, seen, values["repetition_penalty"])
     if "temperature" not in values:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits - logits.max(axis=-1, keepdims=True)  # so that no temperature makes the largest infinite
+    logits = logits - logits.max(axis=-1, keepdims=True)  # so that no temperature makes the largest logit infinite
     logits = filtered(logits / values["temperature"], values.get("top_k"), values.get("top_p"))
 
     def draw(row, logits):
@@ -127,7 +127,7 @@ def sample_tokens(
 def penalised(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""] | np.float32
 ) -> Float[Array, "B V"]:
-    """Source: Keskar et al. 2019 (CTRL), section 4.1, with transformers' treatment of negative logits."""
+    """Repetition penalty. Source: Keskar et al. 2019 (CTRL), section 4.1; negative logits as in transformers."""
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -136,9 +136,9 @@ def filtered(
     top_k: Int[Array, ""] | np.int32 | None,
     top_p: Float[Array, ""] | np.float32 | None,
 ) -> Float[Array, "B V"]:
-    """Minus infinity where a token may not be drawn; first `top_k`, then `top_p` among those that are left.
+    """Logits with minus infinity for excluded tokens; first `top_k`, then `top_p` among the remaining ones.
 
-    Of equal logits `top_k` keeps all, and `top_p` as many as it needs, as transformers' logits processors do.
+    Of equal logits `top_k` keeps all, and `top_p` as many as it needs, as in transformers' logits processors.
 
     Source: Fan et al. 2018, section 5.4; Holtzman et al. 2020, section 3.1.
     """
@@ -150,7 +150,7 @@ def filtered(
         least = jax.lax.dynamic_slice_in_dim(rising, place, 1, axis=1)
         logits, rising = (jnp.where(values < least, -jnp.inf, values) for values in (logits, rising))
     if top_p is not None:
-        # Those that together have no more than 1 - top_p are left out; of the ties at the edge as many as are too many.
+        # Excludes the least likely tokens with a total of at most 1 - top_p; among ties at the threshold, the surplus.
         kept = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) > 1 - top_p
         count = jnp.maximum(kept.sum(-1, keepdims=True), 1)
         least = jnp.take_along_axis(rising, logits.shape[-1] - count, axis=-1)

@@ -1,4 +1,4 @@
-"""Generated tokens as text: increments for a reader, stop strings, and answers."""
+"""Generated tokens as text: streaming, stop strings, and answers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,9 +12,9 @@ from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a decoder writes for the first bytes of a character
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes an incomplete character to
 
-# The row, and what its text goes on with.
+# The row, and the text to append.
 OnText = Callable[[int, str], Any]
 
 
@@ -23,11 +23,11 @@ class Completion:
     """One answer.
 
     Attributes:
-      text: what was said, up to the stop string; end tokens are left out.
-      tokens: ids of it, the end token or the stop string's last one included.
-      reason: what ended it: an end token, a stop string, or the limit of new tokens.
-      visual_tokens: places of its prompt that visual tokens fill, in the first layers of the decoder and behind each
-        drop of visual tokens inside it; empty where no picture is read.
+      text: the answer up to the stop string, without end tokens.
+      tokens: its ids, including the end token or the last one of the stop string.
+      reason: why it ended: an end token, a stop string, or the limit of new tokens.
+      visual_tokens: number of visual tokens in the prompt, in the first layers of the decoder and after each
+        drop of visual tokens; empty without images.
     """
 
     text: str
@@ -37,32 +37,32 @@ class Completion:
 
 
 class TextStream:
-    """Turns tokens into text as they come; neither characters nor stop strings come in pieces.
+    """Decodes tokens to text incrementally; characters and stop strings are never split.
 
     Attributes:
-      text: all that was said so far, up to a stop string.
-      stopped: a stop string was met.
-      length: tokens taken in, up to the one that ended a stop string.
+      text: the text so far, up to a stop string.
+      stopped: whether a stop string occurred.
+      length: number of tokens so far, up to the one that completed a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, skip_special: bool = True):
-        """Starts with nothing.
+        """Starts with empty text.
 
         Args:
-          tokenizer: spells the tokens.
+          tokenizer: decodes the tokens.
           stop: strings before which the text ends.
-          skip_special: leaves special tokens out.
+          skip_special: omits special tokens.
         """
         self.text, self.stopped, self.length = "", False, 0
         self._tokenizer, self._stop, self._skip = tokenizer, tuple(stop), skip_special
-        # Tokens are spelled behind those before them, since a space may depend on them.
+        # Tokens are decoded together with previous ones, since a space may depend on them.
         self._before: list[int] = []
         self._unspelled: list[int] = []
         self._spelled = 0  # characters of both that are in the text
         self._told = 0
 
     def push(self, ids: Sequence[int]) -> str:
-        """Takes tokens in; what can be told of them."""
+        """Appends tokens and returns the new text that is final."""
         for index in ids:
             if self.stopped:
                 break
@@ -73,7 +73,7 @@ class TextStream:
         return self._tell(len(self.text) if self.stopped else len(self.text) - self._held())
 
     def finish(self) -> str:
-        """The rest, when no token follows."""
+        """Returns the remaining text after the last token."""
         if not self.stopped:
             self._spell(last=True)
         return self._tell(len(self.text))
@@ -86,7 +86,7 @@ class TextStream:
         if whole == together:
             self._before = self._unspelled if fresh else [*self._before, *self._unspelled]
             self._unspelled, self._spelled = [], len(self._decode(self._before))
-        # An earlier end of a stop string would have been seen earlier.
+        # A stop string that ended earlier would have been found earlier.
         start = max(0, len(self.text) - max(map(len, self._stop), default=0))
         self.text += fresh
         found = [place for string in self._stop if (place := self.text.find(string, start)) >= 0]
@@ -94,7 +94,7 @@ class TextStream:
             self.text, self.stopped = self.text[: min(found)], True
 
     def _held(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
+        """Number of characters at the end that may begin a stop string."""
         lengths = [size for string in self._stop for size in range(1, len(string)) if self.text.endswith(string[:size])]
         return max(lengths, default=0)
 
@@ -123,20 +123,20 @@ def complete(
 
     Args:
       model, params, batch, end_ids: as `engine.generate`.
-      tokenizer: spells the answers.
-      stop: strings before which an answer ends. The host looks for them between chunks; one that is a special
-        token ends its row on the device, as those of `end_ids` do.
-      on_text: is given every piece of text as it comes; the pieces of a row make up its answer.
-      skip_special: leaves special tokens out of the text.
-      **options: more of `engine.generate`.
+      tokenizer: decodes the answers.
+      stop: strings before which an answer ends. The host searches for them between chunks; one that is a special
+        token ends its row on the device, like `end_ids`.
+      on_text: called with each piece of text as it is generated; the pieces of a row form its answer.
+      skip_special: omits special tokens from the text.
+      **options: further arguments of `engine.generate`.
 
     Raises:
-      GenerationError: an empty stop string, one string for several, or as `engine.generate`.
+      GenerationError: an empty stop string, a string instead of a list, or as `engine.generate`.
     """
-    if isinstance(stop, str):  # else every letter would be one
-        raise GenerationError(f"stop: expected a list of strings, got the string {stop!r}; give [{stop!r}]")
+    if isinstance(stop, str):  # else every character would be a stop string
+        raise GenerationError(f"stop: expected a list of strings, got the string {stop!r}; pass [{stop!r}]")
     if "" in stop:
-        raise GenerationError("stop: a stop string is empty, and would end every answer at once")
+        raise GenerationError("stop: expected non-empty strings, got ''; it would end every answer immediately")
     named = {string: tokenizer.vocabulary.id_of(string) for string in stop}
     stop_ids = {index for index in named.values() if index in tokenizer.special_ids}
     ends = {*end_ids, *stop_ids}
@@ -166,7 +166,7 @@ def complete(
 
 
 def _visual_tokens(batch: Batch, row: int, generated: Generated) -> tuple[int, ...]:
-    """Visual tokens of a prompt in each span of layers, from the positions that its cache holds."""
+    """Number of visual tokens of a prompt in each span of layers, from the positions in its cache."""
     if batch.images is None or generated.prompt_lengths is None:
         return ()
     segments, shown = np.asarray(batch.segment_ids[row]), np.asarray(batch.visual_index[row])

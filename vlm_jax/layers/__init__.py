@@ -1,1 +1,1 @@
-"""The parts that every encoder, connector and decoder is made of."""
+"""Layers shared by encoders, connectors and decoders."""

@@ -1,15 +1,15 @@
-"""The one attention entry, and the multi-head module around it.
+"""The attention function that every model calls, and the multi-head module around it.
 
 `attention` takes segment ids and a mask kind and picks the implementation by platform:
 
 | platform | implementation |
 |---|---|
 | CPU, and GPU in float32 | `xla`: two einsums and a float32 softmax |
-| CPU, where the weights of all heads outgrow its caches | `blocked`: the same, head by head and in blocks of queries |
+| CPU, where the attention weights exceed its caches | `blocked`: the same, head by head and in blocks of queries |
 | GPU in bfloat16 or float16 | `cudnn`: flash, through `jax.nn.dot_product_attention` |
 | TPU | `splash`: JAX's Pallas kernel, where its tile sizes divide; else `xla` |
 
-No model names a kernel.
+Models do not name a kernel.
 """
 
 import contextlib
@@ -34,22 +34,22 @@ from vlm_jax.types import PADDING_SEGMENT, static_field, struct
 MaskKind = Literal["full", "causal"]
 Implementation = Literal["xla", "blocked", "cudnn", "splash"]
 
-HEADS = "heads"  # the collection of a layer's queries and keys, for whoever asks for it
-_SPLASH_TILE = 128  # lanes of a TPU register; splash wants lengths that are multiples of it
-# Of `blocked`, bytes of weights: of a block of a key head's queries, and of what is computed together. A few times what
-# a core's own cache holds costs as little as what it holds.
+HEADS = "heads"  # the collection for a layer's queries and keys, written only where it is mutable
+_SPLASH_TILE = 128  # lanes of a TPU register; splash needs lengths that are multiples of it
+# Bytes of attention weights in `blocked`: of one block of queries of a key head, and of what is computed together.
+# A few times the size of a core's own cache is as fast as that size.
 _BLOCK_BYTES, _TOGETHER_BYTES = 2**20, 2**22
-_NUM_BLOCKS = 8  # at most, since each is compiled
+_NUM_BLOCKS = 8  # at most, because each is compiled
 
 
 class KeyValue(NamedTuple):
-    """Cached keys and values of one layer, or of all with a leading layer axis, as the products want them."""
+    """Cached keys and values of one layer, or of all with a leading layer axis, in the layout of the products."""
 
     key: Float[Array, "*L B K H S"]
     value: Float[Array, "*L B K S H"]
 
     AXES = ((axes.LAYERS, axes.BATCH, axes.KV_HEADS, None, None),) * 2  # of all layers
-    SLOTS = (-1, -2)  # which axis of each is that of the positions
+    SLOTS = (-1, -2)  # the axis of positions in each
 
     @classmethod
     def empty(cls, depth: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype: Any) -> "KeyValue":
@@ -58,28 +58,28 @@ class KeyValue(NamedTuple):
         return cls(jnp.zeros((*shape, head_dim, length), dtype), jnp.zeros((*shape, length, head_dim), dtype))
 
     def part(self, start: int, stop: int | None) -> "KeyValue":
-        """Those of layers `start` to `stop` - 1."""
+        """The keys and values of layers `start` to `stop` - 1."""
         return KeyValue(*(leaf[start:stop] for leaf in self))
 
     def joined(self, other: "KeyValue") -> "KeyValue":
-        """These layers, and the others behind them."""
+        """These layers followed by those of `other`."""
         return KeyValue(*(jnp.concatenate(pair) for pair in zip(self, other, strict=True)))
 
 
 @struct
 class Context:
-    """What attention needs beyond the activations, the same for every layer of a stack.
+    """Inputs of attention other than the activations, shared by all layers of a stack.
 
     Attributes:
-      mask_kind: `full` (each position sees its segment) or `causal` (and nothing after itself).
-      query_segments: segment ids of the queries; None where all is one segment.
+      mask_kind: `full` (each position attends to its segment) or `causal` (and to no later position).
+      query_segments: segment ids of the queries; None where there is one segment.
       key_segments: segment ids of the keys, cached ones included.
-      branches: branch ids of queries and keys alike (there is no cache then); a position reads
-        branch 0 and its own. None where there is one branch.
+      branches: branch ids of both queries and keys (without a cache); a position attends to
+        branch 0 and its own branch. None where there is one branch.
       angles: RoPE angles of the queries' positions, or None.
-      magnitude: factor of turned queries and keys.
+      magnitude: factor of rotated queries and keys.
       query_scale: factor of every query, or None.
-      window: of causal attention, how many keys a query sees at most: itself and those before it; None for all.
+      window: keys that a query of causal attention attends to at most, its own included; None for all.
       key_bias: added to the scaled logits of every key, or None.
     """
 
@@ -95,7 +95,7 @@ class Context:
 
 
 def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
-    """True where a query may look at a key; None where every one may look at all."""
+    """The attention mask, True where a query may attend to a key; None where every query may attend to every key."""
     mask = None
     if context.mask_kind == "causal":
         rows = jnp.arange(num_keys - num_queries, num_keys)[:, None]
@@ -117,7 +117,7 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
 
 
 def _order(context: Context, mask: Bool[Array, "B T S"]) -> Int[Array, "B S"]:
-    """Places of the keys among the real ones, those of other branches left out."""
+    """Indices of the keys among the unmasked ones, without those of other branches."""
     if context.branches is not None:
         return jnp.sum(mask, axis=2)
     if context.key_segments is None:
@@ -130,7 +130,7 @@ _written_out = contextvars.ContextVar("written_out", default=False)
 
 @contextlib.contextmanager
 def written_out() -> Iterator[None]:
-    """Attention traced inside is `xla` on every platform: its products can be seen and counted."""
+    """Makes attention traced inside `xla` on every platform, so that its products can be counted."""
     token = _written_out.set(True)
     try:
         yield
@@ -139,7 +139,7 @@ def written_out() -> Iterator[None]:
 
 
 def is_written_out() -> bool:
-    """Whether what is traced now is traced inside `written_out`."""
+    """Whether the current trace is inside `written_out`."""
     return _written_out.get()
 
 
@@ -148,8 +148,8 @@ def choose_implementation(
 ) -> Implementation:
     """The implementation for the platform of the mesh; see the module's table.
 
-    Splash takes no bias, and JAX does not partition a Pallas kernel by itself, so it serves where
-    the mesh is one device; the blocked one likewise.
+    Splash takes no bias. JAX does not partition a Pallas kernel by itself, so `splash` and `blocked`
+    are used only on a mesh of one device.
     """
     if is_written_out():
         return "xla"
@@ -180,21 +180,21 @@ def attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T Q V"]:
-    """Softmax attention; query head q reads key head q // (Q // K).
+    """Softmax attention; query head q uses key head q // (Q // K).
 
     Args:
       query: queries, any float dtype.
       key: keys; K divides Q.
       value: values, of any width up to H.
-      context: mask kind and segment ids; the queries are the last of the keys.
-      past: keys and values before those, from a cache; `context` counts them among the keys.
-      bias: added to the scaled logits, as relative positions are.
+      context: mask kind and segment ids; the queries are at the positions of the last keys.
+      past: cached keys and values before `key` and `value`; `context` counts them among the keys.
+      bias: added to the scaled logits, for example relative positions.
       scale: factor of the logits; H ** -0.5 when None.
       implementation: forces one; chosen by platform when None.
 
     Returns:
-      Outputs in the dtype of `query`. A query that may look at no key gets a finite value
-      without meaning; padding is the only such case.
+      Outputs in the dtype of `query`. A query without any unmasked key gets a finite,
+      meaningless value; padding is the only such case.
 
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
     """
@@ -207,14 +207,14 @@ def attention(
         implementation = "xla"
     implementation = implementation or choose_implementation(query, key, context, biased=bias is not None)
     if implementation in ("splash", "blocked") and bias is not None:
-        raise ValueError(f"{implementation} attention takes no bias; leave the implementation to be chosen")
+        raise ValueError(f"{implementation} attention takes no bias; leave `implementation` None")
     if implementation == "splash":
         return _splash(query, key, value, context, scale)
     mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
     if implementation == "cudnn":
         mask = None if mask is None else mask[:, None]
         bias = None if bias is None else bias.astype(query.dtype)
-        width = value.shape[-1]  # the kernel wants that of the keys
+        width = value.shape[-1]  # the kernel needs the width of the keys
         value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - width)))
         out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
         return out[..., :width]
@@ -224,10 +224,10 @@ def attention(
 
 
 def _blocked(query, key, value, mask, causal, scale):
-    """A few key heads of one row at a time, in blocks of queries; causal ones read no keys behind their block."""
+    """A few key heads of one row at a time, in blocks of queries; causal queries skip the keys after their block."""
     batch, length, heads = query.shape[:3]
     num_keys, kv_heads = key.shape[1:3]
-    row_bytes = 4 * (heads // kv_heads) * num_keys  # of the weights of one query and a key head
+    row_bytes = 4 * (heads // kv_heads) * num_keys  # of the attention weights of one query and one key head
     block = min(length, max(_BLOCK_BYTES // row_bytes, -(-length // _NUM_BLOCKS)))
     counts = [count for count in range(1, kv_heads + 1) if kv_heads % count == 0]
     together = max([1, *(count for count in counts if count * block * row_bytes <= _TOGETHER_BYTES)])
@@ -255,14 +255,14 @@ def _blocked(query, key, value, mask, causal, scale):
 
 
 def _xla(query, key, value, past, mask, bias, scale):
-    """Heads first, so that a head is one plain matrix; the backward pass computes the weights again."""
+    """Heads first, so that each head is one matrix; the backward pass recomputes the attention weights."""
     batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
     query = (query * jnp.asarray(scale, query.dtype)).reshape(batch, length, kv_heads, -1, dim)
-    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)  # the heads of a group one after another
+    query = query.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)  # the heads of a group in sequence
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     num_keys = key.shape[2] + (0 if past is None else past.key.shape[-1])
-    rows = (batch, kv_heads, -1, length, num_keys)  # of queries, before they are one axis with the group
+    rows = (batch, kv_heads, -1, length, num_keys)  # of queries, before they are merged with the group axis
     bias = None if bias is None else bias.astype(jnp.float32).reshape(rows)
     out = _weighted_mean(query, key, value, past, mask, bias, rows)
     out = out.reshape(batch, kv_heads, -1, length, out.shape[-1]).transpose(0, 3, 1, 2, 4)
@@ -289,7 +289,7 @@ def _weighted_mean(query, key, value, past, mask, bias, rows):
     out = jnp.einsum("bkts,bksh->bkth", weights, value, preferred_element_type=jnp.float32)
     if past is not None:
         out = out + product(past.value, of_past, jnp.float32)
-    return (out / total).astype(value.dtype)  # fewer divisions than of the weights
+    return (out / total).astype(value.dtype)  # fewer divisions than normalising the weights
 
 
 def _splash(query, key, value, context, scale):
@@ -312,7 +312,7 @@ def _splash(query, key, value, context, scale):
 
 
 def last(held: Any, sown: Any) -> Any:
-    """Of what is sown under one name, the last."""
+    """Reduction for `sow` that keeps the last value."""
     del held
     return sown
 
@@ -327,7 +327,7 @@ class MultiHeadAttention(nn.Module):
       use_bias: biases on the query, key and value projections.
       out_bias: a bias on the output projection.
       qk_norm: normalises queries and keys before RoPE, or None.
-      qk_norm_over: whether that is head by head, or over all heads at once, as InternViT does.
+      qk_norm_over: whether `qk_norm` is per head, or over all heads at once, as in InternViT.
       norm_epsilon: epsilon of `qk_norm`.
       out_dim: width of the output; the input's when None.
       dtype: dtype of the products.
@@ -359,7 +359,7 @@ class MultiHeadAttention(nn.Module):
         """Attends from `x` to `inputs_k` (itself when None) and, before it, to the cache.
 
         Returns:
-          The output, and with a cache the new keys and values in its layout and dtype, to be written to it.
+          The output, and with a cache the new keys and values, in its layout and dtype, to be written to it.
         """
         inputs_k = x if inputs_k is None else inputs_k
         inputs_v = inputs_k if inputs_v is None else inputs_v

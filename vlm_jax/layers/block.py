@@ -21,7 +21,7 @@ from vlm_jax.layers.per_layer import has_per_layer, of_layer
 from vlm_jax.layers.saliency import Heads
 from vlm_jax.layers.scan import scan_layers
 
-LayerCache = Any  # a `KeyValue` or a `LatentKeyValue`, of one layer or of all with a leading layer axis
+LayerCache = Any  # a `KeyValue` or a `LatentKeyValue` of one layer, or of all layers with a leading layer axis
 
 RematPolicy = Literal["none", "full", "dots"]
 
@@ -42,8 +42,8 @@ class TransformerBlock(nn.Module):
       norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
       use_bias: biases on the other linear layers.
-      mlp_bias: whether the feed-forward has them, where it is not as the others; `use_bias` when None.
-      layer_scale: learned factors, one a channel, of what is added to x; where they start. None for none.
+      mlp_bias: biases on the linear layers of the feed-forward; `use_bias` when None.
+      layer_scale: initial value of a learned factor per channel of what is added to x; None for no factors.
       latent: arguments of a `LatentAttention` in place of the `MultiHeadAttention`, or None.
       experts: arguments of a `MixtureOfExperts` in place of the `Mlp`, or None.
       dtype: dtype of the products.
@@ -80,7 +80,7 @@ class TransformerBlock(nn.Module):
         context: Context,
         half: Literal["both", "attention", "feed_forward"] = "both",
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Returns the output, of one of the two steps alone with `half`, and what is to be written to the cache."""
+        """Returns the output (with `half`, of one of the two steps only) and the values to write to the cache."""
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = {"kind": self.norm, "epsilon": self.norm_epsilon, **settings}
         if half != "feed_forward":
@@ -126,7 +126,7 @@ def _with_window(context: Context, window: Int[Array, ""] | None) -> Context:
 
 
 class _ScannedBlock(TransformerBlock):
-    """A block in the form that `nn.scan` wants: also returns its input when asked to."""
+    """A block in the form that `nn.scan` needs; also returns its input with `collect`."""
 
     collect: bool = False
 
@@ -137,19 +137,19 @@ class _ScannedBlock(TransformerBlock):
 
 
 class TransformerStack(nn.Module):
-    """`depth` blocks, scanned: parameters carry a leading layer axis, compile time does not grow.
+    """`depth` blocks, scanned: parameters have a leading layer axis, and compile time does not grow with the depth.
 
-    Where something happens to the tokens on the way, `run` takes some of the blocks, and `attend` and
-    `feed_forward` the halves of one, with slices of the same parameters.
+    To change the tokens between blocks, `run` runs some of the blocks, and `attend` and `feed_forward`
+    run the halves of one block, with slices of the same parameters.
 
     Attributes:
       depth: number of blocks.
-      remat: what the backward pass is handed. `none`: all but attention's weights and what norms and
-        activations hold inside, which are computed again; `dots`: the outputs of the linear layers
+      remat: what is stored for the backward pass. `none`: all but attention weights and intermediates of
+        norms and activations, which are recomputed; `dots`: the outputs of the linear layers
         and the inputs of the blocks; `full`: the inputs of the blocks.
-      unroll: blocks a loop iteration; `depth` unrolls fully.
+      unroll: blocks per loop iteration; `depth` unrolls fully.
       block: keyword arguments of `TransformerBlock`.
-      windows: of every block the attention window in positions, or None; empty where no block has one.
+      windows: attention window of each block in positions, or None; empty where no block has one.
     """
 
     depth: int
@@ -162,7 +162,7 @@ class TransformerStack(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, *, cache: LayerCache | None = None, collect: bool = False
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, "L B T D"] | None]:
-        """Returns the last output, what is to be written to the cache, and, with `collect`, [depth + 1, B, T, D].
+        """Returns the last output, the values to write to the cache, and, with `collect`, [depth + 1, B, T, D].
 
         The collected states are the input of every block and the output of the last.
         """
@@ -180,9 +180,9 @@ class TransformerStack(nn.Module):
     def run(
         self, x: Float[Array, "B T D"], context: Context, start: int, stop: int, *, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Runs blocks `start` to `stop` - 1; `cache` is theirs alone, and what is returned is to be written to it.
+        """Runs blocks `start` to `stop` - 1; `cache` and the values to write to it are of these blocks only.
 
-        No blocks have nothing to write.
+        Without blocks there is nothing to write.
         """
         if start == stop:
             return x, None
@@ -196,8 +196,8 @@ class TransformerStack(nn.Module):
                 own, x, past
             )
 
-        # A slice is a copy, which a step of generation would make anew; but the gradient of an indexed
-        # stack is a sum over layers of whole stacks, so that training slices.
+        # A slice is a copy, which each generation step would repeat; but the gradient of an indexed
+        # stack is a sum over layers of whole stacks, so training slices.
         sliced = cache is None and not has_per_layer(params)
         own = jax.tree.map(lambda leaf: leaf[start:stop], params) if sliced else None
         return jax.lax.scan(layer, x, (jnp.arange(start, stop), own, self._windows(start, stop)), unroll=self.unroll)
@@ -205,7 +205,7 @@ class TransformerStack(nn.Module):
     def attend(
         self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Heads]:
-        """x + attention(norm(x)) of block `index`, what is to be written to its cache, and its queries and keys."""
+        """x + attention(norm(x)) of block `index`, the values to write to its cache, and its queries and keys."""
         own = of_layer(self._params(x), index)
         cache = None if cache is None else of_layer(cache, 0)
         context = self.context_of(index, context)
@@ -221,12 +221,12 @@ class TransformerStack(nn.Module):
         return self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])(own, x)
 
     def context_of(self, index: int, context: Context) -> Context:
-        """The context as block `index` has it, with its own window."""
+        """The context of block `index`, with the block's own window."""
         windows = self._windows(index, index + 1)
         return context if windows is None else _with_window(context, windows[0])
 
     def _windows(self, start: int, stop: int) -> Int[Array, "L"] | None:
-        """Those of blocks `start` to `stop` - 1."""
+        """The windows of blocks `start` to `stop` - 1."""
         if not self.windows:
             return None
         if len(self.windows) != self.depth:
@@ -235,7 +235,7 @@ class TransformerStack(nn.Module):
         return jnp.asarray([endless if window is None else window for window in self.windows[start:stop]], jnp.int32)
 
     def _params(self, x: jax.Array) -> Any:
-        """The stacked parameters; at initialisation they are drawn as ever."""
+        """The stacked parameters; at initialisation they are sampled as usual."""
         if self.is_initializing() and not self.has_variable("params", "layers"):
             self(x[:, :1], Context("full"))
         return nn.meta.unbox(self.variables["params"]["layers"])

@@ -22,11 +22,11 @@ class Conv(nn.Module):
       features: output channels.
       window: side of the window.
       stride: step of the window.
-      padding: zeros on every side, as torch counts them, or `SAME` as TensorFlow pads (at a stride
-        above 1 more behind than in front).
+      padding: zeros on every side, as in torch, or `SAME` as TensorFlow pads (at a stride
+        above 1 more at the end than at the start).
       use_bias: adds a bias.
       standardised: the kernel is used with mean 0 and deviation 1 over its window and input channels.
-      depthwise: every channel has a window of its own; features must be the input's channels.
+      depthwise: every channel has its own kernel; features must equal the input's channels.
       dtype: dtype of the product.
       param_dtype: dtype of the stored parameters.
 
@@ -47,7 +47,7 @@ class Conv(nn.Module):
     def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
         groups = x.shape[-1] if self.depthwise else 1
         if self.depthwise and self.features != x.shape[-1]:
-            raise ValueError(f"features: a depthwise window keeps the {x.shape[-1]} channels, got {self.features}")
+            raise ValueError(f"features: a depthwise convolution keeps the {x.shape[-1]} channels, got {self.features}")
         kernel = self.param(
             "kernel",
             with_axes(KERNEL_INIT, axes.PATCH, axes.PATCH, axes.CHANNELS_IN, axes.EMBED),
@@ -63,7 +63,7 @@ class Conv(nn.Module):
         if self.depthwise:
             if isinstance(margin, str):
                 margin = jax.lax.padtype_to_pads(x.shape[1:3], (self.window, self.window), steps, margin)
-            # Without the barrier XLA computes what x is made of again for every place of the window.
+            # Without the barrier XLA recomputes the inputs of x for every position in the window.
             padded = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), *margin, (0, 0))))
             y = cast(jax.Array, _depthwise(padded, kernel[:, :, 0], self.stride))
         else:
@@ -78,10 +78,10 @@ class Conv(nn.Module):
 def _depthwise(
     x: Float[Array, "B rows cols D"], kernel: Float[Array, "window window2 D"], stride: int
 ) -> Float[Array, "B new_rows new_cols D"]:
-    """A sum of shifted maps, each times one place of the window.
+    """A sum of shifted maps, each times one position of the kernel.
 
     XLA fuses it into one pass. Its own grouped convolution takes 40 times as long on a CPU, and far longer
-    for gradients, while on an accelerator it leaves the matrix units without work as well.
+    for gradients, and on an accelerator it does not use the matrix units either.
     """
     window = kernel.shape[0]
     rows, cols = ((size - window) // stride + 1 for size in x.shape[1:3])
@@ -97,7 +97,7 @@ def _depthwise_forward(x, kernel, stride):
 
 
 def _depthwise_backward(stride, kept, cotangent):
-    """Row by row for the kernel: its sums, one a place, would each read all of both maps again."""
+    """Row by row for the kernel: separate sums per kernel position would each read both maps again."""
     x, kernel = kept
     window, (rows, cols) = kernel.shape[0], cotangent.shape[1:3]
 
@@ -109,7 +109,7 @@ def _depthwise_backward(stride, kept, cotangent):
         return total + jnp.stack(sums, axis=1), None
 
     total, _ = jax.lax.scan(add_row, jnp.zeros(kernel.shape, jnp.float32), jnp.arange(rows))
-    # Into x: the flipped window over the cotangent, with zeros around it and in between.
+    # For x: the flipped kernel over the cotangent, with zeros around it and in between.
     margin = [(window - 1, window - 1 + (size - window) % stride, stride - 1) for size in x.shape[1:3]]
     spread = jax.lax.pad(cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), *margin, (0, 0, 0)])
     return _depthwise(jax.lax.optimization_barrier(spread), kernel[::-1, ::-1], 1), total.astype(kernel.dtype)
@@ -119,7 +119,7 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def reached(mask: Bool[Array, "B rows cols"], window: int, stride: int = 1) -> Bool[Array, "B new_rows new_cols"]:
-    """Which places of a `Conv` with an odd window and zeros of half of it around read a place of `mask`."""
+    """True where an output of a `Conv` (odd window, padding of half a window) reads a position that `mask` marks."""
     margin = [(0, 0), *[(window // 2, window // 2)] * 2]
     steps = (1, stride, stride)
     return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, (1, window, window), steps, margin)

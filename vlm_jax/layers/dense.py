@@ -1,4 +1,4 @@
-"""Parameters with logical axes: every parameter of the package is made through these helpers."""
+"""Parameters with logical axes: every parameter of the package is created through these helpers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +17,10 @@ KERNEL_INIT = nn.initializers.lecun_normal()
 
 
 class Named(nn.LogicallyPartitioned):
-    """A parameter with a logical name for every dimension; a stack of layers adds its own in front.
+    """A parameter with a logical name for every dimension; a stack of layers prepends its own.
 
-    Flax's own box constrains its value to the mesh whenever it is opened; here the names say where
-    a parameter lives (`sharding.rules.shardings`), and opening the box does nothing else.
+    Flax's own box constrains its value to the mesh whenever it is unboxed; here the names only determine
+    a parameter's sharding (`sharding.rules.shardings`), and unboxing does nothing else.
     """
 
     def unbox(self, apply_constraint: bool = False) -> Any:
@@ -29,7 +29,7 @@ class Named(nn.LogicallyPartitioned):
 
 
 def with_axes(init: Initializer, *names: str) -> Initializer:
-    """An initialiser whose parameter carries one logical axis name a dimension."""
+    """An initialiser whose parameter has one logical axis name per dimension."""
 
     def boxed(*args: Any, **kwargs: Any) -> Named:
         return Named(init(*args, **kwargs), names)
@@ -73,13 +73,13 @@ class Dense(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table of `num_rows` vectors; `__call__` looks ids up, `attend` gives x @ table.T.
+    """A table of `num_rows` vectors; `__call__` looks up ids, `attend` returns x @ table.T.
 
     Attributes:
       num_rows: ids are 0 to num_rows - 1.
       features: width of a row.
-      init_stddev: of the drawn table.
-      dtype: dtype of what is looked up.
+      init_stddev: standard deviation of the initial table.
+      dtype: dtype of the rows that are looked up.
       param_dtype: dtype of the stored table.
 
     Raises nothing for an id out of range (JAX clamps it); ids are checked on the host.
@@ -105,6 +105,6 @@ class Embed(nn.Module):
     def attend(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         table = self.embedding.astype(self.dtype)
         if x.size == x.shape[-1]:
-            # As a column: XLA's CPU backend would compute a row within the loop that takes the norm before it.
+            # As a column: XLA's CPU backend would compute a row inside the loop of the preceding norm.
             return jnp.dot(table, x.reshape(-1, 1)).reshape(*x.shape[:-1], -1)
         return jnp.dot(x, table.T)

@@ -1,13 +1,13 @@
-"""Products of rows with the kernel of their own group: what every expert does to the tokens that it was given.
+"""Products of rows with the kernel of their own group, such as tokens with the kernel of their expert.
 
 | platform | implementation |
 |---|---|
 | TPU | `ragged`: `jax.lax.ragged_dot`, compiled to one fusion that skips the tiles without rows of a group |
 | CPU, GPU | `blocks`: a loop over the blocks that hold rows of a group, with that group's kernel |
 
-On the CPU, and on the GPU by default, XLA makes of a ragged product that of every row with every kernel, and masks
-what it does not want; its flag xla_gpu_experimental_use_ragged_dot_fusion hands it to cuDNN instead. The loop has been
-timed on the CPU only. What XLA states as a ragged product's FLOPs is the masked product's on every platform.
+On the CPU, and on the GPU by default, XLA computes a ragged product as that of every row with every kernel, with a
+mask; its flag xla_gpu_experimental_use_ragged_dot_fusion calls cuDNN instead. The loop has been timed on the CPU only.
+On every platform, XLA reports the FLOPs of the masked product for a ragged product.
 
 Source: the fusion as libtpu compiles it for TPU v5e with JAX 0.10; openxla/xla pull request 40189 for the GPU.
 """
@@ -25,12 +25,12 @@ from vlm_jax.layers.platform import platform
 Implementation = Literal["ragged", "blocks"]
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, kernels of all groups)
 
-_ROWS = 64  # of a block at most: enough for a matrix product to run at full speed
-_TPU_ROWS = 8  # XLA takes its grouped kernel for a multiple of as many rows, and else every kernel with every row
+_ROWS = 64  # rows of a block at most: enough for a matrix product to run at full speed
+_TPU_ROWS = 8  # XLA uses its grouped kernel for a multiple of so many rows, else every kernel for every row
 
 
 def choose_implementation() -> Implementation:
-    """That of the mesh's platform; `ragged` where products are to be seen and counted."""
+    """The implementation for the mesh's platform; `ragged` where products are to be counted."""
     return "ragged" if platform() == "tpu" or is_written_out() else "blocks"
 
 
@@ -45,10 +45,10 @@ def by_group(
     """Runs `function(rows, dot)`, where `dot(rows, kernels)` multiplies every row by the kernel of its group.
 
     Args:
-      function: row by row beside its products, such as a feed-forward. A row of zeros must give finite values.
-      rows: those of group 0 first, then those of group 1, and so on; what is left over belongs to none.
+      function: row-wise apart from its products, such as a feed-forward. A row of zeros must give finite values.
+      rows: the rows of group 0 first, then those of group 1, and so on; remaining rows have no group.
       sizes: rows of each group.
-      expected: how many rows are likely to have a group, which sets the size of blocks; all of them when None.
+      expected: number of rows that are likely to have a group, which sets the block size; all when None.
       implementation: forces one; chosen by platform when None.
 
     Returns:
@@ -62,7 +62,7 @@ def by_group(
         return jnp.where((jnp.arange(count) < sizes.sum())[:, None], out[:count], 0)
     likely = count if expected is None else expected
     height = max(1, min(_ROWS, likely // (2 * groups)))  # half a block is empty at the end of a group
-    num_blocks = (count + groups * (height - 1)) // height  # room enough however the rows are shared out
+    num_blocks = (count + groups * (height - 1)) // height  # enough for any distribution of the rows
     blocks = -(-sizes // height)
     group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(count), side="right")
     group_of_block = jnp.searchsorted(jnp.cumsum(blocks), jnp.arange(num_blocks), side="right")
@@ -83,7 +83,7 @@ def by_group(
 def _dot_of_blocks(
     blocks: Float[Array, "N R D"], kernels: Float[Array, "G D E"], group: Int[Array, "N"], filled: Int[Array, ""]
 ) -> Float[Array, "N R E"]:
-    """Products of the first `filled` blocks with the kernels of their groups; zeros behind them."""
+    """Products of the first `filled` blocks with the kernels of their groups; zeros after them."""
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         return out.at[i].set(jnp.dot(blocks[i], kernels[group[i]]))
@@ -97,7 +97,7 @@ def _forward(blocks: jax.Array, kernels: jax.Array, group: jax.Array, filled: ja
 
 
 def _backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
-    """Written out: a loop of unknown length has no gradient, and a block adds to that of its own kernel alone."""
+    """Explicit: a loop of unknown length has no gradient, and each block adds only to its own kernel's gradient."""
     blocks, kernels, group, filled = saved
 
     def body(i: jax.Array, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +110,7 @@ def _backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, No
 
 
 def _varying_as(x: jax.Array, *others: jax.Array) -> jax.Array:
-    """`x` as a value that differs between the devices over which one of the others does, within `shard_map`."""
+    """`x` marked as varying over the mesh axes over which any of `others` varies, inside `shard_map`."""
     axes = set().union(*(jax.typeof(other).mat.varying for other in others)) - jax.typeof(x).mat.varying
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values of all heads come from one short vector a position, which is cached."""
+"""Multi-head latent attention: all keys and values are computed from one short, cached vector per position."""
 
 from typing import Any, NamedTuple
 
@@ -14,47 +14,47 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.per_layer import picked
 from vlm_jax.layers.rope import rotate
 
-_EPSILON = 1e-6  # of the norms of bottlenecks, whatever that of the residual stream's
+_EPSILON = 1e-6  # of the norms of bottlenecks, independent of the other norms
 
 
 class LatentKeyValue(NamedTuple):
-    """What is cached of one layer, or of all with a leading layer axis; nothing in it is per head."""
+    """Cached values of one layer, or of all layers with a leading layer axis; none are per head."""
 
     latent: Float[Array, "*L B S R"]
     rope_key: Float[Array, "*L B S P"]
 
     AXES = ((axes.LAYERS, axes.BATCH, None, None),) * 2  # of all layers
-    SLOTS = (-2, -2)  # which axis of each is that of the positions
+    SLOTS = (-2, -2)  # the axis of positions in each
 
     def part(self, start: int, stop: int | None) -> "LatentKeyValue":
-        """Those of layers `start` to `stop` - 1."""
+        """The cached values of layers `start` to `stop` - 1."""
         return LatentKeyValue(*(leaf[start:stop] for leaf in self))
 
     def joined(self, other: "LatentKeyValue") -> "LatentKeyValue":
-        """These layers, and the others behind them."""
+        """These layers followed by those of `other`."""
         return LatentKeyValue(*(jnp.concatenate(pair) for pair in zip(self, other, strict=True)))
 
 
 class LatentAttention(nn.Module):
-    """Self-attention whose keys and values are linear in a normalised latent vector of R numbers.
+    """Self-attention whose keys and values are linear in a normalised latent vector of R values.
 
     A head's query and key have a content part and a rotary part; the rotary key is shared by all heads.
     The latents are expanded to keys and values of every head, or, where that takes fewer operations (few
-    queries over a long cache), the expansion is absorbed: queries are taken to the latent space and attend
-    to the latents themselves, and what they gather is taken to the heads' values.
+    queries over a long cache), the expansion is absorbed: queries are projected to the latent space and attend
+    to the latents themselves, and the results are projected to the heads' values.
 
     Attributes:
       num_heads: Q.
       latent_dim: R, of keys and values.
       query_latent_dim: width of the queries' own bottleneck, or None for none.
-      content_dim, rope_dim, value_dim: of a head's content and rotary parts, and of its values.
-      logit_scale: factor of the attention's logits, beside (content_dim + rope_dim) ** -0.5.
-      use_bias: biases on the projections to the bottlenecks and on the output's.
+      content_dim, rope_dim, value_dim: widths of a head's content and rotary parts, and of its values.
+      logit_scale: factor of the attention logits, in addition to (content_dim + rope_dim) ** -0.5.
+      use_bias: biases on the projections to the bottlenecks and on the output projection.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1 and appendix C. Rotary parts are half-split here;
-    released ones are interleaved, and their kernels' columns are put in order when they are loaded.
+    released ones are interleaved, and their kernels' columns are reordered when they are loaded.
     """
 
     num_heads: int
@@ -72,7 +72,7 @@ class LatentAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, *, cache: LatentKeyValue | None = None
     ) -> tuple[Float[Array, "B T D"], LatentKeyValue | None]:
-        """Attends within `x` and, before it, to the cache; `context.angles` are those of `rope_dim` coordinates.
+        """Attends within `x` and, before it, to the cache; `context.angles` are for `rope_dim` coordinates.
 
         Returns:
           The output, and with a cache the new latents and rotary keys in its dtype, to be written to it.
@@ -86,7 +86,7 @@ class LatentAttention(nn.Module):
             rotary = rotate(rotary, context.angles, context.magnitude)
             key = rotate(key[:, :, None], context.angles, context.magnitude)[:, :, 0]
         expansions = self._expansions()
-        if self.is_mutable_collection(HEADS) and not self.is_initializing():  # for whoever asks for them
+        if self.is_mutable_collection(HEADS) and not self.is_initializing():  # only where requested
             query = self.logit_scale * jnp.concatenate([content, rotary], axis=-1)
             self.sow(HEADS, "queries", query, init_fn=tuple, reduce_fn=last)
             self.sow(HEADS, "keys", self._keys(latent, key, expansions[0]), init_fn=tuple, reduce_fn=last)
@@ -124,7 +124,7 @@ class LatentAttention(nn.Module):
         return found[0], found[1]
 
     def _absorbs(self, num_queries: int, num_keys: int) -> bool:
-        """Whether fewer products are taken if queries come to the latents; of each head."""
+        """Whether projecting queries to the latent space takes fewer operations per head."""
         ends = self.latent_dim * (self.content_dim + self.value_dim)
         pair = self.content_dim + self.rope_dim + self.value_dim
         pair_absorbed = 2 * self.latent_dim + self.rope_dim
@@ -142,7 +142,7 @@ class LatentAttention(nn.Module):
 
     @staticmethod
     def _keys(latent: jax.Array, key: jax.Array, of_keys: jax.Array) -> Float[Array, "B S Q H"]:
-        """Of every head: its content part, and the rotary part of all."""
+        """The keys of every head: its content part and the shared rotary part."""
         keys = jnp.einsum("bsr,rqc->bsqc", latent, of_keys)
         shared = jnp.broadcast_to(key[:, :, None], (*keys.shape[:3], key.shape[-1]))
         return jnp.concatenate([keys, shared], axis=-1)

@@ -1,4 +1,4 @@
-"""Vectors of the decoder's width that stand among visual tokens and are no image's: a newline, a separator."""
+"""Learned vectors of the decoder's width inserted among visual tokens: an image newline, a separator."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ class LearnedRows(nn.Module):
     """One parameter for each name, stacked in the order of the names.
 
     Attributes:
-      names: such as ("image_newline", "view_separator").
+      names: for example ("image_newline", "view_separator").
       features: the decoder's width D.
       dtype: dtype of the rows.
       param_dtype: dtype of the stored parameters.

@@ -1,4 +1,4 @@
-"""Feed-forward blocks: plain (two linear layers) and gated (SwiGLU and its kin)."""
+"""Feed-forward blocks: plain (two linear layers) and gated (SwiGLU and similar)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +31,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Mlp(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated.
 
-    A `depth` above 2 puts more linear layers, each behind an activation, between the two; with a depth of
-    1 there is `down` alone, so that neither hidden_dim nor the activation plays a part.
+    A `depth` above 2 adds linear layers, each after an activation, between the two; with a depth of
+    1 there is only `down`, and hidden_dim and the activation are unused.
 
     Attributes:
       hidden_dim: width between the two products.
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
       gated: multiplies by a second projection, as in SwiGLU.
       out_dim: output width; the input's when None.
       use_bias: biases on every linear layer.
-      depth: linear layers one behind the other.
+      depth: number of linear layers.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -61,12 +61,12 @@ class Mlp(nn.Module):
         """Runs the layers.
 
         Raises:
-          ValueError: less than one layer, or a gate without the two layers that it stands between.
+          ValueError: less than one layer, or a gate with fewer than two layers.
         """
         if self.depth < (2 if self.gated else 1):
             raise ValueError(f"depth: expected at least {2 if self.gated else 1} linear layers, got {self.depth}")
         settings = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Computed again for the backward pass: what it takes is kept anyway.
+        # Recomputed in the backward pass: its inputs are stored anyway.
         act = jax.checkpoint(ACTIVATIONS[self.activation], prevent_cse=False)
         out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
         if self.depth == 1:

@@ -1,7 +1,7 @@
-"""Mixture of experts: each token through the few feed-forwards that the router chose, and through shared ones.
+"""Mixture of experts: each token goes through the few feed-forwards that the router selects, and through shared ones.
 
-Tokens are sorted by expert, and the experts run as grouped products (`layers.grouped`), so that none is
-computed for tokens that it was not given. Under a mesh each device holds the experts of its share of the
+Tokens are sorted by expert, and the experts run as grouped products (`layers.grouped`), so that no expert is
+computed for tokens that are not routed to it. Under a mesh each device holds the experts of its share of the
 `expert` axis and runs them for the tokens that it holds; results are summed over the axis.
 """
 
@@ -29,7 +29,7 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
       hidden_dim: hidden width F of an expert.
-      shared_dim: hidden width of the shared feed-forward, which has no weight; 0 for none.
+      shared_dim: hidden width of the shared feed-forward, which has no routing weight; 0 for none.
       router: keyword arguments of `Router`.
       activation: a name of `ACTIVATIONS`.
       dtype: dtype of the experts' products; the router and the sum of the experts are float32.
@@ -58,7 +58,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Experts(nn.Module):
-    """`num_experts` gated feed-forwards, their kernels stacked; each token goes through its own.
+    """`num_experts` gated feed-forwards, their kernels stacked; each token goes through its selected ones.
 
     Attributes:
       num_experts: E.
@@ -96,11 +96,11 @@ class Experts(nn.Module):
 def _routed(
     run: Any, total: int, x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...], first: Any = 0
 ) -> jax.Array:
-    """The float32 sum over a token's experts, of those of `total` whose kernels are given: `first` and those behind."""
+    """The float32 sum over a token's experts, restricted to the given kernels: experts `first` onwards of `total`."""
     tokens, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
     num_selected, num_experts = routing.expert.shape[-1], kernels[0].shape[0]
     own = routing.expert.reshape(-1) - first
-    own = jnp.where((own >= 0) & (own < num_experts), own, num_experts)  # others come last
+    own = jnp.where((own >= 0) & (own < num_experts), own, num_experts)  # experts of other devices come last
     order = jnp.argsort(own, stable=True)
     sizes = jnp.zeros(num_experts, jnp.int32).at[own].add(1, mode="drop")
     expected = len(own) * num_experts // total
@@ -133,7 +133,7 @@ def _over_mesh(routed: Any, x: jax.Array, routing: Routing, kernels: tuple[jax.A
 
 
 def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """The mesh axes of the names; a dimension that they do not divide stays whole."""
+    """The mesh axes of the names; a dimension that they do not divide is not sharded."""
     entries = []
     wanted: Any = nn.logical_to_mesh_axes(names)
     for entry, size in zip(wanted, shape, strict=True):

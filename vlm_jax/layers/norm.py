@@ -1,4 +1,4 @@
-"""Normalisations; statistics in float32 whatever the dtype of the input."""
+"""Normalisations; statistics are in float32 for any input dtype."""
 
 import functools
 from typing import Any, Literal
@@ -17,7 +17,7 @@ NormKind = Literal["layer", "rms"]
 class Norm(nn.Module):
     """LayerNorm (`layer`, scale and bias) or RMSNorm (`rms`, scale) over the last axis.
 
-    RMSNorm casts to `dtype` before it scales, as Llama's reference does.
+    RMSNorm casts to `dtype` before it scales, as in Llama's reference code.
 
     Attributes:
       kind: `layer` or `rms`.
@@ -47,7 +47,7 @@ class Norm(nn.Module):
         return _layer(x, scale, bias, self.epsilon).astype(self.dtype)
 
 
-# Both are computed again for the backward pass, which keeps their input alone.
+# Both are recomputed in the backward pass, which stores only their input.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=(2,))
 def _rms(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     x = x.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Non-overlapping patches of an image, each as one vector."""
+"""Embedding of the non-overlapping patches of an image."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ class PatchEmbed(nn.Module):
             (side, side, channels, self.features),
             self.param_dtype,
         )
-        # The windows do not overlap, so the convolution is one matrix product on cut patches.
+        # The windows do not overlap, so the convolution is one matrix product on the patches.
         batch, height, width, _ = images.shape
         rows, cols = height // side, width // side
         x = images[:, : rows * side, : cols * side].astype(self.dtype)

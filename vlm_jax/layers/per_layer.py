@@ -1,12 +1,12 @@
-"""Layers as arrays of their own instead of one stack, for platforms that would copy each out of it.
+"""Each layer's parameters as separate arrays instead of one stack, for platforms that would copy each out of it.
 
-XLA's CPU backend multiplies by whole arrays alone: a scan over a stack of kernels first copies the kernel of
-each layer, so that a step of generation, whose time is that of reading the parameters, moves three times as
-much memory. `PerLayer` holds an array a layer. The scan goes over the layers' numbers, and where a product
-wants the layer's own array there are as many branches as layers, of which one runs. A branch holds its
-product and nothing else, is traced once for all layers, and compiles to a call of a library, but for the product
-of one row and a weight, for which XLA generates code anew. The kernel of a linear layer becomes a `weight`, whose
-output axis is first: XLA's CPU backend reads such a matrix faster.
+XLA's CPU backend multiplies only by whole arrays: a scan over a stack of kernels first copies the kernel of
+each layer, so that a generation step, which is bound by reading the parameters, moves three times as
+much memory. `PerLayer` holds one array per layer. The scan runs over the layer indices, and where a product
+needs the layer's array there is one branch per layer, of which one runs. A branch contains only its
+product, is traced once for all layers, and compiles to a library call, except for the product
+of one row and a weight, for which XLA generates new code. The kernel of a linear layer becomes a `weight` with its
+output axis first: XLA's CPU backend reads such a matrix faster.
 """
 
 import functools
@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 # The names of a linear layer's parameters: a kernel [I, O], or a weight [O, I] as `per_layer_kernels` makes it.
 KERNEL, WEIGHT, BIAS = "kernel", "weight", "bias"
-# Linear layers of one input, which `per_layer_kernels` makes one.
+# Linear layers with the same input, which `per_layer_kernels` merges.
 QUERY_KEY_VALUE, GATE_UP = "query_key_value", "gate_up"
 SIDE_BY_SIDE = {QUERY_KEY_VALUE: ("query", "key", "value"), GATE_UP: ("gate", "up")}
 
@@ -31,9 +31,9 @@ _FEW_ROWS = 16
 
 @jax.tree_util.register_pytree_node_class
 class PerLayer:
-    """What a stack [L, ..] holds, one array a layer; indexed like the stack.
+    """The contents of a stack [L, ..] as one array per layer; indexed like the stack.
 
-    For writing, the number of every layer is an array too: were it a constant, each layer's write would be another
+    For writing, the layer indices are arrays too: with constants, each layer's write would be a separate
     program.
     """
 
@@ -42,7 +42,7 @@ class PerLayer:
 
     @classmethod
     def of(cls, stack: jax.Array, writable: bool = False) -> "PerLayer":
-        """Copies every layer out of `stack`, on the host, so that nothing is compiled; not for use inside a program."""
+        """Copies every layer out of `stack` on the host, without compiling; not for use under `jit`."""
         layers, numbers = np.asarray(stack), np.arange(len(stack) if writable else 0, dtype=np.int32)
         return cls(
             *([jax.device_put(np.asarray(leaf), may_alias=False) for leaf in leaves] for leaves in (layers, numbers))
@@ -50,7 +50,7 @@ class PerLayer:
 
     @classmethod
     def of_kernels(cls, *stacks: Any) -> "PerLayer":
-        """The weights [L, O, I] of stacks of kernels [L, I, ..] of one input, side by side; copied on the host."""
+        """The concatenated weights [L, O, I] of stacks of kernels [L, I, ..] with one input; copied on the host."""
         kernels = zip(*map(np.asarray, stacks), strict=True)
         return cls(jax.device_put(np.ascontiguousarray(np.concatenate(layer, axis=-1).T)) for layer in kernels)
 
@@ -63,14 +63,14 @@ class PerLayer:
         return self.layers[0].dtype
 
     def __getitem__(self, index: Any) -> Any:
-        """The layer's array for an int, a choice among all for one that is computed, fewer layers for a slice."""
+        """The layer's array for an int, a `LayerChoice` for a traced index, a `PerLayer` for a slice."""
         if isinstance(index, slice):
             layers = self.layers[index]
             return PerLayer(layers, self.numbers[: len(layers)])
         return self.layers[index] if isinstance(index, int) else LayerChoice(self.layers, index)
 
     def written(self, fresh: Float[Array, "L *shape"], start: Any, axis: int) -> "PerLayer":
-        """With the layers of `fresh` written from slot `start` of `axis` on."""
+        """A copy with the layers of `fresh` written from slot `start` of `axis` on."""
         pairs = zip(self.layers, self.numbers, strict=True)
         return PerLayer([written(old, _layer_of(fresh, i), start, axis) for old, i in pairs], self.numbers)
 
@@ -84,7 +84,7 @@ class PerLayer:
 
 @jax.tree_util.register_pytree_node_class
 class LayerChoice:
-    """The array of one layer, by a number that is computed; see `picked`."""
+    """The array of one layer, by a traced index; see `picked`."""
 
     def __init__(self, layers: Sequence[Any], index: Any):
         self.layers, self.index = tuple(layers), index
@@ -106,7 +106,7 @@ class LayerChoice:
 
 
 def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
-    """`function(layer, *operands)`, one array; of a `LayerChoice` by a branch a layer, whose array is not copied."""
+    """`function(layer, *operands)`, one array; for a `LayerChoice` one branch per layer, without a copy."""
     if not isinstance(layer, LayerChoice):
         return function(layer, *operands)
     leaves, tree = jax.tree.flatten(operands)
@@ -117,7 +117,7 @@ def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
     unread = jax.make_jaxpr(lambda *layers: ())(*layer.layers).jaxpr.invars
 
     def branch(number: int) -> Any:
-        """The traced function with the array of layer `number`: `lax.switch` would trace it for each anew."""
+        """The traced function with the array of layer `number`: `lax.switch` would trace it once per layer."""
         arrays = [*unread[:number], own, *unread[number + 1 :]]
         invars = [*traced.jaxpr.constvars, *arrays, *rest]
         return ClosedJaxpr(traced.jaxpr.replace(constvars=[], invars=invars), ())
@@ -128,11 +128,11 @@ def picked(function: Callable[..., Any], layer: Any, *operands: Any) -> Any:
 
 
 def linear(weight: Any, x: Float[Array, "*batch I"], precision: jax.lax.Precision | None = None) -> jax.Array:
-    """x times the transpose of a weight [O, I], as it stands or of one layer; [.., O].
+    """x times the transpose of a weight [O, I], an array or a `LayerChoice`; [.., O].
 
-    Few rows are the product's right side, turned outside of the branches: XLA's CPU library reads the left side
-    where it lies, and packs the right one anew. Turning many costs more than that. One row is a vector, for which
-    there is code in every branch: it takes longer to compile, and a sum over the last axis longer to run.
+    Few rows are the product's right operand, transposed outside of the branches: XLA's CPU library reads the left one
+    in place, and packs the right one. Transposing many rows costs more than that. One row is a vector, for which
+    every branch has its own code: this compiles more slowly, but a sum over the last axis runs more slowly.
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW_ROWS:
@@ -144,15 +144,15 @@ def linear(weight: Any, x: Float[Array, "*batch I"], precision: jax.lax.Precisio
 
 
 def product(matrix: Any, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """x [.., N, I] times a matrix [.., I, O] as it stands or of one layer; summed in `dtype` where it is given.
+    """x [.., N, I] times a matrix [.., I, O], an array or a `LayerChoice`; summed in `dtype` if given.
 
-    One row times the matrix of one layer is written as a sum: as a product XLA's CPU backend would generate code
-    for it, for every branch anew, which takes compile time and runs no faster.
+    One row times the matrix of one layer is written as a sum: for a product XLA's CPU backend would generate code
+    in every branch, which takes compile time and runs no faster.
     """
     if isinstance(matrix, LayerChoice) and x.shape[-2] == 1:
         rows, columns = matrix.shape[-2:]
         heads = x.shape[:-2]
-        many = () if math.prod(heads) == 1 else (-1,)  # an axis of size one keeps XLA from its library
+        many = () if math.prod(heads) == 1 else (-1,)  # XLA does not call its library with an axis of size one
         summed = picked(functools.partial(_sum_of_rows, dtype=dtype), matrix, x.reshape(*many, rows, 1))
         return summed.reshape(*heads, 1, columns)
     return picked(functools.partial(_matmul, dtype=dtype), matrix, x)
@@ -184,12 +184,12 @@ def written(old: Any, fresh: Any, start: Any, axis: int) -> Any:
 
 
 def is_per_layer(tree: Any) -> bool:
-    """Whether this is an `PerLayer`; a leaf of the trees that layers are taken from."""
+    """Whether `tree` is a `PerLayer`, which is a leaf of parameter trees."""
     return isinstance(tree, PerLayer)
 
 
 def has_per_layer(tree: Any) -> bool:
-    """Whether there is one among the leaves."""
+    """Whether a leaf of `tree` is a `PerLayer`."""
     return any(map(is_per_layer, jax.tree.leaves(tree, is_leaf=is_per_layer)))
 
 
@@ -199,10 +199,10 @@ def of_layer(stacks: Any, index: Any) -> Any:
 
 
 def per_layer_kernels(params: Any, within: bool = False) -> Any:
-    """Parameters whose scanned linear layers have weights, per_layer, for kernels; all else as it is.
+    """Parameters with the kernels of scanned linear layers replaced by `PerLayer` weights; others are unchanged.
 
-    Linear layers of the same input, as `SIDE_BY_SIDE` names them, become one: fewer and larger products.
-    Not for use inside a program: the kernels are copied, so that they are held twice while both trees are.
+    Linear layers of the same input, listed in `SIDE_BY_SIDE`, become one: fewer and larger products.
+    Not for use under `jit`: the kernels are copied, so memory holds them twice while both trees exist.
     """
     if not isinstance(params, dict):
         return params
@@ -217,12 +217,12 @@ def per_layer_kernels(params: Any, within: bool = False) -> Any:
 
 
 def _is_linear(params: Any) -> bool:
-    """Whether these are the stacked parameters of a linear layer."""
+    """Whether `params` are the stacked parameters of a linear layer."""
     return isinstance(params, dict) and getattr(params.get(KERNEL), "ndim", 0) == 3
 
 
 def _with_weight(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The parameters of linear layers of one input as those of one linear layer."""
+    """Merges the parameters of linear layers with one input into those of one linear layer."""
     rest = [{name: value for name, value in part.items() if name != KERNEL} for part in parts]
     beside = jax.tree.map(lambda *leaves: jax.device_put(np.concatenate([*map(np.asarray, leaves)], axis=-1)), *rest)
     return {WEIGHT: PerLayer.of_kernels(*(part[KERNEL] for part in parts)), **beside}

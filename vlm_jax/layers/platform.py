@@ -1,4 +1,4 @@
-"""The platform that a program is traced for, asked in one place: kernels follow the devices of the mesh."""
+"""The platform that a program is traced for: kernels are chosen for the devices of the mesh."""
 
 import jax
 
@@ -6,8 +6,8 @@ import jax
 def platform() -> str:
     """`cpu`, `gpu` or `tpu`: of the mesh's devices inside `jax.set_mesh`, else of the process's default device.
 
-    So a program that is traced for the devices of a topology, which the process does not have, gets their kernels.
+    So a program that is traced for a topology whose devices the process does not have gets their kernels.
     """
-    # Not every supported version of JAX tells the platform of an abstract mesh.
+    # Not every supported version of JAX gives the platform of an abstract mesh.
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return getattr(device, "platform", None) or jax.default_backend()

@@ -1,4 +1,4 @@
-"""From the tokens of a sequence to one vector."""
+"""Pooling of the tokens of a sequence to one vector."""
 
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ def reduce_tokens(
 
     Args:
       x: tokens.
-      kind: `first` and `last` take that token, `mean` and `max` look at all.
+      kind: `first` and `last` take that token, `mean` and `max` use all tokens.
       mask: True where a token is real, for `mean` and `max`; None where all are.
     """
     if kind == "first":
@@ -39,7 +39,7 @@ def reduce_tokens(
 
 
 class MapHead(nn.Module):
-    """Multi-head attention pooling: one learned probe reads all tokens, then a residual feed-forward.
+    """Multi-head attention pooling: one learned query attends to all tokens, then a residual feed-forward.
 
     Attributes:
       num_heads: attention heads.

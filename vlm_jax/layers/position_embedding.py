@@ -1,4 +1,4 @@
-"""2D position tables: sin-cos and learned, at the grid of training or interpolated to another."""
+"""2D position embeddings, sin-cos and learned, at the training grid or interpolated to another."""
 
 from typing import Any
 
@@ -20,16 +20,16 @@ def sincos_2d(
     """[rows * cols, dim] float32 of sin and cos of the column, then of the row.
 
     Args:
-      grid: rows and columns to give.
+      grid: rows and columns of the result.
       dim: width, a multiple of 4.
       table_grid: rows and columns of training; coordinates of `grid` are stretched over it, so
-        that the same place of the image gets the same embedding. None leaves them unstretched.
+        that the same point of the image gets the same embedding. None leaves them unstretched.
       temperature: longest wavelength over 2 pi, in patches.
-      last: whether the longest wavelength is among those used (MoCo v3, big_vision), or would be the
-        next after them (MAE, Qwen-VL).
+      last: whether the longest wavelength is used (MoCo v3, big_vision) or would be the
+        next one (MAE, Qwen-VL).
 
     Raises:
-      ValueError: dim is no multiple of 4.
+      ValueError: dim is not a multiple of 4.
 
     Source: big_vision, models/vit.py, posemb_sincos_2d (order sin x, cos x, sin y, cos y).
     """
@@ -52,7 +52,7 @@ class LearnedPositions2D(nn.Module):
       table_grid: rows and columns of the table as trained.
       features: width.
       param_dtype: dtype of the stored table.
-      interpolation: how, a kind of `vlm_jax.interpolation`.
+      interpolation: a kind of `vlm_jax.interpolation`.
     """
 
     table_grid: Grid

@@ -1,4 +1,4 @@
-"""A learned position table read at the places of packed patches, each image with a size of its own."""
+"""A learned position table read at the positions of packed patches, whose images differ in size."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ _A = -0.75  # torch's bicubic; Pillow and jax.image.resize have -0.5
 
 
 def cubic_weights(positions: Int[Array, "B N"], sizes: Int[Array, "B N"], side: int) -> Float[Array, "B N {side}"]:
-    """What place `positions` of `sizes` reads of a row of `side` samples: four taps, clamped to the row.
+    """Weights of a row of `side` samples for position `positions` of `sizes`: four taps, clamped to the row.
 
-    The result is row `positions` of `interpolation.interpolation_weights(side, sizes, "bicubic")`, for sizes
-    that are data: torch's `interpolate(mode="bicubic", align_corners=False)` without antialiasing.
+    The result is row `positions` of `interpolation.interpolation_weights(side, sizes, "bicubic")`, for traced
+    sizes: torch's `interpolate(mode="bicubic", align_corners=False)` without antialiasing.
 
     Args:
       positions: index of a sample after resizing.
@@ -61,7 +61,7 @@ class ResampledPositions(nn.Module):
 
     @nn.compact
     def __call__(self, positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]) -> Float[Array, "B N D"]:
-        """Gives, in float32, what is added at (row, column) `positions` of an image of `sizes` patches."""
+        """The float32 embeddings of (row, column) `positions` in images of `sizes` patches."""
         init = with_axes(nn.initializers.normal(1 / np.sqrt(self.features)), axes.POSITION, axes.EMBED)
         table = self.param("table", init, (self.side**2, self.features), self.param_dtype)
         rows, cols = (cubic_weights(positions[..., i], sizes[..., i], self.side) for i in (0, 1))

@@ -1,4 +1,4 @@
-"""Images and maps of features at another size, by the matrices of `vlm_jax.interpolation`.
+"""Resizes images and feature maps with the matrices of `vlm_jax.interpolation`.
 
 `jax.image.resize` has no `bicubic`, `area` and `corner_linear` of these.
 """
@@ -17,8 +17,8 @@ def resize(
     """Interpolates rows and columns, in float32, and returns x's dtype.
 
     Args:
-      x: images or maps of features, channels last.
-      grid: rows and columns to give.
+      x: images or feature maps, channels last.
+      grid: rows and columns of the result.
       kind: as in the table of `vlm_jax.interpolation`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rotary position embeddings, half-split as in Llama: coordinate i turns with coordinate i + H/2."""
+"""Rotary position embeddings, half-split as in Llama: coordinate i is rotated with coordinate i + H/2."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from vlm_jax.types import Positions
 
 Scaling = Literal["none", "linear", "dynamic", "dynamic_prompt", "llama3", "yarn", "longrope"]
 
-# What each scaling reads beside theta and the sections.
+# The fields that each scaling reads in addition to theta and the sections.
 _READS: dict[str, tuple[str, ...]] = {
     "none": (),
     "linear": ("factor",),
@@ -24,28 +24,28 @@ _READS: dict[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "truncate", "attention_factor"),
     "longrope": ("factor", "original_length", "short_factors", "long_factors", "attention_factor"),
 }
-_NEEDED = ("original_length", "short_factors", "long_factors")  # their defaults say nothing
+_NEEDED = ("original_length", "short_factors", "long_factors")  # without meaningful defaults
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """How positions become rotary angles.
+    """Computes rotary angles from positions.
 
     Attributes:
       theta: base of the wavelengths.
-      scaling: how wavelengths grow for sequences longer than those of training: `none`; `linear`, all alike;
-        `dynamic`, NTK by the length of a sequence so far; `dynamic_prompt`, NTK by powers of two and the
+      scaling: how wavelengths grow for sequences longer than in training: `none`; `linear`, all equally;
+        `dynamic`, NTK by the current length of the sequence; `dynamic_prompt`, NTK by powers of two and the
         length of the prompt, as in Qwen; `llama3`; `yarn`; `longrope`.
-      factor: by how much sequences are longer.
+      factor: ratio of sequence lengths to those of training.
       original_length: positions of a sequence in training.
-      low_frequency_factor, high_frequency_factor: of `llama3`; waves longer than original_length / low are
-        stretched, those shorter than original_length / high are not, and those between in part.
-      beta_fast, beta_slow: of `yarn`, likewise in turns over original_length.
-      truncate: of `yarn`, whether its bounds are whole coordinates.
-      short_factors, long_factors: of `longrope`, of every wavelength in sequences up to original_length, and longer.
-      attention_factor: of `yarn` and `longrope`, of turned queries and keys; by the paper's formula when None.
-      sections: of M-RoPE, how many wavelengths follow the temporal position, the row, the column, and so
-        on in turn; none where positions have one axis.
+      low_frequency_factor, high_frequency_factor: of `llama3`; wavelengths above original_length / low are
+        stretched, those below original_length / high are not, and those between partly.
+      beta_fast, beta_slow: of `yarn`, the same bounds in rotations over original_length.
+      truncate: of `yarn`, whether its bounds are rounded to whole coordinates.
+      short_factors, long_factors: of `longrope`, per wavelength, for sequences up to original_length, and longer ones.
+      attention_factor: of `yarn` and `longrope`, factor of rotated queries and keys; by the paper's formula when None.
+      sections: of M-RoPE, numbers of wavelengths for the temporal position, the row, the column, and so
+        on in this order; empty where positions have one axis.
 
     Raises:
       ValueError: the scaling lacks a field that it needs, or a field is set that it does not read.
@@ -79,17 +79,17 @@ class Rope:
 
     @property
     def by_length(self) -> bool:
-        """Whether angles depend on the length of the sequence that a position is in."""
+        """Whether angles depend on the length of the position's sequence."""
         return self.scaling in ("dynamic", "dynamic_prompt", "longrope")
 
     @property
     def by_prompt(self) -> bool:
-        """Whether that is the length of the prompt, while it is continued."""
+        """Whether the length is that of the prompt during generation."""
         return self.scaling == "dynamic_prompt"
 
     @property
     def magnitude(self) -> float:
-        """Factor of turned queries and keys."""
+        """Factor of rotated queries and keys."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.scaling == "yarn":
@@ -99,7 +99,7 @@ class Rope:
         return 1.0
 
     def check(self, head_dim: int) -> None:
-        """Raises a `ValueError` where sections or factors are not those of a head of which so many coordinates turn."""
+        """Raises a `ValueError` where sections or factors do not fit `head_dim` rotated coordinates."""
         if self.sections and sum(self.sections) != head_dim // 2:
             raise ValueError(
                 f"M-RoPE sections {self.sections} are for {sum(self.sections)} angles, not {head_dim // 2}"
@@ -116,16 +116,16 @@ class Rope:
         """Angles in radians, float32, of the first half of a head's coordinates.
 
         Args:
-          positions: one for each place, or one for each axis of M-RoPE.
-          head_dim: coordinates that turn.
-          lengths: of the sequence that each place is in; for scalings `by_length`.
+          positions: one per token, or one per axis of M-RoPE.
+          head_dim: number of rotated coordinates.
+          lengths: length of each token's sequence; for scalings `by_length`.
 
         Raises:
-          ValueError: as of `check`, or positions of several axes without sections.
+          ValueError: as `check`, or positions of several axes without sections.
         """
         self.check(head_dim)
         if positions.ndim == 3 and not self.sections:
-            raise ValueError("positions have three axes, and rotary positions without sections take one")
+            raise ValueError("positions have three axes, but a Rope without sections takes one; set sections")
         frequencies = jnp.asarray(self._frequencies(head_dim, lengths))
         if positions.ndim == 2:
             positions = positions[..., None]
@@ -134,7 +134,7 @@ class Rope:
         return positions.astype(jnp.float32) * frequencies.reshape((1,) * (3 - frequencies.ndim) + frequencies.shape)
 
     def _frequencies(self, dim: int, lengths: jax.Array | None) -> np.ndarray | jax.Array:
-        """Radians a position, [half] or [B, T, half]."""
+        """Radians per position, [half] or [B, T, half]."""
         if not self.by_length:
             return _FIXED[self.scaling](self, frequencies(dim, self.theta))
         assert lengths is not None
@@ -159,7 +159,7 @@ def _exponents(dim: int) -> np.ndarray:
 def frequencies(dim: int, theta: float) -> Float[np.ndarray, "half"]:
     """theta ** (-2 i / dim) for i < dim / 2, float32.
 
-    Rounded where torch rounds: at a position of 100,000 another rounding is an angle of 0.01.
+    Rounded where torch rounds: at position 100,000 a different rounding changes an angle by 0.01.
     """
     wavelengths = np.float64(theta) ** _exponents(dim).astype(np.float64)
     return np.float32(1.0) / wavelengths.astype(np.float32)
@@ -180,7 +180,7 @@ def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
     dim = 2 * len(plain)
 
     def coordinate(turns: float) -> float:
-        """Which wavelength turns so often over the original length."""
+        """The index of the wavelength with so many rotations over the original length."""
         return dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = coordinate(rope.beta_fast), coordinate(rope.beta_slow)
@@ -192,7 +192,7 @@ def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
     return (stretched * plain / rope.factor + (1 - stretched) * plain).astype(np.float32)
 
 
-# Scalings that do not look at the length of a sequence.
+# Scalings that do not depend on the length of a sequence.
 _FIXED: dict[str, Callable[[Rope, np.ndarray], np.ndarray]] = {
     "none": lambda rope, plain: plain,
     "linear": _linear,
@@ -216,7 +216,7 @@ def prompt_growth(lengths: Int[Array, "*batch"], original: int) -> Int[Array, "*
 
 
 def sequence_lengths(positions: Positions, segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Of every place, 1 + the last position of its segment."""
+    """For every token, 1 + the last position of its segment."""
     last = positions if positions.ndim == 2 else positions.max(axis=-1)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return jnp.max(jnp.where(same, last[:, None, :], 0), axis=-1) + 1
@@ -230,7 +230,7 @@ def rope_angles(positions: Int[Array, "B T"], head_dim: int, theta: float) -> Fl
 def rotate(
     x: Float[Array, "B T N H"], angles: Float[Array, "B T half"], magnitude: float = 1.0
 ) -> Float[Array, "B T N H"]:
-    """Turns every pair (x[i], x[i + H/2]) by its angle; computed in float32, returned in x's dtype."""
+    """Rotates every pair (x[i], x[i + H/2]) by its angle; computed in float32, returned in x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = (magnitude * wave(angles)[:, :, None, :] for wave in (jnp.cos, jnp.sin))
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

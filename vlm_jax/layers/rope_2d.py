@@ -1,4 +1,4 @@
-"""2D rotary positions: one half of a head's angles turns with the row, the other with the column."""
+"""2D rotary positions: one half of a head's angles depends on the row, the other on the column."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -7,15 +7,15 @@ from vlm_jax.layers.rope import rope_angles
 
 
 def rope_2d_angles(positions: Int[Array, "B N 2"], head_dim: int, theta: float) -> Float[Array, "B N half"]:
-    """Angles in radians, float32, for `rope.rotate`: head_dim / 4 of the row, then as many of the column.
+    """Angles in radians, float32, for `rope.rotate`: head_dim / 4 for the row, then as many for the column.
 
     Args:
       positions: (row, column) of every patch in its own image.
       head_dim: H, a multiple of 4.
-      theta: base of the wavelengths; coordinate i of a half turns by position * theta ** (-4 i / H).
+      theta: base of the wavelengths; coordinate i of a half is rotated by position * theta ** (-4 i / H).
 
     Raises:
-      ValueError: head_dim is no multiple of 4.
+      ValueError: head_dim is not a multiple of 4.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; transformers, Qwen2VLVisionRotaryEmbedding.
     """

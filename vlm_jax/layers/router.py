@@ -1,4 +1,4 @@
-"""Which experts each token goes to, and with what weights."""
+"""Routing of tokens to experts, with weights."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -28,21 +28,21 @@ class Router(nn.Module):
 
     Where the collection `losses` is mutable, the balance loss is sown into it: `balance_weight` times the sum
     over experts of (share of the selections, 1 when even) * (mean score). The shares have no gradient.
-    Padding counts like any token, as in the reference.
+    Padding is counted like other tokens, as in the reference.
 
     Attributes:
       num_experts: experts to choose from.
       num_selected: K, experts of a token.
       scoring: scores are the softmax or the sigmoid of the logits.
-      selection: `greedy`, the highest scores; `group_limited_greedy`, of the groups with the highest best
-        score; `noaux_tc`, by score plus a learned bias, of the groups with the highest sum of their best
-        two. The bias selects only; it has no gradient.
-      num_groups, num_selected_groups: groups of experts and how many of them are open to a token; 1 and 1
-        are no groups.
-      normalize: weights are the selected scores divided by their sum, where there are several.
+      selection: `greedy`, the highest scores; `group_limited_greedy`, the highest scores in the groups with the
+        highest maximum; `noaux_tc`, the highest score plus learned bias, in the groups with the highest sum
+        of their top two. The bias is used for selection only; it has no gradient.
+      num_groups, num_selected_groups: groups of experts and how many of them are available to a token; 1 and
+        1 mean no groups.
+      normalize: with several experts, divides the selected scores by their sum.
       scale: factor of the weights.
       balance_weight: factor of the balance loss; 0 for none.
-      balance_over: shares and means are those of a row (`sequence`), averaged over rows, or of the `batch`.
+      balance_over: shares and means are over a row (`sequence`), averaged over rows, or over the `batch`.
       param_dtype: dtype of the stored parameters.
 
     Source: DeepSeek-AI 2024 (DeepSeek-V2), sections 2.2.1 to 2.2.3; 2024 (DeepSeek-V3), section 2.1.2;
@@ -66,7 +66,7 @@ class Router(nn.Module):
         """Routes the tokens.
 
         Raises:
-          ValueError: groups that do not divide the experts, or fewer experts open to a token than it is to have.
+          ValueError: groups that do not divide the experts, or fewer experts available to a token than num_selected.
         """
         self._check()
         names, shape = (axes.EMBED, axes.CLASSES), (x.shape[-1], self.num_experts)
@@ -87,7 +87,7 @@ class Router(nn.Module):
         return Routing(expert, weight * self.scale)
 
     def _ranking(self, scores: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """What the selection goes by; experts of closed groups have 0."""
+        """The scores used for selection; experts of unselected groups have 0."""
         scores = jax.lax.stop_gradient(scores)
         if self.selection == "greedy":
             return scores
@@ -119,7 +119,7 @@ class Router(nn.Module):
         available = self.num_experts if self.selection == "greedy" else size * self.num_selected_groups
         if not 1 <= self.num_selected <= available:
             raise ValueError(
-                f"num_selected: expected 1 to {available} (experts that are open to a token), got {self.num_selected}"
+                f"num_selected: expected 1 to {available} (experts available to a token), got {self.num_selected}"
             )
         if self.selection == "noaux_tc" and size < 2:
-            raise ValueError(f"num_groups: noaux_tc wants groups of at least 2 experts, got {groups} of {size}")
+            raise ValueError(f"num_groups: noaux_tc needs groups of at least 2 experts, got {groups} of {size}")

@@ -1,4 +1,4 @@
-"""How much attention every token gets, written out for the one layer that is asked."""
+"""How much attention every token gets in one layer."""
 
 from typing import Literal, NamedTuple
 
@@ -14,13 +14,13 @@ _MOST_WEIGHTS = 2**27  # attention weights that are held at once
 
 
 class Heads(NamedTuple):
-    """Queries and keys of one layer, after its norms and rotations."""
+    """Queries and keys of one layer, after norms and RoPE."""
 
     query: Float[Array, "B T Q H"]
     key: Float[Array, "B S K H"]
 
     def joined(self) -> "Heads":
-        """All heads side by side as a single one; queries and keys must have as many."""
+        """All heads concatenated into one; queries and keys must have equally many heads."""
         return Heads(*(x.reshape(*x.shape[:2], 1, -1) for x in self))
 
 
@@ -28,8 +28,8 @@ def attention_saliency(heads: Heads, context: Context, weights: Float[Array, "B 
     """Softmax attention that each key gets: the mean over heads, and over queries by `weights`; float32.
 
     Args:
-      heads: of the layer; query head q reads key head q // (Q // K).
-      context: mask of the layer, without a cache. A key that a query may not read gets nothing of it.
+      heads: of the layer; query head q uses key head q // (Q // K).
+      context: mask of the layer, without a cache. A masked key gets no attention from the query.
       weights: how much each query counts; 0 throughout gives 0.
     """
     shares = weights / jnp.maximum(weights.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -41,7 +41,7 @@ def segment_saliency(heads: Heads, context: Context) -> Float[Array, "B T"]:
 
     Args:
       heads: of the layer, with as many queries as keys.
-      context: full attention inside segments; padding neither gives nor gets any.
+      context: full attention inside segments; padding is excluded.
     """
     segments = context.query_segments
     if segments is None:
@@ -54,7 +54,7 @@ def segment_saliency(heads: Heads, context: Context) -> Float[Array, "B T"]:
 
 
 def _received(heads: Heads, context: Context, shares: Float[Array, "B T"]) -> Float[Array, "B S"]:
-    """Sum over queries of their share times the mean weight of the heads; many queries go block by block."""
+    """Sum over queries of their share times the mean weight of the heads; many queries are processed in blocks."""
     query, key = (x.astype(jnp.float32) for x in heads)
     batch, length, count, dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, dim) * dim**-0.5

@@ -6,17 +6,17 @@ from flax import linen as nn
 
 from vlm_jax import axes
 
-LOSSES = "losses"  # the collection of what a module adds to the loss, each sown with its weight; see `train.objectives`
+LOSSES = "losses"  # the collection of weighted auxiliary losses that modules sow; see `train.objectives`
 
 
 def scan_layers(block: Any, depth: int, *, in_axes: Any, unroll: int = 1) -> Any:
-    """The class of `depth` blocks one after the other; every parameter has a leading layer axis.
+    """The class of a scan over `depth` blocks; every parameter has a leading layer axis.
 
     Args:
       block: a Linen class (lifted by `nn.remat` or not) with `__call__(x, *inputs) -> (x, collected)`.
       depth: number of blocks, at least 1.
-      in_axes: for every further input 0 where each block has its own slice, `nn.broadcast` where all share it.
-      unroll: blocks a loop iteration.
+      in_axes: for every further input 0 where each block has its own slice, `nn.broadcast` where blocks share it.
+      unroll: blocks per loop iteration.
     """
     return nn.scan(
         block,

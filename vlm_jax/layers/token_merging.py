@@ -1,4 +1,4 @@
-"""Bipartite soft matching: the most similar tokens of a sequence become one, between attention and feed-forward."""
+"""Bipartite soft matching: merges the most similar tokens of a sequence between attention and feed-forward."""
 
 import dataclasses
 from typing import NamedTuple
@@ -11,15 +11,15 @@ from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import TransformerStack
 from vlm_jax.types import struct
 
-# Beyond any cosine: what is merged before everything else, and what only for want of anything else.
+# Scores outside the range of cosines: tokens to merge first, and tokens to merge only if no others are left.
 _FIRST, _LAST = 2.0, -2.0
 
 
 def merge_schedule(count: int, kept: int, num_layers: int) -> tuple[int, ...] | None:
-    """Tokens to be merged in every layer so that `kept` of `count` are left, or None where it cannot be.
+    """Tokens to merge in each layer so that `kept` of `count` remain, or None where that is impossible.
 
-    The same number in every layer, the smallest that suffices, but never more than half of what is there;
-    the last layers merge what is left to merge.
+    The same number in every layer, the smallest that suffices, but at most half of the tokens;
+    the last layers merge the remainder.
     """
     for constant in range(count):
         left, schedule = count, []
@@ -33,13 +33,13 @@ def merge_schedule(count: int, kept: int, num_layers: int) -> tuple[int, ...] | 
 
 @struct
 class Merged:
-    """Tokens that stand for several.
+    """Tokens, each the mean of one or more patches.
 
     Attributes:
       x: the tokens.
-      size: how many patches each stands for; 0 for padding.
-      place: where each stood at first.
-      segments: segment ids; 0 is padding. None where all is one segment.
+      size: number of patches merged into each; 0 for padding.
+      place: original index of each.
+      segments: segment ids; 0 is padding. None where there is one segment.
     """
 
     x: Float[Array, "B T D"]
@@ -58,16 +58,16 @@ def run_merging(
     released: bool = False,
     proportional: bool = True,
 ) -> Merged:
-    """Runs the blocks of a stack, merging counts[i] tokens in block i; tokens come back in their first order.
+    """Runs the blocks of a stack, merging counts[i] tokens in block i; tokens are returned in their original order.
 
     Args:
-      stack: its depth is that of `counts`; the parameters are those of a run without merging.
-      x: the prefix, then patches.
+      stack: with len(counts) blocks; the parameters are the same as without merging.
+      x: prefix tokens, then patches.
       segments: as in `Context`.
-      counts: of every block, at most half of the patches that reach it.
-      num_prefix: 1 where the first token is never merged, 2 where nothing is merged into the second either, else 0.
-      released: tokens come back as the released code leaves them; see `merge`.
-      proportional: keys weigh in attention by the number of patches that they stand for.
+      counts: tokens to merge in each block, at most half of the patches that it receives.
+      num_prefix: 1 if the first token is never merged, 2 if nothing is merged into the second either, else 0.
+      released: returns tokens in the order of the released code; see `merge`.
+      proportional: keys are weighted in attention by the number of patches merged into them.
 
     Source: Bolya et al. 2023 (ToMe), section 3; tome/merge.py and tome/patch/timm.py. Deviation unless
     `released`: the order of tokens.
@@ -91,12 +91,12 @@ def run_merging(
 
 
 class Matching(NamedTuple):
-    """Which tokens of the first set, every other one from the first, are merged into which of the second, the others.
+    """Assigns tokens of the first set (even positions) to the tokens of the second (odd ones) they are merged into.
 
     Attributes:
-      stays: numbers in the first set of those that stay.
-      source: of those that are merged, the most similar to its target first.
-      target: number in the second set that each of these goes to.
+      stays: indices in the first set of the tokens that are not merged.
+      source: indices in the first set of the merged tokens, the most similar to its target first.
+      target: index in the second set of the target of each merged token.
     """
 
     stays: Int[Array, "B U"]
@@ -112,16 +112,16 @@ def match(
     num_prefix: int,
     released: bool = False,
 ) -> Matching:
-    """Matches each token of the first set with that of the second that is nearest to it by cosine.
+    """Matches each token of the first set with the nearest token of the second by cosine.
 
-    Padding goes first, into anything, and tokens of different segments last.
+    Padding is merged first, into any token, and tokens of different segments last.
 
     Args:
-      metric: what is compared.
-      segments: 0 is padding; None where all is one segment.
-      count: how many are merged.
-      num_prefix: 1 where the first token is never merged; 2 where nothing is merged into the second either.
-      released: without a prefix those that stay come by falling similarity, as in the released code; else in order.
+      metric: vectors to compare.
+      segments: 0 is padding; None where there is one segment.
+      count: number of tokens to merge.
+      num_prefix: 1 if the first token is never merged; 2 if nothing is merged into the second either.
+      released: without a prefix, unmerged tokens are in descending similarity, as in the released code; else in order.
     """
     metric = metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), 1e-12)
     scores = jnp.einsum("bth,bsh->bts", metric[:, ::2], metric[:, 1::2])
@@ -144,14 +144,14 @@ def match(
 def merge(
     tokens: Merged, key: Float[Array, "B T K H"], count: int, *, num_prefix: int, released: bool = False
 ) -> Merged:
-    """Merges `count` tokens of the first set, every other one from the first, into the rest.
+    """Merges `count` tokens of the first set (even positions) into the second (odd positions).
 
-    Each token of the first set looks for the token of the second whose key, averaged over heads, is nearest
-    by cosine; the `count` nearest pairs become their mean, weighted by size. Padding goes first, into
-    anything, and changes nothing.
+    Each token of the first set is matched with the token of the second whose key, averaged over heads, is nearest
+    by cosine; the `count` nearest pairs become their mean, weighted by size. Padding is merged first, into
+    any token, and changes nothing.
 
     Returns:
-      What stays of the first set, in order or as `match` says, and then the second.
+      The unmerged tokens of the first set, in the order of `match`, and then the second set.
     """
     metric = jax.lax.stop_gradient(key).astype(jnp.float32).mean(axis=2)
     stays, source, target = match(metric, tokens.segments, count, num_prefix=num_prefix, released=released)

@@ -20,11 +20,11 @@ Kind = Literal["full", "window"]
 
 
 class Attended(NamedTuple):
-    """What is seen of the attention in a stack's last layer.
+    """Attention statistics of a stack's last layer.
 
     Attributes:
       saliency: attention that each token gets, float32.
-      keys: of each token and head.
+      keys: keys of each token and head.
     """
 
     saliency: Float[Array, "B N"]
@@ -33,12 +33,12 @@ class Attended(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Layers as a pattern that repeats, and what comes after the last whole repetition.
+    """Layers as a repeated pattern and the remaining layers after it.
 
     Attributes:
       period: kinds of the layers of the pattern.
-      repeats: how often it comes.
-      rest: kinds of the layers that follow.
+      repeats: number of repetitions.
+      rest: kinds of the remaining layers.
     """
 
     period: tuple[Kind, ...]
@@ -50,7 +50,7 @@ def schedule(kinds: tuple[Kind, ...]) -> Schedule:
     """The pattern with the fewest programs: one for every run of equal layers in the pattern and the rest.
 
     32 layers of which every eighth is full are four times (7 windowed, 1 full): two programs, as for 8
-    layers or 80. Only a list without any regularity compiles more of them with more layers.
+    layers or 80. Only an irregular list compiles more programs with more layers.
     """
     candidates = [Schedule(kinds, 1, ())]
     for length in range(1, len(kinds) + 1):
@@ -63,7 +63,7 @@ def schedule(kinds: tuple[Kind, ...]) -> Schedule:
 
 
 def runs(kinds: tuple[Kind, ...]) -> list[tuple[Kind, int]]:
-    """Neighbours of the same kind together: (kind, number of layers)."""
+    """Consecutive layers of one kind: (kind, number of layers)."""
     found: list[tuple[Kind, int]] = []
     for kind in kinds:
         if found and found[-1][0] == kind:
@@ -77,7 +77,7 @@ def restore_order(x: Float[Array, "*L B N D"], packed: PackedPatches) -> Float[A
     """Features of packed patches in the processor's order, padding last.
 
     Args:
-      x: one feature a patch of the sequence.
+      x: one feature per patch of the sequence.
       packed: how the patches were laid out.
     """
     if packed.order is None:
@@ -90,16 +90,16 @@ class WindowedStack(nn.Module):
     """`depth` blocks over packed patches, scanned, with the parameters of `TransformerStack`.
 
     A windowed layer folds the sequence into rows of `packed.window_length`, each holding whole windows,
-    and attends inside a row: its attention costs N * window_length, not N * N. The layout is made on
-    the host (`processors.patches.pack_patches`), so that a layer moves no token.
+    and attends inside a row: its attention costs N * window_length, not N * N. The layout is computed on
+    the host (`processors.patches.pack_patches`), so that layers do not reorder tokens.
 
     Attributes:
-      depth: number of blocks; none hands its input on.
+      depth: number of blocks; 0 returns the input.
       block: keyword arguments of `TransformerBlock`.
       full_layers: indices of the layers that attend to a whole image; None for all.
-      saliency: whether the attention that each patch gets in the last layer is given too: the mean over its `heads`,
-        or that of all heads `joined` into one, and over the queries of the same segment; of the same window where the
-        last layer has windows.
+      saliency: also returns the attention that each patch gets in the last layer: averaged over `heads`, or of
+        all heads `joined` into one, and over the queries of the same segment (of the same window where the
+        last layer is windowed).
       remat: as in `TransformerStack`.
 
     Source: Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
@@ -120,11 +120,11 @@ class WindowedStack(nn.Module):
         *,
         collect: bool = False,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "L B N D"] | None, Attended | None]:
-        """Returns the last output; with `collect` [depth + 1, B, N, D]; and what `saliency` asks for.
+        """Returns the last output; with `collect` [depth + 1, B, N, D]; and with `saliency` an `Attended`.
 
         Args:
           x: embeddings in the order of `packed`.
-          packed: segments and windows; its patches are not looked at.
+          packed: segments and windows; its patches are not used.
           angles: rotary angles of every patch, or None.
           collect: also returns the input of every block and the output of the last.
 
@@ -134,13 +134,13 @@ class WindowedStack(nn.Module):
         """
         kinds = self._kinds()
         if self.saliency != "none" and (collect or not kinds):
-            raise ValueError("saliency is that of a last layer, without collected states: leave out `collect`")
+            raise ValueError("saliency is of the last layer, without collected states: leave out `collect`")
         if not kinds:
             return x, x[None] if collect else None, None
         if "window" in kinds and packed.window_ids is None:
             raise ValueError(
                 f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, "
-                "and the patches were packed without any: give `window` to processors.patches.pack_patches"
+                "but the patches were packed without windows: pass `window` to processors.patches.pack_patches"
             )
         params = self.param("layers", self._init, x.shape[-1])
         layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)
@@ -153,7 +153,7 @@ class WindowedStack(nn.Module):
 
     @staticmethod
     def _planned(layers: "_Layers", params: Any, x: Any, kinds: tuple[Kind, ...]) -> tuple[Any, Any]:
-        """The first layers, of `kinds`: their output and, where it is collected, the states."""
+        """The output of the first layers, of `kinds`, and the hidden states if collected."""
         if not kinds:
             return x, None
         params = jax.tree.map(lambda leaf: leaf[: len(kinds)], params)
@@ -186,7 +186,7 @@ class WindowedStack(nn.Module):
 
 
 class _Layers:
-    """Applies some layers to packed tokens; `collect` gives their inputs."""
+    """Applies some layers to packed tokens; `collect` returns their inputs."""
 
     def __init__(self, block: nn.Module, remat: RematPolicy, packed: PackedPatches, angles: Any, collect: bool):
         def layer(x, params, context):
@@ -207,7 +207,7 @@ class _Layers:
         return x.reshape(-1, self._window_length, *x.shape[2:])
 
     def attended(self, x: Any, params: Any, kind: Kind, saliency: Saliency) -> tuple[Any, Attended]:
-        """Runs one layer, and says what attention its tokens got."""
+        """Runs one layer and returns its output and attention statistics."""
         shape, context = x.shape, self._contexts[kind]
 
         def halves(x, params):

@@ -1,4 +1,4 @@
-"""Cross entropy of token predictions, weighted position by position."""
+"""Cross entropy of token predictions, weighted per position."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def cross_entropy(
     """Weighted mean of -log softmax(logits)[target], in float32.
 
     Returns:
-      The mean over the weights (0 where all are 0), and the weighted share of positions whose
+      The mean over the weights (0 where all are 0), and the weighted accuracy: the share of positions whose
       largest logit is the target's.
     """
     logits = logits.astype(jnp.float32)

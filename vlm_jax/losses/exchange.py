@@ -1,19 +1,19 @@
-"""Two-tower losses over a batch that is split over devices; none ever holds all the logits.
+"""Two-tower losses over a batch that is split over devices; no device holds all the logits.
 
-Every device keeps its images. How the texts of the others reach it is the exchange:
+Every device keeps its images. The exchange sends the texts between devices:
 
-| exchange | what a device holds at one time | messages |
+| exchange | what a device holds at a time | messages |
 |---|---|---|
 | gather | all features, and its rows (for softmax: its columns too) of the logits | one all-gather |
-| reduce | one device's texts, sent to all at once by a sum of zeros and them | as many sums as devices |
-| shift | one device's texts, handed to the next neighbour after use | one neighbour, one direction |
+| reduce | one device's texts, broadcast by a sum with zeros of the others | one sum per device |
+| shift | one device's texts, sent to the next neighbour after use | one neighbour, one direction |
 | ring | the same, one half of the texts in each direction | both neighbours, half as large |
 
 In the last three the gradients of the texts (and the softmax sums of their columns) travel with
 the texts, and the logits exist in tiles. `gather` is the definition, differentiated by JAX.
 Source: open_clip's `SigLipLoss(dist_impl=gather | reduce | shift | bidir)`; Zhai et al. 2023,
 section 3.3. Deviation: `bidir` sends whole blocks both ways for half as many steps; halves sent
-around the full ring load the links alike, hold half as much, and arrive at their owner.
+around the full ring use the links equally, need half the memory, and return to their owner.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ def _rotate(axis: Axis, visit: Visit, home: Any, streams: list[tuple[Any, Any, i
 
     def turn(step: Any, carry: Any) -> Any:
         home, blocks = carry
-        # The next texts do not wait for this visit: they may travel while it computes.
+        # The next texts do not depend on this visit: they can be sent while it computes.
         onward = [send(fixed, s[2]) for (fixed, _), s in zip(blocks, streams, strict=True)]
         home, travelled = meet(step, home, blocks)
         travelled = [send(x, s[2]) for x, s in zip(travelled, streams, strict=True)]
@@ -70,7 +70,7 @@ def _rotate(axis: Axis, visit: Visit, home: Any, streams: list[tuple[Any, Any, i
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
-    """Blocks of texts go around in one direction."""
+    """Sends blocks of texts around the ring in one direction."""
 
     axis: Axis
 
@@ -81,13 +81,13 @@ class Shift:
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """The first half of every block goes around in one direction, the second half in the other."""
+    """Sends the first half of every block around the ring in one direction, the second half in the other."""
 
     axis: Axis
 
     def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
         half = _count(home) // 2
-        if half == 0:  # one example a device
+        if half == 0:  # one example per device
             return Shift(self.axis)(visit, home, fixed, travelling, combine)
         low, high = (
             jax.tree.map(lambda x, part=part: x[part], (fixed, travelling)) for part in (slice(half), slice(half, None))
@@ -98,7 +98,7 @@ class Ring:
 
 @dataclasses.dataclass(frozen=True)
 class Reduce:
-    """One device after the other shows its texts to all."""
+    """Each device in turn broadcasts its texts."""
 
     axis: Axis
 
@@ -132,7 +132,7 @@ def device_loss(
 ) -> Callable[..., Any]:
     """A loss for use inside a `jax.shard_map` over `axis`, as a function of one device's features.
 
-    Args and errors as `distributed`. The function returned takes the keyword arguments of
+    Arguments and errors are those of `distributed`. The returned function takes the keyword arguments of
     the single-device loss, with features [B / devices, D], and returns the loss of the whole batch,
     the same on every device. Call it under `check_vma=True` (the default): gradients rely on it.
     """
@@ -178,18 +178,18 @@ def distributed(
 
     Args:
       loss: a key of `LOSSES`.
-      mesh: devices; axes not in `axis` compute the same.
-      axis: mesh axis, or axes, that the examples are split over.
+      mesh: devices; along axes not in `axis` all compute the same.
+      axis: mesh axis, or axes, over which the examples are split.
       exchange: one of `EXCHANGES`; values and gradients are those of the single-device loss.
-      block_size: images in a tile of logits, on each device; `gather` has no tiles.
+      block_size: images in a tile of logits on each device; `gather` has no tiles.
 
     Returns:
       A function of the arguments of the single-device loss (`block_size` aside), for use under
       `jax.jit`: features [B, D], scale, bias, and the teacher's. It returns what that loss returns.
 
     Raises:
-      ValueError: an unknown loss, exchange or mesh axis, a block size below 1; on the call, a batch
-        that does not divide by the devices along `axis`, and what the single-device loss raises.
+      ValueError: an unknown loss, exchange or mesh axis, a block size below 1; when called, a batch
+        that is not divisible by the devices along `axis`, and the errors of the single-device loss.
     """
     inner = device_loss(loss, axis, exchange=exchange, block_size=block_size)
     for name in axis_names(axis):
@@ -202,7 +202,7 @@ def distributed(
         batch = towers.image.shape[0]
         if batch % devices:
             raise ValueError(
-                f"expected a batch that divides by the {devices} devices along mesh axis {axis!r}, got "
+                f"expected a batch divisible by the {devices} devices along mesh axis {axis!r}, got "
                 f"{batch} examples; use {batch - batch % devices} or {batch + devices - batch % devices}"
             )
 

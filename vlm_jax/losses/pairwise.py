@@ -1,15 +1,15 @@
 """Losses over all pairs of two batches, computed without the matrix of all pairs.
 
-Image i and text j of a batch meet in one logit, `scale * <image_i, text_j> + bias`. A loss of this
-folder is an `Objective`: what it wants to know of every row and every column of the logits
-(`statistics`, which can be taken tile by tile and merged), and the gradient of a tile once these
-are complete. `stream` walks over the tiles: `block_size` images against one block of texts at a
-time. Which blocks of texts a device meets, and how they reach it, is the business of a `Traverse`
-(`exchange.py`); on a single device there is one block, all texts.
+The logit of image i and text j of a batch is `scale * <image_i, text_j> + bias`. A loss of this
+package is an `Objective`: `statistics` of every row and every column of the logits, which are
+computed tile by tile and merged, and the gradient of a tile, which may depend on the complete
+statistics. `stream` iterates over the tiles: `block_size` images and one block of texts at a
+time. A `Traverse` (`exchange.py`) brings the blocks of texts to each device;
+on a single device there is one block, all texts.
 
-An objective whose gradient needs no statistics (`one_pass`) has value and gradients computed in
-the same walk: three matrix products, as many as automatic differentiation of the full matrix
-takes. The others walk twice, once forward and once backward, and take four.
+For an objective whose gradient needs no statistics (`one_pass`), value and gradients are computed in
+one pass with three matrix products, as many as automatic differentiation of the full matrix
+needs. The others need two passes, forward and backward, with four products.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ Axis = str | tuple[str, ...]
 
 
 class Towers(NamedTuple):
-    """Features of both towers, and of the teacher's where there is one; row i of each is a pair."""
+    """Features of both towers, and of an optional teacher's; row i of each is a pair."""
 
     image: Float[Array, "R D"]
     text: Float[Array, "C D"]
@@ -39,7 +39,7 @@ class Towers(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What turns inner products into logits; each a float32 scalar."""
+    """Scales and bias of the logits; each a float32 scalar."""
 
     scale: Float[Array, ""]
     bias: Float[Array, ""]
@@ -47,7 +47,7 @@ class Scalars(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A rectangle of the logits; `positive` marks the pairs that belong together.
+    """A tile of the logits; `positive` marks the matching pairs.
 
     `scaled` are the student's logits before the bias.
     """
@@ -60,7 +60,7 @@ class Tile(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A loss over all pairs; statistics are pytrees whose leaves have one entry a row (or column)."""
+    """A loss over all pairs; statistics are pytrees whose leaves have one entry per row (or column)."""
 
     @property
     def one_pass(self) -> bool:
@@ -69,7 +69,7 @@ class Objective(Protocol):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the towers come with a teacher's."""
+        """Whether the loss needs a teacher's features."""
         ...
 
     def full(self, own: Towers, every: Towers, scalars: Scalars, first: Any) -> tuple[jax.Array, ...]:
@@ -77,7 +77,7 @@ class Objective(Protocol):
         ...
 
     def empty(self, rows: int, columns: int) -> tuple[Any, Any]:
-        """Row and column statistics of no tile at all."""
+        """Row and column statistics before the first tile."""
         ...
 
     def statistics(self, tile: Tile) -> tuple[Any, Any]:
@@ -85,11 +85,11 @@ class Objective(Protocol):
         ...
 
     def merge(self, left: Any, right: Any) -> Any:
-        """Statistics of two tiles taken together."""
+        """Merges the statistics of two tiles."""
         ...
 
     def combine(self, statistics: Any, axis: Axis | None) -> Any:
-        """Statistics of the tiles of all devices along `axis` taken together."""
+        """Merges the statistics of all devices along `axis`."""
         ...
 
     def totals(self, rows: Any, columns: Any) -> tuple[jax.Array, ...]:
@@ -102,7 +102,7 @@ class Objective(Protocol):
 
 
 class Home(NamedTuple):
-    """What one walk accumulates for a device's images: statistics, and gradients where asked for."""
+    """Accumulators for a device's images: statistics and optional gradients."""
 
     rows: Any
     image: Float[Array, "R D"] | None = None
@@ -111,14 +111,14 @@ class Home(NamedTuple):
 
 
 class Travelling(NamedTuple):
-    """What one walk accumulates for a block of texts: statistics, and gradients where asked for."""
+    """Accumulators for a block of texts: statistics and optional gradients."""
 
     columns: Any
     text: Float[Array, "C D"] | None = None
 
 
 def make_tile(towers: Towers, scalars: Scalars, offset: Any) -> Tile:
-    """The logits of `towers.image` against `towers.text`, in float32; row i matches column i + offset."""
+    """The float32 logits of `towers.image` and `towers.text`; row i matches column i + offset."""
 
     def multiply(image, text, scale):
         return jnp.einsum("rd,cd->rc", scale * image.astype(jnp.float32), text.astype(jnp.float32))
@@ -151,13 +151,13 @@ def sweep(
     weights: tuple[Any, ...] | None,
     block_size: int,
 ) -> tuple[Home, Travelling]:
-    """Adds one block of texts to what a walk accumulates, `block_size` images at a time.
+    """Adds one block of texts to the accumulators, `block_size` images at a time.
 
     Args:
-      offset: image i matches text i + offset, which may lie outside the block.
-      statistics: accumulate them; otherwise those given are complete and only read.
-      weights: of the loss's parts, to accumulate gradients as well; None: no gradients.
-      block_size: images in a tile; the last tile is smaller where it does not divide.
+      offset: image i matches text i + offset, which may be outside the block.
+      statistics: whether to accumulate them; otherwise they are complete and only read.
+      weights: of the loss's parts, to accumulate gradients as well; None for no gradients.
+      block_size: images in a tile; the last tile may be smaller.
     """
 
     def step(start: Any, size: int, home: Home, travelling: Travelling) -> tuple[Home, Travelling]:
@@ -183,7 +183,7 @@ def sweep(
     return step(whole * block_size, rest, *state) if rest else state
 
 
-# (home, fixed, travelling, offset) -> (home, travelling): what is done with one block of texts.
+# (home, fixed, travelling, offset) -> (home, travelling): the computation for one block of texts.
 Visit = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
 
@@ -193,18 +193,18 @@ class Traverse(Protocol):
 
     @property
     def axis(self) -> Axis | None:
-        """Mesh axes over which the batch is split; None: a single device."""
+        """Mesh axes over which the batch is split; None for a single device."""
         ...
 
     def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
-        """Returns (home, travelling) after the visit of every block; `travelling` is back at its owner."""
+        """Returns (home, travelling) after visiting every block; `travelling` is returned to its owner."""
         ...
 
 
-# Not a NamedTuple: `stream` is cached, and two of those are equal whatever their classes.
+# Not a NamedTuple: `stream` is cached, and empty NamedTuples of different classes are equal.
 @dataclasses.dataclass(frozen=True)
 class Alone:
-    """A single device meets a single block: all texts."""
+    """The traverse of a single device: one block of all texts."""
 
     axis: None = None
 
@@ -213,17 +213,17 @@ class Alone:
 
 
 def axis_names(axis: Axis | None) -> tuple[str, ...]:
-    """The names in `axis`, of which there may be one, several or none."""
+    """The names in `axis`: none, one or several."""
     if axis is None:
         return ()
     return (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def vary(tree: Any, axis: Axis | None) -> Any:
-    """Marks every leaf as one that may differ between the devices along `axis`, if it is not marked yet."""
+    """Marks every leaf as varying over the devices along `axis`, if it is not marked yet."""
     if axis is None:
         return tree
-    # Both branches are x, so the compiler drops the choice; its type depends on the device.
+    # Both branches are x, so the compiler removes the select; its type varies over devices.
     anywhere = lax.axis_index(axis) >= 0
     return jax.tree.map(lambda x: jnp.where(anywhere, x, x), tree)
 

@@ -1,4 +1,4 @@
-"""SigLIP's sigmoid loss: every pair of an image and a text is a binary classification of its own."""
+"""SigLIP's sigmoid loss: every pair of an image and a text is a separate binary classification."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from vlm_jax.losses.pairwise import Axis, Scalars, Tile, Towers, make_tile
 
 
 def _pair_losses(tile: Tile) -> jax.Array:
-    # -log sigmoid(logit) where the pair belongs together, -log sigmoid(-logit) elsewhere.
+    # -log sigmoid(logit) for matching pairs, -log sigmoid(-logit) for others.
     return jax.nn.softplus(jnp.where(tile.positive, -tile.student, tile.student))
 
 
 class Sigmoid:
-    """The objective `mean_i sum_j -log sigmoid(±logit_ij)`, plus on the pairs, minus elsewhere.
+    """The objective `mean_i sum_j -log sigmoid(±logit_ij)`, plus for matching pairs, minus for others.
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", eq. 1 and algorithm 1.
     """

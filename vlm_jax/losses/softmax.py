@@ -11,7 +11,7 @@ from vlm_jax.losses.pairwise import Axis, Scalars, Tile, Towers, make_tile
 
 
 class Softmax(NamedTuple):
-    """Softmax sums of a growing set of logits, relative to the largest seen: exp(x - maximum) * value.
+    """Running softmax sums, relative to the largest logit so far: exp(x - maximum) * value.
 
     `total` sums the values 1; `weighted`, where present, sums other values (the student's logits
     under the teacher's softmax).
@@ -62,7 +62,7 @@ def _line_totals(line: Line) -> tuple[jax.Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxObjective:
-    """Cross-entropy of rows and of columns, their mean; with a teacher, towards its softmax as well.
+    """The mean of the cross-entropies of rows and columns; with a teacher, also the one with its softmax.
 
     Source: Radford et al. 2021 (CLIP), figure 3; open_clip's `DistillClipLoss` for the second part.
     """
@@ -79,7 +79,7 @@ class SoftmaxObjective:
     def empty(self, rows: int, columns: int) -> tuple[Line, Line]:
         def line(count):
             zeros = jnp.zeros(count, jnp.float32)
-            # The lowest finite number: infinity less infinity is not a number.
+            # The lowest finite number: infinity minus infinity is NaN.
             lowest = jnp.full(count, jnp.finfo(jnp.float32).min)
             teacher = Softmax(lowest, zeros, zeros) if self.has_teacher else None
             return Line(zeros, Softmax(lowest, zeros), teacher)
@@ -111,7 +111,7 @@ class SoftmaxObjective:
 
     def gradient(self, tile: Tile, rows: Line, columns: Line, weights: tuple[Any, ...]) -> jax.Array:
         def probabilities(logits, row, column):
-            # Not exp(logits - log_total): the rounding of a large log_total would be one of the result.
+            # Not exp(logits - log_total): the rounding error of a large log_total would affect the result.
             by_row = jnp.exp(logits - row.maximum[:, None]) / (2 * row.total[:, None])
             return by_row + jnp.exp(logits - column.maximum[None, :]) / (2 * column.total[None, :])
 

@@ -1,4 +1,4 @@
-"""The two-tower losses on one device, one signature for all; `exchange.py` has them on many."""
+"""The two-tower losses on one device, with one signature; `exchange.py` has them for several devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +46,7 @@ def pack(
     teacher_text_features: Array | None = None,
     teacher_scale: ArrayLike | None = None,
 ) -> tuple[Towers, Scalars]:
-    """Checks the arguments of a loss and gathers them; nothing is differentiated for a teacher."""
+    """Checks and collects the arguments of a loss; a teacher's get no gradient."""
     _check_pair("image and text", image_features, text_features)
     scalars = Scalars(_scalar("scale", scale), _scalar("bias", bias))
     image, text = teacher_image_features, teacher_text_features
@@ -72,7 +72,7 @@ def pack(
 def check_block_size(block_size: int) -> None:
     """Raises ValueError unless a tile has at least one row."""
     if block_size < 1:
-        raise ValueError(f"expected block_size of at least 1 image a tile, got {block_size}")
+        raise ValueError(f"expected block_size of at least 1 image per tile, got {block_size}")
 
 
 def _single(name: str, block_size: int, *features: Array, **arguments: Any) -> tuple[jax.Array, ...]:
@@ -90,15 +90,15 @@ def softmax_loss(
     bias: ArrayLike = 0.0,
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Float[Array, ""]:
-    """CLIP's loss: each image picks its text among all texts, each text its image.
+    """CLIP's loss: softmax cross-entropy of each image over all texts and of each text over all images.
 
     Args:
-      image_features: [B, D] float, normalised by the caller; row i belongs to row i of the texts.
+      image_features: [B, D] float, normalised by the caller; row i is the pair of row i of the texts.
       text_features: [B, D] float, normalised by the caller.
       scale: positive number (or one-element array) that multiplies the cosine similarities: the
         exponential of a stored log temperature, not the log itself.
-      bias: number added to every logit. A softmax does not see it; all losses take one.
-      block_size: images whose logits against all texts are held at one time.
+      bias: number added to every logit. It does not change a softmax; all losses take one.
+      block_size: images whose logits with all texts are in memory at a time.
 
     Returns:
       float32 scalar, the mean of both directions' mean cross-entropies.
@@ -121,7 +121,7 @@ def sigmoid_loss(
     bias: ArrayLike = 0.0,
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Float[Array, ""]:
-    """SigLIP's loss: every pair of an image and a text is classified as belonging together or not.
+    """SigLIP's loss: every pair of an image and a text is classified as matching or not.
 
     Arguments and errors are those of `softmax_loss`; SigLIP starts with `scale` 10 and `bias` -10.
 
@@ -178,11 +178,11 @@ def distillation_loss(
 
 
 def locked_image(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The same loss with image features that nothing is learned through: locked-image tuning.
+    """The same loss without gradients for image features: locked-image tuning.
 
     Args:
-      loss: any loss of this folder, on one device or `distributed`, with any signature that starts
-        with the image features.
+      loss: any loss of this package, on one device or `distributed`, whose first argument is
+        the image features.
 
     Source: Zhai et al. 2022 (LiT), section 3; with `sigmoid_loss` it is SigLiT of Zhai et al. 2023.
     """

@@ -1,4 +1,4 @@
-"""An encoder under a dense head: what is in each cell of a page, and where."""
+"""An encoder with a dense head that predicts class and box for each cell of a page."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,14 +10,14 @@ from vlm_jax.types import Grid
 
 
 class CellReader(nn.Module):
-    """Two linear heads on every feature give the class and the box of the cell that it lies in.
+    """Two linear heads on every feature predict the class and the box of its cell.
 
     Dense supervision teaches an encoder to read and to locate much faster than answers do, so
-    it comes first where no released weights are loaded. Each feature answers by itself, so that
-    each is worth a visual token, averaged with its neighbours or not.
+    it is the first stage where no released weights are loaded. Each feature predicts independently, so that
+    each is useful as a visual token, averaged with its neighbours or not.
 
     Attributes:
-      encoder: an entry of `encoders.ENCODERS`, whose grid the cells divide.
+      encoder: an entry of `encoders.ENCODERS` whose grid is divisible by `cells`.
       cells: rows and columns of cells R, C.
       num_classes: classes of a cell.
     """
@@ -35,7 +35,7 @@ class CellReader(nn.Module):
     ) -> tuple[Float[Array, "B R C F K"], Float[Array, "B R C F 4"]]:
         """Class logits, and (left, top, right, bottom) as fractions of the page; float32.
 
-        F features lie in every cell.
+        F features per cell.
 
         Raises:
           ValueError: the cells do not divide the encoder's grid.

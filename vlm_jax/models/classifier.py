@@ -1,4 +1,4 @@
-"""An encoder under a linear classification head."""
+"""An encoder with a linear classification head."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,7 +9,7 @@ from vlm_jax.layers.dense import Dense
 
 
 class Classifier(nn.Module):
-    """Logits of an image from the encoder's pooled vector, or of every token where nothing is pooled.
+    """Logits of an image from the encoder's pooled vector, or of every token without pooling.
 
     Attributes:
       encoder: an entry of `encoders.ENCODERS`.

@@ -13,13 +13,13 @@ _NORM_EPSILON = 1e-8
 
 @struct
 class Embeddings:
-    """What the two-tower losses take.
+    """Inputs of the two-tower losses.
 
     Attributes:
       image: image embeddings of norm 1, float32.
-      text: text embeddings of norm 1, float32; row i belongs to row i of the images.
+      text: text embeddings of norm 1, float32; row i is the pair of row i of the images.
       scale: factor of the cosine similarities: the exponential of the stored parameter.
-      bias: what is added to them; 0 for a model without one.
+      bias: added to the scaled similarities; 0 for a model without one.
     """
 
     image: Float[Array, "B E"]
@@ -44,9 +44,9 @@ class TwoTower(nn.Module):
 
     Attributes:
       image: an entry of `encoders.ENCODERS` with a pooled vector.
-      text: a `decoders.text_tower.TextTower` with the same width of its pooled vector.
-      initial_log_scale: of the scale, which is stored as a logarithm.
-      initial_bias: of the bias; None for a model without one.
+      text: a `decoders.text_tower.TextTower` with a pooled vector of the same width.
+      initial_log_scale: initial value of the scale, which is stored as a logarithm.
+      initial_bias: initial value of the bias; None for a model without one.
 
     Source: Radford et al. 2021 (CLIP), figure 3; Zhai et al. 2023 (SigLIP), algorithm 1.
     """
@@ -70,7 +70,7 @@ class TwoTower(nn.Module):
         """
         pooled = self.image(images).pooled
         if pooled is None:
-            raise ValueError("the image tower gives no pooled vector; set its `pooling`")
+            raise ValueError("the image tower returns no pooled vector; set its `pooling`")
         return pooled
 
     def encode_text(self, tokens: Int[Array, "B T"]) -> Float[Array, "B E"]:
@@ -80,7 +80,7 @@ class TwoTower(nn.Module):
     def __call__(
         self, images: Float[Array, "B height width channels"] | PackedPatches, tokens: Int[Array, "B2 T"]
     ) -> Embeddings:
-        """Embeddings of images and texts, of any number each."""
+        """Embeddings of B images and B2 texts."""
         image, text = normalise(self.encode_image(images)), normalise(self.encode_text(tokens))
         bias = jnp.zeros((), jnp.float32) if self.initial_bias is None else self.bias
         return Embeddings(image, text, jnp.exp(self.log_scale), bias)

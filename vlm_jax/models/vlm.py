@@ -1,4 +1,4 @@
-"""The vision-language model: encoder, reducer, connector, decoder, and one gather between."""
+"""The vision-language model: encoder, reducer, connector and decoder."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -27,13 +27,13 @@ from vlm_jax.types import (
 
 
 class Embedded(NamedTuple):
-    """What a decoder reads of a batch.
+    """A decoder's input.
 
     Attributes:
       x: embeddings.
       segment_ids: those of the batch; a masked visual token is padding.
-      places: of the visual tokens, for a decoder that drops some of them, else None.
-      positions: those of the batch, or of visual tokens that keep their own, the ones that these have.
+      places: positions of the visual tokens, for a decoder that drops some of them, else None.
+      positions: those of the batch, with the original positions of visual tokens that keep them.
     """
 
     x: Float[Array, "B T D"]
@@ -47,18 +47,18 @@ _NO_DECODER = "this model has no decoder, only an encoder and a connector: call 
 
 
 def flat_images(images: Float[Array, "B I height width channels"] | PackedPatches | TwoSizes) -> Images:
-    """A batch's images as an encoder takes them: one after another, or as they were packed."""
+    """A batch's images as input of an encoder: flattened to one batch axis, or packed as they are."""
     if isinstance(images, PackedPatches):
         return images
     return jax.tree.map(lambda pixels: pixels.reshape(-1, *pixels.shape[2:]), images)
 
 
 def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
-    """Positions as if masked visual tokens were not there: what comes after one in its segment moves up.
+    """Positions computed without masked visual tokens: later positions in the segment are decreased.
 
-    So a sequence of which a share of the tokens is masked, in training, gives what it gives without them.
-    Where an image takes the positions of its grid, however many of its tokens are there, nothing moves: on three axes,
-    and where a reducer's tokens keep their positions.
+    So a training sequence with masked tokens gives the same outputs as without these tokens.
+    Positions are unchanged where an image has the positions of its grid, whatever the number of its tokens: on three
+    axes, and where a reducer's tokens keep their positions.
     """
     if batch.positions.ndim == 3 or batch.visual_positions is not None:
         return batch.positions
@@ -70,17 +70,17 @@ def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
 
 
 class VLM(nn.Module):
-    """Composes an encoder, a connector and a decoder; it has no parameters of its own.
+    """Composes an encoder, a reducer, a connector and a decoder; it has no parameters of its own.
 
     Attributes:
-      encoder: an entry of `encoders.ENCODERS`, or of another of its tables; None for a language model alone.
+      encoder: an entry of `encoders.ENCODERS`, or of another of its tables; None for a language model.
       connector: an entry of `connectors.CONNECTORS`; None without an encoder.
-      decoder: an entry of `decoders.DECODERS`; None for the visual half alone, which gives visual tokens.
+      decoder: an entry of `decoders.DECODERS`; None for an encoder and a connector only, which return visual tokens.
       reducer: an entry of `reducers.REDUCERS`, or None.
-      reduce: where a reducer acts that works neither in the encoder nor in the decoder: on the encoder's `features`,
-        before the connector, or on the connector's `tokens`, as it must where several images are packed in a row.
-      learned_rows: the first rows of every example's visual table, in front of the tokens of its images: a
-        `LearnedRows`, or `connector` for the `indicators()` of the connector; None where there are none.
+      reduce: for a reducer outside of the encoder and the decoder, whether it acts on the encoder's `features`,
+        before the connector, or on the connector's `tokens`, required where several images are packed in a row.
+      learned_rows: the first rows of every example's visual table, before the tokens of its images: a
+        `LearnedRows`, or `connector` for the `indicators()` of the connector; None for none.
     """
 
     encoder: nn.Module | None
@@ -102,15 +102,15 @@ class VLM(nn.Module):
     def visual_tokens(
         self, images: Images, instruction: Instruction | None = None, *, deterministic: bool = True
     ) -> VisualTokens:
-        """Tokens of a flat batch of images, or of sequences of packed ones, behind the reducer.
+        """Visual tokens of a flat batch of images, or of sequences of packed ones, after the reducer.
 
         Args:
           images: normalised pixels, or packed patches.
-          instruction: for a connector that reads one, a row for each image.
+          instruction: for a connector that takes one, one row per image.
           deterministic: False in training.
 
         Raises:
-          ValueError: the connector gave another number of tokens than its `num_tokens` says, there is none, or the
+          ValueError: the connector's number of tokens differs from its `num_tokens`, there is no encoder, or the
             reducer cannot act on packed images.
         """
         if self.encoder is None or self.connector is None:
@@ -122,13 +122,13 @@ class VLM(nn.Module):
             return tokens if reducer is None else self._reduced(reducer, tokens, features, images, deterministic)
         if isinstance(images, PackedPatches):
             raise ValueError(
-                f"{reducer.kind} acts on the features of one image, and several are packed in a row; set reduce to "
-                "'tokens', so that it acts behind the connector"
+                f"{reducer.kind} acts on the features of one image, but several are packed in a row; set reduce to "
+                "'tokens', so that it acts after the connector"
             )
         features = reducer(features, deterministic=deterministic)
         tokens = self._connected(features, instruction, deterministic)
         if features.kept is None or self.connector.token_grid(features.grid) != features.grid:
-            return tokens  # a token is made of several features, or there is no choice
+            return tokens  # a token is computed from several features, or all features are kept
         return dataclasses.replace(tokens, kept=features.kept)
 
     def _connected(
@@ -137,23 +137,23 @@ class VLM(nn.Module):
         instruction: Instruction | None,
         deterministic: bool,
     ) -> VisualTokens:
-        """The connector's tokens, as many as it says."""
+        """The connector's tokens; checks their number."""
         connector: Any = self.connector
         instructed = {} if instruction is None else {"instruction": instruction}
         tokens = connector(features, deterministic=deterministic, **instructed)
-        grid = (features[0] if isinstance(features, tuple) else features).grid  # two towers have one grid
+        grid = (features[0] if isinstance(features, tuple) else features).grid  # both encoders have the same grid
         expected = connector.num_tokens(grid)
         if tokens.tokens.shape[1] != expected:
             raise ValueError(
                 f"{type(connector).__name__} gave {tokens.tokens.shape[1]} tokens for a {grid} grid, "
-                f"but its num_tokens says {expected}; one of the two is wrong"
+                f"but its num_tokens gives {expected}; one of the two is wrong"
             )
         return tokens
 
     def _reduced(
         self, reducer: Reducer, tokens: VisualTokens, features: VisualFeatures, images: Images, deterministic: bool
     ) -> VisualTokens:
-        """What a reducer leaves of the connector's tokens."""
+        """Applies the reducer to the connector's tokens."""
         connector: Any = self.connector
         if reducer.reduces_in is not None:
             raise ValueError(
@@ -164,13 +164,15 @@ class VLM(nn.Module):
             left = reducer(found, deterministic=deterministic)
             return VisualTokens(left.tokens, left.mask, left.kept)
         if images.images is None:
-            raise ValueError(f"{reducer.kind}: expected packed patches that say where each image's tokens lie (images)")
+            raise ValueError(
+                f"{reducer.kind}: expected packed patches with the positions of each image's tokens (images)"
+            )
         return reduce_packed(reducer, found, images.images, deterministic=deterministic)
 
     def table(
         self, tokens: VisualTokens, size: int, dtype: Any
     ) -> tuple[Float[Array, "B rows D"], Bool[Array, "B rows"], int]:
-        """The visual table of `size` examples and which of its rows are real, learned rows first; and their number."""
+        """The visual table of `size` examples with its mask, learned rows first, and the number of learned rows."""
         rows = tokens.tokens.reshape(size, -1, tokens.tokens.shape[-1]).astype(dtype)
         shown = tokens.mask.reshape(size, -1)
         if self.learned_rows is None:
@@ -182,7 +184,7 @@ class VLM(nn.Module):
         return jnp.concatenate([first, rows], axis=1), shown, first.shape[1]
 
     def embed(self, batch: Batch, *, deterministic: bool = True) -> Embedded:
-        """What the decoder reads: text looked up, visual slots gathered from the table."""
+        """The decoder's input: embedded text, with visual tokens gathered from the visual table."""
         if self.decoder is None:
             raise ValueError(_NO_DECODER)
         text = self.decoder.embed(batch.tokens)
@@ -206,14 +208,14 @@ class VLM(nn.Module):
             places = batch.places
             if places is None:
                 raise ValueError(
-                    "this decoder drops visual tokens: expected a batch with places, as the processor of a system with "
-                    "this reducer makes it"
+                    "this decoder drops visual tokens: expected a batch with places, made by the processor of a system "
+                    "with this reducer"
                 )
             places = jax.tree.map(jnp.asarray, places)
         return Embedded(jnp.where(index == TEXT_SLOT, text, rows), segments, places, positions)
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"] | VisualTokens:
-        """Float32 logits at every position; without a decoder, the visual tokens of the batch's images."""
+        """Float32 logits at every position; without a decoder, the visual tokens of the images."""
         if self.decoder is None:
             if batch.images is None:
                 raise ValueError("this model has no decoder: expected a batch with images, got images=None")
@@ -225,7 +227,7 @@ class VLM(nn.Module):
         return self.decoder.logits(hidden)
 
     def prefill(self, batch: Batch, cache_length: int, cache_dtype: Any = None) -> tuple[Float[Array, "B V"], Cache]:
-        """Runs prompts, one a row, padded on either side; `branch_ids` are for sequences without a cache.
+        """Runs prompts, one per row, padded on either side; `branch_ids` are for sequences without a cache.
 
         Returns:
           Logits of the last token of every row, and a cache of `cache_length` slots, in `cache_dtype` or the

@@ -1,4 +1,4 @@
-"""AdamW, a learning rate for each part of the model."""
+"""AdamW with a learning rate for each part of the model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ class OptimizerSettings:
       b1: decay of the first moment.
       b2: decay of the second moment.
       epsilon: added to the root of the second moment.
-      weight_decay: decoupled decay of matrices; vectors, tables of norms and biases have none.
-      clip_norm: largest global norm of the gradient over all trained parts.
-      final_scale: share of the peak learning rate that the cosine ends at.
+      weight_decay: decoupled decay of matrices; vectors, norms and biases have none.
+      clip_norm: maximum global norm of the gradient over all trained parts.
+      final_scale: final learning rate of the cosine as a share of the peak.
     """
 
     b1: float = 0.9
@@ -31,7 +31,7 @@ class OptimizerSettings:
 
 
 def schedule(peak: float, warmup_steps: int, steps: int, final_scale: float) -> optax.Schedule:
-    """Linear from 0 over the warm-up, then a cosine to `final_scale` of the peak.
+    """Linear warm-up from 0, then a cosine to `final_scale` of the peak.
 
     Source: Loshchilov and Hutter 2017 (SGDR), eq. 5, one period.
     """
@@ -39,7 +39,7 @@ def schedule(peak: float, warmup_steps: int, steps: int, final_scale: float) -> 
 
 
 def decays(path: tuple) -> bool:
-    """Whether weight decay touches a leaf: kernels, embeddings and queries, not scales or biases."""
+    """Whether weight decay applies to a leaf: kernels, embeddings and queries, not scales or biases."""
     return str(getattr(path[-1], "key", path[-1])) in ("kernel", "embedding", "queries")
 
 
@@ -55,12 +55,12 @@ def adamw(
       steps: all steps of the stage.
 
     Raises:
-      ConfigError: a warm-up that is not shorter than the stage.
+      ConfigError: the warm-up is not shorter than the stage.
 
     Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2.
     """
     if warmup_steps >= steps:
-        raise ConfigError(f"a warm-up of {warmup_steps} steps leaves nothing of a stage of {steps}")
+        raise ConfigError(f"warmup_steps: expected fewer than the {steps} steps of the stage, got {warmup_steps}")
 
     def one(peak: float) -> optax.GradientTransformation:
         return optax.adamw(

@@ -13,10 +13,10 @@ from vlm_jax.layers.attention import written_out
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Floating-point operations of the matrix products and convolutions of one call.
 
-    A multiply and its add count as two. Element-wise work (norms, softmax, activations) is not
-    counted, as is the habit where model FLOPs are reported. Attention is counted as its two products,
-    in full, whichever kernel would run it. What no result depends on is not counted: XLA leaves it
-    out as well. A loop of unknown length cannot be counted and is refused.
+    A multiply and its add count as two. Element-wise operations (norms, softmax, activations) are not
+    counted, as is usual for model FLOPs. Attention is counted as its two products,
+    in full, whichever kernel would run it. Operations whose results are unused are not counted: XLA removes
+    them as well. A loop of unknown length cannot be counted and raises an error.
 
     Args:
       function: any traceable function.
@@ -24,13 +24,13 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
       **kwargs: the same, by name.
 
     Raises:
-      ValueError: the function holds a `while_loop`.
+      ValueError: the function contains a `while_loop`.
     """
     return sum(_flops(equation) * times for equation, times in products(function, *args, **kwargs))
 
 
 def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[Any, int]]:
-    """The equations of a call that are matrix products or convolutions, each with how often it runs.
+    """The equations of a call that are matrix products or convolutions, each with the number of times it runs.
 
     Args:
       function: any traceable function.
@@ -38,11 +38,11 @@ def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tu
       **kwargs: the same, by name.
 
     Returns:
-      Equations of a jaxpr; `equation.primitive.bind(*operands, **equation.params)` runs one alone. Of
-      a conditional's branches those of the costliest.
+      Equations of a jaxpr; `equation.primitive.bind(*operands, **equation.params)` runs one. Of
+      a conditional only the most expensive branch is included.
 
     Raises:
-      ValueError: the function holds a `while_loop`.
+      ValueError: the function contains a `while_loop`.
     """
     with written_out():
         jaxpr = jax.make_jaxpr(function)(*args, **kwargs).jaxpr
@@ -55,7 +55,7 @@ def _flops(equation: Any) -> int:
         (contracting, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return 2 * math.prod(out) * math.prod(left[i] for i in contracting)
-    if equation.primitive.name == "ragged_dot_general":  # each row of the left with the kernel of one group
+    if equation.primitive.name == "ragged_dot_general":  # each row of the left operand times the kernel of one group
         dims = params["ragged_dot_dimension_numbers"]
         (_, contracting), (_, batch) = dims.dot_dimension_numbers
         shared = {*contracting, *batch, *dims.rhs_group_dimensions}
@@ -74,7 +74,7 @@ def _of_equation(equation: Any) -> list[tuple[Any, int]]:
     if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
         return [(equation, 1)]
     if name == "while":
-        raise ValueError("a while_loop has no length that can be known; count the FLOPs of its body instead")
+        raise ValueError("the length of a while_loop is unknown; count the FLOPs of its body instead")
     if name == "cond":
         branches = [_of_jaxpr(branch.jaxpr) for branch in params["branches"]]
         return max(branches, key=lambda found: sum(_flops(inner) * times for inner, times in found))

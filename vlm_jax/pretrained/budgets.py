@@ -1,4 +1,4 @@
-"""A token budget on a release: bounded by smaller pictures, or met by a reducer or another connector."""
+"""Token budgets for releases: a bound by smaller images, or an exact number by a reducer or another connector."""
 
 import dataclasses
 import inspect
@@ -38,14 +38,14 @@ def with_budget(
     connector: Section | None = None,
     path: str = "config",
 ) -> System:
-    """The system with a number of visual tokens.
+    """The system with a token budget.
 
     Args:
       system: of a release, with an encoder, a connector and a decoder.
-      tokens: with neither a reducer nor a connector a bound for a picture with all its tiles, met by fewer tiles or
-        pixels; with one of them precisely so many for a tile. For a picture that is packed at its own resolution a
-        reducer leaves precisely so many (one that has fewer keeps them), and another connector bounds it. None
-        leaves what the release has, or what the sections say.
+      tokens: without a reducer or a connector a bound for an image with all its tiles, met by fewer tiles or
+        pixels; with one of them the exact number for a tile. For an image that is packed at its own resolution it is
+        the exact number with a reducer (or fewer if it has fewer), and a bound with another connector. None
+        keeps the release's number, or that of the sections.
       reducer: a training-free reducer, without parameters; where positions have three axes, tokens keep theirs
         unless the section says otherwise. `downsample_image` shows the encoder fewer pixels, of each tile as it is
         made as released, and is a bound for a packed picture.
@@ -53,12 +53,12 @@ def with_budget(
       path: of the config that the sections are from, for messages.
 
     Raises:
-      InfeasibleBudget: the budget cannot be met; the message names the nearest ones, or the fixed number.
-      ConfigError: the system cannot take the reducer or the connector; the message names why.
+      InfeasibleBudget: the budget cannot be met; the message has the nearest ones, or the fixed number.
+      ConfigError: the reducer or the connector is incompatible with the system; the message has the reason.
     """
     model, processor = system.model, system.processor
     if not isinstance(model, VLM) or model.encoder is None or model.connector is None or model.decoder is None:
-        raise ConfigError(f"{path}.token_budget: this model reads no pictures for a language model; leave it out")
+        raise ConfigError(f"{path}.token_budget: this model has no encoder with a decoder; leave it out")
     reduces = reducer is not None and _section(reducer).get("kind") != "none"
     if connector is not None or reduces:
         if model.reducer is not None:
@@ -91,7 +91,7 @@ def _section(section: Section) -> dict[str, Any]:
 
 
 def _with_joined_features(model: VLM) -> VLM:
-    """The model whose two encoders give features of one grid as one, for a reducer or a connector that takes one."""
+    """The model with the features of two encoders joined, for a reducer or a connector that takes one feature map."""
     encoder = model.encoder
     if not isinstance(encoder, Hybrid) or encoder.combine != "tuple":
         return model
@@ -118,7 +118,7 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: dic
     packed = isinstance(views, NativeViews)
     if packed and kind not in PACKED_CONNECTORS:
         raise ConfigError(
-            f"{path}.kind: {kind} reads the grid of one picture, and {type(model.encoder).__name__} packs several of "
+            f"{path}.kind: {kind} needs the grid of one image, but {type(model.encoder).__name__} packs several of "
             f"any size into a sequence; choose one of {', '.join(PACKED_CONNECTORS)}"
         )
     grid = _grid_of_view(model, views)
@@ -134,7 +134,7 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: dic
     dtypes = {"dtype": released.dtype, "param_dtype": released.param_dtype}  # type: ignore[union-attr]
     connector: Any = parse_kind(CONNECTORS, rest, path, **solved, features=decoder.width, **dtypes)  # type: ignore[union-attr]
     learned, drawn = model.learned_rows, ["connector"]
-    if learned == "connector":  # rows of the release's own connector, which goes
+    if learned == "connector":  # rows of the release's own connector, which is replaced
         names = tuple(f"indicator_{number}" for number in range(model.num_learned_rows))
         learned = LearnedRows(names, decoder.width, **dtypes)  # type: ignore[union-attr]
         drawn.append("learned_rows")
@@ -151,7 +151,7 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: dic
 
 
 def _fewest(connector_class: Any, grid: Grid) -> int:
-    """The smallest number of tokens that a connector can give of a block."""
+    """The smallest number of tokens that a connector can give for a block."""
     for budget in range(1, grid[0] * grid[1] + 1):
         try:
             connector_class.for_budget(budget, grid)
@@ -180,8 +180,8 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
         )
     if at_tokens and reducer_class.reduces_in == "encoder":
         raise ConfigError(
-            f"{path}.kind: {kind} merges tokens inside the encoder, and {type(connector).__name__} needs their grid; "
-            "choose a reducer that acts behind the connector"
+            f"{path}.kind: {kind} merges tokens inside the encoder, but {type(connector).__name__} needs their grid; "
+            "choose a reducer that acts after the connector"
         )
     if packed:
         assert isinstance(views, NativeViews)
@@ -193,20 +193,20 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     depth = 0 if part is None else _num_blocks(part)
     if part is not None and not depth:
         raise ConfigError(
-            f"{path}.kind: {kind} works inside the {reducer_class.reduces_in}, and {type(part).__name__} has no blocks "
+            f"{path}.kind: {kind} works inside the {reducer_class.reduces_in}, but {type(part).__name__} has no blocks "
             "of its own; choose another reducer"
         )
     budget = tokens if tokens is not None else given[0] * given[1]
     if packed:
         budget = min(budget, given[1])
     solved = reducer_class.for_budget(budget, given, depth)
-    if processor.rotary_3d:  # rows and columns are what grounding goes by
+    if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
     made: Reducer = parse_kind(REDUCERS, section, path, **solved)
     if at_tokens and laid_out is None and not packed and made.required_fields().get("encoder"):
         raise ConfigError(
-            f"{path}.kind: {kind} ranks tokens by the attention that their patches get, and the tokens of "
-            f"{type(connector).__name__} are queries without a place; choose random, uniform_stride or divprune"
+            f"{path}.kind: {kind} ranks tokens by the attention to their patches, but the tokens of "
+            f"{type(connector).__name__} are queries without a position; choose random, uniform_stride or divprune"
         )
     for name, fields in made.required_fields().items():
         parts[name] = _set(parts[name], fields, kind, name, path)
@@ -263,10 +263,12 @@ def _check_kept_by_connector(model: VLM, reducer: Reducer, grid: Grid, path: str
     try:
         found = model.connector.num_tokens(reduced)  # type: ignore[union-attr]
     except InfeasibleGrid as error:
-        raise ConfigError(f"{path}.kind: {reducer.kind} leaves no grid that the connector takes: {error}") from error
+        raise ConfigError(
+            f"{path}.kind: {reducer.kind} returns a grid that the connector does not support: {error}"
+        ) from error
     if found != wanted:
         raise ConfigError(
-            f"{path}.kind: {reducer.kind} leaves {wanted} features and the connector makes {found} tokens of them; "
+            f"{path}.kind: {reducer.kind} returns {wanted} features, for which the connector gives {found} tokens; "
             "choose another reducer"
         )
 
@@ -276,10 +278,10 @@ def _num_blocks(part: Any) -> int:
 
 
 def _set(part: nn.Module, fields: Mapping[str, Any], kind: str, name: str, path: str) -> nn.Module:
-    """The part with what a reducer needs; its parameters stay."""
+    """The part with the fields that a reducer needs; its parameters are unchanged."""
     if missing := [field for field in fields if not hasattr(part, field)]:
         raise ConfigError(
-            f"{path}.kind: {kind} works inside the {name}, and {type(part).__name__} has no way to do so (no field "
+            f"{path}.kind: {kind} works inside the {name}, but {type(part).__name__} does not support it (no field "
             f"{', '.join(missing)}); choose another reducer"
         )
     return part.clone(**fields)

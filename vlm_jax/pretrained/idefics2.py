@@ -1,4 +1,4 @@
-"""Idefics2 of transformers: SigLIP at native resolution with the perceiver, or the tower alone."""
+"""Idefics2 of transformers: SigLIP at native resolution with the perceiver, or only the tower."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +43,7 @@ PERCEIVER_DEFAULTS: dict[str, Any] = {
     "resampler_head_dim": 96,
     "num_key_value_heads": 4,
 }
-# MistralConfig's, which Idefics2Config changes where the section is left out.
+# MistralConfig's, which Idefics2Config changes where the section is missing.
 TEXT_DEFAULTS: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
 _TEXT_LEFT_OUT: dict[str, Any] = {"rms_norm_eps": 1e-5}
 _PROJECTION = "connector.modality_projection.down_proj.weight"
@@ -55,7 +55,7 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> Naflex
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `NaflexViT`.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
@@ -75,9 +75,9 @@ def perceiver(config: Mapping[str, Any], shape: tuple[int, ...], where: str, **f
     """The connector of an `Idefics2Config`.
 
     Args:
-      config: the whole released config.
-      shape: of the feed-forward's last product, as released: the decoder's width, the hidden width.
-      where: names the config in messages.
+      config: the full released config.
+      shape: released shape of the feed-forward's last weight: the decoder's width, the hidden width.
+      where: name of the config for errors.
       **fields: more fields of `Perceiver`.
     """
     settings = with_defaults(config.get("perceiver_config") or {}, PERCEIVER_DEFAULTS, f"{where}.perceiver_config")
@@ -85,7 +85,7 @@ def perceiver(config: Mapping[str, Any], shape: tuple[int, ...], where: str, **f
     check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, f"{where}.perceiver_config")
     check_supported(text, {"hidden_act": (settings["hidden_act"],)}, f"{where}.text_config")
     features, projection_dim = shape
-    # A section of another width was never filled in; the release then takes the text's epsilon too.
+    # A section of another width has unset defaults; the release then also uses the text's epsilon.
     own = settings["hidden_size"] == features
     return Perceiver(
         features=features,
@@ -108,7 +108,7 @@ def _vision_rules(vit: NaflexViT) -> tuple[Rule, ...]:
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """Vision tower and connector of an `Idefics2Model`, one image a sequence; the language model is carried along."""
+    """Vision tower and connector of an `Idefics2Model`, one image per sequence; the language model is not loaded."""
     where, dtypes = "idefics2", {"dtype": dtype, "param_dtype": param_dtype}
     prefix = find_prefix(checkpoint, _PROJECTION)
     if prefix + _PROJECTION not in checkpoint:

@@ -34,7 +34,7 @@ def encoder(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `ViT`, or other values.
     """
     settings = with_defaults(config, DEFAULTS, where)
@@ -51,7 +51,7 @@ def encoder(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
 def describe(
     config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
 ) -> Description:
-    """A classifier where the checkpoint has its head, else the encoder, pooled where it has a pooler."""
+    """A classifier if the checkpoint has its head, else the encoder, pooled if it has a pooler."""
     settings = with_defaults(config, DEFAULTS, "vit")
     fields: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
     prefix = find_prefix(checkpoint, "embeddings.cls_token")

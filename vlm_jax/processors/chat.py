@@ -1,4 +1,4 @@
-"""Chat templates of a checkpoint folder: messages in, the text of a prompt out."""
+"""Chat templates of a checkpoint folder, which render messages to the text of a prompt."""
 
 import datetime
 import functools
@@ -20,12 +20,12 @@ from vlm_jax.types import Message
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
-# Variables whose values stand about every `{% generation %}` block; nothing where they are not given.
+# Variables whose values are written around every `{% generation %}` block; empty if not given.
 GENERATION_BEGIN, GENERATION_END = "generation_begin", "generation_end"
 
 
 class ChatTemplateError(ValueError):
-    """A folder without a template, or messages that a template refuses; the message names which."""
+    """A folder without a template, or messages that a template rejects; the message names the cause."""
 
 
 class MissingChatTemplate(ChatTemplateError):
@@ -33,7 +33,7 @@ class MissingChatTemplate(ChatTemplateError):
 
 
 class ChatTemplate:
-    """One Jinja template, run in a sandbox with what releases expect to find there.
+    """One Jinja template, run in a sandbox with the functions that releases' templates use.
 
     Source: transformers, utils/chat_template_utils.py, for the settings and the functions.
     """
@@ -44,10 +44,10 @@ class ChatTemplate:
         Args:
           source: its text.
           names: special tokens that it may use, `{"bos_token": "<s>", ...}`.
-          origin: where it is from, for messages.
+          origin: its source, for errors.
 
         Raises:
-          ChatTemplateError: it is no Jinja template.
+          ChatTemplateError: it is not a Jinja template.
         """
         self.source, self.names, self.origin = source, dict(names or {}), origin
         self._unread: dict[tuple[Any, ...], frozenset[int]] = {}  # by structure: messages in the form not read
@@ -59,7 +59,7 @@ class ChatTemplate:
 
     @property
     def marks_learned(self) -> bool:
-        """Whether blocks in it say what a model learns."""
+        """Whether the template marks the trained text by `{% generation %}` blocks."""
         return GENERATION_BEGIN in self._reads
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
@@ -79,7 +79,7 @@ class ChatTemplate:
         if not messages:
             raise ChatTemplateError(f"{self.origin}: expected at least one message, got none")
         for name in variables.keys() - self._reads:
-            raise ChatTemplateError(f"{self.origin}: nothing in it reads '{name}'{did_you_mean(name, self._reads)}")
+            raise ChatTemplateError(f"{self.origin}: unused variable '{name}'{did_you_mean(name, self._reads)}")
         given = {"tools": None, "documents": None, **self.names, **variables}
         values = {"add_generation_prompt": add_generation_prompt, **{key: _plain(given[key]) for key in given}}
         plain = [{key: _plain(value) for key, value in m.items() if value is not None} for m in messages]
@@ -141,13 +141,13 @@ class ChatTemplate:
         """Reads the template of a checkpoint folder, local or `gs://`.
 
         Args:
-          folder: of the checkpoint.
-          names: special tokens, as `Tokenizer.names`.
-          name: of one of several templates; the default one when None.
+          folder: folder of the checkpoint.
+          names: special tokens, as in `Tokenizer.names`.
+          name: name of one of several templates; the default one when None.
 
         Raises:
           MissingChatTemplate: the folder has none.
-          ChatTemplateError: it has none of that name, or a file that cannot be read.
+          ChatTemplateError: it has none with that name, or a file that cannot be read.
         """
         folder = epath.Path(folder)
         found = _templates(folder)
@@ -158,12 +158,14 @@ class ChatTemplate:
             )
         wanted = DEFAULT if name is None else name
         if wanted not in found:
-            raise ChatTemplateError(f"{folder}: no chat template '{wanted}'; there are {', '.join(sorted(found))}")
+            raise ChatTemplateError(
+                f"{folder}: no chat template '{wanted}'; expected one of {', '.join(sorted(found))}"
+            )
         return cls(found[wanted], names, origin=f"{folder}: chat template")
 
 
 def _templates(folder: epath.Path) -> dict[str, str]:
-    """Templates by name. Files of their own stand before the entry of `tokenizer_config.json`."""
+    """Templates by name; separate files take precedence over `tokenizer_config.json`."""
     config = folder / "tokenizer_config.json"
     entry = read_json(config, ChatTemplateError).get("chat_template") if config.exists() else None
     if isinstance(entry, list):
@@ -197,7 +199,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the parts that a model learns, between the values of two variables."""
+    """`{% generation %}`, which marks the trained parts by the values of two variables."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -250,12 +252,12 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without the escapes of HTML that Jinja's own filter writes."""
+    """JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _plain(value: Any) -> Any:
-    """JSON values alone: a template comes with a download, and an object's methods are not for it."""
+    """Only JSON values, so that a downloaded template cannot call methods of objects."""
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The processor of every system: a conversation and its pictures to a row, and rows to a batch."""
+"""The processor of every system: a conversation and its images to a row, and rows to a batch."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ from vlm_jax.types import Batch, Load, RowShape
 
 KEYS = {
     "positions": "config.row.text_length or length",
-    "tiles or places of patches": "config.row.images or config.data.num_images",
+    "tiles or patches": "config.row.images or config.data.num_images",
     "pictures": "config.row.pictures",
 }
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
@@ -46,12 +46,12 @@ class Example:
     """One conversation, before it is laid out in a row.
 
     Attributes:
-      name: of the sample, in messages.
-      pieces: what stands in it, in order; rows of `Visual` count the conversation's own image tokens from 0, and
+      name: name of the sample, for errors.
+      pieces: text and visual tokens, in order; rows of `Visual` index the conversation's own image tokens from 0, and
         learned row k is -1 - k.
-      images: what an encoder is given, in the order of those rows.
-      visual_tokens: places of every picture and every video, learned rows among them.
-      load: what the example takes of a row.
+      images: input of the encoder, in the order of those rows.
+      visual_tokens: positions of every image and every video, including learned rows.
+      load: length and images that the example takes in a row.
       tokens: with a reducer, the tokens of each of `images` before it.
     """
 
@@ -64,11 +64,11 @@ class Example:
 
 
 class Place(NamedTuple):
-    """A place of a picture or video in the text.
+    """An image or a part of a video at one position of the text.
 
     Attributes:
-      layout: what fills it.
-      load: what the picture takes of a row's images.
+      layout: its visual tokens.
+      load: tiles or patches that it takes in a row's images.
       prepared: its pixels; None where only sizes are known.
       tokens: with a reducer, the tokens before it.
     """
@@ -81,21 +81,21 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Prompt, views and layout of a system; all that differs between systems is in its fields.
+    """Prompt, views and layout of a system; systems differ only in the fields.
 
     Attributes:
-      prompt: messages to ids.
-      views: pictures to pixels and the places that they take.
-      tokenizer: spells prompts and answers.
+      prompt: converts messages to ids.
+      views: converts images to pixels and layouts.
+      tokenizer: encodes prompts and decodes answers.
       pad_id: id of padding.
-      num_learned: rows of the visual table before those of pictures: the learned ones.
-      learned_ids: what stands as a token where a learned row is; the token of its picture when empty.
+      num_learned: number of learned rows, which come first in the visual table.
+      learned_ids: placeholder token ids of the learned rows; the token of the image when empty.
       rotary_3d: positions have three axes.
-      max_length: most tokens of a conversation; None where the release has no limit.
-      end_tokens: names of those that end an answer in the release's own code; its generation config may add more.
-      max_pixels: of a picture; more is refused as a decompression bomb.
-      frame_sampler: which frames of a video's file are looked at.
-      reduction: a token reducer, behind which `views` lays pictures out; None without.
+      max_length: maximum tokens of a conversation; None for no limit.
+      end_tokens: names of the tokens that end an answer in the release's code; its generation config may add more.
+      max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
+      frame_sampler: selects frames of a video file.
+      reduction: the token reducer, which `views` takes into account; None for none.
     """
 
     prompt: Prompt
@@ -131,28 +131,28 @@ class Processor:
         shape: RowShape | None = None,
         **options: Any,
     ) -> Batch:
-        """Conversations as prompts that end together, or as what is learned of them, each in a row of its own.
+        """Conversations as left-padded prompts or, with `targets`, as training examples, one per row.
 
         Args:
           conversations: messages in the form of chat templates, with an item such as `{"type": "image"}` for every
-            picture. A picture may stand in its item under `image`, a video under `video`, instead of below.
-          images: pictures of every conversation, in order: files, Pillow's images, or uint8 arrays.
-          videos: every video of every conversation: a file, or its frames as pictures.
-          targets: as the release trains on it, to learn what assistants say, the token that ends it, and no more.
-          shape: of every row; the smallest that all fit when None.
-          **options: more of `example`.
+            image. An image may be in its item under `image`, a video under `video`, instead of below.
+          images: images of every conversation, in order: files, Pillow images, or uint8 arrays.
+          videos: videos of every conversation: a file, or its frames as images.
+          targets: as in the release's training, with only assistants' answers and their end tokens as targets.
+          shape: shape of every row; the smallest that fits all when None.
+          **options: further arguments of `example`.
 
         Returns:
           A Batch of NumPy arrays, padded on the left and without `targets` and `loss_weights`, or padded on the right
           and with them.
 
         Raises:
-          PictureMismatch: the pictures of a conversation do not match its messages, or are not a list.
+          PictureMismatch: the images of a conversation do not match its messages, or are not a list.
           PromptError: no conversation, or one that is not a list of messages.
           SequenceTooLong: a conversation is longer than `max_length`, or does not fit `shape`.
-          InfeasibleBudget: a picture, or a video, takes more than its limit at least.
-          ChatTemplateError: the template refuses the messages, or has no use for a variable, or does not show what is
-            learned.
+          InfeasibleBudget: an image or a video exceeds its limit even at the smallest size.
+          ChatTemplateError: the template rejects the messages, does not use a variable, or its trained text cannot be
+            found.
         """
         if not conversations or not isinstance(conversations, Sequence) or isinstance(conversations, str):
             raise PromptError(f"expected a list of conversations, each a list of messages, got {conversations!r}")
@@ -160,7 +160,7 @@ class Processor:
         for what, given in (("images", images), ("videos", videos)):
             if len(given) != len(conversations):
                 raise PictureMismatch(
-                    f"{what}: expected a list for each of {len(conversations)} conversations, got {len(given)}"
+                    f"{what}: expected one list for each of {len(conversations)} conversations, got {len(given)}"
                 )
         given = list(enumerate(zip(conversations, images, videos, strict=True)))
         for number, parts in given:
@@ -187,7 +187,7 @@ class Processor:
           keys: what a row of `shape` can lack -> the config key that it is from, for messages.
 
         Raises:
-          SequenceTooLong: the examples of a row do not fit the shape; nothing is cut.
+          SequenceTooLong: the examples of a row do not fit the shape; nothing is truncated.
         """
         if shape is not None and self.reduction is not None and not shape.kept:
             shape = dataclasses.replace(shape, kept=(shape.length,) * len(self.reduction.drops))
@@ -222,7 +222,7 @@ class Processor:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), row)
 
     def _placed(self, row: Sequence[Example]) -> list[list[Text | Visual]]:
-        """The pieces of each example with rows of the whole row's visual table."""
+        """The pieces of each example with indices in the whole row's visual table."""
         placed, start = [], self.num_learned
         for example in row:
             pieces: list[Text | Visual] = []
@@ -250,20 +250,20 @@ class Processor:
         add_generation_prompt: bool | None = None,
         **variables: Any,
     ) -> Example:
-        """One conversation, its pictures decoded and prepared.
+        """One conversation with decoded and preprocessed images.
 
         Args:
-          messages, images, videos, targets: as of `batch`.
-          name: of the sample, in messages.
-          fps: frames a second of videos that are given as frames.
-          max_visual_tokens: most places of a picture; as the release has it when None.
-          max_video_tokens: the same of a video.
-          frame_sampler: which frames of videos that are files; the processor's own when None.
-          add_generation_prompt: ends with the head of the answer; when None, only without `targets`.
-          **variables: more for the chat template.
+          messages, images, videos, targets: as in `batch`.
+          name: name of the sample, for errors.
+          fps: frames per second of videos that are given as frames.
+          max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
+          max_video_tokens: the same for a video.
+          frame_sampler: selects frames of video files; the processor's own when None.
+          add_generation_prompt: ends with the start of the answer; when None, only without `targets`.
+          **variables: further variables of the chat template.
 
         Raises:
-          As of `batch`.
+          As `batch`.
         """
         images = given_pictures(messages, "image", images, name)
         videos = given_pictures(messages, "video", videos, name)
@@ -310,13 +310,13 @@ class Processor:
         add_generation_prompt: bool | None = None,
         **variables: Any,
     ) -> Load:
-        """What `example` would take of a row, without decoding a pixel.
+        """The load of `example` in a row, without decoding images.
 
         Args:
           messages: of the conversation.
-          sizes: (height, width) of every picture, in pixels.
-          videos: of every video.
-          **variables: as of `example`; the other arguments likewise.
+          sizes: (height, width) of every image, in pixels.
+          videos: size of every video.
+          **variables: as in `example`; the other arguments likewise.
         """
         with error_context(name):
             places = self._image_places(sizes, max_visual_tokens), self._video_places(videos, max_video_tokens)
@@ -336,7 +336,7 @@ class Processor:
     def _image_places(
         self, sizes: Sequence[Size], most: int | None, prepared: Sequence[PreparedImage] | None = None
     ) -> list[Place]:
-        """The place of each picture of a conversation."""
+        """The place of each image of a conversation."""
         views = self._bounded(self.views, most)
         full = views if self.reduction is None else self._bounded(self.reduction.before, most)
         made = [None] * len(sizes) if prepared is None else prepared
@@ -346,7 +346,7 @@ class Processor:
     def _video_places(
         self, videos: Sequence[VideoSize], most: int | None, prepared: Sequence[Sequence[PreparedImage]] | None = None
     ) -> list[list[Place]]:
-        """The places of each video of a conversation, which share its load."""
+        """The places of each video of a conversation, over which its load is divided."""
         full, found = self.views if self.reduction is None else self.reduction.before, []
         for number, (count, height, width) in enumerate(videos):
             layouts = self.views.video_layouts(count, (height, width), most)
@@ -377,14 +377,14 @@ class Processor:
         for kind, limit, of_kind in zip(("image", "video"), limits, counts, strict=True):
             for i, count in enumerate(of_kind):
                 if limit is not None and count > limit:
-                    raise InfeasibleBudget(f"{name}, {kind} {i}: takes {count} visual tokens at least, over {limit}")
+                    raise InfeasibleBudget(f"{name}, {kind} {i}: takes at least {count} visual tokens, over {limit}")
         with error_context(name):
             prompt = not targets if add_generation_prompt is None else add_generation_prompt
             pieces = self.prompt(
                 messages, [len(parts) for parts in videos], add_generation_prompt=prompt, targets=targets, **variables
             )
             if targets and not any(isinstance(piece, Text) and piece.learned for piece in pieces):
-                raise PromptError("no assistant says anything in it, so that there is nothing to learn")
+                raise PromptError("expected at least one assistant message for training, got none")
         waiting: dict[Kind, list[Place]] = {
             "image": list(images),
             "video": list(itertools.chain(*videos)),
@@ -393,8 +393,8 @@ class Processor:
         length = sum(map(len, filled))
         if self.max_length is not None and length > self.max_length:
             raise SequenceTooLong(
-                f"{name} is {length} tokens long, over the limit of {self.max_length}; shorten it or give fewer or "
-                "smaller pictures (nothing is cut)"
+                f"{name} is {length} tokens long, over the limit of {self.max_length}; shorten it or pass fewer or "
+                "smaller images (nothing is truncated)"
             )
         load = sum(place.load for place in order)
         tokens = tuple(place.tokens for place in order if place.tokens is not None)
@@ -404,10 +404,10 @@ class Processor:
         return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), taken, tokens)
 
     def count_visual_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
-        """Places of the sequence that the pictures of one conversation take, learned rows among them.
+        """Visual tokens of each image of one conversation, including learned rows.
 
         Args:
-          image_sizes: (height, width) of every picture, in pixels.
+          image_sizes: (height, width) of every image, in pixels.
         """
         return [len(layout) for layout in self.views.layouts(image_sizes)]
 
@@ -419,7 +419,7 @@ class Processor:
             return [frame if frame.mode == mode else frame.convert(mode) for frame in frames], rate
         frames = [to_picture(frame, max_pixels=self.max_pixels, name=name, mode=mode) for frame in video]
         if not frames:
-            raise PictureMismatch(f"{name}: a video of no frames")
+            raise PictureMismatch(f"{name}: expected a video of at least one frame, got none")
         return frames, fps
 
     def _filled(
@@ -429,7 +429,7 @@ class Processor:
             wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
             if wanted != len(places):
                 raise PictureMismatch(
-                    f"{name}: its text has {wanted} places for {kind}s, but {len(places)} are given; give one "
+                    f"{name}: its text has {wanted} {kind} placeholders, but got {len(places)}; pass one "
                     f'{{"type": "{kind}"}} item in the messages for every {kind}'
                 )
         filled: list[Text | Visual] = []
@@ -444,8 +444,8 @@ class Processor:
             ids = np.full(len(layout), piece.token_id)
             if len(piece.first_ids) > len(ids):
                 raise PictureMismatch(
-                    f"{name}: the name of a picture has {len(piece.first_ids)} bytes, more than the {len(ids)} places "
-                    "that the picture takes; rename the file"
+                    f"{name}: the name of an image has {len(piece.first_ids)} bytes, more than its {len(ids)} "
+                    "visual tokens; rename the file"
                 )
             ids[: len(piece.first_ids)] = piece.first_ids
             if self.learned_ids:
@@ -460,7 +460,7 @@ class Processor:
         prepared, reduction, tokens = place.prepared, self.reduction, place.tokens
         if reduction is None or tokens is None or reduction.num_left is None:
             return {"positions": None if prepared is None else prepared.positions}
-        if not reduction.keeps_positions:  # numbered anew, but for a picture of which all tokens are left
+        if not reduction.keeps_positions:  # renumbered, unless all tokens of an image are kept
             whole = all(reduction.left(count) == count for count in tokens.groups)
             return {"positions": prepared.positions} if whole and prepared is not None else {}
         found = reduction.positions(tokens, place.layout)
@@ -475,7 +475,7 @@ def _check_row(row: Sequence[Example], shape: RowShape, keys: Mapping[str, str])
         taken = f"is {need} tokens long" if words == "positions" else f"has {need} {words}"
         raise SequenceTooLong(
             f"sample {names} {taken}, over the limit of {size}; raise {keys.get(words, 'config.row.kept')} by "
-            f"{need - size} or more, or leave the sample out (nothing is cut)"
+            f"{need - size} or more, or remove the sample (nothing is truncated)"
         )
 
 

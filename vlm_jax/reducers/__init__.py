@@ -7,29 +7,29 @@
 | before the connector | random, uniform_stride, visionzip, prumerge, divprune | features that the connector gets |
 | in the decoder's layers | fastv, pyramid_drop | visual tokens of an image in the last layers |
 
-A connector behind a reducer keeps what it gets. Kept tokens stay in their order; a merged token stands where one of
-its members stood. `VLM.reduce` says whether those before the connector act on its features or on its tokens.
+A connector after a reducer keeps all features. Kept tokens stay in order; a merged token is at the position of one of
+its members. `VLM.reduce` selects whether those before the connector act on its features or on its tokens.
 
-The contract is the protocol `reducer.Reducer`, and `tests/contracts/test_reducers.py` holds every entry of `REDUCERS`
-to it:
+The interface of every entry of `REDUCERS` is the protocol `reducer.Reducer`, tested by
+`tests/contracts/test_reducers.py`:
 
 - `for_budget(budget, grid, num_layers) -> dict`, a class method: the fields that leave `budget` of a full-size
-  image's `grid`, or `InfeasibleBudget`; num_layers is that of the part `reduces_in`, 0 where that is None;
-- `image_size(height, width, grid) -> (height, width)`: what the processor resizes images to;
-- `reduced_grid(grid) -> Grid`: the grid that the connector meets, pure Python;
-- `connector_budget(grid) -> int`: how many tokens the connector is to give of it;
-- `required_fields() -> {part: {field: value}}`: what the encoder and the decoder must be set to; `build` does so,
-  and refuses a part without such a field. No parameter comes or goes with them;
-- `num_left(count) -> int`, pure Python: how many tokens an image takes in the decoder's row that has `count` before
+  image's `grid`; raises `InfeasibleBudget`; num_layers is that of the part `reduces_in`, 0 where that is None;
+- `image_size(height, width, grid) -> (height, width)`: the size to which the processor resizes images;
+- `reduced_grid(grid) -> Grid`: the grid of the connector's input, pure Python;
+- `connector_budget(grid) -> int`: the number of tokens that the connector must give for `grid`;
+- `required_fields() -> {part: {field: value}}`: settings of the encoder and the decoder, which `build` applies;
+  it raises for a part without such a field. They neither add nor remove parameters;
+- `num_left(count) -> int`, pure Python: the number of tokens in the decoder's row of an image that has `count` before
   the reducer;
-- `__call__(features, *, deterministic) -> VisualFeatures` of `num_left` features, with `kept`: which those are. What is
-  real stands in front.
+- `__call__(features, *, deterministic) -> VisualFeatures` of `num_left` features, with their indices `kept`. Unmasked
+  features come first.
 
-Two fields are common to all. `rule` is `exact`, by which the budget is met and an image that has no more passes as it
-is, or `as_released`: the counts, the order and the extra tokens of the released code. `positions` says whether a token
-that is left keeps its position, or positions are numbered anew (`consecutive`).
+All have two fields. `rule` is `exact`, which meets the budget and leaves images within it unchanged,
+or `as_released`: the counts, the order and the extra tokens of the released code. `positions` selects whether kept
+tokens keep their positions, or positions are renumbered (`consecutive`).
 
-`REDUCERS["none"]` is None: features pass as they are, and the connector meets the budget.
+`REDUCERS["none"]` is None: features are unchanged, and the connector meets the budget.
 """
 
 from vlm_jax.reducers.divprune import DivPrune

@@ -1,4 +1,4 @@
-"""Reducers on a connector's tokens: image by image, also where several images of any size share a row."""
+"""Reducers on a connector's tokens: image by image, including packed rows of several images."""
 
 import dataclasses
 
@@ -13,12 +13,12 @@ from vlm_jax.types import Grid, PackedImages, VisualFeatures, VisualTokens
 
 
 def token_features(tokens: VisualTokens, features: VisualFeatures, token_grid: Grid | None) -> VisualFeatures:
-    """A connector's tokens as a reducer takes them, with the mean saliency and the mean keys of their blocks.
+    """A connector's tokens as input of a reducer, with the mean saliency and the mean keys of their blocks.
 
     Args:
-      tokens: what the connector made of the features.
-      features: what it was given.
-      token_grid: its `token_grid` of their grid; tokens without places have neither saliency nor keys.
+      tokens: output of the connector.
+      features: input of the connector.
+      token_grid: the connector's `token_grid` for the features' grid; None gives neither saliency nor keys.
     """
     found = VisualFeatures(tokens.tokens, tokens.mask, token_grid or (1, tokens.mask.shape[1]))
     if token_grid is None or features.saliency is None or features.keys is None:
@@ -32,12 +32,12 @@ def token_features(tokens: VisualTokens, features: VisualFeatures, token_grid: G
 
 
 def block_means(features: VisualFeatures, token_grid: Grid) -> Float[Array, "B M D"]:
-    """Mean of the real features of the block that each token stands for; 0 where none is real.
+    """Mean of the unmasked features of the block that each token represents; 0 where all are masked.
 
-    Blocks are squares where squares of one side give the grid, else equal shares of rows and columns.
+    Blocks are squares where equal squares give the grid, else equal parts of the rows and columns.
 
     Raises:
-      InfeasibleGrid: packed features, which come in blocks, that the tokens are no squares of.
+      InfeasibleGrid: features are packed, in blocks, and the tokens do not represent squares of them.
     """
     grid, mask = features.grid, features.mask
     side = -(-grid[0] // token_grid[0])
@@ -46,7 +46,7 @@ def block_means(features: VisualFeatures, token_grid: Grid) -> Float[Array, "B M
         return cut.sum(axis=2) / jnp.maximum(real.sum(axis=2), 1)[..., None]
     if features.block > 1:
         raise InfeasibleGrid(
-            f"a reducer on tokens: {token_grid[0]}x{token_grid[1]} tokens are no squares of packed features on a "
+            f"a reducer on tokens: {token_grid[0]}x{token_grid[1]} tokens are not squares of packed features on a "
             f"{grid[0]}x{grid[1]} grid; use a connector of squares (concat, pixel_shuffle, visual_vocabulary)"
         )
     rows, cols = (np.arange(size) * out // size for size, out in zip(grid, token_grid, strict=True))
@@ -59,17 +59,17 @@ def block_means(features: VisualFeatures, token_grid: Grid) -> Float[Array, "B M
 def reduce_packed(
     reducer: Reducer, features: VisualFeatures, images: PackedImages, *, deterministic: bool
 ) -> VisualTokens:
-    """What a reducer leaves of every image of packed rows, one image behind the other without a gap.
+    """Applies a reducer to every image of packed rows; the results are concatenated without gaps.
 
     Args:
-      reducer: acts on each image as on any other, whatever shares its row.
+      reducer: acts on each image independently of the others in its row.
       features: the tokens of whole rows.
-      images: where the images lie in them.
+      images: positions of the images in them.
       deterministic: as in `Reducer`.
 
     Returns:
-      Tokens in the order of the images: token m of image i is number m + num_left of all images before; `kept`
-      counts the tokens of the row.
+      Tokens in the order of the images: token m of image i has index m + the num_left of all previous images; `kept`
+      are indices in the row.
     """
     (batch, length), num_images = features.mask.shape, images.starts.shape[1]
     longest = min(images.longest, length)
@@ -90,11 +90,11 @@ def reduce_packed(
     )
     left = reducer(apart, deterministic=deterministic)
     if left.kept is None:
-        raise ValueError(f"{reducer.kind}: expected a reducer that says which tokens it keeps")
+        raise ValueError(f"{reducer.kind}: expected a reducer that returns the indices of kept tokens (`kept`)")
     table = np.asarray([reducer.num_left(count) if count else 0 for count in range(longest + 1)])
     most = left.mask.shape[1]
     if table.max() > most:
-        raise ValueError(f"{reducer.kind} left {most} tokens of {longest}, but its num_left says {table.max()}")
+        raise ValueError(f"{reducer.kind} left {most} tokens of {longest}, but its num_left gives {table.max()}")
     numbers = jnp.asarray(table)[jnp.minimum(counts, longest)]
     total = num_images * most if reducer.rule == "as_released" else min(num_images * most, length)
     first = jnp.cumsum(numbers, axis=1) - numbers
@@ -113,12 +113,12 @@ def reduce_packed(
 def positions_of_kept(
     visual_positions: Int[Array, "B R"] | Int[Array, "B R 3"], kept: Int[Array, "B2 M"], rows: Int[Array, "B T"]
 ) -> Int[Array, "B T"] | Int[Array, "B T 3"]:
-    """Positions that tokens had before a reducer, of the rows of the visual table that stand at each place.
+    """The positions before a reducer of the rows of the visual table that each sequence index uses.
 
     Args:
       visual_positions: of all tokens before the reducer, tile after tile.
-      kept: which of the tokens of its tile, or of the packed row, each token is; tiles lie one after another.
-      rows: which token stands at each place.
+      kept: index of each token in its tile, or in the packed row; tiles are concatenated.
+      rows: index in the visual table for each sequence index.
     """
     batch = visual_positions.shape[0]
     tiles = kept.shape[0] // batch

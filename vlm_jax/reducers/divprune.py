@@ -1,4 +1,4 @@
-"""DivPrune: the features that are least alike."""
+"""DivPrune: keeps a diverse subset of the features."""
 
 import jax
 import jax.numpy as jnp
@@ -7,24 +7,24 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.reducers.reducer import KeepsFeatures, every, real, unit
 from vlm_jax.types import VisualFeatures
 
-# Below any cosine distance: what is masked, and what is taken already.
+# Scores below any cosine distance: masked features, and features already selected.
 _MASKED, _TAKEN = -1.0, -2.0
 
 
 class DivPrune(KeepsFeatures):
-    """Keeps features so that the least cosine distance between two of them is large.
+    """Keeps features so that the minimum cosine distance between two of them is large.
 
-    Greedy: first the feature whose nearest neighbour is farthest, then, again and again, the one whose
-    nearest among those taken is. Kept in their order. By the rule `as_released` a feature that is taken may be
-    taken again, and then stands twice.
+    Greedy: selects first the feature whose nearest neighbour is farthest, then repeatedly the feature whose
+    nearest selected feature is farthest. Features stay in order. By the rule `as_released` a feature may be
+    selected twice, and is then repeated.
 
     Attributes:
       ratio: by `as_released`, the share of an image's features that is kept, rounded to the nearest integer (halves
-        to the even one), as the release is told; None for `num_kept`.
+        to even), as configured in the release; None for `num_kept`.
 
     Source: Alvar et al. 2025 (DivPrune), section 3.3 and algorithm 1. The release measures distances of tokens
-    behind the connector (`VLM.reduce` is `tokens`); features before it are the default here, so that any connector may
-    follow.
+    after the connector (`VLM.reduce` is `tokens`); the default here are features before it, so that any connector
+    can follow.
     """
 
     kind = "divprune"
@@ -32,7 +32,7 @@ class DivPrune(KeepsFeatures):
     ratio: float | None = None
 
     def num_left(self, count: int) -> int:
-        """`num_kept`, or all where there are fewer; of the release, the share of `ratio`."""
+        """`num_kept`, or all where there are fewer; with `ratio`, its share of `count`."""
         if self.rule == "as_released" and self.ratio is not None:
             return round(self.ratio * count)
         return min(self.num_kept, count)
@@ -45,19 +45,19 @@ class DivPrune(KeepsFeatures):
         return self.take(features, jnp.sort(chosen, axis=1))
 
     def chosen(self, features: VisualFeatures) -> Int[Array, "B K"]:
-        """Indices in the order in which they are taken."""
+        """Indices in the order of selection."""
         mask = features.mask
         distances = cosine_distances(features)
         if self.rule == "exact":
             alone = jnp.eye(mask.shape[1], dtype=bool)[None] | ~mask[:, None]
             first = jnp.min(jnp.where(alone, jnp.inf, distances), axis=-1)
-        else:  # the second smallest, the distance to itself among them
+        else:  # the second smallest, because the distance to itself is included
             first = -jax.lax.top_k(-jnp.where(mask[:, None], distances, jnp.inf), 2)[0][..., 1]
         return farthest_first(distances, mask, first, self.num_left(mask.shape[1]), again=self.rule == "as_released")
 
 
 def cosine_distances(features: VisualFeatures) -> Float[Array, "B N N"]:
-    """1 - cosine of every two features; 1 to what is masked."""
+    """1 - cosine of every two features; 1 to masked features."""
     units = unit(real(jax.lax.stop_gradient(features.tokens), features.mask))
     return 1 - jnp.einsum("bnd,bmd->bnm", units, units)
 
@@ -65,14 +65,14 @@ def cosine_distances(features: VisualFeatures) -> Float[Array, "B N N"]:
 def farthest_first(
     distances: Float[Array, "B N N"], mask: Bool[Array, "B N"], first: Float[Array, "B N"], count: int, *, again: bool
 ) -> Int[Array, "B K"]:
-    """Indices of `count` features in the order in which they are taken; masked ones after all that are real.
+    """Indices of `count` features in the order of selection; masked features come last.
 
     Args:
       distances: of every two features.
       mask: True where a feature is real.
-      first: the score by which the first is taken.
-      count: how many are taken.
-      again: what is taken may be taken again, as distances of 0 let happen.
+      first: the score for selecting the first.
+      count: number of features to select.
+      again: whether a feature may be selected again, which happens at distances of 0.
     """
     row = jnp.arange(mask.shape[0])
 

@@ -1,4 +1,4 @@
-"""The third control: show the encoder a smaller image."""
+"""The third control: downscale the image."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from vlm_jax.types import Grid
 
 
 class DownsampleImage(PassesFeatures):
-    """Resizes the image, on the host, until its patches are as many as the budget.
+    """Resizes the image, on the host, to as many patches as the budget.
 
     On a release it is each tile that is resized, until the connector's tokens are as many (`pretrained.smaller_tile`,
     `processors.downsampled`); a picture of native resolution, until its tokens are no more.
@@ -23,19 +23,19 @@ class DownsampleImage(PassesFeatures):
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
-        """The grid of that size nearest in aspect to `grid`."""
+        """The grid of `budget` patches whose aspect ratio is nearest to that of `grid`."""
         del num_layers
         output_grid = grid_of_size(budget, grid)
         if output_grid is None:
-            why = "patches must form a grid inside it of about its aspect"
+            why = "patches must form a grid inside it of a similar aspect ratio"
             raise refuse(cls.kind, budget, grid, sizes_of_grids(grid), why)
         return {"output_grid": output_grid}
 
     def image_size(self, height: int, width: int, grid: Grid) -> tuple[int, int]:
-        """Height and width in pixels, each in proportion to the patches that are left."""
+        """Height and width in pixels, each in proportion to the remaining patches."""
         return height * self.output_grid[0] // grid[0], width * self.output_grid[1] // grid[1]
 
     def reduced_grid(self, grid: Grid) -> Grid:
-        """`output_grid`, whatever the full-size grid."""
+        """`output_grid` for any full-size grid."""
         del grid
         return self.output_grid

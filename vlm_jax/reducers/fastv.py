@@ -5,16 +5,16 @@ from vlm_jax.types import Drop
 
 
 class FastV(ReducesInDecoder):
-    """Ranks visual tokens by the attention that they get in layer number `layer`, and keeps the highest behind it.
+    """Ranks visual tokens by the attention that they get in layer number `layer`, and keeps the highest after it.
 
     Attributes:
-      layer: K, layers that see all visual tokens.
-      ratio: by the rule `as_released`, the share of an image's tokens that is dropped, as one release is told; what is
-        left is rounded to the nearest integer, halves to the even one. None for `num_kept`.
+      layer: K, layers that process all visual tokens.
+      ratio: by the rule `as_released`, the share of an image's tokens that is dropped, as configured in a release; the
+        number of kept tokens is rounded to the nearest integer, halves to even. None for `num_kept`.
 
     Source: Chen et al. 2024 (FastV), section 4.1; fastv_kvcache.py. As there, the attention is that of the
-    last token of the instruction. Each image keeps as many as any other, or all
-    of its own. The rule `as_released` differs in `ratio` alone.
+    last token of the instruction. Every image keeps the same number, or all
+    of its tokens. The rule `as_released` differs only in `ratio`.
     """
 
     kind = "fastv"
@@ -23,7 +23,7 @@ class FastV(ReducesInDecoder):
     ratio: float | None = None
 
     def drops(self) -> tuple[Drop, ...]:
-        """One."""
+        """One drop, before layer `layer`."""
         share = 1 - self.ratio if self.rule == "as_released" and self.ratio is not None else None
         renumbers = self.positions == "consecutive"
         return (

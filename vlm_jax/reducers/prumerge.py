@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: features that the class token looks at, each with its neighbours added to it."""
+"""LLaVA-PruMerge: features that the class token attends to most, each with its neighbours added to it."""
 
 from typing import Any
 
@@ -11,27 +11,27 @@ from vlm_jax.types import VisualFeatures
 
 
 class PruMerge(KeepsFeatures):
-    """Keeps the most salient features; what is nearest to each is added to it, weighted by its saliency.
+    """Keeps the most salient features; to each its nearest features are added, weighted by their saliency.
 
-    Near are the features whose keys, all heads as one vector, have the largest cosine.
+    The nearest features are those with the largest cosine of keys, all heads concatenated.
 
-    By the rule `as_released` features stand by falling saliency, the spatial ones of PruMerge+ behind them, and a last
-    token is the weighted sum of all that were left out.
+    By the rule `as_released` features are in descending saliency, followed by the spatial ones of PruMerge+ and a last
+    token, the weighted sum of all dropped features.
 
     Attributes:
       num_neighbors: how many are added to each feature; all others where there are fewer.
-      spatial_share: share of the budget, rounded, that is taken at even steps from what is not salient, as
-        the variant PruMerge+ does; 0 for PruMerge. By `as_released` any share above 0 is PruMerge+.
-      ratio: by `as_released`, the share of an image's features that is salient, rounded down, as the release is told
-        or finds; None for what `num_kept` leaves beside the last token.
-      adaptive: by `as_released`, PruMerge+ takes three times as many spatial features, and none twice: what it
-        would take again is masked.
+      spatial_share: share of the budget, rounded, that is sampled at even steps from the features that are not salient,
+        as in PruMerge+; 0 for PruMerge. By `as_released` any share above 0 is PruMerge+.
+      ratio: by `as_released`, the share of an image's features that is salient, rounded down, as the release configures
+        or computes; None for `num_kept` minus the last token.
+      adaptive: by `as_released`, PruMerge+ takes three times as many spatial features, without duplicates:
+        duplicates are masked.
 
     Source: Shang et al. 2024 (LLaVA-PruMerge), section 3 and algorithm 1; multimodal_encoder/clip_encoder.py.
-    Deviations: the budget or `ratio` says how many are kept, where the paper counts outliers of the attention;
-    attention and keys are those of the last block that is built (the release's are of the block behind its features),
-    and of all patches where there is no class token. Of `exact` alone: the spatial samples are taken from the rest, so
-    that their number is fixed; no token for all that was left out is appended.
+    Deviations: the budget or `ratio` sets the number of kept features, where the paper counts attention outliers;
+    attention and keys are of the last built block (in the release, of the block after its features),
+    and averaged over all patches where there is no class token. Only in `exact`: the spatial samples are taken from the
+    remaining features, so that their number is fixed; no token for the dropped features is appended.
     """
 
     kind = "prumerge"
@@ -42,21 +42,21 @@ class PruMerge(KeepsFeatures):
     adaptive: bool = False
 
     def required_fields(self) -> dict[Part, dict[str, Any]]:
-        """The attention of the last block, all heads as one."""
+        """The attention of the last block, all heads joined."""
         return {"encoder": {"saliency": "joined"}}
 
     def num_left(self, count: int) -> int:
-        """`num_kept`, or all where there are fewer; of the release the salient, the spatial and the last one."""
+        """`num_kept`, or all where there are fewer; by `as_released` salient, spatial and last token."""
         if self.rule == "exact":
             return min(self.num_kept, count)
         return self.num_salient(count) + len(self.spatial(count)) + 1
 
     def num_salient(self, count: int) -> int:
-        """Salient features of the release, of an image that has `count`."""
+        """By `as_released`, the number of salient features of an image that has `count`."""
         return min(self.num_kept - 1, count) if self.ratio is None else int(count * self.ratio)
 
     def spatial(self, count: int) -> range:
-        """Features that PruMerge+ takes at even steps, of an image that has `count`; never its last."""
+        """Indices that PruMerge+ takes at even steps from an image with `count` features; never the last."""
         if self.spatial_share <= 0:
             return range(0)
         step = int(1 / (self.num_salient(count) / count if self.ratio is None else self.ratio))
@@ -76,7 +76,7 @@ class PruMerge(KeepsFeatures):
         every_one = jnp.broadcast_to(jnp.arange(weights.shape[1])[None], weights.shape)
         usable = (kept[..., None] != every_one[:, None]) & features.mask[:, None]
         added = self._added(tokens, weights, real(keys, features.mask), kept, every_one, usable)
-        some_go = features.mask.sum(axis=1) > self.num_kept  # of an image that has no more, all are as they were
+        some_go = features.mask.sum(axis=1) > self.num_kept  # an image with no more features is unchanged
         return self.left(features, pick(tokens, kept) + jnp.where(some_go[:, None, None], added, 0), kept)
 
     def _kept(self, weights: Float[Array, "B N"], mask: Bool[Array, "B N"]) -> Int[Array, "B K"]:
@@ -96,7 +96,7 @@ class PruMerge(KeepsFeatures):
         others: Int[Array, "B C"],
         usable: Bool[Array, "B M C"],
     ) -> Float[Array, "B M D"]:
-        """The weighted sum of the neighbours of each feature that is kept, among the `others` that it may use."""
+        """The weighted sum of the neighbours of each kept feature, among its `usable` ones of the `others`."""
         keys = unit(keys.reshape(*weights.shape, -1))
         similarity = jnp.einsum("bkh,bnh->bkn", pick(keys, kept), pick(keys, others))
         similarity = jnp.where(usable, similarity, -jnp.inf)
@@ -114,7 +114,7 @@ class PruMerge(KeepsFeatures):
         weights: Float[Array, "B N"],
         keys: Float[Array, "B N K H"],
     ) -> VisualFeatures:
-        """Salient features by falling saliency, spatial ones, and the sum of the others in the place of the last."""
+        """Salient features in descending saliency, spatial ones, and the sum of the others as the last token."""
         mask = features.mask
         batch, size = mask.shape
         ranked = jnp.where(mask, jnp.nan_to_num(weights), -jnp.inf)
@@ -125,7 +125,7 @@ class PruMerge(KeepsFeatures):
             again = jnp.concatenate([again, pick(marked(kept, size), even)], axis=1)
             kept = jnp.concatenate([kept, even], axis=1)
         rest_of = left_out(kept, jnp.where(self.adaptive, 0, again.sum(axis=1)), size) & mask
-        # Neighbours are found among all that is kept, twice where it is, and what goes into the last token.
+        # Neighbours are searched among all kept features, duplicates included, and the last token's.
         others = jnp.concatenate([kept, jnp.broadcast_to(jnp.arange(size)[None], mask.shape)], axis=1)
         usable = jnp.concatenate([pick(mask, kept) & ~(again & self.adaptive), rest_of], axis=1)
         usable = usable[:, None] & (jnp.arange(kept.shape[1])[:, None] != jnp.arange(others.shape[1])[None])[None]
@@ -140,9 +140,9 @@ class PruMerge(KeepsFeatures):
 
 
 def left_out(kept: Int[Array, "B K"], num_twice: Int[Array, "B"], size: int) -> Bool[Array, "B N"]:
-    """Features of the last token: those that are not kept; for each that is kept twice the first of them is lost.
+    """Features summed in the last token: those not kept, without the first one per duplicate among the kept.
 
-    Source: clip_encoder.py, complement_idx, which drops as many indices in front as there are kept ones.
+    Source: clip_encoder.py, complement_idx, which drops as many leading indices as there are kept ones.
     """
     others = ~marked(kept, size)
     return others & (jnp.cumsum(others, axis=1) > num_twice[:, None])

@@ -11,14 +11,14 @@ class PyramidDrop(ReducesInDecoder):
     With s drops, stage i has shown * (kept / shown) ** (i / s) tokens, rounded.
 
     Attributes:
-      layers: before which layers tokens are dropped; where None, the paper's: at every quarter of the decoder.
-      ratios: by the rule `as_released`, the share of an image's first tokens that is left behind each drop; halves of
-        what was left before when None, as the paper has them.
+      layers: layers before which tokens are dropped; at every quarter of the decoder, as in the paper, when None.
+      ratios: by the rule `as_released`, the share of an image's initial tokens that remains after each drop; when None,
+        each drop keeps half of the remaining tokens, as in the paper.
 
     Source: Xing et al. 2024 (PyramidDrop), section 3.2; modeling_llama_pdrop.py, pdrop_rank_drop. As there, the
     attention is that of the last token of the instruction, in training the mean over all instructions of a row.
-    Deviation of `exact`: the ratio follows from the budget, where the paper sets 0.5. By `as_released` shares are of
-    each image's own number, rounded down, and positions count from 0 behind every drop.
+    Deviation of `exact`: the ratio is computed from the budget, where the paper sets 0.5. By `as_released` shares are
+    of each image's own number, rounded down, and positions are renumbered from 0 after every drop.
     """
 
     kind = "pyramid_drop"
@@ -27,10 +27,10 @@ class PyramidDrop(ReducesInDecoder):
     ratios: tuple[float, ...] | None = None
 
     def drops(self) -> tuple[Drop, ...]:
-        """One a layer.
+        """One drop per layer.
 
         Raises:
-          ConfigError: there is not one of `ratios` for each layer.
+          ConfigError: `ratios` does not have one entry per layer.
         """
         quarters = sorted({max(1, self.num_layers * quarter // 4) for quarter in (1, 2, 3)})
         layers = tuple(quarters) if self.layers is None else tuple(sorted(self.layers))

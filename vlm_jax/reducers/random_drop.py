@@ -8,10 +8,10 @@ from vlm_jax.types import VisualFeatures
 
 
 class RandomDrop(KeepsFeatures):
-    """Keeps `num_kept` features of every image, drawn without replacement, in their order.
+    """Keeps `num_kept` features of every image, sampled without replacement, in order.
 
-    Every image gets a subset of its own, drawn from the rng stream `reduce` at every call; with
-    `deterministic` all have that of a fixed key, so that an answer depends on no neighbour in a batch.
+    Every image gets its own subset, sampled from the rng stream `reduce` at every call; with
+    `deterministic` all use a fixed key, so that an answer does not depend on other images in the batch.
     """
 
     kind = "random"

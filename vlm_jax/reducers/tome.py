@@ -1,4 +1,4 @@
-"""ToMe: similar tokens become one, a few in every block of the encoder."""
+"""ToMe: merges a few similar tokens in every block of the encoder."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from vlm_jax.types import Grid, VisualFeatures
 
 
 class ToMe(KeepsFeatures):
-    """Has the encoder merge tokens; the features that come are those that are left.
+    """Makes the encoder merge tokens, so that it returns fewer features.
 
     Attributes:
-      merged: tokens that each block merges, solved from the budget; the same number in every block, but no
-        more than half, and in the last ones what is left to merge.
+      merged: tokens to merge in each block, solved from the budget; the same number in every block, but at
+        most half, and in the last blocks the remainder.
 
-    By the rule `as_released` tokens come in the order in which the release leaves them: those that stayed of the
-    first set, and then the second.
+    By the rule `as_released` tokens are in the order of the release: the unmerged ones of the first set, then
+    the second set.
 
     Source: Bolya et al. 2023 (Token Merging), section 3; `layers.token_merging` merges.
     """
@@ -28,7 +28,7 @@ class ToMe(KeepsFeatures):
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
-        """Any number that halving in every block can reach."""
+        """Any budget that halving in every block can reach."""
         total = grid[0] * grid[1]
         feasible = [kept for kept in range(1, total + 1) if merge_schedule(total, kept, num_layers) is not None]
         if budget not in feasible:
@@ -37,10 +37,10 @@ class ToMe(KeepsFeatures):
         return {"num_kept": budget, "merged": merge_schedule(total, budget, num_layers)}
 
     def required_fields(self) -> dict[Part, dict[str, Any]]:
-        """Blocks that merge."""
+        """The encoder's `merged`."""
         return {"encoder": {"merged": self.merged, "merging": self.rule}}
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
-        """Features pass: the encoder merged them, and gave `kept`."""
+        """Returns the features, which the encoder merged, with its `kept`."""
         del deterministic
         return features

@@ -5,7 +5,7 @@ from vlm_jax.types import VisualFeatures
 
 
 class UniformStride(KeepsFeatures):
-    """Keeps feature number i * N // num_kept of an image's N real ones, row by row."""
+    """Keeps feature number i * N // num_kept of an image's N unmasked ones, in row-major order."""
 
     kind = "uniform_stride"
 

@@ -1,4 +1,4 @@
-"""VisionZip: features that get much attention are kept, the others are merged into a few."""
+"""VisionZip: keeps features with high attention and merges the others into a few."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ from vlm_jax.types import VisualFeatures
 
 
 class Contextual(NamedTuple):
-    """Features that stand for others.
+    """Merged features.
 
     Attributes:
-      tokens: each is a target plus the mean of what joined it.
-      targets: their indices.
-      joins: 1 where a feature joins a target.
+      tokens: each is a target plus the mean of the features assigned to it.
+      targets: indices of the targets.
+      joins: 1 where a feature is assigned to a target.
     """
 
     tokens: Float[Array, "B C D"]
@@ -25,21 +25,21 @@ class Contextual(NamedTuple):
 
 
 class VisionZip(KeepsFeatures):
-    """Dominant features as they are, and contextual ones that stand for the rest.
+    """Dominant features unchanged, and contextual features merged from the rest.
 
-    The rest are taken at even steps, as targets; each of the others is added to the target whose key, averaged
-    over heads, is nearest by cosine: a target plus the mean of what came to it. Features stay in the order of
-    their places.
+    Targets are sampled from the rest at even steps; each other feature is assigned to the target whose key, averaged
+    over heads, is nearest by cosine: a contextual feature is a target plus the mean of those assigned to it. Features
+    stay in the order of their positions.
 
-    By the rule `as_released` the class token is the first feature, always stays and is one of the dominant, and the
-    contextual features stand behind these. The attention is that of the last block that is built: select layer -2,
-    as the release does.
+    By the rule `as_released` the class token is the first feature, is always kept and counts as dominant, and the
+    contextual features come after the dominant ones. The attention is of the last built block: use select_layer -2,
+    as in the release.
 
     Attributes:
       contextual_share: share of the budget that is contextual; rounded, and at least one feature is dominant.
 
-    Source: Yang et al. 2024 (VisionZip), sections 3.2 and 3.3; visionzip/clip_encoder.py, whose settings have
-    10 of 64 contextual. Deviation of `exact`: the class token is no feature, and so not among the dominant.
+    Source: Yang et al. 2024 (VisionZip), sections 3.2 and 3.3; visionzip/clip_encoder.py, where
+    10 of 64 are contextual. Deviation of `exact`: the class token is not among the features.
     """
 
     kind = "visionzip"
@@ -48,15 +48,15 @@ class VisionZip(KeepsFeatures):
 
     @property
     def num_contextual(self) -> int:
-        """Features that stand for others."""
+        """Number of contextual features."""
         return max(0, min(round(self.num_kept * self.contextual_share), self.num_kept - 1))
 
     def num_left(self, count: int) -> int:
-        """`num_kept`, or all where there are fewer; of the release the class token is one of them."""
+        """`num_kept`, or all where there are fewer; by `as_released` including the class token."""
         return min(self.num_kept, count + int(self.rule == "as_released"))
 
     def required_fields(self) -> dict[Part, dict[str, Any]]:
-        """The attention of the last block, head by head; of the release the class token too."""
+        """The attention of the last block, per head; by `as_released` also the class token."""
         return {"encoder": {"saliency": "heads"} | ({} if self.rule == "exact" else {"keep_class_token": True})}
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
@@ -66,8 +66,8 @@ class VisionZip(KeepsFeatures):
         saliency, keys = self.attended(features)
         released = self.rule == "as_released"
         if released and features.num_prefix != 1:
-            raise ValueError(f"{self.kind}: the released rule wants a class token: set {self.required_fields()}")
-        if released:  # the class token is kept before any other
+            raise ValueError(f"{self.kind}: the rule 'as_released' needs a class token: set {self.required_fields()}")
+        if released:  # the class token has the highest priority
             saliency = saliency.at[:, 0].set(jnp.inf)
         mask, count = features.mask, self.num_contextual
         size = min(self.num_kept, mask.shape[1])
@@ -92,9 +92,9 @@ def contextual(
     dominant: Int[Array, "B M"],
     count: int,
 ) -> Contextual:
-    """What `count` of the features that are not dominant become when the others join them."""
+    """`count` contextual features, merged from the features that are not dominant."""
     rest = ~marked(dominant, mask.shape[1])
-    order = jnp.argsort(jnp.where(rest, jnp.where(mask, 0, 1), 2), axis=1)  # the real rest, padding, dominant ones
+    order = jnp.argsort(jnp.where(rest, jnp.where(mask, 0, 1), 2), axis=1)  # the unmasked rest, padding, dominant ones
     step = jnp.maximum((rest & mask).sum(axis=1, keepdims=True) // count, 1)
     targets = pick(order, jnp.arange(count)[None] * step)
     merged = rest & mask & ~marked(targets, mask.shape[1])

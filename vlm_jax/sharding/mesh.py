@@ -15,14 +15,14 @@ DATA, FSDP, TENSOR, CONTEXT, EXPERT = "data", "fsdp", "tensor", "context", "expe
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    """Devices along each axis; their product is the number of devices, -1 takes what is left.
+    """Devices along each axis; their product is the number of devices, -1 takes the remaining ones.
 
     Attributes:
-      data: whole copies of the model, each with a share of the batch.
-      fsdp: shares of the batch and of every large parameter.
-      tensor: shares of heads, hidden widths and vocabulary.
-      context: shares of the sequence.
-      expert: shares of the experts.
+      data: copies of the model, each with a part of the batch.
+      fsdp: shards of the batch and of every large parameter.
+      tensor: shards of heads, hidden widths and vocabulary.
+      context: shards of the sequence.
+      expert: shards of the experts.
     """
 
     data: int = -1
@@ -33,11 +33,11 @@ class MeshSettings:
 
 
 def make_mesh(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays the devices out.
+    """Creates the mesh.
 
     Args:
       settings: the size of every axis.
-      devices: all of the process group's when None.
+      devices: devices of the mesh; all of the process group when None.
 
     Raises:
       ConfigError: more than one -1, or a product that is not the number of devices.
@@ -47,9 +47,9 @@ def make_mesh(settings: MeshSettings, devices: Sequence[Any] | None = None) -> M
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ConfigError(f"config.mesh: sizes are positive, and one at most is -1; got {sizes}")
+        raise ConfigError(f"config.mesh: expected positive sizes, at most one of them -1, got {sizes}")
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(f"config.mesh: {sizes} does not multiply to the {len(devices)} devices that there are")
+        raise ConfigError(f"config.mesh: the product of {sizes} is not the number of devices, {len(devices)}")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)

@@ -1,4 +1,4 @@
-"""Several processes of one run: who writes, what they agree on, how results reach every host."""
+"""Coordination of the processes of one run."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from jax.experimental import multihost_utils
 
 
 def is_primary() -> bool:
-    """Whether this process writes the run's files; all read them."""
+    """Whether this process writes the run's files; all processes read them."""
     return jax.process_index() == 0
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; every process must ask at the same step."""
+    """Whether the flag is set in any process; every process must call this at the same step."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
@@ -27,6 +27,6 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """A barrier: returns when every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,4 +1,4 @@
-"""Which mesh axis carries which logical axis; the first rule of a name wins."""
+"""Rules from logical axes to mesh axes; the first applicable rule of a name is used."""
 
 import contextlib
 from collections.abc import Iterator
@@ -42,8 +42,8 @@ BATCH_AXES = (DATA, FSDP)
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Mesh axes for one array.
 
-    A mesh axis serves one dimension only, the first that wants it; a dimension that the mesh
-    axis does not divide stays whole, since XLA shards evenly.
+    A mesh axis shards only one dimension, the first whose rule has it; a dimension that the mesh
+    axis does not divide is not sharded, since XLA shards evenly.
 
     Raises:
       KeyError: a logical name without a rule.
@@ -65,17 +65,17 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of a tree whose leaves carry logical names.
+    """A NamedSharding for every leaf of a tree whose leaves have logical names.
 
     Args:
-      boxed: shapes (or arrays) as `init` gives them, in Flax's `LogicallyPartitioned` boxes;
+      boxed: shapes (or arrays) from `init`, in Flax's `LogicallyPartitioned` boxes;
         a leaf without a box, such as a step counter, is replicated.
       mesh: the mesh of the run.
     """
 
     def of(leaf):
         if isinstance(leaf, nn.LogicallyPartitioned):
-            if not jax.tree.leaves(leaf.value):  # what an optimizer masks out
+            if not jax.tree.leaves(leaf.value):  # leaves that an optimizer masks
                 return leaf.value
             return NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
@@ -85,18 +85,18 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Traces inside see the mesh and the rules, so that activations' constraints take effect.
+    """Sets the mesh and the rules for tracing, so that activations' constraints take effect.
 
-    `with mesh:` would not do: Flax's logical constraints are silent no-ops under it.
+    `with mesh:` is not enough: Flax's logical constraints are silent no-ops under it.
     """
     with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(RULES.items())):
         yield
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters are laid out on; None where they are on one device."""
+    """The mesh of the parameters; None where they are on one device."""
     for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)  # arrays of NumPy have none
+        sharding = getattr(leaf, "sharding", None)  # NumPy arrays have none
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             return sharding.mesh
     return None

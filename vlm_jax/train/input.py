@@ -1,4 +1,4 @@
-"""From a stage's stream to device batches."""
+"""Batches of a stage's stream."""
 
 import functools
 import os
@@ -118,7 +118,7 @@ def stage_batches(
     num_workers: int = 0,
     folder: str | os.PathLike[str] | None = None,
 ) -> grain.DatasetIterator[Any]:
-    """This process's share of a stage's batches, from the first; its state can be saved and set.
+    """This process's part of a stage's batches, from the first; its state can be saved and set.
 
     Args:
       experiment, stage, seed, folder: as of `rows`.

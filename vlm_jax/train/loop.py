@@ -1,4 +1,4 @@
-"""The one training loop: stages, checkpoints, resumption, metrics."""
+"""The training loop: stages, checkpoints, resumption, metrics."""
 
 import contextlib
 import dataclasses
@@ -33,11 +33,11 @@ Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps in all, th
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; everything is saved, and the same command goes on."""
+    """The run was stopped by SIGTERM; everything is saved, and rerunning the command resumes."""
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number; the message names the step."""
+    """The loss is not finite; the message names the step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +46,10 @@ class LoopSettings:
 
     Attributes:
       save_every: steps between checkpoints; one is also saved at the end of every stage.
-      keep: newest checkpoints that stay.
-      log_every: steps between writes of `metrics.jsonl`, which has a line for each step.
-      input_workers: processes that make the batches; 0 leaves it to a thread of the loop's own process. They are
-        enough where `input_seconds` in `metrics.jsonl`, for which a step's devices waited for its batch, is about 0.
+      keep: number of newest checkpoints to keep.
+      log_every: steps between writes of `metrics.jsonl`, which has one line per step.
+      input_workers: processes that load batches; 0 uses a thread of the loop's process. There are
+        enough if `input_seconds` in `metrics.jsonl`, the time for which devices waited for a batch, is about 0.
     """
 
     save_every: int = 200
@@ -59,12 +59,12 @@ class LoopSettings:
 
     def __post_init__(self):
         if self.input_workers < 0:
-            raise ConfigError(f"config.loop.input_workers: 0 or more expected, got {self.input_workers}")
+            raise ConfigError(f"config.loop.input_workers: expected 0 or more, got {self.input_workers}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished run gives.
+    """The result of a finished run.
 
     Attributes:
       params: parameters by part, on the mesh.
@@ -78,25 +78,25 @@ class Outcome:
 
 
 def is_done(metrics: Any) -> bool:
-    """Whether the step that gives `metrics` has been taken; so it is of None, which is no step's."""
+    """Whether the step that returns `metrics` is finished; True for None, before the first step."""
     return all(value.is_ready() for value in jax.tree.leaves(metrics))
 
 
 class Trainer:
-    """Takes a config's stages from wherever its workdir stands to their end.
+    """Runs the stages of a config, resuming from its workdir.
 
     Args:
       config: the run's config; see `configs/base.py`.
-      experiment: what `build(config)` made.
-      mesh: devices.
+      experiment: from `build(config)`.
+      mesh: mesh of devices.
       workdir: the run's folder, local or `gs://`.
-      init_from: checkpoint directory of another run, or a folder that `cli.convert` made of a release,
-        whose parts this run starts from; None to start from scratch.
-      init_parts: the parts that are read there; the others are drawn.
-      progress: called after every step that was logged.
+      init_from: checkpoint directory of another run, or a folder that `cli.convert` wrote,
+        from which this run's parts are initialised; None to start from scratch.
+      init_parts: the parts to read from there; the others are randomly initialised.
+      progress: called after every logged step.
 
     Raises:
-      ConfigError: a stage that cannot be run, or a workdir of another config.
+      ConfigError: an invalid stage, or a workdir of another config.
     """
 
     def __init__(
@@ -123,15 +123,15 @@ class Trainer:
 
     @property
     def num_steps(self) -> int:
-        """Steps of all stages."""
+        """Number of steps of all stages."""
         return self._spans[-1].stop
 
     def run(self) -> Outcome:
-        """Trains what is left.
+        """Trains the remaining steps.
 
         Raises:
-          Interrupted: SIGTERM came; the state is saved.
-          Diverged: the loss is not finite; the checkpoint before it stays.
+          Interrupted: SIGTERM was received; the state is saved.
+          Diverged: the loss is not finite; the previous checkpoint is kept.
           CheckpointError: a checkpoint cannot be written or read.
         """
         checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
@@ -192,7 +192,7 @@ class Trainer:
             logs = last or step % self._settings.log_every == 0 or step % self._settings.save_every == 0
             if jax.process_count() == 1:
                 stops = self._stop
-            else:  # processes agree where they log, so that none waits for the others at every step
+            else:  # processes synchronise when they log, so that they do not wait for each other at every step
                 stops = logs and any_process(self._stop)
             due = step % self._settings.save_every == 0 or stops
             if logs or due:
@@ -230,9 +230,9 @@ class Trainer:
         return program
 
     def _next(self, iterator: Any, metrics: Any) -> tuple[Any, float]:
-        """The next batch on the devices, and the seconds that they may have stood still for it.
+        """The next batch on the devices, and an upper bound of the seconds that they were idle for it.
 
-        None while they are busy with the step of `metrics`; else the time until the batch came, at most.
+        0 while they run the step of `metrics`; else the time until the batch was ready.
         """
         since = time.perf_counter()
         batch = next(iterator)
@@ -254,7 +254,7 @@ class Trainer:
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
 
     def _first_state(self, span: Span) -> TrainState:
-        """Parameters on their devices: read from the release or the run that this one starts from, or drawn."""
+        """Parameters on their devices: read from the initial release or run, or randomly initialised."""
         read = () if self._init_from is None else self._init_parts
         params = self.experiment.initial(jax.random.key(self._seed), self.mesh, without=read)
         if self._init_from is not None:
@@ -299,13 +299,13 @@ class Trainer:
             stage, path = span.stage, f"config.stages.{span.stage.label}"
             if stage.objective not in OBJECTIVES:
                 raise ConfigError(
-                    f"{path}.objective: none '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}"
+                    f"{path}.objective: unknown '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}"
                 )
             if stage.stream not in self.experiment.source.streams:
                 streams = self.experiment.source.streams
-                raise ConfigError(f"{path}.stream: none '{stage.stream}'{did_you_mean(stage.stream, streams)}")
+                raise ConfigError(f"{path}.stream: unknown '{stage.stream}'{did_you_mean(stage.stream, streams)}")
             if (stage.stream == "cells") != (stage.objective == "read_cells"):
-                raise ConfigError(f"{path}: the objective read_cells and the stream cells go together")
+                raise ConfigError(f"{path}: the objective read_cells requires the stream cells, and vice versa")
             for part in stage.learning_rates:
                 if part not in self._boxed:
                     raise ConfigError(f"{path}.learning_rates.{part}: no such part{did_you_mean(part, self._boxed)}")

@@ -1,7 +1,7 @@
-"""What a stage minimises: one entry a kind, all with one signature.
+"""Training objectives, with one signature.
 
-An objective is called with the parameters of all parts, a batch of the kind that its streams
-yield, and a key for whatever it draws; it returns the loss and named scalars beside it.
+An objective is called with the parameters of all parts, a batch of its stream,
+and a random key; it returns the loss and named scalar metrics.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch
 Metrics = dict[str, jax.Array]
 Objective = Callable[[dict[str, Any], Any, jax.Array], tuple[jax.Array, Metrics]]
 
-BOX_WEIGHT = 5.0  # of the boxes' L1 against the classes' cross entropy, as in DETR
+BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
 
 def next_token(experiment: Experiment) -> Objective:
-    """Cross entropy of the answers' tokens, given images (or text alone) and questions.
+    """Cross entropy of the answers' tokens, given images (or only text) and questions.
 
     What modules sow into the collection `losses`, such as a router's balance loss, is added to it. The metric
     `padding_share` is the share of the rows' positions that are padding.
@@ -52,9 +52,9 @@ def read_cells(experiment: Experiment) -> Objective:
     """Class and box of every cell of a page: dense supervision of the encoder.
 
     Source: cross entropy and 5 times L1 as in Carion et al. 2020 (DETR), section 3.1, without
-    the matching, since a cell knows its target.
+    the matching, since every cell has a target.
     """
-    reader = cast(CellReader, experiment.cell_reader)  # there is one where a stage has this objective
+    reader = cast(CellReader, experiment.cell_reader)  # set where a stage has this objective
 
     def loss(params: dict[str, Any], batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del key

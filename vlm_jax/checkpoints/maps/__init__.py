@@ -1,1 +1,1 @@
-"""One table of rules a model family: `rules(config) -> tuple[Rule, ...]`."""
+"""Tables of rules by model family, as functions that return `tuple[Rule, ...]`."""

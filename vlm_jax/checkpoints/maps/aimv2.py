@@ -1,4 +1,4 @@
-"""AIMv2 as Ovis 2 stores it, under its own names and under those of the port in transformers."""
+"""AIMv2 in Ovis 2, under the names of the release and of transformers."""
 
 from vlm_jax.checkpoints.maps.torch_layers import conv, fused, linear, rms_norm
 from vlm_jax.checkpoints.ops import Reshape
@@ -15,7 +15,7 @@ def encoder_rules(*, width: int, num_patches: int, qkv_bias: bool, use_bias: boo
       width: residual width.
       num_patches: rows of the position table.
       qkv_bias: whether query, key and value have biases.
-      use_bias: whether the blocks' other linear layers have.
+      use_bias: whether the blocks' other linear layers have biases.
     """
     block = "trunk.blocks.{layer}"
     positions = Reshape((1, num_patches, width), (num_patches, width))

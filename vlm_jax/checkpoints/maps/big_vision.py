@@ -1,8 +1,8 @@
-"""Vision and text towers under the names of vision_transformer and of big_vision, `/` between the parts.
+"""Vision and text towers under the names of vision_transformer and of big_vision, parts separated by `/`.
 
-Both keep heads apart in the shapes of attention (`[width, heads, head_dim]`). vision_transformer numbers
-the layers of a block through (`LayerNorm_0`, `MultiHeadDotProductAttention_1`, ..), big_vision each kind
-from 0, and where big_vision scans over depth, its blocks are stacked already.
+Both have a separate head axis in attention (`[width, heads, head_dim]`). vision_transformer numbers
+all layers of a block consecutively (`LayerNorm_0`, `MultiHeadDotProductAttention_1`, ..), big_vision each kind
+from 0, and where big_vision scans over depth, its blocks are already stacked.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from vlm_jax.checkpoints.rules import Rule
 
 
 class Sizes(NamedTuple):
-    """Of a transformer: residual width and attention heads."""
+    """Residual width and attention heads of a transformer."""
 
     width: int
     num_heads: int
@@ -27,7 +27,7 @@ _MAP_HEAD = {"attention": "MultiHeadDotProductAttention_0", "norm": "LayerNorm_0
 
 
 def dense(source: str, target: str) -> tuple[Rule, ...]:
-    """A Flax `Dense` or `Conv`, whose kernel is ours already."""
+    """A Flax `Dense` or `Conv`, whose kernel has our layout."""
     return (Rule(f"{source}/kernel", f"{target}/kernel"), Rule(f"{source}/bias", f"{target}/bias"))
 
 
@@ -61,11 +61,11 @@ def _mlp(source: str, target: str) -> tuple[Rule, ...]:
 
 
 def encoder_rules(source: str, sizes: Sizes, names: Mapping[str, str], *, scanned: bool) -> tuple[Rule, ...]:
-    """Blocks and the norm behind them.
+    """Blocks and the norm after them.
 
     Args:
       source: the encoder's name: `Transformer` or `Encoder_0`.
-      sizes: of its blocks.
+      sizes: sizes of its blocks.
       names: `BIG_VISION` or `VISION_TRANSFORMER`.
       scanned: whether the release stacks its blocks.
     """
@@ -92,10 +92,10 @@ def map_head_rules(sizes: Sizes) -> tuple[Rule, ...]:
 
 
 def vit_rules(sizes: Sizes, num_positions: int, *, scanned: bool) -> tuple[Rule, ...]:
-    """A ViT of big_vision, with every head that it may have.
+    """A ViT of big_vision, with all its optional heads.
 
     Args:
-      sizes: of its blocks.
+      sizes: sizes of its blocks.
       num_positions: rows of the position table.
       scanned: whether the release stacks its blocks.
     """
@@ -111,7 +111,7 @@ def vit_rules(sizes: Sizes, num_positions: int, *, scanned: bool) -> tuple[Rule,
 
 
 def naflex_rules(sizes: Sizes, table_side: int, *, scanned: bool) -> tuple[Rule, ...]:
-    """A NaFlex ViT of big_vision, with every head that it may have."""
+    """A NaFlex ViT of big_vision, with all its optional heads."""
     positions = Reshape((table_side, table_side, sizes.width), (table_side**2, sizes.width))
     return (
         *dense("embedding", "patch_embed"),
@@ -123,7 +123,7 @@ def naflex_rules(sizes: Sizes, table_side: int, *, scanned: bool) -> tuple[Rule,
 
 
 def text_rules(sizes: Sizes, context_length: int, *, scanned: bool) -> tuple[Rule, ...]:
-    """A text tower of big_vision, with every head that it may have."""
+    """A text tower of big_vision, with all its optional heads."""
     positions = Reshape((1, context_length, sizes.width), (context_length, sizes.width))
     return (
         Rule("Embed_0/embedding", "embedding/embedding"),
@@ -140,11 +140,11 @@ def two_tower_rules() -> tuple[Rule, ...]:
 
 
 def vision_transformer_rules(sizes: Sizes, num_positions: int, *, class_token: bool) -> tuple[Rule, ...]:
-    """A ViT of vision_transformer; with a class token the position table's first row is its own.
+    """A ViT of vision_transformer; with a class token the first row of the position table is the class token's.
 
     Args:
-      sizes: of its blocks.
-      num_positions: rows of the position table, that of the class token among them.
+      sizes: sizes of its blocks.
+      num_positions: rows of the position table, including that of the class token.
       class_token: whether there is one.
     """
     width = sizes.width

@@ -10,7 +10,7 @@ def encoder_rules(width: int, num_patches: int, *, qkv_bias: bool) -> tuple[Rule
 
     Args:
       width: residual width.
-      num_patches: rows of the position table, without that of the class token.
+      num_patches: rows of the position table, without the class token's.
       qkv_bias: whether the fused product has a bias.
     """
     block, target = "encoder.layers.{layer}", "blocks/layers"

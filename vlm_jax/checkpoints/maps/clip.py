@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and SigLIP 2 as transformers names them: one set of names for the towers of all three."""
+"""CLIP, SigLIP and SigLIP 2 under the names of transformers, which are shared by their towers."""
 
 from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear
 from vlm_jax.checkpoints.ops import CONV2D, LINEAR, Op, Reshape, Split, patch_linear
@@ -109,7 +109,7 @@ def siglip_text_rules() -> tuple[Rule, ...]:
 
 
 def clip_rules() -> tuple[Rule, ...]:
-    """What CLIP has beside its towers: projections and the logarithm of the scale."""
+    """CLIP's parameters outside its towers: projections and the logarithm of the scale."""
     return (
         Rule("logit_scale", "log_scale"),
         Rule("visual_projection.weight", "image/projection/kernel", LINEAR),
@@ -118,6 +118,6 @@ def clip_rules() -> tuple[Rule, ...]:
 
 
 def siglip_rules() -> tuple[Rule, ...]:
-    """What SigLIP has beside its towers: the logarithm of the scale, and the bias."""
+    """SigLIP's parameters outside its towers: the logarithm of the scale, and the bias."""
     one = Reshape((1,), ())
     return (Rule("logit_scale", "log_scale", one), Rule("logit_bias", "bias", one))

@@ -1,4 +1,4 @@
-"""DeepSeek-V2's language models, as their release and transformers name them."""
+"""DeepSeek-V2's language models, under the names of their release and of transformers."""
 
 from collections.abc import Iterable
 
@@ -24,7 +24,7 @@ def block_rules(target: str, where: Where) -> tuple[Rule, ...]:
 
 
 def plain_attention_rules(target: str, where: Where) -> tuple[Rule, ...]:
-    """Attention as in Llama."""
+    """Multi-head attention, as in Llama."""
     names = {"q": "query", "k": "key", "v": "value", "o": "out"}
     rules = [
         linear(f"{_BLOCK}.self_attn.{released}_proj", f"{target}/attention/{ours}", bias=False, where=where)
@@ -47,7 +47,7 @@ def latent_attention_rules(
 ) -> tuple[Rule, ...]:
     """Latent attention; the arguments are fields of `LatentAttention`.
 
-    Released rotary parts are interleaved (coordinate 2 i turns with 2 i + 1), ours are half-split.
+    Released rotary parts are interleaved (coordinate 2 i is rotated with 2 i + 1), ours are half-split.
     """
     theirs, ours = f"{_BLOCK}.self_attn", f"{target}/attention"
     turned = half_split(rope_dim)
@@ -81,13 +81,13 @@ def dense_rules(target: str, where: Where) -> tuple[Rule, ...]:
 
 
 def experts_rules(target: str, where: Where, *, shared: bool, bias: bool) -> tuple[Rule, ...]:
-    """Mixtures of experts: each expert has released tensors of its own, and ours are stacked.
+    """Mixtures of experts: each expert has separate released tensors, and ours are stacked.
 
     Args:
       target: the stack's blocks.
       where: their layers.
       shared: whether there are shared experts.
-      bias: whether the router has a bias that selects.
+      bias: whether the router has a selection bias.
     """
     theirs, ours = f"{_BLOCK}.mlp", f"{target}/mlp"
     rules = [Rule(f"{theirs}.gate.weight", f"{ours}/router/kernel", LINEAR, where)]
@@ -103,12 +103,12 @@ def experts_rules(target: str, where: Where, *, shared: bool, bias: bool) -> tup
 
 
 def half_split(rope_dim: int) -> tuple[int, ...]:
-    """Which coordinate of an interleaved rotary part comes where in a half-split one."""
+    """The permutation from an interleaved rotary part to a half-split one."""
     return (*range(0, rope_dim, 2), *range(1, rope_dim, 2))
 
 
 def per_head(num_heads: int, content_dim: int, turned: Iterable[int]) -> tuple[int, ...]:
-    """The same for all heads, one under the other, each with a content part in front."""
+    """The same permutation for all heads, concatenated, each starting with its content part."""
     head = (*range(content_dim), *(content_dim + i for i in turned))
     return tuple(start * len(head) + i for start in range(num_heads) for i in head)
 

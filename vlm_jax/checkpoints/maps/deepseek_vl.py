@@ -1,4 +1,4 @@
-"""DeepSeek-VL's vision towers and projector under the names of its own release."""
+"""DeepSeek-VL's vision towers and projector under the names of its release."""
 
 from vlm_jax.checkpoints.maps.sam import SEGMENT_ANYTHING, encoder_rules, neck_rules
 from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear, linear_stack
@@ -7,7 +7,7 @@ from vlm_jax.checkpoints.rules import Rule, prefixed
 
 
 def siglip_rules(*, num_patches: int, width: int) -> tuple[Rule, ...]:
-    """The SigLIP tower, in timm's names -> `ViT`; query, key and value are one product there.
+    """The SigLIP tower, in timm's names -> `ViT`; there, query, key and value are one linear layer.
 
     Args:
       num_patches: rows of the position table.
@@ -41,7 +41,7 @@ def sam_rules(
 
     Args:
       grid, width, neck_dim, runs: as in `sam.encoder_rules`.
-      num_downsamples: convolutions behind the neck.
+      num_downsamples: convolutions after the neck.
     """
     branch = ("neck_hd.0", "neck_hd.1", "neck_hd.2", "neck_hd.3")
     rules = [*encoder_rules(SEGMENT_ANYTHING, grid=grid, width=width, neck_dim=neck_dim, runs=runs)]

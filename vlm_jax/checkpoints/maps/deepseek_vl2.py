@@ -9,7 +9,7 @@ def projector_rules(*, width: int, factor: int, hidden_dim: int, depth: int) -> 
     """`downsample_mlp_gelu`, after its prefix -> `PixelShuffle` without a norm.
 
     Args:
-      width: of the vision tower's features.
+      width: width of the vision tower's features.
       factor: side of a square, the release's downsample_ratio.
       hidden_dim: outputs of the first linear layer.
       depth: linear layers.
@@ -19,7 +19,7 @@ def projector_rules(*, width: int, factor: int, hidden_dim: int, depth: int) -> 
 
 
 def unfolded(width: int, side: int, features: int) -> Op:
-    """A torch weight on what `torch.nn.functional.unfold` gives (channel, row, column) -> (row, column, channel)."""
+    """A torch weight on the order of `torch.nn.functional.unfold` (channel, row, column) -> (row, column, channel)."""
     window, rows = (side, side), width * side * side
     return Chain(
         LINEAR,

@@ -1,4 +1,4 @@
-"""InternViT and the projector, under the names of InternVL's own release and of transformers."""
+"""InternViT and the projector, under the names of InternVL's release and of transformers."""
 
 from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear, linear_stack, rms_norm
 from vlm_jax.checkpoints.ops import Chain, Reshape, Split
@@ -8,11 +8,11 @@ _BLOCK, _OURS = "encoder.layers.{layer}", "blocks/layers"
 
 
 def encoder_rules(*, width: int, num_patches: int, qkv_bias: bool, rms: bool) -> tuple[Rule, ...]:
-    """InternViT, after `vision_model.`; where queries and keys are normalised there are two more norms a block.
+    """InternViT, after `vision_model.`; where queries and keys are normalised there are two more norms per block.
 
     Args:
       width: residual width.
-      num_patches: rows of the position table, without that of the class token.
+      num_patches: rows of the position table, without the class token's.
       qkv_bias: whether query, key and value have biases.
       rms: whether the blocks' norms are RMSNorms, which have no bias.
     """
@@ -45,7 +45,7 @@ def _tables(class_token: str, positions: str, width: int, num_patches: int) -> t
 
 
 def hf_encoder_rules(*, width: int, num_patches: int, qkv_bias: bool, rms: bool) -> tuple[Rule, ...]:
-    """InternViT in transformers, after `vision_tower.`; arguments as of `encoder_rules`."""
+    """InternViT in transformers, after `vision_tower.`; arguments as in `encoder_rules`."""
     block, norm = "encoder.layer.{layer}", rms_norm if rms else layer_norm
     rules = [
         *_tables("embeddings.cls_token", "embeddings.position_embeddings", width, num_patches),

@@ -8,7 +8,7 @@ def ldp_rules(width: int, squeezed_dim: int) -> tuple[Rule, ...]:
     """`ldpnet` -> `LDP`; the first module of each sequence is an identity.
 
     Args:
-      width: of the decoder.
+      width: width of the decoder.
       squeezed_dim: hidden width of squeeze-and-excite.
     """
     rules = [*linear_stack("model.mlp", "mlp", 2, start=1)]

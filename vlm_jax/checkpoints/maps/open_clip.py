@@ -1,4 +1,4 @@
-"""CLIP as openai/CLIP and open_clip name it: ViT, ModifiedResNet, text tower."""
+"""CLIP under the names of openai/CLIP and open_clip: ViT, ModifiedResNet, text tower."""
 
 from vlm_jax.checkpoints.maps.torch_layers import conv, fused, layer_norm, linear
 from vlm_jax.checkpoints.ops import CONV2D, Reshape, Split
@@ -70,7 +70,7 @@ def clip_rules(vision: tuple[Rule, ...], text_width: int) -> tuple[Rule, ...]:
     """The whole model.
 
     Args:
-      vision: the rules of its image tower.
+      vision: rules of the image tower.
       text_width: residual width of the text tower.
     """
     text = (

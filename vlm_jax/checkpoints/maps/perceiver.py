@@ -7,7 +7,7 @@ _MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
 def perceiver_rules() -> tuple[Rule, ...]:
-    """The feed-forward to the decoder's width, and the resampler behind it."""
+    """The feed-forward to the decoder's width, and the resampler after it."""
     projection = [rule for name, ours in _MLP.items() for rule in linear(name, ours, bias=False)]
     return (
         *prefixed(projection, "modality_projection.", "projection/"),
@@ -16,7 +16,7 @@ def perceiver_rules() -> tuple[Rule, ...]:
 
 
 def resampler_rules() -> tuple[Rule, ...]:
-    """The resampler alone, under the names of its class."""
+    """Only the resampler, under the names of its class."""
     block = "layers.{layer}"
     names = {f"self_attn.{name[0]}_proj": f"attention/{name}" for name in ("query", "key", "value")}
     names |= {"self_attn.o_proj": "attention/out"} | {f"mlp.{name}": f"mlp/{ours}" for name, ours in _MLP.items()}

@@ -1,4 +1,4 @@
-"""The Q-Formers of BLIP-2 and InstructBLIP, in released files under `qformer.`, and what stands around them."""
+"""The Q-Formers of BLIP-2 and InstructBLIP, in released files under `qformer.`, with their queries and projection."""
 
 from vlm_jax.checkpoints.maps.torch_layers import Where, layer_norm, linear
 from vlm_jax.checkpoints.ops import Reshape
@@ -13,8 +13,8 @@ def qformer_rules(depth: int, every: int, *, instruction: bool) -> tuple[Rule, .
 
     Args:
       depth: number of layers.
-      every: distance of the layers with cross-attention.
-      instruction: whether it reads one (InstructBLIP).
+      every: interval of the layers with cross-attention.
+      instruction: whether it takes an instruction (InstructBLIP).
     """
     embeddings = "embeddings." if instruction else ""
     rules = [*layer_norm(f"{embeddings}layernorm", "norm")]
@@ -44,6 +44,6 @@ def _layer_rules(number: str, target: str, reads_features: bool, instruction: bo
 
 
 def connector_rules(num_queries: int, width: int) -> tuple[Rule, ...]:
-    """What a whole model has beside its Q-Former: the queries and the layer to the decoder's width."""
+    """A full model's parameters outside its Q-Former: the queries and the layer to the decoder's width."""
     queries = Reshape((1, num_queries, width), (num_queries, width))
     return (Rule("query_tokens", "queries", queries), *linear("language_projection", "projection"))

@@ -6,7 +6,7 @@ from vlm_jax.checkpoints.rules import Rule
 
 
 def encoder_rules(width: int, num_heads: int) -> tuple[Rule, ...]:
-    """The ViT, whose fused product comes head by head.
+    """The ViT, whose fused query-key-value weight is ordered by head.
 
     Args:
       width: residual width.
@@ -31,7 +31,7 @@ def encoder_rules(width: int, num_heads: int) -> tuple[Rule, ...]:
 
 
 def resampler_rules(width: int) -> tuple[Rule, ...]:
-    """The resampler alone, under the names of its class; `kv_proj` is absent where widths are equal."""
+    """Only the resampler, under the names of its class; `kv_proj` is absent where widths are equal."""
     heads = tuple(f"attention/{name}" for name in ("query", "key", "value"))
     return (
         Rule("query", "queries"),
@@ -45,5 +45,5 @@ def resampler_rules(width: int) -> tuple[Rule, ...]:
 
 
 def projection_rules() -> tuple[Rule, ...]:
-    """The norm and the product behind the resampler, which the tower holds."""
+    """The norm and the projection after the resampler, which are part of the release's tower."""
     return (*layer_norm("ln_post", "post_norm"), Rule("proj", "projection/kernel"))

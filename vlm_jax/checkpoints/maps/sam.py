@@ -9,7 +9,7 @@ from vlm_jax.checkpoints.rules import Rule
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """What a release calls the parts; those of attention and of the feed-forward are common to all.
+    """A release's names of the parts; those of attention and of the feed-forward are the same in all.
 
     Attributes:
       patch_embed: the convolution of the patches.
@@ -51,7 +51,7 @@ def encoder_rules(
       grid: rows and columns of patches.
       width: residual width.
       neck_dim: channels of the neck.
-      runs: name of every scanned stack and the blocks that it holds (`encoders.sam.block_runs`).
+      runs: name of every scanned stack and its blocks (`encoders.sam.block_runs`).
       qkv_bias: whether query, key and value have biases.
     """
     positions = Reshape((1, *grid, width), (grid[0] * grid[1], width))

@@ -6,7 +6,7 @@ from vlm_jax.checkpoints.rules import Rule
 
 
 def encoder_rules(*, width: int, window: tuple[int, ...] | None, table: bool) -> tuple[Rule, ...]:
-    """Patches, positions and blocks of a `Siglip2NaViT`. `post_layernorm` is stored and never used.
+    """Patches, positions and blocks of a `Siglip2NaViT`. `post_layernorm` is stored but never used.
 
     Args:
       width: residual width.

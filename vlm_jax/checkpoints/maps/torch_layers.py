@@ -1,4 +1,4 @@
-"""The rules of single layers as torch stores them: `weight` and `bias` under a prefix."""
+"""The rules of single torch layers: `weight` and `bias` under a prefix."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ def linear(source: str, target: str, *, bias: bool = True, where: Where | None =
 
 
 def linear_stack(source: str, target: str, depth: int, *, start: int = 0) -> tuple[Rule, ...]:
-    """A `torch.nn.Sequential` of `depth` linear layers with an activation between any two -> `Mlp`.
+    """A `torch.nn.Sequential` of `depth` linear layers with activations between them -> `Mlp`.
 
     Args:
       source: its name.
@@ -60,7 +60,7 @@ def fused(
     weight: str = ".weight",
     bias_name: str = ".bias",
 ) -> tuple[Rule, ...]:
-    """One product for several of equal width, one under the other -> a `Dense` each."""
+    """One weight of several concatenated linear layers of equal width -> a `Dense` each."""
     sizes = (width,) * len(targets)
 
     def rule(ending: str, parameter: str, op: Op) -> Rule:
@@ -81,5 +81,5 @@ def conv_of_patches(features: int, window: tuple[int, ...]) -> Op:
 
 
 def rms_norm(source: str, target: str, *, where: Where | None = None) -> tuple[Rule, ...]:
-    """An RMSNorm, which has a weight alone -> `Norm`."""
+    """An RMSNorm, which has only a weight -> `Norm`."""
     return (Rule(f"{source}.weight", f"{target}/scale", where=where or {}),)

@@ -29,7 +29,7 @@ def qwen_rules(heads_width: int) -> tuple[Rule, ...]:
     """Blocks and final norm of Qwen (v1), after `transformer.`.
 
     Args:
-      heads_width: of all query heads side by side.
+      heads_width: total width of all query heads.
     """
     block = "h.{layer}"
     heads = tuple(f"{_OURS}/attention/{name}" for name in ("query", "key", "value"))
@@ -46,7 +46,7 @@ def qwen_rules(heads_width: int) -> tuple[Rule, ...]:
 
 
 def internlm2_rules(*, width: int, num_heads: int, num_kv_heads: int) -> tuple[Rule, ...]:
-    """Blocks and final norm of InternLM2, after `model.`; each head of keys and values follows its query heads."""
+    """Blocks and final norm of InternLM2, after `model.`; each key-value head follows its query heads."""
     head_dim = width // num_heads
     rows = (num_heads // num_kv_heads * head_dim, head_dim, head_dim)
     heads = tuple(f"{_OURS}/attention/{name}/kernel" for name in ("query", "key", "value"))
@@ -63,12 +63,12 @@ def internlm2_rules(*, width: int, num_heads: int, num_kv_heads: int) -> tuple[R
 
 
 def vocabulary_rules(embedding: str, head: str, *, tied: bool, stored: bool) -> tuple[Rule, ...]:
-    """The embedding table and the head, by their whole released keys.
+    """The embedding table and the head, by their full released keys.
 
     Args:
       embedding: key of the table.
       head: key of the head.
-      tied: whether the table is the head.
+      tied: whether the table is also the head.
       stored: whether a tied checkpoint stores the table a second time, as the head.
     """
     table = "embedding/embedding"

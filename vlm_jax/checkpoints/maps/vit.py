@@ -1,4 +1,4 @@
-"""ViT as transformers names it."""
+"""ViT under the names of transformers."""
 
 from vlm_jax.checkpoints.maps.torch_layers import conv, layer_norm, linear
 from vlm_jax.checkpoints.ops import Chain, Reshape, Split
@@ -10,7 +10,7 @@ def encoder_rules(width: int, num_patches: int, *, qkv_bias: bool) -> tuple[Rule
 
     Args:
       width: residual width.
-      num_patches: rows of the position table, without that of the class token.
+      num_patches: rows of the position table, without the class token's.
       qkv_bias: whether query, key and value have biases.
     """
     block, target = "encoder.layer.{layer}", "blocks/layers"

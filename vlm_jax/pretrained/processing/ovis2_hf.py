@@ -1,4 +1,4 @@
-"""Ovis 2 as transformers ports it, whose tiles are not those of the release."""
+"""Ovis 2 in the format of transformers, whose tiles differ from the release's."""
 
 from collections.abc import Mapping
 from typing import Any

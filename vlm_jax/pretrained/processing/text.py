@@ -1,4 +1,4 @@
-"""Language models alone."""
+"""Text-only language models."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from vlm_jax.processors.views import NoViews
 
 
 def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
-    """A chat template and a tokenizer; conversations have no pictures."""
+    """A processor with a chat template and a tokenizer, without views."""
     tokenizer = Tokenizer.from_folder(folder)
     prompt = TemplatePrompt(ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, joined="", begins=False)
     ends = ()
