@@ -1,8 +1,7 @@
 """The sections that every runnable config has, at sizes for pages of handwritten digits.
 
-A runnable config calls `get_config()`, changes what differs and returns it locked. Every key has a
-reader, which documents it: `vlm_jax/build.py` for what is built, the settings classes that it names
-for the rest. No value is derived here.
+A runnable config calls `get_config()`, changes some values and returns it locked. Every key is documented
+by the class that reads it: modules and settings classes used in `vlm_jax/build`. No value is derived here.
 """
 
 from ml_collections import ConfigDict
@@ -13,12 +12,12 @@ def get_config() -> ConfigDict:
     """A small model for 4x4 pages of 48 pixels: 16 patches at full budget."""
     config = ConfigDict()
     config.seed = 0
-    # A released folder, or its name on the hub, whose parts, processor and template are taken; None: the sections below
-    # describe all.
+    # A released folder, or its name on the hub, from which parts, processor and template are taken; None: the sections
+    # below describe everything.
     config.release = placeholder(str)
     config.dtype = "float32"
     config.param_dtype = "float32"
-    # Visual tokens that reach the decoder, whatever the connector: of one image with all its tiles (or a
+    # Visual tokens that reach the decoder, for any connector: of one image with all its tiles (or a
     # clip with all its frames), of each tile, or of each frame.
     config.token_budget = 16
     config.token_budget_per = "image"
@@ -56,8 +55,19 @@ def get_config() -> ConfigDict:
             "independent_turns": True,
         }
     )
-    # Positions of a training row: text, and the visual tokens that the budget adds to it.
-    config.row = ConfigDict({"text_length": 60, "length": placeholder(int), "images": placeholder(int)})
+    # Positions of a training row: text, and the visual tokens that the budget adds to it. With `pack` several samples
+    # share a row of `length` positions and `images` tiles.
+    config.row = ConfigDict(
+        {
+            "text_length": 60,
+            "length": placeholder(int),
+            "images": placeholder(int),
+            "pictures": placeholder(int),
+            "kept": placeholder(tuple),
+            "pack": False,
+            "buckets": 1,
+        }
+    )
     config.encoder = ConfigDict(
         {
             "kind": "vit",
@@ -80,13 +90,13 @@ def get_config() -> ConfigDict:
             "num_heads": 4,
             "num_kv_heads": 4,
             "mlp_dim": 256,
-            "rope": {"theta": 100.0},  # sequences are at most 128 positions long
+            "rope": {"theta": 100.0},  # sequences have at most 128 positions
             "tie_embeddings": False,
             "remat": "dots",
         }
     )
 
-    # Stages in the order that they are run in; each is described under `stages`.
+    # Stages in the order in which they run; each is described under `stages`.
     config.schedule = ()
     config.stages = ConfigDict()
     config.optimizer = ConfigDict(

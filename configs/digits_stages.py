@@ -1,10 +1,10 @@
-"""Stages for the pages of digits: learn to see, learn to answer, then join the two."""
+"""Stages for the pages of digits: train the encoder, train the decoder, then both together."""
 
 from ml_collections import ConfigDict
 
 
 def pretraining() -> ConfigDict:
-    """The encoder under dense supervision, and the decoder on pages written as text."""
+    """The encoder with dense supervision, and the decoder on pages as text."""
     return ConfigDict(
         {
             "encoder_pretraining": {
@@ -54,6 +54,6 @@ def three_stages() -> ConfigDict:
 
 
 def shrink(stages: ConfigDict) -> None:
-    """Makes every stage a few steps long, in place, for a smoke run."""
+    """Reduces every stage to a few steps, in place, for a smoke run."""
     for label in stages:
         stages[label].steps, stages[label].warmup_steps, stages[label].batch_size = 4, 1, 8

@@ -1,11 +1,11 @@
-r"""A release on pictures and questions of your own, through its own processor and chat template.
+r"""Fine-tunes a release on your own images and questions, with its processor and chat template.
 
     python -m vlm_jax.cli.train --config=configs/finetune.py --workdir=run \
         --config.release=llava-hf/llava-1.5-7b-hf \
         --config.data.train_path=train.jsonl --config.data.evaluation_path=evaluation.jsonl
 
 `--config.token_budget=64 --config.reducer.kind=visionzip` trains with fewer visual tokens, and
-`--config.connector.kind=resampler` with another connector, drawn anew.
+`--config.connector.kind=resampler` with another connector, randomly initialised.
 Source of the stage: Liu et al. 2023 (LLaVA-1.5), table 9.
 """
 
@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
         ConfigDict(),
     )
     config.processor = ConfigDict({"max_pixels": placeholder(int), "max_length": placeholder(int)})
-    config.row = ConfigDict({"text_length": placeholder(int), "length": 2048, "images": 1})
+    config.row.update({"text_length": placeholder(int), "length": 2048, "images": 1})
     config.evaluation = ConfigDict({"batch_size": 16, "question_length": placeholder(int), "max_new_tokens": 64})
     files = {"train_path": "train.jsonl", "evaluation_path": "evaluation.jsonl"}
     config.data = ConfigDict({"kind": "vqa_files", **files, "num_images": placeholder(int)})

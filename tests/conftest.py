@@ -5,12 +5,12 @@ import os
 import pathlib
 import threading
 
-# Read when JAX starts, so they stand before its import. One thread for each kernel: several workers
+# Read when JAX starts, so they are before its import. One thread for each kernel: several workers
 # share the machine, and the arrays of tests are small.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
-# Compiles are what tests cost, and fast kernels gain nothing on small arrays: no costly passes of LLVM, one module
-# of LLVM for a program, no emitter of fused kernels. A tenth of the time of XLA's own settings.
+# Compilation is the main cost of tests, and fast kernels are useless for small arrays: no costly LLVM passes, one LLVM
+# module per program, no emitter of fused kernels. A tenth of the time of XLA's own settings.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # jaxlib 0.12 aborts at a flag that it does not know

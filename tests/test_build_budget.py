@@ -45,7 +45,7 @@ def made(budget=16, per="image", native=None, **changes):
 
 
 def page(*sizes, seed=0):
-    """A sample with a picture of each of the sizes."""
+    """A sample with an image of each of the sizes."""
     rng = np.random.default_rng(seed)
     pictures = tuple(rng.integers(0, 256, (*size, 1), np.uint8) for size in sizes)
     return Sample("page", dialogue([Turn("count 7", "2")], num_images=len(sizes)), pictures, "count")
@@ -110,7 +110,7 @@ def test_a_budget_is_shared_by_the_frames_of_a_clip(per, budget, clip):
         (made(100, tiles=(2, 2)), "nearest feasible: 64$"),
         (made(3, tiles=(2, 2)), "3 tokens are no equal parts for 4 views; nearest feasible: 4$"),
         (made(4, native="unmerged"), None),
-        (made(6, native="unmerged"), "6 tokens, which come in blocks of 4"),
+        (made(6, native="unmerged"), "6 tokens: they are in blocks of 4"),
         (made(8, native="qwen_vit", min_tokens=9), "at least config.processor.min_tokens=9"),
         (made(9, native="qwen_vit", frames=4), "9 tokens are no equal parts for 2 views; nearest feasible: 8 and 10"),
         (made(3, "frame", native="qwen_vit", frames=3), "3 tokens are no equal parts for 2/3 views.*: 2 and 4"),
@@ -140,17 +140,17 @@ def test_one_view_keeps_the_error_of_its_kind():
     [
         (made(per="tle"), "config.token_budget_per: no kind 'tle'; did you mean 'tile'"),
         (made(per="frame"), "config.token_budget_per: there are no frames; set config.processor.frames"),
-        (made(thumbnail=True), "config.processor.thumbnail: a picture of one tile is its own"),
+        (made(thumbnail=True), "config.processor.thumbnail: needs several tiles"),
         (made(tiles=(0, 2)), "config.processor.tiles: rows and columns are at least 1"),
         (made(frames=0), "config.processor.frames: at least 1"),
-        (made(min_tokens=4), "config.processor.min_tokens: it is for encoders that pack"),
+        (made(min_tokens=4), "config.processor.min_tokens: is for encoders that pack"),
         (made(image_size=None), "config.processor.image_size: config.encoder.kind vit needs a size"),
         (made(native="qwen_vit", image_size=(48, 48)), "config.processor.image_size: set it to None"),
         (made(native="naflex", tiles=(2, 2)), r"config.processor.tiles: set it to \(1, 1\)"),
         (made(native="naflex", reducer=ConfigDict({"kind": "random"})), "random reduces image by image"),
         (
             made(native="naflex", connector=ConfigDict({"kind": "pool"})),
-            "pool reads one image's grid",
+            "pool needs one image's grid",
         ),
         (made(encoder=ConfigDict({"kind": "qwen_vitt"})), "no kind 'qwen_vitt'; did you mean 'qwen_vit'"),
     ],
@@ -175,7 +175,7 @@ def test_pictures_of_any_size_stay_within_their_budget(native):
         assert row.visual_index[row.visual_index >= 0].tolist() == list(range(count))
         height, width = (max(block, round(side / block) * block) for side in size)
         tokens = system.model.connector.num_tokens(system.model.encoder.grid(height, width))
-        assert count == tokens or tokens > 16  # small pictures stay as they are
+        assert count == tokens or tokens > 16  # small images stay as they are
         assert isinstance(row.images, PackedPatches)
         found.add(tuple(leaf.shape for leaf in jax.tree.leaves(row.images)))
     assert found == {tuple(leaf.shape for leaf in jax.tree.leaves(shapes(experiment)))}

@@ -1,4 +1,4 @@
-"""Encoders that are made of encoders, from a config."""
+"""Encoders that are composed of encoders, from a config."""
 
 import jax
 import pytest
@@ -61,7 +61,7 @@ def test_a_part_may_have_an_image_size_of_its_own():
         ),
         (
             {"kind": "hybrid", "high": SAM, "low": VIT, "low_size": 24, "combine": "tuple"},
-            "config.encoder.combine: 'tuple' gives two sets",
+            "config.encoder.combine: 'tuple' returns two feature maps",
         ),
         (
             {"kind": "hybrid", "high": SAM, "low": VIT, "low_size": 24, "combine": "mean"},

@@ -19,8 +19,8 @@ SETTINGS = {
     ("change", "channels", "message"),
     [
         ({}, 2, r"config\.data\.channels: .* got 2"),
-        ({"mean": (0.5, 0.5)}, 1, r"config\.processor\.mean: expected one number a channel, 1; got \(0\.5, 0\.5\)"),
-        ({}, 3, r"config\.processor\.mean: expected one number a channel, 3; got"),
+        ({"mean": (0.5, 0.5)}, 1, r"config\.processor\.mean: expected 1 numbers, one per channel, got \(0\.5, 0\.5\)"),
+        ({}, 3, r"config\.processor\.mean: expected 3 numbers, one per channel, got"),
         ({"std": (0.0,)}, 1, r"config\.processor\.std: expected positive numbers"),
         (
             {"filter": "nearest"},

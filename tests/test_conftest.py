@@ -50,4 +50,4 @@ def test_an_entry_of_the_compilation_cache_is_written_once_and_whole(tmp_path: p
     cache.put("program", b"first")
     cache.put("program", b"second")
     assert cache.get("program") == b"first"
-    assert [path.name for path in tmp_path.iterdir()] == ["program-cache"]  # and no part of one
+    assert [path.name for path in tmp_path.iterdir()] == ["program-cache"]  # and not part of one

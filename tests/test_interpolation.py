@@ -58,5 +58,5 @@ def test_weights_in_fixed_point_are_the_closed_form_in_as_many_bits_as_fit():
     weights, bits = fixed_point_weights(4, 2, "bilinear_antialias")
     assert (bits, weights.dtype) == (16, np.int32)
     np.testing.assert_array_equal(weights.toarray(), [[28087, 28087, 9362, 0], [0, 9362, 28087, 28087]])
-    weights, bits = fixed_point_weights(1, 2, "bicubic_antialias")  # a weight of 1 has 14 bits behind the point
+    weights, bits = fixed_point_weights(1, 2, "bicubic_antialias")  # a weight of 1 has 14 bits after the point
     assert (bits, weights.toarray().tolist()) == (14, [[2**14], [2**14]])

@@ -16,7 +16,7 @@ def features(count=4, grid=(2, 2)):
 
 def test_static_fields_are_structure_and_the_rest_leaves():
     leaves, structure = jax.tree.flatten(features())
-    assert [leaf.shape for leaf in leaves] == [(2, 4, 3), (2, 4)]  # None is no leaf
+    assert [leaf.shape for leaf in leaves] == [(2, 4, 3), (2, 4)]  # None is not a leaf
     assert structure == jax.tree.structure(features())
     assert structure != jax.tree.structure(features(grid=(1, 4)))
     rebuilt = jax.tree.unflatten(structure, leaves)

@@ -9,7 +9,7 @@ __all__ = ["from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what the package exports when it is first asked for, so that `import vlm_jax` stays light."""
+    """Imports exported names on first use, so that `import vlm_jax` is fast."""
     if name == "from_pretrained":
         from vlm_jax.pretrained import from_pretrained
 

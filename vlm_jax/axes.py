@@ -1,7 +1,7 @@
-"""Every logical axis name, once.
+"""The logical axis names.
 
 A parameter or an activation is annotated with these names and never with a mesh
-axis; `vlm_jax.sharding.rules` says which mesh axis carries which name.
+axis; `vlm_jax.sharding.rules` maps the names to mesh axes.
 """
 
 # Parameters.

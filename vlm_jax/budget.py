@@ -1,6 +1,6 @@
-"""Token budgets: the one integer that every connector and reducer answers to.
+"""Token budgets: the number of visual tokens, for which connectors and reducers are solved.
 
-Pure Python, no arrays: everything here runs before any parameter exists.
+Pure Python, without arrays: this runs before parameters exist.
 """
 
 import math
@@ -14,20 +14,20 @@ Solved = TypeVar("Solved")
 
 
 class InfeasibleBudget(ValueError):
-    """A token budget that a kind cannot meet; the message names the nearest ones that it can."""
+    """A token budget that a kind cannot meet; the message has the nearest feasible ones."""
 
 
 class InfeasibleGrid(ValueError):
-    """A grid of features that a kind cannot take; the message names the constraint and the fix."""
+    """A grid of features that a kind does not support; the message has the constraint and the fix."""
 
 
 def refuse(kind: str, budget: int, grid: Grid, feasible: Iterable[int], why: str) -> InfeasibleBudget:
-    """Builds the error for `budget`, naming the nearest feasible budgets below and above.
+    """Creates the error for `budget`, with the nearest feasible budgets below and above.
 
     Args:
       kind: the connector's or reducer's name in its table.
-      budget: the number of tokens that was asked for.
-      grid: (rows, columns) of the features that it reduces.
+      budget: the requested number of tokens.
+      grid: (rows, columns) of the input features.
       feasible: every budget that the kind can meet on this grid.
       why: the constraint, as a clause.
     """
@@ -41,17 +41,17 @@ def refuse(kind: str, budget: int, grid: Grid, feasible: Iterable[int], why: str
 
 
 def share(budget: int, views: Fraction, largest: int, solve: Callable[[int], Solved]) -> Solved:
-    """Solves a budget for one of the `views` (tiles, frames) that have equal parts of it.
+    """Solves a budget for one of the `views` (tiles, frames) that share it equally.
 
     Args:
-      budget: tokens of all views together.
-      views: how many they are; a fraction where one view covers several of what the budget is for.
-      largest: up to which part of one view feasible ones are looked for.
-      solve: gives whatever meets a view's part, or raises InfeasibleBudget.
+      budget: total tokens of all views.
+      views: number of views; a fraction where one view covers several units of the budget.
+      largest: largest budget of one view to try for suggestions.
+      solve: solves the budget of a view, or raises InfeasibleBudget.
 
     Raises:
-      InfeasibleBudget: the budget has no equal parts, or a view cannot meet its own; names the nearest
-        budgets of all views that can be met.
+      InfeasibleBudget: the budget is not divisible, or a view cannot meet its part; has the nearest
+        feasible budgets of all views.
     """
     part = budget / views
     if part.denominator == 1:
@@ -80,15 +80,15 @@ def share(budget: int, views: Fraction, largest: int, solve: Callable[[int], Sol
 def grid_of_size(size: int, grid: Grid) -> Grid | None:
     """The (rows, columns) with rows * columns == size that fits inside `grid`, nearest in aspect.
 
-    Aspect may change by a factor of two at most: 2 tokens of a square grid may be 1x2, while
-    5 may not be 1x5. Of two equally near ones the flatter wins. Returns None when none fits.
+    The aspect ratio may change by at most a factor of two: 2 tokens of a square grid may be 1x2, while
+    5 may not be 1x5. Among ties the one with fewer rows is chosen. Returns None when none fits.
     """
     if size < 1:
         return None
     rows, cols = grid
     candidates = [(r, size // r) for r in range(1, rows + 1) if size % r == 0 and size // r <= cols]
     changes = [(Fraction(r * cols, c * rows), r, c) for r, c in candidates]
-    # Exact, where two logarithms of one ratio and its inverse could differ in their last digit.
+    # Exact, whereas logarithms of a ratio and its inverse could differ in their last digit.
     near = min(((max(change, 1 / change), r, c) for change, r, c in changes), default=None)
     if near is None or near[0] > 2:
         return None
@@ -108,18 +108,18 @@ def solve_grid(kind: str, budget: int, grid: Grid) -> Grid:
     """
     found = grid_of_size(budget, grid)
     if found is None:
-        why = "tokens must form a grid inside it of about its aspect"
+        why = "tokens must form a grid inside it of a similar aspect ratio"
         raise refuse(kind, budget, grid, sizes_of_grids(grid), why)
     return found
 
 
 def squares_of_sizes(grid: Grid, *, whole: bool) -> dict[int, int]:
-    """{number of squares: side} for every number of squares that a grid can be cut into, the largest first.
+    """{number of squares: side} for every number of squares into which a grid can be divided, the largest first.
 
     Args:
       grid: (rows, columns) of features.
-      whole: the side must divide both; else squares at the bottom and the right may be cut short, and of
-        several sides that give the same number the smallest is meant.
+      whole: the side must divide both; else squares at the bottom and the right may be truncated, and of
+        several sides with the same number the smallest is used.
     """
     sides = [s for s in range(1, max(grid) + 1) if not (whole and (grid[0] % s or grid[1] % s))]
     return {-(-grid[0] // s) * -(-grid[1] // s): s for s in reversed(sides)}

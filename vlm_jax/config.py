@@ -1,8 +1,8 @@
-"""From a ConfigDict to checked, typed settings: no key is unknown, missing or unread.
+"""Converts a ConfigDict to checked, typed settings without unknown, missing or unused keys.
 
-A section of a config is parsed by a dataclass, whose fields are the section's keys: its own
-settings class, or a Linen module, which is a dataclass too. A key that no field has, a field
-without a default that has no key, and a value of another type are each an error that names the
+A section of a config is parsed by a dataclass, whose fields are the section's keys: a
+settings class, or a Linen module, which is a dataclass too. A key without a field, a field
+without a default and without a key, and a value of another type are errors with the
 key's path and, for a misspelling, the nearest key.
 """
 
@@ -13,12 +13,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
-
-from etils import epath
-
-from vlm_jax.types import Fields
 
 RunConfig = Any  # an ml_collections.ConfigDict or a section of it, whose keys are attributes of any type; or a dict
 Settings = TypeVar("Settings")
@@ -26,11 +21,11 @@ Entry = TypeVar("Entry")
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used as it is; the message names the path and the fix."""
+    """An invalid config; the message has the path and the fix."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of `known`, or the list of all when none is near."""
+    """`; did you mean 'x'?` for the nearest of `known`, or the list of all if none is similar."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
@@ -38,26 +33,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known here: {', '.join(known) or 'no key at all'}"
 
 
-def read_json(path: Path | epath.Path, error: type[Exception]) -> Fields:
-    """The object that a JSON file holds.
+def read_json(path: Any, error: type[Exception]) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Args:
       path: a `pathlib` or `epath` path.
-      error: what is raised of a file that is missing or holds something else; the message names it.
+      error: error class for a file that is missing or has another content; the message names the file.
     """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as cause:
         raise error(f"{path}: no such file") from cause
-    except ValueError as cause:  # of bytes that are no text, too
+    except ValueError as cause:  # also for bytes that are not text
         raise error(f"{path}: not JSON ({cause})") from cause
     if not isinstance(value, dict):
-        raise error(f"{path}: expected a JSON object, found a {type(value).__name__}")
+        raise error(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], path: str) -> None:
-    """Raises a ConfigError that lists every key of `given` which nothing under `path` reads."""
+    """Raises a ConfigError that lists every key of `given` that is not in `known`."""
     known = list(known)
     unknown = [key for key in given if key not in known]
     if unknown:
@@ -66,31 +61,31 @@ def check_keys(given: Iterable[str], known: Iterable[str], path: str) -> None:
         )
 
 
-def choose(table: Mapping[str, Entry], kind: str, path: str) -> Entry:
-    """Looks `kind` up in a registration table, or says which kinds there are."""
+def choose(table: Mapping[str, Any], kind: str, path: str) -> Any:
+    """Looks up `kind` in a registration table; raises a ConfigError with the known kinds."""
     if kind not in table:
         raise ConfigError(f"{path}: no kind '{kind}'{did_you_mean(kind, table)}")
     return table[kind]
 
 
-def choose_kind(table: Mapping[str, Entry], section: RunConfig, path: str) -> Entry:
-    """The entry of a registration table that a section's `kind` names.
+def choose_kind(table: Mapping[str, Any], section: Any, path: str) -> Any:
+    """The entry of a registration table for a section's `kind`.
 
     Raises:
-      ConfigError: no such key, or no such kind.
+      ConfigError: `kind` is missing or unknown.
     """
     if "kind" not in section:
-        raise ConfigError(f"{path}.kind: missing; one of {', '.join(table)}")
+        raise ConfigError(f"{path}.kind: missing; expected one of {', '.join(table)}")
     return choose(table, section["kind"], f"{path}.kind")
 
 
-def parse(cls: type[Settings], section: RunConfig, path: str, **derived: Any) -> Settings:
-    """Makes a `cls` of a config section.
+def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Settings:
+    """Parses a config section to a `cls`.
 
     Args:
       cls: a dataclass; for a Linen module its `parent` and `name` are not keys.
       section: the keys and values; every one must be a field of `cls` that `derived` does not set.
-      path: where the section stands, as `config.connector`, for messages.
+      path: path of the section, as `config.connector`, for errors.
       **derived: fields that the caller computes; they cannot be set by a key.
 
     Raises:
@@ -114,14 +109,14 @@ def parse(cls: type[Settings], section: RunConfig, path: str, **derived: Any) ->
     return cls(**values, **derived)
 
 
-def parse_kind(table: Mapping[str, type[Settings]], section: RunConfig, path: str, **derived: Any) -> Settings:
-    """`parse` with the class that a section's `kind` names in a registration table."""
+def parse_kind(table: Mapping[str, Any], section: Any, path: str, **derived: Any) -> Any:
+    """`parse` with the class for a section's `kind` in a registration table."""
     cls = choose_kind(table, section, path)
     return parse(cls, {key: section[key] for key in section if key != "kind"}, path, **derived)
 
 
-def positive(value: object, path: str) -> int:
-    """The value, where it is an integer above 0.
+def positive(value: Any, path: str) -> int:
+    """Returns the value if it is an integer above 0.
 
     Raises:
       ConfigError: it is not.
@@ -132,7 +127,7 @@ def positive(value: object, path: str) -> int:
 
 
 def convert(value: Any, hint: Any, path: str) -> Any:
-    """Checks one value against a type hint; an int serves as a float, a list as a tuple, a section as a dataclass.
+    """Checks one value against a type hint; converts an int to a float, a list to a tuple, a section to a dataclass.
 
     Raises:
       ConfigError: the value is of another type.
@@ -159,13 +154,13 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     elif origin is typing.Literal:
         if value in args:
             return value
-        raise ConfigError(f"{path}: '{value}' is not one of {', '.join(map(repr, args))}")
+        raise ConfigError(f"{path}: expected one of {', '.join(map(repr, args))}, got '{value}'")
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and hasattr(value, "items"):
         try:
             return parse(hint, value, path)
         except ConfigError:
             raise
-        except ValueError as error:  # of fields that do not fit each other
+        except ValueError as error:  # for incompatible fields
             raise ConfigError(f"{path}: {error}") from error
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -188,13 +183,13 @@ def plain(config: Any) -> Any:
     return config
 
 
-def config_hash(config: object) -> str:
-    """Twelve hexadecimal digits that name a config's content, whatever the order of its keys."""
+def config_hash(config: Any) -> str:
+    """A hash of a config's content, twelve hexadecimal digits, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def differences(ours: object, theirs: object, path: str = "config") -> list[str]:
-    """One line for every key in which two plain configs differ: `path: ours, not theirs`."""
+def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:
+    """One line per key in which two plain configs differ: `path: ours here, theirs there`."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         lines = []
         for key in sorted(set(ours) | set(theirs)):

@@ -1,14 +1,14 @@
-"""Interpolation as the released systems do it: one small weight matrix an axis.
+"""Interpolation as in the released systems, by one small weight matrix per axis.
 
-| kind | the call that it equals |
+| kind | equivalent call |
 |---|---|
 | `bilinear`, `bicubic` | torch `interpolate(align_corners=False)`; bicubic: a = -0.75, clamped at the edge |
 | `bilinear_antialias`, `bicubic_antialias` | the same with `antialias=True`; bicubic then has a = -0.5 |
 | `area` | torch `interpolate(mode="area")`, which is adaptive average pooling |
-| `overlap` | TensorFlow's `image.resize(method="area")`: every sample by how much of it a window covers |
-| `corner_linear` | scipy `ndimage.zoom(order=1)`: first and last sample stay where they are |
+| `overlap` | TensorFlow's `image.resize(method="area")`: samples weighted by their overlap with the window |
+| `corner_linear` | scipy `ndimage.zoom(order=1)`: first and last sample are fixed |
 
-`bilinear` and `bilinear_antialias` are TensorFlow's `image.resize` too.
+`bilinear` and `bilinear_antialias` also equal TensorFlow's `image.resize`.
 """
 
 import functools
@@ -25,13 +25,13 @@ ResizeKind = Literal[
 
 
 def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Float[np.ndarray, "out in"]:
-    """The float32 matrix that takes `size_in` samples to `size_out`; every row sums to 1.
+    """The float32 matrix that resizes `size_in` samples to `size_out`; every row sums to 1.
 
     Raises:
       ValueError: unknown kind, or a size below 1.
     """
     if kind not in _WEIGHTS:
-        raise ValueError(f"no interpolation '{kind}'; known here: {', '.join(get_args(ResizeKind))}")
+        raise ValueError(f"unknown interpolation '{kind}'; expected one of {', '.join(get_args(ResizeKind))}")
     if min(size_in, size_out) < 1:
         raise ValueError(f"cannot resize {size_in} samples to {size_out}: both must be at least 1")
     if size_in == size_out:
@@ -39,13 +39,13 @@ def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Floa
     return _WEIGHTS[kind](size_in, size_out).astype(np.float32)
 
 
-@functools.lru_cache(maxsize=64)  # of all frames of a video, and all videos of a size
+@functools.lru_cache(maxsize=64)  # shared by all frames of a video, and by videos of one size
 def fixed_point_weights(size_in: int, size_out: int, kind: ResizeKind) -> tuple[scipy.sparse.csr_array, int]:
-    """The same in whole numbers, as torch has it for antialiased pixels of 8 bits.
+    """The same in integers, as in torch for antialiased 8-bit pixels.
 
     Args:
-      size_in: samples.
-      size_out: samples that they become.
+      size_in: number of samples.
+      size_out: number of samples after resizing.
       kind: one with antialiasing.
 
     Returns:
@@ -77,7 +77,7 @@ def _cubic(a: float) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _sampled(kernel: Callable, radius: int) -> Callable[[int, int], np.ndarray]:
-    """The kernel at every half-pixel centre; what falls outside is read from the edge."""
+    """The kernel at every half-pixel centre; samples outside are clamped to the edge."""
 
     def weights(size_in: int, size_out: int) -> np.ndarray:
         centres = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
@@ -92,7 +92,7 @@ def _sampled(kernel: Callable, radius: int) -> Callable[[int, int], np.ndarray]:
 
 
 def _antialiased(kernel: Callable) -> Callable[[int, int], np.ndarray]:
-    """The kernel stretched to the step where that is larger than 1; normalised inside the input."""
+    """The kernel stretched by the step if that is larger than 1; normalised inside the input."""
 
     def weights(size_in: int, size_out: int) -> np.ndarray:
         step = size_in / size_out
@@ -104,7 +104,7 @@ def _antialiased(kernel: Callable) -> Callable[[int, int], np.ndarray]:
 
 
 def _area(size_in: int, size_out: int) -> np.ndarray:
-    """Window i runs from floor(i * in / out) up to ceil((i + 1) * in / out)."""
+    """Window i is from floor(i * in / out) to ceil((i + 1) * in / out)."""
     starts = np.arange(size_out) * size_in // size_out
     stops = -(-(np.arange(size_out) + 1) * size_in // size_out)
     inside = (np.arange(size_in) >= starts[:, None]) & (np.arange(size_in) < stops[:, None])
@@ -112,7 +112,7 @@ def _area(size_in: int, size_out: int) -> np.ndarray:
 
 
 def _overlap(size_in: int, size_out: int) -> np.ndarray:
-    """Window i runs from i * in / out to (i + 1) * in / out, fractions and all."""
+    """Window i is from i * in / out to (i + 1) * in / out, including fractions."""
     step, samples = size_in / size_out, np.arange(size_in)
     starts = np.arange(size_out)[:, None] * step
     covered = np.minimum(starts + step, samples + 1) - np.maximum(starts, samples)

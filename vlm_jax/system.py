@@ -1,4 +1,4 @@
-"""A system: a model with its processor, whether a release or a config describes it."""
+"""A system: a model with its processor, from a release or from a config."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from vlm_jax.types import TEXT_SLOT, Batch, Fields, Grid, Params, RowShape, Tree
 
 
 class UnsupportedError(ValueError):
-    """What a model cannot do, such as answer without a language model; the message says what it can do instead."""
+    """An operation that a model does not support, such as generation without a decoder; the message has the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Budget:
     """Visual tokens of one image, with all its tiles or frames.
 
     Attributes:
-      entering: tokens that enter the decoder; the most that can where every image has a grid of its own.
+      entering: tokens that enter the decoder; the maximum where every image has its own grid.
       by_layer: tokens in every layer of the decoder.
-      grid: rows and columns of patches that the encoder gives for one tile; None where every image has its own.
+      grid: rows and columns of the encoder's patches for one tile; None where every image has its own.
     """
 
     entering: int
@@ -55,16 +55,16 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A model with what makes its batches; nothing in it has parameters.
+    """A model with its processor, without parameters.
 
     Attributes:
       model: the Linen module: a `VLM`, a `TwoTower`, a classifier, or a part of one.
-      inputs: shapes of the arguments of its `__call__`, through which the shapes of its parameters are found.
-      make_processor: reads what makes its batches, when it is first asked for: a release without the files of its
+      inputs: shapes of the arguments of its `__call__`, for computing the shapes of its parameters.
+      make_processor: creates the processor on first use, so that a release without the files of its
         processor can still be loaded and applied.
-      make_ends: likewise ids of the tokens that end an answer.
-      release: the released checkpoint that it is made of; None where all parameters are drawn.
-      budget: visual tokens of an image, where a config states a budget for images of one kind; else None.
+      make_ends: likewise the ids of the tokens that end an answer.
+      release: the released checkpoint; None where all parameters are randomly initialised.
+      budget: visual tokens of an image, where a config has a token budget; else None.
     """
 
     model: nn.Module
@@ -84,12 +84,12 @@ class System:
         """The processor of conversations.
 
         Raises:
-          UnsupportedError: the model embeds or classifies.
+          UnsupportedError: the model is a two-tower model or a classifier.
         """
         processor = self.any_processor
         if isinstance(processor, ImageTextProcessor):
             raise UnsupportedError(
-                f"a {type(self.model).__name__} embeds or classifies, and answers no conversation; call "
+                f"a {type(self.model).__name__} has no conversations; call "
                 "processor(images=…, texts=…) and logits, encode_images or encode_texts"
             )
         return processor
@@ -104,7 +104,7 @@ class System:
         return self.processor.example_row(shape)
 
     def init(self, key: jax.Array) -> Params:
-        """Boxed parameters {part: tree}, all drawn; a part does not depend on its neighbours' kinds."""
+        """Boxed parameters {part: tree}, randomly initialised; a part does not depend on the kinds of the others."""
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.inputs)
         model = self.model
         if self.release is not None and isinstance(model, VLM) and model.reducer is not None:
@@ -114,22 +114,22 @@ class System:
         return dict(model.init({"params": key, "reduce": key}, *zeros)["params"])
 
     def boxed_shapes(self) -> Params:
-        """Shapes of the parameters, in the boxes that name their axes."""
+        """Shapes of the parameters, in boxes with their axis names."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def initial(self, key: jax.Array, mesh: Mesh | None = None, *, without: Sequence[str] = ()) -> Params:
-        """Parameters on their devices: read where the release has them, drawn where it lacks them.
+        """Parameters on their devices: read from the release, or randomly initialised where it lacks them.
 
-        No host holds a parameter twice: tensors are read in parts, straight to the devices that need them, and
-        nothing is drawn that is read.
+        No host holds a parameter twice: tensors are read in parts, directly to the devices that need them, and
+        parameters that are read are not initialised.
 
         Args:
-          key: of the draws.
-          mesh: devices that they are laid out on; the default device when None.
-          without: parts that are neither read nor drawn, since the caller has them from elsewhere.
+          key: random key of the initialisation.
+          mesh: mesh of the parameters; the default device when None.
+          without: parts to omit, which the caller has from elsewhere.
 
         Raises:
-          CheckpointMismatch: unused, missing and misshapen keys of the release, all in one message.
+          CheckpointMismatch: unused and missing keys and wrong shapes of the release, all in one message.
         """
         boxed = self.boxed_shapes()
         targets = nn.meta.unbox(boxed)
@@ -148,7 +148,7 @@ class System:
         return {part: params[part] for part in targets}
 
     def _draw(self, key: jax.Array, parts: Sequence[str], boxed: Params, mesh: Mesh | None) -> Params:
-        """Some parts alone: the compiler leaves out what makes the others."""
+        """Initialises only some parts: the compiler removes the computation of the others."""
 
         def draw(key: jax.Array) -> Params:
             return nn.meta.unbox({part: tree for part, tree in self.init(key).items() if part in parts})
@@ -159,7 +159,7 @@ class System:
             return jax.jit(draw, out_shardings=shardings({part: boxed[part] for part in parts}, mesh))(key)
 
     def prepared(self, params: Params) -> Params:
-        """Parameters as generation wants them, for callers that generate more than once."""
+        """Parameters in the layout for generation, for callers that generate more than once."""
         return prepared(params, mesh_of(params))
 
     def answer(
@@ -176,20 +176,20 @@ class System:
         names: Sequence[str] | None = None,
         **options: Any,
     ) -> list[Completion]:
-        """Answers of a batch of conversations.
+        """Generates answers to a batch of conversations.
 
         Args:
-          params: of the model, or what `prepared` made of them.
-          conversations, images, videos: as `Processor.batch` takes them.
-          max_new_tokens: the most tokens of an answer.
-          end_ids: tokens that end an answer beside `ends`.
-          on_text: is given the number of a conversation and every piece of its answer as it comes.
-          processor_options: more of `Processor.batch`.
-          names: of the conversations, in messages.
-          **options: of `generation.text.complete` and `generation.engine.generate`.
+          params: of the model, or the result of `prepared`.
+          conversations, images, videos: as in `Processor.batch`.
+          max_new_tokens: maximum tokens of an answer.
+          end_ids: tokens that end an answer in addition to `ends`.
+          on_text: called with the index of a conversation and each piece of its answer as it is generated.
+          processor_options: further arguments of `Processor.batch`.
+          names: names of the conversations in errors.
+          **options: arguments of `generation.text.complete` and `generation.engine.generate`.
 
         Raises:
-          GenerationError: a setting outside its range, a prompt that does not fit, or logits that are NaN.
+          GenerationError: a setting outside its range, a prompt that does not fit, or NaN logits.
         """
         processor = self.processor
         batch = processor.batch(conversations, images, videos, **(processor_options or {}))
@@ -210,10 +210,9 @@ class System:
         return answers
 
     def _sayable(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Those that the model has a token for: no other can be said, though a folder may state it."""
-        assert isinstance(self.model, VLM) and self.model.decoder is not None
-        size = self.model.decoder.vocab_size
-        return tuple(index for index in ids if index < size)
+        """The ids in the model's vocabulary; a folder may list others."""
+        model: Any = self.model
+        return tuple(index for index in ids if index < model.decoder.vocab_size)
 
     def save_pretrained(self, folder: str | os.PathLike[str], params: Params, **options: Any) -> tuple[Path, ...]:
         """Writes the release with other parameters; see `Release.save`.
@@ -222,5 +221,5 @@ class System:
           UnsupportedError: there is no release.
         """
         if self.release is None:
-            raise UnsupportedError("a model from a config has no released schema; its run's checkpoints hold it")
+            raise UnsupportedError("a model from a config has no released schema; use its run's checkpoints")
         return self.release.save(folder, params, **options)

@@ -1,6 +1,6 @@
-"""What flows between the rooms, and the letters that shapes are written in.
+"""Types passed between packages, and the letters of shape annotations.
 
-Letters of shape annotations, everywhere in the package:
+Letters of shape annotations in the whole package:
 
 | letter | meaning |
 |---|---|
@@ -26,14 +26,14 @@ from jaxtyping import Bool, Float, Int
 
 if TYPE_CHECKING:
     Array = Any
-else:  # host arrays, device arrays, and the shapes that stand for them before anything runs
+else:  # host arrays, device arrays, and their abstract shapes
     Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
 Class = TypeVar("Class")
 
 
 def static_field(**settings: Any) -> Any:
-    """A field of a `struct` that is part of the tree's structure, not a leaf."""
+    """A static field of a `struct`: part of the tree's structure, not a leaf."""
     return dataclasses.field(metadata={"static": True}, **settings)
 
 
@@ -80,34 +80,34 @@ Selection = Any  # whatever NumPy takes as an index
 Grid = tuple[int, int]
 
 PADDING_SEGMENT = 0  # segment ids count from 1; 0 is padding
-PROMPT_SEGMENT = 1  # of a prompt that is to be gone on with, and of its answer
-TEXT_SLOT = -1  # visual_index of a position that holds text
+PROMPT_SEGMENT = 1  # of a prompt for generation, and of its answer
+TEXT_SLOT = -1  # visual_index of a text position
 
 
 @struct
 class VisualFeatures:
-    """What an encoder returns for a flat batch of images.
+    """The output of an encoder for a flat batch of images.
 
     Attributes:
-      tokens: features in row-major order of `grid`, width D_v; or block after block, see `block`.
+      tokens: features in row-major order of `grid`, width D_v; or in blocks, see `block`.
       mask: True where a feature is real.
       grid: (rows, columns), static; rows * columns == N. Features that no longer form a rectangle
         (after dropping) have the grid (1, N), those of packed images (block, N // block).
-      pooled: the encoder's own image embedding where it has a head for one, else None.
-      hidden: [L + 1, B, P, W] inputs of every block and the last output, only when asked for; P and
+      pooled: the encoder's image embedding if it has a head for one, else None.
+      hidden: [L + 1, B, P, W] inputs of every block and the last output, only with `collect`; P and
         the residual width W are those of the blocks.
-      levels: several hidden states side by side, each feature's in its place, where the encoder is asked for
-        them, else None.
-      block: static; 1 where features are in row-major order. Above, each block x block neighbours of an
-        image follow one another, row by row, and block follows block: the order of packed patches.
-      saliency: attention that each feature gets in the last block, float32, only when asked for: from
-        the class token, or the mean over all tokens where there is none.
-      keys: of each feature and head in that block, with `saliency`.
-      first_dim: static; channels that the first of two encoders gave, where channels of both stand in
-        `tokens`, else None.
-      num_prefix: static; features in front that are no patches: 1 where the class token is kept among them, else 0.
-      kept: behind a reducer, the index of each feature among those that the reducer was given (of a merged
-        one, the index whose place it takes), else None.
+      levels: several concatenated hidden states of each feature, if the encoder's `levels` is set,
+        else None.
+      block: static; 1 where features are in row-major order. Above 1, features are ordered in blocks of
+        block x block neighbours, in row-major order inside a block: the order of packed patches.
+      saliency: attention that each feature gets in the last block, float32, only on request: from
+        the class token, or averaged over all tokens where there is none.
+      keys: attention keys of each feature and head in that block, with `saliency`.
+      first_dim: static; number of channels of the first of two encoders, where `tokens` has the channels
+        of both, else None.
+      num_prefix: static; number of leading features that are not patches: 1 with a class token, else 0.
+      kept: after a reducer, the index of each feature in the reducer's input (for a merged
+        one, the index whose position it takes), else None.
     """
 
     tokens: Float[Array, "B N D"]
@@ -126,18 +126,18 @@ class VisualFeatures:
     def reduced(
         self, tokens: Float[Array, "B K D"], mask: Bool[Array, "B K"], grid: Grid, kept: Int[Array, "B K"] | None = None
     ) -> "VisualFeatures":
-        """Fewer features of the same channels in their stead, without what was found of each one."""
+        """Replaces the features by fewer ones with the same channels, without per-feature statistics."""
         return VisualFeatures(tokens, mask, grid, first_dim=self.first_dim, kept=kept)
 
 
 @struct
 class VisualTokens:
-    """What a connector returns: M tokens of the decoder's width for every image.
+    """The output of a connector: M tokens of the decoder's width for every image.
 
     Attributes:
-      tokens: in the order in which they fill the visual table.
+      tokens: in the order of the visual table.
       mask: True where a token is real.
-      kept: where a reducer chose, the index of each token among all tokens (or features) of its image or packed
+      kept: after a reducer, the index of each token among all tokens (or features) of its image or packed
         row before the reducer; else None.
     """
 
@@ -148,12 +148,12 @@ class VisualTokens:
 
 @dataclasses.dataclass(frozen=True)
 class PatchFormat:
-    """How an encoder of packed patches wants images cut and packed.
+    """Patch format of an encoder of packed patches.
 
     Attributes:
       patch_size: side of a patch in pixels.
       temporal_patch_size: frames of a patch.
-      merge_size: side in patches of the blocks that stay together.
+      merge_size: side in patches of the blocks in which patches are ordered.
       window: side of an attention window in blocks; None where no layer has windows.
       channels_last: a patch is flattened as (frame, row, column, channel).
     """
@@ -170,13 +170,13 @@ class PatchFormat:
         return self.patch_size * self.merge_size
 
     def num_slots(self, num_frames: int) -> int:
-        """Temporal patches that so many frames are cut into."""
+        """Number of temporal patches of `num_frames` frames."""
         return -(-num_frames // self.temporal_patch_size)
 
 
 @struct
 class Instruction:
-    """Text that a connector reads beside the features of an image.
+    """Text input of a connector in addition to the features of an image.
 
     Attributes:
       tokens: ids of the connector's own vocabulary.
@@ -189,12 +189,12 @@ class Instruction:
 
 @struct
 class PackedImages:
-    """Where the images of a packed row lie among its merged tokens; for reducers, which act image by image.
+    """Positions of the images of a packed row among its merged tokens; for reducers, which act image by image.
 
     Attributes:
       starts: index of each image's first token in the row, in the processor's order.
       counts: tokens of each image; 0 where there is none.
-      longest: static; the most tokens that one image can have.
+      longest: static; maximum tokens of one image.
     """
 
     starts: Int[Array, "B I"]
@@ -206,22 +206,22 @@ class PackedImages:
 class PackedPatches:
     """Patches of several images and video frames of any size in one sequence, laid out on the host.
 
-    The processor's order of patches is that of the released systems: image after image, frame after
-    frame, blocks of merge_size x merge_size neighbours row by row, and a block's patches row by row.
-    Windows may ask for another order inside the sequence; features come back in the processor's.
+    The processor's order of patches is that of the released systems: by image, by
+    frame, by blocks of merge_size x merge_size neighbours in row-major order, and row-major inside a block.
+    With windows the order in the sequence may differ; features are returned in the processor's order.
 
     Attributes:
-      patches: normalised pixels of every patch, flattened as (channel, frame, row, column), or as the
-        encoder's `PatchFormat` says.
+      patches: normalised pixels of every patch, flattened as (channel, frame, row, column), or according to
+        the encoder's `PatchFormat`.
       positions: (row, column) of a patch in its image, in patches.
-      sizes: (rows, columns) of the image that a patch is of, in patches.
-      segment_ids: counts images and frames from 1; 0 is padding. Full attention stays inside.
-      window_ids: counts windows from 1; 0 is padding. None where patches lie in the processor's order.
-      order: place in the sequence of every patch in the processor's order, padding last; None
+      sizes: (rows, columns) of a patch's image, in patches.
+      segment_ids: number of the image or frame, from 1; 0 is padding. Full attention is inside a segment.
+      window_ids: number of the window, from 1; 0 is padding. None where patches are in the processor's order.
+      order: index in the sequence of every patch in the processor's order, padding last; None
         where window_ids is None.
-      window_length: patches of a row of whole windows, the largest that one window can have; 0
+      window_length: patches of a row of whole windows, the maximum size of a window; 0
         without windows.
-      images: which tokens are of which image, where a reducer needs it, else None.
+      images: positions of the images' tokens, where a reducer needs them, else None.
     """
 
     patches: Float[Array, "B N P"]
@@ -236,7 +236,7 @@ class PackedPatches:
 
 @struct
 class TwoSizes:
-    """Images at two sizes, for an encoder that is told what its second tower sees.
+    """Images at two sizes, for an encoder of two towers.
 
     Attributes:
       high: pixels.
@@ -249,14 +249,14 @@ class TwoSizes:
 
 @struct
 class VisualPlaces:
-    """Where a sequence's visual tokens stand, whose attention ranks them, and how long rows are after each drop.
+    """Positions of a sequence's visual tokens, the queries that rank them, and row lengths after each drop.
 
     Attributes:
-      index: position of every token of every image (or tile), in order; T for a token that is in no place.
-      ranking: True at the last position of each instruction, which no drop touches.
-      lengths: static; positions of a row after each of the decoder's drops, enough for every real position
-        that is left. Empty where they follow from the index: T less what each image loses, whether or not a
-        row has as much to lose.
+      index: position of every token of every image (or tile), in order; T for a token without a position.
+      ranking: True at the last position of each instruction, which is never dropped.
+      lengths: static; length of a row after each of the decoder's drops, sufficient for every remaining real
+        position. Empty where it is computed from the index: T minus the tokens that all images
+        lose, even if a row has fewer.
     """
 
     index: Int[Array, "B I M"]
@@ -264,7 +264,7 @@ class VisualPlaces:
     lengths: tuple[int, ...] = static_field(default=())
 
 
-# Rotary positions: one of each place, or three (temporal, row, column) as M-RoPE has them.
+# Rotary positions: one per token, or three (temporal, row, column) as in M-RoPE.
 Positions = Int[Array, "B T"] | Int[Array, "B T 3"]
 
 
@@ -273,23 +273,23 @@ class Batch:
     """One batch of sequences, laid out on the host.
 
     Attributes:
-      tokens: vocabulary ids; any id where a visual token goes.
+      tokens: vocabulary ids; any id for a visual token.
       positions: RoPE positions, counted from 0 in every segment; on three axes for M-RoPE.
       segment_ids: 0 is padding; a position attends only inside its segment.
-      visual_index: which row of the example's visual table fills the position, or -1 for text.
-        Rows are the image tokens in order: of images of one size, image i's token m is row i * M + m;
-        of packed patches, the tokens of one image follow those of the image before. Of a model with
-        learned rows (`VLM.learned_rows`), those are the first ones, and the image tokens follow.
+      visual_index: row of the example's visual table for the position, or -1 for text.
+        Rows are the image tokens in order: for images of one size, image i's token m is row i * M + m;
+        for packed patches, the tokens of the images are concatenated. In a model with
+        learned rows (`VLM.learned_rows`), these come first, and the image tokens follow.
       images: float32 pixels, normalised by the processor, or all images of an example packed into
-        one sequence, or images at two sizes, or None for text alone.
-      targets: the id to be predicted at each position (already shifted), any id without weight.
+        one sequence, or images at two sizes, or None for only text.
+      targets: the id to predict at each position (already shifted), any id without weight.
       loss_weights: 1.0 where the prediction counts.
-      branch_ids: None, or what a position reads of its segment: branch 0 and its own branch.
-      places: of decoders that drop visual tokens between layers, else None.
-      visual_positions: where a reducer chooses tokens and each keeps its own position: that of every token
-        before the reducer, as its `kept` counts them (of tiles, tile after tile); else None, and positions are
-        as laid out.
-      instruction: what a Q-Former reads beside the images, a row for each image of the batch, else None.
+      branch_ids: None, or a branch per position, which attends to branch 0 and its own branch in its segment.
+      places: for decoders that drop visual tokens between layers, else None.
+      visual_positions: where a reducer keeps positions of tokens, the position of every token
+        before the reducer, as indexed by `kept` (for tiles, tile after tile); else None, and `positions` are
+        used.
+      instruction: text input of a Q-Former, one row per image of the batch, else None.
     """
 
     tokens: Int[Array, "B T"]
@@ -307,11 +307,11 @@ class Batch:
 
 @struct
 class ImageTextBatch:
-    """Pictures and texts side by side, as two towers read them; a classifier reads pictures alone.
+    """Images and texts for a two-tower model, or only images for a classifier.
 
     Attributes:
-      images: float32 pixels, normalised, or patches with one image a sequence; None without pictures.
-      tokens: vocabulary ids, texts filled up to one length; None without texts.
+      images: float32 pixels, normalised, or patches with one image per sequence; None without images.
+      tokens: vocabulary ids, texts padded to one length; None without texts.
     """
 
     images: Float[Array, "B height width channels"] | PackedPatches | None = None
@@ -319,20 +319,20 @@ class ImageTextBatch:
 
     @property
     def inputs(self) -> tuple[Tree, ...]:
-        """What is there of the two, as the module takes it."""
+        """The arguments of the module: those of the two that are not None."""
         return tuple(part for part in (self.images, self.tokens) if part is not None)
 
 
 class Drop(NamedTuple):
-    """One place of a decoder where visual tokens are dropped.
+    """A drop of visual tokens between two layers of a decoder.
 
     Attributes:
-      layer: before which, counted from 0.
-      num_kept: visual tokens of each image that are left; all of an image that has fewer.
-      ranked_by: the layer whose attention ranks them: the one before, or `layer` itself.
-      share: where it is given, the share of an image's first tokens that is left instead of `num_kept`.
-      rounding: how that becomes a number: rounded down, or to the nearest integer (halves to the even one).
-      renumbers: positions count from 0 behind it, without those of the tokens that are gone.
+      layer: the layer before which it is, counted from 0.
+      num_kept: visual tokens to keep of each image; all of an image that has fewer.
+      ranked_by: the layer whose attention ranks them: the previous one, or `layer` itself.
+      share: if given, the share of an image's initial tokens to keep instead of `num_kept`.
+      rounding: rounds the share's number down, or to the nearest integer (halves to even).
+      renumbers: positions are renumbered from 0 after it, without the dropped tokens.
     """
 
     layer: int
@@ -343,7 +343,7 @@ class Drop(NamedTuple):
     renumbers: bool = False
 
     def num_left(self, count: int) -> int:
-        """Tokens that are left behind it of an image that enters the decoder with `count`."""
+        """Number of tokens after it of an image that enters the decoder with `count`."""
         if self.share is None:
             return min(self.num_kept, count)
         return int(count * self.share) if self.rounding == "down" else round(count * self.share)
@@ -351,7 +351,7 @@ class Drop(NamedTuple):
 
 @struct
 class CellBatch:
-    """Pages with a dense target: the class of every cell of a page, and where it lies.
+    """Pages with a dense target: the class and the box of every cell.
 
     Attributes:
       images: float32 pixels.
@@ -366,21 +366,23 @@ class CellBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What one example, or one row of several, takes of a `RowShape`; loads of a row add up.
+    """Size of one example, or of one row of several, to fit in a `RowShape`; loads of a row are added.
 
     Attributes:
       length: positions.
       images: tiles, or places of packed patches.
       kept: positions that are left after each drop of visual tokens inside the decoder.
+      pictures: pictures, and places of videos.
     """
 
     length: int
     images: int
     kept: tuple[int, ...] = ()
+    pictures: int = 0
 
     def __add__(self, other: "Load") -> "Load":
         kept = tuple(mine + theirs for mine, theirs in zip(self.kept, other.kept, strict=True))
-        return Load(self.length + other.length, self.images + other.images, kept)
+        return Load(self.length + other.length, self.images + other.images, kept, self.pictures + other.pictures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,18 +391,30 @@ class RowShape:
 
     Attributes:
       length: positions.
-      images: tiles, or places of packed patches.
+      images: tiles, or positions of packed patches.
       kept: positions of the row after each drop of visual tokens inside the decoder.
+      pictures: the most pictures, where a reducer acts on each picture of a packed row; None for any number.
     """
 
     length: int
     images: int
     kept: tuple[int, ...] = ()
+    pictures: int | None = None
 
     def holds(self, load: Load) -> bool:
         """Whether a load fits in an empty row."""
-        kept = all(need <= size for need, size in zip(load.kept, self.kept, strict=True))
-        return load.length <= self.length and load.images <= self.images and kept
+        return not self.excess(load)
+
+    def excess(self, load: Load) -> list[tuple[str, int, int]]:
+        """What a load needs more of than an empty row has: (in words, needed, size of the row)."""
+        amounts = [
+            ("positions", load.length, self.length),
+            ("tiles or patches", load.images, self.images),
+            ("pictures", load.pictures, load.pictures if self.pictures is None else self.pictures),
+        ]
+        for drop, (need, size) in enumerate(zip(load.kept, self.kept, strict=True), start=1):
+            amounts.append((f"positions after drop {drop}", need, size))
+        return [amount for amount in amounts if amount[1] > amount[2]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,8 +423,8 @@ class Turn:
 
     Attributes:
       question: text before the model answers.
-      answer: text that the model is to give.
-      task: which metric scores the answer.
+      answer: target text.
+      task: determines the metric of the answer.
     """
 
     question: str
@@ -425,13 +439,13 @@ Message = Config
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What a data source yields, before any tokenizer or image size is known.
+    """An element of a data source, independent of tokenizers and image sizes.
 
     Attributes:
-      sample_id: names the sample in every message about it.
-      messages: the conversation, with an item `{"type": "image"}` for every picture; the last message is the answer.
-      images: uint8 pictures of any size, [height, width, channels], in the order of their items.
-      task: which metric scores the answer; free text for sets with a single task.
+      sample_id: name of the sample in errors.
+      messages: the conversation, with an item `{"type": "image"}` for every image; the last message is the answer.
+      images: uint8 images of any size, [height, width, channels], in the order of their items.
+      task: determines the metric of the answer; any text for data sets with a single task.
     """
 
     sample_id: str
@@ -441,7 +455,7 @@ class Sample:
 
     @property
     def question(self) -> str:
-        """The text before the last answer, without pictures."""
+        """The text before the last answer, without images."""
         return text_of(self.messages[-2])
 
     @property
@@ -450,8 +464,22 @@ class Sample:
         return text_of(self.messages[-1])
 
 
+@dataclasses.dataclass(frozen=True)
+class SampleSizes:
+    """A sample of which no pixel is decoded: what decides how much of a row it takes.
+
+    Attributes:
+      sample_id, messages: as of `Sample`.
+      sizes: (height, width) of each picture, pixels.
+    """
+
+    sample_id: str
+    messages: tuple[Message, ...]
+    sizes: tuple[tuple[int, int], ...] = ()
+
+
 def text_of(message: Message) -> str:
-    """The text of a message's last text item, or its whole content where that is a text; empty without any."""
+    """The text of a message's last text item, or its content if that is a string; empty without text."""
     content = message["content"]
     return content if isinstance(content, str) else ["", *(i["text"] for i in content if i["type"] == "text")][-1]
 
@@ -467,8 +495,8 @@ def dialogue(turns: Sequence[Turn], *, num_images: int = 0, context: str = "") -
 
     Args:
       turns: in order.
-      num_images: pictures that stand before the first question.
-      context: text that stands between them and the first question.
+      num_images: images before the first question.
+      context: text between them and the first question.
     """
     messages: list[Message] = []
     for number, turn in enumerate(turns):

@@ -1,11 +1,11 @@
-"""Every learned connector side by side at equal numbers of visual tokens, and one training for several budgets."""
+"""All learned connectors at equal numbers of visual tokens, and one training for several budgets."""
 
 from ml_collections import ConfigDict
 
 from configs.sweeps import digits_token_budget
 
-# Settings of the learned connectors that take one grid of features. `hybrid_mlp`, which joins those of two
-# encoders, is for another model.
+# Settings of the learned connectors for one grid of features. `hybrid_mlp`, which joins those of two
+# encoders, needs another model.
 CONNECTORS = {
     "mlp": {},
     "pool": {},
@@ -25,10 +25,10 @@ NESTED = (1, 2, 4, 8, 16)
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Each connector at 1, 4 and 16 tokens as far as it can, and two matryoshkas at five budgets.
+    """Each connector at 1, 4 and 16 tokens where feasible, and two matryoshkas at five budgets.
 
     Args:
-      arg: "" for the sweep; `small` for average pooling beside its matryoshka, after a shorter
+      arg: "" for the sweep; `small` for average pooling and its matryoshka, after a shorter
         pre-training; `smoke` for a few steps of one connector and a matryoshka at two budgets.
     """
     config = digits_token_budget.get_config(arg)

@@ -1,4 +1,4 @@
-"""How few visual tokens can a page of digits be read with, and through which connector?"""
+"""How many visual tokens does reading a page of digits need, and with which connector?"""
 
 from ml_collections import ConfigDict
 

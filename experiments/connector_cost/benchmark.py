@@ -17,8 +17,8 @@ from typing import Any
 BUDGETS = (16, 64, 144, 256)
 GRIDS = ((24, 24), (32, 32))  # CLIP L/14 at 336 pixels; 448 pixels
 WIDTH_IN, WIDTH_OUT = 1024, 4096
-# Fields that neither the budget nor the widths decide, as the releases have them, but for the visual
-# vocabulary: the 65,536 words of Ovis 2 under the large squares of a small budget would not fit here.
+# Fields that do not depend on the budget or the widths, as in the releases, except for the visual
+# vocabulary: the 65,536 words of Ovis 2 with the large squares of a small budget would not fit here.
 RELEASED: dict[str, dict[str, Any]] = {
     "visual_vocabulary": {"vocab_size": 16_384},
     "perceiver": {"depth": 3, "num_heads": 16, "num_kv_heads": 4, "head_dim": 96},
@@ -36,7 +36,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Callable[[], float]:
-    """Times the matrix products of a call, each as a program of its own: once each, times how often it runs."""
+    """Times the matrix products of a call, each as a separate program: its time, multiplied by how often it runs."""
     import jax
     import jax.numpy as jnp
 
@@ -66,10 +66,10 @@ def alone(function: Callable[..., Any], *args: Any) -> Callable[[], float]:
 
 
 def case(kind: str, grid: tuple[int, int], budget: int, batch: int, rounds: int) -> dict[str, Any]:
-    """One connector at one budget; the connector and its products take turns.
+    """One connector at one budget; the connector and its products alternate.
 
     Returns:
-      Its row, or `refused`: why the budget cannot be met.
+      Its row, or `refused`: the reason why the budget is infeasible.
     """
     import jax
     import jax.numpy as jnp
@@ -133,7 +133,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """Forward time against tokens, a panel a grid, a line a kind."""
+    """Forward time against tokens, one panel per grid, one line per kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,8 +164,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", default="0,1", help="which cores everything runs on")
-    parser.add_argument("--kinds", nargs="*", help="all of the table when left out")
+    parser.add_argument("--cores", default="0,1", help="cores for all processes")
+    parser.add_argument("--kinds", nargs="*", help="all of the table by default")
     parser.add_argument("--out", type=Path, default=Path("workdir/connector_cost"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -176,14 +176,14 @@ def main() -> None:
     from vlm_jax.connectors import CONNECTORS
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "rows.json"  # what stands there is not measured again
+    file = arguments.out / "rows.json"  # existing rows are not measured again
     rows = json.loads(file.read_text()) if file.exists() else []
     for kind, grid in itertools.product(arguments.kinds or CONNECTORS, GRIDS):
-        # A kind without a choice is measured at the one number that it gives.
+        # A kind without a choice is measured at its only number.
         for budget in (grid[0] * grid[1],) if kind in ("mlp", "hybrid_mlp") else BUDGETS:
             if any((row["kind"], *row["grid"], row["budget"]) == (kind, *grid, budget) for row in rows):
                 continue
-            # A process each, so that one case's memory is gone before the next.
+            # One process per case, so that its memory is freed before the next.
             command = [sys.executable, __file__, "--case", json.dumps([kind, grid, budget])]
             command += ["--cores", arguments.cores, "--batch", str(arguments.batch), "--rounds", str(arguments.rounds)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

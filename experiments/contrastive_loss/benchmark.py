@@ -15,13 +15,13 @@ from vlm_jax.losses.two_tower import LOSSES, locked_image, sigmoid_loss, softmax
 
 
 def full_sigmoid(image, text, *, scale, bias):
-    """SigLIP's published pseudocode: the whole matrix, differentiated by JAX."""
+    """SigLIP's published pseudocode: the full matrix, differentiated by JAX."""
     labels = 2 * jnp.eye(len(image)) - jnp.ones((len(image), len(image)))
     return -jnp.sum(jax.nn.log_sigmoid(labels * (image @ text.T * scale + bias))) / len(image)
 
 
 def full_softmax(image, text, *, scale, bias):
-    """CLIP's published pseudocode: the whole matrix, differentiated by JAX."""
+    """CLIP's published pseudocode: the full matrix, differentiated by JAX."""
     logits = image @ text.T * scale + bias
     both = [jnp.trace(jax.nn.log_softmax(logits, axis)) for axis in (0, 1)]
     return -sum(both) / (2 * len(image))
@@ -47,7 +47,7 @@ def step(loss):
 
 
 def single(batch: int, width: int, rounds: int) -> None:
-    """Every loss once a round, in turn, so that a busy machine slows all alike."""
+    """Every loss once per round, in turn, so that other load on the machine affects all equally."""
     rng = np.random.default_rng(0)
     towers = rng.normal(size=(2, batch, width)).astype(np.float32)
     towers /= np.linalg.norm(towers, axis=-1, keepdims=True)
@@ -70,7 +70,7 @@ def single(batch: int, width: int, rounds: int) -> None:
 
 
 def memory(batch: int, width: int) -> None:
-    """Compiles for 8 devices, runs nothing."""
+    """Compiles for 8 devices without running."""
     jax.config.update("jax_num_cpu_devices", 8)
     mesh = Mesh(np.array(jax.devices()), ("data",))
 

@@ -1,7 +1,7 @@
-"""Time and memory of SigLIP's image tower beside `transformers`; see README.md for the question and the commands.
+"""Time and memory of SigLIP's image tower compared with `transformers`; see README.md for the question and commands.
 
-Every contender lives in a process of its own, on the same two cores. The processes take turns, one
-measured step each a round, while the others sleep.
+Every contender has a separate process, on the same two cores. The processes alternate, one
+measured step each per round, while the others sleep.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-# google/siglip-base-patch16-224, vision_config; what is left out are the class's defaults.
+# google/siglip-base-patch16-224, vision_config; missing keys have the class's defaults.
 SIGLIP_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
                "image_size": 224, "patch_size": 16}  # fmt: skip
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -35,7 +35,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformers, SDPA, torch.compile": ("torch", {"compiled": True}),
 }
 THEIRS = [name for name, (package, _) in CONTENDERS.items() if package == "torch"]
-# The four products of every block alone: what each package's linear algebra allows.
+# Only the four products of every block: the bound of each package's linear algebra.
 PRODUCTS = {"matrix products, XLA": "jax", "matrix products, PyTorch": "torch"}
 STEPS = ("forward", "forward and backward")
 
@@ -43,7 +43,7 @@ Step = Callable[[], Any]
 
 
 def memory(field: str) -> int:
-    """A line of the process's status in bytes: VmRSS is now, VmHWM the most since `forget_peak`."""
+    """A field of the process's status in bytes: VmRSS is current, VmHWM the maximum since `forget_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
@@ -53,7 +53,7 @@ def forget_peak() -> None:
 
 
 def pixels_of(settings: dict[str, int], batch: int) -> np.ndarray:
-    """Images as `transformers` takes them, [B, 3, side, side] float32."""
+    """Images in the format of `transformers`, [B, 3, side, side] float32."""
     side = settings["image_size"]
     return np.random.default_rng(0).normal(size=(batch, 3, side, side)).astype(np.float32)
 
@@ -109,7 +109,7 @@ def torch_steps(folder: str, batch: int, *, compiled: bool, threads: int) -> tup
 
 
 def product_steps(package: str, settings: dict[str, int], batch: int, threads: int) -> tuple[int, dict[str, Step]]:
-    """The products of all blocks, once forward, and three times as forward with backward has them."""
+    """The products of all blocks, once for forward, and three times for forward with backward."""
     width, hidden = settings["hidden_size"], settings["intermediate_size"]
     rows = batch * (settings["image_size"] // settings["patch_size"]) ** 2
     rng = np.random.default_rng(0)
@@ -149,7 +149,7 @@ def product_flops(settings: dict[str, int], batch: int) -> int:
 
 
 def work(pipe: Connection, name: str, folder: str, settings: dict[str, int], batch: int, cores: set[int]) -> None:
-    """A contender's process: builds and warms a step when it is named, then runs it once an order."""
+    """A contender's process: builds and warms up a step on the first request, then runs it once per request."""
     os.sched_setaffinity(0, cores)
     if name in PRODUCTS:
         base, steps = product_steps(PRODUCTS[name], settings, batch, len(cores))
@@ -178,7 +178,7 @@ def work(pipe: Connection, name: str, folder: str, settings: dict[str, int], bat
 
 
 def released_folder(folder: str, settings: dict[str, int]) -> None:
-    """A checkpoint of random weights as `transformers` writes it."""
+    """A checkpoint with random weights, written by `transformers`."""
     import torch
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -221,7 +221,7 @@ def measure(settings: dict[str, int], batch: int, rounds: int, cores: set[int]) 
 
 
 def table(results: dict[str, Any], settings: dict[str, int], batch: int) -> str:
-    """What was measured, in Markdown: medians, and each as a share of the faster of theirs."""
+    """The results in Markdown: medians, and each relative to the faster of theirs."""
     median = {n: {s: statistics.median(results[n][s]["seconds"]) for s in STEPS} for n in results}
     best = {s: min(median[name][s] for name in THEIRS) for s in STEPS}
     leanest = min(results[name][STEPS[1]]["rise"] for name in THEIRS)
@@ -245,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cores", default="0,1", help="which cores every contender runs on")
+    parser.add_argument("--cores", default="0,1", help="cores for every contender")
     parser.add_argument("--tiny", action="store_true", help="a small tower, to try the program")
     parser.add_argument("--out", type=Path, help="every round's seconds and all peaks, as JSON")
     arguments = parser.parse_args()

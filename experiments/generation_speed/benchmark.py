@@ -1,7 +1,7 @@
-"""Prefill and decode of a Llama beside `transformers`, and compile time by depth; see README.md.
+"""Prefill and decode of a Llama compared with `transformers`, and compile time by depth; see README.md.
 
-Every contender lives in a process of its own, on the same cores, and they take turns, one generation each a round,
-while the others sleep. Beside the two models there are what bounds them (`bounds.py`).
+Every contender has a separate process, on the same cores, and they alternate, one generation each per round,
+while the others sleep. Lower bounds of their times are measured too (`bounds.py`).
 """
 
 import argparse
@@ -35,7 +35,7 @@ Generate = Callable[[np.ndarray], tuple[np.ndarray, float, float]]
 
 
 def ours(folder: str, new_tokens: int) -> Generate:
-    """The public engine, told the time by its own reports."""
+    """The public engine, timed by its reports."""
     import vlm_jax
     from vlm_jax.generation.engine import generate, prepared
     from vlm_jax.types import TEXT_SLOT, Batch
@@ -65,7 +65,7 @@ def ours(folder: str, new_tokens: int) -> Generate:
 
 
 def theirs(folder: str, new_tokens: int, threads: int) -> Generate:
-    """A bare greedy loop over the model of `transformers` with its static cache."""
+    """A plain greedy loop over the model of `transformers` with its static cache."""
     import torch
     from transformers import LlamaForCausalLM, StaticCache
 
@@ -91,7 +91,7 @@ def theirs(folder: str, new_tokens: int, threads: int) -> Generate:
 
 
 def released_folder(folder: str, settings: dict[str, int]) -> None:
-    """A checkpoint of random weights as `transformers` writes it."""
+    """A checkpoint with random weights, written by `transformers`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -101,7 +101,7 @@ def released_folder(folder: str, settings: dict[str, int]) -> None:
 
 
 def serve(pipe: Connection, name: str, folder: str, new_tokens: int, cores: set[int]) -> None:
-    """A contender's process: one generation an order."""
+    """A contender's process: one generation per request."""
     os.sched_setaffinity(0, cores)
     run = contender(name, folder, new_tokens, len(cores))
     while (ids := pipe.recv()) is not None:
@@ -121,7 +121,7 @@ def contender(name: str, folder: str, new_tokens: int, threads: int) -> Generate
     made: dict[tuple[int, ...], Callable[[], tuple[float, float]]] = {}
 
     def run(ids: np.ndarray) -> tuple[np.ndarray, float, float]:
-        """The bound of these prompts' shape; that of the shape before is dropped, for it holds matrices."""
+        """The bound for these prompts' shape; that of the previous shape is freed, because it holds matrices."""
         if ids.shape not in made:
             made.clear()
             made[ids.shape] = (
@@ -135,7 +135,7 @@ def contender(name: str, folder: str, new_tokens: int, threads: int) -> Generate
 
 
 def first_call(pipe: Connection, folder: str, prompt: np.ndarray, new_tokens: int, cores: set[int]) -> None:
-    """How much longer the first generation takes than the second: to trace and compile its programs."""
+    """First minus second generation time: for tracing and compiling the programs."""
     os.sched_setaffinity(0, cores)
     run, times = ours(folder, new_tokens), []
     for _ in range(2):
@@ -146,7 +146,7 @@ def first_call(pipe: Connection, folder: str, prompt: np.ndarray, new_tokens: in
 
 
 def in_process(target: Callable[..., None], *arguments: Any) -> Any:
-    """What a process of its own sends."""
+    """The result of a function in a separate process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=target, args=(there, *arguments), daemon=True)
@@ -161,7 +161,7 @@ def prompt_of(settings: dict[str, int], batch: int, length: int) -> np.ndarray:
 
 
 class Contenders:
-    """The processes, started with the first order."""
+    """The processes, started with the first request."""
 
     NAMES = (OURS, THEIRS, XLA, PYTORCH, READING)
 
@@ -170,7 +170,7 @@ class Contenders:
         self._pipes: dict[str, Connection] = {}
 
     def row(self, batch: int, length: int, rounds: int) -> dict[str, Any]:
-        """Seconds of every round of one case, and how many of the first tokens are the same."""
+        """Seconds of every round of one case, and the share of equal tokens."""
         if not self._pipes:
             self._start()
         ids = prompt_of(self._settings, batch, length)
@@ -205,7 +205,7 @@ class Contenders:
 
 
 def compile_row(settings: dict[str, int], depth: int, batch: int, rounds: int, cores: set[int]) -> dict[str, Any]:
-    """Seconds to make both programs at a depth, a process a round; of the wall, and of all threads together."""
+    """Seconds for compiling both programs at a depth, one process per round; wall time, and CPU time of all threads."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         maker = context.Process(target=released_folder, args=(folder, {**settings, "num_hidden_layers": depth}))
@@ -217,7 +217,7 @@ def compile_row(settings: dict[str, int], depth: int, batch: int, rounds: int, c
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Medians of the rounds, in Markdown; milliseconds of a prompt, and of a step after it."""
+    """Medians of the rounds, in Markdown; milliseconds per prompt, and per step after it."""
     lines = []
     measured = sorted((row for row in rows if "prompt" in row), key=lambda row: (row["batch"], row["prompt"]))
     for phase in PHASES:
@@ -241,7 +241,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """How many times faster, by prompt; a panel a phase, a line a batch size."""
+    """Speedup by prompt length; one panel per phase, one line per batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -270,8 +270,8 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=33, help="of every generation, the first included")
-    parser.add_argument("--cores", default="0,1", help="which cores everything runs on")
+    parser.add_argument("--new-tokens", type=int, default=33, help="of every generation, including the first")
+    parser.add_argument("--cores", default="0,1", help="cores for all processes")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try the program")
     parser.add_argument("--out", type=Path, default=Path("workdir/generation_speed"))
     arguments = parser.parse_args()
@@ -279,7 +279,7 @@ def main() -> None:
     os.sched_setaffinity(0, cores)
     settings, cases, depths = (TINY, TINY_CASES, TINY_DEPTHS) if arguments.tiny else (LLAMA, CASES, DEPTHS)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    file = arguments.out / "rows.json"  # what stands there is not measured again
+    file = arguments.out / "rows.json"  # existing rows are not measured again
     rows = json.loads(file.read_text()) if file.exists() else []
 
     def add(row: dict[str, Any]) -> None:

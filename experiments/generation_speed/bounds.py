@@ -1,8 +1,8 @@
-"""What a generation takes at least on a CPU: its products alone, and reading the parameters.
+"""Lower bounds of generation times on a CPU: only the matrix products, and reading the parameters.
 
-Each is made from a model's settings and gives the seconds of a prompt and of the steps after it, as
-`benchmark.py` has them of whole models. Products go one behind the other, each with a matrix of its own, and
-nothing is computed between them; the head is that of a prompt's last position.
+Each function takes a model's settings and returns a function for the seconds of a prompt and of the steps after it,
+like those of full models in `benchmark.py`. Products run in sequence, each with a separate matrix, and
+nothing is computed between them; the head is applied to a prompt's last position.
 """
 
 import threading
@@ -16,14 +16,14 @@ Shapes = list[tuple[int, int]]  # input and output widths
 
 
 def widths(settings: dict[str, int]) -> tuple[int, int, int]:
-    """Of the residual stream, of keys, and within the MLP."""
+    """Widths of the residual stream, of keys, and inside the MLP."""
     width = settings["hidden_size"]
     key = width // settings["num_attention_heads"] * settings["num_key_value_heads"]
     return width, key, settings["intermediate_size"]
 
 
 def xla_products(settings: dict[str, int], batch: int, prompt: int, steps: int) -> Callable[[], tuple[float, float]]:
-    """As generation lays them out on a CPU: query, key and value are one matrix, gate and up another."""
+    """In the layout of generation on a CPU: query, key and value are one matrix, gate and up another."""
     import jax
     import jax.numpy as jnp
 
@@ -52,7 +52,7 @@ def xla_products(settings: dict[str, int], batch: int, prompt: int, steps: int) 
 
 
 def torch_products(settings: dict[str, int], batch: int, prompt: int, steps: int) -> Callable[[], tuple[float, float]]:
-    """As the Llama of `transformers` has them."""
+    """In the layout of Llama in `transformers`."""
     import torch
 
     width, key, mlp = widths(settings)
@@ -75,7 +75,7 @@ def torch_products(settings: dict[str, int], batch: int, prompt: int, steps: int
 
 
 def reading(settings: dict[str, int], threads: int, steps: int) -> Callable[[], tuple[float, float]]:
-    """All parameters, once for the prompt and once a step, a part a thread."""
+    """Reads all parameters, once for the prompt and once per step, one part per thread."""
     width, key, mlp = widths(settings)
     block = 2 * width * (width + key) + 3 * width * mlp
     size = settings["num_hidden_layers"] * block + width * settings["vocab_size"]
@@ -92,7 +92,7 @@ def reading(settings: dict[str, int], threads: int, steps: int) -> Callable[[], 
 
 
 def drawn(shapes: Shapes) -> list[np.ndarray]:
-    """Matrices [O, I]."""
+    """Random matrices [O, I]."""
     draw = np.random.default_rng(0)
     return [draw.standard_normal((o, i), dtype=np.float32) / np.float32(np.sqrt(i)) for i, o in shapes]
 

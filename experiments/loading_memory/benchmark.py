@@ -2,7 +2,7 @@
 
     python experiments/loading_memory/benchmark.py --rounds 3
 
-Every load is a process of its own; contenders take turns within a round. The folder is written to a temporary place
+Every load is a separate process; contenders alternate within a round. The folder is written to a temporary directory
 by `transformers`, in the schema of Qwen2-VL, and removed afterwards.
 """
 
@@ -53,7 +53,7 @@ def ours(folder: str, dtype: str, *, sharded: bool) -> Callable[[], tuple[Any, i
     import jax
 
     import vlm_jax
-    import vlm_jax.pretrained  # the package imports it when it is asked for
+    import vlm_jax.pretrained  # the package imports it lazily
     from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
     mesh = make_mesh(MeshSettings(**MESH)) if sharded else None
@@ -69,7 +69,7 @@ def ours(folder: str, dtype: str, *, sharded: bool) -> Callable[[], tuple[Any, i
 
 
 def theirs(folder: str, dtype: str) -> Callable[[], tuple[Any, int]]:
-    """`from_pretrained` of `transformers`, which always loads into modules without memory of their own."""
+    """`from_pretrained` of `transformers`, which always loads into modules on the meta device."""
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
@@ -81,7 +81,7 @@ def theirs(folder: str, dtype: str) -> Callable[[], tuple[Any, int]]:
 
 
 def library(folder: str) -> Callable[[], tuple[Any, int]]:
-    """`safetensors` alone: every file's tensors as NumPy arrays."""
+    """Only `safetensors`: every file's tensors as NumPy arrays."""
     import ml_dtypes  # noqa: F401 (names bfloat16)
     from safetensors.numpy import load_file
 
@@ -104,7 +104,7 @@ CONTENDERS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
 
 
 def memory(field: str) -> int:
-    """A line of the process's status in bytes: VmRSS, RssAnon (its own), VmHWM (most of VmRSS since `forget_peak`)."""
+    """A field of the process's status in bytes: VmRSS, RssAnon (its own), VmHWM (maximum VmRSS since `forget_peak`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
@@ -114,7 +114,7 @@ def forget_peak() -> None:
 
 
 def measure(name: str, folder: str, results: Any) -> None:
-    """Loads once, in this process, and says in how much memory and time."""
+    """Loads once, in this process, and reports memory and time."""
     make, arguments, settings = CONTENDERS[name]
     load = make(folder, *arguments, **settings)
     resident, own = memory("VmRSS"), memory("RssAnon")
@@ -145,7 +145,7 @@ def in_a_process(target: Any, *arguments: Any) -> None:
 
 
 def sizes(folder: str) -> tuple[int, dict[str, int]]:
-    """Bytes of all tensors of the folder, and of its largest as each dtype."""
+    """Bytes of all tensors of the folder, and of its largest in each dtype."""
     from vlm_jax.checkpoints.hub import open_checkpoint
 
     tensors = open_checkpoint(folder).values()

@@ -1,9 +1,9 @@
-"""Pictures a second through our processors and through those of transformers, on one thread.
+"""Images per second of our processors and of those of transformers, on one thread.
 
     python experiments/processor_speed/benchmark.py --rounds 7
 
-Both get the same pictures as Pillow has them, decoded, and give float32 arrays for the encoder. Contenders take
-turns within a round, so that a machine that slows down slows all of them.
+Both get the same decoded Pillow images, and return float32 arrays for the encoder. Contenders
+alternate within a round, so that other load on the machine affects all of them.
 """
 
 import argparse
@@ -40,12 +40,12 @@ def pictures(count: int, height: int, width: int) -> list[Image.Image]:
 
 
 def ours(views: Views) -> Contender:
-    """One picture through views, from Pillow's image on."""
+    """Preprocesses one Pillow image with views."""
     return lambda picture: views.images([to_picture(picture)])[0].pixels
 
 
 def contenders() -> dict[str, dict[str, Contender]]:
-    """By system: ours, theirs, and Pillow's resize alone, below which neither gets."""
+    """By system: ours, theirs, and only Pillow's resize, a lower bound for both."""
     qwen, siglip = Qwen2VLImageProcessorPil(), SiglipImageProcessorPil()
     limits = (qwen.size["shortest_edge"], qwen.size["longest_edge"])
     statistics_of = [
@@ -72,7 +72,7 @@ def contenders() -> dict[str, dict[str, Contender]]:
 
 
 def measured(system: dict[str, Contender], given: list[Image.Image], rounds: int) -> dict[str, float]:
-    """Pictures a second of every contender: the median of the rounds."""
+    """Images per second of every contender: the median of the rounds."""
     rates: dict[str, list[float]] = {name: [] for name in system}
     for contender in system.values():
         contender(given[0])

@@ -1,10 +1,10 @@
-"""How long the steps of a training run wait for their pictures, by the number of input workers.
+"""How long the steps of a training run wait for their images, by the number of input workers.
 
     python experiments/processor_speed/training.py
 
-Pictures are JPEG files of 768 x 1024 pixels beside a JSONL file of questions, written to a temporary folder. First
-the input runs alone, then a ViT-S/16 with a small decoder learns from it through the package's own training loop,
-whose `metrics.jsonl` says for how long each step waited.
+Images are JPEG files of 768 x 1024 pixels next to a JSONL file of questions, written to a temporary folder. First
+only the input runs, then a ViT-S/16 with a small decoder is trained by the package's training loop,
+whose `metrics.jsonl` has the waiting time of each step.
 """
 
 import argparse
@@ -33,7 +33,7 @@ HEIGHT, WIDTH = 768, 1024
 
 
 def write_pictures(folder: Path, count: int) -> None:
-    """Smooth noise as photographs have it, about 200 KB each, with one question."""
+    """Smooth noise like photographs, about 200 KB each, with one question."""
     draw = np.random.default_rng(0)
     lines = []
     for i in range(count):
@@ -46,7 +46,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def config_of(folder: Path, batch_size: int, steps: int, workers: int) -> ConfigDict:
-    """A ViT-S/16 at 224 pixels, 49 visual tokens, and a decoder of four layers; all of it learns."""
+    """A ViT-S/16 at 224 pixels, 49 visual tokens, and a decoder of four layers; all parts are trained."""
     config = base.get_config()
     config.token_budget = 49
     config.data = ConfigDict(
@@ -62,17 +62,17 @@ def config_of(folder: Path, batch_size: int, steps: int, workers: int) -> Config
     stage.update({"steps": steps, "batch_size": batch_size, "warmup_steps": 1})
     stage.learning_rates = ConfigDict({"encoder": 1e-4, "connector": 1e-4, "decoder": 1e-4})
     config.stages, config.schedule = ConfigDict({"instruction": stage}), ("instruction",)
-    # Every step is awaited before the next batch is asked for, so that no wait hides behind a step.
+    # Every step is awaited before the next batch is requested, so that no wait overlaps with a step.
     config.loop.update({"save_every": 10**6, "log_every": 1, "input_workers": workers})
     return config.lock()
 
 
 def input_alone(config: ConfigDict, batches: int) -> float:
-    """Pictures a second, after the first batch."""
+    """Images per second, after the first batch."""
     experiment = build(config)
     (span,) = parse_schedule(tuple(config.schedule), config.stages)
     iterator = stage_batches(experiment, span.stage, config.seed, num_workers=config.loop.input_workers)
-    for _ in range(2 * max(1, config.loop.input_workers) + 1):  # what was made ahead while workers started
+    for _ in range(2 * max(1, config.loop.input_workers) + 1):  # batches that were prefetched while workers started
         next(iterator)
     start = time.perf_counter()
     for _ in range(batches):
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--workers", type=int, nargs="+", default=(0, 1, 2))
     arguments = parser.parse_args()
-    print("| input workers | pictures/s, input alone | s a step | first wait, s | median wait, ms | longest wait, ms |")
+    print("| input workers | images/s, only input | s per step | first wait, s | median wait, ms | longest wait, ms |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -37,7 +37,7 @@ def test_uniform_attention_gives_the_mean_distance_of_two_patches(grid, patch_si
 
 
 def test_tokens_before_the_patches_are_dropped_with_and_without_renormalising():
-    # 2 tokens before the 2 patches, which lie 10 pixels apart. Patch 0 gives itself 0.1, patch 1 0.3
+    # 2 tokens before the 2 patches, which are 10 pixels apart. Patch 0 gives itself 0.1, patch 1 0.3
     # and the rest 0.6; patch 1 gives all to patch 0. What the dropped tokens attend to does not count.
     weights = np.array([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.2, 0.4, 0.1, 0.3], [0, 0, 1.0, 0]])
     weights = weights[None, None, None].astype(np.float32)

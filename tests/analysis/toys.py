@@ -1,4 +1,4 @@
-"""A small encoder made of the package's layers, for what its ViT does not have."""
+"""A small encoder composed of the package's layers, for what its ViT does not have."""
 
 import jax
 import jax.numpy as jnp

@@ -308,13 +308,14 @@ def test_all_problems_are_reported_at_once():
     assert sorted(problems) == sorted(
         [
             "not filled: stem/bias, shape (4,): no rule writes it",
-            "not filled: blocks/norm/scal, shape (3, 4): no rule writes it; a rule's target is near: blocks/norm/scale",
-            "misshapen: stem.weight: expected (4, 3, 2, 2), found (4, 3, 1, 2), for stem/kernel through "
+            "not filled: blocks/norm/scal, shape (3, 4): no rule writes it; "
+            "similar target of a rule: blocks/norm/scale",
+            "wrong shape: stem.weight: expected (4, 3, 2, 2), found (4, 3, 1, 2), for stem/kernel through "
             "Transpose(axes=(2, 3, 1, 0))",
-            "missing from the checkpoint: layers.1.fc.weight, shape (6, 4), for blocks/mlp/kernel[1]; an "
-            "unused key is near: layers.1.fc.wieght",
-            "unused: layers.1.fc.wieght, shape (6, 4): no rule reads it and no ignore pattern covers it; a "
-            "missing key is near: layers.1.fc.weight",
+            "missing from the checkpoint: layers.1.fc.weight, shape (6, 4), for blocks/mlp/kernel[1]; "
+            "similar unused key: layers.1.fc.wieght",
+            "unused: layers.1.fc.wieght, shape (6, 4): no rule reads it and no ignore pattern covers it; "
+            "similar missing key: layers.1.fc.weight",
             "unused: rotary.inv_freq, shape (2,): no rule reads it and no ignore pattern covers it",
             *(
                 f"unused: layers.{i}.norm.weight, shape (4,): the model has no blocks/norm/scale[layer {i}], "
@@ -387,7 +388,7 @@ def test_rules_for_parts_that_neither_side_has_are_harmless():
 @pytest.mark.parametrize(
     ("rule", "targets", "message"),
     [
-        (Rule("w", "x", LINEAR), {"x": spec(3)}, r"Rule\(w -> x\) cannot give this shape: .* takes 2 axes"),
+        (Rule("w", "x", LINEAR), {"x": spec(3)}, r"Rule\(w -> x\) cannot return this shape: .* expected 2 axes"),
         (Rule("l.{i}.{j}", "x"), {"x": spec(3)}, r"x \(3,\): Rule\(.*\) stacks i, j on the leading axes"),
         (
             Rule("l.{i}", ("x", "y"), fused_linear(2, 2)),
@@ -404,7 +405,7 @@ def test_rules_that_cannot_give_the_shape_of_a_target(rule, targets, message):
 
 
 def test_integers_do_not_become_floats():
-    with pytest.raises(CheckpointMismatch, match="wrong kind of number: w is int32, and x is float32"):
+    with pytest.raises(CheckpointMismatch, match="wrong dtype: w is int32, and x is float32"):
         plan([Rule("w", "x")], {"w": np.zeros(2, np.int32)}, {"x": spec(2)})
 
 

@@ -1,4 +1,4 @@
-"""MobileVLM's projectors where images have masked features; whole images are held by tests/golden."""
+"""MobileVLM's projectors where images have masked features; whole images are tested by tests/golden."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Qwen-VL's own resampler: its stored positions; its numbers are held by tests/golden."""
+"""Qwen-VL's own resampler: its stored positions; its numbers are tested by tests/golden."""
 
 import jax
 import jax.numpy as jnp

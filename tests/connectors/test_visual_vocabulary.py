@@ -1,4 +1,4 @@
-"""Ovis's ways to choose visual words, in training and at inference; its numbers are held by tests/golden."""
+"""Ovis's ways to choose visual words, in training and at inference; its numbers are tested by tests/golden."""
 
 import functools
 
@@ -81,7 +81,7 @@ def test_training_takes_one_row_as_well(tokenize):
 
 @every_kind
 def test_gradients_in_training(tokenize):
-    """Of sum(words * weights), for the softmax behind each kind in closed form."""
+    """Of sum(words * weights), for the softmax after each kind in closed form."""
     x = jnp.asarray(logits(example())[:1], jnp.float32)
     weights = np.random.default_rng(1).normal(size=x.shape)
     connector = CONNECTOR.clone(tokenize=tokenize, tau=0.5)
@@ -132,5 +132,5 @@ def test_indicators_are_the_last_rows_and_learn():
 @pytest.mark.parametrize(("rows", "indicators"), [(3, 3), (3, -1)])
 def test_a_vocabulary_without_words_is_refused(rows, indicators):
     connector = CONNECTOR.clone(vocab_size=rows, num_indicators=indicators)
-    with pytest.raises(ValueError, match=f"{indicators} indicators leave no visual word of {rows} rows"):
+    with pytest.raises(ValueError, match=f"num_indicators: expected 0 to {rows - 1}, got {indicators}"):
         connector.init(jax.random.key(0), example(), deterministic=True)

@@ -153,7 +153,7 @@ def test_concat_normalises_every_feature_before_a_square_is_laid_side_by_side(ki
 
 
 def test_squares_of_packed_images_are_those_of_each_image():
-    """Two images of 4x2 and 2x6 features in blocks of 2, one behind the other."""
+    """Two images of 4x2 and 2x6 features in blocks of 2, one after the other."""
     rng = np.random.default_rng(0)
     pictures = [rng.normal(size=(1, 4, 2, WIDTH_IN)), rng.normal(size=(1, 2, 6, WIDTH_IN))]
     alone, packed = [], []

@@ -1,4 +1,4 @@
-"""The mesh that the contract suites share."""
+"""The mesh that the contract tests share."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the contract suites share: small kinds of any table, and the modules that a table must list."""
+"""Shared by the contract tests: small kinds of any table, and the modules that a table must list."""
 
 import dataclasses
 import importlib
@@ -42,7 +42,7 @@ SIZES = {
 def small(cls, **fields):
     """A module of class `cls`: its fields without a default come from `fields` and `SIZES`.
 
-    A module that is made of others gets a small ViT for each.
+    A composite module gets a small ViT for each part.
     """
     own = [f for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
     required = [f.name for f in own if f.default is f.default_factory is dataclasses.MISSING]

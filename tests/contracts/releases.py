@@ -80,17 +80,17 @@ def template(image: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What a small folder of a release is made of.
+    """Contents of a small folder of a release.
 
     Attributes:
       config: its settings; where `golden` is given, what changes in those of that folder.
       golden: a folder of tests/golden/data, for its config and the names of its tensors.
-      whole: the golden folder as it is, weights and files; `files` come beside.
-      names: of some tensors, with their shapes, from which the family tells what stands before the others.
-      added: tokens that the tokenizer has beside bytes.
-      image: what the chat template writes for a picture; None where the release has a template in its code.
+      whole: the golden folder as it is, weights and files; `files` are added.
+      names: of some tensors, with their shapes, from which the family determines the prefix of the others.
+      added: tokens of the tokenizer in addition to bytes.
+      image: what the chat template writes for an image; None where the release has a template in its code.
       files: of the processor.
-      options: of `Processor.example`, to keep pictures small.
+      options: of `Processor.example`, to keep images small.
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)

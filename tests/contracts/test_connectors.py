@@ -1,4 +1,4 @@
-"""The contract of `vlm_jax.connectors`, for every entry of the table."""
+"""The interface of `vlm_jax.connectors`, for every entry of the table."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
 
 def images(grid, masked=0.0, batch=BATCH, seed=0):
-    """Random features; a share `masked` of each image is no feature."""
+    """Random features; a share `masked` of each image is masked."""
     rng = np.random.default_rng(seed)
     count = grid[0] * grid[1]
     tokens = rng.normal(size=(batch, count, WIDTH_IN)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The contract of `vlm_jax.decoders`, for every entry of the table."""
+"""The interface of `vlm_jax.decoders`, for every entry of the table."""
 
 import functools
 
@@ -127,7 +127,7 @@ def test_padding_on_either_side_changes_nothing(kind, text, cached):
     tokens, positions, segments = row(text[:5])
     expected = run(kind)(tokens, positions, segments)
     for widths, kept in (((3, 0), slice(3, None)), ((0, 3), slice(0, 5))):
-        # What padding holds, ids and positions, is of no account.
+        # What padding holds, ids and positions, is ignored.
         padded = [
             jnp.pad(x, ((0, 0), widths), constant_values=value)
             for x, value in ((tokens, 7), (positions, 2), (segments, 0))

@@ -1,4 +1,4 @@
-"""The contract of `vlm_jax.encoders`, for every entry of the table."""
+"""The interface of `vlm_jax.encoders`, for every entry of the table."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The contract of `vlm_jax.encoders.PACKED_ENCODERS`, for every entry of the table; windows beside whole images."""
+"""The interface of `vlm_jax.encoders.PACKED_ENCODERS`, for every entry of the table; with windows and whole images."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ KINDS = [
 ]
 every_kind = pytest.mark.parametrize(("kind", "number"), KINDS)
 LENGTH = 64
-GRIDS = [(1, 6, 4), (1, 2, 10)]  # of the images of a sequence; padding behind
+GRIDS = [(1, 6, 4), (1, 2, 10)]  # of the images of a sequence; padding after
 
 
 def packed_for(encoder, batch=2):

@@ -1,4 +1,4 @@
-"""The contract of `vlm_jax.reducers`, for every entry of the table."""
+"""The interface of `vlm_jax.reducers`, for every entry of the table."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ LAYERS = 5  # of the part that a kind works in
 GRIDS = [(8, 8), (7, 5), (1, 6), (4, 8)]
 PATCH = 6
 
-# "none" is no module: the table says so with None, and `build` leaves the reducer out.
+# "none" is not a module: it is None in the table, and `build` omits the reducer.
 KINDS = [kind for kind, cls in REDUCERS.items() if cls is not None]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 # Where a kind works says what is to be seen of it: fewer features, a smaller grid from the encoder, or drops.
@@ -63,7 +63,7 @@ def solve_for(kind, budget, grid, num_layers):
 
 
 def split_budgets(kind, grid):
-    """(accepted budgets with their reducers, refused ones with their messages)."""
+    """(accepted budgets with their reducers, rejected ones with their messages)."""
     good, bad = {}, {}
     for budget in range(-1, grid[0] * grid[1] + 4):
         try:
@@ -146,7 +146,7 @@ def test_a_refusal_names_the_nearest_budgets_that_are_met(kind, grid):
 
 @before_connector
 def test_what_is_left_stands_in_order(kind):
-    """Features that are unit vectors show what each that is left is made of."""
+    """Features that are unit vectors show the composition of each remaining one."""
     reducer = solve(kind, 16, (8, 8))
     shown = tuple(side // PATCH for side in reducer.image_size(8 * PATCH, 8 * PATCH, (8, 8)))
     features = numbered(shown)
@@ -213,7 +213,7 @@ def test_random_draws_every_subset_of_its_size_alike():
     tokens = reduce(RandomDrop(5), features, key=jax.random.key(1), deterministic=False).tokens
     counts = np.bincount(np.asarray(tokens)[..., 1].astype(int).reshape(-1), minlength=12)
     assert counts.sum() == 10_000
-    # Drawn without replacement, the statistic is 11 * (1 - 5/12) on average; 30 is far beyond it.
+    # Sampled without replacement, the statistic is 11 * (1 - 5/12) on average; 30 is far beyond it.
     assert ((counts - 10_000 / 12) ** 2 / (10_000 / 12)).sum() < 30
 
 

@@ -1,4 +1,4 @@
-"""Files of conversations in every schema: what is read of them, and which records are refused."""
+"""Files of conversations in every schema: what is parsed, and which records are rejected."""
 
 import gzip
 import json
@@ -143,19 +143,19 @@ def turn(**fields):
             {"id": "x", "conversations": [*llava("q", "a")["conversations"]] * 2 + [{"from": "system", "value": "s"}]},
             "system$",
         ),
-        ({"id": "x", "conversations": [{"from": "gpt", "value": "a"}]}, "users and assistants .* got $"),
-        ({"id": "x", "conversations": []}, r"conversations: a list of turns expected, got \[\]"),
+        ({"id": "x", "conversations": [{"from": "gpt", "value": "a"}]}, "alternating user and assistant .* got $"),
+        ({"id": "x", "conversations": []}, r"conversations: expected a list of turns, got \[\]"),
         ({"id": "x", "conversation": []}, "unknown key 'conversation'; did you mean 'conversations'"),
         (llava("q", "a", imge="b"), "unknown key 'imge'; did you mean 'image'"),
         (llava("q", "a", question="b"), "both 'conversations' and 'question' are given"),
-        (llava("q", "a", image=[1]), r"image: a path or a list of paths expected, got \[1\]"),
+        (llava("q", "a", image=[1]), r"image: expected a path or a list of paths, got \[1\]"),
         ({"conversations": llava("q", "a")["conversations"]}, "key 'id' is missing"),
         (turn(**{"from": "humn", "value": "q"}), "turn 1: unknown speaker 'humn'; did you mean 'human'"),
         (turn(role="user", value="q"), "turn 1: unknown key 'value'; known here: content, role"),
         (turn(**{"from": "human", "valu": "q"}), "turn 1: unknown key 'valu'; did you mean 'value'"),
         (turn(role="user"), "turn 1: key 'content' is missing"),
-        (turn(**{"from": "human", "value": ""}), "turn 1: a text that is not empty expected, got ''"),
-        ({"id": "x", "conversations": ["q", "a"]}, "turn 1: a JSON object expected, got str"),
+        (turn(**{"from": "human", "value": ""}), "turn 1: expected a non-empty string, got ''"),
+        ({"id": "x", "conversations": ["q", "a"]}, "turn 1: expected a JSON object, got str"),
     ],
 )
 def test_a_faulty_conversation_is_named_by_line_or_index(tmp_path, record, message):
@@ -169,8 +169,8 @@ def test_all_faults_of_an_array_are_in_one_error(tmp_path):
     with pytest.raises(MalformedRecords) as caught:
         read(tmp_path, "a line", llava("q", "a"), llava("q"), name="set.json")
     lines = str(caught.value).split("\n")
-    assert lines[0] == "2 elements are no records of visual questions:"
-    assert lines[1].endswith("set.json[0]: a JSON object expected, got str")
+    assert lines[0] == "2 elements are not valid records of visual questions:"
+    assert lines[1].endswith("set.json[0]: expected a JSON object, got str")
     assert "set.json[2]: " in lines[2]
     with pytest.raises(MalformedRecords, match=r"set\.jsonl:1: 0 images, but config\.data\.num_images is 1"):
         read(tmp_path, llava("q", "a"), num_images=1)
@@ -181,7 +181,7 @@ def test_all_faults_of_an_array_are_in_one_error(tmp_path):
     [
         (b'[{"id": 1},\n{"id": 2]', r"set\.json:2: not a JSON array"),
         (b"\xff\xfe", r"set\.json: not a text in UTF-8"),
-        (gzip.compress(b"[]" * 99, mtime=0)[:-9], r"set\.json: not a text in UTF-8, plain or compressed by gzip"),
+        (gzip.compress(b"[]" * 99, mtime=0)[:-9], r"set\.json: expected UTF-8 text, plain or compressed by gzip"),
     ],
 )
 def test_a_file_that_is_no_text_or_no_array_is_named(tmp_path, content, message):

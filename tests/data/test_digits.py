@@ -1,4 +1,4 @@
-"""The digit source: answers derived again from the pages, streams made again from (seed, index)."""
+"""The digit source: answers derived again from the pages, streams reproduced from (seed, index)."""
 
 import re
 
@@ -19,7 +19,9 @@ def prepare_image(image):
     return image.astype(np.float32) / 255
 
 
-TOOLS = Tools(format_box=format_box, read_image=lambda path: None, prepare_image=prepare_image)
+TOOLS = Tools(
+    format_box=format_box, read_image=lambda path: None, image_size=lambda path: None, prepare_image=prepare_image
+)
 SMALL = {"rows": 3, "cols": 4, "page_size": 48, "variants": 1, "evaluation_size": 20}
 
 
@@ -28,7 +30,7 @@ def opened(**options):
 
 
 def page_of(source, sample, seed_keys):
-    """The page that a sample was made of, composed again from its generator's keys."""
+    """The page of a sample, composed again from its generator's keys."""
     pages = source._train_pages if seed_keys[0] == 0 else source._test_pages
     page = pages.compose(np.random.default_rng(seed_keys))
     if sample.images:
@@ -182,10 +184,10 @@ def test_only_training_pages_are_augmented():
             {"task_weights": {"reed": 1.0}},
             r"config\.data\.task_weights\.reed: no such task; did you mean 'read'",
         ),
-        ({"task_weights": {"read": -1.0}}, r"config\.data\.task_weights\.read: 0 or more expected"),
+        ({"task_weights": {"read": -1.0}}, r"config\.data\.task_weights\.read: expected 0 or more"),
         ({"task_weights": {"read": 0.0}}, r"config\.data\.task_weights: no task has a weight"),
         ({"turns_per_page": 0}, r"config\.data\.turns_per_page: at least 1"),
-        ({"evaluation_size": 0}, r"config\.data\.evaluation_size: at least 1"),
+        ({"evaluation_size": 0}, r"config\.data\.evaluation_size: expected at least 1"),
         ({"max_digit": 99}, r"config\.data\.max_digit: a digit of 99 pixels does not fit"),
         ({"max_digits": 9}, r"config\.data\.max_digits: unknown or unused key; did you mean 'max_digit'"),
     ],

@@ -1,4 +1,4 @@
-"""Batches made again, resumed and sharded, over streams whose content is known in closed form."""
+"""Batches reproduced, resumed and sharded, over streams whose content is known in closed form."""
 
 import dataclasses
 
@@ -68,6 +68,7 @@ def test_digit_pages_are_made_again_from_seed_and_step():
     tools = Tools(
         format_box=lambda box, height, width: str(box),
         read_image=lambda path: None,
+        image_size=lambda path: None,
         prepare_image=lambda image: image.astype(np.float32),
     )
     source = Digits(variants=0).open(tools)
@@ -112,7 +113,7 @@ def test_a_batch_size_that_cannot_be_is_refused(batch_size, shards, message):
 def test_a_shard_or_step_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match=r"shard_index must be in \[0, 2\), got 2"):
         batches(STREAM, 4, shard_index=2, shard_count=2)
-    with pytest.raises(IndexError, match="5 batches of 4, and none at step 5"):
+    with pytest.raises(IndexError, match="5 batches of 4, but not step 5"):
         batch_at(STREAM, 4, 5)
 
 

@@ -1,4 +1,4 @@
-"""Plans of packed rows: against brute force and closed forms, made again, cached, on several hosts."""
+"""Plans of packed rows: against brute force and closed forms, reproduced, cached, on several hosts."""
 
 import itertools
 import logging
@@ -23,7 +23,6 @@ from vlm_jax.data.packing import (
     buckets,
     fingerprint,
     pack_window,
-    padding_share,
 )
 from vlm_jax.types import Batch, Load, RowShape
 
@@ -109,7 +108,7 @@ def test_rows_are_at_most_half_more_than_the_fewest():
 
 
 def test_packing_in_closed_form():
-    # 6 + 4 fills a row; 5 stands alone, since 5 + 4 leaves no length for the other 5.
+    # 6 + 4 fills a row; 5 is alone, since 5 + 4 leaves no length for the other 5.
     assert pack_window([Load(n, 0) for n in (5, 4, 6)], RowShape(10, 1)) == [(1, 2), (0,)]
     # Length would let all share a row, images two of them, positions after the drop one.
     loads = [Load(2, 1, (2,)) for _ in range(4)]
@@ -126,8 +125,8 @@ def test_samples_that_fit_in_no_row_are_named_together_with_the_key():
     lines = str(caught.value).split("\n")
     assert lines[1:4] == [
         "  sample '1' needs 21 positions, config.row.length is 20",
-        "  sample '2' needs 7 images, config.row.images is 4",
-        "  sample '3' needs 10 positions after drop 1, of which a row of config.row.length=20 has 9",
+        "  sample '2' needs 7 tiles or patches, config.row.images is 4",
+        "  sample '3' needs 10 positions after drop 1, config.row.kept is 9",
     ]
     assert isinstance(caught.value, ConfigError)
     with pytest.raises(TooLargeForRow, match=r"sample 33 needs 21 positions, config\.row\.length is 20"):
@@ -182,9 +181,9 @@ def test_a_finite_stream_has_as_many_rows_as_its_windows_and_no_more():
     rows = plan(repeat=False)
     assert len(rows) == count
     assert sorted(itertools.chain(*(rows[row] for row in range(count)))) == list(range(50))
-    with pytest.raises(IndexError, match=rf"the data has {count} rows, and none at {count}"):
+    with pytest.raises(IndexError, match=rf"the data has {count} rows, but not row {count}"):
         plan(repeat=False)[count]
-    with pytest.raises(IndexError, match="rows count from 0, got -1"):
+    with pytest.raises(IndexError, match="expected a row index of at least 0, got -1"):
         rows[-1]
 
 
@@ -229,7 +228,7 @@ def test_a_plan_begun_anywhere_measures_up_to_there_once_and_keeps_few_windows_i
     measure = Measure()
     rows = plan(measure, folder=tmp_path, fingerprint="data")
     rows[100]
-    # Windows before the row were measured, since nothing told their number of rows; none behind it was.
+    # Windows before the row were measured, since nothing told their number of rows; none after it was.
     assert sorted(measure.elements) == list(range(max(measure.elements) + 1))
     assert set(measure.elements.values()) == {1}
     other = plan()
@@ -254,7 +253,7 @@ def test_what_a_kill_leaves_is_passed_over_and_missing_or_broken_files_are_made_
     with caplog.at_level(logging.WARNING):
         assert [rows[row] for row in range(40)] == expected
     assert sorted(measure.elements) == list(range(12, 50))  # windows 1, 2 and 3
-    assert sum("cannot be read and is made again" in record.getMessage() for record in caplog.records) == 2
+    assert sum("cannot be read and is recomputed" in record.getMessage() for record in caplog.records) == 2
     assert [file.read_bytes() for file in files] == content
 
 
@@ -335,12 +334,6 @@ def test_fingerprints_are_those_of_values_not_of_their_order():
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
 
 
-def test_padding_is_what_no_example_fills():
-    assert padding_share([Load(10, 0), Load(5, 0)], RowShape(10, 1)) == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="no row"):
-        padding_share([], RowShape(10, 1))
-
-
 def test_buckets_are_parts_of_the_length_rounded_up():
     shape = RowShape(2000, 8, (1000,))
     assert buckets(shape, 1) == (shape,)
@@ -368,7 +361,7 @@ def test_a_batch_takes_the_smallest_bucket_that_holds_all_its_rows():
     [
         ({"epoch": 0}, ConfigError, "at least 1 sample, got 0"),
         ({"window": 0}, ValueError, "window and num_threads must be at least 1, got 0"),
-        ({"epoch": None, "repeat": False}, ValueError, "needs the number of its elements as epoch"),
+        ({"epoch": None, "repeat": False}, ValueError, "needs its number of elements as epoch"),
         ({"folder": "rows"}, ValueError, "need a fingerprint"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Pages of digits: where the ink lies, which digits there are, and which pages cannot be made."""
+"""Pages of digits: where the ink is, which digits there are, and which pages cannot be made."""
 
 import numpy as np
 import pytest
@@ -87,15 +87,15 @@ def test_noise_has_at_most_the_deviation_asked_for():
     [
         (
             {"max_digit": 13},
-            r"config\.data\.max_digit: a digit of 13 pixels does not fit into a cell of 12 \(3x4",
+            r"config\.data\.max_digit: a digit of 13 pixels does not fit in a cell of 12 \(3x4",
         ),
         ({"max_digit": 7}, r"config\.data\.max_digit: 7 is below min_digit, 8"),
-        ({"rows": 0}, r"config\.data\.rows: at least 1 expected, got 0"),
+        ({"rows": 0}, r"config\.data\.rows: expected at least 1, got 0"),
         ({"cols": -1}, r"config\.data\.cols: at least 1"),
         ({"min_digit": 0}, r"config\.data\.min_digit: at least 1"),
-        ({"variants": -1}, r"config\.data\.variants: 0 or more"),
+        ({"variants": -1}, r"config\.data\.variants: expected 0 or more"),
         ({"intensity": 1.0}, r"config\.data\.intensity: a fraction in \[0, 1\)"),
-        ({"noise": -1.0}, r"config\.data\.noise: 0 or more"),
+        ({"noise": -1.0}, r"config\.data\.noise: expected 0 or more"),
     ],
 )
 def test_a_page_that_cannot_be_is_refused_by_its_key(change, message):

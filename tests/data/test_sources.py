@@ -12,7 +12,7 @@ from vlm_jax.data.loader import batch_at
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
-from vlm_jax.processors.image import normalize, open_image
+from vlm_jax.processors.image import image_size, normalize, open_image
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Processor
@@ -61,7 +61,7 @@ def test_every_kind_is_under_contract():
 def test_a_source_keeps_its_contract(kind, tmp_path, processor):
     settings = parse(SOURCES[kind], SECTIONS[kind](tmp_path), "config.data")
     assert isinstance(settings, Settings)
-    source = settings.open(Tools(format_box, open_image, lambda image: normalize(image, (0.5,), (0.5,))))
+    source = settings.open(Tools(format_box, open_image, image_size, lambda image: normalize(image, (0.5,), (0.5,))))
     assert isinstance(source, Source)
     assert (source.tasks, source.channels, source.streams) == (
         settings.tasks,
@@ -85,7 +85,7 @@ def test_a_source_keeps_its_contract(kind, tmp_path, processor):
         example = processor.example(sample.messages, sample.images, targets=True, name=sample.sample_id)
         return processor.rows([[example]], RowShape(128, 1), targets=True)
 
-    # The stream is endless, and a batch is made again from (seed, step).
+    # The stream is endless, and a batch is reproduced from (seed, step).
     rows, again = (source.train("questions", 5).map(row) for _ in range(2))
     ours, theirs = batch_at(rows, 4, 10_000), batch_at(again, 4, 10_000)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)

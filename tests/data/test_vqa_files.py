@@ -1,4 +1,4 @@
-"""Files of visual questions: what is read, what a corrupt image does, and which lines are refused."""
+"""Files of visual questions: what is read, what a corrupt image does, and which lines are rejected."""
 
 import dataclasses
 import json
@@ -23,7 +23,12 @@ def read_image(path, *, channels, max_pixels):
     return np.full((2, 3, channels), value, np.uint8)
 
 
-TOOLS = Tools(format_box=lambda *a: "", read_image=read_image, prepare_image=lambda image: image)
+TOOLS = Tools(
+    format_box=lambda *a: "",
+    read_image=read_image,
+    image_size=lambda path, *, max_pixels: read_image(path, channels=3, max_pixels=max_pixels).shape[:2],
+    prepare_image=lambda image: image,
+)
 
 
 def write(folder, name, count, corrupt=()):
@@ -178,26 +183,26 @@ GOOD = {"id": "g", "image": "a.png", "question": "q", "answer": "a"}
     ("line", "message"),
     [
         ('{"id": "x", ', "not JSON: "),
-        ("[1, 2]", "a JSON object expected, got list"),
+        ("[1, 2]", "expected a JSON object, got list"),
         (json.dumps({**GOOD, "id": "x", "imge": "b"}), "unknown key 'imge'; did you mean 'image'"),
         (json.dumps({"image": "a.png", "question": "q", "answer": "a"}), "key 'id' is missing"),
         (json.dumps({"id": "x", "question": "q", "answer": "a"}), "key 'image' is missing"),
-        (json.dumps({**GOOD, "id": 1.5}), "id: a text or an integer expected, got 1.5"),
+        (json.dumps({**GOOD, "id": 1.5}), "id: expected a string or an integer, got 1.5"),
         (json.dumps(GOOD), "id 'g' is that of line 1 too"),
-        (json.dumps({**GOOD, "id": "x", "image": []}), "image: a path or a list of paths expected"),
+        (json.dumps({**GOOD, "id": "x", "image": []}), "image: expected a path or a list of paths"),
         (json.dumps({**GOOD, "id": "x", "image": ["a", "b"]}), "2 images, but config.data.num_images is 1"),
         (json.dumps({**GOOD, "id": "x", "task": "chat"}), "task 'chat' is not one of config.data.tasks: vqa"),
         (json.dumps({**GOOD, "id": "x", "turns": [["q", "a"]]}), "both 'turns' and 'question' are given"),
-        (json.dumps({"id": "x", "image": "a", "turns": []}), "turns: a list of .* pairs expected"),
+        (json.dumps({"id": "x", "image": "a", "turns": []}), "turns: expected a list of .* pairs"),
         (
             json.dumps({"id": "x", "image": "a", "turns": [["q"]]}),
             "a question and an answer, .* got \\['q'\\]",
         ),
         (
             json.dumps({"id": "x", "image": "a", "question": "q"}),
-            "'question' and 'answer', or 'turns', expected",
+            "expected 'question' and 'answer', 'turns', or",
         ),
-        (json.dumps({**GOOD, "id": "x", "answer": ""}), ".* two texts that are not empty, expected"),
+        (json.dumps({**GOOD, "id": "x", "answer": ""}), ".* two non-empty strings, got"),
     ],
 )
 def test_a_faulty_line_is_named_when_the_file_is_opened(tmp_path, line, message):
@@ -218,10 +223,10 @@ def test_all_faulty_lines_are_reported_together(tmp_path):
     ("options", "message"),
     [
         ({"channels": 4}, r"config\.data\.channels: .* got 4"),
-        ({"tasks": ()}, r"config\.data\.tasks: at least one"),
-        ({"num_images": 0}, r"config\.data\.num_images: at least 1"),
-        ({"max_corrupt": -1}, r"config\.data\.max_corrupt: 0 or more"),
-        ({"evaluation_size": 0}, r"config\.data\.evaluation_size: at least 1"),
+        ({"tasks": ()}, r"config\.data\.tasks: expected at least one"),
+        ({"num_images": 0}, r"config\.data\.num_images: expected at least 1"),
+        ({"max_corrupt": -1}, r"config\.data\.max_corrupt: expected 0 or more"),
+        ({"evaluation_size": 0}, r"config\.data\.evaluation_size: expected at least 1"),
         ({"train_path": "nowhere.jsonl"}, r"config\.data\.train_path: there is no file 'nowhere\.jsonl'"),
     ],
 )
@@ -231,7 +236,7 @@ def test_settings_that_cannot_be_met_are_refused_by_their_key(tmp_path, options,
 
 
 def test_training_and_evaluation_may_not_be_the_same_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"config\.data\.evaluation_path: it is the training file"):
+    with pytest.raises(ConfigError, match=r"config\.data\.evaluation_path: is train_path"):
         opened(tmp_path, evaluation_path=str(tmp_path / "train.jsonl"))
 
 

@@ -8,6 +8,8 @@ from flax import linen as nn
 
 from vlm_jax.encoders.aimv2 import AIMv2
 
+from ..reducers import blocks
+
 ENCODER = AIMv2((10, 10), 2, width=8, depth=3, num_heads=2, mlp_dim=12)
 IMAGES = np.random.default_rng(0).normal(size=(2, 10, 10, 3)).astype(np.float32)
 
@@ -46,3 +48,22 @@ def test_select_layer_gives_a_hidden_state_as_it_is(select):
     kept["blocks"] = jax.tree.map(lambda leaf: leaf[: select % 4], kept["blocks"])
     tokens = jax.jit(selected.apply)({"params": kept}, jnp.asarray(IMAGES)).tokens
     np.testing.assert_allclose(tokens, encode().hidden[select], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["heads", "joined"])
+def test_saliency_is_the_mean_attention_that_is_received_in_the_last_block(kind):
+    plain = encode()
+    out = jax.jit(ENCODER.clone(saliency=kind).apply)(params(), jnp.asarray(IMAGES))
+    np.testing.assert_allclose(out.tokens, plain.tokens, atol=1e-5)  # the features are what they were
+    last = jax.tree.map(lambda leaf: np.float64(leaf[-1]), params()["params"]["blocks"]["layers"])
+    for image in range(2):
+        q, k, _ = blocks.heads(np.float64(plain.hidden[-2][image]), last, 2, 2, 1e-5)
+        np.testing.assert_allclose(out.keys[image], k, atol=1e-5)
+        if kind == "joined":
+            q, k = (x.reshape(len(x), 1, -1) for x in (q, k))
+        np.testing.assert_allclose(out.saliency[image], blocks.weights(q, k, 0).mean((0, 1)), atol=1e-6)
+
+
+def test_saliency_wants_a_block_and_no_collected_states():
+    with pytest.raises(ValueError, match="without collected states"):
+        jax.eval_shape(functools.partial(ENCODER.clone(saliency="heads").apply, collect=True), params(), IMAGES)

@@ -12,10 +12,10 @@ from vlm_jax.types import VisualFeatures
 
 
 class Means(nn.Module):
-    """The mean of every window of 2x2 pixels; in front, the largest pixels of the whole piece.
+    """The mean of every window of 2x2 pixels; first, the largest pixels of the whole piece.
 
     Attributes:
-      prefix: how many tokens go in front.
+      prefix: number of tokens before the grid.
       note: told the shape of the images of every call.
     """
 

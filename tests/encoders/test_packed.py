@@ -1,4 +1,4 @@
-"""Encoders whose packed patches lie in blocks: order, windows, selected layers, refusals, released sizes."""
+"""Encoders whose packed patches are in blocks: order, windows, selected layers, errors, released sizes."""
 
 import functools
 
@@ -130,7 +130,7 @@ def test_patches_of_another_encoder_are_refused(fields, message):
 
 def test_patches_packed_without_windows_or_blocks_are_refused():
     patches = np.zeros((6, 24), np.float32)
-    with pytest.raises(ValueError, match="6 places cannot be merged by 2x2"):
+    with pytest.raises(ValueError, match="6 patches cannot be merged by 2x2"):
         KINDS["qwen2_vl"].init(jax.random.key(0), pack_patches(patches, [(1, 2, 3)]))
     with pytest.raises(ValueError, match=r"layers \[0, 2\] attend inside windows"):
         KINDS["qwen2_5_vl"].init(jax.random.key(0), pack_patches(patches[:4], [(1, 2, 2)], merge_size=2))

@@ -1,4 +1,4 @@
-"""CLIP's ResNet: sizes, and statistics that are not trained; its numbers are held by tests/golden."""
+"""CLIP's ResNet: sizes, and statistics that are not trained; its numbers are tested by tests/golden."""
 
 import jax
 import jax.numpy as jnp

@@ -90,7 +90,7 @@ def test_a_table_of_distances_is_read_at_query_minus_key():
     np.testing.assert_array_equal(
         relative_positions(table, 4, 4)[..., 0] - 3, np.arange(4)[:, None] - np.arange(4)[None]
     )
-    # Half as many keys: each stands for two places, and the last is at no distance from query 2.
+    # Half as many keys: each represents two places, and the last is at no distance from query 2.
     np.testing.assert_array_equal(relative_positions(table, 4, 2)[:, 1, 0], [0, 1, 2, 3])
     # A linear table stays linear where it is interpolated, away from the clamped ends.
     np.testing.assert_allclose(relative_positions(table, 7, 7)[3, 1:6, 0], 3 + np.arange(2, -3, -1) * 7 / 13, atol=1e-5)

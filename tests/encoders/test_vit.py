@@ -1,4 +1,4 @@
-"""What a ViT's fields do; its numbers are held by tests/golden and tests/parity."""
+"""What a ViT's fields do; its numbers are tested by tests/golden and tests/parity."""
 
 import functools
 
@@ -67,11 +67,11 @@ def test_a_selected_layer_is_that_hidden_state_and_later_blocks_are_not_built(la
     ("fields", "message"),
     [
         ({**SELECTED, "select_layer": 4}, "select_layer 4: 3 blocks have the hidden states 0 to 3"),
-        ({**SELECTED, "select_layer": -5}, "counted from behind -1 to -4"),
+        ({**SELECTED, "select_layer": -5}, "or -4 to -1"),
         ({"select_layer": -2}, "set pooling to 'none'"),
         (SELECTED, "final_norm 'pooled' has nothing to normalise"),
         ({"class_token": False}, "set class_token too"),
-        ({"image_size": None}, "give image_size"),
+        ({"image_size": None}, "need image_size"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, message):

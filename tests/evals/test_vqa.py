@@ -116,7 +116,7 @@ def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatc
 
     monkeypatch.setattr(vqa, "generate", stand_in)
     answers = answer_all(experiment, {}, [given for given, *_ in written], settings(2))
-    assert sizes == [2, 2, 2]  # one program: the last batch is filled up
+    assert sizes == [2, 2, 2]  # one program: the last batch is padded
     assert len(answers) == len(written)
     for answer, (given, _, text, correct) in zip(answers, written, strict=True):
         assert answer.sample is given

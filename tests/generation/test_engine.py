@@ -143,13 +143,13 @@ def test_fewer_new_tokens_are_the_first_of_more(params, ragged, naive):
 
 
 def test_parts_that_the_model_does_not_know_are_left_out(params, ragged, naive):
-    """A state may carry heads of pre-training beside the model's own parts."""
+    """A state may have pre-training heads in addition to the model's parts."""
     assert run({**params, "cell_head": {"kernel": jnp.ones(2)}}, ragged) == naive
 
 
 def test_padding_on_the_right_gives_the_same(params, rows, naive):
     def turned(batch):
-        """The row's padding behind it."""
+        """The row's padding after it."""
         shift = -int(np.argmax(batch.segment_ids[0] != 0))
         moved = {
             name: jnp.roll(getattr(batch, name), shift, axis=1)
@@ -246,12 +246,12 @@ def test_sharded_over_devices_as_on_one(params):
     for leaf in states[0][0].cache.layers:
         assert leaf.shape[1] == 4
         assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), leaf.ndim)
-    with pytest.raises(GenerationError, match="lay it out with context=1, not 8"):
+    with pytest.raises(GenerationError, match="expected context=1, got 8"):
         generate(model, whole, batch, mesh=make_mesh(MeshSettings(context=8)), **options)
 
 
 def test_prompts_with_images_over_devices(params, ragged, naive):
-    """Three rows on four shares of the batch: the last one stands twice, with its image."""
+    """Three rows on four shards of the batch: the last one is repeated, with its image."""
     mesh = make_mesh(MeshSettings(data=4, tensor=2))
     boxed = jax.eval_shape(MODEL.init, jax.random.key(0), ragged)
     placed = jax.device_put(params, shardings(boxed["params"], mesh))
@@ -273,5 +273,5 @@ decode = engine.decode
 
 
 def copied(state):
-    """So that the state can be looked at after it was handed on."""
+    """Copies the state, so that it can be read after it was donated."""
     return jax.tree.map(jnp.copy, state)

@@ -25,7 +25,7 @@ DRAWS = Sampling(temperature=1.0, seed=5)
 
 @pytest.fixture
 def compiled():
-    """The programs that are compiled from here on, known ones anew; one entry each."""
+    """The programs that are compiled from here on, including cached ones; one entry each."""
     programs = []
 
     def listen(event, seconds, **_):
@@ -118,7 +118,7 @@ def test_a_row_that_the_host_ends_takes_no_more_tokens():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_new_tokens_go_on_from_the_largest_position_of_a_row(side, axes):
     batch = prompts([5, 5, 5, 5], [5], side=side, axes=axes)
-    if axes:  # as behind an image: rows and columns count on while time stands
+    if axes:  # as after an image: rows and columns increase while time is constant
         batch.positions[..., 0] = 0
         batch.positions[0, np.flatnonzero(batch.segment_ids[0])[1], 1] = 9
     result = run({"table": NOISE["table"]}, batch, Toy(VOCAB, tells_position=True), max_new_tokens=4)
@@ -139,7 +139,7 @@ def test_draws_depend_on_the_seed_and_the_rows_number_alone():
 
 
 def test_draws_have_the_probabilities_of_the_logits():
-    """2,000 rows draw one token; counts lie within five standard deviations of what softmax says."""
+    """2,000 rows draw one token; counts are within five standard deviations of the softmax."""
     rows = 2000
     result = run(NOISE, prompts(*[[7]] * rows), max_new_tokens=1, sampling=Sampling(temperature=2.0, top_k=5))
     logits = NOISE["table"][7] / 2.0
@@ -155,7 +155,7 @@ def test_a_penalty_reads_the_prompt_and_the_answer_and_no_padding():
     table[:, 1:5] = [1.0, 0.9, 0.8, 0.7]
     penalty = Sampling(repetition_penalty=2.0)
     result = run({"table": table}, prompts([9, 2, 9], [9]), sampling=penalty, max_new_tokens=5)
-    # 1, 3 and 4 are new to the first row; behind them 1 is the largest of what all have been halved to.
+    # 1, 3 and 4 are new to the first row; after them 1 is the largest of what all have been halved to.
     assert result.tokens.tolist() == [[1, 3, 4, 1, 1], [1, 2, 3, 4, 1]]
     # Padding is token 0 here; were it penalised, the second row would say 1 first.
     table[:, 0] = 1.5
@@ -166,19 +166,19 @@ def test_a_penalty_reads_the_prompt_and_the_answer_and_no_padding():
 @pytest.mark.parametrize(("first", "step"), [(2, 0), (1, 1), (3, None)])
 def test_logits_that_are_nan_are_named_by_row_and_step(first, step):
     table = COUNTING["table"].copy()
-    table[[2, PAD]] = np.nan  # of padding, which goes on where a row has ended, none is told
+    table[[2, PAD]] = np.nan  # of padding, which continues where a row has ended, none is reported
     batch = prompts([10], [first])
     if step is None:
         assert run({"table": table}, batch, end_ids=[6]).lengths.tolist() == [8, 3]
         return
-    with pytest.raises(GenerationError, match=rf"sample 'b': .* new token {step} \(from 0\) are NaN; look for NaN"):
+    with pytest.raises(GenerationError, match=rf"sample 'b': .* new token {step} \(from 0\) are NaN; check the"):
         run({"table": table}, batch, names=["sample 'a'", "sample 'b'"])
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 20])
 @pytest.mark.parametrize("mesh", [None, MeshSettings(data=4, tensor=2)])
 def test_nan_behind_the_end_of_a_row_that_the_host_ends_is_no_error(chunk, mesh):
-    """The first row is ended at 5; the second goes on to 12, behind which its logits are NaN too."""
+    """The first row is ended at 5; the second continues to 12, after which its logits are NaN too."""
     table = COUNTING["table"].copy()
     table[[6, 12]] = np.nan
     told = [[], []]
@@ -211,7 +211,7 @@ def test_nan_behind_the_end_of_a_row_that_the_host_ends_is_no_error(chunk, mesh)
         ({"cache_dtype": "int8"}, "cache_dtype: expected float32 or bfloat16, got 'int8'"),
         (
             {"cache_length": 9},
-            r"long: a prompt of 3 tokens, in a batch padded to 3, and 8 new tokens need 10 slots, and the cache has 9",
+            r"long: a prompt of 3 tokens, in a batch padded to 3, and 8 new tokens need 10 slots, but the cache has 9",
         ),
         (
             {"buckets": [2, 1]},
@@ -239,7 +239,7 @@ def test_a_row_that_is_not_one_prompt_is_named(segments, got):
     batch = prompts([1], [1, 2, 3])
     batch.segment_ids[1] = segments
     with pytest.raises(
-        GenerationError, match=rf"long: expected segment ids 0 .* got {re.escape(got)}; give each prompt"
+        GenerationError, match=rf"long: expected segment ids 0 .* got {re.escape(got)}; put each prompt"
     ):
         run(COUNTING, batch, names=["short", "long"])
 
@@ -248,7 +248,7 @@ def test_a_row_with_branches_is_named():
     """A cache does not know of branches."""
     batch = prompts([1], [1, 2, 3])
     batch = dataclasses.replace(batch, branch_ids=np.asarray([[0, 0, 0], [0, 1, 2]], np.int32))
-    with pytest.raises(GenerationError, match=r"long: the batch has branch_ids, .* give each branch a row of its own"):
+    with pytest.raises(GenerationError, match=r"long: the batch has branch_ids, .* put each branch in a separate row"):
         run(COUNTING, batch, names=["short", "long"])
 
 

@@ -84,11 +84,11 @@ def test_the_penalty_lowers_whatever_the_sign():
         ({"repetition_penalty": [1.5]}, r"repetition_penalty: expected a number, got \[1.5\]"),
         ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
         ({"seed": False, "top_k": 1.0}, "top_k: .* got 1.0\nseed: expected a whole number, got False"),
-        ({"top_p": 0.5}, "top_p: is for draws, and temperature 0 draws none"),
+        ({"top_p": 0.5}, "top_p: is unused at temperature 0"),
     ],
 )
 def test_settings_outside_their_range_are_named(settings, message):
-    made = inspect.unwrap(Sampling.__init__)  # without the checks of types, which stand before it in tests
+    made = inspect.unwrap(Sampling.__init__)  # without the checks of types, which are before it in tests
     with pytest.raises(GenerationError, match=message):
         made(object.__new__(Sampling), **settings)
 

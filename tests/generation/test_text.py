@@ -1,4 +1,4 @@
-"""Text as it comes: characters and stop strings whole, whatever the pieces."""
+"""Text incrementally: characters and stop strings whole, whatever the pieces."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def tokenizer(request, tmp_path_factory):
 
 
 def said(tokenizer, text, size, stop=()):
-    """The pieces that are told, `size` tokens at a time, and the stream."""
+    """The pieces that are reported, `size` tokens at a time, and the stream."""
     stream, ids = TextStream(tokenizer, stop), tokenizer.encode(text)
     pieces = [stream.push(ids[start : start + size]) for start in range(0, len(ids), size)]
     return [*pieces, stream.finish()], stream
@@ -143,7 +143,7 @@ def test_answers_of_a_batch(monkeypatch, tokenizer, size):
 
 @pytest.mark.parametrize(("skip_special", "ends"), [(True, [7]), (False, [7]), (True, [])])
 def test_a_stop_string_that_is_a_special_token_ends_a_row(monkeypatch, tokenizer, skip_special, ends):
-    """Special tokens are no part of the text, where a string is looked for."""
+    """Special tokens are not part of the text, where a string is looked for."""
     special = tokenizer.eos_id
     name = tokenizer.vocabulary.special[special]
     line = tokenizer.encode("the dog")
@@ -164,7 +164,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_row(monkeypatch, tokenizer
 
 
 @pytest.mark.parametrize(
-    ("stop", "message"), [(["a", ""], "a stop string is empty"), ("ab", r"got the string 'ab'; give \['ab'\]")]
+    ("stop", "message"), [(["a", ""], "expected non-empty strings"), ("ab", r"got the string 'ab'; pass \['ab'\]")]
 )
 def test_stop_strings_that_would_end_every_answer_are_refused(tokenizer, stop, message):
     zeros = np.zeros((1, 1), np.int32)

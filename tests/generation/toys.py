@@ -34,7 +34,7 @@ class Toy(nn.Module):
         return self.table[token]
 
     def prefill(self, batch, cache_length, cache_dtype=None):
-        """The logits behind the last token of every row."""
+        """The logits after the last token of every row."""
         size, length = batch.tokens.shape
         last = jnp.max(jnp.where(batch.segment_ids == PADDING_SEGMENT, 0, jnp.arange(length)[None]), axis=1)
         token, position = (jnp.asarray(array)[jnp.arange(size), last] for array in (batch.tokens, batch.positions))
@@ -42,7 +42,7 @@ class Toy(nn.Module):
         return self._logits(token, position), cache.with_segments(jnp.asarray(batch.segment_ids))
 
     def extend(self, tokens, positions, cache):
-        """The logits behind one more token."""
+        """The logits after one more token."""
         return self._logits(tokens[:, -1], positions[:, -1]), cache.with_segments(jnp.ones_like(tokens))
 
 

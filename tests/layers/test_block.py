@@ -69,7 +69,7 @@ def test_layer_scale_multiplies_what_is_added(x, params):
     factors = np.random.default_rng(1).normal(size=(2, WIDTH)).astype(np.float32)
     given = {**plain, "attention_scale": jnp.asarray(factors[0]), "mlp_scale": jnp.asarray(factors[1])}
     out, _ = jax.jit(scaled.apply)({"params": given}, x, None, CONTEXT)
-    # A product's factors may as well stand in the weights of the last linear layers.
+    # A product's factors may as well be in the weights of the last linear layers.
     folded = jax.tree.map(np.asarray, plain)
     for part, layer, factor in (("attention", "out", factors[0]), ("mlp", "down", factors[1])):
         folded[part][layer] = jax.tree.map(lambda leaf, by=factor: leaf * by, folded[part][layer])
@@ -98,7 +98,7 @@ def test_layers_are_drawn_apart(x):
     boxed = jax.jit(TransformerStack(DEPTH, BLOCK).init)(jax.random.key(0), x, CONTEXT)
     kernel = np.asarray(nn.meta.unbox(boxed)["params"]["layers"]["mlp"]["up"]["kernel"])
     assert np.abs(kernel[0] - kernel[1]).max() > 0.1
-    assert 0.8 < kernel.std() * np.sqrt(WIDTH) < 1.2  # a layer axis is no fan-in
+    assert 0.8 < kernel.std() * np.sqrt(WIDTH) < 1.2  # a layer axis is not a fan-in
 
 
 def value_and_grads(stack, params, x):

@@ -21,7 +21,7 @@ def test_conv_by_hand(padding, stride, depthwise):
 
     front, sizes = [], []
     for size in x.shape[1:3]:
-        if padding == "SAME":  # as TensorFlow: the larger half behind
+        if padding == "SAME":  # as TensorFlow: the larger half after
             count = -(-size // stride)
             front.append(max((count - 1) * stride + 3 - size, 0) // 2)
         else:
@@ -40,7 +40,7 @@ def test_conv_by_hand(padding, stride, depthwise):
 
 
 def test_a_depthwise_window_keeps_the_channels():
-    with pytest.raises(ValueError, match="features: a depthwise window keeps the 4 channels, got 8"):
+    with pytest.raises(ValueError, match="features: a depthwise convolution keeps the 4 channels, got 8"):
         Conv(8, 3, depthwise=True).init(jax.random.key(0), jnp.zeros((1, 3, 3, 4)))
 
 

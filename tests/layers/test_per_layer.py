@@ -1,4 +1,4 @@
-"""Layers as arrays of their own: the values of the stack, and none of its copies."""
+"""Layers as separate arrays: the values of the stack, and none of its copies."""
 
 import jax
 import jax.numpy as jnp

@@ -37,7 +37,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def batch():
-    """Two rows of two images each; tokens of both lie among the text, not in order."""
+    """Two rows of two images each; tokens of both are among the text, not in order."""
     rng = np.random.default_rng(0)
     index = np.array([[0, 1, -1, 2, 3, -1, -1], [-1, 3, 1, -1, -1, 0, 2]])
     return Batch(

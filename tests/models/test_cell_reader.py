@@ -1,4 +1,4 @@
-"""The dense head against NumPy: every feature answers for the cell that it lies in."""
+"""The dense head against NumPy: every feature answers for the cell that it is in."""
 
 import jax
 import jax.numpy as jnp

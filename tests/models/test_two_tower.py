@@ -1,4 +1,4 @@
-"""Two towers in one space; their numbers are held by tests/golden and tests/parity."""
+"""Two towers in one space; their numbers are tested by tests/golden and tests/parity."""
 
 import jax
 import jax.numpy as jnp

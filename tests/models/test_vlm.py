@@ -1,4 +1,4 @@
-"""Composition: the one gather, and what stands between images and logits."""
+"""Composition: the one gather, and what is between images and logits."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ class Liar(Pool):
 
 def test_a_connector_that_gives_another_count_than_it_says_is_caught(batch):
     model = make_model(connector=Liar(WIDTH, (1, TOKENS)))
-    with pytest.raises(ValueError, match=r"Liar gave 2 tokens for a \(2, 4\) grid, but its num_tokens says 3"):
+    with pytest.raises(ValueError, match=r"Liar gave 2 tokens for a \(2, 4\) grid, but its num_tokens gives 3"):
         jax.eval_shape(model.init, jax.random.key(0), batch)
 
 

@@ -107,5 +107,5 @@ def test_a_part_without_a_rate_is_an_error():
 
 @pytest.mark.parametrize(("warmup", "steps"), [(4, 4), (5, 4), (0, 0)])
 def test_a_warmup_as_long_as_the_stage_is_refused(warmup, steps):
-    with pytest.raises(ConfigError, match=f"warm-up of {warmup} steps .* of {steps}"):
+    with pytest.raises(ConfigError, match=f"warmup_steps: expected fewer than the {steps} steps .* got {warmup}"):
         adamw(SETTINGS, RATES, warmup, steps)

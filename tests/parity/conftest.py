@@ -1,8 +1,8 @@
-"""Torchvision beside a torch that its operators are not built for: transformers' video processors need it.
+"""Torchvision with a torch for which its operators are not built: transformers' video processors need it.
 
-PyPI's wheel of torchvision is built for torch with CUDA. Beside torch for CPUs its library of operators does not load,
-and it stops where it describes two of them. They are declared here, without a body; resizing is torch's own. It lies in
-a folder of its own, see the Makefile: no other process that imports transformers is to meet it.
+PyPI's wheel of torchvision is built for torch with CUDA. With torch for CPUs its library of operators does not load,
+and it stops where it describes two of them. They are declared here, without a body; resizing is torch's own. It is in
+a separate folder, see the Makefile: no other process that imports transformers is to meet it.
 """
 
 import importlib.util

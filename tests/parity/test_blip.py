@@ -1,4 +1,4 @@
-"""BLIP-2 and InstructBLIP beside transformers: whole models, Q-Formers and towers, from files and back to files."""
+"""BLIP-2 and InstructBLIP compared with transformers: full models, Q-Formers and towers, from files and back."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The C-Abstractor beside a torch definition of it, written here after the paper and timm's RegNet bottleneck."""
+"""The C-Abstractor compared with a torch definition after the paper and timm's RegNet bottleneck."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ class Normed(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Radosavovic et al. 2020, figure 4, with SE behind the middle convolution and groups of one channel."""
+    """Radosavovic et al. 2020, figure 4, with SE after the middle convolution and groups of one channel."""
 
     def __init__(self, in_dim, dim):
         super().__init__()
@@ -63,7 +63,7 @@ class Abstractor(nn.Module):
 
 
 def copy(theirs, params):
-    """Sets the torch module's parameters; ours are {name: array} with the layers of a stage in front."""
+    """Sets the torch module's parameters; ours are {name: array} with the layers of a stage first."""
 
     def put(module, values):
         kernel = values["kernel"]

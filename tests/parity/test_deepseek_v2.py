@@ -38,7 +38,7 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
-# what a config says beside the sizes
+# settings of a config other than the sizes
 MODELS = {
     "greedy": {},
     "query latent": {"q_lora_rank": 12, "hidden_act": "gelu"},

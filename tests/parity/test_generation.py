@@ -1,4 +1,4 @@
-"""`generate` of transformers beside ours, from the files of one folder: messages in, ids and text out."""
+"""`generate` of transformers compared with ours, from the files of one folder: messages in, ids and text out."""
 
 import numpy as np
 import pytest

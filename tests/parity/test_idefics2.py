@@ -1,4 +1,4 @@
-"""Idefics2 beside transformers: images of several sizes through tower and perceiver, from files and back."""
+"""Idefics2 compared with transformers: images of several sizes through tower and perceiver, from files and back."""
 
 import jax
 import jax.numpy as jnp

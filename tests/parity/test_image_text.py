@@ -1,4 +1,4 @@
-"""CLIP, SigLIP, SigLIP 2 and ViT of transformers beside ours: one saved folder, the same pictures and texts."""
+"""CLIP, SigLIP, SigLIP 2 and ViT of transformers compared with ours: one saved folder, the same images and texts."""
 
 import json
 
@@ -157,7 +157,7 @@ def test_ids_pixels_and_logits(towers):
 
 
 def test_zero_shot_classification(towers):
-    """Class embeddings and accuracy of three lines beside what their towers give."""
+    """Class embeddings and accuracy in three lines compared with their towers."""
     processor, model, ours = towers
     names, templates, images = ["dog", "brown fox", "world"], ["a photo of the {}.", "the {}"], pictures(4)
     classes = class_embeddings(ours.encode_texts, names, templates, batch_size=6)
@@ -216,7 +216,7 @@ def test_a_classifier(tmp_path, resample):
     found = np.asarray(ours.logits(batch))
     assert np.abs(found - logits).max() <= 1e-4 * np.abs(logits).max()
     assert [ours.labels[row.argmax()] for row in found] == [model.config.id2label[row.argmax()] for row in logits]
-    with pytest.raises(UnsupportedError, match="answers no conversation"):
+    with pytest.raises(UnsupportedError, match="has no conversations"):
         ours.generate([{"role": "user", "content": "What?"}], max_new_tokens=1)
     with pytest.raises(PretrainedError, match="not a two-tower model"):
         ours.encode_texts(["a"])
@@ -234,9 +234,9 @@ def test_towers_alone(tmp_path):
     whole = vlm_jax.from_pretrained(tmp_path / "whole").processor(pictures(2), TEXTS)
     np.testing.assert_array_equal(vision.processor(pictures(2)).images, whole.images)
     np.testing.assert_array_equal(text.processor(texts=TEXTS).tokens, whole.tokens)
-    with pytest.raises(ValueError, match="reads no texts"):
+    with pytest.raises(ValueError, match="takes no texts"):
         vision.processor(texts=TEXTS)
-    with pytest.raises(ValueError, match="reads no pictures"):
+    with pytest.raises(ValueError, match="takes no images"):
         text.processor(pictures(1))
 
 
@@ -260,7 +260,7 @@ def vit(folder):
 
 @pytest.mark.parametrize("made", [clip, vit], ids=lambda made: made.__name__)
 def test_the_size_asked_for_at_load_is_that_of_the_pictures(tmp_path, made):
-    """A middle is cut from as much of a picture as before; what is written says so to both."""
+    """A middle is cut from as much of an image as before; what is written says so to both."""
     processor, _, _ = made(tmp_path / "released")
     ours = vlm_jax.from_pretrained(tmp_path / "released", image_size=32)
     image_processor = getattr(processor, "image_processor", processor)

@@ -1,4 +1,4 @@
-"""Greedy ids of tiny random language models beside `generate` of transformers, in ragged batches and one by one."""
+"""Greedy ids of tiny random language models compared with `generate` of transformers, in ragged batches and alone."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ def prompts():
 
 
 def batch_of(rows, side):
-    """Prompts as one batch, padded on one side with what is of no account."""
+    """Prompts as one batch, padded on one side with arbitrary ids."""
     length = max(map(len, rows))
 
     def padded(row, values, fill):
@@ -68,7 +68,7 @@ def test_greedy_ids_of_ragged_batches(name, tmp_path):
 
 
 def with_a_picture(length):
-    """Positions on three axes: two tokens, a picture of 1 x 2 x 3, and what follows it."""
+    """Positions on three axes: two tokens, an image of 1 x 2 x 3, and what follows it."""
     grid = [[2, 2 + row, 2 + column] for row in range(2) for column in range(3)]
     axes = [[0] * 3, [1] * 3, *grid, *([5 + i] * 3 for i in range(length))]
     return np.array(axes[:length])

@@ -59,7 +59,7 @@ SCALED = {
         },
     },
 }
-# class of the model, and what its config says beside the sizes
+# class of the model, and its settings other than the sizes
 MODELS = {
     "llama": (transformers.LlamaForCausalLM, {}),
     "llama, tied": (transformers.LlamaForCausalLM, {"tie_word_embeddings": True}),
@@ -113,7 +113,7 @@ def their_logits(model, ids, **inputs):
 
 
 def their_steps(model, ids):
-    """Logits of a prompt and of single tokens behind it, through the cache."""
+    """Logits of a prompt and of single tokens after it, through the cache."""
     cache = transformers.DynamicCache(config=model.config)
     spans = [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, LENGTH))]
     steps = [their_logits(model, ids[:, a:b], cache=cache, use_cache=True) for a, b in spans]

@@ -1,4 +1,4 @@
-"""What is learned of a conversation: transformers' mask of assistants' tokens, and its models' loss, beside ours."""
+"""Trained tokens of a conversation compared with transformers' mask of assistants' tokens and its models' loss."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from ..processors.vocabularies import TEXTS
 from .test_processors import QWEN_TAGS, pictures
 from .test_system_generation import llava, qwen2_vl
 
-# White space stands behind the end token, and is not learned.
+# White space is after the end token, and is not learned.
 SAYS = "{% generation %}{{ m['content'][0]['text'] + '</s>' }}{% endgeneration %}{{ '\n' }}"
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}ASSISTANT:" + SAYS + "{% else %}USER: "

@@ -1,4 +1,4 @@
-"""The port of Ovis 2 in transformers beside ours: visual tokens, indicators, and files there and back."""
+"""The port of Ovis 2 in transformers compared with ours: visual tokens, indicators, and files there and back."""
 
 import functools
 

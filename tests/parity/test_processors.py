@@ -1,4 +1,4 @@
-"""Processors of transformers beside ours: one saved folder, the same conversation, the same pictures."""
+"""Processors of transformers compared with ours: one saved folder, the same conversation, the same images."""
 
 import json
 
@@ -38,7 +38,7 @@ def pictures(count):
 
 
 def template(image, head="", video="<video>"):
-    """A template in the manner of releases: pictures and text in order, roles before them."""
+    """A template in the manner of releases: images and text in order, roles before them."""
     return (
         head + "{% for m in messages %}{{ m['role'] | upper }}: {% if m['content'] is string %}{{ m['content'] }}"
         "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "\n"
@@ -61,7 +61,7 @@ def tokenizer(*added, **names):
 
 
 def conversation(count):
-    """As many pictures in the first turn, and another turn after it."""
+    """As many images in the first turn, and another turn after it."""
     images = [{"type": "image"} for _ in range(count)]
     return [
         {"role": "user", "content": [*images, {"type": "text", "text": "What is é this? 12"}]},
@@ -103,7 +103,7 @@ def same_tiles(ours, theirs):
 
 
 def check_rows(ours, token_id, num_rows):
-    """Every place of a picture is filled, each row at most once and in order of the places."""
+    """Every place of an image is filled, each row at most once and in order of the places."""
     places = np.asarray(ours.tokens) == token_id
     np.testing.assert_array_equal(np.asarray(ours.visual_index) >= 0, places)
     assert ours.visual_index.max() < num_rows
@@ -168,7 +168,7 @@ def test_llava_next(tmp_path):
     ours, expected = processor(messages, pictures(2)), official(theirs, messages, pictures(2))
     same_ids(ours, expected)
     tiles = expected["pixel_values"].transpose(0, 1, 3, 4, 2).reshape(-1, 28, 28, 3)
-    np.testing.assert_allclose(ours.images[0], tiles[tiles.any((1, 2, 3))], atol=1e-5)  # without what fills up
+    np.testing.assert_allclose(ours.images[0], tiles[tiles.any((1, 2, 3))], atol=1e-5)  # without padding
 
 
 ABOUT_A_VIDEO = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]

@@ -1,4 +1,4 @@
-"""Connectors beside the projectors of transformers and of torch, through the rules of released names."""
+"""Connectors compared with the projectors of transformers and of torch, through the rules of released names."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Perceiver and Q-Formers beside transformers: connectors alone, their numbers and their masks."""
+"""Perceiver and Q-Formers compared with transformers: connectors alone, their numbers and their masks."""
 
 import functools
 
@@ -257,9 +257,9 @@ def test_an_instruction_wants_a_vocabulary_and_a_place():
     def init(*inputs, **fields):
         return jax.eval_shape(query_transformer(config, **fields).init, jax.random.key(0), queries, given, *inputs)
 
-    with pytest.raises(ValueError, match="vocab_size is None, and one was given"):
+    with pytest.raises(ValueError, match="vocab_size is None, but got an instruction"):
         init(instruction)
-    with pytest.raises(ValueError, match="vocab_size is 20, and none was given"):
+    with pytest.raises(ValueError, match="vocab_size is 20, but got no instruction"):
         init(vocab_size=20)
-    with pytest.raises(ValueError, match="an instruction of 10 tokens, and max_length is 9"):
+    with pytest.raises(ValueError, match="max_length is 9, but got an instruction of 10 tokens"):
         init(instruction, vocab_size=20, max_length=9)

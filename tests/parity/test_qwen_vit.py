@@ -1,4 +1,4 @@
-"""Qwen2-VL's and Qwen2.5-VL's towers and mergers beside transformers: loaded, applied, written back, loaded there."""
+"""Qwen2-VL's and Qwen2.5-VL's towers and mergers compared with transformers: loaded, applied, written back."""
 
 import functools
 import json

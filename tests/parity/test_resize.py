@@ -1,4 +1,4 @@
-"""Interpolation beside torch's own, on odd sizes up and down."""
+"""Interpolation compared with torch's own, on odd sizes up and down."""
 
 import numpy as np
 import pytest

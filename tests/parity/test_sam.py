@@ -9,7 +9,7 @@ from transformers import SamConfig, SamModel, SamVisionConfig, SamVisionModel
 
 import vlm_jax
 
-# Rows and columns of patches (5) are no multiple of the window (2); three kinds of runs of blocks.
+# Rows and columns of patches (5) are not a multiple of the window (2); three kinds of runs of blocks.
 TINY = {
     "hidden_size": 16,
     "output_channels": 8,

@@ -1,4 +1,4 @@
-"""transformers' logits processors, in the order that its `generate` puts them in, beside ours."""
+"""transformers' logits processors, in the order that its `generate` puts them in, compared with ours."""
 
 import jax.numpy as jnp
 import numpy as np

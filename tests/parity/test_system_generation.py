@@ -1,4 +1,4 @@
-"""Whole systems of transformers beside ours: one saved folder, one conversation, to the same answer and back."""
+"""Whole systems of transformers compared with ours: one saved folder, one conversation, to the same answer and back."""
 
 import json
 import os
@@ -186,7 +186,7 @@ INPUTS = {
     "text": (conversation(0), [], []),
     "an image": (conversation(1), pictures(1), []),
     "two images": (conversation(2), pictures(2), []),
-    # Short in time beside its width: the text after it stands where the release and the port agree.
+    # Fewer times than columns: positions after it are equal in the release and the port.
     "a video": (ABOUT_A_VIDEO, [], [frames(4)]),
 }
 
@@ -240,7 +240,7 @@ def test_from_a_conversation_to_the_answer(system, name):
     messages, images, videos = INPUTS[name]
     theirs, model, ours = system
     if videos and model.config.model_type not in VIDEOS:
-        with pytest.raises(ValueError, match="takes pictures and no videos"):
+        with pytest.raises(ValueError, match="does not support videos"):
             ours.processor(messages, images, videos)
         return
     inputs, given = prepared(system, messages, images, videos)
@@ -286,7 +286,7 @@ def test_answers_of_a_ragged_batch(system):
 
 
 def test_the_command_line(system, tmp_path):
-    """A process for each system: pictures from files, the answer on standard output."""
+    """A process for each system: images from files, the answer on standard output."""
     images = pictures(2)
     for name, image in zip("ab", images, strict=True):
         image.save(tmp_path / f"{name}.png")
@@ -303,7 +303,7 @@ def test_the_command_line(system, tmp_path):
 
 
 def test_boxes_and_documents_in_pixels_of_what_was_seen(tmp_path):
-    """Qwen2.5-VL counts pixels of the picture as its processor resized it."""
+    """Qwen2.5-VL counts pixels of the image as its processor resized it."""
     processor, _, ours = qwen2_5_vl(tmp_path)
     picture = pictures(5)[4]
     _, rows, cols = official(processor, conversation(1), [picture])["image_grid_thw"][0] * 4

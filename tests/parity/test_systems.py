@@ -48,7 +48,7 @@ QWEN_TOWER = {"num_heads": 4, "patch_size": 4, "hidden_size": 32}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A system, and what its prompts are made of.
+    """A system and the parts of its prompts.
 
     Attributes:
       cls: its class in transformers.
@@ -129,7 +129,7 @@ def rows(runs):
 
 
 def batch_of(ids, mask, images, *, num_learned=0, indicators=()):
-    """Our batch: image tokens in order behind the learned rows, positions counted from the first token."""
+    """Our batch: image tokens in order after the learned rows, positions counted from the first token."""
     index = np.where(ids == IMAGE, num_learned + np.cumsum(ids == IMAGE, axis=1) - 1, -1)
     for row, indicator in enumerate(indicators):
         index[ids == indicator] = row
@@ -180,7 +180,7 @@ def test_logits_of_images_of_one_size(name, tmp_path):
 
 
 def test_logits_of_llava_next(tmp_path):
-    """A picture of two tiles beside one of a single row of them, each with its newlines."""
+    """An image of two tiles and one of a single row of them, each with its newlines."""
     pinpoints = [[16, 32], [32, 16], [32, 32]]
     sections = {
         "vision_config": CLIP,

@@ -1,4 +1,4 @@
-"""TokenPacker beside a torch definition of it, written here after the release, which cannot be installed."""
+"""TokenPacker compared with a torch definition of it, written here after the release, which cannot be installed."""
 
 import functools
 
@@ -121,7 +121,7 @@ def test_masked_features_are_no_keys():
 
 
 def test_points_are_read_from_what_is_real():
-    """Of the two by two features that a point lies between, only one is real: the point is that one."""
+    """Of the two by two features that a point is between, only one is real: the point is that one."""
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(2, 4, 4, WIDTH)).astype(np.float32)
     mask = np.zeros((2, 4, 4), bool)

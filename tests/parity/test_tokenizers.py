@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of transformers beside ours, over small files made here."""
+"""Tokenizers and chat templates of transformers compared with ours, over small files made here."""
 
 import json
 

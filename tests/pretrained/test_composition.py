@@ -1,4 +1,4 @@
-"""How a system's parts are put together: which head, which names, and what is left as its visual half."""
+"""How a system's parts are combined: which head, which names, and which systems have no decoder."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -47,7 +47,7 @@ def convert(source, target, **options):
 
 
 def copied(name, folder):
-    """A golden folder; LLaVA's tower has its config beside it."""
+    """A golden folder; LLaVA's tower has its config next to it."""
     shutil.copytree(DATA / name, folder)
     tower = folder / "vision_tower_config.json"
     if tower.exists():
@@ -73,7 +73,7 @@ def test_there_and_back_bit_for_bit(name, tmp_path):
     assert before.keys() == after.keys()
     for key in before:
         assert bits(before[key]) == bits(after[key]), key
-    for file in (tmp_path / "back").iterdir():  # the files beside the weights
+    for file in (tmp_path / "back").iterdir():  # the files next to the weights
         if file.name not in ("model.safetensors", "model.npz"):
             assert file.read_bytes() == (released / file.name).read_bytes(), file.name
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -120,7 +120,7 @@ def test_the_parameters_are_an_orbax_checkpoint_of_our_tree(tmp_path):
 
 @pytest.fixture(scope="module")
 def alphabet(tmp_path_factory):
-    """A model that says the alphabet, released and as Orbax arrays."""
+    """A model that outputs the alphabet, released and as Orbax arrays."""
     folder = tmp_path_factory.mktemp("alphabet")
     (folder / "released").mkdir()
     write(folder / "released")
@@ -211,7 +211,7 @@ def test_dtypes_that_differ_from_layer_to_layer_come_back(tmp_path):
     safetensors.numpy.save_file(tensors, released / "model.safetensors")
     (released / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 2}))
     convert(released, tmp_path / "orbax")
-    assert any("has no elements" in way for way in open_conversion(tmp_path / "orbax", FAMILIES).ways())
+    assert any("is empty" in way for way in open_conversion(tmp_path / "orbax", FAMILIES).ways())
     convert(tmp_path / "orbax", tmp_path / "back")
     after = open_checkpoint(tmp_path / "back")
     assert after.keys() == tensors.keys()
@@ -247,7 +247,7 @@ def test_a_run_is_written_as_a_release(side, tmp_path):
 
 
 def test_a_run_of_another_model_is_refused(alphabet, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no whole checkpoint in .*none/checkpoints; train that run"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*none/checkpoints; train that run"):
         open_conversion(alphabet / "released", FAMILIES, run=tmp_path / "none")
     params = vlm_jax.from_pretrained(alphabet / "released").params
     other = {**params["decoder"], "head": {"kernel": jnp.ones((30, 31))}}
@@ -260,13 +260,13 @@ def test_a_run_of_another_model_is_refused(alphabet, tmp_path):
 def test_a_parameter_more_or_less_is_another_model(alphabet, tmp_path):
     decoder = vlm_jax.from_pretrained(alphabet / "released").params["decoder"]
     more = trained(tmp_path / "more", {"decoder": {**decoder, "head": {**decoder["head"], "bias": jnp.ones(29)}}})
-    with pytest.raises(CheckpointError, match=r"it has params/decoder/head/bias \(29,\), which the model has not$"):
+    with pytest.raises(CheckpointError, match=r"params/decoder/head/bias \(29,\), which the model does not have$"):
         open_conversion(alphabet / "released", FAMILIES, run=more)
     less = trained(tmp_path / "less", {"decoder": {key: decoder[key] for key in decoder if key != "head"}})
     with pytest.raises(CheckpointError, match=r"it lacks params/decoder/head/kernel \(30, 29\)$"):
         open_conversion(alphabet / "released", FAMILIES, run=less)
     seeing = trained(tmp_path / "seeing", {"decoder": decoder, "encoder": {"bias": jnp.ones(2)}})
-    with pytest.raises(CheckpointError, match=r"it has params/encoder/bias \(2,\), which the model has not$"):
+    with pytest.raises(CheckpointError, match=r"it has params/encoder/bias \(2,\), which the model does not have$"):
         open_conversion(alphabet / "released", FAMILIES, run=seeing)
 
 
@@ -295,7 +295,7 @@ def test_targets_and_sources_that_are_refused(alphabet, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").write_text("mine")
     for side in ("released", "orbax"):
-        with pytest.raises(CheckpointFileError, match=r"full is there already; give another --target, or remove it"):
+        with pytest.raises(CheckpointFileError, match=r"full exists; pass another --target, or remove it"):
             convert(alphabet / side, tmp_path / "full")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["note"]
     with pytest.raises(CheckpointFileError, match=r"no model\.safetensors, model\.safetensors\.index\.json or \.npz"):
@@ -312,14 +312,14 @@ def test_targets_and_sources_that_are_refused(alphabet, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: shutil.rmtree(folder / "params"), r"params: no whole Orbax checkpoint"),
+        (lambda folder: shutil.rmtree(folder / "params"), r"params: not a complete Orbax checkpoint"),
         (
             lambda folder: shutil.rmtree(folder / "params" / "d"),
             r"\S+ in \S+params cannot be read \(.*\); write it again",
         ),
-        (lambda folder: (folder / hub.MAP_FILE).write_text("{}"), r"checkpoint_map\.json: not as it was written"),
+        (lambda folder: (folder / hub.MAP_FILE).write_text("{}"), r"checkpoint_map\.json: was modified or damaged"),
         (lambda folder: (folder / hub.MAP_FILE).write_text("{"), r"checkpoint_map\.json: not JSON"),
-        (lambda folder: renamed(folder, "model.norm.weight"), r"not as it was written: model\.norm\.weight"),
+        (lambda folder: renamed(folder, "model.norm.weight"), r"was modified or damaged: model\.norm\.weight"),
     ],
 )
 def test_a_damaged_folder_is_named(alphabet, tmp_path, damage, message):
@@ -346,7 +346,7 @@ def test_what_fails_on_the_way_leaves_nothing(alphabet, tmp_path, monkeypatch):
     for side in ("released", "orbax"):
         conversion = open_conversion(alphabet / side, FAMILIES)
         monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-        with pytest.raises(CheckpointFileError, match=r"nothing is left of it .*no space left: .* bytes, 0 are free"):
+        with pytest.raises(CheckpointFileError, match=r"and was removed .*no space left: .* bytes, 0 are free"):
             conversion.write(tmp_path / "out")
         assert not list(tmp_path.iterdir())
         monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""DeepSeek-VL's configs: sizes by name, layer selection, and what is refused."""
+"""DeepSeek-VL's configs: sizes by name, layer selection, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def test_another_projector_is_refused(aligner, message):
         (
             "CLIPVisionTower",
             {**LOW, "model_name": "siglip_large"},
-            "'siglip_large' has no sizes here.*patch16",
+            "unknown 'siglip_large'.*patch16",
         ),
         ("CLIPVisionTower", {**LOW, "pixel_mean": [0.5]}, r"params.pixel_mean: expected None, got \[0.5\]"),
         (

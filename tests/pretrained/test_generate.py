@@ -1,4 +1,4 @@
-"""`Pretrained.generate` with a model that says the alphabet: ends, options, devices, and what it says of errors."""
+"""`Pretrained.generate` with a model that outputs the alphabet: ends, options, devices, and error messages."""
 
 import json
 import re

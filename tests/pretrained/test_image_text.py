@@ -50,7 +50,7 @@ def test_open_clip_by_its_own_settings(tmp_path, picture):
     ("name", "resample"), [("random", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)]
 )
 def test_filters_of_open_clip(tmp_path, picture, name, resample):
-    """One drawn at random is of training; open_clip evaluates with a bicubic one then."""
+    """A random filter is for training; open_clip then evaluates with a bicubic one."""
     cfg = {"mean": 0, "std": 1, "interpolation": name, "resize_mode": "squash", "size": [32], "mode": "RGB"}
     found = copied("open_clip_vit", tmp_path, preprocess_cfg=cfg).processor([picture]).images[0]
     np.testing.assert_allclose(found * 255, np.asarray(picture.resize((32, 32), resample)), atol=1e-3)
@@ -60,12 +60,12 @@ def test_filters_of_open_clip(tmp_path, picture, name, resample):
     ("setting", "message"),
     [
         ({"interpolation": "lanczos"}, "interpolation: expected 'bicubic' or 'bilinear' or 'random', got 'lanczos'"),
-        ({"size": 48}, r"makes pictures of \(48, 48\) pixels .* the model reads \(32, 32\)"),
-        ({"size": [32, 48]}, r"pictures of \(32, 48\) pixels"),
+        ({"size": 48}, r"have images of \(48, 48\) pixels, but the model needs \(32, 32\)"),
+        ({"size": [32, 48]}, r"images of \(32, 48\) pixels"),
         ({"size": [3, 32, 32]}, "size: expected a number or 2"),
         ({"mean": [0.5, 0.5]}, "mean: expected a number or 3"),
         ({"mode": "L"}, "mode: expected 'RGB'"),
-        ({"crop_pct": 0.9}, "preprocess_cfg: crop_pct: not computed here"),
+        ({"crop_pct": 0.9}, "preprocess_cfg: crop_pct: not supported"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value),
 )
@@ -83,7 +83,7 @@ def filled_up(size, **settings):
 
 
 def siglip_model(size):
-    """As c4_en and mc4 are: no start, pads beside an end."""
+    """As in c4_en and mc4: no start token, padding and an end token."""
     return filled_up(size, model_type="unigram", unk_id=2, bos_id=-1, remove_extra_whitespaces=True)
 
 
@@ -94,13 +94,13 @@ def gemma_model(size):
 
 
 def test_pictures_without_a_tokenizer(tmp_path, picture):
-    """Released archives of big_vision have none: pictures are read, texts are refused by name."""
+    """Released archives of big_vision have none: images are read, texts are rejected by name."""
     ours = copied("bv_siglip", tmp_path)
     side = ours.module.image.image_size
     (found,) = ours.processor([picture]).images
     assert found.shape == (*side, 3)
     assert ours.encode_images([picture]).shape == (1, 32)
-    with pytest.raises(TokenizerError, match=r"2 texts cannot be read: .*no tokenizer here"):
+    with pytest.raises(TokenizerError, match=r"2 texts cannot be encoded: .*no tokenizer here"):
         ours.encode_texts(["a", "b"])
     (tmp_path / "spiece.model").write_bytes(siglip_model(60))
     again = vlm_jax.from_pretrained(tmp_path)
@@ -116,7 +116,7 @@ def test_pictures_without_a_tokenizer(tmp_path, picture):
     ],
 )
 def test_texts_of_big_vision(tmp_path, release, made, cleaned, pad, file):
-    """Beside SentencePiece itself, as the demos of both releases tokenize, whatever the file is called."""
+    """Compared with SentencePiece itself, as the demos of both releases tokenize, whatever the file is called."""
     rows = json.loads((DATA / release / "config.json").read_text())["model"]["text"]["vocab_size"]
     model = made(rows)
     ours = copied(release, tmp_path)
@@ -134,8 +134,8 @@ def test_texts_of_big_vision(tmp_path, release, made, cleaned, pad, file):
     ("model", "message"),
     [
         (lambda rows: sentencepiece_model(vocab_size=rows, byte_fallback=False), r"expected .*SigLIP .*at \(None, 2\)"),
-        (lambda rows: siglip_model(rows - 10), r"\d+ tokens, and the text tower has \d+; take the tokenizer"),
-        (lambda rows: gemma_model(rows + 101), r"\d+ tokens, and the text tower has \d+; take the tokenizer"),
+        (lambda rows: siglip_model(rows - 10), r"expected \d+ tokens, as the text tower, got \d+; use the tokenizer"),
+        (lambda rows: gemma_model(rows + 101), r"expected \d+ tokens, as the text tower, got \d+; use the tokenizer"),
     ],
 )
 def test_tokenizers_of_other_models_are_refused_for_texts_alone(tmp_path, picture, model, message):
@@ -161,7 +161,7 @@ def test_classifiers_of_vision_transformer_and_big_vision(tmp_path, picture):
 
 def test_a_tower_without_a_table_is_told_the_size_of_pictures(tmp_path, picture):
     """At load or by the config, which is written; others say what is missing."""
-    with pytest.raises(PretrainedError, match="give from_pretrained an image_size, in pixels, or write it"):
+    with pytest.raises(PretrainedError, match="pass image_size in pixels to from_pretrained, or add it"):
         _ = vlm_jax.from_pretrained(DATA / "bv_vit_gap_sincos_scan").processor
     asked = vlm_jax.from_pretrained(DATA / "bv_vit_gap_sincos_scan", image_size=24)
     found = asked.processor([picture]).images

@@ -15,7 +15,7 @@ _CLIP_L_336 = 303_507_456  # the image tower, by transformers 5.23
 # Published number of parameters -> how many of them nothing here reads, or the files hold twice. A number is a
 # count of transformers 5.23 on the meta device or of a model card; a string is billions by the page on the hub.
 PUBLISHED: dict[str, tuple[int | str, int]] = {
-    "AIDC-AI/Ovis2-1B": ("1.27", 151_936 * 896),  # the head is stored beside the table
+    "AIDC-AI/Ovis2-1B": ("1.27", 151_936 * 896),  # the head is stored next to the table
     "AIDC-AI/Ovis2-2B": ("2.46", 151_936 * 1536),
     "AIDC-AI/Ovis2-4B": ("4.62", 151_936 * 2048),
     "AIDC-AI/Ovis2-8B": ("8.94", 0),

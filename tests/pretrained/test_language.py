@@ -73,7 +73,7 @@ def test_a_tied_head_that_is_not_the_table_is_refused(tmp_path):
     [
         (
             {**TINY, "model_type": "lama"},
-            "text_config.model_type: no language model 'lama' here; did you mean 'llama'?",
+            "text_config.model_type: unsupported language model 'lama'; did you mean 'llama'?",
         ),
         ({"vocab_size": 3}, "text_config: expected the key model_type"),
         ({**TINY, "hidden_act": "tanh"}, "text_config.hidden_act: expected 'gelu' or"),
@@ -207,7 +207,7 @@ def test_deepseek_scales_logits_by_the_rotary_settings_that_are_in_force():
         assert decoder.logit_scale == pytest.approx(scale)
 
 
-# Folders with the language model of a whole system, and what stands before its keys.
+# Folders with the language model of a whole system, and what is before its keys.
 GOLDEN = {
     "qwen_vl_v1": (Names("transformer."), ("text_short", "text_long")),
     "internvl15_internlm2": (Names("language_model.model.", "language_model."), ("text", "long")),

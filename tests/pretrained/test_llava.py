@@ -1,4 +1,4 @@
-"""LLaVA's configs: its tower by name, the selected layer, several scales, and what is refused."""
+"""LLaVA's configs: its tower by name, the selected layer, several scales, and errors."""
 
 import jax.numpy as jnp
 import pytest
@@ -46,7 +46,7 @@ def test_a_projector_has_the_tokens_of_its_kind(kind, tokens):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mm_vision_tower": "openai/clip-vit-large-patch14-335"}, "no settings here.*patch14-336"),
+        ({"mm_vision_tower": "openai/clip-vit-large-patch14-335"}, "mm_vision_tower: unknown .*patch14-336"),
         ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature: expected 'patch' or 'cls_patch'"),
         ({"mm_projector_type": "cabstractor"}, "mm_projector_type: expected one of linear, .*got 'cabstractor'"),
         ({"s2": True, "s2_scales": "336;672"}, "s2_scales: expected sides in pixels"),

@@ -1,4 +1,4 @@
-"""LLaVA's and MobileVLM's towers where releases have them: named by the config, in a folder of their own."""
+"""LLaVA's and MobileVLM's towers where releases have them: named by the config, in a separate folder."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def told(name):
 def test_a_tower_beside_the_model(name, inside, whole, tmp_path):
     ours = vlm_jax.from_pretrained(released(name, tmp_path, tower="../clip", inside=inside, whole=whole))
     jax.tree.map(np.testing.assert_array_equal, ours.params, told(name).params)
-    # What is written stands for itself.
+    # The written folder is self-contained.
     ours.save_pretrained(tmp_path / "out")
     shutil.rmtree(tmp_path / "clip")
     again = vlm_jax.from_pretrained(tmp_path / "out")
@@ -104,7 +104,7 @@ def test_an_unknown_model_is_named_before_its_tower_is_looked_for(tmp_path):
 
 
 def test_the_processor_knows_the_tower(tmp_path):
-    """Sizes of pictures are the tower's, which only its own folder states."""
+    """Sizes of images are the tower's, which only its own folder states."""
     from vlm_jax.pretrained.processing import llava
 
     ours = vlm_jax.from_pretrained(released("llava15", tmp_path, tower="../clip"))

@@ -1,4 +1,4 @@
-"""The released configs of Ovis and Qwen-VL: written back unchanged, and refused where they ask for more."""
+"""The released configs of Ovis and Qwen-VL: written back unchanged, and rejected where they ask for more."""
 
 import json
 import shutil

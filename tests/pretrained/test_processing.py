@@ -1,4 +1,4 @@
-"""Processors of golden folders: they agree with their models, and disagreement is told."""
+"""Processors of golden folders: they agree with their models, and disagreement is reported."""
 
 import dataclasses
 import functools
@@ -36,14 +36,14 @@ def test_a_folder_and_its_model_agree(name, learned):
     assert model.count_visual_tokens([(64, 64)]) == [len(model.processor.views.layouts([(64, 64)])[0])]
     wrong = dataclasses.replace(model.processor, num_learned=learned + 1)
     if model.module.decoder is not None:
-        with pytest.raises(PretrainedError, match=f"lays out {learned + 1} learned rows, the model has {learned}"):
+        with pytest.raises(PretrainedError, match=f"has {learned + 1} learned rows, but the model {learned}"):
             check_conversations(wrong, model.module)
 
 
 def test_other_tokens_of_a_tile_are_told():
     model = vlm_jax.from_pretrained(DATA / "deepseek_vl2_tiny")
     views = dataclasses.replace(model.processor.views, tokens=(3, 3))
-    with pytest.raises(PretrainedError, match=r"a tile of 48x48 pixels takes 9 places .* makes 4 tokens"):
+    with pytest.raises(PretrainedError, match=r"a tile of 48x48 pixels has 9 tokens .* but 4 in the model"):
         check_conversations(dataclasses.replace(model.processor, views=views), model.module)
 
 
@@ -51,7 +51,7 @@ def test_other_patches_are_told():
     model = vlm_jax.from_pretrained(DATA / "ovis2_5")
     views = model.processor.views
     views = dataclasses.replace(views, format=dataclasses.replace(views.format, patch_size=4))
-    with pytest.raises(PretrainedError, match="the processor cuts patches as PatchFormat"):
+    with pytest.raises(PretrainedError, match="the processor has the patch format PatchFormat"):
         check_conversations(dataclasses.replace(model.processor, views=views), model.module)
 
 
@@ -80,7 +80,7 @@ def test_a_model_without_a_processor_is_told():
 def test_another_size_of_pictures_is_told(tmp_path):
     shutil.copytree(DATA / "s2_siglip", tmp_path, dirs_exist_ok=True)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 48, "width": 48}}))
-    with pytest.raises(PretrainedError, match=r"makes pictures of \(48, 48\) pixels .* the model reads \(32, 32\)"):
+    with pytest.raises(PretrainedError, match=r"have images of \(48, 48\) pixels, but the model needs \(32, 32\)"):
         _ = vlm_jax.from_pretrained(tmp_path).processor
 
 
@@ -112,7 +112,7 @@ def tokenizer_files(folder, *added):
 
 
 MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
-# Of a golden folder's config: added tokens, files of the processor, and the prompt but for what pictures take.
+# Of a golden folder's config: added tokens, files of the processor, and the prompt but for what images take.
 RELEASES = {
     "llava15": ([], {}, " USER: [image]\nWhat? ASSISTANT:"),
     "llava16_anyres": ([], {}, " USER: [image]\nWhat? ASSISTANT:"),
@@ -199,7 +199,7 @@ def test_an_answer_ends_where_the_tokenizer_of_the_folder_says(name):
 
 
 def test_qwen_vl_ends_at_either_end_of_a_turn(tmp_path):
-    """chat() stops at both tokens of ChatML, beside <|endoftext|> of the generation config."""
+    """chat() stops at both tokens of ChatML, and at <|endoftext|> of the generation config."""
     (tmp_path / "qwen.tiktoken").write_bytes(tiktoken_ranks())
     shutil.copytree(DATA / "qwen_vl_v1", tmp_path, dirs_exist_ok=True)
     model = vlm_jax.from_pretrained(tmp_path)

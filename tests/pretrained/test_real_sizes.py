@@ -1,7 +1,7 @@
-"""Real sizes by shape alone: no parameter is made.
+"""Real sizes by shape only: no parameter is made.
 
 The numbers are counts of other implementations at the same settings, on torch's meta device unless a
-comment names a published table; `tests/parity` counts models of transformers again, beside ours.
+comment names a published table; `tests/parity` counts models of transformers again, compared with ours.
 """
 
 import jax
@@ -66,7 +66,7 @@ RELEASES = {
         },
         {},
         # open_clip_torch 3.3.0: 38,316,896 in ModifiedResNet, 63,690,240 in TextTransformer, and the scale;
-        # means and variances of 26,624 channels are buffers beside them.
+        # means and variances of 26,624 channels are buffers next to them.
         38_316_896 + 63_690_240 + 1 + 2 * 26_624,
     ),
     "InternViT-300M at 448": (
@@ -138,7 +138,7 @@ RELEASES = {
         {},
         27_033_548_328,
     ),
-    # Whole systems, as their files describe them: those of Qwen with the language model's settings beside the rest.
+    # Whole systems, as their files describe them: those of Qwen with the language model's settings next to the rest.
     "Qwen2-VL 7B": (
         {"model_type": "qwen2_vl", **_QWEN_7B}
         | {"vision_config": {**_QWEN_TOWER, "embed_dim": 1280, "mlp_ratio": 4, "hidden_size": 3584}},

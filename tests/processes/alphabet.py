@@ -1,4 +1,4 @@
-"""A language model that says the alphabet: whatever letter it read last, the next one; `<end>` after z.
+"""A language model that outputs the alphabet: whatever letter it read last, the next one; `<end>` after z.
 
 Its layer adds nothing, its table is the identity, and its head moves one token on.
 """

@@ -1,4 +1,4 @@
-"""Real processes: the command line in a process of its own, to be killed."""
+"""Real processes: the command line in a separate process, to be killed."""
 
 import os
 import pathlib

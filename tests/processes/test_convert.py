@@ -1,4 +1,4 @@
-"""`python -m vlm_jax.cli.convert` as a process: both ways, its lines, a full disk, and what it says of errors."""
+"""`python -m vlm_jax.cli.convert` as a process: both ways, its lines, a full disk, and error messages."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def orbax(folder):
     first, last = out.splitlines()
     assert first == f"Hugging Face -> Orbax: {folder / 'released'} -> {folder / 'orbax'}"
     # A table and a head of 29 x 30, four kernels of 30 x 30, three of 30 x 4, three norms of 30.
-    assert last == "12 released tensors, 12 arrays of 5,790 parameters, 0 carried along, 23,160 bytes"
+    assert last == "12 released tensors, 12 arrays of 5,790 parameters, 0 without a parameter, 23,160 bytes"
     return folder / "orbax"
 
 
@@ -79,10 +79,10 @@ def test_a_dry_run_lists_every_tensor_and_writes_nothing(folder, orbax, side):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source=none", "--target=x"], "CheckpointFileError: none: no such file or folder, nor the `organisation/"),
-        (["--source={folder}/released", "--target={folder}/orbax"], "orbax is there already; give another --target"),
-        (["--source={folder}/released", "--target="], "--target: no folder to write; give one, or --dry-run"),
-        (["--source={folder}/released"], "--target: no folder to write; give one, or --dry-run"),
+        (["--source=none", "--target=x"], "CheckpointFileError: none: not a file or folder, and not the"),
+        (["--source={folder}/released", "--target={folder}/orbax"], "orbax exists; pass another --target"),
+        (["--source={folder}/released", "--target="], "--target: expected a folder to write; pass one, or --dry-run"),
+        (["--source={folder}/released"], "--target: expected a folder to write; pass one, or --dry-run"),
         (["--source={folder}/released", "--target=x", "--dtype=float8"], "--dtype=float8: value should be one of"),
         (["--source={folder}", "--target=x"], "or .npz file in this folder, nor a checkpoint_map.json of Orbax"),
     ],
@@ -96,7 +96,7 @@ def test_an_error_of_the_user_is_one_message(folder, orbax, arguments, message):
 def test_a_full_disk_is_explained_and_nothing_is_left(folder, orbax, side, tmp_path):
     (tmp_path / "disk").mkdir()
     listing = tmp_path / "listing"
-    # The mount is gone with its process: what lies on it is listed before.
+    # The mount is gone with its process: what is on it is listed before.
     script = (
         f'mount -t tmpfs -o size=8k,nr_inodes=64 tmpfs "{tmp_path}/disk" && "$@"; status=$?; '
         f'find "{tmp_path}/disk" -mindepth 1 > "{listing}"; exit $status'

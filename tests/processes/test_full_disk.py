@@ -1,8 +1,8 @@
-"""A disk that fills up while a run saves: a file system of a few hundred kilobytes."""
+"""A disk that becomes full while a run saves: a file system of a few hundred kilobytes."""
 
 import json
 
-# A mount of its own for the one process, so that nothing is left behind.
+# A separate mount for the one process, so that nothing remains.
 SMALL_DISK = ("unshare", "--map-root-user", "--mount", "sh", "-c")
 
 

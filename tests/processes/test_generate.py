@@ -1,4 +1,4 @@
-"""`python -m vlm_jax.cli.generate` as a process: what it writes, and what it says of a user's error."""
+"""`python -m vlm_jax.cli.generate` as a process: what it writes, and user errors."""
 
 import signal
 import subprocess
@@ -95,9 +95,7 @@ def test_a_reader_that_has_enough_ends_it_without_a_word(started, folder, what):
 def test_a_picture_for_a_language_model_is_refused(said, folder):
     Image.new("RGB", (4, 4)).save(folder / "a.png")
     status, out, errors = said("--prompt=d", f"--image={folder / 'a.png'}")
-    assert status == 1 and out == "" and "PictureMismatch: conversation 0: this model reads text alone" in errors, (
-        errors
-    )
+    assert status == 1 and out == "" and "PictureMismatch: conversation 0: this model takes only text" in errors, errors
 
 
 def test_what_the_folder_lacks_is_named(said, folder):

@@ -1,4 +1,4 @@
-"""Batches made by processes of their own: the same ones, to the same curve, with errors that come through."""
+"""Batches made by separate processes: the same ones, to the same curve, with errors that come through."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ from vlm_jax.train.input import rows
 
 
 def files(folder, cut=()):
-    """The rows of eight small pictures; those of `cut` end too early."""
+    """The rows of eight small images; those of `cut` end too early."""
     for number in range(8):
         path = folder / f"{number}.png"
         Image.new("L", (24, 24), 30 * number).save(path)

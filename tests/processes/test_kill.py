@@ -1,4 +1,4 @@
-"""SIGTERM and SIGKILL, sent to a real process at whatever it is doing."""
+"""SIGTERM and SIGKILL, sent to a real process at any time."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_a_run_that_was_terminated_and_killed_gives_the_same_curve(command, tmp_
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "stopped by SIGTERM and saved at step" in errors and "the same command goes on" in errors
+    assert "stopped by SIGTERM and saved at step" in errors and "rerun the same command to resume" in errors
     stopped_at = curve(broken)[-1][0]
     assert 10 <= stopped_at < 124
     assert (broken / "checkpoints" / str(stopped_at)).is_dir()

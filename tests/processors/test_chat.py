@@ -1,4 +1,4 @@
-"""Chat templates: where they are found, what they may do, and what they refuse. Texts are written by hand."""
+"""Chat templates: where they are found, what they may do, and what they reject. Texts are written by hand."""
 
 import json
 
@@ -20,7 +20,7 @@ CHATML = """{%- for message in messages %}
 {% endfor %}
 {% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-USER = {"role": "user", "content": "hi"}
+USER, SILENT = {"role": "user", "content": "hi"}, {"role": "user", "content": ""}
 
 
 def test_messages_become_the_text_of_a_prompt():
@@ -47,16 +47,15 @@ def test_messages_become_the_text_of_a_prompt():
 )
 def test_what_a_template_may_use(source, text):
     variables = {"level": 7} if "level" in source else {}
-    assert ChatTemplate(source, {"bos_token": "<s>"}).render([USER], **variables) == text
+    messages = [USER if "content" in source else SILENT]
+    assert ChatTemplate(source, {"bos_token": "<s>"}).render(messages, **variables) == text
 
 
 def test_a_variable_that_nothing_reads_is_told():
     template = ChatTemplate("{% if enable_thinking is defined and enable_thinking %}hm{% endif %}")
-    assert template.render([USER], enable_thinking=True) == "hm"
-    with pytest.raises(
-        ChatTemplateError, match=r"nothing in it reads 'enable_thinkin'; did you mean 'enable_thinking'"
-    ):
-        template.render([USER], enable_thinkin=True)
+    assert template.render([SILENT], enable_thinking=True) == "hm"
+    with pytest.raises(ChatTemplateError, match=r"unused variable 'enable_thinkin'; did you mean 'enable_thinking'"):
+        template.render([SILENT], enable_thinkin=True)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +72,48 @@ def test_what_a_template_refuses_and_what_it_may_not_do(source, message):
         ChatTemplate(source).render([USER])
 
 
+LISTS = (
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}:{% for c in m.content | selectattr('type', "
+    "'equalto', 'text') %} {{ c.text }}{% endfor %};{% endif %}{% endfor %}"
+)
+ANSWER = {"role": "assistant", "content": "u"}
+
+
+def test_a_text_is_given_in_the_form_that_a_template_reads():
+    lists = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, ANSWER]
+    for given in ([USER, ANSWER], lists):
+        assert ChatTemplate(LISTS).render(given, add_generation_prompt=False) == "user: hi;assistant: u;"
+        strings = ChatTemplate("{% for m in messages %}{{ m.content.strip() }}|{% endfor %}")
+        assert strings.render(given, add_generation_prompt=False) == "hi|u|"
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "message"),
+    [
+        (
+            LISTS,
+            [{"role": "system", "content": "be short"}, USER],
+            "message 0, of the role 'system': .* shows nothing",
+        ),
+        (
+            "{{ messages[0].content }}",
+            [USER, ANSWER],
+            "message 1, of the role 'assistant': .* nothing",
+        ),
+        (
+            "{{ messages[0].content[0].text }}",
+            [{"role": "user", "content": [{"type": "text", "text": text} for text in ("a", "b")]}],
+            r"message 0, .* or of one of its texts",
+        ),
+    ],
+)
+def test_a_text_that_a_template_does_not_show_is_named(source, messages, message):
+    with pytest.raises(ChatTemplateError, match=message):
+        ChatTemplate(source).render(messages, add_generation_prompt=False)
+
+
 def test_a_template_sees_no_objects():
-    """A picture handed along with a message has methods that are not for a template."""
+    """An image passed along with a message has methods that are not for a template."""
     message = {"role": "user", "content": [{"type": "image", "image": object()}], "name": None}
     source = "{{ messages[0].content[0].image }} {{ 'name' in messages[0] }}"
     assert ChatTemplate(source).render([message]) == "<object> False"
@@ -82,7 +121,7 @@ def test_a_template_sees_no_objects():
 
 def test_where_a_folder_keeps_its_template(tmp_path):
     def text(name=None):
-        return ChatTemplate.from_folder(tmp_path, name=name).render([USER])
+        return ChatTemplate.from_folder(tmp_path, name=name).render([SILENT])
 
     with pytest.raises(ChatTemplateError, match=r"no chat template here; looked for chat_template\.jinja, chat_temp"):
         text()
@@ -127,7 +166,7 @@ def test_a_picture_among_the_parts_of_a_text_is_named():
             '{"template": "x"}',
             r"expected the key chat_template, got template",
         ),
-        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object, found a list"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object, got list"),
     ],
 )
 def test_a_damaged_file_is_named_and_no_folder_without_a_template(tmp_path, name, content, message):

@@ -70,7 +70,7 @@ def test_an_answer_without_boxes_has_none(text):
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "true", "null", "1e400", "9" * 400, "9" * 5000,
                                     "[" * 100_000], ids=lambda number: number[:9])  # fmt: skip
 def test_what_is_no_number_makes_no_box(number):
-    """The whole boxes beside it stay, and can be drawn."""
+    """The whole boxes next to it stay, and can be drawn."""
     texts = (
         f'[{{"bbox_2d": [0, 0, 2, {number}]}}, {{"bbox_2d": [1, 2, 3, 4]}}]',
         f"<box>[[0, 0, 2, {number}]]</box><box>[[100, 200, 300, 400]]</box>",

@@ -113,7 +113,7 @@ def turned(degrees):
     ],
 )
 def test_every_kind_reaches_released_systems_in_rgb(picture, kind, options, pixels):
-    """As a file, and as the picture that Pillow opened, which is not upright by itself."""
+    """As a file, and as the image that Pillow opened, which is not upright by itself."""
     data = saved(picture, kind, **options)
     for source in (data, Image.open(io.BytesIO(data))):
         found = to_picture(source)
@@ -126,15 +126,15 @@ def test_luma_weighs_red_green_and_blue_as_itu_601():
     expected = 255 * np.array([0.299, 0.587, 0.114])
     np.testing.assert_allclose(to_channels(pure, 1)[0, :, 0], expected, atol=1.0)
     assert to_channels(pure, 3) is pure
-    with pytest.raises(ValueError, match=r"1 or 3 channels, got one of shape \(1, 3, 3\) to make 4 of"):
+    with pytest.raises(ValueError, match=r"1 or 3 channels, got an image of shape \(1, 3, 3\) to convert to 4"):
         to_channels(pure, 4)
 
 
 @pytest.mark.parametrize(
     ("broken", "why"),
     [
-        (b"", "UnidentifiedImageError: no known image format"),
-        (b"<html>not found</html>", "UnidentifiedImageError: no known image format"),
+        (b"", "UnidentifiedImageError: unknown image format"),
+        (b"<html>not found</html>", "UnidentifiedImageError: unknown image format"),
         (saved(Image.fromarray(RGB), "BMP")[:-20], "OSError: .*truncated"),
         (png_header(8, 8), "OSError: .*truncated"),
         (
@@ -142,7 +142,7 @@ def test_luma_weighs_red_green_and_blue_as_itu_601():
             "DecompressionBombWarning|20000x8000 pixels, more than max_pixels=100000000",
         ),
         (png_header(30_000, 30_000), "DecompressionBombError"),
-        (saved(Image.fromarray(RGB.astype(np.float32)[:, :, 0]), "TIFF"), "no known range"),
+        (saved(Image.fromarray(RGB.astype(np.float32)[:, :, 0]), "TIFF"), "unknown range"),
     ],
 )
 def test_a_broken_file_is_named_with_the_reason(tmp_path, broken, why):
@@ -221,6 +221,6 @@ def test_a_picture_without_pixels_is_named(shape):
 
 @pytest.mark.parametrize(("source", "told"), [(None, "None"), (["a.png"], "a value of type list"), (3, "type int")])
 def test_what_is_no_picture_is_named(source, told):
-    call = inspect.unwrap(to_picture)  # without the checks of types, which stand before it in tests
+    call = inspect.unwrap(to_picture)  # without the checks of types, which are before it in tests
     with pytest.raises(CorruptImage, match=f"image 3: expected a file's path or bytes, .* got .*{told}"):
         call(source, name="image 3")

@@ -1,4 +1,4 @@
-"""Pictures and texts of two towers and classifiers; `tests/parity/test_image_text.py` compares whole folders."""
+"""Images and texts of two towers and classifiers; `tests/parity/test_image_text.py` compares whole folders."""
 
 import inspect
 import pathlib
@@ -51,7 +51,7 @@ def test_the_middle_of_torchvision_rounds_halves_to_even():
 
 @pytest.mark.parametrize(("given", "wanted"), [(6, 4), (7, 3), (4, 8), (9, 9)])
 def test_areas_cover_samples_by_their_overlap(given, wanted):
-    """Beside samples repeated until windows are whole."""
+    """Compared with samples repeated until windows are whole."""
     values = np.random.default_rng(0).normal(size=given).astype(np.float32)
     expected = np.repeat(values, wanted).reshape(wanted, given).mean(axis=1)
     np.testing.assert_allclose(interpolation_weights(given, wanted, "overlap") @ values, expected, atol=1e-6)
@@ -68,11 +68,11 @@ def test_the_middle_of_a_picture_shrunk_by_areas():
 def test_what_is_not_read_is_refused(tokenizer):
     picture, texts = Image.new("RGB", (8, 8)), TextInputs(tokenizer, 4, 0)
     images = SquareInputs(SquareViews(Pixels(), (8, 8)))
-    with pytest.raises(PictureMismatch, match="reads no pictures, and 1 are given"):
+    with pytest.raises(PictureMismatch, match="takes no images, got 1"):
         ImageTextProcessor(None, texts)([picture])
-    with pytest.raises(PictureMismatch, match="reads no texts"):
+    with pytest.raises(PictureMismatch, match="takes no texts"):
         ImageTextProcessor(images)([picture], ["a"])
-    with pytest.raises(PictureMismatch, match="neither pictures nor texts"):
+    with pytest.raises(PictureMismatch, match="expected images or texts, got none"):
         ImageTextProcessor(images, texts)()
     with pytest.raises(PictureMismatch, match="expected a list of texts"):
         ImageTextProcessor(images, texts)(texts="a")
@@ -90,7 +90,7 @@ PIXELS = np.zeros((2, 8, 8, 3), np.uint8)
 )
 def test_one_picture_is_no_list(one):
     processor = ImageTextProcessor(SquareInputs(SquareViews(Pixels(), (8, 8))))
-    # Without the checks of types, which stand before it in tests.
+    # Without the checks of types, which are before it in tests.
     call = inspect.unwrap(type(processor).__call__)
     with pytest.raises(PictureMismatch, match=r"images: expected a list, got .*; write \["):
         call(processor, one)

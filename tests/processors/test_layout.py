@@ -77,7 +77,7 @@ def test_a_sequence_that_fills_the_row_fits():
 
 
 def test_a_longer_sequence_is_an_error_and_never_cut():
-    with pytest.raises(ValueError, match="9 positions do not fit into a row of 8"):
+    with pytest.raises(ValueError, match="9 positions do not fit in a row of 8"):
         lay_out([PIECES], 8, pad_id=PAD)
 
 
@@ -111,7 +111,7 @@ def test_three_axes_begin_again_with_each_example():
 
 
 def test_branches_follow_the_shared_pieces_on_three_axes():
-    """Each begins where the shared text and pictures end, whatever stands before it in the row."""
+    """Each begins where the shared text and images end, whatever is before it in the row."""
     line = np.array([[0, 0, 0], [0, 0, 1], [0, 0, 2]])
     pieces = [
         Text([1]),

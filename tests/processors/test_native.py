@@ -35,7 +35,7 @@ def test_many_frames_share_the_tokens_of_a_video():
 
 
 def test_frames_have_pixels_of_their_own():
-    """Statistics, and torch's last bits, for videos alone."""
+    """Statistics, and torch's last bits, only for videos."""
     frame = picture(30, 22)
     own = views(video_pixels=Pixels((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), as_torch=True))
     (seen,), (plain,) = own.video([frame] * 2, 2.0), views().images([frame])
@@ -46,7 +46,7 @@ def test_frames_have_pixels_of_their_own():
 
 def test_pictures_of_which_nothing_is_left_are_refused():
     thin = NativeViews(Pixels(), FORMAT, ovis_size, 64, 4096)
-    with pytest.raises(CorruptImage, match="a picture of 9x1700 pixels is too thin for 4096"):
+    with pytest.raises(CorruptImage, match="an image of 9x1700 pixels is too thin for at most 4096"):
         thin.layouts([(9, 1700)])
 
 
@@ -90,7 +90,7 @@ def grey(height, width):
 
 
 def bounded(pixels, form, most, **fields):
-    """Pictures of at most so many blocks."""
+    """Images of at most so many blocks."""
     return NativeViews(pixels, form, bounded_size, 1, most * form.block_size**2, **fields)
 
 

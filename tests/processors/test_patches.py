@@ -122,8 +122,8 @@ def test_packed_sequences_form_a_batch():
     [
         ([(1, 6, 5)], 30, {}, r"\(1, 6, 5\)\] cannot be merged by 2x2"),
         ([(1, 4, 4), (1, 3, 4)], 28, {}, r"\[\(1, 3, 4\)\] cannot be merged"),
-        ([(1, 4, 4)], 12, {}, "have 16 patches in all, but 12 were given"),
-        ([(2, 4, 4)], 16, {}, "have 32 patches in all, but 16 were given"),
+        ([(1, 4, 4)], 12, {}, "have 16 patches in total, but got 12"),
+        ([(2, 4, 4)], 16, {}, "have 32 patches in total, but got 16"),
         ([(0, 4, 4)], 0, {}, "each at least 1"),
         ([], 0, {}, "rows of .frames, rows, columns."),
         ([(4, 4)], 16, {}, "rows of .frames, rows, columns."),

@@ -50,7 +50,7 @@ def test_a_training_row_holds_every_turn():
     assert row.positions.tolist() == [[*range(15), 0]]
     learned = [token for token, weight in zip(row.targets[0], row.loss_weights[0], strict=True) if weight == 1.0]
     assert learned == [digit(1), digit(2), EOS, digit(3), EOS]
-    # The target of a position is the token that stands one further on.
+    # The target of a position is the token that is one further on.
     np.testing.assert_array_equal(row.targets[:, :14], row.tokens[:, 1:15])
     np.testing.assert_allclose(row.images, np.full((1, 1, 4, 6, 1), (1.0 - 0.5) / 0.25))
     assert row.images.dtype == np.float32
@@ -91,15 +91,15 @@ def test_context_stands_where_the_images_would():
 @pytest.mark.parametrize(
     ("messages", "images", "error", "message"),
     [
-        (dialogue(TURNS, num_images=1), (), PictureMismatch, "page: its text has 1 places for images, but 0 are given"),
+        (dialogue(TURNS, num_images=1), (), PictureMismatch, "page: its text has 1 image placeholders, but got 0"),
         (
             dialogue(TURNS, num_images=1),
             (PICTURE,) * 2,
             PictureMismatch,
-            "page: its text has 1 places for images, but 2 are given",
+            "page: its text has 1 image placeholders, but got 2",
         ),
-        (dialogue(TURNS, num_images=1)[1:2], (), PromptError, "page: no message of a user"),
-        (dialogue(TURNS, num_images=1)[:1], (PICTURE,), PromptError, "page: no assistant says anything in it"),
+        (dialogue(TURNS, num_images=1)[1:2], (), PromptError, "page: expected at least one user message"),
+        (dialogue(TURNS, num_images=1)[:1], (PICTURE,), PromptError, "page: expected at least one assistant message"),
         (dialogue([Turn("who", "1")]), (), UnknownText, "page: .* no 'who'"),
         (
             dialogue(TURNS * 2, num_images=1),
@@ -121,7 +121,7 @@ def test_a_sample_that_does_not_fit_is_named(messages, images, error, message):
 
 
 def test_variables_of_templates_are_refused():
-    with pytest.raises(PromptError, match="conversation 0: no chat template reads enable_thinking"):
+    with pytest.raises(PromptError, match="conversation 0: without a chat template, enable_thinking"):
         PROCESSOR.example(dialogue(TURNS), enable_thinking=True)
 
 
@@ -168,7 +168,7 @@ def test_pictures_stand_where_the_messages_have_them_and_a_video_has_its_places(
 
 
 def test_a_question_may_stand_before_its_picture():
-    """With independent turns the question is of its turn's branch, and what stands before it is shared."""
+    """With independent turns the question is of its turn's branch, and what is before it is shared."""
     question = {"role": "user", "content": [{"type": "text", "text": text} for text in ("749", "count 7")]}
     question["content"].append({"type": "image"})
     first, context, asked, picture = PlainPrompt(TOKENIZER, independent_turns=True)([question], (), targets=True)
@@ -183,7 +183,7 @@ def test_a_question_may_stand_before_its_picture():
         ("count 7!", "has no '!', in the text 'count 7!'"),
         ("<bx>(1,2)", "has no '<bx>', in the text '<bx>(1,2)'"),
         ("count 7é", "has no 'é', in the text 'count 7é'"),
-        ("count <image>", "special token <image> may not stand in a text, here 'count <image>'"),
+        ("count <image>", "special token <image> is not allowed in a text, got 'count <image>'"),
     ],
 )
 def test_an_unknown_word_or_a_special_token_is_named_with_its_text(text, told):

@@ -1,4 +1,4 @@
-"""The processor of a system, over a small template: what is filled, and what is refused."""
+"""The processor of a system, over a small template: placeholders, and errors."""
 
 import dataclasses
 import inspect
@@ -100,7 +100,7 @@ def test_pictures_may_stand_in_the_messages():
     found = processor()(inside)
     np.testing.assert_array_equal(found.tokens, beside.tokens)
     np.testing.assert_array_equal(found.images, beside.images)
-    with pytest.raises(PictureMismatch, match="conversation 0: images stand both in its messages and beside them"):
+    with pytest.raises(PictureMismatch, match="conversation 0: images are given both in its messages and separately"):
         processor()(inside, [picture()])
 
 
@@ -136,9 +136,9 @@ def test_lists_are_joined_for_templates_of_texts():
 @pytest.mark.parametrize(
     ("messages", "given", "told"),
     [
-        (say("a"), 1, "has 0 places for images, but 1 are given"),
-        (say("<image>"), 0, "has 1 places for images, but 0 are given"),
-        (say("<image>", "<image> in a text"), 1, "has 2 places for images, but 1 are given"),
+        (say("a"), 1, "has 0 image placeholders, but got 1"),
+        (say("<image>"), 0, "has 1 image placeholders, but got 0"),
+        (say("<image>", "<image> in a text"), 1, "has 2 image placeholders, but got 1"),
     ],
 )
 def test_places_and_pictures_that_differ(messages, given, told):
@@ -153,15 +153,15 @@ def test_places_and_pictures_that_differ(messages, given, told):
         ("hi", [], [], PromptError, "got the string 'hi'; write [{\"role\": \"user\", \"content\": 'hi'}]"),
         (say("a")[0], [], [], PromptError, "got one dict; write [message]"),
         (None, [], [], PromptError, "expected a list of messages such as"),
-        ([*say("a"), "b"], [], [], PromptError, "message 1: expected one such as"),
+        ([*say("a"), "b"], [], [], PromptError, "message 1: expected a dict such as"),
         (say("<image>"), "a.png", [], PictureMismatch, "images: expected a list, got 'a.png'; write ['a.png']"),
         (say("<image>"), picture(), [], PictureMismatch, "images: expected a list, got one ndarray; write […]"),
-        (say("<image>"), None, [], PictureMismatch, "images: expected a list, got None; leave it out or give []"),
+        (say("<image>"), None, [], PictureMismatch, "images: expected a list, got None; leave it out or pass []"),
         (say("<video>"), [], "a.mp4", PictureMismatch, "videos: expected a list, got 'a.mp4'; write ['a.mp4']"),
     ],
 )  # fmt: skip
 def test_what_stands_without_its_list_is_named(messages, images, videos, error, told):
-    call = inspect.unwrap(Processor.batch)  # without the checks of types, which stand before it in tests
+    call = inspect.unwrap(Processor.batch)  # without the checks of types, which are before it in tests
     with pytest.raises(error, match=f"^conversation 1: .*{re.escape(told)}"):
         call(processor(), [say("a"), messages], [[], images], [[], videos])
 
@@ -180,10 +180,10 @@ def test_a_budget_of_visual_tokens():
     wide = picture(4, 12)
     assert (tiles(say("<image>"), [wide]).visual_index >= 0).sum() == 4  # three tiles and the whole
     assert (tiles(say("<image>"), [wide], max_visual_tokens=3).visual_index >= 0).sum() == 3
-    with pytest.raises(InfeasibleBudget, match="takes 3 visual tokens at least, more than the 2 allowed"):
+    with pytest.raises(InfeasibleBudget, match="takes at least 3 visual tokens, more than the 2 allowed"):
         processor()(say("<image>"), [picture()], max_visual_tokens=2)
     native = processor(NativeViews(Pixels(), PatchFormat(4, 1, 1), qwen_size, 64, 4096), {"image": "<image>"})
-    with pytest.raises(InfeasibleBudget, match="conversation 0, image 0: takes 8 visual tokens at least, over 5"):
+    with pytest.raises(InfeasibleBudget, match="conversation 0, image 0: takes at least 8 visual tokens, over 5"):
         native(say("<image>"), [picture(2, 80)], max_visual_tokens=5)
 
 
@@ -206,14 +206,14 @@ def test_a_budget_of_a_video():
 def test_every_error_names_its_sample():
     native = processor(NativeViews(Pixels(), PatchFormat(4, 1, 1), qwen_size, 64, 4096), {"image": "<image>"})
     for made, given, told in (
-        (native, {"images": [[], [picture(1, 300)]]}, "conversation 1: a picture of 1x300 pixels"),
-        (processor(), {"images": [[], [picture()]], "max_visual_tokens": 2}, "conversation 0: a picture takes 3"),
+        (native, {"images": [[], [picture(1, 300)]]}, "conversation 1: an image of 1x300 pixels"),
+        (processor(), {"images": [[], [picture()]], "max_visual_tokens": 2}, "0: an image takes at least 3"),
     ):
         with pytest.raises(ValueError, match=told):
             made.batch([say("a"), say("<image>")], **given)
-    with pytest.raises(PictureMismatch, match="conversation 0, video 0: this system takes pictures and no videos"):
+    with pytest.raises(PictureMismatch, match="conversation 0, video 0: this system does not support videos"):
         processor()(say("<video>"), videos=[[picture()]])
-    with pytest.raises(ChatTemplateError, match="conversation 0: the chat template: nothing in it reads 'max_pix"):
+    with pytest.raises(ChatTemplateError, match="conversation 0: the chat template: unused variable 'max_pix"):
         processor()(say("a"), max_pixels=9)
     with pytest.raises(ChatTemplateError, match="conversation 1: the chat template: expected at least one message"):
         processor().batch([say("a"), []])
@@ -284,13 +284,13 @@ def test_a_measure_is_the_load_of_the_example(views, sizes, video, limits):
     row = made.rows([[example]], targets=False)
     assert row.tokens.shape == (1, example.load.length)
     taken = 0 if row.images is None else (row.images.patches if views is NATIVE else row.images).shape[1]
-    assert taken <= example.load.images  # several pictures with windows may be packed more densely
+    assert taken <= example.load.images  # several images with windows may be packed more densely
     assert (taken == example.load.images) or (views is NATIVE and len(sizes) + len(videos) > 1)
 
 
 @pytest.mark.parametrize("views", [TILES, NATIVE])
 def test_rows_of_any_number_of_pictures_have_one_shape(views):
-    """One compiled step reads rows of 0, 1 and 3 pictures, and those of several examples."""
+    """One compiled step reads rows of 0, 1 and 3 images, and those of several examples."""
     made = processor(views, {"image": "<image>"}, rotary_3d=views is NATIVE)
     template = ChatTemplate(
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}</a>{% else %}{% for c in m.content %}"
@@ -310,12 +310,12 @@ def test_rows_of_any_number_of_pictures_have_one_shape(views):
 
 
 def test_visual_rows_of_packed_examples_are_counted_over_the_row():
-    """The learned rows are shared; those of pictures go on behind the ones of the example before."""
+    """The learned rows are shared; those of images continue after the ones of the example before."""
     views = Ovis2Views(Pixels(), 4, 2)
     made = processor(views, num_learned=5, learned_ids=(51, 52, 53, 54, 55))
     first, second = (made.example(say("<image>"), [picture(value=value)]) for value in (10, 20))
     row = made.rows([[first, second]], RowShape(16, 3), targets=True)
-    place = [-1, 0, 5, 6, 1, 4, -1]  # beginning, learned 0, two of the picture, learned 1 and 4, head of the answer
+    place = [-1, 0, 5, 6, 1, 4, -1]  # beginning, learned 0, two of the image, learned 1 and 4, head of the answer
     np.testing.assert_array_equal(row.visual_index[0], [*place, -1, 0, 7, 8, 1, 4, -1, -1, -1])
     np.testing.assert_array_equal(row.segment_ids[0], [1] * 7 + [2] * 7 + [0] * 2)
     np.testing.assert_array_equal(row.positions[0], [*range(7), *range(7), 0, 0])
@@ -338,7 +338,7 @@ def test_packed_examples_on_three_axes_begin_again():
     ("shape", "told"),
     [
         (RowShape(13, 2), "sample 'x', 'y' is 14 tokens long, over the limit of 13; raise L by 1 or more"),
-        (RowShape(14, 1), "sample 'x', 'y' has 2 tiles or places of patches, over the limit of 1; raise I by 1 or"),
+        (RowShape(14, 1), "sample 'x', 'y' has 2 tiles or patches, over the limit of 1; raise I by 1 or"),
     ],
 )
 def test_examples_that_do_not_fit_a_row_are_named(shape, told):
@@ -346,7 +346,7 @@ def test_examples_that_do_not_fit_a_row_are_named(shape, told):
     row = [made.example(say("aa", "<image>"), [picture()], name=name) for name in "xy"]
     assert made.rows([row], RowShape(14, 2), targets=True).tokens.shape == (1, 14)
     with pytest.raises(SequenceTooLong, match=told):
-        made.rows([row], shape, targets=True, keys=("L", "I"))
+        made.rows([row], shape, targets=True, keys={"positions": "L", "tiles or patches": "I"})
 
 
 def test_a_batch_takes_a_stated_shape():

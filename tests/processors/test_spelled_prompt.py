@@ -35,7 +35,7 @@ def test_deepseek_vl2_learns_what_the_assistant_says():
     assert spelled([piece for piece in pieces if isinstance(piece, Text) and piece.learned]) == "a</s>"
     with pytest.raises(PromptError, match="message 1 has the role 'system', which only the first may have"):
         DeepSeekVL2Prompt(TOKENIZER)(messages[1:2] + messages[:1], ())
-    with pytest.raises(PromptError, match="take pictures and text alone, got enable_thinking"):
+    with pytest.raises(PromptError, match="expected only images and text, got enable_thinking"):
         DeepSeekVL2Prompt(TOKENIZER)(messages, (), enable_thinking=True)
 
 
@@ -57,6 +57,6 @@ def test_a_path_lies_in_the_first_places_of_its_picture():
     batch = made([{"role": "user", "content": "<img>é</img>"}], [picture()])
     places = batch.visual_index[0] >= 0
     assert batch.tokens[0][places].tolist() == [0xC3, 0xA9, 6]
-    with pytest.raises(PictureMismatch, match="the name of a picture has 4 bytes, more than the 3 places"):
+    with pytest.raises(PictureMismatch, match="the name of an image has 4 bytes, more than its 3 visual tokens"):
         made([{"role": "user", "content": "<img>abcd</img>"}], [picture()])
     assert len(made(say("q")).tokens[0]) > 0

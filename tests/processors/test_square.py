@@ -1,4 +1,4 @@
-"""One view of a picture: where its pixels go, by pictures of one colour with marks."""
+"""One view of an image: where its pixels go, by images of one colour with marks."""
 
 import numpy as np
 import pytest
@@ -56,5 +56,5 @@ def test_pixels_are_normalised_and_every_token_has_a_place(fit):
     np.testing.assert_allclose(seen.pixels[0], np.asarray(views.tile(picture(9, 30))) / 255 * 4 - 2, atol=1e-6)
     np.testing.assert_array_equal(seen.layout, range(4))
     assert [len(layout) for layout in views.layouts([(9, 30), (8, 8)])] == [4, 4]
-    with pytest.raises(ValueError, match="takes pictures and no videos"):
+    with pytest.raises(ValueError, match="does not support videos"):
         views.video([picture(8, 8)], None)

@@ -1,4 +1,4 @@
-"""Tiled views: layouts written out by hand, and tiles put together again."""
+"""Tiled views: layouts written out by hand, and tiles combined again."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_clips_of_fixed_tiles_follow_each_other_frame_by_frame():
         expected = np.asarray(frames[frame])[:, 2 * tile : 2 * tile + 2, None]
         np.testing.assert_allclose(got[0, place], expected, atol=1e-3)
     assert [clip.num_rows for clip in clips] == [18, 6]
-    with pytest.raises(InfeasibleBudget, match="a video takes 18 visual tokens at least, more than the 17 allowed"):
+    with pytest.raises(InfeasibleBudget, match="a video takes at least 18 visual tokens, more than the 17 allowed"):
         views.video(frames[:3], None, 17)
 
 
@@ -133,7 +133,7 @@ def test_layouts_of_anyres(merge, canvas):
 
 
 def test_borders_of_a_canvas_take_no_place():
-    # On two tiles the picture is a square: of four columns the middle ones show it.
+    # On two tiles the image is a square: of four columns the middle ones show it.
     (layout,) = anyres("spatial_unpad").layouts([(50, 50)])
     np.testing.assert_array_equal(layout, [0, 1, 2, 3, 5, 8, -1, 7, 10, -1])
     canvas = np.asarray(anyres("flat").canvas(Image.new("RGB", (50, 50), (255, 255, 255))))
@@ -170,9 +170,9 @@ def test_rows_of_a_stated_capacity_are_filled_up_with_blank_tiles():
 
 
 def test_a_text_only_model_refuses_pictures():
-    with pytest.raises(ValueError, match="text alone, and 1 pictures"):
+    with pytest.raises(ValueError, match="only text, got 1 images"):
         NoViews().images([picture(2, 2)])
-    with pytest.raises(ValueError, match="text alone, and sizes of 2 pictures"):
+    with pytest.raises(ValueError, match="only text, got sizes of 2 images"):
         NoViews().layouts([(2, 2)] * 2)
     assert NoViews().join([[]]) is None
 
@@ -197,14 +197,14 @@ def test_no_picture_takes_more_than_its_budget(views, budget, least):
     assert [len(seen.layout) for seen in fewer.images([picture(*size) for size in sizes[:1]])] == counts[:1]
     assert [len(layout) for layout in views.within(10**6).layouts(sizes)] == list(map(len, views.layouts(sizes)))
     with pytest.raises(
-        InfeasibleBudget, match=f"takes {least} visual tokens at least, more than the {least - 1} allowed"
+        InfeasibleBudget, match=f"takes at least {least} visual tokens, more than the {least - 1} allowed"
     ):
         views.within(least - 1)
 
 
 @pytest.mark.parametrize(("views", "budget", "least"), BUDGETED)
 def test_loads_are_those_of_the_pixels(views, budget, least):
-    """Tiles, or patches where pictures have a grid of their own."""
+    """Tiles, or patches where images have a separate grid."""
     del budget, least
     pictures = [picture(8, 8), picture(20, 61)]
     sizes = [(8, 8), (20, 61)]

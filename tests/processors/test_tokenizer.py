@@ -140,7 +140,7 @@ def test_qwens_ranks_are_followed_by_its_special_tokens(qwen):
     assert tokenizer.decode([257, 260, ranks, 5000]) == "the dog"
     assert tokenizer.encode("e\u0301") == list("é".encode())  # composed first
     write(qwen, config__json={"model_type": "qwen"})
-    assert Tokenizer.from_folder(qwen).vocab_size == ranks + 208  # a Qwen without eyes has no tags
+    assert Tokenizer.from_folder(qwen).vocab_size == ranks + 208  # a Qwen without vision has no tags
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -162,7 +162,7 @@ def test_qwen2s_two_files(tmp_path):
     write(tmp_path, tokenizer_config__json={"tokenizer_class": "GPT2Tokenizer"})
     with pytest.raises(
         TokenizerError,
-        match=r"for Qwen2Tokenizer and CLIPTokenizer, tokenizer_config\.json names GPT2Tokenizer",
+        match=r"tokenizer_class Qwen2Tokenizer or CLIPTokenizer, tokenizer_config\.json has GPT2Tokenizer",
     ):
         Tokenizer.from_folder(tmp_path)
 

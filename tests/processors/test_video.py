@@ -1,4 +1,4 @@
-"""Videos that are made here: which frames are taken, and what is refused."""
+"""Videos that are made here: which frames are taken, and errors."""
 
 import fractions
 import io
@@ -70,7 +70,7 @@ def test_a_file_gives_the_chosen_frames_and_their_rate(tmp_path, as_path):
 def test_a_conversation_about_a_file_is_timed():
     views = NativeViews(Pixels(), PatchFormat(4, 2, 2), qwen_size, 64, 4096, rotary_3d=True, tokens_per_second=10.0)
     batch = processor(views, rotary_3d=True)(say("<video>", "a"), videos=[video(30, 10)])
-    times = batch.positions[0, :, 0][batch.visual_index[0] >= 0] - 1  # behind the beginning
+    times = batch.positions[0, :, 0][batch.visual_index[0] >= 0] - 1  # after the beginning
     assert sorted(set(times.tolist())) == [0, 10, 20]  # pairs of frames, a second each
     assert batch.images.segment_ids.max() == 3
 

@@ -128,7 +128,7 @@ def test_a_step_of_training_and_an_answer(kind):
 
 
 def without_a_cache(system, trained, prompts, count):
-    """The whole row anew for each token; the prompt's last token ranks, as if all behind it were learned."""
+    """The whole row again for each token; the prompt's last token ranks, as if all after it were learned."""
     length = prompts.tokens.shape[1]
     rows = {name: np.asarray(getattr(prompts, name)) for name in ("tokens", "positions", "segment_ids", "visual_index")}
     behind = np.arange(1, count + 1)[None] + rows["positions"][:, -1:]

@@ -156,7 +156,7 @@ def test_bfloat16_is_near_to_float32(fields):
     ids=str,
 )
 def test_an_encoder_that_cannot_say_so_refuses(fields, asked):
-    with pytest.raises(ValueError, match="a reducer that looks into the encoder wants blocks"):
+    with pytest.raises(ValueError, match="a reducer inside the encoder needs at least one block"):
         jax.eval_shape(vit(**fields, **asked).init, jax.random.key(0), IMAGES)
 
 
@@ -164,7 +164,7 @@ NAFLEX = {"patch_size": 2, "table_grid": (4, 4), "width": 8, "depth": 2, "num_he
 
 
 def packed(real, length, seed=3):
-    """One image of `real` patches in a row of `length`, noise behind it."""
+    """One image of `real` patches in a row of `length`, noise after it."""
     rng = np.random.default_rng(seed)
     patches = rng.normal(size=(1, length, 12)).astype(np.float32)
     patches[:, real:] = np.random.default_rng(length).normal(size=(1, length - real, 12))
@@ -180,7 +180,7 @@ def naflex():
 
 
 def test_padding_is_merged_first_and_changes_nothing():
-    """12 patches, of which 3 and then 2 are merged; 4 of padding behind, of which 2 and then 1 are."""
+    """12 patches, of which 3 and then 2 are merged; 4 of padding after, of which 2 and then 1 are."""
     alone = jax.jit(NaflexViT(**NAFLEX, merged=(3, 2)).apply)(naflex(), packed(12, 12))
     # Every other one of the padding is in the first set and goes: 2 of 4, and then 1 of 2.
     padded = jax.jit(NaflexViT(**NAFLEX, merged=(5, 3)).apply)(naflex(), packed(12, 16))

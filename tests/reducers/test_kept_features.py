@@ -147,7 +147,7 @@ def test_bfloat16_keeps_what_float32_keeps(name):
 def test_features_without_attention_are_refused(reducer):
     found = features()
     bare = VisualFeatures(found.tokens, found.mask, found.grid)
-    with pytest.raises(ValueError, match=r"wants features with saliency and keys: set \{'encoder': \{'saliency'"):
+    with pytest.raises(ValueError, match=r"needs features with saliency and keys: set \{'encoder': \{'saliency'"):
         reducer.apply({}, bare, deterministic=True)
 
 

@@ -1,4 +1,4 @@
-"""Reducers on the tokens of packed rows, picture by picture, and what a model gives at the full budget."""
+"""Reducers on the tokens of packed rows, image by image, and what a model gives at the full budget."""
 
 import dataclasses
 import functools

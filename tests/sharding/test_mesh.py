@@ -31,12 +31,12 @@ def test_a_part_of_the_devices():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"fsdp": 3}, "does not multiply to the 8 devices"),
-        ({"data": 2, "tensor": 2}, "does not multiply to the 8 devices"),
-        ({"data": 16}, "does not multiply to the 8 devices"),
+        ({"fsdp": 3}, "is not the number of devices, 8"),
+        ({"data": 2, "tensor": 2}, "is not the number of devices, 8"),
+        ({"data": 16}, "is not the number of devices, 8"),
         ({"fsdp": -1}, "one at most is -1"),
-        ({"fsdp": 0}, "sizes are positive"),
-        ({"data": 8, "fsdp": -2}, "sizes are positive"),
+        ({"fsdp": 0}, "expected positive sizes"),
+        ({"data": 8, "fsdp": -2}, "expected positive sizes"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(sizes, message):

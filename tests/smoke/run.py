@@ -1,6 +1,6 @@
 """Runs every runnable config for a few steps through its command line.
 
-A config is runnable when its file defines `get_config` and does not stand at
+A config is runnable when its file defines `get_config` and is not at
 `configs/base.py`. It takes the string argument `smoke`, which shrinks its steps and sizes, as in
 `--config=configs/x.py:smoke`; a config that does not is a failure.
 
@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 600
 # Compiling is what a few steps cost: as in tests/conftest.py, no costly passes.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
-# Run in a process of its own, as a config may import others from the repository root.
+# Run in a separate process, as a config may import others from the repository root.
 ACCEPTS_SMOKE = """
 import importlib, sys
 get_config = importlib.import_module(sys.argv[1]).get_config

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tests.golden.conftest import DATA
 
-VISUAL_TOKENS = 36  # of a picture: 24 pixels a side in patches of 4
+VISUAL_TOKENS = 36  # of an image: 24 pixels a side in patches of 4
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 
 
@@ -39,7 +39,7 @@ def write_release(folder) -> None:
 
 
 def write_questions(path, answers) -> None:
-    """One record a list of answers, each with a picture and as many questions as answers, in LLaVA's schema."""
+    """One record a list of answers, each with an image and as many questions as answers, in LLaVA's schema."""
     rng = np.random.default_rng(0)
     lines = []
     for number, of_record in enumerate(answers):

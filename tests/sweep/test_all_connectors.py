@@ -7,7 +7,7 @@ from vlm_jax.connectors import CONNECTORS
 from vlm_jax.sweep import points as points_module
 from vlm_jax.sweep.points import Costs, list_points
 
-# Kinds that are no candidates: one joins the features of two encoders, the other stands around candidates.
+# Kinds that are not candidates: one joins the features of two encoders, the other wraps candidates.
 ELSEWHERE = {"hybrid_mlp", "matryoshka"}
 
 

@@ -1,4 +1,4 @@
-"""An evaluation of a tiny release: its points, files and numbers, and what a stop, a failure and a refusal leave."""
+"""An evaluation of a tiny release: its points, files and numbers, and what a stop, a failure and an error leave."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def released(tmp_path_factory):
     def ask(record, turn):
         return model.generate(conversation(turn), [folder / f"{record}.png"], max_new_tokens=MAX_NEW_TOKENS)
 
-    # The release ends at whatever it says last to the first question.
+    # The release ends at any it says last to the first question.
     (release / "generation_config.json").write_text(json.dumps({"eos_token_id": [ask(0, 0).tokens[-1], 2]}))
     model = vlm_jax.from_pretrained(release)
     answers = [ask(*place) for place in ASKED]
@@ -76,8 +76,8 @@ def answers_of(workdir, label):
 
 def test_points_that_cannot_be_met_are_named_and_the_others_go_on(finished):
     workdir, said = finished
-    assert "none@4: left out: release.token_budget: a picture takes 36 visual tokens at least" in said
-    assert "pool: left out: a connector, which would be drawn anew and has learned nothing; train it" in said
+    assert "none@4: skipped: release.token_budget: an image takes at least 36 visual tokens" in said
+    assert "pool: skipped: a connector, whose parameters would be random; train it" in said
     assert [line["label"] for line in lines(workdir / "results.jsonl")] == ["none@released", "fastv@4"]
 
 
@@ -151,7 +151,7 @@ def test_a_stopped_point_goes_on_behind_its_last_whole_line(evaluation, finished
     for result in found + expected:
         del result["seconds_per_sample"]
     assert found == expected
-    with pytest.raises(ConfigError, match=r"was made by another config.*\n.*config\.batch_size: 2 here, 3 there"):
+    with pytest.raises(ConfigError, match=r"was created with another config.*\n.*config\.batch_size: 2 here, 3 there"):
         evaluation(tmp_path / "work", batch_size=3)
 
 
@@ -180,7 +180,7 @@ def test_a_point_that_fails_is_named_and_tried_again(evaluation, finished, tmp_p
         ({"reducers": ("fastw",)}, ConfigError, "--reducers: no reducer 'fastw'; did you mean 'fastv'"),
         ({"budgets": (0,)}, ConfigError, "--budgets: expected a positive integer, got 0"),
         ({"reducers": ("fastv",), "budgets": ()}, ConfigError, "no point can be evaluated"),
-        ({"batch_size": 0}, ConfigError, "--batch_size: at least 1 expected, got 0"),
+        ({"batch_size": 0}, ConfigError, "--batch_size: expected at least 1, got 0"),
         ({"max_new_tokens": 1}, SequenceTooLong, "record '0': its reference answer has .* raise --max_new_tokens"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The Pareto front against its definition, and the figure's marks against the results they stand for."""
+"""The Pareto front against its definition, and the figure's marks against the results they represent."""
 
 import itertools
 import math
@@ -150,7 +150,7 @@ def test_results_that_cannot_be_reported_are_refused(tmp_path):
         ([{"connector": "pool"}], "result 0 lacks accuracy, command, flops"),
         (
             [result("pool", 16, {"read": (1, 1, 1)}), result("pool", 16, {}, num_visual_tokens=17)],
-            r"pool@16 realised different numbers of tokens: \[16, 17\]",
+            r"pool@16 have different numbers of tokens: \[16, 17\]",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -217,7 +217,7 @@ def test_points_start_from_the_shared_stages(swept, one_device):
         (
             lambda c: c.base.stages.seeing.learning_rates.update({"connector": 1e-3}),
             ConfigError,
-            "a shared stage trains no connector",
+            "a shared stage must not train the connector",
         ),
         (lambda c: c.base.update({"token_bugdet": 1}), ConfigError, r"config\.token_bugdet: .*'token_budget'"),
     ],

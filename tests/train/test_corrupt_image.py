@@ -1,4 +1,4 @@
-"""A picture of a set of files that cannot be read: skipped up to the limit, then an error that names it."""
+"""An image of a set of files that cannot be read: skipped up to the limit, then an error that names it."""
 
 import json
 import logging

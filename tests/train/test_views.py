@@ -130,7 +130,7 @@ def test_an_image_over_its_budget_is_refused():
     experiment = dataclasses.replace(
         experiment, system=dataclasses.replace(experiment.system, make_processor=lambda: larger)
     )
-    message = r"'page 0' has 16 tiles or places of patches, over the limit of 12"
+    message = r"'page 0' has 16 tiles or patches, over the limit of 12"
     with pytest.raises(SequenceTooLong, match=message):
         experiment.training_row(sample(0, (24, 24)))
     with pytest.raises(SequenceTooLong, match=message):

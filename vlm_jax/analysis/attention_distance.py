@@ -1,4 +1,4 @@
-"""How far, in pixels, the heads of a vision transformer look."""
+"""Mean attention distance of the heads of a vision transformer, in pixels."""
 
 import numpy as np
 from jaxtyping import Float
@@ -19,8 +19,8 @@ def mean_attention_distance(
     """Distance from a patch to the patches it attends to, weighted by attention, in pixels.
 
     It is averaged over all query patches and all images. Tokens before the patches (a class token,
-    registers) are dropped both as queries and as keys. The paper does not say whether the weights that
-    a patch has left then sum to 1.
+    registers) are dropped both as queries and as keys. The paper does not say whether the remaining
+    weights are renormalised to sum to 1.
 
     Args:
       weights: attention after the softmax, as `probe.attention_weights` gives it; the last
@@ -43,7 +43,7 @@ def mean_attention_distance(
     if weights.shape[-1] < count:
         raise ValueError(
             f"expected at least {count} tokens for a {grid[0]}x{grid[1]} grid, got weights of shape "
-            f"{weights.shape}; give the grid of the images that the weights are of"
+            f"{weights.shape}; pass the grid of the images that the weights were computed from"
         )
     weights = weights[..., -count:, -count:]
     distances = patch_distances(grid, patch_size)
@@ -54,7 +54,7 @@ def mean_attention_distance(
 
 
 def draw_attention_distance(distances: Float[Array, "L heads"], title: str) -> Figure:
-    """A dot for every head above its layer, and a line through the means of the layers."""
+    """A plot of all heads by layer, with a line through the means of the layers."""
     distances = np.asarray(distances)
     depth, heads = distances.shape
     figure = Figure(figsize=(max(4.0, 1.5 + 0.35 * depth), 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Principal components of the filters that a vision transformer sees patches through."""
+"""Principal components of the patch embedding filters of a vision transformer."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ class FilterComponents(NamedTuple):
     """Principal components, largest first; float32.
 
     Attributes:
-      components: unit vectors, as pictures of p x p pixels and c channels.
+      components: unit vectors, as images of p x p pixels and c channels.
       singular_values: of the D x (p * p * c) matrix of the filters.
       explained_variance: squared singular values over D - 1 when centred, over D when not.
       explained_share: of the sum of all squared singular values, in [0, 1].
@@ -28,13 +28,13 @@ class FilterComponents(NamedTuple):
 def filter_components(kernel: Float[Array, "p p c D"], count: int, *, centred: bool = True) -> FilterComponents:
     """The first `count` principal components of the D filters of a first layer.
 
-    A component and its negative are the same; the one is given whose entry of largest magnitude is
+    The sign of a component is chosen so that its entry of largest magnitude is
     positive.
 
     Args:
-      kernel: the filters, as `probe.first_filters` gives it.
-      count: how many components; at most the smaller of D and p * p * c.
-      centred: subtracts the mean filter first, as principal component analysis does.
+      kernel: the filters, from `probe.first_filters`.
+      count: number of components; at most min(D, p * p * c).
+      centred: subtracts the mean filter first, as in principal component analysis.
 
     Raises:
       ValueError: count is out of range.
@@ -62,9 +62,9 @@ def filter_components(kernel: Float[Array, "p p c D"], count: int, *, centred: b
 
 
 def draw_filters(filters: FilterComponents) -> Figure:
-    """Every component as a picture: grey is 0, and the largest entry of each is at full contrast.
+    """Every component as an image: grey is 0, and the largest entry of each is at full contrast.
 
-    Three channels are drawn as red, green and blue; of another number the mean is drawn in grey.
+    Three channels are drawn as red, green and blue; for other numbers the mean is drawn in grey.
     """
     pictures = filters.components
     pictures = pictures if pictures.shape[-1] == 3 else pictures.mean(-1, keepdims=True)

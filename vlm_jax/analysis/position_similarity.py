@@ -1,4 +1,4 @@
-"""How alike a vision transformer's position embeddings are."""
+"""Cosine similarity of a vision transformer's position embeddings."""
 
 import numpy as np
 from jaxtyping import Float
@@ -8,16 +8,16 @@ from vlm_jax.types import Array
 
 
 def position_similarity(table: Float[Array, "R C D"]) -> Float[np.ndarray, "R C R C"]:
-    """Cosine similarity of the embedding at (row, column) with the embedding at every other place.
+    """Cosine similarity of the embedding at (row, column) with the embedding at every other position.
 
     Args:
-      table: position embeddings of the patches, as `probe.position_embeddings` gives them.
+      table: position embeddings of the patches, from `probe.position_embeddings`.
 
     Returns:
       float32 in [-1, 1]; an embedding's similarity with itself is 1.
 
     Raises:
-      ValueError: an embedding is zero, so that it has no direction.
+      ValueError: an embedding is zero.
 
     Source: Dosovitskiy et al. 2021, section 4.5 and figure 7 (centre).
     """
@@ -27,7 +27,7 @@ def position_similarity(table: Float[Array, "R C D"]) -> Float[np.ndarray, "R C 
     if zero.size:
         row, col = (int(i) for i in zero[0])
         raise ValueError(
-            f"expected embeddings with a direction, got zeros at row {row}, column {col} "
+            f"expected nonzero embeddings, got zeros at row {row}, column {col} "
             f"({len(zero)} of {norms.size} are zero); is the table trained?"
         )
     unit = table / norms
@@ -35,10 +35,10 @@ def position_similarity(table: Float[Array, "R C D"]) -> Float[np.ndarray, "R C 
 
 
 def draw_position_similarity(similarity: Float[Array, "R C R C"]) -> Figure:
-    """A tile for every patch, laid out as the patches are: its similarity with all of them."""
+    """A tile for every patch, in the layout of the patches: its similarity with all of them."""
     similarity = np.asarray(similarity)
     rows, cols = similarity.shape[:2]
-    # One picture with gaps between the tiles: an axis for each tile takes minutes on a large grid.
+    # One image with gaps between the tiles: one axis per tile takes minutes on a large grid.
     mosaic = np.full((rows, rows + 1, cols, cols + 1), np.nan, np.float32)
     mosaic[:, :rows, :, :cols] = similarity.transpose(0, 2, 1, 3)
     mosaic = mosaic.reshape(rows * (rows + 1), cols * (cols + 1))[:-1, :-1]

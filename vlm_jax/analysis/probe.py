@@ -1,13 +1,13 @@
-"""Reads out of a vision transformer what it holds and computes, by way of the modules that it runs.
+"""Extracts parameters and activations of a vision transformer by intercepting its modules.
 
-Nothing here repeats the model's arithmetic. Modules are found by their class while the encoder is
-traced (`flax.linen.intercept_methods`), so any encoder made of `PatchEmbed`, `MultiHeadAttention` and
-`TransformerStack` can be read, whatever its fields are and wherever it keeps its parameters.
+The model's computation is not reimplemented here. Modules are found by their class while the encoder is
+traced (`flax.linen.intercept_methods`), so any encoder with `PatchEmbed`, `MultiHeadAttention` and
+`TransformerStack` can be analysed, for any fields and parameter names.
 """
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,18 +39,18 @@ def attention_weights(
 ) -> Float[Array, "L B heads T T"]:
     """Softmax weights of every self-attention layer, float32; rows are queries and sum to 1.
 
-    Attention is linear in its values, so the model's own attention is run once more with unit vectors
-    for values and without its output projection: what comes out is its weights, after its norms,
+    Attention is linear in its values, so the model's own attention is run again with unit vectors
+    as values and without its output projection: the outputs are its weights, after its norms,
     positions, mask and scale.
 
     Args:
-      vit: an encoder whose depth is one `TransformerStack`; class or register tokens may stand before
+      vit: an encoder whose depth is one `TransformerStack`; class or register tokens may precede
         its patches.
       params: its parameters, boxed or not.
       images: normalised pixels.
 
     Raises:
-      ValueError: the encoder has no self-attention, or several stacks of it.
+      ValueError: the encoder has no stack with self-attention, or several.
     """
     sown = _sown(vit, _arrays(params), images, _sow_weights)
     found = {path[:-1]: value for path, value in sown.items() if path[-1] == _WEIGHTS}
@@ -65,14 +65,14 @@ def _sow_weights(
 ) -> Tree:
     module, result = context.module, next_fun(*args, **kwargs)
     is_attention = isinstance(module, MultiHeadAttention) and context.method_name == "__call__"
-    # The copy that is run below has no path; cross-attention (of a pooling head) is not asked for.
+    # The copy that is run below has no path; cross-attention (of a pooling head) is excluded.
     if not is_attention or not module.path or kwargs.get("inputs_k") is not None:
         return result
     alone, variables = module.clone(parent=None), {"params": module.variables["params"]}
     length, heads = args[0].shape[1], module.num_heads
     head_dim = module.head_dim or args[0].shape[-1] // heads
     columns = []
-    for start in range(0, length, head_dim):  # as many keys at a time as a value has entries
+    for start in range(0, length, head_dim):  # head_dim keys at a time, the number of entries of a value
         with nn.intercept_methods(_unit_values(start, head_dim)):
             read, _ = alone.apply(variables, *args, **kwargs)
         columns.append(read.reshape(-1, length, heads, head_dim))
@@ -98,9 +98,9 @@ def _unit_values(start: int, head_dim: int) -> Callable[..., Tree]:
 
 
 def patch_size(vit: nn.Module, height: int, width: int) -> int:
-    """Pixels from one patch to the next, down an image of that size; a hybrid's stem counts.
+    """Vertical distance in pixels between patches of an image of that size, including a hybrid's stem.
 
-    Read off the encoder's `grid`: by how much the image grows for one more row.
+    Computed from the encoder's `grid`: the increase of the height for one more row.
     """
     rows = vit.grid(height, width)[0]
     first, second = (
@@ -113,9 +113,9 @@ def patch_size(vit: nn.Module, height: int, width: int) -> int:
 def first_filters(
     vit: nn.Module, params: Params, images: Float[Array, "B height width channels"]
 ) -> Float[Array, "p p c D"]:
-    """D filters of p x p pixels and c channels: the kernel of the first layer that has such a kernel.
+    """D filters of p x p pixels and c channels: the stored kernel of the first layer that has such a kernel:
 
-    That is the patch embedding, or the root of a hybrid's stem, as it is stored.
+    the patch embedding, or the root of a hybrid's stem.
 
     Raises:
       ValueError: no layer has a kernel of four axes.
@@ -133,14 +133,14 @@ def first_filters(
 def position_embeddings(
     vit: nn.Module, params: Params, images: Float[Array, "B height width channels"]
 ) -> Float[Array, "R C D"] | None:
-    """What the encoder adds to the patches of such images for their places, class token left out.
+    """The position embeddings that the encoder adds to the patches of such images, without the class token's.
 
-    A learned table is read as it is, or as it is interpolated to the images' grid. Other embeddings
-    are measured: what goes into the blocks, or into a norm before them, less the patch embeddings.
+    A learned table is returned, interpolated to the images' grid if needed. Other embeddings
+    are measured: the input of the blocks, or of a norm before them, minus the patch embeddings.
 
     Returns:
       Embeddings by row and column; None where nothing is added that is the same for every image (as
-      with rotary positions alone).
+      with only rotary positions).
     """
     params = _arrays(params)
     rows, cols = vit.grid(*images.shape[1:3])
@@ -154,15 +154,15 @@ def position_embeddings(
     if added is None:
         return None
     size = jnp.abs(added).max()
-    # Differences of numbers of a few units carry their rounding.
+    # The rounding error of differences of numbers of this size.
     tolerance = 64 * jnp.finfo(getattr(vit, "dtype", jnp.float32)).eps * jnp.maximum(size, 1.0)
-    if size == 0 or not jnp.ptp(added, axis=0).max() <= tolerance:  # which holds of nan too
+    if size == 0 or not jnp.ptp(added, axis=0).max() <= tolerance:  # true for NaN too
         return None
     return added[0].reshape(rows, cols, -1)
 
 
 def _added_to_patches(vit: nn.Module, params: Params, images: jax.Array) -> jax.Array | None:
-    """[B, N, D] float32: inputs of the blocks less patch embeddings; None without one of each."""
+    """[B, N, D] float32: inputs of the blocks minus patch embeddings; None unless there is one of each."""
     entered = []
 
     def sow(next_fun, args, kwargs, context):
@@ -185,10 +185,8 @@ def _added_to_patches(vit: nn.Module, params: Params, images: jax.Array) -> jax.
     return inputs[0][:, -count:].astype(jnp.float32) - patches[0].astype(jnp.float32)
 
 
-def _sown(
-    vit: nn.Module, params: Params, images: jax.Array, interceptor: Callable[..., Tree]
-) -> dict[tuple[str, ...], jax.Array]:
-    """What an interceptor sows while the encoder runs, by path."""
+def _sown(vit: nn.Module, params: Params, images: jax.Array, interceptor: Callable[..., Any]) -> dict[Any, jax.Array]:
+    """The values that an interceptor sows while the encoder runs, by path."""
 
     @jax.jit
     def run(params, images):
@@ -200,7 +198,7 @@ def _sown(
 
 
 def _calls(vit: nn.Module, params: Params, images: jax.Array, wanted: Callable[[nn.Module], bool]) -> list[_Called]:
-    """Every call of a module that is wanted, in order, without computing anything."""
+    """Every call of the selected modules, in order, by tracing only."""
     found = []
 
     def record(next_fun, args, kwargs, context):
@@ -217,7 +215,7 @@ def _calls(vit: nn.Module, params: Params, images: jax.Array, wanted: Callable[[
 
 
 def _arrays(params: Params) -> Params:
-    """Parameters as device arrays, out of their boxes."""
+    """Parameters as unboxed device arrays."""
     return jax.tree.map(jnp.asarray, nn.meta.unbox(params))
 
 

@@ -1,4 +1,4 @@
-"""What a vision transformer has learned, as arrays, as figures, and as one page of HTML."""
+"""Analysis of a vision transformer as arrays, as figures, and as one HTML page."""
 
 import base64
 import dataclasses
@@ -32,15 +32,15 @@ class Analysis:
 
     Attributes:
       name: class of the encoder, for the title.
-      num_images: images that the attention distances are averaged over.
+      num_images: number of images over which attention distances are averaged.
       grid: rows and columns of patches.
       patch_size: in pixels.
       num_prefix: tokens before the patches, such as a class token.
       attention_distance: in pixels; attention to the tokens before the patches counts as distance 0.
       attention_distance_renormalised: the same, each patch's weights divided by their sum over patches.
-      filters: principal components of the first layer's.
+      filters: principal components of the first layer's filters.
       similarity: cosines of the position embeddings; None where none are added.
-      token_maps: maps of the tokens of the first image; None where no connector was given.
+      token_maps: maps of the tokens of the first image; None without a connector.
       page: the first image, for the token maps.
     """
 
@@ -57,7 +57,7 @@ class Analysis:
     page: np.ndarray
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `arrays.npz` holds, by name."""
+        """The arrays of `arrays.npz`, by name."""
         named = {
             "attention_distance": self.attention_distance,
             "attention_distance_renormalised": self.attention_distance_renormalised,
@@ -84,15 +84,15 @@ def analyse(
       vit: an encoder that `probe` can read.
       params: its parameters, boxed or not.
       images: normalised pixels, at least one image.
-      num_components: filter components asked for; fewer where the embedding has fewer.
-      batch_size: images whose attention weights are held at one time.
-      connect: features to visual tokens, for token maps of the first image; see `token_maps`.
+      num_components: maximum number of filter components.
+      batch_size: images whose attention weights are in memory at a time.
+      connect: function from features to visual tokens, for token maps of the first image; see `token_maps`.
       num_projections: as in `token_maps`.
 
     Raises:
-      ValueError: no image, or an encoder that cannot be read; see `probe`.
+      ValueError: no image, or an unsupported encoder; see `probe`.
     """
-    images = np.asarray(images)  # on the host; a batch at a time goes to the device
+    images = np.asarray(images)  # on the host; one batch at a time is put on the device
     if not len(images):
         raise ValueError("expected at least one image, got none")
     first = jnp.asarray(images[:1])
@@ -105,7 +105,7 @@ def analyse(
         weights = np.asarray(attention_weights(vit, params, jnp.asarray(batch)))
         num_prefix = weights.shape[-1] - grid[0] * grid[1]
         distances.append([mean_attention_distance(weights, grid, side, renormalise=choice) for choice in (False, True)])
-    # The last batch may be smaller, so it counts for less.
+    # The last batch may be smaller, so batches are weighted by size.
     sizes = [len(batch) for batch in batches]
     plain, renormalised = np.average(distances, axis=0, weights=sizes).astype(np.float32)
 
@@ -131,7 +131,7 @@ def analyse(
 
 
 def figures(analysis: Analysis) -> dict[str, Figure]:
-    """Every figure by the name of its file."""
+    """Every figure by its file name."""
     drawn = {
         "attention_distance": draw_attention_distance(
             analysis.attention_distance_renormalised, "Mean attention distance"
@@ -145,7 +145,7 @@ def figures(analysis: Analysis) -> dict[str, Figure]:
         drawn["position_similarity"] = draw_position_similarity(analysis.similarity)
     drawn["filters"] = draw_filters(analysis.filters)
     if analysis.token_maps is not None:
-        patches = analysis.grid[0] * analysis.grid[1]  # a class token's share is not drawn
+        patches = analysis.grid[0] * analysis.grid[1]  # a class token's share is not plotted
         drawn["token_maps"] = draw_token_maps(
             analysis.page, analysis.token_maps[:, -patches:], analysis.grid, patch_size=analysis.patch_size
         )
@@ -157,7 +157,7 @@ def write_report(analysis: Analysis, directory: epath.PathLike) -> epath.Path:
 
     Args:
       analysis: from `analyse`.
-      directory: made where it does not exist; may be `gs://…`.
+      directory: created if missing; may be `gs://…`.
 
     Returns:
       The path of the HTML file.
@@ -176,7 +176,7 @@ def write_report(analysis: Analysis, directory: epath.PathLike) -> epath.Path:
 
 
 def _displayable(image: np.ndarray) -> np.ndarray:
-    """uint8 pixels of a normalised image, its smallest value black and its largest white."""
+    """uint8 pixels of a normalised image, scaled from its minimum (black) to its maximum (white)."""
     low, high = float(image.min()), float(image.max())
     return np.round(255 * (image - low) / ((high - low) or 1.0)).astype(np.uint8)
 
@@ -191,13 +191,13 @@ _CAPTIONS = {
     "attention_distance": "Distance in pixels between a patch and the patches it attends to, weighted by "
     "attention and averaged over patches and images; each patch's weights are divided by their sum over "
     "the patches. Dosovitskiy et al. 2021, figure 11.",
-    "attention_distance_plain": "The same without that division: what a patch attends to tokens that are "
-    "no patches counts as distance 0.",
+    "attention_distance_plain": "The same without that division: attention to tokens that are "
+    "not patches counts as distance 0.",
     "position_similarity": "The tile at row r and column c shows the cosine similarity of the embedding of "
     "the patch at (r, c) with those of all patches. Dosovitskiy et al. 2021, figure 7 (centre).",
-    "filters": "Principal components of the filters of the first layer, less their mean; grey is 0. "
+    "filters": "Principal components of the filters of the first layer, after subtracting their mean; grey is 0. "
     "Dosovitskiy et al. 2021, figure 7 (left).",
-    "token_maps": "Norms of the derivative of each visual token of the first image by each patch feature, "
+    "token_maps": "Norms of the derivative of each visual token of the first image with respect to each patch feature, "
     "as shares of their sum. After Luo et al. 2016, section 2.",
 }
 

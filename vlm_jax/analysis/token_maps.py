@@ -1,4 +1,4 @@
-"""Which patches every visual token reads, for any connector and any reducer before it."""
+"""Influence of patches on visual tokens, for any connector and any reducer before it."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ def connection(
     reducer: nn.Module | None = None,
     reducer_params: Params | None = None,
 ) -> Connect:
-    """The deterministic path from features to tokens, by way of a reducer where there is one."""
+    """The deterministic function from features to tokens, with an optional reducer."""
 
     def connect(features: VisualFeatures) -> VisualTokens:
         if reducer is not None:
@@ -41,34 +41,34 @@ def token_maps(
     seed: int = 0,
     tokens_at_once: int = 8,
 ) -> Float[Array, "B M N"]:
-    """The share of each feature n in what moves each token m.
+    """The influence of each feature n on each token m, normalised to sum to 1 per token.
 
     The influence of n on m is the Frobenius norm of the Jacobian d token_m / d feature_n [D, D_v] at
     these features; a row of influences is divided by its sum. So a token that is a fixed linear map of
-    a weighted mean of features shows the weights. What a connector or reducer chooses (features kept,
-    dropped or merged) counts as fixed, since a choice has no derivative.
+    a weighted mean of features shows the weights. The selection of a connector or reducer (features kept,
+    dropped or merged) is treated as constant, since it has no derivative.
 
-    A random projection: the squared norm of a block is the sum of the squared norms of its products
-    with any orthonormal basis of the D outputs. Over P of them drawn at random, times D / P, its
-    expectation is the same; shares of their roots are off by order 1 / P, and by nothing at P = D.
+    Random projection: the squared norm of a block is the sum of the squared norms of its products
+    with any orthonormal basis of the D outputs. The sum over P random ones, times D / P, has the same
+    expectation; the normalised roots have an error of order 1 / P, which is 0 at P = D.
 
     Args:
-      connect: features in, tokens out, as `connection` gives it; no image changes another's tokens.
-      features: of one or several images; `hidden` and `pooled` are held fixed.
-      num_projections: P, 1 to D; None computes all D outputs. Each costs one backward pass a token.
-      seed: of the projections.
-      tokens_at_once: backward passes that run side by side; memory grows with it.
+      connect: function from features to tokens, as from `connection`; images must be independent.
+      features: of one or several images; `hidden` and `pooled` are constant.
+      num_projections: P, 1 to D; None computes all D outputs. Each costs one backward pass per token.
+      seed: seed of the projections.
+      tokens_at_once: backward passes that run in parallel; memory grows with it.
 
     Returns:
-      float32, each row the map of one token, which sums to 1; 0 for a masked token, for one that
-      depends on no feature, and for a feature that changes no token.
+      float32, each row the map of one token, which sums to 1; 0 for a masked token, for one
+      independent of all features, and for a feature without influence.
 
     Raises:
       ValueError: num_projections is out of range.
 
-    Source: Luo et al. 2016 (effective receptive fields), section 2, who take the derivative of an
-    output by an input as its influence; here of vectors by vectors, hence the norm. Hutchinson 1990
-    for the estimate, with orthonormal in place of independent directions.
+    Source: Luo et al. 2016 (effective receptive fields), section 2, who define the influence of an input as the
+    derivative of the output; here both are vectors, hence the norm. Hutchinson 1990
+    for the estimate, with orthonormal instead of independent directions.
     """
     width = jax.eval_shape(connect, features).tokens.shape[-1]
     if num_projections is None:
@@ -111,13 +111,13 @@ def draw_token_maps(
     patch_size: int | None = None,
     tokens: Sequence[int] | None = None,
 ) -> Figure:
-    """The page once for each token, with the patches that the token reads laid over it in red.
+    """The image once per token, with the token's map overlaid in red.
 
-    Colour runs from nothing to the largest share of each token, which stands in its title; a masked
+    The colour scale ends at the largest share of each token, which is in its title; a masked
     token has an empty map.
 
     Args:
-      image: the page, in grey or in colour.
+      image: the image, in grey or in colour.
       maps: the maps of one image's tokens, from `token_maps`.
       grid: rows and columns of the N features.
       patch_size: side of a patch in pixels, where the image is not a whole number of patches; None
@@ -132,7 +132,7 @@ def draw_token_maps(
     if maps.shape[1] != rows * cols:
         raise ValueError(
             f"expected maps over the {rows * cols} features of a {rows}x{cols} grid, got {maps.shape[1]}; "
-            "give the grid of the features that token_maps was called with"
+            "pass the grid of the features that token_maps was called with"
         )
     height, width = image.shape[:2]
     bottom, right = (height, width) if patch_size is None else (rows * patch_size, cols * patch_size)
@@ -141,8 +141,8 @@ def draw_token_maps(
     down = -(-len(chosen) // across)
     side = min(2.2, 14.0 / max(across, down))
     figure = Figure(figsize=(side * across, (side * height / width + 0.22) * down + 0.4), layout="constrained")
-    figure.suptitle("Patches that each visual token reads (token, largest share)", fontsize=9)
-    page = 0.5 + image.mean(-1) / 510  # a pale grey page, so that the map's colour stands out
+    figure.suptitle("Influence of patches on each visual token (token, largest share)", fontsize=9)
+    page = 0.5 + image.mean(-1) / 510  # a pale grey image, so that the map's colour is visible
     for place, token in enumerate(chosen):
         shares = maps[token].reshape(grid)
         peak = float(shares.max())
@@ -151,7 +151,7 @@ def draw_token_maps(
         axes.imshow(
             shares,
             cmap="Reds",
-            vmin=-(peak or 1.0),  # from the middle of the colours, short of their dark end
+            vmin=-(peak or 1.0),  # from the middle of the colour map, without its dark end
             vmax=1.5 * (peak or 1.0),
             alpha=0.65 * shares / (peak or 1.0),
             extent=(-0.5, right - 0.5, bottom - 0.5, -0.5),

@@ -1,13 +1,13 @@
-"""The one place where a config becomes modules, a processor, a data source and a token count.
+"""Builds modules, a processor and a data source from a config, and counts tokens.
 
-Derived values are computed here and nowhere else: the encoder's grid from the image's size, the
-connector's own fields from the token budget, widths and vocabulary from each other.
+Derived values are computed only here: the encoder's grid from the image's size, the
+connector's fields from the token budget, widths and vocabulary from each other.
 """
 
 import dataclasses
 import typing
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.boxes import format_box
-from vlm_jax.processors.image import open_image, to_picture
+from vlm_jax.processors.conversation import VideoSize
+from vlm_jax.processors.image import image_size, open_image, to_picture
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Example, Processor
@@ -40,7 +41,7 @@ from vlm_jax.processors.video import uniform_frames
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.rules import shardings, use_mesh
 from vlm_jax.system import Budget, System
-from vlm_jax.types import Batch, Dtype, Fields, Message, Params, RowShape, Sample
+from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes
 
 # Every key of a run's config; the last ones are read by the trainer and the evaluation.
 KEYS = ("seed", "release", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor",
@@ -54,14 +55,15 @@ CELL_HEAD = "cell_head"
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything that a config describes; nothing in it has parameters yet.
+    """Everything that a config describes, without parameters.
 
     Attributes:
       system: the model with its processor.
-      source: where samples come from; `open_source` reads it.
+      source: settings of the data source; `open_source` opens it.
       row: shape of a training row.
       prompt: shape of a prompt of the evaluation; None for that of the longest of its batch.
       text_row: shape of a training row of the stream `text_pages`, which has no pictures.
+      rows: how samples share rows of these shapes.
       num_frames: None, or how many of a sample's pictures stand for the clip that they are.
       cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
     """
@@ -71,17 +73,18 @@ class Experiment:
     row: RowShape
     prompt: RowShape | None
     text_row: RowShape
+    rows: RowSettings
     num_frames: int | None = None
     cell_reader: CellReader | None = None
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
-        return self.source.open(Tools(format_box, open_image, self.prepare_image))
+        return self.source.open(Tools(format_box, open_image, image_size, self.prepare_image))
 
     def prepare_image(
         self, image: UInt8[np.ndarray, "height width given"]
     ) -> Float[np.ndarray, "new_height new_width channels"]:
-        """The pixels of a picture's first view, as the encoder gets them.
+        """The preprocessed pixels of an image's first view.
 
         Raises:
           ValueError: the encoder takes packed patches.
@@ -90,11 +93,11 @@ class Experiment:
         mode = "L" if processor.views.channels == 1 else "RGB"
         pixels = processor.views.images([to_picture(image, mode=mode)])[0].pixels
         if pixels.ndim != 4:
-            raise ValueError("this encoder reads packed patches of several images, not one image of one size")
+            raise ValueError("this encoder takes packed patches of several images, not one image of one size")
         return pixels[0]
 
     def example(self, sample: Sample, *, targets: bool) -> Example:
-        """A sample through the processor: whole with `targets`, else as the prompt before its last answer.
+        """Processes a sample: the whole with `targets`, else the prompt before its last answer.
 
         Raises:
           As `Processor.example`, naming the sample.
@@ -103,18 +106,29 @@ class Experiment:
         if self.num_frames is None:
             return self.system.processor.example(messages, images, targets=targets, name=sample.sample_id)
         if not images:
-            raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no picture")
+            raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no image")
         chosen = uniform_frames(len(images), self.num_frames)
         clip = [[images[index] for index in chosen]]
         return self.system.processor.example(_as_clip(messages), (), clip, targets=targets, name=sample.sample_id)
 
-    def training_row(self, sample: Sample) -> Batch:
-        """A sample as a training row, a batch of one."""
-        return self.system.processor.rows([[self.example(sample, targets=True)]], self.row, targets=True)
+    def measure(self, sample: SampleSizes) -> Load:
+        """What a sample takes of a training row.
 
-    def text_page(self, sample: Sample) -> Batch:
-        """The same of the stream `text_pages`."""
-        return self.system.processor.rows([[self.example(sample, targets=True)]], self.text_row, targets=True)
+        Raises:
+          As `Processor.measure`, naming the sample.
+        """
+        messages, sizes, clips = sample.messages, list(sample.sizes), []
+        if self.num_frames is not None:
+            if not sizes:
+                raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no picture")
+            chosen = uniform_frames(len(sizes), self.num_frames)
+            messages, clips, sizes = _as_clip(messages), [VideoSize(len(chosen), *sizes[chosen[0]])], []
+        return self.system.processor.measure(messages, sizes, clips, targets=True, name=sample.sample_id)
+
+    def training_row(self, *samples: Sample, shape: RowShape | None = None) -> Batch:
+        """Samples that share a training row, of the shape `row` unless another is given, as a batch of one."""
+        row = [self.example(sample, targets=True) for sample in samples]
+        return self.system.processor.rows([row], shape or self.row, targets=True)
 
     @property
     def budget(self) -> Budget:
@@ -122,8 +136,8 @@ class Experiment:
         assert self.system.budget is not None
         return self.system.budget
 
-    def init(self, key: jax.Array) -> Params:
-        """Boxed parameters {part: tree} of the model and of the head for cells, all drawn."""
+    def init(self, key: jax.Array) -> Fields:
+        """Boxed parameters {part: tree} of the model and of the head for cells, randomly initialised."""
         return self.system.init(key) | self._cell_head(key)
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
@@ -150,7 +164,7 @@ class Experiment:
 
 
 def _as_clip(messages: Sequence[Message]) -> list[Message]:
-    """Messages with one video in place of their pictures."""
+    """Messages with one video in place of their images."""
     found, clip = [], [{"type": "video"}]
     for message in messages:
         if not isinstance(message["content"], str):
@@ -162,8 +176,8 @@ def _as_clip(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def build(config: RunConfig) -> Experiment:
-    """Makes what a run's config describes.
+def build(config: Any) -> Experiment:
+    """Builds the experiment of a run's config.
 
     Args:
       config: a ConfigDict with the sections of `configs/base.py`.
@@ -181,8 +195,8 @@ def build(config: RunConfig) -> Experiment:
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     row = parse(RowSettings, config.row, "config.row")
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
-    if row.images is not None:
-        raise ConfigError("config.row.images: samples of a config have as many pictures each; set it to None")
+    if not row.pack and (unread := [key for key in ("images", "pictures", "kept") if getattr(row, key) is not None]):
+        raise ConfigError(f"config.row.{unread[0]}: is only for a release, or with config.row.pack; set it to None")
     if evaluation.question_length is None:
         raise ConfigError("config.evaluation.question_length: expected the text positions of a prompt, got None")
     source = parse_kind(SOURCES, config.data, "config.data")
@@ -194,7 +208,7 @@ def build(config: RunConfig) -> Experiment:
     if num_images is None:
         raise ConfigError(
             "config.data.num_images: None is for samples that are clips of any length; set config.processor.frames to "
-            "the frames that stand for one, or num_images to the pictures that every sample has"
+            "the number of sampled frames, or num_images to the images of every sample"
         )
     vision = solve_vision(config, settings, source.channels, drawn, dtypes)
     required = {} if vision.reducer is None else vision.reducer.required_fields()
@@ -205,10 +219,11 @@ def build(config: RunConfig) -> Experiment:
     drops, count = decoder.drops, vision.num_tokens // vision.num_views
 
     def shaped(length: int) -> RowShape:
-        """Rows of samples that all have as many pictures: each drop takes as much of all."""
+        """The row shape of samples with equally many images: each drop takes the same number from all."""
         return RowShape(length, images, tuple(length - images * (count - drop.num_left(count)) for drop in drops))
 
-    shape = shaped(row.positions(visual))
+    shape = row.shape(len(drops)) if row.pack else shaped(row.positions(visual))
+    text_row = RowShape(row.positions(0) + source.context_length, 0)
     prompt = PlainPrompt(tokenizer, settings.independent_turns)
     reduction = Reduction(vision.views, None, tuple(drop.num_left for drop in drops)) if drops else None
     processor = Processor(prompt, vision.views, tokenizer, tokenizer.pad_id or 0, reduction=reduction)
@@ -224,57 +239,58 @@ def build(config: RunConfig) -> Experiment:
         source=source,
         row=shape,
         prompt=shaped(evaluation.question_length + visual),
-        text_row=RowShape(row.positions(0) + source.context_length, 0),
+        text_row=dataclasses.replace(shape, images=0) if row.pack else text_row,
+        rows=row,
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
     )
 
 
-def _of_release(config: RunConfig) -> Experiment:
-    """What `config.release` is made of; the sections of parts replace what they name."""
+def _of_release(config: Any) -> Experiment:
+    """The experiment of `config.release`; the sections of parts replace the release's settings."""
     if config.token_budget_per != "image":
-        raise ConfigError("config.token_budget_per: of a release a budget is per picture, or per tile; set it to image")
+        raise ConfigError("config.token_budget_per: the budget of a release is per image, or per tile; set it to image")
     row = parse(RowSettings, config.row, "config.row")
-    if row.length is None or row.images is None:
-        raise ConfigError("config.row: a release needs length (positions) and images (tiles, or places of patches)")
     if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
         raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     source = parse_kind(SOURCES, config.data, "config.data")
     system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
     system = configured(system, config.to_dict())
     processor = system.processor
-    if processor.reduction is not None and isinstance(processor.views, NativeViews):
+    reduction = processor.reduction
+    if reduction is not None and isinstance(processor.views, NativeViews) and row.pictures is None:
         raise ConfigError(
-            f"config.reducer.kind: {config.reducer.kind} acts on pictures of any number and size in a row here, which "
-            "training rows of one shape do not lay out yet; train without it, and set it when answering"
+            f"config.row.pictures: {config.reducer.kind} acts on every picture of a packed row; set the most pictures "
+            "that a row has"
         )
+    shape = row.shape(0 if reduction is None else len(reduction.drops))
     if source.channels != processor.views.channels:
-        raise ConfigError(f"config.data.channels: the release reads {processor.views.channels}, set it to that")
-    return Experiment(system, source, RowShape(row.length, row.images), None, RowShape(row.length, 0))
+        raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
+    return Experiment(system, source, shape, None, dataclasses.replace(shape, images=0), row)
 
 
-def _decoder(section: RunConfig, num_tokens: int, dtypes: Fields) -> Decoder:
-    """The decoder, whose vocabulary is the tokenizer's, or the larger one that the section states."""
+def _decoder(section: Any, num_tokens: int, dtypes: Fields) -> Any:
+    """The decoder, with the tokenizer's vocabulary size, or a larger one in the section."""
     if "vocab_size" not in section:
         return parse_kind(DECODERS, section, "config.decoder", vocab_size=num_tokens, **dtypes)
     decoder = parse_kind(DECODERS, section, "config.decoder", **dtypes)
     if decoder.vocab_size < num_tokens:
         raise ConfigError(
             f"config.decoder.vocab_size: {decoder.vocab_size} is less than the {num_tokens} tokens of "
-            "config.processor.tokenizer; take that of the release, or raise it"
+            "config.processor.tokenizer; use the release's, or raise it"
         )
     return decoder
 
 
 def _set(part: Part, fields: Fields, config: RunConfig, name: str) -> Part:
-    """The part with what a reducer asks of it; its parameters stay."""
+    """The part with the fields that a reducer needs; its parameters are unchanged."""
     if not fields:
         return part
     hints = typing.get_type_hints(type(part))
     if missing := [field for field in fields if field not in hints]:
         raise ConfigError(
-            f"config.reducer.kind: {config.reducer.kind} works inside the {name}, and "
-            f"{config[name].kind} has no way to do so (no field {', '.join(missing)}); take another "
+            f"config.reducer.kind: {config.reducer.kind} works inside the {name}, but "
+            f"{config[name].kind} does not support it (no field {', '.join(missing)}); choose another "
             f"config.{name}.kind, such as {'vit' if name == 'encoder' else 'transformer'}, or another reducer"
         )
     return part.clone(**fields)
@@ -286,7 +302,9 @@ def _tokens_by_layer(vision: Vision, decoder: Decoder) -> list[int]:
     for drop in decoder.drops:
         counts[drop.layer :] = [vision.num_views * drop.num_kept] * (decoder.depth - drop.layer)
     if counts[-1] != vision.num_left:
-        raise InfeasibleBudget(f"a budget of {vision.num_left} tokens was solved, but {counts[-1]} are left at the end")
+        raise InfeasibleBudget(
+            f"a budget of {vision.num_left} tokens was solved, but {counts[-1]} reach the last layer"
+        )
     return counts
 
 
@@ -298,8 +316,8 @@ def _cell_reader(config: RunConfig, vision: Vision, source: Settings) -> CellRea
         raise ConfigError(f"config.stages.{wanting[0]}.objective: config.data.kind {config.data.kind} has no cells")
     if vision.grid is None:
         raise ConfigError(
-            f"config.stages.{wanting[0]}.objective: cells are read from a grid, and config.encoder.kind "
-            f"{config.encoder.kind} packs images into a sequence; leave the stage out"
+            f"config.stages.{wanting[0]}.objective: cells need a grid, but config.encoder.kind "
+            f"{config.encoder.kind} packs images into a sequence; remove the stage"
         )
     if any(side % cells for side, cells in zip(vision.grid, source.cells, strict=True)):
         raise ConfigError(

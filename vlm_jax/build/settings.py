@@ -7,29 +7,29 @@ from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import FILTERS
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Grid
+from vlm_jax.types import Grid, RowShape
 
 SPECIAL_TOKENS = ("pad", "bos", "eos", "image")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessorSettings:
-    """`config.processor`: how pictures and text become rows.
+    """`config.processor`: preprocessing of images and text.
 
     Attributes:
       image_size: (height, width) in pixels at full budget, of a tile where there are several; None where
         the encoder packs images of any size.
-      mean: per channel on [0, 1], subtracted from the pixels.
-      std: per channel on [0, 1], divides them.
+      mean: per channel in [0, 1], subtracted from the pixels.
+      std: per channel in [0, 1], divides them.
       filter: resampling filter, a key of `processors.image.FILTERS`.
       tokenizer: `digits` for the built-in vocabulary of the digit pages, else a tokenizer.json.
-      independent_turns: whether each turn of a training row is answered by itself.
-      tiles: rows and columns of tiles that a picture is cut into, each an image for the encoder.
-      thumbnail: whether the whole picture, at the size of a tile, follows its tiles.
-      frames: None, or how many of a sample's pictures, evenly spaced, stand for the clip that they are.
+      independent_turns: whether turns of a training row do not attend to each other.
+      tiles: rows and columns of tiles into which an image is divided, each an image for the encoder.
+      thumbnail: whether the whole image, at the size of a tile, follows its tiles.
+      frames: number of evenly spaced frames of a sample's images, which are a clip; else None.
       special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not <pad> and
         so on.
-      min_tokens: where the encoder packs images of any size, the fewest visual tokens of a picture; a
+      min_tokens: where the encoder packs images of any size, the minimum visual tokens of an image; a
         smaller one is enlarged.
     """
 
@@ -47,22 +47,22 @@ class ProcessorSettings:
 
     def __post_init__(self):
         if min(self.tiles) < 1:
-            raise ConfigError(f"config.processor.tiles: rows and columns are at least 1, got {self.tiles}")
+            raise ConfigError(f"config.processor.tiles: expected rows and columns of at least 1, got {self.tiles}")
         if self.thumbnail and self.tiles == (1, 1):
-            raise ConfigError("config.processor.thumbnail: a picture of one tile is its own thumbnail; set it to False")
+            raise ConfigError("config.processor.thumbnail: needs several tiles; set it to False")
         check_keys(self.special_tokens, SPECIAL_TOKENS, "config.processor.special_tokens")
         if self.special_tokens and self.tokenizer == "digits":
             raise ConfigError("config.processor.special_tokens: the built-in tokenizer has its own; remove them")
         for key in ("frames", "min_tokens"):
             value = getattr(self, key)
             if value is not None and value < 1:
-                raise ConfigError(f"config.processor.{key}: at least 1 expected, got {value}")
+                raise ConfigError(f"config.processor.{key}: expected at least 1, got {value}")
 
     def read_tokenizer(self) -> Tokenizer:
-        """The built-in one, or that of the file.
+        """The built-in tokenizer, or that of the file.
 
         Raises:
-          FileNotFoundError, TokenizerError: as of `Tokenizer.from_file`.
+          FileNotFoundError, TokenizerError: as `Tokenizer.from_file`.
         """
         if self.tokenizer == "digits":
             return digits_tokenizer()
@@ -70,23 +70,23 @@ class ProcessorSettings:
         return Tokenizer.from_file(self.tokenizer, names)
 
     def pixels(self, channels: int) -> Pixels:
-        """What is done to pixels.
+        """Resizing and normalisation.
 
         Args:
-          channels: of the data's pictures.
+          channels: channels of the data's images.
 
         Raises:
-          ConfigError: statistics of another number of channels, or no such filter.
+          ConfigError: statistics of another number of channels, or an unknown filter.
         """
         if channels not in (1, 3):
-            raise ConfigError(f"config.data.channels: images have 1 or 3 channels, got {channels}")
+            raise ConfigError(f"config.data.channels: expected 1 or 3, got {channels}")
         for key, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels:
-                raise ConfigError(f"config.processor.{key}: expected one number a channel, {channels}; got {values}")
+                raise ConfigError(f"config.processor.{key}: expected {channels} numbers, one per channel, got {values}")
         if min(self.std) <= 0:
             raise ConfigError(f"config.processor.std: expected positive numbers, got {self.std}")
         if self.filter not in FILTERS:
-            raise ConfigError(f"config.processor.filter: '{self.filter}' is not one of {', '.join(FILTERS)}")
+            raise ConfigError(f"config.processor.filter: expected one of {', '.join(FILTERS)}, got '{self.filter}'")
         return Pixels(self.mean, self.std, FILTERS[self.filter])
 
 
@@ -95,26 +95,61 @@ class RowSettings:
     """`config.row`: the static shape of training rows.
 
     Attributes:
-      text_length: positions of text; those of the budget's visual tokens are added, so that the length follows the
-        budget. Exactly one of this and `length` is set.
+      text_length: positions of text; those of the budget's visual tokens are added. Exactly one of this and
+        `length` is set.
       length: all positions.
-      images: tiles, or places of packed patches, that a row has room for, of a release; None where a config describes
-        all, whose samples have as many pictures each.
+      images: tiles, or places of packed patches, that a row holds, of a release or with `pack`; else None, since
+        samples of a config have as many pictures each.
+      pictures: the most pictures of a row; needed where a reducer acts on every picture of a packed row.
+      kept: positions of a row that are left after each drop of visual tokens inside the decoder, which a row of a
+        release, or with `pack`, may need; all when None.
+      pack: whether several samples share a row, told apart by segment ids.
+      buckets: lengths that rows are padded to, each a program of its own; a batch takes the smallest that holds it.
     """
 
     text_length: int | None = None
     length: int | None = None
     images: int | None = None
+    pictures: int | None = None
+    kept: tuple[int, ...] | None = None
+    pack: bool = False
+    buckets: int = 1
 
     def __post_init__(self):
+        for key in ("length", "images", "pictures", "buckets"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"config.row.{key}: at least 1 expected, got {value}")
         if (self.text_length is None) == (self.length is None):
             raise ConfigError(
                 "config.row: expected either text_length (positions of text, visual tokens not counted) or length (all "
                 f"positions), got text_length={self.text_length} and length={self.length}"
             )
 
+    def shape(self, num_drops: int) -> RowShape:
+        """Rows that hold samples of any number of pictures.
+
+        Args:
+          num_drops: of visual tokens inside the decoder.
+
+        Raises:
+          ConfigError: length or images is missing, or `kept` does not fit the drops.
+        """
+        if self.length is None or self.images is None:
+            raise ConfigError(
+                "config.row: rows of a release, or with pack, need length (positions) and images (tiles, or places of "
+                "patches)"
+            )
+        kept = (self.length,) * num_drops if self.kept is None else self.kept
+        if len(kept) != num_drops or any(not 1 <= count <= self.length for count in kept):
+            raise ConfigError(
+                f"config.row.kept: expected a number of positions up to {self.length} for each of {num_drops} drops "
+                f"of visual tokens, got {kept}"
+            )
+        return RowShape(self.length, self.images, kept, self.pictures)
+
     def positions(self, visual: int) -> int:
-        """Positions of a row whose pictures take `visual` of them."""
+        """Length of a row with `visual` visual tokens."""
         return self.length if self.text_length is None else self.text_length + visual  # type: ignore[return-value]
 
 
@@ -123,10 +158,10 @@ class EvaluationSettings:
     """`config.evaluation`.
 
     Attributes:
-      batch_size: prompts that are answered together.
-      question_length: text positions of a prompt, visual tokens not counted; None for a release, whose prompts are
+      batch_size: prompts per batch.
+      question_length: text positions of a prompt, without visual tokens; None for a release, whose prompts are
         padded to the longest of their batch.
-      max_new_tokens: tokens of an answer, its end token among them.
+      max_new_tokens: maximum tokens of an answer, including its end token.
     """
 
     batch_size: int

@@ -5,6 +5,7 @@ import inspect
 import typing
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from vlm_jax.budget import InfeasibleBudget, share
 from vlm_jax.build.settings import ProcessorSettings
@@ -26,17 +27,17 @@ from vlm_jax.types import Fields, Grid
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """How a system sees, solved for its token budget.
+    """The visual parts of a system, solved for its token budget.
 
     Attributes:
       encoder, reducer, connector: as in `VLM`.
-      views: what the processor makes of pictures.
+      views: preprocessing of images.
       grid: rows and columns of patches of one view; None where every image has its own.
       num_tokens: visual tokens of an image with all its tiles, or of a whole clip, that enter the decoder;
-        the most that it can have where every image has a grid of its own.
-      num_left: how many of them are to reach the decoder's last layers.
-      load: tiles, or places of packed patches, of an image with all its tiles, or of a whole clip.
-      num_views: views of an image that have equal parts of these; 1 where every image has a grid of its own.
+        the maximum where every image has its own grid.
+      num_left: number of them that reach the decoder's last layers.
+      load: tiles, or positions of packed patches, of an image with all its tiles, or of a whole clip.
+      num_views: views of an image that share these equally; 1 where every image has its own grid.
     """
 
     encoder: Encoder
@@ -53,17 +54,17 @@ class Vision:
 def solve_vision(
     config: RunConfig, settings: ProcessorSettings, channels: int, decoder: Decoder, dtypes: Fields
 ) -> Vision:
-    """What `config` says of seeing, solved for `config.token_budget`.
+    """The visual parts of `config`, solved for `config.token_budget`.
 
     Args:
       config: a run's config.
       settings: its section `processor`.
-      channels: of the pictures.
-      decoder: for its width, and its depth where tokens are dropped inside.
+      channels: channels of the images.
+      decoder: provides its width, and its depth where tokens are dropped inside.
       dtypes: `dtype` and `param_dtype` of the modules.
 
     Raises:
-      ConfigError: settings that do not fit together.
+      ConfigError: incompatible settings.
       InfeasibleBudget: the reducer or the connector cannot meet the budget.
     """
     kind = choose_kind({**ENCODERS, **COMPOSITE_ENCODERS, **PACKED_ENCODERS}, config.encoder, "config.encoder")
@@ -78,7 +79,7 @@ def _tiled(config: RunConfig, settings: ProcessorSettings, channels: int, decode
         raise ConfigError(f"config.processor.image_size: config.encoder.kind {config.encoder.kind} needs a size")
     if settings.min_tokens != 1:
         raise ConfigError(
-            "config.processor.min_tokens: it is for encoders that pack images of any size; remove the key, or "
+            "config.processor.min_tokens: is for encoders that pack images of any size; remove the key, or "
             f"choose one of {', '.join(PACKED_ENCODERS)}"
         )
     encoder = _encoder(config.encoder, "config.encoder", size, dtypes)
@@ -105,27 +106,27 @@ def _tiled(config: RunConfig, settings: ProcessorSettings, channels: int, decode
     return _share(config, settings, num_views, full_grid[0] * full_grid[1], solve)
 
 
-def _native(config: RunConfig, settings: ProcessorSettings, channels: int, decoder: Decoder, dtypes: Fields) -> Vision:
-    """Views of any size, packed into one sequence: the processor meets the budget, which bounds their size."""
+def _native(config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: Fields) -> Vision:
+    """Views of any size, packed into one sequence: the processor meets the budget, which bounds the image size."""
     kind, connector_kind = config.encoder.kind, config.connector.kind
     for key, only in (("image_size", None), ("tiles", (1, 1)), ("thumbnail", False)):
         if getattr(settings, key) != only:
-            raise ConfigError(f"config.processor.{key}: set it to {only}; {kind} takes pictures at a size of their own")
+            raise ConfigError(f"config.processor.{key}: set it to {only}; {kind} takes images of any size")
     if choose(REDUCERS, config.reducer.kind, "config.reducer.kind") is not None:
         raise ConfigError(
-            f"config.reducer.kind: {config.reducer.kind} reduces image by image, and {kind} packs several into a "
+            f"config.reducer.kind: {config.reducer.kind} reduces image by image, but {kind} packs several into a "
             "sequence; set it to none: config.token_budget bounds the size of the images"
         )
     parse_kind({"none": _NoFields}, config.reducer, "config.reducer")
     connector_class = choose(CONNECTORS, connector_kind, "config.connector.kind")
     if connector_kind not in PACKED_CONNECTORS:
         raise ConfigError(
-            f"config.connector.kind: {connector_kind} reads one image's grid, and {kind} packs several images into a "
+            f"config.connector.kind: {connector_kind} needs one image's grid, but {kind} packs several images into a "
             f"sequence; choose one of {', '.join(PACKED_CONNECTORS)}"
         )
     encoder = parse_kind(PACKED_ENCODERS, config.encoder, "config.encoder", channels=channels, **dtypes)
     form, pixels = encoder.patch_format, settings.pixels(channels)
-    block = encoder.grid(form.block_size, form.block_size)  # a picture is made of blocks of patches
+    block = encoder.grid(form.block_size, form.block_size)  # sides of an image are multiples of a block's
     solved = _fewest(connector_class, block)
     connector = parse_kind(CONNECTORS, config.connector, "config.connector", **solved, features=decoder.width, **dtypes)
     block_tokens, num_slots = connector.num_tokens(block), form.num_slots(settings.frames or 1)
@@ -133,8 +134,8 @@ def _native(config: RunConfig, settings: ProcessorSettings, channels: int, decod
     def solve(budget: int) -> Vision:
         if budget % block_tokens or budget < settings.min_tokens:
             raise InfeasibleBudget(
-                f"config.token_budget: {kind} cannot bound a picture by {budget} tokens, which come in blocks of "
-                f"{block_tokens} and are at least config.processor.min_tokens={settings.min_tokens}"
+                f"config.token_budget: {kind} cannot bound an image by {budget} tokens: they are in blocks of "
+                f"{block_tokens} and at least config.processor.min_tokens={settings.min_tokens}"
             )
         most, least = budget // block_tokens, -(-settings.min_tokens // block_tokens)
         unit = form.block_size**2
@@ -145,8 +146,8 @@ def _native(config: RunConfig, settings: ProcessorSettings, channels: int, decod
     return _share(config, settings, num_slots, 2 * config.token_budget, solve)
 
 
-def _asked(function: Callable[..., Fields], cls: type, section: RunConfig, path: str) -> tuple[Fields, Fields]:
-    """The keys of a section that a function asks for by keyword, converted, and the section without them."""
+def _asked(function: Any, cls: Any, section: Any, path: str) -> tuple[Fields, Fields]:
+    """The keys of a section that are keyword arguments of a function, converted, and the section without them."""
     named = inspect.signature(function).parameters.values()
     keywords = [argument.name for argument in named if argument.kind is argument.KEYWORD_ONLY]
     hints = typing.get_type_hints(cls)
@@ -154,8 +155,8 @@ def _asked(function: Callable[..., Fields], cls: type, section: RunConfig, path:
     return asked, {key: section[key] for key in section if key not in asked}
 
 
-def _fewest(connector_class: type[Connector], grid: Grid) -> Fields:
-    """The fields of a connector that gives as few tokens of a grid as it can."""
+def _fewest(connector_class: Any, grid: Grid) -> Fields:
+    """The fields of a connector with the fewest possible tokens for a grid."""
     for budget in range(1, grid[0] * grid[1]):
         try:
             return connector_class.for_budget(budget, grid)
@@ -167,14 +168,14 @@ def _fewest(connector_class: type[Connector], grid: Grid) -> Fields:
 def _share(
     config: RunConfig, settings: ProcessorSettings, num_views: int, largest: int, solve: Callable[[int], Vision]
 ) -> Vision:
-    """Solves `config.token_budget` for one of the views of an image, whatever it is meant for.
+    """Solves `config.token_budget` for one of the views of an image.
 
     Args:
-      config: for the budget and what it is per.
-      settings: for the frames of a clip.
+      config: provides the budget and its unit.
+      settings: provides the frames of a clip.
       num_views: tiles of an image, over all frames of a clip.
-      largest: of a view's budgets that an error may name.
-      solve: what meets a view's budget.
+      largest: largest budget of a view to suggest in errors.
+      solve: solves the budget of a view.
     """
     budget = positive(config.token_budget, "config.token_budget")
     per_frame = Fraction(num_views, settings.frames or 1)
@@ -186,7 +187,7 @@ def _share(
 
 
 def _reducer(section: RunConfig, budget: int, grid: Grid, encoder: Encoder, decoder: Decoder) -> Reducer | None:
-    """The reducer that meets a budget from a full-size grid, or None where there is none."""
+    """The reducer solved for a budget and a full-size grid, or None for `none`."""
     reducer_class = choose(REDUCERS, section.kind, "config.reducer.kind")
     if reducer_class is None:
         parse_kind({"none": _NoFields}, section, "config.reducer")
@@ -200,16 +201,16 @@ def _reducer(section: RunConfig, budget: int, grid: Grid, encoder: Encoder, deco
 
 @dataclasses.dataclass(frozen=True)
 class _NoFields:
-    """Settings of a kind without any."""
+    """Settings of a kind without fields."""
 
 
 def _encoder(section: RunConfig, path: str, image_size: tuple[int, int], dtypes: Fields) -> Encoder:
-    """An encoder. One made of encoders has a section for each.
+    """Builds an encoder; a composite one has a section per encoder.
 
     Args:
-      section: its keys. An `image_size` of its own is that of its table of positions, which is then
+      section: its keys. `image_size` in it is that of the position table, which is then
         interpolated to the images.
-      path: where the section stands.
+      path: path of the section.
       image_size: (height, width) in pixels of the images.
       dtypes: `dtype` and `param_dtype`.
     """
@@ -226,5 +227,7 @@ def _encoder(section: RunConfig, path: str, image_size: tuple[int, int], dtypes:
         parts[name] = _encoder(section[name], f"{path}.{name}", image_size, dtypes)
     rest = {key: section[key] for key in section if key not in parts}
     if rest.get("combine") == "tuple":
-        raise ConfigError(f"{path}.combine: 'tuple' gives two sets of features; 'feature' gives hybrid_mlp both as one")
+        raise ConfigError(
+            f"{path}.combine: 'tuple' returns two feature maps; use 'feature', which joins them, with hybrid_mlp"
+        )
     return parse_kind(COMPOSITE_ENCODERS, rest, path, **parts)

@@ -10,6 +10,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from io import IOBase
 from pathlib import Path
 from typing import IO
 
@@ -285,7 +286,7 @@ def _open_npz(path: Path) -> dict[str, LazyTensor]:
                     raise CheckpointFileError(
                         f"{path}: {key} is a pickled array, which is not read, because opening one can "
                         "run arbitrary code. Convert it once if you trust it: numpy.load(FILE, "
-                        "allow_pickle=True), then numpy.savez(NEW, **arrays) with number dtypes"
+                        "allow_pickle=True), then numpy.savez(NEW, **arrays) with numeric dtypes"
                     )
                 tensors[key] = LazyTensor(shape, _npy_dtype(dtype), _npz_reader(path, member))
     except (zipfile.BadZipFile, EOFError, OSError) as error:
@@ -297,7 +298,7 @@ def _open_npz(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+def _npy_header(file: IO[bytes] | IOBase) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
@@ -305,7 +306,7 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _npy_dtype(dtype: np.dtype) -> np.dtype:
-    """The dtype to store: NumPy stores bfloat16 as two raw bytes."""
+    """The dtype of a stored array: NumPy stores bfloat16 as two raw bytes."""
     return np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
 

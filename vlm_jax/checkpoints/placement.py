@@ -111,11 +111,11 @@ class _OnDevices:
     def __init__(self, leaf: jax.ShapeDtypeStruct, depth: int):
         self._leaf, self._depth, self._devices = leaf, depth, _local_blocks(leaf)
         self.stack = _sizes(next(iter(self._devices.values()))[:depth])
-        # Each shard has one place of its stack in the array that is written into it.
+        # Each shard has one entry of its stack in the host array.
         places = (size // local for size, local in zip(leaf.shape, self.stack, strict=False))
         self._piece_shape = (*places, *leaf.shape[depth:])
         self._array = _zeros(leaf.shape, leaf.dtype, leaf.sharding)()
-        # Written anew for every offset: JAX lets go of an array on the host only when it is called again.
+        # Reused for every offset: JAX frees an array on the host only when it is called again.
         self._pieces = {
             block: np.empty((*(1 for _ in self.stack), *_sizes(block[depth:])), leaf.dtype)
             for block in set(self._devices.values())

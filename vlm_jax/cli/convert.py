@@ -10,25 +10,27 @@ from vlm_jax.pretrained.convert import open_conversion
 from vlm_jax.pretrained.loader import DTYPES
 
 SOURCE = flags.DEFINE_string(
-    "source", None, "A released folder, or organisation/name on the hub, to become Orbax arrays; or such a folder."
+    "source",
+    None,
+    "A released folder, or organisation/name on the hub, to convert to Orbax arrays; or a converted folder.",
 )
-TARGET = flags.DEFINE_string("target", None, "A folder that is not there yet; Orbax arrays may go to gs://.")
+TARGET = flags.DEFINE_string("target", None, "A folder that does not exist yet; may be gs:// for Orbax arrays.")
 RUN = flags.DEFINE_string(
     "run", None, "The workdir of a run of the source's model, whose parameters are written as a release."
 )
-DTYPE = flags.DEFINE_enum("dtype", None, sorted(DTYPES), "What floating-point tensors are cast to; as stored if unset.")
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "Lists every tensor's way, and reads and writes none.")
+DTYPE = flags.DEFINE_enum("dtype", None, sorted(DTYPES), "Dtype of floating-point tensors; as stored if unset.")
+DRY_RUN = flags.DEFINE_bool("dry-run", False, "Prints every tensor's conversion without reading or writing.")
 
 
 def main(argv: list[str]) -> None:
-    """Converts one folder; which way follows from what it is."""
+    """Converts one folder; the direction is inferred from its format."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     if not TARGET.value and not DRY_RUN.value:
-        raise app.UsageError("--target: no folder to write; give one, or --dry-run")
-    # A shell leaves the ~ of --flag=~/x as it is.
+        raise app.UsageError("--target: expected a folder to write; pass one, or --dry-run")
+    # A shell does not expand the ~ of --flag=~/x.
     source, target, run = (flag.value and os.path.expanduser(flag.value) for flag in (SOURCE, TARGET, RUN))
-    logging.set_verbosity(logging.ERROR)  # Orbax remarks on its own progress
+    logging.set_verbosity(logging.ERROR)  # Orbax logs its own progress
     with explained():
         conversion = open_conversion(str(source), FAMILIES, dtype=DTYPE.value, run=run)
         print(f"{conversion.direction}: {run or source}" + (f" -> {target}" if target else ""), flush=True)

@@ -12,16 +12,18 @@ from vlm_jax.sweep.evaluation import FAILED_FILE, Evaluation, ReleaseEvaluation
 RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisation/name on the Hugging Face hub.")
 DATA = flags.DEFINE_string("data", None, "A JSONL file of questions, or LLaVA's JSON, next to its images.")
 REDUCERS = flags.DEFINE_list(
-    "reducers", ["none"], "Training-free token reducers; none is the release as it is, and bounded by each budget."
+    "reducers", ["none"], "Training-free token reducers; none is the release unchanged, and bounded by each budget."
 )
-BUDGETS = flags.DEFINE_list("budgets", [], "Visual tokens of a picture that each reducer is to meet.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results, local or gs://; made when missing.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts that are answered together.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The most tokens of an answer.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "What parameters are stored and computed in.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", None, "Records that are evaluated, drawn by --seed; all if unset.")
-SEED = flags.DEFINE_integer("seed", 0, "Of that draw.")
-TASKS = flags.DEFINE_list("tasks", ["vqa"], "Names that a record's task may have; the first is the default.")
+BUDGETS = flags.DEFINE_list("budgets", [], "Visual tokens per image for each reducer.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results, local or gs://; created if missing.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts per batch.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "Maximum tokens of an answer.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Dtype of parameters and computation.")
+NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", None, "Number of records to evaluate, sampled by --seed; all if unset."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Seed for sampling records.")
+TASKS = flags.DEFINE_list("tasks", ["vqa"], "Allowed values of a record's task; the first is the default.")
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> None:
     if failed:
         print(
             f"{len(failed)} of {len(evaluation.points)} points failed: {', '.join(failed)}; see "
-            f"{evaluation.workdir / FAILED_FILE}. The same command tries them again",
+            f"{evaluation.workdir / FAILED_FILE}. Rerun the same command to retry them",
             file=sys.stderr,
         )
         sys.exit(1)

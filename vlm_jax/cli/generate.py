@@ -19,45 +19,49 @@ from vlm_jax.processors.grounding import draw_boxes
 from vlm_jax.processors.image import to_picture
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released folder, or organisation/name on the Hugging Face hub.")
-PROMPT = flags.DEFINE_string("prompt", None, "What is asked.")
-IMAGE = flags.DEFINE_multi_string("image", [], "A picture that the prompt is about; repeatable, in order.")
-VIDEO = flags.DEFINE_multi_string("video", [], "A video that the prompt is about; repeatable, in order.")
-DRAW = flags.DEFINE_string("draw", None, "A PNG to write: the first picture, with the boxes of the answer on it.")
+PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
+IMAGE = flags.DEFINE_multi_string("image", [], "An image for the prompt; repeatable, in order.")
+VIDEO = flags.DEFINE_multi_string("video", [], "A video for the prompt; repeatable, in order.")
+DRAW = flags.DEFINE_string("draw", None, "A PNG to write: the first image with the boxes of the answer.")
 SYSTEM = flags.DEFINE_string("system", None, "A system message before the prompt.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "The most tokens of the answer.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Maximum tokens of the answer.")
 MAX_VISUAL_TOKENS = flags.DEFINE_integer(
-    "max_visual_tokens", None, "The most tokens of a picture; as released if unset."
+    "max_visual_tokens", None, "Maximum visual tokens of an image; as released if unset."
 )
 TOKEN_BUDGET = flags.DEFINE_integer(
-    "token_budget", None, "Visual tokens of a picture: a bound, or with --reducer or --connector an exact number."
+    "token_budget", None, "Visual tokens of an image: a bound, or with --reducer or --connector an exact number."
 )
 REDUCER = flags.DEFINE_string("reducer", None, "A training-free token reducer that meets --token_budget.")
 CONNECTOR = flags.DEFINE_string(
-    "connector", None, "A connector that replaces the release's own; its parameters are drawn, not trained."
+    "connector", None, "A connector that replaces the release's own; its parameters are random, not trained."
 )
-MAX_VIDEO_TOKENS = flags.DEFINE_integer("max_video_tokens", None, "The same of a video.")
+MAX_VIDEO_TOKENS = flags.DEFINE_integer("max_video_tokens", None, "The same for a video.")
 ENABLE_THINKING = flags.DEFINE_boolean(
-    "enable_thinking", None, "Whether the model may think first, where its chat template asks; its default if unset."
+    "enable_thinking",
+    None,
+    "Whether the model may think first, if its chat template has this variable; its default if unset.",
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "What logits are divided by; 0 takes the most likely token.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Draws among so many of the most likely tokens.")
-TOP_P = flags.DEFINE_float("top_p", None, "Draws among the most likely tokens that have this probability together.")
-REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1, tokens that were there are less likely.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Divisor of the logits; 0 selects the most likely token.")
+TOP_K = flags.DEFINE_integer("top_k", None, "Samples among the top_k most likely tokens.")
+TOP_P = flags.DEFINE_float("top_p", None, "Samples among the most likely tokens that together have this probability.")
+REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Above 1, tokens that already occurred are less likely."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
 STOP = flags.DEFINE_multi_string("stop", [], "A string before which the answer ends; repeatable.")
 STOP_TOKEN = flags.DEFINE_multi_string("stop_token", [], "The name of a token that ends the answer; repeatable.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "What parameters are stored and computed in.")
-CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, sorted(CACHE_DTYPES), "That of the cache; --dtype unless given.")
-CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "Slots of the cache; as many as are needed unless given.")
-CHUNK = flags.DEFINE_integer("chunk", 16, "Tokens between two pieces of text.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Dtype of parameters and computation.")
+CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, sorted(CACHE_DTYPES), "Dtype of the cache; --dtype if unset.")
+CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "Slots of the cache; as many as needed if unset.")
+CHUNK = flags.DEFINE_integer("chunk", 16, "Maximum tokens between two pieces of text.")
 
 
 def main(argv: list[str]) -> None:
-    """Answers one prompt; the answer is written as it comes."""
+    """Answers one prompt; the answer is printed as it is generated."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     if DRAW.value is not None and not IMAGE.value:
-        raise app.UsageError("--draw: boxes are drawn on the first --image, and none is given")
+        raise app.UsageError("--draw: boxes are drawn on the first --image, but none is given")
     keep_programs()
     with explained(OSError):
         sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, REPETITION_PENALTY.value, SEED.value)
@@ -68,7 +72,7 @@ def main(argv: list[str]) -> None:
             reducer=REDUCER.value,
             connector=CONNECTOR.value,
         )
-        # Templates of language models take strings, those of systems with eyes lists.
+        # Templates of language models expect strings, multimodal ones lists of content items.
         listed = (isinstance(model.module, VLM) and model.module.encoder is not None) or bool(
             IMAGE.value or VIDEO.value
         )
@@ -104,16 +108,16 @@ def main(argv: list[str]) -> None:
 
 
 def say(text: str) -> None:
-    """Writes a piece of the answer; ends the process where nobody reads on, as behind `| head`."""
+    """Prints a piece of the answer; exits the process if the pipe is closed, as with `| head`."""
     try:
         print(text, end="", flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output that Python flushes at exit
         sys.exit(128 + signal.SIGPIPE)
 
 
 def draw(model: Pretrained, answer: Completion) -> None:
-    """Writes the first picture with the boxes of the answer on it."""
+    """Writes the first image with the boxes of the answer."""
     picture = to_picture(IMAGE.value[0])
     boxes = model.boxes(answer, picture, max_visual_tokens=MAX_VISUAL_TOKENS.value)
     with epath.Path(str(DRAW.value)).open("wb") as file:

@@ -1,4 +1,4 @@
-"""What every command's process does: it keeps compiled programs, and says one clear line for an error."""
+"""Setup of every command's process: the compilation cache, and errors as one message."""
 
 import contextlib
 import signal
@@ -27,7 +27,7 @@ from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.system import UnsupportedError
 from vlm_jax.train.loop import Diverged
 
-# Errors whose message is meant for the user, without a traceback.
+# Errors whose message is for the user, without a traceback.
 EXPLAINED = (
     ChatTemplateError,
     CheckpointError,
@@ -49,12 +49,12 @@ EXPLAINED = (
 )
 
 CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/vlm_jax/xla", "Folder of compiled programs, kept between runs; empty for none."
+    "compilation_cache", "~/.cache/vlm_jax/xla", "Folder of the persistent compilation cache; empty for none."
 )
 
 
 def keep_programs() -> None:
-    """Compiled programs go to the folder of `--compilation_cache`."""
+    """Enables the compilation cache in the folder of `--compilation_cache`."""
     if CACHE.value:
         jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -62,11 +62,11 @@ def keep_programs() -> None:
 
 @contextlib.contextmanager
 def explained(*more: type[Exception]) -> Iterator[None]:
-    """An explained error inside, or one of `more`, becomes its message and exit status 1; Ctrl-C is status 130."""
+    """Prints a user error, or one of `more`, as its message with exit status 1; Ctrl-C has status 130."""
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # as shells tell of it
+        sys.exit(128 + signal.SIGINT)  # as in shells
     except (*EXPLAINED, *more) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -20,7 +20,7 @@ from vlm_jax.train.workdir import write_whole
 INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,
-    "What encoder, connector and decoder start from: a folder that cli.convert made of a release, or the "
+    "Initial parameters of encoder, connector and decoder: a folder that cli.convert wrote, or the "
     "checkpoints of another run.",
 )
 
@@ -45,13 +45,13 @@ def main() -> None:
     table, tokens = accuracy(answers), realised_tokens(answers)
     if is_primary():
         result = {"accuracy": table, "token_budget": config.token_budget, "num_visual_tokens": tokens}
-        # What enters the decoder is above; a reducer inside it leaves fewer.
+        # The tokens that enter the decoder are above; a reducer inside it keeps fewer.
         result |= {
             "visual_tokens_left": experiment.budget.left,
             "mean_visual_tokens": experiment.budget.mean,
         }
         write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    console.print(f"visual tokens an image: {tokens['mean']} on average, {tokens['max']} at most")
+    console.print(f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most")
     for name, entry in table.items():
         console.print(f"{name}: {entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, n={entry['n']})")
 

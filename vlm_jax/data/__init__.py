@@ -1,27 +1,28 @@
-"""Data sources and batches: where samples come from, and how they become a stream of batches.
+"""Data sources and batches of samples.
 
-A source is chosen by its kind in `SOURCES`, whose entries are settings classes:
+A source is selected by its kind in `SOURCES`, whose entries are settings classes:
 
     settings = parse(SOURCES[kind], section, "config.data")   # checked; nothing is read yet
     settings.tasks, settings.channels, settings.streams       # known before anything is read
-    source = settings.open(Tools(format_box=..., read_image=..., prepare_image=...))
+    source = settings.open(Tools(format_box=..., read_image=..., image_size=..., prepare_image=...))
     source.train(stream, seed)          # endless grain.MapDataset; element i depends on (seed, i)
+    source.sized(stream, seed)          # the same stream, and the sizes of its samples before pixels are decoded
     source.evaluation(seed, stream)     # finite, fixed by seed, can be iterated again
 
-The streams "questions" and "text_pages" yield `Sample`, to be mapped by a processor to a `Batch` of
+The streams "questions" and "text_pages" yield `Sample`s, which a processor maps to `Batch`es of
 one row; "cells" yields `CellBatch`es of one page. `loader.batches` and `loader.batch_at` join them:
 
     rows = source.train("questions", seed).map(processor)
     iterator = batches(rows, batch_size, shard_index=jax.process_index(), shard_count=jax.process_count())
-    batch_at(rows, batch_size, step)    # the global batch of that step, made again
+    batch_at(rows, batch_size, step)    # the global batch of that step
 
 | kind | streams | what it is |
 |---|---|---|
 | digits | questions, text_pages, cells | pages composed of real handwritten digits, no file needed |
 | vqa_files | questions | a JSONL file of questions and answers next to its images |
 
-A picture that cannot be read is skipped by the source, up to its limit, and the next record stands
-in its place: neither the numbering of elements nor the batches of other hosts move.
+An image that cannot be read is skipped by the source, up to a limit, and replaced by the next
+record: the numbering of elements and the batches of other hosts do not change.
 """
 
 from vlm_jax.data.digits import Digits

@@ -2,9 +2,9 @@
 
 | task | question | answer |
 |---|---|---|
-| read | `read row 2 column 3` | the digit there; rows and columns count from 1 |
+| read | `read row 2 column 3` | the digit in that cell; rows and columns count from 1 |
 | transcribe | `transcribe row 2` | the row's digits, as `7419` |
-| count | `count 7` | how many cells hold a 7, 0 included |
+| count | `count 7` | number of cells with a 7, possibly 0 |
 | locate | `locate 7` | the box of the first 7 in reading order, as the box formatter writes it |
 """
 
@@ -18,17 +18,17 @@ from vlm_jax.types import Turn
 
 TASKS = ("read", "transcribe", "count", "locate")
 TASKS_WITHOUT_PIXELS = ("read", "transcribe", "count")
-# How often `count` asks for a digit of the page; else for any digit, which is often on no cell.
+# Probability that `count` is about a digit of the page; else about any digit, which often does not occur.
 COUNT_PRESENT = 0.8
 
 
 def ask(task: str, page: Page, draws: Sequence[float], format_box: Callable[..., str]) -> Turn:
-    """Asks one question about a page.
+    """Creates one question about a page and its answer.
 
     Args:
       task: one of TASKS.
-      page: what is asked about.
-      draws: three numbers in [0, 1) that choose the question among the task's questions.
+      page: the page.
+      draws: three random numbers in [0, 1) that select one of the task's questions.
       format_box: (box in pixels, height, width) -> text.
     """
     classes = page.classes
@@ -48,13 +48,13 @@ def ask(task: str, page: Page, draws: Sequence[float], format_box: Callable[...,
         box = page.boxes.reshape(-1, 4)[first].tolist()
         height, width, _ = page.pixels.shape
         return Turn(f"locate {digit}", format_box(box, height, width), task)
-    raise ValueError(f"no task '{task}'; there are {', '.join(TASKS)}")
+    raise ValueError(f"unknown task '{task}'; expected one of {', '.join(TASKS)}")
 
 
 def digits_in_reading_order(page: Page, scale: int = 1) -> str:
-    """The page as text: its digits row by row, without any mark between.
+    """The page as text: its digits row by row, without separators.
 
-    Every cell is written as a square of `scale` by `scale` times its digit, as a finer grid of
-    visual tokens would show it.
+    Every cell is written as a square of `scale` by `scale` copies of its digit, like a finer grid of
+    visual tokens.
     """
     return "".join(map(str, page.classes.repeat(scale, 0).repeat(scale, 1).ravel().tolist()))

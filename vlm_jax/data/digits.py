@@ -1,12 +1,12 @@
-"""The digit pages as a data source: visual questions, the same without pictures, and dense targets.
+"""The digit pages as a data source: visual questions, the same without images, and dense targets.
 
 Streams:
-  questions: samples with one picture and several turns of random tasks.
-  text_pages: the same questions, without picture: the page's digits in reading order stand before the first,
-    and `locate` is left out, because text has no boxes.
-  cells: `CellBatch`es of one page, for training an encoder by itself.
+  questions: samples with one image and several turns of random tasks.
+  text_pages: the same questions without an image: the page's digits in reading order precede the first question,
+    and `locate` is omitted, because text has no boxes.
+  cells: `CellBatch`es of one page, for training only an encoder.
 
-Element i of a training stream is made from (seed, stream, i) alone.
+Element i of a training stream depends only on (seed, stream, i).
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.data.digit_questions import TASKS, TASKS_WITHOUT_PIXELS, ask, digits_in_reading_order
+from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
-from vlm_jax.data.source import ENDLESS, Tools
-from vlm_jax.types import CellBatch, Grid, Sample, dialogue
+from vlm_jax.data.source import ENDLESS, SizedStream, Tools
+from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
 
 STREAMS = ("questions", "text_pages", "cells")
-# First key of every generator, so that no two uses of a seed draw the same pages.
+# First key of every generator, so that different uses of a seed generate different pages.
 TRAIN_KEY, TEST_KEY = 0, 1
 
 
@@ -36,16 +37,16 @@ class Digits:
       page_size: side of the square page, pixels.
       min_digit: smallest side of a pasted digit, pixels.
       max_digit: largest side of a pasted digit, pixels; at most the cell's.
-      task_weights: how often each task is asked, relative to the others; a task without weight, or
-        left out, is neither trained nor evaluated.
+      task_weights: relative frequency of each task; a task with weight 0 or
+        omitted is not trained or evaluated.
       turns_per_page: questions about one page, in training.
-      text_scales: sides of the square of letters that stands for a cell in `text_pages`, one drawn for
+      text_scales: sides of the square of characters that represents a cell in `text_pages`, sampled for
         each page.
-      evaluation_size: samples for each task (and pages of the stream `cells`) of the evaluation.
-      augment: whether training pages are warped, paled and made noisy; test pages never are.
+      evaluation_size: evaluation samples per task (and pages of the stream `cells`).
+      augment: whether training pages are augmented with warps, paler ink and noise; test pages never are.
       variants: warped copies of every scan, with `augment`.
-      intensity: largest loss of ink of a page, a fraction, with `augment`.
-      noise: largest standard deviation of a page's noise, in grey levels of 255, with `augment`.
+      intensity: maximum loss of ink of a page, a fraction, with `augment`.
+      noise: maximum standard deviation of a page's noise, in grey levels of 255, with `augment`.
     """
 
     rows: int = 4
@@ -69,7 +70,7 @@ class Digits:
 
     @property
     def context_length(self) -> int:
-        """Most digits of the text that stands for a page, each a token."""
+        """Maximum number of digits of a page as text, one token each."""
         return self.rows * self.cols * max(self.text_scales) ** 2
 
     @property
@@ -82,14 +83,14 @@ class Digits:
             if task not in TASKS:
                 raise ConfigError(f"config.data.task_weights.{task}: no such task{did_you_mean(task, TASKS)}")
             if weight < 0:
-                raise ConfigError(f"config.data.task_weights.{task}: 0 or more expected, got {weight}")
+                raise ConfigError(f"config.data.task_weights.{task}: expected 0 or more, got {weight}")
         if not self.tasks:
-            raise ConfigError("config.data.task_weights: no task has a weight; give one of " + ", ".join(TASKS))
+            raise ConfigError("config.data.task_weights: no task has a weight above 0; set one of " + ", ".join(TASKS))
         if not self.text_scales or min(self.text_scales) < 1:
-            raise ConfigError(f"config.data.text_scales: at least one, each 1 or more; got {self.text_scales}")
+            raise ConfigError(f"config.data.text_scales: expected at least one, each 1 or more, got {self.text_scales}")
         for key in ("turns_per_page", "evaluation_size"):
             if getattr(self, key) < 1:
-                raise ConfigError(f"config.data.{key}: at least 1 expected, got {getattr(self, key)}")
+                raise ConfigError(f"config.data.{key}: expected at least 1, got {getattr(self, key)}")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -138,7 +139,7 @@ class DigitSource:
           A MapDataset of Sample, or for "cells" of CellBatch with B = 1.
 
         Raises:
-          ConfigError: no such stream, or no task that it could ask.
+          ConfigError: no such stream, or no task for it has a weight.
         """
         tasks = self._tasks_of(stream)
         weights = np.array([self.settings.task_weights[task] for task in tasks])
@@ -150,8 +151,8 @@ class DigitSource:
             if stream == "cells":
                 return self._cells(page)
             turns = self.settings.turns_per_page
-            # Systematic sampling: one draw for all turns keeps a page's mix of tasks, and with it
-            # the length of its row, as near to the weights as whole turns can be.
+            # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
+            # the length of its row, as close to the weights as possible.
             places = rng.permutation((np.arange(turns) + rng.random()) / turns)
             chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
             questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
@@ -161,19 +162,30 @@ class DigitSource:
 
         return grain.MapDataset.range(ENDLESS).map(element)
 
+    def sized(self, stream: str, seed: int) -> SizedStream:
+        """As `Source.sized`; pages are composed to know their questions."""
+        samples = self.train(stream, seed)
+
+        def sizes(sample: Sample | CellBatch) -> SampleSizes:
+            assert isinstance(sample, Sample)
+            return SampleSizes(sample.sample_id, sample.messages, tuple(image.shape[:2] for image in sample.images))
+
+        data = fingerprint({"digits": dataclasses.asdict(self.settings)})
+        return SizedStream(samples, samples.map(sizes), None, data)
+
     def evaluation(self, seed: int, stream: str = "questions") -> list[Sample | CellBatch]:
-        """The fixed set of pages of test scans that a seed stands for.
+        """The fixed set of pages of test scans for a seed.
 
         Returns:
-          `evaluation_size` samples of one turn for every task, task by task, each with a page of its
-          own; or as many CellBatches with B = 1.
+          `evaluation_size` samples of one turn for every task, task by task, each with a separate
+          page; or as many CellBatches with B = 1.
 
         Raises:
           ConfigError: as for `train`.
         """
         elements = []
         for task in self._tasks_of(stream) if stream != "cells" else ("cells",):
-            # Keyed by the task's place among all tasks: to leave one out does not change the others.
+            # Keyed by the task's index among all tasks: omitting one does not change the others.
             place = TASKS.index(task) if task in TASKS else len(TASKS)
             for index in range(self.settings.evaluation_size):
                 rng = np.random.default_rng((TEST_KEY, seed, STREAMS.index(stream), place, index))
@@ -194,7 +206,7 @@ class DigitSource:
         if not tasks:
             raise ConfigError(
                 "config.data.task_weights: the stream 'text_pages' has no boxes to locate; "
-                "give a weight to one of " + ", ".join(TASKS_WITHOUT_PIXELS)
+                "set a weight above 0 for one of " + ", ".join(TASKS_WITHOUT_PIXELS)
             )
         return tasks
 

@@ -1,9 +1,9 @@
-"""Batches of a stream: in order, sharded, checkpointable, and each to be made again by its number.
+"""Batches of a stream: in order, sharded, checkpointable, and reproducible by index.
 
-The stream is a `grain.MapDataset` of batches of one (leading dimension 1), endless or not. Batch
-`step` joins the elements step * batch_size and following; shard s of n makes the s-th of n equal
-parts of it. So a batch depends on the stream and the step alone: not on threads, on what was read
-before, or on the number of shards.
+The stream is a `grain.MapDataset` of batches of one (leading dimension 1), finite or not. Batch
+`step` joins batch_size elements from step * batch_size on; shard s of n yields the s-th of n equal
+parts of it. So a batch depends only on the stream and the step: not on threads, previous
+reads, or the number of shards.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ Rows = TypeVar("Rows", Batch, CellBatch)
 
 
 def join(rows: Sequence[Rows]) -> Rows:
-    """One batch of several, in order, numpy arrays throughout.
+    """Concatenates batches in order, as NumPy arrays.
 
     Raises:
-      ValueError: the batches differ in shape, or one lacks a field that another has.
+      ValueError: the batches differ in shape, or in their fields.
     """
     leaves, structure = jax.tree.flatten(rows[0])
     columns = [leaves]
@@ -51,7 +51,7 @@ class _Batches:
     def __init__(self, dataset: grain.MapDataset, batch_size: int, shard_index: int, shard_count: int):
         if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
             raise ConfigError(
-                f"config.batch_size: the global batch of {batch_size} cannot be split evenly over "
+                f"config.batch_size: the global batch of {batch_size} cannot be divided evenly over "
                 f"{shard_count} hosts; set it to a positive multiple of {shard_count}"
             )
         if not 0 <= shard_index < shard_count:
@@ -77,22 +77,22 @@ class _Batches:
 def batch_at(
     dataset: grain.MapDataset, batch_size: int, step: int, *, shard_index: int = 0, shard_count: int = 1
 ) -> Batch | CellBatch:
-    """Makes batch `step` (from 0) again, equal to what `batches` yields at that step.
+    """Batch number `step` (from 0), equal to the one that `batches` yields at that step.
 
     Args:
       dataset: stream of batches of one.
       batch_size: rows of the global batch.
-      step: which batch.
-      shard_index: whose part of it, in [0, shard_count).
-      shard_count: hosts that share the batch; 1 makes the global batch.
+      step: index of the batch.
+      shard_index: index of the part, in [0, shard_count).
+      shard_count: number of hosts; 1 returns the global batch.
 
     Raises:
-      ConfigError: batch_size is no multiple of shard_count, or larger than the dataset.
+      ConfigError: batch_size is not a multiple of shard_count, or larger than the dataset.
       IndexError: the dataset has no batch `step`.
     """
     steps = _Batches(dataset, batch_size, shard_index, shard_count)
     if not 0 <= step < len(steps):
-        raise IndexError(f"the data has {len(steps)} batches of {batch_size}, and none at step {step}")
+        raise IndexError(f"the data has {len(steps)} batches of {batch_size}, but not step {step}")
     return steps[step]
 
 
@@ -109,26 +109,26 @@ def batches(
     """Iterates over one shard's part of every batch; a last, smaller batch is dropped.
 
     The iterator is a checkpoint item of Orbax (`grain.checkpoint`), or `get_state` and `set_state`
-    resume it at the next batch not yet yielded. An error in a thread or worker is raised by `next`.
+    resume it at the next batch. An error in a thread or worker is raised by `next`.
 
     Args:
       dataset: stream of batches of one.
       batch_size: rows of the global batch; a shard's has batch_size / shard_count.
       shard_index: this host, in [0, shard_count).
-      shard_count: hosts.
-      num_threads: threads that make batches ahead of time; 0 makes them in `next`.
-      num_workers: processes that have such threads each, and make every num_workers-th batch; 0 makes
-        batches in this process. `close` of the iterator ends them.
-      prefetch: batches to be ready ahead of time, at least num_threads to keep all threads busy.
+      shard_count: number of hosts.
+      num_threads: threads that prefetch batches; 0 loads them in `next`.
+      num_workers: processes with such threads, each loading every num_workers-th batch; 0 loads
+        batches in this process. `close` of the iterator stops them.
+      prefetch: batches to prefetch, at least num_threads to keep all threads busy.
 
     Raises:
-      ConfigError: batch_size is no multiple of shard_count, or larger than the dataset.
+      ConfigError: batch_size is not a multiple of shard_count, or larger than the dataset.
     """
     steps = grain.MapDataset.source(_Batches(dataset, batch_size, shard_index, shard_count))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     made = steps.to_iter_dataset(options)
     if num_workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads flags of its own; they keep their defaults
+            flags.FLAGS.mark_as_parsed()  # grain reads its own flags; they keep their defaults
         made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=prefetch))
     return iter(made)

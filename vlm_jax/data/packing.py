@@ -1,23 +1,23 @@
-"""Which examples of a stream share a row, planned from their loads before any image is decoded.
+"""Sequence packing of a stream, planned from the examples' loads before any image is decoded.
 
     rows = PackedRows(load_of, RowShape(2048, 8), seed=0, epoch=len(records), folder=workdir / "rows",
                       fingerprint=fingerprint({"data": ..., "processor": ..., "stream": ...}))
     rows[17]                             # stream elements of row 17, (3021, 3307, 118)
-    grain.MapDataset.source(rows)        # a source of such tuples, to be mapped to batches of one row
+    grain.MapDataset.source(rows)        # a source of such tuples, mapped to batches of one row
     shapes = buckets(RowShape(2048, 8), 4)
     shape = bucket_of(rows.loads(range(step * batch_size, (step + 1) * batch_size)), shapes)
 
-The stream is cut into windows of some thousand consecutive elements. Elements of a window are measured
+The stream is divided into windows of a few thousand consecutive elements. Elements of a window are measured
 (`load_of`), packed by best fit decreasing, and the rows are shuffled by (seed, window). Rows are numbered
-through all windows, so the number of rows in each window is what finds row i; the windows before it are
-measured if no file says their number of rows, later ones are not. A plan is therefore a function of the
-stream, the seed and the shape alone: hosts, threads and worker processes each make the same one, and the
+across all windows, so finding row i needs the numbers of rows of the windows up to it; these are
+measured if no file has their number of rows, later ones are not. A plan is therefore a function of only the
+stream, the seed and the shape: hosts, threads and worker processes each compute the same one, and the
 bucket of a global batch is the same on all of them.
 
-Loads are kept in files, one a window, `<window>-<number of rows>.npz`, in a folder named by everything
-that the plan depends on. The names alone give the prefix table. A file is written under another name and
-then renamed, so that it is whole whenever it is there, whoever else writes it. A file that cannot be read
-is measured and written again; one that cannot be written is reported and done without.
+Loads are cached in files, one per window, `<window>-<number of rows>.npz`, in a folder named by a hash of
+everything that the plan depends on. The file names are the prefix table. A file is written under a temporary name
+and then renamed, so that it is always complete, also with several writers. A file that cannot be read
+is measured and written again; a failed write is logged and ignored.
 """
 
 import bisect
@@ -47,16 +47,21 @@ from vlm_jax.types import Load, RowShape
 
 Row = tuple[int, ...]
 
-WINDOW = 4096  # elements that are measured and packed together
+WINDOW = 2048  # elements that are measured and packed together
 WINDOWS_IN_MEMORY = 4
 MOST_REPORTED = 20  # samples too large for a row that one error lists
-FORMAT = 1  # of files and plans: raise it when the same loads would be packed differently
+FORMAT = 2  # of files and plans: raise it when the same loads would be packed differently
+KEYS = {
+    "positions": "config.row.length",
+    "tiles or patches": "config.row.images",
+    "pictures": "config.row.pictures",
+}
 _FILE_NAME = re.compile(r"(\d{8,})-(\d+)\.npz")
 _log = logging.getLogger(__name__)
 
 
 class TooLargeForRow(ConfigError):
-    """Samples that do not fit in an empty row; the message names them, the config key and what they need."""
+    """Samples that do not fit in an empty row; the message names them, the config key and the required size."""
 
 
 class StalePlan(RuntimeError):
@@ -64,7 +69,7 @@ class StalePlan(RuntimeError):
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """A short hash of JSON values, the same in every process and whatever the order of the keys."""
+    """A short hash of JSON values, the same in every process and for any order of the keys."""
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
@@ -74,32 +79,33 @@ def pack_window(
 ) -> list[Row]:
     """Packs loads into few rows by best fit decreasing.
 
-    From the longest load to the shortest (of equals, from the most images, then from the first), each goes
-    into the row that has the least length left among those that can hold it (of equals, the oldest), or
-    starts another row.
+    From the longest load to the shortest (among ties by most images, then in order), each is added
+    to the row with the least remaining length among those that can hold it (among ties the oldest), or
+    to a new row.
 
     Args:
-      loads: of the elements of a window.
-      shape: of every row.
-      name_of: index of a load -> name of its sample, for messages.
+      loads: loads of the elements of a window.
+      shape: shape of every row.
+      name_of: index of a load -> name of its sample, for errors.
 
     Returns:
-      Indices of the loads of each row, ascending, in the order in which the rows were started.
+      Indices of the loads of each row, ascending, in the order of the rows' creation.
 
     Raises:
       TooLargeForRow: loads that do not fit in an empty row.
-      ValueError: a load has another number of drops than the shape.
+      ValueError: the numbers of drops of a load and the shape differ.
     """
     _check_loads(loads, shape, name_of)
     rows: list[list[int]] = []
-    left: list[tuple[int, ...]] = []  # of each row: images, then positions after each drop
+    left: list[tuple[int, ...]] = []  # of each row: images, pictures, then positions after each drop
+    pictures = sum(load.pictures for load in loads) if shape.pictures is None else shape.pictures
     # Rows as (length left, row), sorted. Those in `open_rows[b]` have images.bit_length() == b images left, so
     # that only one of the lists that a load looks at holds rows with too few.
     open_rows: list[list[tuple[int, int]]] = [[] for _ in range(shape.images.bit_length() + 1)]
     shortest = min((load.length for load in loads), default=0)
     for index in sorted(range(len(loads)), key=lambda i: (-loads[i].length, -loads[i].images, i)):
         load = loads[index]
-        need = (load.images, *load.kept)
+        need = (load.images, load.pictures, *load.kept)
         best: tuple[int, int] | None = None
         best_list = open_rows[0]
         for candidates in open_rows[load.images.bit_length() :]:
@@ -113,7 +119,7 @@ def pack_window(
         if best is None:
             length, row = shape.length, len(rows)
             rows.append([])
-            left.append((shape.images, *shape.kept))
+            left.append((shape.images, pictures, *shape.kept))
         else:
             length, row = best
             del best_list[bisect.bisect_left(best_list, best)]
@@ -132,58 +138,37 @@ def _check_loads(loads: Sequence[Load], shape: RowShape, name_of: Callable[[int]
                 f"{name_of(index)}: measured with {len(load.kept)} drops of visual tokens, but the row has "
                 f"{len(shape.kept)}"
             )
-        if shape.holds(load):
-            continue
-        if load.length > shape.length:
-            faults.append(f"{name_of(index)} needs {load.length} positions, config.row.length is {shape.length}")
-        if load.images > shape.images:
-            faults.append(f"{name_of(index)} needs {load.images} images, config.row.images is {shape.images}")
-        for drop, (need, size) in enumerate(zip(load.kept, shape.kept, strict=True), start=1):
-            if need > size:
-                faults.append(
-                    f"{name_of(index)} needs {need} positions after drop {drop}, of which a row of "
-                    f"config.row.length={shape.length} has {size}"
-                )
+        for words, need, size in shape.excess(load):
+            key = KEYS.get(words, "config.row.kept")
+            faults.append(f"{name_of(index)} needs {need} {words}, {key} is {size}")
     if faults:
         more = f"\n  and {len(faults) - MOST_REPORTED} more" if len(faults) > MOST_REPORTED else ""
         listed = "\n".join(f"  {fault}" for fault in faults[:MOST_REPORTED])
         raise TooLargeForRow(
             f"samples that do not fit in a row:\n{listed}{more}\nRaise the key, lower config.token_budget, or "
-            "remove the samples; nothing is cut."
+            "remove the samples; samples are never truncated."
         )
-
-
-def padding_share(loads: Iterable[Load], shape: RowShape) -> float:
-    """The share of positions that are padding, in [0, 1], of rows with these loads and this shape.
-
-    Raises:
-      ValueError: no row.
-    """
-    lengths = [load.length for load in loads]
-    if not lengths:
-        raise ValueError("no row to tell the share of padding of")
-    return 1 - sum(lengths) / (len(lengths) * shape.length)
 
 
 def buckets(shape: RowShape, count: int, multiple: int = 128) -> tuple[RowShape, ...]:
     """At most `count` shapes for rows of different lengths, shortest first, `shape` itself last.
 
-    Lengths are 1/count, 2/count, ... of the whole, rounded up to a multiple; those that coincide are one.
+    Lengths are 1/count, 2/count, ... of the full length, rounded up to a multiple, without duplicates.
     Lengths after drops shrink in proportion; all buckets have as many images as `shape`.
 
     Raises:
       ConfigError: count is not positive.
     """
     if count < 1:
-        raise ConfigError(f"the number of buckets of lengths must be at least 1, got {count}")
+        raise ConfigError(f"the number of length buckets must be at least 1, got {count}")
     lengths = {-(-shape.length * part // (count * multiple)) * multiple for part in range(1, count)}
     shorter = [
-        RowShape(length, shape.images, tuple(-(-kept * length // shape.length) for kept in shape.kept))
+        dataclasses.replace(shape, length=length, kept=tuple(-(-kept * length // shape.length) for kept in shape.kept))
         for length in sorted(lengths)
         if length < shape.length
     ]
     made = (*shorter, shape)
-    _log.info("%d row shapes, of one program each: lengths %s", len(made), ", ".join(str(s.length) for s in made))
+    _log.info("%d row shapes, one program each: lengths %s", len(made), ", ".join(str(s.length) for s in made))
     return made
 
 
@@ -191,11 +176,11 @@ def bucket_of(loads: Iterable[Load], shapes: Sequence[RowShape]) -> RowShape:
     """The first of `shapes` that holds every row of a global batch.
 
     Args:
-      loads: of all rows of the batch, those of other hosts too: `PackedRows.loads`.
-      shapes: of `buckets`, shortest first.
+      loads: of all rows of the batch, including those of other hosts: `PackedRows.loads`.
+      shapes: from `buckets`, shortest first.
 
     Raises:
-      ValueError: not even the last one does.
+      ValueError: the last one is too small.
     """
     rows = list(loads)
     for shape in shapes:
@@ -206,16 +191,43 @@ def bucket_of(loads: Iterable[Load], shapes: Sequence[RowShape]) -> RowShape:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Rows of one window, and what each takes."""
+    """Rows of one window, and the load of each."""
 
     rows: tuple[Row, ...]
     loads: tuple[Load, ...]
 
 
-class PackedRows:
-    """Random access to the rows of a stream: row i is the tuple of the stream elements that share it.
+class SingleRows:
+    """The plan in which every row is one element of an endless stream."""
 
-    Safe to be read by several threads; a copy in another process (by pickle) plans for itself.
+    def __init__(
+        self, load_of: Callable[[int], Load], shape: RowShape, *, name_of: Callable[[int], str] = "element {}".format
+    ):
+        """See `PackedRows`."""
+        self._load_of, self._shape, self._name_of = load_of, shape, name_of
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, row: int) -> Row:
+        return (row,)
+
+    def loads(self, rows: Iterable[int]) -> list[Load]:
+        """What each of these rows takes of its shape.
+
+        Raises:
+          TooLargeForRow: more than it has.
+        """
+        elements = list(rows)
+        loads = [self._load_of(element) for element in elements]
+        _check_loads(loads, self._shape, lambda index: self._name_of(elements[index]))
+        return loads
+
+
+class PackedRows:
+    """Random access to the rows of a stream: row i is the tuple of the stream elements packed in it.
+
+    Thread-safe; a pickled copy in another process plans independently.
     """
 
     def __init__(
@@ -232,25 +244,25 @@ class PackedRows:
         name_of: Callable[[int], str] = "element {}".format,
         num_threads: int = 16,
     ):
-        """Plans nothing yet; the first row that is asked for measures its window.
+        """Does not plan yet; reading the first row measures its window.
 
         Args:
           load_of: stream element -> its load. Called from several threads.
-          shape: of every row.
-          seed: of the order of rows.
-          epoch: elements after which the stream begins anew; no window crosses from one epoch into the next.
+          shape: shape of every row.
+          seed: seed of the order of rows.
+          epoch: number of elements after which the stream repeats; no window spans two epochs.
             None for a stream without epochs.
-          repeat: whether the stream goes on after the first epoch.
-          window: most elements that are packed together. An epoch is cut into windows of equal size, to one
-            element.
-          folder: where loads are kept, local or `gs://`, shared by hosts or not; None keeps no files.
-          fingerprint: of all that decides which example a stream element is and what its load is.
-          name_of: stream element -> name of its sample, for messages.
-          num_threads: that measure a window.
+          repeat: whether the stream continues after the first epoch.
+          window: maximum number of elements packed together. An epoch is divided into windows of equal size (up to
+            one element).
+          folder: cache of loads, local or `gs://`, shared by hosts or not; None for no files.
+          fingerprint: hash of everything that determines the stream's examples and their loads.
+          name_of: stream element -> name of its sample, for errors.
+          num_threads: threads that measure a window.
 
         Raises:
-          ConfigError: there is no element.
-          ValueError: a stream that ends without an epoch, a window without elements, or a folder
+          ConfigError: the epoch is empty.
+          ValueError: a finite stream without an epoch, window or num_threads below 1, or a folder
             without a fingerprint.
         """
         if epoch is not None and epoch < 1:
@@ -258,9 +270,9 @@ class PackedRows:
         if window < 1 or num_threads < 1:
             raise ValueError(f"window and num_threads must be at least 1, got {window} and {num_threads}")
         if epoch is None and not repeat:
-            raise ValueError("a stream that is not repeated needs the number of its elements as epoch")
+            raise ValueError("a stream without repeat needs its number of elements as epoch")
         if folder is not None and not fingerprint:
-            raise ValueError("loads that are kept in a folder need a fingerprint of the data")
+            raise ValueError("a folder for loads needs a fingerprint of the data")
         self.shape = shape
         self._load_of, self._name_of, self._num_threads = load_of, name_of, num_threads
         self._seed, self._epoch, self._repeat, self._window = seed, epoch, repeat, window
@@ -275,8 +287,8 @@ class PackedRows:
     def _start_over(self) -> None:
         self._lock = threading.RLock()
         self._plans: OrderedDict[int, _Plan] = OrderedDict()
-        self._ends: list[int] = []  # rows up to and with each window, from the first one
-        self._listed: dict[int, int] | None = None  # rows of windows, by the names of files
+        self._ends: list[int] = []  # cumulative numbers of rows of the windows
+        self._listed: dict[int, int] | None = None  # numbers of rows per window, from the file names
 
     def __getstate__(self) -> dict[str, Any]:
         mutable = ("_lock", "_plans", "_ends", "_listed")
@@ -287,7 +299,7 @@ class PackedRows:
         self._start_over()
 
     def __len__(self) -> int:
-        """Number of rows; that of a stream that ends is exact, and measures all of it."""
+        """Number of rows; for a finite stream exact, which measures the whole stream."""
         if self._repeat:
             return ENDLESS
         with self._lock:
@@ -299,30 +311,30 @@ class PackedRows:
 
         Raises:
           IndexError: no such row.
-          TooLargeForRow: a sample of the row's window, or of one before, fits in no row.
+          TooLargeForRow: a sample of the row's window, or of a previous one, fits in no row.
         """
         plan, place = self._locate(row)
         return plan.rows[place]
 
     def loads(self, rows: Iterable[int]) -> list[Load]:
-        """What each of these rows takes of its shape."""
+        """The loads of these rows."""
         return [plan.loads[place] for plan, place in map(self._locate, rows)]
 
     def _locate(self, row: int) -> tuple[_Plan, int]:
-        """The plan of a row's window, and which of its rows it is."""
+        """The plan of a row's window, and the row's index in it."""
         row = operator.index(row)
         if row < 0:
-            raise IndexError(f"rows count from 0, got {row}")
+            raise IndexError(f"expected a row index of at least 0, got {row}")
         with self._lock:
             while not self._ends or self._ends[-1] <= row:
                 if not self._repeat and len(self._ends) == self._windows_per_epoch:
-                    raise IndexError(f"the data has {self._ends[-1]} rows, and none at {row}")
+                    raise IndexError(f"the data has {self._ends[-1]} rows, but not row {row}")
                 self._extend_to_window(len(self._ends))
             window = bisect.bisect_right(self._ends, row)
             return self._plan(window), row - (self._ends[window - 1] if window else 0)
 
     def _extend_to_window(self, last: int) -> None:
-        """Makes the prefix table reach window `last`."""
+        """Extends the prefix table to window `last`."""
         for window in range(len(self._ends), last + 1):
             count = self._listing().get(window)
             if count is None:
@@ -341,8 +353,8 @@ class PackedRows:
         packed = pack_window(loads, self.shape, lambda index: self._name_of(elements[index]))
         if self._listing().setdefault(window, len(packed)) != len(packed):
             raise StalePlan(
-                f"{self._folder}: window {window} has {len(packed)} rows, but the name of its file says "
-                f"{self._listing()[window]}: the data changed under one fingerprint; remove the folder"
+                f"{self._folder}: window {window} has {len(packed)} rows, but its file name has "
+                f"{self._listing()[window]}: the data changed with the same fingerprint; remove the folder"
             )
         if not kept:
             self._write(window, loads, len(packed))
@@ -369,7 +381,7 @@ class PackedRows:
             return list(pool.map(self._load_of, elements))
 
     def _listing(self) -> dict[int, int]:
-        """Numbers of rows by window: those that names of files told, and those found since."""
+        """Numbers of rows by window: those from file names, and those computed since."""
         if self._listed is None:
             self._listed = {}
             if self._folder is not None and self._folder.exists():
@@ -382,7 +394,7 @@ class PackedRows:
             window, count = int(match[1]), int(match[2])
             if listed.setdefault(window, count) != count:
                 raise StalePlan(
-                    f"{self._folder}: files say that window {window} has {listed[window]} and {count} rows; "
+                    f"{self._folder}: window {window} has files for {listed[window]} and for {count} rows; "
                     "remove the folder"
                 )
 
@@ -391,7 +403,7 @@ class PackedRows:
         return self._folder / f"{window:08d}-{count}.npz"
 
     def _read(self, window: int) -> list[Load] | None:
-        """Loads of a window that a file holds, perhaps one that another process wrote since."""
+        """Loads of a window from its file, which another process may have written."""
         if self._folder is None:
             return None
         if window not in self._listing() and self._folder.exists():
@@ -402,19 +414,20 @@ class PackedRows:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
                 table = file["loads"]
-            expected = (len(self._elements(window)), 2 + len(self.shape.kept))
+            expected = (len(self._elements(window)), 3 + len(self.shape.kept))
             if table.shape != expected:
-                raise ValueError(f"loads of the shape {expected} expected, got {table.shape}")
+                raise ValueError(f"expected loads of the shape {expected}, got {table.shape}")
         except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            _log.warning("%s cannot be read and is made again: %s", path, error)
+            _log.warning("%s cannot be read and is recomputed: %s", path, error)
             return None
-        return [Load(length, images, tuple(kept)) for length, images, *kept in table.tolist()]
+        return [Load(length, images, tuple(kept), pictures) for length, images, pictures, *kept in table.tolist()]
 
     def _write(self, window: int, loads: Sequence[Load], count: int) -> None:
         if self._folder is None:
             return
         data = io.BytesIO()
-        np.savez(data, loads=np.array([(load.length, load.images, *load.kept) for load in loads], np.int64))
+        table = [(load.length, load.images, load.pictures, *load.kept) for load in loads]
+        np.savez(data, loads=np.array(table, np.int64))
         path = self._path(window, count)
         partial = self._folder / f".{path.name}.{uuid.uuid4().hex}"
         try:
@@ -425,11 +438,11 @@ class PackedRows:
             finally:
                 partial.unlink(missing_ok=True)
         except OSError as error:
-            _log.warning("%s cannot be written; its loads are measured again when they are needed: %s", path, error)
+            _log.warning("%s cannot be written; its loads are measured again when needed: %s", path, error)
 
 
 def _shuffled(rows: Sequence[Row], seed: int, window: int) -> list[Row]:
-    """Rows in an order that depends on (seed, window) alone, in any version of any library."""
+    """Shuffles rows by (seed, window) only, independently of library versions."""
 
     def key(place: int) -> bytes:
         return hashlib.blake2b(f"{seed} {window} {place}".encode(), digest_size=16).digest()

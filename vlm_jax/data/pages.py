@@ -1,4 +1,4 @@
-"""Pages of handwritten digits: one digit a cell, at a random size and a random place in it."""
+"""Pages of handwritten digits: one digit per cell, at a random size and position in it."""
 
 import dataclasses
 
@@ -8,8 +8,8 @@ from jaxtyping import Int, UInt8
 from vlm_jax.config import ConfigError
 from vlm_jax.data.scans import NUM_CLASSES, Split, render
 
-MOST_SIZES = 8  # renderings are kept in at most this many sizes, evenly spread
-NOISE_BANK = 1 << 16  # where the noise of a page begins in the bank of normal deviates
+MOST_SIZES = 8  # renderings are stored in at most this many sizes, evenly spaced
+NOISE_BANK = 1 << 16  # number of possible offsets of a page's noise in the bank of normal deviates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Page:
 class DigitPages:
     """Composes pages from the scans of one split.
 
-    A page is made by copying renderings that were made once, so that it takes some tens of
+    A page is composed by copying stored renderings, which takes some tens of
     microseconds.
     """
 
@@ -48,7 +48,7 @@ class DigitPages:
         intensity: float = 0.0,
         noise: float = 0.0,
     ):
-        """Renders the scans of `split`, or takes them from an earlier call.
+        """Renders the scans of `split`, or reuses those of an earlier call.
 
         Args:
           split: "train" or "test".
@@ -56,31 +56,31 @@ class DigitPages:
           cols: columns of cells, C.
           page_size: side of the square page, pixels.
           min_digit: smallest side of a pasted digit, pixels; its ink may be narrower.
-          max_digit: largest side, pixels; must fit into the smallest cell.
-          variants: warped copies of every scan to draw from, next to the scan itself.
+          max_digit: largest side, pixels; must fit in the smallest cell.
+          variants: warped copies of every scan, in addition to the scan.
           intensity: a page's ink is multiplied by a number in [1 - intensity, 1].
           noise: a page's noise is normal, with a standard deviation in [0, noise] grey levels of 255.
 
         Raises:
-          ConfigError: an impossible value, by its key under config.data.
+          ConfigError: an invalid value; names its key under config.data.
         """
         for key, value in (("rows", rows), ("cols", cols), ("min_digit", min_digit)):
             if value < 1:
-                raise ConfigError(f"config.data.{key}: at least 1 expected, got {value}")
+                raise ConfigError(f"config.data.{key}: expected at least 1, got {value}")
         if max_digit < min_digit:
             raise ConfigError(f"config.data.max_digit: {max_digit} is below min_digit, {min_digit}")
         cell = min(page_size // rows, page_size // cols)
         if max_digit > cell:
             raise ConfigError(
-                f"config.data.max_digit: a digit of {max_digit} pixels does not fit into a cell of {cell} "
+                f"config.data.max_digit: a digit of {max_digit} pixels does not fit in a cell of {cell} "
                 f"({rows}x{cols} cells on {page_size} pixels); set it to {cell} or less, or enlarge page_size"
             )
         if variants < 0:
-            raise ConfigError(f"config.data.variants: 0 or more expected, got {variants}")
+            raise ConfigError(f"config.data.variants: expected 0 or more, got {variants}")
         if not 0.0 <= intensity < 1.0:
-            raise ConfigError(f"config.data.intensity: a fraction in [0, 1) expected, got {intensity}")
+            raise ConfigError(f"config.data.intensity: expected a fraction in [0, 1), got {intensity}")
         if noise < 0.0:
-            raise ConfigError(f"config.data.noise: 0 or more grey levels expected, got {noise}")
+            raise ConfigError(f"config.data.noise: expected 0 or more grey levels, got {noise}")
         self.rows, self.cols, self.page_size = rows, cols, page_size
         self._intensity, self._noise = intensity, noise
         spread = np.linspace(min_digit, max_digit, min(MOST_SIZES, max_digit - min_digit + 1))
@@ -95,9 +95,9 @@ class DigitPages:
             self._deviates = deviates.astype(np.float32)
 
     def compose(self, rng: np.random.Generator) -> Page:
-        """Draws one page; every choice is uniform.
+        """Generates one page; all random choices are uniform.
 
-        Digits are drawn first, then one of the digit's scans (and variants), so that the classes are
+        Digits are sampled first, then one of the digit's scans (and variants), so that the classes are
         balanced. The size is the side of the pasted square; offsets keep the square in its cell.
         """
         table = self._renderings
@@ -116,7 +116,7 @@ class DigitPages:
         return Page(self._weathered(pixels, rng)[:, :, None], classes.reshape(grid), boxes.reshape(*grid, 4))
 
     def _weathered(self, pixels: UInt8[np.ndarray, "size size"], rng: np.random.Generator) -> np.ndarray:
-        """The page with paler ink and noise, as far as the two are set."""
+        """The page with paler ink and noise, where these are set."""
         if not self._intensity and not self._noise:
             return pixels
         paler, louder, start = rng.random(3)

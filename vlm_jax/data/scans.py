@@ -17,10 +17,10 @@ from sklearn.datasets import load_digits
 Split = Literal["train", "test"]
 NUM_CLASSES = 10
 SCAN_SIZE = 8
-TEST_EVERY = 5  # of the scans of a class, in the order of the file, every fifth is for testing
-FAINTEST_INK = 24  # of 255: paler pixels of a rendered scan are paper, so that a box means something
+TEST_EVERY = 5  # every fifth scan of a class, in the order of the file, is for testing
+FAINTEST_INK = 24  # of 255: paler pixels of a rendered scan are set to 0, so that its box is meaningful
 
-# How far a warped variant may go: handwriting that another writer could have written.
+# Limits of warped variants: plausible handwriting.
 MAX_ROTATION = math.radians(10.0)
 MAX_SHEAR = 0.15
 SMALLEST_SCALE = 0.85
@@ -33,7 +33,7 @@ class Scans:
 
     Attributes:
       pixels: 0 is paper, 255 is ink.
-      classes: the digit that each scan shows.
+      classes: the digit of each scan.
     """
 
     pixels: UInt8[np.ndarray, "n 8 8"]
@@ -44,8 +44,8 @@ class Scans:
 def load_scans(split: Split) -> Scans:
     """The scans of a split.
 
-    The split is fixed: it depends on no seed, holds every fifth scan of every class (20%) back for
-    testing, and no scan is in both parts.
+    The split is fixed, without a seed: every fifth scan of every class (20%) is in the test split,
+    the others in the training split.
     """
     levels, classes = load_digits(return_X_y=True)
     grey = np.rint(levels * (255 / 16)).astype(np.uint8).reshape(-1, SCAN_SIZE, SCAN_SIZE)
@@ -60,13 +60,13 @@ def load_scans(split: Split) -> Scans:
 
 @dataclasses.dataclass(frozen=True)
 class Renderings:
-    """Every scan of a split in every variant and size, ready to be pasted.
+    """Every scan of a split in every variant and size.
 
-    The renderings of a class are neighbours: those of digit c are first[c] to first[c] + count[c].
+    The renderings of a class are consecutive: those of digit c are first[c] to first[c] + count[c] - 1.
 
     Attributes:
       sizes: side of the square renderings of each table, pixels, ascending.
-      pixels: one table for each size; pixels paler than FAINTEST_INK are 0.
+      pixels: one table per size; pixels paler than FAINTEST_INK are 0.
       boxes: (left, top, right, bottom) of each rendering's ink in each table, pixels, right and
         bottom excluded.
       first: first rendering of each class.
@@ -82,13 +82,13 @@ class Renderings:
 
 @functools.lru_cache(maxsize=8)
 def render(split: Split, sizes: tuple[int, ...], variants: int) -> Renderings:
-    """Renders the scans of a split once, for all pages to come.
+    """Renders the scans of a split, once for all pages.
 
     Args:
       split: "train" or "test".
       sizes: sides in pixels, ascending.
-      variants: warped copies of each scan, next to the scan itself; the warps are drawn from a
-        fixed generator, so that a page depends on the run's seed alone.
+      variants: warped copies of each scan, in addition to the scan; the warps have a
+        fixed seed, so that a page depends only on the run's seed.
     """
     scans = load_scans(split)
     rng = np.random.default_rng(0)
@@ -113,7 +113,7 @@ def render(split: Split, sizes: tuple[int, ...], variants: int) -> Renderings:
 
 
 def _random_warp(rng: np.random.Generator) -> np.ndarray:
-    """The 2x2 matrix from a rendering's coordinates to its scan's, both centred, same unit."""
+    """The 2x2 matrix from a rendering's coordinates to its scan's, both centred, in the same unit."""
     angle = rng.uniform(-MAX_ROTATION, MAX_ROTATION)
     shear = rng.uniform(-MAX_SHEAR, MAX_SHEAR)
     scale = rng.uniform(SMALLEST_SCALE, 1.0, size=2)
@@ -136,7 +136,7 @@ def _without_faint(pixels: np.ndarray) -> UInt8[np.ndarray, "n size size"]:
 
 
 def _ink_boxes(pixels: UInt8[np.ndarray, "n size size"]) -> Int[np.ndarray, "n 4"]:
-    """The tightest (left, top, right, bottom) about the pixels that are not 0."""
+    """The tight bounding box (left, top, right, bottom) of the nonzero pixels."""
     size = pixels.shape[1]
     cols, rows = pixels.max(axis=1) > 0, pixels.max(axis=2) > 0
     return np.stack(

@@ -1,41 +1,61 @@
-"""What every data source offers, and what it borrows from the processors' room.
+"""The interface of data sources, and the functions of `processors` that they need.
 
-A source is opened in two steps, so that a config can be checked before anything is read:
-its settings are a dataclass (parsed from `config.data`, checked when made), and `settings.open(tools)`
+A source is opened in two steps, so that a config is checked before anything is read:
+its settings are a dataclass (parsed from `config.data`, checked when created), and `settings.open(tools)`
 reads the data and returns a `Source`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from vlm_jax.types import Grid, Tree
+from vlm_jax.types import Grid
 
-# Elements of a stream without end: element i is made from (seed, i), whatever i.
+# Length of an endless stream, whose element i depends on (seed, i).
 ENDLESS = 1 << 48
 
 
 @dataclasses.dataclass(frozen=True)
 class Tools:
-    """Functions of the processors' room, handed in because `data` does not import it.
+    """Functions of the package `processors`, passed in because `data` does not import it.
 
     Attributes:
       format_box: (box in pixels, height, width) -> the box as text; `processors.boxes.format_box`.
       read_image: (path, *, channels, max_pixels) -> uint8 [height, width, channels]; raises OSError
         or ValueError for a file without a usable image; `processors.image.open_image`.
+      image_size: (path, *, max_pixels) -> its upright (height, width), by its header; raises likewise;
+        `processors.image.image_size`.
       prepare_image: uint8 [height, width, channels] -> the encoder's float32 pixels;
         `Experiment.prepare_image`.
     """
 
     format_box: Callable[..., str]
     read_image: Callable[..., UInt8[np.ndarray, "height width channels"]]
+    image_size: Callable[..., tuple[int, int]]
     prepare_image: Callable[
         [UInt8[np.ndarray, "height width channels"]], Float[np.ndarray, "new_height new_width new_channels"]
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class SizedStream:
+    """A training stream of which it is known, before any pixel is decoded, how large its samples are.
+
+    Attributes:
+      samples: element i is that of `Source.train`, but None where it cannot be read.
+      sizes: of the same samples; None where not even the sizes can be read.
+      epoch: elements after which the samples come again, in another order; None for a stream without epochs.
+      fingerprint: of the data that the samples are made from.
+    """
+
+    samples: grain.MapDataset[Any]
+    sizes: grain.MapDataset[Any]
+    epoch: int | None
+    fingerprint: str
 
 
 @runtime_checkable
@@ -43,32 +63,36 @@ class Source(Protocol):
     """An opened source.
 
     Attributes:
-      streams: names that `train` and `evaluation` take; "questions" is always one.
-      tasks: every task that a turn of this source can have, in a fixed order.
-      channels: of its pictures, 1 or 3.
+      streams: names that `train` and `evaluation` accept, always including "questions".
+      tasks: all tasks of this source's turns, in a fixed order.
+      channels: channels of its images, 1 or 3.
     """
 
     streams: tuple[str, ...]
     tasks: tuple[str, ...]
     channels: int
 
-    def train(self, stream: str, seed: int) -> grain.MapDataset[Tree]:
-        """An endless stream whose element i depends on (seed, i) and the data alone."""
+    def train(self, stream: str, seed: int) -> grain.MapDataset[Any]:
+        """An endless stream whose element i depends only on (seed, i) and the data."""
         ...
 
-    def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Tree]:
-        """A fixed, finite set that shares no picture with training; may be iterated again."""
+    def sized(self, stream: str, seed: int) -> SizedStream:
+        """The stream of `train` with the sizes of its samples; what cannot be read is left out, not replaced."""
+        ...
+
+    def evaluation(self, seed: int, stream: str = "questions") -> Iterable[Any]:
+        """A fixed, finite set without images of the training data; may be iterated repeatedly."""
         ...
 
 
 @runtime_checkable
 class Settings(Protocol):
-    """The config section of a source; all but the data is known before it is opened.
+    """The config section of a source, with everything known before it is opened.
 
     Attributes:
-      streams: names that `train` and `evaluation` take.
-      num_images: pictures of every sample of `questions`; None where it differs.
-      context_length: most tokens that the text of a sample without pictures takes.
+      streams: names that `train` and `evaluation` accept.
+      num_images: images per sample of `questions`; None where it varies.
+      context_length: maximum tokens of the text of a sample without images.
       cells: rows and columns of the stream `cells`, or None without one.
       num_classes: classes of a cell.
     """

@@ -1,21 +1,28 @@
 """Visual questions in JSONL files next to their images, as a data source.
 
-`vqa_records` tells the format. Lines are all checked when the source is opened; an image is opened
-when its sample is asked for.
+`vqa_records` describes the format. All lines are checked when the source is opened; an image is opened
+when its sample is read.
 """
 
 import dataclasses
+import functools
+import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
+from etils import epath
 
 from vlm_jax.config import ConfigError, did_you_mean
-from vlm_jax.data.source import Tools
+from vlm_jax.data.packing import fingerprint
+from vlm_jax.data.source import SizedStream, Tools
 from vlm_jax.data.vqa_records import Record, read_records
-from vlm_jax.types import Fields, Sample, images_of
+from vlm_jax.types import Fields, Sample, SampleSizes, images_of
+
+Found = TypeVar("Found")
 
 STREAMS = ("questions",)
 _log = logging.getLogger(__name__)
@@ -32,13 +39,13 @@ class VqaFiles:
     Attributes:
       train_path: JSONL file, local or `gs://`.
       evaluation_path: JSONL file of the evaluation; not the training file.
-      channels: 1 (grey) or 3 (RGB) that images are converted to.
-      num_images: images that every line has; None for any number, as of the frames of clips.
-      tasks: names that a line's `task` may have.
-      max_corrupt: records without a readable image that each of the two files may have; they are
-        skipped, each with a warning. Input workers count for themselves.
-      max_pixels: height * width over which an image counts as corrupt.
-      evaluation_size: records to evaluate, drawn by the seed; None for all.
+      channels: 1 (grey) or 3 (RGB), to which images are converted.
+      num_images: images of every line; None for any number, such as frames of clips.
+      tasks: allowed values of a line's `task`.
+      max_corrupt: maximum number of records without a readable image in each of the two files; they are
+        skipped, each with a warning. Each input worker counts separately.
+      max_pixels: height * width above which an image counts as corrupt.
+      evaluation_size: records to evaluate, sampled by the seed; None for all.
     """
 
     train_path: str
@@ -57,35 +64,33 @@ class VqaFiles:
 
     def __post_init__(self):
         if self.channels not in (1, 3):
-            raise ConfigError(f"config.data.channels: images have 1 or 3 channels, got {self.channels}")
+            raise ConfigError(f"config.data.channels: expected 1 or 3, got {self.channels}")
         if not self.tasks:
-            raise ConfigError("config.data.tasks: at least one task expected")
+            raise ConfigError("config.data.tasks: expected at least one task, got none")
         if self.num_images is not None and self.num_images < 1:
-            raise ConfigError(f"config.data.num_images: at least 1 expected, got {self.num_images}")
+            raise ConfigError(f"config.data.num_images: expected at least 1, got {self.num_images}")
         if self.max_corrupt < 0:
-            raise ConfigError(f"config.data.max_corrupt: 0 or more expected, got {self.max_corrupt}")
+            raise ConfigError(f"config.data.max_corrupt: expected 0 or more, got {self.max_corrupt}")
         if self.evaluation_size is not None and self.evaluation_size < 1:
-            raise ConfigError(f"config.data.evaluation_size: at least 1 expected, got {self.evaluation_size}")
+            raise ConfigError(f"config.data.evaluation_size: expected at least 1, got {self.evaluation_size}")
         if self.train_path == self.evaluation_path:
-            raise ConfigError(
-                f"config.data.evaluation_path: it is the training file, {self.train_path}; hold examples back for it"
-            )
+            raise ConfigError(f"config.data.evaluation_path: is train_path, {self.train_path}; use a separate file")
 
     def open(self, tools: Tools) -> "VqaFileSource":
         """Reads and checks both files.
 
         Raises:
           ConfigError: a file does not exist.
-          MalformedRecords: lines that are no records.
+          MalformedRecords: lines that are not valid records.
         """
         return VqaFileSource(self, tools)
 
 
 class Records:
-    """Random access to the samples of a file, for grain; skips what cannot be read.
+    """Random access to the samples of a file, for grain; skips unreadable records.
 
-    A record without a readable image is named in a warning and counted, once, and from then on the
-    next readable record of the file stands in its place, so that every index has a sample and
+    A record without a readable image is named in a warning and counted, once, and is replaced by the
+    next readable record of the file, so that every index has a sample and
     batches keep their order on every shard.
     """
 
@@ -101,7 +106,7 @@ class Records:
         return len(self.records)
 
     def __getstate__(self) -> Fields:
-        """For a process of its own, which counts for itself what it cannot read."""
+        """State for another process, which counts unreadable records separately."""
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
     def __setstate__(self, state: Fields) -> None:
@@ -110,12 +115,12 @@ class Records:
 
     @property
     def corrupt(self) -> dict[str, str]:
-        """Records without a readable image so far: id to reason."""
+        """Records without a readable image so far: id -> reason."""
         with self._lock:
             return dict(self._corrupt)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at `index`, or the next that can be read.
+        """The sample at `index`, or the next readable one.
 
         Raises:
           TooManyCorruptImages: more than `max_corrupt` records cannot be read, or none can.
@@ -132,16 +137,35 @@ class Records:
         Raises:
           TooManyCorruptImages: more than `max_corrupt` records cannot be read.
         """
+        record, settings = self.records[index], self._settings
+        read = functools.partial(self._tools.read_image, channels=settings.channels, max_pixels=settings.max_pixels)
+        images = self._of_images(record, read)
+        return None if images is None else Sample(self._name(record), record.messages, images, record.task)
+
+    def sizes(self, index: int) -> SampleSizes | None:
+        """The sample at `index` without its pixels, or None if the header of an image cannot be read.
+
+        Raises:
+          TooManyCorruptImages: as `read`.
+        """
         record = self.records[index]
+        found = self._of_images(record, functools.partial(self._tools.image_size, max_pixels=self._settings.max_pixels))
+        return None if found is None else SampleSizes(self._name(record), record.messages, found)
+
+    def fingerprint(self) -> str:
+        """Of the file: where it is and what it holds."""
+        content = hashlib.blake2b(epath.Path(self._path).read_bytes(), digest_size=16).hexdigest()
+        return fingerprint({"path": self._path, "content": content})
+
+    def _name(self, record: Record) -> str:
+        return f"{self._path}:{record.record_id}"
+
+    def _of_images(self, record: Record, read: Callable[[str], Found]) -> tuple[Found, ...] | None:
         try:
-            images = tuple(
-                self._tools.read_image(path, channels=self._settings.channels, max_pixels=self._settings.max_pixels)
-                for path in record.images
-            )
+            return tuple(read(path) for path in record.images)
         except (OSError, ValueError) as error:
             self._count(record, error)
             return None
-        return Sample(f"{self._path}:{record.record_id}", record.messages, images, record.task)
 
     def _count(self, record: Record, error: Exception) -> None:
         with self._lock:
@@ -175,19 +199,30 @@ class VqaFileSource:
         self.evaluation_records = Records(settings.evaluation_path, settings, "evaluation_path", tools)
 
     def train(self, stream: str, seed: int) -> grain.MapDataset[Sample]:
-        """The training records, shuffled anew by (seed, epoch), without end.
+        """The training records, shuffled by (seed, epoch), endless.
 
         Raises:
           ConfigError: no such stream.
         """
         _check_stream(stream)
-        return grain.MapDataset.source(self.train_records).seed(seed).shuffle().repeat()
+        return _shuffled(self.train_records, seed)
+
+    def sized(self, stream: str, seed: int) -> SizedStream:
+        """As `Source.sized`; sizes are those in the headers of the images.
+
+        Raises:
+          ConfigError: no such stream.
+        """
+        _check_stream(stream)
+        records, count = self.train_records, len(self.train_records)
+        samples, sizes = (_shuffled(_Elements(read, count), seed) for read in (records.read, records.sizes))
+        return SizedStream(samples, sizes, count, records.fingerprint())
 
     def evaluation(self, seed: int, stream: str = "questions") -> "EvaluationSamples":
         """The evaluation records in the order of the file, one sample for every turn.
 
-        A question of a longer conversation is asked by itself, and its sample is named `id#turn`.
-        Images are read anew at every iteration; a record without a readable image is left out.
+        Each question of a longer conversation is a separate sample, named `id#turn`.
+        Images are read again in every iteration; a record without a readable image is omitted.
 
         Raises:
           ConfigError: no such stream.
@@ -201,11 +236,29 @@ class VqaFileSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Elements:
+    """Random access to what a function reads at each of `count` indices."""
+
+    read: Callable[[int], Any]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(index)
+
+
+def _shuffled(elements: Any, seed: int) -> grain.MapDataset[Any]:
+    return grain.MapDataset.source(elements).seed(seed).shuffle().repeat()
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationSamples:
     """Samples of one turn, read as they are iterated, any number of times.
 
     Attributes:
-      records: where they are from.
+      records: the records of the file.
       indices: the records to read, in order.
     """
 
@@ -226,7 +279,7 @@ class EvaluationSamples:
 
 
 def _alone(sample: Sample, place: int, name: str) -> Sample:
-    """One question of a conversation with its answer, behind the images that were shown by then."""
+    """One question of a conversation with its answer, after the images that precede it."""
     shown = [item for message in sample.messages[:place] for item in images_of(message)]
     question = sample.messages[place]
     content = (

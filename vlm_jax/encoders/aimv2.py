@@ -5,12 +5,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.encoders.last_attention import run_with_saliency
 from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
+from vlm_jax.layers.saliency import Saliency
 from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 
@@ -31,6 +33,8 @@ class AIMv2(nn.Module):
         embeddings, -1 the output of the last block. Later blocks are not built. None runs the
         whole model.
       norm_epsilon: epsilon of every RMSNorm.
+      saliency: as in `Trunk`: the mean over the tokens of the same image, as there is no class token. For reducers;
+        `build` sets it.
       remat, unroll: as in `TransformerStack`.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
@@ -49,6 +53,7 @@ class AIMv2(nn.Module):
     final_norm: bool = False
     select_layer: int | None = None
     norm_epsilon: float = 1e-5
+    saliency: Saliency = "none"
     remat: RematPolicy = "none"
     unroll: int = 1
     dtype: Dtype = jnp.float32
@@ -104,9 +109,14 @@ class AIMv2(nn.Module):
             unroll=self.unroll,
             name="blocks",
         )
-        hidden = x[None] if collect else None
-        if depth:
+        hidden, saliency, keys = x[None] if collect else None, None, None
+        if self.saliency != "none":
+            if collect or not depth:
+                raise ValueError("saliency is that of a last block, without collected states: leave out `collect`")
+            x, saliency, keys = run_with_saliency(stack, x, Context("full"), self.saliency, class_token=False)
+        elif depth:
             x, _, hidden = stack(x, Context("full"), collect=collect)
         if self.final_norm and self.select_layer is None:
             x = Norm(name="final_norm", **norm)(x)
-        return VisualFeatures(x, jnp.ones(x.shape[:2], bool), self.grid(height, width), hidden=hidden)
+        mask, grid = jnp.ones(x.shape[:2], bool), self.grid(height, width)
+        return VisualFeatures(x, mask, grid, hidden=hidden, saliency=saliency, keys=keys)

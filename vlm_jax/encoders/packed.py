@@ -12,7 +12,8 @@ from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.block import RematPolicy
 from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
-from vlm_jax.layers.windowed_stack import Saliency, WindowedStack, restore_order
+from vlm_jax.layers.saliency import Saliency
+from vlm_jax.layers.windowed_stack import WindowedStack, restore_order
 from vlm_jax.types import PADDING_SEGMENT, Dtype, Grid, PackedPatches, PatchFormat, VisualFeatures
 
 

@@ -7,12 +7,13 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
+from vlm_jax.encoders.last_attention import run_with_saliency
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
-from vlm_jax.layers.saliency import attention_saliency, segment_saliency
+from vlm_jax.layers.saliency import Saliency
 from vlm_jax.layers.token_merging import run_merging
 from vlm_jax.types import Dtype, Grid, VisualFeatures
 
@@ -78,7 +79,7 @@ class Trunk(nn.Module, kw_only=True):
     representation_size: int | None = None
     projection_dim: int | None = None
     projection_bias: bool = False
-    saliency: Literal["none", "heads", "joined"] = "none"
+    saliency: Saliency = "none"
     merged: tuple[int, ...] = ()
     merging: Literal["exact", "as_released"] = "exact"
     remat: RematPolicy = "none"
@@ -160,7 +161,9 @@ class Trunk(nn.Module, kw_only=True):
             x, segments, grid = tokens.x, tokens.segments, (1, tokens.x.shape[1] - num_prefix)
             kept = tokens.place[:, num_prefix:] - num_prefix
         elif self.saliency != "none":
-            x, saliency, keys = self._run_looked_into(stack, x, Context("full", segments, segments), num_prefix)
+            context, first = Context("full", segments, segments), 0 if self.keep_class_token else num_prefix
+            x, saliency, keys = run_with_saliency(stack, x, context, self.saliency, class_token=num_prefix > 0)
+            saliency, keys = saliency[:, first:], keys[:, first:]
         elif self.num_blocks:
             x, _, hidden = stack(x, Context("full", segments, segments), collect=collect or bool(self.levels))
         levels = [] if hidden is None else [hidden[i] for i in self._level_numbers()]
@@ -220,22 +223,6 @@ class Trunk(nn.Module, kw_only=True):
                 "with `saliency` or `merged`, leave out `collect` and levels, with `merged` also keep_class_token, and "
                 "select a later layer than 0"
             )
-
-    def _run_looked_into(
-        self, stack: TransformerStack, x: Float[Array, "B T D"], context: Context, num_prefix: int
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B N"], Float[Array, "B N K H"]]:
-        """The blocks' output; the attention in the last, from the class token or all tokens of the image; its keys."""
-        last = self.num_blocks - 1
-        x, _ = stack.run(x, context, 0, last)
-        x, _, heads = stack.attend(x, context, last)
-        x = stack.feed_forward(x, last)
-        looking = heads.joined() if self.saliency == "joined" else heads
-        if num_prefix:
-            saliency = attention_saliency(looking, context, jnp.zeros(x.shape[:2]).at[:, 0].set(1))
-        else:
-            saliency = segment_saliency(looking, context)
-        first = 0 if self.keep_class_token else num_prefix
-        return x, saliency[:, first:], heads.key[:, first:]
 
     def _pool(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, num_prefix: int

@@ -12,7 +12,7 @@ from vlm_jax.types import Array
 
 @jax.jit
 def _ranks(queries: Array, query_groups: Array, candidates: Array, candidate_groups: Array) -> jax.Array:
-    """How many wrong candidates are at least as similar to each query as its best right one."""
+    """Number of wrong candidates at least as similar to each query as its best correct one."""
     similarity = jnp.einsum("qd,cd->qc", queries, candidates, precision="highest")
     right = query_groups[:, None] == candidate_groups[None, :]
     best = jnp.max(jnp.where(right, similarity, -jnp.inf), axis=1)
@@ -41,27 +41,27 @@ def retrieval_recall(
     ks: Sequence[int] = (1, 5, 10),
     block_size: int = 1024,
 ) -> dict[str, float]:
-    """Recall at every k, image to text and text to image, with one or several texts an image.
+    """Recall at every k, image to text and text to image, with one or several texts per image.
 
-    A query is a hit where a right candidate is among the k most similar. A wrong candidate that is
-    exactly as similar as the right one stands before it, so features that say nothing score nothing.
+    A query is a hit where a correct candidate is among the k most similar. A wrong candidate that is
+    exactly as similar as the correct one is ranked before it, so constant features have recall 0.
 
     Args:
       image_features: [I, D] float, normalised by the caller.
       text_features: [T, D] float, normalised by the caller.
       text_image: [T] int, in [0, I): the image that each text describes; None: text i describes
         image i.
-      ks: numbers of candidates looked at, each at least 1.
-      block_size: queries whose similarities to all candidates are held at one time.
+      ks: numbers of candidates, each at least 1.
+      block_size: queries whose similarities to all candidates are in memory at a time.
 
     Returns:
       {"image_to_text/recall@1": …, "text_to_image/recall@1": …, …}, fractions in [0, 1].
 
     Raises:
-      ValueError: shapes that do not fit, features that are not finite, a text of no image, an image
+      ValueError: incompatible shapes, features that are not finite, a text without an image, an image
         without text, a k or block size below 1.
 
-    Source: Karpathy & Fei-Fei 2015, section 4.1, as CLIP and SigLIP report it on Flickr30k and COCO.
+    Source: Karpathy & Fei-Fei 2015, section 4.1, as reported by CLIP and SigLIP on Flickr30k and COCO.
     """
     images, texts = (np.asarray(x, np.float32) for x in (image_features, text_features))
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
@@ -70,12 +70,12 @@ def retrieval_recall(
         if len(images) != len(texts):
             raise ValueError(
                 f"expected as many texts as images without text_image, got {len(texts)} texts and "
-                f"{len(images)} images; give text_image, the image of each text"
+                f"{len(images)} images; pass text_image, the image of each text"
             )
         text_image = np.arange(len(texts))
     text_image = np.asarray(text_image)
     if text_image.shape != (len(texts),):
-        raise ValueError(f"expected text_image of shape ({len(texts)},), one entry a text, got {text_image.shape}")
+        raise ValueError(f"expected text_image of shape ({len(texts)},), one entry per text, got {text_image.shape}")
     _check_values(images, texts, text_image, (*ks, block_size))
 
     groups = np.arange(len(images))
@@ -98,6 +98,8 @@ def _check_values(images: np.ndarray, texts: np.ndarray, text_image: np.ndarray,
         )
     alone = np.setdiff1d(np.arange(len(images)), text_image)
     if alone.size:
-        raise ValueError(f"expected a text for every image, got none for image {alone[0]} ({alone.size} such); drop it")
+        raise ValueError(
+            f"expected a text for every image, got none for image {alone[0]} ({alone.size} such); remove it"
+        )
     if min(counts) < 1:
         raise ValueError(f"expected every k and block_size to be at least 1, got {counts}")

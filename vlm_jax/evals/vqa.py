@@ -1,4 +1,4 @@
-"""Accuracy of generated answers, task by task, with 95% intervals."""
+"""Accuracy of generated answers per task, with 95% intervals."""
 
 import dataclasses
 import math
@@ -18,18 +18,22 @@ from vlm_jax.types import TEXT_SLOT, Params, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
-KEYS = ("config.evaluation.question_length", "config.data.num_images")  # what bounds a prompt
+# What bounds a prompt.
+KEYS = {
+    "positions": "config.evaluation.question_length",
+    "tiles or patches": "config.data.num_images",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One sample, what the model said, and whether it counts as right.
+    """One sample, the model's answer, and whether it is correct.
 
     Attributes:
-      sample: what was asked.
-      text: what the model said.
-      correct: whether that counts as right.
-      visual_tokens: of each of the sample's images, how many reached the decoder.
+      sample: the sample.
+      text: the model's answer.
+      correct: whether it is correct.
+      visual_tokens: for each of the sample's images, the number that entered the decoder.
     """
 
     sample: Sample
@@ -39,17 +43,17 @@ class Answer:
 
 
 def exact(answer: str, reference: str) -> bool:
-    """The same text, spaces at the ends aside."""
+    """Equality of texts, ignoring spaces at the ends."""
     return answer.strip() == reference.strip()
 
 
 def overlap(answer: str, reference: str) -> bool:
-    """Exactly one box, overlapping the reference's with an intersection over union of 0.5 or more."""
+    """Whether the answer has exactly one box, with an intersection over union of at least 0.5 with the reference's."""
     boxes, wanted = parse_boxes(answer), parse_boxes(reference)
     return len(boxes) == 1 and intersection_over_union(boxes[0], wanted[0]) >= MIN_IOU
 
 
-# Tasks that are not scored by exact match.
+# Tasks with another metric than exact match.
 SCORERS: dict[str, Callable[[str, str], bool]] = {"locate": overlap}
 
 
@@ -62,7 +66,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     Source: Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4.
     """
     if trials < 1:
-        raise ValueError("an interval needs at least one trial")
+        raise ValueError("expected at least one trial, got none")
     share, z2 = successes / trials, Z95**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
@@ -77,12 +81,12 @@ def answer_all(
 
     Raises:
       SequenceTooLong: a prompt is longer than `config.evaluation.question_length` allows, or a reference answer
-        longer than `max_new_tokens`, so that no generated answer could equal it.
-      ValueError: a prompt has another number of places for visual tokens than its images take.
+        longer than `max_new_tokens`.
+      ValueError: the number of visual tokens in a prompt differs from that of its images.
     """
     samples, mesh = list(samples), mesh_of(params)
     if mesh is not None and mesh.shape[CONTEXT] > 1:
-        mesh = None  # new tokens come one by one, and are not shared out over it
+        mesh = None  # generation does not shard the sequence
     params = prepared(params, mesh)  # once for all batches
     system, shape, size = experiment.system, experiment.prompt, settings.batch_size
     processor, answers = system.processor, []
@@ -111,7 +115,7 @@ def answer_all(
             correct = ended is not None and SCORERS.get(sample.task, exact)(text, sample.answer)
             counts = example.visual_tokens
             if sum(counts) != shown:
-                raise ValueError(f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places")
+                raise ValueError(f"sample '{sample.sample_id}': expected {counts} visual tokens, got {shown} positions")
             answers.append(Answer(sample, text, correct, counts))
     return answers
 
@@ -126,14 +130,14 @@ def _check_reference(tokenizer: Tokenizer, sample: Sample, max_new_tokens: int) 
 
 
 def realised_tokens(answers: Iterable[Answer]) -> dict[str, float | int]:
-    """{"mean", "max"} of the visual tokens of an image, over all images; 0 where there are none."""
+    """{"mean", "max"} of the visual tokens of an image, over all images; 0 without images."""
     counts = [count for answer in answers for count in answer.visual_tokens]
     mean = sum(counts) / max(len(counts), 1)
     return {"mean": int(mean) if mean.is_integer() else mean, "max": max(counts, default=0)}
 
 
 def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:
-    """{task: {"mean", "low", "high", "n"}}, the interval being Wilson's at 95%."""
+    """{task: {"mean", "low", "high", "n"}}, with Wilson's 95% interval."""
     by_task: dict[str, list[bool]] = {}
     for answer in answers:
         by_task.setdefault(answer.sample.task, []).append(answer.correct)
@@ -141,6 +145,6 @@ def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:
 
 
 def share(successes: int, trials: int) -> dict[str, float | int]:
-    """{"mean", "low", "high", "n"} of a proportion, the interval being Wilson's at 95%."""
+    """{"mean", "low", "high", "n"} of a proportion, with Wilson's 95% interval."""
     low, high = wilson_interval(successes, trials)
     return {"mean": successes / trials, "low": low, "high": high, "n": trials}

@@ -25,28 +25,28 @@ def class_embeddings(
     *,
     batch_size: int = 256,
 ) -> Float[np.ndarray, "classes D"]:
-    """One embedding a class: the normalised mean of the normalised features of all its prompts.
+    """One embedding per class: the normalised mean of the normalised features of all its prompts.
 
     Args:
-      encode_text: from a list of `batch_size` prompts to their features [batch_size, D], which
+      encode_text: function from a list of `batch_size` prompts to their features [batch_size, D], which
         need not be normalised. Always called with a full list, so that it compiles once; the last
-        one is filled up with copies of its last prompt.
-      class_names: texts to classify into, in the order of the labels.
-      templates: prompts with one `{}` where the class name goes, "a photo of a {}.".
-      batch_size: prompts a call.
+        one is padded with copies of its last prompt.
+      class_names: class names, in the order of the labels.
+      templates: prompts with one `{}` for the class name, "a photo of a {}.".
+      batch_size: prompts per call.
 
     Returns:
-      [classes, D] float32 of length 1.
+      [classes, D] float32 of norm 1.
 
     Raises:
       ValueError: no class, no template, a template without exactly one `{}`, a batch size below 1,
-        features of another number of rows, or of length 0 or not finite.
+        features with another number of rows, of norm 0, or not finite.
 
     Source: Radford et al. 2021 (CLIP), section 3.1.4.
     """
     if not class_names or not templates or batch_size < 1:
         raise ValueError(
-            f"expected at least one class, template and prompt a call, got {len(class_names)} classes, "
+            f"expected at least one class, template and prompt per call, got {len(class_names)} classes, "
             f"{len(templates)} templates and batch_size {batch_size}"
         )
     for template in templates:
@@ -75,17 +75,17 @@ def top_k_accuracy(
 ) -> float:
     """The fraction of images whose class is among the k most similar.
 
-    A wrong class that is exactly as similar as the right one stands before it.
+    A wrong class that is exactly as similar as the correct one is ranked before it.
 
     Args:
-      image_features: [B, D] float; their length does not matter.
+      image_features: [B, D] float; need not be normalised.
       classes: [classes, D] float, from `class_embeddings`.
       labels: [B] int in [0, classes).
-      k: classes looked at, at least 1.
-      block_size: images whose similarities to all classes are held at one time.
+      k: number of classes, at least 1.
+      block_size: images whose similarities to all classes are in memory at a time.
 
     Raises:
-      ValueError: shapes that do not fit, no image, features that are not finite, a label outside
+      ValueError: incompatible shapes, no image, features that are not finite, a label outside
         the classes, a k or block size below 1.
 
     Source: Radford et al. 2021 (CLIP), section 3.1.
@@ -111,6 +111,6 @@ def top_k_accuracy(
         block = slice(start, start + block_size)
         similarity = images[block] @ classes.T
         right = np.take_along_axis(similarity, labels[block, None], axis=1)
-        # The right class is one of those counted.
+        # The correct class is counted too.
         hits += int(np.sum(np.sum(similarity >= right, axis=1) <= k))
     return hits / len(images)

@@ -24,7 +24,7 @@ class Named(nn.LogicallyPartitioned):
     a parameter's sharding (`sharding.rules.shardings`), and unboxing does nothing else.
     """
 
-    def unbox(self, apply_constraint: bool = False) -> jax.Array:
+    def unbox(self, apply_constraint: bool = False) -> Tree:
         del apply_constraint
         return self.value
 

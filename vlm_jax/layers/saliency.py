@@ -1,6 +1,6 @@
 """How much attention every token gets in one layer."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 from vlm_jax.layers.attention import Context, allowed
 from vlm_jax.types import PADDING_SEGMENT
 
-_MOST_WEIGHTS = 2**27  # attention weights in memory at once
+Saliency = Literal["none", "heads", "joined"]  # of an encoder: the mean over heads, or all of them as a single one
+_MOST_WEIGHTS = 2**27  # attention weights that are held at once
 
 
 class Heads(NamedTuple):

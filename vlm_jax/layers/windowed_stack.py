@@ -12,11 +12,10 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context
 from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy, TransformerBlock
-from vlm_jax.layers.saliency import Heads, segment_saliency
+from vlm_jax.layers.saliency import Heads, Saliency, segment_saliency
 from vlm_jax.types import Config, PackedPatches, Params, Tree
 
 Kind = Literal["full", "window"]
-Saliency = Literal["none", "heads", "joined"]
 
 
 class Attended(NamedTuple):

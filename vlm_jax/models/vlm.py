@@ -224,8 +224,8 @@ class VLM(nn.Module):
             places = batch.places
             if places is None:
                 raise ValueError(
-                    "this decoder drops visual tokens: expected a batch with places, as made by the processor of a "
-                    "system with this reducer"
+                    "this decoder drops visual tokens: expected a batch with places, made by the processor of a system "
+                    "with this reducer"
                 )
             places = jax.tree.map(jnp.asarray, places)
         return Embedded(jnp.where(index == TEXT_SLOT, text, rows), segments, places, positions)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from vlm_jax.layers.attention import written_out
@@ -67,7 +67,7 @@ def _flops(equation: Any) -> int:
     return 2 * math.prod(out) * math.prod(kernel) // kernel[features]
 
 
-def _of_jaxpr(jaxpr: Jaxpr) -> list[tuple[JaxprEqn, int]]:
+def _of_jaxpr(jaxpr: Tree) -> list[tuple[JaxprEqn, int]]:
     return [found for equation in jaxpr.eqns for found in _of_equation(equation)]
 
 
@@ -85,7 +85,7 @@ def _of_equation(equation: JaxprEqn) -> list[tuple[JaxprEqn, int]]:
     return [(found, times * length) for found, times in inner]
 
 
-def _jaxprs(params: Params) -> list[Jaxpr]:
+def _jaxprs(params: Params) -> list[Tree]:
     found = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):

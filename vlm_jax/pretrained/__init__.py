@@ -1,6 +1,6 @@
 """Released checkpoints by their own configs: `vlm_jax.from_pretrained`, and the table of families.
 
-One file a family turns the released config, with the defaults that released files leave out, into a
+One file per family converts the released config, with defaults for missing keys, to a
 module, its rules and the keys that it ignores (`family.Description`).
 """
 
@@ -36,7 +36,7 @@ from vlm_jax.pretrained.loader import load
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.types import Config
 
-# What a released config calls its kind of model (`family.marker`) -> who describes it.
+# Model type of a released config (`family.marker`) -> its family.
 FAMILIES: dict[str, Family] = {
     "big_vision.proj.image_text.text_transformer": big_vision.describe_text,
     "big_vision.proj.image_text.two_towers": big_vision.describe_two_towers,
@@ -101,24 +101,24 @@ def from_pretrained(
 
     Args:
       source: a folder with `config.json` and safetensors (one file or shards) or an `.npz`; such a file
-        itself; `organisation/name` on the Hugging Face hub; a folder that `cli.convert` made of one; or the workdir
-        of a run that `config.release` started.
-      dtype: what parameters are stored and computed in: float32, bfloat16 or float16.
+        itself; `organisation/name` on the Hugging Face hub; a folder that `cli.convert` wrote; or the workdir
+        of a run started with `config.release`.
+      dtype: dtype of parameters and computation: float32, bfloat16 or float16.
       mesh: devices to load to, each reading its own shards; the default device when None.
-      image_size: side in pixels of the square images that position tables are interpolated for, in the
-        way of the release's own loader, and that `processor` makes of pictures; as released when None.
-      config: the released settings, for an `.npz` that comes without a `config.json`.
-      token_budget, reducer, connector: visual tokens of a picture; as of `budgets.with_budget`. The release's own
+      image_size: side in pixels of the square images, for which position tables are interpolated as in
+        the release's own loader, and to which `processor` resizes; as released when None.
+      config: the released settings, for an `.npz` without a `config.json`.
+      token_budget, reducer, connector: visual tokens of an image; as in `budgets.with_budget`. The release's own
         when None.
 
     Returns:
-      The module, its parameters and the way back.
+      The module with its parameters, and the release for writing it back.
 
     Raises:
-      PretrainedError: no family for the config, or settings that nothing here computes.
-      CheckpointFileError: files missing, damaged, or in a format that could run code.
-      CheckpointMismatch: unused, missing and misshapen keys, all in one message.
-      InfeasibleBudget, ConfigError: as of `budgets.with_budget`, before any tensor is read.
+      PretrainedError: no family for the config, or unsupported settings.
+      CheckpointFileError: files missing, damaged, or in a format that can run code.
+      CheckpointMismatch: unused and missing keys and wrong shapes, all in one message.
+      InfeasibleBudget, ConfigError: as `budgets.with_budget`, before any tensor is read.
     """
     budget = (token_budget, reducer, connector)
     return load(source, FAMILIES, dtype=dtype, mesh=mesh, image_size=image_size, config=config, budget=budget)

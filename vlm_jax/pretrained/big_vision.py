@@ -1,4 +1,4 @@
-"""ViT, the text tower and both together, as big_vision configures and stores them."""
+"""big_vision's ViT, text tower and two-tower models."""
 
 import math
 from collections.abc import Mapping
@@ -92,13 +92,13 @@ _NAFLEX = "proj.image_text.naflex_vit"
 
 
 def _settings(config: Config, defaults: Config, where: str) -> Fields:
-    """The section with its variant spelled out and its defaults in place."""
+    """The section with its variant expanded and its defaults."""
     variant = config.get("variant")
     sizes: Fields = {}
     if variant is not None:
         name, _, patch = variant.partition("/")
         if name not in VARIANTS:
-            raise PretrainedError(f"{where}.variant: no '{name}'; known here: {', '.join(VARIANTS)}")
+            raise PretrainedError(f"{where}.variant: unknown '{name}'; expected one of {', '.join(VARIANTS)}")
         sizes = dict(zip(("width", "depth", "mlp_dim", "num_heads"), VARIANTS[name], strict=True))
         sizes |= {"patch_size": int(patch)} if patch else {}
     settings = with_defaults({**sizes, **config}, defaults, where)
@@ -121,7 +121,7 @@ def _trunk_fields(settings: Config, where: str) -> Fields:
 def _vit(
     config: Config, checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
 ) -> tuple[ViT, tuple[Rule, ...]]:
-    """A ViT whose position table tells for which side of a square it was trained."""
+    """A ViT; the image size of training is computed from its position table."""
     settings = _settings(config, VIT_DEFAULTS, where)
     check_supported(settings, {"posemb": ("learn", "sincos2d")}, where)
     patch = one_side(settings["patch_size"], f"{where}.patch_size")
@@ -142,14 +142,14 @@ def _vit(
 
 
 def _size_keys(vit: ViT, table_key: str) -> Fields:
-    """What tells the side of pictures: the position table, or `image_size` beside `model` where there is none."""
+    """The source of the image size: the position table, or `image_size` next to `model` where there is none."""
     return {"size_key": ("image_size",)} if vit.image_size is None else {"table_key": table_key}
 
 
 def _naflex(
     config: Config, checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
 ) -> tuple[NaflexViT, tuple[Rule, ...]]:
-    """A NaFlex ViT, the side of whose patches is the processor's business and no part of its config."""
+    """A NaFlex ViT, whose patch size is not in its config."""
     settings = _settings(config, NAFLEX_DEFAULTS, where)
     grid = settings["nposemb"]
     if not settings["posemb"].startswith("learn_2d"):
@@ -170,7 +170,7 @@ def _text(
     out_dim: int | None,
     dtypes: Config,
 ) -> tuple[TextTower, tuple[Rule, ...]]:
-    """A text tower whose position table tells how long its texts are."""
+    """A text tower; its context length is computed from its position table."""
     settings = _settings(config, TEXT_DEFAULTS, where)
     check_supported(settings, {"pool_type": tuple(_TEXT_POOLING)}, where)
     table = checkpoint.get(f"{prefix}pos_embedding")
@@ -191,14 +191,14 @@ def _text(
 
 
 def _prefix(checkpoint: Mapping[str, SourceTensor]) -> str:
-    """Releases keep parameters under `params/`, older ones at the top."""
+    """`params/` in current releases, empty in older ones."""
     return "params/" if any(key.startswith("params/") for key in checkpoint) else ""
 
 
 def describe_vit(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """A ViT under its classification head, or alone where `num_classes` is None or 0."""
+    """A ViT with its classification head, or without where `num_classes` is None or 0."""
     prefix = _prefix(checkpoint)
     vit, rules = _vit(config.get("model", {}), checkpoint, prefix, "model", dtype=dtype, param_dtype=param_dtype)
     classes = config.get("num_classes")
@@ -217,7 +217,7 @@ def describe_vit(
 def describe_text(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """A text tower alone."""
+    """Only a text tower."""
     prefix, dtypes = _prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
     text, rules = _text(config.get("model", {}), checkpoint, prefix, "model", config.get("num_classes"), dtypes)
     return Description(text, (TEXT_SHAPE,), prefixed(rules, prefix))

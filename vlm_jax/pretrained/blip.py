@@ -1,6 +1,6 @@
-"""BLIP-2 and InstructBLIP of transformers: the vision tower with the Q-Former, or either alone.
+"""BLIP-2 and InstructBLIP of transformers: the vision tower with the Q-Former, or one of them.
 
-The language model of a whole checkpoint is carried along.
+The language model of a full checkpoint is kept but not loaded.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `ViT`.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
@@ -71,7 +71,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 
 
 def qformer_fields(config: Config, where: str, *, instruction: bool) -> Fields:
-    """Fields of `QueryTransformer` of a `Blip2QFormerConfig` or, with an instruction, `InstructBlipQFormerConfig`."""
+    """Fields of `QueryTransformer` from a `Blip2QFormerConfig` or, with an instruction, `InstructBlipQFormerConfig`."""
     settings = with_defaults(config, QFORMER_DEFAULTS, where)
     check_supported(settings, {"use_qformer_text_input": (False,)}, where)
     text = {"vocab_size": settings["vocab_size"], "max_length": settings["max_position_embeddings"]}
@@ -99,7 +99,7 @@ def _instruction_shape(module: QueryTransformer) -> Instruction | None:
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """Vision tower, Q-Former and projection of a `Blip2Model`, an `InstructBlipModel`, or what generates with one."""
+    """Vision tower, Q-Former and projection of a `Blip2Model`, an `InstructBlipModel`, or a model for generation."""
     kind, dtypes = config["model_type"], {"dtype": dtype, "param_dtype": param_dtype}
     settings = with_defaults(config, DEFAULTS, kind)
     prefix = find_prefix(checkpoint, _PROJECTION)

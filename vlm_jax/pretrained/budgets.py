@@ -1,21 +1,22 @@
-"""A token budget on a release: bounded by smaller pictures, or met by a reducer or another connector."""
+"""Token budgets for releases: a bound by smaller images, or an exact number by a reducer or another connector."""
 
 import dataclasses
 import inspect
 import typing
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
 from vlm_jax.config import ConfigError, choose, parse, parse_kind
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
-from vlm_jax.connectors.connector import Connector
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders import PACKED_ENCODERS
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
+from vlm_jax.pretrained.smaller_tile import smaller_tile
+from vlm_jax.processors.downsampled import DownsampledViews, TiledViews
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.reduction import Reduction
@@ -39,28 +40,33 @@ def with_budget(
     connector: Section | None = None,
     path: str = "config",
 ) -> System:
-    """The system with a number of visual tokens.
+    """The system with a token budget.
 
     Args:
       system: of a release, with an encoder, a connector and a decoder.
-      tokens: with neither a reducer nor a connector a bound for a picture with all its tiles, met by fewer tiles or
-        pixels; with one of them precisely so many for a tile. For a picture that is packed at its own resolution a
-        reducer leaves precisely so many (one that has fewer keeps them), and another connector bounds it. None
-        leaves what the release has, or what the sections say.
+      tokens: without a reducer or a connector a bound for an image with all its tiles, met by fewer tiles or
+        pixels; with one of them the exact number for a tile. For an image that is packed at its own resolution it is
+        the exact number with a reducer (or fewer if it has fewer), and a bound with another connector. None
+        keeps the release's number, or that of the sections.
       reducer: a training-free reducer, without parameters; where positions have three axes, tokens keep theirs
-        unless the section says otherwise.
+        unless the section says otherwise. `downsample_image` shows the encoder fewer pixels, of each tile as it is
+        made as released, and is a bound for a packed picture.
       connector: takes the place of the release's own; its parameters are drawn anew.
       path: of the config that the sections are from, for messages.
 
     Raises:
-      InfeasibleBudget: the budget cannot be met; the message names the nearest ones, or the fixed number.
-      ConfigError: the system cannot take the reducer or the connector; the message names why.
+      InfeasibleBudget: the budget cannot be met; the message has the nearest ones, or the fixed number.
+      ConfigError: the reducer or the connector is incompatible with the system; the message has the reason.
     """
     model, processor = system.model, system.processor
     if not isinstance(model, VLM) or model.encoder is None or model.connector is None or model.decoder is None:
-        raise ConfigError(f"{path}.token_budget: this model reads no pictures for a language model; leave it out")
+        raise ConfigError(f"{path}.token_budget: this model has no encoder with a decoder; leave it out")
     reduces = reducer is not None and _section(reducer).get("kind") != "none"
     if connector is not None or reduces:
+        if model.reducer is not None:
+            raise ConfigError(
+                f"{path}.reducer: this system has the reducer {model.reducer.kind} already; start without"
+            )
         model = _with_joined_features(model)
     if connector is not None:
         system = _with_connector(system, model, tokens, _section(connector), f"{path}.connector")
@@ -87,7 +93,7 @@ def _section(section: Section) -> Fields:
 
 
 def _with_joined_features(model: VLM) -> VLM:
-    """The model whose two encoders give features of one grid as one, for a reducer or a connector that takes one."""
+    """The model with the features of two encoders joined, for a reducer or a connector that takes one feature map."""
     encoder = model.encoder
     if not isinstance(encoder, Hybrid) or encoder.combine != "tuple":
         return model
@@ -115,7 +121,7 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: Fie
     packed = isinstance(views, NativeViews)
     if packed and kind not in PACKED_CONNECTORS:
         raise ConfigError(
-            f"{path}.kind: {kind} reads the grid of one picture, and {type(model.encoder).__name__} packs several of "
+            f"{path}.kind: {kind} needs the grid of one image, but {type(model.encoder).__name__} packs several of "
             f"any size into a sequence; choose one of {', '.join(PACKED_CONNECTORS)}"
         )
     grid = _grid_of_view(model, views)
@@ -131,7 +137,7 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: Fie
     dtypes = {"dtype": released.dtype, "param_dtype": released.param_dtype}  # type: ignore[union-attr]
     made = parse_kind(CONNECTORS, rest, path, **solved, features=decoder.width, **dtypes)  # type: ignore[union-attr]
     learned, drawn = model.learned_rows, ["connector"]
-    if learned == "connector":  # rows of the release's own connector, which goes
+    if learned == "connector":  # rows of the release's own connector, which is replaced
         names = tuple(f"indicator_{number}" for number in range(model.num_learned_rows))
         learned = LearnedRows(names, decoder.width, **dtypes)  # type: ignore[union-attr]
         drawn.append("learned_rows")
@@ -147,8 +153,8 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: Fie
     )
 
 
-def _fewest(connector_class: type[Connector], grid: Grid) -> int:
-    """The smallest number of tokens that a connector can give of a block."""
+def _fewest(connector_class: Any, grid: Grid) -> int:
+    """The smallest number of tokens that a connector can give for a block."""
     for budget in range(1, grid[0] * grid[1] + 1):
         try:
             connector_class.for_budget(budget, grid)
@@ -170,7 +176,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     laid_out = connector.token_grid(grid)  # type: ignore[union-attr]
     at_tokens = packed or laid_out != grid
     if kind == "downsample_image":
-        return _with_smaller_pictures(system, model, tokens, path)
+        return _with_smaller_pictures(system, model, tokens, section, path)
     if packed and reducer_class.reduces_in == "encoder":
         raise ConfigError(
             f"{path}.kind: {kind} merges tokens inside the encoder, which breaks the windows and blocks of "
@@ -178,8 +184,8 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         )
     if at_tokens and reducer_class.reduces_in == "encoder":
         raise ConfigError(
-            f"{path}.kind: {kind} merges tokens inside the encoder, and {type(connector).__name__} needs their grid; "
-            "choose a reducer that acts behind the connector"
+            f"{path}.kind: {kind} merges tokens inside the encoder, but {type(connector).__name__} needs their grid; "
+            "choose a reducer that acts after the connector"
         )
     if packed:
         assert isinstance(views, NativeViews)
@@ -191,20 +197,20 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     depth = 0 if part is None else _num_blocks(part)
     if part is not None and not depth:
         raise ConfigError(
-            f"{path}.kind: {kind} works inside the {reducer_class.reduces_in}, and {type(part).__name__} has no blocks "
+            f"{path}.kind: {kind} works inside the {reducer_class.reduces_in}, but {type(part).__name__} has no blocks "
             "of its own; choose another reducer"
         )
     budget = tokens if tokens is not None else given[0] * given[1]
     if packed:
         budget = min(budget, given[1])
     solved = reducer_class.for_budget(budget, given, depth)
-    if processor.rotary_3d:  # rows and columns are what grounding goes by
+    if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
     made = parse(reducer_class, {key: section[key] for key in section if key != "kind"}, path, **solved)
     if at_tokens and laid_out is None and not packed and made.required_fields().get("encoder"):
         raise ConfigError(
-            f"{path}.kind: {kind} ranks tokens by the attention that their patches get, and the tokens of "
-            f"{type(connector).__name__} are queries without a place; choose random, uniform_stride or divprune"
+            f"{path}.kind: {kind} ranks tokens by the attention to their patches, but the tokens of "
+            f"{type(connector).__name__} are queries without a position; choose random, uniform_stride or divprune"
         )
     for name, fields in made.required_fields().items():
         parts[name] = _set(parts[name], fields, kind, name, path)
@@ -231,19 +237,27 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     return dataclasses.replace(system, model=reduced, make_processor=_returning(made_processor))
 
 
-def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, path: str) -> System:
-    """Fewer pixels: the bound of a native resolution, or a smaller tile."""
+def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, section: Config, path: str) -> System:
+    """Fewer pixels: the bound of a native resolution, or tiles of which the encoder makes fewer patches.
+
+    Tiles are cut and finished as released, and each is then resized to fewer pixels. Its tokens form a grid of about
+    the released aspect, laid out as released, and each stands for as many patches as before: a connector that pools to
+    a grid of its own pools to the smaller one. Tables of positions are interpolated by the encoder.
+    """
     processor, views = system.processor, system.processor.views
     if tokens is None:
         raise ConfigError(f"{path}.kind: downsample_image needs a token_budget")
     if isinstance(views, NativeViews):
-        return dataclasses.replace(
-            system, make_processor=_returning(dataclasses.replace(processor, views=views.within(tokens)))
-        )
-    raise ConfigError(
-        f"{path}.kind: downsample_image changes the size of a tile, which the tables and the layout of "
-        f"{type(model.encoder).__name__} and {type(views).__name__} are for; choose another reducer"
-    )
+        parse_kind(REDUCERS, section, path, output_grid=(1, 1))  # its other settings
+        views = views.within(tokens)
+    else:
+        assert isinstance(views, TiledViews)
+        tile = smaller_tile(model, views, _grid_of_view(model, views), tokens, section, path)
+        model = model.clone(connector=tile.connector)
+        if tile.size != views.tile_shape[:2]:
+            views = DownsampledViews(views.retokened(tile.token_grid), tile.size)
+    processor = dataclasses.replace(processor, views=views)
+    return dataclasses.replace(system, model=model, make_processor=_returning(processor))
 
 
 def _check_kept_by_connector(model: VLM, reducer: Reducer, grid: Grid, path: str) -> None:
@@ -251,10 +265,12 @@ def _check_kept_by_connector(model: VLM, reducer: Reducer, grid: Grid, path: str
     try:
         found = model.connector.num_tokens(reduced)  # type: ignore[union-attr]
     except InfeasibleGrid as error:
-        raise ConfigError(f"{path}.kind: {reducer.kind} leaves no grid that the connector takes: {error}") from error
+        raise ConfigError(
+            f"{path}.kind: {reducer.kind} returns a grid that the connector does not support: {error}"
+        ) from error
     if found != wanted:
         raise ConfigError(
-            f"{path}.kind: {reducer.kind} leaves {wanted} features and the connector makes {found} tokens of them; "
+            f"{path}.kind: {reducer.kind} returns {wanted} features, for which the connector gives {found} tokens; "
             "choose another reducer"
         )
 
@@ -264,11 +280,11 @@ def _num_blocks(part: Encoder | Decoder) -> int:
 
 
 def _set(part: Part, fields: Config, kind: str, name: str, path: str) -> Part:
-    """The part with what a reducer needs; its parameters stay."""
+    """The part with the fields that a reducer needs; its parameters are unchanged."""
     hints = typing.get_type_hints(type(part))
     if missing := [field for field in fields if field not in hints]:
         raise ConfigError(
-            f"{path}.kind: {kind} works inside the {name}, and {type(part).__name__} has no way to do so (no field "
+            f"{path}.kind: {kind} works inside the {name}, but {type(part).__name__} does not support it (no field "
             f"{', '.join(missing)}); choose another reducer"
         )
     return part.clone(**fields)

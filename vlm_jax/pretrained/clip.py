@@ -1,4 +1,4 @@
-"""CLIP of transformers: both towers together, or each alone, with its projection or without."""
+"""CLIP of transformers: both towers, or one, with its projection or without."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,8 +43,8 @@ TEXT_DEFAULTS: Fields = {
     "eos_token_id": 49407,
 }
 DEFAULTS: Fields = {"projection_dim": 512, "logit_scale_init_value": 2.6592}
-IGNORE = (r".*embeddings\.position_ids",)  # counts from 0, in files of older versions
-# Before transformers 4.31 configs had this number, and the text's end was found as the highest id.
+IGNORE = (r".*embeddings\.position_ids",)  # 0, 1, 2, .. in files of older versions
+# Before transformers 4.31 configs had this number, and the end of text was the highest id.
 _LEGACY_END = 2
 
 
@@ -53,7 +53,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `ViT`, or other values: `select_layer=-2, pooling="none"` for LLaVA.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
@@ -70,7 +70,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 
 
 def text_tower(config: Config, where: str, **fields: Any) -> TextTower:
-    """The text tower of a `CLIPTextConfig`, without its projection; arguments as of `vision_tower`."""
+    """The text tower of a `CLIPTextConfig`, without its projection; arguments as in `vision_tower`."""
     settings = with_defaults(config, TEXT_DEFAULTS, where)
     end = settings["eos_token_id"]
     own = {
@@ -99,7 +99,7 @@ def describe(
     """A `CLIPModel`."""
     del checkpoint
     settings = with_defaults(config, DEFAULTS, "clip")
-    # Where a release has both, `.._config_dict` holds what differs from the defaults, and wins.
+    # Where a release has both, `.._config_dict` has the values that differ from the defaults, and takes precedence.
     sections = {
         name: {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
         for name in ("vision_config", "text_config")

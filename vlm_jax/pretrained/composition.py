@@ -1,4 +1,4 @@
-"""A whole system: the visual half that a family file describes, and the language model behind it."""
+"""Composes systems from a family's encoder and connector and a language model."""
 
 import dataclasses
 import re
@@ -32,9 +32,9 @@ def visual_half(
 
     Args:
       encoder, connector: of the release.
-      images: shape of one image, or of its packed patches, with the axis of the batch.
-      rules, ignore, resize: as of `Description`.
-      instruction: shapes of one, where the connector reads one.
+      images: shape of one image, or of its packed patches, with a batch axis.
+      rules, ignore, resize: as in `Description`.
+      instruction: shapes of one, where the connector takes one.
     """
     batch = dataclasses.replace(smallest_batch(images), instruction=instruction)
     return Description(VLM(encoder, connector), (batch,), rules, ignore, resize)
@@ -51,20 +51,20 @@ def with_language(
     learned_rows: Mapping[str, str] | str | None = None,
     **dtypes: Dtype,
 ) -> Description:
-    """The whole system as a `VLM`; the visual half alone where the checkpoint holds no more of what is read here.
+    """The full system as a `VLM`; only encoder and connector where the checkpoint has no supported language model.
 
-    So a tower and its projector without a language model are loaded as they are, and so is a system whose
-    language model is none of `LANGUAGE_MODELS`; its tensors are then carried along.
+    So a tower and its projector can be loaded without a language model, and also a system whose
+    language model is not in `LANGUAGE_MODELS`; its tensors are then kept but not loaded.
 
     Args:
-      visual: as of `visual_half`.
+      visual: from `visual_half`.
       text: the released config of the language model, with its `model_type`.
-      checkpoint: for its keys.
-      where: names the text section in messages.
-      names: what stands before the released keys of the language model.
-      beside: patterns of the keys that are not of the visual half.
-      learned_rows: our name -> released key of the vectors that stand first in the visual table, or
-        `connector` where the connector holds them.
+      checkpoint: provides the keys.
+      where: name of the text section for errors.
+      names: prefixes of the released keys of the language model.
+      beside: patterns of the keys outside of the encoder and the connector.
+      learned_rows: our name -> released key of the vectors that come first in the visual table, or
+        `connector` where the connector has them.
       **dtypes: `dtype` and `param_dtype`.
     """
     there = any(re.fullmatch(pattern, key) for pattern in beside for key in checkpoint)
@@ -77,7 +77,7 @@ def with_language(
 def composed(
     visual: Description, language: LanguageModel, learned_rows: Mapping[str, str] | str | None = None, **dtypes: Dtype
 ) -> Description:
-    """The parts as one `VLM`; arguments as of `with_language`."""
+    """The parts as one `VLM`; arguments as in `with_language`."""
     rules = [*visual.rules, *prefixed(language.rules, target="decoder/")]
     rows: LearnedRows | str | None = learned_rows if isinstance(learned_rows, str) else None
     if isinstance(learned_rows, Mapping):
@@ -89,7 +89,7 @@ def composed(
 
 
 def smallest_batch(images: jax.ShapeDtypeStruct | PackedPatches) -> Batch:
-    """Shapes of one example of one position, with one image."""
+    """Shapes of one example of one token, with one image."""
     if not isinstance(images, PackedPatches):
         images = jax.ShapeDtypeStruct((1, *images.shape), images.dtype)
     row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -97,21 +97,21 @@ def smallest_batch(images: jax.ShapeDtypeStruct | PackedPatches) -> Batch:
 
 
 def text_names(checkpoint: Mapping[str, SourceTensor]) -> Names:
-    """What stands before the keys of a language model of transformers, which changed with its versions."""
+    """Prefixes of the keys of a language model of transformers, which depend on its version."""
     return Names(find_prefix(checkpoint, "embed_tokens.weight"), find_prefix(checkpoint, "lm_head.weight"))
 
 
 def text_section(config: Config, checkpoint: Mapping[str, SourceTensor], *, kind: str, tied: bool) -> Fields:
-    """The `text_config` of a system of transformers, with what the whole config says about the head.
+    """The `text_config` of a system of transformers, with the head settings of the full config.
 
-    Transformers ties the head where the whole config or the section says so, and where the checkpoint does
-    not hold a head that differs from the table.
+    Transformers ties the head where the full config or the section sets it, and the checkpoint
+    has no head that differs from the table.
 
     Args:
-      config: the whole config.
-      checkpoint: for the head.
-      kind: `model_type` of the section where it does not say.
-      tied: `tie_word_embeddings` of the whole config where it does not say.
+      config: the full config.
+      checkpoint: provides the head.
+      kind: default `model_type` of the section.
+      tied: default `tie_word_embeddings` of the full config.
     """
     section = {"model_type": kind, **(config.get("text_config") or {})}
     tied = config.get("tie_word_embeddings", tied) or section.get("tie_word_embeddings", False)

@@ -1,4 +1,4 @@
-"""A release as a run's config has it: its sections replace what they name of the release's own."""
+"""Applies the sections of a run's config to a release."""
 
 import dataclasses
 import typing
@@ -13,11 +13,11 @@ from vlm_jax.types import Config, Fields
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseProcessorSettings:
-    """`config.processor` of a release: what replaces the release's own settings, where it is not None.
+    """`config.processor` of a release: values other than None replace the release's own settings.
 
     Attributes:
-      max_pixels: of a picture; more is refused as a decompression bomb.
-      max_length: most tokens of a conversation.
+      max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
+      max_length: maximum tokens of a conversation.
     """
 
     max_pixels: int | None = None
@@ -29,11 +29,11 @@ def configured(system: System, config: Config) -> System:
 
     Args:
       system: of `config.release`.
-      config: with `token_budget` and the sections `reducer`, `connector`, `encoder`, `decoder` and `processor`, as of
-        a ConfigDict or of the `config.json` of a workdir.
+      config: with `token_budget` and the sections `reducer`, `connector`, `encoder`, `decoder` and `processor`, from
+        a ConfigDict or the `config.json` of a workdir.
 
     Raises:
-      ConfigError: an unknown key, or what the release cannot take.
+      ConfigError: an unknown key, or a setting that the release does not support.
       InfeasibleBudget: the budget cannot be met.
     """
     for section in ("reducer", "connector", "encoder", "decoder", "processor"):

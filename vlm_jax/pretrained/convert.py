@@ -1,4 +1,4 @@
-"""A released folder as Orbax arrays, and back: every tensor's way, and the folder written."""
+"""Conversion of released folders to Orbax arrays and back."""
 
 import contextlib
 import dataclasses
@@ -27,23 +27,23 @@ from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.types import Config, Dtype, Fields
 
-RUN_PARTS = ("encoder", "connector", "decoder")  # which every run has
-LEARNED_ROWS = "learned_rows"  # which a run of `config.release` has where the release does
+RUN_PARTS = ("encoder", "connector", "decoder")  # parts of every run
+LEARNED_ROWS = "learned_rows"  # a part of runs whose `config.release` has it
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """One folder on its way into the other layout; no tensor is read before `write`.
+    """The planned conversion of a folder to the other format; no tensor is read before `write`.
 
     Attributes:
-      folder: of the source.
-      to_orbax: whether it becomes Orbax arrays, or the released files.
+      folder: folder of the source.
+      to_orbax: whether it is converted to Orbax arrays, or to the released files.
       release: the released tensors.
-      cast: the same with the dtypes that they are asked for in.
-      arrays: those of Orbax, by path.
-      steps: how the two hang together.
-      remarks: what is to be said of an array in its line, by path; of a tensor that is not made of arrays, by key.
-      config: what is written as `config.json` instead of the source's; None for the source's own.
+      cast: the same in the requested dtypes.
+      arrays: the Orbax arrays, by path.
+      steps: the conversion between the two.
+      remarks: text for the printed line of an array, by path, or of a tensor without an array, by key.
+      config: content of `config.json` instead of the source's; None for the source's own.
       of_run: whether the arrays are a run's.
     """
 
@@ -59,28 +59,28 @@ class Conversion:
 
     @property
     def direction(self) -> str:
-        """The two layouts, in words."""
+        """The source and target formats, for printing."""
         if self.to_orbax:
             return "Hugging Face -> Orbax"
         return "run -> Hugging Face" if self.of_run else "Orbax -> Hugging Face"
 
     @property
     def total(self) -> str:
-        """What is written, counted; parameters that are stored under two keys count once."""
+        """Counts of tensors, parameters and bytes; parameters that are stored under two keys count once."""
         params = {path: tensor for path, tensor in self.arrays.items() if path.startswith(f"{PARAMS}/")}
         count = sum(math.prod(tensor.shape) for tensor in params.values())
         made = sum(len(keys) for step in self._steps_of_params() for keys in step.sources.values())
         size = sum(tensor.nbytes for tensor in (self.arrays if self.to_orbax else self.cast).values())
         return (
             f"{len(self.release)} released tensors, {len(params)} arrays of {count:,} parameters, "
-            f"{len(self.release) - made} carried along, {size:,} bytes"
+            f"{len(self.release) - made} without a parameter, {size:,} bytes"
         )
 
     def _steps_of_params(self) -> list[Step]:
         return [step for step in self.steps if step.targets[0].startswith(f"{PARAMS}/")]
 
     def ways(self) -> Iterator[str]:
-        """A line for every released tensor, in the order of their keys."""
+        """One line per released tensor, in the order of the keys."""
         lines = {}
         for step in self.steps:
             for position, keys in step.sources.items():
@@ -88,7 +88,7 @@ class Conversion:
                     number = f" ({i + 1} of {len(keys)})" if len(keys) > 1 else ""
                     lines[key] = self._way(step, position, self._released(key) + number)
         for key in self.release:
-            yield lines.get(key) or self._released(key) + self.remarks.get(key, ": has no elements; its shape is noted")
+            yield lines.get(key) or self._released(key) + self.remarks.get(key, ": is empty; only its shape is stored")
 
     def _way(self, step: Step, position: tuple[int, ...], released: str) -> str:
         entry = f"[{', '.join(map(str, position))}]" if position else ""
@@ -104,16 +104,16 @@ class Conversion:
         return f"{key} {tensor.shape} {tensor.dtype}"
 
     def write(self, target: epath.PathLike) -> None:
-        """Writes the folder in the other layout, tensor by tensor.
+        """Writes the folder in the other format, tensor by tensor.
 
         Args:
-          target: a folder that is not there yet, or empty; Orbax arrays may go to `gs://`.
+          target: a folder that does not exist or is empty; may be `gs://` for Orbax arrays.
 
         Raises:
-          CheckpointFileError: the target is there, or cannot be written; nothing is left of it then.
+          CheckpointFileError: the target exists, or cannot be written; it is then removed.
         """
         if not self.to_orbax and "://" in str(target):
-            raise CheckpointFileError(f"{target}: released files are written to a local folder; give one")
+            raise CheckpointFileError(f"{target}: released files are written to a local folder; pass one")
         with _whole_folder(target) as folder:
             if self.config is not None:
                 (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
@@ -132,22 +132,22 @@ def open_conversion(
     dtype: str | None = None,
     run: epath.PathLike | None = None,
 ) -> Conversion:
-    """Finds out what a folder is, and how every tensor of it goes into the other layout.
+    """Detects the format of a folder and plans its conversion to the other format.
 
-    No tensor is read, but for a head that is stored beside the table that it is tied to, by its config:
-    whether the two are the same decides how many parameters there are.
+    No tensor is read, except a head that is stored in addition to the table to which the config ties it:
+    the number of parameters depends on whether the two are equal.
 
     Args:
       source: a released folder or file, `organisation/name` on the Hugging Face hub, or a folder of Orbax
-        arrays that one became.
+        arrays converted from one.
       families: the registration table.
-      dtype: what floating-point tensors are cast to, a key of `DTYPES`; as stored when None.
+      dtype: dtype of floating-point tensors, a key of `DTYPES`; as stored when None.
       run: the workdir of a run of the model of `source`, whose newest parameters are written as a release;
-        what the run does not have stays as in `source`.
+        other tensors are those of `source`.
 
     Raises:
       CheckpointError: there is no such run, or it is of another model.
-      CheckpointFileError, CheckpointMismatch, PretrainedError: as of `from_pretrained`.
+      CheckpointFileError, CheckpointMismatch, PretrainedError: as `from_pretrained`.
     """
     path = fetch(source)
     wanted = None if dtype is None else DTYPES[dtype]
@@ -164,7 +164,7 @@ def open_conversion(
 
 
 def _described(path: Path, families: Mapping[str, Family]) -> tuple[Path, Fields | None, Checkpoint, Description]:
-    """The folder, its config where it is not the file's own, its tensors, and what they are."""
+    """The folder, its config where it differs from the file's, its tensors, and their description."""
     folder = path if path.is_dir() else path.parent
     release = open_release(path)
     own = read_config(folder)
@@ -175,7 +175,7 @@ def _described(path: Path, families: Mapping[str, Family]) -> tuple[Path, Fields
 
 
 def _of_run(path: Path, families: Mapping[str, Family], workdir: epath.Path, dtype: Dtype) -> Conversion:
-    """A run's parts as a release: the other tensors, and dtypes, are those of the release at `path`."""
+    """Converts a run's parts to a release: the other tensors, and dtypes, are those of the release at `path`."""
     folder, config, release, description = _described(path, families)
     shapes = nn.meta.unbox(description.boxed_shapes())
     steps = plan(prefixed(description.rules, target=f"{PARAMS}/"), release, {PARAMS: shapes}, ignore=description.ignore)
@@ -198,7 +198,7 @@ def _cast(release: Checkpoint, dtype: Dtype) -> Checkpoint:
 
 
 def _all_steps(description: Description, release: Checkpoint) -> tuple[tuple[Step, ...], dict[str, str]]:
-    """The ways of all tensors with elements, those that the module has no use for too, and remarks on the arrays."""
+    """The steps of all non-empty tensors, including those that the module ignores, and remarks on the arrays."""
     boxed = description.boxed_shapes()
     shapes = nn.meta.unbox(boxed)
     read = {
@@ -225,13 +225,13 @@ def _is_box(leaf: object) -> bool:
 
 @contextlib.contextmanager
 def _whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
-    """A folder to write into that gets its name when all is written, or is removed on an error.
+    """A temporary folder that is renamed when all is written, or removed on an error.
 
-    In a bucket nothing is renamed; there the file that is written last says that the folder is whole.
+    In a bucket nothing is renamed; there the file that is written last marks the folder as complete.
     """
     target = epath.Path(target) if "://" in str(target) else epath.Path(os.path.abspath(target))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointFileError(f"{target} is there already; give another --target, or remove it")
+        raise CheckpointFileError(f"{target} exists; pass another --target, or remove it")
     remote = "://" in str(target)
     made = [] if remote else [parent for parent in target.parents if not parent.exists()]
     folder = target if remote else target.with_name(f".{target.name}.{os.getpid()}.incomplete")
@@ -250,7 +250,7 @@ def _whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
                 parent.rmdir()
         if isinstance(error, OSError | safetensors.SafetensorError):
             raise CheckpointFileError(
-                f"{target}: could not be written, and nothing is left of it ({error}); free space, mend the "
-                "permissions, or give another --target"
+                f"{target}: could not be written, and was removed ({error}); free space, fix the "
+                "permissions, or pass another --target"
             ) from error
         raise

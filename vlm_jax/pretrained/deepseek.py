@@ -1,4 +1,4 @@
-"""DeepSeek-V2's language models, with DeepSeek-VL2's, as their release stores them."""
+"""DeepSeek-V2's and DeepSeek-VL2's language models, in the format of their releases."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_logit_scale, released_rope
 from vlm_jax.types import Config, Dtype, Fields
 
-# deepseek_vl2/models/configuration_deepseek.py, which is that of DeepSeek-V2 with `use_mla`.
+# deepseek_vl2/models/configuration_deepseek.py: that of DeepSeek-V2 with `use_mla`.
 DEFAULTS: Fields = {
     "vocab_size": 102_400,
     "hidden_size": 4096,
@@ -65,10 +65,10 @@ def deepseek_v2(
     names: Names,
     **dtypes: Dtype,
 ) -> LanguageModel:
-    """DeepSeek-V2 and its variants in DeepSeek-VL2: with latent or plain attention.
+    """DeepSeek-V2 and its variants in DeepSeek-VL2: with latent or multi-head attention.
 
     Raises:
-      PretrainedError: settings that nothing here computes.
+      PretrainedError: unsupported settings.
     """
     settings = with_defaults(config, DEFAULTS, where)
     plain = not settings["use_mla"]
@@ -81,7 +81,7 @@ def deepseek_v2(
     }
     check_supported(settings, known, where)
     tied = settings["tie_word_embeddings"]
-    # Where there are latents, the rotary key is one for all heads.
+    # With latent attention, all heads share one rotary key.
     shared = {"num_key_value_heads": None, "head_dim": settings["qk_rope_head_dim"]}
     *_, rope_dim = text_sizes({**settings, **({"head_dim": None} if plain else shared)}, where)
     decoder = Deepseek(
@@ -149,13 +149,13 @@ def _attention_fields(settings: Config, where: str) -> Fields:
 
 
 def _expert_fields(settings: Config, where: str) -> Fields:
-    """Those of the mixtures; without routed experts every layer is dense."""
+    """Fields of the mixtures of experts; without routed experts every layer is dense."""
     fields = {"expert_dim": settings["moe_intermediate_size"], "num_experts": 1, "num_selected": 1}
     if settings["n_routed_experts"] is None:
         return {**fields, "num_dense": settings["num_hidden_layers"]}
     if settings["num_experts_per_tok"] is None:
-        raise PretrainedError(f"{where}.num_experts_per_tok: expected the number of experts of a token, got None")
-    if settings["topk_method"] != "greedy":  # which releases name groups with, and do not look at
+        raise PretrainedError(f"{where}.num_experts_per_tok: expected the number of experts per token, got None")
+    if settings["topk_method"] != "greedy":  # for which releases set groups, but do not use them
         fields |= {"num_groups": settings["n_group"] or 1, "num_selected_groups": settings["topk_group"] or 1}
     return {
         **fields,

@@ -1,6 +1,7 @@
-"""DeepSeek-VL as its own release stores it: SigLIP, or SAM and SigLIP together, the projector and Llama."""
+"""DeepSeek-VL in the format of its release: SigLIP, or SAM and SigLIP, the projector and Llama."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from vlm_jax.pretrained.sam import stacks
 from vlm_jax.pretrained.tables import num_patches
 from vlm_jax.types import Config, Dtype, Fields, Grid, Params
 
-# The release names its towers and leaves their sizes to its code: models/siglip_vit.py and models/sam.py.
+# The release's config has the names of its towers, its code their sizes: models/siglip_vit.py and models/sam.py.
 MODELS: dict[str, Fields] = {
     "siglip_so400m_patch14_384": {
         "patch_size": 14,
@@ -53,11 +54,11 @@ SAM_DEFAULTS = {
     "window_size": 14,
     "mlp_ratio": 4,
 }
-# models/sam.py resizes the neck's output to this, whatever the image's size.
+# models/sam.py resizes the neck's output to this for any image size.
 DOWNSAMPLE_FROM = (96, 96)
 COMBINE = {"feature": "feature", "sequence": "sequence", "add": "sum", "tuple": "tuple"}
 NOT_VISION = (r"language_model\..*",)
-# models/clip_encoder.py and timm make these and never use them.
+# models/clip_encoder.py and timm create these and never use them.
 UNUSED = (r"vision_model\.(high|low)_layer_norm\..*", r"vision_model\.(.*\.)?vision_tower\.attn_pool\..*")
 
 
@@ -66,15 +67,15 @@ def describe(
 ) -> Description:
     """A `MultiModalityCausalLM`, whose language model is a Llama.
 
-    A tower's sizes are those of `MODELS` under its `model_name`; the key `model_registry` of the config,
-    which no release has, adds names or gives them other sizes.
+    A tower's sizes are in `MODELS` under its `model_name`; the key `model_registry` of the config,
+    which no release has, adds or replaces entries.
     """
     section = with_defaults(config.get("vision_config", {}), {"cls": REQUIRED, "params": REQUIRED}, "vision_config")
     check_supported(section, {"cls": ("CLIPVisionTower", "HybridVisionTower")}, "vision_config")
     params, dtypes = section["params"], {"dtype": dtype, "param_dtype": param_dtype}
     registry = {**MODELS, **config.get("model_registry", {})}
     if section["cls"] == "CLIPVisionTower":
-        # A processor's task here; only the hybrid tower, whose two have different ones, does it itself.
+        # Done by the processor; only the hybrid tower, with two different normalisations, does it itself.
         unused = {"pixel_mean": (None,), "pixel_std": (None,)}
         check_supported(params, unused, "vision_config.params")
         encoder, rules, image_size = _tower(params, registry, "vision_config.params", dtypes)
@@ -116,7 +117,7 @@ def _tower(settings: Config, registry: Config, where: str, dtypes: dict) -> tupl
     settings = with_defaults(settings, defaults, where)
     name, size = settings["model_name"], settings["image_size"]
     if name not in registry:
-        raise PretrainedError(f"{where}.model_name: '{name}' has no sizes here{did_you_mean(name, registry)}")
+        raise PretrainedError(f"{where}.model_name: unknown '{name}'{did_you_mean(name, registry)}")
     image_size = (size, size) if isinstance(size, int) else tuple(size)
     if name.startswith("sam"):
         check_supported(settings, {"select_feature": ("same",)}, where)
@@ -124,10 +125,8 @@ def _tower(settings: Config, registry: Config, where: str, dtypes: dict) -> tupl
     return *_siglip(registry[name], image_size, settings["select_layer"], dtypes), image_size
 
 
-def _siglip(
-    sizes: Config, image_size: tuple[int, int], select_layer: int, dtypes: dict
-) -> tuple[ViT, tuple[Rule, ...]]:
-    """A layer is selected by leaving out those behind it; the last norm stays."""
+def _siglip(sizes: Config, image_size: tuple[int, int], select_layer: int, dtypes: dict) -> tuple[Any, Any]:
+    """A layer is selected by omitting later ones; the last norm is kept."""
     depth = sizes["layers"]
     kept = min(depth, depth + select_layer + 1) if select_layer <= 0 else min(depth, select_layer)
     module = ViT(

@@ -1,4 +1,4 @@
-"""DeepSeek-VL2 as its own release stores it: SigLIP, the projector, two learned rows and the language model."""
+"""DeepSeek-VL2 in the format of its release: SigLIP, the projector, two learned rows and the language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -67,7 +67,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `ViT`.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)

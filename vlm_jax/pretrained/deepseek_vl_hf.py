@@ -1,4 +1,4 @@
-"""DeepSeek-VL as transformers stores it: SigLIP, or SAM and SigLIP together, the aligner and Llama."""
+"""DeepSeek-VL in the format of transformers: SigLIP, or SAM and SigLIP, the aligner and Llama."""
 
 from collections.abc import Mapping
 
@@ -20,18 +20,18 @@ from vlm_jax.pretrained.sam import VISION_DEFAULTS, stacks, vision_encoder
 from vlm_jax.pretrained.siglip import vision_tower
 from vlm_jax.types import Config, Dtype, Fields
 
-# The config leaves these to the processor; they are those of the released 7B model.
+# The config does not have these; they are those of the released 7B model's processor.
 HIGH_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 LOW_STATISTICS = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NOT_VISION = (r"(.*\.)?language_model\..*", r"lm_head\..*")
-_LLAMA_WIDTH = 4096  # of the class, where the text section does not say
+_LLAMA_WIDTH = 4096  # default of the class for the text section
 UNUSED = (r"(.*\.)?vision_model\.(vision_model\.)?head\..*",)  # the attention pooling of SigLIP
 
 
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """A `DeepseekVLModel`, or what generates with one: one SigLIP."""
+    """A `DeepseekVLModel`, or its model for generation: one SigLIP."""
     settings = with_defaults(config, {"vision_config": REQUIRED}, "deepseek_vl")
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     encoder = _siglip(settings["vision_config"], "deepseek_vl", dtypes)
@@ -49,7 +49,7 @@ def describe(
 def describe_hybrid(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """A `DeepseekVLHybridModel`, or what generates with one: two towers, on images on [0, 1]."""
+    """A `DeepseekVLHybridModel`, or its model for generation: two towers, for images in [0, 1]."""
     where, dtypes = "deepseek_vl_hybrid", {"dtype": dtype, "param_dtype": param_dtype}
     required = {"vision_config": REQUIRED, "high_res_vision_config": REQUIRED}
     settings = with_defaults(config, required, where)
@@ -130,5 +130,5 @@ def _sam_rules(module: SAM, checkpoint: Mapping[str, SourceTensor]) -> tuple[Rul
 
 
 def _size(module: ViT) -> tuple[int, int]:
-    assert module.image_size is not None  # a SigLIP config always tells
+    assert module.image_size is not None  # a SigLIP config always has it
     return module.image_size

@@ -1,4 +1,4 @@
-"""What a family file of this folder gives: a released config turned into a module and its rules."""
+"""The interface of family files, which convert a released config to a module and its rules."""
 
 import dataclasses
 import math
@@ -15,27 +15,27 @@ from vlm_jax.types import Config, Dtype, Fields, Params, Tree
 
 
 class PretrainedError(ValueError):
-    """A released config that cannot be turned into a module; the message names the key and the fix."""
+    """A released config that cannot be converted to a module; the message has the key and the fix."""
 
 
-# (params, side) -> the released config and the parameters at that size, and stand-ins for the released
-# tensors whose shapes then are others.
+# (params, side) -> the released config and the parameters at that size, and placeholders for the released
+# tensors whose shapes change.
 Resize = Callable[[Params, int], tuple[Fields, Params, dict[str, SourceTensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """A released checkpoint in terms of this package.
+    """The module and rules of a released checkpoint.
 
     Attributes:
-      module: the Linen module; nothing in it has parameters yet.
+      module: the Linen module, unbound.
       inputs: shapes of the positional arguments of its `__call__` (`jax.ShapeDtypeStruct`s and trees of
-        them), through which the shapes of its parameters are found.
-      rules: which released tensors make which parameters; targets are paths in `params`.
-      ignore: regular expressions for whole released keys that the module has no use for. They are
-        carried along unread and written back by `save_pretrained`.
-      resize: makes the release one for square images of another side in pixels; None where it works at
-        any size or at one only.
+        them), for computing the shapes of its parameters.
+      rules: conversion from released tensors to parameters; targets are paths in `params`.
+      ignore: regular expressions for whole released keys that the module does not use. They are
+        kept unread and written back by `save_pretrained`.
+      resize: converts the release to square images of another side in pixels; None where it supports
+        any size or only one.
     """
 
     module: nn.Module
@@ -45,7 +45,7 @@ class Description:
     resize: Resize | None = None
 
     def boxed_shapes(self) -> Params:
-        """Shapes of the parameters, in the boxes that name their axes."""
+        """Shapes of the parameters, in boxes with their axis names."""
 
         def init(*inputs: Tree) -> Tree:
             return self.module.init(jax.random.key(0), *inputs)["params"]
@@ -55,11 +55,11 @@ class Description:
 
 @runtime_checkable
 class Family(Protocol):
-    """`describe(config, checkpoint, dtype=.., param_dtype=..)`, one for every released schema.
+    """`describe(config, checkpoint, dtype=.., param_dtype=..)`, one per released schema.
 
-    `config` is the released dict, with the defaults that released files leave out still missing.
-    `checkpoint` serves for its keys and shapes, where the config does not tell: the prefix that a saved
-    class puts before its names, or the length of a position table.
+    `config` is the released dict, without defaults for missing keys.
+    `checkpoint` provides keys and shapes that are not in the config: the prefix of a saved
+    class's names, or the length of a position table.
     """
 
     def __call__(
@@ -73,11 +73,11 @@ class Family(Protocol):
 
 
 class Names(NamedTuple):
-    """What stands before the released keys of a language model.
+    """Prefixes of the released keys of a language model.
 
     Attributes:
-      trunk: before `embed_tokens.weight`, `layers.0...` and their like.
-      head: before `lm_head.weight`, or what the family calls its head.
+      trunk: before `embed_tokens.weight`, `layers.0...` and so on.
+      head: before `lm_head.weight`, or the family's name of the head.
     """
 
     trunk: str = "model."
@@ -89,9 +89,9 @@ class LanguageModel:
     """The language model of a released config.
 
     Attributes:
-      decoder: the Linen module; nothing in it has parameters yet.
-      rules: which released tensors make which parameters; targets are relative to the decoder's.
-      ignore: regular expressions for whole released keys of it that the decoder has no use for.
+      decoder: the Linen module, unbound.
+      rules: conversion from released tensors to parameters; targets are relative to the decoder.
+      ignore: regular expressions for whole released keys that the decoder does not use.
     """
 
     decoder: Decoder
@@ -100,10 +100,10 @@ class LanguageModel:
 
 
 def find_prefix(keys: Iterable[str], ending: str) -> str:
-    """What stands before `ending` in the one key that ends so; `""` where no key does.
+    """The prefix of the key that ends with `ending`; `""` where there is none.
 
     Raises:
-      PretrainedError: several keys end so, under different prefixes.
+      PretrainedError: several keys with different prefixes end with it.
     """
     found = sorted({key.removesuffix(ending) for key in keys if key == ending or key.endswith("." + ending)})
     if len(found) > 1:
@@ -112,36 +112,36 @@ def find_prefix(keys: Iterable[str], ending: str) -> str:
 
 
 def beside(*prefixes: str) -> tuple[str, ...]:
-    """The pattern of the keys of a system that its read parts have no use for.
+    """The pattern of the keys of a system outside of its loaded parts.
 
     Args:
-      prefixes: what the keys of a part start with, one for every part; nothing where there is no more
-        than the part.
+      prefixes: the prefix of the keys of each part; none where there is only one
+        part.
     """
     return () if "" in prefixes else (f"(?!{'|'.join(map(re.escape, prefixes))}).*",)
 
 
 def with_defaults(config: Config, defaults: Config, where: str) -> Fields:
-    """The config with the class defaults that released files leave out.
+    """The config with class defaults for missing keys.
 
     Args:
       config: the released section.
-      defaults: key -> default; `REQUIRED` where the release must give the key.
-      where: names the section in messages.
+      defaults: key -> default; `REQUIRED` where the release must have the key.
+      where: name of the section for errors.
 
     Raises:
       PretrainedError: a required key is missing.
     """
     missing = [key for key, value in defaults.items() if value is REQUIRED and key not in config]
     if missing:
-        raise PretrainedError(f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not there")
+        raise PretrainedError(f"{where}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")
     return {**defaults, **config}
 
 
 REQUIRED: Any = object()
 
 
-# What released configs call an activation -> a name of `layers.mlp.ACTIVATIONS`.
+# Activation in released configs -> a name of `layers.mlp.ACTIVATIONS`.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -154,7 +154,7 @@ ACTIVATIONS = {
 
 
 def marker(config: Config) -> str:
-    """What a released config calls its kind of model.
+    """The model type of a released config.
 
     `model_type` of Hugging Face files; `open_clip` for a `model_cfg` or a `vision_cfg`; `vit_jax` for the
     config of vision_transformer, which has a `classifier`; else big_vision's `model_name`.
@@ -171,33 +171,33 @@ def marker(config: Config) -> str:
     if "model_name" in config:
         return f"big_vision.{config['model_name']}"
     raise PretrainedError(
-        "the config does not say what it describes: expected the key model_type (Hugging Face), model_cfg "
+        "the config has no model type: expected the key model_type (Hugging Face), model_cfg "
         "(open_clip), classifier (vision_transformer) or model_name (big_vision), got " + ", ".join(sorted(config))
     )
 
 
-# Where released configs of systems keep the one of their language model.
+# Keys of the language model's section in released configs of systems.
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 
 
 def text_section(config: Config) -> Config:
-    """A system's config of its language model; empty where it has none of its own."""
+    """The language model's section of a system's config; empty if there is none."""
     return next((config[key] for key in _TEXT_SECTIONS if isinstance(config.get(key), Mapping)), {})
 
 
 def one_layer(value: int | Sequence[int], where: str) -> int:
-    """The number of a hidden state, where releases may also list several.
+    """The index of a hidden state, for settings that may also be lists.
 
     Raises:
-      PretrainedError: several.
+      PretrainedError: a list of several.
     """
     if isinstance(value, int):
         return value
-    raise PretrainedError(f"{where}: expected the number of one hidden state, got {value!r}; several are not joined")
+    raise PretrainedError(f"{where}: expected the index of one hidden state, got {value!r}; several are not supported")
 
 
 def one_side(value: int | Sequence[int], where: str) -> int:
-    """The side of a square, which releases give once or for both axes.
+    """The side of a square, given as one number or for both axes.
 
     Raises:
       PretrainedError: the axes differ.
@@ -209,10 +209,10 @@ def one_side(value: int | Sequence[int], where: str) -> int:
 
 
 def square_root(count: int, where: str) -> int:
-    """The side of a square table with so many rows.
+    """The side of a square table with `count` rows.
 
     Raises:
-      PretrainedError: it is no square.
+      PretrainedError: count is not a square number.
     """
     side = math.isqrt(count)
     if side * side != count:
@@ -221,12 +221,12 @@ def square_root(count: int, where: str) -> int:
 
 
 def check_supported(config: Config, expected: Mapping[str, tuple[object, ...]], where: str) -> None:
-    """Refuses settings whose maths nothing here computes.
+    """Raises for unsupported settings.
 
     Args:
-      config: a section with its defaults in place.
-      expected: key -> the values that can be computed.
-      where: names the section in messages.
+      config: a section with its defaults.
+      expected: key -> the supported values.
+      where: name of the section for errors.
 
     Raises:
       PretrainedError: lists every key with another value.

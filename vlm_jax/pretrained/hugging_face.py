@@ -1,4 +1,4 @@
-"""What configs of transformers call alike in every family."""
+"""Settings that configs of transformers share across families."""
 
 from collections.abc import Mapping
 
@@ -17,11 +17,11 @@ def block_fields(settings: Config, where: str) -> Fields:
     """Sizes, activation and epsilon of the blocks, as fields of `Trunk` and of `TextTower`.
 
     Args:
-      settings: a section with its defaults in place.
-      where: names the section in messages.
+      settings: a section with its defaults.
+      where: name of the section for errors.
 
     Raises:
-      PretrainedError: an activation that is not computed here.
+      PretrainedError: an unsupported activation.
     """
     check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, where)
     return {
@@ -35,10 +35,10 @@ def block_fields(settings: Config, where: str) -> Fields:
 
 
 def text_sizes(settings: Config, where: str) -> tuple[int, int, int]:
-    """Query heads, key and value heads, and the width of one, of a language model's config with its defaults in place.
+    """Query heads, key and value heads, and the head width of a language model's config with its defaults.
 
     Raises:
-      PretrainedError: sizes that are no positive integers, or heads that do not fit each other or the width.
+      PretrainedError: sizes that are not positive integers, or heads that do not divide each other or the width.
     """
     optional = {key: settings[key] for key in ("num_key_value_heads", "head_dim") if settings.get(key) is not None}
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -61,10 +61,10 @@ def text_sizes(settings: Config, where: str) -> tuple[int, int, int]:
 
 
 def vit_fields(settings: Config, where: str) -> Fields:
-    """Those of a ViT with a learned table of positions, which transformers interpolates bicubically.
+    """Fields of a ViT with learned position embeddings, which transformers interpolates bicubically.
 
     Raises:
-      PretrainedError: as of `block_fields`; images or patches that are not square.
+      PretrainedError: as `block_fields`, or images or patches that are not square.
     """
     side = one_side(settings["image_size"], f"{where}.image_size")
     return {
@@ -79,11 +79,11 @@ def projector(checkpoint: Mapping[str, SourceTensor], where: str) -> tuple[str, 
     """The two linear layers of a `multi_modal_projector`.
 
     Args:
-      checkpoint: for the prefix of the keys, and for the decoder's width, which text configs leave out.
-      where: names the config in messages.
+      checkpoint: provides the prefix of the keys, and the decoder's width, which text configs may omit.
+      where: name of the config for errors.
 
     Returns:
-      What the projector's keys start with, its output width, and its rules for an `Mlp` named `mlp`.
+      The prefix of the projector's keys, its output width, and its rules for an `Mlp` named `mlp`.
 
     Raises:
       PretrainedError: there is no such projector.
@@ -99,12 +99,12 @@ def projector(checkpoint: Mapping[str, SourceTensor], where: str) -> tuple[str, 
 def vocabulary(
     embedding: str, head: str, checkpoint: Mapping[str, SourceTensor], where: str, *, tied: bool
 ) -> tuple[Rule, ...]:
-    """The rules of the embedding table and the head, by their whole released keys.
+    """The rules of the embedding table and the head, by their full released keys.
 
-    A tied checkpoint may store its table a second time as the head; it is written back so.
+    A tied checkpoint may store its table a second time as the head; it is then also written twice.
 
     Raises:
-      PretrainedError: the two differ in a checkpoint whose config says that they are tied.
+      PretrainedError: the two differ although the config ties them.
     """
     stored = head in checkpoint
     if (

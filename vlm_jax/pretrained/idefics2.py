@@ -1,4 +1,4 @@
-"""Idefics2 of transformers: SigLIP at native resolution with the perceiver, or the tower alone."""
+"""Idefics2 of transformers: SigLIP at native resolution with the perceiver, or only the tower."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +44,7 @@ PERCEIVER_DEFAULTS: Fields = {
     "resampler_head_dim": 96,
     "num_key_value_heads": 4,
 }
-# MistralConfig's, which Idefics2Config changes where the section is left out.
+# MistralConfig's, which Idefics2Config changes where the section is missing.
 TEXT_DEFAULTS: Fields = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
 _TEXT_LEFT_OUT: Fields = {"rms_norm_eps": 1e-5}
 _PROJECTION = "connector.modality_projection.down_proj.weight"
@@ -56,7 +56,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> NaflexViT:
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `NaflexViT`.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
@@ -76,9 +76,9 @@ def perceiver(config: Config, shape: tuple[int, ...], where: str, **fields: Any)
     """The connector of an `Idefics2Config`.
 
     Args:
-      config: the whole released config.
-      shape: of the feed-forward's last product, as released: the decoder's width, the hidden width.
-      where: names the config in messages.
+      config: the full released config.
+      shape: released shape of the feed-forward's last weight: the decoder's width, the hidden width.
+      where: name of the config for errors.
       **fields: more fields of `Perceiver`.
     """
     settings = with_defaults(config.get("perceiver_config") or {}, PERCEIVER_DEFAULTS, f"{where}.perceiver_config")
@@ -86,7 +86,7 @@ def perceiver(config: Config, shape: tuple[int, ...], where: str, **fields: Any)
     check_supported(settings, {"hidden_act": tuple(ACTIVATIONS)}, f"{where}.perceiver_config")
     check_supported(text, {"hidden_act": (settings["hidden_act"],)}, f"{where}.text_config")
     features, projection_dim = shape
-    # A section of another width was never filled in; the release then takes the text's epsilon too.
+    # A section of another width has unset defaults; the release then also uses the text's epsilon.
     own = settings["hidden_size"] == features
     return Perceiver(
         features=features,
@@ -109,7 +109,7 @@ def _vision_rules(vit: NaflexViT) -> tuple[Rule, ...]:
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """Vision tower and connector of an `Idefics2Model`, one image a sequence; the language model is carried along."""
+    """Vision tower and connector of an `Idefics2Model`, one image per sequence; the language model is not loaded."""
     where, dtypes = "idefics2", {"dtype": dtype, "param_dtype": param_dtype}
     prefix = find_prefix(checkpoint, _PROJECTION)
     if prefix + _PROJECTION not in checkpoint:

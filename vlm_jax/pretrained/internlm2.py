@@ -1,4 +1,4 @@
-"""InternLM2, whose query, key and value are one product."""
+"""InternLM2, whose query, key and value are one weight."""
 
 import re
 from collections.abc import Mapping
@@ -31,10 +31,10 @@ DEFAULTS: Fields = {
 def internlm2(
     config: Config, checkpoint: Mapping[str, SourceTensor], where: str, *, names: Names, **dtypes: Dtype
 ) -> LanguageModel:
-    """Llama with InternLM2's names; its packed product is taken apart at load.
+    """Llama with InternLM2's names; its fused query-key-value weight is split at load.
 
     Raises:
-      PretrainedError: settings that nothing here computes.
+      PretrainedError: unsupported settings.
     """
     settings = with_defaults(config, DEFAULTS, where)
     check_supported(settings, {"hidden_act": tuple(ACTIVATIONS), "bias": (False,)}, where)

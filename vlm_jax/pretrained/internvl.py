@@ -1,4 +1,4 @@
-"""InternVL as its own release stores it: InternViT alone, or a chat model with its projector and language model."""
+"""InternVL in the format of its release: InternViT, or a chat model with its projector and language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -54,7 +54,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `ViT`, or other values.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)

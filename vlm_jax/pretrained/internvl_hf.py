@@ -1,4 +1,4 @@
-"""InternVL as transformers stores it: InternViT, its projector and a language model."""
+"""InternVL in the format of transformers: InternViT, its projector and a language model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -49,15 +49,15 @@ DEFAULTS: Fields = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "default",
 }
-_QK_EPSILON = 1e-6  # of the class, whatever layer_norm_eps says
+_QK_EPSILON = 1e-6  # of the class, independent of layer_norm_eps
 
 
 def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
-    """The ViT of an `InternVLVisionConfig` without the norm behind it.
+    """The ViT of an `InternVLVisionConfig` without the norm after it.
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `ViT`, or other values.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
@@ -83,7 +83,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """An `InternVLModel`, or what generates with one."""
+    """An `InternVLModel`, or its model for generation."""
     where, dtypes = "internvl", {"dtype": dtype, "param_dtype": param_dtype}
     settings = with_defaults(config, DEFAULTS, where)
     known = {"projector_hidden_act": ("gelu",), "vision_feature_select_strategy": ("default",)}

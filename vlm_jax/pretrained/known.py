@@ -1,6 +1,6 @@
-"""Released configs of known sizes, kept as data: a system is described, and planned, before its weights are there.
+"""Included released configs, for describing and planning a system without its weights.
 
-`released/<organisation>--<name>.json` holds the settings that a family reads of the `config.json` of a repository on
+`released/<organisation>--<name>.json` has the settings that a family reads from the `config.json` of a repository on
 the Hugging Face hub.
 """
 
@@ -19,8 +19,8 @@ from vlm_jax.types import Config, Dtype, Fields
 _FOLDER = resources.files("vlm_jax.pretrained") / "released"
 _SEPARATOR, _SUFFIX = "--", ".json"
 
-# `family.marker` -> the keys of the released files that tell a family which parts are there and what stands
-# before their names; those of a family that is not named here follow from its config.
+# `family.marker` -> the keys of the released files from which a family determines the parts and their
+# prefixes; other families only need the config.
 _KEYS: dict[str, tuple[str, ...]] = {
     "deepseek_vl_v2": ("language.model.norm.weight", "image_newline", "view_seperator"),
     "internvl_chat": ("language_model.model.norm.weight",),
@@ -54,15 +54,15 @@ def known_config(name: str) -> Fields:
       name: `organisation/name`.
 
     Raises:
-      PretrainedError: no config of that name is kept here; the message has the nearest one.
+      PretrainedError: no config of that name is included; the message suggests the nearest one.
     """
     if name not in known_configs():
-        raise PretrainedError(f"no config of '{name}' is kept here{did_you_mean(name, known_configs())}")
+        raise PretrainedError(f"no config of '{name}' is included{did_you_mean(name, known_configs())}")
     return json.loads((_FOLDER / (name.replace("/", _SEPARATOR, 1) + _SUFFIX)).read_text(encoding="utf-8"))
 
 
 def describe_known(name: str, *, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32) -> Description:
-    """One of `known_configs` as a module, the whole system with its language model, without a checkpoint.
+    """One of `known_configs` as a module, the full system with its language model, without a checkpoint.
 
     Args:
       name: `organisation/name`.
@@ -70,14 +70,14 @@ def describe_known(name: str, *, dtype: Dtype = jnp.float32, param_dtype: Dtype 
       param_dtype: dtype of the stored parameters.
 
     Raises:
-      PretrainedError: as of `known_config`.
+      PretrainedError: as `known_config`.
     """
     config = known_config(name)
     return choose_family(config, FAMILIES)(config, _stand_ins(config), dtype=dtype, param_dtype=param_dtype)
 
 
 def _stand_ins(config: Config) -> dict[str, np.ndarray]:
-    """The tensors that a family looks at, of zeros that take no memory."""
+    """The tensors that a family reads, as zeros that take no memory."""
     kind = marker(config)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_KEYS.get(kind, ()), (1,))
     if kind in ("llava", "llava_next"):  # read for the width of the language model

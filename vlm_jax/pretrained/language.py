@@ -23,7 +23,7 @@ from vlm_jax.pretrained.llama import llama, mistral, qwen2, qwen2_vl, qwen3
 from vlm_jax.pretrained.qwen import qwen
 from vlm_jax.types import Batch, Config, Dtype
 
-# What a released config calls its language model -> who describes it, with the arguments of `language_model`.
+# Model type of a released config -> its function, with the arguments of `language_model`.
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "deepseek_v2": deepseek_v2,
     "internlm2": internlm2,
@@ -37,7 +37,7 @@ LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "qwen2_vl_text": qwen2_vl,
     "qwen3": qwen3,
 }
-SYSTEMS = ("qwen", "qwen2_5_vl", "qwen2_vl")  # whose config is that of a whole system
+SYSTEMS = ("qwen", "qwen2_5_vl", "qwen2_vl")  # with the config of a full system
 
 
 def language_model(
@@ -53,25 +53,25 @@ def language_model(
 
     Args:
       config: the section, with its `model_type`.
-      checkpoint: tells whether a tied head is stored.
-      where: names the section in messages.
-      names: what stands before the released keys.
+      checkpoint: shows whether a tied head is stored.
+      where: name of the section for errors.
+      names: prefixes of the released keys.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
     Raises:
-      PretrainedError: no such language model, or settings that nothing here computes.
+      PretrainedError: an unsupported language model or setting.
     """
     kind = with_defaults(config, {"model_type": REQUIRED}, where)["model_type"]
     if kind not in LANGUAGE_MODELS:
         raise PretrainedError(
-            f"{where}.model_type: no language model '{kind}' here{did_you_mean(kind, LANGUAGE_MODELS)}"
+            f"{where}.model_type: unsupported language model '{kind}'{did_you_mean(kind, LANGUAGE_MODELS)}"
         )
     return LANGUAGE_MODELS[kind](config, checkpoint, where, names=names, dtype=dtype, param_dtype=param_dtype)
 
 
 def alone(describe: Callable[..., LanguageModel], names: Names) -> Family:
-    """The family of the text-only checkpoints of a language model: a `VLM` that is a decoder alone."""
+    """The family of text-only checkpoints of a language model: a `VLM` with only a decoder."""
 
     def family(
         config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype

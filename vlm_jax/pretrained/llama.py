@@ -19,8 +19,8 @@ from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
 from vlm_jax.types import Config, Dtype, Fields
 
-# What each class looks at, with its defaults: transformers, models/llama/configuration_llama.py, and those of the
-# others. Any other key of a config plays no part, there as here.
+# The settings of each class, with defaults: transformers, models/llama/configuration_llama.py, and those of the
+# others. Other keys of a config are ignored, as in transformers.
 _COMMON: Fields = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
@@ -35,7 +35,7 @@ _COMMON: Fields = {
     "tie_word_embeddings": False,
     **ROPE_DEFAULTS,
 }
-# Of a class that does not look at them: no biases but its own; a window, where it has one, is that of every layer.
+# Of a class without these settings: only its own biases; a window, if any, applies to every layer.
 _UNREAD: Fields = {
     "attention_bias": False,
     "mlp_bias": False,
@@ -94,7 +94,7 @@ def llama(
     """Llama; and, with other settings, Qwen2 (biases on query, key and value) and Qwen3 (normalised heads).
 
     Raises:
-      PretrainedError: settings that nothing here computes, or a head that is tied and yet not the table.
+      PretrainedError: unsupported settings, or a tied head that differs from the table.
     """
     read = {key: value for key, value in config.items() if key in defaults}
     settings = {**_UNREAD, **with_defaults(read, defaults, where)}
@@ -148,7 +148,7 @@ def qwen3(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **
 def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
     """The language models of Qwen2-VL and Qwen2.5-VL: Qwen2 with M-RoPE.
 
-    The config is the text section, or that of the whole system, where it may lie flat among the rest.
+    The config is the text section, or the full config, which may contain the text settings at the top level.
     """
     if "text_config" in config:
         text = config["text_config"]
@@ -170,6 +170,6 @@ def _windows(settings: Config, where: str) -> tuple[int | None, ...]:
     known = {f"layer_types[{i}]": ("full_attention", "sliding_attention") for i in range(depth)}
     check_supported({f"layer_types[{i}]": kind for i, kind in enumerate(kinds)}, known, where)
     if len(kinds) != depth:
-        raise PretrainedError(f"{where}.layer_types: expected {depth}, one for each layer, got {len(kinds)}")
+        raise PretrainedError(f"{where}.layer_types: expected {depth}, one per layer, got {len(kinds)}")
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return windows if any(windows) else ()

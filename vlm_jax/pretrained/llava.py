@@ -1,4 +1,4 @@
-"""LLaVA and MobileVLM as their own releases store them: CLIP, at one scale or at several (S²), projector, Llama."""
+"""LLaVA and MobileVLM in the format of their releases: CLIP, at one scale or several (S²), projector, Llama."""
 
 import re
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ from vlm_jax.pretrained.projector import mm_projector
 from vlm_jax.pretrained.tables import image_shape, left_out
 from vlm_jax.types import Config, Dtype, Fields
 
-# The config names its tower on the hub; these are what differs from the defaults in the tower's own config.
+# The config has the tower's name on the hub; these are the non-default settings of the tower's own config.
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 TOWERS: dict[str, Fields] = {
     "openai/clip-vit-large-patch14": {**_LARGE, "patch_size": 14, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_LARGE, "patch_size": 14, "image_size": 336},
 }
-# llava/model/multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py; MobileVLM took them over.
+# llava/model/multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py, also used by MobileVLM.
 DEFAULTS: Fields = {
     "hidden_size": REQUIRED,
     "mm_projector_type": "linear",
@@ -43,11 +43,11 @@ def describe(
 ) -> Description:
     """A `LlavaLlamaForCausalLM` or a `MobileLlamaForCausalLM`; LLaVA-1.6 has a learned `image_newline`.
 
-    The tower's settings are those of `TOWERS` under `mm_vision_tower`, or the key `vision_tower_config` of the
-    config, the tower's own config, which `named_tower` reads from where the tower lies.
+    The tower's settings are in `TOWERS` under `mm_vision_tower`, or in the key `vision_tower_config` of the
+    config, the tower's own config, which `named_tower` reads from the tower's folder.
 
     Raises:
-      PretrainedError: an unknown tower, a projector that is not computed here, or scales that are no
+      PretrainedError: an unknown tower, an unsupported projector, or scales that are not a
         list of sizes.
     """
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -72,12 +72,12 @@ def describe(
 def _tower(
     settings: Config, where: str, dtypes: Config
 ) -> tuple[ViT | MultiScale, jax.ShapeDtypeStruct, tuple[Rule, ...], tuple[str, ...]]:
-    """The encoder, the shape of an input, its rules and the patterns of keys that it has no use for."""
+    """The encoder, the shape of an input, its rules and the patterns of unused keys."""
     check_supported(settings, {"mm_vision_select_feature": ("patch", "cls_patch")}, where)
     name = settings["mm_vision_tower"]
     section = settings.get("vision_tower_config", TOWERS.get(name))
     if section is None:
-        raise PretrainedError(f"mm_vision_tower: no settings here for '{name}'{did_you_mean(name, TOWERS)}")
+        raise PretrainedError(f"mm_vision_tower: unknown '{name}'{did_you_mean(name, TOWERS)}")
     vit = clip.vision_tower(
         section,
         f"the config of {name}",

@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-NeXT as transformers stores them: CLIP, a two-layer projector and a language model."""
+"""LLaVA and LLaVA-NeXT in the format of transformers: CLIP, a two-layer projector and a language model."""
 
 import re
 from collections.abc import Mapping
@@ -33,9 +33,9 @@ DEFAULTS: Fields = {
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """What generates with a `LlavaModel` or a `LlavaNextModel`, which has a learned `image_newline`.
+    """A `LlavaForConditionalGeneration` or a `LlavaNextForConditionalGeneration` with a learned `image_newline`.
 
-    LLaVA's own releases call themselves `llava` as well; those with `mm_vision_tower` are read as such.
+    LLaVA's own releases also have the model type `llava`; they are recognised by `mm_vision_tower`.
     """
     where, dtypes = config["model_type"], {"dtype": dtype, "param_dtype": param_dtype}
     if "mm_vision_tower" in config:

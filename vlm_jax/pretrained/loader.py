@@ -1,4 +1,4 @@
-"""Loading a released checkpoint: which family its config is of, and its parameters onto their devices."""
+"""Loads a released checkpoint: selects its family and reads its parameters to devices."""
 
 import copy
 import functools
@@ -34,7 +34,7 @@ def choose_family(config: Config, families: Mapping[str, Family]) -> Family:
     """The entry of the registration table for a released config.
 
     Raises:
-      PretrainedError: no entry; lists those there are.
+      PretrainedError: no entry; lists the registered ones.
     """
     name = marker(config)
     if name not in families:
@@ -53,7 +53,7 @@ def open_system(
     param_dtype: str | None = None,
     config: Config | None = None,
 ) -> System:
-    """The system of a release, none of whose tensors are read yet; `param_dtype` is `dtype` when None.
+    """The system of a release without reading tensors; `param_dtype` is `dtype` when None.
 
     Raises:
       As `from_pretrained`.
@@ -83,7 +83,7 @@ def load(
     assert release is not None
     if image_size is not None:
         if resize is None:
-            raise PretrainedError(f"image_size: '{marker(release.config)}' is not resized at load")
+            raise PretrainedError(f"image_size: '{marker(release.config)}' does not support resizing at load")
         released, params, shapes = resize(params, image_size)
         checkpoint = release.checkpoint
         system = _system(
@@ -103,15 +103,15 @@ def is_run(source: str | os.PathLike[str]) -> bool:
 
 
 def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, mesh: Mesh | None) -> Pretrained:
-    """The model of a run that `config.release` started, with the run's newest parameters.
+    """The model of a run started with `config.release`, with the run's newest parameters.
 
     Raises:
       PretrainedError: the run was not started from a release.
-      CheckpointError: there is no whole checkpoint.
+      CheckpointError: there is no complete checkpoint.
     """
     config = read_config(workdir)
     if not config.get("release"):
-        raise PretrainedError(f"{workdir}: this run has no config.release, so that no processor belongs to it")
+        raise PretrainedError(f"{workdir}: this run has no config.release, so it has no processor")
     system = configured(open_system(config["release"], families, dtype=dtype), config)
     boxed = system.boxed_shapes()
     mesh = make_mesh(MeshSettings(data=1), jax.devices()[:1]) if mesh is None else mesh
@@ -151,7 +151,7 @@ def _system(
     dtypes: tuple[str, str],
     image_size: int | None,
 ) -> tuple[System, Resize | None]:
-    """The system, and what makes it one for images of another size."""
+    """The system, and the function that resizes it."""
     description = family(config, tensors, dtype=DTYPES[dtypes[0]], param_dtype=DTYPES[dtypes[1]])
     release = Release(config, checkpoint, folder, tuple(description.rules), tuple(description.ignore))
     processor = functools.partial(read_processor, folder, config, description.module, image_size)

@@ -1,4 +1,4 @@
-"""LLaVA and MobileVLM name their vision tower; its config, and in most releases its tensors, lie in its own folder."""
+"""Vision towers of LLaVA and MobileVLM, whose config, and mostly also tensors, are in a separate folder."""
 
 from pathlib import Path
 
@@ -9,23 +9,23 @@ from vlm_jax.pretrained.llava import PREFIX, TOWERS
 from vlm_jax.types import Config, Fields
 
 KEY, CONFIG_KEY = "mm_vision_tower", "vision_tower_config"
-_OWN = "vision_model."  # what the tensors of a CLIP's image tower start with
+_OWN = "vision_model."  # prefix of the tensors of CLIP's image tower
 
 
 def with_named_tower(config: Config, checkpoint: Checkpoint, folder: Path) -> tuple[Fields, Checkpoint]:
-    """The config with its tower's under `vision_tower_config`, and the checkpoint with its tower's tensors.
+    """The config with the tower's config under `vision_tower_config`, and the checkpoint with the tower's tensors.
 
-    The tower is `mm_vision_tower`: a folder, relative to that of the checkpoint or to the working one, or a name on
-    the hub. Tensors of the checkpoint go before those of the tower's folder; known names need no folder for their
-    config. Anything else is returned as it is.
+    The tower is `mm_vision_tower`: a folder, relative to the checkpoint's or the working directory, or a name on
+    the hub. Tensors of the checkpoint take precedence over those of the tower's folder; known names need no folder
+    for their config. Other releases are returned unchanged.
 
     Args:
-      config: released.
+      config: the released config.
       checkpoint: of the same release.
-      folder: where it lies.
+      folder: its folder.
 
     Raises:
-      PretrainedError: the tower is nowhere, or no CLIP; the message says what to do.
+      PretrainedError: the tower is not found, or is not a CLIP; the message has the fix.
     """
     config, name = dict(config), config.get(KEY)
     if name is None:
@@ -59,14 +59,14 @@ def _place(name: str, folder: Path, *, missing: bool, where: str) -> Path:
     except CheckpointFileError as error:
         lacks = "tensors" if missing else "config"
         raise PretrainedError(
-            f"{where}.{KEY}: the checkpoint holds no {lacks} of its vision tower, and '{name}' is neither a folder "
-            f"beside {folder} or here, nor on the hub{did_you_mean(name, TOWERS)}. Download the tower and set {KEY} to "
+            f"{where}.{KEY}: the checkpoint has no {lacks} of its vision tower, and '{name}' is not a folder "
+            f"in {folder} or here, and not on the hub{did_you_mean(name, TOWERS)}. Download the tower and set {KEY} to "
             f"its folder ({error})"
         ) from error
 
 
 def _vision_section(config: Config, place: Path) -> Fields:
-    """Of a whole CLIP, or of its image tower."""
+    """The vision config of a full CLIP, or of its image tower."""
     if config.get("model_type") == "clip_vision_model":
         return dict(config)
     if config.get("model_type") == "clip":

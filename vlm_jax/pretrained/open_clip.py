@@ -1,4 +1,4 @@
-"""CLIP as openai/CLIP stores it and open_clip configures it: ViT or ModifiedResNet, and text tower."""
+"""CLIP in the format of openai/CLIP with configs of open_clip: ViT or ModifiedResNet, and text tower."""
 
 import math
 from collections.abc import Mapping
@@ -51,21 +51,21 @@ DEFAULTS: Fields = {
 }
 _LOG_SCALE = math.log(1 / 0.07)
 _NORM_EPSILON = 1e-5
-# Counters of training, and the sizes that OpenAI's files hold as tensors.
+# Counters of training, and the sizes that OpenAI's files store as tensors.
 IGNORE = (r".*\.num_batches_tracked", r"input_resolution|context_length|vocab_size")
 
 
 def _section(config: Config, defaults: Config, where: str) -> Fields:
-    """The section with its defaults; a switch that is on and not known here changes the maths.
+    """The section with its defaults.
 
     Raises:
-      PretrainedError: names every such switch.
+      PretrainedError: unknown keys with a true value, which would change the computation; lists all.
     """
     neutral = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",)}
     check_supported(config, neutral, where)
     unknown = [key for key, value in config.items() if value and key not in defaults and key not in neutral]
     if unknown:
-        raise PretrainedError("\n".join(f"{where}.{key}: {config[key]!r} is not computed here" for key in unknown))
+        raise PretrainedError("\n".join(f"{where}.{key}: {config[key]!r} is not supported" for key in unknown))
     return with_defaults(config, defaults, where)
 
 
@@ -99,7 +99,7 @@ def _image_tower(settings: Config, **fields: Any) -> ViT | ModifiedResNet:
 
 
 def _with_pictures(resize: Resize) -> Resize:
-    """Where the config also says how large pictures are made, it follows the tower."""
+    """Also sets the image size of the preprocessing in the config, if it has one."""
 
     def apply(params: Params, side: int) -> tuple[Fields, Params, dict[str, SourceTensor]]:
         config, params, shapes = resize(params, side)
@@ -114,7 +114,7 @@ def _with_pictures(resize: Resize) -> Resize:
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """The whole model; the config is a file of open_clip's `model_configs`, or wrapped as `model_cfg`."""
+    """The full model; the config is a file of open_clip's `model_configs`, or wrapped as `model_cfg`."""
     del checkpoint
     wrapped = "model_cfg" in config
     settings = _section(config["model_cfg"] if wrapped else config, DEFAULTS, "model_cfg")

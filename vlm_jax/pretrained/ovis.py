@@ -1,4 +1,4 @@
-"""Ovis 2 (official files and the port in transformers) and Ovis 2.5: tower, visual vocabulary, language model."""
+"""Ovis 2 (official files and transformers) and Ovis 2.5: tower, visual vocabulary, language model."""
 
 import re
 from collections.abc import Mapping
@@ -82,7 +82,7 @@ NAVIT_DEFAULTS: Fields = {
 
 BESIDE = (r"llm\..*",)
 _LLM = Names("llm.model.", "llm.")
-# What the port does under each name: it forgets tau, and differentiates its argmax as a softmax.
+# The port's behaviour for each name: it ignores tau, and differentiates its argmax as a softmax.
 HF_TOKENIZE = {"softmax": "softmax", "gumbel_argmax": "gumbel_argmax", "st_argmax": "hard_softmax"}
 _VOCABULARY = vocabulary_rules("visual_tokenizer.head.0", "visual_tokenizer.head.1", "vte")
 
@@ -90,7 +90,7 @@ _VOCABULARY = vocabulary_rules("visual_tokenizer.head.0", "visual_tokenizer.head
 def describe_ovis2(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """Ovis 2 under its own names."""
+    """Ovis 2 in the format of its release."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     required = {"hidden_size": REQUIRED, "visual_tokenizer_config": REQUIRED, "llm_config": {}}
     whole = with_defaults(config, required, "ovis")
@@ -128,7 +128,7 @@ def describe_ovis2(
 def describe_ovis2_hf(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """Ovis 2 as transformers stores it, which normalises features before they are merged."""
+    """Ovis 2 in the format of transformers, which normalises features before they are merged."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
     whole = with_defaults(config, {"hidden_size": 1536, "vision_config": REQUIRED}, "ovis2")
     settings = with_defaults(whole["vision_config"], OVIS2_HF_DEFAULTS, "ovis2.vision_config")
@@ -188,7 +188,7 @@ def describe_ovis2_5(
         **dtypes,
     )
     prefix = "visual_tokenizer.vit.vision_model."
-    # Released as a convolution, or as a linear layer where the config gives num_patches.
+    # Released as a convolution, or as a linear layer where the config has num_patches.
     weight = checkpoint.get(f"{prefix}embeddings.patch_embedding.weight")
     conv = weight is None or len(weight.shape) == 4
     tower = siglip2_navit.encoder_rules(
@@ -210,20 +210,20 @@ def _with_llm(
     where: str,
     dtypes: Fields,
 ) -> Description:
-    """The official files' language model; the indicators of the visual vocabulary stand first in the table."""
+    """The official files' language model; the indicators of the visual vocabulary come first in the table."""
     return with_language(visual, text, checkpoint, where, names=_LLM, beside=BESIDE, learned_rows="connector", **dtypes)
 
 
 def navit(config: Config, where: str, **fields: Any) -> Siglip2NaViT:
-    """The tower of a `Siglip2NavitConfig`, before its parameters.
+    """The unbound tower of a `Siglip2NavitConfig`.
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `Siglip2NaViT`.
 
     Raises:
-      PretrainedError: settings that are not computed here.
+      PretrainedError: unsupported settings.
     """
     settings = with_defaults(config, NAVIT_DEFAULTS, where)
     check_supported(settings, {"hidden_act": ("gelu_pytorch_tanh",), "temporal_patch_size": (1,)}, where)

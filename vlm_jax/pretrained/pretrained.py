@@ -1,4 +1,4 @@
-"""What `from_pretrained` returns: a released system with its parameters, and what is asked of it."""
+"""The result of `from_pretrained`: a released system with its parameters."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ class Pretrained:
     Attributes:
       system: the model, its processor and its release.
       params: its parameters, a tree without boxes.
-      image_size: side in pixels that was asked for at load, which wins over the folder's; None for these.
+      image_size: side in pixels requested at load, which overrides the folder's; None for the folder's.
     """
 
     system: System
@@ -72,19 +72,19 @@ class Pretrained:
 
     @property
     def folder(self) -> Path:
-        """Where the release lies."""
+        """The folder of the release."""
         return self.release.folder
 
     @property
     def processor(self) -> Any:
-        """What makes batches, configured by the release's own files.
+        """The processor, configured by the release's own files.
 
-        A `processors.processor.Processor` of conversations and pictures; of a two-tower model or a classifier a
-        `processors.image_text.ImageTextProcessor` of pictures and texts.
+        A `processors.processor.Processor` for conversations and images; for a two-tower model or a classifier an
+        `processors.image_text.ImageTextProcessor` for images and texts.
 
         Raises:
-          PretrainedError: the release has none, or its files say what is not computed here, or what is not
-            true of the model.
+          PretrainedError: the release has none, or its files have unsupported settings, or do not fit
+            the model.
           TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
         """
         return self.system.any_processor
@@ -92,10 +92,10 @@ class Pretrained:
     def with_budget(
         self, tokens: int | None = None, *, reducer: Section | None = None, connector: Section | None = None
     ) -> "Pretrained":
-        """The model with a number of visual tokens; parameters are shared, but for those of a connector, drawn anew.
+        """The model with a token budget; parameters are shared, except random ones of a new connector.
 
         Args:
-          tokens, reducer, connector: as of `budgets.with_budget`.
+          tokens, reducer, connector: as in `budgets.with_budget`.
 
         Raises:
           InfeasibleBudget, ConfigError: as there.
@@ -109,10 +109,10 @@ class Pretrained:
         return Pretrained(system, params, self.image_size)
 
     def count_visual_tokens(self, image_sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Places of a prompt that each picture of one conversation takes, before anything runs.
+        """Number of visual tokens of each image of one conversation, without running the model.
 
         Args:
-          image_sizes: (height, width) of every picture, in pixels.
+          image_sizes: (height, width) of every image, in pixels.
         """
         return self.system.processor.count_visual_tokens(image_sizes)
 
@@ -124,11 +124,11 @@ class Pretrained:
         """Float32 logits of a batch of `processor`, compiled once for its shapes.
 
         Returns:
-          Of a conversation, those at every position. Of two towers, [images, texts]: the scaled similarity of every
-          picture with every text. Of a classifier, those of its classes; see `labels`.
+          For conversations, vocabulary logits at every position. For a two-tower model, [images, texts]: the scaled
+          similarity of every image with every text. For a classifier, logits of its classes; see `labels`.
 
         Raises:
-          PretrainedError: the model has no head, or the batch lacks one of two towers' inputs.
+          PretrainedError: the model has no head, or the batch lacks images or texts of a two-tower model.
         """
         return self._logits(self.params, batch)
 
@@ -137,7 +137,7 @@ class Pretrained:
         def run(params: Params, batch: Batch | ImageTextBatch) -> Tree:
             inputs = batch.inputs if isinstance(batch, ImageTextBatch) else (batch,)
             if isinstance(self.module, TwoTower) and len(inputs) < 2:
-                raise PretrainedError("logits of two towers need pictures and texts; give the processor both")
+                raise PretrainedError("logits of a two-tower model need images and texts; pass the processor both")
             found = self.module.apply({"params": params}, *inputs)
             if isinstance(found, Embeddings):
                 return found.logits()
@@ -150,18 +150,16 @@ class Pretrained:
         return jax.jit(run)
 
     def encode_images(self, images: Sequence[Picture]) -> Float[Array, "B E"]:
-        """Float32 embeddings of pictures by the image tower, not normalised, compiled once for their number."""
+        """Float32 embeddings of images by the image tower, not normalised, compiled once per number of images."""
         return self._encoder("encode_image")(self.params, self.processor(images=images).images)
 
     def encode_texts(self, texts: Sequence[str]) -> Float[Array, "B E"]:
-        """The same of texts by the text tower, as `evals.zero_shot.class_embeddings` takes it."""
+        """The same for texts by the text tower, for `evals.zero_shot.class_embeddings`."""
         return self._encoder("encode_text")(self.params, self.processor(texts=texts).tokens)
 
     def _encoder(self, method: str) -> Callable[..., jax.Array]:
         if not isinstance(self.module, TwoTower):
-            raise PretrainedError(
-                f"'{marker(self.config)}' is not a two-tower model, whose embeddings could be compared"
-            )
+            raise PretrainedError(f"'{marker(self.config)}' is not a two-tower model")
         return self._encoders[method]
 
     @functools.cached_property
@@ -173,17 +171,17 @@ class Pretrained:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of a classifier's classes, in the order of its logits; raises a `PretrainedError` without."""
+        """Names of a classifier's classes, in the order of its logits; raises a `PretrainedError` for other models."""
         return image_text.labels(self.config)
 
     @functools.cached_property
     def _laid_out(self) -> Params:
-        """The parameters as generation wants them; on a CPU a second copy of the decoder's kernels, kept."""
+        """The parameters in the layout for generation, cached; on a CPU with a second copy of the decoder's kernels."""
         return self.system.prepared(self.params)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """That of the folder; raises a `TokenizerError` where there is none."""
+        """The tokenizer of the folder; raises a `TokenizerError` if there is none."""
         return Tokenizer.from_folder(self.folder)
 
     @property
@@ -206,26 +204,26 @@ class Pretrained:
         on_text: Callable[[str], None] | None = None,
         **options: Any,
     ) -> Completion:
-        """Answers a conversation.
+        """Generates the answer to a conversation.
 
         Args:
-          messages, images, videos: as `processor` takes them.
-          max_new_tokens: the most tokens of the answer.
-          max_visual_tokens: the most of a picture; as the release has it when None.
-          sampling: how a token is chosen; the most likely one unless told.
+          messages, images, videos: as in `Processor.batch`.
+          max_new_tokens: maximum tokens of the answer.
+          max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
+          sampling: sampling settings; by default the most likely token.
           stop: strings before which the answer ends.
-          stop_tokens: names of tokens that end it, beside `end_ids`.
-          processor_options: more of `Processor.batch`, and variables of the chat template, such as `fps` and
-            `enable_thinking`.
-          on_text: is given every piece of the answer as it comes.
-          **options: of `generation.engine.generate`, such as `chunk`, `cache_dtype` and `cache_length`.
+          stop_tokens: names of tokens that end it, in addition to `end_ids`.
+          processor_options: further arguments of `Processor.batch`, and variables of the chat template, such as
+            `fps` and `enable_thinking`.
+          on_text: called with each piece of the answer as it is generated.
+          **options: arguments of `generation.engine.generate`, such as `chunk`, `cache_dtype` and `cache_length`.
 
         Raises:
-          GenerationError: a setting outside its range, a prompt that does not fit, or logits that are NaN.
+          GenerationError: a setting outside its range, a prompt that does not fit, or NaN logits.
           TokenizerError: a name of `stop_tokens` that the vocabulary lacks, or no tokenizer in the folder.
-          ChatTemplateError: no template in the folder, or messages that it refuses.
+          ChatTemplateError: no template in the folder, or messages that it rejects.
         """
-        self.system.processor  # noqa: B018 (refuses a model that answers no conversation)
+        self.system.processor  # noqa: B018 (raises for a model without conversations)
         options["names"] = ("prompt",)
         (answer,) = self.system.answer(
             self._laid_out,
@@ -244,23 +242,23 @@ class Pretrained:
         return answer
 
     def boxes(self, answer: Completion, image: Picture, *, max_visual_tokens: int | None = None) -> list[NamedBox]:
-        """The boxes of an answer, in pixels of the picture; none where it has none.
+        """The boxes of an answer, in pixels of the image; may be empty.
 
         Args:
-          answer: of `generate`.
-          image: that the answer is about.
-          max_visual_tokens: with which it was generated.
+          answer: from `generate`.
+          image: the image of the answer.
+          max_visual_tokens: the value passed to `generate`.
         """
-        # Tags of boxes are special tokens in some vocabularies, which the answer's text leaves out.
+        # Tags of boxes are special tokens in some vocabularies, which the answer's text omits.
         text = self.tokenizer.decode(answer.tokens, skip_special=False)
         return answer_boxes(text, *self._sizes(image, max_visual_tokens))
 
     def document(self, answer: Completion, image: Picture, *, max_visual_tokens: int | None = None) -> list[Block]:
-        """The blocks of an answer that is a document in HTML, as Qwen2.5-VL writes it; arguments as of `boxes`."""
+        """The blocks of an answer that is a document in HTML, as written by Qwen2.5-VL; arguments as in `boxes`."""
         return document_blocks(answer.text, *self._sizes(image, max_visual_tokens))
 
     def _sizes(self, image: Picture, max_visual_tokens: int | None) -> tuple[Size, Size | None]:
-        """Of a picture, and as the model is given it where it counts its pixels."""
+        """The size of an image, and of the model's input if its answers refer to input pixels."""
         size, views = height_and_width(to_picture(image)), self.system.processor.views
         if not isinstance(views, NativeViews):
             return size, None
@@ -268,20 +266,20 @@ class Pretrained:
         return size, views.size(size)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, params: Params | None = None) -> tuple[Path, ...]:
-        """Writes config and weights under the released names, as the release's own code reads them.
+        """Writes config and weights under the released names, in the format of the release.
 
-        The files of the tokenizer, the chat template and the processor come along.
+        The files of the tokenizer, the chat template and the processor are copied.
 
         Args:
-          folder: made if need be; must not hold a checkpoint.
-          params: what is written instead of `self.params`, such as trained parameters.
+          folder: created if missing; must not contain a checkpoint.
+          params: parameters to write instead of `self.params`, such as trained ones.
 
         Returns:
           The files written.
 
         Raises:
-          CheckpointFileError: the folder holds a checkpoint already.
-          CheckpointMismatch: `params` has not the shapes of `self.params`.
+          CheckpointFileError: the folder contains a checkpoint.
+          CheckpointMismatch: the shapes of `params` and `self.params` differ.
         """
         views = self._resized_views()
 
@@ -292,7 +290,7 @@ class Pretrained:
         return self.release.save(folder, self.params if params is None else params, finish=finish)
 
     def _resized_views(self) -> SquareViews | None:
-        """Of a model that was resized at load and whose pictures can be prepared; else its files stay as they are."""
+        """The views of a model that was resized at load and has a processor; else None, which keeps its files."""
         if self.image_size is None or marker(self.config) not in IMAGE_TEXT_PROCESSORS:
             return None
         try:

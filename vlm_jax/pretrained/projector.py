@@ -1,4 +1,4 @@
-"""Projectors that several releases call alike: LLaVA's `mm_projector_type`, and DeepSeek's `MlpProjector`."""
+"""Projectors shared by several releases: LLaVA's `mm_projector_type`, and DeepSeek's `MlpProjector`."""
 
 import re
 
@@ -36,8 +36,8 @@ def mm_projector(
     Args:
       kind: `linear`, `mlp<depth>x_gelu`, `ldpnet` or `ldpnetv2`.
       features: the decoder's width.
-      where: names the config in messages.
-      source: what the released keys start with.
+      where: name of the config for errors.
+      source: prefix of the released keys.
       **dtypes: `dtype` and `param_dtype`.
 
     Raises:
@@ -61,12 +61,12 @@ def mlp_projector(config: Config, where: str, *, source: str, **dtypes: Dtype) -
 
     Args:
       config: the released section.
-      where: names the section in messages.
-      source: what the released keys start with.
+      where: name of the section for errors.
+      source: prefix of the released keys.
       **dtypes: `dtype` and `param_dtype`.
 
     Raises:
-      PretrainedError: settings missing, or a type that is not computed here.
+      PretrainedError: missing settings, or an unsupported type.
     """
     settings = with_defaults(config, MLP_PROJECTOR_DEFAULTS, where)
     types = ("linear", "mlp_gelu", "low_high_hybrid_split_mlp_gelu", "downsample_mlp_gelu")
@@ -79,7 +79,7 @@ def mlp_projector(config: Config, where: str, *, source: str, **dtypes: Dtype) -
     if kind == "low_high_hybrid_split_mlp_gelu":
         return HybridMlp(features, depth=depth, **dtypes), prefixed(split_projector_rules(depth), f"{source}.")
     factor, hidden_dim = settings["downsample_ratio"], int(features * settings["mlp_ratio"])
-    depth = max(depth, 2)  # the release has its first and last layer whatever it says
+    depth = max(depth, 2)  # the release always has its first and last layer
     connector = PixelShuffle(features, factor, norm=None, mlp_dim=hidden_dim, depth=depth, **dtypes)
     rules = projector_rules(width=settings["input_dim"], factor=factor, hidden_dim=hidden_dim, depth=depth)
     return connector, prefixed(rules, f"{source}.")

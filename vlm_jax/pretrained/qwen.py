@@ -36,10 +36,10 @@ def qwen(
 ) -> LanguageModel:
     """Llama with biases on query, key and value; beyond `seq_length` with scaled queries and rotary angles.
 
-    The angles follow the length of the prompt, in training as well, where the release leaves them unscaled.
+    The angles depend on the length of the prompt, also in training, where the release does not scale them.
 
     Raises:
-      PretrainedError: settings that nothing here computes.
+      PretrainedError: unsupported settings.
     """
     settings = with_defaults(config, DEFAULTS, where)
     known = {"rotary_pct": (1.0,), "scale_attn_weights": (True,), "no_bias": (True,)}

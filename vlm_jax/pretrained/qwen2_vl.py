@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL: the vision tower and its merger, alone or with the language model behind them."""
+"""Qwen2-VL and Qwen2.5-VL: the vision tower and its merger, with or without the language model."""
 
 from collections.abc import Mapping
 
@@ -23,7 +23,7 @@ from vlm_jax.processors.patches import pack_patches
 from vlm_jax.types import Config, Dtype, Fields, PackedPatches
 
 # transformers, models/qwen2_vl/configuration_qwen2_vl.py, Qwen2VLVisionConfig; the width of the tower and
-# that of the merger's output have class defaults that fit one size of the release, so a config must give them.
+# that of the merger's output have class defaults for only one size of the release, so a config must have them.
 _COMMON: Fields = {
     "depth": 32,
     "num_heads": 16,
@@ -52,15 +52,15 @@ QWEN2_5_DEFAULTS: Fields = {
 
 
 def qwen2_visual(config: Config, where: str, **dtypes: Dtype) -> tuple[QwenViT, Concat]:
-    """Tower and merger of a `Qwen2VLVisionConfig`: LayerNorm, quick GELU, every layer sees whole images.
+    """Tower and merger of a `Qwen2VLVisionConfig`: LayerNorm, quick GELU, full attention in every layer.
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **dtypes: `dtype` and `param_dtype`.
 
     Raises:
-      PretrainedError: settings missing, or not computed here.
+      PretrainedError: missing or unsupported settings.
     """
     settings = with_defaults(config, QWEN2_DEFAULTS, where)
     encoder = QwenViT(
@@ -79,11 +79,11 @@ def qwen2_5_visual(config: Config, where: str, **dtypes: Dtype) -> tuple[QwenViT
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **dtypes: `dtype` and `param_dtype`.
 
     Raises:
-      PretrainedError: settings missing, or not computed here.
+      PretrainedError: missing or unsupported settings.
     """
     settings = with_defaults(config, QWEN2_5_DEFAULTS, where)
     encoder = QwenViT(
@@ -92,7 +92,7 @@ def qwen2_5_visual(config: Config, where: str, **dtypes: Dtype) -> tuple[QwenViT
         gated=True,
         norm="rms",
         window_size=settings["window_size"],
-        # An index beyond the last layer names no layer, for the release as well.
+        # An index beyond the last layer is ignored, as in the release.
         full_layers=tuple(i for i in settings["fullatt_block_indexes"] if i < settings["depth"]),
         **_common_fields(settings, where),
         **dtypes,
@@ -115,7 +115,7 @@ def _common_fields(settings: Config, where: str) -> Fields:
         "num_heads": settings["num_heads"],
         "activation": settings["hidden_act"],
         "rope_theta": float(rope["rope_theta"]),
-        # The first releases call it in_chans.
+        # The key in the first releases is in_chans.
         "channels": settings.get("in_channels", settings.get("in_chans", 3)),
     }
 
@@ -123,11 +123,11 @@ def _common_fields(settings: Config, where: str) -> Fields:
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """The whole system, or its tower and merger where there is no more.
+    """The full system, or its tower and merger if the checkpoint has only these.
 
-    The settings of the language model stand in `text_config`, in released files beside those of the whole. In
-    released files the tower's names start with `visual.`, in those of some versions of transformers
-    with `model.visual.`, and in a tower's own with nothing.
+    The settings of the language model are in `text_config`, or in released files at the top level. The
+    tower's names start with `visual.` in released files, with `model.visual.` in those of some versions
+    of transformers, and have no prefix in a tower's own file.
     """
     kind = config["model_type"]
     visual = qwen2_5_visual if kind.startswith("qwen2_5_vl") else qwen2_visual

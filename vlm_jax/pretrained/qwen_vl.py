@@ -1,4 +1,4 @@
-"""Qwen-VL (v1): its ViT, its resampler and Qwen behind them."""
+"""Qwen-VL (v1): its ViT, its resampler and Qwen."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,12 +25,12 @@ DEFAULTS: Fields = {
 }
 PREFIX = "transformer.visual."
 BESIDE = (r"(?!transformer\.visual\.).*",)
-_TABLE_ROWS = 256  # whatever image_size says
+_TABLE_ROWS = 256  # independent of image_size
 _HEAD_DIM = 128  # of the resampler
 
 
 def encoder(settings: Config, table_rows: int, **fields: Any) -> ViT:
-    """The ViT of a `visual` section with its defaults in place."""
+    """The ViT of a `visual` section with its defaults."""
     side = settings["patch_size"] * square_root(table_rows, f"{PREFIX}positional_embedding")
     return ViT(
         image_size=(side, side),
@@ -51,7 +51,7 @@ def encoder(settings: Config, table_rows: int, **fields: Any) -> ViT:
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """The whole system; its ViT and resampler, or its language model, where there is no more."""
+    """The full system, or its ViT and resampler, or its language model if the checkpoint has only these."""
     if "visual" not in config:
         return describe_qwen(config, checkpoint, dtype=dtype, param_dtype=param_dtype)
     settings, dtypes = (

@@ -22,14 +22,14 @@ def released_rope(settings: Config, where: str, head_dim: int, sections: tuple[i
     """The rotary settings of a text config.
 
     Args:
-      settings: the section with `ROPE_DEFAULTS` in place; `max_position_embeddings` is wanted where there is a scaling.
-      where: names the section in messages.
-      head_dim: coordinates of a head that turn.
-      sections: of M-RoPE, where the release does not say.
+      settings: the section with `ROPE_DEFAULTS`; a scaling needs `max_position_embeddings`.
+      where: name of the section for errors.
+      head_dim: rotated coordinates of a head.
+      sections: default M-RoPE sections.
 
     Raises:
-      PretrainedError: a scaling that is not computed here, one for each kind of layer, heads that turn in part, keys
-        that it lacks, or values that are not numbers or not for the heads.
+      PretrainedError: an unsupported scaling, scalings per kind of layer, partially rotated heads, missing keys,
+        or values that are not numbers or do not fit the heads.
     """
     check_supported(settings, _WHOLE, where)
     key, found = _settings_of(settings, where)
@@ -53,7 +53,7 @@ def released_rope(settings: Config, where: str, head_dim: int, sections: tuple[i
 
 
 def released_logit_scale(settings: Config, where: str) -> float:
-    """DeepSeek's factor of the attention's logits beside the root of the width; arguments as of `released_rope`."""
+    """DeepSeek's factor of the attention logits besides the root of the width; arguments as in `released_rope`."""
     _, found = _settings_of(settings, where)
     weight = _optional(found, "mscale_all_dim")
     if found["rope_type"] in _PLAIN or not weight:
@@ -68,7 +68,7 @@ def _settings_of(settings: Config, where: str) -> tuple[str, Fields]:
     if not isinstance(found, Mapping):
         raise PretrainedError(f"{where}.{key}: expected a set of settings or null, got {found!r}")
     if any(isinstance(value, Mapping) for value in found.values()):
-        raise PretrainedError(f"{where}.{key}: expected one set of settings, got one for each of {', '.join(found)}")
+        raise PretrainedError(f"{where}.{key}: expected one set of settings, got one per {', '.join(found)}")
     return key, {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
 
 
@@ -125,7 +125,7 @@ _SCALED = {
 
 
 def _original(found: Config, settings: Config) -> int:
-    """Positions in training: beside the rotary settings, among them, or those of the model."""
+    """Positions in training: from the section, from its rotary settings, or the model's maximum."""
     key = "original_max_position_embeddings"
     return int(settings.get(key) or found.get(key) or settings["max_position_embeddings"])
 
@@ -136,5 +136,5 @@ def _optional(found: Config, key: str) -> float | None:
 
 
 def _factor(found: Config, settings: Config) -> float:
-    """By how much sequences are longer, which releases may leave to be divided."""
+    """Ratio of sequence lengths to those of training, computed if it is missing."""
     return float(found.get("factor") or settings["max_position_embeddings"] / _original(found, settings))

@@ -1,4 +1,4 @@
-"""SAM's image encoder as Hugging Face stores it: `SamVisionModel`, and `SamModel` around it."""
+"""SAM's image encoder in the format of transformers: `SamVisionModel`, or a part of `SamModel`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,16 +31,16 @@ VISION_DEFAULTS: Fields = {
     "window_size": 14,
     "global_attn_indexes": [2, 5, 8, 11],
 }
-# The parts of SamModel that turn prompts and features into masks.
+# The parts of SamModel that compute masks from prompts and features.
 MASK_PARTS = (r"prompt_encoder\..*", r"mask_decoder\..*", r"shared_image_embedding\..*")
 
 
 def vision_encoder(config: Config, where: str, **fields: Any) -> SAM:
-    """The encoder of a `SamVisionConfig`, before its parameters.
+    """The unbound encoder of a `SamVisionConfig`.
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `SAM`.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
@@ -64,14 +64,14 @@ def vision_encoder(config: Config, where: str, **fields: Any) -> SAM:
 
 
 def stacks(module: SAM) -> tuple[tuple[str, range], ...]:
-    """The scanned stacks of an encoder and the blocks that each holds, as the map wants them."""
+    """The scanned stacks of an encoder and the blocks of each, for the checkpoint map."""
     return tuple((run.name, range(run.start, run.stop)) for run in block_runs(module.depth, module.global_blocks))
 
 
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """`SamVisionModel`, or the image encoder of `SamModel`; the mask parts are carried along."""
+    """`SamVisionModel`, or the image encoder of `SamModel`; the mask parts are kept but not loaded."""
     section = config.get("vision_config", config)
     module = vision_encoder(section, config["model_type"], dtype=dtype, param_dtype=param_dtype)
     rules = encoder_rules(

@@ -1,4 +1,4 @@
-"""SigLIP and SigLIP 2 of transformers: both towers together, or each alone.
+"""SigLIP and SigLIP 2 of transformers: both towers, or one.
 
 SigLIP 2 at a fixed resolution is released as `siglip`; `siglip2` is NaFlex.
 """
@@ -40,7 +40,7 @@ TEXT_DEFAULTS: Fields = {
     "max_position_embeddings": 64,
     "projection_size": None,
 }
-# models/siglip/modeling_siglip.py draws both at random; these are the starting values of the paper.
+# models/siglip/modeling_siglip.py initialises both randomly; these are the initial values of the paper.
 _LOG_SCALE, _BIAS = 2.302585092994046, -10.0
 
 
@@ -49,7 +49,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `ViT`, or other values.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
@@ -57,7 +57,7 @@ def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
 
 
 def naflex_tower(config: Config, where: str, **fields: Any) -> NaflexViT:
-    """The NaFlex ViT of a `Siglip2VisionConfig`; arguments as of `vision_tower`."""
+    """The NaFlex ViT of a `Siglip2VisionConfig`; arguments as in `vision_tower`."""
     settings = with_defaults(config, NAFLEX_DEFAULTS, where)
     side = square_root(settings["num_patches"], f"{where}.num_patches")
     own = {
@@ -74,7 +74,7 @@ def _pooling(settings: Config) -> Pooling:
 
 
 def text_tower(config: Config, where: str, **fields: Any) -> TextTower:
-    """The text tower of a `SiglipTextConfig` or `Siglip2TextConfig`; arguments as of `vision_tower`."""
+    """The text tower of a `SiglipTextConfig` or `Siglip2TextConfig`; arguments as in `vision_tower`."""
     settings = with_defaults(config, TEXT_DEFAULTS, where)
     own = {
         **block_fields(settings, where),
@@ -99,7 +99,7 @@ def _vision(config: Config, where: str, naflex: bool, dtypes: Config) -> tuple[V
 
 
 def patches_shape(tower: NaflexViT, channels: int) -> PackedPatches:
-    """One image of one patch."""
+    """Shapes of one image of one patch."""
     pairs = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
     patches = jax.ShapeDtypeStruct((1, 1, tower.patch_size**2 * channels), jnp.float32)
     return PackedPatches(patches, pairs, pairs, jax.ShapeDtypeStruct((1, 1), jnp.int32))

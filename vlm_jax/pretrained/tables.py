@@ -1,4 +1,4 @@
-"""The input of a ViT and its position table, as released and at another image size."""
+"""Input shapes and position tables of a ViT, and resizing of the latter."""
 
 import re
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ def num_patches(vit: ViT) -> int:
 
 
 def image_shape(vit: ViT, channels: int) -> jax.ShapeDtypeStruct:
-    """One image of one patch."""
+    """Shape of one image of one patch."""
     return jax.ShapeDtypeStruct((1, vit.patch_size, vit.patch_size, channels), jnp.float32)
 
 
 def left_out(vit: ViT, blocks: str) -> tuple[str, ...]:
-    """Patterns of the keys of the blocks behind the selected layer, which releases store and nothing reads.
+    """Patterns of the released keys of the unused blocks after the selected layer.
 
     Args:
       vit: the encoder.
-      blocks: what stands before a block's number in the released keys.
+      blocks: prefix of a block's number in the released keys.
     """
     return tuple(re.escape(f"{blocks}{block}.") + ".*" for block in range(vit.num_blocks, vit.depth))
 
@@ -45,14 +45,14 @@ def resizer(
     size_key: Sequence[str] | None = None,
     table_key: str | None = None,
 ) -> Resize:
-    """The `resize` of a `Description` whose one table is a ViT's.
+    """The `resize` of a `Description` whose only position table is a ViT's.
 
     Args:
       config: the released config.
       vit: the encoder, at its released size.
-      path: where its parameters stand.
-      size_key: where the config holds the side in pixels; None where it does not.
-      table_key: the released key of a table [1, rows, width] that tells the side instead.
+      path: path of its parameters.
+      size_key: path of the side in pixels in the config; None if it has none.
+      table_key: the released key of a table [1, rows, width] that determines the side instead.
     """
 
     def apply(params: Params, side: int) -> tuple[Fields, Params, dict[str, SourceTensor]]:
@@ -79,6 +79,6 @@ def _at(tree: Tree, path: Sequence[str]) -> Tree:
 
 
 def _replaced(tree: Config, path: Sequence[str], value: object) -> Fields:
-    """The tree with one leaf exchanged, or added; what is on the way is copied."""
+    """The tree with one leaf replaced or added; only dicts on its path are copied."""
     first, *rest = path
     return {**tree, first: _replaced(tree.get(first, {}), rest, value) if rest else value}

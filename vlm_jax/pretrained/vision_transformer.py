@@ -1,4 +1,4 @@
-"""ViT and its hybrids as vision_transformer (vit_jax) configures and stores them."""
+"""ViT and its hybrids in the format of vision_transformer (vit_jax)."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ from vlm_jax.pretrained.family import (
 from vlm_jax.pretrained.tables import image_shape, resizer
 from vlm_jax.types import Config, Dtype, Fields
 
-# vision_transformer, vit_jax/configs/models.py; `num_classes` stands beside the model's config there.
+# vision_transformer, vit_jax/configs/models.py; `num_classes` is next to the model's config there.
 DEFAULTS: Fields = {
     "patches": REQUIRED,
     "hidden_size": REQUIRED,
@@ -35,9 +35,9 @@ _ROOT_WIDTH = 64
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """A ViT under its classification head, or alone where `num_classes` is None or 0.
+    """A ViT with its classification head, or without where `num_classes` is None or 0.
 
-    The position table tells for which side of a square it was trained.
+    The image size of training is computed from the position table.
     """
     settings = with_defaults(config, DEFAULTS, "the model's config")
     check_supported(settings, {"classifier": tuple(_POOLING)}, "the model's config")

@@ -35,7 +35,7 @@ def encoder(config: Config, where: str, **fields: Any) -> ViT:
 
     Args:
       config: the released section.
-      where: names the section in messages.
+      where: name of the section for errors.
       **fields: more fields of `ViT`, or other values.
     """
     settings = with_defaults(config, DEFAULTS, where)
@@ -52,7 +52,7 @@ def encoder(config: Config, where: str, **fields: Any) -> ViT:
 def describe(
     config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
-    """A classifier where the checkpoint has its head, else the encoder, pooled where it has a pooler."""
+    """A classifier if the checkpoint has its head, else the encoder, pooled if it has a pooler."""
     settings = with_defaults(config, DEFAULTS, "vit")
     fields: Fields = {"dtype": dtype, "param_dtype": param_dtype}
     prefix = find_prefix(checkpoint, "embeddings.cls_token")

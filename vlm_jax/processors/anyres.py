@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's views: the whole picture, and the picture on a larger canvas cut into tiles, without its borders."""
+"""LLaVA-NeXT's views: the whole image, and tiles of the image padded to a larger canvas, without the padding."""
 
 import dataclasses
 import math
@@ -20,21 +20,21 @@ NEWLINE = -1  # in a layout: the first learned row
 
 @dataclasses.dataclass(frozen=True)
 class AnyresViews(Tiles):
-    """The whole picture as the first tile, then the tiles of the best of several canvases.
+    """The whole image as the first tile, then the tiles of the best of several canvases.
 
     | merge | the tokens of the tiles of the canvas |
     |---|---|
     | `flat` | tile after tile |
     | `spatial` | row after row of the canvas |
-    | `spatial_unpad` | the same without the canvas's borders, and the learned row after every row |
+    | `spatial_unpad` | the same without padding, and with the learned row after every row |
 
     Attributes:
-      base: finishes a tile, and makes the first of the whole picture where there is no canvas.
+      base: normalises tiles, and resizes the whole image where there is no canvas.
       grid: rows and columns of tokens of a tile.
-      canvases: (height, width) in pixels, in the release's order; none for a single tile.
-      side: of a tile of a canvas, in pixels.
+      canvases: (height, width) in pixels, in the release's order; empty for a single tile.
+      side: side of a tile of a canvas, in pixels.
       merge: a row of the table.
-      port: cuts borders as transformers does, which rounds where the release truncates.
+      port: removes padding as in transformers, which rounds where the release truncates.
 
     Source: Liu et al. 2024 (LLaVA-NeXT); LLaVA, mm_utils.py, process_anyres_image, and llava_arch.py.
     """
@@ -47,7 +47,7 @@ class AnyresViews(Tiles):
     port: bool = False
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Every picture by itself."""
+        """Prepares every image independently."""
         seen = []
         for picture, layout in zip(
             pictures, self.layouts([height_and_width(picture) for picture in pictures]), strict=True
@@ -57,7 +57,7 @@ class AnyresViews(Tiles):
         return seen
 
     def tiles(self, picture: Image.Image) -> list[Image.Image]:
-        """The tiles of a picture, in 8 bits."""
+        """The tiles of an image, in 8 bits."""
         if not self.canvases:
             return [self.base.tile(picture)]
         short = min(self.base.size) if self.base.shortest_edge is None else self.base.shortest_edge
@@ -70,7 +70,7 @@ class AnyresViews(Tiles):
         return [self.base.tile(part) for part in (self.base.pixels.resized(picture, (short, short)), *parts)]
 
     def canvas(self, picture: Image.Image) -> Image.Image:
-        """The picture in the middle of its best canvas, with black borders."""
+        """The image centred on its best canvas, with black padding."""
         rows, cols = best_resolution(height_and_width(picture), self.canvases)
         across, down = cols / picture.width, rows / picture.height
         if across < down:
@@ -82,7 +82,7 @@ class AnyresViews(Tiles):
         return canvas
 
     def within(self, max_tokens: int) -> "AnyresViews":
-        """With the canvases that take no more, whatever a picture's borders."""
+        """The same views with only the canvases that take at most `max_tokens` for any image size."""
         if not self.canvases:
             self.base.within(max_tokens - (self.merge == "spatial_unpad"))
             return self
@@ -94,13 +94,13 @@ class AnyresViews(Tiles):
         return dataclasses.replace(self, canvases=kept)
 
     def retokened(self, tokens: Grid | int) -> "AnyresViews":
-        """With other tokens for a tile; where they form no grid, tile after tile and without the learned row."""
+        """The same views with other tokens per tile; without a grid, tile after tile and without the learned row."""
         if isinstance(tokens, int):
             return dataclasses.replace(self, grid=(1, tokens), merge="flat")
         return dataclasses.replace(self, grid=tokens)
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
-        """Tiles of each picture, the whole among them."""
+        """Tiles of each image, including the whole image."""
         if not self.canvases:
             return [1] * len(sizes)
         canvases = [best_resolution(size, self.canvases) for size in sizes]
@@ -117,7 +117,7 @@ class AnyresViews(Tiles):
         return self.base.tile_shape
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """The tokens of the whole, then those of the canvas."""
+        """The tokens of the whole image, then those of the canvas."""
         return [self._layout(size) for size in sizes]
 
     def _layout(self, size: Size) -> Layout:
@@ -137,12 +137,12 @@ class AnyresViews(Tiles):
 
 
 def unpadded(canvas: np.ndarray, size: Size, *, rounded: bool) -> np.ndarray:
-    """Rows and columns of a canvas that show the picture.
+    """Removes the padding of a canvas.
 
     Args:
-      canvas: [rows, columns, ...], into whose middle the picture was fitted.
-      size: (height, width) of the picture, before.
-      rounded: at the seventh decimal before a side is truncated, as the port in transformers does.
+      canvas: [rows, columns, ...], with the image centred.
+      size: original (height, width) of the image.
+      rounded: rounds to the seventh decimal before a side is truncated, as in transformers.
 
     Source: LLaVA, llava_arch.py, unpad_image.
     """

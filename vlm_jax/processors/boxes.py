@@ -5,7 +5,7 @@ two units: pixels of an image, or thousandths of its width and height ("normalis
 `<box>(x1,y1),(x2,y2)</box>` with four normalised integers in [0, 1000).
 
 Source: Bai et al., "Qwen-VL", 2023, section 3.1 ("Bounding Box Input and Output"); the `<ref>` tags
-that name a box's content are left out.
+that name a box's content are omitted.
 """
 
 import math
@@ -31,11 +31,11 @@ def format_box(box_pixels: Sequence[float | int], height: int, width: int) -> st
       clamped to [0, 999]: a box that ends at the image's edge ends at 999.
 
     Raises:
-      ValueError: the box ends before it begins.
+      ValueError: left > right or top > bottom.
     """
     left, top, right, bottom = box_pixels
     if right < left or bottom < top:
-        raise ValueError(f"a box is (left, top, right, bottom) with left <= right and top <= bottom, got {box_pixels}")
+        raise ValueError(f"expected (left, top, right, bottom) with left <= right and top <= bottom, got {box_pixels}")
     x1, y1, x2, y2 = (
         min(max(math.floor(SCALE * value / size), 0), SCALE - 1)
         for value, size in ((left, width), (top, height), (right, width), (bottom, height))
@@ -46,8 +46,8 @@ def format_box(box_pixels: Sequence[float | int], height: int, width: int) -> st
 def parse_boxes(text: str) -> list[Box]:
     """The normalised boxes of a text, in order.
 
-    Text is what a model wrote, so a malformed box (other punctuation, a number of 1000 or more, an
-    end before its beginning) is no error: it is not in the list.
+    Since the text comes from a model, malformed boxes (other punctuation, numbers of 1000 or more,
+    left > right or top > bottom) are not errors but ignored.
     """
     boxes = []
     for match in _BOX.finditer(text):
@@ -58,24 +58,24 @@ def parse_boxes(text: str) -> list[Box]:
 
 
 def to_pixels(box: Sequence[float | int], height: int, width: int) -> tuple[float, float, float, float]:
-    """Turns a normalised box into pixels of an image of `height` by `width`; fractions are kept.
+    """Converts a normalised box to pixels of an image of `height` by `width`; fractions are kept.
 
-    Formatting a box rounds it down by less than a thousandth of the image, or by exactly one
-    thousandth where the box ends at the edge; that much is lost for good.
+    Formatting a box loses precision: less than a thousandth of the image, or exactly one
+    thousandth where the box ends at the edge.
     """
     x1, y1, x2, y2 = box
     return (x1 * width / SCALE, y1 * height / SCALE, x2 * width / SCALE, y2 * height / SCALE)
 
 
 def intersection_over_union(a: Sequence[float | int], b: Sequence[float | int]) -> float:
-    """Area shared by two boxes, as a fraction of the area that either covers; in [0, 1].
+    """Intersection area of two boxes divided by the area of their union; in [0, 1].
 
     Args:
       a: (left, top, right, bottom), in any unit.
       b: the same, in the same unit.
 
     Returns:
-      0.0 for boxes that do not overlap, two boxes without area among them.
+      0.0 for boxes that do not overlap or have no area.
     """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])

@@ -1,10 +1,10 @@
-"""Chat templates of a checkpoint folder: messages in, the text of a prompt out."""
+"""Chat templates of a checkpoint folder, which render messages to the text of a prompt."""
 
 import datetime
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -16,17 +16,17 @@ import jinja2.sandbox
 from etils import epath
 
 from vlm_jax.config import did_you_mean, read_json
-from vlm_jax.types import Message
+from vlm_jax.types import Config, Fields, Message
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
-# Variables whose values stand about every `{% generation %}` block; nothing where they are not given.
+# Variables whose values are written around every `{% generation %}` block; empty if not given.
 GENERATION_BEGIN, GENERATION_END = "generation_begin", "generation_end"
 
 
 class ChatTemplateError(ValueError):
-    """A folder without a template, or messages that a template refuses; the message names which."""
+    """A folder without a template, or messages that a template rejects; the message names the cause."""
 
 
 class MissingChatTemplate(ChatTemplateError):
@@ -34,7 +34,7 @@ class MissingChatTemplate(ChatTemplateError):
 
 
 class ChatTemplate:
-    """One Jinja template, run in a sandbox with what releases expect to find there.
+    """One Jinja template, run in a sandbox with the functions that releases' templates use.
 
     Source: transformers, utils/chat_template_utils.py, for the settings and the functions.
     """
@@ -45,12 +45,13 @@ class ChatTemplate:
         Args:
           source: its text.
           names: special tokens that it may use, `{"bos_token": "<s>", ...}`.
-          origin: where it is from, for messages.
+          origin: its source, for errors.
 
         Raises:
-          ChatTemplateError: it is no Jinja template.
+          ChatTemplateError: it is not a Jinja template.
         """
         self.source, self.names, self.origin = source, dict(names or {}), origin
+        self._unread: dict[tuple[Any, ...], frozenset[int]] = {}  # by structure: messages in the form not read
         try:
             self._template = _environment().from_string(source)
             self._reads = jinja2.meta.find_undeclared_variables(_environment().parse(source))
@@ -59,7 +60,7 @@ class ChatTemplate:
 
     @property
     def marks_learned(self) -> bool:
-        """Whether blocks in it say what a model learns."""
+        """Whether the template marks the trained text by `{% generation %}` blocks."""
         return GENERATION_BEGIN in self._reads
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: object) -> str:
@@ -67,26 +68,72 @@ class ChatTemplate:
 
         Args:
           messages: `{"role": "user", "content": "…"}`, or with content such as
-            `[{"type": "image"}, {"type": "text", "text": "…"}]`. Images beside `type` are not handed on.
+            `[{"type": "image"}, {"type": "text", "text": "…"}]`. Images beside `type` are not handed on. A content of
+            text alone may be either, whichever the template reads.
           add_generation_prompt: ends with the head of the answer.
           **variables: more for the template, such as `enable_thinking`; `tools` among them.
 
         Raises:
-          ChatTemplateError: no message, the template refuses them, or it has no use for a variable.
+          ChatTemplateError: no message, the template refuses them or shows nothing of a text, or it has no use for a
+            variable.
         """
         if not messages:
             raise ChatTemplateError(f"{self.origin}: expected at least one message, got none")
         for name in variables.keys() - self._reads:
-            raise ChatTemplateError(f"{self.origin}: nothing in it reads '{name}'{did_you_mean(name, self._reads)}")
+            raise ChatTemplateError(f"{self.origin}: unused variable '{name}'{did_you_mean(name, self._reads)}")
         given = {"tools": None, "documents": None, **self.names, **variables}
+        values = {"add_generation_prompt": add_generation_prompt, **{key: _plain(given[key]) for key in given}}
+        plain = [{key: _plain(value) for key, value in m.items() if value is not None} for m in messages]
         try:
-            return self._template.render(
-                messages=[{key: _plain(value) for key, value in m.items() if value is not None} for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                **{key: _plain(value) for key, value in given.items()},
-            )
+            return self._template.render(messages=self._as_read(plain, values), **values)
         except (jinja2.TemplateError, TypeError) as error:
             raise ChatTemplateError(f"{self.origin}: {error}") from error
+
+    def _as_read(self, messages: list[Fields], values: Config) -> list[Fields]:
+        """The messages, contents of text alone in the form, list or text, of which the template shows something.
+
+        That depends on the messages' roles and items alone, and is found out once for each such structure.
+        """
+        structure = tuple((message.get("role"), *_structure(message.get("content"))) for message in messages)
+        if structure not in self._unread:
+            self._unread[structure] = self._not_read(messages, values)
+        return _in_other_form(messages, self._unread[structure])
+
+    def _not_read(self, messages: list[Fields], values: Config) -> frozenset[int]:
+        """Numbers of the messages whose content has the form that the template does not read."""
+        hidden = self._hidden(messages, values)
+        if hidden is None:  # perhaps since it reads the other form alone
+            of_form = (
+                {n for n, m in enumerate(messages) if isinstance(m.get("content"), form)} for form in (list, str)
+            )
+            fitting = (unread for unread in of_form if self._hidden(_in_other_form(messages, unread), values) == set())
+            return frozenset(next(fitting, ()))
+        for number in sorted(self._hidden(_in_other_form(messages, hidden), values) or ()) if hidden else ():
+            raise ChatTemplateError(
+                f"{self.origin}: message {number}, of the role {messages[number].get('role')!r}: the template shows "
+                "nothing of its text, or of one of its texts; give it in a role and in items that it reads"
+            )
+        return frozenset(hidden)
+
+    def _hidden(self, messages: list[Fields], values: Config) -> set[int] | None:
+        """Numbers of the messages with a text that the template does not show; None where it refuses them.
+
+        It is tried with a text of its own for every one of theirs.
+        """
+        tried, wanted = [], []
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else _items(content)
+            texts = [f"text{number}x{place}x" if _is_text(part) else None for place, part in enumerate(parts)]
+            wanted += [(number, text) for text in texts if text is not None]
+            filled = [part if text is None else {**part, "text": text} for part, text in zip(parts, texts, strict=True)]
+            new = texts[0] if isinstance(content, str) else filled
+            tried.append({**message, "content": new} if any(texts) else message)
+        try:
+            shown = self._template.render(messages=tried, **values)
+        except (jinja2.TemplateError, TypeError):
+            return None
+        return {number for number, text in wanted if text not in shown}
 
     @classmethod
     def from_folder(
@@ -95,13 +142,13 @@ class ChatTemplate:
         """Reads the template of a checkpoint folder, local or `gs://`.
 
         Args:
-          folder: of the checkpoint.
-          names: special tokens, as `Tokenizer.names`.
-          name: of one of several templates; the default one when None.
+          folder: folder of the checkpoint.
+          names: special tokens, as in `Tokenizer.names`.
+          name: name of one of several templates; the default one when None.
 
         Raises:
           MissingChatTemplate: the folder has none.
-          ChatTemplateError: it has none of that name, or a file that cannot be read.
+          ChatTemplateError: it has none with that name, or a file that cannot be read.
         """
         folder = epath.Path(folder)
         found = _templates(folder)
@@ -112,12 +159,14 @@ class ChatTemplate:
             )
         wanted = DEFAULT if name is None else name
         if wanted not in found:
-            raise ChatTemplateError(f"{folder}: no chat template '{wanted}'; there are {', '.join(sorted(found))}")
+            raise ChatTemplateError(
+                f"{folder}: no chat template '{wanted}'; expected one of {', '.join(sorted(found))}"
+            )
         return cls(found[wanted], names, origin=f"{folder}: chat template")
 
 
 def _templates(folder: epath.Path) -> dict[str, str]:
-    """Templates by name. Files of their own stand before the entry of `tokenizer_config.json`."""
+    """Templates by name; separate files take precedence over `tokenizer_config.json`."""
     config = folder / "tokenizer_config.json"
     entry = read_json(config, ChatTemplateError).get("chat_template") if config.exists() else None
     if isinstance(entry, list):
@@ -151,7 +200,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks the parts that a model learns, between the values of two variables."""
+    """`{% generation %}`, which marks the trained parts by the values of two variables."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -162,6 +211,35 @@ class _Generation(jinja2.ext.Extension):
             jinja2.nodes.Output([jinja2.nodes.Name(name, "load")]) for name in (GENERATION_BEGIN, GENERATION_END)
         )
         return [node.set_lineno(line) for node in (begin, jinja2.nodes.Scope(body), end)]
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and bool(str(part.get("text", "")).strip())
+
+
+def _structure(content: Any) -> tuple[Any, ...]:
+    """What kind of content it is: a text or a list, and of which items."""
+    if isinstance(content, str):
+        return (bool(content.strip()),)
+    return ("list", *((part.get("type"), _is_text(part)) for part in _items(content) if isinstance(part, Mapping)))
+
+
+def _items(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else []
+
+
+def _in_other_form(messages: list[Fields], numbers: Collection[int]) -> list[Fields]:
+    return [_other_form(message) if number in numbers else message for number, message in enumerate(messages)]
+
+
+def _other_form(message: Fields) -> Fields:
+    """A message with its text in a list of one item, or a list of texts as one text; others as they are."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    if isinstance(content, list) and content and all(_is_text(part) for part in content):
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+    return message
 
 
 def _refuse(message: str) -> None:
@@ -175,12 +253,12 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without the escapes of HTML that Jinja's own filter writes."""
+    """JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _plain(value: Any) -> Any:
-    """JSON values alone: a template comes with a download, and an object's methods are not for it."""
+    """Only JSON values, so that a downloaded template cannot call methods of objects."""
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Conversations as users give them: messages, and pictures and videos inside or beside them."""
+"""Checks of users' conversations: messages, with images and videos inside or next to them."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ Conversation = Sequence[Message]
 
 
 class VideoSize(NamedTuple):
-    """What `measure` is told of a video: frames as sampled, and their height and width in pixels."""
+    """Size of a video for `measure`: number of sampled frames, and their height and width in pixels."""
 
     num_frames: int
     height: int
@@ -44,7 +44,7 @@ ERRORS = (
 
 @contextlib.contextmanager
 def error_context(name: str) -> Iterator[None]:
-    """Puts the sample's name before errors that lack it."""
+    """Prefixes errors with the sample's name unless they have it."""
     try:
         yield
     except ERRORS as error:
@@ -54,7 +54,7 @@ def error_context(name: str) -> Iterator[None]:
 
 
 def check_given(name: str, messages: object, images: object, videos: object) -> None:
-    """Raises unless given lists; a bare question or file would be iterated letter by letter."""
+    """Raises unless given lists; a bare string would be iterated by character."""
     form = '{"role": "user", "content": "…"}'
     if isinstance(messages, str):
         form, shown = form.replace('"…"', repr(messages)), f"the string {messages!r}"
@@ -64,7 +64,7 @@ def check_given(name: str, messages: object, images: object, videos: object) -> 
         raise PromptError(f"{name}: expected a list of messages such as {form}, got {shown}; write [message]")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise PromptError(f"{name}: message {number}: expected one such as {form}, got {message!r}")
+            raise PromptError(f"{name}: message {number}: expected a dict such as {form}, got {message!r}")
     check_list(images, f"{name}: images")
     check_list(videos, f"{name}: videos")
 
@@ -73,7 +73,7 @@ Given = TypeVar("Given")
 
 
 def given_pictures(messages: Conversation, kind: Kind, beside: Sequence[Given], name: str) -> Sequence[Given]:
-    """The pictures of a conversation: those in its messages, or those beside them."""
+    """The images or videos of a conversation, from its messages or from the separate list."""
     contents = [message.get("content") for message in messages]
     items = [
         item
@@ -83,5 +83,7 @@ def given_pictures(messages: Conversation, kind: Kind, beside: Sequence[Given], 
     ]
     inside = [item[kind] for item in items if isinstance(item, Mapping) and item.get("type") == kind and kind in item]
     if inside and beside:
-        raise PictureMismatch(f"{name}: {kind}s stand both in its messages and beside them; give them in one place")
+        raise PictureMismatch(
+            f"{name}: {kind}s are given both in its messages and separately; pass them in one of the two"
+        )
     return inside or beside

@@ -1,7 +1,7 @@
 """The built-in word-level vocabulary of the digit pages.
 
-Every digit of a number is a token of its own, and numbers stand without spaces: the row of the
-digits 7, 4, 1, 9 is `7419`, four tokens, and decodes to `7419` again.
+Every digit is a separate token, and numbers have no spaces: the row of the
+digits 7, 4, 1, 9 is `7419`, four tokens, which decode to `7419`.
 """
 
 import tokenizers
@@ -15,14 +15,14 @@ TASK_WORDS = ("read", "transcribe", "count", "locate", "row", "column")
 DIGITS = tuple("0123456789")
 BOX_TOKENS = ("<box>", "</box>", "(", ")", ",")
 
-# A tag, a digit, a word, or any other single mark; the space between them is dropped.
+# A tag, a digit, a word, or any other single character; the spaces between them are dropped.
 _WORD = r"</?[a-z]+>|[0-9]|[^\s0-9<>(),]+|\S"
 
 
 def digits_tokenizer() -> Tokenizer:
     """The tokenizer of the digit pages' questions and answers.
 
-    `decode` gives back the canonical text: one space about every task word, none elsewhere, so
+    `decode` returns the canonical text: one space around every task word, none elsewhere, so
     `decode(encode(text)) == text` for `read row 2 column 3`, `7419` and `<box>(12,30),(450,999)</box>`.
     """
     words = (*SPECIAL_TOKENS, *TASK_WORDS, *DIGITS, *BOX_TOKENS)

@@ -1,12 +1,12 @@
-r"""What models say of places in a picture: boxes read from an answer, in pixels, and drawn; documents in blocks.
+r"""Grounding outputs of models: boxes of an answer in pixels, and the blocks of documents.
 
-| system | what it writes | its unit |
+| system | syntax | unit |
 |---|---|---|
-| Qwen-VL | `<ref>name</ref><box>(x1,y1),(x2,y2)</box>` | thousandths of the picture |
+| Qwen-VL | `<ref>name</ref><box>(x1,y1),(x2,y2)</box>` | thousandths of the image |
 | Qwen2-VL | the same with `<\|object_ref_start\|>`, `<\|box_start\|>` and their ends | thousandths |
 | InternVL | `<ref>name</ref><box>[[x1, y1, x2, y2], …]</box>` | thousandths |
 | DeepSeek-VL2 | `<\|ref\|>name<\|/ref\|><\|det\|>[[x1, y1, x2, y2], …]<\|/det\|>` | 999ths |
-| Qwen2.5-VL | JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": name}]` | pixels of what the model was given |
+| Qwen2.5-VL | JSON, `[{"bbox_2d": [x1, y1, x2, y2], "label": name}]` | pixels of the model's input |
 | Qwen2.5-VL, documents | HTML whose elements have a `data-bbox="x1 y1 x2 y2"` | the same |
 """
 
@@ -30,17 +30,17 @@ _TAGGED = re.compile(
     r"(?P<tag><box>|<\|box_start\|>|<\|det\|>)(?P<box>[^<]*)(?:</box>|<\|box_end\|>|<\|/det\|>)"
 )
 _CORNERS = re.compile(r"\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)\s*,\s*\(\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)")
-MAX_COORDINATE = 10**9  # no picture is as large; what is beyond names no place
+MAX_COORDINATE = 10**9  # larger coordinates are invalid
 VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "col", "wbr"))  # elements without an end
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedBox:
-    """A box of a picture.
+    """A box in an image.
 
     Attributes:
-      box: (left, top, right, bottom) in pixels of the picture.
-      name: what is there, as far as the model says.
+      box: (left, top, right, bottom) in pixels of the image.
+      name: name of its content in the answer, or None.
     """
 
     box: PixelBox
@@ -52,10 +52,10 @@ class Block:
     """An element of a document.
 
     Attributes:
-      tag: of the HTML element, such as `h2`, `p`, `table`, `div`.
-      kind: its class, such as `image` or `formula`; empty where it has none.
-      text: what stands in it, without tags; the cells of a table are set apart by tabs, and its rows by line breaks.
-      box: in pixels of the picture; None where the element has none.
+      tag: tag of the HTML element, such as `h2`, `p`, `table`, `div`.
+      kind: its class, such as `image` or `formula`; empty if it has none.
+      text: its text without tags; table cells are separated by tabs, and table rows by line breaks.
+      box: in pixels of the image; None if the element has none.
     """
 
     tag: str
@@ -65,19 +65,19 @@ class Block:
 
 
 def answer_boxes(text: str, size: Size, seen_size: Size | None = None) -> list[NamedBox]:
-    """The boxes of an answer in any form of the table; none where it has none, for a model may write anything.
+    """The boxes of an answer in any syntax of the table; malformed boxes are ignored.
 
     Args:
       text: the answer.
-      size: (height, width) of the picture, in pixels.
-      seen_size: (height, width) that the model was given, which pixels of an answer count; `size` when None.
+      size: (height, width) of the image, in pixels.
+      seen_size: (height, width) of the model's input, to which pixels of an answer refer; `size` when None.
     """
     tagged = [NamedBox(_scaled(box, size, (unit, unit)), name) for box, unit, name in _tagged_boxes(text)]
     return tagged or [NamedBox(_scaled(box, size, seen_size), name) for box, name in _json_boxes(text)]
 
 
 def document_blocks(text: str, size: Size, seen_size: Size | None = None) -> list[Block]:
-    """The outermost elements with a box of an HTML document, in order; arguments as of `answer_boxes`."""
+    """The outermost elements with a box of an HTML document, in order; arguments as in `answer_boxes`."""
     reader = _Reader()
     reader.feed(re.sub(r"^```\w*\n|\n```\s*$", "", text.strip()))
     reader.close()
@@ -88,7 +88,7 @@ def document_blocks(text: str, size: Size, seen_size: Size | None = None) -> lis
 
 
 def draw_boxes(picture: Image.Image, boxes: Sequence[NamedBox]) -> Image.Image:
-    """A copy of the picture with boxes and their names, one colour for each name."""
+    """A copy of the image with boxes and their names, one colour per name."""
     drawn = picture.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     width = max(1, round(max(picture.size) / 300))
@@ -110,7 +110,7 @@ def _scaled(box: Sequence[Number], size: Size, seen_size: Size | None) -> PixelB
 
 
 def _tagged_boxes(text: str) -> list[tuple[Sequence[Number], int, str | None]]:
-    """Boxes between tags, the side of the picture in their unit, and the name right before; broken ones left out."""
+    """Boxes between tags, the side of the image in their unit, and the preceding name; malformed ones are ignored."""
     found = []
     for tagged in _TAGGED.finditer(text):
         if corners := _CORNERS.fullmatch(tagged["box"].strip()):
@@ -127,7 +127,7 @@ def _tagged_boxes(text: str) -> list[tuple[Sequence[Number], int, str | None]]:
 
 
 def _is_box(value: object) -> bool:
-    """Four numbers that can be scaled and drawn: JSON's reader also takes NaN, Infinity and any number of digits."""
+    """Whether it is four valid coordinates; Python's JSON also accepts NaN, Infinity and any number of digits."""
     return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
@@ -136,7 +136,7 @@ def _is_number(value: object) -> bool:
 
 
 def _json_boxes(text: str) -> list[tuple[list[Number], str | None]]:
-    """Entries of a JSON list, in a code block or bare; of one that is cut off, those that are whole."""
+    """Entries of a JSON list, in a code block or bare; of a truncated list, the complete ones."""
     found = []
     for entry in re.findall(r"\{[^{}]*\}", text):
         try:
@@ -150,7 +150,7 @@ def _json_boxes(text: str) -> list[tuple[list[Number], str | None]]:
 
 
 class _Reader(html.parser.HTMLParser):
-    """Gathers the outermost elements that have a box."""
+    """Collects the outermost elements that have a box."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ class _Reader(html.parser.HTMLParser):
             self._text.append(data)
 
     def close(self) -> None:
-        """Also an element that the answer broke off in is one."""
+        """Also collects an element that a truncated answer does not close."""
         super().close()
         if self._open is not None:
             self._finish()

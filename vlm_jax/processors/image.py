@@ -1,12 +1,14 @@
-"""Pictures: files to uint8 pixels, pixels to another size, uint8 to normalised float32.
+"""Images: files to uint8 pixels, resizing, and uint8 to normalised float32.
 
-In the rooms of data a picture is a uint8 array [height, width, channels] with 1 channel (grey) or
-3 (RGB, sRGB as stored); the processors of released systems work on Pillow's RGB images.
+In the package `data` an image is a uint8 array [height, width, channels] with 1 channel (grey) or
+3 (RGB, sRGB as stored); the processors of released systems use Pillow's RGB images.
 """
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import IO, cast
 
 import numpy as np
 from etils import epath
@@ -29,7 +31,7 @@ FIXED_POINT: dict[Image.Resampling, ResizeKind] = {
 
 
 class CorruptImage(ValueError):
-    """A file that holds no usable image; the message names the file and says why."""
+    """A file without a usable image; the message has the file and the reason."""
 
 
 def open_image(
@@ -39,24 +41,44 @@ def open_image(
     max_pixels: int = 100_000_000,
     name: str = "bytes",
 ) -> UInt8[np.ndarray, "height width channels"]:
-    """Reads an image file of any format that Pillow knows, upright and in 8 bits.
+    """Reads an image file of any format that Pillow supports, upright and in 8 bits.
 
-    The EXIF orientation is applied, palettes are resolved, transparency is laid over white, 16-bit
-    grey keeps its upper 8 bits, CMYK becomes RGB without a colour profile. Of an animation the
-    first frame is taken.
+    The EXIF orientation is applied, palettes are resolved, transparency is blended with white, 16-bit
+    grey keeps its upper 8 bits, CMYK is converted to RGB without a colour profile. The first frame of an
+    animation is used.
 
     Args:
       source: a path, local or `gs://`, or the file's bytes.
       channels: 1 for grey (ITU-R 601 luma), 3 for RGB.
-      max_pixels: height * width that the header may claim; more is taken for a decompression bomb.
-        Whatever it says, Pillow itself refuses more than twice its `Image.MAX_IMAGE_PIXELS`.
-      name: stands for the file in messages when `source` is bytes.
+      max_pixels: maximum height * width in the header; more is treated as a decompression bomb.
+        Pillow itself always rejects more than twice its `Image.MAX_IMAGE_PIXELS`.
+      name: name of the file in errors when `source` is bytes.
 
     Raises:
       FileNotFoundError: there is no such file.
       CorruptImage: the file cannot be decoded, or is too large.
     """
     return _pixels(_opened(source, max_pixels, name), channels)
+
+
+def image_size(
+    source: str | os.PathLike | bytes, *, max_pixels: int = 100_000_000, name: str = "bytes"
+) -> tuple[int, int]:
+    """(height, width) of the upright picture that `open_image` would read, from the file's header.
+
+    An orientation that a PNG file states behind its pixels is not seen.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      CorruptImage: the header cannot be read, or the picture is too large.
+    """
+    name = name if isinstance(source, bytes) else os.fspath(source)
+    opened = io.BytesIO(source) if isinstance(source, bytes) else epath.Path(source).open("rb")
+    with opened as file, _reading(cast(io.IOBase, file), name) as picture:
+        _check_size(picture, max_pixels, name)
+        width, height = picture.size
+        known = picture.format != "PNG" or "exif" in picture.info  # else Pillow would decode it to look
+        return (width, height) if known and _orientation(picture) >= 5 else (height, width)
 
 
 def to_picture(
@@ -66,23 +88,23 @@ def to_picture(
     name: str = "picture",
     mode: str = "RGB",
 ) -> Image.Image:
-    """Any picture as one of Pillow's in one mode: upright, in 8 bits, transparency laid over white.
+    """Any image as a Pillow image in one mode: upright, in 8 bits, transparency blended with white.
 
     Args:
-      source: a file as `open_image` takes it, a picture of Pillow's, or pixels [height, width] or
+      source: a file as in `open_image`, a Pillow image, or pixels [height, width] or
         [height, width, channels] of dtype uint8 with 1, 3 or 4 channels.
-      max_pixels: more than so many are refused.
-      name: stands for the picture in messages.
+      max_pixels: maximum number of pixels.
+      name: name of the image in errors.
       mode: RGB, or L for grey (ITU-R 601 luma).
 
     Raises:
       FileNotFoundError: there is no such file.
-      CorruptImage: the file cannot be decoded, the picture is too large or has no pixels, the array is no picture, or
-        it is none of these.
+      CorruptImage: the file cannot be decoded, the image is too large or empty, the array is not an image, or
+        the source is of another type.
     """
     if not isinstance(source, Image.Image | np.ndarray | str | os.PathLike | bytes):
         raise CorruptImage(
-            f"{name}: expected a file's path or bytes, a picture of Pillow's or a NumPy array, got "
+            f"{name}: expected a file's path or bytes, a Pillow image or a NumPy array, got "
             + ("None" if source is None else f"a value of type {type(source).__name__}")
         )
     if isinstance(source, np.ndarray):
@@ -95,7 +117,7 @@ def to_picture(
                 f"{name}: expected uint8 pixels [height, width] or [height, width, 1, 3 or 4], got {source.dtype} "
                 f"{list(source.shape)}"
             )
-        if not source.size:  # Pillow would not take it
+        if not source.size:  # Pillow would raise another error
             raise CorruptImage(f"{name}: expected pixels, got none in {source.shape[0]}x{source.shape[1]}")
         source = Image.fromarray(source[:, :, 0] if source.ndim == 3 and source.shape[2] == 1 else source)
     if isinstance(source, Image.Image):
@@ -106,42 +128,55 @@ def to_picture(
 
 
 def _opened(source: str | os.PathLike | bytes, max_pixels: int, name: str) -> Image.Image:
-    if isinstance(source, bytes):
-        data = source
-    else:
-        name = os.fspath(source)
-        data = epath.Path(source).read_bytes()
+    name = name if isinstance(source, bytes) else os.fspath(source)
+    data = source if isinstance(source, bytes) else epath.Path(source).read_bytes()
+    with _reading(io.BytesIO(data), name) as picture:
+        return _decoded(picture, max_pixels, name)
+
+
+@contextlib.contextmanager
+def _reading(file: io.IOBase, name: str) -> Iterator[Image.Image]:
+    """A file of which Pillow has read the header; what Pillow raises becomes CorruptImage."""
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return _decoded(picture, max_pixels, name)
+        with Image.open(cast(IO[bytes], file)) as picture:
+            yield picture
     except CorruptImage:
         raise
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on broken bytes
-        reason = "no known image format" if isinstance(error, UnidentifiedImageError) else error
+    except Exception as error:  # Pillow's decoders raise many types for invalid bytes
+        reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else error
         raise CorruptImage(f"{name}: {type(error).__name__}: {reason}") from error
 
 
-def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
-    """Upright, in mode L or RGB. A file's header is read before its pixels are."""
+def _check_size(picture: Image.Image, max_pixels: int, name: str) -> None:
     width, height = picture.size
     if not width * height:
         raise CorruptImage(f"{name}: expected pixels, got none in {height}x{width}")
     if width * height > max_pixels:
         raise CorruptImage(f"{name}: its header claims {height}x{width} pixels, more than max_pixels={max_pixels}")
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Of EXIF: 1 is upright, and from 5 on rows and columns change places."""
+    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
+    """Upright, in mode L or RGB. A file's header is read before its pixels are."""
+    _check_size(picture, max_pixels, name)
     try:
         picture.load()
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1  # else Pillow would make a copy
+        turned = _orientation(picture) != 1  # else Pillow would make a copy
         return _eight_bits(ImageOps.exif_transpose(picture) if turned else picture)
     except (OSError, ValueError, SyntaxError) as error:
         raise CorruptImage(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """The picture in mode L or RGB."""
-    if picture.mode.startswith("I"):  # 16-bit grey, in whichever container Pillow put it
+    """The image in mode L or RGB."""
+    if picture.mode.startswith("I"):  # 16-bit grey, in any of Pillow's modes
         return Image.fromarray((np.clip(np.asarray(picture), 0, 65535) >> 8).astype(np.uint8))
     if picture.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+        raise ValueError("floating-point pixels have an unknown range")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -162,11 +197,11 @@ def to_channels(
     """Grey to RGB by repetition, RGB to grey by ITU-R 601 luma; `image` itself if nothing changes.
 
     Raises:
-      ValueError: `channels`, or the image's own number of channels, is neither 1 nor 3.
+      ValueError: `channels`, or the image's number of channels, is not 1 or 3.
     """
     given = image.shape[2]
     if given not in (1, 3) or channels not in (1, 3):
-        raise ValueError(f"images have 1 or 3 channels, got one of shape {image.shape} to make {channels} of")
+        raise ValueError(f"expected 1 or 3 channels, got an image of shape {image.shape} to convert to {channels}")
     if given == channels:
         return image
     if channels == 3:
@@ -177,12 +212,12 @@ def to_channels(
 def resize_in_fixed_point(
     image: UInt8[np.ndarray, "height width channels"], size: tuple[int, int], resample: Image.Resampling
 ) -> UInt8[np.ndarray, "new_height new_width channels"]:
-    """Resizes to (height, width) as torch's `interpolate` does pixels of 8 bits, and so torchvision's `resize`.
+    """Resizes to (height, width) like torch's `interpolate` of 8-bit pixels, and so torchvision's `resize`.
 
-    Columns first, then rows, each rounded to 8 bits. Weights of Pillow are finer, and its order is not always this.
+    Columns first, then rows, each rounded to 8 bits. Pillow's weights are more precise, and its order may differ.
 
     Args:
-      image: to be resized.
+      image: the image.
       size: in pixels.
       resample: one of `FIXED_POINT`.
 
@@ -202,10 +237,10 @@ def resize_in_fixed_point(
 def normalize(
     image: UInt8[np.ndarray, "height width channels"], mean: Sequence[float | int], std: Sequence[float | int]
 ) -> Float[np.ndarray, "height width channels"]:
-    """float32 of (image / 255 - mean) / std, with mean and std per channel on the scale [0, 1]."""
+    """float32 of (image / 255 - mean) / std, with mean and std per channel in [0, 1]."""
     height, width, channels = image.shape
     scale, shift = scale_and_shift(mean, std)
-    # Whole rows at a time: NumPy's inner loop over three channels would cost more than the arithmetic.
+    # Whole rows at a time: NumPy's inner loop over three channels would be slower than the arithmetic.
     pixels = image.reshape(height, width * channels).astype(np.float32)
     pixels *= np.tile(scale, width)
     pixels -= np.tile(shift, width)
@@ -222,12 +257,12 @@ def scale_and_shift(
 
 
 def height_and_width(picture: Image.Image) -> tuple[int, int]:
-    """The size as arrays have it; Pillow's own is (width, height)."""
+    """(height, width), as for arrays; Pillow's size is (width, height)."""
     return picture.height, picture.width
 
 
 def square_padded(picture: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The picture in the middle of a square of its longer side; the odd pixel is right or below.
+    """The image centred on a square of its longer side; an odd pixel of padding is right or below.
 
     Source: LLaVA, mm_utils.py, expand2square.
     """

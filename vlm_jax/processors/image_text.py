@@ -1,4 +1,4 @@
-"""Pictures and texts side by side, for models of two towers and for classifiers: no conversation, no places."""
+"""Images and texts for two-tower models and classifiers, without conversations."""
 
 import dataclasses
 import re
@@ -22,22 +22,22 @@ from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import PictureMismatch, check_list
 from vlm_jax.types import ImageTextBatch, PackedPatches
 
-# Texts to the ids that a text tower reads.
+# Texts to the ids of a text tower.
 Texts = Callable[[Sequence[str]], Int[np.ndarray, "B T"]]
 
 
 @runtime_checkable
 class ImageInputs(Protocol):
-    """How pictures become what an image tower reads; one class a way."""
+    """Preprocessing of images for an image tower."""
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B height width channels"] | PackedPatches:
-        """All pictures, in RGB, at least one."""
+        """Prepares all images, at least one, in RGB."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SquareInputs:
-    """Tiles of one size by Pillow: CLIP, SigLIP, ViT.
+    """Images of one size, resized by Pillow: CLIP, SigLIP, ViT.
 
     Attributes:
       views: size, fit and statistics.
@@ -51,7 +51,7 @@ class SquareInputs:
         return self.views.size
 
     def at(self, size: Size) -> "SquareInputs":
-        """The same with tiles of another size, cut from as much of a picture."""
+        """The same with another size and the same crop relative to the image."""
         edge, scale = self.views.shortest_edge, min(size) / min(self.size)
         edge = None if edge is None else round(edge * scale)
         return SquareInputs(dataclasses.replace(self.views, size=size, shortest_edge=edge))
@@ -62,14 +62,14 @@ class SquareInputs:
 
 @dataclasses.dataclass(frozen=True)
 class TensorFlowInputs:
-    """Tiles of one size by TensorFlow's resizing, on the range [-1, 1]: big_vision, vision_transformer.
+    """Images of one size, resized as in TensorFlow, in the range [-1, 1]: big_vision, vision_transformer.
 
     Attributes:
       size: (height, width), in pixels.
-      kind: of interpolation.
-      shortest_edge: what the shorter side becomes, in pixels, before the middle is cut out; None where pictures are
+      kind: kind of interpolation.
+      shortest_edge: length of the shorter side in pixels before the central crop; None where images are
         stretched to the size.
-      whole: resized pixels lose their fractions.
+      whole: truncates resized pixels to integers.
 
     Source: big_vision, pp/ops_image.py, resize, resize_small and central_crop; vision_transformer,
     vit_jax/input_pipeline.py.
@@ -96,13 +96,13 @@ class TensorFlowInputs:
 
 @dataclasses.dataclass(frozen=True)
 class NaflexInputs:
-    """Patches of pictures at about their own aspect, filled up to one length: SigLIP 2 with NaFlex.
+    """Patches of images at approximately their own aspect ratio, padded to one length: SigLIP 2 with NaFlex.
 
     Attributes:
       pixels: filter and statistics.
       patch_size: side of a patch, in pixels.
-      max_num_patches: of a picture, and the length.
-      floats: by TensorFlow's resizing of normalised pixels, as big_vision does it; else by Pillow in 8 bits.
+      max_num_patches: maximum patches of an image, and the padded length.
+      floats: resizes normalised pixels as TensorFlow in big_vision; else by Pillow in 8 bits.
 
     Source: Tschannen et al. 2025 (SigLIP 2), section 2.4.2; transformers,
     models/siglip2/image_processing_siglip2.py; big_vision, pp/proj/image_text/ops_naflex.py.
@@ -131,15 +131,15 @@ class NaflexInputs:
 
 @dataclasses.dataclass(frozen=True)
 class TextInputs:
-    """Texts as ids of one length: cut or filled up, an end kept as the last one.
+    """Texts as ids of one length: truncated or padded, with the end token kept as the last one.
 
     Attributes:
-      tokenizer: puts its own tokens about a text.
-      length: of every text, in tokens.
-      pad_id: fills up. Towers read it like any token.
-      lower: texts in lower case.
-      bare: texts without punctuation and spare spaces.
-      end_id: follows every text, instead of the tokenizer's own tokens about it; None for these.
+      tokenizer: also adds its start and end tokens.
+      length: number of tokens of every text.
+      pad_id: id of padding, which is not masked.
+      lower: converts texts to lower case.
+      bare: removes punctuation and repeated spaces.
+      end_id: appended to every text instead of the tokenizer's start and end tokens; None for these.
 
     Source: transformers, models/siglip/tokenization_siglip.py, canonicalize_text; big_vision, pp/ops_text.py, tokenize.
     """
@@ -163,7 +163,7 @@ class TextInputs:
         return tokens
 
     def cleaned(self, text: str) -> str:
-        """The text as the tokenizer gets it."""
+        """The text as passed to the tokenizer."""
         if self.lower:
             text = text.lower()
         if self.bare:
@@ -173,12 +173,12 @@ class TextInputs:
 
 @dataclasses.dataclass(frozen=True)
 class ImageTextProcessor:
-    """Pictures and texts to what a model of two towers is given, or one of them alone.
+    """Preprocesses images and texts for two-tower models and classifiers.
 
     Attributes:
-      images: None where the model reads no pictures.
-      texts: None where it reads no texts.
-      max_pixels: of a picture; more is refused as a decompression bomb.
+      images: None where the model takes no images.
+      texts: None where it takes no texts.
+      max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
     """
 
     images: ImageInputs | None
@@ -186,24 +186,24 @@ class ImageTextProcessor:
     max_pixels: int = 100_000_000
 
     def __call__(self, images: Sequence[Picture] = (), texts: Sequence[str] = ()) -> ImageTextBatch:
-        """Any number of each.
+        """Preprocesses any number of images and texts.
 
         Args:
-          images: files, Pillow's images, or uint8 arrays.
-          texts: captions or prompts; longer ones than the tower reads are cut, as it was trained.
+          images: files, Pillow images, or uint8 arrays.
+          texts: captions or prompts; longer ones than the tower's context are truncated, as in training.
 
         Raises:
-          PictureMismatch: neither is given, one stands without a list, or what the model does not read.
-          CorruptImage: a picture cannot be read, or is too large.
+          PictureMismatch: both are empty, one is not a list, or the model does not take it.
+          CorruptImage: an image cannot be read, or is too large.
         """
         if isinstance(texts, str):
             raise PictureMismatch(f"texts: expected a list of texts, got the text {texts!r}; write [{texts!r}]")
         check_list(images, "images")
-        for what, given, reads in (("pictures", images, self.images), ("texts", texts, self.texts)):
+        for what, given, reads in (("images", images, self.images), ("texts", texts, self.texts)):
             if given and reads is None:
-                raise PictureMismatch(f"this model reads no {what}, and {len(given)} are given")
+                raise PictureMismatch(f"this model takes no {what}, got {len(given)}")
         if not images and not texts:
-            raise PictureMismatch("neither pictures nor texts are given; pass images=[…], texts=[…] or both")
+            raise PictureMismatch("expected images or texts, got none; pass images=[…], texts=[…] or both")
         pictures = [
             to_picture(image, max_pixels=self.max_pixels, name=f"image {number}") for number, image in enumerate(images)
         ]

@@ -1,7 +1,7 @@
-"""Layout is data: a row's pieces become the arrays that say what stands at every position.
+"""Converts the pieces of a row to the arrays of a batch.
 
-The model knows no order of text and images. It reads, for each position, a vocabulary id or the
-row of the visual table that fills it, and this file writes both.
+The order of text and images is data, not part of the model: each position has a vocabulary id or
+a row of the visual table, which this file writes.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ class Text:
 
     Attributes:
       ids: vocabulary ids.
-      learned: whether the model is trained to say it.
-      branch: 0 for what everything after it reads; a number of its own for a turn that reads
-        branch 0 and itself alone.
+      learned: whether the model is trained to predict it.
+      branch: 0 for text that everything after it attends to; a separate number for a turn that attends
+        only to branch 0 and itself.
     """
 
     ids: Sequence[int]
@@ -39,14 +39,14 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Visual:
-    """A run of places that rows of the visual table fill; always of branch 0.
+    """A run of visual tokens; always of branch 0.
 
     Attributes:
-      rows: of the row's table.
-      ids: what stands there as a token.
-      positions: of every place, from 0, on one axis or as (time, row, column); None where they count as text's do.
-      before: where a reducer chooses tokens that keep their positions, those of all tokens before it, from 0.
-      extent: positions by which what follows moves on; the largest of `positions` + 1 when None.
+      rows: indices in the row's visual table.
+      ids: placeholder token ids.
+      positions: of every token, from 0, on one axis or as (time, row, column); None for consecutive ones as for text.
+      before: where a reducer keeps positions of tokens, the positions of all tokens before it, from 0.
+      extent: offset of the positions after the run; max(positions) + 1 when None.
     """
 
     rows: Sequence[int] | Int[np.ndarray, "n"]
@@ -74,17 +74,17 @@ def lay_out(
 
     Args:
       examples: pieces of each in reading order; each example is a segment, counted from 1.
-      length: positions of the row, T; at least as many as the pieces have.
+      length: positions of the row, T; at least the total length of the pieces.
       pad_id: id of padding, and target where there is nothing to predict.
       pad_side: "right" for training; "left" for prompts, so that all end at the last position.
       rotary_3d: positions have three axes.
 
     Returns:
       A Batch with B = 1 and without images; all fields are numpy arrays [1, length], int32, and
-      float32 for loss_weights. `targets` holds at each position the id of the next of its example; loss_weights
-      is 1.0 where that next id belongs to a learned piece. Positions count from 0 in every example, and
-      on from the end of branch 0 in every branch; on three axes, what follows a picture counts on from its largest.
-      `branch_ids` is None where all is branch 0, and `visual_positions` where no picture says `before`.
+      float32 for loss_weights. `targets` has at each position the next id of its example; loss_weights
+      is 1.0 where that id belongs to a learned piece. Positions count from 0 in every example, and
+      continue from the end of branch 0 in every branch; on three axes, positions after an image continue from its
+      maximum. `branch_ids` is None where all is branch 0, and `visual_positions` where no image has `before`.
 
     Raises:
       ValueError: the pieces are longer than `length`.
@@ -92,7 +92,7 @@ def lay_out(
     segments = [_Segment(pieces, rotary_3d) for pieces in examples or [()]]
     count = sum(len(segment.ids) for segment in segments)
     if count > length:
-        raise ValueError(f"{count} positions do not fit into a row of {length}")
+        raise ValueError(f"{count} positions do not fit in a row of {length}")
     start = 0 if pad_side == "right" else length - count
 
     def written(parts: Sequence[np.ndarray], fill: int, dtype: type = np.int32) -> np.ndarray:
@@ -132,24 +132,24 @@ class _Segment:
 
 
 def _next(values: np.ndarray, last: int) -> np.ndarray:
-    """Of each place the value of the next; `last` at the end."""
+    """Values shifted left by one; `last` at the end."""
     return np.append(values[1:], np.asarray([last] * bool(len(values)), values.dtype))
 
 
 def _positions(pieces: Pieces, rotary_3d: bool) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Positions of every place, and those of each picture's tokens before a reducer.
+    """Positions of every token, and those of each image's tokens before a reducer.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1: each modality begins after the largest position before it.
     """
     found, before = [np.zeros((0, 3) if rotary_3d else 0, np.int32)], []
     following = {0: 0}
     shared = [piece for piece in pieces if isinstance(piece, Visual) or piece.branch == 0]
-    end = sum(_extent(piece, rotary_3d) for piece in shared)  # where every other branch begins
+    end = sum(_extent(piece, rotary_3d) for piece in shared)  # where every other branch starts
     for piece in pieces:
         branch = 0 if isinstance(piece, Visual) else piece.branch
         start = following.setdefault(branch, end)
         own = piece.positions if isinstance(piece, Visual) else None
-        if own is None or own.ndim > 1 + rotary_3d:  # without three axes a grid counts as text does
+        if own is None or own.ndim > 1 + rotary_3d:  # without three axes positions of a grid are consecutive
             own = np.arange(len(piece))
         found.append((_on_axes(own, rotary_3d) + start).astype(np.int32))
         if isinstance(piece, Visual) and piece.before is not None:
@@ -163,7 +163,7 @@ def _on_axes(positions: np.ndarray, rotary_3d: bool) -> np.ndarray:
 
 
 def _extent(piece: Text | Visual, rotary_3d: bool) -> int:
-    """Positions by which what follows the piece moves on."""
+    """Offset of the positions after the piece."""
     if isinstance(piece, Text):
         return len(piece)
     if piece.extent is not None:

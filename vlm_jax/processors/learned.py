@@ -1,4 +1,4 @@
-"""What a model learns of a conversation: what assistants say and the token that ends it, as spans of a text and ids."""
+"""The trained parts of a conversation: assistants' answers with their end tokens, as spans of text and ids."""
 
 import re
 import secrets
@@ -10,25 +10,26 @@ from vlm_jax.processors.chat import GENERATION_BEGIN, GENERATION_END, ChatTempla
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 
-Span = tuple[int, int]  # characters of a text, the first one and the one behind the last
+Span = tuple[int, int]  # character span [start, end) of a text
 
 
 def render_learned(
     template: ChatTemplate, messages: Sequence[Message], tokenizer: Tokenizer, **variables: Any
 ) -> tuple[str, list[Span]]:
-    """The text of a conversation, and what is learned of it.
+    """The text of a conversation, and its trained spans.
 
-    That is what stands in the template's `{% generation %}` blocks. In one without them it is what an assistant's
-    message adds to the conversation before it and the head of the answer, without white space behind its end token.
+    These are the contents of the template's `{% generation %}` blocks. Without blocks they are the text that an
+    assistant's message adds after the generation prompt, without white space after its end token.
 
     Args:
-      template: writes the conversation.
+      template: renders the conversation.
       messages: see `ChatTemplate.render`.
-      tokenizer: knows which tokens end an answer.
-      **variables: more for the template, `add_generation_prompt` among them.
+      tokenizer: provides the tokens that end an answer.
+      **variables: further variables of the template, including `add_generation_prompt`.
 
     Raises:
-      ChatTemplateError: a template without blocks writes an answer otherwise where more follows, or without its head.
+      ChatTemplateError: a template without blocks renders an answer differently if more messages follow, or without
+      the generation prompt.
 
     Source: transformers, `apply_chat_template` with `return_assistant_tokens_mask`, for the blocks.
     """
@@ -48,9 +49,9 @@ def render_learned(
             through = template.render(messages[: number + 1], **{**variables, "add_generation_prompt": False})
             if not (text.startswith(through) and through.startswith(head)):
                 raise ChatTemplateError(
-                    f"{template.origin}: message {number}: what is learned of it does not show, for it is written "
-                    "otherwise where more follows, or without the head of an answer; put {% generation %} and "
-                    "{% endgeneration %} about what the template writes of an assistant"
+                    f"{template.origin}: message {number}: cannot find its trained text, because it is rendered "
+                    "differently if more messages follow, or without the generation prompt; put {% generation %} and "
+                    "{% endgeneration %} around the assistant's text in the template"
                 )
             bare = through.rstrip()
             spans.append((len(head), len(bare if bare.endswith(ends) else through)))
@@ -66,16 +67,16 @@ def clipped_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
 def encode_learned(
     tokenizer: Tokenizer, text: str, spans: Sequence[Span], *, add_special: bool
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a text, and whether each spells a part of a span.
+    """Ids of a text, and whether each overlaps a span.
 
     Args:
-      tokenizer: spells it, as `Tokenizer.encode`.
+      tokenizer: encodes it by `Tokenizer.encode`.
       text: any text.
       spans: of the text.
       add_special: see `Tokenizer.encode`.
 
     Raises:
-      TokenizerError: a token lies across an end of a span, in a vocabulary that does not tell where tokens begin.
+      TokenizerError: a token crosses an end of a span, in a vocabulary without character offsets.
     """
     ids = tokenizer.encode(text, add_special=add_special)
     learned = [False] * len(ids)
@@ -91,17 +92,17 @@ def encode_learned(
 
 
 def _num_before(tokenizer: Tokenizer, text: str, ids: Sequence[int], place: int, add_special: bool) -> int:
-    """How many ids spell the text before a place."""
+    """Number of ids of the text before a character index."""
     before = tokenizer.encode(text[:place], add_special=add_special)
     if before != ids[: len(before)]:
         raise TokenizerError(
-            f"{tokenizer.origin}: a token lies across what is learned and what is not, at {text[:place][-20:]!r} | "
-            f"{text[place:][:20]!r}; let the chat template write a space or a special token there"
+            f"{tokenizer.origin}: a token crosses the start or end of trained text, at {text[:place][-20:]!r} | "
+            f"{text[place:][:20]!r}; make the chat template write a space or a special token there"
         )
     return len(before)
 
 
 def texts(ids: Sequence[int], learned: Sequence[bool]) -> Iterator[Text]:
-    """Pieces of ids that are learned alike."""
+    """Runs of ids with equal `learned`."""
     for is_learned, run in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
         yield Text([index for index, _ in run], is_learned)

@@ -1,4 +1,4 @@
-"""Qwen-VL's texts as lists of what stands in them, and back: pictures, named regions, boxes, text.
+"""Converts Qwen-VL's texts to lists of images, named regions, boxes and text, and back.
 
 Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_format.
 """
@@ -17,7 +17,7 @@ _FORBIDDEN = re.compile(r"<\|(?:im_start|im_end|extra_\d+)\|>")
 
 
 class ListFormatError(ValueError):
-    """An item, or a text, that Qwen-VL's format does not have; the message shows it."""
+    """An invalid item or text of Qwen-VL's format; the message has it."""
 
 
 def from_list_format(items: Sequence[Config], picture: str = PICTURE) -> str:
@@ -25,7 +25,7 @@ def from_list_format(items: Sequence[Config], picture: str = PICTURE) -> str:
 
     Args:
       items: in order; boxes on the scale of 1000, and `ref` may be missing.
-      picture: what is written before a picture, with its number in the list.
+      picture: text before an image, with its number in the list.
 
     Raises:
       ListFormatError: an item has none of these keys.
@@ -53,7 +53,7 @@ def to_list_format(text: str) -> list[dict[str, str]]:
     """
     text = unicodedata.normalize("NFC", text)
     if found := _FORBIDDEN.search(text):
-        raise ListFormatError(f"a text of one turn has no {found.group()}, got {text!r}")
+        raise ListFormatError(f"expected the text of one turn, without {found.group()}, got {text!r}")
     items, end = [], 0
     for tagged in _TAGGED.finditer(text):
         items += [{"text": text[end : tagged.start()]}, {_KEYS[tagged.group(1)]: tagged.group(2)}]

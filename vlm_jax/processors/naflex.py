@@ -1,7 +1,7 @@
-"""big_vision's image operations: resizing by matrices, and the size at which an image fills a sequence of patches.
+"""big_vision's image operations: resizing by matrices, and the image size for a maximum sequence length.
 
-Pillow, which `image.resize` calls, antialiases always; TensorFlow, which made the training data of SigLIP
-and SigLIP 2, only where it is told to.
+Pillow, which `image.resize` calls, always antialiases; TensorFlow, which preprocessed the training data of SigLIP
+and SigLIP 2, only on request.
 """
 
 import math
@@ -11,7 +11,7 @@ from jaxtyping import Num
 
 from vlm_jax.interpolation import ResizeKind, interpolation_weights
 
-_SMALLEST, _LARGEST, _STEP = 1e-6, 100.0, 1e-5  # of the ratio that is searched for
+_SMALLEST, _LARGEST, _STEP = 1e-6, 100.0, 1e-5  # of the resize ratio
 
 
 def interpolate(
@@ -20,8 +20,8 @@ def interpolate(
     """Resizes to (height, width) pixels in float32, and returns the image's dtype.
 
     Args:
-      image: pixels of any range; whole numbers are cut off to their dtype's range and lose their fractions.
-      size: height and width to give, in pixels.
+      image: pixels of any range; integers are clipped to their dtype's range and truncated.
+      size: height and width of the result, in pixels.
       kind: SigLIP's square images are `bilinear`, NaFlex's `bilinear_antialias`.
 
     Source: big_vision, pp/ops_image.py, get_resize.
@@ -35,10 +35,10 @@ def interpolate(
 
 
 def size_for_sequence(height: int, width: int, patch_size: int, max_patches: int) -> tuple[float, tuple[int, int]]:
-    """The largest ratio at which an image has no more than `max_patches` patches, and its size then.
+    """The largest ratio at which an image has at most `max_patches` patches, and the resized size.
 
-    Each side is the ratio times the image's, rounded up to whole patches. The ratio is found by halving an
-    interval, to 1e-5, as the release finds it: sizes are to be its own at every edge.
+    Each side is the ratio times the image's, rounded up to whole patches. The ratio is found by bisection
+    to 1e-5, as in the release, so that all sizes are the same.
 
     Args:
       height, width: of the image, in pixels.
@@ -51,7 +51,7 @@ def size_for_sequence(height: int, width: int, patch_size: int, max_patches: int
     Source: Tschannen et al. 2025 (SigLIP 2), section 2.4.2; big_vision, pp/proj/image_text/ops_naflex.py.
     """
     if max_patches < 1:
-        raise ValueError(f"a sequence has 1 patch at least, got max_patches={max_patches}")
+        raise ValueError(f"expected max_patches of at least 1, got {max_patches}")
 
     def patches(ratio: float) -> tuple[int, int]:
         return max(math.ceil(ratio * height / patch_size), 1), max(math.ceil(ratio * width / patch_size), 1)

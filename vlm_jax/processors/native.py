@@ -1,4 +1,4 @@
-"""Pictures and videos at about their own size, as packed patches: Qwen2-VL, Qwen2.5-VL, Ovis 2.5."""
+"""Images and videos at native resolution, as packed patches: Qwen2-VL, Qwen2.5-VL, Ovis 2.5."""
 
 import dataclasses
 import math
@@ -15,17 +15,17 @@ from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Layout, PreparedImage, too_few
 from vlm_jax.types import Fields, Grid, PackedPatches, PatchFormat, Tree
 
-# Of a picture's size, the side of a block, and the least and most pixels: one of `smart_resize`.
+# (size of an image, side of a block, minimum and maximum pixels) -> size: a function of `smart_resize`.
 SizeRule = Callable[[Size, int, int, int], Size]
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoLimits:
-    """How large the frames of a video are.
+    """Limits of the frame size of videos.
 
     Attributes:
       min_pixels, max_pixels: of a frame.
-      max_tokens: of a video; many frames share them evenly, but for `min_pixels` with a margin of 5%.
+      max_tokens: of a video, divided evenly by its frames; `min_pixels` with a margin of 5% takes precedence.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 3.2; qwen-vl-utils, vision_process.py, fetch_video.
     """
@@ -35,27 +35,27 @@ class VideoLimits:
     max_tokens: int
 
     def pixels(self, num_slots: int, block_pixels: int) -> int:
-        """Most pixels of a frame where the video has so many temporal patches."""
+        """Maximum pixels of a frame of a video with `num_slots` temporal patches."""
         share = self.max_tokens * block_pixels // num_slots
         return max(min(self.max_pixels, share), int(self.min_pixels * 1.05))
 
 
 @dataclasses.dataclass(frozen=True)
 class NativeViews:
-    """Every picture with a grid of its own.
+    """Every image with its own grid.
 
     Attributes:
-      pixels: what is done to pixels.
-      format: how patches are cut and packed.
-      size_rule: the size that a picture is brought to.
-      min_pixels, max_pixels: of a picture.
+      pixels: resizing and normalisation.
+      format: how images are patchified and packed.
+      size_rule: computes the size of a resized image.
+      min_pixels, max_pixels: of an image.
       block_tokens: visual tokens of a block.
-      video_limits: limits of a video's frames; None where they are a picture's.
-      video_pixels: what is done to the pixels of a video's frames; None where it is what is done to a picture's.
-      image_edges, video_edges: the learned rows before and after a picture and a video; None without.
-      rotary_3d: whether places have positions of time, row and column.
-      tokens_per_second: temporal positions of a second of video; None where every temporal patch is one.
-      num_left: how many tokens of so many of a picture, or of a video, a reducer leaves; None for all.
+      video_limits: limits of a video's frames; those of images when None.
+      video_pixels: resizing and normalisation of a video's frames; `pixels` when None.
+      image_edges, video_edges: the learned rows before and after an image and a video; None for none.
+      rotary_3d: whether tokens have positions of time, row and column.
+      tokens_per_second: temporal positions per second of video; None for one per temporal patch.
+      num_left: number of tokens of an image or a video before a reducer -> number after it; None for all.
     """
 
     pixels: Pixels
@@ -74,18 +74,18 @@ class NativeViews:
 
     @property
     def channels(self) -> int:
-        """As of `Views`."""
+        """As in `Views`."""
         return self.pixels.channels
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Every picture by itself."""
+        """Prepares every image independently."""
         return [
             self._prepared([picture], self.pixels, self.size(height_and_width(picture)), self.image_edges, 1.0)
             for picture in pictures
         ]
 
     def within(self, max_tokens: int) -> "NativeViews":
-        """With fewer pixels; one so thin that its single row or column is longer takes more all the same."""
+        """The same with fewer pixels; an image that is one long row or column of blocks may take more."""
         edges = 0 if self.image_edges is None else len(self.image_edges)
         if max_tokens < edges + self.block_tokens:
             raise too_few(max_tokens, edges + self.block_tokens)
@@ -93,11 +93,11 @@ class NativeViews:
         most = min(self.max_pixels, blocks * self.format.block_size**2)
         if most == self.max_pixels:
             return self
-        # Sides that grow are rounded up, and would not stay below a limit right above.
+        # Enlarged sides are rounded up, and could exceed a limit slightly above.
         return dataclasses.replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most // 4))
 
     def retokened(self, tokens: Grid | int) -> "NativeViews":
-        """With another number of tokens for a block."""
+        """The same with another number of tokens per block."""
         return dataclasses.replace(self, block_tokens=tokens if isinstance(tokens, int) else math.prod(tokens))
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
@@ -105,13 +105,13 @@ class NativeViews:
         return [self._layout(1, self.size(size), self.image_edges) for size in sizes]
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
-        """Places of the packed patches of each picture."""
+        """Sequence length of the packed patches of each image."""
         return [self._load(1, self.size(size)) for size in sizes]
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """A video in one place; its frames get the size of the first, a smaller one to meet `max_tokens`."""
+        """A video as one entry; its frames get the size of the first, or a smaller one to meet `max_tokens`."""
         size = self._video_size(len(frames), height_and_width(frames[0]), max_tokens)
         interval = 1.0
         if self.tokens_per_second is not None and fps is not None:
@@ -120,12 +120,12 @@ class NativeViews:
         return [self._prepared(frames, pixels, size, self.video_edges, interval)]
 
     def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
-        """The layout of its one place."""
+        """The layout of its single entry."""
         size = self._video_size(num_frames, size, max_tokens)
         return [self._layout(self.format.num_slots(num_frames), size, self.video_edges)]
 
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
-        """Places of the packed patches of all frames."""
+        """Sequence length of the packed patches of all frames."""
         return self._load(self.format.num_slots(num_frames), self._video_size(num_frames, size, max_tokens))
 
     def _video_size(self, num_frames: int, size: Size, max_tokens: int | None) -> Size:
@@ -139,22 +139,22 @@ class NativeViews:
             if share < unit**2:
                 least_tokens = num_slots * self.block_tokens + edges
                 raise too_few(max_tokens, least_tokens, f"a video of {num_frames} frames")
-            if share < most:  # sides that grow are rounded up, and would not stay below a limit right above
+            if share < most:  # enlarged sides are rounded up, and could exceed a limit slightly above
                 least, most = min(least, share // 4), share
         return self._size(size, least, most)
 
     def size(self, size: Size) -> Size:
-        """(height, width) that a picture of a size is brought to.
+        """(height, width) of the resized image.
 
         Raises:
-          CorruptImage: it is too thin.
+          CorruptImage: its aspect ratio is too large.
         """
         return self._size(size, self.min_pixels, self.max_pixels)
 
     def _size(self, size: Size, least: int, most: int) -> Size:
         found = self.size_rule(size, self.format.block_size, least, most)
         if not all(found):
-            raise CorruptImage(f"a picture of {size[0]}x{size[1]} pixels is too thin for {most} pixels at most")
+            raise CorruptImage(f"an image of {size[0]}x{size[1]} pixels is too thin for at most {most} pixels")
         return found
 
     def _layout(self, num_slots: int, size: Size, edges: tuple[int, int] | None) -> Layout:
@@ -169,7 +169,7 @@ class NativeViews:
         return num_places(grid, self.format.merge_size, self.format.window)
 
     def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> PackedPatches | None:
-        """The patches of every row in one sequence, all of one length."""
+        """The patches of every row as one sequence, all of one length."""
         if capacity == 0 or (capacity is None and not any(rows)):
             return None
         form = self.format
@@ -208,7 +208,7 @@ class NativeViews:
             channels_last=form.channels_last,
         )
         values = _normalised(patches, pixels, form.channels_last)
-        if depth < form.temporal_patch_size:  # a picture fills its patches with copies, which need no arithmetic
+        if depth < form.temporal_patch_size:  # an image is repeated over time, which needs no arithmetic
             shape = (1, -1) if form.channels_last else (pixels.channels, 1, -1)
             frame = values.reshape(len(values), *shape)
             values = np.repeat(frame, form.temporal_patch_size, axis=-2).reshape(len(values), -1)
@@ -219,7 +219,7 @@ class NativeViews:
 
 
 def _normalised(patches: np.ndarray, pixels: Pixels, channels_last: bool) -> np.ndarray:
-    """float32 of uint8 patches, whose values lie channel after channel, or pixel after pixel."""
+    """Normalised float32 of uint8 patches, whose values are ordered by channel or by pixel."""
     count = patches.shape[1] // pixels.channels
     spread = np.tile if channels_last else np.repeat
     scale, shift = (spread(part, count) for part in scale_and_shift(pixels.mean, pixels.std))
@@ -230,10 +230,10 @@ def _normalised(patches: np.ndarray, pixels: Pixels, channels_last: bool) -> np.
 
 
 def rotary_positions(grid: tuple[int, int, int], interval: float) -> Int[np.ndarray, "n 3"]:
-    """(time, row, column) of the tokens of a grid of so many times, rows and columns.
+    """(time, row, column) of the tokens of a grid.
 
     Args:
-      grid: in tokens.
+      grid: times, rows and columns, in tokens.
       interval: between two times; positions are truncated.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.3.

@@ -1,6 +1,6 @@
-"""Images and videos of any size as patches, and patches packed into one sequence of a fixed length.
+"""Patches of images and videos of any size, and packing into one sequence of a fixed length.
 
-All of it is NumPy on the host: a compiled model sees the same shapes whatever was packed.
+This is NumPy on the host: the shapes of a compiled model do not depend on the packed images.
 """
 
 import functools
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Num
 
 from vlm_jax.types import PADDING_SEGMENT, PackedPatches, PatchFormat
 
-# Frames (after merging neighbours in time), rows and columns of patches.
+# Frames (after merging consecutive ones), rows and columns of patches.
 Grid3D = tuple[int, int, int]
 
 
@@ -24,18 +24,18 @@ def patchify(
     merge_size: int = 1,
     channels_last: bool = False,
 ) -> tuple[Num[np.ndarray, "N P"], Grid3D]:
-    """Cuts an image (one frame) or a video into the rows of `PackedPatches.patches`, and gives its grid.
+    """Patchifies an image (one frame) or a video as in `PackedPatches.patches`, and returns its grid.
 
     Args:
       frames: pixels, normalised or not. The last frame is repeated up to a multiple of temporal_patch_size.
       patch_size: side of a patch in pixels.
       temporal_patch_size: frames of a patch.
-      merge_size: side in patches of the blocks that stay together.
-      channels_last: flattens a patch as (frame, row, column, channel), as NaFlex does, in place of
+      merge_size: side in patches of the blocks in which patches are ordered.
+      channels_last: flattens a patch as (frame, row, column, channel), as in NaFlex, instead of
         (channel, frame, row, column).
 
     Raises:
-      ValueError: height or width is no multiple of patch_size * merge_size.
+      ValueError: height or width is not a multiple of patch_size * merge_size.
 
     Source: transformers, Qwen2VLImageProcessor._preprocess; big_vision, pp/proj/image_text/ops_naflex.py.
     """
@@ -43,7 +43,7 @@ def patchify(
     unit = patch_size * merge_size
     if height % unit or width % unit or not height or not width:
         raise ValueError(
-            f"frames of {height}x{width} pixels are not made of blocks of {merge_size}x{merge_size} patches "
+            f"frames of {height}x{width} pixels cannot be divided into blocks of {merge_size}x{merge_size} patches "
             f"of {patch_size} pixels; resize both sides to a multiple of {unit}"
         )
     frames = np.concatenate([frames, np.repeat(frames[-1:], -count % temporal_patch_size, axis=0)])
@@ -67,18 +67,18 @@ def pack_patches(
     window: int | None = None,
     length: int | None = None,
 ) -> PackedPatches:
-    """Lays the patches of several images out as one sequence, a batch of 1; of none, as padding alone.
+    """Packs the patches of several images into one sequence, a batch of 1; without images, only padding.
 
-    With windows the sequence is made of rows of window_length = (window * merge_size) ** 2 places, each
-    filled with whole windows, largest first; windows cut off at an image's edge share a row. Without
-    windows the patches lie in the given order.
+    With windows the sequence consists of rows of length window_length = (window * merge_size) ** 2, each
+    filled with whole windows, largest first; truncated windows at an image's edge share a row. Without
+    windows the patches are in the given order.
 
     Args:
       patches: rows of all images in the processor's order; see `PackedPatches`.
       grids: (frames, rows, columns) of every image or video, in patches.
       merge_size: side in patches of the blocks that become one visual token.
       window: side of an attention window, in blocks; None where no layer has windows.
-      length: number of places, so that other images give the same shapes; as short as possible when
+      length: length of the sequence, for static shapes; as short as possible when
         None.
 
     Raises:
@@ -90,15 +90,15 @@ def pack_patches(
     windows = None if window is None else window_of_blocks(grids, merge_size, window)
     places = np.arange(units) if windows is None else _fill_rows(windows, row_length // block)
     if length is not None and window is not None and places.max(initial=-1) * block >= length:
-        places = _one_after_another(grids, merge_size, window)  # never more than each image needs alone
+        places = _one_after_another(grids, merge_size, window)  # never more than each image needs by itself
     needed = -(-(int(places.max(initial=-1)) + 1) // (row_length // block)) * row_length
     length = needed if length is None else length
     if length < needed or length % row_length:
         raise ValueError(
-            f"{units * block} patches need {needed} places and are to be packed into {length}; give a "
+            f"{units * block} patches need a length of {needed}, but length is {length}; pass a "
             f"multiple of {row_length} that is at least {needed}, or fewer images"
         )
-    # In the processor's order: the place of every patch.
+    # In the processor's order: the index of every patch in the sequence.
     place = (places[:, None] * block + np.arange(block)).reshape(-1)
 
     def laid_out(values: np.ndarray, padding: int) -> np.ndarray:
@@ -122,11 +122,11 @@ def pack_patches(
 
 
 def num_places(grid: Grid3D, merge_size: int, window: int | None) -> int:
-    """Places of a sequence that an image or video takes by itself; those of several add up.
+    """Sequence length of one image or video; an upper bound for several is the sum.
 
     Args:
       grid: frames, rows and columns of patches.
-      merge_size, window: as of `pack_patches`.
+      merge_size, window: as in `pack_patches`.
     """
     if window is None:
         return math.prod(grid)
@@ -140,7 +140,7 @@ def _num_rows(grid: Grid3D, merge_size: int, window: int) -> int:
 
 
 def _one_after_another(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int, window: int) -> np.ndarray:
-    """The place of every block where each image fills rows of its own."""
+    """The index of every block where images do not share rows."""
     found, start = [np.zeros(0, int)], 0
     for frames, rows, cols in np.asarray(grids).tolist():
         places = _fill_rows(window_of_blocks([(frames, rows, cols)], merge_size, window), window**2)
@@ -150,10 +150,10 @@ def _one_after_another(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: 
 
 
 def window_of_blocks(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int, window: int) -> np.ndarray:
-    """int32 [blocks], from 1: the window that each block of merge_size x merge_size patches belongs to.
+    """int32 [blocks], from 1: the window of each block of merge_size x merge_size patches.
 
-    Windows are `window` x `window` blocks of one frame, counted row by row; those at the right and lower
-    edge are smaller. Sorting blocks by window, stably, gives `window_index` of the released code.
+    Windows are `window` x `window` blocks of one frame, in row-major order; those at the right and lower
+    edge are smaller. A stable sort of blocks by window gives `window_index` of the released code.
 
     Source: Bai et al. 2025 (Qwen2.5-VL), section 2.1.1; transformers, get_vision_window_index.
     """
@@ -169,10 +169,10 @@ def window_of_blocks(grids: Sequence[Sequence[int]] | np.ndarray, merge_size: in
 
 
 def packed_length(blocks: int, format: PatchFormat) -> int:
-    """Places that any one image of at most `blocks` blocks fits into.
+    """A sequence length sufficient for any image of at most `blocks` blocks.
 
-    With windows, rows of whole windows are filled first-fit: any two rows hold more blocks together than one has
-    room for, so that the rows are fewer than 2 * blocks / room.
+    With windows, rows of whole windows are filled first-fit: any two rows together have more blocks than one
+    can hold, so there are fewer than 2 * blocks / capacity rows.
     """
     if format.window is None:
         return blocks * format.merge_size**2
@@ -181,7 +181,7 @@ def packed_length(blocks: int, format: PatchFormat) -> int:
 
 
 def _checked(num_patches: int, grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int) -> int:
-    """The number of blocks, after all that can be wrong with the grids was looked for."""
+    """Checks the grids and returns the number of blocks."""
     table = np.asarray(grids)
     if table.ndim != 2 or table.shape[1] != 3 or table.min(initial=1) < 1:
         raise ValueError(f"grids must be rows of (frames, rows, columns), each at least 1, got {table.tolist()}")
@@ -192,14 +192,14 @@ def _checked(num_patches: int, grids: Sequence[Sequence[int]] | np.ndarray, merg
         )
     expected = int(table.prod(axis=1).sum())
     if num_patches != expected:
-        raise ValueError(f"the grids {table.tolist()} have {expected} patches in all, but {num_patches} were given")
+        raise ValueError(f"the grids {table.tolist()} have {expected} patches in total, but got {num_patches}")
     return expected // merge_size**2
 
 
 def _of_patches(
     grids: Sequence[Sequence[int]] | np.ndarray, merge_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, column), (rows, columns) and the frame counted from 1, of every patch in order."""
+    """(row, column), (rows, columns) and the frame number from 1 of every patch in order."""
     positions, sizes, segments = [np.zeros((0, 2), int)], [np.zeros((0, 2), int)], [np.zeros(0, int)]
     count = 0
     for frames, rows, cols in np.asarray(grids).tolist():
@@ -214,15 +214,15 @@ def _of_patches(
 
 
 def _fill_rows(windows: np.ndarray, capacity: int) -> np.ndarray:
-    """The place of every block: windows go, the largest first, into the first row that has room.
+    """The index of every block: first-fit of windows, the largest first, into rows.
 
-    Any two rows hold more than `capacity` blocks together (but for the last), so no more than twice the
-    rows that the blocks would fill are ever used.
+    Any two rows except the last hold more than `capacity` blocks together, so at most twice the
+    minimum number of rows is used.
     """
     counts = np.bincount(windows)[1:]
     used: list[int] = []
     starts = np.zeros(len(counts), int)
-    first = 0  # rows before it are full
+    first = 0  # previous rows are full
     for i in np.argsort(-counts, kind="stable"):
         row = next((r for r in range(first, len(used)) if used[r] + counts[i] <= capacity), len(used))
         if row == len(used):

@@ -1,4 +1,4 @@
-"""How a picture's pixels reach the encoder: colours, resizing and normalisation."""
+"""Pixel preprocessing of images: colours, resizing and normalisation."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ class Pixels:
     """Settings of a release's, or a config's, image processor.
 
     Attributes:
-      mean: per channel, on the scale [0, 1], subtracted from the rescaled pixels; one for grey, three for RGB.
-      std: per channel, divides what remains.
+      mean: per channel, in [0, 1], subtracted from the rescaled pixels; one for grey, three for RGB.
+      std: per channel, divides the result.
       resample: Pillow's filter.
-      as_torch: resized as torch does pixels of 8 bits, by the filter of that name; else by Pillow itself.
+      as_torch: resizes like torch for 8-bit pixels, with the filter of that name; else by Pillow.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -38,11 +38,11 @@ class Pixels:
         return tuple(int(255 * value) for value in self.mean)
 
     def blank(self, size: Size) -> Image.Image:
-        """A black picture of (height, width)."""
+        """A black image of (height, width)."""
         return Image.new("L" if self.channels == 1 else "RGB", (size[1], size[0]))
 
     def resized(self, picture: Image.Image, size: Size) -> Image.Image:
-        """The picture stretched to (height, width)."""
+        """The image stretched to (height, width)."""
         wanted = (size[1], size[0])
         if picture.size == wanted:
             return picture
@@ -56,5 +56,5 @@ class Pixels:
         return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
     def tiles(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "tiles height width channels"]:
-        """Normalised pixels of pictures of one size."""
+        """Normalised pixels of images of one size."""
         return np.stack([normalize(self.array(picture), self.mean, self.std) for picture in pictures])

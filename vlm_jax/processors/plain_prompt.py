@@ -1,4 +1,4 @@
-"""Conversations without a chat template: a start token, pictures, questions, and answers with their end token."""
+"""Prompts without a chat template: a start token, images, questions, and answers with their end token."""
 
 import dataclasses
 import functools
@@ -10,28 +10,28 @@ from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Message
 
-# Distinct texts whose ids are kept: questions and short answers repeat all through a run.
+# Number of texts whose ids are cached: questions and short answers repeat during a run.
 CACHED_TEXTS = 1 << 16
 
 
 class UnknownText(ValueError):
-    """A text that the vocabulary cannot spell; the message names the text and the word."""
+    """A text that the vocabulary cannot encode; the message has the text and the word."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlainPrompt:
-    """Writes `<bos> pictures context question answer <eos> question answer <eos> ...`.
+    """Encodes `<bos> images context question answer <eos> question answer <eos> ...`.
 
     Everything before the last text of the first user message is context.
 
     Attributes:
-      tokenizer: with the names `bos_token`, `eos_token` and `image_token`, whose id stands where a visual token does.
-      independent_turns: no turn reads another, and each follows the context in its positions as if it were alone,
-        so that one encoded picture serves many questions. A prompt that is answered is one branch all the same.
+      tokenizer: with the names `bos_token`, `eos_token` and `image_token`, the placeholder of visual tokens.
+      independent_turns: turns do not attend to each other, and each has the positions directly after the context,
+        so that one encoded image serves many questions. A prompt for generation is nevertheless one branch.
         Source: Deitke et al. 2024 (Molmo), section 3, multi-annotated images.
 
     Raises:
-      TokenizerError: the tokenizer has no such names.
+      TokenizerError: the tokenizer lacks one of these names.
     """
 
     tokenizer: Tokenizer
@@ -49,14 +49,14 @@ class PlainPrompt:
         """The pieces of one conversation; see `Prompt`.
 
         Raises:
-          PromptError: no question, or variables, which nothing reads.
+          PromptError: no question, or any variables.
           UnknownText: a word that the vocabulary lacks, or the name of a special token.
         """
-        del add_generation_prompt  # an answer has no head
+        del add_generation_prompt  # there is no generation prompt
         if variables:
-            raise PromptError(f"no chat template reads {', '.join(variables)}; leave them out")
+            raise PromptError(f"without a chat template, {', '.join(variables)} are unused; leave them out")
         if not any(message["role"] == "user" for message in messages):
-            raise PromptError("no message of a user, so that nothing is asked")
+            raise PromptError("expected at least one user message, got none")
         names = self.tokenizer.names
         bos, eos, image = (self.tokenizer.id_of(names.get(f"{role}_token", role)) for role in ("bos", "eos", "image"))
         remaining, turn, independent = iter(places), 0, self.independent_turns and targets
@@ -87,7 +87,7 @@ class PlainPrompt:
 
 @functools.lru_cache(CACHED_TEXTS)
 def _known_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """The ids of a text that spells no special and no unknown token."""
+    """The ids of a text without special and unknown tokens."""
     ids = tokenizer.encode(text)
     refused = tokenizer.special_ids
     if not refused.isdisjoint(ids):
@@ -96,5 +96,5 @@ def _known_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
         if place == tokenizer.unknown_id:
             raise UnknownText(f"the vocabulary has no '{text[start:stop]}', in the text '{text}'")
         name = tokenizer.decode([place], skip_special=False)
-        raise UnknownText(f"the special token {name} may not stand in a text, here '{text}'")
+        raise UnknownText(f"the special token {name} is not allowed in a text, got '{text}'")
     return tuple(ids)

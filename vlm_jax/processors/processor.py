@@ -1,7 +1,9 @@
-"""The processor of every system: a conversation and its pictures to a row, and rows to a batch."""
+"""The processor of every system: a conversation and its images to a row, and rows to a batch."""
 
 import dataclasses
+import functools
 import itertools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +33,11 @@ from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
 from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
 from vlm_jax.types import Batch, Fields, Load, RowShape
 
+KEYS = {
+    "positions": "config.row.text_length or length",
+    "tiles or patches": "config.row.images or config.data.num_images",
+    "pictures": "config.row.pictures",
+}
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
 
@@ -39,12 +46,12 @@ class Example:
     """One conversation, before it is laid out in a row.
 
     Attributes:
-      name: of the sample, in messages.
-      pieces: what stands in it, in order; rows of `Visual` count the conversation's own image tokens from 0, and
+      name: name of the sample, for errors.
+      pieces: text and visual tokens, in order; rows of `Visual` index the conversation's own image tokens from 0, and
         learned row k is -1 - k.
-      images: what an encoder is given, in the order of those rows.
-      visual_tokens: places of every picture and every video, learned rows among them.
-      load: what the example takes of a row.
+      images: input of the encoder, in the order of those rows.
+      visual_tokens: positions of every image and every video, including learned rows.
+      load: length and images that the example takes in a row.
       tokens: with a reducer, the tokens of each of `images` before it.
     """
 
@@ -57,11 +64,11 @@ class Example:
 
 
 class Place(NamedTuple):
-    """A place of a picture or video in the text.
+    """An image or a part of a video at one position of the text.
 
     Attributes:
-      layout: what fills it.
-      load: what the picture takes of a row's images.
+      layout: its visual tokens.
+      load: tiles or patches that it takes in a row's images.
       prepared: its pixels; None where only sizes are known.
       tokens: with a reducer, the tokens before it.
     """
@@ -74,21 +81,21 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Prompt, views and layout of a system; all that differs between systems is in its fields.
+    """Prompt, views and layout of a system; systems differ only in the fields.
 
     Attributes:
-      prompt: messages to ids.
-      views: pictures to pixels and the places that they take.
-      tokenizer: spells prompts and answers.
+      prompt: converts messages to ids.
+      views: converts images to pixels and layouts.
+      tokenizer: encodes prompts and decodes answers.
       pad_id: id of padding.
-      num_learned: rows of the visual table before those of pictures: the learned ones.
-      learned_ids: what stands as a token where a learned row is; the token of its picture when empty.
+      num_learned: number of learned rows, which come first in the visual table.
+      learned_ids: placeholder token ids of the learned rows; the token of the image when empty.
       rotary_3d: positions have three axes.
-      max_length: most tokens of a conversation; None where the release has no limit.
-      end_tokens: names of those that end an answer in the release's own code; its generation config may add more.
-      max_pixels: of a picture; more is refused as a decompression bomb.
-      frame_sampler: which frames of a video's file are looked at.
-      reduction: a token reducer, behind which `views` lays pictures out; None without.
+      max_length: maximum tokens of a conversation; None for no limit.
+      end_tokens: names of the tokens that end an answer in the release's code; its generation config may add more.
+      max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
+      frame_sampler: selects frames of a video file.
+      reduction: the token reducer, which `views` takes into account; None for none.
     """
 
     prompt: Prompt
@@ -124,28 +131,28 @@ class Processor:
         shape: RowShape | None = None,
         **options: Any,
     ) -> Batch:
-        """Conversations as prompts that end together, or as what is learned of them, each in a row of its own.
+        """Conversations as left-padded prompts or, with `targets`, as training examples, one per row.
 
         Args:
           conversations: messages in the form of chat templates, with an item such as `{"type": "image"}` for every
-            picture. A picture may stand in its item under `image`, a video under `video`, instead of below.
-          images: pictures of every conversation, in order: files, Pillow's images, or uint8 arrays.
-          videos: every video of every conversation: a file, or its frames as pictures.
-          targets: as the release trains on it, to learn what assistants say, the token that ends it, and no more.
-          shape: of every row; the smallest that all fit when None.
-          **options: more of `example`.
+            image. An image may be in its item under `image`, a video under `video`, instead of below.
+          images: images of every conversation, in order: files, Pillow images, or uint8 arrays.
+          videos: videos of every conversation: a file, or its frames as images.
+          targets: as in the release's training, with only assistants' answers and their end tokens as targets.
+          shape: shape of every row; the smallest that fits all when None.
+          **options: further arguments of `example`.
 
         Returns:
           A Batch of NumPy arrays, padded on the left and without `targets` and `loss_weights`, or padded on the right
           and with them.
 
         Raises:
-          PictureMismatch: the pictures of a conversation do not match its messages, or are not a list.
+          PictureMismatch: the images of a conversation do not match its messages, or are not a list.
           PromptError: no conversation, or one that is not a list of messages.
           SequenceTooLong: a conversation is longer than `max_length`, or does not fit `shape`.
-          InfeasibleBudget: a picture, or a video, takes more than its limit at least.
-          ChatTemplateError: the template refuses the messages, or has no use for a variable, or does not show what is
-            learned.
+          InfeasibleBudget: an image or a video exceeds its limit even at the smallest size.
+          ChatTemplateError: the template rejects the messages, does not use a variable, or its trained text cannot be
+            found.
         """
         if not conversations or not isinstance(conversations, Sequence) or isinstance(conversations, str):
             raise PromptError(f"expected a list of conversations, each a list of messages, got {conversations!r}")
@@ -153,7 +160,7 @@ class Processor:
         for what, given in (("images", images), ("videos", videos)):
             if len(given) != len(conversations):
                 raise PictureMismatch(
-                    f"{what}: expected a list for each of {len(conversations)} conversations, got {len(given)}"
+                    f"{what}: expected one list for each of {len(conversations)} conversations, got {len(given)}"
                 )
         given = list(enumerate(zip(conversations, images, videos, strict=True)))
         for number, parts in given:
@@ -169,7 +176,7 @@ class Processor:
         shape: RowShape | None = None,
         *,
         targets: bool,
-        keys: tuple[str, str] = ("config.row.text_length or length", "config.row.images or config.data.num_images"),
+        keys: Mapping[str, str] = KEYS,
     ) -> Batch:
         """A batch of rows, each of one or several examples.
 
@@ -177,23 +184,19 @@ class Processor:
           rows: the examples of each row, in order; each is a segment of its own.
           shape: of every row; the smallest that all fit when None.
           targets: padded on the right, with targets and loss weights; else padded on the left.
-          keys: the config keys that length and images of `shape` are from, for messages.
+          keys: what a row of `shape` can lack -> the config key that it is from, for messages.
 
         Raises:
-          SequenceTooLong: the examples of a row do not fit the shape; nothing is cut.
+          SequenceTooLong: the examples of a row do not fit the shape; nothing is truncated.
         """
-        total = [(sum(one.load.length for one in row), sum(one.load.images for one in row)) for row in rows]
-        length, capacity = (None, None) if shape is None else (shape.length, shape.images)
-        for row, (needed, images) in zip(rows, total, strict=True):
-            units = "is {} tokens long", "has {} tiles or places of patches"
-            for limit, taken, unit, key in zip((length, capacity), (needed, images), units, keys, strict=True):
-                if limit is not None and taken > limit:
-                    names = ", ".join(f"'{one.name}'" for one in row)
-                    raise SequenceTooLong(
-                        f"sample {names} {unit.format(taken)}, over the limit of {limit}; raise {key} by "
-                        f"{taken - limit} or more, or leave the sample out (nothing is cut)"
-                    )
-        length = max(needed for needed, _ in total) if length is None else length
+        if shape is not None and self.reduction is not None and not shape.kept:
+            shape = dataclasses.replace(shape, kept=(shape.length,) * len(self.reduction.drops))
+        if shape is not None:
+            for row in rows:
+                _check_row(row, shape, keys)
+        capacity = None if shape is None else shape.images
+        longest = max(sum(one.load.length for one in row) for row in rows)
+        length = longest if shape is None else shape.length
         laid = [
             lay_out(
                 self._placed(row),
@@ -205,7 +208,7 @@ class Processor:
             for row in rows
         ]
         pictures = self.views.join([[image for one in row for image in one.images] for row in rows], capacity)
-        joined = dataclasses.replace(_joined(laid), images=pictures)
+        joined = dataclasses.replace(_joined(laid, targets and self.prompt.independent_turns), images=pictures)
         if not targets:
             joined = dataclasses.replace(joined, targets=None, loss_weights=None)
         if self.reduction is None:
@@ -219,7 +222,7 @@ class Processor:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), row)
 
     def _placed(self, row: Sequence[Example]) -> list[list[Text | Visual]]:
-        """The pieces of each example with rows of the whole row's visual table."""
+        """The pieces of each example with indices in the whole row's visual table."""
         placed, start = [], self.num_learned
         for example in row:
             pieces: list[Text | Visual] = []
@@ -247,20 +250,20 @@ class Processor:
         add_generation_prompt: bool | None = None,
         **variables: object,
     ) -> Example:
-        """One conversation, its pictures decoded and prepared.
+        """One conversation with decoded and preprocessed images.
 
         Args:
-          messages, images, videos, targets: as of `batch`.
-          name: of the sample, in messages.
-          fps: frames a second of videos that are given as frames.
-          max_visual_tokens: most places of a picture; as the release has it when None.
-          max_video_tokens: the same of a video.
-          frame_sampler: which frames of videos that are files; the processor's own when None.
-          add_generation_prompt: ends with the head of the answer; when None, only without `targets`.
-          **variables: more for the chat template.
+          messages, images, videos, targets: as in `batch`.
+          name: name of the sample, for errors.
+          fps: frames per second of videos that are given as frames.
+          max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
+          max_video_tokens: the same for a video.
+          frame_sampler: selects frames of video files; the processor's own when None.
+          add_generation_prompt: ends with the start of the answer; when None, only without `targets`.
+          **variables: further variables of the chat template.
 
         Raises:
-          As of `batch`.
+          As `batch`.
         """
         images = given_pictures(messages, "image", images, name)
         videos = given_pictures(messages, "video", videos, name)
@@ -307,13 +310,13 @@ class Processor:
         add_generation_prompt: bool | None = None,
         **variables: object,
     ) -> Load:
-        """What `example` would take of a row, without decoding a pixel.
+        """The load of `example` in a row, without decoding images.
 
         Args:
           messages: of the conversation.
-          sizes: (height, width) of every picture, in pixels.
-          videos: of every video.
-          **variables: as of `example`; the other arguments likewise.
+          sizes: (height, width) of every image, in pixels.
+          videos: size of every video.
+          **variables: as in `example`; the other arguments likewise.
         """
         with error_context(name):
             places = self._image_places(sizes, max_visual_tokens), self._video_places(videos, max_video_tokens)
@@ -333,7 +336,7 @@ class Processor:
     def _image_places(
         self, sizes: Sequence[Size], most: int | None, prepared: Sequence[PreparedImage] | None = None
     ) -> list[Place]:
-        """The place of each picture of a conversation."""
+        """The place of each image of a conversation."""
         views = self._bounded(self.views, most)
         full = views if self.reduction is None else self._bounded(self.reduction.before, most)
         made = [None] * len(sizes) if prepared is None else prepared
@@ -343,7 +346,7 @@ class Processor:
     def _video_places(
         self, videos: Sequence[VideoSize], most: int | None, prepared: Sequence[Sequence[PreparedImage]] | None = None
     ) -> list[list[Place]]:
-        """The places of each video of a conversation, which share its load."""
+        """The places of each video of a conversation, over which its load is divided."""
         full, found = self.views if self.reduction is None else self.reduction.before, []
         for number, (count, height, width) in enumerate(videos):
             layouts = self.views.video_layouts(count, (height, width), most)
@@ -374,14 +377,14 @@ class Processor:
         for kind, limit, of_kind in zip(("image", "video"), limits, counts, strict=True):
             for i, count in enumerate(of_kind):
                 if limit is not None and count > limit:
-                    raise InfeasibleBudget(f"{name}, {kind} {i}: takes {count} visual tokens at least, over {limit}")
+                    raise InfeasibleBudget(f"{name}, {kind} {i}: takes at least {count} visual tokens, over {limit}")
         with error_context(name):
             prompt = not targets if add_generation_prompt is None else add_generation_prompt
             pieces = self.prompt(
                 messages, [len(parts) for parts in videos], add_generation_prompt=prompt, targets=targets, **variables
             )
             if targets and not any(isinstance(piece, Text) and piece.learned for piece in pieces):
-                raise PromptError("no assistant says anything in it, so that there is nothing to learn")
+                raise PromptError("expected at least one assistant message for training, got none")
         waiting: dict[Kind, list[Place]] = {
             "image": list(images),
             "video": list(itertools.chain(*videos)),
@@ -390,20 +393,21 @@ class Processor:
         length = sum(map(len, filled))
         if self.max_length is not None and length > self.max_length:
             raise SequenceTooLong(
-                f"{name} is {length} tokens long, over the limit of {self.max_length}; shorten it or give fewer or "
-                "smaller pictures (nothing is cut)"
+                f"{name} is {length} tokens long, over the limit of {self.max_length}; shorten it or pass fewer or "
+                "smaller images (nothing is truncated)"
             )
         load = sum(place.load for place in order)
         tokens = tuple(place.tokens for place in order if place.tokens is not None)
         kept = () if self.reduction is None else self.reduction.kept(length, tokens)
         prepared = tuple(place.prepared for place in order if place.prepared is not None)
-        return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), Load(length, load, kept), tokens)
+        taken = Load(length, load, kept, len(order))
+        return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), taken, tokens)
 
     def count_visual_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
-        """Places of the sequence that the pictures of one conversation take, learned rows among them.
+        """Visual tokens of each image of one conversation, including learned rows.
 
         Args:
-          image_sizes: (height, width) of every picture, in pixels.
+          image_sizes: (height, width) of every image, in pixels.
         """
         return [len(layout) for layout in self.views.layouts(image_sizes)]
 
@@ -415,7 +419,7 @@ class Processor:
             return [frame if frame.mode == mode else frame.convert(mode) for frame in frames], rate
         frames = [to_picture(frame, max_pixels=self.max_pixels, name=name, mode=mode) for frame in video]
         if not frames:
-            raise PictureMismatch(f"{name}: a video of no frames")
+            raise PictureMismatch(f"{name}: expected a video of at least one frame, got none")
         return frames, fps
 
     def _filled(
@@ -425,7 +429,7 @@ class Processor:
             wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
             if wanted != len(places):
                 raise PictureMismatch(
-                    f"{name}: its text has {wanted} places for {kind}s, but {len(places)} are given; give one "
+                    f"{name}: its text has {wanted} {kind} placeholders, but got {len(places)}; pass one "
                     f'{{"type": "{kind}"}} item in the messages for every {kind}'
                 )
         filled: list[Text | Visual] = []
@@ -440,8 +444,8 @@ class Processor:
             ids = np.full(len(layout), piece.token_id)
             if len(piece.first_ids) > len(ids):
                 raise PictureMismatch(
-                    f"{name}: the name of a picture has {len(piece.first_ids)} bytes, more than the {len(ids)} places "
-                    "that the picture takes; rename the file"
+                    f"{name}: the name of an image has {len(piece.first_ids)} bytes, more than its {len(ids)} "
+                    "visual tokens; rename the file"
                 )
             ids[: len(piece.first_ids)] = piece.first_ids
             if self.learned_ids:
@@ -456,16 +460,28 @@ class Processor:
         prepared, reduction, tokens = place.prepared, self.reduction, place.tokens
         if reduction is None or tokens is None or reduction.num_left is None:
             return {"positions": None if prepared is None else prepared.positions}
-        if not reduction.keeps_positions:  # numbered anew, but for a picture of which all tokens are left
+        if not reduction.keeps_positions:  # renumbered, unless all tokens of an image are kept
             whole = all(reduction.left(count) == count for count in tokens.groups)
             return {"positions": prepared.positions} if whole and prepared is not None else {}
         found = reduction.positions(tokens, place.layout)
         return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
 
 
-def _joined(rows: Sequence[Batch]) -> Batch:
-    """Rows of one length; those without branches, or without positions of tokens before a reducer, get them."""
-    if any(row.branch_ids is not None for row in rows):
+def _check_row(row: Sequence[Example], shape: RowShape, keys: Mapping[str, str]) -> None:
+    if not row:
+        return
+    for words, need, size in shape.excess(functools.reduce(operator.add, (one.load for one in row))):
+        names = ", ".join(f"'{one.name}'" for one in row)
+        taken = f"is {need} tokens long" if words == "positions" else f"has {need} {words}"
+        raise SequenceTooLong(
+            f"sample {names} {taken}, over the limit of {size}; raise {keys.get(words, 'config.row.kept')} by "
+            f"{need - size} or more, or remove the sample (nothing is truncated)"
+        )
+
+
+def _joined(rows: Sequence[Batch], branched: bool) -> Batch:
+    """Rows of one length, all with branches if `branched` or one has them, or with positions before a reducer."""
+    if branched or any(row.branch_ids is not None for row in rows):
         fill = [row.branch_ids if row.branch_ids is not None else np.zeros_like(row.tokens) for row in rows]
         rows = [dataclasses.replace(row, branch_ids=ids) for row, ids in zip(rows, fill, strict=True)]
     before = [row.visual_positions for row in rows]

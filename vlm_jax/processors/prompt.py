@@ -1,4 +1,4 @@
-"""Messages to the ids of a prompt, with a slot wherever a picture stands."""
+"""Converts messages to the ids of a prompt, with slots for images."""
 
 import dataclasses
 import itertools
@@ -13,17 +13,17 @@ from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Message
 
 Kind = Literal["image", "video"]
-Stretch = tuple[str | Kind, list[Span]]  # a text, or what stands there, and what of it is learned
+Stretch = tuple[str | Kind, list[Span]]  # a text or the kind of a placeholder, and its trained spans
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where a picture, or a place of a video, goes.
+    """The position of an image, or of a part of a video.
 
     Attributes:
-      kind: of the two.
-      token_id: what stands as a token in the places that it takes.
-      first_ids: what stands in the first of them instead.
+      kind: image or video.
+      token_id: placeholder id of its visual tokens.
+      first_ids: other ids of the first of them.
     """
 
     kind: Kind
@@ -33,7 +33,14 @@ class Slot:
 
 @runtime_checkable
 class Prompt(Protocol):
-    """A system's way from messages to ids."""
+    """A system's way from messages to ids.
+
+    Attributes:
+      independent_turns: whether the turns of what is trained on do not attend to each other.
+    """
+
+    @property
+    def independent_turns(self) -> bool: ...
 
     def __call__(
         self,
@@ -49,10 +56,10 @@ class Prompt(Protocol):
         Args:
           messages: `{"role": "user", "content": "…"}`, or with content such as
             `[{"type": "image"}, {"type": "text", "text": "…"}]`.
-          places: how many places each of the conversation's videos takes.
-          add_generation_prompt: ends with the head of the answer.
-          targets: as the release trains on it: what assistants say is learned, and the token that ends it.
-          **variables: more for the template.
+          places: number of slots of each of the conversation's videos.
+          add_generation_prompt: ends with the start of the answer.
+          targets: as in the release's training: assistants' answers and their end tokens are learned.
+          **variables: further variables of the template.
         """
         ...
 
@@ -62,19 +69,19 @@ class TemplatePrompt:
     """A chat template and a tokenizer.
 
     Attributes:
-      template: writes the conversation.
-      tokenizer: spells it.
-      marks: kind -> what the template writes for a picture or a video.
-      texts: kind -> what is encoded for it: the token that holds its place, and tags about it. `{number}` is the
-        number of a video's place, from 1; places of one video stand on lines of their own.
-      tokens: kind -> that token.
-      split: encodes the text between the marks piece by piece; then a mark needs no text and no tags, and
-        `tokens` names what stands in its places.
-      joined: content lists are joined by this before the template, each picture as its mark; None where the
+      template: renders the conversation.
+      tokenizer: encodes it.
+      marks: kind -> what the template writes for an image or a video.
+      texts: kind -> the text to encode for it: the placeholder token, and tags around it. `{number}` is the
+        number of a video's slot, from 1; slots of one video are on separate lines.
+      tokens: kind -> the placeholder token.
+      split: encodes the text between the marks separately; then a mark has no text and no tags, and
+        `tokens` has the placeholder.
+      joined: separator for joining content lists before the template, each image as its mark; None where the
         template takes lists.
-      begins: a text that the template begins without the BOS gets the tokens that the tokenizer puts about one, as
-        processors of transformers do; its tokenizers leave it as it is.
-      training: writes the conversation for training, where the release does so otherwise.
+      begins: adds the tokenizer's start and end tokens to a text that does not start with the BOS, as
+        processors of transformers do; its tokenizers do not.
+      training: template for training, where the release has another one.
     """
 
     template: ChatTemplate
@@ -86,6 +93,8 @@ class TemplatePrompt:
     joined: str | None = None
     begins: bool = True
     training: ChatTemplate | None = None
+
+    independent_turns = False
 
     def __call__(
         self,
@@ -121,7 +130,7 @@ class TemplatePrompt:
         )
 
     def _stretches(self, text: str, spans: Sequence[Span]) -> list[Stretch]:
-        """Text, kind, text, kind, …, text, each with its learned spans."""
+        """Text, kind, text, kind, …, text, each with its trained spans."""
         kinds: dict[str, Kind] = {mark: kind for kind, mark in self.marks.items()}
         pattern = "|".join(re.escape(mark) for mark in sorted(kinds, key=len, reverse=True))
         found: list[Stretch] = []
@@ -151,14 +160,14 @@ class TemplatePrompt:
         start = 0
         for place, index in enumerate(ids):
             if index in holders:
-                # A text that spells such a token has more slots than pictures, which its processor refuses.
+                # A text with such a token has more slots than images, for which the processor raises.
                 slot = Slot(kinds.pop(0) if kinds else "image", index)
                 pieces += [*texts(ids[start:place], learned[start:place]), slot]
                 start = place + 1
         return [*pieces, *texts(ids[start:], learned[start:])]
 
     def _in_pieces(self, stretches: Sequence[Stretch], places: Sequence[int]) -> list[Text | Slot]:
-        """Every piece with the tokens that the release puts about a text; only the first keeps its BOS.
+        """Every piece with the tokenizer's start and end tokens; only the first keeps its BOS.
 
         Source: LLaVA, mm_utils.py, tokenizer_image_token.
         """

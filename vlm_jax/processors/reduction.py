@@ -1,4 +1,4 @@
-"""What a token reducer changes in the layout of rows: which tokens take places, and what the decoder drops."""
+"""Changes of the row layout for a token reducer: the remaining tokens, and those that the decoder drops."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from vlm_jax.types import PADDING_SEGMENT, Batch, PackedImages, RowShape, Visual
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of a picture before a reducer.
+    """The tokens of an image before a reducer.
 
     Attributes:
-      groups: how many each tile has, or the whole picture where it is packed.
-      placed: how many of each, after a reducer before the decoder, have a place in the sequence.
+      groups: number of tokens of each tile, or of the whole image where it is packed.
+      placed: number of tokens of each after a reducer before the decoder.
       positions: position of each in the sequence, from 0; on three axes where text has three.
-      extent: positions by which what follows the picture moves on.
+      extent: offset of the positions after the image.
     """
 
     groups: tuple[int, ...]
@@ -30,15 +30,15 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """A reducer, as the host sees it.
+    """The host's description of a reducer.
 
     Attributes:
       before: the views of the system without it.
-      num_left: how many tokens of so many of a tile, or of a packed picture, are left before the decoder; None where
+      num_left: number of tokens of a tile, or of a packed image -> number that enters the decoder; None where
         all enter it.
-      drops: how many of so many that enter the decoder are left after each drop inside it.
-      keeps_positions: whether a token that is left keeps its position; else tokens move up.
-      is_packed: whether pictures are packed in one sequence, so that the reducer is told where each lies.
+      drops: for each drop inside the decoder, number of tokens that entered it -> number after the drop.
+      keeps_positions: whether kept tokens keep their positions; else they are renumbered.
+      is_packed: whether images are packed in one sequence, so that the reducer needs their positions.
     """
 
     before: Views
@@ -48,17 +48,17 @@ class Reduction:
     is_packed: bool = False
 
     def left(self, count: int) -> int:
-        """Tokens of so many that enter the decoder."""
+        """Number of tokens out of `count` that enter the decoder."""
         return count if self.num_left is None else self.num_left(count)
 
     def tokens(self, load: int, layout: Layout, full: Layout, prepared: PreparedImage | None) -> Tokens:
-        """Those of one place.
+        """The tokens of one place.
 
         Args:
-          load: tiles of the picture; not read of packed ones.
-          layout: of the place, behind the reducer.
-          full: of the same place without the reducer.
-          prepared: for positions on three axes; None without.
+          load: tiles of the image; unused for packed ones.
+          layout: layout of the place after the reducer.
+          full: layout of the same place without the reducer.
+          prepared: for positions on three axes; else None.
         """
         own = full[full >= 0]
         groups = (self.before.tile_tokens,) * load if isinstance(self.before, Tiles) else (len(own),)
@@ -67,31 +67,31 @@ class Reduction:
         placed = np.bincount(shown, minlength=len(groups))
         if prepared is not None and prepared.positions is not None:
             positions, extent = prepared.positions, int(prepared.positions.max(initial=-1)) + 1
-        else:  # a token that the layout leaves out stands where the one before it does
+        else:  # a token that the layout omits has the position of the previous one
             at = np.full(sum(groups), -1)
             at[own] = np.flatnonzero(full >= 0)
             positions, extent = np.maximum(np.maximum.accumulate(at), 0), len(full)
         return Tokens(groups, tuple(placed.tolist()), positions, extent)
 
     def positions(self, tokens: Tokens, layout: Layout) -> np.ndarray:
-        """Of every place of a picture whose tokens keep their positions: a bound for tokens, which the model replaces.
+        """Positions of an image whose tokens keep their positions: an upper bound for tokens, which the model replaces.
 
-        Learned rows stand behind the tokens before them.
+        Learned rows follow the tokens before them.
         """
         ends = np.cumsum([self.left(count) for count in tokens.groups])
         last = np.maximum.accumulate(tokens.positions.max(axis=-1) if tokens.positions.ndim > 1 else tokens.positions)
-        behind = last[np.cumsum(tokens.groups) - 1] + 1  # the position behind each group
+        behind = last[np.cumsum(tokens.groups) - 1] + 1  # the position after each group
         group = np.searchsorted(ends, np.maximum.accumulate(np.maximum(layout, -1)), side="right")
         found = np.where((layout < 0) & (np.maximum.accumulate(layout) < 0), 0, np.append(behind, 0)[group])
         return np.minimum(found, tokens.extent - 1)
 
     def kept(self, length: int, pictures: Sequence[Tokens]) -> tuple[int, ...]:
-        """Positions of an example of a length that are left after each drop."""
+        """Length of an example of `length` positions after each drop."""
         counts = [count for tokens in pictures for count in tokens.placed]
         return tuple(length - sum(count - drop(count) for count in counts) for drop in self.drops)
 
     def num_before(self, capacity: int) -> int:
-        """Tokens before the reducer that images of a load have at most."""
+        """Maximum number of tokens before the reducer of images with a total load of `capacity`."""
         if isinstance(self.before, NativeViews):
             return capacity // self.before.format.merge_size**2 * self.before.block_tokens
         return capacity * (self.before.tile_tokens if isinstance(self.before, Tiles) else 0)
@@ -99,19 +99,22 @@ class Reduction:
     def applied(
         self, batch: Batch, rows: Sequence[Sequence[Tokens]], num_learned: int, shape: RowShape | None
     ) -> Batch:
-        """A batch with what the model needs to reduce it.
+        """The batch with the inputs of the reducer.
 
         Args:
-          batch: of rows, laid out behind the reducer, with the images.
-          rows: the pictures of each row, in order.
+          batch: rows with the layout after the reducer, and the images.
+          rows: the images of each row, in order.
           num_learned: rows of the visual table before those of images.
-          shape: of every row, whose sizes are then static; the smallest that fit when None.
+          shape: shape of every row, which makes sizes static; the smallest that fits when None.
         """
         capacity = None if shape is None else shape.images
         groups = [[count for tokens in row for count in tokens.groups] for row in rows]
-        num_images = max(map(len, groups)) if capacity is None or self.is_packed else capacity
+        native = isinstance(self.before, NativeViews)
+        static = None if shape is None else (shape.pictures if native and shape.images else shape.images)
+        num_images = max(map(len, groups)) if static is None else static
         if self.is_packed and batch.images is not None:
-            images = dataclasses.replace(batch.images, images=_packed(groups, num_images))  # type: ignore[type-var]
+            longest = None if static is None else self.num_before(shape.images)  # type: ignore[union-attr]
+            images = dataclasses.replace(batch.images, images=_packed(groups, num_images, longest))  # type: ignore
             batch = dataclasses.replace(batch, images=images)
         if self.drops and num_images:
             left = [[self.left(count) for count in of_row] for of_row in groups]
@@ -126,13 +129,15 @@ class Reduction:
         return batch
 
     def _most_left(self, left: Sequence[Sequence[int]], shape: RowShape | None) -> int:
-        """The most tokens of a tile or picture that enter the decoder: of a static shape that of any tile."""
+        """Maximum number of tokens of a tile or image that enter the decoder; for a static shape of any tile."""
         if shape is not None and isinstance(self.before, Tiles):
             return self.left(self.before.tile_tokens)
+        if shape is not None and shape.pictures is not None:
+            return self.left(self.num_before(shape.images))
         return max(max(counts, default=0) for counts in left)
 
     def _lengths(self, batch: Batch, rows: Sequence[Sequence[Tokens]], shape: RowShape | None) -> tuple[int, ...]:
-        """Positions of rows behind each drop: those of the shape, else the most that a row has left."""
+        """Length of rows after each drop: that of the shape, else the maximum over the rows."""
         if shape is not None:
             return shape.kept or (shape.length,) * len(self.drops)
         real = np.count_nonzero(np.asarray(batch.segment_ids) != PADDING_SEGMENT, axis=1).tolist()
@@ -143,13 +148,13 @@ class Reduction:
 def visual_places(
     batch: Batch, counts: Sequence[Sequence[int]], num_images: int, most: int, num_learned: int = 0
 ) -> VisualPlaces:
-    """Where the tokens of each image of every row stand, and the last position of every instruction.
+    """The positions of the tokens of each image of every row, and the last position of every instruction.
 
     Args:
-      batch: of rows that are laid out.
-      counts: of each row, tokens of each image (or tile) in the order of its visual table.
-      num_images: images that a row has room for.
-      most: tokens of an image that there is room for.
+      batch: rows with their layout.
+      counts: for each row, the number of tokens of each image (or tile) in the order of its visual table.
+      num_images: padded number of images of a row.
+      most: padded number of tokens of an image.
       num_learned: rows of the visual table before those of images.
     """
     length = batch.tokens.shape[1]
@@ -164,7 +169,7 @@ def visual_places(
 
 
 def ranking(batch: Batch) -> np.ndarray:
-    """True at the last position of each instruction: before each answer that is learned, else where a segment ends."""
+    """True at the last position of each instruction: before each learned answer, or at the end of a segment without."""
     segments = np.asarray(batch.segment_ids)
     if batch.loss_weights is None:
         following = np.pad(segments[:, 1:], ((0, 0), (0, 1)), constant_values=PADDING_SEGMENT)
@@ -173,9 +178,9 @@ def ranking(batch: Batch) -> np.ndarray:
     return learned & ~np.pad(learned[:, :-1], ((0, 0), (1, 0)))
 
 
-def _packed(groups: Sequence[Sequence[int]], num_images: int) -> PackedImages:
+def _packed(groups: Sequence[Sequence[int]], num_images: int, longest: int | None) -> PackedImages:
     counts = np.zeros((len(groups), max(num_images, 1)), np.int32)
     for row, own in zip(counts, groups, strict=True):
         row[: len(own)] = own
     starts = np.cumsum(counts, axis=1) - counts
-    return PackedImages(starts.astype(np.int32), counts, longest=int(counts.max(initial=1)) or 1)
+    return PackedImages(starts.astype(np.int32), counts, longest=longest or int(counts.max(initial=1)) or 1)

@@ -1,4 +1,4 @@
-"""The size that a picture is brought to where a model sees it at about its own: whole blocks, limits of pixels."""
+"""Image sizes for models with native resolution: whole blocks, within limits of pixels."""
 
 import math
 
@@ -9,10 +9,10 @@ MAX_ASPECT = 200
 
 
 def qwen_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
-    """Multiples of `factor` close to the picture's size, with about its aspect.
+    """Multiples of `factor` close to the image's size, with approximately its aspect ratio.
 
     Args:
-      size: (height, width) of the picture, in pixels.
+      size: (height, width) of the image, in pixels.
       factor: side of a block, in pixels.
       min_pixels, max_pixels: of the result; a single row or column of blocks may be longer.
 
@@ -23,7 +23,7 @@ def qwen_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size
     """
     height, width = size
     if max(size) / min(size) > MAX_ASPECT:
-        raise CorruptImage(f"a picture of {height}x{width} pixels: one side is more than {MAX_ASPECT} times the other")
+        raise CorruptImage(f"an image of {height}x{width} pixels: one side is more than {MAX_ASPECT} times the other")
     rows, cols = round(height / factor), round(width / factor)
     if rows * cols * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -35,9 +35,9 @@ def qwen_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size
 
 
 def ovis_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
-    """The same for Ovis 2.5, which first brings tiny and thin pictures to a side of one block and to an aspect of 200.
+    """The same for Ovis 2.5, which first resizes small and thin images to a side of one block and an aspect of 200.
 
-    A side may come out as 0, of thin pictures of many pixels, which nothing can be made of.
+    A side may be 0 for thin images with many pixels, which cannot be processed.
 
     Source: AIDC-AI/Ovis2.5, modeling_ovis2_5.py, VisualTokenizer.smart_resize.
     """
@@ -60,9 +60,9 @@ def ovis_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size
 
 
 def bounded_size(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
-    """The same without exception: never more than `max_pixels`, however long and thin the picture.
+    """The same with a strict limit: never more than `max_pixels`, for any aspect ratio.
 
-    A picture of more blocks than fit shrinks, and one of fewer than min_pixels grows, to the sides
+    An image with too many blocks is shrunk, and one with fewer than min_pixels is enlarged, to sides of
     sqrt(blocks * aspect) rounded down or up; sides are computed in integers.
     """
     (height, width), least, most = size, -(-min_pixels // factor**2), max_pixels // factor**2

@@ -1,4 +1,4 @@
-"""Prompts of releases without a chat template that spell their turns one by one: DeepSeek-VL2 and Qwen-VL."""
+"""Prompts of releases without a chat template that encode turns separately: DeepSeek-VL2 and Qwen-VL."""
 
 import dataclasses
 import re
@@ -16,24 +16,26 @@ ASSISTANT = ("assistant", "<|Assistant|>")
 
 
 class PromptError(ValueError):
-    """Messages that a release's conversations cannot have; the message says which."""
+    """Messages that a release's conversation format does not allow; the message names the cause."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DeepSeekVL2Prompt:
-    """`<|User|>: question` and `<|Assistant|>:answer`, each spelled by itself.
+    """`<|User|>: question` and `<|Assistant|>:answer`, each encoded separately.
 
-    The text that the release displays of a conversation has other spaces; the ids are what it was trained on.
+    The release displays conversations with other spaces; the ids are those of its training.
 
     Attributes:
       tokenizer: of the release.
-      image: the tag of a picture in a text.
+      image: the tag of an image in a text.
 
     Source: DeepSeek-VL2, processing_deepseek_vl_v2.py, format_messages_v2.
     """
 
     tokenizer: Tokenizer
     image: str = "<image>"
+
+    independent_turns = False
 
     def __call__(
         self,
@@ -44,7 +46,7 @@ class DeepSeekVL2Prompt:
         targets: bool = False,
         **variables: object,
     ) -> list[Text | Slot]:
-        """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer."""
+        """The pieces of one conversation; see `Prompt`. Every question ends with the start of its answer."""
         _refuse(places, variables)
         pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
         for number, message in enumerate(messages):
@@ -55,7 +57,7 @@ class DeepSeekVL2Prompt:
                 pieces += self.spelled(f"<|User|>: {text}{head}")
             elif message["role"] in ASSISTANT:
                 end = _present(self.tokenizer.eos_id, "eos", self.tokenizer)
-                # An empty answer is where the model is to begin.
+                # The model starts to generate at an empty answer.
                 pieces += [] if last and not text else [*self.spelled(text, targets), Text([end], targets)]
             elif number:
                 raise PromptError(f"message {number} has the role '{message['role']}', which only the first may have")
@@ -64,7 +66,7 @@ class DeepSeekVL2Prompt:
         return pieces
 
     def spelled(self, text: str, learned: bool = False) -> list[Text | Slot]:
-        """A text piece by piece between its pictures, without special tokens of its own."""
+        """Encodes the text between images separately, without the tokenizer's special tokens."""
         pieces: list[Text | Slot] = []
         for number, part in enumerate(text.split(self.image)):
             pieces += [Slot("image", self.tokenizer.id_of(self.image))] if number else []
@@ -74,12 +76,12 @@ class DeepSeekVL2Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class QwenVLPrompt:
-    """ChatML whose parts are spelled one by one, with the path of a picture in the first places that it takes.
+    """ChatML with separately encoded parts, and the path of an image in the first of its positions.
 
     Attributes:
       tokenizer: of the release.
-      system: what stands before a conversation without a system message.
-      picture: what is written before a picture, with its number in its message.
+      system: the default system message.
+      picture: text before an image, with its number in its message.
 
     Source: Bai et al. 2023 (Qwen-VL), section 3.1; QwenLM/Qwen-VL-Chat, qwen_generation_utils.py, make_context, and
     tokenization_qwen.py.
@@ -88,6 +90,8 @@ class QwenVLPrompt:
     tokenizer: Tokenizer
     system: str = "You are a helpful assistant."
     picture: str = PICTURE
+
+    independent_turns = False
 
     def __call__(
         self,
@@ -115,17 +119,17 @@ class QwenVLPrompt:
         return pieces
 
     def content(self, content: Any) -> str:
-        """A message's content as one text, with `<img>path</img>` for a picture; no path where it has none."""
+        """A message's content as one text, with `<img>path</img>` for an image; an empty path where it has none."""
         if content is None or isinstance(content, str):
             return content or ""
         items = [{"text": item["text"]} if item["type"] == "text" else {"image": _path(item)} for item in content]
         return from_list_format(items, self.picture)
 
     def spelled(self, text: str, learned: bool = False) -> list[Text | Slot]:
-        """A text with its pictures; the bytes of a path are the ids 0 to 255 of the vocabulary's bytes.
+        """Encodes a text with its images; the bytes of a path are the ids 0 to 255 of the vocabulary's bytes.
 
         Raises:
-          PromptError: a picture's tag is not closed.
+          PromptError: an image's tag is not closed.
         """
         pieces: list[Text | Slot] = []
         tokens = [self.tokenizer.id_of(token) for token in ("<img>", "</img>", "<imgpad>")]
@@ -145,8 +149,8 @@ def flat(content: Any, tag: Callable[[Message], str], joint: str) -> str:
 
     Args:
       content: a text, or a list of items.
-      tag: what is written for an item that is no text.
-      joint: between items.
+      tag: text for an item that is not text.
+      joint: separator between items.
     """
     if content is None or isinstance(content, str):
         return content or ""
@@ -160,10 +164,10 @@ def _path(item: Message) -> str:
 def _refuse(places: Sequence[int], variables: Params) -> None:
     if places or variables:
         told = ", ".join(variables) or f"{len(places)} videos"
-        raise PromptError(f"these conversations take pictures and text alone, got {told}")
+        raise PromptError(f"expected only images and text, got {told}")
 
 
 def _present(index: int | None, role: str, tokenizer: Tokenizer) -> int:
     if index is None:
-        raise PromptError(f"{tokenizer.origin}: its conversations need a {role} token, and it names none")
+        raise PromptError(f"{tokenizer.origin}: its conversations need a {role} token, but it has none")
     return index

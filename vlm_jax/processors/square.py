@@ -1,4 +1,4 @@
-"""One view of one size of every picture: CLIP, SigLIP, LLaVA-1.5, MobileVLM, Qwen-VL, DeepSeek-VL."""
+"""One view of fixed size per image: CLIP, SigLIP, LLaVA-1.5, MobileVLM, Qwen-VL, DeepSeek-VL."""
 
 import dataclasses
 import math
@@ -19,25 +19,25 @@ Fit = Literal["stretch", "crop", "crop_rounded", "pad", "shrink", "shrink_rounde
 
 @dataclasses.dataclass(frozen=True)
 class SquareViews(Tiles):
-    """Every picture as one tile.
+    """Every image as one tile.
 
     | fit | how |
     |---|---|
-    | `stretch` | to the size, whatever its aspect |
-    | `crop` | its shorter side to `shortest_edge`, then the middle |
-    | `crop_rounded` | the same with a middle that is rounded, halves to even: torchvision |
+    | `stretch` | to the size, without keeping the aspect ratio |
+    | `crop` | its shorter side to `shortest_edge`, then a central crop |
+    | `crop_rounded` | the same with a rounded centre, halves to even: torchvision |
     | `pad` | to a square with the background first, then as `crop` |
     | `shrink` | its longer side to the size, the other truncated, then to a square with the background |
-    | `shrink_rounded` | the same, the other side rounded: the port in transformers of DeepSeek-VL |
+    | `shrink_rounded` | the same, the other side rounded: DeepSeek-VL in transformers |
 
     Attributes:
-      pixels: what is done to pixels.
+      pixels: resizing and normalisation.
       size: (height, width) of the tile, in pixels.
-      num_tokens: visual tokens of a tile; 1 where an encoder gives one vector.
+      num_tokens: visual tokens of a tile; 1 where an encoder returns one vector.
       fit: a row of the table.
-      shortest_edge: of both crops and `pad`, in pixels; the smaller side of `size` when None.
-      background: colour of borders in 8 bits; the mean of `pixels` when None.
-      min_size: pixels that neither side gets below in `shrink`.
+      shortest_edge: for both crops and `pad`, in pixels; the smaller side of `size` when None.
+      background: colour of padding in 8 bits; the mean of `pixels` when None.
+      min_size: minimum length of a side in pixels in `shrink`.
 
     Source: transformers, models/clip/image_processing_clip.py; LLaVA, mm_utils.py, process_images;
     DeepSeek-VL, models/image_processing_vlm.py.
@@ -52,22 +52,22 @@ class SquareViews(Tiles):
     min_size: int = 14
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Every picture by itself."""
+        """Prepares every image independently."""
         layout = np.arange(self.num_tokens)
         return [PreparedImage(self.pixels.tiles([self.tile(picture)]), self.num_tokens, layout) for picture in pictures]
 
     def within(self, max_tokens: int) -> "SquareViews":
-        """Itself: it has one number of tokens."""
+        """These views: the number of tokens is fixed."""
         if self.num_tokens > max_tokens:
             raise too_few(max_tokens, self.num_tokens)
         return self
 
     def retokened(self, tokens: Grid | int) -> "SquareViews":
-        """With another number of tokens."""
+        """The same views with another number of tokens."""
         return dataclasses.replace(self, num_tokens=tokens if isinstance(tokens, int) else math.prod(tokens))
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """As many tokens for every picture."""
+        """The same layout for every image."""
         return [np.arange(self.num_tokens)] * len(sizes)
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
@@ -85,7 +85,7 @@ class SquareViews(Tiles):
         return (*self.size, self.pixels.channels)
 
     def tile(self, picture: Image.Image) -> Image.Image:
-        """The picture at the tile's size, in 8 bits."""
+        """The image at the tile's size, in 8 bits."""
         if self.fit == "stretch":
             return self.pixels.resized(picture, self.size)
         if self.fit in ("shrink", "shrink_rounded"):
@@ -118,11 +118,11 @@ class SquareViews(Tiles):
 
 @dataclasses.dataclass(frozen=True)
 class TwoSizeViews(Tiles):
-    """Every picture as one tile at two sizes; the smaller one is made of the larger in 8 bits.
+    """Every image as one tile at two sizes; the smaller one is resized from the larger in 8 bits.
 
     Attributes:
-      high: the larger, whose tokens are the picture's.
-      low: the smaller.
+      high: views of the larger size, which determine the tokens.
+      low: views of the smaller size.
 
     Source: transformers, models/deepseek_vl_hybrid/image_processing_deepseek_vl_hybrid.py.
     """
@@ -131,7 +131,7 @@ class TwoSizeViews(Tiles):
     low: SquareViews
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Every picture by itself."""
+        """Prepares every image independently."""
         tiles = [self.high.tile(picture) for picture in pictures]
         seen = self.high.images(tiles)
         return [
@@ -140,15 +140,15 @@ class TwoSizeViews(Tiles):
         ]
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """As many tokens for every picture."""
+        """The same layout for every image."""
         return self.high.layouts(sizes)
 
     def within(self, max_tokens: int) -> "TwoSizeViews":
-        """Itself: it has one number of tokens."""
+        """These views: the number of tokens is fixed."""
         return dataclasses.replace(self, high=self.high.within(max_tokens))
 
     def retokened(self, tokens: Grid | int) -> "TwoSizeViews":
-        """With another number of tokens."""
+        """The same views with another number of tokens."""
         return dataclasses.replace(self, high=self.high.retokened(tokens))
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:

@@ -1,6 +1,6 @@
-"""Chat templates of releases that have theirs in code: Jinja, of messages whose content is one text.
+"""Chat templates of releases that define them in code: Jinja, for messages whose content is one text.
 
-Each ends an answer as the release ends it, and takes a system message where the release has one.
+Each ends an answer as in the release, and supports a system message where the release does.
 """
 
 # LLaVA, conversation.py, vicuna_v1; MobileVLM, conversation.py, v1.
@@ -28,8 +28,8 @@ def chatml(system: str | None, end: str = "<|im_end|>\n") -> str:
     """ChatML.
 
     Args:
-      system: what stands before a conversation without a system message; None for nothing.
-      end: after every message.
+      system: the default system message; None for none.
+      end: text after every message.
     """
     opening = "" if system is None else f"<|im_start|>system\n{system}{end}"
     return (
@@ -57,7 +57,7 @@ INTERNVL = {
 # AIDC-AI/Ovis2, configuration_ovis.py, QwenConversationFormatter.
 OVIS2 = chatml("You are a helpful assistant.")
 
-# AIDC-AI/Ovis, conversation_formatter.py, Qwen3ConversationFormatter: an answer without a thought is learned behind an
+# AIDC-AI/Ovis, conversation_formatter.py, Qwen3ConversationFormatter: an answer without a thought is learned after an
 # empty one.
 OVIS2_5_TRAINING = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
@@ -67,7 +67,7 @@ OVIS2_5_TRAINING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# AIDC-AI/Ovis2.5, whose tokenizer's template this is for conversations without tools.
+# AIDC-AI/Ovis2.5: its tokenizer's template for conversations without tools.
 OVIS2_5 = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"

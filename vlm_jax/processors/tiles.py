@@ -1,4 +1,4 @@
-"""Views that cut a picture into tiles, as many as fit its shape (InternVL, DeepSeek-VL2, Ovis 2) or a fixed grid."""
+"""Views that divide an image into tiles, by its aspect ratio (InternVL, DeepSeek-VL2, Ovis 2) or in a fixed grid."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from vlm_jax.types import Grid
 
 
 def cut(picture: Image.Image, height: int, width: int) -> list[Image.Image]:
-    """Tiles of height x width pixels, row by row, of a picture that is made of whole ones."""
+    """Divides an image into tiles of height x width pixels, in row-major order; its sides must be multiples."""
     return [
         picture.crop((left, top, left + width, top + height))
         for top in range(0, picture.height, height)
@@ -35,14 +35,14 @@ def cut(picture: Image.Image, height: int, width: int) -> list[Image.Image]:
 
 @dataclasses.dataclass(frozen=True)
 class FixedTilesViews(Tiles):
-    """Every picture, or frame of a video, as rows x columns of tiles, and a thumbnail of the whole.
+    """Every image, or frame of a video, as rows x columns of tiles, and a thumbnail of the whole image.
 
     Attributes:
-      pixels: what is done to pixels.
+      pixels: resizing and normalisation.
       size: (height, width) of a tile, in pixels.
       num_tokens: visual tokens of a tile.
-      grid: rows and columns of tiles that a picture is resized to and cut into.
-      thumbnail: whether the whole picture, at the size of a tile, follows its tiles.
+      grid: rows and columns of tiles into which the resized image is divided.
+      thumbnail: whether the whole image, at the size of a tile, follows its tiles.
 
     Source: Chen et al. 2024 (InternVL 1.5), section 3.2, for tiles row by row and the thumbnail after them.
     """
@@ -55,7 +55,7 @@ class FixedTilesViews(Tiles):
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of a picture."""
+        """Number of tiles of an image."""
         return math.prod(self.grid) + self.thumbnail
 
     @property
@@ -69,17 +69,17 @@ class FixedTilesViews(Tiles):
         return (*self.size, self.pixels.channels)
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Every picture by itself."""
+        """Prepares every image independently."""
         return [self._prepared([picture]) for picture in pictures]
 
     def within(self, max_tokens: int) -> "FixedTilesViews":
-        """Itself: it has one number of tokens."""
+        """These views: the number of tokens is fixed."""
         if self.num_tiles * self.num_tokens > max_tokens:
             raise too_few(max_tokens, self.num_tiles * self.num_tokens)
         return self
 
     def retokened(self, tokens: Grid | int) -> "FixedTilesViews":
-        """With another number of tokens for a tile."""
+        """The same views with another number of tokens per tile."""
         return dataclasses.replace(self, num_tokens=_count(tokens))
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
@@ -87,19 +87,19 @@ class FixedTilesViews(Tiles):
         return [np.arange(self.num_tiles * self.num_tokens)] * len(sizes)
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
-        """As many tiles for every picture."""
+        """The same number of tiles for every image."""
         return [self.num_tiles] * len(sizes)
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """A video in one place, frame after frame."""
-        del fps  # frames are counted, not timed
+        """A video as one entry, frame after frame."""
+        del fps  # the frame rate is not used
         self.video_layouts(len(frames), height_and_width(frames[0]), max_tokens)
         return [self._prepared(frames)]
 
     def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
-        """The layout of its one place."""
+        """The layout of its single entry."""
         del size
         count = num_frames * self.num_tiles * self.num_tokens
         if max_tokens is not None and count > max_tokens:
@@ -128,16 +128,16 @@ def _count(tokens: Grid | int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class InternVLViews(Tiles):
-    """Tiles of the grid whose aspect is closest to the picture's, then the whole picture where there are several.
+    """Tiles of the grid whose aspect ratio is closest to the image's, then the whole image if there are several.
 
     Attributes:
-      pixels: what is done to pixels.
-      side: of a tile, in pixels.
+      pixels: resizing and normalisation.
+      side: side of a tile, in pixels.
       num_tokens: visual tokens of a tile.
-      min_tiles, max_tiles: of a picture, without the whole.
-      thumbnail: whether the whole picture follows.
-      order: of equally good grids; see `tiling.ratio_candidates`.
-      video_pixels: what is done to the pixels of a video's frames; None where it is what is done to a picture's.
+      min_tiles, max_tiles: of an image, without the thumbnail.
+      thumbnail: whether the whole image follows.
+      order: order of equally good grids; see `tiling.ratio_candidates`.
+      video_pixels: resizing and normalisation of a video's frames; `pixels` when None.
 
     Source: Chen et al. 2024 (InternVL 1.5), section 3.2; InternVL, dynamic_preprocess.
     """
@@ -152,12 +152,12 @@ class InternVLViews(Tiles):
     video_pixels: Pixels | None = None
 
     def grid(self, size: Size) -> Grid:
-        """Rows and columns of tiles of a picture of a size."""
+        """Rows and columns of tiles of an image of `size`."""
         candidates = ratio_candidates(self.min_tiles, self.max_tiles, self.order)
         return closest_ratio(size, candidates, (self.side, self.side))
 
     def tiles(self, picture: Image.Image) -> list[Image.Image]:
-        """The tiles of a picture, in 8 bits."""
+        """The tiles of an image, in 8 bits."""
         rows, cols = self.grid(height_and_width(picture))
         tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side, self.side)
         if self.thumbnail and len(tiles) > 1:
@@ -165,11 +165,11 @@ class InternVLViews(Tiles):
         return tiles
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Every picture by itself."""
+        """Prepares every image independently."""
         return [self._seen(self.tiles(picture), self.pixels) for picture in pictures]
 
     def within(self, max_tokens: int) -> "InternVLViews":
-        """With fewer tiles, the whole picture among them."""
+        """The same views with fewer tiles, including the whole image."""
         counts = {
             most: (most + (self.thumbnail and most > 1)) * self.num_tokens for most in range(1, self.max_tiles + 1)
         }
@@ -179,7 +179,7 @@ class InternVLViews(Tiles):
         return dataclasses.replace(self, min_tiles=min(self.min_tiles, kept[-1]), max_tiles=kept[-1])
 
     def retokened(self, tokens: Grid | int) -> "InternVLViews":
-        """With another number of tokens for a tile."""
+        """The same views with another number of tokens per tile."""
         return dataclasses.replace(self, num_tokens=_count(tokens))
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
@@ -187,7 +187,7 @@ class InternVLViews(Tiles):
         return [np.arange(count * self.num_tokens) for count in self.loads(sizes)]
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
-        """Tiles of each picture, the whole among them."""
+        """Tiles of each image, including the whole image."""
         counts = [math.prod(self.grid(size)) for size in sizes]
         return [count + (self.thumbnail and count > 1) for count in counts]
 
@@ -202,11 +202,11 @@ class InternVLViews(Tiles):
         return self.side, self.side, self.pixels.channels
 
     def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
-        """One place for each frame that is looked at."""
+        """One layout per selected frame."""
         return [np.arange(self.num_tokens)] * self.video_load(num_frames, size, max_tokens)
 
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
-        """Frames that are looked at: fewer, evenly spaced, where all take too many tokens."""
+        """Number of selected frames: fewer, evenly spaced, where all would exceed `max_tokens`."""
         del size
         if max_tokens is None:
             return num_frames
@@ -217,8 +217,8 @@ class InternVLViews(Tiles):
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """Every frame as one tile, with a place of its own; see `video_load`."""
-        del fps  # frames are numbered, not timed
+        """Every selected frame as one tile and a separate entry; see `video_load`."""
+        del fps  # the frame rate is not used
         count = self.video_load(len(frames), height_and_width(frames[0]), max_tokens)
         if count < len(frames):
             frames = [frames[number] for number in SegmentSampler(count).chosen(len(frames), 1)]
@@ -232,18 +232,18 @@ class InternVLViews(Tiles):
 
 @dataclasses.dataclass(frozen=True)
 class DeepSeekVL2Views(Tiles):
-    """The whole picture as a tile, and the tiles of the best of several canvases, laid out in two dimensions.
+    """The whole image as a tile, and the tiles of the best of several canvases, in two dimensions.
 
-    Every row of tokens ends in the learned row 0, and the learned row 1 stands between whole and tiles.
+    Every row of tokens ends with the learned row 0, and the learned row 1 separates the whole image and the tiles.
 
     Attributes:
-      pixels: what is done to pixels; the mean colour fills borders.
-      side: of a tile, in pixels.
+      pixels: resizing and normalisation; padding has the mean colour.
+      side: side of a tile, in pixels.
       tokens: rows and columns of tokens of a tile, or, where they form no grid, their number: rows then do not end
-        in a learned row.
+        with a learned row.
       canvases: (height, width) in pixels, in the release's order.
-      max_tiled: pictures of a conversation above which each is one tile.
-      whole_first: whether the whole picture's tokens stand before the tiles'.
+      max_tiled: with more images in a conversation, each is one tile.
+      whole_first: whether the whole image's tokens precede the tiles'.
 
     Source: Wu et al. 2024 (DeepSeek-VL2), section 3.1; processing_deepseek_vl_v2.py, tokenize_with_images.
     """
@@ -256,21 +256,21 @@ class DeepSeekVL2Views(Tiles):
     whole_first: bool = True
 
     def grid(self, size: Size, num_pictures: int) -> Grid:
-        """Rows and columns of tiles of one of so many pictures."""
+        """Rows and columns of tiles of one of `num_pictures` images."""
         if num_pictures > self.max_tiled:
             return 1, 1
         height, width = best_resolution(size, self.canvases)
         return height // self.side, width // self.side
 
     def tiles(self, picture: Image.Image, num_pictures: int) -> list[Image.Image]:
-        """The tiles of one of so many pictures, in 8 bits."""
+        """The tiles of one of `num_pictures` images, in 8 bits."""
         rows, cols = self.grid(height_and_width(picture), num_pictures)
-        # The canvas of the whole is that of a single tile.
+        # The canvas of the whole image is a single tile.
         whole = self._padded(picture, 1, 1)
         return [whole, *([whole] if rows * cols == 1 else cut(self._padded(picture, rows, cols), self.side, self.side))]
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """All pictures of a conversation: their number decides whether they are cut."""
+        """Prepares all images of a conversation, whose number determines whether they are divided into tiles."""
         layouts = self.layouts([height_and_width(picture) for picture in pictures])
         seen = []
         for picture, layout in zip(pictures, layouts, strict=True):
@@ -279,11 +279,11 @@ class DeepSeekVL2Views(Tiles):
         return seen
 
     def retokened(self, tokens: Grid | int) -> "DeepSeekVL2Views":
-        """With other tokens for a tile."""
+        """The same views with other tokens per tile."""
         return dataclasses.replace(self, tokens=tokens)
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
-        """Tiles of each picture, the whole among them."""
+        """Tiles of each image, including the whole image."""
         return [1 + math.prod(self.grid(size, len(sizes))) for size in sizes]
 
     @property
@@ -297,7 +297,7 @@ class DeepSeekVL2Views(Tiles):
         return self.side, self.side, self.pixels.channels
 
     def within(self, max_tokens: int) -> "DeepSeekVL2Views":
-        """With the canvases that take no more."""
+        """The same views with only the canvases that take at most `max_tokens`."""
         counts = [len(self.layout((rows // self.side, cols // self.side))) for rows, cols in self.canvases]
         kept = tuple(size for size, count in zip(self.canvases, counts, strict=True) if count <= max_tokens)
         if not kept:
@@ -309,7 +309,7 @@ class DeepSeekVL2Views(Tiles):
         return [self.layout(self.grid(size, len(sizes))) for size in sizes]
 
     def layout(self, grid: Grid) -> Layout:
-        """The layout of a picture of which the canvas has so many rows and columns of tiles."""
+        """The layout of an image whose canvas has `grid` rows and columns of tiles."""
         (rows, cols), count = grid, _count(self.tokens)
         newline, separator = -1, -2
         whole, mosaic = np.arange(count), count + np.arange(rows * cols * count)
@@ -329,17 +329,17 @@ class DeepSeekVL2Views(Tiles):
 
 @dataclasses.dataclass(frozen=True)
 class Ovis2Views(Tiles):
-    """The fewest parts that keep nine tenths of the pixels, each on a square canvas; the whole first where several.
+    """The fewest parts that keep 90% of the pixels, each on a square canvas, after the whole image if several.
 
-    Learned rows: 0 starts a picture, 1 ends the first tile, 2 stands between columns, 3 between rows, 4 ends it.
+    Learned rows: 0 starts an image, 1 ends the first tile, 2 separates columns, 3 separates rows, 4 ends the image.
 
     Attributes:
-      pixels: what is done to pixels. Canvases are 0 after that.
-      side: of a canvas, in pixels.
+      pixels: resizing and normalisation. Canvases are padded with 0 after it.
+      side: side of a canvas, in pixels.
       num_tokens: visual tokens of a tile.
-      max_parts: most parts; 1 looks at the whole alone.
-      port: cuts as transformers does: the picture is stretched to a canvas for all parts, whose rows and columns
-        are exchanged.
+      max_parts: maximum number of parts; with 1 only the whole image is used.
+      port: tiles as in transformers: the image is stretched to one canvas for all parts, with rows and columns
+        exchanged.
 
     Source: Ovis 2, modeling_ovis.py, BaseVisualTokenizer.preprocess_image; transformers,
     models/ovis2/image_processing_ovis2.py.
@@ -357,7 +357,7 @@ class Ovis2Views(Tiles):
         return (cols, rows) if self.port else (rows, cols)
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Every picture by itself."""
+        """Prepares every image independently."""
         seen = []
         for picture, layout in zip(
             pictures, self.layouts([height_and_width(picture) for picture in pictures]), strict=True
@@ -367,13 +367,13 @@ class Ovis2Views(Tiles):
         return seen
 
     def fitted(self, picture: Image.Image) -> np.ndarray:
-        """Tiles of the release: every part at its own aspect."""
+        """Tiles as in the release: every part keeps its aspect ratio."""
         size = height_and_width(picture)
         parts = [picture.crop(box) for box in split(size, self.grid(size))]
         parts = parts if len(parts) == 1 else [picture, *parts]
         tiles = np.zeros((len(parts), self.side, self.side, 3), np.float32)
         for tile, part in zip(tiles, parts, strict=True):
-            # Divided before it is multiplied, as the release does, which decides truncations.
+            # Divides before multiplying, as in the release, because truncation depends on it.
             width = self.side if part.width >= part.height else int(part.width / part.height * self.side)
             height = self.side if part.height >= part.width else int(part.height / part.width * self.side)
             left, top = (self.side - width) // 2, (self.side - height) // 2
@@ -382,18 +382,18 @@ class Ovis2Views(Tiles):
         return tiles
 
     def stretched(self, picture: Image.Image) -> np.ndarray:
-        """Tiles of the port."""
+        """Tiles as in transformers."""
         rows, cols = self.grid(height_and_width(picture))
         tiles = cut(self.pixels.resized(picture, (rows * self.side, cols * self.side)), self.side, self.side)
         whole = [self.pixels.resized(picture, (self.side, self.side))] if len(tiles) > 1 else []
         return self.pixels.tiles([*whole, *tiles])
 
     def retokened(self, tokens: Grid | int) -> "Ovis2Views":
-        """With another number of tokens for a tile."""
+        """The same views with another number of tokens per tile."""
         return dataclasses.replace(self, num_tokens=_count(tokens))
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
-        """Tiles of each picture: its parts, and the whole where there are several."""
+        """Tiles of each image: its parts, and the whole image if there are several."""
         counts = [math.prod(self.grid(size)) for size in sizes]
         return [count + (count > 1) for count in counts]
 
@@ -408,7 +408,7 @@ class Ovis2Views(Tiles):
         return self.side, self.side, self.pixels.channels
 
     def within(self, max_tokens: int) -> "Ovis2Views":
-        """With fewer parts."""
+        """The same views with fewer parts."""
         counts = {most: len(self.layout((1, most))) for most in range(1, self.max_parts + 1)}
         kept = [most for most, count in counts.items() if count <= max_tokens]
         if not kept:
@@ -416,11 +416,11 @@ class Ovis2Views(Tiles):
         return dataclasses.replace(self, max_parts=kept[-1])
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """Tiles row by row with the learned rows between."""
+        """Tiles in row-major order, separated by learned rows."""
         return [self.layout(self.grid(size)) for size in sizes]
 
     def layout(self, grid: Grid) -> Layout:
-        """The layout of a picture of so many rows and columns of parts."""
+        """The layout of an image of `grid` rows and columns of parts."""
         start, after_first, column, row, end = (np.array([-1 - k]) for k in range(5))
         tile = np.arange(self.num_tokens)
         rows, cols = grid

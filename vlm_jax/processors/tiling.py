@@ -1,4 +1,4 @@
-"""Into which tiles a picture is cut: what each system chooses from a picture's size alone.
+"""The tile grids that systems choose from an image's size.
 
 Sizes and grids are (height, width) and (rows, columns) here; releases list candidates as (width, height).
 """
@@ -15,11 +15,11 @@ Order = Literal["release", "port"]
 
 
 def best_resolution(size: Size, candidates: Sequence[Size]) -> Size:
-    """The candidate that keeps most of a picture's pixels, then wastes least, then stands first.
+    """The candidate that keeps most of an image's pixels, then has the least padding, then comes first.
 
     Args:
-      size: of the picture, in pixels.
-      candidates: canvases that the picture is fitted into, in pixels.
+      size: of the image, in pixels.
+      candidates: sizes of the canvases, in pixels.
 
     Source: LLaVA, mm_utils.py, select_best_resolution; DeepSeek-VL2, processing_deepseek_vl_v2.py, has the same.
     """
@@ -36,12 +36,12 @@ def best_resolution(size: Size, candidates: Sequence[Size]) -> Size:
 
 @functools.cache
 def ratio_candidates(min_tiles: int, max_tiles: int, order: Order) -> tuple[Grid, ...]:
-    """Grids of so many tiles, fewest tiles first.
+    """Grids of min_tiles to max_tiles tiles, fewest tiles first.
 
     Args:
       min_tiles, max_tiles: of a grid.
-      order: of grids of as many tiles, which decides ties: `port` counts columns, then rows;
-        `release` takes them as CPython iterates over a set of (columns, rows).
+      order: order of grids with equally many tiles, for ties: `port` by columns, then rows;
+        `release` as CPython iterates over a set of (columns, rows).
 
     Source: InternVL, dynamic_preprocess; transformers, get_all_supported_aspect_ratios.
     """
@@ -60,13 +60,13 @@ def ratio_candidates(min_tiles: int, max_tiles: int, order: Order) -> tuple[Grid
 
 
 def closest_ratio(size: Size, candidates: Sequence[Grid], tile: Size) -> Grid:
-    """The grid of tiles whose aspect is closest to the picture's.
+    """The grid of tiles whose aspect ratio is closest to the image's.
 
-    Of equally close ones, a later candidate takes over while the picture has more than half of its pixels.
+    Among ties, a later candidate is chosen while the image has more than half of its pixels.
 
     Args:
-      size: of the picture, in pixels.
-      candidates: grids, as `ratio_candidates` orders them.
+      size: of the image, in pixels.
+      candidates: grids, in the order of `ratio_candidates`.
       tile: size of a tile, in pixels.
 
     Source: InternVL, find_closest_aspect_ratio.
@@ -82,7 +82,7 @@ def closest_ratio(size: Size, candidates: Sequence[Grid], tile: Size) -> Grid:
 
 
 def split(size: Size, grid: Grid) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of the parts of a picture, row by row; the last ones take what is left over."""
+    """(left, top, right, bottom) of the parts of an image, row by row; the last ones include the remainder."""
     (height, width), (rows, cols) = size, grid
     tall, wide = height // rows, width // cols
     return [
@@ -98,13 +98,13 @@ def split(size: Size, grid: Grid) -> list[tuple[int, int, int, int]]:
 
 
 def covering_grid(size: Size, side: int, max_parts: int, threshold: float = 0.9) -> Grid:
-    """The fewest parts of which squares of `side` pixels keep more than `threshold` of the picture's pixels.
+    """The grid of the fewest parts that keep more than `threshold` of the image's pixels in squares of `side` pixels.
 
     Args:
-      size: of the picture, in pixels.
-      side: of the square that a part is shrunk into where it is larger.
-      max_parts: most parts.
-      threshold: share of the pixels; where no grid keeps as much, the one that keeps most.
+      size: of the image, in pixels.
+      side: side of the square to which a larger part is shrunk.
+      max_parts: maximum number of parts.
+      threshold: share of the pixels; if no grid keeps as much, the one that keeps most is returned.
 
     Source: Ovis 2, modeling_ovis.py, preprocess_image, _get_best_grid.
     """
@@ -119,7 +119,7 @@ def covering_grid(size: Size, side: int, max_parts: int, threshold: float = 0.9)
 
 
 def _covered(part: tuple[int, int, int, int], side: int) -> float:
-    """Pixels that are left of a part of a picture when it is shrunk into a square of `side` pixels."""
+    """Pixels of a part of an image after shrinking it into a square of `side` pixels."""
     left, top, right, bottom = part
     long, short = max(right - left, bottom - top), min(right - left, bottom - top)
     return short / long * side * side if long > side else float(long * short)

@@ -1,4 +1,4 @@
-"""Text to ids and back, as a checkpoint folder has it, and the names of its special tokens."""
+"""The tokenizer of a checkpoint folder, with the names of its special tokens."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from vlm_jax.types import Config, Fields
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "vocab.json with merges.txt")
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
-# What tokenizer classes have where files leave it out, by the names that a SentencePiece model itself has for the start
+# Defaults of tokenizer classes for settings missing in files, by the SentencePiece model's names of the start
 # and the end of a text. transformers, models/{llama,siglip,gemma}/tokenization_*.py.
 SENTENCEPIECE_DEFAULTS: dict[tuple[str | None, str | None], Fields] = {
     ("<s>", "</s>"): {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
@@ -37,19 +37,19 @@ SENTENCEPIECE_DEFAULTS: dict[tuple[str | None, str | None], Fields] = {
 
 
 class TokenizerError(ValueError):
-    """A folder without a tokenizer that can be read, or a token that it lacks; the message names both."""
+    """A folder without a readable tokenizer, or a missing token; the message names it."""
 
 
 class Tokenizer:
-    """A vocabulary and the part that some of its tokens play.
+    """A vocabulary with the roles of its special tokens.
 
     Attributes:
-      vocabulary: what spells texts.
+      vocabulary: encodes and decodes texts.
       names: the special tokens of templates, `{"bos_token": "<s>", ...}`.
       vocab_size: the largest id + 1; a model's table may have more rows.
-      bos_id, eos_id, pad_id, unknown_id: None where the release names none.
-      special_ids: ids that `decode` leaves out unless told.
-      origin: where it is from, for messages.
+      bos_id, eos_id, pad_id, unknown_id: None where the release has none.
+      special_ids: ids that `decode` omits by default.
+      origin: its source, for errors.
     """
 
     def __init__(self, vocabulary: Vocabulary, names: Mapping[str, str] | None = None, origin: str = "the tokenizer"):
@@ -62,24 +62,26 @@ class Tokenizer:
         ids = {role: vocabulary.id_of(name) for role, name in self.names.items()}
         missing = [f"{role} '{self.names[role]}'" for role, index in ids.items() if index is None]
         if missing:
-            raise TokenizerError(f"{origin}: {', '.join(missing)} not in its vocabulary; give the names that it uses")
+            raise TokenizerError(
+                f"{origin}: {', '.join(missing)} not in its vocabulary; use the names in the vocabulary"
+            )
         self.vocab_size = vocabulary.size
         roles = ("bos", "eos", "pad", "unk")
         self.bos_id, self.eos_id, self.pad_id, self.unknown_id = (ids.get(f"{role}_token") for role in roles)
         self.special_ids = frozenset(vocabulary.special) | {index for index in ids.values() if index is not None}
 
     def encode(self, text: str, *, add_special: bool = False) -> list[int]:
-        """The ids of a text, in which the names of special and added tokens stand for these.
+        """The ids of a text; names of special and added tokens are encoded as these tokens.
 
         Args:
           text: any text.
-          add_special: with the tokens that the release puts about a text, such as its BOS; not for what a
-            chat template wrote, which has them already.
+          add_special: adds the release's start and end tokens, such as the BOS; not for the output of a
+            chat template, which has them already.
         """
         return self.vocabulary.encode(text, add_special)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"], *, skip_special: bool = True) -> str:
-        """The text of ids; special tokens are left out, or written by their names. Ids of no token are left out."""
+        """The text of ids; special tokens are omitted, or written by their names. Ids without a token are omitted."""
         skipped = self.special_ids if skip_special else frozenset()
         return self.vocabulary.decode([int(index) for index in ids if int(index) not in skipped])
 
@@ -87,7 +89,7 @@ class Tokenizer:
         """The id of one token by its name.
 
         Raises:
-          TokenizerError: there is none; the message has a near one.
+          TokenizerError: there is none; the message suggests a similar one.
         """
         index = self.vocabulary.id_of(token)
         if index is None:
@@ -101,7 +103,7 @@ class Tokenizer:
 
         Raises:
           FileNotFoundError: there is no such file.
-          TokenizerError: the file is no tokenizer, or lacks a special token.
+          TokenizerError: the file is not a tokenizer, or lacks a special token.
         """
         backend = read_backend(path)
         unknown = getattr(backend.model, "unk_token", None)
@@ -125,7 +127,7 @@ class Tokenizer:
         elif name := next((name for name in SENTENCEPIECE_FILES if (folder / name).exists()), None):
             vocabulary, settings = _sentencepiece(folder, name, settings)
         elif (folder / "qwen.tiktoken").exists():
-            # A Qwen without eyes says so by a config that describes none.
+            # A text-only Qwen has a config without vision settings.
             config = _json(folder / "config.json")
             ranks = (folder / "qwen.tiktoken").read_bytes()
             vocabulary = TiktokenVocabulary(ranks, visual=not config or "visual" in config)
@@ -142,7 +144,7 @@ def read_backend(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 
     Raises:
       FileNotFoundError: there is no such file.
-      TokenizerError: the file is no tokenizer.
+      TokenizerError: the file is not a tokenizer.
     """
     text = epath.Path(path).read_text()
     try:
@@ -179,7 +181,7 @@ def _sentencepiece(folder: epath.Path, name: str, settings: Fields) -> tuple[Voc
 
 
 def _pairs(folder: epath.Path, settings: Fields) -> tuple[Vocabulary, Fields]:
-    """Byte pairs of a class that is known, and the settings with its defaults."""
+    """The byte-pair vocabulary of a supported class, and the settings with its defaults."""
     kind = str(settings.get("tokenizer_class"))
     files = _json(folder / "vocab.json"), (folder / "merges.txt").read_text().splitlines()
     if kind.startswith("Qwen2Tokenizer"):
@@ -192,13 +194,13 @@ def _pairs(folder: epath.Path, settings: Fields) -> tuple[Vocabulary, Fields]:
         ends = (_name(settings["bos_token"]) or "", _name(settings["eos_token"]) or "")
         return TokenizersVocabulary.clip(*files, ends, _by_name(_added(folder, settings))), settings
     raise TokenizerError(
-        f"{folder}: vocab.json and merges.txt are read for Qwen2Tokenizer and CLIPTokenizer, tokenizer_config.json "
-        f"names {kind}; save the tokenizer as a tokenizer.json"
+        f"{folder}: vocab.json and merges.txt need tokenizer_class Qwen2Tokenizer or CLIPTokenizer, "
+        f"tokenizer_config.json has {kind}; save the tokenizer as a tokenizer.json"
     )
 
 
 def _added(folder: epath.Path, settings: Config) -> list[tuple[int | None, AddedToken]]:
-    """Tokens beside the vocabulary file, with their ids where given: listed ones first, then special ones."""
+    """Tokens added to the vocabulary file, with their ids if given: listed ones first, then special ones."""
     entries: list[tuple[int | None, AddedToken]] = []
     special = [value for key, value in settings.items() if key.endswith("_token") and _name(value)]
     for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -215,7 +217,7 @@ def _added(folder: epath.Path, settings: Config) -> list[tuple[int | None, Added
 
 
 def _by_name(added: Iterable[tuple[int | None, AddedToken]]) -> dict[str, AddedToken]:
-    """By name, in their order; the first of a name wins."""
+    """By name, in order; the first of a name is used."""
     found: dict[str, AddedToken] = {}
     for _, token in added:
         found.setdefault(token.content, token)
@@ -230,7 +232,7 @@ def _token(value: Any, special: bool) -> AddedToken:
 
 
 def _name(value: Any) -> str | None:
-    """The text of a special token, which releases give as a string or with its flags."""
+    """The text of a special token, which releases store as a string or with its flags."""
     return value.get("content") if isinstance(value, Mapping) else value if isinstance(value, str) else None
 
 
@@ -239,5 +241,5 @@ def _names(settings: Config) -> dict[str, str]:
 
 
 def _json(path: epath.Path) -> Fields:
-    """The object of a file that may be missing."""
+    """The JSON object of a file; empty if it does not exist."""
     return read_json(path, TokenizerError) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Videos: which frames stand for one, and files to frames."""
+"""Videos: frame sampling and decoding."""
 
 import dataclasses
 import io
@@ -15,27 +15,27 @@ from vlm_jax.processors.image import CorruptImage
 
 @runtime_checkable
 class FrameSampler(Protocol):
-    """Which frames of a video are looked at; one class a way."""
+    """Selects frames of a video."""
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
-        """Numbers of the frames, in order; one may stand there several times.
+        """Indices of the frames, in order; frames may be repeated.
 
         Args:
           num_frames: of the video.
-          video_fps: frames a second that it has.
+          video_fps: its frames per second.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RateSampler:
-    """So many frames a second, evenly spaced from the first to the last: Qwen2-VL, Ovis 2.5.
+    """A number of frames per second, evenly spaced from the first to the last: Qwen2-VL, Ovis 2.5.
 
     Attributes:
-      fps: frames a second that are wanted.
-      min_frames: fewest, of a video that has as many.
-      max_frames: most.
-      multiple: their number is rounded down to a multiple of this.
+      fps: sampled frames per second.
+      min_frames: minimum, for a video with at least as many.
+      max_frames: maximum.
+      multiple: the number is rounded down to a multiple of this.
 
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; qwen-vl-utils, vision_process.py, smart_nframes.
     """
@@ -46,7 +46,7 @@ class RateSampler:
     multiple: int = 2
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
-        """Numbers of the frames; see `FrameSampler`."""
+        """Indices of the frames; see `FrameSampler`."""
         wanted = min(max(num_frames / video_fps * self.fps, self.min_frames), self.max_frames, num_frames)
         count = max(math.floor(wanted / self.multiple) * self.multiple, 1)
         return np.rint(np.linspace(0, num_frames - 1, count)).astype(int)
@@ -54,10 +54,10 @@ class RateSampler:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentSampler:
-    """The middle frame of every one of so many equal parts, whatever the video's length: InternVL.
+    """The middle frame of each of `num_segments` equal parts, for any length: InternVL.
 
     Attributes:
-      num_segments: parts; of a video of fewer frames some are looked at several times.
+      num_segments: number of parts; frames of a shorter video are repeated.
 
     Source: OpenGVLab's model cards of InternVL 2 and 2.5, get_index and load_video, without a `bound`.
     """
@@ -65,7 +65,7 @@ class SegmentSampler:
     num_segments: int = 32
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
-        """Numbers of the frames; see `FrameSampler`."""
+        """Indices of the frames; see `FrameSampler`."""
         del video_fps
         length = (num_frames - 1) / self.num_segments
         return (length / 2 + np.round(length * np.arange(self.num_segments))).astype(int)
@@ -78,22 +78,22 @@ def read_video(
     max_pixels: int = 100_000_000,
     name: str = "video",
 ) -> tuple[list[Image.Image], float]:
-    """Decodes a video file by PyAV, upright; frames that are not chosen are decoded and let go.
+    """Decodes a video file with PyAV, upright; frames that are not selected are decoded and discarded.
 
     Args:
       source: a path, local or `gs://`, or the file's bytes.
-      sampling: which frames.
-      max_pixels: of a frame; more are refused.
-      name: stands for the file in messages when `source` is bytes.
+      sampling: selects frames.
+      max_pixels: maximum pixels of a frame.
+      name: name of the file in errors when `source` is bytes.
 
     Returns:
-      The frames in RGB, and how many there are a second.
+      The frames in RGB, and their number per second.
 
     Raises:
       FileNotFoundError: there is no such file.
-      CorruptImage: it holds no video that can be decoded, or one of too large frames.
+      CorruptImage: it has no video that can be decoded, or the frames are too large.
     """
-    import av  # FFmpeg's libraries, which texts and pictures have no use for
+    import av  # FFmpeg's libraries, only needed for videos
 
     if not isinstance(source, bytes):
         name = os.fspath(source)
@@ -108,10 +108,10 @@ def read_video(
                     f"{name}: its frames have {stream.height}x{stream.width} pixels, more than max_pixels={max_pixels}"
                 )
             fps = float(stream.average_rate or stream.guessed_rate or 0)
-            # Headers may be silent or wrong about the number of frames; packets are counted without decoding.
+            # The number of frames in headers may be missing or wrong; packets are counted without decoding.
             total = sum(packet.size > 0 for packet in container.demux(stream))
             if not total or not fps:
-                raise CorruptImage(f"{name}: {total} frames at {fps} a second")
+                raise CorruptImage(f"{name}: {total} frames at {fps} frames per second")
             container.seek(0)
             chosen = sampling.chosen(total, fps)
             wanted, frames = set(chosen.tolist()), {}
@@ -124,21 +124,21 @@ def read_video(
         raise CorruptImage(f"{name}: {type(error).__name__}: {error}") from error
     if len(frames) < len(wanted):
         raise CorruptImage(
-            f"{name}: {len(frames)} of {len(wanted)} chosen frames could be decoded; the file is cut short"
+            f"{name}: {len(frames)} of {len(wanted)} chosen frames could be decoded; the file is truncated"
         )
     return [frames[number] for number in chosen.tolist()], len(chosen) / total * fps
 
 
 def _upright(picture: Image.Image, degrees: int) -> Image.Image:
-    """The picture turned counterclockwise, as a file's display matrix asks it to be shown."""
+    """The image rotated counterclockwise, according to a file's display matrix."""
     turn = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
     return picture if degrees % 360 not in turn else picture.transpose(turn[degrees % 360])
 
 
 def uniform_frames(count: int, wanted: int) -> list[int]:
-    """Which of `count` frames stand for a clip: the middles of `wanted` equal parts, in order.
+    """Indices of the middles of `wanted` equal parts of `count` frames, in order.
 
-    Fewer frames than are wanted are repeated.
+    With fewer frames than `wanted`, frames are repeated.
 
     Source: Wang et al. 2016 (TSN), section 3.1, at the middle of each segment as in testing.
     """

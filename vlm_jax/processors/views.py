@@ -1,4 +1,4 @@
-"""What an encoder is given of the pictures of a conversation, and the places that they take of a sequence."""
+"""Encoder inputs from the images of a conversation, and the layout of their visual tokens in a sequence."""
 
 import abc
 import dataclasses
@@ -14,21 +14,21 @@ from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.tiling import Size
 from vlm_jax.types import Grid, PackedPatches, TwoSizes
 
-# Of every place in order: row r of the picture's own visual tokens as r, the learned row k as -1 - k.
+# For every position in order: the image's visual token r as r, the learned row k as -1 - k.
 Layout = Int[np.ndarray, "_"]
 Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSizes
 
 
 class PictureMismatch(ValueError):
-    """Pictures that differ from what a conversation or its model expects; the message names both."""
+    """Images that do not match a conversation or its model; the message names both."""
 
 
 def check_list(given: object, what: str) -> None:
-    """Raises unless given a list; a bare picture, array or string would be iterated.
+    """Raises unless given a list; a bare image, array or string would be iterated.
 
     Args:
-      given: what a caller gave as pictures, or as videos.
-      what: its name in messages.
+      given: a caller's images or videos.
+      what: its name in errors.
 
     Raises:
       PictureMismatch: it is not a list.
@@ -37,22 +37,22 @@ def check_list(given: object, what: str) -> None:
         return
     shown = repr(given) if given is None or isinstance(given, str | os.PathLike) else f"one {type(given).__name__}"
     fix = (
-        "leave it out or give []" if given is None else f"write [{given!r}]" if isinstance(given, str) else "write […]"
+        "leave it out or pass []" if given is None else f"write [{given!r}]" if isinstance(given, str) else "write […]"
     )
     raise PictureMismatch(f"{what}: expected a list, got {shown}; {fix}")
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedImage:
-    """A picture, a video, or a part of either that stands in one place of the text.
+    """An image, a video, or a part of a video at one position of the text.
 
     Attributes:
       pixels: normalised tiles [tiles, height, width, channels], or patches [patches, values].
-      num_rows: rows of the visual table that they become.
-      layout: what fills its places.
-      grid: (frames, rows, columns) of the patches; None of tiles.
+      num_rows: number of rows of the visual table for them.
+      layout: its positions in the sequence.
+      grid: (frames, rows, columns) of the patches; None for tiles.
       positions: (time, row, column) of every token before a reducer, from 0, where text has positions of three axes.
-      low: the same tiles at a lower resolution, for an encoder that reads both.
+      low: the same tiles at a lower resolution, for an encoder that takes both.
     """
 
     pixels: Float[np.ndarray, "..."]
@@ -65,47 +65,47 @@ class PreparedImage:
 
 @runtime_checkable
 class Views(Protocol):
-    """How a system looks at the pictures of a conversation; one class for each way.
+    """Preprocessing of the images of a conversation.
 
-    Sizes are (height, width) in pixels. The *load* of a picture is what it takes of a row's images: tiles, or
-    places of packed patches; loads of one row add up.
+    Sizes are (height, width) in pixels. The *load* of an image is its number of tiles, or the sequence length of its
+    packed patches; loads of one row are added.
     """
 
     @property
     def channels(self) -> int:
-        """Channels of the pictures that it takes: 1 for mode L, 3 for RGB."""
+        """Channels of the input images: 1 for mode L, 3 for RGB."""
         ...
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """All pictures of a conversation."""
+        """Prepares all images of a conversation."""
         ...
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """The layouts of `images`, from sizes alone."""
+        """The layouts of `images`, from only the sizes."""
         ...
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
-        """The load of each picture of a conversation."""
+        """The load of each image of a conversation."""
         ...
 
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """A video, one entry for every place that it has in the text.
+        """A video, as one entry for each of its positions in the text.
 
         Args:
-          frames: as sampled.
-          fps: frames a second of them, None where it is unknown.
-          max_tokens: most places of the video, by fewer pixels or fewer frames; as the release has it when None.
+          frames: the sampled frames.
+          fps: their frames per second, None if unknown.
+          max_tokens: maximum visual tokens of the video, by fewer pixels or frames; the release's limit when None.
 
         Raises:
-          PictureMismatch: the system takes no videos.
-          InfeasibleBudget: the video takes more with the fewest.
+          PictureMismatch: the system does not support videos.
+          InfeasibleBudget: the video exceeds `max_tokens` even with the fewest.
         """
         ...
 
     def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
-        """The layouts of `video`, from the number and the size of its frames; raises as `video` does."""
+        """The layouts of `video`, from the number and the size of its frames; raises as `video`."""
         ...
 
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
@@ -113,18 +113,18 @@ class Views(Protocol):
         ...
 
     def within(self, max_tokens: int) -> "Views":
-        """The same with no more than `max_tokens` places for a picture, by fewer tiles or pixels.
+        """The same views with at most `max_tokens` visual tokens per image, by fewer tiles or pixels.
 
         Raises:
-          InfeasibleBudget: the smallest picture takes more; the message says how many.
+          InfeasibleBudget: the smallest image takes more; the message has the number.
         """
         ...
 
     def retokened(self, tokens: Grid | int) -> "Views":
-        """The same for an encoder and connector that give another number of tokens for a view.
+        """The same views for an encoder and connector with another number of tokens per view.
 
         Args:
-          tokens: rows and columns of a view's tokens, or, where they form no grid, their number; a layout of rows
+          tokens: rows and columns of a view's tokens, or, where they form no grid, their number; a layout with rows
             and columns is then replaced by one without.
         """
         ...
@@ -133,8 +133,8 @@ class Views(Protocol):
         """The images of a batch.
 
         Args:
-          rows: of every row of the batch, its pictures in order.
-          capacity: load that every row has room for; the largest of the rows when None.
+          rows: for every row of the batch, its images in order.
+          capacity: padded load of every row; the largest of the rows when None.
 
         Returns:
           None where the capacity is 0.
@@ -142,13 +142,13 @@ class Views(Protocol):
         ...
 
 
-def too_few(max_tokens: int, needed: int, what: str = "a picture") -> InfeasibleBudget:
-    """The error of a picture, or a video, that takes `needed` places at least."""
-    return InfeasibleBudget(f"{what} takes {needed} visual tokens at least, more than the {max_tokens} allowed")
+def too_few(max_tokens: int, needed: int, what: str = "an image") -> InfeasibleBudget:
+    """The error for an image, or a video, that takes at least `needed` visual tokens."""
+    return InfeasibleBudget(f"{what} takes at least {needed} visual tokens, more than the {max_tokens} allowed")
 
 
 class Tiles(abc.ABC):
-    """What views of tiles have in common: no videos, and batches that are filled up with blank tiles."""
+    """Base of views of tiles: without videos, and with batches padded with blank tiles."""
 
     @property
     @abc.abstractmethod
@@ -157,7 +157,7 @@ class Tiles(abc.ABC):
 
     @property
     def channels(self) -> int:
-        """As of `Views`."""
+        """As in `Views`."""
         return self.tile_shape[2]
 
     @property
@@ -168,17 +168,17 @@ class Tiles(abc.ABC):
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """Raises: no videos."""
+        """Raises `PictureMismatch`: videos are not supported."""
         del frames, fps, max_tokens
-        raise PictureMismatch("this system takes pictures and no videos; give single frames as images")
+        raise PictureMismatch("this system does not support videos; pass single frames as images")
 
     def video_layouts(self, num_frames: int, size: Size, max_tokens: int | None = None) -> list[Layout]:
-        """Raises: no videos."""
+        """Raises `PictureMismatch`: videos are not supported."""
         del num_frames, size, max_tokens
-        raise PictureMismatch("this system takes pictures and no videos; give single frames as images")
+        raise PictureMismatch("this system does not support videos; pass single frames as images")
 
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
-        """Raises: no videos."""
+        """Raises `PictureMismatch`: videos are not supported."""
         return len(self.video_layouts(num_frames, size, max_tokens))
 
     def join(
@@ -193,7 +193,7 @@ def joined_tiles(
     tile_shape: tuple[int, int, int],
     capacity: int | None,
 ) -> Float[np.ndarray, "B I height width channels"] | None:
-    """Tiles of every row, one after another, and blank ones up to the capacity, or the most of any row."""
+    """Tiles of every row, one after another, and blank ones up to the capacity, or the maximum of the rows."""
     if capacity is None:
         capacity = max(sum(map(len, parts)) for parts in rows)
     if not capacity:
@@ -210,36 +210,36 @@ class NoViews(Tiles):
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:
-        """Of nothing."""
+        """(0, 0, 0)."""
         return 0, 0, 3
 
     @property
     def tile_tokens(self) -> int:
-        """None."""
+        """0."""
         return 0
 
     def images(self, pictures: Sequence[Image.Image]) -> list[PreparedImage]:
-        """Raises for any picture."""
+        """Raises `PictureMismatch` for any image."""
         if pictures:
-            raise PictureMismatch(f"this model reads text alone, and {len(pictures)} pictures are given")
+            raise PictureMismatch(f"this model takes only text, got {len(pictures)} images")
         return []
 
     def within(self, max_tokens: int) -> "NoViews":
-        """Itself."""
+        """These views."""
         del max_tokens
         return self
 
     def retokened(self, tokens: Grid | int) -> "NoViews":
-        """Itself."""
+        """These views."""
         del tokens
         return self
 
     def layouts(self, sizes: Sequence[Size]) -> list[Layout]:
-        """Raises for any picture."""
+        """Raises `PictureMismatch` for any image."""
         if sizes:
-            raise PictureMismatch(f"this model reads text alone, and sizes of {len(sizes)} pictures are given")
+            raise PictureMismatch(f"this model takes only text, got sizes of {len(sizes)} images")
         return []
 
     def loads(self, sizes: Sequence[Size]) -> list[int]:
-        """Raises for any picture."""
+        """Raises `PictureMismatch` for any image."""
         return [0 for _ in self.layouts(sizes)]

@@ -1,4 +1,4 @@
-"""The vocabularies that releases ship: a `tokenizer.json`, a SentencePiece model, Qwen's tiktoken ranks."""
+"""Vocabularies of releases: a `tokenizer.json`, a SentencePiece model, Qwen's tiktoken ranks."""
 
 import base64
 import codecs
@@ -13,11 +13,11 @@ import tiktoken
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-SPACE = "▁"  # what SentencePiece writes for a space
-# normalizer_spec.add_dummy_prefix = false, as a message of its own: a later field wins where messages are joined.
+SPACE = "▁"  # SentencePiece's character for a space
+# normalizer_spec.add_dummy_prefix = false, as a message to append: a later field overrides earlier ones.
 NO_PREFIX = b"\x1a\x02\x18\x00"
 
-# How the tokenizers of Qwen and Qwen2 cut a text before they merge bytes.
+# How the tokenizers of Qwen and Qwen2 split a text before they merge bytes.
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -28,7 +28,7 @@ EVERY_BYTE = "vlm_jax.every_byte"
 
 
 def _every_byte(error: UnicodeError) -> tuple[str, int]:
-    """A replacement character for every byte that is part of none, as SentencePiece has it; Python has one for all."""
+    """One replacement character per invalid byte, as in SentencePiece; Python has one per sequence."""
     assert isinstance(error, UnicodeDecodeError)
     return "\N{REPLACEMENT CHARACTER}" * (error.end - error.start), error.end
 
@@ -38,10 +38,10 @@ codecs.register_error(EVERY_BYTE, _every_byte)
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """Text to ids and back, as one tokenizer file has it.
+    """The vocabulary of one tokenizer file.
 
     Attributes:
-      size: the largest id + 1, added tokens among them.
+      size: the largest id + 1, including added tokens.
       special: texts of the special tokens, by id.
     """
 
@@ -49,27 +49,27 @@ class Vocabulary(Protocol):
     special: dict[int, str]
 
     def encode(self, text: str, add_special: bool) -> list[int]:
-        """Ids of a text, in which the names of added tokens are these; with its own BOS and EOS if `add_special`."""
+        """Ids of a text; names of added tokens are encoded as these; with BOS and EOS if `add_special`."""
         ...
 
     def offsets(self, text: str, add_special: bool) -> list[tuple[int, int]] | None:
-        """Of every id of `encode` its first character of the text and the one behind its last; None if unknown."""
+        """Character span [start, end) of every id of `encode`; None if unknown."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens by their names; ids that are no token are left out."""
+        """The text of ids, special tokens by their names; ids without a token are omitted."""
         ...
 
     def id_of(self, token: str) -> int | None:
-        """The id of one token; None where there is none of that name."""
+        """The id of one token; None if it does not exist."""
         ...
 
 
 class TokenizersVocabulary:
-    """A `tokenizers.Tokenizer`, with more tokens added where the release names them beside it."""
+    """A `tokenizers.Tokenizer`, with the tokens that the release adds."""
 
     def __init__(self, backend: tokenizers.Tokenizer, added: Mapping[str, AddedToken] | None = None):
-        """Wraps `backend`; `added` tokens that it has not yet get the next ids, in their order."""
+        """Wraps `backend`; `added` tokens that it lacks get the next ids, in order."""
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         for name, token in (added or {}).items():
             if name not in known:
@@ -99,10 +99,10 @@ class TokenizersVocabulary:
         Args:
           vocabulary: ids by name.
           merges: lines of two names.
-          ends: the tokens before and after a text.
-          added: tokens beside the vocabulary.
+          ends: the start and end tokens.
+          added: tokens added to the vocabulary.
 
-        Source: openai/CLIP, clip/simple_tokenizer.py, but for ftfy's repair of broken encodings; transformers,
+        Source: openai/CLIP, clip/simple_tokenizer.py, without ftfy's repair of broken encodings; transformers,
         models/clip/tokenization_clip.py.
         """
         pairs = [(left, right) for left, right in (line.split() for line in merges if line and line[:2] != "#v")]
@@ -132,13 +132,13 @@ class TokenizersVocabulary:
 
 
 class SentencePieceVocabulary:
-    """A SentencePiece model, as the slow tokenizers of Llama, LLaVA and InternLM2 use it.
+    """A SentencePiece model, used as in the slow tokenizers of Llama, LLaVA and InternLM2.
 
-    Added tokens cut a text into stretches, and the model spells each. Its dummy prefix, the space that a
-    text is taken to begin with, stands before every stretch (`legacy`), or before a text alone.
+    Added tokens split a text, and the model encodes the parts between them. Its dummy prefix, an initial
+    space, is added to every part (`legacy`), or only to the whole text.
 
     Attributes:
-      edge_names: what the model itself calls the start and the end of a text; None where it has none.
+      edge_names: the model's names of the start and end tokens; None where it has none.
     """
 
     def __init__(
@@ -154,8 +154,8 @@ class SentencePieceVocabulary:
 
         Args:
           model: content of a `tokenizer.model`.
-          added: tokens that are cut out of a text first, by id; those of the model itself among them.
-          bos, eos: ids that `add_special` puts before and after a text; None for none.
+          added: tokens that split a text first, by id; including those of the model.
+          bos, eos: ids that `add_special` adds before and after a text; None for none.
           legacy: see above.
         """
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)  # type: ignore[call-arg]
@@ -167,7 +167,7 @@ class SentencePieceVocabulary:
         self.special = {index: token.content for index, token in added.items() if token.special}
         self.size = max(self._model.get_piece_size(), *(index + 1 for index in added), 0)
         self.edge_names = (self._piece(self._model.bos_id()), self._piece(self._model.eos_id()))
-        # The longest of those that begin at a place wins.
+        # The longest token that starts at a character is used.
         tokens = sorted(added.values(), key=lambda token: -len(token.content))
         patterns = [r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens]
         self._cut = re.compile(f"({'|'.join(patterns)})") if patterns else None
@@ -214,7 +214,7 @@ class SentencePieceVocabulary:
 class TiktokenVocabulary:
     """Qwen v1's byte pairs and its special tokens, which follow the ranks.
 
-    Source: QwenLM/Qwen-VL, tokenization_qwen.py, but for the bytes of image paths.
+    Source: QwenLM/Qwen-VL, tokenization_qwen.py, without the bytes of image paths.
     """
 
     def __init__(self, ranks: bytes, *, visual: bool):
@@ -228,7 +228,7 @@ class TiktokenVocabulary:
         self.size = self._encoding.n_vocab
 
     def encode(self, text: str, add_special: bool) -> list[int]:
-        del add_special  # it has neither a BOS nor an EOS
+        del add_special  # it has no BOS and no EOS
         return self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
 
     def offsets(self, text: str, add_special: bool) -> list[tuple[int, int]] | None:

@@ -1,4 +1,4 @@
-"""The third baseline: downscale the image."""
+"""The third control: downscale the image."""
 
 from typing import ClassVar
 
@@ -9,6 +9,9 @@ from vlm_jax.types import Fields, Grid
 
 class DownsampleImage(PassesFeatures):
     """Resizes the image, on the host, to as many patches as the budget.
+
+    On a release it is each tile that is resized, until the connector's tokens are as many (`pretrained.smaller_tile`,
+    `processors.downsampled`); a picture of native resolution, until its tokens are no more.
 
     Attributes:
       output_grid: rows and columns of patches of the smaller image, solved from the budget.

@@ -1,4 +1,4 @@
-"""The first baseline: keep a random subset of the features."""
+"""The first control: keep a random subset of the features."""
 
 from typing import ClassVar
 

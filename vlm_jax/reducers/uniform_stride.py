@@ -1,4 +1,4 @@
-"""The second baseline: keep features at even steps."""
+"""The second control: keep features at even steps."""
 
 from typing import ClassVar
 

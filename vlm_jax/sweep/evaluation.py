@@ -24,7 +24,7 @@ from vlm_jax.evals.vqa import SCORERS, exact, share
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.boxes import format_box
-from vlm_jax.processors.image import open_image
+from vlm_jax.processors.image import image_size, open_image
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sweep.frontier import draw_frontier
@@ -58,19 +58,19 @@ Line = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseEvaluation:
-    """What is evaluated; the flags of `cli.evaluate`.
+    """Settings of an evaluation; the flags of `cli.evaluate`.
 
     Attributes:
       release: a released folder, or `organisation/name` on the Hugging Face hub.
-      data: a file of questions, as of `data.vqa_records`.
-      reducers: names of `REDUCERS`; `none` is the release as it is, and bounded by each budget where it can be.
-      budgets: visual tokens of a picture.
-      batch_size: prompts that are answered together.
-      max_new_tokens: the most tokens of an answer, its end token among them.
-      dtype: what parameters are stored and computed in.
-      num_samples: records that are evaluated, drawn by the seed; None for all.
-      seed: of that draw.
-      tasks: names that a record's `task` may have; the first is the default.
+      data: a file of questions, see `data.vqa_records`.
+      reducers: names of `REDUCERS`; `none` is the release unchanged, and bounded by each budget if possible.
+      budgets: visual tokens of an image.
+      batch_size: prompts per batch.
+      max_new_tokens: maximum tokens of an answer, including its end token.
+      dtype: dtype of parameters and computation.
+      num_samples: number of records to evaluate, sampled by the seed; None for all.
+      seed: seed for sampling records.
+      tasks: allowed values of a record's `task`; the first is the default.
     """
 
     release: str
@@ -88,12 +88,12 @@ class ReleaseEvaluation:
         for name in ("batch_size", "max_new_tokens", "num_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"--{name}: at least 1 expected, got {value}")
+                raise ConfigError(f"--{name}: expected at least 1, got {value}")
         if not self.reducers or not self.tasks:
-            raise ConfigError("--reducers, --tasks: at least one name expected")
+            raise ConfigError("--reducers, --tasks: expected at least one name each")
 
     def command(self, workdir: str, point: ReleasePoint) -> str:
-        """The command that evaluates one point alone."""
+        """The command that evaluates only one point."""
         given = dataclasses.asdict(self) | {
             "reducers": (point.reducer,),
             "budgets": () if point.token_budget is None else (point.token_budget,),
@@ -108,14 +108,14 @@ class ReleaseEvaluation:
 
 
 class Questions:
-    """The questions of a file, checked when made; pictures are read as samples are iterated.
+    """The questions of a file, checked at creation; images are read as samples are iterated.
 
     Args:
-      settings: which file, tasks and draw.
-      channels: of the model's pictures, 1 or 3.
+      settings: provides file, tasks and sampling of records.
+      channels: channels of the model's images, 1 or 3.
 
     Raises:
-      ConfigError, MalformedRecords: as of `read_records`.
+      ConfigError, MalformedRecords: as `read_records`.
     """
 
     def __init__(self, settings: ReleaseEvaluation, channels: int):
@@ -123,7 +123,9 @@ class Questions:
         if not epath.Path(path).exists():
             raise ConfigError(f"--data: there is no file '{path}'")
         files = VqaFiles("", path, channels=channels, num_images=None, tasks=tasks)
-        self._records = Records(path, files, "evaluation_path", Tools(format_box, open_image, lambda image: image))
+        self._records = Records(
+            path, files, "evaluation_path", Tools(format_box, open_image, image_size, lambda image: image)
+        )
         count, size = len(self._records), settings.num_samples
         chosen = np.arange(count)
         if size is not None and size < count:
@@ -133,17 +135,17 @@ class Questions:
         self._ends = list(itertools.accumulate(map(_num_questions, self._chosen)))
 
     def __len__(self) -> int:
-        """Questions, of which a record may have several."""
+        """Number of questions; a record may have several."""
         return self._ends[-1]
 
     def start_at(self, start: int) -> Iterator[Sample]:
-        """Samples from number `start` on, in the order of the file; no picture of an earlier record is read."""
+        """Samples from index `start` on, in the order of the file, without reading images of earlier records."""
         first = int(np.searchsorted(self._ends, start, side="right"))
         before = self._ends[first - 1] if first else 0
         return itertools.islice(iter(EvaluationSamples(self._records, self._indices[first:])), start - before, None)
 
     def check_references(self, tokenizer: Tokenizer, max_new_tokens: int) -> None:
-        """Raises a SequenceTooLong for a reference answer that no generated answer could equal."""
+        """Raises a SequenceTooLong for a reference answer longer than `max_new_tokens`."""
         for record in self._chosen:
             for text in (parts[0] for role, parts in record.contents if role == "assistant"):
                 length = len(tokenizer.encode(str(text))) + 1
@@ -163,11 +165,11 @@ class Tally:
     """Sums over the lines of a point's answers.
 
     Attributes:
-      right, asked: by task.
-      num_images: of all samples.
+      right, asked: numbers of correct answers and of questions, by task.
+      num_images: images of all samples.
       entering: visual tokens of these that enter the decoder.
-      left: those of them in its last layer.
-      most: the most that enter of one picture.
+      left: visual tokens in its last layer.
+      most: maximum of the entering tokens of one image.
     """
 
     right: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -187,7 +189,7 @@ class Tally:
         self.most = max([self.most, *line["visual_tokens"]])
 
     def result(self) -> dict[str, Any]:
-        """Accuracy by task, and visual tokens of a picture."""
+        """Accuracy by task, and visual tokens per image."""
         images = max(self.num_images, 1)
         return {
             "num_visual_tokens": _short(self.left / images),
@@ -204,7 +206,7 @@ class Evaluation:
     """One workdir's evaluation of a release.
 
     Args:
-      settings: what is evaluated; another workdir is needed for other settings.
+      settings: settings of the evaluation; other settings need another workdir.
       workdir: folder of the results, local or `gs://`.
 
     Raises:
@@ -219,7 +221,7 @@ class Evaluation:
         self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
         self.points, self.refused = list_release_points(self._system, settings.reducers, settings.budgets)
         for refused in self.refused:
-            self._console.print(f"{refused.label}: left out: {refused.reason}", markup=False, soft_wrap=True)
+            self._console.print(f"{refused.label}: skipped: {refused.reason}", markup=False, soft_wrap=True)
         if not self.points:
             raise ConfigError(f"no point can be evaluated:\n{_listed(self.refused)}")
         self._shapes = nn.meta.unbox(self._system.boxed_shapes())
@@ -229,10 +231,10 @@ class Evaluation:
         claim(self.workdir, dataclasses.asdict(settings))
 
     def run(self) -> dict[str, str]:
-        """Evaluates what is not finished, then draws the frontier and writes the report.
+        """Evaluates unfinished points, then draws the frontier and writes the report.
 
         Returns:
-          {label: error} of points that failed, as in `failed.jsonl`; empty when all are finished.
+          {label: error} of failed points, as in `failed.jsonl`; empty when all are finished.
         """
         results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
         todo, failed = [point for point in self.points if point.label not in results], {}
@@ -244,7 +246,7 @@ class Evaluation:
                 for point in todo:
                     try:
                         results[point.label] = self._run_point(point, params, progress)
-                    except Exception as error:  # of whatever kind: the other points are still worth having
+                    except Exception as error:  # any error: continue with the other points
                         failed[point.label] = f"{type(error).__name__}: {error}"
                         self._console.print(f"{point.label}: failed: {failed[point.label]}", markup=False)
                         self._write_failed(failed)
@@ -262,7 +264,7 @@ class Evaluation:
             raise ValueError(f"{path} has {start} answers to {len(self._questions)} questions; use another workdir")
         size, seconds = self._settings.batch_size, []
         task = progress.add_task(point.label, total=len(self._questions), completed=start)
-        # A batch that was written in part is answered again as a whole, so that its answers stay the same.
+        # A partially written batch is answered again as a whole, so that its answers are the same.
         samples, skipped = self._questions.start_at(start - start % size), start % size
         while start < len(self._questions):
             begun = time.perf_counter()
@@ -277,7 +279,7 @@ class Evaluation:
         return self._result(point, tally, seconds)
 
     def _answer(self, system: System, params: Any, samples: list[Sample]) -> list[Line]:
-        """Answers of a batch, which repeats of its last sample fill up."""
+        """Answers of a batch, padded by repeating its last sample."""
         processor, size = system.processor, self._settings.batch_size
         filled = samples + [samples[-1]] * (size - len(samples))
         answers = system.answer(
@@ -305,7 +307,7 @@ class Evaluation:
         return lines
 
     def _result(self, point: ReleasePoint, tally: Tally, seconds: Sequence[float]) -> Line:
-        """One line of `results.jsonl`; FLOPs are those of the first sample, times leave out the batch that compiles."""
+        """One line of `results.jsonl`; FLOPs are of the first sample, times exclude the batch that compiles."""
         sample = next(self._questions.start_at(0))
         batch = point.system.processor.batch([sample.messages[:-1]], [sample.images])
         timed = seconds[1:]
@@ -343,7 +345,7 @@ class Evaluation:
             self._console.print(f"{self.workdir / name}", soft_wrap=True)
 
     def _examples(self, labels: Sequence[str]) -> list[Example]:
-        """The first samples with a picture of every task, with what each point answered."""
+        """The first samples with an image of every task, with each point's answer."""
         files = {label: (self.workdir / "points" / label / ANSWERS_FILE).open() for label in labels}
         examples, taken = [], Counter()
         try:
@@ -362,7 +364,7 @@ class Evaluation:
 
 
 def resume(path: epath.Path) -> tuple[Tally, int]:
-    """The tally of a file's whole lines, and their number; a last line that was cut off is taken out of the file."""
+    """The tally of a file's complete lines, and their number; removes a truncated last line from the file."""
     tally, count, size, whole = Tally(), 0, 0, 0
     if not path.exists():
         return tally, 0
@@ -378,7 +380,7 @@ def resume(path: epath.Path) -> tuple[Tally, int]:
 
 
 def drawable(result: Line) -> Line:
-    """A line of `results.jsonl` as the frontier and the report take it: a reducer in a connector's place."""
+    """A line of `results.jsonl` in the format of the frontier and the report, with the reducer as connector."""
     budget = AS_RELEASED if result["token_budget"] is None else result["token_budget"]
     return {**result, "connector": result["reducer"], "token_budget": budget, "step_seconds": None, "peak_bytes": None}
 

@@ -1,4 +1,4 @@
-"""Accuracy against cost: which points are worth their cost, and the figure that shows it."""
+"""The Pareto front of accuracy against cost, and its figure."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ Number = float | int
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CONTROL_COLORS = ("#6E6E6E", "#9A9A9A")
 FRONT_COLOR = "#FFDF80"  # a pale band behind the points
-# A shape for matplotlib and its name in plotly. Seven, so that shape and colour do not repeat together.
+# A marker of matplotlib and its name in plotly. Seven, so that marker and colour do not repeat together.
 MARKERS = (
     ("o", "circle"),
     ("s", "square"),
@@ -29,9 +29,9 @@ MARKERS = (
     ("P", "cross"),
     ("X", "x"),
 )
-# On the token axis, connectors that meet the same budget are set side by side: octaves apart, and from first to last.
+# On the token axis, connectors with the same budget are drawn next to each other: spacing in octaves, and total.
 DODGE_OCTAVES, WIDEST_DODGE = 0.08, 0.4
-LOG_FROM_RATIO = 8.0  # costs that span less than this factor are drawn on a linear axis
+LOG_FROM_RATIO = 8.0  # costs with a smaller ratio are drawn on a linear axis
 REQUIRED = frozenset(
     {"connector", "token_budget", "num_visual_tokens", "realised_visual_tokens", "accuracy", "num_params", "flops"}
     | {"step_seconds", "peak_bytes", "seed", "command"}
@@ -58,7 +58,7 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers in [0, 1], its 95% interval, and the questions behind each run's share."""
+    """A share of correct answers in [0, 1], its 95% interval, and the number of questions of each run."""
 
     mean: Number
     low: Number
@@ -68,15 +68,15 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class FrontierPoint:
-    """One connector at one budget, its seeds taken together.
+    """One connector at one budget, averaged over its seeds.
 
     Attributes:
       label: `connector@budget`.
       costs: by key of AXES, in base units; the mean over seeds. A time that no seed measured is
-        left out.
+        omitted.
       accuracy: by task. The mean over seeds; the interval reaches from the lowest low to the highest
         high of the seeds, which is the run's own interval where there is one seed.
-      runs: the results that the point is made of.
+      runs: the results of the point.
     """
 
     label: str
@@ -88,7 +88,7 @@ class FrontierPoint:
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How a connector is drawn, in matplotlib's and in plotly's words."""
+    """The style of a connector in matplotlib and in plotly."""
 
     color: str
     marker: str
@@ -97,22 +97,22 @@ class Style:
 
 
 def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:
-    """The points that no other point beats, by cost.
+    """The points that are not dominated, by cost.
 
     Args:
-      points: (cost, value); a low cost and a high value are wanted.
+      points: (cost, value); lower costs and higher values are better.
 
     Returns:
-      Indices, by rising cost. A point is left out when another costs no more and is worth no less,
-      and is better in one of the two. So of equal costs only the highest value stays, of equal values
-      only the lowest cost, and points that are equal in both stay together, in the order given.
+      Indices, by ascending cost. A point is dominated when another has no higher cost and no lower value,
+      and is better in one of the two. So of equal costs only the highest value is kept, of equal values
+      only the lowest cost, and points that are equal in both are all kept, in the order given.
 
     Raises:
       ValueError: a cost or value that is not finite.
     """
     for index, point in enumerate(points):
         if not all(map(math.isfinite, point)):
-            raise ValueError(f"a Pareto front needs finite costs and values, point {index} is {point}")
+            raise ValueError(f"expected finite costs and values, point {index} is {point}")
     front: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
         if not front or points[index][1] > points[front[-1]][1] or points[index] == points[front[-1]]:
@@ -133,11 +133,11 @@ def total_costs(result: dict[str, Any]) -> dict[str, Number]:
 
 
 def combine_seeds(results: Sequence[dict[str, Any]]) -> list[FrontierPoint]:
-    """Turns results into points, in order of first appearance.
+    """Combines results to points, in order of first appearance.
 
     Raises:
       ValueError: no results, one without a required key, none with an accuracy, or seeds of one
-        connector and budget that realised different numbers of tokens.
+        connector and budget with different numbers of tokens.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for index, result in enumerate(results):
@@ -152,7 +152,7 @@ def combine_seeds(results: Sequence[dict[str, Any]]) -> list[FrontierPoint]:
 def _combine(label: str, runs: list[dict[str, Any]]) -> FrontierPoint:
     counts = sorted({run["num_visual_tokens"] for run in runs})
     if len(counts) > 1:
-        raise ValueError(f"seeds of {label} realised different numbers of tokens: {counts}; report one sweep")
+        raise ValueError(f"seeds of {label} have different numbers of tokens: {counts}; report one sweep")
     costs: dict[str, Number] = {}
     for key in AXES:
         known = [cost[key] for cost in map(total_costs, runs) if key in cost]
@@ -171,7 +171,7 @@ def _combine(label: str, runs: list[dict[str, Any]]) -> FrontierPoint:
 
 
 def measured_axes(points: Sequence[FrontierPoint]) -> dict[str, Axis]:
-    """The entries of AXES that a point has a cost for."""
+    """The entries of AXES for which a point has a cost."""
     return {key: axis for key, axis in AXES.items() if any(key in point.costs for point in points)}
 
 
@@ -181,26 +181,26 @@ def tasks_of(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def front_of(points: Sequence[FrontierPoint], task: str, axis: str) -> list[int]:
-    """Indices of the points on the Pareto front of a task's accuracy against a cost; controls count."""
+    """Indices of the points on the Pareto front of a task's accuracy against a cost, including controls."""
     having = [i for i, point in enumerate(points) if task in point.accuracy and axis in point.costs]
     front = pareto_front([(points[index].costs[axis], points[index].accuracy[task].mean) for index in having])
     return [having[position] for position in front]
 
 
 def styles(connectors: Sequence[str], controls: frozenset[str]) -> dict[str, Style]:
-    """A colour and a shape for every connector: bright for candidates, grey and dashed for controls."""
+    """A colour and a marker for every connector: bright for candidates, grey and dashed for controls."""
     made = {}
     for is_control, palette in ((False, COLORS), (True, CONTROL_COLORS)):
         members = [name for name in dict.fromkeys(connectors) if (name in controls) == is_control]
         for index, name in enumerate(members):
-            # Controls take shapes from the end of the list, so that they seldom share a candidate's.
+            # Controls take markers from the end of the list, so that they rarely share a candidate's.
             marker, symbol = MARKERS[(-1 - index if is_control else index) % len(MARKERS)]
             made[name] = Style(palette[index % len(palette)], marker, symbol, is_control)
     return {name: made[name] for name in dict.fromkeys(connectors)}
 
 
 def axis_scale(points: Sequence[FrontierPoint], axis: str) -> str:
-    """`log` for tokens and for costs that span a wide range, `linear` for the rest."""
+    """`log` for tokens and for costs with a wide range, `linear` for others."""
     costs = [point.costs[axis] for point in points if axis in point.costs]
     if not costs or min(costs) <= 0:
         return "linear"
@@ -208,7 +208,7 @@ def axis_scale(points: Sequence[FrontierPoint], axis: str) -> str:
 
 
 def log_ticks(points: Sequence[FrontierPoint], axis: str) -> list[float]:
-    """Marks of a logarithmic axis, in displayed units: token counts that have room, or round numbers."""
+    """Ticks of a logarithmic axis, in displayed units: token counts that do not overlap, or round numbers."""
     counts = sorted({point.costs[axis] / AXES[axis].divisor for point in points if axis in point.costs})
     low, high = counts[0], counts[-1]
     if axis == "tokens":
@@ -222,7 +222,7 @@ def log_ticks(points: Sequence[FrontierPoint], axis: str) -> list[float]:
 
 
 def dodge(points: Sequence[FrontierPoint]) -> list[float]:
-    """What a point's token count is multiplied by when drawn: equal counts are set side by side."""
+    """Factor of each point's token count when drawn, so that equal counts do not overlap."""
     names = list(dict.fromkeys(point.connector for point in points))
     factors = []
     for point in points:
@@ -235,7 +235,7 @@ def dodge(points: Sequence[FrontierPoint]) -> list[float]:
 
 
 def drawn_costs(points: Sequence[FrontierPoint], axis: str) -> dict[int, float]:
-    """Where points stand on a horizontal axis, in displayed units, by index of those with that cost."""
+    """Coordinates of points on a horizontal axis, in displayed units, by index of the points with that cost."""
     side_by_side = (axis, axis_scale(points, axis)) == ("tokens", "log")
     factors = dodge(points) if side_by_side else [1.0] * len(points)
     return {
@@ -249,11 +249,11 @@ def frontier_figure(results: Sequence[dict[str, Any]], *, controls: frozenset[st
     """Draws accuracy per task (rows) against visual tokens and against FLOPs (columns).
 
     Args:
-      results: one dict a point and seed, as the sweep writes them.
+      results: one dict per point and seed, as written by the sweep.
       controls: connectors that are drawn grey and dashed.
 
     Returns:
-      A figure 1600 pixels wide. Error bars are the 95% intervals, rings and the staircase are the
+      A figure 1600 pixels wide. Error bars are 95% intervals, rings and the step line are the
       Pareto front.
 
     Raises:
@@ -301,7 +301,7 @@ def _draw_panel(panel: Axes, points: Sequence[FrontierPoint], task: str, axis: s
         panel.errorbar(
             [at[i] for i in drawn],
             [share.mean for share in shares],
-            # Rounding may put a mean of 1 a hair over its interval.
+            # Rounding may put a mean of 1 slightly above its interval.
             yerr=[
                 [max(0.0, share.mean - share.low) for share in shares],
                 [max(0.0, share.high - share.mean) for share in shares],
@@ -321,7 +321,7 @@ def _draw_panel(panel: Axes, points: Sequence[FrontierPoint], task: str, axis: s
     panel.plot(across, up, "o", markerfacecolor="none", markeredgecolor="black", markersize=11, gid="rings")
     counts = sorted({point.accuracy[task].n for point in points if task in point.accuracy})
     asked = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    panel.set_title(f"{task}  ({asked} questions a run)", loc="left", fontsize=10, parse_math=False)
+    panel.set_title(f"{task}  ({asked} questions per run)", loc="left", fontsize=10, parse_math=False)
     panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     panel.grid(color="0.9", linewidth=0.7)
     panel.set_axisbelow(True)
@@ -345,7 +345,7 @@ def draw_frontier(results: Sequence[dict[str, Any]], path: epath.Path, *, contro
 
 
 def replace_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file under another name and puts it in the place of the old one: never seen half written."""
+    """Writes a file under a temporary name and renames it, so that it is always complete."""
     draft = path.with_name(path.name + ".partial")
     draft.write_bytes(content)
     draft.replace(path)

@@ -1,4 +1,4 @@
-"""The points of a sweep: one config each, built by shape and costed before anything trains."""
+"""The points of a sweep: one config each, with costs computed by shape before training."""
 
 import copy
 import dataclasses
@@ -22,10 +22,10 @@ class SweepSettings:
     """`config.sweep`.
 
     Attributes:
-      shared: stages that every point starts from; they are run once. They train the encoder and
+      shared: initial stages of every point, which are run once. They train the encoder and
         the decoder, never the connector.
-      seeds: every point is run once for each.
-      controls: labels of candidates that are there to be compared with.
+      seeds: every point is run once per seed.
+      controls: labels of candidates that only serve as comparison.
     """
 
     shared: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class SweepSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a point costs, known by shape alone.
+    """Costs of a point, computed from shapes only.
 
     Attributes:
       num_visual_tokens: tokens of one image that reach the decoder's last layers.
@@ -56,13 +56,13 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-      label: `connector@budget`, and `#seed` for a seed beyond the first.
+      label: `connector@budget`, and `#seed` for seeds after the first.
       connector: the candidate's label.
-      config: the whole config of the run.
-      experiment: what it builds.
-      costs: what it costs.
-      trained_as: label of the run that its parameters are from: its own, or that of the candidate at the
-        budget that all its points share.
+      config: the full config of the run.
+      experiment: built from the config.
+      costs: its costs.
+      trained_as: label of the run of its parameters: its own, or that of the candidate at the
+        budget shared by all its points.
       training: the config and the experiment of that run.
     """
 
@@ -76,7 +76,7 @@ class Point:
 
 
 def sweep_settings(config: Any) -> SweepSettings:
-    """Parses `config.sweep`, and checks what it names against the rest."""
+    """Parses `config.sweep`, and checks its labels against the rest of the config."""
     settings = parse(SweepSettings, config.sweep, "config.sweep")
     check_keys(config, ("base", "candidates", "sweep"), "config")
     for label in settings.controls:
@@ -91,8 +91,8 @@ def sweep_settings(config: Any) -> SweepSettings:
     for label in settings.shared:
         if "connector" in config.base.stages[label].learning_rates:
             raise ConfigError(
-                f"config.base.stages.{label}.learning_rates.connector: a shared stage trains no connector, since "
-                "every point has its own"
+                f"config.base.stages.{label}.learning_rates.connector: a shared stage must not train the connector, "
+                "since every point has its own"
             )
     return settings
 
@@ -101,16 +101,16 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     """Every candidate at every one of its budgets and every seed, cheapest budgets first.
 
     A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and
-    decoder, each of which replaces the base's. With `trained_at` it is trained once, at that budget, and
-    its parameters are evaluated at all of `budgets`.
+    decoder, which replace the base's. With `trained_at` it is trained once, at that budget, and
+    evaluated at all of `budgets`.
 
     Args:
       config: a sweep's config: `base`, `candidates`, `sweep`.
       only: labels to keep; all when empty.
 
     Raises:
-      ConfigError: a key that nothing reads, or a label of `only` that there is not.
-      InfeasibleBudget: a candidate cannot meet one of its budgets; nearest ones are named.
+      ConfigError: an unused key, or an unknown label in `only`.
+      InfeasibleBudget: a candidate cannot meet one of its budgets; the message has the nearest ones.
     """
     settings = sweep_settings(config)
     points: dict[str, Point] = {}
@@ -141,7 +141,7 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
 def _made(
     base: Any, name: str, candidate: Any, seed: int, shared: tuple[str, ...], budget: int
 ) -> tuple[Any, Experiment]:
-    """Config and experiment of a candidate at a budget; a refusal names the two."""
+    """Config and experiment of a candidate at a budget; errors name both."""
     run = point_config(base, candidate, budget, seed, shared)
     try:
         return run, build(run)
@@ -166,7 +166,7 @@ def point_config(base: Any, candidate: Any, budget: int, seed: int, shared: tupl
 
 
 def shared_config(base: Any, seed: int, shared: tuple[str, ...]) -> Any:
-    """The base with the shared stages alone."""
+    """The base with only the shared stages."""
     run = ConfigDict(copy.deepcopy(base.to_dict()))
     run.seed, run.schedule = seed, shared
     run.stages = ConfigDict({label: base.stages[label].to_dict() for label in shared})
@@ -174,7 +174,7 @@ def shared_config(base: Any, seed: int, shared: tuple[str, ...]) -> Any:
 
 
 def costs(experiment: Experiment) -> Costs:
-    """Counts by shape; nothing is allocated."""
+    """Computes costs from shapes; nothing is allocated."""
     system, shape = experiment.system, experiment.prompt or experiment.row
     length = shape.length
     model, num_params = system.model, experiment.num_params()

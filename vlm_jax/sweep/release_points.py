@@ -1,4 +1,4 @@
-"""The points of a release's evaluation: training-free candidates at token budgets, and what each costs."""
+"""The points of a release's evaluation: training-free candidates at token budgets, with their costs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class ReleasePoint:
 
     Attributes:
       reducer: an entry of `REDUCERS`; `none` for the release's own tokens.
-      token_budget: visual tokens of a picture; None as released.
+      token_budget: visual tokens of an image; None as released.
       system: the release with both; it has the release's parameters.
     """
 
@@ -36,7 +36,7 @@ class ReleasePoint:
 
     @property
     def label(self) -> str:
-        """`reducer@budget`, a folder's name."""
+        """`reducer@budget`, also the folder name."""
         return label(self.reducer, self.token_budget)
 
 
@@ -45,8 +45,8 @@ class RefusedPoint:
     """A point that cannot be evaluated.
 
     Attributes:
-      label: as of `ReleasePoint`; without a budget where the candidate is refused at any.
-      reason: why, and what can be done.
+      label: as in `ReleasePoint`; without a budget where the candidate is infeasible at any.
+      reason: the reason, and the fix.
     """
 
     label: str
@@ -61,18 +61,18 @@ def label(reducer: str, token_budget: int | None) -> str:
 def list_release_points(
     system: System, reducers: Sequence[str], budgets: Sequence[int]
 ) -> tuple[list[ReleasePoint], list[RefusedPoint]]:
-    """Every reducer at every budget, and the release as it is where `none` is among the reducers.
+    """Every reducer at every budget, and the unchanged release where `none` is among the reducers.
 
     Args:
       system: of the release; no tensor is read.
-      reducers: names of `REDUCERS`. Names of `CONNECTORS` are refused as points, since nothing is trained.
-      budgets: visual tokens of a picture.
+      reducers: names of `REDUCERS`. Names of `CONNECTORS` are returned as infeasible, since nothing is trained.
+      budgets: visual tokens of an image.
 
     Returns:
-      Points in the order given, and those that cannot be met.
+      Points in the order given, and the infeasible ones.
 
     Raises:
-      ConfigError: a name of no reducer, a budget that is not a positive integer, or a model that reads no pictures.
+      ConfigError: an unknown reducer, a budget that is not a positive integer, or a text-only model.
     """
     for budget in budgets:
         positive(budget, "--budgets")
@@ -83,7 +83,7 @@ def list_release_points(
             raise ConfigError(f"--reducers: no reducer '{name}'{did_you_mean(name, REDUCERS)}")
         if name not in REDUCERS:
             reason = (
-                "a connector, which would be drawn anew and has learned nothing; train it with vlm_jax.cli.train, or "
+                "a connector, whose parameters would be random; train it with vlm_jax.cli.train, or "
                 "compare trained connectors with vlm_jax.cli.sweep"
             )
             refused.append(RefusedPoint(name, reason))
@@ -103,9 +103,7 @@ def _point(system: System, name: str, budget: int) -> ReleasePoint:
         return ReleasePoint(name, budget, with_budget(system, budget, reducer=name, path="release"))
     bounded = with_budget(system, budget, path="release")
     if bounded.processor.views == system.processor.views:
-        raise InfeasibleBudget(
-            f"a picture takes no more than {budget} tokens as released, so that nothing would change"
-        )
+        raise InfeasibleBudget(f"an image takes no more than {budget} tokens as released, so nothing would change")
     return ReleasePoint(name, budget, bounded)
 
 
@@ -119,7 +117,7 @@ def flops(model: nn.Module, shapes: Params, batch: Batch) -> dict[str, int]:
 
     Args:
       model: of the point.
-      shapes: of the release's parameters, which every point has.
+      shapes: shapes of the release's parameters, the same for every point.
       batch: one prompt of the point's processor.
     """
     length, params = batch.tokens.shape[1], {"params": shapes}

@@ -1,4 +1,4 @@
-"""The report of a sweep: one HTML file that needs no network, with a chart, a table and sample pages."""
+"""The report of a sweep: one self-contained HTML file with a chart, a table and sample images."""
 
 import base64
 import dataclasses
@@ -38,14 +38,14 @@ Rectangle = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One page with a question, and what every point answered.
+    """One image with a question, and the answer of every point.
 
     Attributes:
-      image: the page, grey (1 channel) or RGB (3 channels).
-      question: what was asked about it.
-      reference: the right answer.
-      task: which metric scored the answer.
-      answers: {point label, as `pool@16`: (text, whether it counts as right)}.
+      image: the image, grey (1 channel) or RGB (3 channels).
+      question: the question.
+      reference: the correct answer.
+      task: determines the metric.
+      answers: {point label, as `pool@16`: (text, whether it is correct)}.
     """
 
     image: UInt8[np.ndarray, "height width channels"]
@@ -66,11 +66,11 @@ def write_report(
     """Writes the report as one self-contained HTML file, over an earlier one.
 
     Args:
-      results: one dict a point and seed, as the sweep writes them.
-      path: of the file.
-      controls: connectors that are there to be compared with.
-      examples: sample pages, in the order shown; may be empty.
-      title: of the page.
+      results: one dict per point and seed, as written by the sweep.
+      path: path of the file.
+      controls: connectors that only serve as comparison.
+      examples: sample images, in the order shown; may be empty.
+      title: title of the HTML page.
 
     Raises:
       ValueError: nothing to report; see `combine_seeds`. No file is written.
@@ -81,10 +81,10 @@ def write_report(
 def report_html(
     results: Sequence[dict[str, Any]], *, controls: frozenset[str], examples: Sequence[Example], title: str
 ) -> str:
-    """The page that `write_report` writes; every text of the results and examples is escaped."""
+    """The HTML of `write_report`; all text of the results and examples is escaped."""
     points, tasks = combine_seeds(results), tasks_of(results)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the legend keeps the sweep's order
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the legend has the sweep's order
     environment.filters |= {"percent": percent, "quantity": quantity}
     room = resources.files("vlm_jax.sweep")
     template = environment.from_string((room / "report.html").read_text(encoding="utf-8"))
@@ -110,23 +110,23 @@ def percent(share: Number) -> str:
 
 
 def quantity(value: Number) -> str:
-    """A number with three significant digits or more, without an exponent where it can be read without."""
+    """A number with three significant digits or more, without an exponent where it is readable."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What the results say about one task.
+    """Summary of the results on one task.
 
-    A point is as good when its accuracy is in the interval of the best point's, or above it.
+    A point is as good as the best when its accuracy is in the best point's interval, or above it.
 
     Attributes:
       task: the task.
-      best: the candidate (no control, where there is one that is not) with the highest accuracy.
+      best: the candidate with the highest accuracy; a control only if there are no others.
       fewest_tokens: the candidate with the fewest tokens that is as good.
       fewest_flops: the candidate with the fewest FLOPs that is as good.
       controls: the controls with no more tokens than `fewest_tokens`, best first.
-      rivals: those of them that are as good.
+      rivals: the controls among them that are as good.
     """
 
     task: str
@@ -138,7 +138,7 @@ class Finding:
 
 
 def find(points: Sequence[FrontierPoint], task: str, controls: frozenset[str]) -> list[Finding]:
-    """The finding on a task: one, or none where only controls were measured on it."""
+    """The finding on a task: one, or none where only controls were evaluated on it."""
     measured = [point for point in points if task in point.accuracy]
     candidates = [point for point in measured if point.connector not in controls]
     if not candidates:
@@ -163,7 +163,7 @@ def find(points: Sequence[FrontierPoint], task: str, controls: frozenset[str]) -
 
 
 def table_rows(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for every run, with the fronts that its point is on, by task."""
+    """One row per run, with the fronts that include its point, by task."""
     fronts = {task: {axis: front_of(points, task, axis) for axis in ("tokens", "flops")} for task in tasks}
     return [
         {
@@ -179,7 +179,7 @@ def table_rows(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> list[di
 
 
 def chart_data(points: Sequence[FrontierPoint], tasks: Sequence[str], controls: frozenset[str]) -> dict[str, Any]:
-    """What the chart's script reads: costs in displayed units, accuracies, fronts as indices of points."""
+    """Input of the chart's script: costs in displayed units, accuracies, fronts as indices of points."""
     axes = measured_axes(points)
     drawn = {axis: drawn_costs(points, axis) for axis in axes}
     return {
@@ -212,7 +212,7 @@ def chart_data(points: Sequence[FrontierPoint], tasks: Sequence[str], controls: 
 
 
 def details(point: FrontierPoint) -> list[str]:
-    """Every figure of a point, line by line."""
+    """All numbers of a point, line by line."""
 
     def parts(key: str, divisor: float) -> str:
         names = point.runs[0][key]
@@ -238,7 +238,7 @@ def details(point: FrontierPoint) -> list[str]:
 
 
 def card(example: Example) -> dict[str, Any]:
-    """What the page shows of an example: its picture as a data URL, and every box in pixels of it."""
+    """The template's data of an example: its image as a data URL, and every box in pixels."""
     height, width, _ = example.image.shape
     return {
         "example": example,
@@ -251,27 +251,27 @@ def card(example: Example) -> dict[str, Any]:
 
 
 def drawn_boxes(text: str, height: int, width: int) -> list[Rectangle]:
-    """(left, top, width, height) in pixels of the page, of every well-formed box in a text."""
+    """(left, top, width, height) in pixels of the image, of every well-formed box in a text."""
     corners = [to_pixels(box, height, width) for box in parse_boxes(text)]
     return [(left, top, right - left, bottom - top) for left, top, right, bottom in corners]
 
 
 def picture_url(image: UInt8[np.ndarray, "height width channels"]) -> str:
-    """A picture as a `data:` URL of a PNG.
+    """An image as a `data:` URL of a PNG.
 
     Raises:
-      ValueError: neither 1 channel nor 3.
+      ValueError: the number of channels is not 1 or 3.
     """
     channels = image.shape[-1]
     if channels not in (1, 3):
-        raise ValueError(f"a page of a report has 1 or 3 channels, got one of shape {image.shape}")
+        raise ValueError(f"expected an image of 1 or 3 channels, got shape {image.shape}")
     encoded = io.BytesIO()
     Image.fromarray(image[..., 0] if channels == 1 else image).save(encoded, format="PNG")
     return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode("ascii")
 
 
 def score_examples(points: Iterable[FrontierPoint], examples: Sequence[Example]) -> dict[str, tuple[int, int]]:
-    """{label: (examples answered rightly, examples answered)}, in the order of the points."""
+    """{label: (correctly answered examples, answered examples)}, in the order of the points."""
     given = dict.fromkeys(label for example in examples for label in example.answers)
     known = [point.label for point in points if point.label in given]
     scores = {}

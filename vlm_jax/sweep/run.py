@@ -1,4 +1,4 @@
-"""Runs a sweep: the shared stages once, then every point; resumes where it was stopped."""
+"""Runs a sweep: the shared stages once, then every point; resumes after an interruption."""
 
 import json
 import shlex
@@ -34,8 +34,8 @@ class Sweep:
     Args:
       config: `base`, `candidates` and `sweep`; see `configs/sweeps`.
       workdir: folder of the sweep, local or `gs://`.
-      only: labels of the points to run; all when empty. They do not count as another sweep.
-      config_path: of the config, for the commands that reproduce points.
+      only: labels of the points to run; all when empty. They may differ between runs of one workdir.
+      config_path: path of the config, for the commands that reproduce points.
       overrides: command-line overrides of the config, for the same.
 
     Raises:
@@ -62,10 +62,10 @@ class Sweep:
         claim(self.workdir, config)
 
     def run(self) -> list[dict[str, Any]]:
-        """Trains what is not finished, then draws the frontier and writes the report.
+        """Trains unfinished points, then draws the frontier and writes the report.
 
         Returns:
-          One dict a finished point, as in `results.jsonl`.
+          One dict per finished point, as in `results.jsonl`.
         """
         self._console.print(plan_table(self.points))
         results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
@@ -87,7 +87,7 @@ class Sweep:
         return ordered
 
     def outcome(self, label: str) -> Outcome:
-        """Parameters and costs of a point, from its last checkpoint; trains what is left of it.
+        """Parameters and costs of a point, from its last checkpoint, after training its remaining steps.
 
         Raises:
           KeyError: the sweep has no such point.
@@ -97,7 +97,7 @@ class Sweep:
             return self._train_point(point, self._train_shared(point.config.seed, progress), progress)
 
     def _train_shared(self, seed: int, progress: "_Progress") -> epath.Path | None:
-        """Checkpoint directory of the shared stages for a seed, trained when they are not."""
+        """Checkpoint directory of the shared stages for a seed, which are trained if needed."""
         if not self._settings.shared:
             return None
         config = shared_config(self._config.base, seed, self._settings.shared)
@@ -109,7 +109,7 @@ class Sweep:
         return self.workdir / "points" / label
 
     def _train_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> Outcome:
-        """The run that the point's parameters are from; one that several points share is taken up once."""
+        """The run of the point's parameters; one that several points share runs once."""
         label, (config, experiment) = point.trained_as, point.training
         if label in self._outcomes:
             return self._outcomes[label]
@@ -157,13 +157,13 @@ class Sweep:
             write_whole(self.workdir / RESULTS_FILE, "".join(json.dumps(line) + "\n" for line in results))
 
     def _check_results(self, results: dict[str, dict[str, Any]]) -> None:
-        """Finished points were made by the configs that they would have today."""
+        """Checks that finished points have the configs that they would have now."""
         for point in self.points:
             line = results.get(point.label)
             if line is not None and line["config_hash"] != config_hash(point.config):
                 raise ValueError(
-                    f"{self.workdir / RESULTS_FILE}: point {point.label} was made by config {line['config_hash']}, "
-                    f"not {config_hash(point.config)}; the package's way of making points has changed. Use another "
+                    f"{self.workdir / RESULTS_FILE}: point {point.label} has config {line['config_hash']}, expected "
+                    f"{config_hash(point.config)}; the package builds points differently now. Use another "
                     "--workdir"
                 )
 
@@ -174,7 +174,7 @@ class Sweep:
         write_report(results, self.workdir / REPORT_FILE, controls=controls, examples=self._examples(), title=title)
 
     def _examples(self) -> list[Example]:
-        """The first samples of every task, with what each point answered."""
+        """The first samples of every task, with each point's answer."""
         point = self.points[0]
         answers: dict[str, dict[str, dict[str, Any]]] = {}
         for other in self.points:
@@ -238,7 +238,7 @@ class _Progress:
 
 
 def plan_table(points: list[Point]) -> rich.table.Table:
-    """What will be run, as it is known before anything trains."""
+    """The planned points with their costs."""
     table = rich.table.Table(title=f"{len(points)} points, by shape")
     for column in ("point", "tokens", "encoder", "connector", "decoder", "encoder", "connector", "prefill"):
         table.add_column(column, justify="left" if column == "point" else "right")

@@ -1,5 +1,8 @@
-"""From a stage's stream to device batches."""
+"""Batches of a stage's stream."""
 
+import functools
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -7,30 +10,122 @@ import jax
 
 from vlm_jax.build import Experiment
 from vlm_jax.data.loader import batches
+from vlm_jax.data.packing import PackedRows, SingleRows, bucket_of, buckets, fingerprint
+from vlm_jax.data.source import SizedStream
 from vlm_jax.train.stages import Stage
+from vlm_jax.types import Batch, Load, RowShape
+
+ROWS = "rows"  # folder of a workdir that loads of samples are kept in
 
 
-def rows(experiment: Experiment, stream: str, seed: int) -> grain.MapDataset:
-    """The rows of a stream, element i made from (seed, i): samples laid out by the processor."""
-    dataset = experiment.open_source().train(stream, seed)
-    if stream == "cells":
-        return dataset
-    return dataset.map(experiment.text_page if stream == "text_pages" else experiment.training_row)
+class PlannedRows:
+    """Random access to training rows whose samples, or whose length, follow from what the samples take of a row.
+
+    Samples that cannot be read are left out of their rows. Row i has the shape of the batch that it is in: the
+    smallest of `shapes` that holds all rows of the batch, those of other hosts too.
+    """
+
+    def __init__(
+        self, experiment: Experiment, stream: SizedStream, shapes: Sequence[RowShape], batch_size: int, plan: Any
+    ):
+        self._experiment, self._stream, self._shapes = experiment, stream, shapes
+        self._batch_size, self._plan = batch_size, plan
+        self._shape_of_batch = functools.lru_cache(maxsize=64)(self._bucket)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_shape_of_batch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._shape_of_batch = functools.lru_cache(maxsize=64)(self._bucket)
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> Batch:
+        shape = self._shape_of_batch(index // self._batch_size)
+        samples = [self._stream.samples[element] for element in self._plan[index]]
+        return self._experiment.training_row(*(one for one in samples if one is not None), shape=shape)
+
+    def _bucket(self, batch: int) -> RowShape:
+        if len(self._shapes) == 1:
+            return self._shapes[0]
+        first = batch * self._batch_size
+        return bucket_of(self._plan.loads(range(first, first + self._batch_size)), self._shapes)
 
 
-def stage_batches(
-    experiment: Experiment, stage: Stage, seed: int, *, num_workers: int = 0
-) -> grain.DatasetIterator[Any]:
-    """This process's share of a stage's batches, from the first; its state can be saved and set.
+class Measure:
+    """What the sample of a stream's element takes of a row; nothing where it cannot be read."""
+
+    def __init__(self, experiment: Experiment, stream: SizedStream, shape: RowShape):
+        self._experiment, self._stream, self._none = experiment, stream, Load(0, 0, (0,) * len(shape.kept))
+
+    def __call__(self, element: int) -> Load:
+        sizes = self._stream.sizes[element]
+        return self._none if sizes is None else self._experiment.measure(sizes)
+
+    def name(self, element: int) -> str:
+        """Of the sample, for messages."""
+        sizes = self._stream.sizes[element]
+        return f"element {element}" if sizes is None else f"'{sizes.sample_id}'"
+
+
+def rows(
+    experiment: Experiment,
+    stage: Stage,
+    seed: int,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+) -> grain.MapDataset[Any]:
+    """The rows of a stage's stream, element i made from (seed, i): samples laid out by the processor.
 
     Args:
       experiment: the run's.
-      stage: whose stream and batch size.
+      stage: whose stream; and whose batch size, where rows have buckets of lengths.
       seed: of the run.
+      folder: where loads of samples are kept, for this config alone; None keeps none.
+    """
+    source, settings, stream = experiment.open_source(), experiment.rows, stage.stream
+    if stream == "cells":
+        return source.train(stream, seed)
+    shape = experiment.text_row if stream == "text_pages" else experiment.row
+    if not settings.pack and settings.buckets == 1:
+        return source.train(stream, seed).map(functools.partial(experiment.training_row, shape=shape))
+    sized = source.sized(stream, seed)
+    measure = Measure(experiment, sized, shape)
+    if settings.pack:
+        plan = PackedRows(
+            measure,
+            shape,
+            seed=seed,
+            epoch=sized.epoch,
+            folder=folder,
+            fingerprint=fingerprint({"data": sized.fingerprint, "stream": stream}),
+            name_of=measure.name,
+        )
+    else:
+        plan = SingleRows(measure, shape, name_of=measure.name)
+    return grain.MapDataset.source(
+        PlannedRows(experiment, sized, buckets(shape, settings.buckets), stage.batch_size, plan)
+    )
+
+
+def stage_batches(
+    experiment: Experiment,
+    stage: Stage,
+    seed: int,
+    *,
+    num_workers: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+) -> grain.DatasetIterator[Any]:
+    """This process's part of a stage's batches, from the first; its state can be saved and set.
+
+    Args:
+      experiment, stage, seed, folder: as of `rows`.
       num_workers: processes that make the batches; 0 for a thread of this one.
     """
     return batches(
-        rows(experiment, stage.stream, seed),
+        rows(experiment, stage, seed, folder=folder),
         stage.batch_size,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),

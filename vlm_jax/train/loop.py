@@ -1,12 +1,14 @@
-"""The one training loop: stages, checkpoints, resumption, metrics."""
+"""The training loop: stages, checkpoints, resumption, metrics."""
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import statistics
 import time
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +21,7 @@ from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
-from vlm_jax.train.input import stage_batches
+from vlm_jax.train.input import ROWS, stage_batches
 from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
@@ -27,15 +29,17 @@ from vlm_jax.train.step import compile_step, peak_bytes
 from vlm_jax.train.workdir import MetricsLog, claim
 from vlm_jax.types import Fields, Tree
 
+_log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int, Fields], None]  # (step, steps in all, the step's metrics)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; everything is saved, and the same command goes on."""
+    """The run was stopped by SIGTERM; everything is saved, and rerunning the command resumes."""
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a number; the message names the step."""
+    """The loss is not finite; the message names the step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +48,10 @@ class LoopSettings:
 
     Attributes:
       save_every: steps between checkpoints; one is also saved at the end of every stage.
-      keep: newest checkpoints that stay.
-      log_every: steps between writes of `metrics.jsonl`, which has a line for each step.
-      input_workers: processes that make the batches; 0 leaves it to a thread of the loop's own process. They are
-        enough where `input_seconds` in `metrics.jsonl`, for which a step's devices waited for its batch, is about 0.
+      keep: number of newest checkpoints to keep.
+      log_every: steps between writes of `metrics.jsonl`, which has one line per step.
+      input_workers: processes that load batches; 0 uses a thread of the loop's process. There are
+        enough if `input_seconds` in `metrics.jsonl`, the time for which devices waited for a batch, is about 0.
     """
 
     save_every: int = 200
@@ -57,12 +61,12 @@ class LoopSettings:
 
     def __post_init__(self):
         if self.input_workers < 0:
-            raise ConfigError(f"config.loop.input_workers: 0 or more expected, got {self.input_workers}")
+            raise ConfigError(f"config.loop.input_workers: expected 0 or more, got {self.input_workers}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished run gives.
+    """The result of a finished run.
 
     Attributes:
       params: parameters by part, on the mesh.
@@ -76,25 +80,25 @@ class Outcome:
 
 
 def is_done(metrics: Tree) -> bool:
-    """Whether the step that gives `metrics` has been taken; so it is of None, which is no step's."""
+    """Whether the step that returns `metrics` is finished; True for None, before the first step."""
     return all(value.is_ready() for value in jax.tree.leaves(metrics))
 
 
 class Trainer:
-    """Takes a config's stages from wherever its workdir stands to their end.
+    """Runs the stages of a config, resuming from its workdir.
 
     Args:
       config: the run's config; see `configs/base.py`.
-      experiment: what `build(config)` made.
-      mesh: devices.
+      experiment: from `build(config)`.
+      mesh: mesh of devices.
       workdir: the run's folder, local or `gs://`.
-      init_from: checkpoint directory of another run, or a folder that `cli.convert` made of a release,
-        whose parts this run starts from; None to start from scratch.
-      init_parts: the parts that are read there; the others are drawn.
-      progress: called after every step that was logged.
+      init_from: checkpoint directory of another run, or a folder that `cli.convert` wrote,
+        from which this run's parts are initialised; None to start from scratch.
+      init_parts: the parts to read from there; the others are randomly initialised.
+      progress: called after every logged step.
 
     Raises:
-      ConfigError: a stage that cannot be run, or a workdir of another config.
+      ConfigError: an invalid stage, or a workdir of another config.
     """
 
     def __init__(
@@ -121,15 +125,15 @@ class Trainer:
 
     @property
     def num_steps(self) -> int:
-        """Steps of all stages."""
+        """Number of steps of all stages."""
         return self._spans[-1].stop
 
     def run(self) -> Outcome:
-        """Trains what is left.
+        """Trains the remaining steps.
 
         Raises:
-          Interrupted: SIGTERM came; the state is saved.
-          Diverged: the loss is not finite; the checkpoint before it stays.
+          Interrupted: SIGTERM was received; the state is saved.
+          Diverged: the loss is not finite; the previous checkpoint is kept.
           CheckpointError: a checkpoint cannot be written or read.
         """
         checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
@@ -150,7 +154,7 @@ class Trainer:
             state, position = checkpoints.restore(step, self._abstract_state(span))
         log = MetricsLog(self.workdir, step)
         while True:
-            state, compiled = self._run_stage(span, state, position, log, checkpoints)
+            state, most_bytes = self._run_stage(span, state, position, log, checkpoints)
             if span is self._spans[-1]:
                 break
             span, position = span_at(self._spans, span.stop), {}
@@ -159,11 +163,11 @@ class Trainer:
         wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
-        return Outcome(state.params, statistics.median(seconds), peak_bytes(compiled))
+        return Outcome(state.params, statistics.median(seconds), most_bytes)
 
     def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
-        """Steps from the state's to the stage's last; returns the state and the program."""
-        iterator = stage_batches(self.experiment, span.stage, self._seed, num_workers=self._settings.input_workers)
+        """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
+        iterator = self._batches(span, num_workers=self._settings.input_workers)
         with contextlib.closing(iterator):
             if position:
                 iterator.set_state(position)
@@ -175,26 +179,22 @@ class Trainer:
             batch, waited = self._next(iterator, None)
         else:
             batch = self._probe_batch(span)
-        compiled = compile_step(
-            self._abstract_state(span),
-            batch,
-            self.mesh,
-            objective=OBJECTIVES[stage.objective](self.experiment),
-            tx=self._tx(span),
-            trained=tuple(stage.learning_rates),
-        )
+        program = self._programs(span)
+        most = peak_bytes(program(batch))
         key = jax.random.key(self._seed)
         pending: list[tuple[int, Tree, float]] = []
         since = time.perf_counter()
         while step < span.stop:
+            compiled = program(batch)
             state, metrics = compiled(state, batch, key)
+            most = max(most, peak_bytes(compiled))
             step += 1
             pending.append((step, metrics, waited))
             last = step == span.stop
             logs = last or step % self._settings.log_every == 0 or step % self._settings.save_every == 0
             if jax.process_count() == 1:
                 stops = self._stop
-            else:  # processes agree where they log, so that none waits for the others at every step
+            else:  # processes synchronise when they log, so that they do not wait for each other at every step
                 stops = logs and any_process(self._stop)
             due = step % self._settings.save_every == 0 or stops
             if logs or due:
@@ -209,12 +209,32 @@ class Trainer:
                 since = time.perf_counter()
             if not last:
                 batch, waited = self._next(iterator, metrics)
-        return state, compiled
+        return state, most
+
+    def _programs(self, span: Span) -> Callable[[Tree], jax.stages.Compiled]:
+        """A stage's program for each shape of batches, compiled when it first comes."""
+        programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
+
+        def program(batch: Tree) -> jax.stages.Compiled:
+            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            if shapes not in programs:
+                programs[shapes] = compile_step(
+                    self._abstract_state(span),
+                    batch,
+                    self.mesh,
+                    objective=OBJECTIVES[span.stage.objective](self.experiment),
+                    tx=self._tx(span),
+                    trained=tuple(span.stage.learning_rates),
+                )
+                _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
+            return programs[shapes]
+
+        return program
 
     def _next(self, iterator: Iterator[Tree], metrics: Tree) -> tuple[Tree, float]:
-        """The next batch on the devices, and the seconds that they may have stood still for it.
+        """The next batch on the devices, and an upper bound of the seconds that they were idle for it.
 
-        None while they are busy with the step of `metrics`; else the time until the batch came, at most.
+        0 while they run the step of `metrics`; else the time until the batch was ready.
         """
         since = time.perf_counter()
         batch = next(iterator)
@@ -236,7 +256,7 @@ class Trainer:
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
 
     def _first_state(self, span: Span) -> TrainState:
-        """Parameters on their devices: read from the release or the run that this one starts from, or drawn."""
+        """Parameters on their devices: read from the initial release or run, or randomly initialised."""
         read = () if self._init_from is None else self._init_parts
         params = self.experiment.initial(jax.random.key(self._seed), self.mesh, without=read)
         if self._init_from is not None:
@@ -269,20 +289,25 @@ class Trainer:
 
     def _probe_batch(self, span: Span) -> Tree:
         """A batch to compile for when the stage has no step left."""
-        return distribute(next(stage_batches(self.experiment, span.stage, self._seed)), self.mesh)
+        with contextlib.closing(self._batches(span)) as iterator:
+            return distribute(next(iterator), self.mesh)
+
+    def _batches(self, span: Span, num_workers: int = 0) -> Any:
+        folder = self.workdir / ROWS
+        return stage_batches(self.experiment, span.stage, self._seed, num_workers=num_workers, folder=folder)
 
     def _check_stages(self) -> None:
         for span in self._spans:
             stage, path = span.stage, f"config.stages.{span.stage.label}"
             if stage.objective not in OBJECTIVES:
                 raise ConfigError(
-                    f"{path}.objective: none '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}"
+                    f"{path}.objective: unknown '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}"
                 )
             if stage.stream not in self.experiment.source.streams:
                 streams = self.experiment.source.streams
-                raise ConfigError(f"{path}.stream: none '{stage.stream}'{did_you_mean(stage.stream, streams)}")
+                raise ConfigError(f"{path}.stream: unknown '{stage.stream}'{did_you_mean(stage.stream, streams)}")
             if (stage.stream == "cells") != (stage.objective == "read_cells"):
-                raise ConfigError(f"{path}: the objective read_cells and the stream cells go together")
+                raise ConfigError(f"{path}: the objective read_cells requires the stream cells, and vice versa")
             for part in stage.learning_rates:
                 if part not in self._boxed:
                     raise ConfigError(f"{path}.learning_rates.{part}: no such part{did_you_mean(part, self._boxed)}")

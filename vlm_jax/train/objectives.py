@@ -1,7 +1,7 @@
-"""What a stage minimises: one entry a kind, all with one signature.
+"""Training objectives, with one signature.
 
-An objective is called with the parameters of all parts, a batch of the kind that its streams
-yield, and a key for whatever it draws; it returns the loss and named scalars beside it.
+An objective is called with the parameters of all parts, a batch of its stream,
+and a random key; it returns the loss and named scalar metrics.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,19 @@ from vlm_jax.build import CELL_HEAD, Experiment
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
-from vlm_jax.types import Batch, CellBatch, Params, Tree
+from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params, Tree
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[[Params, Tree, jax.Array], tuple[jax.Array, Metrics]]
 
-BOX_WEIGHT = 5.0  # of the boxes' L1 against the classes' cross entropy, as in DETR
+BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
 
 def next_token(experiment: Experiment) -> Objective:
-    """Cross entropy of the answers' tokens, given images (or text alone) and questions.
+    """Cross entropy of the answers' tokens, given images (or only text) and questions.
 
-    What modules sow into the collection `losses`, such as a router's balance loss, is added to it.
+    What modules sow into the collection `losses`, such as a router's balance loss, is added to it. The metric
+    `padding_share` is the share of the rows' positions that are padding.
     """
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -38,7 +39,10 @@ def next_token(experiment: Experiment) -> Objective:
             cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
         )
         auxiliary = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
-        metrics = {"accuracy": accuracy, **({"auxiliary_loss": jnp.asarray(auxiliary)} if sown else {})}
+        padding = jnp.mean(batch.segment_ids == PADDING_SEGMENT, dtype=jnp.float32)
+        metrics = {"accuracy": accuracy, "padding_share": padding}
+        if sown:
+            metrics["auxiliary_loss"] = jnp.asarray(auxiliary)
         return value + auxiliary, metrics
 
     return loss
@@ -48,9 +52,9 @@ def read_cells(experiment: Experiment) -> Objective:
     """Class and box of every cell of a page: dense supervision of the encoder.
 
     Source: cross entropy and 5 times L1 as in Carion et al. 2020 (DETR), section 3.1, without
-    the matching, since a cell knows its target.
+    the matching, since every cell has a target.
     """
-    reader = cast(CellReader, experiment.cell_reader)  # there is one where a stage has this objective
+    reader = cast(CellReader, experiment.cell_reader)  # set where a stage has this objective
 
     def loss(params: Params, batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del key

@@ -1,4 +1,4 @@
-"""Stages of a run: what is learned, from which stream, by which parts of the model."""
+"""Stages of a run: their objective, stream and trained parts."""
 
 import dataclasses
 
@@ -7,15 +7,15 @@ from vlm_jax.config import ConfigError, RunConfig, check_keys, did_you_mean, par
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage; parts of the model that have no learning rate are frozen in it.
+    """One stage; parts of the model without a learning rate are frozen in it.
 
     Attributes:
       label: the stage's key under `config.stages`.
       objective: a name of `train.objectives.OBJECTIVES`.
-      stream: which of the data source's streams it reads.
+      stream: a stream of the data source.
       steps: optimizer steps.
-      batch_size: examples a step, over all devices.
-      learning_rates: peak learning rate of every part that is trained.
+      batch_size: examples per step, over all devices.
+      learning_rates: peak learning rate of every trained part.
       warmup_steps: linear warm-up, part of `steps`.
     """
 
@@ -30,7 +30,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A stage and the run's steps that it covers: `start` <= step < `stop`."""
+    """A stage and its steps in the run: `start` <= step < `stop`."""
 
     stage: Stage
     start: int
@@ -38,36 +38,36 @@ class Span:
 
 
 def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, ...]:
-    """The stages in the order of `config.schedule`, with the steps that each covers.
+    """The stages in the order of `config.schedule`, with the steps of each.
 
     Args:
       schedule: keys of `stages`, each once.
-      stages: `config.stages`; a stage that the schedule does not name is an unused key.
+      stages: `config.stages`; a stage that is not in the schedule is an error.
 
     Raises:
-      ConfigError: a stage that is not there, is repeated, or is never reached.
+      ConfigError: a stage that does not exist, is repeated, or is not in the schedule.
     """
     for label in schedule:
         if label not in stages:
             raise ConfigError(f"config.schedule: no stage '{label}' under config.stages{did_you_mean(label, stages)}")
     if len(set(schedule)) != len(schedule) or not schedule:
-        raise ConfigError(f"config.schedule: wants at least one stage, each once; got {schedule}")
+        raise ConfigError(f"config.schedule: expected at least one stage, each once, got {schedule}")
     check_keys(stages, schedule, "config.stages")
     spans, start = [], 0
     for label in schedule:
         stage = parse(Stage, stages[label], f"config.stages.{label}", label=label)
         path = f"config.stages.{label}"
         if stage.steps < 1 or stage.batch_size < 1:
-            raise ConfigError(f"{path}: steps and batch_size are at least 1")
+            raise ConfigError(f"{path}: expected steps and batch_size of at least 1")
         if not 0 <= stage.warmup_steps < stage.steps:
-            raise ConfigError(f"{path}.warmup_steps: {stage.warmup_steps} is not shorter than {stage.steps} steps")
+            raise ConfigError(f"{path}.warmup_steps: expected fewer than {stage.steps} steps, got {stage.warmup_steps}")
         if not stage.learning_rates:
-            raise ConfigError(f"{path}.learning_rates: no part is trained; name at least one")
+            raise ConfigError(f"{path}.learning_rates: expected at least one part, got none")
         spans.append(Span(stage, start, start + stage.steps))
         start += stage.steps
     return tuple(spans)
 
 
 def span_at(spans: tuple[Span, ...], step: int) -> Span:
-    """The span that `step` lies in; the last one for the step after the end."""
+    """The span of `step`; the last one for the step after the end."""
     return next((span for span in spans if step < span.stop), spans[-1])

@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and where each leaf of it lives."""
+"""The state of a run and its sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ Params = Fields  # {part: its parameters}
 @struct
 class TrainState:
     """Attributes:
-    step: steps taken since the start of the run, all stages together.
+    step: steps since the start of the run, over all stages.
     params: parameters by part: encoder, connector, decoder and any pre-training head.
-    opt_state: the current stage's optimizer state, of its trained parts only.
+    opt_state: the current stage's optimizer state, only of its trained parts.
     """
 
     step: Int[Array, ""]
@@ -35,7 +35,7 @@ def split(params: Params, trained: tuple[str, ...]) -> tuple[Params, Params]:
 
 
 def init_boxed(boxed_params: Params, tx: optax.GradientTransformation, trained: tuple[str, ...]) -> TrainState:
-    """A state whose leaves keep their logical names, to be traced for its shapes and shardings."""
+    """A state whose leaves keep their logical axis names, for tracing shapes and shardings."""
     return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]))
 
 

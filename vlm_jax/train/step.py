@@ -21,10 +21,10 @@ def train_step(
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
 ) -> tuple[TrainState, Metrics]:
-    """Gradient of the trained parts, update, next state.
+    """Computes the gradient of the trained parts and updates the state.
 
-    The key of the step is folded from the run's and the step's number, so that a step can be
-    taken again. Frozen parts are no argument of the gradient: nothing is computed for them.
+    The step's random key is folded from the run's key and the step, so that a step can be
+    repeated. No gradient is computed for frozen parts.
     """
     params, frozen = split(state.params, trained)
     key = jax.random.fold_in(key, state.step)

@@ -1,4 +1,4 @@
-"""A run's folder: which config made it, and its metrics, step by step."""
+"""A run's folder: its config, and its metrics per step."""
 
 import json
 from collections.abc import Iterable
@@ -13,17 +13,17 @@ CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 
 
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file under another name and renames it, so that it is never seen half written."""
+    """Writes a file under a temporary name and renames it, so that it is always complete."""
     draft = path.with_name(path.name + ".partial")
     draft.write_text(text)
     draft.replace(path)
 
 
 def claim(workdir: epath.Path, config: RunConfig) -> None:
-    """Makes the folder for a config, or checks that the same config made it; the primary process does.
+    """Creates the folder for a config, or checks that it has the same config; for the primary process.
 
     Raises:
-      ConfigError: another config made the folder; the message lists what differs.
+      ConfigError: the folder has another config; the message lists the differences.
     """
     if not is_primary():
         return
@@ -33,23 +33,25 @@ def claim(workdir: epath.Path, config: RunConfig) -> None:
         lines = differences(json.loads(path.read_text()), ours)
         if lines:
             raise ConfigError(
-                f"{workdir} was made by another config; use another --workdir, or the config that made it. "
-                "In the folder (here) and as given now (there):\n  " + "\n  ".join(lines)
+                f"{workdir} was created with another config; use another --workdir, or the original config. "
+                "In the folder (here) and in this run (there):\n  " + "\n  ".join(lines)
             )
         return
     if workdir.exists() and any(workdir.iterdir()):
-        raise ConfigError(f"{workdir} is not empty and holds no {CONFIG_FILE}: no run made it; use another --workdir")
+        raise ConfigError(
+            f"{workdir} is not empty and has no {CONFIG_FILE}, so it is not a run's folder; use another --workdir"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(ours, indent=2) + "\n")
 
 
 class MetricsLog:
-    """One JSON line a step in `metrics.jsonl`.
+    """One JSON line per step in `metrics.jsonl`.
 
     Args:
       workdir: the run's folder.
-      step: steps that the run has behind it; lines of later steps, written by a run that was
-        killed after its last checkpoint, are taken out, since those steps are taken again.
+      step: steps done so far; lines of later steps, written by a run that was
+        killed after its last checkpoint, are removed, since those steps are repeated.
     """
 
     def __init__(self, workdir: epath.Path, step: int):
@@ -60,11 +62,11 @@ class MetricsLog:
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def read(self) -> list[Fields]:
-        """All lines so far, of earlier runs too."""
+        """All lines so far, including those of earlier runs."""
         return read_lines(self._path)
 
     def append(self, lines: Iterable[Fields]) -> None:
-        """Adds whole lines at the end; the primary process does."""
+        """Appends complete lines; for the primary process."""
         if not is_primary():
             return
         with self._path.open("a") as file:
@@ -72,10 +74,10 @@ class MetricsLog:
 
 
 def read_lines(path: epath.Path) -> list[Fields]:
-    """The objects of a JSON-lines file; a last line that was cut off by a kill is left out.
+    """The objects of a JSON-lines file; a last line that was truncated by a kill is ignored.
 
     Raises:
-      ValueError: a line before the last that is no JSON.
+      ValueError: a line before the last is not JSON.
     """
     if not path.exists():
         return []

@@ -2,7 +2,7 @@
 
 A module here has `outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]`, which
 reads sizes and settings from the folder and returns every output of its manifest. What it cannot return
-stands in `NOT_COMPARED: dict[str, str]`, regular expression of whole names -> reason.
+is in `NOT_COMPARED: dict[str, str]`, regular expression of whole names -> reason.
 """
 
 from types import ModuleType

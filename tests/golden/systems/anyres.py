@@ -1,4 +1,4 @@
-"""Which rows of the visual table stand for an image in tiles: LLaVA-1.6's layouts, written from its paper and code."""
+"""Which rows of the visual table represent an image in tiles: LLaVA-1.6's layouts, written from its paper and code."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ def best_resolution(width: int, height: int, candidates: list[list[int]]) -> tup
 
 
 def unpadded(grid: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The rows and columns of a grid of the padded picture that are of the picture itself."""
+    """The rows and columns of a grid of the padded image that are of the image itself."""
     rows, cols = grid.shape
     if width / height > cols / rows:
         padding = (rows - int(height * (cols / width))) // 2
@@ -28,7 +28,7 @@ def unpadded(grid: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def run(shape: tuple[int, ...], config: dict, side: int, kind: str = "spatial_unpad") -> np.ndarray:
-    """The rows of one image: the whole picture first, then its tiles put together.
+    """The rows of one image: the whole image first, then its tiles combined.
 
     Args:
       shape: (height, width, ..) of the picture.

@@ -13,7 +13,7 @@ from vlm_jax.processors.naflex import size_for_sequence
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Every array of the folder; patch sizes and sequence lengths are told by the manifest's meanings."""
+    """Every array of the folder; patch sizes and sequence lengths are taken from the manifest's meanings."""
     golden = comparison.read(folder)
     found = {}
     for name, image in inputs.items():

@@ -1,4 +1,4 @@
-"""DeepSeek-VL: its towers, SigLIP alone or SAM beside SigLIP, its projector, and Llama behind them."""
+"""DeepSeek-VL: its towers, SigLIP alone or SAM next to SigLIP, its projector, and Llama after them."""
 
 import json
 import pathlib
@@ -46,7 +46,7 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
     found["sam_neck_hd"] = parts["high_res_neck"].transpose(0, 3, 1, 2)
 
     @jax.jit
-    def towers(params, images):  # one program, in which every tower runs once for all that is made of it
+    def towers(params, images):  # one program, in which every tower runs once
         encoder = params["encoder"]
         without_branch = {**encoder, "high": {**encoder["high"], "high_res_scale": jnp.zeros(1)}}
         high, low = module.apply({"params": encoder}, images)
@@ -73,7 +73,7 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
     unnormalised = module.clone(low=PreparedImage(**fields), low_statistics=None)
 
     @jax.jit
-    def resized(params, images):  # the towers behind it are left out by the compiler
+    def resized(params, images):  # the towers after it are left out by the compiler
         state = unnormalised.apply({"params": params}, images, mutable="intermediates")[1]
         return state["intermediates"]["low"]["images"][0]
 
@@ -84,7 +84,7 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
 
 
 def spoken(golden: comparison.Golden, ours, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the language model gives: one image, and two images beside one."""
+    """Outputs of the language model: for one image, and for a batch of two images and one."""
     inputs, entries = golden.inputs, golden.entries
     tag = int(re.search(r"image tags \(id (\d+)\)", entries["one_ids"]["meaning"]).group(1))
     prompts = {"one": (inputs["one_ids"][0], images[:1])}

@@ -1,4 +1,4 @@
-"""DeepSeek-VL2: its SigLIP and projector, the heads that the model itself has no use for, and all behind them."""
+"""DeepSeek-VL2: its SigLIP and projector, the heads that the model does not use, and all later outputs."""
 
 import pathlib
 import re

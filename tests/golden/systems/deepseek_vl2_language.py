@@ -1,4 +1,4 @@
-"""What DeepSeek-VL2 makes of prompts: every layer of a text, pictures among text, a padded batch, gradients."""
+"""What DeepSeek-VL2 makes of prompts: every layer of a text, images among text, a padded batch, gradients."""
 
 from typing import Any
 
@@ -94,7 +94,7 @@ def trained(ours: Any, row: Row, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def outputs(golden: comparison.Golden, ours: Any) -> dict[str, np.ndarray]:
-    """Every array behind the processor and the projector."""
+    """Every array after the processor and the projector."""
     inputs, expected, rows = golden.inputs, golden.expected, read_rows(golden, ours)
     found = text_states(ours, inputs["text.input_ids"][0])
     logits = language.logits(ours, rows)

@@ -22,7 +22,7 @@ class Official:
         self.processor, self.seen = processor, processor.views.images([Image.fromarray(x) for x in pictures])
         self.sizes = [picture.shape[:2] for picture in pictures]
         layouts = iter(processor.views.layouts(self.sizes))
-        # Of every piece: ids, whether they are learned, whether a picture is there.
+        # Of every piece: ids, whether they are learned, whether an image is there.
         parts = []
         for piece in pieces:
             if isinstance(piece, Slot):

@@ -49,7 +49,7 @@ def outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def displayed(processor: Processor, messages: list[dict]) -> str:
-    """The text of a prompt, which the release shows beside it, of one question."""
+    """The text of a prompt, which the release shows next to it, of one question."""
     _, *pieces = processor.prompt(messages, ())
     tokenizer = processor.prompt.tokenizer
     parts = [tokenizer.decode(p.ids, skip_special=False) if isinstance(p, Text) else "<image>" for p in pieces]

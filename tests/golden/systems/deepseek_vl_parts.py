@@ -26,7 +26,7 @@ STATISTICS = {"CLIP": CLIP, "0.5": HALF}
 
 
 def prepared(image: np.ndarray, meaning: str) -> np.ndarray:
-    """One picture under the settings of its meaning."""
+    """One image under the settings of its meaning."""
     side, least, normalise, name = re.search(
         r"image_size=(\d+), min_size=(\d+), do_normalize=(\w+), mean/std (\S+)\)", meaning
     ).groups()
@@ -38,7 +38,7 @@ def prepared(image: np.ndarray, meaning: str) -> np.ndarray:
 
 
 def check_templates(folder: pathlib.Path) -> None:
-    """The rows of `templates.json`, which stand beside the arrays."""
+    """The rows of `templates.json`, which are next to the arrays."""
     template = ChatTemplate(DEEPSEEK, {"eos_token": "<｜end▁of▁sentence｜>"})
     for row in json.loads((folder / "templates.json").read_text()):
         turns = [{**message, "role": message["role"].lower()} for message in row["conversation"]]

@@ -28,7 +28,7 @@ class Row:
     """One prompt.
 
     Attributes:
-      tokens: ids [T], any where a visual token stands.
+      tokens: ids [T], any where a visual token is.
       visual_index: rows of the visual table [T], -1 for text.
       images: pixels [I, height, width, channels], or patches of images of any size, or None.
     """
@@ -151,7 +151,7 @@ def states(ours: Any, rows: Mapping[str, Row], official: Official | None = None)
 def forward(model: Any, batch: Batch, official: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Embeddings, hidden states [B, L + 1, T, D] and logits of a batch, as a method of the model.
 
-    Rows that are `known` go on with `official` values, while gradients pass as if they had not.
+    Rows that are `known` continue with `official` values, while gradients pass as if they had not.
     """
     seen = []
 
@@ -200,7 +200,7 @@ def _cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def loss(logits: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> jax.Array:
-    """Mean cross entropy of what the labels of the position behind say, over all rows."""
+    """Mean cross entropy of what the labels of the position after say, over all rows."""
     join = np if isinstance(logits[0], np.ndarray) else jnp
     return _cross_entropy(join.concatenate([row[:-1] for row in logits]), np.concatenate([row[1:] for row in labels]))
 

@@ -19,7 +19,7 @@ SIDES = {"16": 336, "big": 384}  # of a tile, by the list's name
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The table of resolutions, `unpad<i>_out` by the sizes of its meaning, and what is made of `pad<i>_u8`."""
+    """The table of resolutions, `unpad<i>_out` by the sizes of its meaning, and the outputs for `pad<i>_u8`."""
     golden, found = comparison.read(folder), {}
     lists = list(json.loads((folder / "pinpoints.json").read_text()).items())
     rows = []

@@ -42,7 +42,7 @@ class Prompts:
         self.count = ours.module.connector.num_tokens(grid)
 
     def runs(self, images: list[int]) -> list[np.ndarray]:
-        """The rows of the visual table of each of the images, which lie one after another in it."""
+        """The rows of the visual table of each of the images, which are one after another in it."""
         if self.ours.module.learned_rows is None:
             return [self.count * i + np.arange(self.count) for i in range(len(images))]
         runs, start = [], 0
@@ -78,7 +78,7 @@ class Prompts:
 
 
 def outputs(golden: Golden, ours: Any) -> dict[str, np.ndarray]:
-    """Every array behind the projector that the folder's manifest names."""
+    """Every array after the projector that the folder's manifest names."""
     prompts = Prompts(golden, ours)
     rows = prompts.rows()
     layouts = _layouts(golden, prompts) if ours.module.learned_rows is not None else {}
@@ -133,7 +133,7 @@ def _of_batch(golden: Golden, prompts: Prompts, rows: dict[str, Row], logits: di
 
 
 def _layouts(golden: Golden, prompts: Prompts) -> dict[str, Row]:
-    """Tiles put together in each of the ways that LLaVA knows, as rows without text."""
+    """Tiles combined in each of the ways that LLaVA knows, as rows without text."""
     side, cases = int(prompts.count**0.5), {}
     for name in golden.expected:
         if match := re.fullmatch(r"img(\d+)_(merged|spatial|flat)", name):

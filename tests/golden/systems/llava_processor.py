@@ -1,4 +1,4 @@
-"""What the image processors of LLaVA and MobileVLM make of pictures, and how prompts are padded into a batch."""
+"""What the image processors of LLaVA and MobileVLM make of images, and how prompts are padded into a batch."""
 
 import json
 
@@ -38,7 +38,7 @@ def outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 def _batch(golden: Golden, views: AnyresViews) -> dict[str, np.ndarray]:
     inputs, found = golden.inputs, {}
-    # Images of the rows stand in the meaning: "row 0: image 3; row 1: text only, ...".
+    # Images of the rows are in the meaning: "row 0: image 3; row 1: text only, ...".
     images = [int(word) for word in golden.entries["batch_ids"]["meaning"].replace(";", "").split() if word.isdigit()]
     kept = inputs["batch_mask"] > 0
     for side in ("right", "left"):

@@ -32,7 +32,7 @@ def straight_gradient(connector, logits) -> jax.Array:
 
 
 def vocabulary(model, features, expected: dict, entries: dict, inputs: dict) -> dict[str, jax.Array]:
-    """Arrays behind the tower; those of a way to choose words are named after it."""
+    """Arrays after the tower; those of a way to choose words are named after it."""
     connector, variables = model.module.connector, {"params": model.params["connector"]}
     merged = squares(features, connector.factor, "")[0]
     logits, _ = connector.apply(variables, features, method="logits")
@@ -126,7 +126,7 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
     found |= ovis_prompts.outputs2(golden, model.config)
     found["vit.embeddings"] = features.hidden[0]
     found |= {f"vit.block.{i}": state for i, state in enumerate(features.hidden[1:])}
-    if "vit.last_hidden_state" in expected:  # behind a norm that the tower has no use for
+    if "vit.last_hidden_state" in expected:  # after a norm that the tower has no use for
         scale = model.checkpoint["visual_tokenizer.backbone.trunk.post_trunk_norm.weight"][...]
         norm = Norm("rms", encoder.norm_epsilon)
         found["vit.last_hidden_state"] = norm.apply({"params": {"scale": scale}}, features.hidden[-1])

@@ -95,7 +95,7 @@ def _normed(model, x) -> np.ndarray:
 
 
 def _vocabulary(model, features: VisualFeatures) -> dict[str, np.ndarray]:
-    """Arrays behind the tower, of the squares that are real, by the official names of an image's."""
+    """Arrays after the tower, of the squares that are real, by the official names of an image's."""
     connector = model.module.connector
 
     def head(part, _):

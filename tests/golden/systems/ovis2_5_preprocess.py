@@ -15,7 +15,7 @@ from vlm_jax.types import PatchFormat
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`smart_resize.table`, whose first columns are its inputs, and the patches of pictures by their grids' meaning."""
+    """`smart_resize.table`, whose first columns are its inputs, and the patches of images by their grids' meaning."""
     golden, found = comparison.read(folder), {}
     rows = []
     for height, width, factor, least, most, *_ in golden.expected["smart_resize.table"].tolist():

@@ -11,7 +11,7 @@ from vlm_jax.processors.tiles import Ovis2Views
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """`grid.table`, whose first columns are its inputs; the side stands in its meaning."""
+    """`grid.table`, whose first columns are its inputs; the side is in its meaning."""
     del inputs
     golden = comparison.read(folder)
     side = int(re.search(r"side (\d+)", golden.entries["grid.table"]["meaning"]).group(1))

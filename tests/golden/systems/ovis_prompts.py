@@ -1,4 +1,4 @@
-"""The prompts of the Ovis folders: pictures as patches or crops, and ids with the released codes' negative ones."""
+"""The prompts of the Ovis folders: images as patches or crops, and ids with the released codes' negative ones."""
 
 import dataclasses
 import json
@@ -66,12 +66,12 @@ def outputs2_5(golden: Golden, config: dict) -> dict[str, Any]:
     }
     for name, given in {"mm": images[:1], "mm2": images, "chat": images[1:2]}.items():
         key = f"{name}.rendered_prompt" if name != "chat" else "chat.prompt"
-        # What was said stands in the official text alone.
+        # The answers are only in the official text.
         text = str(golden.expected[key])
         thinking = {"enable_thinking": not text.endswith(THINK)}
         found[key] = np.array(ours.prompt.template.render(messages(text), **thinking))
         found[f"{name}.input_ids"] = ids(ours(messages(text), given, **thinking))
-    # The second row has ids drawn at random, which no text gives.
+    # The second row has random ids, without a text.
     rows = [found["mm.input_ids"][0], golden.expected["text.input_ids"][0]]
     found["batch.input_ids"] = np.full((2, max(map(len, rows))), ours.pad_id)
     for row, given in zip(found["batch.input_ids"], rows, strict=True):
@@ -80,7 +80,7 @@ def outputs2_5(golden: Golden, config: dict) -> dict[str, Any]:
 
 
 def messages(text: str) -> list[dict]:
-    """The turns of a rendered prompt, whose tags stand in it."""
+    """The turns of a rendered prompt, whose tags are in it."""
     return [{"role": role, "content": content} for role, content in _TURN.findall(text)]
 
 

@@ -1,4 +1,4 @@
-"""Qwen-VL's prompts, text alone and with pictures named by path: logits, loss and greedy ids."""
+"""Qwen-VL's prompts, only text and with images named by path: logits, loss and greedy ids."""
 
 import json
 import re
@@ -18,7 +18,7 @@ VARIANTS = {"no_ntk_no_logn": {"use_dynamic_ntk": False, "use_logn_attn": False}
 
 
 def row(ids: np.ndarray, start: int, pictures: dict[str, np.ndarray]) -> Row:
-    """A prompt whose pictures' tokens stand between `start` and the id behind it, where ids spell their paths."""
+    """A prompt whose images' tokens are between `start` and the id after it, where ids spell their paths."""
     index, shown, count = np.full(len(ids), -1), [], 0
     for first, last in zip(np.flatnonzero(ids == start), np.flatnonzero(ids == start + 1), strict=True):
         path = bytes(int(i) for i in ids[first + 1 : last] if i < 256).decode()
@@ -29,7 +29,7 @@ def row(ids: np.ndarray, start: int, pictures: dict[str, np.ndarray]) -> Row:
 
 
 def outputs(golden: Golden, ours: Any, pictures: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Every array behind the resampler.
+    """Every array after the resampler.
 
     Args:
       golden: the folder.

@@ -20,7 +20,7 @@ from vlm_jax.layers.position_embedding import sincos_2d
 from vlm_jax.layers.resize import resize
 from vlm_jax.types import VisualFeatures
 
-TOWERS_OWN = ("post_norm", "projection")  # behind the official class, in the class of the tower
+TOWERS_OWN = ("post_norm", "projection")  # after the official class, in the class of the tower
 
 
 def resampled(folder: Path, case: str, settings: dict, x: np.ndarray) -> jax.Array:

@@ -1,6 +1,6 @@
 """Qwen-VL's tokenizer: its bytes, its special tokens, and texts there and back.
 
-The rows of `cases.json` stand beside the arrays; one that does not hold is an error of the module.
+The rows of `cases.json` are next to the arrays; one that does not hold is an error of the module.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""DivPrune by its released rule, on visual tokens behind a projector, and the sequence that it leaves."""
+"""DivPrune by its released rule, on visual tokens after a projector, and the sequence that it leaves."""
 
 import json
 from pathlib import Path

@@ -65,7 +65,7 @@ def of_drop(folder: Path, case: str, settings: dict, own: dict[str, np.ndarray])
     params["blocks"] = jax.tree.map(lambda leaf: leaf[layer : layer + 1], params["blocks"])
     module = shared.llama(settings, (coming._replace(layer=0, ranked_by=0),), 1)
     _, (dropped,) = shared.run(module, params, x, mask, places, [coming.num_left(count) for count in first])
-    # What fills a row up may stand among its tokens; the release fills up behind them.
+    # The padding of a row may be among its tokens; the release pads after them.
     order = np.argsort(dropped.rows.segment_ids == 0, axis=1, kind="stable")
     rows = jax.tree.map(lambda leaf: np.stack([row[at] for row, at in zip(leaf, order, strict=True)]), dropped.rows)
     real = rows.segment_ids > 0

@@ -23,7 +23,7 @@ class Fixed(nn.Module):
       side: of a window in pixels.
       features: output width.
       function: of the cut windows.
-      prefix: of the windows' features [B, N, D]: tokens to go in front, or None.
+      prefix: of the windows' features [B, N, D]: tokens to go first, or None.
     """
 
     side: int
@@ -45,7 +45,7 @@ class Fixed(nn.Module):
 
 
 class HiddenState(nn.Module):
-    """A ViT's hidden state, counted from behind, in place of its output."""
+    """A ViT's hidden state, by a negative index, instead of its output."""
 
     vit: nn.Module
     index: int

@@ -90,7 +90,7 @@ def _resized(folder: Path, prefix: str, side: int, images: jax.Array) -> Outputs
 
 
 def _tables(inputs: dict[str, np.ndarray], wanted: dict[str, list[int]]) -> Outputs:
-    """Position tables alone; one whose rows are no square has a class token's row first."""
+    """Position tables alone; one whose rows are not a square number has a class token's row first."""
     found = {}
     for name, (_, rows, _) in wanted.items():
         table = inputs[f"{name.split('_')[0]}_in"][0]

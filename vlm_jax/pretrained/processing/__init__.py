@@ -1,7 +1,7 @@
-"""Processors of released systems, configured by the files of a checkpoint folder; one file a family.
+"""Processors of released systems, configured by the files of a checkpoint folder; one file per family.
 
-Those of conversations have a function of a folder and its config that gives a `processors.processor.Processor`; those
-of two towers and classifiers one of the module too, which gives a `processors.image_text.ImageTextProcessor`.
+For conversations a function of the folder and its config returns a `processors.processor.Processor`; for
+two-tower models and classifiers it also takes the module, and returns a `processors.image_text.ImageTextProcessor`.
 """
 
 import dataclasses
@@ -41,11 +41,11 @@ from vlm_jax.types import Config
 
 
 def _llava(folder: Folder, config: Config) -> Processor:
-    """Of the release's own files or of those in transformers, which call themselves alike."""
+    """For the release's own format or that of transformers, which have the same model type."""
     return (llava if "mm_vision_tower" in config else llava_hf).processor(folder, config)
 
 
-# What a released config calls its kind of model (`family.marker`) -> what makes its processor.
+# Model type of a released config (`family.marker`) -> function that creates its processor.
 PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
     "deepseek_v2": text.processor,
     "deepseek_vl": deepseek_hf.processor,
@@ -72,7 +72,7 @@ PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
     "qwen2_vl_text": text.processor,
     "qwen3": text.processor,
 }
-# The same of models that embed or classify, and answer no conversation.
+# The same for two-tower models and classifiers, which have no conversations.
 IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageTextProcessor]] = {
     "big_vision.proj.image_text.text_transformer": image_text.big_vision,
     "big_vision.proj.image_text.two_towers": image_text.big_vision,
@@ -95,16 +95,16 @@ IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageText
 def read_processor(
     folder: Path, config: Config, model: nn.Module, image_size: int | None
 ) -> Processor | ImageTextProcessor:
-    """What makes batches, configured by the release's own files.
+    """The processor of a release, configured by its own files.
 
     Args:
       folder: with the files of tokenizer and processor.
       config: the released settings.
       model: of the same release.
-      image_size: side in pixels of the pictures of two towers and classifiers; as the files say when None.
+      image_size: side in pixels of images for two-tower models and classifiers; that of the files when None.
 
     Raises:
-      PretrainedError: there is none for the release, or its files say what is not computed here, or what does not
+      PretrainedError: there is none for the release, or its files have unsupported settings, or do not
         fit the model.
       TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
     """
@@ -125,7 +125,7 @@ def read_processor(
 
 
 def check_conversations(processor: Processor, model: VLM) -> None:
-    """Raises unless the reserved positions equal the model's visual tokens, and patches are cut as it reads them."""
+    """Raises unless the reserved positions equal the model's visual tokens, and patch formats are equal."""
     views, encoder, connector = processor.views, model.encoder, model.connector
     if isinstance(views, NoViews) or encoder is None or connector is None:
         return
@@ -133,36 +133,36 @@ def check_conversations(processor: Processor, model: VLM) -> None:
         assert isinstance(encoder, PackedEncoder)
         if views.format != encoder.patch_format:
             raise PretrainedError(
-                f"the processor cuts patches as {views.format}, the model reads {encoder.patch_format}"
+                f"the processor has the patch format {views.format}, but the model {encoder.patch_format}"
             )
     if isinstance(views, Tiles):
         height, width, _ = views.tile_shape
         tokens, reserved = connector.num_tokens(encoder.grid(height, width)), views.tile_tokens
         if reserved != tokens:
             raise PretrainedError(
-                f"a tile of {height}x{width} pixels takes {reserved} places by the processor's files, and the model "
-                f"makes {tokens} tokens of it; set the files' image_seq_length or num_image_tokens, or their size of "
-                "images"
+                f"a tile of {height}x{width} pixels has {reserved} tokens by the processor's files, but {tokens} "
+                "in the model; fix image_seq_length, num_image_tokens or the image size in "
+                "the files"
             )
     if model.decoder is not None and model.num_learned_rows != processor.num_learned:
         raise PretrainedError(
-            f"the processor lays out {processor.num_learned} learned rows, the model has {model.num_learned_rows}"
+            f"the processor has {processor.num_learned} learned rows, but the model {model.num_learned_rows}"
         )
 
 
 def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
-    """Raises unless the size of tiles is that of the tower's position table, or patches have its size."""
+    """Raises unless the image size, or the patch size, is that of the tower."""
     tower, inputs = image_text.image_tower(model), processor.images
     told = tower.image_size if isinstance(tower, ViT | ModifiedResNet) else None
     if isinstance(inputs, NaflexInputs) and isinstance(tower, NaflexViT):
         told, found, what = tower.patch_size, inputs.patch_size, "patches"
     elif isinstance(inputs, SquareInputs | TensorFlowInputs):
-        found, what = inputs.size, "pictures"
+        found, what = inputs.size, "images"
     else:
         return
     if told is not None and told != found:
         raise PretrainedError(
-            f"the processor makes {what} of {found} pixels by the folder's files, the model reads {told}; set size and "
+            f"the folder's files have {what} of {found} pixels, but the model needs {told}; set size and "
             "crop_size, or patch_size, in preprocessor_config.json, or size in open_clip's preprocess_cfg, to the "
             "model's"
         )
@@ -171,7 +171,7 @@ def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
 def end_ids(folder: Path, config: Config, model: nn.Module) -> tuple[int, ...]:
     """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
 
-    Where both state none, those of the config that the model has a token for, since they may be a class's
+    Where both have none, those of the config that are in the model's vocabulary, since they may be a class's
     defaults; else that of the tokenizer.
 
     Raises:
@@ -191,6 +191,6 @@ def end_ids(folder: Path, config: Config, model: nn.Module) -> tuple[int, ...]:
 
 
 def _stated_ends(config: Config) -> tuple[int, ...]:
-    """`eos_token_id`: a number, several, or none."""
+    """`eos_token_id` as a tuple: one number, several, or none."""
     found = config.get("eos_token_id")
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)

@@ -1,4 +1,4 @@
-"""DeepSeek-VL and DeepSeek-VL2 as their own releases store them; their inference.py ends at the tokenizer's EOS."""
+"""DeepSeek-VL and DeepSeek-VL2 in the format of their releases; their inference.py ends at the tokenizer's EOS."""
 
 import math
 
@@ -48,7 +48,7 @@ DEFAULTS2: Fields = {
 
 
 def processor(folder: Folder, config: Config) -> Processor:
-    """DeepSeek-VL's."""
+    """DeepSeek-VL's processor."""
     where = f"{folder}: processor_config.json"
     own = with_defaults(processor_settings(folder), PROCESSOR_DEFAULTS, where)
     check_supported(own, {"add_special_token": (False,), "sft_format": ("deepseek",)}, where)
@@ -73,7 +73,7 @@ def processor(folder: Folder, config: Config) -> Processor:
 
 
 def processor2(folder: Folder, config: Config) -> Processor:
-    """DeepSeek-VL2's."""
+    """DeepSeek-VL2's processor."""
     where = f"{folder}: processor_config.json"
     own = with_defaults(processor_settings(folder), DEFAULTS2, where)
     check_supported(own, {"add_special_token": (False,), "sft_format": ("deepseek",)}, where)
@@ -96,7 +96,7 @@ def processor2(folder: Folder, config: Config) -> Processor:
 
 
 def check_consistent(config: Config, own: Config, side: int) -> None:
-    """The processor's numbers are the model's.
+    """Checks that the processor's settings equal the model's.
 
     Raises:
       PretrainedError: they differ.

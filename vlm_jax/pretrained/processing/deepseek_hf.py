@@ -1,4 +1,4 @@
-"""DeepSeek-VL as transformers stores it."""
+"""DeepSeek-VL in the format of transformers."""
 
 import dataclasses
 from typing import Any
@@ -59,11 +59,11 @@ def processor(folder: Folder, config: Config) -> Processor:
 def processor_hybrid(folder: Folder, config: Config) -> Processor:
     """The processor of a folder with two towers, which normalise their pixels themselves.
 
-    The release's own code gives its small tower a smaller copy of the large one's floating-point pixels; the port
-    shrinks them in 8 bits, which is done here.
+    The release's own code downscales the floating-point pixels of the large tower for the small one; transformers
+    downscales 8-bit pixels, as here.
 
     Raises:
-      PretrainedError: the files normalise otherwise than the model here.
+      PretrainedError: the normalisation in the files differs from the model's.
     """
     settings = image_settings(folder, HYBRID_DEFAULTS)
     where = f"{folder}: image processor"

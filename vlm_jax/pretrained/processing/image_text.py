@@ -1,4 +1,4 @@
-"""Two-tower models and classifiers: what their pictures and texts become, by the folder's files and the module."""
+"""Processors of two-tower models and classifiers, from the folder's files and the module."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -37,9 +37,9 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 from vlm_jax.types import Config, Fields
 
-# transformers, models/{clip,siglip,siglip2,vit}/image_processing_*.py; sizes that files leave out are the tower's.
+# transformers, models/{clip,siglip,siglip2,vit}/image_processing_*.py; sizes missing in files are the tower's.
 NAFLEX_DEFAULTS: Fields = {**HALF_STATISTICS, "resample": 2, "patch_size": 16, "max_num_patches": 256}
-# open_clip, src/open_clip/transform.py, PreprocessCfg; its size is the tower's where it is left out.
+# open_clip, src/open_clip/transform.py, PreprocessCfg; a missing size is the tower's.
 OPEN_CLIP_DEFAULTS: Fields = {
     "size": None,
     "mode": "RGB",
@@ -49,7 +49,7 @@ OPEN_CLIP_DEFAULTS: Fields = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
-# The same, image_transform: a filter drawn at random is for training alone, and is bicubic in evaluation.
+# The same, image_transform: a random filter is only for training; evaluation is bicubic.
 _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -57,13 +57,13 @@ _FILTERS = {
 }
 _FITS = {"shortest": "crop_rounded", "squash": "stretch", "longest": "shrink_rounded"}
 HALF = Pixels(tuple(HALF_STATISTICS["image_mean"]), tuple(HALF_STATISTICS["image_std"]))
-_SENTINELS = 100  # mc4's file has so many pieces more than the tower has rows
-# big_vision's evaluators of ViT: resize_small(256)|central_crop(224), and its like at other sides.
+_SENTINELS = 100  # the number of pieces in mc4's file beyond the tower's rows
+# big_vision's evaluators of ViT: resize_small(256)|central_crop(224), and analogous ones at other sizes.
 _EDGE = 256 / 224
 
 
 def clip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
-    """CLIP of transformers, whole or one tower of it."""
+    """CLIP of transformers, both towers or one."""
     del config
     images = None
     if image_tower(module) is not None:
@@ -75,7 +75,7 @@ def clip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcesso
 
 
 def siglip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
-    """SigLIP and SigLIP 2 of transformers, whole or one tower of it."""
+    """SigLIP and SigLIP 2 of transformers, both towers or one."""
     tower, images = image_tower(module), None
     if isinstance(tower, NaflexViT):
         settings = image_settings(folder, NAFLEX_DEFAULTS)
@@ -98,13 +98,11 @@ def _stretched(folder: Folder, module: nn.Module, defaults: Config) -> SquareInp
 
 
 def open_clip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
-    """CLIP of open_clip, whose config has a `preprocess_cfg`; texts are filled up with zeros there."""
+    """CLIP of open_clip, whose config has a `preprocess_cfg`; texts are padded with zeros."""
     where = "preprocess_cfg"
     given = {key: value for key, value in (config.get(where) or {}).items() if value is not None}
     if unknown := sorted(given.keys() - OPEN_CLIP_DEFAULTS.keys()):
-        raise PretrainedError(
-            f"{where}: {', '.join(unknown)}: not computed here; known here: {', '.join(OPEN_CLIP_DEFAULTS)}"
-        )
+        raise PretrainedError(f"{where}: {', '.join(unknown)}: not supported; expected {', '.join(OPEN_CLIP_DEFAULTS)}")
     settings = with_defaults(given, OPEN_CLIP_DEFAULTS, where)
     check_supported(settings, {"resize_mode": tuple(_FITS), "interpolation": tuple(_FILTERS), "mode": ("RGB",)}, where)
     mean, std = (tuple(map(float, _repeated(settings[key], 3, f"{where}.{key}"))) for key in ("mean", "std"))
@@ -120,10 +118,10 @@ def open_clip(folder: Folder, config: Config, module: nn.Module) -> ImageTextPro
 
 
 def big_vision(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
-    """SigLIP and SigLIP 2 of big_vision, and its text tower alone; the tokenizer's file is to be in the folder.
+    """SigLIP and SigLIP 2 of big_vision, or only its text tower; the tokenizer's file must be in the folder.
 
-    A release of NaFlex has one length of sequences for all sizes, 256 patches where `max_num_patches` is not beside
-    `model` in the config.
+    A NaFlex release has one sequence length for all sizes, `max_num_patches` next to `model` in the config, by default
+    256.
     """
     tower, images = image_tower(module), None
     if isinstance(tower, NaflexViT):
@@ -134,14 +132,14 @@ def big_vision(folder: Folder, config: Config, module: nn.Module) -> ImageTextPr
 
 
 def big_vision_vit(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
-    """ViT of big_vision as its configs evaluate one: the middle of a picture that was shrunk by areas."""
+    """ViT of big_vision with the preprocessing of its evaluation configs: area resizing and a central crop."""
     del folder
     size = _side(module, config)
     return ImageTextProcessor(TensorFlowInputs(size, "overlap", shortest_edge=round(min(size) * _EDGE)))
 
 
 def vit_jax(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
-    """ViT and hybrids of vision_transformer, which stretches pictures and rounds nothing."""
+    """ViT and hybrids of vision_transformer, which stretches images without rounding."""
     del folder, config
     return ImageTextProcessor(TensorFlowInputs(_side(module), whole=False))
 
@@ -150,7 +148,7 @@ def labels(config: Config) -> tuple[str, ...]:
     """Names of a classifier's classes: `id2label` of the config.
 
     Raises:
-      PretrainedError: the release names none, or not from 0 on.
+      PretrainedError: the release has none, or not from 0 on.
     """
     names = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
     if not names or sorted(names) != list(range(len(names))):
@@ -161,32 +159,32 @@ def labels(config: Config) -> tuple[str, ...]:
 
 
 def image_tower(module: nn.Module) -> ViT | ModifiedResNet | NaflexViT | None:
-    """What reads pictures; None in a text tower alone."""
+    """The image tower; None for a text tower."""
     tower = module.image if isinstance(module, TwoTower) else module
     tower = tower.encoder if isinstance(tower, Classifier) else tower
     return tower if isinstance(tower, ViT | ModifiedResNet | NaflexViT) else None
 
 
 def _side(module: nn.Module, config: Config = MappingProxyType({})) -> tuple[int, int]:
-    """(height, width) that a tower was trained for, or `image_size` of the config where it has no table to tell.
+    """(height, width) of a tower's training images, or `image_size` of the config without a position table.
 
     Raises:
-      PretrainedError: neither says.
+      PretrainedError: neither is available.
     """
     tower = image_tower(module)
     assert isinstance(tower, ViT | ModifiedResNet)
     size = tower.image_size or config.get("image_size")
     if size is None:
         raise PretrainedError(
-            "the size of pictures: this tower has no position table that tells it; give from_pretrained an image_size, "
-            "in pixels, or write it into config.json, beside model"
+            "the image size is unknown: this tower has no position table; pass image_size in pixels to "
+            "from_pretrained, or add it to config.json, next to model"
         )
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
 
 
 def _texts(folder: Folder, module: nn.Module, inputs: Callable[[Tokenizer, TextTower], TextInputs]) -> Texts | None:
-    """None without a text tower. A folder without its tokenizer still has its pictures; its texts are refused."""
+    """None without a text tower. Without a tokenizer in the folder images still work; texts raise an error."""
     tower = module.text if isinstance(module, TwoTower) else module
     if not isinstance(tower, TextTower):
         return None
@@ -197,14 +195,12 @@ def _texts(folder: Folder, module: nn.Module, inputs: Callable[[Tokenizer, TextT
 
 
 def _refuse(reason: str, texts: Sequence[str]) -> NoReturn:
-    raise TokenizerError(f"{len(texts)} texts cannot be read: {reason}")
+    raise TokenizerError(f"{len(texts)} texts cannot be encoded: {reason}")
 
 
 def _filled(tokenizer: Tokenizer, tower: TextTower, **fields: Any) -> TextInputs:
     if tokenizer.pad_id is None:
-        raise TokenizerError(
-            f"{tokenizer.origin}: expected a pad_token, which fills texts up, in tokenizer_config.json"
-        )
+        raise TokenizerError(f"{tokenizer.origin}: expected a pad_token in tokenizer_config.json, for padding texts")
     return TextInputs(tokenizer, tower.context_length, tokenizer.pad_id, **fields)
 
 
@@ -225,13 +221,13 @@ def _is_gemma(tokenizer: Tokenizer) -> bool:
 
 
 def _big_vision_texts(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:
-    """Lower case, no start, an end that stays where a text is cut: which tokens these are, its vocabulary tells.
+    """Lower case, no start token, an end token also after truncation; the ids depend on the vocabulary.
 
     Raises:
-      TokenizerError: the vocabulary is neither SigLIP's (c4_en, mc4) nor Gemma's, or of another size than the tower's.
+      TokenizerError: the vocabulary is not SigLIP's (c4_en, mc4) or Gemma's, or its size is not the tower's.
 
     Source: big_vision, configs/proj/image_text/SigLIP_demo.ipynb, tokenize(model="c4_en", eos="sticky", pad_value=1);
-    SigLIP2_demo.ipynb, lower|tok(model="gemma", bos="no", eos="sticky"), which fills up with the model's padding.
+    SigLIP2_demo.ipynb, lower|tok(model="gemma", bos="no", eos="sticky"), padded with the model's padding.
     """
     gemma = _is_gemma(tokenizer)
     ids = tuple(map(tokenizer.vocabulary.id_of, ("<pad>", "<eos>" if gemma else "</s>")))
@@ -243,15 +239,15 @@ def _big_vision_texts(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:
     rows, size = tower.vocab_size, tokenizer.vocab_size
     if not rows <= size <= rows + _SENTINELS:
         raise TokenizerError(
-            f"{tokenizer.origin}: {size} tokens, and the text tower has {rows}; take the tokenizer that it was trained "
-            "with: c4_en (32000) or mc4 (250000) for SigLIP, Gemma's (256000) for SigLIP 2"
+            f"{tokenizer.origin}: expected {rows} tokens, as the text tower, got {size}; use the tokenizer of its "
+            "training: c4_en (32000) or mc4 (250000) for SigLIP, Gemma's (256000) for SigLIP 2"
         )
     pad_id = 0 if gemma else 1
     return TextInputs(tokenizer, tower.context_length, pad_id, lower=True, bare=not gemma, end_id=1)
 
 
 def _repeated(value: Any, count: int, where: str) -> tuple[Any, ...]:
-    """A number, or a list of one, for all; else as many as are wanted."""
+    """`count` numbers, from one number, a list of one, or a list of `count`."""
     values = (value,) if isinstance(value, (int, float)) else tuple(value)
     values = values * count if len(values) == 1 else values
     if len(values) != count:

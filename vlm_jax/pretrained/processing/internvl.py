@@ -1,4 +1,4 @@
-"""InternVL as its own release stores it."""
+"""InternVL in the format of its release."""
 
 import math
 
@@ -29,7 +29,7 @@ START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 
 
 def processor(folder: Folder, config: Config) -> Processor:
-    """The processor of a folder: the template that its config names, or the folder's own."""
+    """The processor of a folder, with the template named in its config, or the folder's own."""
     tokenizer = Tokenizer.from_folder(folder)
     name = config.get("template")
     if name is not None and name not in INTERNVL:
@@ -50,7 +50,7 @@ def processor(folder: Folder, config: Config) -> Processor:
 
 
 def views(config: Config) -> InternVLViews:
-    """How pictures are looked at: one tile, or as many as fit."""
+    """Views of a config: one tile, or dynamic tiles."""
     settings = with_defaults(config, DEFAULTS, "internvl_chat")
     check_supported(settings, {"pad2square": (False,)}, "internvl_chat")
     vision = with_defaults(settings["vision_config"], VISION_DEFAULTS, "internvl_chat.vision_config")

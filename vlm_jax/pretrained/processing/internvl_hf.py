@@ -1,4 +1,4 @@
-"""InternVL as transformers stores it."""
+"""InternVL in the format of transformers."""
 
 from vlm_jax.pretrained.processing.settings import (
     Folder,
@@ -17,7 +17,7 @@ from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import SegmentSampler
 from vlm_jax.types import Config, Fields
 
-# transformers, models/got_ocr2/image_processing_got_ocr2.py; the processor itself asks for tiles.
+# transformers, models/got_ocr2/image_processing_got_ocr2.py; the processor itself enables tiles.
 DEFAULTS: Fields = {"size": {"height": 384, "width": 384}, "min_patches": 1, "max_patches": 12}
 NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 

@@ -1,4 +1,4 @@
-"""LLaVA and MobileVLM as their own releases store them."""
+"""LLaVA and MobileVLM in the format of their releases."""
 
 import ast
 import re
@@ -22,9 +22,9 @@ FIT = {"pad": "pad", "anyres": "crop", "square": "crop", None: "crop"}
 
 
 def processor(folder: Folder, config: Config) -> Processor:
-    """The processor of a folder. One without a chat template gets that of Vicuna, with which LLaVA-1.5 was trained."""
+    """The processor of a folder; by default with the template of Vicuna, with which LLaVA-1.5 was trained."""
     tokenizer = Tokenizer.from_folder(folder)
-    # The tag is no token of the release: text is spelled up to it, and from it on.
+    # The tag is not a token of the release: the text before and after it is encoded separately.
     holder = tokenizer.names.get("unk_token", tokenizer.names.get("pad_token", "<unk>"))
     prompt = TemplatePrompt(
         chat_template(folder, tokenizer, VICUNA),
@@ -43,16 +43,16 @@ def processor(folder: Folder, config: Config) -> Processor:
         pad_id(tokenizer, config),
         num_learned=int(newline),
         max_length=longest,
-        # LLaVA's eval/run_llava.py and MobileVLM's inference.py stop at sep2 of Vicuna, which is this one.
+        # LLaVA's eval/run_llava.py and MobileVLM's inference.py stop at this token, sep2 of Vicuna.
         end_tokens=end_of_text(tokenizer),
     )
 
 
 def views(config: Config) -> SquareViews | AnyresViews:
-    """How pictures are looked at: by `image_aspect_ratio` and `mm_patch_merge_type`.
+    """Views of a config, by `image_aspect_ratio` and `mm_patch_merge_type`.
 
     Raises:
-      PretrainedError: other ways than those of LLaVA-1.5, LLaVA-1.6 and MobileVLM.
+      PretrainedError: values other than those of LLaVA-1.5, LLaVA-1.6 and MobileVLM.
     """
     settings = {**DEFAULTS, "image_aspect_ratio": None, "mm_patch_merge_type": "flat", **config}
     where, name = config["model_type"], settings["mm_vision_tower"]
@@ -60,7 +60,7 @@ def views(config: Config) -> SquareViews | AnyresViews:
     check_supported(settings, known, where)
     tower = settings.get("vision_tower_config", TOWERS.get(name))
     if tower is None:
-        raise PretrainedError(f"{where}.mm_vision_tower: no settings here for '{name}'")
+        raise PretrainedError(f"{where}.mm_vision_tower: unknown '{name}'")
     side = tower["image_size"]
     rows = side // tower["patch_size"]
     if settings["s2"]:
@@ -81,7 +81,7 @@ def canvases(pinpoints: str | Sequence[Sequence[int]], side: int, where: str) ->
     """(height, width) of the canvases: `[[336, 672], …]` as (width, height), as text, or as a range `(1x1),...,(2x2)`.
 
     Raises:
-      PretrainedError: none of these.
+      PretrainedError: another format.
     """
     if isinstance(pinpoints, str):
         if found := re.findall(r"\((\d+)x(\d+)\)", pinpoints):

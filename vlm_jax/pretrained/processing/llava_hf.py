@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-NeXT as transformers stores them."""
+"""LLaVA and LLaVA-NeXT in the format of transformers."""
 
 import dataclasses
 import math
@@ -31,13 +31,13 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def processor(folder: Folder, config: Config) -> Processor:
-    """LLaVA's."""
+    """LLaVA's processor."""
     base, _ = _square(folder, config)
     return _processor(folder, config, base)
 
 
 def processor_next(folder: Folder, config: Config) -> Processor:
-    """LLaVA-NeXT's, whose pictures are cut into tiles."""
+    """LLaVA-NeXT's processor, with tiles."""
     base, grid = _square(folder, config)
     settings = image_settings(folder, {**DEFAULTS, "image_grid_pinpoints": PINPOINTS})
     canvases = tuple((height, width) for height, width in settings["image_grid_pinpoints"])
@@ -54,7 +54,7 @@ def _square(folder: Folder, config: Config) -> tuple[SquareViews, tuple[int, int
     whole = config.get("vision_feature_select_strategy", "default") == "full"
     if whole and config["model_type"] == "llava_next":
         raise PretrainedError(
-            f"{where}: tiles are laid out without class tokens; set vision_feature_select_strategy to 'default'"
+            f"{where}: tiles with class tokens are not supported; set vision_feature_select_strategy to 'default'"
         )
     if settings["do_pad"] and config["model_type"] == "llava" and views.fit == "crop":
         views = dataclasses.replace(views, fit="pad")

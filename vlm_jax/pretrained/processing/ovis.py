@@ -1,4 +1,4 @@
-"""Ovis 2 and Ovis 2.5 as their own releases store them."""
+"""Ovis 2 and Ovis 2.5 in the format of their releases."""
 
 from vlm_jax.pretrained.ovis import (
     AIMV2_DEFAULTS,
@@ -24,7 +24,7 @@ MIN_PIXELS, MAX_PIXELS = 448 * 448, 1792 * 1792  # of Ovis 2.5-9B's preprocess_i
 
 
 def processor2(folder: Folder, config: Config) -> Processor:
-    """Ovis 2's."""
+    """Ovis 2's processor."""
     tokenizer = {**TOKENIZER_DEFAULTS, **config["visual_tokenizer_config"]}
     vision = {**AIMV2_DEFAULTS, **tokenizer["backbone_config"]}
     rows = -(-(vision["image_size"] // vision["patch_size"]) // tokenizer["hidden_stride"])
@@ -33,7 +33,7 @@ def processor2(folder: Folder, config: Config) -> Processor:
 
 
 def processor2_5(folder: Folder, config: Config) -> Processor:
-    """Ovis 2.5's."""
+    """Ovis 2.5's processor."""
     vision = {**NAVIT_DEFAULTS, **config["vit_config"]}
     patch, stride = vision["patch_size"], vision["hidden_stride"]
     window = None
@@ -60,7 +60,7 @@ def _processor(
     training: str | None = None,
 ) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
-    holder = tokenizer.names["pad_token"]  # the release has negative ids here, which are no tokens
+    holder = tokenizer.names["pad_token"]  # the release has negative ids here, which are not tokens
     prompt = TemplatePrompt(
         chat_template(folder, tokenizer, template, own_first=False),
         tokenizer,
@@ -70,6 +70,6 @@ def _processor(
         joined="\n",
         training=None if training is None else ChatTemplate(training, tokenizer.names),
     )
-    # The release's examples give generate() the end of its text tokenizer.
+    # The release's examples pass the EOS of its text tokenizer to generate().
     ends = end_of_text(tokenizer)
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), num_learned=num_learned, end_tokens=ends)

@@ -1,4 +1,4 @@
-"""Ovis 2 as transformers ports it, whose tiles are not those of the release."""
+"""Ovis 2 in the format of transformers, whose tiles differ from the release's."""
 
 from vlm_jax.pretrained.family import check_supported
 from vlm_jax.pretrained.processing.settings import (

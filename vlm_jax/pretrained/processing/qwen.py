@@ -12,14 +12,14 @@ from vlm_jax.types import Config
 
 # QwenLM/Qwen-VL-Chat, qwen_generation_utils.py, get_stop_words_ids of ChatML, which chat() adds.
 END_TOKENS = ("<|im_end|>", "<|im_start|>")
-NUM_QUERIES = 256  # of the release's resampler, whose config leaves it out
+NUM_QUERIES = 256  # of the release's resampler, not in its config
 
 
 def processor(folder: Folder, config: Config) -> Processor:
-    """The processor of a folder; a Qwen without eyes takes no pictures."""
+    """The processor of a folder; a text-only Qwen has no views."""
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.eos_id is None:
-        raise PretrainedError(f"{folder}: expected a tokenizer with <|endoftext|>, which fills short prompts")
+        raise PretrainedError(f"{folder}: expected a tokenizer with <|endoftext|>, for padding")
     visual = config.get("visual")
     views = NoViews()
     if visual is not None:

@@ -23,7 +23,7 @@ from vlm_jax.types import Config, Fields, PatchFormat
 DEFAULTS: Fields = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 IMAGE_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 VIDEO_PIXELS = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
-# Most tokens of a video: Wang et al. 2024, section 3.2, and Bai et al. 2025, section 2.1.3.
+# Maximum tokens of a video: Wang et al. 2024, section 3.2, and Bai et al. 2025, section 2.1.3.
 VIDEO_TOKENS = {"qwen2_vl": 16384, "qwen2_5_vl": 24576}
 # transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py, Qwen2_5_VLVisionConfig.
 QWEN2_5_DEFAULTS = {"tokens_per_second": 4, "window_size": 112}
@@ -58,7 +58,7 @@ def processor(folder: Folder, config: Config) -> Processor:
 
 
 def _limits(settings: Config, defaults: Mapping[str, int]) -> tuple[int, int]:
-    """Least and most pixels; the first files call them `min_pixels` and `max_pixels`."""
+    """Minimum and maximum pixels; in older files the keys are `min_pixels` and `max_pixels`."""
     size = {**defaults, **(settings.get("size") or {})}
     least, most = settings.get("min_pixels"), settings.get("max_pixels")
     return size["shortest_edge"] if least is None else least, size["longest_edge"] if most is None else most

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of its processor: `preprocessor_config.json`, `processor_config.json` and kin."""
+"""Processor settings of a checkpoint folder: `preprocessor_config.json`, `processor_config.json` and others."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ CLIP_STATISTICS = {
 }
 HALF_STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 IMAGENET_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-# What every image processor of transformers has, where a file does not say otherwise.
+# Defaults of all image processors of transformers.
 COMMON: Fields = {
     **CLIP_STATISTICS,
     "do_resize": True,
@@ -38,7 +38,7 @@ COMMON: Fields = {
 
 
 def _json(path: epath.Path) -> Fields:
-    """The object of a file that may be missing."""
+    """The JSON object of a file; empty if it does not exist."""
     return read_json(path, PretrainedError) if path.exists() else {}
 
 
@@ -48,12 +48,12 @@ def processor_settings(folder: Folder) -> Fields:
 
 
 def image_settings(folder: Folder, defaults: Config) -> Fields:
-    """How pictures are prepared: a file's own keys but for null, over defaults of the class and of all classes.
+    """Image settings: a file's keys that are not null, over defaults of the class and of all classes.
 
-    New files have it inside `processor_config.json`, older ones in `preprocessor_config.json`.
+    New files have them inside `processor_config.json`, older ones in `preprocessor_config.json`.
 
     Raises:
-      PretrainedError: pixels are not resized, or rescaled otherwise than by 255.
+      PretrainedError: pixels are not resized, or not rescaled by 1/255.
     """
     inside = processor_settings(folder).get("image_processor") or {}
     given = {**_json(epath.Path(folder) / "preprocessor_config.json"), **inside}
@@ -61,22 +61,22 @@ def image_settings(folder: Folder, defaults: Config) -> Fields:
 
 
 def video_settings(folder: Folder) -> Fields:
-    """What is said of videos alone: in `processor_config.json`, or `video_preprocessor_config.json`."""
+    """Settings only for videos, from `processor_config.json` or `video_preprocessor_config.json`."""
     inside = processor_settings(folder).get("video_processor") or {}
     return _stated({**_json(epath.Path(folder) / "video_preprocessor_config.json"), **inside})
 
 
 def video_pixels(folder: Folder, images: Config) -> Pixels:
-    """What is done to the pixels of a video's frames, by torch as in the video processors of transformers.
+    """Resizing and normalisation of a video's frames, by torch as in the video processors of transformers.
 
-    A file that qwen-vl-utils resizes before them is rounded once, after both axes: mostly within 1 of this.
+    qwen-vl-utils resizes files first and rounds once, after both axes: mostly within 1 of this.
 
     Args:
       folder: of the checkpoint.
-      images: settings of pictures, which hold where none are stated of videos.
+      images: settings of images, used where there are none for videos.
 
     Raises:
-      PretrainedError: frames are not resized, rescaled otherwise than by 255, or resized by another filter.
+      PretrainedError: frames are not resized, not rescaled by 1/255, or resized with another filter.
     """
     where = f"{folder}: video processor"
     settings = _usable({**images, **video_settings(folder)}, where)
@@ -115,10 +115,10 @@ def mean_colour(settings: Config) -> tuple[int, ...]:
 
 
 def height_and_width(value: object, where: str) -> Size:
-    """A size that files give as a number, or as height and width; a `shortest_edge` is a square's.
+    """A size stored as a number, or as height and width; a `shortest_edge` is the side of a square.
 
     Raises:
-      PretrainedError: neither.
+      PretrainedError: another format.
     """
     if isinstance(value, int):
         return value, value
@@ -131,15 +131,15 @@ def height_and_width(value: object, where: str) -> Size:
 
 
 def square_views(settings: Config, where: str, *, edge: bool) -> SquareViews:
-    """One view of every picture, cut from its middle or stretched, of one token.
+    """One view per image, a central crop or stretched, with one token.
 
     Args:
-      settings: of images: `size`, and `crop_size` where `do_center_crop`.
-      where: names the settings in messages.
-      edge: a `size` of one number is the shorter side's, as in CLIP, not a square's.
+      settings: image settings: `size`, and `crop_size` where `do_center_crop`.
+      where: name of the settings for errors.
+      edge: whether a `size` of one number is that of the shorter side, as in CLIP, or of a square.
 
     Raises:
-      PretrainedError: pictures would keep their aspect, or be stretched and cut.
+      PretrainedError: images would keep their aspect ratio, or be both stretched and cropped.
     """
     size, crop_size = settings["size"], settings.get("crop_size")
     if isinstance(size, int) and edge:
@@ -148,21 +148,21 @@ def square_views(settings: Config, where: str, *, edge: bool) -> SquareViews:
     length = height_and_width(size, where)
     keeps = isinstance(size, Mapping) and "shortest_edge" in size
     if keeps and crop is None:
-        raise PretrainedError(f"{where}: size {size} without do_center_crop gives pictures of any aspect")
+        raise PretrainedError(f"{where}: size {size} without do_center_crop gives images of any aspect ratio")
     if not keeps and crop not in (None, length):
-        raise PretrainedError(f"{where}: expected a size of shortest_edge beside crop_size {crop_size}, got {size}")
+        raise PretrainedError(f"{where}: expected a size of shortest_edge with crop_size {crop_size}, got {size}")
     fields = {"fit": "crop", "shortest_edge": length[0]} if keeps else {"fit": "stretch"}
     return SquareViews(pixels(settings), crop or length, background=mean_colour(settings), **fields)  # type: ignore
 
 
 def chat_template(folder: Folder, tokenizer: Tokenizer, source: str | None, *, own_first: bool = True) -> ChatTemplate:
-    """The folder's template, or the one that a release has in its code.
+    """The folder's template, or the one in a release's code.
 
     Args:
       folder: of the checkpoint.
-      tokenizer: for the special tokens.
-      source: of the release's code; None where it has none.
-      own_first: the folder's template stands before the code's.
+      tokenizer: provides the special tokens.
+      source: template of the release's code; None where it has none.
+      own_first: whether the folder's template takes precedence over the code's.
     """
     if source is not None and not own_first:
         return ChatTemplate(source, tokenizer.names)
@@ -175,11 +175,11 @@ def chat_template(folder: Folder, tokenizer: Tokenizer, source: str | None, *, o
 
 
 def write_image_size(folder: Folder, views: SquareViews) -> None:
-    """Puts the size of pictures into the files of a folder that say how they are prepared.
+    """Writes the image size to the image processor files of a folder.
 
     Args:
-      folder: an existing one, with or without such files.
-      views: of that size.
+      folder: an existing folder, with or without such files.
+      views: views of that size.
     """
     tile = dict(zip(("height", "width"), views.size, strict=True))
     size = {"shortest_edge": views.shortest_edge} if views.fit == "crop" else tile
@@ -198,7 +198,7 @@ def end_of_text(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def pad_id(tokenizer: Tokenizer, config: Config) -> int:
-    """The tokenizer's padding, the config's, or 0."""
+    """The tokenizer's padding id, the config's, or 0."""
     stated = (config.get("pad_token_id"), text_section(config).get("pad_token_id"))
     candidates = (tokenizer.pad_id, *stated, tokenizer.eos_id, 0)
     return next(index for index in candidates if isinstance(index, int) and index >= 0)

@@ -1,4 +1,4 @@
-"""Language models alone."""
+"""Text-only language models."""
 
 from vlm_jax.pretrained.processing.settings import Folder, end_of_text, pad_id
 from vlm_jax.processors.chat import ChatTemplate
@@ -11,7 +11,7 @@ from vlm_jax.types import Config
 
 
 def processor(folder: Folder, config: Config) -> Processor:
-    """A chat template and a tokenizer; conversations have no pictures."""
+    """A processor with a chat template and a tokenizer, without views."""
     tokenizer = Tokenizer.from_folder(folder)
     prompt = TemplatePrompt(ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, joined="", begins=False)
     ends = ()
