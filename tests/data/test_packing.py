@@ -337,7 +337,7 @@ def test_fingerprints_are_those_of_values_not_of_their_order():
 
 def test_padding_is_what_no_example_fills():
     assert padding_share([Load(10, 0), Load(5, 0)], RowShape(10, 1)) == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="no row"):
+    with pytest.raises(ValueError, match="at least one row"):
         padding_share([], RowShape(10, 1))
 
 
@@ -369,7 +369,7 @@ def test_a_batch_takes_the_smallest_bucket_that_holds_all_its_rows():
         ({"epoch": 0}, ConfigError, "at least 1 sample, got 0"),
         ({"window": 0}, ValueError, "window and num_threads must be at least 1, got 0"),
         ({"epoch": None, "repeat": False}, ValueError, "needs its number of elements as epoch"),
-        ({"folder": "rows"}, ValueError, "need a fingerprint"),
+        ({"folder": "rows"}, ValueError, "needs a fingerprint"),
     ],
 )
 def test_settings_that_make_no_plan_are_refused(options, error, message):

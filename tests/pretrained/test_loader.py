@@ -166,7 +166,7 @@ def test_all_keys_that_are_wrong_are_listed_at_once(folder):
         vlm_jax.from_pretrained(folder)
     message = str(error.value)
     assert "3 problems" in message
-    for line in ("missing from the checkpoint: head/kernel", "unused: heads/kernel", "misshapen: cls"):
+    for line in ("missing from the checkpoint: head/kernel", "unused: heads/kernel", "wrong shape: cls"):
         assert line in message
 
 
