@@ -229,7 +229,7 @@ def test_what_cannot_be_generated_is_named(options, message):
 
 
 def test_a_model_without_a_language_model_is_named():
-    with pytest.raises(GenerationError, match=r"Dense has no language model, .* load a release with one"):
+    with pytest.raises(GenerationError, match=r"Dense has no language model .* load a release with one"):
         run(COUNTING, prompts([1]), nn.Dense(3))
 
 
