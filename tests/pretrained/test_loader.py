@@ -238,7 +238,7 @@ def test_naflex_positions_must_be_a_learned_grid():
 def test_other_arguments_are_checked():
     with pytest.raises(PretrainedError, match="dtype: expected one of float32, bfloat16, float16, got 'float64'"):
         vlm_jax.from_pretrained(ARCHIVE, dtype="float64")
-    with pytest.raises(PretrainedError, match="'open_clip' is not resized at load"):
+    with pytest.raises(PretrainedError, match="'open_clip' does not support resizing at load"):
         vlm_jax.from_pretrained(TORCH, image_size=96)
 
 
