@@ -252,7 +252,7 @@ def test_a_run_of_another_model_is_refused(alphabet, tmp_path):
     params = vlm_jax.from_pretrained(alphabet / "released").params
     other = {**params["decoder"], "head": {"kernel": jnp.ones((30, 31))}}
     workdir = trained(tmp_path / "run", {"decoder": other})
-    message = r"of another model:\n  it holds params/decoder/head/kernel \(30, 31\), not \(30, 29\)$"
+    message = r"of another model:\n  it has params/decoder/head/kernel \(30, 31\), expected \(30, 29\)$"
     with pytest.raises(CheckpointError, match=message):
         open_conversion(alphabet / "released", FAMILIES, run=workdir)
 

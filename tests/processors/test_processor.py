@@ -171,7 +171,9 @@ def test_other_numbers_of_lists_and_of_tokens():
         processor().batch([say("a")] * 2, [[]])
     # a, three places, the head of the answer and the beginning
     assert processor(max_length=6)(say("a", "<image>"), [picture()]).tokens.shape == (1, 6)
-    with pytest.raises(SequenceTooLong, match=r"conversation 0 is 6 tokens long, over the limit of 5.*nothing is truncated"):
+    with pytest.raises(
+        SequenceTooLong, match=r"conversation 0 is 6 tokens long, over the limit of 5.*nothing is truncated"
+    ):
         processor(max_length=5)(say("a", "<image>"), [picture()])
 
 
