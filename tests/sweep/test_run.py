@@ -24,10 +24,6 @@ from vlm_jax.train.state import abstract
 PATCHES, WIDTH, DEPTH, MLP = 4, 16, 2, 32
 
 
-class Killed(Exception):
-    pass
-
-
 def tiny_sweep() -> ConfigDict:
     sweep = ConfigDict()
     sweep.base = tiny_config()
@@ -123,13 +119,13 @@ def swept(one_device, tmp_path_factory) -> Swept:
     def dies_in_the_second_point(experiment, *arguments):
         evaluated.append(experiment.system.budget.left)
         if evaluated == [1, 2]:
-            raise Killed
+            raise KeyboardInterrupt
         return real(experiment, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
         patch.setattr(sweep_run, "answer_all", dies_in_the_second_point)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             make(tiny_sweep(), workdir, new_console()).run()
         first, trained = lines(workdir), metrics(workdir)
         counts, console = [len(evaluated)], new_console()
@@ -217,7 +213,7 @@ def test_points_start_from_the_shared_stages(swept, one_device):
         (
             lambda c: c.base.stages.seeing.learning_rates.update({"connector": 1e-3}),
             ConfigError,
-            "a shared stage trains no connector",
+            "a shared stage trains no connector where every candidate has its own",
         ),
         (lambda c: c.base.update({"token_bugdet": 1}), ConfigError, r"config\.token_bugdet: .*'token_budget'"),
     ],

@@ -31,7 +31,7 @@ class VqaFiles:
     """Settings of a set of files, keys of config.data.
 
     Attributes:
-      train_path: JSONL file, local or `gs://`.
+      train_path: JSONL file, local or `gs://`; None where nothing trains.
       evaluation_path: JSONL file of the evaluation; not the training file.
       channels: 1 (grey) or 3 (RGB) that images are converted to.
       num_images: images that every line has; None for any number, as of the frames of clips.
@@ -42,7 +42,7 @@ class VqaFiles:
       evaluation_size: records to evaluate, drawn by the seed; None for all.
     """
 
-    train_path: str
+    train_path: str | None
     evaluation_path: str
     channels: int = 3
     num_images: int | None = 1
@@ -172,16 +172,19 @@ class VqaFileSource:
         self.settings = settings
         self.tasks = settings.tasks
         self.channels = settings.channels
-        self.train_records = Records(settings.train_path, settings, "train_path", tools)
+        path = settings.train_path
+        self.train_records = None if path is None else Records(path, settings, "train_path", tools)
         self.evaluation_records = Records(settings.evaluation_path, settings, "evaluation_path", tools)
 
     def train(self, stream: str, seed: int) -> grain.MapDataset[Sample]:
         """The training records, shuffled anew by (seed, epoch), without end.
 
         Raises:
-          ConfigError: no such stream.
+          ConfigError: no such stream, or no training file.
         """
         _check_stream(stream)
+        if self.train_records is None:
+            raise ConfigError("config.data.train_path: a stage trains on it, and it is None; name the training file")
         return grain.MapDataset.source(self.train_records).seed(seed).shuffle().repeat()
 
     def evaluation(self, seed: int, stream: str = "questions") -> "EvaluationSamples":
