@@ -18,6 +18,7 @@ from vlm_jax.system import System
 
 from .releases import MAX_NEW_TOKENS, VISUAL_TOKENS, conversation
 
+
 @pytest.fixture(scope="module")
 def evaluation(released):
     def make(workdir, console=None, **changes):

@@ -111,6 +111,7 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     for name in config.candidates:
         candidate, path = config.candidates[name], f"config.candidates.{name}"
         check_keys(candidate, ("budgets", "trained_at", "schedule", *SECTIONS), path)
+        check_keys(candidate.get("schedule", ()), config.base.stages, f"{path}.schedule")
         for number, seed in enumerate(settings.seeds):
             made = functools.partial(_made, config.base, name, candidate, seed, settings.shared)
             suffix = f"#{seed}" if number else ""
