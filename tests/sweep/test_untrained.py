@@ -171,8 +171,8 @@ def test_a_candidate_that_nothing_has_trained_is_refused(candidate, message):
 
 def test_a_candidate_has_the_connector_that_shared_stages_train_unless_it_has_its_own():
     candidates = {
-        "random": {"budgets": (2,), "reducer": {"kind": "random"}},
         "pool": {"budgets": (1,), "connector": {"kind": "pool"}, "schedule": ("answering",)},
+        "random": {"budgets": (2,), "reducer": {"kind": "random"}},
     }
     sweep = {"shared": ("seeing", "answering")}
     config = ConfigDict({"base": tiny_config(), "candidates": candidates, "sweep": sweep})

@@ -88,8 +88,9 @@ class Sweep:
                         results[point.label] = self._run_point(point, starts[point.config.seed], progress)
                     write_lines(self.workdir / RESULTS_FILE, results.values())
                     progress.next_point()
-                    if all(other.trained_as != point.trained_as for other in todo[number:]):
-                        self._outcomes.pop(point.trained_as, None)  # the next point has parameters of its own
+                    rest = {other.trained_as for other in todo[number:]}
+                    if rest and point.trained_as not in rest:  # the next point has parameters of its own
+                        self._outcomes.pop(point.trained_as, None)
         ordered = [results[point.label] for point in self.points if point.label in results]
         if ordered:
             self._show(ordered)
