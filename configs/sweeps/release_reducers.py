@@ -1,4 +1,6 @@
-r"""What do training-free reducers lose on a release, on questions of your own? Nothing is trained.
+r"""What do training-free reducers lose on a release, on questions of your own?
+
+Nothing is trained:
 
     python -m vlm_jax.cli.sweep --config=configs/sweeps/release_reducers.py --workdir=sweep \
         --config.base.release=llava-hf/llava-1.5-7b-hf --config.base.data.evaluation_path=evaluation.jsonl

@@ -5,10 +5,9 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from vlm_jax.build import Experiment, build
+from vlm_jax.build import CELL_HEAD, Experiment, build
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
 from vlm_jax.sweep.costs import Costs, costs
 from vlm_jax.sweep.release_points import AS_RELEASED
@@ -113,13 +112,13 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
         check_keys(candidate, ("budgets", "trained_at", "schedule", *SECTIONS), path)
         check_keys(candidate.get("schedule", ()), config.base.stages, f"{path}.schedule")
         for number, seed in enumerate(settings.seeds):
-            made = functools.partial(_made, config.base, name, candidate, seed, settings.shared)
+            made = functools.cache(functools.partial(_made, config.base, name, candidate, seed, settings.shared))
             suffix = f"#{seed}" if number else ""
             for budget in candidate.budgets:
                 run, experiment = made(budget)
                 trained_at = candidate.trained_at if "trained_at" in candidate else budget
                 training = (run, experiment) if trained_at == budget else made(trained_at)
-                if trained_at != budget and _shapes(training[1]) != _shapes(experiment):
+                if trained_at != budget and training[1].boxed_shapes() != experiment.boxed_shapes():
                     raise ConfigError(
                         f"{path}.trained_at: the parameters for {trained_at} tokens have other shapes than those for "
                         f"{budget}; choose a connector that nests its budgets, such as matryoshka, or train each"
@@ -158,23 +157,21 @@ def _start(base: Any, candidate: Any, shared: tuple[str, ...], experiment: Exper
     if not shared:
         return ()
     trained = {part for label in shared for part in base.stages[label].learning_rates}
-    others = trained.intersection(_shapes(experiment)).difference(("encoder", "decoder"), candidate)
+    others = trained.difference(("encoder", "decoder"), candidate)
+    if experiment.cell_reader is None:
+        others.discard(CELL_HEAD)
     return ("encoder", "decoder", *sorted(others))
 
 
 def _check_untrained(experiment: Experiment, start: tuple[str, ...], path: str) -> None:
     """Whether a candidate that trains nothing has all of its parts from the release or the shared stages."""
     release = experiment.system.release
-    drawn = _shapes(experiment) if release is None else release.drawn
+    drawn = experiment.boxed_shapes() if release is None else release.drawn
     if missing := [part for part in drawn if part not in start]:
         raise ConfigError(
             f"{path}: it has no stage of its own, and its {' and '.join(missing)} would be drawn and never trained; "
             "give it a schedule, or take these parts from config.base.release or from shared stages that train them"
         )
-
-
-def _shapes(experiment: Experiment) -> Any:
-    return jax.eval_shape(experiment.init, jax.random.key(0))
 
 
 def point_config(base: Any, candidate: Any, budget: int | None, seed: int, shared: tuple[str, ...]) -> Any:

@@ -93,7 +93,7 @@ def first_params(
     read = () if init_from is None else tuple(init_parts)
     params = experiment.initial(jax.random.key(seed), mesh, without=read)
     if init_from is not None:
-        shapes = abstract(jax.eval_shape(experiment.init, jax.random.key(0)), mesh)
+        shapes = abstract(experiment.boxed_shapes(), mesh)
         params |= read_parts(init_from, {part: shapes[part] for part in read})
     return params
 
@@ -132,7 +132,7 @@ class Trainer:
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
-        self._boxed = jax.eval_shape(experiment.init, jax.random.key(0))
+        self._boxed = experiment.boxed_shapes()
         self._check_stages()
         claim(self.workdir, config)
         self._stop = False
