@@ -19,6 +19,12 @@ def write_whole(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
+def write_lines(path: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Writes a JSON-lines file as a whole; the primary process does."""
+    if is_primary():
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 def claim(workdir: epath.Path, config: Any) -> None:
     """Creates the folder for a config, or checks that it has the same config; for the primary process.
 
