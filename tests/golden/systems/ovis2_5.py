@@ -167,10 +167,12 @@ def spoken(model, golden: comparison.Golden) -> dict[str, np.ndarray]:
         if f"{name}.labels" in arrays:
             found[f"{name}.loss"] = language.loss([state.logits], [arrays[f"{name}.labels"][0]])
     names = [name for name in rows if f"{name}.generated" in golden.expected]
-    count = golden.expected[f"{names[0]}.generated"].shape[1]
-    ids = language.greedy(model, {name: rows[name] for name in names}, count)
-    found |= {f"{name}.generated": ids[name][None] for name in names}
-    return found | _gradients(model, {name: rows[name] for name in ("mm", "text")}, official, arrays["batch.labels"])
+    counts = {name: golden.expected[f"{name}.generated"].shape[1] for name in names}
+    ids = language.greedy(model, {name: rows[name] for name in names}, max(counts.values()))
+    found |= {f"{name}.generated": ids[name][None, :count] for name, count in counts.items()}
+    together = {name: rows[name] for name in ovis_prompts.batched(golden)}
+    labels = arrays["batch.labels"][:, : max(map(len, together.values()))]
+    return found | _gradients(model, together, official, labels)
 
 
 def _gradients(model, rows: dict[str, Row], official: dict, labels: np.ndarray) -> dict[str, np.ndarray]:

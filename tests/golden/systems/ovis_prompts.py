@@ -74,16 +74,20 @@ def outputs2_5(golden: Golden, config: dict) -> dict[str, Any]:
         found[f"{match[1]}.input_ids"] = ids(ours(said, [images[number] for number in shown], **options))
         found[f"{match[1]}.grid_thws"] = grids[shown]
     # Prompts with ids drawn at random have no text: theirs are taken as they are.
-    told = golden.entries["batch.input_ids"]["meaning"]
-    rows = [{**golden.expected, **found}[f"{name}.input_ids"][0] for name in re.findall(r"(\w+) prompt\b", told)]
-    found["batch.input_ids"] = np.full((len(rows), max(map(len, rows))), ours.pad_id)
+    rows = [{**golden.expected, **found}[f"{name}.input_ids"][0] for name in batched(golden)]
+    found["batch.input_ids"] = np.full((len(rows), golden.expected["batch.input_ids"].shape[1]), ours.pad_id)
     for row, given in zip(found["batch.input_ids"], rows, strict=True):
         row[: len(given)] = given
     return found | _video(golden, limited("video.min_max_pixels")) | _trained(golden, ours, images)
 
 
+def batched(golden: Golden) -> list[str]:
+    """The prompts of the folder's batch, row by row: `right padded batch (mm prompt, text prompt)`."""
+    return re.findall(r"(\w+) prompt\b", golden.entries["batch.input_ids"]["meaning"])
+
+
 def shown_pictures(golden: Golden, name: str, count: int) -> list[int]:
-    """The numbers of the images that a prompt shows: those that the manifest names in its arrays, else the first ones."""
+    """The numbers of the images that a prompt shows: those that the manifest names beside it, else the first ones."""
     entries = [entry for key, entry in golden.entries.items() if key.startswith(f"{name}.")]
     named = dict.fromkeys(number for entry in entries for number in comparison.named_pictures(entry["meaning"]))
     return [*named, *(number for number in range(count) if number not in named)][:count]
