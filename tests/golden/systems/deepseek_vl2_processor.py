@@ -11,6 +11,7 @@ from tests.golden import comparison
 from vlm_jax.pretrained.processing import deepseek
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import Slot
+from vlm_jax.processors.spelled_prompt import USER
 
 IGNORED = -100
 
@@ -61,9 +62,10 @@ def conversations(processor: Processor, inputs: dict, listed: dict) -> dict[str,
         pictures = [inputs[f"image.{number}"] for number in entry["images"]]
         pieces, inference = prompt(entry["conversation"], (), targets=True), entry["inference_mode"]
         made = Official(processor, pieces, pictures, inference=inference)
-        batch = processor(
-            entry["conversation"], [Image.fromarray(picture) for picture in pictures], add_generation_prompt=inference
-        )
+        # The release writes the head of an answer behind every question, in training too.
+        ends_open = inference or entry["conversation"][-1]["role"] in USER
+        images = [Image.fromarray(picture) for picture in pictures]
+        batch = processor(entry["conversation"], images, add_generation_prompt=ends_open)
         np.testing.assert_array_equal(batch.tokens[0], made.ids)
         np.testing.assert_array_equal(batch.visual_index[0] >= 0, made.visual)
         found[f"conv.{entry['name']}"] = made
