@@ -87,8 +87,8 @@ def spoken(golden: comparison.Golden, ours, images: np.ndarray) -> dict[str, np.
     """What the language model gives: the rows of every prompt, each with as many images as its tags stand for."""
     inputs, entries = golden.inputs, golden.entries
     cases = [name.removesuffix("_ids") for name in inputs if name.endswith("_ids")]
-    said = " ".join(entries[f"{case}_ids"]["meaning"] for case in cases)
-    tag = re.search(r"(?:image tags \(id|images_seq_mask is ids ==) (\d+)", said)
+    said = [*(entries[f"{case}_ids"]["meaning"] for case in cases), (golden.folder / "cases.md").read_text()]
+    tag = re.search(r"(?:image tags \(id|images_seq_mask is ids ==) (\d+)", "\n".join(said))
     count = ours.module.connector.num_tokens(ours.module.encoder.grid(*images.shape[1:3]))
     rows = {}
     for case in cases:
