@@ -65,7 +65,7 @@ def test_a_part_may_have_an_image_size_of_its_own():
         ),
         (
             {"kind": "hybrid", "high": SAM, "low": VIT, "low_size": 24, "combine": "mean"},
-            "config.encoder.combine: 'mean' is not one of",
+            "config.encoder.combine: expected one of",
         ),
     ],
 )

@@ -29,7 +29,7 @@ def test_heads_windows_and_scaled_positions():
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"scaling": "ntk"}, r"config\.decoder\.rope\.scaling: 'ntk' is not one of 'none', 'linear'"),
+        ({"scaling": "ntk"}, r"config\.decoder\.rope\.scaling: expected one of 'none', 'linear'"),
         ({"base": 100.0}, r"config\.decoder\.rope\.base: unknown or unused key"),
         ({"scaling": "llama3", "factor": 8.0}, r"config\.decoder\.rope: .* original_length is needed"),
     ],

@@ -25,7 +25,7 @@ SETTINGS = {
         (
             {"filter": "nearest"},
             1,
-            r"config\.processor\.filter: 'nearest' is not one of box, bilinear, bicubic, lanczos",
+            r"config\.processor\.filter: expected one of box, bilinear, bicubic, lanczos, got 'nearest'",
         ),
     ],
 )

@@ -133,7 +133,7 @@ def test_a_value_of_another_type_is_named_with_both(key, value, path, expected):
 
 
 def test_a_value_outside_a_literal_lists_the_choices():
-    assert message(kind="batch") == "config.s.kind: 'batch' is not one of 'layer', 'rms'"
+    assert message(kind="batch") == "config.s.kind: expected one of 'layer', 'rms', got 'batch'"
 
 
 def test_a_derived_field_is_set_by_the_caller_and_by_no_key():

@@ -114,7 +114,11 @@ class System:
         return dict(model.init({"params": key, "reduce": key}, *zeros)["params"])
 
     def boxed_shapes(self) -> Params:
-        """Shapes of the parameters, in boxes with their axis names."""
+        """Shapes of the parameters, in the boxes that name their axes; traced once."""
+        return dict(self._boxed_shapes)
+
+    @functools.cached_property
+    def _boxed_shapes(self) -> Params:
         return jax.eval_shape(self.init, jax.random.key(0))
 
     def initial(self, key: jax.Array, mesh: Mesh | None = None, *, without: Sequence[str] = ()) -> Params:

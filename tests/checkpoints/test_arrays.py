@@ -67,7 +67,7 @@ def test_a_layer_is_a_chunk(directory):
 def test_what_cannot_be_read_is_named(directory, tmp_path):
     with pytest.raises(CheckpointFileError, match=r"nowhere: not a complete Orbax checkpoint; write it again"):
         open_arrays(tmp_path / "nowhere", SHAPES)
-    with pytest.raises(CheckpointFileError, match=r"of another model: it holds mask \(1, 2\), not \(2, 1\)"):
+    with pytest.raises(CheckpointFileError, match=r"of another model: it has mask \(1, 2\), not \(2, 1\)"):
         open_arrays(directory, {"mask": (2, 1)})
     with pytest.raises(CheckpointFileError, match=r"no.ne in .*a folder cannot be read"):
         open_arrays(directory, {"no/ne": ()})

@@ -354,7 +354,7 @@ def test_kept_targets_stay_as_they_were_and_their_tensors_count_as_read():
     assert params["stem"]["kernel"].shape == (2, 2, 3, WIDTH)
     assert len(plan(rules, tensors, targets, keep=["head/.*", "connector/.*"])) == len(RULES)
     (problem,) = problems_of(plan, rules, tensors, targets, keep=["connector/kernel"])
-    assert problem.startswith("misshapen: head.weight: expected (10, 4), found (1000, 4)")
+    assert problem.startswith("wrong shape: head.weight: expected (10, 4), found (1000, 4)")
 
 
 def test_one_kept_target_of_several_stays_and_the_others_are_filled():
@@ -396,7 +396,7 @@ def test_rules_for_parts_that_neither_side_has_are_harmless():
             "stacks i on the leading axes",
         ),
         (Rule("l.{i}", "x", where={"i": range(1, 3)}), {"x": spec(3, 4)}, "stacks 2 values of i, not 3"),
-        (Rule(("v", "w"), "x", LINEAR), {"x": spec(3, 4)}, "names 2 sources, and .* reads 1"),
+        (Rule(("v", "w"), "x", LINEAR), {"x": spec(3, 4)}, "names 2 sources, but .* takes 1"),
     ],
 )
 def test_rules_that_cannot_give_the_shape_of_a_target(rule, targets, message):
@@ -415,7 +415,7 @@ def test_export_names_every_parameter_without_a_rule_or_of_another_shape():
     params["blocks"]["key"]["kernel"] = params["blocks"]["key"]["kernel"][..., :1]
     problems = problems_of(export_params, RULES, params)
     assert len(problems) == 2
-    assert problems[0].startswith("misshapen: blocks/query/kernel (3, 4, 4) + blocks/key/kernel (3, 4, 1)")
+    assert problems[0].startswith("wrong shape: blocks/query/kernel (3, 4, 4) + blocks/key/kernel (3, 4, 1)")
     assert problems[1].startswith("not filled: stem/bias")
 
 

@@ -158,7 +158,7 @@ def test_a_drawn_budget_in_training_is_that_budget_at_inference():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"budget": 3}, InfeasibleBudget, r"matryoshka cannot give 3 .* serves \(1, 2, 4\); nearest feasible: 2 and 4"),
+        ({"budget": 3}, InfeasibleBudget, r"matryoshka cannot give 3 .* budgets are \(1, 2, 4\); .*: 2 and 4"),
         ({"budgets": (1, 3, 4)}, InfeasibleBudget, "matryoshka: config.token_budget: pool cannot give 3 tokens"),
         ({"kind": "resampller"}, ConfigError, "config.connector.inner.kind: no kind 'resampller'; .*'resampler'"),
         ({"kind": "mlp"}, ConfigError, "config.connector.inner.kind: no kind 'mlp'"),
@@ -173,7 +173,7 @@ def test_what_cannot_be_nested_is_named(change, error, message):
 
 
 def test_grids_that_do_not_divide_are_not_nested():
-    with pytest.raises(InfeasibleBudget, match="pool makes 2x2 and 3x3 tokens of a 8x8 grid, which are not nested"):
+    with pytest.raises(InfeasibleBudget, match="pool gives 2x2 and 3x3 tokens for a 8x8 grid, which are not nested"):
         nested("pool", 9, (4, 9))
     assert nested("pool", 16, None).budgets == (1, 2, 4, 8, 16)
     assert nested("pool", 6, None).budgets == (6,)  # 2x3, and 1x3 would be too flat

@@ -37,7 +37,7 @@ def test_stored_positions_start_as_sin_cos_and_are_not_trained():
 
 
 def test_stored_positions_want_a_square_of_queries():
-    with pytest.raises(ValueError, match="square grid of queries, got 6"):
+    with pytest.raises(ValueError, match="square number of queries, got 6"):
         jax.eval_shape(
             lambda x: RESAMPLER.clone(num_queries=6).init(jax.random.key(0), x, deterministic=True),
             features(6),

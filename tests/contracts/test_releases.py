@@ -24,7 +24,7 @@ CELLS = {
     "resampler": {"connector": {"kind": "resampler", "num_heads": 4}},
 }
 IN_DECODER = ("fastv", "pyramid_drop")
-# Logits in every cell would take half as long again, most of it to compile. So of each system those of one cell are
+# Logits in every cell would take a quarter more time, most of it to compile. So of each system those of one cell are
 # computed for each mechanism (tokens chosen, tokens ranked by attention, tokens merged, fewer pixels, tokens dropped
 # in the decoder, another connector), and shapes alone in the other cells; of two systems the logits of all cells.
 COMPUTED = ("divprune", "visionzip", "tome", "downsample_image", "fastv", "pixel_shuffle")

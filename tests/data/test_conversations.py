@@ -137,7 +137,7 @@ def turn(**fields):
         (llava("<image>\nq", "a", image=["a", "b"]), "1 placeholders <image>, but 2 images"),
         (llava("<image>q", "a", "<image>", "b", image="a"), "2 placeholders <image>, but 1 images"),
         (llava("q", "<image>", image="a"), "turn 2: <image> in a turn of the assistant"),
-        (llava("q"), "an assistant last and a system turn only first; got user$"),
+        (llava("q"), "an assistant last and a system turn only first, got user$"),
         (llava("q", "a", "r"), "got user, assistant, user$"),
         (
             {"id": "x", "conversations": [*llava("q", "a")["conversations"]] * 2 + [{"from": "system", "value": "s"}]},
@@ -180,7 +180,7 @@ def test_all_faults_of_an_array_are_in_one_error(tmp_path):
     ("content", "message"),
     [
         (b'[{"id": 1},\n{"id": 2]', r"set\.json:2: not a JSON array"),
-        (b"\xff\xfe", r"set\.json: not a text in UTF-8"),
+        (b"\xff\xfe", r"set\.json: expected UTF-8 text"),
         (gzip.compress(b"[]" * 99, mtime=0)[:-9], r"set\.json: expected UTF-8 text, plain or compressed by gzip"),
     ],
 )

@@ -186,7 +186,7 @@ def test_only_training_pages_are_augmented():
         ),
         ({"task_weights": {"read": -1.0}}, r"config\.data\.task_weights\.read: expected 0 or more"),
         ({"task_weights": {"read": 0.0}}, r"config\.data\.task_weights: no task has a weight"),
-        ({"turns_per_page": 0}, r"config\.data\.turns_per_page: at least 1"),
+        ({"turns_per_page": 0}, r"config\.data\.turns_per_page: expected at least 1"),
         ({"evaluation_size": 0}, r"config\.data\.evaluation_size: expected at least 1"),
         ({"max_digit": 99}, r"config\.data\.max_digit: a digit of 99 pixels does not fit"),
         ({"max_digits": 9}, r"config\.data\.max_digits: unknown or unused key; did you mean 'max_digit'"),

@@ -362,7 +362,7 @@ def test_a_batch_takes_the_smallest_bucket_that_holds_all_its_rows():
         ({"epoch": 0}, ConfigError, "at least 1 sample, got 0"),
         ({"window": 0}, ValueError, "window and num_threads must be at least 1, got 0"),
         ({"epoch": None, "repeat": False}, ValueError, "needs its number of elements as epoch"),
-        ({"folder": "rows"}, ValueError, "need a fingerprint"),
+        ({"folder": "rows"}, ValueError, "needs a fingerprint"),
     ],
 )
 def test_settings_that_make_no_plan_are_refused(options, error, message):

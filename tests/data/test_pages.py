@@ -91,10 +91,10 @@ def test_noise_has_at_most_the_deviation_asked_for():
         ),
         ({"max_digit": 7}, r"config\.data\.max_digit: 7 is below min_digit, 8"),
         ({"rows": 0}, r"config\.data\.rows: expected at least 1, got 0"),
-        ({"cols": -1}, r"config\.data\.cols: at least 1"),
-        ({"min_digit": 0}, r"config\.data\.min_digit: at least 1"),
+        ({"cols": -1}, r"config\.data\.cols: expected at least 1"),
+        ({"min_digit": 0}, r"config\.data\.min_digit: expected at least 1"),
         ({"variants": -1}, r"config\.data\.variants: expected 0 or more"),
-        ({"intensity": 1.0}, r"config\.data\.intensity: a fraction in \[0, 1\)"),
+        ({"intensity": 1.0}, r"config\.data\.intensity: expected a fraction in \[0, 1\)"),
         ({"noise": -1.0}, r"config\.data\.noise: expected 0 or more"),
     ],
 )

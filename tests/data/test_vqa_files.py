@@ -188,7 +188,7 @@ GOOD = {"id": "g", "image": "a.png", "question": "q", "answer": "a"}
         (json.dumps({"image": "a.png", "question": "q", "answer": "a"}), "key 'id' is missing"),
         (json.dumps({"id": "x", "question": "q", "answer": "a"}), "key 'image' is missing"),
         (json.dumps({**GOOD, "id": 1.5}), "id: expected a string or an integer, got 1.5"),
-        (json.dumps(GOOD), "id 'g' is that of line 1 too"),
+        (json.dumps(GOOD), "id 'g' is also the id of line 1"),
         (json.dumps({**GOOD, "id": "x", "image": []}), "image: expected a path or a list of paths"),
         (json.dumps({**GOOD, "id": "x", "image": ["a", "b"]}), "2 images, but config.data.num_images is 1"),
         (json.dumps({**GOOD, "id": "x", "task": "chat"}), "task 'chat' is not one of config.data.tasks: vqa"),
@@ -196,7 +196,7 @@ GOOD = {"id": "g", "image": "a.png", "question": "q", "answer": "a"}
         (json.dumps({"id": "x", "image": "a", "turns": []}), "turns: expected a list of .* pairs"),
         (
             json.dumps({"id": "x", "image": "a", "turns": [["q"]]}),
-            "a question and an answer, .* got \\['q'\\]",
+            "expected a question and an answer, .* got \\['q'\\]",
         ),
         (
             json.dumps({"id": "x", "image": "a", "question": "q"}),

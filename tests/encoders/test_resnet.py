@@ -21,7 +21,7 @@ def test_the_grid_is_that_of_the_last_map(size):
 
 
 def test_another_size_than_that_of_training_is_refused():
-    with pytest.raises(ValueError, match=r"expected a map of 4 places.*got 9"):
+    with pytest.raises(ValueError, match=r"expected a map of 4 positions.*got 9"):
         jax.eval_shape(RESNET.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     with pytest.raises(ValueError, match="smaller than one feature of 32"):
         RESNET.grid(64, 16)

@@ -7,9 +7,10 @@ module with `outputs(folder, inputs)`, which returns every output array by name,
 """
 
 import dataclasses
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,39 @@ def step(entry: Mapping[str, Any]) -> int:
     """Which tokens an array holds, by the manifest: `every 3rd SAM token`; all of them where it does not say."""
     found = re.search(r"every (\d+)(?:st|nd|rd|th)", entry["meaning"])
     return int(found.group(1)) if found else 1
+
+
+def named_pictures(meaning: str) -> list[int]:
+    """The numbers of the images that a text names, in its order: `image 3`, `images 0, 2 and 1`."""
+    runs = re.findall(r"\bimages? (\d+(?:(?:,|,? and) \d+)*)", meaning)
+    return [int(number) for run in runs for number in re.findall(r"\d+", run)]
+
+
+def pictures(entry: Mapping[str, Any], counts: Sequence[int]) -> list[list[int]]:
+    """The numbers of the images of every row, by the manifest: `row 0: images 0 and 2; row 1: text only`.
+
+    Args:
+      entry: the manifest's line of the ids.
+      counts: how many images each row shows. Where the manifest names none, they are the first ones in order;
+        where it does not tell the rows apart, each takes its share of those that it names.
+
+    Raises:
+      ValueError: a row shows more than are named.
+    """
+    meaning = entry["meaning"]
+    parts = re.split(r"\brow \d+:", meaning)[1:]
+    if not named_pictures(meaning):
+        parts, numbers = [], list(range(sum(counts)))
+    else:
+        numbers = named_pictures(meaning)
+    if len(parts) == len(counts):
+        rows = [named_pictures(part)[:count] for part, count in zip(parts, counts, strict=True)]
+    else:
+        remaining = iter(numbers)
+        rows = [list(itertools.islice(remaining, count)) for count in counts]
+    if [len(row) for row in rows] != list(counts):
+        raise ValueError(f"rows show {list(counts)} images, and the manifest names {rows}: {meaning}")
+    return rows
 
 
 def _share_of_largest(entry: Mapping[str, Any]) -> float | None:

@@ -12,8 +12,8 @@ from vlm_jax.generation.engine import generate
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.types import Batch
 
-from .test_language_generation import NEW, batch_of, prompts, theirs
-from .test_language_models import SIZES as LLAMA_SIZES
+from .language import NEW, batch_of, check, prompts, their_logits, theirs
+from .language import SIZES as LLAMA_SIZES
 
 VOCAB = LLAMA_SIZES["vocab_size"]  # that of the prompts
 
@@ -75,15 +75,6 @@ def text(length=LENGTH, rows=2):
     ids = np.random.default_rng(0).integers(0, SIZES["vocab_size"], size=(rows, length), dtype=np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     return Batch(ids, positions, np.ones_like(ids), np.full_like(ids, -1))
-
-
-def their_logits(model, ids):
-    with torch.no_grad():
-        return model(torch.tensor(ids, dtype=torch.long)).logits.numpy()
-
-
-def check(ours, theirs):
-    assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -20,7 +20,7 @@ from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.system import UnsupportedError
 
-from .test_processors import SIZES, pictures
+from .processors import SIZES, pictures
 
 BLOCKS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXTS = [

@@ -1,4 +1,7 @@
-"""Tiny random language models of transformers: logits through files and rules, and the way back."""
+"""Tiny random language models of transformers: logits through files and rules, greedy ids, and the way back."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,108 +11,34 @@ import torch
 import transformers
 
 import vlm_jax
-from vlm_jax.checkpoints.hub import open_checkpoint
-from vlm_jax.checkpoints.saving import save_checkpoint
+from vlm_jax.checkpoints.hub import open_checkpoint, read_config
+from vlm_jax.generation.engine import generate
 from vlm_jax.types import Batch
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-# Sequences here are longer than the 8 positions of training.
-ORIGINAL = {"original_max_position_embeddings": 8}
-SCALED = {
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0}},
-    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
-    "llama3": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "rope_theta": 100.0,
-            **ORIGINAL,
-        }
-    },
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}},
-    "yarn, all settings": {
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "beta_fast": 2.0,
-            "beta_slow": 0.5,
-            "mscale": 0.7,
-            "mscale_all_dim": 0.4,
-            "truncate": False,
-            "rope_theta": 10.0,
-            **ORIGINAL,
-        }
-    },
-    "longrope": {
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "short_factor": [1.0, 1.5, 2.0, 2.5],
-            "long_factor": [1.5, 3.0, 5.0, 8.0],
-            **ORIGINAL,
-        },
-    },
-}
-# class of the model, and its settings other than the sizes
-MODELS = {
-    "llama": (transformers.LlamaForCausalLM, {}),
-    "llama, tied": (transformers.LlamaForCausalLM, {"tie_word_embeddings": True}),
-    "llama, biases": (
-        transformers.LlamaForCausalLM,
-        {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
-    ),
-    **{f"llama, {name}": (transformers.LlamaForCausalLM, settings) for name, settings in SCALED.items()},
-    "mistral": (transformers.MistralForCausalLM, {"sliding_window": 4}),
-    "qwen2": (transformers.Qwen2ForCausalLM, {}),
-    "qwen2, upper layers with windows": (
-        transformers.Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-    ),
-    "qwen2, a layer with a window": (
-        transformers.Qwen2ForCausalLM,
-        {
-            "use_sliding_window": True,
-            "sliding_window": 3,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        },
-    ),
-    "qwen3": (transformers.Qwen3ForCausalLM, {"head_dim": 12}),
-}
+from .language import (
+    LENGTHS,
+    MODELS,
+    NEW,
+    ORIGINAL,
+    SIZES,
+    SYSTEMS,
+    batch_of,
+    check,
+    loaded_text,
+    made,
+    made_system,
+    prompts,
+    their_logits,
+    theirs,
+)
+
 LENGTH, PROMPT = 12, 7
-
-
-def randomised(model):
-    """The model with random parameters, biases and scales among them; what it says does not go in circles."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(mean=float("norm" in name), std=0.3 if "norm" in name else 0.5)
-    return model.eval()
-
-
-def made(name):
-    cls, settings = MODELS[name]
-    return randomised(cls(cls.config_class(**{**SIZES, **settings})))
 
 
 def text(positions=None, rows=2):
     ids = np.random.default_rng(0).integers(0, SIZES["vocab_size"], size=(rows, LENGTH), dtype=np.int32)
     positions = np.tile(np.arange(LENGTH, dtype=np.int32), (rows, 1)) if positions is None else positions
     return Batch(ids, positions, np.ones_like(ids), np.full_like(ids, -1))
-
-
-def their_logits(model, ids, **inputs):
-    with torch.no_grad():
-        return model(torch.tensor(ids, dtype=torch.long), **inputs).logits.numpy()
 
 
 def their_steps(model, ids):
@@ -139,20 +68,27 @@ def our_steps(ours, batch):
     return np.concatenate(steps, axis=1)
 
 
-def check(ours, theirs):
-    assert np.abs(np.asarray(ours) - theirs).max() <= 1e-4 * np.abs(theirs).max()
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """The name of a model, its folder, and ours from it."""
+    folder = tmp_path_factory.mktemp("torch")
+    made(request.param).save_pretrained(folder)
+    return request.param, folder, vlm_jax.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_whole_and_step_by_step_and_back(name, tmp_path):
-    model, batch = made(name), text()
-    model.save_pretrained(tmp_path / "torch")
-    ours = vlm_jax.from_pretrained(tmp_path / "torch")
+def fresh(folder):
+    """Their model, read anew: rotary settings by length remember what they saw."""
+    return getattr(transformers, read_config(folder)["architectures"][0]).from_pretrained(folder).eval()
+
+
+def test_logits_whole_and_step_by_step_and_back(pair, tmp_path):
+    _, folder, ours = pair
+    batch, model = text(), fresh(folder)
     expected = their_logits(model, batch.tokens)
     check(jax.jit(ours.apply)(batch), expected)
-    check(our_steps(ours, batch), their_steps(made(name), batch.tokens))
-    ours.save_pretrained(tmp_path / "ours")
-    again, report = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    check(our_steps(ours, batch), their_steps(fresh(folder), batch.tokens))
+    ours.save_pretrained(tmp_path)
+    again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_array_equal(their_logits(again, batch.tokens), expected)
 
@@ -176,31 +112,12 @@ M_ROPE = np.array(
     + [[i, i, i] for i in range(6, 9)],
     dtype=np.int32,
 )
-VISION = {"depth": 1, "embed_dim": 8, "num_heads": 1, "hidden_size": 32, "in_channels": 3}
-VISION_2_5 = {"depth": 1, "hidden_size": 8, "num_heads": 1, "out_hidden_size": 32, "intermediate_size": 8}
-SYSTEMS = {
-    "qwen2_vl": (transformers.Qwen2VLForConditionalGeneration, VISION),
-    "qwen2_5_vl": (transformers.Qwen2_5_VLForConditionalGeneration, VISION_2_5),
-}
-
-
-def made_system(kind, scaling):
-    cls, vision = SYSTEMS[kind]
-    section = {**SIZES, "rope_parameters": {"mrope_section": [1, 1, 2], "rope_theta": 1000.0, **scaling}}
-    return randomised(cls(cls.config_class(text_config=section, vision_config=vision)))
-
-
-def loaded_text(model, folder):
-    """Our language model of a system of transformers, and the tensors that it was read from."""
-    tensors = {key.replace("language_model.", ""): tensor for key, tensor in model.state_dict().items()}
-    tensors = {key: tensor.numpy() for key, tensor in tensors.items() if "visual" not in key}
-    save_checkpoint(folder, tensors)
-    return vlm_jax.from_pretrained(folder, config=model.config.text_config.to_dict()), tensors
 
 
 @pytest.mark.parametrize("kind", SYSTEMS)
-@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}])
-def test_text_models_with_positions_on_three_axes(kind, scaling, tmp_path):
+def test_text_models_with_positions_on_three_axes(kind, tmp_path):
+    """Scaled ones; those as they are by default stand in `test_system_generation.py`."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}
     model, batch = made_system(kind, scaling), text(np.tile(M_ROPE, (2, 1, 1)))
     axes_first = torch.tensor(batch.positions.transpose(2, 0, 1), dtype=torch.long)
     expected = their_logits(model, batch.tokens, position_ids=axes_first)
@@ -212,3 +129,63 @@ def test_text_models_with_positions_on_three_axes(kind, scaling, tmp_path):
     written = open_checkpoint(tmp_path / "ours")
     assert written.keys() == tensors.keys()
     assert all(np.array_equal(written[key][...], tensor) for key, tensor in tensors.items())
+
+
+ONE_BY_ONE = ("llama, dynamic", "qwen2, upper layers with windows")  # what follows from lengths
+
+
+def test_greedy_ids_of_ragged_batches(pair):
+    name, folder, ours = pair
+    rows = prompts()
+    expected = [theirs(fresh(folder), row) for row in rows]
+    assert all(len(set(ids)) >= NEW // 4 for ids in expected)
+
+    def ids(batch):
+        return generate(ours.module, ours.params, batch, max_new_tokens=NEW).tokens.tolist()
+
+    assert ids(batch_of(rows, "left")) == expected
+    assert ids(batch_of(rows, "right")) == expected
+    if name in ONE_BY_ONE:
+        assert [ids(batch_of([row], "left"))[0] for row in rows] == expected
+
+
+def with_a_picture(length):
+    """Positions on three axes: two tokens, a picture of 1 x 2 x 3, and what follows it."""
+    grid = [[2, 2 + row, 2 + column] for row in range(2) for column in range(3)]
+    axes = [[0] * 3, [1] * 3, *grid, *([5 + i] * 3 for i in range(length))]
+    return np.array(axes[:length])
+
+
+def their_ids(model, row, positions):
+    """Greedy ids, each by a run over all before it: `generate` would lay text out on three equal axes."""
+    ids, positions = row.tolist(), positions.tolist()
+    while len(ids) < len(row) + NEW:
+        places = torch.tensor(positions).T[:, None]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), position_ids=places, use_cache=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+        positions.append([np.max(positions) + 1] * 3)
+    return ids[len(row) :]
+
+
+@pytest.mark.parametrize("kind", SYSTEMS)
+def test_greedy_ids_with_positions_on_three_axes(kind, tmp_path):
+    rows, model = prompts(), made_system(kind, {"rope_type": "default"})
+    ours, _ = loaded_text(model, tmp_path)
+    run = functools.partial(generate, ours.module, ours.params, max_new_tokens=NEW)
+
+    def ids(positions, side):
+        batch, length = batch_of(rows, side), max(LENGTHS)
+        three = np.full((*batch.tokens.shape, 3), 3, np.int32)
+        for place, row in zip(three, rows, strict=True):
+            place[slice(length - len(row), None) if side == "left" else slice(len(row))] = positions(len(row))
+        return run(dataclasses.replace(batch, positions=three)).tokens.tolist()
+
+    def equal(length):
+        return np.repeat(np.arange(length)[:, None], 3, axis=1)
+
+    expected = [theirs(model, row) for row in rows]
+    assert ids(equal, "left") == ids(equal, "right") == expected
+    differing = [their_ids(model, row, with_a_picture(len(row))) for row in rows]
+    assert all(one != other for one, other in zip(expected, differing, strict=True))
+    assert ids(with_a_picture, "left") == ids(with_a_picture, "right") == differing

@@ -16,8 +16,8 @@ from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.vocabulary import TokenizersVocabulary
 
 from ..processors.vocabularies import TEXTS
-from .test_processors import QWEN_TAGS, pictures
-from .test_system_generation import llava, qwen2_vl
+from .processors import QWEN_TAGS, pictures
+from .systems import llava, qwen2_vl
 
 # White space is after the end token, and is not learned.
 SAYS = "{% generation %}{{ m['content'][0]['text'] + '</s>' }}{% endgeneration %}{{ '\n' }}"

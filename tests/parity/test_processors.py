@@ -5,101 +5,38 @@ import json
 import av
 import numpy as np
 import pytest
-import tokenizers
 import torch
-import transformers
 from PIL import Image
-from tokenizers import decoders, models, pre_tokenizers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
-from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
-    DeepseekVLHybridImageProcessorPil,
-)
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from vlm_jax.pretrained.processing import deepseek_hf, internvl_hf, llava_hf, ovis2_hf, qwen_hf
 from vlm_jax.processors.video import SegmentSampler
 
-SIZES = [(40, 70), (90, 31), (56, 56), (23, 200), (131, 97)]
-
-
-def pictures(count):
-    draw = np.random.default_rng(0)
-    small = [draw.integers(0, 255, (height // 4, width // 4, 3), np.uint8) for height, width in SIZES[:count]]
-    return [Image.fromarray(s).resize(size[::-1], 3) for s, size in zip(small, SIZES, strict=False)]
-
-
-def template(image, head="", video="<video>"):
-    """A template in the manner of releases: images and text in order, roles before them."""
-    return (
-        head + "{% for m in messages %}{{ m['role'] | upper }}: {% if m['content'] is string %}{{ m['content'] }}"
-        "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "\n"
-        "{% elif c['type'] == 'video' %}" + video + "\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %} "
-        "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-    )
-
-
-def tokenizer(*added, **names):
-    """Bytes, and a BOS that is put before texts."""
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = tokenizers.Tokenizer(models.BPE(alphabet, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>", "</s>", "<pad>", *added, *names.values()])
-    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=names
-    )
-
-
-def conversation(count):
-    """As many images in the first turn, and another turn after it."""
-    images = [{"type": "image"} for _ in range(count)]
-    return [
-        {"role": "user", "content": [*images, {"type": "text", "text": "What is é this? 12"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
-        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
-    ]
-
-
-def official(theirs, messages, images, return_tensors="np", **options):
-    text = theirs.apply_chat_template(messages, add_generation_prompt=True)
-    bos = theirs.tokenizer.bos_token
-    special = {"add_special_tokens": False} if text.startswith(bos) else {}
-    return theirs(images=images or None, text=[text], return_tensors=return_tensors, **special, **options)
-
-
-def official_video(theirs, messages, frames, fps, **metadata):
-    """The same of a conversation with a video, whose frames are chosen already."""
-    described = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames))), **metadata}
-    made = official(theirs, messages, [], "pt", videos=[frames], video_metadata=[described])
-    return {name: np.asarray(value) for name, value in made.items()}
-
-
-def save(theirs, folder, **config):
-    theirs.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder, config
-
-
-def same_ids(ours, theirs):
-    np.testing.assert_array_equal(ours.tokens, theirs["input_ids"])
-    np.testing.assert_array_equal(ours.segment_ids, theirs["attention_mask"])
-
-
-def same_tiles(ours, theirs):
-    """Tiles, whatever the batch adds to them."""
-    tiles = np.asarray(theirs["pixel_values"])
-    tiles = tiles.reshape(-1, *tiles.shape[-3:]).transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(ours.images[0], tiles, atol=1e-5)
+from .processors import (
+    ABOUT_A_VIDEO,
+    INDICATORS,
+    QWEN,
+    SIZES,
+    VISION,
+    conversation,
+    deepseek_vl_hybrid_processor,
+    deepseek_vl_processor,
+    frames,
+    internvl_processor,
+    llava_next_processor,
+    llava_processor,
+    official,
+    official_video,
+    ovis2_processor,
+    patches_of,
+    pictures,
+    qwen,
+    same_ids,
+    same_tiles,
+    same_two_sizes,
+    save,
+)
 
 
 def check_rows(ours, token_id, num_rows):
@@ -109,18 +46,37 @@ def check_rows(ours, token_id, num_rows):
     assert ours.visual_index.max() < num_rows
 
 
-VISION = {"patch_size": 7, "image_size": 28}
+def video_file(path, pictures, fps):
+    """A file that loses something of its frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width, stream.height = pictures[0].size
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return path
 
 
-def llava_processor(images=CLIPImageProcessorPil, head="", **options):
-    return transformers.LlavaProcessor(
-        images(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **options),
-        tokenizer(image_token="<image>"),
-        patch_size=7,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template("<image>", head),
-    )
+def decoded(path):
+    with av.open(str(path)) as container:
+        return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+
+
+def same_patches(ours, theirs):
+    np.testing.assert_allclose(patches_of(ours.images), theirs["pixel_values"], atol=1e-5)
+
+
+def same_video(ours, theirs, model, processor):
+    """Ids, pixels, and the positions of the video and of the token after it."""
+    same_ids(ours, theirs)
+    np.testing.assert_allclose(patches_of(ours.images), theirs["pixel_values_videos"], atol=1e-5)
+    ids, grids = torch.from_numpy(theirs["input_ids"]), torch.from_numpy(theirs["video_grid_thw"])
+    kinds = 2 * (ids == processor.video_token_id).int()
+    timed = {"second_per_grid_ts": torch.tensor(theirs["second_per_grid_ts"])} if "second_per_grid_ts" in theirs else {}
+    positions, _ = type(model).get_rope_index(model, ids, mm_token_type_ids=kinds, video_grid_thw=grids, **timed)
+    places = np.asarray(ours.visual_index[0]) >= 0
+    np.testing.assert_array_equal(ours.positions[0][places], positions[:, 0].T[places])
+    assert ours.positions[0, places.nonzero()[0][-1] + 1, 0] == ours.positions[0][places].max() + 1
 
 
 @pytest.mark.parametrize("head", ["", "<s>"])
@@ -141,20 +97,6 @@ def test_llava(tmp_path, images, head):
     assert processor.count_visual_tokens(SIZES) == [16] * len(SIZES)
 
 
-def llava_next_processor():
-    pinpoints = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-    return transformers.LlavaNextProcessor(
-        LlavaNextImageProcessorPil(
-            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
-        ),
-        tokenizer(image_token="<image>"),
-        patch_size=7,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template("<image>"),
-    )
-
-
 def test_llava_next(tmp_path):
     theirs = llava_next_processor()
     folder, config = save(theirs, tmp_path, model_type="llava_next", vision_config=VISION)
@@ -169,77 +111,6 @@ def test_llava_next(tmp_path):
     same_ids(ours, expected)
     tiles = expected["pixel_values"].transpose(0, 1, 3, 4, 2).reshape(-1, 28, 28, 3)
     np.testing.assert_allclose(ours.images[0], tiles[tiles.any((1, 2, 3))], atol=1e-5)  # without padding
-
-
-ABOUT_A_VIDEO = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "When?"}]}]
-
-
-def frames(count):
-    return [picture.resize((70, 50)) for picture in pictures(count)]
-
-
-def video_file(path, pictures, fps):
-    """A file that loses something of its frames."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.width, stream.height = pictures[0].size
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
-    return path
-
-
-def decoded(path):
-    with av.open(str(path)) as container:
-        return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-
-
-QWEN_TAGS = "<|vision_start|><|image_pad|><|vision_end|>"
-QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
-QWEN = {
-    "qwen2_vl": (transformers.Qwen2VLProcessor, Qwen2VLModel, {"spatial_merge_size": 2}),
-    "qwen2_5_vl": (
-        transformers.Qwen2_5_VLProcessor,
-        Qwen2_5_VLModel,
-        {"spatial_merge_size": 2, "tokens_per_second": 2, "window_size": 16},
-    ),
-}
-
-
-class Config:
-    """The fields that a model's positions are computed from."""
-
-    def __init__(self, vision):
-        self.vision_config = type("Vision", (), vision)
-
-
-def qwen(kind, folder):
-    made, model, vision = QWEN[kind]
-    names = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
-    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096})
-    videos = Qwen2VLVideoProcessor(
-        patch_size=4,
-        merge_size=2,
-        size={"shortest_edge": 1024, "longest_edge": 2048},
-        image_mean=[0.4, 0.5, 0.6],
-        cap_pixels_per_frame=False,
-    )
-    theirs = made(images, tokenizer(*names), videos, chat_template=template(QWEN_TAGS, video=QWEN_VIDEO))
-    folder, config = save(theirs, folder, model_type=kind, vision_config=vision)
-    positions = object.__new__(model)
-    object.__setattr__(positions, "config", Config(vision))
-    return theirs, positions, qwen_hf.processor(folder, config)
-
-
-def patches_of(packed):
-    """In the processor's order, without padding."""
-    patches = np.asarray(packed.patches[0])
-    patches = patches if packed.order is None else patches[packed.order[0]]
-    return patches[: int((packed.segment_ids[0] > 0).sum())]
-
-
-def same_patches(ours, theirs):
-    np.testing.assert_allclose(patches_of(ours.images), theirs["pixel_values"], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", QWEN)
@@ -257,19 +128,6 @@ def test_qwen_images(tmp_path, kind):
         kinds = (ids == theirs.image_token_id).int()
         positions, _ = type(model).get_rope_index(model, ids, mm_token_type_ids=kinds, image_grid_thw=grids)
         np.testing.assert_array_equal(ours.positions.transpose(2, 0, 1), positions)
-
-
-def same_video(ours, theirs, model, processor):
-    """Ids, pixels, and the positions of the video and of the token after it."""
-    same_ids(ours, theirs)
-    np.testing.assert_allclose(patches_of(ours.images), theirs["pixel_values_videos"], atol=1e-5)
-    ids, grids = torch.from_numpy(theirs["input_ids"]), torch.from_numpy(theirs["video_grid_thw"])
-    kinds = 2 * (ids == processor.video_token_id).int()
-    timed = {"second_per_grid_ts": torch.tensor(theirs["second_per_grid_ts"])} if "second_per_grid_ts" in theirs else {}
-    positions, _ = type(model).get_rope_index(model, ids, mm_token_type_ids=kinds, video_grid_thw=grids, **timed)
-    places = np.asarray(ours.visual_index[0]) >= 0
-    np.testing.assert_array_equal(ours.positions[0][places], positions[:, 0].T[places])
-    assert ours.positions[0, places.nonzero()[0][-1] + 1, 0] == ours.positions[0][places].max() + 1
 
 
 @pytest.mark.parametrize("kind", QWEN)
@@ -307,15 +165,6 @@ def test_settings_in_files_of_their_own(tmp_path):
     assert qwen_hf.processor(tmp_path, config).views == processor.views
 
 
-def deepseek_vl_processor(size=32):
-    return transformers.DeepseekVLProcessor(
-        DeepseekVLImageProcessorPil(size={"height": size, "width": size}, min_size=4),
-        tokenizer(image_token="<image_placeholder>"),
-        chat_template=template("<image_placeholder>"),
-        num_image_tokens=9,
-    )
-
-
 def test_deepseek_vl(tmp_path):
     theirs = deepseek_vl_processor()
     folder, config = save(theirs, tmp_path, model_type="deepseek_vl")
@@ -328,17 +177,6 @@ def test_deepseek_vl(tmp_path):
         check_rows(ours, theirs.image_token_id, 9 * count)
 
 
-def deepseek_vl_hybrid_processor(low=32, high=64):
-    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    sizes = {"size": {"height": low, "width": low}, "high_res_size": {"height": high, "width": high}}
-    return transformers.DeepseekVLHybridProcessor(
-        DeepseekVLHybridImageProcessorPil(**sizes, **half, min_size=4),
-        tokenizer(image_token="<image_placeholder>"),
-        chat_template=template("<image_placeholder>"),
-        num_image_tokens=9,
-    )
-
-
 def test_deepseek_vl_hybrid(tmp_path):
     theirs = deepseek_vl_hybrid_processor()
     folder, config = save(theirs, tmp_path, model_type="deepseek_vl_hybrid")
@@ -347,27 +185,6 @@ def test_deepseek_vl_hybrid(tmp_path):
     ours, expected = processor(conversation(5), images), official(theirs, conversation(5), images)
     same_ids(ours, expected)
     same_two_sizes(ours, expected, kind)
-
-
-def same_two_sizes(ours, theirs, kind):
-    """The towers normalise these, each with its own statistics."""
-    for pixels, name, mean, std in (
-        (ours.images.high[0], "high_res_pixel_values", kind.high_res_image_mean, kind.high_res_image_std),
-        (ours.images.low[0], "pixel_values", kind.image_mean, kind.image_std),
-    ):
-        wanted = np.asarray(theirs[name]).transpose(0, 2, 3, 1)
-        np.testing.assert_allclose((pixels - np.array(mean)) / np.array(std), wanted, atol=1e-5)
-
-
-def internvl_processor():
-    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-    return transformers.InternVLProcessor(
-        GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6),
-        tokenizer(**names, video_token="<video>"),
-        InternVLVideoProcessor(size={"height": 28, "width": 28}),
-        image_seq_length=4,
-        chat_template=template("<IMG_CONTEXT>"),
-    )
 
 
 def test_internvl(tmp_path):
@@ -386,18 +203,6 @@ def test_internvl(tmp_path):
         ours, expected = processor(ABOUT_A_VIDEO, videos=[video]), official_video(theirs, ABOUT_A_VIDEO, given, 2.0)
         same_ids(ours, expected)
         same_tiles(ours, expected)
-
-
-INDICATORS = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
-
-
-def ovis2_processor(tiles=True):
-    return transformers.Ovis2Processor(
-        Ovis2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=tiles, max_patches=9),
-        tokenizer("<image>", "<IMG_ATOM>", *INDICATORS),
-        chat_template=template("<image>"),
-        image_seq_length=4,
-    )
 
 
 @pytest.mark.parametrize("tiles", [False, True])

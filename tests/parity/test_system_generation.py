@@ -17,174 +17,50 @@ import vlm_jax
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.generation.text import Completion, complete
 
-from .test_deepseek_vl import SAM
-from .test_ovis2 import VISION as OVIS
-from .test_processors import (
+from .processors import (
     ABOUT_A_VIDEO,
-    INDICATORS,
-    VISION,
     conversation,
-    deepseek_vl_hybrid_processor,
-    deepseek_vl_processor,
     frames,
-    internvl_processor,
-    llava_next_processor,
     llava_processor,
     official,
     official_video,
-    ovis2_processor,
     patches_of,
     pictures,
-    qwen,
     same_ids,
     same_two_sizes,
     save,
 )
+from .systems import (
+    CLIP,
+    TEXT,
+    deepseek_vl,
+    deepseek_vl_hybrid,
+    internvl,
+    llava,
+    llava_next,
+    ovis2,
+    qwen2_5_vl,
+    qwen2_vl,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
 NEW = 32
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "eos_token_id": None,
-    "bos_token_id": None,
-}
-
-
-def randomised(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.3)
-    model.generation_config.eos_token_id = None
-    return model.eval()
-
-
-SIGLIP = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 12,
-    "patch_size": 4,
-}
-CLIP = {**SIGLIP, "model_type": "clip_vision_model", **VISION}
-
-
-def llava(folder):
-    processor = llava_processor()
-    config = transformers.LlavaConfig(
-        vision_config=CLIP,
-        text_config={"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT},
-        image_token_id=processor.image_token_id,
-    )
-    return saved(folder, processor, transformers.LlavaForConditionalGeneration(config))
-
-
-def llava_next(folder):
-    processor = llava_next_processor()
-    config = transformers.LlavaNextConfig(
-        vision_config=CLIP,
-        text_config={"model_type": "mistral", "vocab_size": len(processor.tokenizer), **TEXT},
-        image_token_id=processor.image_token_id,
-        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
-    )
-    return saved(folder, processor, transformers.LlavaNextForConditionalGeneration(config))
-
-
-def deepseek_vl(folder, tower=SIGLIP, **sections):
-    hybrid = bool(sections)
-    processor = deepseek_vl_hybrid_processor(12, 20) if hybrid else deepseek_vl_processor(12)
-    text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT}
-    name = "DeepseekVLHybrid" if hybrid else "DeepseekVL"
-    model = getattr(transformers, f"{name}ForConditionalGeneration")
-    config = model.config_class(
-        vision_config=tower, text_config=text, image_token_id=processor.image_token_id, **sections
-    )
-    return saved(folder, processor, model(config))
-
-
-def deepseek_vl_hybrid(folder):
-    return deepseek_vl(folder, high_res_vision_config=SAM)
-
-
-def ovis2(folder):
-    processor = ovis2_processor()
-    vocabulary = processor.tokenizer
-    config = transformers.Ovis2Config(
-        vision_config={**OVIS, "image_size": 28, "patch_size": 7},
-        text_config={"model_type": "qwen2", "vocab_size": len(vocabulary), **TEXT},
-        hidden_size=TEXT["hidden_size"],
-        vocab_size=len(vocabulary),
-        image_token_id=vocabulary.convert_tokens_to_ids("<IMG_ATOM>"),
-        visual_indicator_token_ids=vocabulary.convert_tokens_to_ids(INDICATORS),
-    )
-    return saved(folder, processor, transformers.Ovis2ForConditionalGeneration(config))
-
-
-def internvl(folder):
-    processor = internvl_processor()
-    config = transformers.InternVLConfig(
-        vision_config={**SIGLIP, "image_size": [28, 28], "patch_size": [7, 7]},
-        text_config={"model_type": "qwen2", "vocab_size": len(processor.tokenizer), **TEXT},
-        image_token_id=processor.image_token_id,
-    )
-    return saved(folder, processor, transformers.InternVLForConditionalGeneration(config))
-
-
-def qwen_vl(folder, kind, config, model, vision):
-    processor, _, _ = qwen(kind, folder)
-    ids = {
-        name: processor.tokenizer.convert_tokens_to_ids(token)
-        for name, token in {
-            "image_token_id": "<|image_pad|>",
-            "video_token_id": "<|video_pad|>",
-            "vision_start_token_id": "<|vision_start|>",
-            "vision_end_token_id": "<|vision_end|>",
-        }.items()
-    }
-    text = {
-        "vocab_size": len(processor.tokenizer),
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0},
-        **TEXT,
-    }
-    vision = {"depth": 2, "num_heads": 2, "patch_size": 4, **vision}
-    return saved(folder, processor, model(config(text_config=text, vision_config=vision, **ids)))
-
-
-def qwen2_vl(folder):
-    vision = {"embed_dim": 16, "mlp_ratio": 2, "hidden_size": 32}
-    classes = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
-    return qwen_vl(folder, "qwen2_vl", *classes, vision)
-
-
-def qwen2_5_vl(folder):
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "out_hidden_size": 32,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
-    classes = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
-    return qwen_vl(folder, "qwen2_5_vl", *classes, vision)
-
-
-def saved(folder, processor, model):
-    save(processor, folder)
-    randomised(model).save_pretrained(folder)
-    return processor, model, vlm_jax.from_pretrained(folder)
 
 
 SYSTEMS = (llava, llava_next, deepseek_vl, deepseek_vl_hybrid, internvl, ovis2, qwen2_vl, qwen2_5_vl)
+
+
 VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl")
+
+
 FPS = 2.0
+OPTIONS = {"max_new_tokens": NEW, "chunk": 9, "processor_options": {"fps": FPS}}  # the same for few programs
+
+
 INPUTS = {
     "text": (conversation(0), [], []),
-    "an image": (conversation(1), pictures(1), []),
     "two images": (conversation(2), pictures(2), []),
     # Fewer times than columns: positions after it are equal in the release and the port.
     "a video": (ABOUT_A_VIDEO, [], [frames(4)]),
@@ -250,8 +126,7 @@ def test_from_a_conversation_to_the_answer(system, name):
     expected, found = logits_of(model, given), np.asarray(ours.logits(batch))
     assert found.dtype == np.float32 and np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
     ids, text = said(system, messages, images, videos)
-    options = {"max_new_tokens": NEW, "chunk": 9, "processor_options": {"fps": FPS}}
-    answer = ours.generate(messages, images, videos, **options)
+    answer = ours.generate(messages, images, videos, **OPTIONS)
     assert list(answer.tokens) == ids and answer.text == text
     assert len(set(ids)) > 2
 
@@ -270,23 +145,27 @@ def test_the_way_back(system, tmp_path):
 
 
 def test_a_budget_of_visual_tokens(system):
-    ours = system[2]
+    ours, (messages, images, _) = system[2], INPUTS["two images"]
     with pytest.raises(InfeasibleBudget):
-        ours.generate(conversation(1), pictures(1), max_new_tokens=1, max_visual_tokens=0)
-    answer = ours.generate(conversation(1), pictures(1), max_new_tokens=4, max_visual_tokens=10**6)
-    assert answer.tokens == ours.generate(conversation(1), pictures(1), max_new_tokens=4).tokens
+        ours.generate(messages, images, max_visual_tokens=0, **OPTIONS)
+    answer = ours.generate(messages, images, max_visual_tokens=10**6, **OPTIONS)
+    assert list(answer.tokens) == said(system, messages, images)[0]
 
 
 def test_answers_of_a_ragged_batch(system):
     ours = system[2]
-    given = [(conversation(1), pictures(1)), (conversation(1), pictures(3)[2:])]
+    given = [(conversation(1), pictures(1)), (conversation(2), pictures(3)[1:])]
     batch = ours.processor.batch(*zip(*given, strict=True))
+    for row, segments, each in zip(batch.tokens, batch.segment_ids, given, strict=True):
+        np.testing.assert_array_equal(row[segments > 0], prepared(system, *each)[0]["input_ids"][0])
+    assert (batch.segment_ids[0] == 0).any()
     answers = complete(ours.module, ours.params, batch, ours.tokenizer, end_ids=ours.end_ids, max_new_tokens=NEW)
     assert [list(answer.tokens) for answer in answers] == [said(system, *each)[0] for each in given]
 
 
+@pytest.mark.parametrize("system", (llava_next, qwen2_5_vl), indirect=True, ids=lambda made: made.__name__)
 def test_the_command_line(system, tmp_path):
-    """A process for each system: images from files, the answer on standard output."""
+    """A process for tiles and one for packed patches: pictures from files, the answer on standard output."""
     images = pictures(2)
     for name, image in zip("ab", images, strict=True):
         image.save(tmp_path / f"{name}.png")

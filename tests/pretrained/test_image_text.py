@@ -142,7 +142,7 @@ def test_tokenizers_of_other_models_are_refused_for_texts_alone(tmp_path, pictur
     ours = copied("bv_siglip", tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(model(60))
     assert len(ours.processor([picture]).images) == 1
-    with pytest.raises(TokenizerError, match=f"1 texts cannot be read: .*{message}"):
+    with pytest.raises(TokenizerError, match=f"1 texts cannot be encoded: .*{message}"):
         ours.processor(texts=["the dog"])
 
 

@@ -109,7 +109,7 @@ def test_a_tied_head_that_is_not_the_table_is_refused(tmp_path):
         ),
         (
             {**TINY, "rope_parameters": {"full_attention": {}, "sliding_attention": {}}},
-            "expected one set of settings, got one for each of full_attention, sliding_attention",
+            "expected one set of settings, got one per full_attention, sliding_attention",
         ),
         (
             {**TINY, "model_type": "qwen2", "use_sliding_window": True, "layer_types": ["chunked_attention"]},
@@ -117,7 +117,7 @@ def test_a_tied_head_that_is_not_the_table_is_refused(tmp_path):
         ),
         (
             {**TINY, "model_type": "qwen2", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2},
-            "text_config.layer_types: expected 1, one for each layer, got 2",
+            "text_config.layer_types: expected 1, one per layer, got 2",
         ),
         ({**TINY, "model_type": "internlm2"}, "text_config.bias: expected False, got True"),
         ({**TINY, "model_type": "qwen"}, "text_config: expected the key seq_length"),

@@ -166,7 +166,7 @@ def test_all_keys_that_are_wrong_are_listed_at_once(folder):
         vlm_jax.from_pretrained(folder)
     message = str(error.value)
     assert "3 problems" in message
-    for line in ("missing from the checkpoint: head/kernel", "unused: heads/kernel", "misshapen: cls"):
+    for line in ("missing from the checkpoint: head/kernel", "unused: heads/kernel", "wrong shape: cls"):
         assert line in message
 
 
@@ -238,7 +238,7 @@ def test_naflex_positions_must_be_a_learned_grid():
 def test_other_arguments_are_checked():
     with pytest.raises(PretrainedError, match="dtype: expected one of float32, bfloat16, float16, got 'float64'"):
         vlm_jax.from_pretrained(ARCHIVE, dtype="float64")
-    with pytest.raises(PretrainedError, match="'open_clip' is not resized at load"):
+    with pytest.raises(PretrainedError, match="'open_clip' does not support resizing at load"):
         vlm_jax.from_pretrained(TORCH, image_size=96)
 
 

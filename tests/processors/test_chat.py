@@ -137,7 +137,7 @@ def test_where_a_folder_keeps_its_template(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("six")
     assert (text(), text("rag")) == ("five", "six")
-    with pytest.raises(ChatTemplateError, match="no chat template 'rug'; there are default, rag"):
+    with pytest.raises(ChatTemplateError, match="no chat template 'rug'; expected one of default, rag"):
         text("rug")
 
 

@@ -24,5 +24,5 @@ def test_a_list_and_its_text():
 def test_what_is_no_item_and_no_text_of_one_turn():
     with pytest.raises(ListFormatError, match=r"expected an item with the key image, text or box, got {'sound': 1}"):
         from_list_format([{"sound": 1}])
-    with pytest.raises(ListFormatError, match=r"has no <\|im_end\|>"):
+    with pytest.raises(ListFormatError, match=r"without <\|im_end\|>"):
         to_list_format("a<|im_end|>")

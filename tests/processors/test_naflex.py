@@ -24,7 +24,7 @@ def test_the_sequence_is_filled_as_far_as_whole_patches_go(height, width, patch,
 
 
 def test_a_sequence_without_patches_is_refused():
-    with pytest.raises(ValueError, match="max_patches=0"):
+    with pytest.raises(ValueError, match="max_patches of at least 1, got 0"):
         size_for_sequence(10, 10, 2, 0)
 
 

@@ -127,9 +127,9 @@ def test_packed_sequences_form_a_batch():
         ([(0, 4, 4)], 0, {}, "each at least 1"),
         ([], 0, {}, "rows of .frames, rows, columns."),
         ([(4, 4)], 16, {}, "rows of .frames, rows, columns."),
-        ([(1, 4, 4)], 16, {"length": 12}, "16 patches need 16 places .* into 12; .* multiple of 4"),
+        ([(1, 4, 4)], 16, {"length": 12}, "16 patches need a length of 16, but length is 12; .* multiple of 4"),
         ([(1, 4, 4)], 16, {"length": 18}, "multiple of 4"),
-        ([(1, 4, 6)], 24, {"window": 2, "length": 24}, "24 patches need 32 places .* multiple of 16"),
+        ([(1, 4, 6)], 24, {"window": 2, "length": 24}, "24 patches need a length of 32, .* multiple of 16"),
     ],
 )
 def test_what_does_not_fit_is_refused(grids, patches, more, message):

@@ -167,11 +167,13 @@ def test_what_stands_without_its_list_is_named(messages, images, videos, error, 
 
 
 def test_other_numbers_of_lists_and_of_tokens():
-    with pytest.raises(PictureMismatch, match="images: expected a list for each of 2 conversations, got 1"):
+    with pytest.raises(PictureMismatch, match="images: expected one list for each of 2 conversations, got 1"):
         processor().batch([say("a")] * 2, [[]])
     # a, three places, the head of the answer and the beginning
     assert processor(max_length=6)(say("a", "<image>"), [picture()]).tokens.shape == (1, 6)
-    with pytest.raises(SequenceTooLong, match=r"conversation 0 is 6 tokens long, over the limit of 5.*nothing is cut"):
+    with pytest.raises(
+        SequenceTooLong, match=r"conversation 0 is 6 tokens long, over the limit of 5.*nothing is truncated"
+    ):
         processor(max_length=5)(say("a", "<image>"), [picture()])
 
 
@@ -199,7 +201,9 @@ def test_a_budget_of_a_video():
               (100, 11, 3)]  # fmt: skip
     assert counts == [12, 3, 3]
     for made, least in ((tiles, 2), (native, 3)):
-        with pytest.raises(InfeasibleBudget, match=f"conversation 0, video 0: a video.* takes {least} visual tokens"):
+        with pytest.raises(
+            InfeasibleBudget, match=f"conversation 0, video 0: a video.* takes at least {least} visual tokens"
+        ):
             made(say("<video>"), videos=[frames], max_video_tokens=least - 1)
 
 

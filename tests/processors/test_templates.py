@@ -55,3 +55,9 @@ def test_a_thought_is_left_out_where_it_is_told():
     render = ChatTemplate(OVIS2_5).render
     assert render(TURNS, enable_thinking=False) == render(TURNS) + "<think>\n\n</think>\n\n"
     assert render(TURNS, enable_thinking=True) == render(TURNS)
+
+
+def test_thoughts_of_answers_are_left_out():
+    asked, answered = TURNS[:1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nA cat."}
+    render = ChatTemplate(OVIS2_5).render
+    assert render([*asked, answered]) == render([*asked, {"role": "assistant", "content": "A cat."}])

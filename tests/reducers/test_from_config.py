@@ -169,7 +169,7 @@ def test_an_encoder_without_a_way_to_do_so_is_refused(kind, encoder):
     )
     config.token_budget = 16 if kind == "tome" else BUDGET
     with pytest.raises(
-        ConfigError, match=rf"config\.reducer\.kind: {kind} works inside the encoder, and {encoder} has"
+        ConfigError, match=rf"config\.reducer\.kind: {kind} works inside the encoder, but {encoder} does"
     ):
         build(config)
 

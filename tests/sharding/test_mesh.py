@@ -34,7 +34,7 @@ def test_a_part_of_the_devices():
         ({"fsdp": 3}, "is not the number of devices, 8"),
         ({"data": 2, "tensor": 2}, "is not the number of devices, 8"),
         ({"data": 16}, "is not the number of devices, 8"),
-        ({"fsdp": -1}, "one at most is -1"),
+        ({"fsdp": -1}, "at most one of them -1"),
         ({"fsdp": 0}, "expected positive sizes"),
         ({"data": 8, "fsdp": -2}, "expected positive sizes"),
     ],

@@ -11,7 +11,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tests.golden.conftest import DATA
 
-VISUAL_TOKENS = 36  # of an image: 24 pixels a side in patches of 4
+VISUAL_TOKENS = 36  # of a picture: 24 pixels a side in patches of 4
+MAX_NEW_TOKENS = 4
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 
 
@@ -52,3 +53,8 @@ def write_questions(path, answers) -> None:
             turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
         lines.append(json.dumps({"id": str(number), "image": image, "conversations": turns}))
     path.write_text("\n".join(lines) + "\n")
+
+
+def conversation(turn):
+    """A question of `write_questions`, asked by itself."""
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"what is {turn}?"}]}]

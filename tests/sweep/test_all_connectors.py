@@ -5,7 +5,8 @@ import pytest
 from configs.sweeps import digits_all_connectors
 from vlm_jax.connectors import CONNECTORS
 from vlm_jax.sweep import points as points_module
-from vlm_jax.sweep.points import Costs, list_points
+from vlm_jax.sweep.costs import Costs
+from vlm_jax.sweep.points import list_points
 
 # Kinds that are not candidates: one joins the features of two encoders, the other wraps candidates.
 ELSEWHERE = {"hybrid_mlp", "matryoshka"}
@@ -63,5 +64,5 @@ def test_a_matryoshka_has_one_training_and_every_other_point_its_own(points):
 )
 def test_smaller_sweeps(arg, labels, monkeypatch):
     """Every point is built; what they cost, which takes its time, is left out."""
-    monkeypatch.setattr(points_module, "costs", lambda experiment: Costs(experiment.budget.left, 0.0, {}, {}))
+    monkeypatch.setattr(points_module, "costs", lambda experiment, sample: Costs(experiment.budget.left, 0.0, {}, {}))
     assert {point.label for point in list_points(digits_all_connectors.get_config(arg))} == labels

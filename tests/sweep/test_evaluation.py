@@ -12,39 +12,11 @@ from vlm_jax.config import ConfigError
 from vlm_jax.evals.vqa import wilson_interval
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.sweep.evaluation import Evaluation, Questions, ReleaseEvaluation
+from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
+from vlm_jax.sweep.questions import Questions
 from vlm_jax.system import System
 
-from .releases import VISUAL_TOKENS, write_questions, write_release
-
-ASKED = [(0, 0), (1, 0), (1, 1), (2, 0), (3, 0)]  # (record, turn) of the five questions
-MAX_NEW_TOKENS = 4
-
-
-def conversation(turn):
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"what is {turn}?"}]}]
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    """(folder of the release, file of questions, what it answers to each of them by itself)."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    release, questions = folder / "release", folder / "questions.jsonl"
-    write_release(release)
-    model = vlm_jax.from_pretrained(release)
-    write_questions(questions, [["x"], ["x", "x"], ["x"], ["x"]])
-
-    def ask(record, turn):
-        return model.generate(conversation(turn), [folder / f"{record}.png"], max_new_tokens=MAX_NEW_TOKENS)
-
-    # The release ends at any it says last to the first question.
-    (release / "generation_config.json").write_text(json.dumps({"eos_token_id": [ask(0, 0).tokens[-1], 2]}))
-    model = vlm_jax.from_pretrained(release)
-    answers = [ask(*place) for place in ASKED]
-    # References are the release's own answers, but for that of the last question.
-    texts = [answer.text or "x" for answer in answers]
-    write_questions(questions, [[texts[0]], texts[1:3], [texts[3]], ["?!"]])
-    return release, questions, answers
+from .releases import MAX_NEW_TOKENS, VISUAL_TOKENS, conversation
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +163,11 @@ def test_what_is_refused_before_anything_is_written(evaluation, tmp_path, change
 
 
 def test_questions_from_any_number_on_and_of_drawn_records(released):
-    settings = ReleaseEvaluation("", str(released[1]), ("none",))
-    questions = Questions(settings, channels=3)
+    questions = Questions(str(released[1]), 3)
     whole = [sample.sample_id for sample in questions.start_at(0)]
     assert len(questions) == len(whole) == 5
     for start in range(6):
         assert [sample.sample_id for sample in questions.start_at(start)] == whole[start:]
-    drawn = Questions(ReleaseEvaluation("", str(released[1]), ("none",), num_samples=2), channels=3)
+    drawn = Questions(str(released[1]), 3, num_samples=2)
     of_records = {sample.sample_id.split(":")[-1].split("#")[0] for sample in drawn.start_at(0)}
     assert len(of_records) == 2 and {sample.sample_id for sample in drawn.start_at(0)} <= set(whole)

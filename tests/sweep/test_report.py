@@ -323,7 +323,7 @@ def test_what_cannot_be_reported_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="nothing to report: 0 results"):
         write_report([], path, controls=CONTROLS, examples=EXAMPLES, title="none")
     four = Example(np.zeros((4, 4, 4), np.uint8), "q", "a", "vqa", {})
-    with pytest.raises(ValueError, match=r"1 or 3 channels, got one of shape \(4, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"1 or 3 channels, got shape \(4, 4, 4\)"):
         write_report(RESULTS, path, controls=CONTROLS, examples=[four], title="none")
     assert list(tmp_path.iterdir()) == []
 

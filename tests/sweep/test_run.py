@@ -16,16 +16,13 @@ from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import build
 from vlm_jax.checkpoints.orbax import read_parts
 from vlm_jax.config import ConfigError
+from vlm_jax.sweep import points as points_module
 from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
 from vlm_jax.train.state import abstract
 
 PATCHES, WIDTH, DEPTH, MLP = 4, 16, 2, 32
-
-
-class Killed(Exception):
-    pass
 
 
 def tiny_sweep() -> ConfigDict:
@@ -92,6 +89,29 @@ def on_one_device(one_device, monkeypatch):
     monkeypatch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the frontier and the report, which `swept` has."""
+    monkeypatch.setattr(sweep_run, "draw_frontier", lambda *arguments, **options: None)
+    monkeypatch.setattr(sweep_run, "write_report", lambda *arguments, **options: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once():
+    """Costs of points that are listed again are not counted again."""
+    known, real = {}, points_module.costs
+
+    def costs(experiment, sample=None):
+        key = experiment.system.model, experiment.prompt
+        if key not in known:
+            known[key] = real(experiment, sample)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(points_module, "costs", costs)
+        yield
+
+
 @dataclasses.dataclass(frozen=True)
 class Swept:
     """A sweep that was killed in its second point, run to its end, and called once more.
@@ -123,13 +143,13 @@ def swept(one_device, tmp_path_factory) -> Swept:
     def dies_in_the_second_point(experiment, *arguments):
         evaluated.append(experiment.system.budget.left)
         if evaluated == [1, 2]:
-            raise Killed
+            raise KeyboardInterrupt
         return real(experiment, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
         patch.setattr(sweep_run, "answer_all", dies_in_the_second_point)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             make(tiny_sweep(), workdir, new_console()).run()
         first, trained = lines(workdir), metrics(workdir)
         counts, console = [len(evaluated)], new_console()
@@ -174,7 +194,7 @@ def test_what_a_sweep_writes_and_prints(swept):
     assert "2 points, by shape" in printed and printed.index("by shape") < printed.index("95% intervals")
 
 
-def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_device, tmp_path):
+def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_device, undrawn, tmp_path):
     alone = make(config, tmp_path, console, only=("random@2",)).run()
     assert [result["label"] for result in alone] == ["random@2"]
     measured = ("step_seconds",)
@@ -184,8 +204,7 @@ def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_de
 
 
 def test_points_start_from_the_shared_stages(swept, one_device):
-    boxed = jax.eval_shape(build(tiny_sweep().base).init, jax.random.key(0))
-    shapes = {"encoder": abstract(boxed, one_device)["encoder"]}
+    shapes = {"encoder": abstract(build(tiny_sweep().base).boxed_shapes(), one_device)["encoder"]}
     shared, *points = (
         read_parts(swept.workdir / run / "checkpoints", shapes)
         for run in ("shared_0", "points/pool@1", "points/random@2")
@@ -217,7 +236,7 @@ def test_points_start_from_the_shared_stages(swept, one_device):
         (
             lambda c: c.base.stages.seeing.learning_rates.update({"connector": 1e-3}),
             ConfigError,
-            "a shared stage must not train the connector",
+            "a shared stage trains no connector where every candidate has its own",
         ),
         (lambda c: c.base.update({"token_bugdet": 1}), ConfigError, r"config\.token_bugdet: .*'token_budget'"),
     ],
@@ -245,7 +264,7 @@ def test_the_workdir_of_another_sweep_is_refused(config, console, swept):
         make(config, swept.workdir, console)
 
 
-def test_a_nested_candidate_is_trained_once_and_evaluated_at_every_budget(config, console, tmp_path):
+def test_a_nested_candidate_is_trained_once_and_evaluated_at_every_budget(config, console, undrawn, tmp_path):
     connector = {"kind": "matryoshka", "budgets": (1, 2, 4), "inner": {"kind": "pool"}}
     with config.unlocked():
         config.candidates = ConfigDict({"nested": {"budgets": (1, 4), "trained_at": 4, "connector": connector}})

@@ -96,7 +96,7 @@ def test_a_release_of_other_sizes_is_refused(config, orbax, one_device, tmp_path
         config.decoder.vocab_size = 1000
     trainer = Trainer(config, build(config), one_device, tmp_path / "run", init_from=orbax, init_parts=PARTS)
     message = (
-        r"orbax/params is of another model:\n  it holds decoder/embedding/embedding \(150, \d+\), not \(1000, \d+\)\n"
+        r"params is of another model:\n  it has decoder/embedding/embedding \(150, \d+\), expected \(1000, \d+\)\n"
     )
     with pytest.raises(CheckpointError, match=message):
         trainer._first_state(trainer._spans[0])

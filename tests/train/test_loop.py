@@ -164,7 +164,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(config, one_d
         ({"stages.answering.stream": "cells"}, "and vice versa"),
         ({"stages.answering.learning_rates": {"conector": 1.0}}, r"learning_rates\.conector.*'connector'"),
         ({"stages.answering.learning_rates": {}}, "expected at least one part"),
-        ({"stages.answering.warmup_steps": 8}, "8 is not shorter than 8 steps"),
+        ({"stages.answering.warmup_steps": 8}, "expected fewer than 8 steps, got 8"),
         ({"stages.answering.batch": 8}, r"config\.stages\.answering\.batch: unknown.*'batch_size'"),
         ({"loop.save_evry": 8}, r"config\.loop\.save_evry: unknown or unused key; did you mean 'save_every'"),
         ({"optimizer.b1": "high"}, r"config\.optimizer\.b1: expected float, got 'high'"),

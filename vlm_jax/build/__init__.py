@@ -140,7 +140,11 @@ class Experiment:
         """Boxed parameters {part: tree} of the model and of the head for cells, randomly initialised."""
         return self.system.init(key) | self._cell_head(key)
 
-    def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
+    def boxed_shapes(self) -> dict[str, Any]:
+        """Shapes of what `init` gives."""
+        return self.system.boxed_shapes() | jax.eval_shape(self._cell_head, jax.random.key(0))
+
+    def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> dict[str, Any]:
         """Parameters on their devices; see `System.initial`."""
         params = self.system.initial(key, mesh, without=without)
         if self.cell_reader is None or CELL_HEAD in without:
@@ -159,7 +163,7 @@ class Experiment:
 
     def num_params(self) -> dict[str, int]:
         """Parameters of each part of the model, counted by shape."""
-        shapes = nn.meta.unbox(jax.eval_shape(self.init, jax.random.key(0)))
+        shapes = nn.meta.unbox(self.boxed_shapes())
         return {part: sum(leaf.size for leaf in jax.tree.leaves(shapes[part])) for part in PARTS if part in shapes}
 
 

@@ -123,7 +123,7 @@ def _steps(rules: tuple[Rule, ...], shapes: Mapping[str, Shape], kept: set[str])
             try:
                 steps.append(_step(rule, values, targets, tuple(shapes[path] for path in targets)))
             except ValueError as error:
-                problems.append(f"misshapen: {error}")
+                problems.append(f"wrong shape: {error}")
     nearest = Nearest(path for rule in rules for path in rule.targets if path not in writers)
     problems += [
         f"not filled: {path}, shape {shape}: no rule writes it" + nearest.suggest(path, "similar target of a rule")

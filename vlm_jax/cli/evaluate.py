@@ -7,7 +7,8 @@ from absl import app, flags
 from vlm_jax.cli.process import explained, keep_programs
 from vlm_jax.config import ConfigError
 from vlm_jax.pretrained.loader import DTYPES
-from vlm_jax.sweep.evaluation import FAILED_FILE, Evaluation, ReleaseEvaluation
+from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
+from vlm_jax.sweep.failures import summary
 
 RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisation/name on the Hugging Face hub.")
 DATA = flags.DEFINE_string("data", None, "A JSONL file of questions, or LLaVA's JSON, next to its images.")
@@ -47,11 +48,7 @@ def main(argv: list[str]) -> None:
         evaluation = Evaluation(settings, str(WORKDIR.value))
         failed = evaluation.run()
     if failed:
-        print(
-            f"{len(failed)} of {len(evaluation.points)} points failed: {', '.join(failed)}; see "
-            f"{evaluation.workdir / FAILED_FILE}. Rerun the same command to retry them",
-            file=sys.stderr,
-        )
+        print(summary(failed, len(evaluation.points), evaluation.workdir), file=sys.stderr)
         sys.exit(1)
 
 

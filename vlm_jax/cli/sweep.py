@@ -1,22 +1,29 @@
 """python -m vlm_jax.cli.sweep --config=configs/sweeps/X.py --workdir=DIR [--only=LABEL,LABEL]"""
 
+import sys
+
 from absl import flags
 
 from vlm_jax.cli import command
+from vlm_jax.sweep.failures import summary
 from vlm_jax.sweep.run import Sweep
 
 ONLY = flags.DEFINE_list("only", [], "Labels of the points to run, as pool@16; all when empty.")
 
 
 def main() -> None:
-    """Sweeps connectors and budgets; see `vlm_jax.sweep.run`."""
-    Sweep(
+    """Sweeps candidates at token budgets; see `vlm_jax.sweep.run`. Exit status 1 where a point failed."""
+    sweep = Sweep(
         command.CONFIG.value,
         command.workdir(),
         config_path=command.config_path(),
         only=tuple(ONLY.value),
         overrides=command.overrides(),
-    ).run()
+    )
+    sweep.run()
+    if sweep.failed:
+        print(summary(sweep.failed, len(sweep.points), sweep.workdir), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from vlm_jax.build import PARTS, build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.cli import command
 from vlm_jax.config import parse
-from vlm_jax.evals.vqa import accuracy, answer_all, realised_tokens
+from vlm_jax.evals.vqa import accuracy, answer_all, realised_tokens, tokens_left
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.loop import Trainer
@@ -46,10 +46,8 @@ def main() -> None:
     if is_primary():
         result = {"accuracy": table, "token_budget": config.token_budget, "num_visual_tokens": tokens}
         # The tokens that enter the decoder are above; a reducer inside it keeps fewer.
-        result |= {
-            "visual_tokens_left": experiment.budget.left,
-            "mean_visual_tokens": experiment.budget.mean,
-        }
+        left, mean = tokens_left(experiment.system.model, answers)
+        result |= {"visual_tokens_left": left, "mean_visual_tokens": mean}
         write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
     console.print(f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most")
     for name, entry in table.items():

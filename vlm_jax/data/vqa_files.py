@@ -37,7 +37,7 @@ class VqaFiles:
     """Settings of a set of files, keys of config.data.
 
     Attributes:
-      train_path: JSONL file, local or `gs://`.
+      train_path: JSONL file, local or `gs://`; None where nothing trains.
       evaluation_path: JSONL file of the evaluation; not the training file.
       channels: 1 (grey) or 3 (RGB), to which images are converted.
       num_images: images of every line; None for any number, such as frames of clips.
@@ -48,7 +48,7 @@ class VqaFiles:
       evaluation_size: records to evaluate, sampled by the seed; None for all.
     """
 
-    train_path: str
+    train_path: str | None
     evaluation_path: str
     channels: int = 3
     num_images: int | None = 1
@@ -195,17 +195,18 @@ class VqaFileSource:
         self.settings = settings
         self.tasks = settings.tasks
         self.channels = settings.channels
-        self.train_records = Records(settings.train_path, settings, "train_path", tools)
+        path = settings.train_path
+        self.train_records = None if path is None else Records(path, settings, "train_path", tools)
         self.evaluation_records = Records(settings.evaluation_path, settings, "evaluation_path", tools)
 
     def train(self, stream: str, seed: int) -> grain.MapDataset[Sample]:
         """The training records, shuffled by (seed, epoch), endless.
 
         Raises:
-          ConfigError: no such stream.
+          ConfigError: no such stream, or no training file.
         """
         _check_stream(stream)
-        return _shuffled(self.train_records, seed)
+        return _shuffled(self._trained(), seed)
 
     def sized(self, stream: str, seed: int) -> SizedStream:
         """As `Source.sized`; sizes are those in the headers of the images.
@@ -214,9 +215,14 @@ class VqaFileSource:
           ConfigError: no such stream.
         """
         _check_stream(stream)
-        records, count = self.train_records, len(self.train_records)
-        samples, sizes = (_shuffled(_Elements(read, count), seed) for read in (records.read, records.sizes))
-        return SizedStream(samples, sizes, count, records.fingerprint())
+        records = self._trained()
+        samples, sizes = (_shuffled(_Elements(read, len(records)), seed) for read in (records.read, records.sizes))
+        return SizedStream(samples, sizes, len(records), records.fingerprint())
+
+    def _trained(self) -> Records:
+        if self.train_records is None:
+            raise ConfigError("config.data.train_path: a stage trains on it, and it is None; name the training file")
+        return self.train_records
 
     def evaluation(self, seed: int, stream: str = "questions") -> "EvaluationSamples":
         """The evaluation records in the order of the file, one sample for every turn.

@@ -1,8 +1,10 @@
 """Accuracy of generated answers per task, with 95% intervals."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +13,11 @@ from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.generation.engine import generate, prepared
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.processor import Example
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
-from vlm_jax.types import TEXT_SLOT, Params, Sample
+from vlm_jax.types import TEXT_SLOT, Load, Params, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
@@ -30,16 +33,18 @@ class Answer:
     """One sample, the model's answer, and whether it is correct.
 
     Attributes:
-      sample: the sample.
-      text: the model's answer.
-      correct: whether it is correct.
-      visual_tokens: for each of the sample's images, the number that entered the decoder.
+      sample: what was asked.
+      text: what the model said.
+      correct: whether that counts as right.
+      visual_tokens: of each of the sample's images, how many reached the decoder.
+      load: what its prompt takes of a row.
     """
 
     sample: Sample
     text: str
     correct: bool
     visual_tokens: tuple[int, ...] = ()
+    load: Load = dataclasses.field(default_factory=lambda: Load(0, 0))
 
 
 def exact(answer: str, reference: str) -> bool:
@@ -115,8 +120,8 @@ def answer_all(
             correct = ended is not None and SCORERS.get(sample.task, exact)(text, sample.answer)
             counts = example.visual_tokens
             if sum(counts) != shown:
-                raise ValueError(f"sample '{sample.sample_id}': expected {counts} visual tokens, got {shown} positions")
-            answers.append(Answer(sample, text, correct, counts))
+                raise ValueError(f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places")
+            answers.append(Answer(sample, text, correct, counts, example.load))
     return answers
 
 
@@ -133,7 +138,32 @@ def realised_tokens(answers: Iterable[Answer]) -> dict[str, float | int]:
     """{"mean", "max"} of the visual tokens of an image, over all images; 0 without images."""
     counts = [count for answer in answers for count in answer.visual_tokens]
     mean = sum(counts) / max(len(counts), 1)
-    return {"mean": int(mean) if mean.is_integer() else mean, "max": max(counts, default=0)}
+    return {"mean": short(mean), "max": max(counts, default=0)}
+
+
+def tokens_left(model: Any, prompts: Sequence[Answer] | Sequence[Example]) -> tuple[float | int, float | int]:
+    """Visual tokens of an image in the decoder's last layer, and their mean over its layers; over all images.
+
+    Args:
+      model: a `VLM` with a decoder.
+      prompts: with the visual tokens of their images, and what they take of a row.
+    """
+    images = max(sum(len(prompt.visual_tokens) for prompt in prompts), 1)
+    spans = zip(*(_tokens_by_span(sum(prompt.visual_tokens), prompt.load) for prompt in prompts), strict=True)
+    tokens = [sum(span) / images for span in spans]
+    layers = itertools.pairwise((0, *(drop.layer for drop in model.decoder.drops), model.decoder.depth))
+    total = sum(count * (stop - start) for count, (start, stop) in zip(tokens, layers, strict=True))
+    return short(tokens[-1]), short(total / model.decoder.depth)
+
+
+def _tokens_by_span(entering: int, load: Load) -> list[int]:
+    """Visual tokens of a prompt in the decoder's first layers, and behind each drop."""
+    return [entering, *(entering - (load.length - kept) for kept in load.kept)]
+
+
+def short(number: float) -> float | int:
+    """A whole number as an int."""
+    return int(number) if number.is_integer() else number
 
 
 def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:

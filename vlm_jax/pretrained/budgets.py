@@ -63,10 +63,6 @@ def with_budget(
         raise ConfigError(f"{path}.token_budget: this model has no encoder with a decoder; leave it out")
     reduces = reducer is not None and _section(reducer).get("kind") != "none"
     if connector is not None or reduces:
-        if model.reducer is not None:
-            raise ConfigError(
-                f"{path}.reducer: this system has the reducer {model.reducer.kind} already; start without"
-            )
         model = _with_joined_features(model)
     if connector is not None:
         system = _with_connector(system, model, tokens, _section(connector), f"{path}.connector")

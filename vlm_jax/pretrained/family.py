@@ -134,7 +134,7 @@ def with_defaults(config: Config, defaults: Config, where: str) -> Fields:
     """
     missing = [key for key, value in defaults.items() if value is REQUIRED and key not in config]
     if missing:
-        raise PretrainedError(f"{where}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")
+        raise PretrainedError(f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not found")
     return {**defaults, **config}
 
 

@@ -154,12 +154,14 @@ def _system(
     """The system, and the function that resizes it."""
     description = family(config, tensors, dtype=DTYPES[dtypes[0]], param_dtype=DTYPES[dtypes[1]])
     release = Release(config, checkpoint, folder, tuple(description.rules), tuple(description.ignore))
-    processor = functools.partial(read_processor, folder, config, description.module, image_size)
+    # Read once, however many systems are made of this one.
+    processor = functools.cache(functools.partial(read_processor, folder, config, description.module, image_size))
+    ends = functools.cache(functools.partial(end_ids, folder, config, description.module))
     system = System(
         description.module,
         description.inputs,
         processor,
-        functools.partial(end_ids, folder, config, description.module),
+        ends,
         release,
     )
     return system, description.resize

@@ -46,19 +46,23 @@ class DeepSeekVL2Prompt:
         targets: bool = False,
         **variables: object,
     ) -> list[Text | Slot]:
-        """The pieces of one conversation; see `Prompt`. Every question ends with the start of its answer."""
+        """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer.
+
+        An answer at the end of a prompt lacks its end token: the model writes on from there.
+        """
         _refuse(places, variables)
         pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
         for number, message in enumerate(messages):
             text = flat(message.get("content"), lambda _: self.image, "\n").strip()
             last = number == len(messages) - 1
             if message["role"] in USER:
-                head = "\n\n<|Assistant|>:" if add_generation_prompt or not last else ""
-                pieces += self.spelled(f"<|User|>: {text}{head}")
+                question = f"<|User|>: {text}\n\n" if text else "<|User|>:"
+                answered = add_generation_prompt or not last
+                pieces += self.spelled(f"{question}<|Assistant|>:" if answered else question.rstrip())
             elif message["role"] in ASSISTANT:
                 end = _present(self.tokenizer.eos_id, "eos", self.tokenizer)
-                # The model starts to generate at an empty answer.
-                pieces += [] if last and not text else [*self.spelled(text, targets), Text([end], targets)]
+                pieces += self.spelled(text, targets)
+                pieces += [] if last and add_generation_prompt and not targets else [Text([end], targets)]
             elif number:
                 raise PromptError(f"message {number} has the role '{message['role']}', which only the first may have")
             else:

@@ -6,36 +6,24 @@ import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import rich.console
 import rich.progress
 from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data.source import Tools
-from vlm_jax.data.vqa_files import EvaluationSamples, Records, VqaFiles
-from vlm_jax.data.vqa_records import Record
-from vlm_jax.evals.vqa import SCORERS, exact, share
+from vlm_jax.evals.vqa import SCORERS, exact, share, short
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
-from vlm_jax.processors.boxes import format_box
-from vlm_jax.processors.image import image_size, open_image
-from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.sweep.costs import flops, num_params
+from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.frontier import draw_frontier
-from vlm_jax.sweep.release_points import (
-    AS_RELEASED,
-    RefusedPoint,
-    ReleasePoint,
-    flops,
-    list_release_points,
-    num_params,
-)
+from vlm_jax.sweep.questions import Questions
+from vlm_jax.sweep.release_points import RefusedPoint, ReleasePoint, list_release_points
 from vlm_jax.sweep.report import Example, write_report
 from vlm_jax.sweep.run import (
     ANSWERS_FILE,
@@ -43,13 +31,13 @@ from vlm_jax.sweep.run import (
     FRONTIER_FILE,
     REPORT_FILE,
     RESULTS_FILE,
+    drawable,
     results_table,
 )
 from vlm_jax.system import System
-from vlm_jax.train.workdir import claim, read_lines, write_whole
+from vlm_jax.train.workdir import claim, read_lines, write_lines, write_whole
 from vlm_jax.types import Sample
 
-FAILED_FILE = "failed.jsonl"
 CONTROLS = frozenset({"random", "uniform_stride", "downsample_image"})
 COMMAND = "vlm_jax.cli.evaluate"
 
@@ -107,59 +95,6 @@ class ReleaseEvaluation:
         return shlex.join(words)
 
 
-class Questions:
-    """The questions of a file, checked at creation; images are read as samples are iterated.
-
-    Args:
-      settings: provides file, tasks and sampling of records.
-      channels: channels of the model's images, 1 or 3.
-
-    Raises:
-      ConfigError, MalformedRecords: as `read_records`.
-    """
-
-    def __init__(self, settings: ReleaseEvaluation, channels: int):
-        path, tasks = settings.data, settings.tasks
-        if not epath.Path(path).exists():
-            raise ConfigError(f"--data: there is no file '{path}'")
-        files = VqaFiles("", path, channels=channels, num_images=None, tasks=tasks)
-        self._records = Records(
-            path, files, "evaluation_path", Tools(format_box, open_image, image_size, lambda image: image)
-        )
-        count, size = len(self._records), settings.num_samples
-        chosen = np.arange(count)
-        if size is not None and size < count:
-            chosen = np.sort(np.random.default_rng(settings.seed).choice(count, size, replace=False))
-        self._indices: list[int] = chosen.tolist()
-        self._chosen = [self._records.records[index] for index in self._indices]
-        self._ends = list(itertools.accumulate(map(_num_questions, self._chosen)))
-
-    def __len__(self) -> int:
-        """Number of questions; a record may have several."""
-        return self._ends[-1]
-
-    def start_at(self, start: int) -> Iterator[Sample]:
-        """Samples from index `start` on, in the order of the file, without reading images of earlier records."""
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        before = self._ends[first - 1] if first else 0
-        return itertools.islice(iter(EvaluationSamples(self._records, self._indices[first:])), start - before, None)
-
-    def check_references(self, tokenizer: Tokenizer, max_new_tokens: int) -> None:
-        """Raises a SequenceTooLong for a reference answer longer than `max_new_tokens`."""
-        for record in self._chosen:
-            for text in (parts[0] for role, parts in record.contents if role == "assistant"):
-                length = len(tokenizer.encode(str(text))) + 1
-                if length > max_new_tokens:
-                    raise SequenceTooLong(
-                        f"record '{record.record_id}': its reference answer has {length} tokens with the end token, "
-                        f"over the limit of {max_new_tokens}; raise --max_new_tokens"
-                    )
-
-
-def _num_questions(record: Record) -> int:
-    return sum(role == "user" for role, _ in record.contents)
-
-
 @dataclasses.dataclass
 class Tally:
     """Sums over the lines of a point's answers.
@@ -192,14 +127,10 @@ class Tally:
         """Accuracy by task, and visual tokens per image."""
         images = max(self.num_images, 1)
         return {
-            "num_visual_tokens": _short(self.left / images),
-            "realised_visual_tokens": {"mean": _short(self.entering / images), "max": self.most},
+            "num_visual_tokens": short(self.left / images),
+            "realised_visual_tokens": {"mean": short(self.entering / images), "max": self.most},
             "accuracy": {task: share(self.right[task], asked) for task, asked in self.asked.items()},
         }
-
-
-def _short(number: float) -> float | int:
-    return int(number) if number.is_integer() else number
 
 
 class Evaluation:
@@ -226,7 +157,13 @@ class Evaluation:
             raise ConfigError(f"no point can be evaluated:\n{_listed(self.refused)}")
         self._shapes = nn.meta.unbox(self._system.boxed_shapes())
         processor = self._system.processor
-        self._questions = Questions(settings, processor.views.channels)
+        self._questions = Questions(
+            settings.data,
+            processor.views.channels,
+            tasks=settings.tasks,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+        )
         self._questions.check_references(processor.tokenizer, settings.max_new_tokens)
         claim(self.workdir, dataclasses.asdict(settings))
 
@@ -237,25 +174,20 @@ class Evaluation:
           {label: error} of failed points, as in `failed.jsonl`; empty when all are finished.
         """
         results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
-        todo, failed = [point for point in self.points if point.label not in results], {}
-        self._write_failed(failed)
+        todo = [point for point in self.points if point.label not in results]
+        failures = Failures(self.workdir, self._console)
         if todo:
             self._console.print(f"{len(todo)} points, {len(self._questions)} questions each")
             params = self._system.prepared(self._system.initial(jax.random.key(self._settings.seed)))
             with rich.progress.Progress(console=self._console) as progress:
                 for point in todo:
-                    try:
+                    with failures.noted(point.label):
                         results[point.label] = self._run_point(point, params, progress)
-                    except Exception as error:  # any error: continue with the other points
-                        failed[point.label] = f"{type(error).__name__}: {error}"
-                        self._console.print(f"{point.label}: failed: {failed[point.label]}", markup=False)
-                        self._write_failed(failed)
-                        continue
-                    self._write(RESULTS_FILE, results.values())
+                    write_lines(self.workdir / RESULTS_FILE, results.values())
         ordered = [results[point.label] for point in self.points if point.label in results]
         if ordered:
             self._report(ordered)
-        return failed
+        return failures.errors
 
     def _run_point(self, point: ReleasePoint, params: Any, progress: rich.progress.Progress) -> Line:
         path = self._answers(point)
@@ -328,14 +260,9 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / ANSWERS_FILE
 
-    def _write(self, name: str, lines: Any) -> None:
-        write_whole(self.workdir / name, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def _write_failed(self, failed: dict[str, str]) -> None:
-        self._write(FAILED_FILE, [{"label": label, "error": error} for label, error in failed.items()])
-
     def _report(self, results: Sequence[Line]) -> None:
-        shown = [drawable(result) for result in results]
+        untrained = {"step_seconds": None, "peak_bytes": None}
+        shown = [drawable({**result, "connector": result["reducer"], **untrained}) for result in results]
         draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=CONTROLS)
         title = f"Visual token budgets: {self._settings.release}"
         examples = self._examples([result["label"] for result in results])
@@ -377,12 +304,6 @@ def resume(path: epath.Path) -> tuple[Tally, int]:
     if whole < size:
         write_whole(path, path.read_bytes()[:whole].decode())
     return tally, count
-
-
-def drawable(result: Line) -> Line:
-    """A line of `results.jsonl` in the format of the frontier and the report, with the reducer as connector."""
-    budget = AS_RELEASED if result["token_budget"] is None else result["token_budget"]
-    return {**result, "connector": result["reducer"], "token_budget": budget, "step_seconds": None, "peak_bytes": None}
 
 
 def _listed(refused: Sequence[RefusedPoint]) -> str:

@@ -150,7 +150,8 @@ def combine_seeds(results: Sequence[dict[str, Any]]) -> list[FrontierPoint]:
 
 
 def _combine(label: str, runs: list[dict[str, Any]]) -> FrontierPoint:
-    counts = sorted({run["num_visual_tokens"] for run in runs})
+    # A mean over pictures of several sizes differs with the pictures that a seed draws.
+    counts = sorted({run["num_visual_tokens"] for run in runs if isinstance(run["num_visual_tokens"], int)})
     if len(counts) > 1:
         raise ValueError(f"seeds of {label} have different numbers of tokens: {counts}; report one sweep")
     costs: dict[str, Number] = {}

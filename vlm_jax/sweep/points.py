@@ -5,14 +5,13 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-from flax import linen as nn
 from ml_collections import ConfigDict
 
-from vlm_jax.build import Experiment, build
+from vlm_jax.build import CELL_HEAD, Experiment, build
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
-from vlm_jax.models.vlm import flat_images
-from vlm_jax.planner.flops import count_flops
+from vlm_jax.sweep.costs import Costs, costs
+from vlm_jax.sweep.release_points import AS_RELEASED
+from vlm_jax.types import Sample
 
 SECTIONS = ("encoder", "reducer", "connector", "decoder")
 
@@ -22,10 +21,10 @@ class SweepSettings:
     """`config.sweep`.
 
     Attributes:
-      shared: initial stages of every point, which are run once. They train the encoder and
-        the decoder, never the connector.
-      seeds: every point is run once per seed.
-      controls: labels of candidates that only serve as comparison.
+      shared: stages that every point starts from; they are run once. A candidate with a connector of its own
+        draws that anew, and has the other parts of the shared stages.
+      seeds: every point is run once for each.
+      controls: labels of candidates that are there to be compared with.
     """
 
     shared: tuple[str, ...] = ()
@@ -34,36 +33,19 @@ class SweepSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Costs:
-    """Costs of a point, computed from shapes only.
-
-    Attributes:
-      num_visual_tokens: tokens of one image that reach the decoder's last layers.
-      mean_visual_tokens: the mean over its layers.
-      num_params: parameters of each part.
-      flops: of one example with its images: `encoder`, `connector` (and reducer), and `prefill`,
-        the decoder over a prompt of full length.
-    """
-
-    num_visual_tokens: int
-    mean_visual_tokens: float
-    num_params: dict[str, int]
-    flops: dict[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
 class Point:
     """One run of a sweep.
 
     Attributes:
-      label: `connector@budget`, and `#seed` for seeds after the first.
+      label: `connector@budget`, and `#seed` for a seed beyond the first; `connector@released` without a budget.
       connector: the candidate's label.
-      config: the full config of the run.
-      experiment: built from the config.
-      costs: its costs.
-      trained_as: label of the run of its parameters: its own, or that of the candidate at the
-        budget shared by all its points.
+      config: the whole config of the run.
+      experiment: what it builds.
+      costs: what it costs.
+      trained_as: label of the run that its parameters are from: its own, or that of the candidate at the
+        budget that all its points share; `untrained` for all points that train nothing.
       training: the config and the experiment of that run.
+      start: parts that it has from the shared stages, where there are some.
     """
 
     label: str
@@ -73,6 +55,7 @@ class Point:
     costs: Costs
     trained_as: str
     training: tuple[Any, Experiment]
+    start: tuple[str, ...]
 
 
 def sweep_settings(config: Any) -> SweepSettings:
@@ -83,26 +66,29 @@ def sweep_settings(config: Any) -> SweepSettings:
         if label not in config.candidates:
             raise ConfigError(f"config.sweep.controls: no candidate '{label}'{did_you_mean(label, config.candidates)}")
     schedule = tuple(config.base.schedule)
-    if schedule[: len(settings.shared)] != settings.shared or len(schedule) == len(settings.shared):
+    if schedule[: len(settings.shared)] != settings.shared:
         raise ConfigError(
-            f"config.sweep.shared: {settings.shared} must be the first stages of config.base.schedule {schedule}, "
-            "and leave at least one"
+            f"config.sweep.shared: {settings.shared} must be the first stages of config.base.schedule {schedule}"
         )
+    check_keys(schedule, config.base.stages, "config.base.schedule")
+    own = ["connector" in candidate for candidate in config.candidates.values()]
     for label in settings.shared:
-        if "connector" in config.base.stages[label].learning_rates:
+        if all(own) and "connector" in config.base.stages[label].learning_rates:
             raise ConfigError(
-                f"config.base.stages.{label}.learning_rates.connector: a shared stage must not train the connector, "
-                "since every point has its own"
+                f"config.base.stages.{label}.learning_rates.connector: a shared stage trains no connector where every "
+                "candidate has its own"
             )
     return settings
 
 
 def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
-    """Every candidate at every one of its budgets and every seed, cheapest budgets first.
+    """Every candidate at every one of its budgets and every seed: first those that train nothing, then by tokens.
 
     A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and
-    decoder, which replace the base's. With `trained_at` it is trained once, at that budget, and
-    evaluated at all of `budgets`.
+    decoder, each of which replaces the base's. With `trained_at` it is trained once, at that budget, and
+    its parameters are evaluated at all of `budgets`. Its `schedule` has the stages that train it behind the
+    shared ones, where they are not those of `config.base.schedule`; with none it is evaluated as the release or
+    the shared stages leave it. A budget of None leaves a release its own tokens.
 
     Args:
       config: a sweep's config: `base`, `candidates`, `sweep`.
@@ -112,55 +98,91 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
       ConfigError: an unused key, or an unknown label in `only`.
       InfeasibleBudget: a candidate cannot meet one of its budgets; the message has the nearest ones.
     """
-    settings = sweep_settings(config)
+    settings, samples = sweep_settings(config), {}
+
+    def sample_of(seed: int, experiment: Experiment) -> Sample:
+        """The first of the evaluation, read once."""
+        if seed not in samples:
+            samples[seed] = next(iter(experiment.open_source().evaluation(seed)))
+        return samples[seed]
+
     points: dict[str, Point] = {}
     for name in config.candidates:
         candidate, path = config.candidates[name], f"config.candidates.{name}"
-        check_keys(candidate, ("budgets", "trained_at", *SECTIONS), path)
+        check_keys(candidate, ("budgets", "trained_at", "schedule", *SECTIONS), path)
+        check_keys(candidate.get("schedule", ()), config.base.stages, f"{path}.schedule")
         for number, seed in enumerate(settings.seeds):
-            made = functools.partial(_made, config.base, name, candidate, seed, settings.shared)
+            made = functools.cache(functools.partial(_made, config.base, name, candidate, seed, settings.shared))
             suffix = f"#{seed}" if number else ""
             for budget in candidate.budgets:
                 run, experiment = made(budget)
                 trained_at = candidate.trained_at if "trained_at" in candidate else budget
                 training = (run, experiment) if trained_at == budget else made(trained_at)
-                if trained_at != budget and _shapes(training[1]) != _shapes(experiment):
+                if trained_at != budget and training[1].boxed_shapes() != experiment.boxed_shapes():
                     raise ConfigError(
                         f"{path}.trained_at: the parameters for {trained_at} tokens have other shapes than those for "
                         f"{budget}; choose a connector that nests its budgets, such as matryoshka, or train each"
                     )
-                label, trained_as = f"{name}@{budget}{suffix}", f"{name}@{trained_at}{suffix}"
-                points[label] = Point(label, name, run, experiment, costs(experiment), trained_as, training)
+                start = _start(config.base, candidate, settings.shared, experiment)
+                trained_as = f"{name}@{trained_at}{suffix}"
+                if not run.schedule:
+                    _check_untrained(experiment, start, path)
+                    trained_as = f"untrained{suffix}"
+                label = f"{name}@{AS_RELEASED if budget is None else budget}{suffix}"
+                sample = None if experiment.prompt is not None else sample_of(seed, experiment)
+                points[label] = Point(
+                    label, name, run, experiment, costs(experiment, sample), trained_as, training, start
+                )
     unknown = [label for label in only if label not in points]
     if unknown:
         raise ConfigError(f"--only: no point '{unknown[0]}'{did_you_mean(unknown[0], points)}")
     chosen = [point for label, point in points.items() if not only or label in only]
-    return sorted(chosen, key=lambda point: point.costs.num_visual_tokens)
+    return sorted(chosen, key=lambda point: (bool(point.config.schedule), point.costs.num_visual_tokens))
 
 
 def _made(
-    base: Any, name: str, candidate: Any, seed: int, shared: tuple[str, ...], budget: int
+    base: Any, name: str, candidate: Any, seed: int, shared: tuple[str, ...], budget: int | None
 ) -> tuple[Any, Experiment]:
     """Config and experiment of a candidate at a budget; errors name both."""
     run = point_config(base, candidate, budget, seed, shared)
     try:
         return run, build(run)
     except ValueError as error:
-        raise type(error)(f"candidate '{name}' at {budget} tokens: {error}") from error
+        tokens = "its released tokens" if budget is None else f"{budget} tokens"
+        raise type(error)(f"candidate '{name}' at {tokens}: {error}") from error
 
 
-def _shapes(experiment: Experiment) -> Any:
-    return jax.eval_shape(experiment.init, jax.random.key(0))
+def _start(base: Any, candidate: Any, shared: tuple[str, ...], experiment: Experiment) -> tuple[str, ...]:
+    """Parts of a candidate that the shared stages leave it."""
+    if not shared:
+        return ()
+    trained = {part for label in shared for part in base.stages[label].learning_rates}
+    others = trained.difference(("encoder", "decoder"), candidate)
+    if experiment.cell_reader is None:
+        others.discard(CELL_HEAD)
+    return ("encoder", "decoder", *sorted(others))
 
 
-def point_config(base: Any, candidate: Any, budget: int, seed: int, shared: tuple[str, ...]) -> Any:
-    """The base with a candidate's sections, its budget and seed, without the shared stages."""
+def _check_untrained(experiment: Experiment, start: tuple[str, ...], path: str) -> None:
+    """Whether a candidate that trains nothing has all of its parts from the release or the shared stages."""
+    release = experiment.system.release
+    drawn = experiment.boxed_shapes() if release is None else release.drawn
+    if missing := [part for part in drawn if part not in start]:
+        raise ConfigError(
+            f"{path}: it has no stage of its own, and its {' and '.join(missing)} would be drawn and never trained; "
+            "give it a schedule, or take these parts from config.base.release or from shared stages that train them"
+        )
+
+
+def point_config(base: Any, candidate: Any, budget: int | None, seed: int, shared: tuple[str, ...]) -> Any:
+    """The base with a candidate's sections, schedule and budget, and a seed, without the shared stages."""
     run = ConfigDict(copy.deepcopy(base.to_dict()))
     for section in SECTIONS:
         if section in candidate:
             run[section] = ConfigDict(candidate[section].to_dict())
     run.token_budget, run.seed = budget, seed
-    run.schedule = tuple(label for label in base.schedule if label not in shared)
+    rest = tuple(label for label in base.schedule if label not in shared)
+    run.schedule = tuple(candidate.schedule) if "schedule" in candidate else rest
     run.stages = ConfigDict({label: base.stages[label].to_dict() for label in run.schedule})
     return run
 
@@ -171,19 +193,3 @@ def shared_config(base: Any, seed: int, shared: tuple[str, ...]) -> Any:
     run.seed, run.schedule = seed, shared
     run.stages = ConfigDict({label: base.stages[label].to_dict() for label in shared})
     return run
-
-
-def costs(experiment: Experiment) -> Costs:
-    """Computes costs from shapes; nothing is allocated."""
-    system, shape = experiment.system, experiment.prompt or experiment.row
-    length = shape.length
-    model, num_params = system.model, experiment.num_params()
-    boxed = jax.eval_shape(experiment.init, jax.random.key(0))
-    params = {"params": {part: nn.meta.unbox(boxed[part]) for part in num_params}}
-    prompt = dataclasses.replace(system.example(shape), targets=None, loss_weights=None)
-    flat = jax.eval_shape(flat_images, prompt.images)
-    encoder = count_flops(lambda p, x: model.apply(p, x, method=lambda m, x: m.encoder(x)), params, flat)
-    visual = count_flops(lambda p, x: model.apply(p, x, method="visual_tokens"), params, flat)
-    whole = count_flops(lambda p, b: model.apply(p, b, length, method="prefill"), params, prompt)
-    flops = {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}
-    return Costs(experiment.budget.left, experiment.budget.mean, num_params, flops)

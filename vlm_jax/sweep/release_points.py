@@ -1,21 +1,14 @@
-"""The points of a release's evaluation: training-free candidates at token budgets, with their costs."""
+"""The points of a release's evaluation: training-free candidates at token budgets."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
-
-import jax
-from flax import linen as nn
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import ConfigError, did_you_mean, positive
 from vlm_jax.connectors import CONNECTORS
-from vlm_jax.models.vlm import flat_images
-from vlm_jax.planner.flops import count_flops
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.reducers import REDUCERS
-from vlm_jax.system import Params, System
-from vlm_jax.types import Batch
+from vlm_jax.system import System
 
 UNREDUCED, AS_RELEASED = "none", "released"
 
@@ -105,30 +98,3 @@ def _point(system: System, name: str, budget: int) -> ReleasePoint:
     if bounded.processor.views == system.processor.views:
         raise InfeasibleBudget(f"an image takes no more than {budget} tokens as released, so nothing would change")
     return ReleasePoint(name, budget, bounded)
-
-
-def num_params(shapes: Params) -> dict[str, int]:
-    """Parameters of each part, counted by shape."""
-    return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
-
-
-def flops(model: nn.Module, shapes: Params, batch: Batch) -> dict[str, int]:
-    """FLOPs of the encoder, the connector and the prefill of one prompt, counted by shape.
-
-    Args:
-      model: of the point.
-      shapes: shapes of the release's parameters, the same for every point.
-      batch: one prompt of the point's processor.
-    """
-    length, params = batch.tokens.shape[1], {"params": shapes}
-    whole = count_flops(lambda p, b: model.apply(p, b, length, method="prefill"), params, batch)
-    if batch.images is None:
-        return {"encoder": 0, "connector": 0, "prefill": whole}
-
-    def encode(module: Any, images: Any) -> Any:
-        return module.encoder(images)
-
-    flat, instruction = jax.eval_shape(flat_images, batch.images), batch.instruction
-    encoder = count_flops(lambda p, x: model.apply(p, x, method=encode), params, flat)
-    visual = count_flops(lambda p, x, i: model.apply(p, x, i, method="visual_tokens"), params, flat, instruction)
-    return {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}

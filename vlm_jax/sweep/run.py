@@ -1,8 +1,6 @@
-"""Runs a sweep: the shared stages once, then every point; resumes after an interruption."""
+"""Runs a sweep: the shared stages once, then every point; resumes where it was interrupted."""
 
-import json
 import shlex
-from collections.abc import Iterable
 from typing import Any
 
 import rich.console
@@ -13,15 +11,16 @@ from etils import epath
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import config_hash, parse
-from vlm_jax.evals.vqa import accuracy, answer_all, realised_tokens
+from vlm_jax.evals.vqa import Answer, accuracy, answer_all, realised_tokens, tokens_left
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
+from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.frontier import draw_frontier
 from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settings
+from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.report import Example, write_report
-from vlm_jax.train.loop import Outcome, Trainer
-from vlm_jax.train.stages import parse_schedule
-from vlm_jax.train.workdir import claim, read_lines, write_whole
+from vlm_jax.train.loop import Outcome, Trainer, first_params
+from vlm_jax.train.workdir import claim, read_lines, write_lines
 
 RESULTS_FILE, FRONTIER_FILE, REPORT_FILE = "results.jsonl", "frontier.png", "report.html"
 ANSWERS_FILE = "answers.jsonl"
@@ -37,6 +36,10 @@ class Sweep:
       only: labels of the points to run; all when empty. They may differ between runs of one workdir.
       config_path: path of the config, for the commands that reproduce points.
       overrides: command-line overrides of the config, for the same.
+
+    Attributes:
+      points: what is run.
+      failed: {label: error} of the points that failed in the last `run`.
 
     Raises:
       ConfigError, InfeasibleBudget: before anything is written.
@@ -57,12 +60,15 @@ class Sweep:
         self._console = console or rich.console.Console()
         self._settings = sweep_settings(config)
         self._outcomes: dict[str, Outcome] = {}
+        self.failed: dict[str, str] = {}
         self.points = list_points(config, only)
         self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
         claim(self.workdir, config)
 
     def run(self) -> list[dict[str, Any]]:
-        """Trains unfinished points, then draws the frontier and writes the report.
+        """Trains and evaluates what is not finished, then draws the frontier and writes the report.
+
+        A point that fails is named in `failed` and `failed.jsonl`, and the others go on.
 
         Returns:
           One dict per finished point, as in `results.jsonl`.
@@ -71,19 +77,23 @@ class Sweep:
         results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
         self._check_results(results)
         todo = [point for point in self.points if point.label not in results]
+        failures = Failures(self.workdir, self._console)
+        self.failed = failures.errors
         if todo:
             with self._progress(todo) as progress:
                 seeds = dict.fromkeys(point.config.seed for point in todo)
                 starts = {seed: self._train_shared(seed, progress) for seed in seeds}
-                for point in todo:
-                    results[point.label] = self._run_point(point, starts[point.config.seed], progress)
-                    self._write_results(results.values())
-        ordered = [results[point.label] for point in self.points]
-        if is_primary():
-            self._report(ordered)
-        self._console.print(results_table(ordered))
-        for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
-            self._console.print(f"{self.workdir / name}", soft_wrap=True)
+                for number, point in enumerate(todo, start=1):
+                    with failures.noted(point.label):
+                        results[point.label] = self._run_point(point, starts[point.config.seed], progress)
+                    write_lines(self.workdir / RESULTS_FILE, results.values())
+                    progress.next_point()
+                    rest = {other.trained_as for other in todo[number:]}
+                    if rest and point.trained_as not in rest:  # the next point has parameters of its own
+                        self._outcomes.pop(point.trained_as, None)
+        ordered = [results[point.label] for point in self.points if point.label in results]
+        if ordered:
+            self._show(ordered)
         return ordered
 
     def outcome(self, label: str) -> Outcome:
@@ -109,12 +119,16 @@ class Sweep:
         return self.workdir / "points" / label
 
     def _train_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> Outcome:
-        """The run of the point's parameters; one that several points share runs once."""
+        """The run that the point's parameters are from, none where it trains nothing; what points share is kept."""
         label, (config, experiment) = point.trained_as, point.training
         if label in self._outcomes:
             return self._outcomes[label]
-        folder, report = self._folder(label), progress.report(label)
-        outcome = Trainer(config, experiment, self._mesh, folder, init_from=start, progress=report).run()
+        given: Any = {"init_from": start, "init_parts": point.start}
+        if config.schedule:
+            folder, report = self._folder(label), progress.report(label)
+            outcome = Trainer(config, experiment, self._mesh, folder, **given, progress=report).run()
+        else:
+            outcome = Outcome(first_params(experiment, self._mesh, config.seed, **given), None, None)
         if sum(other.trained_as == label for other in self.points) > 1:
             self._outcomes[label] = outcome
         return outcome
@@ -127,18 +141,21 @@ class Sweep:
         lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
         if is_primary():
             self._folder(point.label).mkdir(parents=True, exist_ok=True)
-            write_whole(self._folder(point.label) / ANSWERS_FILE, "".join(json.dumps(line) + "\n" for line in lines))
-        return self._result(point, outcome, accuracy(answers), realised_tokens(answers))
+        write_lines(self._folder(point.label) / ANSWERS_FILE, lines)
+        return self._result(point, outcome, answers)
 
-    def _result(self, point: Point, outcome: Outcome, table: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
+    def _result(self, point: Point, outcome: Outcome, answers: list[Answer]) -> dict[str, Any]:
+        left, mean = point.costs.num_visual_tokens, point.costs.mean_visual_tokens
+        if point.experiment.system.budget is None:  # pictures differ, and the costs are those of one sample
+            left, mean = tokens_left(point.experiment.system.model, answers)
         return {
             "label": point.label,
             "connector": point.connector,
             "token_budget": point.config.token_budget,
-            "num_visual_tokens": point.costs.num_visual_tokens,
-            "mean_visual_tokens": point.costs.mean_visual_tokens,
-            "realised_visual_tokens": tokens,
-            "accuracy": table,
+            "num_visual_tokens": left,
+            "mean_visual_tokens": mean,
+            "realised_visual_tokens": realised_tokens(answers),
+            "accuracy": accuracy(answers),
             "num_params": point.costs.num_params,
             "flops": point.costs.flops,
             "step_seconds": outcome.step_seconds,
@@ -152,10 +169,6 @@ class Sweep:
         words = ["python", "-m", "vlm_jax.cli.sweep", f"--config={self._config_path}", *self._overrides]
         return shlex.join([*words, f"--only={point.label}", f"--workdir=workdir/{point.label}"])
 
-    def _write_results(self, results: Iterable[dict[str, Any]]) -> None:
-        if is_primary():
-            write_whole(self.workdir / RESULTS_FILE, "".join(json.dumps(line) + "\n" for line in results))
-
     def _check_results(self, results: dict[str, dict[str, Any]]) -> None:
         """Checks that finished points have the configs that they would have now."""
         for point in self.points:
@@ -167,11 +180,17 @@ class Sweep:
                     "--workdir"
                 )
 
-    def _report(self, results: list[dict[str, Any]]) -> None:
-        controls = frozenset(self._settings.controls)
-        draw_frontier(results, self.workdir / FRONTIER_FILE, controls=controls)
-        title = f"Visual token budgets: {self._config_path}"
-        write_report(results, self.workdir / REPORT_FILE, controls=controls, examples=self._examples(), title=title)
+    def _show(self, results: list[dict[str, Any]]) -> None:
+        """The table on the console, and the files of the primary process."""
+        if is_primary():
+            shown = [drawable(result) for result in results]
+            controls = frozenset(self._settings.controls)
+            draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=controls)
+            title = f"Visual token budgets: {self._config_path}"
+            write_report(shown, self.workdir / REPORT_FILE, controls=controls, examples=self._examples(), title=title)
+        self._console.print(results_table(results))
+        for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
+            self._console.print(f"{self.workdir / name}", soft_wrap=True)
 
     def _examples(self) -> list[Example]:
         """The first samples of every task, with each point's answer."""
@@ -183,28 +202,28 @@ class Sweep:
         examples, taken = [], dict.fromkeys(point.experiment.source.tasks, 0)
         for sample in point.experiment.open_source().evaluation(point.config.seed):
             given = {label: lines[sample.sample_id] for label, lines in answers.items() if sample.sample_id in lines}
-            if taken[sample.task] < EXAMPLES_PER_TASK and given:
+            if sample.images and taken[sample.task] < EXAMPLES_PER_TASK and given:
                 taken[sample.task] += 1
                 spoken = {label: (line["text"], line["correct"]) for label, line in given.items()}
                 examples.append(Example(sample.images[0], sample.question, sample.answer, sample.task, spoken))
         return examples
 
     def _progress(self, todo: list[Point]) -> "_Progress":
-        steps = list({point.trained_as: _num_steps(point.config) for point in todo}.items())
+        steps = list({point.trained_as: _num_steps(point.config) for point in todo if point.config.schedule}.items())
         if self._settings.shared:
             shared = shared_config(self._config.base, todo[0].config.seed, self._settings.shared)
             steps.insert(0, ("shared stages", _num_steps(shared)))
-        return _Progress(steps, self._console)
+        return _Progress(steps, len(todo), self._console)
 
 
 def _num_steps(config: Any) -> int:
-    return parse_schedule(tuple(config.schedule), config.stages)[-1].stop
+    return sum(config.stages[label].steps for label in config.schedule)
 
 
 class _Progress:
-    """A live display of the whole sweep: points done, steps done, time left."""
+    """A live display of the whole sweep: steps done, points done, time left."""
 
-    def __init__(self, steps: list[tuple[str, int]], console: rich.console.Console):
+    def __init__(self, steps: list[tuple[str, int]], num_points: int, console: rich.console.Console):
         columns = (
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
@@ -217,7 +236,8 @@ class _Progress:
         self._bar = rich.progress.Progress(*columns, console=console, speed_estimate_period=120)
         self._steps, self._done = dict(steps), dict.fromkeys(dict(steps), 0)
         total = sum(self._steps.values())
-        self._task = self._bar.add_task(f"{len(steps)} runs", total=total, note="")
+        self._task = self._bar.add_task(f"steps of {len(steps)} runs", total=total, note="")
+        self._points = self._bar.add_task("points", total=num_points, note="")
 
     def __enter__(self) -> "_Progress":
         self._bar.start()
@@ -225,6 +245,10 @@ class _Progress:
 
     def __exit__(self, *error: Any) -> None:
         self._bar.stop()
+
+    def next_point(self) -> None:
+        """A point is done, or has failed."""
+        self._bar.advance(self._points)
 
     def report(self, label: str):
         """The callback of one run."""
@@ -249,6 +273,11 @@ def plan_table(points: list[Point]) -> rich.table.Table:
         cells += [f"{flops[part] / 1e6:,.2f}" for part in ("encoder", "connector", "prefill")]
         table.add_row(point.label, str(point.costs.num_visual_tokens), *cells)
     return table
+
+
+def drawable(result: dict[str, Any]) -> dict[str, Any]:
+    """A line of `results.jsonl` as the frontier and the report take it: without a budget it is as released."""
+    return {**result, "token_budget": AS_RELEASED if result["token_budget"] is None else result["token_budget"]}
 
 
 def results_table(results: list[dict[str, Any]]) -> rich.table.Table:

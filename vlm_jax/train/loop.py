@@ -7,7 +7,7 @@ import signal
 import statistics
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -70,18 +70,37 @@ class Outcome:
 
     Attributes:
       params: parameters by part, on the mesh.
-      step_seconds: median seconds of a step of the last stage, its input included.
-      peak_bytes: bytes that one device needs for a step of the last stage.
+      step_seconds: median seconds of a step of the last stage, its input included; None without a stage.
+      peak_bytes: bytes that one device needs for a step of the last stage; None likewise.
     """
 
     params: Params
-    step_seconds: float
-    peak_bytes: int
+    step_seconds: float | None
+    peak_bytes: int | None
 
 
 def is_done(metrics: Tree) -> bool:
     """Whether the step that returns `metrics` is finished; True for None, before the first step."""
     return all(value.is_ready() for value in jax.tree.leaves(metrics))
+
+
+def first_params(
+    experiment: Experiment, mesh: Mesh, seed: int, init_from: epath.PathLike | None, init_parts: Sequence[str]
+) -> Params:
+    """Parameters on their devices: read from the run that this one starts from, or the release, or drawn.
+
+    Args:
+      experiment: what has them.
+      mesh: devices.
+      seed: of the draws.
+      init_from, init_parts: as of `Trainer`.
+    """
+    read = () if init_from is None else tuple(init_parts)
+    params = experiment.initial(jax.random.key(seed), mesh, without=read)
+    if init_from is not None:
+        shapes = abstract(experiment.boxed_shapes(), mesh)
+        params |= read_parts(init_from, {part: shapes[part] for part in read})
+    return params
 
 
 class Trainer:
@@ -118,7 +137,7 @@ class Trainer:
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
-        self._boxed = jax.eval_shape(experiment.init, jax.random.key(0))
+        self._boxed = experiment.boxed_shapes()
         self._check_stages()
         claim(self.workdir, config)
         self._stop = False
@@ -256,12 +275,7 @@ class Trainer:
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
 
     def _first_state(self, span: Span) -> TrainState:
-        """Parameters on their devices: read from the initial release or run, or randomly initialised."""
-        read = () if self._init_from is None else self._init_parts
-        params = self.experiment.initial(jax.random.key(self._seed), self.mesh, without=read)
-        if self._init_from is not None:
-            shapes = abstract(self._boxed, self.mesh)
-            params |= read_parts(self._init_from, {part: shapes[part] for part in read})
+        params = first_params(self.experiment, self.mesh, self._seed, self._init_from, self._init_parts)
         return self._enter(span, TrainState(np.zeros((), np.int32), params, None))
 
     def _enter(self, span: Span, state: TrainState) -> TrainState:

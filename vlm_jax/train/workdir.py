@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from etils import epath
 
-from vlm_jax.config import ConfigError, RunConfig, differences, plain
+from vlm_jax.config import ConfigError, differences, plain
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.types import Fields
 
@@ -19,7 +20,13 @@ def write_whole(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
-def claim(workdir: epath.Path, config: RunConfig) -> None:
+def write_lines(path: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Writes a JSON-lines file as a whole; the primary process does."""
+    if is_primary():
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def claim(workdir: epath.Path, config: Any) -> None:
     """Creates the folder for a config, or checks that it has the same config; for the primary process.
 
     Raises:

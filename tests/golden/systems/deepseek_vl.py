@@ -84,26 +84,31 @@ def hybrid_outputs(ours, images: jax.Array, entries: dict) -> dict[str, jax.Arra
 
 
 def spoken(golden: comparison.Golden, ours, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Outputs of the language model: for one image, and for a batch of two images and one."""
+    """What the language model gives: the rows of every prompt, each with as many images as its tags stand for."""
     inputs, entries = golden.inputs, golden.entries
-    tag = int(re.search(r"image tags \(id (\d+)\)", entries["one_ids"]["meaning"]).group(1))
-    prompts = {"one": (inputs["one_ids"][0], images[:1])}
-    for i, (ids, mask) in enumerate(zip(inputs["batch_ids"], inputs["batch_mask"] > 0, strict=True)):
-        prompts[f"batch.{i}"] = (ids[mask], images[i:])  # images 0 and 1, and image 1
-    rows = {
-        name: language.at(ids, ids == tag, np.arange((ids == tag).sum()), pixels)
-        for name, (ids, pixels) in prompts.items()
-    }
-    states = language.states(ours, rows)
-    count = len(golden.expected["one_greedy"])
-    return {
-        "one_embeds_tail": language.shown(entries["one_embeds_tail"], states["one"].embeddings)[None],
-        "one_logits": language.shown(entries["one_logits"], states["one"].logits)[None],
-        "batch_logits": np.stack(
-            [language.shown(entries["batch_logits"], states[name].logits) for name in rows if name.startswith("batch.")]
-        ),
-        "one_greedy": language.greedy(ours, {"one": rows["one"]}, count)["one"],
-    }
+    cases = [name.removesuffix("_ids") for name in inputs if name.endswith("_ids")]
+    said = [*(entries[f"{case}_ids"]["meaning"] for case in cases), (golden.folder / "cases.md").read_text()]
+    tag = re.search(r"(?:image tags \(id|images_seq_mask is ids ==) (\d+)", "\n".join(said))
+    count = ours.module.connector.num_tokens(ours.module.encoder.grid(*images.shape[1:3]))
+    rows = {}
+    for case in cases:
+        masks = inputs.get(f"{case}_mask", np.ones_like(inputs[f"{case}_ids"])) > 0
+        ids = [row[mask] for row, mask in zip(inputs[f"{case}_ids"], masks, strict=True)]
+        tags = [row == int(tag.group(1)) if tag else np.zeros(len(row), bool) for row in ids]
+        shown = comparison.pictures(entries[f"{case}_ids"], [int(where.sum()) // count for where in tags])
+        for i, (row, where, numbers) in enumerate(zip(ids, tags, shown, strict=True)):
+            pixels = images[numbers] if numbers else None
+            rows[f"{case}.{i}"] = language.at(row, where, np.arange(where.sum()), pixels)
+    states, found = language.states(ours, rows), {}
+    for case in cases:
+        these = language.of_case(states, case)
+        for ending, arrays in {
+            "logits": [state.logits for state in these],
+            "embeds_tail": [state.embeddings for state in these],
+        }.items():
+            if (name := f"{case}_{ending}") in entries:
+                found[name] = language.shown_rows(golden, name, arrays)
+    return found | language.greedy_cases(golden, ours, rows, "_greedy")
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

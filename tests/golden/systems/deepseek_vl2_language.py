@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.golden import comparison
-from tests.golden.systems import language
-from tests.golden.systems.deepseek_vl2_prompts import pictures, say
+from tests.golden.systems import deepseek_vl2_prompts, language
 from tests.golden.systems.language import IGNORED, Row
 from vlm_jax.checkpoints.params import export_params
 from vlm_jax.decoders.deepseek import Deepseek
@@ -21,18 +20,10 @@ CAPTURED = ("attention", "mlp", "router", "layers", "final_norm")
 
 def read_rows(golden: comparison.Golden, ours: Any) -> dict[str, Row]:
     """The text, and the conversations with pictures."""
-    inputs, said = golden.inputs, {}
-    said["mm"] = (say(str(inputs["mm.prompt"])), pictures(golden, "mm"))
-    said["sft"] = (say(str(inputs["sft.user"]), str(inputs["sft.assistant"])), pictures(golden, "sft"))
-    stock = pictures(golden, "mm", "batch")
-    for name in sorted(inputs):
-        if name.startswith("batch.prompt."):
-            text = str(inputs[name])
-            said[name] = (say(text), stock[: text.count("<image>")])
-    rows = {"text": language.text(inputs["text.input_ids"][0])}
-    for name, (messages, images) in said.items():
-        batch = ours.processor(messages, images)
-        rows[name] = Row(batch.tokens[0], batch.visual_index[0], batch.images[0])
+    rows = {"text": language.text(golden.inputs["text.input_ids"][0])}
+    for name, (messages, images) in deepseek_vl2_prompts.said(golden).items():
+        batch = ours.processor(messages, images, add_generation_prompt=name != "sft")
+        rows[name] = Row(batch.tokens[0], batch.visual_index[0], batch.images[0] if images else None)
     return rows
 
 

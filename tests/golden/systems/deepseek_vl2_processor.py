@@ -11,6 +11,7 @@ from tests.golden import comparison
 from vlm_jax.pretrained.processing import deepseek
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import Slot
+from vlm_jax.processors.spelled_prompt import USER
 
 IGNORED = -100
 
@@ -18,7 +19,8 @@ IGNORED = -100
 class Official:
     """A conversation in the arrays of the official processor."""
 
-    def __init__(self, processor: Processor, pieces: list, pictures: list[np.ndarray]):
+    def __init__(self, processor: Processor, pieces: list, pictures: list[np.ndarray], *, inference: bool):
+        """Takes the pieces of a conversation, with the end of its last answer, which is left out for inference."""
         self.processor, self.seen = processor, processor.views.images([Image.fromarray(x) for x in pictures])
         self.sizes = [picture.shape[:2] for picture in pictures]
         layouts = iter(processor.views.layouts(self.sizes))
@@ -31,7 +33,9 @@ class Official:
             else:
                 count = len(piece.ids)
                 parts.append((list(piece.ids), [piece.learned] * count, [False] * count))
-        self.ids, self.learned, self.visual = (np.concatenate([*part]) for part in zip(*parts, strict=True))
+        joined = (np.concatenate([*part]) for part in zip(*parts, strict=True))
+        length = -1 if inference and parts[-1][0] == [processor.tokenizer.eos_id] else None
+        self.ids, self.learned, self.visual = (part[:length] for part in joined)
 
     def arrays(self) -> dict[str, Any]:
         crops = [self.processor.views.grid(size, len(self.sizes))[::-1] for size in self.sizes]
@@ -56,8 +60,12 @@ def conversations(processor: Processor, inputs: dict, listed: dict) -> dict[str,
     prompt, found = processor.prompt, {}
     for entry in listed["conversations"]:
         pictures = [inputs[f"image.{number}"] for number in entry["images"]]
-        made = Official(processor, prompt(entry["conversation"], (), targets=True), pictures)
-        batch = processor(entry["conversation"], [Image.fromarray(picture) for picture in pictures])
+        pieces, inference = prompt(entry["conversation"], (), targets=True), entry["inference_mode"]
+        made = Official(processor, pieces, pictures, inference=inference)
+        # The release writes the head of an answer behind every question, in training too.
+        ends_open = inference or entry["conversation"][-1]["role"] in USER
+        images = [Image.fromarray(picture) for picture in pictures]
+        batch = processor(entry["conversation"], images, add_generation_prompt=ends_open)
         np.testing.assert_array_equal(batch.tokens[0], made.ids)
         np.testing.assert_array_equal(batch.visual_index[0] >= 0, made.visual)
         found[f"conv.{entry['name']}"] = made
@@ -68,7 +76,7 @@ def conversations(processor: Processor, inputs: dict, listed: dict) -> dict[str,
         else:
             begin, *_ = prompt([{"role": "user", "content": ""}], ())
             pieces = [begin, *prompt.spelled(entry["prompt"])]
-        found[f"prompt.{entry['name']}"] = Official(processor, pieces, pictures)
+        found[f"prompt.{entry['name']}"] = Official(processor, pieces, pictures, inference=True)
     return found
 
 
@@ -108,7 +116,8 @@ def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np
         ]
         stacked["images_spatial_crop"] = np.stack(crops)
         stacked["seq_lens"] = np.array([len(row["input_ids"]) for row in rows])
-        tiles = views.join([made[name].seen for name in meaning.removeprefix("batch of ").split(", ")])
+        seen = [made[name].seen for name in meaning.removeprefix("batch of ").split(", ")]
+        tiles = views.join(seen, max(1, *(sum(len(one.pixels) for one in row) for row in seen)))  # a blank one for none
         stacked["images_shape"] = np.array([tiles.shape[i] for i in (0, 1, 4, 2, 3)])
         found |= {f"batchify.{side}.{key}": array for key, array in stacked.items()}
     return {name: array for name, array in found.items() if name in golden.expected}

@@ -32,20 +32,32 @@ def say(*texts: str) -> list[dict]:
 def outputs(golden: Golden) -> dict[str, np.ndarray]:
     """The arrays of `mm`, `sft` and `batch` that the official processor makes."""
     processor = deepseek.processor2(golden.folder, read_config(golden.folder))
-    inputs, found = golden.inputs, {}
-    prompts = {
-        "mm": (say(str(inputs["mm.prompt"])), pictures(golden, "mm")),
-        "sft": (say(str(inputs["sft.user"]), str(inputs["sft.assistant"])), pictures(golden, "sft")),
-    }
-    for name, (messages, images) in prompts.items():
-        made = Official(processor, processor.prompt(messages, (), targets=True), images)
+    found: dict[str, np.ndarray] = {}
+    conversations = said(golden)
+    for name in ("mm", "sft"):
+        messages, images = conversations[name]
+        pieces = processor.prompt(messages, (), targets=True)
+        made = Official(processor, pieces, images, inference=name != "sft")
         arrays = made.arrays()
-        tiles = processor.views.join([made.seen])
+        tiles = processor.views.join([made.seen], max(sum(len(seen.pixels) for seen in made.seen), 1))
         found |= {f"{name}.{key}": array[None] for key, array in arrays.items()}
         found[f"{name}.labels"] = arrays["labels_mask_prompt1"][None]
         found[f"{name}.images"] = tiles.transpose(0, 1, 4, 2, 3)
         found[f"{name}.sft_format"] = np.array(displayed(processor, messages))
-    return found | _batch(golden, processor)
+    return found | _batch(processor, [conversations[name] for name in conversations if name.startswith("batch.")])
+
+
+def said(golden: Golden) -> dict[str, tuple[list[dict], list[np.ndarray]]]:
+    """The folder's conversations and their images: as many as there are tags, from the first one on."""
+    inputs = golden.inputs
+    found = {
+        "mm": (say(str(inputs["mm.prompt"])), pictures(golden, "mm")),
+        "sft": (say(str(inputs["sft.user"]), str(inputs["sft.assistant"])), pictures(golden, "sft")),
+    }
+    stock = pictures(golden, "mm", "batch")
+    for number in sorted(int(name.rpartition(".")[2]) for name in inputs if name.startswith("batch.prompt.")):
+        found[f"batch.{number}"] = (say(str(inputs[f"batch.prompt.{number}"])), stock)
+    return {name: (turns, images[: str(turns).count("<image>")]) for name, (turns, images) in found.items()}
 
 
 def displayed(processor: Processor, messages: list[dict]) -> str:
@@ -56,14 +68,12 @@ def displayed(processor: Processor, messages: list[dict]) -> str:
     return "".join(parts)
 
 
-def _batch(golden: Golden, processor: Processor) -> dict[str, np.ndarray]:
-    texts = [str(golden.inputs[name]) for name in sorted(golden.inputs) if re.fullmatch(r"batch\.prompt\.\d+", name)]
-    stock = [Image.fromarray(image) for image in pictures(golden, "mm", "batch")]
-    images = [stock[: text.count("<image>")] for text in texts]
-    batch = processor.batch([say(text) for text in texts], images)
+def _batch(processor: Processor, said: list[tuple[list[dict], list[np.ndarray]]]) -> dict[str, np.ndarray]:
+    images = [[Image.fromarray(image) for image in row] for _, row in said]
+    batch = processor.batch([messages for messages, _ in said], images)
     sizes = [[(image.height, image.width) for image in row] for row in images]
     crops = [[processor.views.grid(size, len(row))[::-1] for size in row] for row in sizes]
-    most = max(map(len, crops))
+    most = max(1, *map(len, crops))
     return {
         "batch.input_ids": batch.tokens,
         "batch.attention_mask": batch.segment_ids > 0,

@@ -14,39 +14,44 @@ from tests.golden.systems.language import Row
 from tests.golden.systems.pixels import IMAGENET, normalised
 
 
-def prompts(golden: comparison.Golden) -> dict[str, Row]:
-    """The prompts of the folder, whose tiles follow one another in order, but for those that flags leave out."""
+def prompts(golden: comparison.Golden, count: int) -> dict[str, Row]:
+    """The rows of every prompt of the folder, which take its tiles in order, but for those that flags leave out.
+
+    Args:
+      golden: the folder.
+      count: tokens of a tile.
+    """
     tiles = np.asarray(normalised(golden.inputs["tiles_u8"], IMAGENET))
     context = int(re.search(r"Context token id (\d+)", (golden.folder / "cases.md").read_text()).group(1))
-    texts = [name.removesuffix("_ids") for name in golden.inputs if name in ("text_ids", "long_ids")]
-    kept = {**{name: [] for name in texts}, "one": [0], "two": list(range(len(tiles)))}
-    flags = re.search(r"image_flags \[([01,]+)\]", golden.entries["flags_ids"]["meaning"]).group(1)
-    kept["flags"] = [i for i, flag in enumerate(flags.split(",")) if flag == "1"]
     rows = {}
-    for name, numbers in kept.items():
-        several = golden.inputs[f"{name}_ids"]
-        share = len(numbers) // len(several)
-        for i, ids in enumerate(several):
-            images = tiles[numbers[share * i : share * (i + 1)]] if share else None
+    for case in cases(golden):
+        flags = re.search(r"image_flags \[([01, ]+)\]", golden.entries[f"{case}_ids"]["meaning"])
+        kept = [flag.strip() == "1" for flag in flags.group(1).split(",")] if flags else [True] * len(tiles)
+        numbers = iter(np.flatnonzero(kept))
+        for i, ids in enumerate(golden.inputs[f"{case}_ids"]):
             where = ids == context
-            rows[f"{name}.{i}"] = language.at(ids, where, np.arange(where.sum()), images)
+            images = [next(numbers) for _ in range(where.sum() // count)]
+            rows[f"{case}.{i}"] = language.at(ids, where, np.arange(where.sum()), tiles[images] if images else None)
     return rows
+
+
+def cases(golden: comparison.Golden) -> list[str]:
+    """The names of the folder's prompts."""
+    return [name.removesuffix("_ids") for name in golden.inputs if name.endswith("_ids")]
 
 
 def spoken(golden: comparison.Golden, ours: vlm_jax.pretrained.Pretrained) -> dict[str, np.ndarray]:
     """Logits, losses and greedy ids."""
-    rows, found = prompts(golden), {}
+    grid = ours.module.encoder.grid(*golden.inputs["tiles_u8"].shape[1:3])
+    rows, found = prompts(golden, ours.module.connector.num_tokens(grid)), {}
     logits = language.logits(ours, rows)
-    for case in dict.fromkeys(name.split(".")[0] for name in rows):
-        these = [logits[name] for name in rows if name.startswith(f"{case}.")]
-        entry = golden.entries[f"{case}_logits"]
-        found[f"{case}_logits"] = np.stack([language.shown(entry, array) for array in these])
+    for case in cases(golden):
+        these = language.of_case(logits, case)
+        if (name := f"{case}_logits") in golden.expected:
+            found[name] = language.shown_rows(golden, name, these)
         if f"{case}_loss" in golden.expected:
             found[f"{case}_loss"] = language.loss(these, golden.inputs[f"{case}_labels"])
-    cases = [name.removesuffix("_greedy") for name in golden.expected if name.endswith("_greedy")]
-    count = len(golden.expected[f"{cases[0]}_greedy"])
-    ids = language.greedy(ours, {case: rows[f"{case}.0"] for case in cases}, count)
-    return found | {f"{case}_greedy": ids[case] for case in cases}
+    return found | language.greedy_cases(golden, ours, rows, "_greedy")
 
 
 def outputs(folder: pathlib.Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

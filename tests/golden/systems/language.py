@@ -7,7 +7,7 @@ one the greedy ids of all.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from tests.golden.comparison import Golden
 from vlm_jax.generation.engine import generate
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.processors import patches
@@ -39,6 +40,9 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+Choose = Callable[[Any, Mapping[str, Row], int], dict[str, np.ndarray]]
 
 
 class Patches(NamedTuple):
@@ -121,6 +125,41 @@ def logits(ours: Any, rows: Mapping[str, Row], *, left: bool = False) -> dict[st
     """The logits [T, V] of every row, by its name; `left` pads on the left."""
     found = np.asarray(ours.logits(batch(list(rows.values()), ours.module, left=left)))
     return _unpadded(rows, found, left)
+
+
+def of_case(rows: Mapping[str, Any], case: str) -> list[Any]:
+    """What stands under `case.0`, `case.1` and so on, in order."""
+    return [rows[f"{case}.{i}"] for i in range(sum(name.rpartition(".")[0] == case for name in rows))]
+
+
+def shown_rows(golden: Golden, name: str, arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The positions of each row that the manifest's array holds; the last one alone where it has no axis for them."""
+    stacked = np.stack([shown(golden.entries[name], array) for array in arrays])
+    return stacked[:, 0] if golden.expected[name].ndim == 2 else stacked
+
+
+def greedy_cases(
+    golden: Golden, ours: Any, rows: Mapping[str, Row], ending: str, choose: Choose | None = None
+) -> dict[str, np.ndarray]:
+    """The manifest's arrays named after a case and the ending: ids of its first row, or of all where they have an axis.
+
+    Args:
+      golden: the folder.
+      ours: the loaded model.
+      rows: of every case, as `case.0`, `case.1` and so on.
+      ending: of the names, as `_greedy`.
+      choose: `greedy` when None, or `greedy_anew`.
+    """
+    cases = {name: name.removesuffix(ending) for name in golden.expected if name.endswith(ending)}
+    wanted: dict[str, Row] = {}
+    for name, case in cases.items():
+        count = 1 if golden.expected[name].ndim == 1 else len(golden.expected[name])
+        wanted |= {f"{case}.{i}": rows[f"{case}.{i}"] for i in range(count)}
+    if not wanted:
+        return {}
+    ids = (choose or greedy)(ours, wanted, max(golden.expected[name].shape[-1] for name in cases))
+    every = {name: np.stack(of_case(ids, case))[:, : golden.expected[name].shape[-1]] for name, case in cases.items()}
+    return {name: array[0] if golden.expected[name].ndim == 1 else array for name, array in every.items()}
 
 
 class States(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.golden import comparison
 from tests.golden.comparison import Golden
 from tests.golden.systems import anyres, language
 from tests.golden.systems.language import Row
@@ -18,7 +19,7 @@ def pictures(golden: Golden) -> list[np.ndarray]:
     """The pixels of every image of the folder, each [tiles, height, width, channels]."""
     expected = golden.expected
     if "pixel_values" in expected:
-        return [expected["pixel_values"].transpose(0, 2, 3, 1)]
+        return [image[None] for image in expected["pixel_values"].transpose(0, 2, 3, 1)]
     if "images_u8" in golden.inputs:
         return [np.asarray(normalised(image[None], CLIP)) for image in golden.inputs["images_u8"]]
     tiles = (expected[f"img{i}_pixel_values"] for i in range(len(sizes(golden))))
@@ -61,20 +62,36 @@ class Prompts:
         return language.spliced(ids, [np.concatenate(runs)] if joined else runs, pixels, placeholder=PLACEHOLDER)
 
     def rows(self) -> dict[str, Row]:
-        """Every prompt of the folder; those of the batch without their padding."""
-        inputs, several = self.golden.inputs, bool(sizes(self.golden))
-        found = {"one": self.row(inputs["one_ids"][0], [1 if several else 0])}
-        if "text_ids" in inputs:
-            found["text"] = self.row(inputs["text_ids"][0], [])
-        if "two_ids" in inputs:
-            found["two"] = self.row(inputs["two_ids"][0], [0, 2] if several else [0, 1])
+        """Every row of every prompt of the folder, without its padding."""
+        inputs, entries, found = self.golden.inputs, self.golden.entries, {}
+        for case in cases(self.golden):
+            ids = [row[mask] for row, mask in zip(inputs[f"{case}_ids"], masks(self.golden, case), strict=True)]
+            images = comparison.pictures(entries[f"{case}_ids"], [int((row == PLACEHOLDER).sum()) for row in ids])
+            found |= {f"{case}.{i}": self.row(row, of) for i, (row, of) in enumerate(zip(ids, images, strict=True))}
         if "multi_logits" in self.golden.expected:
-            found["multi"] = self.row(inputs["one_ids"][0], [0, 1], joined=True)
-        if "batch_ids" in inputs:
-            images = [[3], []] if several else [[1], [2]]
-            for i, (ids, mask) in enumerate(zip(inputs["batch_ids"], inputs["batch_mask"] > 0, strict=True)):
-                found[f"batch.{i}"] = self.row(ids[mask], images[i])
+            meaning = entries["multi_logits"]["meaning"]
+            found["multi.0"] = self.row(
+                inputs[f"{named_case(meaning)}_ids"][0], comparison.named_pictures(meaning), joined=True
+            )
         return found
+
+
+def cases(golden: Golden) -> list[str]:
+    """The names of the folder's prompts."""
+    return [name.removesuffix("_ids") for name in golden.inputs if name.endswith("_ids")]
+
+
+def masks(golden: Golden, case: str) -> np.ndarray:
+    """Which ids of a prompt are real, [B, T]."""
+    ids = golden.inputs[f"{case}_ids"]
+    return golden.inputs.get(f"{case}_mask", np.ones_like(ids)) > 0
+
+
+def named_case(meaning: str) -> str:
+    """The prompt that an array is of, as the manifest says: `one_ids with a list of images 0 and 1`."""
+    if (found := re.search(r"(\w+)_ids", meaning)) is None:
+        raise ValueError(f"the manifest names no prompt: {meaning}")
+    return found.group(1)
 
 
 def outputs(golden: Golden, ours: Any) -> dict[str, np.ndarray]:
@@ -85,61 +102,58 @@ def outputs(golden: Golden, ours: Any) -> dict[str, np.ndarray]:
     if layouts:
         states = language.states(ours, {**rows, **layouts})
         logits = {name: states[name].logits for name in rows}
-        length = golden.expected["truncated_embeds"].shape[1]
         found = {name: states[name].embeddings for name in layouts}
-        found["truncated_embeds"] = states["one"].embeddings[None, :length]
+        if "truncated_embeds" in golden.expected:
+            of = f"{named_case(golden.entries['truncated_embeds']['meaning'])}.0"
+            length = golden.expected["truncated_embeds"].shape[1]
+            found["truncated_embeds"] = states[of].embeddings[None, :length]
     else:
         logits, found = language.logits(ours, rows), {}
-    found |= {
-        f"{name}_logits": language.shown(golden.entries[f"{name}_logits"], logits[name])[None]
-        for name in rows
-        if not name.startswith("batch.")
-    }
-    if "batch.0" in rows:
-        found |= _of_batch(golden, prompts, rows, logits)
-    names = [name.removesuffix("_greedy") for name in golden.expected if name.endswith("_greedy")]
-    count = len(golden.expected[f"{names[0]}_greedy"])
-    ids = language.greedy(ours, {name: rows[name] for name in names}, count)
-    found |= {f"{name}_greedy": ids[name] for name in names}
-    return found
+    for case in dict.fromkeys(name.rpartition(".")[0] for name in rows):
+        found |= _of_case(golden, prompts, case, rows, logits)
+    return found | language.greedy_cases(golden, ours, rows, "_greedy")
 
 
-def _of_batch(golden: Golden, prompts: Prompts, rows: dict[str, Row], logits: dict) -> dict[str, Any]:
-    """The batch as one: padded on the right, and on the left where the folder has it so too."""
-    names = sorted(name for name in rows if name.startswith("batch."))
-    labels = [
-        language.spliced_labels(rows[name], given[mask & (ids != PLACEHOLDER)])
-        for name, given, ids, mask in zip(
-            names,
-            golden.inputs["batch_labels"],
-            golden.inputs["batch_ids"],
-            golden.inputs["batch_mask"] > 0,
-            strict=True,
-        )
-    ]
-    sides = {"batch": logits, "batch_right": logits}
-    if "batch_left_loss" in golden.expected:
-        sides["batch_left"] = language.logits(prompts.ours, {name: rows[name] for name in names}, left=True)
+def _of_case(
+    golden: Golden, prompts: Prompts, case: str, rows: dict[str, Row], logits: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Logits and the loss of a prompt's rows: padded on the right, and on the left where the folder has it so too."""
+    sides = {case: logits, f"{case}_right": logits}
+    if any(name.startswith(f"{case}_left_") for name in golden.expected):
+        these = {name: row for name, row in rows.items() if name.rpartition(".")[0] == case}
+        sides[f"{case}_left"] = language.logits(prompts.ours, these, left=True)
     found: dict[str, Any] = {}
     for side, given in sides.items():
-        these = [given[name] for name in names]
         if f"{side}_loss" in golden.expected:
-            found[f"{side}_loss"] = language.loss(these, labels)
+            found[f"{side}_loss"] = language.loss(language.of_case(given, case), _labels(golden, case, rows))
         for ending in ("logits", "last_logits"):
             if (name := f"{side}_{ending}") in golden.expected:
-                shown = np.stack([language.shown(golden.entries[name], array) for array in these])
-                found[name] = shown.reshape(golden.expected[name].shape)
+                found[name] = language.shown_rows(golden, name, language.of_case(given, case))
     return found
+
+
+def _labels(golden: Golden, case: str, rows: dict[str, Row]) -> list[np.ndarray]:
+    """The labels of a prompt's rows, with visual tokens ignored."""
+    given = zip(
+        language.of_case(rows, case),
+        golden.inputs[f"{case}_labels"],
+        golden.inputs[f"{case}_ids"],
+        masks(golden, case),
+        strict=True,
+    )
+    return [language.spliced_labels(row, labels[mask & (ids != PLACEHOLDER)]) for row, labels, ids, mask in given]
 
 
 def _layouts(golden: Golden, prompts: Prompts) -> dict[str, Row]:
-    """Tiles combined in each of the ways that LLaVA knows, as rows without text."""
-    side, cases = int(prompts.count**0.5), {}
+    """Tiles put together in each of the ways that LLaVA knows, as rows without text."""
+    side, layouts = int(prompts.count**0.5), {}
     for name in golden.expected:
         if match := re.fullmatch(r"img(\d+)_(merged|spatial|flat)", name):
             i, kind = int(match.group(1)), match.group(2).replace("merged", "spatial_unpad")
             run = anyres.run(sizes(golden)[i], prompts.config, side, kind)
-            cases[name] = Row(np.zeros(len(run), int), run, prompts.images[i])
-    run = np.append(1 + np.arange(prompts.count), anyres.NEWLINE)
-    cases["single_merged"] = Row(np.zeros(len(run), int), run, prompts.images[0][:1])
-    return cases
+            layouts[name] = Row(np.zeros(len(run), int), run, prompts.images[i])
+    if "single_merged" in golden.expected:  # of the first tile of an image
+        (image,) = comparison.pictures(golden.entries["single_merged"], [1])[0]
+        run = np.append(1 + np.arange(prompts.count), anyres.NEWLINE)
+        layouts["single_merged"] = Row(np.zeros(len(run), int), run, prompts.images[image][:1])
+    return layouts

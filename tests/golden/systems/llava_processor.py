@@ -1,10 +1,12 @@
 """What the image processors of LLaVA and MobileVLM make of images, and how prompts are padded into a batch."""
 
+import itertools
 import json
 
 import numpy as np
 from PIL import Image
 
+from tests.golden import comparison
 from tests.golden.comparison import Golden
 from vlm_jax.pretrained.processing import llava
 from vlm_jax.processors.anyres import AnyresViews
@@ -38,11 +40,11 @@ def outputs(golden: Golden) -> dict[str, np.ndarray]:
 
 def _batch(golden: Golden, views: AnyresViews) -> dict[str, np.ndarray]:
     inputs, found = golden.inputs, {}
-    # Images of the rows are in the meaning: "row 0: image 3; row 1: text only, ...".
-    images = [int(word) for word in golden.entries["batch_ids"]["meaning"].replace(";", "").split() if word.isdigit()]
     kept = inputs["batch_mask"] > 0
+    counts = [int((ids[mask] == PLACEHOLDER).sum()) for ids, mask in zip(inputs["batch_ids"], kept, strict=True)]
+    images = comparison.pictures(golden.entries["batch_ids"], counts)
     for side in ("right", "left"):
-        numbers = iter(images)
+        numbers = iter(itertools.chain(*images))
         rows = []
         for ids, labels, mask in zip(inputs["batch_ids"], inputs["batch_labels"], kept, strict=True):
             pieces, answers = [], []

@@ -66,7 +66,7 @@ ATOM, FIRST_INDICATOR = -300, -301  # of the official code, which counts indicat
 
 
 def prompt(model, ids: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> tuple[Row, np.ndarray]:
-    """The prompt, and its labels with visual tokens ignored.
+    """A prompt that shows the first of the crops, and its labels with visual tokens ignored.
 
     The official ids have one atom for every crop, those of transformers have one for every token.
     """
@@ -78,34 +78,49 @@ def prompt(model, ids: np.ndarray, labels: np.ndarray, pixels: np.ndarray) -> tu
             index[ids == indicator] = row
         atoms = ids == config["image_token_id"]
         index[atoms] = first + np.arange(atoms.sum())
-        return Row(np.where(index < 0, ids, 0), index, pixels), labels
+        return Row(np.where(index < 0, ids, 0), index, _shown(pixels, atoms.sum() // count)), labels
     crops = iter(first + np.arange(len(pixels) * count).reshape(len(pixels), count))
     parts = []
     for token, label in zip(ids, labels, strict=True):
         rows = next(crops) if token == ATOM else [FIRST_INDICATOR - token if token < 0 else -1]
         parts += [(max(token, 0), row, label) for row in rows]
     tokens, index, labels = np.array(parts).T
-    return Row(tokens, index, pixels), labels
+    return Row(tokens, index, _shown(pixels, (ids == ATOM).sum())), labels
+
+
+def _shown(pixels: np.ndarray, count: int) -> np.ndarray | None:
+    """The first crops, None of none."""
+    return pixels[:count] if count else None
+
+
+def prompts(model, golden: comparison.Golden, pixels: np.ndarray) -> dict[str, tuple[Row, np.ndarray]]:
+    """Every row of the prompt with its labels, which take the crops in order."""
+    found, start = {}, 0
+    for i, given in enumerate(zip(golden.inputs["mm.input_ids"], golden.inputs["mm.labels"], strict=True)):
+        row, labels = prompt(model, *given, pixels[start:] if start < len(pixels) else pixels[:1])
+        found[f"mm.{i}"] = row, labels
+        start += 0 if row.images is None else len(row.images)
+    return found
 
 
 def spoken(model, golden: comparison.Golden, pixels: np.ndarray) -> dict[str, np.ndarray]:
     """The prompt under each way to choose words: embeddings, logits, loss and greedy ids."""
-    ids, labels = golden.inputs["mm.input_ids"][0], golden.inputs["mm.labels"][0]
-    row, labels = prompt(model, ids, labels, pixels)
-    found = {"mm.expanded_labels": labels[None]}
+    made = prompts(model, golden, pixels)
+    rows, labels = ({name: pair[part] for name, pair in made.items()} for part in (0, 1))
+    found = {"mm.expanded_labels": np.stack(list(labels.values()))}
     for tokenize in {name.rsplit(".", 1)[1] for name in golden.expected if name.startswith("mm.logits.")}:
         connector = model.module.connector.clone(tokenize=tokenize)
         whole = dataclasses.replace(model.system, model=model.module.clone(connector=connector))
         variant = dataclasses.replace(model, system=whole)
         name = f"mm.inputs_embeds.{tokenize}"
-        official = {"mm": golden.expected[name][0]} if name in golden.expected else {}
-        state = language.states(variant, {"mm": row}, official)["mm"]
+        official = dict(zip(rows, golden.expected[name], strict=True)) if name in golden.expected else {}
+        states = language.of_case(language.states(variant, rows, official), "mm")
         count = golden.expected[f"mm.generated.{tokenize}"].shape[1]
         found |= {
-            name: state.embeddings[None],
-            f"mm.logits.{tokenize}": state.logits[None],
-            f"mm.loss.{tokenize}": language.loss([state.logits], [labels]),
-            f"mm.generated.{tokenize}": language.greedy(variant, {"mm": row}, count)["mm"][None],
+            name: np.stack([state.embeddings for state in states]),
+            f"mm.logits.{tokenize}": np.stack([state.logits for state in states]),
+            f"mm.loss.{tokenize}": language.loss([state.logits for state in states], list(labels.values())),
+            f"mm.generated.{tokenize}": np.stack(list(language.greedy(variant, rows, count).values())),
         }
     return found
 

@@ -120,33 +120,45 @@ def _vocabulary(model, features: VisualFeatures) -> dict[str, np.ndarray]:
     return {name: array[mask] for name, array in found.items()}
 
 
-ATOM, FIRST_INDICATOR = -300, -301  # of the released code, which counts indicators downwards
+ATOM, FIRST_INDICATOR, VIDEO = -300, -301, -303  # of the released code, which counts indicators downwards
 
 
-def prompts(model, arrays: dict) -> dict[str, Row]:
-    """Every prompt of the folder, in the rows of the visual table: indicators first, then images in order."""
-    sizes = np.prod(arrays["vit.grid_thws"], axis=1)
-    first = Patches(arrays["vit.pixel_values"][: sizes[0]], arrays["vit.grid_thws"][:1])
-    images = {
-        "mm": first,
-        "mm2": Patches(arrays["vit.pixel_values"], arrays["vit.grid_thws"]),
-        "sft": first,
-        "video": Patches(arrays["video.pixel_values"], arrays["video.grid_thws"]),
-        "text": None,
-    }
-    rows = {}
-    for name, patches in images.items():
+def prompts(model, golden: comparison.Golden) -> dict[str, Row]:
+    """Every prompt of the folder, in the rows of the visual table: indicators first, then its images in order."""
+    arrays, rows = {**golden.inputs, **golden.expected}, {}
+    every = Patches(arrays["vit.pixel_values"], arrays["vit.grid_thws"])
+    for name in (name.removesuffix(".logits") for name in golden.expected if name.endswith(".logits")):
         ids = arrays[f"{name}.input_ids"][0]
-        index = np.where(ids < ATOM, FIRST_INDICATOR - ids, -1)
-        index[ids == ATOM] = model.module.connector.num_indicators + np.arange((ids == ATOM).sum())
-        rows[name] = Row(np.maximum(ids, 0), index, patches)
+        if (ids == VIDEO).any():
+            patches = Patches(arrays["video.pixel_values"], arrays["video.grid_thws"])
+        else:
+            patches = chosen(every, ovis_prompts.shown_pictures(golden, name, int((ids == FIRST_INDICATOR).sum())))
+        rows[name] = row(model, ids, patches)
+    if "sft.loss" in golden.expected:
+        ids = arrays["sft.input_ids"][0]
+        shown = ovis_prompts.shown_pictures(golden, "sft", int((ids == FIRST_INDICATOR).sum()))
+        rows["sft"] = row(model, ids, chosen(every, shown))
     return rows
+
+
+def chosen(patches: Patches, numbers: list[int]) -> Patches | None:
+    """The patches of some of the images, None of none."""
+    ends = np.cumsum(np.prod(patches.grids, axis=1))[:-1]
+    parts = np.split(patches.patches, ends)
+    return Patches(np.concatenate([parts[i] for i in numbers]), patches.grids[numbers]) if numbers else None
+
+
+def row(model, ids: np.ndarray, patches: Patches | None) -> Row:
+    """A prompt of the released code's ids."""
+    index = np.where(ids < ATOM, FIRST_INDICATOR - ids, -1)
+    index[ids == ATOM] = model.module.connector.num_indicators + np.arange((ids == ATOM).sum())
+    return Row(np.maximum(ids, 0), index, patches)
 
 
 def spoken(model, golden: comparison.Golden) -> dict[str, np.ndarray]:
     """Embeddings, hidden states, logits, losses and greedy ids of every prompt."""
     arrays = {**golden.inputs, **golden.expected}
-    rows, found = prompts(model, arrays), {}
+    rows, found = prompts(model, golden), {}
     official = {name: arrays[key][0] for name in rows if (key := f"{name}.inputs_embeds") in arrays}
     states = language.states(model, rows, official)
     for name, state in states.items():
@@ -155,10 +167,12 @@ def spoken(model, golden: comparison.Golden) -> dict[str, np.ndarray]:
         if f"{name}.labels" in arrays:
             found[f"{name}.loss"] = language.loss([state.logits], [arrays[f"{name}.labels"][0]])
     names = [name for name in rows if f"{name}.generated" in golden.expected]
-    count = golden.expected[f"{names[0]}.generated"].shape[1]
-    ids = language.greedy(model, {name: rows[name] for name in names}, count)
-    found |= {f"{name}.generated": ids[name][None] for name in names}
-    return found | _gradients(model, {name: rows[name] for name in ("mm", "text")}, official, arrays["batch.labels"])
+    counts = {name: golden.expected[f"{name}.generated"].shape[1] for name in names}
+    ids = language.greedy(model, {name: rows[name] for name in names}, max(counts.values()))
+    found |= {f"{name}.generated": ids[name][None, :count] for name, count in counts.items()}
+    together = {name: rows[name] for name in ovis_prompts.batched(golden)}
+    labels = arrays["batch.labels"][:, : max(map(len, together.values()))]
+    return found | _gradients(model, together, official, labels)
 
 
 def _gradients(model, rows: dict[str, Row], official: dict, labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tests.golden import comparison
 from tests.golden.comparison import Golden
 from vlm_jax.pretrained.processing import ovis
 from vlm_jax.processors.processor import Processor
 from vlm_jax.types import Batch
 
 ATOM, IGNORED = -300, -100  # indicators are -301, -302, ...
+HEAD = "<|im_start|>assistant\n"
 THINK = "<think>\n\n</think>\n\n"
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 
@@ -59,29 +61,53 @@ def outputs2_5(golden: Golden, config: dict) -> dict[str, Any]:
 
     ours = limited("img.min_max_pixels")
     seen = ours.views.images(images)
-    found: dict[str, Any] = {
-        "vit.pixel_values": np.concatenate([one.pixels for one in seen]),
-        "vit.grid_thws": np.array([one.grid for one in seen]),
-        "mm.grid_thws": np.array([seen[0].grid]),
-    }
-    for name, given in {"mm": images[:1], "mm2": images, "chat": images[1:2]}.items():
-        key = f"{name}.rendered_prompt" if name != "chat" else "chat.prompt"
-        # The answers are only in the official text.
+    grids = np.array([one.grid for one in seen])
+    found: dict[str, Any] = {"vit.pixel_values": np.concatenate([one.pixels for one in seen]), "vit.grid_thws": grids}
+    for key in golden.expected:
+        if not (match := re.fullmatch(r"(\w+)\.(rendered_prompt|prompt)", key)) or f"{match[1]}.conversation" in inputs:
+            continue
+        # What was said stands in the official text alone.
         text = str(golden.expected[key])
-        thinking = {"enable_thinking": not text.endswith(THINK)}
-        found[key] = np.array(ours.prompt.template.render(messages(text), **thinking))
-        found[f"{name}.input_ids"] = ids(ours(messages(text), given, **thinking))
-    # The second row has random ids, without a text.
-    rows = [found["mm.input_ids"][0], golden.expected["text.input_ids"][0]]
-    found["batch.input_ids"] = np.full((2, max(map(len, rows))), ours.pad_id)
+        said, options = messages(text), ending(text)
+        shown = shown_pictures(golden, match[1], text.count("<image>"))
+        found[key] = np.array(ours.prompt.template.render(said, **options))
+        found[f"{match[1]}.input_ids"] = ids(ours(said, [images[number] for number in shown], **options))
+        found[f"{match[1]}.grid_thws"] = grids[shown]
+    # Prompts with ids drawn at random have no text: theirs are taken as they are.
+    rows = [{**golden.expected, **found}[f"{name}.input_ids"][0] for name in batched(golden)]
+    found["batch.input_ids"] = np.full((len(rows), golden.expected["batch.input_ids"].shape[1]), ours.pad_id)
     for row, given in zip(found["batch.input_ids"], rows, strict=True):
         row[: len(given)] = given
     return found | _video(golden, limited("video.min_max_pixels")) | _trained(golden, ours, images)
 
 
+def batched(golden: Golden) -> list[str]:
+    """The prompts of the folder's batch, row by row: `right padded batch (mm prompt, text prompt)`."""
+    return re.findall(r"(\w+) prompt\b", golden.entries["batch.input_ids"]["meaning"])
+
+
+def shown_pictures(golden: Golden, name: str, count: int) -> list[int]:
+    """The numbers of the images that a prompt shows: those that the manifest names beside it, else the first ones."""
+    entries = [entry for key, entry in golden.entries.items() if key.startswith(f"{name}.")]
+    named = dict.fromkeys(number for entry in entries for number in comparison.named_pictures(entry["meaning"]))
+    return [*named, *(number for number in range(count) if number not in named)][:count]
+
+
 def messages(text: str) -> list[dict]:
     """The turns of a rendered prompt, whose tags are in it."""
     return [{"role": role, "content": content} for role, content in _TURN.findall(text)]
+
+
+def ending(text: str) -> dict[str, bool]:
+    """The options under which a prompt was rendered, by what stands behind its last turn.
+
+    Raises:
+      ValueError: more than the head of an answer and an empty thought stand there.
+    """
+    rest = _TURN.sub("", text)
+    if rest not in ("", HEAD, HEAD + THINK):
+        raise ValueError(f"a prompt with {rest!r} behind its turns")
+    return {"add_generation_prompt": bool(rest), "enable_thinking": not rest.endswith(THINK)}
 
 
 def _video(golden: Golden, ours: Processor) -> dict[str, Any]:
@@ -93,20 +119,22 @@ def _video(golden: Golden, ours: Processor) -> dict[str, Any]:
     return {
         "video.pixel_values": seen.pixels,
         "video.grid_thws": np.array([seen.grid]),
-        "video.input_ids": ids(ours(messages(text), videos=[frames], enable_thinking=False)),
+        "video.input_ids": ids(ours(messages(text), videos=[frames], **ending(text))),
     }
 
 
 def _trained(golden: Golden, ours: Processor, images: list[Image.Image]) -> dict[str, Any]:
-    """The conversation of fine-tuning, and what is learned of it; without the last newline."""
-    roles = {"human": "user", "gpt": "assistant"}
+    """The conversation of fine-tuning, and what is learned of it; an answer at its end without the last newline."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
     turns = json.loads(str(golden.inputs["sft.conversation"]))
     said = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
-    batch = ours(said, images[:1], targets=True)
+    shown = shown_pictures(golden, "sft", str(turns).count("<image>"))
+    batch = ours(said, [images[number] for number in shown], targets=True)
     labels = np.full(batch.tokens.shape, IGNORED, np.int64)
     labels[:, 1:] = np.where(batch.loss_weights, batch.targets, IGNORED)[:, :-1]
+    length = batch.tokens.shape[1] - int(turns[-1]["from"] == "gpt")
     return {
         "sft.prompt": np.array(ours.prompt.training.render(said, add_generation_prompt=False)),
-        "sft.input_ids": ids(batch)[:, :-1],
-        "sft.labels": labels[:, :-1],
+        "sft.input_ids": ids(batch)[:, :length],
+        "sft.labels": labels[:, :length],
     }

@@ -39,41 +39,34 @@ def outputs(golden: Golden, ours: Any, pictures: dict[str, np.ndarray]) -> dict[
     inputs, expected = golden.inputs, golden.expected
     start = ours.config["visual"]["image_start_id"]
     cases = [name.removesuffix("_ids") for name in inputs if name.endswith("_ids")]
+    masks = {case: inputs.get(f"{case}_mask", np.ones_like(inputs[f"{case}_ids"])) > 0 for case in cases}
     rows = {}
     for case in cases:
-        masks = inputs.get(f"{case}_mask", np.ones_like(inputs[f"{case}_ids"])) > 0
-        for i, (ids, mask) in enumerate(zip(inputs[f"{case}_ids"], masks, strict=True)):
+        for i, (ids, mask) in enumerate(zip(inputs[f"{case}_ids"], masks[case], strict=True)):
             rows[f"{case}.{i}"] = row(ids[mask], start, pictures)
     states = language.states(ours, rows)
     found: dict[str, Any] = {}
     for case in cases:
-        these = [states[name] for name in rows if name.startswith(f"{case}.")]
-        entry = golden.entries[f"{case}_logits"]
-        found[f"{case}_logits"] = np.stack([language.shown(entry, state.logits) for state in these])
-        if f"{case}_labels" in inputs:
-            found[f"{case}_loss"] = language.loss([state.logits for state in these], inputs[f"{case}_labels"])
-        found[f"{case}_hidden0"] = np.stack([state.embeddings for state in these]) if len(these) == 1 else None
-    found |= _greedy(golden, ours, rows)
+        these = language.of_case(states, case)
+        if (name := f"{case}_logits") in expected:
+            found[name] = language.shown_rows(golden, name, [state.logits for state in these])
+        if f"{case}_loss" in expected:
+            labels = [row[mask] for row, mask in zip(inputs[f"{case}_labels"], masks[case], strict=True)]
+            found[f"{case}_loss"] = language.loss([state.logits for state in these], labels)
+        if f"{case}_hidden0" in expected:
+            found[f"{case}_hidden0"] = np.stack([state.embeddings for state in these])
+    for ending, choose in {"_greedy_cache": language.greedy, "_greedy_recompute": language.greedy_anew}.items():
+        found |= language.greedy_cases(golden, ours, rows, ending, choose)
     for name in expected:
         if match := re.fullmatch(rf"(\w+)_logits_({'|'.join(VARIANTS)})", name):
             case, settings = match.group(1), VARIANTS[match.group(2)]
             config = json.loads((golden.folder / "config.json").read_text())
             other = from_pretrained(golden.folder, config={**config, **settings})
-            found[name] = language.shown(golden.entries[name], language.logits(other, {case: rows[f"{case}.0"]})[case])
-            found[name] = found[name][None]
+            these = {name: rows[name] for name in rows if name.rpartition(".")[0] == case}
+            logits = language.logits(other, these)
+            found[name] = language.shown_rows(golden, name, language.of_case(logits, case))
     if "ntk_alpha_table" in expected:
         lengths = expected["ntk_alpha_table"][:, 0]
         growth = prompt_growth(jnp.asarray(lengths, jnp.int32), ours.config["seq_length"])
         found["ntk_alpha_table"] = np.stack([lengths, growth], axis=1)
     return {name: array for name, array in found.items() if name in expected}
-
-
-def _greedy(golden: Golden, ours: Any, rows: dict[str, Row]) -> dict[str, np.ndarray]:
-    found = {}
-    for ending, choose in {"_greedy_cache": language.greedy, "_greedy_recompute": language.greedy_anew}.items():
-        names = {name: f"{name.removesuffix(ending)}.0" for name in golden.expected if name.endswith(ending)}
-        if names:
-            count = max(len(golden.expected[name]) for name in names)
-            ids = choose(ours, {row: rows[row] for row in names.values()}, count)
-            found |= {name: ids[row] for name, row in names.items()}
-    return found

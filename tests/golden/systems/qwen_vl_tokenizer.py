@@ -35,6 +35,12 @@ SPECIAL = {
     **{f"{tag}_end_id": f"</{tag}>" for tag in ("img", "ref", "box", "quad")},
 }
 
+# Functions of the release that the rows call, and nothing here does.
+NOT_COMPARED_ROWS = {
+    "_fetch_latest_picture": "finds the picture to draw boxes on, which is given to the function that draws here",
+    "make_context": "with max_window_size: leaves out old turns, where nothing is cut here",
+}
+
 
 def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The byte of every of the first ranks."""
@@ -81,6 +87,8 @@ def _processed(tokenizer: Tokenizer, rows: list[dict]) -> list[tuple[dict, Any]]
                 found, expected = _ids(processor, row["input"]), row["ids"]
             case "encode error":
                 found, expected = _refused(functools.partial(_ids, processor), row["input"]), True
+            case "make_context" if "(raw)" in row["fn"]:
+                found, expected = _ids(processor, row["input"]["query"]), row["ids"]
             case "make_context" if "max_window_size" not in row["input"]:
                 given = row["input"]
                 turns = [*(given["history"] or []), [given["query"]]]
@@ -92,8 +100,12 @@ def _processed(tokenizer: Tokenizer, rows: list[dict]) -> list[tuple[dict, Any]]
                 ]
                 images = [np.zeros((1, 1, 3), np.uint8)] * str(messages).count(IMAGE)
                 found, expected = processor(messages, images).tokens[0].tolist(), row["ids"]
-            case _:
+            case "encode+decode":
+                continue  # compared by the caller
+            case function if function in NOT_COMPARED_ROWS:
                 continue
+            case function:
+                found, expected = f"nothing computes {function}", row.get("output")
         if found != expected:
             wrong.append((row, found))
     return wrong

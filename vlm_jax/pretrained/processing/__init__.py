@@ -177,10 +177,11 @@ def end_ids(folder: Path, config: Config, model: nn.Module) -> tuple[int, ...]:
     Raises:
       TokenizerError: the vocabulary lacks one of the processor's.
     """
-    tokenizer, path = Tokenizer.from_folder(folder), folder / "generation_config.json"
+    name, path = marker(config), folder / "generation_config.json"
+    processor = PROCESSORS[name](folder, config) if name in PROCESSORS else None
+    tokenizer = Tokenizer.from_folder(folder) if processor is None else processor.tokenizer
     stated = read_config(folder, name=path.name) if path.exists() else {}
-    name = marker(config)
-    own = PROCESSORS[name](folder, config).end_tokens if name in PROCESSORS else ()
+    own = () if processor is None else processor.end_tokens
     ids = (*_stated_ends(stated), *map(tokenizer.id_of, own))
     if not ids:
         last = () if tokenizer.eos_id is None else (tokenizer.eos_id,)

@@ -1,0 +1,181 @@
+"""Tiny random systems of transformers, saved with their processors, and ours from the same folder."""
+
+import torch
+import transformers
+
+import vlm_jax
+
+from .processors import (
+    INDICATORS,
+    VISION,
+    deepseek_vl_hybrid_processor,
+    deepseek_vl_processor,
+    internvl_processor,
+    llava_next_processor,
+    llava_processor,
+    ovis2_processor,
+    qwen,
+    save,
+)
+
+SAM = {
+    "hidden_size": 16,
+    "output_channels": 8,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 20,
+    "patch_size": 4,
+    "window_size": 2,
+    "global_attn_indexes": [1, 3],
+}
+
+
+OVIS = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "vocab_size": 21,
+    "hidden_stride": 2,
+    "num_visual_indicator_tokens": 5,
+}
+
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+
+def randomised(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(mean=float("norm" in name and name.endswith("weight")), std=0.3)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 12,
+    "patch_size": 4,
+}
+
+
+CLIP = {**SIGLIP, "model_type": "clip_vision_model", **VISION}
+
+
+def llava(folder):
+    processor = llava_processor()
+    config = transformers.LlavaConfig(
+        vision_config=CLIP,
+        text_config={"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT},
+        image_token_id=processor.image_token_id,
+    )
+    return saved(folder, processor, transformers.LlavaForConditionalGeneration(config))
+
+
+def llava_next(folder):
+    processor = llava_next_processor()
+    config = transformers.LlavaNextConfig(
+        vision_config=CLIP,
+        text_config={"model_type": "mistral", "vocab_size": len(processor.tokenizer), **TEXT},
+        image_token_id=processor.image_token_id,
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+    )
+    return saved(folder, processor, transformers.LlavaNextForConditionalGeneration(config))
+
+
+def deepseek_vl(folder, tower=SIGLIP, **sections):
+    hybrid = bool(sections)
+    processor = deepseek_vl_hybrid_processor(12, 20) if hybrid else deepseek_vl_processor(12)
+    text = {"model_type": "llama", "vocab_size": len(processor.tokenizer), **TEXT}
+    name = "DeepseekVLHybrid" if hybrid else "DeepseekVL"
+    model = getattr(transformers, f"{name}ForConditionalGeneration")
+    config = model.config_class(
+        vision_config=tower, text_config=text, image_token_id=processor.image_token_id, **sections
+    )
+    return saved(folder, processor, model(config))
+
+
+def deepseek_vl_hybrid(folder):
+    return deepseek_vl(folder, high_res_vision_config=SAM)
+
+
+def ovis2(folder):
+    processor = ovis2_processor()
+    vocabulary = processor.tokenizer
+    config = transformers.Ovis2Config(
+        vision_config={**OVIS, "image_size": 28, "patch_size": 7},
+        text_config={"model_type": "qwen2", "vocab_size": len(vocabulary), **TEXT},
+        hidden_size=TEXT["hidden_size"],
+        vocab_size=len(vocabulary),
+        image_token_id=vocabulary.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=vocabulary.convert_tokens_to_ids(INDICATORS),
+    )
+    return saved(folder, processor, transformers.Ovis2ForConditionalGeneration(config))
+
+
+def internvl(folder):
+    processor = internvl_processor()
+    config = transformers.InternVLConfig(
+        vision_config={**SIGLIP, "image_size": [28, 28], "patch_size": [7, 7]},
+        text_config={"model_type": "qwen2", "vocab_size": len(processor.tokenizer), **TEXT},
+        image_token_id=processor.image_token_id,
+    )
+    return saved(folder, processor, transformers.InternVLForConditionalGeneration(config))
+
+
+def qwen_vl(folder, kind, config, model, vision):
+    processor, _, _ = qwen(kind, folder)
+    ids = {
+        name: processor.tokenizer.convert_tokens_to_ids(token)
+        for name, token in {
+            "image_token_id": "<|image_pad|>",
+            "video_token_id": "<|video_pad|>",
+            "vision_start_token_id": "<|vision_start|>",
+            "vision_end_token_id": "<|vision_end|>",
+        }.items()
+    }
+    text = {
+        "vocab_size": len(processor.tokenizer),
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000.0},
+        **TEXT,
+    }
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 4, **vision}
+    return saved(folder, processor, model(config(text_config=text, vision_config=vision, **ids)))
+
+
+def qwen2_vl(folder):
+    vision = {"embed_dim": 16, "mlp_ratio": 2, "hidden_size": 32}
+    classes = transformers.Qwen2VLConfig, transformers.Qwen2VLForConditionalGeneration
+    return qwen_vl(folder, "qwen2_vl", *classes, vision)
+
+
+def qwen2_5_vl(folder):
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    classes = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
+    return qwen_vl(folder, "qwen2_5_vl", *classes, vision)
+
+
+def saved(folder, processor, model):
+    save(processor, folder)
+    randomised(model).save_pretrained(folder)
+    return processor, model, vlm_jax.from_pretrained(folder)

@@ -1,0 +1,79 @@
+"""What a point of a sweep costs, counted by shape: nothing is allocated."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from vlm_jax.build import Experiment
+from vlm_jax.evals.vqa import tokens_left
+from vlm_jax.models.vlm import flat_images
+from vlm_jax.planner.flops import count_flops
+from vlm_jax.system import Params
+from vlm_jax.types import Batch, Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a point costs.
+
+    Attributes:
+      num_visual_tokens: tokens of one image that reach the decoder's last layers.
+      mean_visual_tokens: the mean over its layers.
+      num_params: parameters of each part.
+      flops: of one example with its images: `encoder`, `connector` (and reducer), and `prefill`, the decoder over a
+        prompt: one of full length where a config states it, else that of the sample.
+    """
+
+    num_visual_tokens: float | int
+    mean_visual_tokens: float | int
+    num_params: dict[str, int]
+    flops: dict[str, int]
+
+
+def costs(experiment: Experiment, sample: Sample | None = None) -> Costs:
+    """The costs of a point before anything runs.
+
+    Args:
+      experiment: of the point.
+      sample: whose prompt is counted; None where prompts have a fixed shape and images a fixed number of tokens.
+    """
+    system, shapes = experiment.system, nn.meta.unbox(experiment.system.boxed_shapes())
+    if sample is None:
+        assert experiment.prompt is not None
+        budget = experiment.budget
+        prompt = dataclasses.replace(system.example(experiment.prompt), targets=None, loss_weights=None)
+        left, mean = budget.left, budget.mean
+    else:
+        example = experiment.example(sample, targets=False)
+        prompt = system.processor.rows([[example]], experiment.prompt, targets=False)
+        left, mean = tokens_left(system.model, [example])
+    return Costs(left, mean, num_params(shapes), flops(system.model, shapes, prompt))
+
+
+def num_params(shapes: Params) -> dict[str, int]:
+    """Parameters of each part, counted by shape."""
+    return {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
+
+
+def flops(model: nn.Module, shapes: Params, batch: Batch) -> dict[str, int]:
+    """FLOPs of the encoder, the connector and the prefill of one prompt, counted by shape.
+
+    Args:
+      model: of the point.
+      shapes: of its parameters.
+      batch: one prompt of the point's processor, or its shapes.
+    """
+    length, params = batch.tokens.shape[1], {"params": shapes}
+    whole = count_flops(lambda p, b: model.apply(p, b, length, method="prefill"), params, batch)
+    if batch.images is None:
+        return {"encoder": 0, "connector": 0, "prefill": whole}
+
+    def encode(module: Any, images: Any) -> Any:
+        return module.encoder(images)
+
+    flat, instruction = jax.eval_shape(flat_images, batch.images), batch.instruction
+    encoder = count_flops(lambda p, x: model.apply(p, x, method=encode), params, flat)
+    visual = count_flops(lambda p, x, i: model.apply(p, x, i, method="visual_tokens"), params, flat, instruction)
+    return {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}

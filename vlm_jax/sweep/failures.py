@@ -1,0 +1,54 @@
+"""Points of a sweep that failed: they are named, and the others go on."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import rich.console
+from etils import epath
+
+from vlm_jax.train.loop import Interrupted
+from vlm_jax.train.workdir import write_lines
+
+FAILED_FILE = "failed.jsonl"
+
+
+class Failures:
+    """The points of one call that failed, kept in `failed.jsonl`, which starts empty.
+
+    Args:
+      workdir: folder of the sweep.
+      console: where a failure is said.
+    """
+
+    def __init__(self, workdir: epath.Path, console: rich.console.Console):
+        self.errors: dict[str, str] = {}
+        self._path, self._console = workdir / FAILED_FILE, console
+        self._write()
+
+    @contextlib.contextmanager
+    def noted(self, label: str) -> Iterator[None]:
+        """An error inside is that of a point, and ends there.
+
+        `Interrupted` passes through, and so does any error where several processes run: the others would wait for the
+        one that went on.
+        """
+        try:
+            yield
+        except Exception as error:  # of whatever kind: the other points are still worth having
+            if isinstance(error, Interrupted) or jax.process_count() > 1:
+                raise
+            self.errors[label] = f"{type(error).__name__}: {error}"
+            self._console.print(f"{label}: failed: {self.errors[label]}", markup=False)
+            self._write()
+
+    def _write(self) -> None:
+        write_lines(self._path, [{"label": label, "error": error} for label, error in self.errors.items()])
+
+
+def summary(failed: dict[str, str], num_points: int, workdir: epath.Path) -> str:
+    """One sentence for the user, where points failed."""
+    return (
+        f"{len(failed)} of {num_points} points failed: {', '.join(failed)}; see {workdir / FAILED_FILE}. "
+        "The same command tries them again"
+    )
