@@ -15,7 +15,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+RunConfig = Any  # an ml_collections.ConfigDict or a section of it, whose keys are attributes of any type; or a dict
 Settings = TypeVar("Settings")
+Entry = TypeVar("Entry")
 
 
 class ConfigError(ValueError):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,9 +21,7 @@ from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.processor import Processor
 from vlm_jax.sharding.rules import mesh_of, shardings, use_mesh
-from vlm_jax.types import TEXT_SLOT, Batch, Grid, RowShape
-
-Params = dict[str, Any]
+from vlm_jax.types import TEXT_SLOT, Batch, Fields, Grid, Params, RowShape, Tree
 
 
 class UnsupportedError(ValueError):
@@ -68,7 +68,7 @@ class System:
     """
 
     model: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: tuple[Tree, ...]
     make_processor: Callable[[], Processor | ImageTextProcessor]
     make_ends: Callable[[], tuple[int, ...]]
     release: Release | None = None
@@ -109,8 +109,8 @@ class System:
         model = self.model
         if self.release is not None and isinstance(model, VLM) and model.reducer is not None:
             # A reducer has no parameters, and the smallest input of the release may have too few tokens for it.
-            decoder: Any = model.decoder
-            model = model.clone(reducer=None, decoder=decoder.clone(drops=()))
+            decoder = None if model.decoder is None else model.decoder.clone(drops=())
+            model = model.clone(reducer=None, decoder=decoder)
         return dict(model.init({"params": key, "reduce": key}, *zeros)["params"])
 
     def boxed_shapes(self) -> Params:
@@ -175,8 +175,8 @@ class System:
         *,
         max_new_tokens: int,
         end_ids: Sequence[int] = (),
-        on_text: Callable[[int, str], Any] | None = None,
-        processor_options: dict[str, Any] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+        processor_options: Fields | None = None,
         names: Sequence[str] | None = None,
         **options: Any,
     ) -> list[Completion]:
@@ -218,7 +218,7 @@ class System:
         model: Any = self.model
         return tuple(index for index in ids if index < model.decoder.vocab_size)
 
-    def save_pretrained(self, folder: Any, params: Params, **options: Any) -> Any:
+    def save_pretrained(self, folder: str | os.PathLike[str], params: Params, **options: Any) -> tuple[Path, ...]:
         """Writes the release with other parameters; see `Release.save`.
 
         Raises:

@@ -50,10 +50,10 @@ def struct(cls: type[Class]) -> type[Class]:
     static = tuple(field.name for field in fields if field.metadata.get("static"))
     leaves = tuple(field.name for field in fields if field.name not in static)
 
-    def flatten(value: Any) -> tuple[tuple, tuple]:
+    def flatten(value: object) -> tuple[tuple, tuple]:
         return tuple(getattr(value, name) for name in leaves), tuple(getattr(value, name) for name in static)
 
-    def flatten_with_keys(value: Any) -> tuple[tuple, tuple]:
+    def flatten_with_keys(value: object) -> tuple[tuple, tuple]:
         children, structure = flatten(value)
         return tuple(
             (jax.tree_util.GetAttrKey(name), child) for name, child in zip(leaves, children, strict=True)
@@ -68,6 +68,13 @@ def struct(cls: type[Class]) -> type[Class]:
     jax.tree_util.register_pytree_with_keys(made, flatten_with_keys, unflatten, flatten)
     return made
 
+
+Params = dict[str, Any]  # {name: array, or the same of a submodule}: parameters, or what stands for them
+Fields = dict[str, Any]  # {name: value}: fields of a module, keyword arguments, a section of settings
+Config = Mapping[str, Any]  # the same, read only: released settings, or a section of a config
+Dtype = Any  # whatever JAX takes for a dtype
+Tree = Any  # any pytree
+Selection = Any  # whatever NumPy takes as an index
 
 # (rows, columns) of patches or tokens.
 Grid = tuple[int, int]
@@ -311,7 +318,7 @@ class ImageTextBatch:
     tokens: Int[Array, "B2 T"] | None = None
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Tree, ...]:
         """The arguments of the module: those of the two that are not None."""
         return tuple(part for part in (self.images, self.tokens) if part is not None)
 
@@ -427,7 +434,7 @@ class Turn:
 
 # A chat message: {"role": "user", "content": "…"}, or with content such as
 # [{"type": "image"}, {"type": "text", "text": "…"}].
-Message = Mapping[str, Any]
+Message = Config
 
 
 @dataclasses.dataclass(frozen=True)

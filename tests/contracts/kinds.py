@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from vlm_jax.encoders.encoder import ImageEncoder
 from vlm_jax.encoders.vit import ViT
 
 # Values of the fields that kinds have in common. A field without a default that is not here makes the
@@ -45,7 +46,7 @@ def small(cls, **fields):
     """
     own = [f for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")]
     required = [f.name for f in own if f.default is f.default_factory is dataclasses.MISSING]
-    fields = {**{f.name: small(ViT) for f in own if f.type is nn.Module}, **fields}
+    fields = {**{f.name: small(ViT) for f in own if f.type is ImageEncoder}, **fields}
     unknown = [name for name in required if name not in fields and name not in SIZES]
     assert not unknown, f"{cls.__name__}.{unknown}: no default, and neither solved nor in SIZES of {__file__}"
     return cls(**{**{name: SIZES[name] for name in required if name in SIZES}, **fields})
@@ -53,7 +54,7 @@ def small(cls, **fields):
 
 def cloned(module, **fields):
     """The module with other values of its fields, or with parts that have them where it has none such."""
-    names = [f.name for f in dataclasses.fields(module) if f.type is nn.Module]
+    names = [f.name for f in dataclasses.fields(module) if f.type is ImageEncoder]
     parts = {name: cloned(getattr(module, name), **fields) for name in names}
     return module.clone(**(parts or fields))
 

@@ -15,6 +15,7 @@ class Pixels(nn.Module):
 
     step: int
     copies: int = 1
+    num_blocks = 0
 
     @property
     def features(self):

@@ -21,6 +21,7 @@ class Means(nn.Module):
 
     prefix: int = 0
     note: Callable | None = None
+    num_blocks = 0
 
     @property
     def features(self):

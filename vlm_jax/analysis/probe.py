@@ -6,7 +6,7 @@ traced (`flax.linen.intercept_methods`), so any encoder with `PatchEmbed`, `Mult
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
-from vlm_jax.types import Array
+from vlm_jax.types import Array, Config, Fields, Params, Tree
 
 _WEIGHTS = "attention_weights"
 _PATCHES = "patches"
@@ -35,7 +35,7 @@ class _Called(NamedTuple):
 
 
 def attention_weights(
-    vit: nn.Module, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
+    vit: nn.Module, params: Params, images: Float[Array, "B height width channels"]
 ) -> Float[Array, "L B heads T T"]:
     """Softmax weights of every self-attention layer, float32; rows are queries and sum to 1.
 
@@ -61,8 +61,8 @@ def attention_weights(
 
 
 def _sow_weights(
-    next_fun: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
-) -> Any:
+    next_fun: Callable[..., Tree], args: tuple, kwargs: Fields, context: nn.module.InterceptorContext
+) -> Tree:
     module, result = context.module, next_fun(*args, **kwargs)
     is_attention = isinstance(module, MultiHeadAttention) and context.method_name == "__call__"
     # The copy that is run below has no path; cross-attention (of a pooling head) is excluded.
@@ -81,7 +81,7 @@ def _sow_weights(
     return result
 
 
-def _unit_values(start: int, head_dim: int) -> Callable[..., Any]:
+def _unit_values(start: int, head_dim: int) -> Callable[..., Tree]:
     """Makes the value of key start + i the unit vector i, and the output projection the identity."""
 
     def intercept(next_fun, args, kwargs, context):
@@ -97,7 +97,7 @@ def _unit_values(start: int, head_dim: int) -> Callable[..., Any]:
     return intercept
 
 
-def patch_size(vit: Any, height: int, width: int) -> int:
+def patch_size(vit: nn.Module, height: int, width: int) -> int:
     """Vertical distance in pixels between patches of an image of that size, including a hybrid's stem.
 
     Computed from the encoder's `grid`: the increase of the height for one more row.
@@ -111,7 +111,7 @@ def patch_size(vit: Any, height: int, width: int) -> int:
 
 
 def first_filters(
-    vit: nn.Module, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
+    vit: nn.Module, params: Params, images: Float[Array, "B height width channels"]
 ) -> Float[Array, "p p c D"]:
     """D filters of p x p pixels and c channels: the stored kernel of the first layer that has such a kernel:
 
@@ -131,7 +131,7 @@ def first_filters(
 
 
 def position_embeddings(
-    vit: Any, params: Mapping[str, Any], images: Float[Array, "B height width channels"]
+    vit: nn.Module, params: Params, images: Float[Array, "B height width channels"]
 ) -> Float[Array, "R C D"] | None:
     """The position embeddings that the encoder adds to the patches of such images, without the class token's.
 
@@ -161,7 +161,7 @@ def position_embeddings(
     return added[0].reshape(rows, cols, -1)
 
 
-def _added_to_patches(vit: nn.Module, params: Any, images: jax.Array) -> jax.Array | None:
+def _added_to_patches(vit: nn.Module, params: Params, images: jax.Array) -> jax.Array | None:
     """[B, N, D] float32: inputs of the blocks minus patch embeddings; None unless there is one of each."""
     entered = []
 
@@ -185,7 +185,7 @@ def _added_to_patches(vit: nn.Module, params: Any, images: jax.Array) -> jax.Arr
     return inputs[0][:, -count:].astype(jnp.float32) - patches[0].astype(jnp.float32)
 
 
-def _sown(vit: nn.Module, params: Any, images: Any, interceptor: Callable[..., Any]) -> dict[Any, jax.Array]:
+def _sown(vit: nn.Module, params: Params, images: jax.Array, interceptor: Callable[..., Any]) -> dict[Any, jax.Array]:
     """The values that an interceptor sows while the encoder runs, by path."""
 
     @jax.jit
@@ -193,13 +193,11 @@ def _sown(vit: nn.Module, params: Any, images: Any, interceptor: Callable[..., A
         with nn.intercept_methods(interceptor):
             return vit.apply({"params": params}, images, mutable=["intermediates"])[1]
 
-    intermediates: Any = flatten_dict(dict(run(params, images).get("intermediates", {})))
+    intermediates: Tree = flatten_dict(dict(run(params, images).get("intermediates", {})))
     return {path: value for path, (value,) in intermediates.items()}
 
 
-def _calls(
-    vit: nn.Module, params: Mapping[str, Any], images: Any, wanted: Callable[[nn.Module], bool]
-) -> list[_Called]:
+def _calls(vit: nn.Module, params: Params, images: jax.Array, wanted: Callable[[nn.Module], bool]) -> list[_Called]:
     """Every call of the selected modules, in order, by tracing only."""
     found = []
 
@@ -216,12 +214,12 @@ def _calls(
     return found
 
 
-def _arrays(params: Mapping[str, Any]) -> Any:
+def _arrays(params: Params) -> Params:
     """Parameters as unboxed device arrays."""
     return jax.tree.map(jnp.asarray, nn.meta.unbox(params))
 
 
-def _subtree(params: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
+def _subtree(params: Params, path: tuple[str, ...]) -> Config:
     tree = nn.meta.unbox(params)
     for name in path:
         tree = tree[name]

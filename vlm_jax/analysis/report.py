@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from vlm_jax.analysis.filters import FilterComponents, draw_filters, filter_comp
 from vlm_jax.analysis.position_similarity import draw_position_similarity, position_similarity
 from vlm_jax.analysis.probe import attention_weights, first_filters, patch_size, position_embeddings
 from vlm_jax.analysis.token_maps import Connect, draw_token_maps, token_maps
-from vlm_jax.types import Array, Grid
+from vlm_jax.types import Array, Grid, Params, VisualFeatures
 
 ARRAYS_FILE = "arrays.npz"
 HTML_FILE = "report.html"
@@ -69,8 +69,8 @@ class Analysis:
 
 
 def analyse(
-    vit: Any,
-    params: Mapping[str, Any],
+    vit: nn.Module,
+    params: Params,
     images: Float[Array, "B height width channels"],
     *,
     num_components: int = 28,
@@ -113,7 +113,7 @@ def analyse(
     maps = None
     if connect is not None:
         unboxed = jax.tree.map(jnp.asarray, nn.meta.unbox(params))
-        features = vit.apply({"params": unboxed}, first)
+        features = cast(VisualFeatures, vit.apply({"params": unboxed}, first))
         maps = np.asarray(token_maps(connect, features, num_projections=num_projections)[0])
     return Analysis(
         name=type(vit).__name__,

@@ -1,8 +1,8 @@
 """Influence of patches on visual tokens, for any connector and any reducer before it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ from flax import linen as nn
 from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 
-from vlm_jax.types import Array, Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Array, Grid, Params, VisualFeatures, VisualTokens
 
 Connect = Callable[[VisualFeatures], VisualTokens]
 
 
 def connection(
     connector: nn.Module,
-    params: Mapping[str, Any],
+    params: Params,
     reducer: nn.Module | None = None,
-    reducer_params: Mapping[str, Any] | None = None,
+    reducer_params: Params | None = None,
 ) -> Connect:
     """The deterministic function from features to tokens, with an optional reducer."""
 

@@ -5,8 +5,9 @@ connector's fields from the token budget, widths and vocabulary from each other.
 """
 
 import dataclasses
+import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,12 @@ from jaxtyping import Float, UInt8
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
-from vlm_jax.config import ConfigError, check_keys, choose, parse, parse_kind
+from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders import DECODERS
+from vlm_jax.decoders.decoder import Decoder
+from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained import FAMILIES
@@ -38,12 +41,14 @@ from vlm_jax.processors.video import uniform_frames
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.rules import shardings, use_mesh
 from vlm_jax.system import Budget, System
-from vlm_jax.types import Batch, Load, Message, RowShape, Sample, SampleSizes
+from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes
 
 # Every key of a run's config; the last ones are read by the trainer and the evaluation.
 KEYS = ("seed", "release", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor",
         "encoder", "reducer", "connector", "decoder", "schedule", "stages", "optimizer", "loop", "mesh",
         "evaluation")  # fmt: skip
+Part = TypeVar("Part", Encoder, Decoder)
+
 PARTS = ("encoder", "connector", "decoder")
 CELL_HEAD = "cell_head"
 
@@ -131,15 +136,15 @@ class Experiment:
         assert self.system.budget is not None
         return self.system.budget
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
+    def init(self, key: jax.Array) -> Fields:
         """Boxed parameters {part: tree} of the model and of the head for cells, randomly initialised."""
         return self.system.init(key) | self._cell_head(key)
 
-    def boxed_shapes(self) -> dict[str, Any]:
+    def boxed_shapes(self) -> Params:
         """Shapes of what `init` gives."""
         return self.system.boxed_shapes() | jax.eval_shape(self._cell_head, jax.random.key(0))
 
-    def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
         params = self.system.initial(key, mesh, without=without)
         if self.cell_reader is None or CELL_HEAD in without:
@@ -148,10 +153,11 @@ class Experiment:
         with use_mesh(mesh):
             return params | jax.jit(lambda key: nn.meta.unbox(self._cell_head(key)), out_shardings=out)(key)
 
-    def _cell_head(self, key: jax.Array) -> dict[str, Any]:
+    def _cell_head(self, key: jax.Array) -> Params:
         if self.cell_reader is None:
             return {}
-        images: Any = self.system.example(self.row).images
+        images = self.system.example(self.row).images
+        assert isinstance(images, jax.ShapeDtypeStruct)  # cells are read from images of one size
         head = self.cell_reader.init(key, jnp.zeros(images.shape[:1] + images.shape[2:], images.dtype))["params"]
         return {CELL_HEAD: {name: tree for name, tree in head.items() if name != "encoder"}}
 
@@ -201,20 +207,20 @@ def build(config: Any) -> Experiment:
     tokenizer = settings.read_tokenizer()
     dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
 
-    decoder = _decoder(config.decoder, tokenizer.vocab_size, dtypes)
+    drawn = _decoder(config.decoder, tokenizer.vocab_size, dtypes)
     num_images = source.num_images if settings.frames is None else 1
     if num_images is None:
         raise ConfigError(
             "config.data.num_images: None is for samples that are clips of any length; set config.processor.frames to "
             "the number of sampled frames, or num_images to the images of every sample"
         )
-    vision = solve_vision(config, settings, source.channels, decoder, dtypes)
-    parts = {"encoder": vision.encoder, "decoder": decoder}
-    for part, fields in ({} if vision.reducer is None else vision.reducer.required_fields()).items():
-        parts[part] = _set(parts[part], fields, config, part)
-    by_layer = _tokens_by_layer(vision, parts["decoder"])
+    vision = solve_vision(config, settings, source.channels, drawn, dtypes)
+    required = {} if vision.reducer is None else vision.reducer.required_fields()
+    encoder = _set(vision.encoder, required.get("encoder", {}), config, "encoder")
+    decoder = _set(drawn, required.get("decoder", {}), config, "decoder")
+    by_layer = _tokens_by_layer(vision, decoder)
     visual, images = num_images * vision.num_tokens, num_images * vision.load
-    drops, count = parts["decoder"].drops, vision.num_tokens // vision.num_views
+    drops, count = decoder.drops, vision.num_tokens // vision.num_views
 
     def shaped(length: int) -> RowShape:
         """The row shape of samples with equally many images: each drop takes the same number from all."""
@@ -226,7 +232,7 @@ def build(config: Any) -> Experiment:
     reduction = Reduction(vision.views, None, tuple(drop.num_left for drop in drops)) if drops else None
     processor = Processor(prompt, vision.views, tokenizer, tokenizer.pad_id or 0, reduction=reduction)
     system = System(
-        model=VLM(parts["encoder"], vision.connector, parts["decoder"], vision.reducer),
+        model=VLM(encoder, vision.connector, decoder, vision.reducer),
         inputs=(processor.example_row(shape),),
         make_processor=lambda: processor,
         make_ends=lambda: () if tokenizer.eos_id is None else (tokenizer.eos_id,),
@@ -267,7 +273,7 @@ def _of_release(config: Any) -> Experiment:
     return Experiment(system, source, shape, None, dataclasses.replace(shape, images=0), row)
 
 
-def _decoder(section: Any, num_tokens: int, dtypes: dict[str, Any]) -> Any:
+def _decoder(section: Any, num_tokens: int, dtypes: Fields) -> Any:
     """The decoder, with the tokenizer's vocabulary size, or a larger one in the section."""
     if "vocab_size" not in section:
         return parse_kind(DECODERS, section, "config.decoder", vocab_size=num_tokens, **dtypes)
@@ -280,9 +286,12 @@ def _decoder(section: Any, num_tokens: int, dtypes: dict[str, Any]) -> Any:
     return decoder
 
 
-def _set(part: Any, fields: dict[str, Any], config: Any, name: str) -> Any:
+def _set(part: Part, fields: Fields, config: RunConfig, name: str) -> Part:
     """The part with the fields that a reducer needs; its parameters are unchanged."""
-    if missing := [field for field in fields if not hasattr(part, field)]:
+    if not fields:
+        return part
+    hints = typing.get_type_hints(type(part))
+    if missing := [field for field in fields if field not in hints]:
         raise ConfigError(
             f"config.reducer.kind: {config.reducer.kind} works inside the {name}, but "
             f"{config[name].kind} does not support it (no field {', '.join(missing)}); choose another "
@@ -291,10 +300,10 @@ def _set(part: Any, fields: dict[str, Any], config: Any, name: str) -> Any:
     return part.clone(**fields)
 
 
-def _tokens_by_layer(vision: Vision, decoder: Any) -> list[int]:
+def _tokens_by_layer(vision: Vision, decoder: Decoder) -> list[int]:
     """Visual tokens of one image in every layer of the decoder."""
     counts = [vision.num_tokens] * decoder.depth
-    for drop in getattr(decoder, "drops", ()):
+    for drop in decoder.drops:
         counts[drop.layer :] = [vision.num_views * drop.num_kept] * (decoder.depth - drop.layer)
     if counts[-1] != vision.num_left:
         raise InfeasibleBudget(
@@ -303,7 +312,7 @@ def _tokens_by_layer(vision: Vision, decoder: Any) -> list[int]:
     return counts
 
 
-def _cell_reader(config: Any, vision: Vision, source: Settings) -> CellReader | None:
+def _cell_reader(config: RunConfig, vision: Vision, source: Settings) -> CellReader | None:
     wanting = [label for label in config.schedule if config.stages.get(label, {}).get("objective") == "read_cells"]
     if not wanting:
         return None
@@ -322,6 +331,6 @@ def _cell_reader(config: Any, vision: Vision, source: Settings) -> CellReader | 
     return CellReader(vision.encoder, source.cells, source.num_classes)
 
 
-def _dtype(config: Any, key: str) -> Any:
+def _dtype(config: RunConfig, key: str) -> Dtype:
     known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     return choose(known, config[key], f"config.{key}")

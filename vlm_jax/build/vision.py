@@ -7,20 +7,22 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from flax import linen as nn
-
 from vlm_jax.budget import InfeasibleBudget, share
 from vlm_jax.build.settings import ProcessorSettings
-from vlm_jax.config import ConfigError, choose, choose_kind, convert, parse_kind, positive
+from vlm_jax.config import ConfigError, RunConfig, choose, choose_kind, convert, parse, parse_kind, positive
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
+from vlm_jax.connectors.connector import Connector
+from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS, PACKED_ENCODERS
+from vlm_jax.encoders.encoder import Encoder, ImageEncoder
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.patches import packed_length
 from vlm_jax.processors.smart_resize import bounded_size
 from vlm_jax.processors.tiles import FixedTilesViews
 from vlm_jax.processors.views import Views
 from vlm_jax.reducers import REDUCERS
-from vlm_jax.types import Grid
+from vlm_jax.reducers.reducer import Reducer
+from vlm_jax.types import Fields, Grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Vision:
       num_views: views of an image that share these equally; 1 where every image has its own grid.
     """
 
-    encoder: Any
-    reducer: Any
-    connector: Any
+    encoder: Encoder
+    reducer: Reducer | None
+    connector: Connector
     views: Views
     grid: Grid | None
     num_tokens: int
@@ -50,7 +52,7 @@ class Vision:
 
 
 def solve_vision(
-    config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]
+    config: RunConfig, settings: ProcessorSettings, channels: int, decoder: Decoder, dtypes: Fields
 ) -> Vision:
     """The visual parts of `config`, solved for `config.token_budget`.
 
@@ -70,7 +72,7 @@ def solve_vision(
     return solve(config, settings, channels, decoder, dtypes)
 
 
-def _tiled(config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]) -> Vision:
+def _tiled(config: RunConfig, settings: ProcessorSettings, channels: int, decoder: Decoder, dtypes: Fields) -> Vision:
     """Views of one size: the reducer or the connector meets the budget, view by view."""
     size, pixels = settings.image_size, settings.pixels(channels)
     if size is None:
@@ -85,7 +87,7 @@ def _tiled(config: Any, settings: ProcessorSettings, channels: int, decoder: Any
     num_views = (settings.tiles[0] * settings.tiles[1] + settings.thumbnail) * (settings.frames or 1)
 
     def solve(budget: int) -> Vision:
-        reducer = _reducer(config.reducer, budget, full_grid, {"encoder": encoder, "decoder": decoder})
+        reducer = _reducer(config.reducer, budget, full_grid, encoder, decoder)
         reduced_size = size if reducer is None else reducer.image_size(*size, full_grid)
         grid = encoder.grid(*reduced_size)
         connector_grid = grid if reducer is None else reducer.reduced_grid(grid)
@@ -104,7 +106,7 @@ def _tiled(config: Any, settings: ProcessorSettings, channels: int, decoder: Any
     return _share(config, settings, num_views, full_grid[0] * full_grid[1], solve)
 
 
-def _native(config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: dict[str, Any]) -> Vision:
+def _native(config: Any, settings: ProcessorSettings, channels: int, decoder: Any, dtypes: Fields) -> Vision:
     """Views of any size, packed into one sequence: the processor meets the budget, which bounds the image size."""
     kind, connector_kind = config.encoder.kind, config.connector.kind
     for key, only in (("image_size", None), ("tiles", (1, 1)), ("thumbnail", False)):
@@ -144,7 +146,7 @@ def _native(config: Any, settings: ProcessorSettings, channels: int, decoder: An
     return _share(config, settings, num_slots, 2 * config.token_budget, solve)
 
 
-def _asked(function: Any, cls: Any, section: Any, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _asked(function: Any, cls: Any, section: Any, path: str) -> tuple[Fields, Fields]:
     """The keys of a section that are keyword arguments of a function, converted, and the section without them."""
     named = inspect.signature(function).parameters.values()
     keywords = [argument.name for argument in named if argument.kind is argument.KEYWORD_ONLY]
@@ -153,7 +155,7 @@ def _asked(function: Any, cls: Any, section: Any, path: str) -> tuple[dict[str, 
     return asked, {key: section[key] for key in section if key not in asked}
 
 
-def _fewest(connector_class: Any, grid: Grid) -> dict[str, Any]:
+def _fewest(connector_class: Any, grid: Grid) -> Fields:
     """The fields of a connector with the fewest possible tokens for a grid."""
     for budget in range(1, grid[0] * grid[1]):
         try:
@@ -164,7 +166,7 @@ def _fewest(connector_class: Any, grid: Grid) -> dict[str, Any]:
 
 
 def _share(
-    config: Any, settings: ProcessorSettings, num_views: int, largest: int, solve: Callable[[int], Vision]
+    config: RunConfig, settings: ProcessorSettings, num_views: int, largest: int, solve: Callable[[int], Vision]
 ) -> Vision:
     """Solves `config.token_budget` for one of the views of an image.
 
@@ -184,14 +186,17 @@ def _share(
     return share(budget, views, largest, solve)
 
 
-def _reducer(section: Any, budget: int, grid: Grid, parts: dict[str, Any]) -> Any:
+def _reducer(section: RunConfig, budget: int, grid: Grid, encoder: Encoder, decoder: Decoder) -> Reducer | None:
     """The reducer solved for a budget and a full-size grid, or None for `none`."""
     reducer_class = choose(REDUCERS, section.kind, "config.reducer.kind")
     if reducer_class is None:
         parse_kind({"none": _NoFields}, section, "config.reducer")
         return None
-    solved = reducer_class.for_budget(budget, grid, _num_layers(parts.get(reducer_class.reduces_in)))
-    return parse_kind(REDUCERS, section, "config.reducer", **solved)
+    part = reducer_class.reduces_in
+    depth = encoder.num_blocks if part == "encoder" else decoder.depth if part == "decoder" else 0
+    solved = reducer_class.for_budget(budget, grid, depth)
+    settings = {key: section[key] for key in section if key != "kind"}
+    return parse(reducer_class, settings, "config.reducer", **solved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,12 +204,7 @@ class _NoFields:
     """Settings of a kind without fields."""
 
 
-def _num_layers(part: Any) -> int:
-    """Number of built blocks of a part; 0 where it has no uniform blocks."""
-    return 0 if part is None else getattr(part, "num_blocks", getattr(part, "depth", 0))
-
-
-def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[str, Any]) -> nn.Module:
+def _encoder(section: RunConfig, path: str, image_size: tuple[int, int], dtypes: Fields) -> Encoder:
     """Builds an encoder; a composite one has a section per encoder.
 
     Args:
@@ -221,7 +221,7 @@ def _encoder(section: Any, path: str, image_size: tuple[int, int], dtypes: dict[
         return parse_kind({**ENCODERS, **COMPOSITE_ENCODERS}, section, path, image_size=image_size, **dtypes)
     hints = typing.get_type_hints(COMPOSITE_ENCODERS[section["kind"]])
     parts = {}
-    for name in (field for field, hint in hints.items() if hint is nn.Module):
+    for name in (field for field, hint in hints.items() if hint is ImageEncoder):
         if name not in section or not hasattr(section[name], "items"):
             raise ConfigError(f"{path}.{name}: expected the section of an encoder, with its kind")
         parts[name] = _encoder(section[name], f"{path}.{name}", image_size, dtypes)

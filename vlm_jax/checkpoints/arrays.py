@@ -7,7 +7,7 @@ chunked, so that a single layer can be read.
 import errno
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -18,8 +18,10 @@ from etils import epath
 from vlm_jax.checkpoints.hub import CheckpointFileError, LazyTensor
 from vlm_jax.checkpoints.ops import Shape
 from vlm_jax.checkpoints.orbax import METADATA_BYTES
+from vlm_jax.types import Config, Fields, Params, Selection, Tree
 
 CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk, which is written and read whole
+Read = TypeVar("Read")
 
 
 class _OneAtATime(ocp.type_handlers.NumpyHandler):
@@ -29,8 +31,8 @@ class _OneAtATime(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
 
     async def serialize(
-        self, values: Sequence[Any], infos: Sequence[Any], args: Sequence[ocp.SaveArgs] | None = None
-    ) -> Sequence[Any]:
+        self, values: Sequence[Tree], infos: Sequence[Tree], args: Sequence[ocp.SaveArgs] | None = None
+    ) -> Sequence[Tree]:
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
             (writing,) = await super().serialize([np.asarray(value)], [info], [arg])
             writing.result()
@@ -109,11 +111,11 @@ def open_arrays(directory: epath.PathLike, shapes: Mapping[str, Shape]) -> dict[
     }
 
 
-def _reader(stored: Any, name: str, directory: epath.PathLike) -> Callable[[Any], np.ndarray]:
+def _reader(stored: Tree, name: str, directory: epath.PathLike) -> Callable[[Selection], np.ndarray]:
     return lambda index: _explained(stored[index].read().result, name, directory)
 
 
-def _explained(result: Callable[[], Any], name: str, directory: epath.PathLike) -> Any:
+def _explained(result: Callable[[], Read], name: str, directory: epath.PathLike) -> Read:
     """The result of TensorStore, with its errors as CheckpointFileErrors."""
     try:
         return result()
@@ -127,9 +129,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:500]
 
 
-def _tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def _tree(leaves: Config) -> Fields:
     """Nested dicts from a mapping by path."""
-    tree: dict[str, Any] = {}
+    tree: Params = {}
     for path, leaf in leaves.items():
         *folders, name = path.split("/")
         place = tree

@@ -10,8 +10,9 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from io import IOBase
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import huggingface_hub
 import ml_dtypes
@@ -21,6 +22,7 @@ import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vlm_jax.config import read_json
+from vlm_jax.types import Dtype, Fields, Selection
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,7 +31,7 @@ ARCHIVE_FILE = "model.npz"
 MAP_FILE, PARAMS = "checkpoint_map.json", "params"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-DTYPES: dict[str, Any] = {
+DTYPES: Fields = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -62,17 +64,19 @@ class LazyTensor:
       by_rows: whether reading some rows reads only these; else it may read the whole tensor.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[Any], np.ndarray], *, by_rows: bool = False):
+    def __init__(
+        self, shape: tuple[int, ...], dtype: Dtype, read: Callable[[Selection], np.ndarray], *, by_rows: bool = False
+    ):
         self.shape = shape
         self.dtype = np.dtype(dtype)
         self.by_rows = by_rows
         self._read = read
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Selection) -> np.ndarray:
         """Reads the block `index`: `...`, or a slice of step 1 for every axis."""
         return self._read(index)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: Dtype = None, copy: bool | None = None) -> np.ndarray:
         """Reads the whole tensor, for `np.asarray`."""
         return np.array(self[...], dtype=dtype, copy=copy)
 
@@ -159,7 +163,7 @@ def fetch(source: str | os.PathLike[str], *, revision: str | None = None) -> Pat
         ) from error
 
 
-def read_config(source: str | os.PathLike[str], *, name: str = "config.json") -> dict[str, Any]:
+def read_config(source: str | os.PathLike[str], *, name: str = "config.json") -> Fields:
     """The settings in a checkpoint's folder.
 
     Args:
@@ -228,8 +232,8 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _safetensors_reader(
     path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, start: int
-) -> Callable[[Any], np.ndarray]:
-    def read(index: Any) -> np.ndarray:
+) -> Callable[[Selection], np.ndarray]:
+    def read(index: Selection) -> np.ndarray:
         """Reads rows directly; a memory-mapped file would keep them in memory."""
         first, stop = 0, shape[0] if shape else 1
         rest: list[slice] = []
@@ -294,7 +298,7 @@ def _open_npz(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def _npy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+def _npy_header(file: IO[bytes] | IOBase) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
@@ -306,8 +310,8 @@ def _npy_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
 
-def _npz_reader(path: Path, member: str) -> Callable[[Any], np.ndarray]:
-    def read(index: Any) -> np.ndarray:
+def _npz_reader(path: Path, member: str) -> Callable[[Selection], np.ndarray]:
+    def read(index: Selection) -> np.ndarray:
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +11,11 @@ from vlm_jax.checkpoints.ops import Index, Shape
 from vlm_jax.checkpoints.params import block_reader
 from vlm_jax.checkpoints.plan import Step
 from vlm_jax.checkpoints.rules import SourceTensor
+from vlm_jax.types import Config, Dtype, Selection
 
 
 def lazy_params(
-    steps: Iterable[Step], source: Mapping[str, SourceTensor], *, dtype: Any = None
+    steps: Iterable[Step], source: Mapping[str, SourceTensor], *, dtype: Dtype = None
 ) -> dict[str, LazyTensor]:
     """The parameters converted from a release; reading one reads its tensors.
 
@@ -36,9 +36,7 @@ def lazy_params(
     return params
 
 
-def lazy_release(
-    steps: Iterable[Step], params: Mapping[str, SourceTensor], dtypes: Mapping[str, Any]
-) -> dict[str, LazyTensor]:
+def lazy_release(steps: Iterable[Step], params: Mapping[str, SourceTensor], dtypes: Config) -> dict[str, LazyTensor]:
     """The released tensors converted from parameters; reading one reads its part of the parameters.
 
     Args:
@@ -56,13 +54,13 @@ def lazy_release(
     return tensors
 
 
-def cast_dtype(stored: Any, dtype: Any) -> np.dtype:
+def cast_dtype(stored: Dtype, dtype: Dtype) -> np.dtype:
     """`dtype` if it is given and the stored dtype is floating-point; else the stored dtype."""
     wanted = dtype is not None and jnp.issubdtype(stored, jnp.floating)
     return np.dtype(dtype if wanted else stored)
 
 
-def cast(tensor: LazyTensor, dtype: Any) -> LazyTensor:
+def cast(tensor: LazyTensor, dtype: Dtype) -> LazyTensor:
     """The tensor, cast to `dtype` if it is floating-point; unchanged where `dtype` is None."""
     wanted = cast_dtype(tensor.dtype, dtype)
     return LazyTensor(tensor.shape, wanted, lambda index: tensor[index].astype(wanted, copy=False))
@@ -75,13 +73,13 @@ def _promoted(dtypes: set[np.dtype]) -> np.dtype:
     return np.dtype(first)
 
 
-def _param_reader(read: Callable[[tuple[range, ...]], np.ndarray], shape: Shape) -> Callable[[Any], np.ndarray]:
+def _param_reader(read: Callable[[tuple[range, ...]], np.ndarray], shape: Shape) -> Callable[[Selection], np.ndarray]:
     return lambda index: read(tuple(range(*s.indices(n)) for s, n in zip(_slices(index, shape), shape, strict=True)))
 
 
 def _released_reader(
     step: Step, position: tuple[int, ...], i: int, params: Mapping[str, SourceTensor], dtype: np.dtype
-) -> Callable[[Any], np.ndarray]:
+) -> Callable[[Selection], np.ndarray]:
     """A function that reads a block of the step's released tensor `i` at one position of the stack."""
     depth, op = len(position), step.rule.op.inverse
     stack = tuple(slice(p, p + 1) for p in position)
@@ -90,7 +88,7 @@ def _released_reader(
         values = np.asarray(params[path][(*stack, *index)])
         return values.reshape(values.shape[depth:])
 
-    def read(index: Any) -> np.ndarray:
+    def read(index: Selection) -> np.ndarray:
         wanted = _slices(index, step.needed[i])
         part = op.source_index(wanted) if len(step.targets) == 1 else None
         if part is not None:
@@ -104,5 +102,5 @@ def _released_reader(
     return read
 
 
-def _slices(index: Any, shape: Shape) -> Index:
+def _slices(index: Selection, shape: Shape) -> Index:
     return tuple(slice(0, size) for size in shape) if index is ... else index

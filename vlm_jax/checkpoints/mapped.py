@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes  # noqa: F401 (registers its dtype names with NumPy)
 import numpy as np
@@ -26,6 +25,7 @@ from vlm_jax.checkpoints.mismatch import CheckpointMismatch
 from vlm_jax.checkpoints.plan import Step, export_plan
 from vlm_jax.checkpoints.rules import Rule
 from vlm_jax.config import read_json
+from vlm_jax.types import Config, Fields
 
 CARRIED = "carried"  # like PARAMS: a folder, and a prefix of the rules' targets
 
@@ -117,12 +117,12 @@ def save_mapped(
     (folder / MAP_FILE).write_text(json.dumps(stored, indent=1) + "\n")
 
 
-def _data(rule: Rule) -> dict[str, Any]:
+def _data(rule: Rule) -> Fields:
     where = {name: list(values) for name, values in rule.where.items()}
     return {"source": rule.sources, "target": rule.targets, "op": ops.to_data(rule.op), "where": where}
 
 
-def _rule(data: Mapping[str, Any]) -> Rule:
+def _rule(data: Config) -> Rule:
     return Rule(tuple(data["source"]), tuple(data["target"]), ops.from_data(data["op"]), dict(data["where"]))
 
 

@@ -9,9 +9,10 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+
+from vlm_jax.types import Config, Fields, Tree
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
@@ -341,13 +342,13 @@ OPS: dict[str, type[Op]] = {
 }
 
 
-def to_data(op: Op) -> dict[str, Any]:
+def to_data(op: Op) -> Fields:
     """The operation as JSON types: its name in `OPS`, and its fields."""
     (kind,) = (kind for kind, cls in OPS.items() if type(op) is cls)
     return {"kind": kind, **{field.name: _plain(getattr(op, field.name)) for field in dataclasses.fields(op)}}  # type: ignore[arg-type]
 
 
-def from_data(data: Mapping[str, Any]) -> Op:
+def from_data(data: Config) -> Op:
     """The inverse of `to_data`.
 
     Raises:
@@ -358,13 +359,13 @@ def from_data(data: Mapping[str, Any]) -> Op:
     return cls(*fields.pop("ops"), **fields) if "ops" in fields else cls(**fields)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Tree) -> Tree:
     if isinstance(value, Op):
         return to_data(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else int(value)
 
 
-def _value(value: Any) -> Any:
+def _value(value: Tree) -> Tree:
     if isinstance(value, Mapping):
         return from_data(value)
     return tuple(map(_value, value)) if isinstance(value, list) else int(value)

@@ -3,13 +3,13 @@
 import errno
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS
+from vlm_jax.types import Fields, Tree
 
 CHECKPOINTS = "checkpoints"  # the folder in a workdir
 METADATA_BYTES = 256 * 1024  # upper estimate of what Orbax writes in addition to the arrays
@@ -39,7 +39,7 @@ class RunCheckpoints:
         """Number of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
+    def save(self, step: int, state: Tree, position: Fields) -> None:
         """Starts saving.
 
         Args:
@@ -56,7 +56,7 @@ class RunCheckpoints:
             self._check_space(state)
             self._manager.save(step, args=args)
 
-    def _check_space(self, state: Any) -> None:
+    def _check_space(self, state: Tree) -> None:
         """Checks the free space of a local disk before writing."""
         if "://" in str(self.directory):
             return
@@ -75,7 +75,7 @@ class RunCheckpoints:
         with self._failures("saving a checkpoint"):
             self._manager.wait_until_finished()
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, like: Tree) -> tuple[Tree, Fields]:
         """Reads one checkpoint, every array directly to its sharding.
 
         Args:
@@ -203,7 +203,7 @@ def check_stored(state: epath.PathLike, wanted: Mapping[str, tuple[int, ...]], r
         raise CheckpointError(f"{state} is of another model:\n  " + "\n  ".join([*problems[:8], *more]))
 
 
-def read_parts(directory: epath.PathLike, parts: dict[str, Any]) -> dict[str, Any]:
+def read_parts(directory: epath.PathLike, parts: Fields) -> Fields:
     """Reads some parts of the newest checkpoint of another run, or of a release.
 
     Args:

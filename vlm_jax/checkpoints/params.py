@@ -1,7 +1,6 @@
 """Import of parameters from a release, and export to a release, by a table of rules."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +9,17 @@ import numpy as np
 from vlm_jax.checkpoints import placement
 from vlm_jax.checkpoints.plan import Step, export_plan, flatten, plan
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, matching
+from vlm_jax.types import Dtype, Params, Tree
 
 
 def import_params(
     rules: Iterable[Rule],
     source: Mapping[str, SourceTensor],
-    targets: Any,
+    targets: Tree,
     *,
     ignore: Iterable[str] = (),
     keep: Iterable[str] = (),
-) -> Any:
+) -> Params:
     """Reads a released checkpoint into a tree of parameters.
 
     Tensors are read one at a time, in parts, and only the parts on the devices of this process where the
@@ -56,7 +56,7 @@ def import_params(
     return jax.tree_util.tree_unflatten(structure, [values[path] for path in leaves])
 
 
-def export_params(rules: Iterable[Rule], params: Any, *, dtype: Any = None) -> dict[str, np.ndarray]:
+def export_params(rules: Iterable[Rule], params: Params, *, dtype: Dtype = None) -> dict[str, np.ndarray]:
     """Writes a tree of parameters under the released names: the inverse of `import_params`.
 
     Args:
@@ -85,7 +85,7 @@ def export_params(rules: Iterable[Rule], params: Any, *, dtype: Any = None) -> d
 
 
 def block_reader(
-    step: Step, i: int, source: Mapping[str, SourceTensor], dtype: Any
+    step: Step, i: int, source: Mapping[str, SourceTensor], dtype: Dtype
 ) -> Callable[[tuple[range, ...]], np.ndarray]:
     """A function that reads a block of the step's target `i`, given as one range of step 1 per axis."""
     depth = len(step.rule.stacked)
@@ -128,5 +128,5 @@ def _reader(step: Step, source: Mapping[str, SourceTensor], wanted: Sequence[int
     return read, corner[0].start if corner else None
 
 
-def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+def _shape_of(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))

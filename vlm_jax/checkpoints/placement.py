@@ -15,12 +15,13 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+from vlm_jax.types import Dtype, Selection
 
 Block = tuple[range, ...]  # one range per axis
 Position = tuple[int, ...]  # in a stack of layers
@@ -37,7 +38,7 @@ def readers() -> ThreadPoolExecutor:
 
 def fill(
     leaves: Sequence[jax.ShapeDtypeStruct], depth: int, read: Read, axis: int | None, pool: Executor, *, cut: bool
-) -> list[Any]:
+) -> list[jax.Array]:
     """The parameters that come from the same tensors, on their devices.
 
     Args:
@@ -145,13 +146,13 @@ def _in_host_memory(leaf: jax.ShapeDtypeStruct) -> bool:
 
 
 @functools.lru_cache
-def _zeros(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+def _zeros(shape: tuple[int, ...], dtype: Dtype, sharding: NamedSharding | None) -> Callable[[], jax.Array]:
     """A jitted function that creates an array with a sharding."""
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.lru_cache
-def _writer(sharding: NamedSharding | None) -> Any:
+def _writer(sharding: NamedSharding | None) -> Callable[..., jax.Array]:
     """A jitted function that writes each shard of one array into the same shard of a stack, at an offset."""
 
     def write(stack: jax.Array, piece: jax.Array, offset: jax.Array) -> jax.Array:
@@ -165,7 +166,7 @@ def _writer(sharding: NamedSharding | None) -> Any:
 
 
 def _assembled(
-    leaf: jax.ShapeDtypeStruct, shape: Sequence[int], devices: dict[Any, Block], shards: dict[Block, np.ndarray]
+    leaf: jax.ShapeDtypeStruct, shape: Sequence[int], devices: dict[object, Block], shards: dict[Block, np.ndarray]
 ) -> jax.Array:
     if leaf.sharding is None:
         (whole,) = shards.values()
@@ -174,7 +175,7 @@ def _assembled(
     return jax.make_array_from_single_device_arrays(tuple(shape), leaf.sharding, arrays)
 
 
-def _local_blocks(leaf: jax.ShapeDtypeStruct) -> dict[Any, Block]:
+def _local_blocks(leaf: jax.ShapeDtypeStruct) -> dict[object, Block]:
     """The block of a parameter on every device of this process; under None that of the default device."""
     if leaf.sharding is None:
         return {None: tuple(map(range, leaf.shape))}
@@ -184,7 +185,7 @@ def _local_blocks(leaf: jax.ShapeDtypeStruct) -> dict[Any, Block]:
     }
 
 
-def _memory(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _memory(shape: tuple[int, ...], dtype: Dtype) -> np.ndarray:
     """Page-aligned memory, which a CPU device can adopt; NumPy's memory is not aligned for XLA.
 
     Without huge pages, which NumPy requests: allocating them took ten times as long as the copies.
@@ -232,7 +233,7 @@ def _read_cut(read: Read, position: Position, box: Block | None, places: list[tu
             _copy(out[_within(common, block)], np.asarray(values[i])[_within(common, origin)])
 
 
-def _within(block: Sequence[range], outer: Block) -> tuple[Any, ...]:
+def _within(block: Sequence[range], outer: Block) -> Selection:
     """The index of a block in an array that starts at `outer`; a view also for arrays without axes."""
     parts = zip(block, outer, strict=True)
     return (*(slice(part.start - whole.start, part.stop - whole.start) for part, whole in parts), ...)

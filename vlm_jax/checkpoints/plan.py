@@ -7,7 +7,6 @@ and a wrong shape are all reported in one `CheckpointMismatch`.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch, Nearest
 from vlm_jax.checkpoints.ops import Shape
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, expand, matcher, matching, placeholders
+from vlm_jax.types import Config, Dtype, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Step:
 def plan(
     rules: Iterable[Rule],
     source: Mapping[str, SourceTensor],
-    targets: Any,
+    targets: Tree,
     *,
     ignore: Iterable[str] = (),
     keep: Iterable[str] = (),
@@ -175,7 +175,7 @@ def _step(rule: Rule, values: Mapping[str, int], targets: tuple[str, ...], shape
 
 
 def _check_sources(
-    steps: Iterable[Step], source: Mapping[str, SourceTensor], leaves: Mapping[str, Any], kept: set[str]
+    steps: Iterable[Step], source: Mapping[str, SourceTensor], leaves: Config, kept: set[str]
 ) -> tuple[dict[str, str], dict[str, Rule], list[str]]:
     """Missing keys with their messages, the rule that reads each key, and all other problems of source keys."""
     read: dict[str, Rule] = {}
@@ -230,7 +230,7 @@ def _missing_and_unused(
     return problems
 
 
-def _dtype_problems(key: str, dtype: Any, step: Step, leaves: Mapping[str, Any]) -> list[str]:
+def _dtype_problems(key: str, dtype: Dtype, step: Step, leaves: Config) -> list[str]:
     """Problems of casts between integer and floating-point dtypes."""
     return [
         f"wrong dtype: {key} is {np.dtype(dtype)}, and {path} is {np.dtype(leaves[path].dtype)}"
@@ -259,7 +259,7 @@ def _entry(path: str, position: tuple[int, ...]) -> str:
     return f"{path}[{', '.join(map(str, position))}]" if position else path
 
 
-def flatten(tree: Any) -> list[tuple[str, Any]]:
+def flatten(tree: Tree) -> list[tuple[str, Tree]]:
     """(path, leaf) in tree order, without path entries for boxes of axis names."""
     named = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -268,5 +268,5 @@ def flatten(tree: Any) -> list[tuple[str, Any]]:
     return named
 
 
-def _is_box(part: Any) -> bool:
+def _is_box(part: Tree) -> bool:
     return isinstance(part, jax.tree_util.GetAttrKey) and part.name == "value"

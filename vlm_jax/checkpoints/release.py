@@ -4,14 +4,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from vlm_jax.checkpoints.hub import Checkpoint, CheckpointFileError
 from vlm_jax.checkpoints.params import export_params, import_params
 from vlm_jax.checkpoints.rules import Rule, matcher, matching
 from vlm_jax.checkpoints.saving import check_vacant, copy_companions, save_archive, save_checkpoint
+from vlm_jax.types import Config, Fields, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Release:
       drawn: randomly initialised parts of the model that replace the release's.
     """
 
-    config: Mapping[str, Any]
+    config: Config
     checkpoint: Checkpoint
     folder: Path
     rules: tuple[Rule, ...]
@@ -43,7 +43,7 @@ class Release:
         drawn = tuple(dict.fromkeys((*self.drawn, *parts)))
         return dataclasses.replace(self, rules=kept, ignore=(*self.ignore, *patterns), drawn=drawn)
 
-    def read(self, targets: Mapping[str, Any]) -> dict[str, Any]:
+    def read(self, targets: Config) -> Fields:
         """The parameters of all parts of the release.
 
         Args:
@@ -58,7 +58,7 @@ class Release:
     def save(
         self,
         folder: str | os.PathLike[str],
-        params: Mapping[str, Any],
+        params: Params,
         *,
         finish: Callable[[Path], None] = lambda folder: None,
     ) -> tuple[Path, ...]:
@@ -81,7 +81,7 @@ class Release:
                 f"{folder}: the released schema has no names for the {' and the '.join(self.drawn)} that replaced the "
                 "release's own; save the parameters as a run does, or load the release without the replacement"
             )
-        tensors: dict[str, Any] = export_params(self.rules, params)
+        tensors: Fields = export_params(self.rules, params)
         for key, tensor in self.checkpoint.items():
             if key not in tensors and matching(self.ignore, key):
                 tensors[key] = tensor  # read when its shard is written

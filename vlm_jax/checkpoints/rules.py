@@ -14,11 +14,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from vlm_jax.checkpoints.ops import IDENTITY, Op, Shape
+from vlm_jax.types import Selection
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -33,7 +34,7 @@ class SourceTensor(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
 
-    def __getitem__(self, index: Any, /) -> Any: ...
+    def __getitem__(self, index: Selection, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)

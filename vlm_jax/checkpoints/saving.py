@@ -4,9 +4,8 @@ import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -21,6 +20,7 @@ from vlm_jax.checkpoints.hub import (
     SINGLE_FILE,
     CheckpointFileError,
 )
+from vlm_jax.types import Config
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -58,7 +58,7 @@ def check_vacant(folder: Path) -> None:
 
 def save_checkpoint(
     folder: str | os.PathLike[str],
-    tensors: Mapping[str, Any],
+    tensors: Config,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> tuple[Path, ...]:
@@ -102,7 +102,7 @@ def save_checkpoint(
     return tuple(folder / name for name in names)
 
 
-def save_archive(folder: str | os.PathLike[str], tensors: Mapping[str, Any]) -> tuple[Path, ...]:
+def save_archive(folder: str | os.PathLike[str], tensors: Config) -> tuple[Path, ...]:
     """Writes tensors as `model.npz`, the file of vision_transformer and big_vision.
 
     Args:
@@ -129,7 +129,7 @@ def save_archive(folder: str | os.PathLike[str], tensors: Mapping[str, Any]) -> 
     return (path,)
 
 
-def _shards(tensors: Mapping[str, Any], max_bytes: int) -> list[list[str]]:
+def _shards(tensors: Config, max_bytes: int) -> list[list[str]]:
     """Keys in order, split where the next tensor would exceed `max_bytes`."""
     shards: list[list[str]] = [[]]
     size = 0

@@ -12,6 +12,7 @@ from vlm_jax.cli.process import explained, keep_programs
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
+from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.processors.grounding import draw_boxes
@@ -72,7 +73,9 @@ def main(argv: list[str]) -> None:
             connector=CONNECTOR.value,
         )
         # Templates of language models expect strings, multimodal ones lists of content items.
-        listed = getattr(model.module, "encoder", None) is not None or bool(IMAGE.value or VIDEO.value)
+        listed = (isinstance(model.module, VLM) and model.module.encoder is not None) or bool(
+            IMAGE.value or VIDEO.value
+        )
 
         def message(role: str, text: str, num_images: int = 0, num_videos: int = 0) -> dict:
             seen = [*[{"type": "image"}] * num_images, *[{"type": "video"}] * num_videos]

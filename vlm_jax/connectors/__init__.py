@@ -21,8 +21,11 @@ Those of `PACKED_CONNECTORS` also take packed images, several in a sequence: eac
 neighbours, so that tokens keep the order of the images.
 """
 
+from collections.abc import Mapping
+
 from vlm_jax.connectors.c_abstractor import CAbstractor
 from vlm_jax.connectors.concat import Concat
+from vlm_jax.connectors.connector import Connector
 from vlm_jax.connectors.hybrid_mlp import HybridMlp
 from vlm_jax.connectors.ldp import LDP
 from vlm_jax.connectors.ldp_v2 import LDPv2
@@ -36,7 +39,7 @@ from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.connectors.token_packer import TokenPacker
 from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
 
-CONNECTORS = {
+CONNECTORS: Mapping[str, type[Connector]] = {
     "mlp": MlpConnector,
     "hybrid_mlp": HybridMlp,
     "pool": Pool,

@@ -1,7 +1,5 @@
 """Honeybee's C-Abstractor: convolutions, adaptive average pooling to the token grid, convolutions, an MLP."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -18,7 +16,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import in_rows, masked
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 _SQUEEZE_RATIO = 0.25
 _NORM_EPSILON = 1e-5  # of timm's LayerNormAct2d; its LayerNorm2d has 1e-6
@@ -51,11 +49,11 @@ class CAbstractor(OutputGrid, nn.Module):
     depth: int
     width: int | None = None
     mlp_depth: int = 2
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """The output grid of that size nearest in aspect to `grid`, and a position table for `grid`."""
         return {**super().for_budget(budget, grid), "table_grid": grid}
 
@@ -105,8 +103,8 @@ class RegNetBlock(nn.Module):
     """
 
     width: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(

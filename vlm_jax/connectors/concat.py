@@ -1,7 +1,5 @@
 """Qwen2-VL's patch merger: each feature is normalised, k x k neighbours are concatenated and projected by an MLP."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -9,7 +7,7 @@ from vlm_jax.connectors.solving import WholeSquares
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.squares import squares
-from vlm_jax.types import VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 
 class Concat(WholeSquares, nn.Module):
@@ -34,8 +32,8 @@ class Concat(WholeSquares, nn.Module):
     factor: int
     norm: NormKind = "layer"
     norm_epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

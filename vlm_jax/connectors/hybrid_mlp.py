@@ -1,7 +1,5 @@
 """DeepSeek-VL's connector of two encoders: each is projected to half of the width, then an MLP is applied to both."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -9,7 +7,7 @@ from vlm_jax import axes
 from vlm_jax.budget import InfeasibleGrid, refuse
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 
 class HybridMlp(nn.Module):
@@ -30,8 +28,8 @@ class HybridMlp(nn.Module):
 
     features: int
     depth: int = 2
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
         """The number of features of one encoder."""
@@ -42,7 +40,7 @@ class HybridMlp(nn.Module):
         return grid
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """No field to solve; the budget must be the number of features."""
         if budget != grid[0] * grid[1]:
             raise refuse("hybrid_mlp", budget, grid, [grid[0] * grid[1]], "it keeps every feature")

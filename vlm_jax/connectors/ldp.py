@@ -1,7 +1,5 @@
 """MobileVLM's lightweight downsample projector: an MLP, then two depthwise convolution blocks."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,7 +12,7 @@ from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.squares import in_rows, masked
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 WINDOW = 3  # of the depthwise convolutions; a larger stride would skip features
 
@@ -42,8 +40,8 @@ class LDPBlock(nn.Module):
 
     stride: int
     norm_epsilon: float
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -85,8 +83,8 @@ class LDP(nn.Module):
     features: int
     stride: int = 2
     norm_epsilon: float = 1e-5
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
         """Number of outputs of the last convolution."""
@@ -97,7 +95,7 @@ class LDP(nn.Module):
         return -(-grid[0] // self.stride), -(-grid[1] // self.stride)
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """The smallest stride that gives `budget` tokens."""
         for stride in range(1, WINDOW + 1):
             if cls(1, stride).num_tokens(grid) == budget:

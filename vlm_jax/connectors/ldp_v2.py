@@ -1,7 +1,5 @@
 """MobileVLM V2's projector: an MLP, adaptive average pooling, a depthwise convolution as position encoding."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -10,7 +8,7 @@ from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.conv import Conv, reached
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.squares import masked
-from vlm_jax.types import VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 
 class LDPv2(OutputGrid, nn.Module):
@@ -31,8 +29,8 @@ class LDPv2(OutputGrid, nn.Module):
 
     features: int
     output_grid: tuple[int, int]
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

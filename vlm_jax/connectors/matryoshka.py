@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from vlm_jax.connectors.perceiver import Perceiver
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.qformer import QFormer
 from vlm_jax.connectors.resampler import Resampler
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Config, Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 # Connectors that average windows, which nest where grids divide each other, and query connectors, which use the first.
 POOLING = {"pool": Pool, "ldp_v2": LDPv2, "c_abstractor": CAbstractor}
@@ -50,12 +49,12 @@ class Matryoshka(nn.Module):
     """
 
     features: int
-    inner: Mapping[str, Any]
+    inner: Config
     budgets: tuple[int, ...]
     token_budget: int
-    members: tuple[Mapping[str, Any], ...]
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    members: tuple[Config, ...]
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
         """The tokens of the inner connector at `token_budget`."""
@@ -73,9 +72,9 @@ class Matryoshka(nn.Module):
         budget: int,
         grid: Grid,
         *,
-        inner: Mapping[str, Any] = FrozenDict(kind="pool"),
+        inner: Config = FrozenDict(kind="pool"),  # noqa: B008 (frozen)
         budgets: tuple[int, ...] | None = None,
-    ) -> dict[str, Any]:
+    ) -> Fields:
         """The inner connector's fields for each of `budgets`, which must include the budget.
 
         Args:
@@ -132,7 +131,7 @@ def _by_name() -> Iterator[None]:
         raise type(error)(f"matryoshka: {error}") from error
 
 
-def _solve(budgets: tuple[int, ...], grid: Grid, inner: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _solve(budgets: tuple[int, ...], grid: Grid, inner: Config) -> list[Fields]:
     """The inner connector's fields for every budget, with shared parameters and nested tokens."""
     if "kind" not in inner:
         raise ConfigError(f"{_PATH}.kind: missing; one of {', '.join([*POOLING, *QUERIES])}")
@@ -156,7 +155,7 @@ def _solve(budgets: tuple[int, ...], grid: Grid, inner: Mapping[str, Any]) -> li
     return members
 
 
-def _halves(budget: int, grid: Grid, inner: Mapping[str, Any]) -> tuple[int, ...]:
+def _halves(budget: int, grid: Grid, inner: Config) -> tuple[int, ...]:
     """The budget, its half, and so on, as long as they are integers and nested."""
     found = (budget,)
     while found[0] > 1 and found[0] % 2 == 0:

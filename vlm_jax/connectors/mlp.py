@@ -1,14 +1,12 @@
 """LLaVA's connector: an MLP on every feature, one token per feature."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax.budget import refuse
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.squares import masked
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 
 class MlpConnector(nn.Module):
@@ -31,8 +29,8 @@ class MlpConnector(nn.Module):
 
     features: int
     depth: int = 2
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def num_tokens(self, grid: Grid) -> int:
         """The number of features."""
@@ -43,7 +41,7 @@ class MlpConnector(nn.Module):
         return grid
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """No field to solve; the budget must be the number of features."""
         if budget != grid[0] * grid[1]:
             raise refuse("mlp", budget, grid, [grid[0] * grid[1]], "it keeps every feature")

@@ -1,8 +1,5 @@
 """The perceiver resampler: learned queries attend to the features and to each other in every layer."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -15,7 +12,7 @@ from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import masked
-from vlm_jax.types import VisualFeatures, VisualTokens
+from vlm_jax.types import Config, Dtype, VisualFeatures, VisualTokens
 
 _MLP_RATIO = 4  # of every layer, in both releases
 
@@ -60,8 +57,8 @@ class Perceiver(Queries, nn.Module):
     gated: bool = True
     norm_epsilon: float = 1e-6
     num_used: int | None = None
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
@@ -100,9 +97,9 @@ class PerceiverLayer(nn.Module):
       attention, mlp, norm: keyword arguments of `MultiHeadAttention`, `Mlp` and `Norm`.
     """
 
-    attention: Mapping[str, Any]
-    mlp: Mapping[str, Any]
-    norm: Mapping[str, Any]
+    attention: Config
+    mlp: Config
+    norm: Config
 
     @nn.compact
     def __call__(

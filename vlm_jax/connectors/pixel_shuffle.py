@@ -1,6 +1,6 @@
 """InternVL's and DeepSeek-VL2's connector: squares of neighbours become one token of factor**2 times the width."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,7 +10,7 @@ from vlm_jax.connectors.solving import CoveringSquares
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.squares import in_rows, squares
-from vlm_jax.types import VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 Version = Literal["v1", "v2"]
 
@@ -69,8 +69,8 @@ class PixelShuffle(CoveringSquares, nn.Module):
     norm_epsilon: float = 1e-5
     mlp_dim: int | None = None
     depth: int = 2
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

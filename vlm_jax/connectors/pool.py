@@ -1,7 +1,5 @@
 """Adaptive average pooling to a chosen grid, then a two-layer MLP."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -10,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.squares import in_rows
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, Grid, VisualFeatures, VisualTokens
 
 
 def averaging_matrix(size_in: int, size_out: int) -> np.ndarray:
@@ -66,8 +64,8 @@ class Pool(OutputGrid, nn.Module):
 
     features: int
     output_grid: tuple[int, int]
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

@@ -1,8 +1,5 @@
 """The Q-Former: learned queries and an optional instruction attend to each other, and queries to the features."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +13,7 @@ from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import masked
-from vlm_jax.types import Instruction, VisualFeatures, VisualTokens
+from vlm_jax.types import Config, Dtype, Instruction, VisualFeatures, VisualTokens
 
 # Queries, and the instruction or None: the carry of the layers.
 Stream = tuple[Float[Array, "B M D"], Float[Array, "B T D"] | None]
@@ -54,8 +51,8 @@ class QueryTransformer(nn.Module, kw_only=True):
     norm_epsilon: float = 1e-12
     vocab_size: int | None = None
     max_length: int = 512
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -161,7 +158,7 @@ class QFormerGroup(nn.Module):
     """
 
     num_layers: int
-    layer: Mapping[str, Any]
+    layer: Config
 
     @nn.compact
     def __call__(self, stream: Stream, memory: jax.Array, contexts: tuple[Context, Context]) -> tuple[Stream, None]:
@@ -185,8 +182,8 @@ class QFormerLayer(nn.Module):
     activation: str
     norm_epsilon: float
     reads_features: bool
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, stream: Stream, memory: Float[Array, "B N E"], contexts: tuple[Context, Context]) -> Stream:

@@ -1,7 +1,6 @@
 """Qwen-VL's resampler: one cross-attention from learned queries to all features."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.position_embedding import sincos_2d
 from vlm_jax.layers.resize import resize
 from vlm_jax.layers.squares import in_rows, masked
-from vlm_jax.types import Grid, VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, Grid, VisualFeatures, VisualTokens
 
 
 class Resampler(Queries, nn.Module):
@@ -50,8 +49,8 @@ class Resampler(Queries, nn.Module):
     released: bool = False
     norm_epsilon: float = 1e-6
     num_used: int | None = None
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def query_positions(self, grid: Grid) -> jnp.ndarray:
         """[num_queries, D] sin-cos embeddings of the queries' positions, stretched over `grid`."""
@@ -70,7 +69,7 @@ class Resampler(Queries, nn.Module):
         if side * side != self.num_queries:
             raise ValueError(f"released positions need a square number of queries, got {self.num_queries}")
 
-        def init(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+        def init(key: jax.Array, shape: tuple[int, int], dtype: Dtype) -> jax.Array:
             del key
             return jnp.asarray(sincos_2d((side, side), shape[1], last=False), dtype)
 

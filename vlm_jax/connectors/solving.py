@@ -3,10 +3,8 @@
 A connector sets the class attribute `kind` to its key in `CONNECTORS`, and has the field that is solved.
 """
 
-from typing import Any
-
 from vlm_jax.budget import InfeasibleGrid, refuse, solve_grid, squares_of_sizes
-from vlm_jax.types import Grid
+from vlm_jax.types import Fields, Grid
 
 
 class OutputGrid:
@@ -26,7 +24,7 @@ class OutputGrid:
         return self.output_grid
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """The output grid of `budget` tokens whose aspect ratio is nearest to that of `grid`."""
         return {"output_grid": solve_grid(cls.kind, budget, grid)}
 
@@ -55,7 +53,7 @@ class WholeSquares:
         return grid[0] // self.factor, grid[1] // self.factor
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """The factor that gives `budget` squares."""
         budgets = squares_of_sizes(grid, whole=True)
         if budget not in budgets:
@@ -78,7 +76,7 @@ class CoveringSquares:
         return -(-grid[0] // self.factor), -(-grid[1] // self.factor)
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """The smallest factor that gives `budget` squares."""
         budgets = squares_of_sizes(grid, whole=False)
         if budget not in budgets:
@@ -104,7 +102,7 @@ class Queries:
         return None
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid) -> Fields:
         """As many queries as tokens; every positive budget is feasible."""
         if budget < 1:
             raise refuse(cls.kind, budget, grid, [1], "it has at least one query")

@@ -1,7 +1,6 @@
 """TokenPacker: a coarse map of queries, each of which attends to its own square of fine features."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,7 +13,7 @@ from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.resize import resize
 from vlm_jax.layers.squares import in_rows, masked, squares
-from vlm_jax.types import VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 
 class TokenPacker(WholeSquares, nn.Module):
@@ -41,8 +40,8 @@ class TokenPacker(WholeSquares, nn.Module):
     factor: int
     num_heads: int | None = None
     norm_epsilon: float = 1e-6
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:

@@ -1,6 +1,6 @@
 """Ovis's connector: a token is the mean of visual word embeddings under a distribution that its features give."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from vlm_jax.connectors.solving import CoveringSquares
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.squares import squares
-from vlm_jax.types import VisualFeatures, VisualTokens
+from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax", "hard_softmax"]
 
@@ -67,8 +67,8 @@ class VisualVocabulary(CoveringSquares, nn.Module):
     tokenize: Tokenize = "softmax"
     tau: float = 1.0
     norm_epsilon: float = 1e-5
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def setup(self):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}

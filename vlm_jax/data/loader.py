@@ -7,7 +7,7 @@ reads, or the number of shards.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grain
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from vlm_jax.config import ConfigError
-from vlm_jax.types import Batch, CellBatch
+from vlm_jax.types import Batch, CellBatch, Tree
 
 Rows = TypeVar("Rows", Batch, CellBatch)
 
@@ -70,7 +70,7 @@ class _Batches:
 
     def __getitem__(self, index: int) -> Batch | CellBatch:
         first = index * self._batch_size + self._offset
-        rows: list[Any] = [self._dataset[element] for element in range(first, first + self._part)]
+        rows: list[Tree] = [self._dataset[element] for element in range(first, first + self._part)]
         return join(rows)
 
 

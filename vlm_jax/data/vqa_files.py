@@ -20,7 +20,7 @@ from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.source import SizedStream, Tools
 from vlm_jax.data.vqa_records import Record, read_records
-from vlm_jax.types import Sample, SampleSizes, images_of
+from vlm_jax.types import Fields, Sample, SampleSizes, images_of
 
 Found = TypeVar("Found")
 
@@ -105,11 +105,11 @@ class Records:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Fields:
         """State for another process, which counts unreadable records separately."""
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Fields) -> None:
         self.__dict__ |= state
         self._lock = threading.Lock()
 

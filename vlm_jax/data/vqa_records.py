@@ -41,6 +41,7 @@ from typing import Any
 from etils import epath
 
 from vlm_jax.config import ConfigError, did_you_mean
+from vlm_jax.types import Fields
 
 KEYS = ("id", "image", "question", "answer", "turns", "conversations", "task")
 EXTRA_KEYS = ("model", "source", "dataset", "width", "height", "metadata")
@@ -78,7 +79,7 @@ class Record:
     contents: tuple[Content, ...]
 
     @property
-    def messages(self) -> tuple[dict[str, Any], ...]:
+    def messages(self) -> tuple[Fields, ...]:
         """Chat messages: a user's content is a list of images and texts, any other content is a text."""
         return tuple(
             {"role": role, "content": [_item(part) for part in parts] if role == "user" else parts[0]}
@@ -187,7 +188,7 @@ def _record(fields: Any, folder: str, tasks: tuple[str, ...]) -> Record:
     return Record(str(record_id), tuple(os.path.join(folder, image) for image in images), task, contents)
 
 
-def _images(fields: dict[str, Any], may_be_empty: bool) -> list[str]:
+def _images(fields: Fields, may_be_empty: bool) -> list[str]:
     given = fields.get("image")
     if may_be_empty and given in (None, "", []):
         return []
@@ -197,7 +198,7 @@ def _images(fields: dict[str, Any], may_be_empty: bool) -> list[str]:
     return images
 
 
-def _questions(fields: dict[str, Any], num_images: int) -> tuple[Content, ...]:
+def _questions(fields: Fields, num_images: int) -> tuple[Content, ...]:
     """The messages of a record in either of the two schemas of questions and answers."""
     single = [name for name in ("question", "answer") if name in fields]
     if "turns" in fields:
@@ -220,7 +221,7 @@ def _questions(fields: dict[str, Any], num_images: int) -> tuple[Content, ...]:
     return tuple(contents)
 
 
-def _conversation(fields: dict[str, Any], num_images: int) -> tuple[Content, ...]:
+def _conversation(fields: Fields, num_images: int) -> tuple[Content, ...]:
     """The messages of a record in LLaVA's schema."""
     for name in ("question", "answer", "turns"):
         if name in fields:

@@ -5,7 +5,10 @@ segment_ids, cache=None, branch_ids=None) -> (hidden, cache)`, `logits(hidden)`,
 `init_cache(batch_size, length, dtype=None)`.
 """
 
+from collections.abc import Mapping
+
+from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders.transformer import Transformer
 
-DECODERS = {"deepseek": Deepseek, "transformer": Transformer}
+DECODERS: Mapping[str, type[Decoder]] = {"deepseek": Deepseek, "transformer": Transformer}

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from vlm_jax.layers.attention import KeyValue
+from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.per_layer import PerLayer, written
-from vlm_jax.types import static_field, struct
+from vlm_jax.types import Tree, static_field, struct
 
 
 @struct
@@ -30,7 +31,7 @@ class Cache:
       is_empty: whether nothing is written yet (static): a prompt then attends only to itself.
     """
 
-    layers: Any
+    layers: Tree
     segment_ids: Int[Array, "B S"]
     length: Int[Array, ""]
     rest: "Cache | None" = None
@@ -39,7 +40,7 @@ class Cache:
     is_empty: bool = static_field(default=False)
 
     @classmethod
-    def empty(cls, layers: Any, batch_size: int, length: int) -> "Cache":
+    def empty(cls, layers: Tree, batch_size: int, length: int) -> "Cache":
         """An empty cache of `length` slots per row, stored in `layers`."""
         segment_ids = jnp.zeros((batch_size, length), jnp.int32)
         return cls(layers, segment_ids, jnp.zeros((), jnp.int32), is_empty=True)
@@ -55,7 +56,7 @@ class Cache:
         return dataclasses.replace(parts[0], rest=cls.chained(parts[1:]) if len(parts) > 1 else None)
 
     @property
-    def readable(self) -> Any:
+    def readable(self) -> Tree:
         """The layers to read: without slots while nothing is written."""
         if not self.is_empty:
             return self.layers
@@ -70,7 +71,7 @@ class Cache:
         held = jax.lax.dynamic_update_slice(self.segment_ids, segment_ids, (0, self.length))
         return dataclasses.replace(self, segment_ids=held, length=self.length + segment_ids.shape[1], is_empty=False)
 
-    def with_written(self, fresh: Any, segment_ids: Int[Array, "B T"]) -> "Cache":
+    def with_written(self, fresh: Tree, segment_ids: Int[Array, "B T"]) -> "Cache":
         """The cache with `fresh`, the values of T positions in the form of `layers`, written to the next slots."""
         layers = over_layers(lambda old, new, axis: written(old, new, self.length, axis), self.layers, fresh)
         return dataclasses.replace(self.with_segments(segment_ids), layers=layers)
@@ -81,8 +82,8 @@ class Cache:
         return dataclasses.replace(self, layers=layers, rest=None if self.rest is None else self.rest.per_layer())
 
 
-def over_layers(function: Callable[..., Any], layers: Any, *others: Any) -> Any:
+def over_layers(function: Callable[..., Tree], layers: Tree, *others: Tree) -> Tree:
     """`function(*leaves, axis of the slots)` over the stacks of `layers`."""
-    if not hasattr(layers, "SLOTS"):
+    if not isinstance(layers, KeyValue | LatentKeyValue):
         return tuple(over_layers(function, *parts) for parts in zip(layers, *others, strict=True))
     return type(layers)(*(function(*leaves) for leaves in zip(layers, *others, layers.SLOTS, strict=True)))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -19,7 +19,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.router import Scoring, Selection
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.types import Drop, Positions, VisualPlaces
+from vlm_jax.types import Drop, Dtype, Fields, Positions, VisualPlaces
 
 # Fields that are not read: those of the other attention, and of groups without a group-limited selection.
 _OF_LATENT = ("query_latent_dim", "content_dim", "rope_dim", "value_dim", "logit_scale", "attention_bias")
@@ -101,8 +101,8 @@ class Deepseek(DropsTokens, nn.Module):
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
     unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def __post_init__(self):
         latent, greedy = self.latent_dim is not None, self.selection == "greedy"
@@ -131,7 +131,7 @@ class Deepseek(DropsTokens, nn.Module):
         starts = [i for i in range(self.depth) if i == 0 or kinds[i] != kinds[i - 1]]
         return [(f"{kinds[i]}_{i}", i, stop) for i, stop in itertools.pairwise([*starts, self.depth])]
 
-    def _block(self, *, sparse: bool) -> dict[str, Any]:
+    def _block(self, *, sparse: bool) -> Fields:
         """Arguments of `TransformerBlock`."""
         latent = experts = None
         if self.latent_dim is not None:
@@ -177,7 +177,7 @@ class Deepseek(DropsTokens, nn.Module):
         """Looks up token ids."""
         return self.embedding(tokens)
 
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> tuple[LayerCache, ...]:
+    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> tuple[LayerCache, ...]:
         """Latents, or keys and values, of layers `start` to `stop` - 1, one stack for each stack of the decoder."""
 
         def empty(depth: int) -> LayerCache:

@@ -4,7 +4,6 @@ import abc
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
-from vlm_jax.layers.attention import Context
+from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, TransformerStack
+from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
-from vlm_jax.types import PADDING_SEGMENT, Drop, Positions, VisualPlaces, struct
+from vlm_jax.types import PADDING_SEGMENT, Drop, Dtype, Positions, VisualPlaces, struct
 
 _NOWHERE = 2**30  # the index of padding added after a drop
 
@@ -159,7 +159,7 @@ class DropsTokens:
     depth: int
     rope: Rope
     drops: tuple[Drop, ...]
-    dtype: Any
+    dtype: Dtype
 
     @abc.abstractmethod
     def stacks(self) -> list[tuple[str, int, int]]:
@@ -178,10 +178,12 @@ class DropsTokens:
         del positions
 
     @abc.abstractmethod
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> LayerCache:
+    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> LayerCache:
         """The empty cache of layers `start` to `stop` - 1: a stack, or a tuple of stacks."""
 
-    def init_cache(self, batch_size: int, length: int, dtype: Any = None, places: VisualPlaces | None = None) -> Cache:
+    def init_cache(
+        self, batch_size: int, length: int, dtype: Dtype = None, places: VisualPlaces | None = None
+    ) -> Cache:
         """An empty cache for `length` positions per row; layers after a drop have fewer.
 
         `dtype` is the decoder's when None; `places` are those of the prompt to be cached.
@@ -250,25 +252,27 @@ class DropsTokens:
         angles = self.rope.angles(rows.positions, self.rotary_dim(), rows.lengths)
         return dataclasses.replace(rows, angles=angles, query_scale=self.query_scale(rows.positions))
 
+    def _stack(self, name: str) -> TransformerStack:
+        """The stack that `setup` made under a name."""
+        return getattr(self, name)
+
     def _stack_of(self, layer: int) -> tuple[TransformerStack, int]:
         """The stack of a layer, and its index there."""
-        return next(
-            (getattr(self, name), layer - start) for name, start, stop in self.stacks() if start <= layer < stop
-        )
+        return next((self._stack(name), layer - start) for name, start, stop in self.stacks() if start <= layer < stop)
 
     def _span(
         self, rows: Rows, cache: Cache | None, start: int, stop: int, coming: Drop | None
     ) -> tuple[Float[Array, "B T D"], Cache | None, Heads | None]:
         """Layers `start` to `stop` - 1, and the queries and keys that rank tokens for the next drop."""
         context, heads, x = self.context(rows), None, rows.x
-        held: tuple[Any, ...] = ()
+        held: tuple[LayerCache, ...] = ()
         if cache is not None:
             context = dataclasses.replace(context, key_segments=cache.key_segments(rows.segment_ids), branches=None)
             held = _as_tuple(cache.readable)
         pieces = [(name, max(start, a), min(stop, b), a, b) for name, a, b in self.stacks() if a < stop and b > start]
         written = []
         for number, (name, first, last, a, b) in enumerate(pieces):
-            stack: TransformerStack = getattr(self, name)
+            stack = self._stack(name)
             own = held[number] if held else None
             if coming is not None and coming.ranked_by == last - 1 == stop - 1:
                 head, tail = (None, None) if own is None else (own.part(0, -1), own.part(-1, None))
@@ -302,6 +306,6 @@ def _spans_of(cache: Cache) -> list[tuple[int, int]]:
     return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
 
 
-def _as_tuple(layers: LayerCache) -> tuple[Any, ...]:
+def _as_tuple(layers: LayerCache) -> tuple[LayerCache, ...]:
     """The stacks of a cache."""
-    return (layers,) if hasattr(layers, "SLOTS") else layers
+    return (layers,) if isinstance(layers, KeyValue | LatentKeyValue) else layers

@@ -1,6 +1,6 @@
 """The text tower of two-tower models: CLIP's, SigLIP's and big_vision's."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,7 +12,7 @@ from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed, with_axes
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
-from vlm_jax.types import struct
+from vlm_jax.types import Dtype, struct
 
 TextPooling = Literal["first", "last", "mean", "max", "map", "highest", "end"]
 
@@ -76,8 +76,8 @@ class TextTower(nn.Module):
     norm_epsilon: float = 1e-6
     remat: RematPolicy = "none"
     unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def setup(self):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}

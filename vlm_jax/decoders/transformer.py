@@ -1,7 +1,6 @@
 """The decoder-only transformer of the Llama family: RoPE, grouped heads, RMSNorm, SwiGLU."""
 
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,7 +14,7 @@ from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
-from vlm_jax.types import Drop, Positions, VisualPlaces
+from vlm_jax.types import Drop, Dtype, Positions, VisualPlaces
 
 
 class Transformer(DropsTokens, nn.Module):
@@ -66,8 +65,8 @@ class Transformer(DropsTokens, nn.Module):
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
     unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def setup(self):
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -108,7 +107,7 @@ class Transformer(DropsTokens, nn.Module):
         """One stack of all layers."""
         return [("blocks", 0, self.depth)]
 
-    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Any) -> KeyValue:
+    def empty_layers(self, start: int, stop: int, batch_size: int, slots: int, dtype: Dtype) -> KeyValue:
         """Keys and values of layers `start` to `stop` - 1."""
         return KeyValue.empty(stop - start, batch_size, slots, self.num_kv_heads, self.rotary_dim(), dtype)
 

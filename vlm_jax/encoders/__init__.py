@@ -7,7 +7,10 @@ images of any size share a sequence; their features are in blocks (`VisualFeatur
 defines how the processor patchifies and packs. `COMPOSITE_ENCODERS` contain other encoders and take their inputs.
 """
 
+from collections.abc import Mapping
+
 from vlm_jax.encoders.aimv2 import AIMv2
+from vlm_jax.encoders.encoder import Encoder, ImageEncoder, PackedEncoder
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.multiscale import MultiScale
 from vlm_jax.encoders.naflex import NaflexViT
@@ -17,6 +20,10 @@ from vlm_jax.encoders.sam import SAM
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.encoders.vit import ViT
 
-ENCODERS = {"vit": ViT, "aimv2": AIMv2, "resnet": ModifiedResNet, "sam": SAM}
-COMPOSITE_ENCODERS = {"hybrid": Hybrid, "multiscale": MultiScale}
-PACKED_ENCODERS = {"naflex": NaflexViT, "qwen_vit": QwenViT, "siglip2_navit": Siglip2NaViT}
+ENCODERS: Mapping[str, type[ImageEncoder]] = {"vit": ViT, "aimv2": AIMv2, "resnet": ModifiedResNet, "sam": SAM}
+COMPOSITE_ENCODERS: Mapping[str, type[Encoder]] = {"hybrid": Hybrid, "multiscale": MultiScale}
+PACKED_ENCODERS: Mapping[str, type[PackedEncoder]] = {
+    "naflex": NaflexViT,
+    "qwen_vit": QwenViT,
+    "siglip2_navit": Siglip2NaViT,
+}

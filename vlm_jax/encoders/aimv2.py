@@ -1,7 +1,5 @@
 """AIMv2, the vision tower of Ovis 2: RMSNorm, SwiGLU, a norm after the patch embedding."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -15,7 +13,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.saliency import Saliency
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 
 class AIMv2(nn.Module):
@@ -58,13 +56,18 @@ class AIMv2(nn.Module):
     saliency: Saliency = "none"
     remat: RematPolicy = "none"
     unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @property
     def features(self) -> int:
         """Width D_v of the features."""
         return self.width
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are built."""
+        return self.depth
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches of an image of `height` x `width` pixels; a remainder is dropped.

@@ -7,6 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.encoders.encoder import ImageEncoder
 from vlm_jax.layers.resize import resize
 from vlm_jax.types import Grid, TwoSizes, VisualFeatures
 
@@ -38,8 +39,8 @@ class Hybrid(nn.Module):
     HybridVisionTower, where `sum` is called `add`.
     """
 
-    high: nn.Module
-    low: nn.Module
+    high: ImageEncoder
+    low: ImageEncoder
     low_size: int
     combine: Combine
     high_statistics: ChannelStatistics | None = None
@@ -51,6 +52,11 @@ class Hybrid(nn.Module):
         if self.combine in ("feature", "tuple"):
             return self.high.features + self.low.features
         return self.high.features
+
+    @property
+    def num_blocks(self) -> int:
+        """None: each encoder has its own."""
+        return 0
 
     def low_image_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels of the input of `low` for an image of `height` x `width` pixels."""

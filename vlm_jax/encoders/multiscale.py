@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.encoders.encoder import ImageEncoder
 from vlm_jax.layers.resize import resize
 from vlm_jax.types import Grid, VisualFeatures
 
@@ -56,7 +56,7 @@ class MultiScale(nn.Module):
     Source: Shi et al. 2024 (S²), section 3.1; s2wrapper/core.py, forward.
     """
 
-    encoder: nn.Module
+    encoder: ImageEncoder
     scales: tuple[int | float, ...]
     image_sizes: tuple[tuple[int, int], ...] = ()
     max_split_size: int | None = None
@@ -66,6 +66,11 @@ class MultiScale(nn.Module):
     def features(self) -> int:
         """Width D_v of the features."""
         return self.encoder.features * max(len(self.scales), len(self.image_sizes))
+
+    @property
+    def num_blocks(self) -> int:
+        """None: those of `encoder` run several times."""
+        return 0
 
     def sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """(height, width) in pixels of every scale of an image.
@@ -134,7 +139,7 @@ class MultiScale(nn.Module):
     def _encode(self, pieces: list[Float[Array, "_ _ _ c"]]) -> list[Float[Array, "_ _ D"]]:
         """The features of every scale's pieces, one call of the encoder per piece size."""
         shapes = [piece.shape[1:3] for piece in pieces]
-        found: list[Any] = [None] * len(pieces)
+        found = [pieces[0]] * len(pieces)
         for shape in dict.fromkeys(shapes):
             same = [i for i, other in enumerate(shapes) if other == shape]
             tokens = self.encoder(jnp.concatenate([pieces[i] for i in same])).tokens

@@ -1,7 +1,6 @@
 """Base of the encoders of packed patches: blocks, input checks, grid and output."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.saliency import Saliency
 from vlm_jax.layers.windowed_stack import WindowedStack, restore_order
-from vlm_jax.types import PADDING_SEGMENT, Grid, PackedPatches, PatchFormat, VisualFeatures
+from vlm_jax.types import PADDING_SEGMENT, Dtype, Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
 class PackedTrunk(nn.Module, kw_only=True):
@@ -67,13 +66,18 @@ class PackedTrunk(nn.Module, kw_only=True):
     rope_theta: float = 10_000.0
     saliency: Saliency = "none"
     remat: RematPolicy = "none"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @property
     def features(self) -> int:
         """Width D_v of the features."""
         return self.width
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are built."""
+        return self.depth
 
     @property
     def window(self) -> int | None:

@@ -1,7 +1,5 @@
 """CLIP's ResNet: a stem of three convolutions, anti-aliased strides, attention pooling."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,7 +9,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.conv import Conv
 from vlm_jax.layers.dense import with_axes
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 _NORM_EPSILON = 1e-5
 
@@ -24,8 +22,8 @@ class FrozenBatchNorm(nn.Module):
     Source: Ioffe and Szegedy 2015, algorithm 2.
     """
 
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols D"]) -> Float[Array, "B rows cols D"]:
@@ -58,8 +56,8 @@ class Bottleneck(nn.Module):
 
     features: int
     stride: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
@@ -92,8 +90,8 @@ class AttentionPool(nn.Module):
     num_heads: int
     num_positions: int
     out_dim: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B E"]:
@@ -136,13 +134,18 @@ class ModifiedResNet(nn.Module):
     base_width: int
     num_heads: int
     projection_dim: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @property
     def features(self) -> int:
         """Width D_v of the features."""
         return 32 * self.base_width
+
+    @property
+    def num_blocks(self) -> int:
+        """None: stages of convolutions."""
+        return 0
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of the last map; every halving rounds down except the first, which rounds up.

@@ -1,7 +1,5 @@
 """The ResNet in front of a hybrid ViT: weight-standardised convolutions and GroupNorm."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -10,7 +8,7 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.layers.conv import Conv
 from vlm_jax.layers.dense import with_axes
-from vlm_jax.types import Grid
+from vlm_jax.types import Dtype, Grid
 
 _GROUPS = 32
 _NORM_EPSILON = 1e-6
@@ -23,8 +21,8 @@ class GroupNorm(nn.Module):
     Source: Wu and He 2018, eq. 7.
     """
 
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols D"]) -> Float[Array, "B rows cols D"]:
@@ -43,8 +41,8 @@ class ResidualUnit(nn.Module):
 
     features: int
     stride: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:
@@ -76,8 +74,8 @@ class ResNetStem(nn.Module):
 
     layers: tuple[int, ...]
     width: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def map_size(self, height: int, width: int) -> Grid:
         """Rows and columns of the map of an image of `height` x `width` pixels."""

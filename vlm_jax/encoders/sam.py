@@ -1,7 +1,8 @@
 """SAM's image encoder: windowed and global blocks, followed by the down-sampling of DeepSeek-VL."""
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.resize import resize, resize_axis
 from vlm_jax.layers.scan import scan_layers
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 NECK_EPSILON = 1e-6
 
@@ -105,8 +106,8 @@ class RelativeAttention(nn.Module):
     num_heads: int
     table_grid: Grid
     qkv_bias: bool = True
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B R C D"]) -> Float[Array, "B R C D"]:
@@ -157,8 +158,8 @@ class SamBlock(nn.Module):
     qkv_bias: bool = True
     window_size: int | None = None
     collect: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -182,8 +183,8 @@ class Neck(nn.Module):
     """Two convolutions without bias, 1x1 and 3x3, each with a norm over the channels."""
 
     features: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B R C D"]) -> Float[Array, "B R C E"]:
@@ -240,13 +241,18 @@ class SAM(nn.Module):
     high_res_branch: bool = False
     remat: RematPolicy = "none"
     unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @property
     def features(self) -> int:
         """Width D_v of the features."""
         return (self.neck_dim, *self.downsample_dims)[-1]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that are built."""
+        return self.depth
 
     def patch_grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches, the blocks' input; a remainder is dropped.
@@ -311,7 +317,7 @@ class SAM(nn.Module):
 
     def _stack(self, run: Run, table_grid: Grid, collect: bool) -> nn.Module:
         """The blocks of a run, scanned."""
-        block: Any = SamBlock
+        block: Callable[..., nn.Module] = SamBlock
         if self.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         length = run.stop - run.start

@@ -1,6 +1,6 @@
 """Base of the plain vision transformers: blocks, norms, layer selection and pooling heads."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -15,7 +15,7 @@ from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
 from vlm_jax.layers.saliency import Saliency
 from vlm_jax.layers.token_merging import run_merging
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 Pooling = Literal["none", "token", "gap", "max", "map"]
 
@@ -84,8 +84,8 @@ class Trunk(nn.Module, kw_only=True):
     merging: Literal["exact", "as_released"] = "exact"
     remat: RematPolicy = "none"
     unroll: int = 1
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @property
     def features(self) -> int:

@@ -17,7 +17,7 @@ from vlm_jax.processors.processor import Example
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
-from vlm_jax.types import TEXT_SLOT, Load, Sample
+from vlm_jax.types import TEXT_SLOT, Load, Params, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
@@ -80,7 +80,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def answer_all(
-    experiment: Experiment, params: dict[str, Any], samples: Iterable[Sample], settings: EvaluationSettings
+    experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
 ) -> list[Answer]:
     """Generates an answer to the last question of every sample; the last batch is padded by repeats.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,13 +9,13 @@ from jax.sharding import Mesh
 
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.sharding.rules import BATCH_AXES
-from vlm_jax.types import PADDING_SEGMENT, PROMPT_SEGMENT, TEXT_SLOT, Batch, VisualPlaces
+from vlm_jax.types import PADDING_SEGMENT, PROMPT_SEGMENT, TEXT_SLOT, Batch, Fields, VisualPlaces
 
 SHORTEST_BUCKET = 16
 CACHE_MULTIPLE = 32  # cache lengths are multiples of it, so that a few more new tokens need no compilation
 
 # Padding values of the columns before a prompt.
-FILL: dict[str, Any] = {
+FILL: Fields = {
     "tokens": 0,
     "positions": 0,
     "segment_ids": PADDING_SEGMENT,
@@ -76,7 +75,7 @@ def fitted(
         cache_length = -(-(wanted + following) // CACHE_MULTIPLE) * CACHE_MULTIPLE
     padding = min(wanted, cache_length - following) - length
 
-    def padded(name: str) -> Any:
+    def padded(name: str) -> np.ndarray:
         array = getattr(batch, name)
         if not padding:
             return array

@@ -8,26 +8,29 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.generation.buckets import fitted, whole_rows
 from vlm_jax.generation.sampling import GenerationError, Sampling, sample_tokens
+from vlm_jax.layers.attention import KeyValue
+from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.per_layer import per_layer_kernels
 from vlm_jax.layers.platform import platform
 from vlm_jax.models.vlm import without_masked
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.processes import to_host
 from vlm_jax.sharding.rules import partition_spec, use_mesh
-from vlm_jax.types import PADDING_SEGMENT, Batch, struct
+from vlm_jax.types import PADDING_SEGMENT, Batch, Dtype, Params, Positions, Tree, struct
 
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _REPORTED = 4  # columns of a report after its tokens
@@ -35,6 +38,24 @@ SOUND = -1  # the step of a row whose logits are not known to be NaN
 
 # New tokens of every row, and the number that are valid -> the rows to end.
 Watch = Callable[[Int[np.ndarray, "B N"], Int[np.ndarray, "B"]], Bool[np.ndarray, "B"]]
+
+
+@runtime_checkable
+class Generative(Protocol):
+    """A model that `generate` can run; see `models.vlm.VLM`."""
+
+    @property
+    def decoder(self) -> Decoder | None: ...
+
+    def prefill(self, batch: Batch, cache_length: int, cache_dtype: Dtype = None) -> tuple[Float[Array, "B V"], Cache]:
+        """Runs prompts; logits of the last token of every row, and the cache."""
+        ...
+
+    def extend(
+        self, tokens: Int[Array, "B T"], positions: Positions, cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Runs tokens after the cache; logits of the last."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +108,7 @@ class State:
 
 def generate(
     model: nn.Module,
-    params: Any,
+    params: Params,
     batch: Batch,
     *,
     max_new_tokens: int,
@@ -173,7 +194,7 @@ def generate(
             state, report = decode(variables, state, values, ends, limit, chunk=chunk, **static)
 
 
-def prepared(params: Any, mesh: Mesh | None = None) -> Any:
+def prepared(params: Params, mesh: Mesh | None = None) -> Params:
     """Parameters in the layout that `generate` needs on this platform, for callers that generate more than once.
 
     On a CPU the decoder's kernels are copied out of their stacks; elsewhere parameters are unchanged.
@@ -248,7 +269,7 @@ def decode(variables, state, values, ends, limit, *, model, pad_id, chunk):
     return state, _report(tokens, counts, state)
 
 
-def _chosen(state: State, logits: jax.Array, values: Any, ends: jax.Array, pad_id: int) -> State:
+def _chosen(state: State, logits: jax.Array, values: Tree, ends: jax.Array, pad_id: int) -> State:
     """The state with one more token per row."""
     token = sample_tokens(logits, values, state.seen, state.rows, state.step)
     token = jnp.where(state.ended, pad_id, token)
@@ -287,12 +308,12 @@ def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
     def stack(kept):
         return type(kept)(*map(constrained, kept, kept.AXES))
 
-    layers = jax.tree.map(stack, cache.layers, is_leaf=lambda kept: hasattr(kept, "AXES"))
+    layers = jax.tree.map(stack, cache.layers, is_leaf=lambda kept: isinstance(kept, KeyValue | LatentKeyValue))
     rest = None if cache.rest is None else _laid_out(cache.rest, mesh)
     return dataclasses.replace(cache, layers=layers, rest=rest)
 
 
-def _placed(tree: Any, mesh: Mesh | None) -> Any:
+def _placed(tree: Tree, mesh: Mesh | None) -> Tree:
     """Puts arrays with a leading batch axis on the mesh, or on the default device."""
     if mesh is None:
         return jax.device_put(tree)
@@ -305,10 +326,15 @@ def _placed(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def _check(
-    model: Any, max_new_tokens: int, end_ids: Sequence[int], chunk: int, cache_dtype: str | None, mesh: Mesh | None
+    model: nn.Module,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    chunk: int,
+    cache_dtype: str | None,
+    mesh: Mesh | None,
 ) -> None:
     """Raises a GenerationError that lists every setting outside its range."""
-    if not hasattr(model, "prefill"):
+    if not isinstance(model, Generative) or model.decoder is None:
         raise GenerationError(
             f"{type(model).__name__} has no language model to generate with; use apply() for its outputs, or "
             "load a release with one"
@@ -328,7 +354,7 @@ def _check(
         raise GenerationError("\n".join(wrong))
 
 
-def _check_lengths(size: int, **given: Sequence[Any] | None) -> None:
+def _check_lengths(size: int, **given: Sequence[object] | None) -> None:
     """Raises a GenerationError for a per-row setting without one entry per row."""
     for name, values in given.items():
         if values is not None and len(values) != size:

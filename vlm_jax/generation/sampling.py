@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax.types import Config, Fields
 
 Whole = int | np.integer
 Number = Whole | float | np.floating
@@ -74,9 +74,9 @@ class Sampling:
         if wrong:
             raise GenerationError("\n".join(wrong))
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Fields:
         """The settings in use, as scalars; other values of the same settings need no compilation."""
-        used: dict[str, Any] = {}
+        used: Fields = {}
         if self.temperature > 0:
             used |= {"temperature": _representable(self.temperature), "seed": np.uint32(self.seed)}
         if self.top_k is not None:
@@ -96,7 +96,7 @@ def _representable(number: Number) -> np.float32:
 
 def sample_tokens(
     logits: Float[Array, "B V"],
-    values: Mapping[str, Any],
+    values: Config,
     seen: Bool[Array, "B V"] | None,
     rows: Int[Array, "B"],
     step: Int[Array, ""],

@@ -10,12 +10,12 @@ from flax import linen as nn
 from vlm_jax.generation.engine import Generated, generate
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch
+from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, Params
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes an incomplete character to
 
 # The row, and the text to append.
-OnText = Callable[[int, str], Any]
+OnText = Callable[[int, str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class TextStream:
 
 def complete(
     model: nn.Module,
-    params: Any,
+    params: Params,
     batch: Batch,
     tokenizer: Tokenizer,
     *,

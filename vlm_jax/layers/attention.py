@@ -16,7 +16,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.per_layer import QUERY_KEY_VALUE, product
 from vlm_jax.layers.platform import platform
 from vlm_jax.layers.rope import rotate
-from vlm_jax.types import PADDING_SEGMENT, static_field, struct
+from vlm_jax.types import PADDING_SEGMENT, Dtype, Tree, static_field, struct
 
 MaskKind = Literal["full", "causal"]
 Implementation = Literal["xla", "blocked", "cudnn", "splash"]
@@ -52,7 +52,7 @@ class KeyValue(NamedTuple):
     SLOTS = (-1, -2)  # the axis of positions in each
 
     @classmethod
-    def empty(cls, depth: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype: Any) -> "KeyValue":
+    def empty(cls, depth: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype: Dtype) -> "KeyValue":
         """`length` slots for every row of all layers."""
         shape = (depth, batch_size, num_heads)
         return cls(jnp.zeros((*shape, head_dim, length), dtype), jnp.zeros((*shape, length, head_dim), dtype))
@@ -311,7 +311,7 @@ def _splash(query, key, value, context, scale):
     return jnp.swapaxes(cast(jax.Array, out), 1, 2).astype(query.dtype)
 
 
-def last(held: Any, sown: Any) -> Any:
+def last(held: Tree, sown: Tree) -> Tree:
     """Reduction for `sow` that keeps the last value."""
     del held
     return sown
@@ -343,8 +343,8 @@ class MultiHeadAttention(nn.Module):
     qk_norm_over: Literal["head", "width"] = "head"
     norm_epsilon: float = 1e-6
     out_dim: int | None = None
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(

@@ -1,7 +1,7 @@
 """The transformer block, and a stack of it that is scanned over depth."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -20,12 +20,13 @@ from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.per_layer import has_per_layer, of_layer
 from vlm_jax.layers.saliency import Heads
 from vlm_jax.layers.scan import scan_layers
+from vlm_jax.types import Config, Dtype, Fields, Params, Tree
 
-LayerCache = Any  # a `KeyValue` or a `LatentKeyValue` of one layer, or of all layers with a leading layer axis
+LayerCache = Tree  # a `KeyValue` or a `LatentKeyValue` of one layer, or of all layers with a leading layer axis
 
 RematPolicy = Literal["none", "full", "dots"]
 
-REMAT_POLICIES: dict[str, Any] = {
+REMAT_POLICIES: Fields = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -67,10 +68,10 @@ class TransformerBlock(nn.Module):
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
     layer_scale: float | None = None
-    latent: Mapping[str, Any] | None = None
-    experts: Mapping[str, Any] | None = None
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    latent: Config | None = None
+    experts: Config | None = None
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -92,7 +93,7 @@ class TransformerBlock(nn.Module):
             x = x + self._scaled(mlp(Norm(name="mlp_norm", **norm)(x)), "mlp_scale")
         return nn.with_logical_constraint(x, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED)), cache
 
-    def _attention(self, settings: dict[str, Any]) -> Any:
+    def _attention(self, settings: Fields) -> LatentAttention | MultiHeadAttention:
         if self.latent is not None:
             return LatentAttention(num_heads=self.num_heads, name="attention", **self.latent, **settings)
         return MultiHeadAttention(
@@ -108,7 +109,7 @@ class TransformerBlock(nn.Module):
             **settings,
         )
 
-    def _feed_forward(self, settings: dict[str, Any]) -> Any:
+    def _feed_forward(self, settings: Fields) -> MixtureOfExperts | Mlp:
         if self.experts is not None:
             return MixtureOfExperts(activation=self.activation, name="mlp", **self.experts, **settings)
         bias = self.use_bias if self.mlp_bias is None else self.mlp_bias
@@ -153,7 +154,7 @@ class TransformerStack(nn.Module):
     """
 
     depth: int
-    block: Mapping[str, Any]
+    block: Config
     remat: RematPolicy = "none"
     unroll: int = 1
     windows: tuple[int | None, ...] = ()
@@ -188,7 +189,7 @@ class TransformerStack(nn.Module):
             return x, None
         params = self._params(x)
 
-        def layer(x: Any, inputs: Any) -> Any:
+        def layer(x: jax.Array, inputs: Tree) -> Tree:
             index, own, window = inputs
             own = of_layer(params, index) if own is None else own
             past = None if cache is None else of_layer(cache, index - start)
@@ -234,16 +235,16 @@ class TransformerStack(nn.Module):
         endless = np.iinfo(np.int32).max
         return jnp.asarray([endless if window is None else window for window in self.windows[start:stop]], jnp.int32)
 
-    def _params(self, x: jax.Array) -> Any:
+    def _params(self, x: jax.Array) -> Params:
         """The stacked parameters; at initialisation they are sampled as usual."""
         if self.is_initializing() and not self.has_variable("params", "layers"):
             self(x[:, :1], Context("full"))
         return nn.meta.unbox(self.variables["params"]["layers"])
 
-    def _apply(self, params: Any, *args: Any, mutable: Any = (), **kwargs: Any) -> Any:
+    def _apply(self, params: Params, *args: Tree, mutable: Sequence[str] = (), **kwargs: Any) -> Tree:
         return TransformerBlock(**self.block, parent=None).apply({"params": params}, *args, mutable=mutable, **kwargs)
 
-    def _rematted(self, function: Any) -> Any:
+    def _rematted(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         if self.remat == "none":
             return function
         return jax.checkpoint(function, policy=REMAT_POLICIES[self.remat], prevent_cse=False)

@@ -1,7 +1,7 @@
 """A 2D convolution with logical axes, channels last."""
 
 import functools
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, with_axes
+from vlm_jax.types import Dtype
 
 _STD_EPSILON = 1e-5
 
@@ -40,8 +41,8 @@ class Conv(nn.Module):
     use_bias: bool = False
     standardised: bool = False
     depthwise: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B rows cols d_in"]) -> Float[Array, "B new_rows new_cols d_out"]:

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.per_layer import BIAS, KERNEL, WEIGHT, linear
+from vlm_jax.types import Dtype, Tree
 
-Initializer = Callable[..., Any]
+Initializer = Callable[..., Tree]
 
 KERNEL_INIT = nn.initializers.lecun_normal()
 
@@ -23,7 +24,7 @@ class Named(nn.LogicallyPartitioned):
     a parameter's sharding (`sharding.rules.shardings`), and unboxing does nothing else.
     """
 
-    def unbox(self, apply_constraint: bool = False) -> Any:
+    def unbox(self, apply_constraint: bool = False) -> Tree:
         del apply_constraint
         return self.value
 
@@ -53,8 +54,8 @@ class Dense(nn.Module):
     kernel_axes: tuple[str, str]
     use_bias: bool = True
     kernel_init: Initializer = KERNEL_INIT
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
@@ -88,8 +89,8 @@ class Embed(nn.Module):
     num_rows: int
     features: int
     init_stddev: float
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def setup(self):
         self.embedding = self.param(

@@ -13,7 +13,7 @@ Source: the fusion as libtpu compiles it for TPU v5e with JAX 0.10; openxla/xla 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax.layers.attention import is_written_out
 from vlm_jax.layers.platform import platform
+from vlm_jax.types import Tree
 
 Implementation = Literal["ragged", "blocks"]
 Dot = Callable[[jax.Array, jax.Array], jax.Array]  # (rows, kernels of all groups)
@@ -92,11 +93,11 @@ def _dot_of_blocks(
     return jax.lax.fori_loop(0, filled, body, _varying_as(out, blocks, kernels))
 
 
-def _forward(blocks: jax.Array, kernels: jax.Array, group: jax.Array, filled: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(blocks: jax.Array, kernels: jax.Array, group: jax.Array, filled: jax.Array) -> tuple[jax.Array, Tree]:
     return _dot_of_blocks(blocks, kernels, group, filled), (blocks, kernels, group, filled)
 
 
-def _backward(saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+def _backward(saved: Tree, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
     """Explicit: a loop of unknown length has no gradient, and each block adds only to its own kernel's gradient."""
     blocks, kernels, group, filled = saved
 

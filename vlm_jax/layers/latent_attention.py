@@ -1,6 +1,6 @@
 """Multi-head latent attention: all keys and values are computed from one short, cached vector per position."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from vlm_jax.layers.dense import KERNEL_INIT, Dense, with_axes
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.per_layer import picked
 from vlm_jax.layers.rope import rotate
+from vlm_jax.types import Dtype, Fields
 
 _EPSILON = 1e-6  # of the norms of bottlenecks, independent of the other norms
 
@@ -65,8 +66,8 @@ class LatentAttention(nn.Module):
     value_dim: int
     logit_scale: float = 1.0
     use_bias: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -103,7 +104,7 @@ class LatentAttention(nn.Module):
         dense = Dense(x.shape[-1], (axes.HEADS, axes.EMBED), self.use_bias, name="out", **settings)
         return dense(out), fresh
 
-    def _queries(self, x: jax.Array, settings: dict[str, Any]) -> Float[Array, "B T Q H"]:
+    def _queries(self, x: jax.Array, settings: Fields) -> Float[Array, "B T Q H"]:
         names = (axes.EMBED, axes.HEADS)
         if self.query_latent_dim is not None:
             bottleneck = (axes.EMBED, axes.LATENT)

@@ -1,13 +1,12 @@
 """Learned vectors of the decoder's width inserted among visual tokens: an image newline, a separator."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import with_axes
+from vlm_jax.types import Dtype
 
 
 class LearnedRows(nn.Module):
@@ -24,8 +23,8 @@ class LearnedRows(nn.Module):
 
     names: tuple[str, ...]
     features: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self) -> Float[Array, "rows D"]:

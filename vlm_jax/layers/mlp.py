@@ -1,7 +1,6 @@
 """Feed-forward blocks: plain (two linear layers) and gated (SwiGLU and similar)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.per_layer import GATE_UP
+from vlm_jax.types import Dtype
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -53,8 +53,8 @@ class Mlp(nn.Module):
     out_dim: int | None = None
     use_bias: bool = True
     depth: int = 2
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:

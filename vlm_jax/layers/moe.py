@@ -6,13 +6,12 @@ computed for tokens that are not routed to it. Under a mesh each device holds th
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
@@ -20,6 +19,7 @@ from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.grouped import Dot, by_group
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
 from vlm_jax.layers.router import Router, Routing
+from vlm_jax.types import Config, Dtype, Tree
 
 _INIT = nn.initializers.lecun_normal(batch_axis=(0,))
 
@@ -40,10 +40,10 @@ class MixtureOfExperts(nn.Module):
 
     hidden_dim: int
     shared_dim: int
-    router: Mapping[str, Any]
+    router: Config
     activation: str = "silu"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -68,8 +68,8 @@ class Experts(nn.Module):
     num_experts: int
     hidden_dim: int
     activation: str
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], routing: Routing) -> Float[Array, "B T D"]:
@@ -94,7 +94,12 @@ class Experts(nn.Module):
 
 
 def _routed(
-    run: Any, total: int, x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...], first: Any = 0
+    run: Callable[..., jax.Array],
+    total: int,
+    x: jax.Array,
+    routing: Routing,
+    kernels: tuple[jax.Array, ...],
+    first: int | jax.Array = 0,
 ) -> jax.Array:
     """The float32 sum over a token's experts, restricted to the given kernels: experts `first` onwards of `total`."""
     tokens, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
@@ -110,7 +115,9 @@ def _routed(
     return weighted.sum(axis=1).reshape(x.shape)
 
 
-def _over_mesh(routed: Any, x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...]) -> jax.Array:
+def _over_mesh(
+    routed: Callable[..., jax.Array], x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...]
+) -> jax.Array:
     """Runs `routed` on every device with its tokens and its share of the experts, in the dtype of `x`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1 or not nn.get_logical_axis_rules():
@@ -132,10 +139,10 @@ def _over_mesh(routed: Any, x: jax.Array, routing: Routing, kernels: tuple[jax.A
     return run(x, routing, kernels)
 
 
-def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The mesh axes of the names; a dimension that they do not divide is not sharded."""
     entries = []
-    wanted: Any = nn.logical_to_mesh_axes(names)
+    wanted: Tree = nn.logical_to_mesh_axes(names)
     for entry, size in zip(wanted, shape, strict=True):
         group = entry if isinstance(entry, tuple) else (entry,) if entry else ()
         count = 1

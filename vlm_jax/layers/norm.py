@@ -1,7 +1,7 @@
 """Normalisations; statistics are in float32 for any input dtype."""
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import with_axes
+from vlm_jax.types import Dtype
 
 NormKind = Literal["layer", "rms"]
 
@@ -32,8 +33,8 @@ class Norm(nn.Module):
     kind: NormKind
     epsilon: float
     axis_name: str = axes.NORM
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:

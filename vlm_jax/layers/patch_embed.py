@@ -1,7 +1,5 @@
 """Embedding of the non-overlapping patches of an image."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,6 +7,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, with_axes
+from vlm_jax.types import Dtype
 
 
 class PatchEmbed(nn.Module):
@@ -29,8 +28,8 @@ class PatchEmbed(nn.Module):
     patch_size: int
     features: int
     use_bias: bool = True
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B N D"]:

@@ -20,6 +20,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, Float
 
+from vlm_jax.types import Dtype, Fields
+
 # The names of a linear layer's parameters: a kernel [I, O], or a weight [O, I] as `per_layer_kernels` makes it.
 KERNEL, WEIGHT, BIAS = "kernel", "weight", "bias"
 # Linear layers with the same input, which `per_layer_kernels` merges.
@@ -143,7 +145,7 @@ def linear(weight: Any, x: Float[Array, "*batch I"], precision: jax.lax.Precisio
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def product(matrix: Any, x: jax.Array, dtype: Any = None) -> jax.Array:
+def product(matrix: Any, x: jax.Array, dtype: Dtype = None) -> jax.Array:
     """x [.., N, I] times a matrix [.., I, O], an array or a `LayerChoice`; summed in `dtype` if given.
 
     One row times the matrix of one layer is written as a sum: for a product XLA's CPU backend would generate code
@@ -166,11 +168,11 @@ def _times_columns(weight: jax.Array, columns: jax.Array, precision: jax.lax.Pre
     return jnp.matmul(weight.astype(columns.dtype), columns, precision=precision)
 
 
-def _matmul(matrix: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+def _matmul(matrix: jax.Array, x: jax.Array, dtype: Dtype) -> jax.Array:
     return jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=dtype)
 
 
-def _sum_of_rows(matrix: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+def _sum_of_rows(matrix: jax.Array, x: jax.Array, dtype: Dtype) -> jax.Array:
     terms = x * matrix.astype(x.dtype).reshape(*x.shape[:-1], -1)  # one axis for all heads, as in x
     return jnp.sum(terms, axis=-2, dtype=dtype)
 
@@ -208,7 +210,7 @@ def per_layer_kernels(params: Any, within: bool = False) -> Any:
         return params
     if within and _is_linear(params):
         return _with_weight([params])
-    together: dict[str, Any] = {}
+    together: Fields = {}
     for name, parts in SIDE_BY_SIDE.items() if within else ():
         if all(_is_linear(params.get(part)) for part in parts):
             together[name] = _with_weight([params[part] for part in parts])
@@ -221,7 +223,7 @@ def _is_linear(params: Any) -> bool:
     return isinstance(params, dict) and getattr(params.get(KERNEL), "ndim", 0) == 3
 
 
-def _with_weight(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _with_weight(parts: Sequence[Fields]) -> Fields:
     """Merges the parameters of linear layers with one input into those of one linear layer."""
     rest = [{name: value for name, value in part.items() if name != KERNEL} for part in parts]
     beside = jax.tree.map(lambda *leaves: jax.device_put(np.concatenate([*map(np.asarray, leaves)], axis=-1)), *rest)

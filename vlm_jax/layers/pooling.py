@@ -1,6 +1,6 @@
 """Pooling of the tokens of a sequence to one vector."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,6 +11,7 @@ from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm
+from vlm_jax.types import Dtype
 
 Reduction = Literal["first", "last", "mean", "max"]
 
@@ -57,8 +58,8 @@ class MapHead(nn.Module):
     mlp_dim: int
     activation: str
     norm_epsilon: float
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, "B D"]:

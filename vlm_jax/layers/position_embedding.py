@@ -1,7 +1,5 @@
 """2D position embeddings, sin-cos and learned, at the training grid or interpolated to another."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -11,7 +9,7 @@ from vlm_jax import axes
 from vlm_jax.interpolation import ResizeKind
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.resize import resize
-from vlm_jax.types import Grid
+from vlm_jax.types import Dtype, Grid
 
 
 def sincos_2d(
@@ -57,7 +55,7 @@ class LearnedPositions2D(nn.Module):
 
     table_grid: Grid
     features: int
-    param_dtype: Any = jnp.float32
+    param_dtype: Dtype = jnp.float32
     interpolation: ResizeKind = "bicubic_antialias"
 
     @nn.compact

@@ -1,7 +1,5 @@
 """A learned position table read at the positions of packed patches, whose images differ in size."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import with_axes
+from vlm_jax.types import Dtype
 
 _A = -0.75  # torch's bicubic; Pillow and jax.image.resize have -0.5
 
@@ -57,7 +56,7 @@ class ResampledPositions(nn.Module):
 
     side: int
     features: int
-    param_dtype: Any = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, positions: Int[Array, "B N 2"], sizes: Int[Array, "B N 2"]) -> Float[Array, "B N D"]:

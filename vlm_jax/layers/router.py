@@ -1,6 +1,6 @@
 """Routing of tokens to experts, with weights."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, with_axes
 from vlm_jax.layers.per_layer import KERNEL, WEIGHT, linear
 from vlm_jax.layers.scan import LOSSES
+from vlm_jax.types import Dtype
 
 Selection = Literal["greedy", "group_limited_greedy", "noaux_tc"]
 Scoring = Literal["softmax", "sigmoid"]
@@ -59,7 +60,7 @@ class Router(nn.Module):
     scale: float = 1.0
     balance_weight: float = 0.001
     balance_over: Literal["sequence", "batch"] = "sequence"
-    param_dtype: Any = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Routing:

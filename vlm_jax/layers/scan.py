@@ -1,15 +1,16 @@
 """Layers in depth: one module run over stacked parameters, so that compile time does not grow with their number."""
 
-from typing import Any
+from collections.abc import Callable
 
 from flax import linen as nn
 
 from vlm_jax import axes
+from vlm_jax.types import Tree
 
 LOSSES = "losses"  # the collection of weighted auxiliary losses that modules sow; see `train.objectives`
 
 
-def scan_layers(block: Any, depth: int, *, in_axes: Any, unroll: int = 1) -> Any:
+def scan_layers(block: Callable[..., nn.Module], depth: int, *, in_axes: Tree, unroll: int = 1) -> Callable[..., Tree]:
     """The class of a scan over `depth` blocks; every parameter has a leading layer axis.
 
     Args:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context
 from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy, TransformerBlock
 from vlm_jax.layers.saliency import Heads, Saliency, segment_saliency
-from vlm_jax.types import PackedPatches
+from vlm_jax.types import Config, PackedPatches, Params, Tree
 
 Kind = Literal["full", "window"]
 
@@ -106,7 +105,7 @@ class WindowedStack(nn.Module):
     """
 
     depth: int
-    block: Mapping[str, Any]
+    block: Config
     full_layers: tuple[int, ...] | None = None
     saliency: Saliency = "none"
     remat: RematPolicy = "none"
@@ -152,7 +151,7 @@ class WindowedStack(nn.Module):
         return *self._planned(layers, params, x, kinds), None
 
     @staticmethod
-    def _planned(layers: "_Layers", params: Any, x: Any, kinds: tuple[Kind, ...]) -> tuple[Any, Any]:
+    def _planned(layers: "_Layers", params: Params, x: jax.Array, kinds: tuple[Kind, ...]) -> tuple[jax.Array, Tree]:
         """The output of the first layers, of `kinds`, and the hidden states if collected."""
         if not kinds:
             return x, None
@@ -176,7 +175,7 @@ class WindowedStack(nn.Module):
             raise ValueError(f"full_layers {beyond} are not among the layers 0 to {self.depth - 1}")
         return tuple("full" if i in full else "window" for i in range(self.depth))
 
-    def _init(self, rng: jax.Array, width: int) -> Any:
+    def _init(self, rng: jax.Array, width: int) -> Params:
         block = TransformerBlock(**self.block, parent=None)
         sample = jnp.zeros((1, 1, width))
         stacked = jax.vmap(lambda key: block.init(key, sample, None, Context("full"))["params"])(
@@ -188,7 +187,9 @@ class WindowedStack(nn.Module):
 class _Layers:
     """Applies some layers to packed tokens; `collect` returns their inputs."""
 
-    def __init__(self, block: nn.Module, remat: RematPolicy, packed: PackedPatches, angles: Any, collect: bool):
+    def __init__(
+        self, block: nn.Module, remat: RematPolicy, packed: PackedPatches, angles: jax.Array | None, collect: bool
+    ):
         def layer(x, params, context):
             return block.apply({"params": params}, x, None, context)[0]  # type: ignore[index]
 
@@ -203,10 +204,10 @@ class _Layers:
             folded = None if angles is None else self._fold(angles)
             self._contexts["window"] = Context("full", windows, windows, angles=folded)
 
-    def _fold(self, x: Any) -> Any:
+    def _fold(self, x: jax.Array) -> jax.Array:
         return x.reshape(-1, self._window_length, *x.shape[2:])
 
-    def attended(self, x: Any, params: Any, kind: Kind, saliency: Saliency) -> tuple[Any, Attended]:
+    def attended(self, x: jax.Array, params: Params, kind: Kind, saliency: Saliency) -> tuple[jax.Array, Attended]:
         """Runs one layer and returns its output and attention statistics."""
         shape, context = x.shape, self._contexts[kind]
 
@@ -223,10 +224,10 @@ class _Layers:
         received = segment_saliency(looking, context).reshape(shape[:2])
         return x.reshape(shape), Attended(received, heads.key.reshape(*shape[:2], *heads.key.shape[2:]))
 
-    def __call__(self, x: Any, params: Any, kinds: tuple[Kind, ...]) -> tuple[Any, Any]:
+    def __call__(self, x: jax.Array, params: Params, kinds: tuple[Kind, ...]) -> tuple[jax.Array, Tree]:
         """Runs layers of `kinds` with stacked parameters; returns x and [layers, B, N, D] or None."""
         start, shape = 0, x.shape
-        hidden: list[Any] = [jnp.zeros((0, *shape), x.dtype)]
+        hidden: list[Tree] = [jnp.zeros((0, *shape), x.dtype)]
         for kind, count in runs(kinds):
             mine = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], params)
             y = x if kind == "full" else self._fold(x)

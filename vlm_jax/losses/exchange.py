@@ -18,7 +18,7 @@ around the full ring use the links equally, need half the memory, and return to 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -28,25 +28,27 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from vlm_jax.losses.pairwise import DEFAULT_BLOCK_SIZE, Axis, Towers, Visit, axis_names, stream, vary
+from vlm_jax.losses.pairwise import DEFAULT_BLOCK_SIZE, Axis, Combine, Offset, Towers, Visit, axis_names, stream, vary
 from vlm_jax.losses.two_tower import LOSSES, check_block_size, pack
-from vlm_jax.types import Array
+from vlm_jax.types import Array, Tree
 
 
-def _count(tree: Any) -> int:
+def _count(tree: Tree) -> int:
     return jax.tree.leaves(tree)[0].shape[0]
 
 
-def _rotate(axis: Axis, visit: Visit, home: Any, streams: list[tuple[Any, Any, int, int]]) -> tuple[Any, Any]:
+def _rotate(
+    axis: Axis, visit: Visit, home: Tree, streams: list[tuple[Tree, Tree, int, int]]
+) -> tuple[Tree, list[Tree]]:
     """Passes streams of (fixed, travelling, direction, first row in the owner's block) around the ring."""
     size, me = lax.axis_size(axis), lax.axis_index(axis)
     local = _count(home)
 
-    def send(tree: Any, direction: int) -> Any:
+    def send(tree: Tree, direction: int) -> Tree:
         neighbours = [(i, (i + direction) % size) for i in range(size)]
         return jax.tree.map(lambda x: lax.ppermute(x, axis, neighbours), tree)
 
-    def meet(step: Any, home: Any, blocks: list[tuple[Any, Any]]) -> tuple[Any, list[Any]]:
+    def meet(step: Offset, home: Tree, blocks: list[tuple[Tree, Tree]]) -> tuple[Tree, list[Tree]]:
         travelled = []
         for (fixed, travelling), (_, _, direction, first) in zip(blocks, streams, strict=True):
             owner = (me - direction * step) % size
@@ -54,7 +56,7 @@ def _rotate(axis: Axis, visit: Visit, home: Any, streams: list[tuple[Any, Any, i
             travelled.append(travelling)
         return home, travelled
 
-    def turn(step: Any, carry: Any) -> Any:
+    def turn(step: Offset, carry: Tree) -> Tree:
         home, blocks = carry
         # The next texts do not depend on this visit: they can be sent while it computes.
         onward = [send(fixed, s[2]) for (fixed, _), s in zip(blocks, streams, strict=True)]
@@ -74,7 +76,7 @@ class Shift:
 
     axis: Axis
 
-    def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
+    def __call__(self, visit: Visit, home: Tree, fixed: Tree, travelling: Tree, combine: Combine) -> tuple[Tree, Tree]:
         home, (travelling,) = _rotate(self.axis, visit, home, [(fixed, travelling, 1, 0)])
         return home, travelling
 
@@ -85,7 +87,7 @@ class Ring:
 
     axis: Axis
 
-    def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
+    def __call__(self, visit: Visit, home: Tree, fixed: Tree, travelling: Tree, combine: Combine) -> tuple[Tree, Tree]:
         half = _count(home) // 2
         if half == 0:  # one example per device
             return Shift(self.axis)(visit, home, fixed, travelling, combine)
@@ -102,12 +104,12 @@ class Reduce:
 
     axis: Axis
 
-    def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
+    def __call__(self, visit: Visit, home: Tree, fixed: Tree, travelling: Tree, combine: Combine) -> tuple[Tree, Tree]:
         me = lax.axis_index(self.axis)
         local = _count(home)
         nothing = travelling
 
-        def turn(owner: Any, carry: Any) -> Any:
+        def turn(owner: Offset, carry: Tree) -> Tree:
             home, travelling = carry
             shown = jax.tree.map(lambda x: lax.psum(jnp.where(me == owner, x, 0), self.axis), fixed)
             home, partial = visit(home, vary(shown, self.axis), nothing, (me - owner) * local)
@@ -122,14 +124,14 @@ STREAMED = {"reduce": Reduce, "shift": Shift, "ring": Ring}
 EXCHANGES = ("gather", *STREAMED)
 
 
-def _choose(kind: str, name: str, known: Any) -> None:
+def _choose(kind: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
 
 
 def device_loss(
     loss: str, axis: Axis, *, exchange: str = "ring", block_size: int = DEFAULT_BLOCK_SIZE
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
     """A loss for use inside a `jax.shard_map` over `axis`, as a function of one device's features.
 
     Arguments and errors are those of `distributed`. The returned function takes the keyword arguments of
@@ -141,7 +143,7 @@ def device_loss(
     check_block_size(block_size)
     objective = LOSSES[loss]
 
-    def gathered(towers: Towers, scalars: Any) -> tuple[jax.Array, ...]:
+    def gathered(towers: Towers, scalars: Tree) -> tuple[jax.Array, ...]:
         every = jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), towers)
         first = lax.axis_index(axis) * towers.image.shape[0]
         return tuple(lax.pmean(part, axis) for part in objective.full(towers, every, scalars, first))
@@ -153,7 +155,7 @@ def device_loss(
         scale: ArrayLike,
         bias: ArrayLike = 0.0,
         **teacher: Any,
-    ) -> Any:
+    ) -> Tree:
         towers, scalars = pack(objective, image_features, text_features, scale=scale, bias=bias, **teacher)
         scalars = vary(scalars, axis)
         if exchange == "gather":
@@ -173,7 +175,7 @@ def distributed(
     *,
     exchange: str = "ring",
     block_size: int = DEFAULT_BLOCK_SIZE,
-) -> Callable[..., Any]:
+) -> Callable[..., Tree]:
     """A two-tower loss of global arrays whose examples are split over `axis` of `mesh`.
 
     Args:

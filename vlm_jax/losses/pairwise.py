@@ -15,18 +15,19 @@ needs. The others need two passes, forward and backward, with four products.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float
 
-from vlm_jax.types import Array
+from vlm_jax.types import Array, Tree
 
 DEFAULT_BLOCK_SIZE = 512  # images in a tile; 512 x 4,096 float32 logits are 8 MiB
 
 Axis = str | tuple[str, ...]
+Offset = int | Array  # an index, on the host or computed on the device
 
 
 class Towers(NamedTuple):
@@ -72,31 +73,31 @@ class Objective(Protocol):
         """Whether the loss needs a teacher's features."""
         ...
 
-    def full(self, own: Towers, every: Towers, scalars: Scalars, first: Any) -> tuple[jax.Array, ...]:
+    def full(self, own: Towers, every: Towers, scalars: Scalars, first: Offset) -> tuple[jax.Array, ...]:
         """The definition: the mean loss of `own`, rows `first`, `first + 1` … of `every`."""
         ...
 
-    def empty(self, rows: int, columns: int) -> tuple[Any, Any]:
+    def empty(self, rows: int, columns: int) -> tuple[Tree, Tree]:
         """Row and column statistics before the first tile."""
         ...
 
-    def statistics(self, tile: Tile) -> tuple[Any, Any]:
+    def statistics(self, tile: Tile) -> tuple[Tree, Tree]:
         """Row and column statistics of one tile."""
         ...
 
-    def merge(self, left: Any, right: Any) -> Any:
+    def merge(self, left: Tree, right: Tree) -> Tree:
         """Merges the statistics of two tiles."""
         ...
 
-    def combine(self, statistics: Any, axis: Axis | None) -> Any:
+    def combine(self, statistics: Tree, axis: Axis | None) -> Tree:
         """Merges the statistics of all devices along `axis`."""
         ...
 
-    def totals(self, rows: Any, columns: Any) -> tuple[jax.Array, ...]:
+    def totals(self, rows: Tree, columns: Tree) -> tuple[jax.Array, ...]:
         """Every part of the loss, summed over examples, from complete statistics."""
         ...
 
-    def gradient(self, tile: Tile, rows: Any, columns: Any, weights: tuple[Any, ...]) -> jax.Array:
+    def gradient(self, tile: Tile, rows: Tree, columns: Tree, weights: tuple[Array | float, ...]) -> jax.Array:
         """Gradient of `sum(weights * totals)` for the student logits of one tile."""
         ...
 
@@ -104,7 +105,7 @@ class Objective(Protocol):
 class Home(NamedTuple):
     """Accumulators for a device's images: statistics and optional gradients."""
 
-    rows: Any
+    rows: Tree
     image: Float[Array, "R D"] | None = None
     scale: Float[Array, " R"] | None = None
     bias: Float[Array, " R"] | None = None
@@ -113,11 +114,11 @@ class Home(NamedTuple):
 class Travelling(NamedTuple):
     """Accumulators for a block of texts: statistics and optional gradients."""
 
-    columns: Any
+    columns: Tree
     text: Float[Array, "C D"] | None = None
 
 
-def make_tile(towers: Towers, scalars: Scalars, offset: Any) -> Tile:
+def make_tile(towers: Towers, scalars: Scalars, offset: Offset) -> Tile:
     """The float32 logits of `towers.image` and `towers.text`; row i matches column i + offset."""
 
     def multiply(image, text, scale):
@@ -131,11 +132,11 @@ def make_tile(towers: Towers, scalars: Scalars, offset: Any) -> Tile:
     return Tile(scaled, scaled + scalars.bias, teacher, row + offset == column)
 
 
-def _take(tree: Any, start: Any, size: int) -> Any:
+def _take(tree: Tree, start: Offset, size: int) -> Tree:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), tree)
 
 
-def _put(tree: Any, part: Any, start: Any) -> Any:
+def _put(tree: Tree, part: Tree, start: Offset) -> Tree:
     return jax.tree.map(lambda x, y: lax.dynamic_update_slice_in_dim(x, y, start, 0), tree, part)
 
 
@@ -145,10 +146,10 @@ def sweep(
     scalars: Scalars,
     home: Home,
     travelling: Travelling,
-    offset: Any,
+    offset: Offset,
     *,
     statistics: bool,
-    weights: tuple[Any, ...] | None,
+    weights: tuple[Array | float, ...] | None,
     block_size: int,
 ) -> tuple[Home, Travelling]:
     """Adds one block of texts to the accumulators, `block_size` images at a time.
@@ -160,7 +161,7 @@ def sweep(
       block_size: images in a tile; the last tile may be smaller.
     """
 
-    def step(start: Any, size: int, home: Home, travelling: Travelling) -> tuple[Home, Travelling]:
+    def step(start: Offset, size: int, home: Home, travelling: Travelling) -> tuple[Home, Travelling]:
         image, teacher_image, own = _take((towers.image, towers.teacher_image, home), start, size)
         tile = make_tile(towers._replace(image=image, teacher_image=teacher_image), scalars, offset + start)
         if statistics:
@@ -184,7 +185,8 @@ def sweep(
 
 
 # (home, fixed, travelling, offset) -> (home, travelling): the computation for one block of texts.
-Visit = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
+Visit = Callable[[Tree, Tree, Tree, Offset], tuple[Tree, Tree]]
+Combine = Callable[[Tree], Tree]  # of partial statistics of several devices
 
 
 @runtime_checkable
@@ -196,7 +198,7 @@ class Traverse(Protocol):
         """Mesh axes over which the batch is split; None for a single device."""
         ...
 
-    def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
+    def __call__(self, visit: Visit, home: Tree, fixed: Tree, travelling: Tree, combine: Combine) -> tuple[Tree, Tree]:
         """Returns (home, travelling) after visiting every block; `travelling` is returned to its owner."""
         ...
 
@@ -208,7 +210,7 @@ class Alone:
 
     axis: None = None
 
-    def __call__(self, visit: Visit, home: Any, fixed: Any, travelling: Any, combine: Any) -> Any:
+    def __call__(self, visit: Visit, home: Tree, fixed: Tree, travelling: Tree, combine: Combine) -> tuple[Tree, Tree]:
         return visit(home, fixed, travelling, 0)
 
 
@@ -219,7 +221,7 @@ def axis_names(axis: Axis | None) -> tuple[str, ...]:
     return (axis,) if isinstance(axis, str) else tuple(axis)
 
 
-def vary(tree: Any, axis: Axis | None) -> Any:
+def vary(tree: Tree, axis: Axis | None) -> Tree:
     """Marks every leaf as varying over the devices along `axis`, if it is not marked yet."""
     if axis is None:
         return tree

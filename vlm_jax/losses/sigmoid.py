@@ -1,12 +1,11 @@
 """SigLIP's sigmoid loss: every pair of an image and a text is a separate binary classification."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vlm_jax.losses.pairwise import Axis, Scalars, Tile, Towers, make_tile
+from vlm_jax.losses.pairwise import Axis, Offset, Scalars, Tile, Towers, make_tile
+from vlm_jax.types import Array, Tree
 
 
 def _pair_losses(tile: Tile) -> jax.Array:
@@ -23,7 +22,7 @@ class Sigmoid:
     one_pass = True
     has_teacher = False
 
-    def full(self, own: Towers, every: Towers, scalars: Scalars, first: Any) -> tuple[jax.Array]:
+    def full(self, own: Towers, every: Towers, scalars: Scalars, first: Offset) -> tuple[jax.Array]:
         tile = make_tile(Towers(own.image, every.text), scalars, first)
         return (jnp.sum(_pair_losses(tile)) / own.image.shape[0],)
 
@@ -33,15 +32,15 @@ class Sigmoid:
     def statistics(self, tile: Tile) -> tuple[jax.Array, None]:
         return jnp.sum(_pair_losses(tile), axis=1), None
 
-    def merge(self, left: Any, right: Any) -> Any:
+    def merge(self, left: Tree, right: Tree) -> Tree:
         return jax.tree.map(jnp.add, left, right)
 
-    def combine(self, statistics: Any, axis: Axis | None) -> Any:
+    def combine(self, statistics: Tree, axis: Axis | None) -> Tree:
         return lax.psum(statistics, axis)
 
     def totals(self, rows: jax.Array, columns: None) -> tuple[jax.Array]:
         return (jnp.sum(rows),)
 
-    def gradient(self, tile: Tile, rows: Any, columns: Any, weights: tuple[Any]) -> jax.Array:
+    def gradient(self, tile: Tile, rows: Tree, columns: Tree, weights: tuple[Array | float, ...]) -> jax.Array:
         sign = jnp.where(tile.positive, -1.0, 1.0)
         return weights[0] * sign * jax.nn.sigmoid(sign * tile.student)

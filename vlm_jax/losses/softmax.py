@@ -1,13 +1,14 @@
 """CLIP's softmax loss over rows and columns, and its distillation from a teacher's logits."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vlm_jax.losses.pairwise import Axis, Scalars, Tile, Towers, make_tile
+from vlm_jax.losses.pairwise import Axis, Offset, Scalars, Tile, Towers, make_tile
+from vlm_jax.types import Array, Tree
 
 
 class Softmax(NamedTuple):
@@ -19,7 +20,7 @@ class Softmax(NamedTuple):
 
     maximum: jax.Array
     total: jax.Array
-    weighted: Any = None  # an array or None
+    weighted: Tree = None  # an array or None
 
     @property
     def log_total(self) -> jax.Array:
@@ -70,7 +71,7 @@ class SoftmaxObjective:
     has_teacher: bool = False
     one_pass = False
 
-    def full(self, own: Towers, every: Towers, scalars: Scalars, first: Any) -> tuple[jax.Array, ...]:
+    def full(self, own: Towers, every: Towers, scalars: Scalars, first: Offset) -> tuple[jax.Array, ...]:
         rows = Towers(own.image, every.text, own.teacher_image, every.teacher_text)
         columns = Towers(own.text, every.image, own.teacher_text, every.teacher_image)
         parts = [_line_totals(_line(make_tile(side, scalars, first), 1)) for side in (rows, columns)]
@@ -109,7 +110,7 @@ class SoftmaxObjective:
     def totals(self, rows: Line, columns: Line) -> tuple[jax.Array, ...]:
         return tuple((x + y) / 2 for x, y in zip(_line_totals(rows), _line_totals(columns), strict=True))
 
-    def gradient(self, tile: Tile, rows: Line, columns: Line, weights: tuple[Any, ...]) -> jax.Array:
+    def gradient(self, tile: Tile, rows: Line, columns: Line, weights: tuple[Array | float, ...]) -> jax.Array:
         def probabilities(logits, row, column):
             # Not exp(logits - log_total): the rounding error of a large log_total would affect the result.
             by_row = jnp.exp(logits - row.maximum[:, None]) / (2 * row.total[:, None])

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from vlm_jax.losses.pairwise import DEFAULT_BLOCK_SIZE, Alone, Objective, Scalars, Towers, stream
 from vlm_jax.losses.sigmoid import Sigmoid
 from vlm_jax.losses.softmax import SoftmaxObjective
-from vlm_jax.types import Array
+from vlm_jax.types import Array, Tree
 
 LOSSES: dict[str, Objective] = {
     "softmax": SoftmaxObjective(),
@@ -177,7 +177,7 @@ def distillation_loss(
     return contrastive, distilled
 
 
-def locked_image(loss: Callable[..., Any]) -> Callable[..., Any]:
+def locked_image(loss: Callable[..., Tree]) -> Callable[..., Tree]:
     """The same loss without gradients for image features: locked-image tuning.
 
     Args:
@@ -187,7 +187,7 @@ def locked_image(loss: Callable[..., Any]) -> Callable[..., Any]:
     Source: Zhai et al. 2022 (LiT), section 3; with `sigmoid_loss` it is SigLiT of Zhai et al. 2023.
     """
 
-    def locked(image_features: Array, *args: Any, **kwargs: Any) -> Any:
+    def locked(image_features: Array, *args: Any, **kwargs: Any) -> Tree:
         return loss(jax.lax.stop_gradient(image_features), *args, **kwargs)
 
     return locked

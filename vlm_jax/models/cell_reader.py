@@ -1,12 +1,15 @@
 """An encoder with a dense head that predicts class and box for each cell of a page."""
 
+from typing import cast
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.dense import Dense
-from vlm_jax.types import Grid
+from vlm_jax.types import Grid, VisualFeatures
 
 
 class CellReader(nn.Module):
@@ -22,7 +25,7 @@ class CellReader(nn.Module):
       num_classes: classes of a cell.
     """
 
-    encoder: nn.Module
+    encoder: Encoder
     cells: Grid
     num_classes: int
 
@@ -40,7 +43,7 @@ class CellReader(nn.Module):
         Raises:
           ValueError: the cells do not divide the encoder's grid.
         """
-        features = self.encoder(images)
+        features = cast(VisualFeatures, self.encoder(images))
         (rows, cols), (cell_rows, cell_cols) = features.grid, self.cells
         if rows % cell_rows or cols % cell_cols:
             raise ValueError(f"{cell_rows}x{cell_cols} cells do not divide the encoder's {rows}x{cols} grid")

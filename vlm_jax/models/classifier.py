@@ -5,6 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.dense import Dense
 
 
@@ -12,13 +13,13 @@ class Classifier(nn.Module):
     """Logits of an image from the encoder's pooled vector, or of every token without pooling.
 
     Attributes:
-      encoder: an entry of `encoders.ENCODERS`.
+      encoder: of images of one size.
       num_classes: outputs of the head.
 
     Source: Dosovitskiy et al. 2021, section 3.1.
     """
 
-    encoder: nn.Module
+    encoder: ViT
     num_classes: int
 
     @nn.compact

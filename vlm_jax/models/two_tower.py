@@ -1,12 +1,16 @@
 """An image tower and a text tower in one embedding space."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.decoders.text_tower import TextTower
+from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.dense import with_axes
-from vlm_jax.types import PackedPatches, struct
+from vlm_jax.types import PackedPatches, VisualFeatures, struct
 
 _NORM_EPSILON = 1e-8
 
@@ -51,8 +55,8 @@ class TwoTower(nn.Module):
     Source: Radford et al. 2021 (CLIP), figure 3; Zhai et al. 2023 (SigLIP), algorithm 1.
     """
 
-    image: nn.Module
-    text: nn.Module
+    image: Encoder
+    text: TextTower
     initial_log_scale: float
     initial_bias: float | None = None
 
@@ -68,7 +72,7 @@ class TwoTower(nn.Module):
         Raises:
           ValueError: the image tower does not pool.
         """
-        pooled = self.image(images).pooled
+        pooled = cast(VisualFeatures, self.image(images)).pooled
         if pooled is None:
             raise ValueError("the image tower returns no pooled vector; set its `pooling`")
         return pooled

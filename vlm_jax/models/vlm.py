@@ -1,14 +1,19 @@
 """The vision-language model: encoder, reducer, connector and decoder."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.connectors.connector import Connector, IndicatorConnector
 from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.decoder import Decoder
+from vlm_jax.encoders.encoder import Encoder
+from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.reducers.behind_connector import positions_of_kept, reduce_packed, token_features
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import (
@@ -16,6 +21,7 @@ from vlm_jax.types import (
     PROMPT_SEGMENT,
     TEXT_SLOT,
     Batch,
+    Dtype,
     Instruction,
     PackedPatches,
     Positions,
@@ -83,12 +89,12 @@ class VLM(nn.Module):
         `LearnedRows`, or `connector` for the `indicators()` of the connector; None for none.
     """
 
-    encoder: nn.Module | None
-    connector: nn.Module | None
-    decoder: nn.Module | None = None
+    encoder: Encoder | None
+    connector: Connector | None
+    decoder: Decoder | None = None
     reducer: Reducer | None = None
     reduce: Literal["features", "tokens"] = "features"
-    learned_rows: nn.Module | Literal["connector"] | None = None
+    learned_rows: LearnedRows | Literal["connector"] | None = None
 
     @property
     def num_learned_rows(self) -> int:
@@ -96,8 +102,14 @@ class VLM(nn.Module):
         if self.learned_rows is None:
             return 0
         if isinstance(self.learned_rows, str):
-            return self.connector.num_indicators  # type: ignore[union-attr]
-        return len(self.learned_rows.names)  # type: ignore[attr-defined]
+            return self._indicating.num_indicators
+        return len(self.learned_rows.names)
+
+    @property
+    def _indicating(self) -> IndicatorConnector:
+        """The connector, of a model whose learned rows are the connector's."""
+        assert isinstance(self.connector, IndicatorConnector)
+        return self.connector
 
     def visual_tokens(
         self, images: Images, instruction: Instruction | None = None, *, deterministic: bool = True
@@ -111,36 +123,45 @@ class VLM(nn.Module):
 
         Raises:
           ValueError: the connector's number of tokens differs from its `num_tokens`, there is no encoder, or the
-            reducer cannot act on packed images.
+            reducer cannot act on packed images, or on the features of two encoders.
         """
         if self.encoder is None or self.connector is None:
             raise ValueError("this is a language model without an encoder: expected a batch with images=None")
         features = self.encoder(images)
         reducer = None if self.reducer is None or self.reducer.reduces_in == "decoder" else self.reducer
-        if reducer is None or self.reduce == "tokens":
-            tokens = self._connected(features, instruction, deterministic)
-            return tokens if reducer is None else self._reduced(reducer, tokens, features, images, deterministic)
+        if reducer is None:
+            return self._connected(self.connector, features, instruction, deterministic)
+        if isinstance(features, tuple):
+            raise ValueError(
+                f"{reducer.kind} acts on the features of one encoder, and {type(self.encoder).__name__} returns "
+                "those of two; set its combine to 'feature'"
+            )
+        if self.reduce == "tokens":
+            tokens = self._connected(self.connector, features, instruction, deterministic)
+            found = token_features(tokens, features, self.connector.token_grid(features.grid))
+            return self._reduced(reducer, found, images, deterministic)
         if isinstance(images, PackedPatches):
             raise ValueError(
                 f"{reducer.kind} acts on the features of one image, but several are packed in a row; set reduce to "
                 "'tokens', so that it acts after the connector"
             )
-        features = reducer(features, deterministic=deterministic)
-        tokens = self._connected(features, instruction, deterministic)
-        if features.kept is None or self.connector.token_grid(features.grid) != features.grid:
+        reduced = reducer(features, deterministic=deterministic)
+        tokens = self._connected(self.connector, reduced, instruction, deterministic)
+        if reduced.kept is None or self.connector.token_grid(reduced.grid) != reduced.grid:
             return tokens  # a token is computed from several features, or all features are kept
-        return dataclasses.replace(tokens, kept=features.kept)
+        return dataclasses.replace(tokens, kept=reduced.kept)
 
     def _connected(
         self,
+        connector: Connector,
         features: VisualFeatures | tuple[VisualFeatures, VisualFeatures],
         instruction: Instruction | None,
         deterministic: bool,
     ) -> VisualTokens:
         """The connector's tokens; checks their number."""
-        connector: Any = self.connector
+        connect = cast(Callable[..., VisualTokens], connector)  # some kinds take two encoders, or an instruction
         instructed = {} if instruction is None else {"instruction": instruction}
-        tokens = connector(features, deterministic=deterministic, **instructed)
+        tokens = connect(features, deterministic=deterministic, **instructed)
         grid = (features[0] if isinstance(features, tuple) else features).grid  # both encoders have the same grid
         expected = connector.num_tokens(grid)
         if tokens.tokens.shape[1] != expected:
@@ -150,16 +171,12 @@ class VLM(nn.Module):
             )
         return tokens
 
-    def _reduced(
-        self, reducer: Reducer, tokens: VisualTokens, features: VisualFeatures, images: Images, deterministic: bool
-    ) -> VisualTokens:
+    def _reduced(self, reducer: Reducer, found: VisualFeatures, images: Images, deterministic: bool) -> VisualTokens:
         """Applies the reducer to the connector's tokens."""
-        connector: Any = self.connector
         if reducer.reduces_in is not None:
             raise ValueError(
                 f"{reducer.kind} works in the {reducer.reduces_in}, not on tokens; set reduce to 'features'"
             )
-        found = token_features(tokens, features, connector.token_grid(features.grid))
         if not isinstance(images, PackedPatches):
             left = reducer(found, deterministic=deterministic)
             return VisualTokens(left.tokens, left.mask, left.kept)
@@ -170,15 +187,14 @@ class VLM(nn.Module):
         return reduce_packed(reducer, found, images.images, deterministic=deterministic)
 
     def table(
-        self, tokens: VisualTokens, size: int, dtype: Any
+        self, tokens: VisualTokens, size: int, dtype: Dtype
     ) -> tuple[Float[Array, "B rows D"], Bool[Array, "B rows"], int]:
         """The visual table of `size` examples with its mask, learned rows first, and the number of learned rows."""
         rows = tokens.tokens.reshape(size, -1, tokens.tokens.shape[-1]).astype(dtype)
         shown = tokens.mask.reshape(size, -1)
         if self.learned_rows is None:
             return rows, shown, 0
-        connector: Any = self.connector
-        first = connector.indicators() if isinstance(self.learned_rows, str) else self.learned_rows()
+        first = self._indicating.indicators() if isinstance(self.learned_rows, str) else self.learned_rows()
         first = jnp.broadcast_to(first.astype(dtype)[None], (size, *first.shape))
         shown = jnp.pad(shown, ((0, 0), (first.shape[1], 0)), constant_values=True)
         return jnp.concatenate([first, rows], axis=1), shown, first.shape[1]
@@ -226,7 +242,7 @@ class VLM(nn.Module):
         )
         return self.decoder.logits(hidden)
 
-    def prefill(self, batch: Batch, cache_length: int, cache_dtype: Any = None) -> tuple[Float[Array, "B V"], Cache]:
+    def prefill(self, batch: Batch, cache_length: int, cache_dtype: Dtype = None) -> tuple[Float[Array, "B V"], Cache]:
         """Runs prompts, one per row, padded on either side; `branch_ids` are for sequences without a cache.
 
         Returns:
@@ -238,10 +254,11 @@ class VLM(nn.Module):
         given = self.embed(batch)
         segments = given.segment_ids
         cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, cache_dtype, places=given.places)
-        hidden, cache = self.decoder(given.x, given.positions, segments, cache, places=given.places)
+        hidden, written = self.decoder(given.x, given.positions, segments, cache, places=given.places)
+        assert written is not None
         last = jnp.max(jnp.where(segments == PADDING_SEGMENT, 0, jnp.arange(segments.shape[1])[None]), axis=1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        return self.decoder.logits(hidden[:, 0]), cache
+        return self.decoder.logits(hidden[:, 0]), written
 
     def extend(
         self, tokens: Int[Array, "B T"], positions: Positions, cache: Cache
@@ -250,5 +267,6 @@ class VLM(nn.Module):
         if self.decoder is None:
             raise ValueError(_NO_DECODER)
         segments = jnp.full_like(tokens, PROMPT_SEGMENT)
-        hidden, cache = self.decoder(self.decoder.embed(tokens), positions, segments, cache)
-        return self.decoder.logits(hidden[:, -1]), cache
+        hidden, written = self.decoder(self.decoder.embed(tokens), positions, segments, cache)
+        assert written is not None
+        return self.decoder.logits(hidden[:, -1]), written

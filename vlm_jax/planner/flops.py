@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from vlm_jax.layers.attention import written_out
+from vlm_jax.types import Params, Tree
 
 
-def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+def count_flops(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> int:
     """Floating-point operations of the matrix products and convolutions of one call.
 
     A multiply and its add count as two. Element-wise operations (norms, softmax, activations) are not
@@ -29,7 +31,7 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     return sum(_flops(equation) * times for equation, times in products(function, *args, **kwargs))
 
 
-def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[tuple[Any, int]]:
+def products(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> list[tuple[JaxprEqn, int]]:
     """The equations of a call that are matrix products or convolutions, each with the number of times it runs.
 
     Args:
@@ -65,11 +67,11 @@ def _flops(equation: Any) -> int:
     return 2 * math.prod(out) * math.prod(kernel) // kernel[features]
 
 
-def _of_jaxpr(jaxpr: Any) -> list[tuple[Any, int]]:
+def _of_jaxpr(jaxpr: Tree) -> list[tuple[JaxprEqn, int]]:
     return [found for equation in jaxpr.eqns for found in _of_equation(equation)]
 
 
-def _of_equation(equation: Any) -> list[tuple[Any, int]]:
+def _of_equation(equation: JaxprEqn) -> list[tuple[JaxprEqn, int]]:
     name, params = equation.primitive.name, equation.params
     if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
         return [(equation, 1)]
@@ -83,7 +85,7 @@ def _of_equation(equation: Any) -> list[tuple[Any, int]]:
     return [(found, times * length) for found, times in inner]
 
 
-def _jaxprs(params: dict[str, Any]) -> list[Any]:
+def _jaxprs(params: Params) -> list[Tree]:
     found = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):

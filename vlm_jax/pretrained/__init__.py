@@ -5,8 +5,6 @@ module, its rules and the keys that it ignores (`family.Description`).
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -36,6 +34,7 @@ from vlm_jax.pretrained.budgets import Section
 from vlm_jax.pretrained.family import Family
 from vlm_jax.pretrained.loader import load
 from vlm_jax.pretrained.pretrained import Pretrained
+from vlm_jax.types import Config
 
 # Model type of a released config (`family.marker`) -> its family.
 FAMILIES: dict[str, Family] = {
@@ -93,7 +92,7 @@ def from_pretrained(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     image_size: int | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Config | None = None,
     token_budget: int | None = None,
     reducer: Section | None = None,
     connector: Section | None = None,

@@ -24,9 +24,10 @@ from vlm_jax.pretrained.family import (
 )
 from vlm_jax.pretrained.siglip import patches_shape
 from vlm_jax.pretrained.tables import image_shape, resizer
+from vlm_jax.types import Config, Dtype, Fields
 
 # big_vision, models/vit.py (defaults of `_Model`, and `decode_variant`).
-VIT_DEFAULTS: dict[str, Any] = {
+VIT_DEFAULTS: Fields = {
     "patch_size": (16, 16),
     "width": 768,
     "depth": 12,
@@ -53,7 +54,7 @@ VARIANTS: dict[str, tuple[int, int, int, int]] = {  # width, depth, mlp_dim, num
     "e": (1792, 56, 15360, 16),
 }
 # models/proj/image_text/text_transformer.py, naflex_vit.py and two_towers.py.
-TEXT_DEFAULTS: dict[str, Any] = {
+TEXT_DEFAULTS: Fields = {
     "width": 512,
     "depth": 12,
     "mlp_dim": 2048,
@@ -62,8 +63,8 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "pool_type": "last",
     "scan": False,
 }
-NAFLEX_DEFAULTS: dict[str, Any] = {**VIT_DEFAULTS, "posemb": "learn_2d(64)", "nposemb": REQUIRED}
-TWO_TOWER_DEFAULTS: dict[str, Any] = {
+NAFLEX_DEFAULTS: Fields = {**VIT_DEFAULTS, "posemb": "learn_2d(64)", "nposemb": REQUIRED}
+TWO_TOWER_DEFAULTS: Fields = {
     "text_model": "proj.image_text.text_transformer",
     "image_model": "vit",
     "out_dim": 128,
@@ -90,10 +91,10 @@ _TEXT_POOLING: dict[str, TextPooling] = {
 _NAFLEX = "proj.image_text.naflex_vit"
 
 
-def _settings(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _settings(config: Config, defaults: Config, where: str) -> Fields:
     """The section with its variant expanded and its defaults."""
     variant = config.get("variant")
-    sizes: dict[str, Any] = {}
+    sizes: Fields = {}
     if variant is not None:
         name, _, patch = variant.partition("/")
         if name not in VARIANTS:
@@ -104,7 +105,7 @@ def _settings(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str
     return {**settings, "mlp_dim": settings["mlp_dim"] or 4 * settings["width"]}
 
 
-def _trunk_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _trunk_fields(settings: Config, where: str) -> Fields:
     check_supported(settings, {"pool_type": tuple(_POOLING)}, where)
     representation = settings["rep_size"]
     return {
@@ -118,7 +119,7 @@ def _trunk_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _vit(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
 ) -> tuple[ViT, tuple[Rule, ...]]:
     """A ViT; the image size of training is computed from its position table."""
     settings = _settings(config, VIT_DEFAULTS, where)
@@ -140,13 +141,13 @@ def _vit(
     return vit, maps.vit_rules(sizes, rows, scanned=settings["scan"])
 
 
-def _size_keys(vit: ViT, table_key: str) -> dict[str, Any]:
+def _size_keys(vit: ViT, table_key: str) -> Fields:
     """The source of the image size: the position table, or `image_size` next to `model` where there is none."""
     return {"size_key": ("image_size",)} if vit.image_size is None else {"table_key": table_key}
 
 
 def _naflex(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], prefix: str, where: str, **fields: Any
 ) -> tuple[NaflexViT, tuple[Rule, ...]]:
     """A NaFlex ViT, whose patch size is not in its config."""
     settings = _settings(config, NAFLEX_DEFAULTS, where)
@@ -162,12 +163,12 @@ def _naflex(
 
 
 def _text(
-    config: Mapping[str, Any],
+    config: Config,
     checkpoint: Mapping[str, SourceTensor],
     prefix: str,
     where: str,
     out_dim: int | None,
-    dtypes: Mapping[str, Any],
+    dtypes: Config,
 ) -> tuple[TextTower, tuple[Rule, ...]]:
     """A text tower; its context length is computed from its position table."""
     settings = _settings(config, TEXT_DEFAULTS, where)
@@ -195,7 +196,7 @@ def _prefix(checkpoint: Mapping[str, SourceTensor]) -> str:
 
 
 def describe_vit(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A ViT with its classification head, or without where `num_classes` is None or 0."""
     prefix = _prefix(checkpoint)
@@ -214,7 +215,7 @@ def describe_vit(
 
 
 def describe_text(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """Only a text tower."""
     prefix, dtypes = _prefix(checkpoint), {"dtype": dtype, "param_dtype": param_dtype}
@@ -223,7 +224,7 @@ def describe_text(
 
 
 def describe_two_towers(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """Both towers; the image tower is a ViT or a NaFlex ViT."""
     settings = with_defaults(config.get("model", {}), TWO_TOWER_DEFAULTS, "model")

@@ -18,10 +18,10 @@ from vlm_jax.pretrained.composition import visual_half
 from vlm_jax.pretrained.family import Description, PretrainedError, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import block_fields, vit_fields
 from vlm_jax.pretrained.tables import image_shape, num_patches, resizer
-from vlm_jax.types import Instruction, VisualFeatures
+from vlm_jax.types import Config, Dtype, Fields, Instruction, VisualFeatures
 
 # transformers, models/blip_2/configuration_blip_2.py and models/instructblip/configuration_instructblip.py.
-VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: Fields = {
     "hidden_size": 1408,
     "intermediate_size": 6144,
     "num_hidden_layers": 39,
@@ -32,7 +32,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "qkv_bias": True,
 }
-QFORMER_DEFAULTS: dict[str, Any] = {
+QFORMER_DEFAULTS: Fields = {
     "vocab_size": 30522,
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -45,13 +45,13 @@ QFORMER_DEFAULTS: dict[str, Any] = {
     "encoder_hidden_size": 1408,
     "use_qformer_text_input": False,
 }
-DEFAULTS: dict[str, Any] = {"num_query_tokens": 32}
+DEFAULTS: Fields = {"num_query_tokens": 32}
 IGNORE = (r"language_model\..*", r".*position_ids")
 _PROJECTION = "language_projection.weight"
 _CHANNELS = 3
 
 
-def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
     """The ViT of a `Blip2VisionConfig`; the class token is one of its features.
 
     Args:
@@ -70,7 +70,7 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
     )
 
 
-def qformer_fields(config: Mapping[str, Any], where: str, *, instruction: bool) -> dict[str, Any]:
+def qformer_fields(config: Config, where: str, *, instruction: bool) -> Fields:
     """Fields of `QueryTransformer` from a `Blip2QFormerConfig` or, with an instruction, `InstructBlipQFormerConfig`."""
     settings = with_defaults(config, QFORMER_DEFAULTS, where)
     check_supported(settings, {"use_qformer_text_input": (False,)}, where)
@@ -97,7 +97,7 @@ def _instruction_shape(module: QueryTransformer) -> Instruction | None:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """Vision tower, Q-Former and projection of a `Blip2Model`, an `InstructBlipModel`, or a model for generation."""
     kind, dtypes = config["model_type"], {"dtype": dtype, "param_dtype": param_dtype}
@@ -132,7 +132,7 @@ def describe(
 
 
 def describe_qformer(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `Blip2QFormerModel` or an `InstructBlipQFormerModel`, which takes queries and features."""
     kind = config["model_type"]
@@ -148,7 +148,7 @@ def describe_qformer(
 
 
 def describe_vision(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `Blip2VisionModel` or an `InstructBlipVisionModel`."""
     vit = vision_tower(config, config["model_type"], dtype=dtype, param_dtype=param_dtype)

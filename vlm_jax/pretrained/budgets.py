@@ -2,15 +2,16 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
-from typing import Any
-
-from flax import linen as nn
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
-from vlm_jax.config import ConfigError, choose, parse_kind
+from vlm_jax.config import ConfigError, choose, parse, parse_kind
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
+from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders import PACKED_ENCODERS
+from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
@@ -25,9 +26,10 @@ from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.system import System
-from vlm_jax.types import Grid
+from vlm_jax.types import Config, Fields, Grid
 
-Section = str | Mapping[str, Any]  # a kind, or a section with its kind and settings
+Part = TypeVar("Part", Encoder, Decoder)
+Section = str | Config  # a kind, or a section with its kind and settings
 
 
 def with_budget(
@@ -82,7 +84,7 @@ def with_budget(
     return dataclasses.replace(system, make_processor=_returning(dataclasses.replace(processor, views=views)))
 
 
-def _section(section: Section) -> dict[str, Any]:
+def _section(section: Section) -> Fields:
     return {"kind": section} if isinstance(section, str) else dict(section)
 
 
@@ -94,20 +96,21 @@ def _with_joined_features(model: VLM) -> VLM:
     return model.clone(encoder=encoder.clone(combine="feature"))
 
 
-def _returning(processor: Processor) -> Any:
+def _returning(processor: Processor) -> Callable[[], Processor]:
     return lambda: processor
 
 
 def _grid_of_view(model: VLM, views: Views) -> Grid:
     """Rows and columns of features of a tile, or of a block of packed patches."""
-    encoder: Any = model.encoder
+    encoder = model.encoder
+    assert encoder is not None
     if isinstance(views, NativeViews):
         return encoder.grid(views.format.block_size, views.format.block_size)
     assert isinstance(views, Tiles)
     return encoder.grid(*views.tile_shape[:2])
 
 
-def _with_connector(system: System, model: VLM, tokens: int | None, section: dict[str, Any], path: str) -> System:
+def _with_connector(system: System, model: VLM, tokens: int | None, section: Fields, path: str) -> System:
     processor, decoder = system.processor, model.decoder
     views, released, kind = processor.views, model.connector, section.get("kind")
     connector_class = choose(CONNECTORS, str(kind), f"{path}.kind")
@@ -128,19 +131,19 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: dic
     solved = connector_class.for_budget(budget, grid, **asked)
     rest = {key: value for key, value in section.items() if key not in asked}
     dtypes = {"dtype": released.dtype, "param_dtype": released.param_dtype}  # type: ignore[union-attr]
-    connector: Any = parse_kind(CONNECTORS, rest, path, **solved, features=decoder.width, **dtypes)  # type: ignore[union-attr]
+    made = parse_kind(CONNECTORS, rest, path, **solved, features=decoder.width, **dtypes)  # type: ignore[union-attr]
     learned, drawn = model.learned_rows, ["connector"]
     if learned == "connector":  # rows of the release's own connector, which is replaced
         names = tuple(f"indicator_{number}" for number in range(model.num_learned_rows))
         learned = LearnedRows(names, decoder.width, **dtypes)  # type: ignore[union-attr]
         drawn.append("learned_rows")
-    laid_out = connector.token_grid(grid)
-    views = views.retokened(connector.num_tokens(grid) if laid_out is None or packed else laid_out)
+    laid_out = made.token_grid(grid)
+    views = views.retokened(made.num_tokens(grid) if laid_out is None or packed else laid_out)
     if packed and tokens is not None:
         views = views.within(tokens)
     return dataclasses.replace(
         system,
-        model=model.clone(connector=connector, learned_rows=learned),
+        model=model.clone(connector=made, learned_rows=learned),
         make_processor=_returning(dataclasses.replace(processor, views=views)),
         release=None if system.release is None else system.release.without(*drawn),
     )
@@ -157,13 +160,14 @@ def _fewest(connector_class: Any, grid: Grid) -> int:
     return grid[0] * grid[1]
 
 
-def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[str, Any], path: str) -> System:
+def _with_reducer(system: System, model: VLM, tokens: int | None, section: Fields, path: str) -> System:
     processor = system.processor
     views, kind = processor.views, str(section.get("kind"))
     reducer_class = choose(REDUCERS, kind, f"{path}.kind")
+    assert reducer_class is not None  # `with_budget` has met "none"
     encoder, connector, decoder = model.encoder, model.connector, model.decoder
     packed = isinstance(encoder, tuple(PACKED_ENCODERS.values()))
-    parts: dict[str, Any] = {"encoder": encoder, "decoder": decoder}
+    parts: Fields = {"encoder": encoder, "decoder": decoder}
     grid = _grid_of_view(model, views)
     laid_out = connector.token_grid(grid)  # type: ignore[union-attr]
     at_tokens = packed or laid_out != grid
@@ -185,7 +189,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
         given: Grid = (1, most)
     else:
         given = (laid_out or (1, connector.num_tokens(grid))) if at_tokens else grid  # type: ignore[union-attr]
-    part = parts.get(reducer_class.reduces_in)
+    part = None if reducer_class.reduces_in is None else parts[reducer_class.reduces_in]
     depth = 0 if part is None else _num_blocks(part)
     if part is not None and not depth:
         raise ConfigError(
@@ -198,7 +202,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     solved = reducer_class.for_budget(budget, given, depth)
     if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
-    made: Reducer = parse_kind(REDUCERS, section, path, **solved)
+    made = parse(reducer_class, {key: section[key] for key in section if key != "kind"}, path, **solved)
     if at_tokens and laid_out is None and not packed and made.required_fields().get("encoder"):
         raise ConfigError(
             f"{path}.kind: {kind} ranks tokens by the attention to their patches, but the tokens of "
@@ -229,9 +233,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: dict[
     return dataclasses.replace(system, model=reduced, make_processor=_returning(made_processor))
 
 
-def _with_smaller_pictures(
-    system: System, model: VLM, tokens: int | None, section: Mapping[str, Any], path: str
-) -> System:
+def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, section: Config, path: str) -> System:
     """Fewer pixels: the bound of a native resolution, or tiles of which the encoder makes fewer patches.
 
     Tiles are cut and finished as released, and each is then resized to fewer pixels. Its tokens form a grid of about
@@ -269,13 +271,14 @@ def _check_kept_by_connector(model: VLM, reducer: Reducer, grid: Grid, path: str
         )
 
 
-def _num_blocks(part: Any) -> int:
-    return part.num_blocks if hasattr(part, "num_blocks") else getattr(part, "depth", 0)
+def _num_blocks(part: Encoder | Decoder) -> int:
+    return part.num_blocks if isinstance(part, Encoder) else part.depth
 
 
-def _set(part: nn.Module, fields: Mapping[str, Any], kind: str, name: str, path: str) -> nn.Module:
+def _set(part: Part, fields: Config, kind: str, name: str, path: str) -> Part:
     """The part with the fields that a reducer needs; its parameters are unchanged."""
-    if missing := [field for field in fields if not hasattr(part, field)]:
+    hints = typing.get_type_hints(type(part))
+    if missing := [field for field in fields if field not in hints]:
         raise ConfigError(
             f"{path}.kind: {kind} works inside the {name}, but {type(part).__name__} does not support it (no field "
             f"{', '.join(missing)}); choose another reducer"

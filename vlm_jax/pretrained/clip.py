@@ -15,9 +15,10 @@ from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.pretrained.family import Description, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import block_fields, vit_fields
 from vlm_jax.pretrained.tables import image_shape, num_patches, resizer
+from vlm_jax.types import Config, Dtype, Fields
 
 # transformers, models/clip/configuration_clip.py.
-VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: Fields = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "projection_dim": 512,
@@ -29,7 +30,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
-TEXT_DEFAULTS: dict[str, Any] = {
+TEXT_DEFAULTS: Fields = {
     "vocab_size": 49408,
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -41,13 +42,13 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "eos_token_id": 49407,
 }
-DEFAULTS: dict[str, Any] = {"projection_dim": 512, "logit_scale_init_value": 2.6592}
+DEFAULTS: Fields = {"projection_dim": 512, "logit_scale_init_value": 2.6592}
 IGNORE = (r".*embeddings\.position_ids",)  # 0, 1, 2, .. in files of older versions
 # Before transformers 4.31 configs had this number, and the end of text was the highest id.
 _LEGACY_END = 2
 
 
-def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
     """The ViT of a `CLIPVisionConfig`; its pooled vector is the normalised class token.
 
     Args:
@@ -68,7 +69,7 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
     return ViT(**{**own, **fields})
 
 
-def text_tower(config: Mapping[str, Any], where: str, **fields: Any) -> TextTower:
+def text_tower(config: Config, where: str, **fields: Any) -> TextTower:
     """The text tower of a `CLIPTextConfig`, without its projection; arguments as in `vision_tower`."""
     settings = with_defaults(config, TEXT_DEFAULTS, where)
     end = settings["eos_token_id"]
@@ -93,7 +94,7 @@ TEXT_SHAPE = jax.ShapeDtypeStruct((1, 1), jnp.int32)
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `CLIPModel`."""
     del checkpoint
@@ -121,7 +122,7 @@ def describe(
 
 
 def describe_vision(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `CLIPVisionModel`, or a `CLIPVisionModelWithProjection` where the checkpoint has the projection."""
     settings = with_defaults(config, VISION_DEFAULTS, "clip_vision_model")
@@ -147,7 +148,7 @@ def describe_vision(
 
 
 def describe_text(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `CLIPTextModel`, or a `CLIPTextModelWithProjection` where the checkpoint has the projection."""
     settings = with_defaults(config, TEXT_DEFAULTS, "clip_text_model")

@@ -3,24 +3,24 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.connectors.connector import Connector
+from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.family import Description, LanguageModel, Names, Resize, find_prefix
 from vlm_jax.pretrained.language import LANGUAGE_MODELS, language_model
-from vlm_jax.types import Batch, Instruction, PackedPatches
+from vlm_jax.types import Batch, Config, Dtype, Fields, Instruction, PackedPatches
 
 
 def visual_half(
-    encoder: nn.Module,
-    connector: nn.Module,
+    encoder: Encoder,
+    connector: Connector,
     images: jax.ShapeDtypeStruct | PackedPatches,
     rules: tuple[Rule, ...],
     ignore: tuple[str, ...] = (),
@@ -42,14 +42,14 @@ def visual_half(
 
 def with_language(
     visual: Description,
-    text: Mapping[str, Any],
+    text: Config,
     checkpoint: Mapping[str, SourceTensor],
     where: str,
     *,
     names: Names,
     beside: tuple[str, ...],
     learned_rows: Mapping[str, str] | str | None = None,
-    **dtypes: Any,
+    **dtypes: Dtype,
 ) -> Description:
     """The full system as a `VLM`; only encoder and connector where the checkpoint has no supported language model.
 
@@ -75,11 +75,11 @@ def with_language(
 
 
 def composed(
-    visual: Description, language: LanguageModel, learned_rows: Mapping[str, str] | str | None = None, **dtypes: Any
+    visual: Description, language: LanguageModel, learned_rows: Mapping[str, str] | str | None = None, **dtypes: Dtype
 ) -> Description:
     """The parts as one `VLM`; arguments as in `with_language`."""
     rules = [*visual.rules, *prefixed(language.rules, target="decoder/")]
-    rows: Any = learned_rows
+    rows: LearnedRows | str | None = learned_rows if isinstance(learned_rows, str) else None
     if isinstance(learned_rows, Mapping):
         rows = LearnedRows(tuple(learned_rows), language.decoder.width, **dtypes)
         rules += [Rule(released, f"learned_rows/{name}") for name, released in learned_rows.items()]
@@ -101,9 +101,7 @@ def text_names(checkpoint: Mapping[str, SourceTensor]) -> Names:
     return Names(find_prefix(checkpoint, "embed_tokens.weight"), find_prefix(checkpoint, "lm_head.weight"))
 
 
-def text_section(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, kind: str, tied: bool
-) -> dict[str, Any]:
+def text_section(config: Config, checkpoint: Mapping[str, SourceTensor], *, kind: str, tied: bool) -> Fields:
     """The `text_config` of a system of transformers, with the head settings of the full config.
 
     Transformers ties the head where the full config or the section sets it, and the checkpoint

@@ -3,11 +3,12 @@
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.config import ConfigError, check_keys, convert, parse
+from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.system import System
+from vlm_jax.types import Config, Fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ReleaseProcessorSettings:
     max_length: int | None = None
 
 
-def configured(system: System, config: Mapping[str, Any]) -> System:
+def configured(system: System, config: Config) -> System:
     """The system of a release with the sections of a run's config.
 
     Args:
@@ -40,13 +41,15 @@ def configured(system: System, config: Mapping[str, Any]) -> System:
             raise ConfigError(f"config.{section}: expected a section, got {config[section]!r}")
     connector = config["connector"] if config["connector"].get("kind") else None
     system = with_budget(system, config["token_budget"], reducer=config["reducer"], connector=connector)
-    model: Any = system.model
-    for part in ("encoder", "decoder"):
-        own = getattr(model, part)
+    model = system.model
+    assert isinstance(model, VLM)
+    for part, own in (("encoder", model.encoder), ("decoder", model.decoder)):
+        assert own is not None  # `with_budget` refuses a model without
         hints = typing.get_type_hints(type(own))
         check_keys(config[part], hints, f"config.{part}")
         fields = {key: convert(value, hints[key], f"config.{part}.{key}") for key, value in config[part].items()}
-        model = model.clone(**{part: own.clone(**fields)}) if fields else model
+        changed: Fields = {part: own.clone(**fields)} if fields else {}
+        model = model.clone(**changed) if changed else model
     changes = dataclasses.asdict(parse(ReleaseProcessorSettings, config["processor"], "config.processor"))
     given = {key: value for key, value in changes.items() if value is not None}
     processor = dataclasses.replace(system.processor, **given)

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from vlm_jax.checkpoints.saving import copy_companions, save_archive, save_check
 from vlm_jax.pretrained.family import Description, Family
 from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.named_tower import with_named_tower
+from vlm_jax.types import Config, Dtype, Fields
 
 RUN_PARTS = ("encoder", "connector", "decoder")  # parts of every run
 LEARNED_ROWS = "learned_rows"  # a part of runs whose `config.release` has it
@@ -54,7 +54,7 @@ class Conversion:
     arrays: Mapping[str, LazyTensor]
     steps: tuple[Step, ...]
     remarks: Mapping[str, str]
-    config: Mapping[str, Any] | None = None
+    config: Config | None = None
     of_run: bool = False
 
     @property
@@ -163,9 +163,7 @@ def open_conversion(
     return Conversion(folder, True, release, _cast(release, wanted), arrays, steps, remarks, config)
 
 
-def _described(
-    path: Path, families: Mapping[str, Family]
-) -> tuple[Path, dict[str, Any] | None, Checkpoint, Description]:
+def _described(path: Path, families: Mapping[str, Family]) -> tuple[Path, Fields | None, Checkpoint, Description]:
     """The folder, its config where it differs from the file's, its tensors, and their description."""
     folder = path if path.is_dir() else path.parent
     release = open_release(path)
@@ -176,7 +174,7 @@ def _described(
     return folder, None if config == own else config, release, description
 
 
-def _of_run(path: Path, families: Mapping[str, Family], workdir: epath.Path, dtype: Any) -> Conversion:
+def _of_run(path: Path, families: Mapping[str, Family], workdir: epath.Path, dtype: Dtype) -> Conversion:
     """Converts a run's parts to a release: the other tensors, and dtypes, are those of the release at `path`."""
     folder, config, release, description = _described(path, families)
     shapes = nn.meta.unbox(description.boxed_shapes())
@@ -194,7 +192,7 @@ def _of_run(path: Path, families: Mapping[str, Family], workdir: epath.Path, dty
     return Conversion(folder, False, whole, _cast(whole, dtype), arrays, steps, remarks, config, of_run=True)
 
 
-def _cast(release: Checkpoint, dtype: Any) -> Checkpoint:
+def _cast(release: Checkpoint, dtype: Dtype) -> Checkpoint:
     tensors = {key: cast(tensor, dtype) for key, tensor in release.items()}
     return Checkpoint(tensors, release.origin, archive=release.archive)
 
@@ -211,7 +209,7 @@ def _all_steps(description: Description, release: Checkpoint) -> tuple[tuple[Ste
     }
     others = [key for key, tensor in release.items() if key not in read and math.prod(tensor.shape)]
     rules = (*prefixed(description.rules, target=f"{PARAMS}/"), *(Rule(key, f"{CARRIED}/{key}") for key in others))
-    targets: dict[str, Any] = {PARAMS: shapes, CARRIED: {key: release[key] for key in others}}
+    targets: Fields = {PARAMS: shapes, CARRIED: {key: release[key] for key in others}}
     steps = plan(rules, release, targets, ignore=description.ignore)
     remarks = {f"{CARRIED}/{key}": f" (ignored: {matching(description.ignore, key)})" for key in others}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(boxed, is_leaf=_is_box)[0]:
@@ -221,7 +219,7 @@ def _all_steps(description: Description, release: Checkpoint) -> tuple[tuple[Ste
     return steps, remarks
 
 
-def _is_box(leaf: Any) -> bool:
+def _is_box(leaf: object) -> bool:
     return isinstance(leaf, nn.LogicallyPartitioned)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.checkpoints.maps import deepseek as maps
 from vlm_jax.checkpoints.maps.torch_layers import rms_norm
@@ -18,9 +17,10 @@ from vlm_jax.pretrained.family import (
 )
 from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_logit_scale, released_rope
+from vlm_jax.types import Config, Dtype, Fields
 
 # deepseek_vl2/models/configuration_deepseek.py: that of DeepSeek-V2 with `use_mla`.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "vocab_size": 102_400,
     "hidden_size": 4096,
     "intermediate_size": 11_008,
@@ -58,12 +58,12 @@ DEFAULTS: dict[str, Any] = {
 
 
 def deepseek_v2(
-    config: Mapping[str, Any],
+    config: Config,
     checkpoint: Mapping[str, SourceTensor],
     where: str,
     *,
     names: Names,
-    **dtypes: Any,
+    **dtypes: Dtype,
 ) -> LanguageModel:
     """DeepSeek-V2 and its variants in DeepSeek-VL2: with latent or multi-head attention.
 
@@ -134,7 +134,7 @@ def trunk_rules(decoder: Deepseek) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _attention_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _attention_fields(settings: Config, where: str) -> Fields:
     if not settings["use_mla"]:
         return {"latent_dim": None, "num_kv_heads": settings["num_key_value_heads"]}
     return {
@@ -148,7 +148,7 @@ def _attention_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]
     }
 
 
-def _expert_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _expert_fields(settings: Config, where: str) -> Fields:
     """Fields of the mixtures of experts; without routed experts every layer is dense."""
     fields = {"expert_dim": settings["moe_intermediate_size"], "num_experts": 1, "num_selected": 1}
     if settings["n_routed_experts"] is None:

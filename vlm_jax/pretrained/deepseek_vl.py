@@ -17,9 +17,10 @@ from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedEr
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.sam import stacks
 from vlm_jax.pretrained.tables import num_patches
+from vlm_jax.types import Config, Dtype, Fields, Grid, Params
 
 # The release's config has the names of its towers, its code their sizes: models/siglip_vit.py and models/sam.py.
-MODELS: dict[str, dict[str, Any]] = {
+MODELS: dict[str, Fields] = {
     "siglip_so400m_patch14_384": {
         "patch_size": 14,
         "width": 1152,
@@ -62,7 +63,7 @@ UNUSED = (r"vision_model\.(high|low)_layer_norm\..*", r"vision_model\.(.*\.)?vis
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `MultiModalityCausalLM`, whose language model is a Llama.
 
@@ -77,12 +78,10 @@ def describe(
         # Done by the processor; only the hybrid tower, with two different normalisations, does it itself.
         unused = {"pixel_mean": (None,), "pixel_std": (None,)}
         check_supported(params, unused, "vision_config.params")
-        encoder, rules = _tower(params, registry, "vision_config.params", dtypes)
+        encoder, rules, image_size = _tower(params, registry, "vision_config.params", dtypes)
         rules = prefixed(rules, "vision_model.vision_tower.")
-        image_size = encoder.image_size
     else:
-        encoder, rules = _hybrid(params, registry, dtypes)
-        image_size = encoder.high.image_size
+        encoder, rules, image_size = _hybrid(params, registry, dtypes)
     aligner = with_defaults(config.get("aligner_config", {}), {"cls": REQUIRED, "params": REQUIRED}, "aligner_config")
     check_supported(aligner, {"cls": ("MlpProjector",)}, "aligner_config")
     connector, projector = mlp_projector(aligner["params"], "aligner_config.params", source="aligner", **dtypes)
@@ -94,28 +93,26 @@ def describe(
     return with_language(visual, text, checkpoint, "language_config", names=names, beside=NOT_VISION, **dtypes)
 
 
-def _hybrid(params: Mapping[str, Any], registry: Mapping[str, Any], dtypes: dict) -> tuple[Hybrid, tuple[Rule, ...]]:
+def _hybrid(params: Params, registry: Config, dtypes: dict) -> tuple[Hybrid, tuple[Rule, ...], Grid]:
     where = "vision_config.params"
     defaults = {"high_res_cfg": REQUIRED, "low_res_cfg": REQUIRED, "concat_type": "tuple"}
     params = with_defaults(params, defaults, where)
     check_supported(params, {"concat_type": tuple(COMBINE)}, where)
-    high, high_rules = _tower(params["high_res_cfg"], registry, f"{where}.high_res_cfg", dtypes)
-    low, low_rules = _tower(params["low_res_cfg"], registry, f"{where}.low_res_cfg", dtypes)
+    high, high_rules, high_size = _tower(params["high_res_cfg"], registry, f"{where}.high_res_cfg", dtypes)
+    low, low_rules, low_size = _tower(params["low_res_cfg"], registry, f"{where}.low_res_cfg", dtypes)
     module = Hybrid(
         high=high,
         low=low,
-        low_size=min(low.image_size),
+        low_size=min(low_size),
         combine=COMBINE[params["concat_type"]],  # type: ignore[arg-type]
         high_statistics=_statistics(params["high_res_cfg"]),
         low_statistics=_statistics(params["low_res_cfg"]),
     )
-    return module, hybrid_rules(high_rules, low_rules)
+    return module, hybrid_rules(high_rules, low_rules), high_size
 
 
-def _tower(
-    settings: Mapping[str, Any], registry: Mapping[str, Any], where: str, dtypes: dict
-) -> tuple[Any, tuple[Rule, ...]]:
-    """A `CLIPVisionTower`: its module, and its rules without a prefix."""
+def _tower(settings: Config, registry: Config, where: str, dtypes: dict) -> tuple[ViT | SAM, tuple[Rule, ...], Grid]:
+    """A `CLIPVisionTower`: its module, its rules without a prefix, and (height, width) of its images."""
     defaults = {"model_name": REQUIRED, "image_size": REQUIRED, "select_layer": -2, "select_feature": "patch"}
     settings = with_defaults(settings, defaults, where)
     name, size = settings["model_name"], settings["image_size"]
@@ -124,11 +121,11 @@ def _tower(
     image_size = (size, size) if isinstance(size, int) else tuple(size)
     if name.startswith("sam"):
         check_supported(settings, {"select_feature": ("same",)}, where)
-        return _sam(registry[name], image_size, dtypes)
-    return _siglip(registry[name], image_size, settings["select_layer"], dtypes)
+        return *_sam(registry[name], image_size, dtypes), image_size
+    return *_siglip(registry[name], image_size, settings["select_layer"], dtypes), image_size
 
 
-def _siglip(sizes: Mapping[str, Any], image_size: tuple[int, int], select_layer: int, dtypes: dict) -> tuple[Any, Any]:
+def _siglip(sizes: Config, image_size: tuple[int, int], select_layer: int, dtypes: dict) -> tuple[Any, Any]:
     """A layer is selected by omitting later ones; the last norm is kept."""
     depth = sizes["layers"]
     kept = min(depth, depth + select_layer + 1) if select_layer <= 0 else min(depth, select_layer)
@@ -146,7 +143,7 @@ def _siglip(sizes: Mapping[str, Any], image_size: tuple[int, int], select_layer:
     return module, siglip_rules(num_patches=num_patches(module), width=module.width)
 
 
-def _sam(sizes: Mapping[str, Any], image_size: tuple[int, int], dtypes: dict) -> tuple[Any, Any]:
+def _sam(sizes: Config, image_size: tuple[int, int], dtypes: dict) -> tuple[SAM, tuple[Rule, ...]]:
     sizes = {**SAM_DEFAULTS, **sizes}
     module = SAM(
         image_size=image_size,
@@ -173,6 +170,6 @@ def _sam(sizes: Mapping[str, Any], image_size: tuple[int, int], dtypes: dict) ->
     return module, rules
 
 
-def _statistics(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _statistics(settings: Config) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     mean, std = settings.get("pixel_mean"), settings.get("pixel_std")
     return None if mean is None or std is None else (tuple(map(float, mean)), tuple(map(float, std)))

@@ -10,9 +10,10 @@ from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mlp_projector
 from vlm_jax.pretrained.tables import image_shape, num_patches
+from vlm_jax.types import Config, Dtype, Fields
 
 # deepseek_vl2/models/modeling_deepseek_vl_v2.py, VisionEncoderConfig and MlpProjectorConfig.
-VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: Fields = {
     "image_size": 384,
     "patch_size": 16,
     "width": 1024,
@@ -21,7 +22,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "mlp_ratio": 4,
     "class_token": False,
 }
-PROJECTOR_DEFAULTS: dict[str, Any] = {
+PROJECTOR_DEFAULTS: Fields = {
     "projector_type": "downsample_mlp_gelu",
     "input_dim": 1152,
     "n_embed": 2048,
@@ -33,7 +34,7 @@ UNUSED = (r"vision\.attn_pool\..*",)
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `DeepseekVLV2ForCausalLM`, whose tiles are laid out in two dimensions."""
     where, dtypes = "deepseek_vl_v2", {"dtype": dtype, "param_dtype": param_dtype}
@@ -61,7 +62,7 @@ def describe(
     )
 
 
-def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
     """The ViT of a `VisionEncoderConfig`, whose blocks are all used.
 
     Args:

@@ -1,7 +1,6 @@
 """DeepSeek-VL in the format of transformers: SigLIP, or SAM and SigLIP, the aligner and Llama."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from vlm_jax.pretrained.composition import text_names, text_section, visual_half
 from vlm_jax.pretrained.family import REQUIRED, Description, find_prefix, with_defaults
 from vlm_jax.pretrained.sam import VISION_DEFAULTS, stacks, vision_encoder
 from vlm_jax.pretrained.siglip import vision_tower
+from vlm_jax.types import Config, Dtype, Fields
 
 # The config does not have these; they are those of the released 7B model's processor.
 HIGH_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -29,7 +29,7 @@ UNUSED = (r"(.*\.)?vision_model\.(vision_model\.)?head\..*",)  # the attention p
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `DeepseekVLModel`, or its model for generation: one SigLIP."""
     settings = with_defaults(config, {"vision_config": REQUIRED}, "deepseek_vl")
@@ -47,7 +47,7 @@ def describe(
 
 
 def describe_hybrid(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `DeepseekVLHybridModel`, or its model for generation: two towers, for images in [0, 1]."""
     where, dtypes = "deepseek_vl_hybrid", {"dtype": dtype, "param_dtype": param_dtype}
@@ -81,20 +81,20 @@ def describe_hybrid(
 
 def _whole(
     visual: Description,
-    config: Mapping[str, Any],
+    config: Config,
     checkpoint: Mapping[str, SourceTensor],
     where: str,
-    dtypes: dict[str, Any],
+    dtypes: Fields,
 ) -> Description:
     text, names = text_section(config, checkpoint, kind="llama", tied=True), text_names(checkpoint)
     return with_language(visual, text, checkpoint, f"{where}.text_config", names=names, beside=NOT_VISION, **dtypes)
 
 
-def _siglip(section: Mapping[str, Any], where: str, dtypes: dict[str, Any]) -> ViT:
+def _siglip(section: Config, where: str, dtypes: Fields) -> ViT:
     return vision_tower(section, f"{where}.vision_config", pooling="none", **dtypes)
 
 
-def _text_width(settings: Mapping[str, Any]) -> int:
+def _text_width(settings: Config) -> int:
     return (settings.get("text_config") or {}).get("hidden_size", _LLAMA_WIDTH)
 
 

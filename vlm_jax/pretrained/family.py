@@ -10,6 +10,8 @@ import jax
 from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
+from vlm_jax.decoders.decoder import Decoder
+from vlm_jax.types import Config, Dtype, Fields, Params, Tree
 
 
 class PretrainedError(ValueError):
@@ -18,7 +20,7 @@ class PretrainedError(ValueError):
 
 # (params, side) -> the released config and the parameters at that size, and placeholders for the released
 # tensors whose shapes change.
-Resize = Callable[[Any, int], tuple[dict[str, Any], Any, dict[str, SourceTensor]]]
+Resize = Callable[[Params, int], tuple[Fields, Params, dict[str, SourceTensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +39,15 @@ class Description:
     """
 
     module: nn.Module
-    inputs: tuple[Any, ...]
+    inputs: tuple[Tree, ...]
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     resize: Resize | None = None
 
-    def boxed_shapes(self) -> Any:
+    def boxed_shapes(self) -> Params:
         """Shapes of the parameters, in boxes with their axis names."""
 
-        def init(*inputs: Any) -> Any:
+        def init(*inputs: Tree) -> Tree:
             return self.module.init(jax.random.key(0), *inputs)["params"]
 
         return jax.eval_shape(init, *self.inputs)
@@ -62,11 +64,11 @@ class Family(Protocol):
 
     def __call__(
         self,
-        config: Mapping[str, Any],
+        config: Config,
         checkpoint: Mapping[str, SourceTensor],
         *,
-        dtype: Any,
-        param_dtype: Any,
+        dtype: Dtype,
+        param_dtype: Dtype,
     ) -> Description: ...
 
 
@@ -92,7 +94,7 @@ class LanguageModel:
       ignore: regular expressions for whole released keys that the decoder does not use.
     """
 
-    decoder: nn.Module
+    decoder: Decoder
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
 
@@ -119,7 +121,7 @@ def beside(*prefixes: str) -> tuple[str, ...]:
     return () if "" in prefixes else (f"(?!{'|'.join(map(re.escape, prefixes))}).*",)
 
 
-def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+def with_defaults(config: Config, defaults: Config, where: str) -> Fields:
     """The config with class defaults for missing keys.
 
     Args:
@@ -151,7 +153,7 @@ ACTIVATIONS = {
 }
 
 
-def marker(config: Mapping[str, Any]) -> str:
+def marker(config: Config) -> str:
     """The model type of a released config.
 
     `model_type` of Hugging Face files; `open_clip` for a `model_cfg` or a `vision_cfg`; `vit_jax` for the
@@ -178,7 +180,7 @@ def marker(config: Mapping[str, Any]) -> str:
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config")
 
 
-def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_section(config: Config) -> Config:
     """The language model's section of a system's config; empty if there is none."""
     return next((config[key] for key in _TEXT_SECTIONS if isinstance(config.get(key), Mapping)), {})
 
@@ -218,7 +220,7 @@ def square_root(count: int, where: str) -> int:
     return side
 
 
-def check_supported(config: Mapping[str, Any], expected: Mapping[str, tuple[Any, ...]], where: str) -> None:
+def check_supported(config: Config, expected: Mapping[str, tuple[object, ...]], where: str) -> None:
     """Raises for unsupported settings.
 
     Args:

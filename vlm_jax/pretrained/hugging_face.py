@@ -1,7 +1,6 @@
 """Settings that configs of transformers share across families."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -9,11 +8,12 @@ from vlm_jax.checkpoints.maps.torch_layers import linear
 from vlm_jax.checkpoints.maps.transformer import vocabulary_rules
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
 from vlm_jax.pretrained.family import ACTIVATIONS, PretrainedError, check_supported, find_prefix, one_side
+from vlm_jax.types import Config, Fields
 
 _LAST_LAYER = "multi_modal_projector.linear_2.weight"
 
 
-def block_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def block_fields(settings: Config, where: str) -> Fields:
     """Sizes, activation and epsilon of the blocks, as fields of `Trunk` and of `TextTower`.
 
     Args:
@@ -34,7 +34,7 @@ def block_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def text_sizes(settings: Mapping[str, Any], where: str) -> tuple[int, int, int]:
+def text_sizes(settings: Config, where: str) -> tuple[int, int, int]:
     """Query heads, key and value heads, and the head width of a language model's config with its defaults.
 
     Raises:
@@ -60,7 +60,7 @@ def text_sizes(settings: Mapping[str, Any], where: str) -> tuple[int, int, int]:
     return heads, kv_heads, sizes.get("head_dim", width // heads)
 
 
-def vit_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def vit_fields(settings: Config, where: str) -> Fields:
     """Fields of a ViT with learned position embeddings, which transformers interpolates bicubically.
 
     Raises:

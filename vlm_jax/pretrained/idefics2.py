@@ -20,9 +20,10 @@ from vlm_jax.pretrained.family import (
 )
 from vlm_jax.pretrained.hugging_face import block_fields
 from vlm_jax.pretrained.siglip import patches_shape
+from vlm_jax.types import Config, Dtype, Fields
 
 # transformers, models/idefics2/configuration_idefics2.py.
-VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: Fields = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -33,7 +34,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
 }
-PERCEIVER_DEFAULTS: dict[str, Any] = {
+PERCEIVER_DEFAULTS: Fields = {
     "hidden_act": "silu",
     "hidden_size": 4096,
     "rms_norm_eps": 1e-6,
@@ -44,13 +45,13 @@ PERCEIVER_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4,
 }
 # MistralConfig's, which Idefics2Config changes where the section is missing.
-TEXT_DEFAULTS: dict[str, Any] = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
-_TEXT_LEFT_OUT: dict[str, Any] = {"rms_norm_eps": 1e-5}
+TEXT_DEFAULTS: Fields = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
+_TEXT_LEFT_OUT: Fields = {"rms_norm_eps": 1e-5}
 _PROJECTION = "connector.modality_projection.down_proj.weight"
 IGNORE = (r"(.*\.)?text_model\..*", r"lm_head\..*", r".*position_ids")
 
 
-def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> NaflexViT:
+def vision_tower(config: Config, where: str, **fields: Any) -> NaflexViT:
     """The ViT of an `Idefics2VisionConfig`.
 
     Args:
@@ -71,7 +72,7 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> Naflex
     )
 
 
-def perceiver(config: Mapping[str, Any], shape: tuple[int, ...], where: str, **fields: Any) -> Perceiver:
+def perceiver(config: Config, shape: tuple[int, ...], where: str, **fields: Any) -> Perceiver:
     """The connector of an `Idefics2Config`.
 
     Args:
@@ -106,7 +107,7 @@ def _vision_rules(vit: NaflexViT) -> tuple[Rule, ...]:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """Vision tower and connector of an `Idefics2Model`, one image per sequence; the language model is not loaded."""
     where, dtypes = "idefics2", {"dtype": dtype, "param_dtype": param_dtype}
@@ -123,7 +124,7 @@ def describe(
 
 
 def describe_vision(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """An `Idefics2VisionTransformer`."""
     vit = vision_tower(config, config["model_type"], dtype=dtype, param_dtype=param_dtype)

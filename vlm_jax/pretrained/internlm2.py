@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.checkpoints.maps.transformer import internlm2_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
@@ -10,9 +9,10 @@ from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.pretrained.family import ACTIVATIONS, LanguageModel, Names, check_supported, with_defaults
 from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
+from vlm_jax.types import Config, Dtype, Fields
 
 # OpenGVLab/InternVL, internvl_chat/internvl/model/internlm2/configuration_internlm2.py.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "vocab_size": 103_168,
     "hidden_size": 4096,
     "intermediate_size": 11_008,
@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def internlm2(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, *, names: Names, **dtypes: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], where: str, *, names: Names, **dtypes: Dtype
 ) -> LanguageModel:
     """Llama with InternLM2's names; its fused query-key-value weight is split at load.
 

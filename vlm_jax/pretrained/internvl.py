@@ -11,9 +11,10 @@ from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import vit_fields
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches, resizer
+from vlm_jax.types import Config, Dtype, Fields
 
 # OpenGVLab/InternVL, configuration_intern_vit.py and configuration_internvl_chat.py.
-VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: Fields = {
     "num_channels": 3,
     "patch_size": 14,
     "image_size": 224,
@@ -28,7 +29,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-6,
     "initializer_factor": 0.1,
 }
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "vision_config": REQUIRED,
     "llm_config": REQUIRED,
     "select_layer": -1,
@@ -40,7 +41,7 @@ PREFIX = "vision_model."
 BESIDE = (r"language_model\..*",)
 
 # Fields of `ViT` that every InternViT has.
-INTERN_VIT: dict[str, Any] = {
+INTERN_VIT: Fields = {
     "qk_norm_over": "width",
     "class_token": True,
     "class_position": True,
@@ -48,7 +49,7 @@ INTERN_VIT: dict[str, Any] = {
 }
 
 
-def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
     """The InternViT of an `InternVisionConfig`.
 
     Args:
@@ -76,7 +77,7 @@ def vision_rules(vit: ViT) -> tuple[Rule, ...]:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """An `InternVLChatModel`."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -113,7 +114,7 @@ def describe(
 
 
 def describe_vision(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """An `InternVisionModel`."""
     channels = with_defaults(config, VISION_DEFAULTS, "intern_vit_6b")["num_channels"]

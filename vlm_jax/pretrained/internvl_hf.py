@@ -21,9 +21,10 @@ from vlm_jax.pretrained.family import (
 from vlm_jax.pretrained.hugging_face import projector, vit_fields
 from vlm_jax.pretrained.internvl import INTERN_VIT, NORMS
 from vlm_jax.pretrained.tables import image_shape, left_out, num_patches
+from vlm_jax.types import Config, Dtype, Fields
 
 # transformers, models/internvl/configuration_internvl.py.
-VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: Fields = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
@@ -41,7 +42,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "layer_scale_init_value": 0.1,
     "use_mean_pooling": True,
 }
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "vision_config": REQUIRED,
     "downsample_ratio": 0.5,
     "projector_hidden_act": "gelu",
@@ -51,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
 _QK_EPSILON = 1e-6  # of the class, independent of layer_norm_eps
 
 
-def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
     """The ViT of an `InternVLVisionConfig` without the norm after it.
 
     Args:
@@ -60,7 +61,7 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
       **fields: more fields of `ViT`, or other values.
     """
     settings = with_defaults(config, VISION_DEFAULTS, where)
-    known: dict[str, tuple[Any, ...]] = {
+    known: dict[str, tuple[object, ...]] = {
         "norm_type": tuple(NORMS),
         "use_mask_token": (False,),
         "use_absolute_position_embeddings": (True,),
@@ -80,7 +81,7 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """An `InternVLModel`, or its model for generation."""
     where, dtypes = "internvl", {"dtype": dtype, "param_dtype": param_dtype}

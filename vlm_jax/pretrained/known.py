@@ -5,9 +5,7 @@ the Hugging Face hub.
 """
 
 import json
-from collections.abc import Mapping
 from importlib import resources
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ from vlm_jax.config import did_you_mean
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.family import Description, PretrainedError, marker
 from vlm_jax.pretrained.loader import choose_family
+from vlm_jax.types import Config, Dtype, Fields
 
 _FOLDER = resources.files("vlm_jax.pretrained") / "released"
 _SEPARATOR, _SUFFIX = "--", ".json"
@@ -48,7 +47,7 @@ def known_configs() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(_SUFFIX).replace(_SEPARATOR, "/", 1) for name in files))
 
 
-def known_config(name: str) -> dict[str, Any]:
+def known_config(name: str) -> Fields:
     """The released settings of one of `known_configs`.
 
     Args:
@@ -62,7 +61,7 @@ def known_config(name: str) -> dict[str, Any]:
     return json.loads((_FOLDER / (name.replace("/", _SEPARATOR, 1) + _SUFFIX)).read_text(encoding="utf-8"))
 
 
-def describe_known(name: str, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32) -> Description:
+def describe_known(name: str, *, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32) -> Description:
     """One of `known_configs` as a module, the full system with its language model, without a checkpoint.
 
     Args:
@@ -77,7 +76,7 @@ def describe_known(name: str, *, dtype: Any = jnp.float32, param_dtype: Any = jn
     return choose_family(config, FAMILIES)(config, _stand_ins(config), dtype=dtype, param_dtype=param_dtype)
 
 
-def _stand_ins(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _stand_ins(config: Config) -> dict[str, np.ndarray]:
     """The tensors that a family reads, as zeros that take no memory."""
     kind = marker(config)
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_KEYS.get(kind, ()), (1,))

@@ -1,7 +1,6 @@
 """Released language models: the decoder of a text config, its rules, and text-only checkpoints."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from vlm_jax.pretrained.family import (
 from vlm_jax.pretrained.internlm2 import internlm2
 from vlm_jax.pretrained.llama import llama, mistral, qwen2, qwen2_vl, qwen3
 from vlm_jax.pretrained.qwen import qwen
-from vlm_jax.types import Batch
+from vlm_jax.types import Batch, Config, Dtype
 
 # Model type of a released config -> its function, with the arguments of `language_model`.
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
@@ -42,13 +41,13 @@ SYSTEMS = ("qwen", "qwen2_5_vl", "qwen2_vl")  # with the config of a full system
 
 
 def language_model(
-    config: Mapping[str, Any],
+    config: Config,
     checkpoint: Mapping[str, SourceTensor],
     where: str,
     *,
     names: Names = Names(),  # noqa: B008 (immutable)
-    dtype: Any,
-    param_dtype: Any,
+    dtype: Dtype,
+    param_dtype: Dtype,
 ) -> LanguageModel:
     """The language model of a released text config.
 
@@ -75,7 +74,7 @@ def alone(describe: Callable[..., LanguageModel], names: Names) -> Family:
     """The family of text-only checkpoints of a language model: a `VLM` with only a decoder."""
 
     def family(
-        config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+        config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
     ) -> Description:
         where = config["model_type"]
         found = describe(config, checkpoint, where, names=names, dtype=dtype, param_dtype=param_dtype)

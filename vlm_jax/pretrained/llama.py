@@ -17,10 +17,11 @@ from vlm_jax.pretrained.family import (
 )
 from vlm_jax.pretrained.hugging_face import text_sizes, vocabulary
 from vlm_jax.pretrained.rope import ROPE_DEFAULTS, released_rope
+from vlm_jax.types import Config, Dtype, Fields
 
 # The settings of each class, with defaults: transformers, models/llama/configuration_llama.py, and those of the
 # others. Other keys of a config are ignored, as in transformers.
-_COMMON: dict[str, Any] = {
+_COMMON: Fields = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
     "intermediate_size": 11_008,
@@ -35,7 +36,7 @@ _COMMON: dict[str, Any] = {
     **ROPE_DEFAULTS,
 }
 # Of a class without these settings: only its own biases; a window, if any, applies to every layer.
-_UNREAD: dict[str, Any] = {
+_UNREAD: Fields = {
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": True,
@@ -43,15 +44,15 @@ _UNREAD: dict[str, Any] = {
     "max_window_layers": 0,
     "layer_types": None,
 }
-LLAMA_DEFAULTS: dict[str, Any] = {**_COMMON, "attention_bias": False, "mlp_bias": False}
-MISTRAL_DEFAULTS: dict[str, Any] = {
+LLAMA_DEFAULTS: Fields = {**_COMMON, "attention_bias": False, "mlp_bias": False}
+MISTRAL_DEFAULTS: Fields = {
     **_COMMON,
     "intermediate_size": 14_336,
     "num_key_value_heads": 8,
     "max_position_embeddings": 131_072,
     "sliding_window": 4096,
 }
-QWEN2_DEFAULTS: dict[str, Any] = {
+QWEN2_DEFAULTS: Fields = {
     **_COMMON,
     "vocab_size": 151_936,
     "intermediate_size": 22_016,
@@ -62,8 +63,8 @@ QWEN2_DEFAULTS: dict[str, Any] = {
     "max_window_layers": 28,
     "layer_types": None,
 }
-QWEN3_DEFAULTS: dict[str, Any] = {**QWEN2_DEFAULTS, "head_dim": 128, "attention_bias": False}
-QWEN2_VL_DEFAULTS: dict[str, Any] = {
+QWEN3_DEFAULTS: Fields = {**QWEN2_DEFAULTS, "head_dim": 128, "attention_bias": False}
+QWEN2_VL_DEFAULTS: Fields = {
     **QWEN2_DEFAULTS,
     "vocab_size": 152_064,
     "hidden_size": 8192,
@@ -79,16 +80,16 @@ QWEN2_VL_SECTIONS = (16, 24, 24)
 
 
 def llama(
-    config: Mapping[str, Any],
+    config: Config,
     checkpoint: Mapping[str, SourceTensor],
     where: str,
     *,
     names: Names,
-    defaults: Mapping[str, Any] = LLAMA_DEFAULTS,
+    defaults: Config = LLAMA_DEFAULTS,
     qkv_bias: bool = False,
     qk_norm: bool = False,
     sections: tuple[int, ...] = (),
-    **dtypes: Any,
+    **dtypes: Dtype,
 ) -> LanguageModel:
     """Llama; and, with other settings, Qwen2 (biases on query, key and value) and Qwen3 (normalised heads).
 
@@ -129,26 +130,22 @@ def llama(
     return LanguageModel(decoder, rules, (rf"{re.escape(names.trunk)}(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",))
 
 
-def mistral(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, **more: Any
-) -> LanguageModel:
+def mistral(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
     """Mistral."""
     return llama(config, checkpoint, where, defaults=MISTRAL_DEFAULTS, **more)
 
 
-def qwen2(config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+def qwen2(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
     """Qwen2 and Qwen2.5."""
     return llama(config, checkpoint, where, defaults=QWEN2_DEFAULTS, qkv_bias=True, **more)
 
 
-def qwen3(config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+def qwen3(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
     """Qwen3."""
     return llama(config, checkpoint, where, defaults=QWEN3_DEFAULTS, qk_norm=True, **more)
 
 
-def qwen2_vl(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, **more: Any
-) -> LanguageModel:
+def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
     """The language models of Qwen2-VL and Qwen2.5-VL: Qwen2 with M-RoPE.
 
     The config is the text section, or the full config, which may contain the text settings at the top level.
@@ -162,7 +159,7 @@ def qwen2_vl(
     )
 
 
-def _windows(settings: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
+def _windows(settings: Config, where: str) -> tuple[int | None, ...]:
     """The window of every layer; empty where none has one."""
     depth, window = settings["num_hidden_layers"], settings["sliding_window"]
     if not settings["use_sliding_window"] or window is None:

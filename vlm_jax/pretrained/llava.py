@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,16 @@ from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, PretrainedError, check_supported, with_defaults
 from vlm_jax.pretrained.projector import mm_projector
 from vlm_jax.pretrained.tables import image_shape, left_out
+from vlm_jax.types import Config, Dtype, Fields
 
 # The config has the tower's name on the hub; these are the non-default settings of the tower's own config.
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-TOWERS: dict[str, dict[str, Any]] = {
+TOWERS: dict[str, Fields] = {
     "openai/clip-vit-large-patch14": {**_LARGE, "patch_size": 14, "image_size": 224},
     "openai/clip-vit-large-patch14-336": {**_LARGE, "patch_size": 14, "image_size": 336},
 }
 # llava/model/multimodal_encoder/clip_encoder.py and multimodal_projector/builder.py, also used by MobileVLM.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "hidden_size": REQUIRED,
     "mm_projector_type": "linear",
     "mm_vision_tower": REQUIRED,
@@ -39,7 +39,7 @@ BESIDE = (r"lm_head\..*", r"model\.(embed_tokens|layers|norm)\..*", re.escape(NE
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `LlavaLlamaForCausalLM` or a `MobileLlamaForCausalLM`; LLaVA-1.6 has a learned `image_newline`.
 
@@ -70,7 +70,7 @@ def describe(
 
 
 def _tower(
-    settings: Mapping[str, Any], where: str, dtypes: Mapping[str, Any]
+    settings: Config, where: str, dtypes: Config
 ) -> tuple[ViT | MultiScale, jax.ShapeDtypeStruct, tuple[Rule, ...], tuple[str, ...]]:
     """The encoder, the shape of an input, its rules and the patterns of unused keys."""
     check_supported(settings, {"mm_vision_select_feature": ("patch", "cls_patch")}, where)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.connectors.mlp import MlpConnector
@@ -19,9 +18,10 @@ from vlm_jax.pretrained.family import (
 )
 from vlm_jax.pretrained.hugging_face import projector
 from vlm_jax.pretrained.tables import image_shape, left_out
+from vlm_jax.types import Config, Dtype, Fields
 
 # transformers, models/llava/configuration_llava.py and models/llava_next/configuration_llava_next.py.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "vision_config": REQUIRED,
     "projector_hidden_act": "gelu",
     "vision_feature_select_strategy": "default",
@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `LlavaForConditionalGeneration` or a `LlavaNextForConditionalGeneration` with a learned `image_newline`.
 

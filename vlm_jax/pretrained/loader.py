@@ -5,32 +5,32 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from vlm_jax.checkpoints.hub import fetch, read_config
+from vlm_jax.checkpoints.hub import Checkpoint, fetch, read_config
 from vlm_jax.checkpoints.mapped import open_release
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, read_parts
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.config import did_you_mean
 from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.configured import configured
-from vlm_jax.pretrained.family import Family, PretrainedError, marker
+from vlm_jax.pretrained.family import Family, PretrainedError, Resize, marker
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.pretrained.processing import end_ids, read_processor
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import shardings
 from vlm_jax.system import System
+from vlm_jax.types import Config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
-def choose_family(config: Mapping[str, Any], families: Mapping[str, Family]) -> Family:
+def choose_family(config: Config, families: Mapping[str, Family]) -> Family:
     """The entry of the registration table for a released config.
 
     Raises:
@@ -51,7 +51,7 @@ def open_system(
     *,
     dtype: str,
     param_dtype: str | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Config | None = None,
 ) -> System:
     """The system of a release without reading tensors; `param_dtype` is `dtype` when None.
 
@@ -68,7 +68,7 @@ def load(
     dtype: str,
     mesh: Mesh | None,
     image_size: int | None,
-    config: Mapping[str, Any] | None,
+    config: Config | None,
     budget: tuple[int | None, Section | None, Section | None] = (None, None, None),
 ) -> Pretrained:
     """`from_pretrained` with the registration table as an argument."""
@@ -127,8 +127,8 @@ def _opened(
     source: str | os.PathLike[str],
     families: Mapping[str, Family],
     dtypes: tuple[str, str],
-    config: Mapping[str, Any] | None,
-) -> tuple[System, Family, Any]:
+    config: Config | None,
+) -> tuple[System, Family, Resize | None]:
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise PretrainedError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -143,14 +143,14 @@ def _opened(
 
 
 def _system(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Any],
-    checkpoint: Any,
+    config: Config,
+    tensors: Config,
+    checkpoint: Checkpoint,
     folder: Path,
     family: Family,
     dtypes: tuple[str, str],
     image_size: int | None,
-) -> tuple[System, Any]:
+) -> tuple[System, Resize | None]:
     """The system, and the function that resizes it."""
     description = family(config, tensors, dtype=DTYPES[dtypes[0]], param_dtype=DTYPES[dtypes[1]])
     release = Release(config, checkpoint, folder, tuple(description.rules), tuple(description.ignore))

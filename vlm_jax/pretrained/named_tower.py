@@ -1,21 +1,18 @@
 """Vision towers of LLaVA and MobileVLM, whose config, and mostly also tensors, are in a separate folder."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vlm_jax.checkpoints.hub import Checkpoint, CheckpointFileError, fetch, open_checkpoint, read_config
 from vlm_jax.config import did_you_mean
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.llava import PREFIX, TOWERS
+from vlm_jax.types import Config, Fields
 
 KEY, CONFIG_KEY = "mm_vision_tower", "vision_tower_config"
 _OWN = "vision_model."  # prefix of the tensors of CLIP's image tower
 
 
-def with_named_tower(
-    config: Mapping[str, Any], checkpoint: Checkpoint, folder: Path
-) -> tuple[dict[str, Any], Checkpoint]:
+def with_named_tower(config: Config, checkpoint: Checkpoint, folder: Path) -> tuple[Fields, Checkpoint]:
     """The config with the tower's config under `vision_tower_config`, and the checkpoint with the tower's tensors.
 
     The tower is `mm_vision_tower`: a folder, relative to the checkpoint's or the working directory, or a name on
@@ -68,7 +65,7 @@ def _place(name: str, folder: Path, *, missing: bool, where: str) -> Path:
         ) from error
 
 
-def _vision_section(config: Mapping[str, Any], place: Path) -> dict[str, Any]:
+def _vision_section(config: Config, place: Path) -> Fields:
     """The vision config of a full CLIP, or of its image tower."""
     if config.get("model_type") == "clip_vision_model":
         return dict(config)

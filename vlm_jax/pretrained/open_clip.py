@@ -24,9 +24,10 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.tables import image_shape, resizer
+from vlm_jax.types import Config, Dtype, Fields, Params
 
 # open_clip, src/open_clip/model.py, CLIPVisionCfg, CLIPTextCfg and CLIP.
-VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: Fields = {
     "layers": 12,
     "width": 768,
     "head_width": 64,
@@ -34,7 +35,7 @@ VISION_DEFAULTS: dict[str, Any] = {
     "patch_size": 16,
     "image_size": 224,
 }
-TEXT_DEFAULTS: dict[str, Any] = {
+TEXT_DEFAULTS: Fields = {
     "context_length": 77,
     "vocab_size": 49408,
     "width": 512,
@@ -42,7 +43,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "layers": 12,
     "mlp_ratio": 4.0,
 }
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "embed_dim": REQUIRED,
     "vision_cfg": REQUIRED,
     "text_cfg": REQUIRED,
@@ -54,7 +55,7 @@ _NORM_EPSILON = 1e-5
 IGNORE = (r".*\.num_batches_tracked", r"input_resolution|context_length|vocab_size")
 
 
-def _section(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _section(config: Config, defaults: Config, where: str) -> Fields:
     """The section with its defaults.
 
     Raises:
@@ -68,7 +69,7 @@ def _section(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str)
     return with_defaults(config, defaults, where)
 
 
-def _image_tower(settings: Mapping[str, Any], **fields: Any) -> ViT | ModifiedResNet:
+def _image_tower(settings: Config, **fields: Any) -> ViT | ModifiedResNet:
     width, side = settings["width"], one_side(settings["image_size"], "vision_cfg.image_size")
     activation = fields.pop("activation")
     if not isinstance(settings["layers"], int):
@@ -100,7 +101,7 @@ def _image_tower(settings: Mapping[str, Any], **fields: Any) -> ViT | ModifiedRe
 def _with_pictures(resize: Resize) -> Resize:
     """Also sets the image size of the preprocessing in the config, if it has one."""
 
-    def apply(params: Any, side: int) -> tuple[dict[str, Any], Any, dict[str, SourceTensor]]:
+    def apply(params: Params, side: int) -> tuple[Fields, Params, dict[str, SourceTensor]]:
         config, params, shapes = resize(params, side)
         pictures = config.get("preprocess_cfg") or {}
         if pictures.get("size") is not None:
@@ -111,7 +112,7 @@ def _with_pictures(resize: Resize) -> Resize:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """The full model; the config is a file of open_clip's `model_configs`, or wrapped as `model_cfg`."""
     del checkpoint

@@ -16,9 +16,10 @@ from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.pretrained.composition import text_names, text_section, visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.qwen2_vl import packed_shapes
+from vlm_jax.types import Config, Dtype, Fields
 
 # AIDC-AI/Ovis2, modeling_aimv2.py, AIMv2Config; sizes differ between releases and must be given.
-AIMV2_DEFAULTS: dict[str, Any] = {
+AIMV2_DEFAULTS: Fields = {
     "hidden_size": REQUIRED,
     "intermediate_size": REQUIRED,
     "num_hidden_layers": REQUIRED,
@@ -31,7 +32,7 @@ AIMV2_DEFAULTS: dict[str, Any] = {
     "use_bias": False,
 }
 # AIDC-AI/Ovis2, configuration_ovis.py, BaseVisualTokenizerConfig.
-TOKENIZER_DEFAULTS: dict[str, Any] = {
+TOKENIZER_DEFAULTS: Fields = {
     "backbone_config": REQUIRED,
     "vocab_size": 16384,
     "tokenize_function": "softmax",
@@ -41,7 +42,7 @@ TOKENIZER_DEFAULTS: dict[str, Any] = {
 }
 NUM_INDICATORS, NUM_INDICATORS_2_5 = 5, 4  # constants of the released code
 # transformers, models/ovis2/configuration_ovis2.py, Ovis2VisionConfig.
-OVIS2_HF_DEFAULTS: dict[str, Any] = {
+OVIS2_HF_DEFAULTS: Fields = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
     "num_hidden_layers": 24,
@@ -59,7 +60,7 @@ OVIS2_HF_DEFAULTS: dict[str, Any] = {
     "tokenize_function": "softmax",
 }
 # AIDC-AI/Ovis2.5-9B, configuration_ovis2_5.py, Siglip2NavitConfig.
-NAVIT_DEFAULTS: dict[str, Any] = {
+NAVIT_DEFAULTS: Fields = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "num_hidden_layers": 27,
@@ -87,7 +88,7 @@ _VOCABULARY = vocabulary_rules("visual_tokenizer.head.0", "visual_tokenizer.head
 
 
 def describe_ovis2(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """Ovis 2 in the format of its release."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -125,7 +126,7 @@ def describe_ovis2(
 
 
 def describe_ovis2_hf(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """Ovis 2 in the format of transformers, which normalises features before they are merged."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -172,7 +173,7 @@ def describe_ovis2_hf(
 
 
 def describe_ovis2_5(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """Ovis 2.5."""
     dtypes = {"dtype": dtype, "param_dtype": param_dtype}
@@ -204,16 +205,16 @@ def describe_ovis2_5(
 
 def _with_llm(
     visual: Description,
-    text: Mapping[str, Any],
+    text: Config,
     checkpoint: Mapping[str, SourceTensor],
     where: str,
-    dtypes: dict[str, Any],
+    dtypes: Fields,
 ) -> Description:
     """The official files' language model; the indicators of the visual vocabulary come first in the table."""
     return with_language(visual, text, checkpoint, where, names=_LLM, beside=BESIDE, learned_rows="connector", **dtypes)
 
 
-def navit(config: Mapping[str, Any], where: str, **fields: Any) -> Siglip2NaViT:
+def navit(config: Config, where: str, **fields: Any) -> Siglip2NaViT:
     """The unbound tower of a `Siglip2NavitConfig`.
 
     Args:
@@ -248,7 +249,7 @@ def navit(config: Mapping[str, Any], where: str, **fields: Any) -> Siglip2NaViT:
     )
 
 
-def _aimv2_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _aimv2_fields(settings: Config) -> Fields:
     return {
         "image_size": (settings["image_size"], settings["image_size"]),
         "patch_size": settings["patch_size"],
@@ -260,5 +261,5 @@ def _aimv2_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pixels(encoder: AIMv2, settings: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+def _pixels(encoder: AIMv2, settings: Config) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, *encoder.image_size, settings["num_channels"]), jnp.float32)

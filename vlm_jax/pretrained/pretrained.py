@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,7 +32,7 @@ from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.system import System
-from vlm_jax.types import Batch, ImageTextBatch
+from vlm_jax.types import Batch, Config, Fields, ImageTextBatch, Params, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Pretrained:
     """
 
     system: System
-    params: Any
+    params: Params
     image_size: int | None = None
 
     @property
@@ -61,7 +61,7 @@ class Pretrained:
         return self.system.release
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Config:
         """The released settings, in the schema of the release."""
         return self.release.config
 
@@ -116,7 +116,7 @@ class Pretrained:
         """
         return self.system.processor.count_visual_tokens(image_sizes)
 
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, *args: Tree, **kwargs: Any) -> Tree:
         """`module.apply` with the parameters; `method=` and `mutable=` as there."""
         return self.module.apply({"params": self.params}, *args, **kwargs)
 
@@ -133,15 +133,15 @@ class Pretrained:
         return self._logits(self.params, batch)
 
     @functools.cached_property
-    def _logits(self) -> Any:
-        def run(params: Any, batch: Batch | ImageTextBatch) -> Any:
+    def _logits(self) -> Callable[..., jax.Array]:
+        def run(params: Params, batch: Batch | ImageTextBatch) -> Tree:
             inputs = batch.inputs if isinstance(batch, ImageTextBatch) else (batch,)
             if isinstance(self.module, TwoTower) and len(inputs) < 2:
                 raise PretrainedError("logits of a two-tower model need images and texts; pass the processor both")
             found = self.module.apply({"params": params}, *inputs)
             if isinstance(found, Embeddings):
                 return found.logits()
-            if not hasattr(found, "dtype"):
+            if not isinstance(found, jax.Array):
                 raise PretrainedError(
                     f"'{marker(self.config)}' has no head in this checkpoint; call apply for features"
                 )
@@ -157,14 +157,14 @@ class Pretrained:
         """The same for texts by the text tower, for `evals.zero_shot.class_embeddings`."""
         return self._encoder("encode_text")(self.params, self.processor(texts=texts).tokens)
 
-    def _encoder(self, method: str) -> Any:
+    def _encoder(self, method: str) -> Callable[..., jax.Array]:
         if not isinstance(self.module, TwoTower):
             raise PretrainedError(f"'{marker(self.config)}' is not a two-tower model")
         return self._encoders[method]
 
     @functools.cached_property
-    def _encoders(self) -> dict[str, Any]:
-        def encode(method: str, params: Any, given: Any) -> Any:
+    def _encoders(self) -> Fields:
+        def encode(method: str, params: Params, given: Tree) -> jax.Array:
             return jnp.asarray(self.module.apply({"params": params}, given, method=method), jnp.float32)
 
         return {name: jax.jit(functools.partial(encode, name)) for name in ("encode_image", "encode_text")}
@@ -175,7 +175,7 @@ class Pretrained:
         return image_text.labels(self.config)
 
     @functools.cached_property
-    def _laid_out(self) -> Any:
+    def _laid_out(self) -> Params:
         """The parameters in the layout for generation, cached; on a CPU with a second copy of the decoder's kernels."""
         return self.system.prepared(self.params)
 
@@ -200,8 +200,8 @@ class Pretrained:
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         stop: Sequence[str] = (),
         stop_tokens: Sequence[str] = (),
-        processor_options: Mapping[str, Any] = MappingProxyType({}),
-        on_text: Callable[[str], Any] | None = None,
+        processor_options: Config = MappingProxyType({}),
+        on_text: Callable[[str], None] | None = None,
         **options: Any,
     ) -> Completion:
         """Generates the answer to a conversation.
@@ -265,7 +265,7 @@ class Pretrained:
         views = views if max_visual_tokens is None else views.within(max_visual_tokens)
         return size, views.size(size)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, params: Any = None) -> tuple[Path, ...]:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, params: Params | None = None) -> tuple[Path, ...]:
         """Writes config and weights under the released names, in the format of the release.
 
         The files of the tokenizer, the chat template and the processor are copied.

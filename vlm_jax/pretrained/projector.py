@@ -1,25 +1,23 @@
 """Projectors shared by several releases: LLaVA's `mm_projector_type`, and DeepSeek's `MlpProjector`."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
-
-from flax import linen as nn
 
 from vlm_jax.checkpoints.maps.deepseek_vl import split_projector_rules
 from vlm_jax.checkpoints.maps.deepseek_vl2 import projector_rules
 from vlm_jax.checkpoints.maps.mobilevlm import ldp_rules, ldp_v2_rules
 from vlm_jax.checkpoints.maps.torch_layers import linear, linear_stack
 from vlm_jax.checkpoints.rules import Rule, prefixed
+from vlm_jax.connectors.connector import Connector
 from vlm_jax.connectors.hybrid_mlp import HybridMlp
 from vlm_jax.connectors.ldp import LDP, squeezed_dim
 from vlm_jax.connectors.ldp_v2 import LDPv2
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.pretrained.family import REQUIRED, PretrainedError, check_supported, with_defaults
+from vlm_jax.types import Config, Dtype, Fields
 
 # deepseek_vl/models/projector.py and deepseek_vl2/models/modeling_deepseek_vl_v2.py.
-MLP_PROJECTOR_DEFAULTS: dict[str, Any] = {
+MLP_PROJECTOR_DEFAULTS: Fields = {
     "projector_type": REQUIRED,
     "input_dim": REQUIRED,
     "n_embed": REQUIRED,
@@ -31,8 +29,8 @@ LDP_V2_GRID = (12, 12)  # of the release's tokens
 
 
 def mm_projector(
-    kind: str, features: int, where: str, *, source: str = "model.mm_projector", **dtypes: Any
-) -> tuple[nn.Module, tuple[Rule, ...]]:
+    kind: str, features: int, where: str, *, source: str = "model.mm_projector", **dtypes: Dtype
+) -> tuple[Connector, tuple[Rule, ...]]:
     """The connector and its rules.
 
     Args:
@@ -58,9 +56,7 @@ def mm_projector(
     raise PretrainedError(f"{where}.mm_projector_type: expected one of {known}, got {kind!r}")
 
 
-def mlp_projector(
-    config: Mapping[str, Any], where: str, *, source: str, **dtypes: Any
-) -> tuple[nn.Module, tuple[Rule, ...]]:
+def mlp_projector(config: Config, where: str, *, source: str, **dtypes: Dtype) -> tuple[Connector, tuple[Rule, ...]]:
     """The connector and its rules of DeepSeek-VL's and DeepSeek-VL2's `MlpProjector`.
 
     Args:

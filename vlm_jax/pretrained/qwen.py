@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.checkpoints.maps.transformer import qwen_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
@@ -10,9 +9,10 @@ from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.layers.rope import Rope
 from vlm_jax.pretrained.family import REQUIRED, LanguageModel, Names, check_supported, with_defaults
 from vlm_jax.pretrained.hugging_face import vocabulary
+from vlm_jax.types import Config, Dtype, Fields
 
 # Qwen/Qwen-VL-Chat, configuration_qwen.py.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "vocab_size": 151_936,
     "hidden_size": 4096,
     "intermediate_size": 22_016,
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def qwen(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], where: str, *, names: Names, **dtypes: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], where: str, *, names: Names, **dtypes: Dtype
 ) -> LanguageModel:
     """Llama with biases on query, key and value; beyond `seq_length` with scaled queries and rotary angles.
 

@@ -1,7 +1,6 @@
 """Qwen2-VL and Qwen2.5-VL: the vision tower and its merger, with or without the language model."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,11 +20,11 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.processors.patches import pack_patches
-from vlm_jax.types import PackedPatches
+from vlm_jax.types import Config, Dtype, Fields, PackedPatches
 
 # transformers, models/qwen2_vl/configuration_qwen2_vl.py, Qwen2VLVisionConfig; the width of the tower and
 # that of the merger's output have class defaults for only one size of the release, so a config must have them.
-_COMMON: dict[str, Any] = {
+_COMMON: Fields = {
     "depth": 32,
     "num_heads": 16,
     "patch_size": 14,
@@ -33,7 +32,7 @@ _COMMON: dict[str, Any] = {
     "temporal_patch_size": 2,
     "rope_parameters": None,
 }
-QWEN2_DEFAULTS: dict[str, Any] = {
+QWEN2_DEFAULTS: Fields = {
     **_COMMON,
     "embed_dim": 1280,
     "hidden_size": REQUIRED,
@@ -41,7 +40,7 @@ QWEN2_DEFAULTS: dict[str, Any] = {
     "mlp_ratio": 4,
 }
 # The same of models/qwen2_5_vl, Qwen2_5_VLVisionConfig.
-QWEN2_5_DEFAULTS: dict[str, Any] = {
+QWEN2_5_DEFAULTS: Fields = {
     **_COMMON,
     "hidden_size": REQUIRED,
     "hidden_act": "silu",
@@ -52,7 +51,7 @@ QWEN2_5_DEFAULTS: dict[str, Any] = {
 }
 
 
-def qwen2_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> tuple[QwenViT, Concat]:
+def qwen2_visual(config: Config, where: str, **dtypes: Dtype) -> tuple[QwenViT, Concat]:
     """Tower and merger of a `Qwen2VLVisionConfig`: LayerNorm, quick GELU, full attention in every layer.
 
     Args:
@@ -75,7 +74,7 @@ def qwen2_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> tuple[
     return encoder, Concat(settings["hidden_size"], encoder.merge_size, norm="layer", **dtypes)
 
 
-def qwen2_5_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> tuple[QwenViT, Concat]:
+def qwen2_5_visual(config: Config, where: str, **dtypes: Dtype) -> tuple[QwenViT, Concat]:
     """Tower and merger of a `Qwen2_5_VLVisionConfig`: RMSNorm, SwiGLU, windows outside the listed layers.
 
     Args:
@@ -101,7 +100,7 @@ def qwen2_5_visual(config: Mapping[str, Any], where: str, **dtypes: Any) -> tupl
     return encoder, Concat(settings["out_hidden_size"], encoder.merge_size, norm="rms", **dtypes)
 
 
-def _common_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _common_fields(settings: Config, where: str) -> Fields:
     rope = {"rope_type": "axial", "rope_theta": 10_000.0, **(settings["rope_parameters"] or {})}
     check_supported(settings, {"hidden_act": ("quick_gelu", "silu", "gelu")}, where)
     check_supported(rope, {"rope_type": ("axial",)}, f"{where}.rope_parameters")
@@ -122,7 +121,7 @@ def _common_fields(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """The full system, or its tower and merger if the checkpoint has only these.
 

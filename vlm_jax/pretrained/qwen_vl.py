@@ -11,9 +11,10 @@ from vlm_jax.pretrained.composition import visual_half, with_language
 from vlm_jax.pretrained.family import REQUIRED, Description, Names, square_root, with_defaults
 from vlm_jax.pretrained.language import describe_qwen
 from vlm_jax.pretrained.tables import image_shape
+from vlm_jax.types import Config, Dtype, Fields
 
 # Qwen/Qwen-VL-Chat, visual.py, VisionTransformer.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "patch_size": REQUIRED,
     "width": REQUIRED,
     "layers": REQUIRED,
@@ -28,7 +29,7 @@ _TABLE_ROWS = 256  # independent of image_size
 _HEAD_DIM = 128  # of the resampler
 
 
-def encoder(settings: Mapping[str, Any], table_rows: int, **fields: Any) -> ViT:
+def encoder(settings: Config, table_rows: int, **fields: Any) -> ViT:
     """The ViT of a `visual` section with its defaults."""
     side = settings["patch_size"] * square_root(table_rows, f"{PREFIX}positional_embedding")
     return ViT(
@@ -48,7 +49,7 @@ def encoder(settings: Mapping[str, Any], table_rows: int, **fields: Any) -> ViT:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """The full system, or its ViT and resampler, or its language model if the checkpoint has only these."""
     if "visual" not in config:

@@ -1,13 +1,13 @@
 """Rotary settings of released text configs, old (`rope_theta`, `rope_scaling`) and new (`rope_parameters`)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.layers.rope import Rope, yarn_magnitude
 from vlm_jax.pretrained.family import PretrainedError, check_supported
+from vlm_jax.types import Config, Fields
 
 # transformers, modeling_rope_utils.py.
-ROPE_DEFAULTS: dict[str, Any] = {
+ROPE_DEFAULTS: Fields = {
     "rope_theta": 10_000.0,
     "rope_scaling": None,
     "rope_parameters": None,
@@ -18,7 +18,7 @@ _PLAIN = ("default", "mrope")
 _WHOLE = {"partial_rotary_factor": (None, 1.0)}
 
 
-def released_rope(settings: Mapping[str, Any], where: str, head_dim: int, sections: tuple[int, ...] = ()) -> Rope:
+def released_rope(settings: Config, where: str, head_dim: int, sections: tuple[int, ...] = ()) -> Rope:
     """The rotary settings of a text config.
 
     Args:
@@ -52,7 +52,7 @@ def released_rope(settings: Mapping[str, Any], where: str, head_dim: int, sectio
     return rope
 
 
-def released_logit_scale(settings: Mapping[str, Any], where: str) -> float:
+def released_logit_scale(settings: Config, where: str) -> float:
     """DeepSeek's factor of the attention logits besides the root of the width; arguments as in `released_rope`."""
     _, found = _settings_of(settings, where)
     weight = _optional(found, "mscale_all_dim")
@@ -61,7 +61,7 @@ def released_logit_scale(settings: Mapping[str, Any], where: str) -> float:
     return yarn_magnitude(_factor(found, settings), weight) ** 2
 
 
-def _settings_of(settings: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+def _settings_of(settings: Config, where: str) -> tuple[str, Fields]:
     """The key of the rotary settings, and these with their `rope_type`."""
     key = "rope_scaling" if settings["rope_scaling"] else "rope_parameters"
     found = settings[key] or {}
@@ -72,16 +72,16 @@ def _settings_of(settings: Mapping[str, Any], where: str) -> tuple[str, dict[str
     return key, {**found, "rope_type": found.get("rope_type", found.get("type", "default"))}
 
 
-def _linear(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _linear(found: Config, settings: Config) -> Fields:
     del settings
     return {"factor": float(found["factor"])}
 
 
-def _dynamic(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _dynamic(found: Config, settings: Config) -> Fields:
     return {"factor": float(found["factor"]), "original_length": settings["max_position_embeddings"]}
 
 
-def _llama3(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _llama3(found: Config, settings: Config) -> Fields:
     return {
         "factor": float(found["factor"]),
         "original_length": _original(found, settings),
@@ -90,7 +90,7 @@ def _llama3(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _yarn(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _yarn(found: Config, settings: Config) -> Fields:
     factor, magnitude = _factor(found, settings), _optional(found, "attention_factor")
     weight, weight_all = _optional(found, "mscale"), _optional(found, "mscale_all_dim")
     if magnitude is None and weight and weight_all:
@@ -105,7 +105,7 @@ def _yarn(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _longrope(found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _longrope(found: Config, settings: Config) -> Fields:
     return {
         "factor": _factor(found, settings),
         "original_length": _original(found, settings),
@@ -124,17 +124,17 @@ _SCALED = {
 }
 
 
-def _original(found: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+def _original(found: Config, settings: Config) -> int:
     """Positions in training: from the section, from its rotary settings, or the model's maximum."""
     key = "original_max_position_embeddings"
     return int(settings.get(key) or found.get(key) or settings["max_position_embeddings"])
 
 
-def _optional(found: Mapping[str, Any], key: str) -> float | None:
+def _optional(found: Config, key: str) -> float | None:
     value = found.get(key)
     return None if value is None else float(value)
 
 
-def _factor(found: Mapping[str, Any], settings: Mapping[str, Any]) -> float:
+def _factor(found: Config, settings: Config) -> float:
     """Ratio of sequence lengths to those of training, computed if it is missing."""
     return float(found.get("factor") or settings["max_position_embeddings"] / _original(found, settings))

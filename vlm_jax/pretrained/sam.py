@@ -10,9 +10,10 @@ from vlm_jax.checkpoints.maps.sam import HUGGING_FACE, encoder_rules
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
 from vlm_jax.encoders.sam import SAM, block_runs
 from vlm_jax.pretrained.family import Description, check_supported, find_prefix, with_defaults
+from vlm_jax.types import Config, Dtype, Fields
 
 # transformers, models/sam/configuration_sam.py, SamVisionConfig.
-VISION_DEFAULTS: dict[str, Any] = {
+VISION_DEFAULTS: Fields = {
     "hidden_size": 768,
     "output_channels": 256,
     "num_hidden_layers": 12,
@@ -34,7 +35,7 @@ VISION_DEFAULTS: dict[str, Any] = {
 MASK_PARTS = (r"prompt_encoder\..*", r"mask_decoder\..*", r"shared_image_embedding\..*")
 
 
-def vision_encoder(config: Mapping[str, Any], where: str, **fields: Any) -> SAM:
+def vision_encoder(config: Config, where: str, **fields: Any) -> SAM:
     """The unbound encoder of a `SamVisionConfig`.
 
     Args:
@@ -68,7 +69,7 @@ def stacks(module: SAM) -> tuple[tuple[str, range], ...]:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """`SamVisionModel`, or the image encoder of `SamModel`; the mask parts are kept but not loaded."""
     section = config.get("vision_config", config)

@@ -20,10 +20,10 @@ from vlm_jax.pretrained.clip import IGNORE, TEXT_SHAPE
 from vlm_jax.pretrained.family import Description, find_prefix, one_side, square_root, with_defaults
 from vlm_jax.pretrained.hugging_face import block_fields, vit_fields
 from vlm_jax.pretrained.tables import image_shape, resizer
-from vlm_jax.types import PackedPatches
+from vlm_jax.types import Config, Dtype, Fields, PackedPatches, Tree
 
 # transformers, models/siglip/configuration_siglip.py and models/siglip2/configuration_siglip2.py.
-_COMMON: dict[str, Any] = {
+_COMMON: Fields = {
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -31,10 +31,10 @@ _COMMON: dict[str, Any] = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
 }
-_VISION: dict[str, Any] = {**_COMMON, "num_channels": 3, "patch_size": 16, "vision_use_head": True}
-VISION_DEFAULTS: dict[str, Any] = {**_VISION, "image_size": 224}
-NAFLEX_DEFAULTS: dict[str, Any] = {**_VISION, "num_patches": 256}
-TEXT_DEFAULTS: dict[str, Any] = {
+_VISION: Fields = {**_COMMON, "num_channels": 3, "patch_size": 16, "vision_use_head": True}
+VISION_DEFAULTS: Fields = {**_VISION, "image_size": 224}
+NAFLEX_DEFAULTS: Fields = {**_VISION, "num_patches": 256}
+TEXT_DEFAULTS: Fields = {
     **_COMMON,
     "vocab_size": 32000,
     "max_position_embeddings": 64,
@@ -44,7 +44,7 @@ TEXT_DEFAULTS: dict[str, Any] = {
 _LOG_SCALE, _BIAS = 2.302585092994046, -10.0
 
 
-def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+def vision_tower(config: Config, where: str, **fields: Any) -> ViT:
     """The ViT of a `SiglipVisionConfig`.
 
     Args:
@@ -56,7 +56,7 @@ def vision_tower(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
     return ViT(**{**vit_fields(settings, where), "pooling": _pooling(settings), **fields})
 
 
-def naflex_tower(config: Mapping[str, Any], where: str, **fields: Any) -> NaflexViT:
+def naflex_tower(config: Config, where: str, **fields: Any) -> NaflexViT:
     """The NaFlex ViT of a `Siglip2VisionConfig`; arguments as in `vision_tower`."""
     settings = with_defaults(config, NAFLEX_DEFAULTS, where)
     side = square_root(settings["num_patches"], f"{where}.num_patches")
@@ -69,11 +69,11 @@ def naflex_tower(config: Mapping[str, Any], where: str, **fields: Any) -> Naflex
     return NaflexViT(**{**own, **fields})
 
 
-def _pooling(settings: Mapping[str, Any]) -> Pooling:
+def _pooling(settings: Config) -> Pooling:
     return "map" if settings["vision_use_head"] else "none"
 
 
-def text_tower(config: Mapping[str, Any], where: str, **fields: Any) -> TextTower:
+def text_tower(config: Config, where: str, **fields: Any) -> TextTower:
     """The text tower of a `SiglipTextConfig` or `Siglip2TextConfig`; arguments as in `vision_tower`."""
     settings = with_defaults(config, TEXT_DEFAULTS, where)
     own = {
@@ -87,9 +87,7 @@ def text_tower(config: Mapping[str, Any], where: str, **fields: Any) -> TextTowe
     return TextTower(**{**own, **fields})
 
 
-def _vision(
-    config: Mapping[str, Any], where: str, naflex: bool, dtypes: Mapping[str, Any]
-) -> tuple[ViT | NaflexViT, tuple[Rule, ...], Any]:
+def _vision(config: Config, where: str, naflex: bool, dtypes: Config) -> tuple[ViT | NaflexViT, tuple[Rule, ...], Tree]:
     """The image tower, its rules and the shape of an input."""
     if naflex:
         channels = with_defaults(config, NAFLEX_DEFAULTS, where)["num_channels"]
@@ -108,7 +106,7 @@ def patches_shape(tower: NaflexViT, channels: int) -> PackedPatches:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `SiglipModel` or `Siglip2Model`."""
     del checkpoint
@@ -134,7 +132,7 @@ def describe(
 
 
 def describe_vision(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `SiglipVisionModel` or `Siglip2VisionModel`."""
     kind = config["model_type"]
@@ -146,7 +144,7 @@ def describe_vision(
 
 
 def describe_text(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A `SiglipTextModel` or `Siglip2TextModel`."""
     text = text_tower(config, config["model_type"], dtype=dtype, param_dtype=param_dtype)

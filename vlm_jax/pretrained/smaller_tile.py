@@ -1,7 +1,6 @@
 """The tile in fewer pixels that meets a token budget, and the connector that makes its tokens."""
 
 import itertools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -13,7 +12,7 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.downsampled import TiledViews
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.downsample_image import DownsampleImage
-from vlm_jax.types import Grid
+from vlm_jax.types import Config, Grid
 
 
 class SmallerTile(NamedTuple):
@@ -30,9 +29,7 @@ class SmallerTile(NamedTuple):
     connector: nn.Module
 
 
-def smaller_tile(
-    model: VLM, views: TiledViews, grid: Grid, tokens: int, section: Mapping[str, Any], path: str
-) -> SmallerTile:
+def smaller_tile(model: VLM, views: TiledViews, grid: Grid, tokens: int, section: Config, path: str) -> SmallerTile:
     """The size at which a tile has so many tokens.
 
     They form a grid of about the aspect of all tokens, and each stands for as many patches as before.

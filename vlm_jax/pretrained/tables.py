@@ -1,8 +1,7 @@
 """Input shapes and position tables of a ViT, and resizing of the latter."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from vlm_jax.checkpoints.rules import SourceTensor
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.resize import resize
 from vlm_jax.pretrained.family import Resize
+from vlm_jax.types import Config, Fields, Params, Tree
 
 
 def num_patches(vit: ViT) -> int:
@@ -38,7 +38,7 @@ def left_out(vit: ViT, blocks: str) -> tuple[str, ...]:
 
 
 def resizer(
-    config: Mapping[str, Any],
+    config: Config,
     vit: ViT,
     *,
     path: Sequence[str] = (),
@@ -55,7 +55,7 @@ def resizer(
       table_key: the released key of a table [1, rows, width] that determines the side instead.
     """
 
-    def apply(params: Any, side: int) -> tuple[dict[str, Any], Any, dict[str, SourceTensor]]:
+    def apply(params: Params, side: int) -> tuple[Fields, Params, dict[str, SourceTensor]]:
         changed = dict(config) if size_key is None else _replaced(config, size_key, side)
         if vit.position != "learned" or vit.image_size is None:
             return changed, params, {}
@@ -72,13 +72,13 @@ def resizer(
     return apply
 
 
-def _at(tree: Any, path: Sequence[str]) -> Any:
+def _at(tree: Tree, path: Sequence[str]) -> Tree:
     for name in path:
         tree = tree[name]
     return tree
 
 
-def _replaced(tree: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def _replaced(tree: Config, path: Sequence[str], value: object) -> Fields:
     """The tree with one leaf replaced or added; only dicts on its path are copied."""
     first, *rest = path
     return {**tree, first: _replaced(tree.get(first, {}), rest, value) if rest else value}

@@ -1,7 +1,6 @@
 """ViT and its hybrids in the format of vision_transformer (vit_jax)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.checkpoints.maps import big_vision as maps
 from vlm_jax.checkpoints.rules import SourceTensor, prefixed
@@ -17,9 +16,10 @@ from vlm_jax.pretrained.family import (
     with_defaults,
 )
 from vlm_jax.pretrained.tables import image_shape, resizer
+from vlm_jax.types import Config, Dtype, Fields
 
 # vision_transformer, vit_jax/configs/models.py; `num_classes` is next to the model's config there.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "patches": REQUIRED,
     "hidden_size": REQUIRED,
     "transformer": REQUIRED,
@@ -33,7 +33,7 @@ _ROOT_WIDTH = 64
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A ViT with its classification head, or without where `num_classes` is None or 0.
 

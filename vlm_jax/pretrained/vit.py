@@ -11,9 +11,10 @@ from vlm_jax.models.classifier import Classifier
 from vlm_jax.pretrained.family import Description, check_supported, find_prefix, with_defaults
 from vlm_jax.pretrained.hugging_face import vit_fields
 from vlm_jax.pretrained.tables import image_shape, num_patches, resizer
+from vlm_jax.types import Config, Dtype, Fields
 
 # transformers, models/vit/configuration_vit.py, ViTConfig.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
@@ -29,7 +30,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def encoder(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
+def encoder(config: Config, where: str, **fields: Any) -> ViT:
     """The ViT of a `ViTConfig`, without heads.
 
     Args:
@@ -49,11 +50,11 @@ def encoder(config: Mapping[str, Any], where: str, **fields: Any) -> ViT:
 
 
 def describe(
-    config: Mapping[str, Any], checkpoint: Mapping[str, SourceTensor], *, dtype: Any, param_dtype: Any
+    config: Config, checkpoint: Mapping[str, SourceTensor], *, dtype: Dtype, param_dtype: Dtype
 ) -> Description:
     """A classifier if the checkpoint has its head, else the encoder, pooled if it has a pooler."""
     settings = with_defaults(config, DEFAULTS, "vit")
-    fields: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+    fields: Fields = {"dtype": dtype, "param_dtype": param_dtype}
     prefix = find_prefix(checkpoint, "embeddings.cls_token")
     classes = "classifier.weight" in checkpoint
     if classes:

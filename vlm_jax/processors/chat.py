@@ -11,11 +11,12 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 from etils import epath
 
 from vlm_jax.config import did_you_mean, read_json
-from vlm_jax.types import Message
+from vlm_jax.types import Config, Fields, Message
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
 FOLDER = "additional_chat_templates"
@@ -62,7 +63,7 @@ class ChatTemplate:
         """Whether the template marks the trained text by `{% generation %}` blocks."""
         return GENERATION_BEGIN in self._reads
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: object) -> str:
         """The text of a conversation, to be encoded without further special tokens.
 
         Args:
@@ -88,7 +89,7 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError) as error:
             raise ChatTemplateError(f"{self.origin}: {error}") from error
 
-    def _as_read(self, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _as_read(self, messages: list[Fields], values: Config) -> list[Fields]:
         """The messages, contents of text alone in the form, list or text, of which the template shows something.
 
         That depends on the messages' roles and items alone, and is found out once for each such structure.
@@ -98,7 +99,7 @@ class ChatTemplate:
             self._unread[structure] = self._not_read(messages, values)
         return _in_other_form(messages, self._unread[structure])
 
-    def _not_read(self, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> frozenset[int]:
+    def _not_read(self, messages: list[Fields], values: Config) -> frozenset[int]:
         """Numbers of the messages whose content has the form that the template does not read."""
         hidden = self._hidden(messages, values)
         if hidden is None:  # perhaps since it reads the other form alone
@@ -114,7 +115,7 @@ class ChatTemplate:
             )
         return frozenset(hidden)
 
-    def _hidden(self, messages: list[dict[str, Any]], values: Mapping[str, Any]) -> set[int] | None:
+    def _hidden(self, messages: list[Fields], values: Config) -> set[int] | None:
         """Numbers of the messages with a text that the template does not show; None where it refuses them.
 
         It is tried with a text of its own for every one of theirs.
@@ -203,7 +204,7 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Any) -> Any:
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         begin, end = (
@@ -227,11 +228,11 @@ def _items(content: Any) -> list[Any]:
     return content if isinstance(content, list) else []
 
 
-def _in_other_form(messages: list[dict[str, Any]], numbers: Collection[int]) -> list[dict[str, Any]]:
+def _in_other_form(messages: list[Fields], numbers: Collection[int]) -> list[Fields]:
     return [_other_form(message) if number in numbers else message for number, message in enumerate(messages)]
 
 
-def _other_form(message: dict[str, Any]) -> dict[str, Any]:
+def _other_form(message: Fields) -> Fields:
     """A message with its text in a list of one item, or a list of texts as one text; others as they are."""
     content = message.get("content")
     if isinstance(content, str):

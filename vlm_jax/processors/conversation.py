@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -69,7 +69,10 @@ def check_given(name: str, messages: object, images: object, videos: object) -> 
     check_list(videos, f"{name}: videos")
 
 
-def given_pictures(messages: Conversation, kind: Kind, beside: Sequence[Any], name: str) -> Sequence[Any]:
+Given = TypeVar("Given")
+
+
+def given_pictures(messages: Conversation, kind: Kind, beside: Sequence[Given], name: str) -> Sequence[Given]:
     """The images or videos of a conversation, from its messages or from the separate list."""
     contents = [message.get("content") for message in messages]
     items = [

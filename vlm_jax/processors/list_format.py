@@ -5,8 +5,9 @@ Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_for
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from vlm_jax.types import Config
 
 PICTURE = "Picture {number}: "  # some copies of the release have no space at the end
 
@@ -19,7 +20,7 @@ class ListFormatError(ValueError):
     """An invalid item or text of Qwen-VL's format; the message has it."""
 
 
-def from_list_format(items: Sequence[Mapping[str, Any]], picture: str = PICTURE) -> str:
+def from_list_format(items: Sequence[Config], picture: str = PICTURE) -> str:
     """The text of `{"image": path}`, `{"text": …}` and `{"box": [[x1, y1, x2, y2], …], "ref": name}`.
 
     Args:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -14,7 +13,7 @@ from vlm_jax.processors.patches import num_places, pack_patches, patchify
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Layout, PreparedImage, too_few
-from vlm_jax.types import Grid, PackedPatches, PatchFormat
+from vlm_jax.types import Fields, Grid, PackedPatches, PatchFormat, Tree
 
 # (size of an image, side of a block, minimum and maximum pixels) -> size: a function of `smart_resize`.
 SizeRule = Callable[[Size, int, int, int], Size]
@@ -174,11 +173,11 @@ class NativeViews:
         if capacity == 0 or (capacity is None and not any(rows)):
             return None
         form = self.format
-        settings: dict[str, Any] = {"merge_size": form.merge_size, "window": form.window, "length": capacity}
+        settings: Fields = {"merge_size": form.merge_size, "window": form.window, "length": capacity}
         channels = len((self.video_pixels or self.pixels).mean)
         none = np.zeros((0, channels * form.temporal_patch_size * form.patch_size**2), np.float32)
         patches = [np.concatenate([none, *(image.pixels for image in row)]) for row in rows]
-        grids: list[Any] = [[image.grid for image in row] or np.zeros((0, 3), int) for row in rows]
+        grids: list[Tree] = [[image.grid for image in row] or np.zeros((0, 3), int) for row in rows]
         packed = [pack_patches(part, grid, **settings) for part, grid in zip(patches, grids, strict=True)]
         if capacity is None and len(packed) > 1:
             settings["length"] = max(part.patches.shape[1] for part in packed)

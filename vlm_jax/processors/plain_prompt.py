@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.prompt import Kind, Slot
@@ -45,7 +44,7 @@ class PlainPrompt:
         *,
         add_generation_prompt: bool = True,
         targets: bool = False,
-        **variables: Any,
+        **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`.
 

@@ -31,7 +31,7 @@ from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
 from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
-from vlm_jax.types import Batch, Load, RowShape
+from vlm_jax.types import Batch, Fields, Load, RowShape
 
 KEYS = {
     "positions": "config.row.text_length or length",
@@ -248,7 +248,7 @@ class Processor:
         max_video_tokens: int | None = None,
         frame_sampler: FrameSampler | None = None,
         add_generation_prompt: bool | None = None,
-        **variables: Any,
+        **variables: object,
     ) -> Example:
         """One conversation with decoded and preprocessed images.
 
@@ -308,7 +308,7 @@ class Processor:
         max_visual_tokens: int | None = None,
         max_video_tokens: int | None = None,
         add_generation_prompt: bool | None = None,
-        **variables: Any,
+        **variables: object,
     ) -> Load:
         """The load of `example` in a row, without decoding images.
 
@@ -371,7 +371,7 @@ class Processor:
         targets: bool,
         limits: tuple[int | None, int | None],
         add_generation_prompt: bool | None,
-        **variables: Any,
+        **variables: object,
     ) -> Example:
         counts = [len(place.layout) for place in images], [sum(len(one.layout) for one in parts) for parts in videos]
         for kind, limit, of_kind in zip(("image", "video"), limits, counts, strict=True):
@@ -455,7 +455,7 @@ class Processor:
             start += 0 if place.prepared is None else place.prepared.num_rows
         return filled, order
 
-    def _positions(self, place: Place) -> dict[str, Any]:
+    def _positions(self, place: Place) -> Fields:
         """Fields of `Visual`."""
         prepared, reduction, tokens = place.prepared, self.reduction, place.tokens
         if reduction is None or tokens is None or reduction.num_left is None:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.list_format import PICTURE, from_list_format
 from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Message
+from vlm_jax.types import Message, Params
 
 USER = ("user", "<|User|>")
 ASSISTANT = ("assistant", "<|Assistant|>")
@@ -44,7 +44,7 @@ class DeepSeekVL2Prompt:
         *,
         add_generation_prompt: bool = True,
         targets: bool = False,
-        **variables: Any,
+        **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer.
 
@@ -104,7 +104,7 @@ class QwenVLPrompt:
         *,
         add_generation_prompt: bool = True,
         targets: bool = False,
-        **variables: Any,
+        **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`."""
         _refuse(places, variables)
@@ -165,7 +165,7 @@ def _path(item: Message) -> str:
     return item["image"] if isinstance(item.get("image"), str) else ""
 
 
-def _refuse(places: Sequence[int], variables: Mapping[str, Any]) -> None:
+def _refuse(places: Sequence[int], variables: Params) -> None:
     if places or variables:
         told = ", ".join(variables) or f"{len(places)} videos"
         raise PromptError(f"expected only images and text, got {told}")

@@ -17,12 +17,13 @@ from vlm_jax.processors.vocabulary import (
     TokenizersVocabulary,
     Vocabulary,
 )
+from vlm_jax.types import Config, Fields
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "vocab.json with merges.txt")
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 # Defaults of tokenizer classes for settings missing in files, by the SentencePiece model's names of the start
 # and the end of a text. transformers, models/{llama,siglip,gemma}/tokenization_*.py.
-SENTENCEPIECE_DEFAULTS: dict[tuple[str | None, str | None], dict[str, Any]] = {
+SENTENCEPIECE_DEFAULTS: dict[tuple[str | None, str | None], Fields] = {
     ("<s>", "</s>"): {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
     (None, "</s>"): {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_eos_token": True},
     ("<bos>", "<eos>"): {
@@ -155,7 +156,7 @@ def read_backend(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _sentencepiece(folder: epath.Path, name: str, settings: dict[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
+def _sentencepiece(folder: epath.Path, name: str, settings: Fields) -> tuple[Vocabulary, Fields]:
     """The vocabulary, and the settings with the defaults of the releases' tokenizer classes."""
     model = (folder / name).read_bytes()
     bare = SentencePieceVocabulary(model, {}, bos=None, eos=None)
@@ -179,7 +180,7 @@ def _sentencepiece(folder: epath.Path, name: str, settings: dict[str, Any]) -> t
     return vocabulary, settings
 
 
-def _pairs(folder: epath.Path, settings: dict[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
+def _pairs(folder: epath.Path, settings: Fields) -> tuple[Vocabulary, Fields]:
     """The byte-pair vocabulary of a supported class, and the settings with its defaults."""
     kind = str(settings.get("tokenizer_class"))
     files = _json(folder / "vocab.json"), (folder / "merges.txt").read_text().splitlines()
@@ -198,7 +199,7 @@ def _pairs(folder: epath.Path, settings: dict[str, Any]) -> tuple[Vocabulary, di
     )
 
 
-def _added(folder: epath.Path, settings: Mapping[str, Any]) -> list[tuple[int | None, AddedToken]]:
+def _added(folder: epath.Path, settings: Config) -> list[tuple[int | None, AddedToken]]:
     """Tokens added to the vocabulary file, with their ids if given: listed ones first, then special ones."""
     entries: list[tuple[int | None, AddedToken]] = []
     special = [value for key, value in settings.items() if key.endswith("_token") and _name(value)]
@@ -235,10 +236,10 @@ def _name(value: Any) -> str | None:
     return value.get("content") if isinstance(value, Mapping) else value if isinstance(value, str) else None
 
 
-def _names(settings: Mapping[str, Any]) -> dict[str, str]:
+def _names(settings: Config) -> dict[str, str]:
     return {key: name for key, value in settings.items() if key.endswith("_token") and (name := _name(value))}
 
 
-def _json(path: epath.Path) -> dict[str, Any]:
+def _json(path: epath.Path) -> Fields:
     """The JSON object of a file; empty if it does not exist."""
     return read_json(path, TokenizerError) if path.exists() else {}

@@ -32,17 +32,20 @@ tokens keep their positions, or positions are renumbered (`consecutive`).
 `REDUCERS["none"]` is None: features are unchanged, and the connector meets the budget.
 """
 
+from collections.abc import Mapping
+
 from vlm_jax.reducers.divprune import DivPrune
 from vlm_jax.reducers.downsample_image import DownsampleImage
 from vlm_jax.reducers.fastv import FastV
 from vlm_jax.reducers.prumerge import PruMerge
 from vlm_jax.reducers.pyramid_drop import PyramidDrop
 from vlm_jax.reducers.random_drop import RandomDrop
+from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.reducers.tome import ToMe
 from vlm_jax.reducers.uniform_stride import UniformStride
 from vlm_jax.reducers.visionzip import VisionZip
 
-REDUCERS = {
+REDUCERS: Mapping[str, type[Reducer] | None] = {
     "none": None,
     "random": RandomDrop,
     "uniform_stride": UniformStride,

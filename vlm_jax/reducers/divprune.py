@@ -1,5 +1,7 @@
 """DivPrune: keeps a diverse subset of the features."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -27,7 +29,7 @@ class DivPrune(KeepsFeatures):
     can follow.
     """
 
-    kind = "divprune"
+    kind: ClassVar[str] = "divprune"
 
     ratio: float | None = None
 

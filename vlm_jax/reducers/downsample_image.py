@@ -1,10 +1,10 @@
 """The third control: downscale the image."""
 
-from typing import Any
+from typing import ClassVar
 
 from vlm_jax.budget import grid_of_size, refuse, sizes_of_grids
 from vlm_jax.reducers.reducer import PassesFeatures
-from vlm_jax.types import Grid
+from vlm_jax.types import Fields, Grid
 
 
 class DownsampleImage(PassesFeatures):
@@ -17,12 +17,12 @@ class DownsampleImage(PassesFeatures):
       output_grid: rows and columns of patches of the smaller image, solved from the budget.
     """
 
-    kind = "downsample_image"
+    kind: ClassVar[str] = "downsample_image"
 
     output_grid: tuple[int, int]
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> Fields:
         """The grid of `budget` patches whose aspect ratio is nearest to that of `grid`."""
         del num_layers
         output_grid = grid_of_size(budget, grid)

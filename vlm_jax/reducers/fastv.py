@@ -1,5 +1,7 @@
 """FastV: after a few layers of the decoder, most visual tokens are dropped."""
 
+from typing import ClassVar
+
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
 from vlm_jax.types import Drop
 
@@ -17,7 +19,7 @@ class FastV(ReducesInDecoder):
     of its tokens. The rule `as_released` differs only in `ratio`.
     """
 
-    kind = "fastv"
+    kind: ClassVar[str] = "fastv"
 
     layer: int = 2
     ratio: float | None = None

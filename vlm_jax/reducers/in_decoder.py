@@ -2,12 +2,12 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import ClassVar
 
 from vlm_jax.budget import refuse
 from vlm_jax.config import ConfigError
 from vlm_jax.reducers.reducer import Part, PassesFeatures, PositionRule
-from vlm_jax.types import Drop, Grid
+from vlm_jax.types import Drop, Fields, Grid
 
 
 class ReducesInDecoder(PassesFeatures):
@@ -22,7 +22,7 @@ class ReducesInDecoder(PassesFeatures):
       positions: kept tokens keep their positions by default.
     """
 
-    reduces_in = "decoder"
+    reduces_in: ClassVar[Part | None] = "decoder"
 
     num_kept: int
     num_features: int
@@ -31,7 +31,7 @@ class ReducesInDecoder(PassesFeatures):
     positions: PositionRule = dataclasses.field(default="keep", kw_only=True)
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> Fields:
         """Any number of tokens up to the number of features."""
         total = grid[0] * grid[1]
         if not 1 <= budget <= total:
@@ -43,7 +43,7 @@ class ReducesInDecoder(PassesFeatures):
         del grid
         return self.num_features if self.num_shown is None else self.num_shown
 
-    def required_fields(self) -> dict[Part, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, Fields]:
         """The decoder's `drops`.
 
         Raises:

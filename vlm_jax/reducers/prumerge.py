@@ -1,13 +1,13 @@
 """LLaVA-PruMerge: features that the class token attends to most, each with its neighbours added to it."""
 
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest, marked, pick, real, spread, unit
-from vlm_jax.types import VisualFeatures
+from vlm_jax.types import Fields, VisualFeatures
 
 
 class PruMerge(KeepsFeatures):
@@ -34,14 +34,14 @@ class PruMerge(KeepsFeatures):
     remaining features, so that their number is fixed; no token for the dropped features is appended.
     """
 
-    kind = "prumerge"
+    kind: ClassVar[str] = "prumerge"
 
     num_neighbors: int = 32
     spatial_share: float = 0.0
     ratio: float | None = None
     adaptive: bool = False
 
-    def required_fields(self) -> dict[Part, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, Fields]:
         """The attention of the last block, all heads joined."""
         return {"encoder": {"saliency": "joined"}}
 

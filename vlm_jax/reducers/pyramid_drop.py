@@ -1,5 +1,7 @@
 """PyramidDrop: visual tokens are dropped in stages, at a constant ratio."""
 
+from typing import ClassVar
+
 from vlm_jax.config import ConfigError
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
 from vlm_jax.types import Drop
@@ -21,7 +23,7 @@ class PyramidDrop(ReducesInDecoder):
     of each image's own number, rounded down, and positions are renumbered from 0 after every drop.
     """
 
-    kind = "pyramid_drop"
+    kind: ClassVar[str] = "pyramid_drop"
 
     layers: tuple[int, ...] | None = None
     ratios: tuple[float, ...] | None = None

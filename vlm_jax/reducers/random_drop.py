@@ -1,5 +1,7 @@
 """The first control: keep a random subset of the features."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,7 @@ class RandomDrop(KeepsFeatures):
     `deterministic` all use a fixed key, so that an answer does not depend on other images in the batch.
     """
 
-    kind = "random"
+    kind: ClassVar[str] = "random"
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         mask = features.mask

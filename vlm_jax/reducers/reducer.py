@@ -1,7 +1,7 @@
 """The reducer protocol and the base classes of reducers."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.budget import refuse
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Fields, Grid, VisualFeatures
 
 Rule = Literal["exact", "as_released"]
 PositionRule = Literal["keep", "consecutive"]
@@ -38,7 +38,7 @@ class Reducer(Protocol):
     def positions(self) -> PositionRule: ...
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> Fields:
         """The fields that leave `budget` of a full-size image's `grid`; raises `InfeasibleBudget`."""
         ...
 
@@ -54,7 +54,7 @@ class Reducer(Protocol):
         """The number of tokens that the connector must give."""
         ...
 
-    def required_fields(self) -> dict[Part, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, Fields]:
         """{part: {field: value}} that the encoder and the decoder must have."""
         ...
 
@@ -94,7 +94,7 @@ class PassesFeatures(nn.Module, kw_only=True):
         rows, cols = self.reduced_grid(grid)
         return rows * cols
 
-    def required_fields(self) -> dict[Part, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, Fields]:
         """{part: {field: value}} that other parts must have: none."""
         return {}
 
@@ -120,7 +120,7 @@ class KeepsFeatures(PassesFeatures):
     num_kept: int
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> Fields:
         """Any number of features up to all of them."""
         del num_layers
         total = grid[0] * grid[1]
@@ -170,7 +170,7 @@ class KeepsFeatures(PassesFeatures):
         return jax.lax.stop_gradient(features.saliency), jax.lax.stop_gradient(features.keys)
 
 
-def pick(x: Any, index: Int[Array, "B K"]) -> Any:
+def pick(x: jax.Array, index: Int[Array, "B K"]) -> jax.Array:
     """x[b, index[b, k]] for every image b."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
@@ -203,7 +203,7 @@ def unit(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def real(x: Any, mask: Bool[Array, "B N"]) -> Any:
+def real(x: jax.Array, mask: Bool[Array, "B N"]) -> jax.Array:
     """x with zeros where it is masked."""
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), x, 0)
 

@@ -1,11 +1,11 @@
 """ToMe: merges a few similar tokens in every block of the encoder."""
 
-from typing import Any
+from typing import ClassVar
 
 from vlm_jax.budget import refuse
 from vlm_jax.layers.token_merging import merge_schedule
 from vlm_jax.reducers.reducer import KeepsFeatures, Part
-from vlm_jax.types import Grid, VisualFeatures
+from vlm_jax.types import Fields, Grid, VisualFeatures
 
 
 class ToMe(KeepsFeatures):
@@ -21,13 +21,13 @@ class ToMe(KeepsFeatures):
     Source: Bolya et al. 2023 (Token Merging), section 3; `layers.token_merging` merges.
     """
 
-    kind = "tome"
-    reduces_in = "encoder"
+    kind: ClassVar[str] = "tome"
+    reduces_in: ClassVar[Part | None] = "encoder"
 
     merged: tuple[int, ...]
 
     @classmethod
-    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> dict[str, Any]:
+    def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> Fields:
         """Any budget that halving in every block can reach."""
         total = grid[0] * grid[1]
         feasible = [kept for kept in range(1, total + 1) if merge_schedule(total, kept, num_layers) is not None]
@@ -36,7 +36,7 @@ class ToMe(KeepsFeatures):
             raise refuse(cls.kind, budget, grid, feasible, why)
         return {"num_kept": budget, "merged": merge_schedule(total, budget, num_layers)}
 
-    def required_fields(self) -> dict[Part, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, Fields]:
         """The encoder's `merged`."""
         return {"encoder": {"merged": self.merged, "merging": self.rule}}
 

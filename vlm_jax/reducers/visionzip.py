@@ -1,13 +1,13 @@
 """VisionZip: keeps features with high attention and merges the others into a few."""
 
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest, marked, pick, real, unit
-from vlm_jax.types import VisualFeatures
+from vlm_jax.types import Fields, VisualFeatures
 
 
 class Contextual(NamedTuple):
@@ -42,7 +42,7 @@ class VisionZip(KeepsFeatures):
     10 of 64 are contextual. Deviation of `exact`: the class token is not among the features.
     """
 
-    kind = "visionzip"
+    kind: ClassVar[str] = "visionzip"
 
     contextual_share: float = 10 / 64
 
@@ -55,7 +55,7 @@ class VisionZip(KeepsFeatures):
         """`num_kept`, or all where there are fewer; by `as_released` including the class token."""
         return min(self.num_kept, count + int(self.rule == "as_released"))
 
-    def required_fields(self) -> dict[Part, dict[str, Any]]:
+    def required_fields(self) -> dict[Part, Fields]:
         """The attention of the last block, per head; by `as_released` also the class token."""
         return {"encoder": {"saliency": "heads"} | ({} if self.rule == "exact" else {"keep_class_token": True})}
 

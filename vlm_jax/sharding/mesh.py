@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -32,7 +31,7 @@ class MeshSettings:
     expert: int = 1
 
 
-def make_mesh(settings: MeshSettings, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -> Mesh:
     """Creates the mesh.
 
     Args:

@@ -1,10 +1,10 @@
 """Coordination of the processes of one run."""
 
-from typing import Any
-
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from vlm_jax.types import Tree
 
 
 def is_primary() -> bool:
@@ -19,7 +19,7 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
-def to_host(array: Any) -> np.ndarray:
+def to_host(array: Tree) -> np.ndarray:
     """The whole of a global array, on every host."""
     if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
         return np.asarray(array)

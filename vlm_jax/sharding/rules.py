@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 from flax import linen as nn
@@ -10,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax import axes
 from vlm_jax.sharding.mesh import CONTEXT, DATA, EXPERT, FSDP, TENSOR
+from vlm_jax.types import Params, Tree
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -64,7 +64,7 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
     return PartitionSpec(*entries)
 
 
-def shardings(boxed: Any, mesh: Mesh) -> Any:
+def shardings(boxed: Tree, mesh: Mesh) -> Tree:
     """A NamedSharding for every leaf of a tree whose leaves have logical names.
 
     Args:
@@ -93,7 +93,7 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def mesh_of(params: Any) -> Mesh | None:
+def mesh_of(params: Params) -> Mesh | None:
     """The mesh of the parameters; None where they are on one device."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)  # NumPy arrays have none
@@ -102,7 +102,7 @@ def mesh_of(params: Any) -> Mesh | None:
     return None
 
 
-def distribute(batch: Any, mesh: Mesh) -> Any:
+def distribute(batch: Tree, mesh: Mesh) -> Tree:
     """Puts this process's rows of a batch on its devices; the result is the global batch."""
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -6,7 +6,8 @@ import logging
 import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
-from vlm_jax.config import ConfigError, did_you_mean, parse
+from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
@@ -26,10 +27,11 @@ from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
 from vlm_jax.train.step import compile_step, peak_bytes
 from vlm_jax.train.workdir import MetricsLog, claim
+from vlm_jax.types import Fields, Tree
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, dict[str, Any]], None]  # (step, steps in all, the step's metrics)
+Progress = Callable[[int, int, Fields], None]  # (step, steps in all, the step's metrics)
 
 
 class Interrupted(Exception):
@@ -77,7 +79,7 @@ class Outcome:
     peak_bytes: int | None
 
 
-def is_done(metrics: Any) -> bool:
+def is_done(metrics: Tree) -> bool:
     """Whether the step that returns `metrics` is finished; True for None, before the first step."""
     return all(value.is_ready() for value in jax.tree.leaves(metrics))
 
@@ -120,7 +122,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Any,
+        config: RunConfig,
         experiment: Experiment,
         mesh: Mesh,
         workdir: epath.PathLike,
@@ -164,7 +166,7 @@ class Trainer:
     def _run(self, checkpoints: RunCheckpoints) -> Outcome:
         step = checkpoints.latest() or 0
         span = span_at(self._spans, step)
-        position: dict[str, Any] = {}
+        position: Fields = {}
         if checkpoints.latest() is None:
             state = self._first_state(span)
         else:
@@ -199,7 +201,7 @@ class Trainer:
         program = self._programs(span)
         most = peak_bytes(program(batch))
         key = jax.random.key(self._seed)
-        pending: list[tuple[int, Any, float]] = []
+        pending: list[tuple[int, Tree, float]] = []
         since = time.perf_counter()
         while step < span.stop:
             compiled = program(batch)
@@ -228,11 +230,11 @@ class Trainer:
                 batch, waited = self._next(iterator, metrics)
         return state, most
 
-    def _programs(self, span: Span) -> Callable[[Any], jax.stages.Compiled]:
+    def _programs(self, span: Span) -> Callable[[Tree], jax.stages.Compiled]:
         """A stage's program for each shape of batches, compiled when it first comes."""
         programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
 
-        def program(batch: Any) -> jax.stages.Compiled:
+        def program(batch: Tree) -> jax.stages.Compiled:
             shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             if shapes not in programs:
                 programs[shapes] = compile_step(
@@ -248,7 +250,7 @@ class Trainer:
 
         return program
 
-    def _next(self, iterator: Any, metrics: Any) -> tuple[Any, float]:
+    def _next(self, iterator: Iterator[Tree], metrics: Tree) -> tuple[Tree, float]:
         """The next batch on the devices, and an upper bound of the seconds that they were idle for it.
 
         0 while they run the step of `metrics`; else the time until the batch was ready.
@@ -258,7 +260,7 @@ class Trainer:
         waited = time.perf_counter() - since
         return distribute(batch, self.mesh), waited if is_done(metrics) else 0.0
 
-    def _flush(self, pending: list[tuple[int, Any, float]], label: str, seconds: float, log: MetricsLog) -> None:
+    def _flush(self, pending: list[tuple[int, Tree, float]], label: str, seconds: float, log: MetricsLog) -> None:
         lines = []
         for step, metrics, waited in pending:
             values = {name: float(value) for name, value in metrics.items()}
@@ -292,14 +294,14 @@ class Trainer:
         tx, trained = self._tx(span), tuple(span.stage.learning_rates)
         return abstract(jax.eval_shape(lambda params: init_boxed(params, tx, trained), self._boxed), self.mesh)
 
-    def _param_shardings(self) -> Any:
+    def _param_shardings(self) -> Tree:
         return shardings(self._boxed, self.mesh)
 
     def _tx(self, span: Span):
         stage = span.stage
         return adamw(self._optimizer, stage.learning_rates, stage.warmup_steps, stage.steps)
 
-    def _probe_batch(self, span: Span) -> Any:
+    def _probe_batch(self, span: Span) -> Tree:
         """A batch to compile for when the stage has no step left."""
         with contextlib.closing(self._batches(span)) as iterator:
             return distribute(next(iterator), self.mesh)
@@ -324,6 +326,6 @@ class Trainer:
                 if part not in self._boxed:
                     raise ConfigError(f"{path}.learning_rates.{part}: no such part{did_you_mean(part, self._boxed)}")
 
-    def _on_sigterm(self, signum: int, frame: Any) -> None:
+    def _on_sigterm(self, signum: int, frame: types.FrameType | None) -> None:
         del signum, frame
         self._stop = True

@@ -14,10 +14,10 @@ from vlm_jax.build import CELL_HEAD, Experiment
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
-from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch
+from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params, Tree
 
 Metrics = dict[str, jax.Array]
-Objective = Callable[[dict[str, Any], Any, jax.Array], tuple[jax.Array, Metrics]]
+Objective = Callable[[Params, Tree, jax.Array], tuple[jax.Array, Metrics]]
 
 BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
@@ -29,7 +29,7 @@ def next_token(experiment: Experiment) -> Objective:
     `padding_share` is the share of the rows' positions that are padding.
     """
 
-    def loss(params: dict[str, Any], batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         parts = {part: tree for part, tree in params.items() if part != CELL_HEAD}
         rngs = {"reduce": key, "connect": key}
         logits, sown = experiment.system.model.apply(
@@ -56,7 +56,7 @@ def read_cells(experiment: Experiment) -> Objective:
     """
     reader = cast(CellReader, experiment.cell_reader)  # set where a stage has this objective
 
-    def loss(params: dict[str, Any], batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(params: Params, batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del key
         variables = {"params": {"encoder": params["encoder"], **params["cell_head"]}}
         logits, boxes = reader.apply(variables, batch.images[:, 0])

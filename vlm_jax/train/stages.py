@@ -1,9 +1,8 @@
 """Stages of a run: their objective, stream and trained parts."""
 
 import dataclasses
-from typing import Any
 
-from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
+from vlm_jax.config import ConfigError, RunConfig, check_keys, did_you_mean, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Span:
     stop: int
 
 
-def parse_schedule(schedule: tuple[str, ...], stages: Any) -> tuple[Span, ...]:
+def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, ...]:
     """The stages in the order of `config.schedule`, with the steps of each.
 
     Args:

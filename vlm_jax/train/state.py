@@ -1,7 +1,5 @@
 """The state of a run and its sharding."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,9 +8,9 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from vlm_jax.sharding.rules import shardings
-from vlm_jax.types import Array, struct
+from vlm_jax.types import Array, Fields, Tree, struct
 
-Params = dict[str, Any]  # {part: its parameters}
+Params = Fields  # {part: its parameters}
 
 
 @struct
@@ -25,7 +23,7 @@ class TrainState:
 
     step: Int[Array, ""]
     params: Params
-    opt_state: Any
+    opt_state: Tree
 
 
 def split(params: Params, trained: tuple[str, ...]) -> tuple[Params, Params]:
@@ -41,7 +39,7 @@ def init_boxed(boxed_params: Params, tx: optax.GradientTransformation, trained: 
     return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]))
 
 
-def abstract(boxed: Any, mesh: Mesh) -> Any:
+def abstract(boxed: Tree, mesh: Mesh) -> Tree:
     """Shape, dtype and sharding of every leaf of a boxed tree of shapes."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -9,11 +9,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax.sharding.rules import use_mesh
 from vlm_jax.train.objectives import Metrics, Objective
 from vlm_jax.train.state import TrainState, split
+from vlm_jax.types import Params, Tree
 
 
 def train_step(
     state: TrainState,
-    batch: Any,
+    batch: Tree,
     key: jax.Array,
     *,
     objective: Objective,
@@ -28,19 +29,19 @@ def train_step(
     params, frozen = split(state.params, trained)
     key = jax.random.fold_in(key, state.step)
 
-    def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
+    def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
         return objective({**frozen, **params}, batch, key)
 
     (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, opt_state = tx.update(grads, state.opt_state, params)
-    params: Any = optax.apply_updates(params, updates)
+    params: Tree = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     return TrainState(state.step + 1, {**frozen, **params}, opt_state), metrics
 
 
 def compile_step(
     abstract_state: TrainState,
-    batch: Any,
+    batch: Tree,
     mesh: Mesh,
     *,
     objective: Objective,

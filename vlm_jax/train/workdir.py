@@ -1,13 +1,13 @@
 """A run's folder: its config, and its metrics per step."""
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from etils import epath
 
-from vlm_jax.config import ConfigError, differences, plain
+from vlm_jax.config import ConfigError, RunConfig, differences, plain
 from vlm_jax.sharding.processes import is_primary
+from vlm_jax.types import Fields
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 
@@ -19,13 +19,13 @@ def write_whole(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
-def write_lines(path: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
+def write_lines(path: epath.Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Writes a JSON-lines file as a whole; the primary process does."""
     if is_primary():
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def claim(workdir: epath.Path, config: Any) -> None:
+def claim(workdir: epath.Path, config: RunConfig) -> None:
     """Creates the folder for a config, or checks that it has the same config; for the primary process.
 
     Raises:
@@ -67,11 +67,11 @@ class MetricsLog:
         lines = [line for line in read_lines(self._path) if line["step"] <= step]
         write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Fields]:
         """All lines so far, including those of earlier runs."""
         return read_lines(self._path)
 
-    def append(self, lines: Iterable[dict[str, Any]]) -> None:
+    def append(self, lines: Iterable[Fields]) -> None:
         """Appends complete lines; for the primary process."""
         if not is_primary():
             return
@@ -79,7 +79,7 @@ class MetricsLog:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+def read_lines(path: epath.Path) -> list[Fields]:
     """The objects of a JSON-lines file; a last line that was truncated by a kill is ignored.
 
     Raises:

@@ -5,13 +5,16 @@ two-tower models and classifiers it also takes the module, and returns a `proces
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flax import linen as nn
 
 from vlm_jax.checkpoints.hub import read_config
+from vlm_jax.encoders.encoder import PackedEncoder
+from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.encoders.resnet import ModifiedResNet
+from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.processing import (
@@ -34,15 +37,16 @@ from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import NoViews, Tiles
+from vlm_jax.types import Config
 
 
-def _llava(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def _llava(folder: Folder, config: Config) -> Processor:
     """For the release's own format or that of transformers, which have the same model type."""
     return (llava if "mm_vision_tower" in config else llava_hf).processor(folder, config)
 
 
 # Model type of a released config (`family.marker`) -> function that creates its processor.
-PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
+PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
     "deepseek_v2": text.processor,
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
@@ -69,7 +73,7 @@ PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any]], Processor]] = {
     "qwen3": text.processor,
 }
 # The same for two-tower models and classifiers, which have no conversations.
-IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any], Any], ImageTextProcessor]] = {
+IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageTextProcessor]] = {
     "big_vision.proj.image_text.text_transformer": image_text.big_vision,
     "big_vision.proj.image_text.two_towers": image_text.big_vision,
     "big_vision.vit": image_text.big_vision_vit,
@@ -89,7 +93,7 @@ IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Mapping[str, Any], Any], Imag
 
 
 def read_processor(
-    folder: Path, config: Mapping[str, Any], model: nn.Module, image_size: int | None
+    folder: Path, config: Config, model: nn.Module, image_size: int | None
 ) -> Processor | ImageTextProcessor:
     """The processor of a release, configured by its own files.
 
@@ -125,10 +129,12 @@ def check_conversations(processor: Processor, model: VLM) -> None:
     views, encoder, connector = processor.views, model.encoder, model.connector
     if isinstance(views, NoViews) or encoder is None or connector is None:
         return
-    if isinstance(views, NativeViews) and views.format != encoder.patch_format:
-        raise PretrainedError(
-            f"the processor has the patch format {views.format}, but the model {encoder.patch_format}"
-        )
+    if isinstance(views, NativeViews):
+        assert isinstance(encoder, PackedEncoder)
+        if views.format != encoder.patch_format:
+            raise PretrainedError(
+                f"the processor has the patch format {views.format}, but the model {encoder.patch_format}"
+            )
     if isinstance(views, Tiles):
         height, width, _ = views.tile_shape
         tokens, reserved = connector.num_tokens(encoder.grid(height, width)), views.tile_tokens
@@ -146,9 +152,9 @@ def check_conversations(processor: Processor, model: VLM) -> None:
 
 def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
     """Raises unless the image size, or the patch size, is that of the tower."""
-    tower = next((getattr(model, name) for name in ("image", "encoder") if hasattr(model, name)), model)
-    told, inputs = getattr(tower, "image_size", None), processor.images
-    if isinstance(inputs, NaflexInputs):
+    tower, inputs = image_text.image_tower(model), processor.images
+    told = tower.image_size if isinstance(tower, ViT | ModifiedResNet) else None
+    if isinstance(inputs, NaflexInputs) and isinstance(tower, NaflexViT):
         told, found, what = tower.patch_size, inputs.patch_size, "patches"
     elif isinstance(inputs, SquareInputs | TensorFlowInputs):
         found, what = inputs.size, "images"
@@ -162,7 +168,7 @@ def check_image_text(processor: ImageTextProcessor, model: nn.Module) -> None:
         )
 
 
-def end_ids(folder: Path, config: Mapping[str, Any], model: nn.Module) -> tuple[int, ...]:
+def end_ids(folder: Path, config: Config, model: nn.Module) -> tuple[int, ...]:
     """Tokens that end an answer: those of `generation_config.json`, and those of the processor.
 
     Where both have none, those of the config that are in the model's vocabulary, since they may be a class's
@@ -185,7 +191,7 @@ def end_ids(folder: Path, config: Mapping[str, Any], model: nn.Module) -> tuple[
     return tuple(dict.fromkeys(ids))
 
 
-def _stated_ends(config: Mapping[str, Any]) -> tuple[int, ...]:
+def _stated_ends(config: Config) -> tuple[int, ...]:
     """`eos_token_id` as a tuple: one number, several, or none."""
     found = config.get("eos_token_id")
     return () if found is None else tuple(found) if isinstance(found, list) else (found,)

@@ -1,8 +1,6 @@
 """DeepSeek-VL and DeepSeek-VL2 in the format of their releases; their inference.py ends at the tokenizer's EOS."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.pretrained.deepseek_vl2 import PROJECTOR_DEFAULTS, VISION_DEFAULTS
 from vlm_jax.pretrained.family import REQUIRED, check_supported, with_defaults
@@ -24,17 +22,18 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.templates import DEEPSEEK
 from vlm_jax.processors.tiles import DeepSeekVL2Views
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Config, Fields
 
 # deepseek_vl/models/image_processing_vlm.py and processing_vlm.py.
-IMAGE_DEFAULTS: dict[str, Any] = {"min_size": 14}
-PROCESSOR_DEFAULTS: dict[str, Any] = {
+IMAGE_DEFAULTS: Fields = {"min_size": 14}
+PROCESSOR_DEFAULTS: Fields = {
     "image_tag": "<image_placeholder>",
     "num_image_tokens": 576,
     "add_special_token": False,
     "sft_format": "deepseek",
 }
 # deepseek_vl2/models/processing_deepseek_vl_v2.py.
-DEFAULTS2: dict[str, Any] = {
+DEFAULTS2: Fields = {
     "candidate_resolutions": REQUIRED,
     "patch_size": REQUIRED,
     "downsample_ratio": REQUIRED,
@@ -48,7 +47,7 @@ DEFAULTS2: dict[str, Any] = {
 }
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """DeepSeek-VL's processor."""
     where = f"{folder}: processor_config.json"
     own = with_defaults(processor_settings(folder), PROCESSOR_DEFAULTS, where)
@@ -73,7 +72,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), end_tokens=end_of_text(tokenizer))
 
 
-def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor2(folder: Folder, config: Config) -> Processor:
     """DeepSeek-VL2's processor."""
     where = f"{folder}: processor_config.json"
     own = with_defaults(processor_settings(folder), DEFAULTS2, where)
@@ -96,7 +95,7 @@ def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return Processor(prompt, views, tokenizer, tokenizer.id_of(own["pad_token"]), num_learned=2, end_tokens=ends)
 
 
-def check_consistent(config: Mapping[str, Any], own: Mapping[str, Any], side: int) -> None:
+def check_consistent(config: Config, own: Config, side: int) -> None:
     """Checks that the processor's settings equal the model's.
 
     Raises:

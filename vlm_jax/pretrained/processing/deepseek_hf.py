@@ -1,7 +1,6 @@
 """DeepSeek-VL in the format of transformers."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
@@ -24,11 +23,12 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews, TwoSizeViews
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Config, Fields
 
 # transformers, models/deepseek_vl/image_processing_deepseek_vl.py.
-DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "min_size": 14, "do_pad": True}
+DEFAULTS: Fields = {"size": {"height": 384, "width": 384}, "min_size": 14, "do_pad": True}
 # transformers, models/deepseek_vl_hybrid/image_processing_deepseek_vl_hybrid.py.
-HYBRID_DEFAULTS: dict[str, Any] = {
+HYBRID_DEFAULTS: Fields = {
     **DEFAULTS,
     "high_res_size": {"height": 1024, "width": 1024},
     "high_res_resample": 3,
@@ -37,7 +37,7 @@ HYBRID_DEFAULTS: dict[str, Any] = {
 }
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder with one tower."""
     settings = image_settings(folder, DEFAULTS)
     tokenizer = Tokenizer.from_folder(folder)
@@ -56,7 +56,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config))
 
 
-def processor_hybrid(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor_hybrid(folder: Folder, config: Config) -> Processor:
     """The processor of a folder with two towers, which normalise their pixels themselves.
 
     The release's own code downscales the floating-point pixels of the large tower for the small one; transformers

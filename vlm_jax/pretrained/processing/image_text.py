@@ -1,14 +1,17 @@
 """Processors of two-tower models and classifiers, from the folder's files and the module."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from flax import linen as nn
 from PIL import Image
 
 from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.naflex import NaflexViT
+from vlm_jax.encoders.resnet import ModifiedResNet
+from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.pretrained.family import PretrainedError, check_supported, with_defaults
@@ -32,11 +35,12 @@ from vlm_jax.processors.image_text import (
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
+from vlm_jax.types import Config, Fields
 
 # transformers, models/{clip,siglip,siglip2,vit}/image_processing_*.py; sizes missing in files are the tower's.
-NAFLEX_DEFAULTS: dict[str, Any] = {**HALF_STATISTICS, "resample": 2, "patch_size": 16, "max_num_patches": 256}
+NAFLEX_DEFAULTS: Fields = {**HALF_STATISTICS, "resample": 2, "patch_size": 16, "max_num_patches": 256}
 # open_clip, src/open_clip/transform.py, PreprocessCfg; a missing size is the tower's.
-OPEN_CLIP_DEFAULTS: dict[str, Any] = {
+OPEN_CLIP_DEFAULTS: Fields = {
     "size": None,
     "mode": "RGB",
     "mean": CLIP_STATISTICS["image_mean"],
@@ -58,11 +62,11 @@ _SENTINELS = 100  # the number of pieces in mc4's file beyond the tower's rows
 _EDGE = 256 / 224
 
 
-def clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def clip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """CLIP of transformers, both towers or one."""
     del config
     images = None
-    if _image_tower(module) is not None:
+    if image_tower(module) is not None:
         height, width = _side(module)
         crop = {"crop_size": {"height": height, "width": width}, "do_center_crop": True}
         settings = image_settings(folder, {"size": {"shortest_edge": min(height, width)}, **crop})
@@ -70,9 +74,9 @@ def clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextPro
     return ImageTextProcessor(images, _texts(folder, module, _filled))
 
 
-def siglip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def siglip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """SigLIP and SigLIP 2 of transformers, both towers or one."""
-    tower, images = _image_tower(module), None
+    tower, images = image_tower(module), None
     if isinstance(tower, NaflexViT):
         settings = image_settings(folder, NAFLEX_DEFAULTS)
         images = NaflexInputs(pixels(settings), settings["patch_size"], settings["max_num_patches"])
@@ -81,19 +85,19 @@ def siglip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextP
     return ImageTextProcessor(images, _siglip_texts(folder, module))
 
 
-def vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def vit(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """ViT of transformers, with classes or without."""
     del config
     return ImageTextProcessor(_stretched(folder, module, {**HALF_STATISTICS, "resample": 2}))
 
 
-def _stretched(folder: Folder, module: Any, defaults: Mapping[str, Any]) -> SquareInputs:
+def _stretched(folder: Folder, module: nn.Module, defaults: Config) -> SquareInputs:
     height, width = _side(module)
     settings = image_settings(folder, {"size": {"height": height, "width": width}, **defaults})
     return SquareInputs(square_views(settings, f"{folder}: image processor", edge=False))
 
 
-def open_clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def open_clip(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """CLIP of open_clip, whose config has a `preprocess_cfg`; texts are padded with zeros."""
     where = "preprocess_cfg"
     given = {key: value for key, value in (config.get(where) or {}).items() if value is not None}
@@ -113,13 +117,13 @@ def open_clip(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTe
     return ImageTextProcessor(SquareInputs(views), _texts(folder, module, _filled_with_zeros))
 
 
-def big_vision(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def big_vision(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """SigLIP and SigLIP 2 of big_vision, or only its text tower; the tokenizer's file must be in the folder.
 
     A NaFlex release has one sequence length for all sizes, `max_num_patches` next to `model` in the config, by default
     256.
     """
-    tower, images = _image_tower(module), None
+    tower, images = image_tower(module), None
     if isinstance(tower, NaflexViT):
         images = NaflexInputs(HALF, tower.patch_size, config.get("max_num_patches", 256), floats=True)
     elif tower is not None:
@@ -127,20 +131,20 @@ def big_vision(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageT
     return ImageTextProcessor(images, _texts(folder, module, _big_vision_texts))
 
 
-def big_vision_vit(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def big_vision_vit(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """ViT of big_vision with the preprocessing of its evaluation configs: area resizing and a central crop."""
     del folder
     size = _side(module, config)
     return ImageTextProcessor(TensorFlowInputs(size, "overlap", shortest_edge=round(min(size) * _EDGE)))
 
 
-def vit_jax(folder: Folder, config: Mapping[str, Any], module: Any) -> ImageTextProcessor:
+def vit_jax(folder: Folder, config: Config, module: nn.Module) -> ImageTextProcessor:
     """ViT and hybrids of vision_transformer, which stretches images without rounding."""
     del folder, config
     return ImageTextProcessor(TensorFlowInputs(_side(module), whole=False))
 
 
-def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+def labels(config: Config) -> tuple[str, ...]:
     """Names of a classifier's classes: `id2label` of the config.
 
     Raises:
@@ -154,31 +158,32 @@ def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names[number] for number in range(len(names)))
 
 
-def _image_tower(module: Any) -> Any:
+def image_tower(module: nn.Module) -> ViT | ModifiedResNet | NaflexViT | None:
     """The image tower; None for a text tower."""
-    if isinstance(module, TwoTower):
-        return module.image
-    if isinstance(module, Classifier):
-        return module.encoder
-    return None if isinstance(module, TextTower) else module
+    tower = module.image if isinstance(module, TwoTower) else module
+    tower = tower.encoder if isinstance(tower, Classifier) else tower
+    return tower if isinstance(tower, ViT | ModifiedResNet | NaflexViT) else None
 
 
-def _side(module: Any, config: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
+def _side(module: nn.Module, config: Config = MappingProxyType({})) -> tuple[int, int]:
     """(height, width) of a tower's training images, or `image_size` of the config without a position table.
 
     Raises:
       PretrainedError: neither is available.
     """
-    size = _image_tower(module).image_size or config.get("image_size")
+    tower = image_tower(module)
+    assert isinstance(tower, ViT | ModifiedResNet)
+    size = tower.image_size or config.get("image_size")
     if size is None:
         raise PretrainedError(
             "the image size is unknown: this tower has no position table; pass image_size in pixels to "
             "from_pretrained, or add it to config.json, next to model"
         )
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
-def _texts(folder: Folder, module: Any, inputs: Callable[[Tokenizer, TextTower], TextInputs]) -> Texts | None:
+def _texts(folder: Folder, module: nn.Module, inputs: Callable[[Tokenizer, TextTower], TextInputs]) -> Texts | None:
     """None without a text tower. Without a tokenizer in the folder images still work; texts raise an error."""
     tower = module.text if isinstance(module, TwoTower) else module
     if not isinstance(tower, TextTower):
@@ -203,7 +208,7 @@ def _filled_with_zeros(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:
     return TextInputs(tokenizer, tower.context_length, 0)
 
 
-def _siglip_texts(folder: Folder, module: Any) -> Texts | None:
+def _siglip_texts(folder: Folder, module: nn.Module) -> Texts | None:
     """SigLIP was trained on lower case without punctuation; SigLIP 2, whose tokenizer is Gemma's, on lower case."""
     lower = tokenizer_settings(folder).get("do_lower_case", True)
     return _texts(

@@ -1,8 +1,6 @@
 """InternVL in the format of its release."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.pretrained.family import PretrainedError, check_supported, one_side, with_defaults
 from vlm_jax.pretrained.internvl import VISION_DEFAULTS
@@ -14,9 +12,10 @@ from vlm_jax.processors.templates import IM_END, INTERNVL
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import SegmentSampler
+from vlm_jax.types import Config, Fields
 
 # OpenGVLab/InternVL, configuration_internvl_chat.py.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "template": None,
     "force_image_size": None,
     "downsample_ratio": 0.5,
@@ -29,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder, with the template named in its config, or the folder's own."""
     tokenizer = Tokenizer.from_folder(folder)
     name = config.get("template")
@@ -50,7 +49,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return Processor(prompt, views(config), tokenizer, pad, end_tokens=ends, frame_sampler=SegmentSampler())
 
 
-def views(config: Mapping[str, Any]) -> InternVLViews:
+def views(config: Config) -> InternVLViews:
     """Views of a config: one tile, or dynamic tiles."""
     settings = with_defaults(config, DEFAULTS, "internvl_chat")
     check_supported(settings, {"pad2square": (False,)}, "internvl_chat")

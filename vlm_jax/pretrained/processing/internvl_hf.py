@@ -1,8 +1,5 @@
 """InternVL in the format of transformers."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from vlm_jax.pretrained.processing.settings import (
     Folder,
     height_and_width,
@@ -18,13 +15,14 @@ from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import SegmentSampler
+from vlm_jax.types import Config, Fields
 
 # transformers, models/got_ocr2/image_processing_got_ocr2.py; the processor itself enables tiles.
-DEFAULTS: dict[str, Any] = {"size": {"height": 384, "width": 384}, "min_patches": 1, "max_patches": 12}
+DEFAULTS: Fields = {"size": {"height": 384, "width": 384}, "min_patches": 1, "max_patches": 12}
 NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder."""
     settings = image_settings(folder, DEFAULTS)
     tokenizer = Tokenizer.from_folder(folder)

@@ -2,8 +2,7 @@
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from vlm_jax.pretrained.family import PretrainedError, check_supported
 from vlm_jax.pretrained.llava import DEFAULTS, TOWERS
@@ -17,11 +16,12 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.templates import VICUNA
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Config
 
 FIT = {"pad": "pad", "anyres": "crop", "square": "crop", None: "crop"}
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder; by default with the template of Vicuna, with which LLaVA-1.5 was trained."""
     tokenizer = Tokenizer.from_folder(folder)
     # The tag is not a token of the release: the text before and after it is encoded separately.
@@ -48,7 +48,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     )
 
 
-def views(config: Mapping[str, Any]) -> SquareViews | AnyresViews:
+def views(config: Config) -> SquareViews | AnyresViews:
     """Views of a config, by `image_aspect_ratio` and `mm_patch_merge_type`.
 
     Raises:

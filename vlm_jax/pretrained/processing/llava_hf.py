@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.pretrained.family import PretrainedError
@@ -19,9 +18,10 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Config, Fields
 
 # transformers, models/llava/image_processing_llava.py and models/llava_next/image_processing_llava_next.py.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "size": {"shortest_edge": 224},
     "crop_size": {"height": 224, "width": 224},
     "do_center_crop": True,
@@ -30,13 +30,13 @@ DEFAULTS: dict[str, Any] = {
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """LLaVA's processor."""
     base, _ = _square(folder, config)
     return _processor(folder, config, base)
 
 
-def processor_next(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor_next(folder: Folder, config: Config) -> Processor:
     """LLaVA-NeXT's processor, with tiles."""
     base, grid = _square(folder, config)
     settings = image_settings(folder, {**DEFAULTS, "image_grid_pinpoints": PINPOINTS})
@@ -45,7 +45,7 @@ def processor_next(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return _processor(folder, config, views, num_learned=1)
 
 
-def _square(folder: Folder, config: Mapping[str, Any]) -> tuple[SquareViews, tuple[int, int]]:
+def _square(folder: Folder, config: Config) -> tuple[SquareViews, tuple[int, int]]:
     """Views of one tile, and the grid of its tokens."""
     settings, where = image_settings(folder, DEFAULTS), f"{folder}: image processor"
     views = square_views(settings, where, edge=True)
@@ -61,7 +61,7 @@ def _square(folder: Folder, config: Mapping[str, Any]) -> tuple[SquareViews, tup
     return dataclasses.replace(views, num_tokens=math.prod(grid) + whole), grid
 
 
-def _processor(folder: Folder, config: Mapping[str, Any], views: Any, **fields: Any) -> Processor:
+def _processor(folder: Folder, config: Config, views: Any, **fields: Any) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
     token = processor_settings(folder).get("image_token", "<image>")
     prompt = TemplatePrompt(

@@ -1,8 +1,5 @@
 """Ovis 2 and Ovis 2.5 in the format of their releases."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from vlm_jax.pretrained.ovis import (
     AIMV2_DEFAULTS,
     NAVIT_DEFAULTS,
@@ -20,13 +17,13 @@ from vlm_jax.processors.templates import OVIS2, OVIS2_5, OVIS2_5_TRAINING
 from vlm_jax.processors.tiles import Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import Views
-from vlm_jax.types import PatchFormat
+from vlm_jax.types import Config, PatchFormat
 
 MAX_PARTS = 9  # of the release's example
 MIN_PIXELS, MAX_PIXELS = 448 * 448, 1792 * 1792  # of Ovis 2.5-9B's preprocess_inputs
 
 
-def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor2(folder: Folder, config: Config) -> Processor:
     """Ovis 2's processor."""
     tokenizer = {**TOKENIZER_DEFAULTS, **config["visual_tokenizer_config"]}
     vision = {**AIMV2_DEFAULTS, **tokenizer["backbone_config"]}
@@ -35,7 +32,7 @@ def processor2(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return _processor(folder, config, views, OVIS2, NUM_INDICATORS)
 
 
-def processor2_5(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor2_5(folder: Folder, config: Config) -> Processor:
     """Ovis 2.5's processor."""
     vision = {**NAVIT_DEFAULTS, **config["vit_config"]}
     patch, stride = vision["patch_size"], vision["hidden_stride"]
@@ -56,7 +53,7 @@ def processor2_5(folder: Folder, config: Mapping[str, Any]) -> Processor:
 
 def _processor(
     folder: Folder,
-    config: Mapping[str, Any],
+    config: Config,
     views: Views,
     template: str,
     num_learned: int,

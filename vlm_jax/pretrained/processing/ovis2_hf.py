@@ -1,8 +1,5 @@
 """Ovis 2 in the format of transformers, whose tiles differ from the release's."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from vlm_jax.pretrained.family import check_supported
 from vlm_jax.pretrained.processing.settings import (
     Folder,
@@ -17,9 +14,10 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.tiles import Ovis2Views
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Config, Fields
 
 # transformers, models/ovis2/image_processing_ovis2.py.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "size": {"height": 384, "width": 384},
     "crop_to_patches": False,
     "max_patches": 12,
@@ -27,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder."""
     where = f"{folder}: image processor"
     settings = image_settings(folder, DEFAULTS)

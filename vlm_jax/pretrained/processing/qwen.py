@@ -1,8 +1,5 @@
 """Qwen-VL and Qwen-VL-Chat."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, end_of_text
 from vlm_jax.processors.pixels import Pixels
@@ -11,13 +8,14 @@ from vlm_jax.processors.spelled_prompt import QwenVLPrompt
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import NoViews
+from vlm_jax.types import Config
 
 # QwenLM/Qwen-VL-Chat, qwen_generation_utils.py, get_stop_words_ids of ChatML, which chat() adds.
 END_TOKENS = ("<|im_end|>", "<|im_start|>")
 NUM_QUERIES = 256  # of the release's resampler, not in its config
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder; a text-only Qwen has no views."""
     tokenizer = Tokenizer.from_folder(folder)
     if tokenizer.eos_id is None:

@@ -1,7 +1,6 @@
 """Qwen2-VL and Qwen2.5-VL."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from vlm_jax.encoders.packed import window_in_blocks
 from vlm_jax.pretrained.processing.settings import (
@@ -18,10 +17,10 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import PatchFormat
+from vlm_jax.types import Config, Fields, PatchFormat
 
 # transformers, models/qwen2_vl/image_processing_qwen2_vl.py and video_processing_qwen2_vl.py.
-DEFAULTS: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+DEFAULTS: Fields = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 IMAGE_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
 VIDEO_PIXELS = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 # Maximum tokens of a video: Wang et al. 2024, section 3.2, and Bai et al. 2025, section 2.1.3.
@@ -31,7 +30,7 @@ QWEN2_5_DEFAULTS = {"tokens_per_second": 4, "window_size": 112}
 TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """The processor of a folder."""
     settings, videos = image_settings(folder, DEFAULTS), video_settings(folder)
     kind, vision = config["model_type"], config["vision_config"]
@@ -58,7 +57,7 @@ def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), rotary_3d=True)
 
 
-def _limits(settings: Mapping[str, Any], defaults: Mapping[str, int]) -> tuple[int, int]:
+def _limits(settings: Config, defaults: Mapping[str, int]) -> tuple[int, int]:
     """Minimum and maximum pixels; in older files the keys are `min_pixels` and `max_pixels`."""
     size = {**defaults, **(settings.get("size") or {})}
     least, most = settings.get("min_pixels"), settings.get("max_pixels")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 from PIL import Image
@@ -17,6 +16,7 @@ from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.types import Config, Fields
 
 Folder = str | os.PathLike[str]
 
@@ -27,7 +27,7 @@ CLIP_STATISTICS = {
 HALF_STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 IMAGENET_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 # Defaults of all image processors of transformers.
-COMMON: dict[str, Any] = {
+COMMON: Fields = {
     **CLIP_STATISTICS,
     "do_resize": True,
     "do_rescale": True,
@@ -37,17 +37,17 @@ COMMON: dict[str, Any] = {
 }
 
 
-def _json(path: epath.Path) -> dict[str, Any]:
+def _json(path: epath.Path) -> Fields:
     """The JSON object of a file; empty if it does not exist."""
     return read_json(path, PretrainedError) if path.exists() else {}
 
 
-def processor_settings(folder: Folder) -> dict[str, Any]:
+def processor_settings(folder: Folder) -> Fields:
     """`processor_config.json`."""
     return _json(epath.Path(folder) / "processor_config.json")
 
 
-def image_settings(folder: Folder, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def image_settings(folder: Folder, defaults: Config) -> Fields:
     """Image settings: a file's keys that are not null, over defaults of the class and of all classes.
 
     New files have them inside `processor_config.json`, older ones in `preprocessor_config.json`.
@@ -60,13 +60,13 @@ def image_settings(folder: Folder, defaults: Mapping[str, Any]) -> dict[str, Any
     return _usable({**COMMON, **defaults, **_stated(given)}, f"{folder}: image processor")
 
 
-def video_settings(folder: Folder) -> dict[str, Any]:
+def video_settings(folder: Folder) -> Fields:
     """Settings only for videos, from `processor_config.json` or `video_preprocessor_config.json`."""
     inside = processor_settings(folder).get("video_processor") or {}
     return _stated({**_json(epath.Path(folder) / "video_preprocessor_config.json"), **inside})
 
 
-def video_pixels(folder: Folder, images: Mapping[str, Any]) -> Pixels:
+def video_pixels(folder: Folder, images: Config) -> Pixels:
     """Resizing and normalisation of a video's frames, by torch as in the video processors of transformers.
 
     qwen-vl-utils resizes files first and rounds once, after both axes: mostly within 1 of this.
@@ -84,23 +84,23 @@ def video_pixels(folder: Folder, images: Mapping[str, Any]) -> Pixels:
     return dataclasses.replace(pixels(settings), as_torch=True)
 
 
-def _stated(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _stated(settings: Config) -> Fields:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def _usable(settings: dict[str, Any], where: str) -> dict[str, Any]:
+def _usable(settings: Fields, where: str) -> Fields:
     check_supported(settings, {"do_resize": (True,), "do_rescale": (True,)}, where)
     if abs(settings["rescale_factor"] * 255 - 1) > 1e-6:
         raise PretrainedError(f"{where}: rescale_factor: expected 1/255, got {settings['rescale_factor']}")
     return settings
 
 
-def tokenizer_settings(folder: Folder) -> dict[str, Any]:
+def tokenizer_settings(folder: Folder) -> Fields:
     """`tokenizer_config.json`."""
     return _json(epath.Path(folder) / "tokenizer_config.json")
 
 
-def pixels(settings: Mapping[str, Any]) -> Pixels:
+def pixels(settings: Config) -> Pixels:
     """Filter and statistics of image settings."""
     resample = Image.Resampling(settings["resample"])
     if not settings["do_normalize"]:
@@ -109,12 +109,12 @@ def pixels(settings: Mapping[str, Any]) -> Pixels:
     return Pixels(mean, std, resample)
 
 
-def mean_colour(settings: Mapping[str, Any]) -> tuple[int, ...]:
+def mean_colour(settings: Config) -> tuple[int, ...]:
     """The mean in 8 bits, also where pixels are not normalised."""
     return tuple(int(value * 255) for value in settings["image_mean"])
 
 
-def height_and_width(value: Any, where: str) -> Size:
+def height_and_width(value: object, where: str) -> Size:
     """A size stored as a number, or as height and width; a `shortest_edge` is the side of a square.
 
     Raises:
@@ -130,7 +130,7 @@ def height_and_width(value: Any, where: str) -> Size:
     raise PretrainedError(f"{where}: expected a number, or height and width, got {value!r}")
 
 
-def square_views(settings: Mapping[str, Any], where: str, *, edge: bool) -> SquareViews:
+def square_views(settings: Config, where: str, *, edge: bool) -> SquareViews:
     """One view per image, a central crop or stretched, with one token.
 
     Args:
@@ -197,7 +197,7 @@ def end_of_text(tokenizer: Tokenizer) -> tuple[str, ...]:
     return (tokenizer.names["eos_token"],) if "eos_token" in tokenizer.names else ()
 
 
-def pad_id(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int:
+def pad_id(tokenizer: Tokenizer, config: Config) -> int:
     """The tokenizer's padding id, the config's, or 0."""
     stated = (config.get("pad_token_id"), text_section(config).get("pad_token_id"))
     candidates = (tokenizer.pad_id, *stated, tokenizer.eos_id, 0)

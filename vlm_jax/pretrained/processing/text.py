@@ -1,8 +1,5 @@
 """Text-only language models."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from vlm_jax.pretrained.processing.settings import Folder, end_of_text, pad_id
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.processor import Processor
@@ -10,9 +7,10 @@ from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.templates import IM_END
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import NoViews
+from vlm_jax.types import Config
 
 
-def processor(folder: Folder, config: Mapping[str, Any]) -> Processor:
+def processor(folder: Folder, config: Config) -> Processor:
     """A processor with a chat template and a tokenizer, without views."""
     tokenizer = Tokenizer.from_folder(folder)
     prompt = TemplatePrompt(ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, joined="", begins=False)

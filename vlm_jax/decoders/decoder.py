@@ -1,0 +1,64 @@
+"""The contract of decoders, which `decoders/__init__.py` registers."""
+
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Array, Float, Int
+
+from vlm_jax.decoders.cache import Cache
+from vlm_jax.types import Drop, Dtype, Positions, VisualPlaces
+
+Kind = TypeVar("Kind")  # the class of a module; beartype reads no `Self` here
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A Linen module that is a causal language model over embeddings; a part of `models.vlm.VLM`.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      width: residual width D.
+      depth: number of blocks.
+      drops: where visual tokens are dropped between blocks, first to last.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def depth(self) -> int: ...
+
+    @property
+    def drops(self) -> tuple[Drop, ...]: ...
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Looks token ids up."""
+        ...
+
+    def init_cache(
+        self, batch_size: int, length: int, dtype: Dtype = None, places: VisualPlaces | None = None
+    ) -> Cache:
+        """An empty cache for `length` positions a row, in the decoder's `dtype` when None."""
+        ...
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "B T D"],
+        positions: Positions,
+        segment_ids: Int[Array, "B T"],
+        cache: Cache | None = None,
+        branch_ids: Int[Array, "B T"] | None = None,
+        places: VisualPlaces | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden states of T positions after those in the cache, and the cache with them."""
+        ...
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Vocabulary logits in float32."""
+        ...
+
+    def clone(self: Kind, **fields: Any) -> Kind:
+        """The decoder with other values of its fields."""
+        ...
