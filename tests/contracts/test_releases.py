@@ -222,3 +222,10 @@ def test_kept_tokens_keep_their_positions(name, released, logits_of):
     embed = jax.jit(functools.partial(reduced.apply, method="embed"))
     np.testing.assert_array_equal(embed(batch).positions, by_hand.positions)
     close(logits_of(name, reduced)(batch), logits_of(name, model)(by_hand))
+
+
+@pytest.mark.parametrize("first", ["divprune", "fastv", "downsample_image"])
+def test_a_second_reducer_is_rejected(first, released):
+    reduced = released("llava").with_budget(BUDGET, **CELLS[first])
+    with pytest.raises(ConfigError, match=r"config\.token_budget: this system has a reducer already"):
+        reduced.with_budget(2, reducer="random")

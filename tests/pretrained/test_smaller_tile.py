@@ -16,7 +16,6 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.smaller_tile import smaller_tile
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.reducers.random_drop import RandomDrop
 
 SECTION = {"kind": "downsample_image"}
 
@@ -79,14 +78,6 @@ def test_a_class_token_has_no_place_in_the_grid():
     encoder = vit(336, class_token=True, keep_class_token=True)
     with pytest.raises(ConfigError, match="a class token is among them"):
         solve(144, MlpConnector(8), encoder=encoder, class_tokens=1)
-
-
-def test_a_system_with_a_reducer_is_refused():
-    encoder, connector = vit(336), MlpConnector(8)
-    model = VLM(encoder, connector, reducer=RandomDrop(num_kept=4))
-    views = SquareViews(Pixels(), (336, 336), 4)
-    with pytest.raises(ConfigError, match="has the reducer random; start from the release"):
-        smaller_tile(model, views, (24, 24), 4, SECTION, "config.reducer")
 
 
 def test_unknown_settings_are_refused():

@@ -140,11 +140,11 @@ class Experiment:
         """Boxed parameters {part: tree} of the model and of the head for cells, randomly initialised."""
         return self.system.init(key) | self._cell_head(key)
 
-    def boxed_shapes(self) -> dict[str, Any]:
+    def boxed_shapes(self) -> Params:
         """Shapes of what `init` gives."""
         return self.system.boxed_shapes() | jax.eval_shape(self._cell_head, jax.random.key(0))
 
-    def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
         params = self.system.initial(key, mesh, without=without)
         if self.cell_reader is None or CELL_HEAD in without:

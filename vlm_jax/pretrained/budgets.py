@@ -61,6 +61,8 @@ def with_budget(
     model, processor = system.model, system.processor
     if not isinstance(model, VLM) or model.encoder is None or model.connector is None or model.decoder is None:
         raise ConfigError(f"{path}.token_budget: this model has no encoder with a decoder; leave it out")
+    if processor.reduction is not None or isinstance(processor.views, DownsampledViews):
+        raise ConfigError(f"{path}.token_budget: this system has a reducer already; start from the release without it")
     reduces = reducer is not None and _section(reducer).get("kind") != "none"
     if connector is not None or reduces:
         model = _with_joined_features(model)

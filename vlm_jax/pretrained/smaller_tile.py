@@ -49,10 +49,6 @@ def smaller_tile(model: VLM, views: TiledViews, grid: Grid, tokens: int, section
     encoder: Any = model.encoder
     connector: Any = model.connector
     full, what = connector.token_grid(grid), f"{path}.kind: downsample_image"
-    if model.reducer is not None:
-        raise ConfigError(
-            f"{what}: this system has the reducer {model.reducer.kind}; start from the release without it"
-        )
     if full is None:
         raise ConfigError(
             f"{what} leaves the connector fewer features, of which the queries of {type(connector).__name__} make "

@@ -1,8 +1,7 @@
 """A run's folder: its config, and its metrics per step."""
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from etils import epath
 
@@ -20,13 +19,13 @@ def write_whole(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
-def write_lines(path: epath.Path, lines: Iterable[dict[str, Any]]) -> None:
+def write_lines(path: epath.Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Writes a JSON-lines file as a whole; the primary process does."""
     if is_primary():
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def claim(workdir: epath.Path, config: Any) -> None:
+def claim(workdir: epath.Path, config: RunConfig) -> None:
     """Creates the folder for a config, or checks that it has the same config; for the primary process.
 
     Raises:
