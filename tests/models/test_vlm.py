@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlm_jax.connectors.hybrid_mlp import HybridMlp
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.visual_vocabulary import VisualVocabulary
+from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import without_masked
 from vlm_jax.reducers.random_drop import RandomDrop
@@ -192,3 +194,10 @@ def test_masked_tokens_take_no_position_but_on_three_axes(batch):
     np.testing.assert_array_equal(without_masked(one, seen)[0, [1, 4, 5, 6]], [0, 1, 0, 1])
     three = dataclasses.replace(one, positions=jnp.stack([positions, positions + 1, positions], axis=-1))
     np.testing.assert_array_equal(without_masked(three, seen), three.positions)
+
+
+def test_a_reducer_refuses_the_features_of_two_encoders(model, batch):
+    pair = Hybrid(model.encoder, model.encoder, low_size=8, combine="tuple")
+    reduced = model.clone(encoder=pair, connector=HybridMlp(WIDTH), reducer=RandomDrop(num_kept=1))
+    with pytest.raises(ValueError, match="random acts on the features of one encoder, and Hybrid returns those of two"):
+        jax.eval_shape(reduced.init, jax.random.key(0), batch)
