@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from etils import epath
 
-from vlm_jax.config import ConfigError, differences, plain
+from vlm_jax.config import ConfigError, RunConfig, differences, plain
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.types import Fields
 
