@@ -161,6 +161,18 @@ def test_few_cells_are_refused():
     assert len(REFUSED) <= 0.15 * len(FOLDERS) * len(CELLS)
 
 
+@pytest.mark.parametrize("name", sorted(FOLDERS))
+def test_an_answer_has_the_budget(name, released, logits_of):
+    """It begins with the most likely token of the prompt's logits, and says how many visual tokens it has seen."""
+    model, (tokens, tiles) = released(name).with_budget(BUDGET, **CELLS["divprune"]), TOKENS[name]
+    prompt, options = conversation(1)[:1], FOLDERS[name].options
+    answer = model.generate(prompt, pictures(1), max_new_tokens=2, processor_options=options)
+    batch = model.processor.batch([prompt], [pictures(1)], **options)
+    learned = int(((batch.visual_index >= 0) & (batch.visual_index < model.processor.num_learned)).sum())
+    assert answer.visual_tokens == (min(BUDGET, tokens) * tiles + learned,) and 1 <= len(answer.tokens) <= 2
+    assert answer.tokens[0] == np.argmax(logits_of(name, model)(batch)[0, -1])
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_a_full_budget_changes_no_logit(name, released, logits_of):
     model = released(name)
