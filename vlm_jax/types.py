@@ -385,6 +385,14 @@ class Load:
         return Load(self.length + other.length, self.images + other.images, kept, self.pictures + other.pictures)
 
 
+# What a row can have too little of -> the config key that sets how much it has, where it is none of `kept`.
+ROW_KEYS = {
+    "positions": "config.row.text_length or length",
+    "tiles or patches": "config.row.images or config.data.num_images",
+    "pictures": "config.row.pictures",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class RowShape:
     """The static shape of a row of a batch.

@@ -118,18 +118,26 @@ def test_packing_in_closed_form():
     assert pack_window([], RowShape(8, 2)) == []
 
 
+def test_what_cannot_be_read_is_in_no_row():
+    assert pack_window([Load(0, 0), Load(6, 0), Load(4, 1), Load(0, 0)], RowShape(10, 1)) == [(1, 2)]
+    rows = plan(lambda element: Load(10 if element % 2 else 0, 0), epoch=8, repeat=False)
+    assert sorted(itertools.chain(*(rows[index] for index in range(len(rows))))) == [1, 3, 5, 7]
+    with pytest.raises(ConfigError, match=r"config\.data: expected samples that can be read, got none in an epoch"):
+        plan(lambda element: Load(0, 0))[0]
+
+
 def test_samples_that_fit_in_no_row_are_named_together_with_the_key():
     loads = [Load(20, 4, (9,)), Load(21, 4, (9,)), Load(5, 7, (3,)), Load(20, 1, (10,))]
     with pytest.raises(TooLargeForRow) as caught:
         pack_window(loads, RowShape(20, 4, (9,)), "sample '{}'".format)
     lines = str(caught.value).split("\n")
     assert lines[1:4] == [
-        "  sample '1' needs 21 positions, config.row.length is 20",
-        "  sample '2' needs 7 tiles or patches, config.row.images is 4",
+        "  sample '1' needs 21 positions, config.row.text_length or length is 20",
+        "  sample '2' needs 7 tiles or patches, config.row.images or config.data.num_images is 4",
         "  sample '3' needs 10 positions after drop 1, config.row.kept is 9",
     ]
     assert isinstance(caught.value, ConfigError)
-    with pytest.raises(TooLargeForRow, match=r"sample 33 needs 21 positions, config\.row\.length is 20"):
+    with pytest.raises(TooLargeForRow, match=r"sample 33 needs 21 positions, config\.row\.text_length or length is 20"):
         plan(lambda element: Load(21 if element == 33 else 1, 0), name_of="sample {}".format)[20]
     with pytest.raises(ValueError, match=r"element 0: measured with 1 drops .* the row has 0"):
         pack_window([Load(1, 0, (1,))], RowShape(4, 1))

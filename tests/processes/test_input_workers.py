@@ -14,6 +14,7 @@ from vlm_jax.build import build
 from vlm_jax.data.loader import batch_at, batches
 from vlm_jax.data.vqa_files import TooManyCorruptImages
 from vlm_jax.train.input import rows
+from vlm_jax.train.stages import parse_schedule
 
 
 def files(folder, cut=()):
@@ -31,7 +32,8 @@ def files(folder, cut=()):
         config.schedule = ("answering",)
         paths = {"train_path": str(folder / "train.jsonl"), "evaluation_path": str(folder / "test.jsonl")}
         config.data = ConfigDict({"kind": "vqa_files", "channels": 1, **paths})
-    return rows(build(config), "questions", 0)
+    (span,) = parse_schedule(tuple(config.schedule), {"answering": config.stages.answering})
+    return rows(build(config), span.stage, 0)
 
 
 def test_workers_make_the_same_batches_resume_and_are_gone_when_closed(tmp_path):

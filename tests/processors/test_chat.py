@@ -112,6 +112,21 @@ def test_a_text_that_a_template_does_not_show_is_named(source, messages, message
         ChatTemplate(source).render(messages, add_generation_prompt=False)
 
 
+def test_a_list_is_not_written_as_python_writes_it():
+    given = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    template = ChatTemplate("{% for m in messages %}{{ m['content'] | trim }}{% endfor %}")
+    assert template.render(given, add_generation_prompt=False) == "hi"
+
+
+def test_a_text_beside_calls_of_tools_is_not_lost():
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.tool_calls is defined %}call{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert template.render([USER, ANSWER], add_generation_prompt=False) == "hiu"
+    with pytest.raises(ChatTemplateError, match="message 1, of the role 'assistant'"):
+        template.render([USER, {**ANSWER, "tool_calls": [{"name": "f"}]}], add_generation_prompt=False)
+
+
 def test_a_template_sees_no_objects():
     """An image passed along with a message has methods that are not for a template."""
     message = {"role": "user", "content": [{"type": "image", "image": object()}], "name": None}

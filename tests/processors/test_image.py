@@ -7,12 +7,13 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from vlm_jax.processors.image import (
     FILTERS,
     FIXED_POINT,
     CorruptImage,
+    image_size,
     normalize,
     open_image,
     resize_in_fixed_point,
@@ -224,3 +225,21 @@ def test_what_is_no_picture_is_named(source, told):
     call = inspect.unwrap(to_picture)  # without the checks of types, which are before it in tests
     with pytest.raises(CorruptImage, match=f"image 3: expected a file's path or bytes, .* got .*{told}"):
         call(source, name="image 3")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_header_has_the_size_of_the_upright_picture(form, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(file, form, exif=exif)
+    assert image_size(file.getvalue()) == open_image(file.getvalue()).shape[:2]
+
+
+def test_a_png_may_state_its_orientation_as_xmp():
+    entries = PngImagePlugin.PngInfo()
+    entries.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    file = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(file, "PNG", pnginfo=entries)
+    assert image_size(file.getvalue()) == open_image(file.getvalue()).shape[:2] == (40, 20)

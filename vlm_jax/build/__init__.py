@@ -227,7 +227,8 @@ def build(config: Any) -> Experiment:
         return RowShape(length, images, tuple(length - images * (count - drop.num_left(count)) for drop in drops))
 
     shape = row.shape(len(drops)) if row.pack else shaped(row.positions(visual))
-    text_row = RowShape(row.positions(0) + source.context_length, 0)
+    length = shape.length if row.pack else row.positions(0) + source.context_length
+    text_row = RowShape(length, 0, (length,) * len(drops))
     prompt = PlainPrompt(tokenizer, settings.independent_turns)
     reduction = Reduction(vision.views, None, tuple(drop.num_left for drop in drops)) if drops else None
     processor = Processor(prompt, vision.views, tokenizer, tokenizer.pad_id or 0, reduction=reduction)
@@ -243,7 +244,7 @@ def build(config: Any) -> Experiment:
         source=source,
         row=shape,
         prompt=shaped(evaluation.question_length + visual),
-        text_row=dataclasses.replace(shape, images=0) if row.pack else text_row,
+        text_row=text_row,
         rows=row,
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
@@ -270,7 +271,8 @@ def _of_release(config: Any) -> Experiment:
     shape = row.shape(0 if reduction is None else len(reduction.drops))
     if source.channels != processor.views.channels:
         raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
-    return Experiment(system, source, shape, None, dataclasses.replace(shape, images=0), row)
+    text_row = RowShape(shape.length, 0, (shape.length,) * len(shape.kept))
+    return Experiment(system, source, shape, None, text_row, row)
 
 
 def _decoder(section: Any, num_tokens: int, dtypes: Fields) -> Any:

@@ -43,7 +43,7 @@ from etils import epath
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data.source import ENDLESS
-from vlm_jax.types import Load, RowShape
+from vlm_jax.types import ROW_KEYS, Load, RowShape
 
 Row = tuple[int, ...]
 
@@ -51,11 +51,6 @@ WINDOW = 2048  # elements that are measured and packed together
 WINDOWS_IN_MEMORY = 4
 MOST_REPORTED = 20  # samples too large for a row that one error lists
 FORMAT = 2  # of files and plans: raise it when the same loads would be packed differently
-KEYS = {
-    "positions": "config.row.length",
-    "tiles or patches": "config.row.images",
-    "pictures": "config.row.pictures",
-}
 _FILE_NAME = re.compile(r"(\d{8,})-(\d+)\.npz")
 _log = logging.getLogger(__name__)
 
@@ -84,7 +79,7 @@ def pack_window(
     to a new row.
 
     Args:
-      loads: loads of the elements of a window.
+      loads: loads of the elements of a window; one of length 0, of a sample that cannot be read, is in no row.
       shape: shape of every row.
       name_of: index of a load -> name of its sample, for errors.
 
@@ -102,8 +97,9 @@ def pack_window(
     # Rows as (length left, row), sorted. Those in `open_rows[b]` have images.bit_length() == b images left, so
     # that only one of the lists that a load looks at holds rows with too few.
     open_rows: list[list[tuple[int, int]]] = [[] for _ in range(shape.images.bit_length() + 1)]
-    shortest = min((load.length for load in loads), default=0)
-    for index in sorted(range(len(loads)), key=lambda i: (-loads[i].length, -loads[i].images, i)):
+    indices = [index for index, load in enumerate(loads) if load.length]
+    shortest = min((loads[index].length for index in indices), default=0)
+    for index in sorted(indices, key=lambda i: (-loads[i].length, -loads[i].images, i)):
         load = loads[index]
         need = (load.images, load.pictures, *load.kept)
         best: tuple[int, int] | None = None
@@ -139,7 +135,7 @@ def _check_loads(loads: Sequence[Load], shape: RowShape, name_of: Callable[[int]
                 f"{len(shape.kept)}"
             )
         for words, need, size in shape.excess(load):
-            key = KEYS.get(words, "config.row.kept")
+            key = ROW_KEYS.get(words, "config.row.kept")
             faults.append(f"{name_of(index)} needs {need} {words}, {key} is {size}")
     if faults:
         more = f"\n  and {len(faults) - MOST_REPORTED} more" if len(faults) > MOST_REPORTED else ""
@@ -340,6 +336,8 @@ class PackedRows:
             if count is None:
                 count = len(self._plan(window).rows)
             self._ends.append(count + (self._ends[-1] if self._ends else 0))
+            if len(self._ends) >= self._windows_per_epoch and not self._ends[-1]:
+                raise ConfigError("config.data: expected samples that can be read, got none in an epoch")
 
     def _plan(self, window: int) -> _Plan:
         if window in self._plans:

@@ -169,15 +169,15 @@ class Records:
 
     def _count(self, record: Record, error: Exception) -> None:
         with self._lock:
-            if record.record_id in self._corrupt:
-                return
+            is_new = record.record_id not in self._corrupt
             self._corrupt[record.record_id] = str(error)
             corrupt = dict(self._corrupt)
         limit = self._settings.max_corrupt
-        _log.warning(
-            "%s: record '%s' skipped, its image cannot be read: %s (%d of at most %d)",
-            *(self._path, record.record_id, error, len(corrupt), limit),
-        )
+        if is_new:
+            _log.warning(
+                "%s: record '%s' skipped, its image cannot be read: %s (%d of at most %d)",
+                *(self._path, record.record_id, error, len(corrupt), limit),
+            )
         if len(corrupt) > limit:
             listed = "\n".join(f"  {record_id}: {reason}" for record_id, reason in corrupt.items())
             raise TooManyCorruptImages(

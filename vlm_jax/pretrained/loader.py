@@ -3,8 +3,9 @@
 import copy
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from vlm_jax.sharding.rules import shardings
 from vlm_jax.system import System
 from vlm_jax.types import Config
 
+Read = TypeVar("Read")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
@@ -142,6 +144,18 @@ def _opened(
     return system, family, resize
 
 
+class _Once(Generic[Read]):
+    """Calls a function once, however many systems are made of the one that has it; can be pickled."""
+
+    def __init__(self, read: Callable[[], Read]):
+        self._read, self._found = read, list[Read]()
+
+    def __call__(self) -> Read:
+        if not self._found:
+            self._found.append(self._read())
+        return self._found[0]
+
+
 def _system(
     config: Config,
     tensors: Config,
@@ -154,9 +168,8 @@ def _system(
     """The system, and the function that resizes it."""
     description = family(config, tensors, dtype=DTYPES[dtypes[0]], param_dtype=DTYPES[dtypes[1]])
     release = Release(config, checkpoint, folder, tuple(description.rules), tuple(description.ignore))
-    # Read once, however many systems are made of this one.
-    processor = functools.cache(functools.partial(read_processor, folder, config, description.module, image_size))
-    ends = functools.cache(functools.partial(end_ids, folder, config, description.module))
+    processor = _Once(functools.partial(read_processor, folder, config, description.module, image_size))
+    ends = _Once(functools.partial(end_ids, folder, config, description.module))
     system = System(
         description.module,
         description.inputs,

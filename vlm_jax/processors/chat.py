@@ -22,7 +22,7 @@ TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
 # Variables whose values are written around every `{% generation %}` block; empty if not given.
-GENERATION_BEGIN, GENERATION_END = "generation_begin", "generation_end"
+GENERATION = GENERATION_BEGIN, GENERATION_END = "generation_begin", "generation_end"
 
 
 class ChatTemplateError(ValueError):
@@ -58,6 +58,10 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"{origin}: not a Jinja template: line {error.lineno}: {error.message}") from error
 
+    def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[str, dict[str, str], str]]:
+        """For another process, which compiles it anew."""
+        return type(self), (self.source, self.names, self.origin)
+
     @property
     def marks_learned(self) -> bool:
         """Whether the template marks the trained text by `{% generation %}` blocks."""
@@ -92,9 +96,13 @@ class ChatTemplate:
     def _as_read(self, messages: list[Fields], values: Config) -> list[Fields]:
         """The messages, contents of text alone in the form, list or text, of which the template shows something.
 
-        That depends on the messages' roles and items alone, and is found out once for each such structure.
+        That depends on the messages' roles, keys and items and on which variables are set, and is found out once for
+        each such structure.
         """
-        structure = tuple((message.get("role"), *_structure(message.get("content"))) for message in messages)
+        structure = (
+            tuple((m.get("role"), tuple(m), *_structure(m.get("content"))) for m in messages),
+            tuple((name, bool(value)) for name, value in values.items() if name not in GENERATION),
+        )
         if structure not in self._unread:
             self._unread[structure] = self._not_read(messages, values)
         return _in_other_form(messages, self._unread[structure])
@@ -133,7 +141,8 @@ class ChatTemplate:
             shown = self._template.render(messages=tried, **values)
         except (jinja2.TemplateError, TypeError):
             return None
-        return {number for number, text in wanted if text not in shown}
+        # A template that takes a list for a text writes it as Python does.
+        return {number for number, text in wanted if text not in shown or f"'text': '{text}'" in shown}
 
     @classmethod
     def from_folder(

@@ -24,6 +24,9 @@ FILTERS: dict[str, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+# Entries of Pillow's `info` of a PNG that can state an orientation.
+ORIENTED = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+
 FIXED_POINT: dict[Image.Resampling, ResizeKind] = {
     Image.Resampling.BILINEAR: "bilinear_antialias",
     Image.Resampling.BICUBIC: "bicubic_antialias",
@@ -77,7 +80,9 @@ def image_size(
     with opened as file, _reading(cast(io.IOBase, file), name) as picture:
         _check_size(picture, max_pixels, name)
         width, height = picture.size
-        known = picture.format != "PNG" or "exif" in picture.info  # else Pillow would decode it to look
+        if picture.format == "TIFF":  # Pillow gives its size upright
+            return height, width
+        known = picture.format != "PNG" or not ORIENTED.isdisjoint(picture.info)  # else Pillow would decode it to look
         return (width, height) if known and _orientation(picture) >= 5 else (height, width)
 
 

@@ -31,13 +31,8 @@ from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
 from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
-from vlm_jax.types import Batch, Fields, Load, RowShape
+from vlm_jax.types import ROW_KEYS, Batch, Fields, Load, RowShape
 
-KEYS = {
-    "positions": "config.row.text_length or length",
-    "tiles or patches": "config.row.images or config.data.num_images",
-    "pictures": "config.row.pictures",
-}
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
 
 
@@ -176,7 +171,7 @@ class Processor:
         shape: RowShape | None = None,
         *,
         targets: bool,
-        keys: Mapping[str, str] = KEYS,
+        keys: Mapping[str, str] = ROW_KEYS,
     ) -> Batch:
         """A batch of rows, each of one or several examples.
 

@@ -1,12 +1,14 @@
 """What a point of a sweep costs, counted by shape: nothing is allocated."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from flax import linen as nn
 
 from vlm_jax.build import Experiment
+from vlm_jax.config import ConfigError
 from vlm_jax.evals.vqa import tokens_left
 from vlm_jax.models.vlm import flat_images
 from vlm_jax.planner.flops import count_flops
@@ -30,6 +32,22 @@ class Costs:
     mean_visual_tokens: float | int
     num_params: dict[str, int]
     flops: dict[str, int]
+
+
+def first_with_images(samples: Iterable[Sample]) -> Sample:
+    """The first sample with an image, else the first, as the one whose costs are counted.
+
+    Raises:
+      ConfigError: no sample can be read.
+    """
+    first = None
+    for sample in samples:
+        first = sample if first is None else first
+        if sample.images:
+            return sample
+    if first is None:
+        raise ConfigError("config.data.evaluation_path: expected a record whose images can be read, got none")
+    return first
 
 
 def costs(experiment: Experiment, sample: Sample | None = None) -> Costs:

@@ -19,7 +19,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.evals.vqa import SCORERS, exact, share, short
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
-from vlm_jax.sweep.costs import flops, num_params
+from vlm_jax.sweep.costs import first_with_images, flops, num_params
 from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.frontier import draw_frontier
 from vlm_jax.sweep.questions import Questions
@@ -200,7 +200,13 @@ class Evaluation:
         samples, skipped = self._questions.start_at(start - start % size), start % size
         while start < len(self._questions):
             begun = time.perf_counter()
-            lines = self._answer(point.system, params, list(itertools.islice(samples, size)))[skipped:]
+            asked = list(itertools.islice(samples, size))
+            if len(asked) <= skipped:
+                raise ValueError(
+                    f"{path} has {start} answers to {len(self._questions)} questions, but the images of {len(asked)} "
+                    "more can be read; repair the images, or use another workdir"
+                )
+            lines = self._answer(point.system, params, asked)[skipped:]
             seconds.append((time.perf_counter() - begun) / (len(lines) + skipped))
             with path.open("a") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -240,7 +246,7 @@ class Evaluation:
 
     def _result(self, point: ReleasePoint, tally: Tally, seconds: Sequence[float]) -> Line:
         """One line of `results.jsonl`; FLOPs are of the first sample, times exclude the batch that compiles."""
-        sample = next(self._questions.start_at(0))
+        sample = first_with_images(self._questions.start_at(0))
         batch = point.system.processor.batch([sample.messages[:-1]], [sample.images])
         timed = seconds[1:]
         return {

@@ -136,8 +136,7 @@ def combine_seeds(results: Sequence[dict[str, Any]]) -> list[FrontierPoint]:
     """Combines results to points, in order of first appearance.
 
     Raises:
-      ValueError: no results, one without a required key, none with an accuracy, or seeds of one
-        connector and budget with different numbers of tokens.
+      ValueError: no results, one without a required key, none with an accuracy.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for index, result in enumerate(results):
@@ -150,10 +149,6 @@ def combine_seeds(results: Sequence[dict[str, Any]]) -> list[FrontierPoint]:
 
 
 def _combine(label: str, runs: list[dict[str, Any]]) -> FrontierPoint:
-    # A mean over pictures of several sizes differs with the pictures that a seed draws.
-    counts = sorted({run["num_visual_tokens"] for run in runs if isinstance(run["num_visual_tokens"], int)})
-    if len(counts) > 1:
-        raise ValueError(f"seeds of {label} have different numbers of tokens: {counts}; report one sweep")
     costs: dict[str, Number] = {}
     for key in AXES:
         known = [cost[key] for cost in map(total_costs, runs) if key in cost]

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 from vlm_jax.build import CELL_HEAD, Experiment, build
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
-from vlm_jax.sweep.costs import Costs, costs
+from vlm_jax.sweep.costs import Costs, costs, first_with_images
 from vlm_jax.sweep.release_points import AS_RELEASED
-from vlm_jax.types import Sample
+from vlm_jax.types import Params, Sample
 
 SECTIONS = ("encoder", "reducer", "connector", "decoder")
 
@@ -101,16 +101,25 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     settings, samples = sweep_settings(config), {}
 
     def sample_of(seed: int, experiment: Experiment) -> Sample:
-        """The first of the evaluation, read once."""
+        """The first of the evaluation with an image, read once."""
         if seed not in samples:
-            samples[seed] = next(iter(experiment.open_source().evaluation(seed)))
+            samples[seed] = first_with_images(experiment.open_source().evaluation(seed))
         return samples[seed]
 
     points: dict[str, Point] = {}
+    shared: Params = {}
+    if settings.shared:
+        shared = build(shared_config(config.base, settings.seeds[0], settings.shared)).boxed_shapes()
+    untrained: list[Params] = []  # shapes of what points that train nothing have, each kind once
     for name in config.candidates:
         candidate, path = config.candidates[name], f"config.candidates.{name}"
         check_keys(candidate, ("budgets", "trained_at", "schedule", *SECTIONS), path)
         check_keys(candidate.get("schedule", ()), config.base.stages, f"{path}.schedule")
+        for label in candidate.get("schedule", ()):
+            if label in settings.shared:
+                raise ConfigError(f"{path}.schedule: {label} is a shared stage, which every point starts from")
+        if "trained_at" in candidate and candidate.get("schedule", config.base.schedule) == ():
+            raise ConfigError(f"{path}.trained_at: the candidate trains nothing; remove it")
         for number, seed in enumerate(settings.seeds):
             made = functools.cache(functools.partial(_made, config.base, name, candidate, seed, settings.shared))
             suffix = f"#{seed}" if number else ""
@@ -124,10 +133,15 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
                         f"{budget}; choose a connector that nests its budgets, such as matryoshka, or train each"
                     )
                 start = _start(config.base, candidate, settings.shared, experiment)
-                trained_as = f"{name}@{trained_at}{suffix}"
+                _check_start(start, training[1].boxed_shapes(), shared, path)
+                trained_as = f"{name}@{AS_RELEASED if trained_at is None else trained_at}{suffix}"
                 if not run.schedule:
                     _check_untrained(experiment, start, path)
-                    trained_as = f"untrained{suffix}"
+                    if (shapes := experiment.boxed_shapes()) not in untrained:
+                        untrained.append(shapes)
+                    kind = untrained.index(shapes)
+                    # The parameters of a release are the same for any seed.
+                    trained_as = f"untrained{f'-{kind}' if kind else ''}{suffix if settings.shared else ''}"
                 label = f"{name}@{AS_RELEASED if budget is None else budget}{suffix}"
                 sample = None if experiment.prompt is not None else sample_of(seed, experiment)
                 points[label] = Point(
@@ -137,7 +151,13 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     if unknown:
         raise ConfigError(f"--only: no point '{unknown[0]}'{did_you_mean(unknown[0], points)}")
     chosen = [point for label, point in points.items() if not only or label in only]
-    return sorted(chosen, key=lambda point: (bool(point.config.schedule), point.costs.num_visual_tokens))
+
+    def place(point: Point) -> tuple[bool, str, float]:
+        """Points that train nothing follow each other by the parameters that they share."""
+        is_trained = bool(point.config.schedule)
+        return is_trained, "" if is_trained else point.trained_as, point.costs.num_visual_tokens
+
+    return sorted(chosen, key=place)
 
 
 def _made(
@@ -161,6 +181,16 @@ def _start(base: Any, candidate: Any, shared: tuple[str, ...], experiment: Exper
     if experiment.cell_reader is None:
         others.discard(CELL_HEAD)
     return ("encoder", "decoder", *sorted(others))
+
+
+def _check_start(start: tuple[str, ...], shapes: Params, shared: Params, path: str) -> None:
+    """Whether the parts that a candidate has from the shared stages are of the shapes that these train."""
+    for part in start:
+        if shapes[part] != shared[part]:
+            raise ConfigError(
+                f"{path}: its {part} has other shapes than that of the shared stages; give the candidate a section "
+                f"{part} of its own and a schedule that trains it, or take the section that changes it out"
+            )
 
 
 def _check_untrained(experiment: Experiment, start: tuple[str, ...], path: str) -> None:

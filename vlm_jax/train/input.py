@@ -1,5 +1,6 @@
 """Batches of a stage's stream."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -85,6 +86,8 @@ def rows(
       seed: of the run.
       folder: where loads of samples are kept, for this config alone; None keeps none.
     """
+    # Worker processes get a copy, which needs no tensors of the checkpoint.
+    experiment = dataclasses.replace(experiment, system=dataclasses.replace(experiment.system, release=None))
     source, settings, stream = experiment.open_source(), experiment.rows, stage.stream
     if stream == "cells":
         return source.train(stream, seed)
