@@ -176,7 +176,7 @@ def test_a_candidate_has_the_connector_that_shared_stages_train_unless_it_has_it
     }
     sweep = {"shared": ("seeing", "answering")}
     config = ConfigDict({"base": tiny_config(), "candidates": candidates, "sweep": sweep})
-    config.base.connector.kind = "mlp"
+    config.base.connector.kind, config.base.token_budget = "mlp", 16
     first, second = list_points(config)
     assert (first.label, first.start, first.config.schedule) == ("random@2", ("encoder", "decoder", "connector"), ())
     assert (second.label, second.start, second.config.schedule) == ("pool@1", ("encoder", "decoder"), ("answering",))

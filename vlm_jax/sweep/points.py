@@ -155,7 +155,7 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     def place(point: Point) -> tuple[bool, str, float]:
         """Points that train nothing follow each other by the parameters that they share."""
         is_trained = bool(point.config.schedule)
-        return is_trained, "" if is_trained else point.trained_as, point.costs.num_visual_tokens
+        return is_trained, "" if is_trained else point.trained_as, float(point.costs.num_visual_tokens)
 
     return sorted(chosen, key=place)
 
