@@ -115,9 +115,6 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
         candidate, path = config.candidates[name], f"config.candidates.{name}"
         check_keys(candidate, ("budgets", "trained_at", "schedule", *SECTIONS), path)
         check_keys(candidate.get("schedule", ()), config.base.stages, f"{path}.schedule")
-        for label in candidate.get("schedule", ()):
-            if label in settings.shared:
-                raise ConfigError(f"{path}.schedule: {label} is a shared stage, which every point starts from")
         if "trained_at" in candidate and candidate.get("schedule", config.base.schedule) == ():
             raise ConfigError(f"{path}.trained_at: the candidate trains nothing; remove it")
         for number, seed in enumerate(settings.seeds):
