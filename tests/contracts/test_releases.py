@@ -61,7 +61,7 @@ REFUSED = {
     **{(name, "tome"): "breaks the windows and blocks" for name in PACKED},
     ("deepseek_vl_hybrid", "tome"): "has no blocks of its own",
     **{("deepseek_vl_hybrid", kind): "no field saliency" for kind in ("visionzip", "prumerge")},
-    **{("qwen", kind): "queries without a place" for kind in ("visionzip", "prumerge")},
+    **{("qwen", kind): "queries without a position" for kind in ("visionzip", "prumerge")},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
 }  # fmt: skip
 SIZES = [(20, 40), (33, 24), (16, 16)]  # of images, in pixels

@@ -130,7 +130,7 @@ def test_answers_of_a_batch(monkeypatch, tokenizer, size):
     told = {0: [], 1: [], 2: []}
     zeros = np.zeros((3, 1), np.int32)
     answers = complete(
-        nn.Module(), None, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer,
+        nn.Module(), {}, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer,
         end_ids=[end], stop=["o w"], on_text=lambda row, text: told[row].append(text), max_new_tokens=length,
     )  # fmt: skip
     assert [answer.text for answer in answers] == ["the dog", "hell", "the dog in"]
@@ -157,7 +157,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_row(monkeypatch, tokenizer
     monkeypatch.setattr(module, "generate", engine)
     zeros = np.zeros((1, 1), np.int32)
     (answer,) = complete(
-        nn.Module(), None, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer,
+        nn.Module(), {}, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer,
         end_ids=ends, stop=["zzz", name], skip_special=skip_special,
     )  # fmt: skip
     assert (answer.text, answer.reason, answer.tokens[-1]) == ("the dog", "stop", special)
@@ -169,7 +169,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_row(monkeypatch, tokenizer
 def test_stop_strings_that_would_end_every_answer_are_refused(tokenizer, stop, message):
     zeros = np.zeros((1, 1), np.int32)
     with pytest.raises(GenerationError, match=message):
-        complete(nn.Module(), None, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer, end_ids=[], stop=stop)
+        complete(nn.Module(), {}, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer, end_ids=[], stop=stop)
 
 
 def test_every_split_of_a_text_tells_the_same(tokenizer):

@@ -54,7 +54,7 @@ def test_a_bound_leaves_fewer_tiles():
     assert views.loads([(20, 61)]) == [4]  # of 1x3 tiles and the whole
     assert views.within(15).loads([(20, 61)]) == [3]
     assert views.within(15).tile_shape == (4, 4, 3)
-    with pytest.raises(InfeasibleBudget, match="takes 4 visual tokens at least, more than the 3 allowed"):
+    with pytest.raises(InfeasibleBudget, match="takes at least 4 visual tokens, more than the 3 allowed"):
         views.within(3)
 
 

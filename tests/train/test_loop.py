@@ -191,6 +191,9 @@ class Slow:
     def __init__(self, iterator, clock):
         self.iterator, self.clock = iterator, clock
 
+    def __iter__(self):
+        return self
+
     def __next__(self):
         self.clock.now += 5.0
         return next(self.iterator)

@@ -85,5 +85,5 @@ def test_the_routers_balance_loss_is_added():
     np.testing.assert_allclose(metrics["auxiliary_loss"], expected, rtol=1e-4)
     added, metrics, _, without, _ = minimised(0.0)
     np.testing.assert_allclose(added, 0.0, atol=1e-6)
-    assert set(metrics) == {"accuracy"}
+    assert set(metrics) == {"accuracy", "padding_share"}
     assert np.abs(grads - without).max() > 1e-4
