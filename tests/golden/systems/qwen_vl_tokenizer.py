@@ -111,10 +111,22 @@ def _processed(tokenizer: Tokenizer, rows: list[dict]) -> list[tuple[dict, Any]]
     return wrong
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fixed:
+    """A prompt that gives its pieces for any messages."""
+
+    pieces: list
+    independent_turns = False
+
+    def __call__(self, *args: Any, **options: Any) -> list:
+        del args, options
+        return self.pieces
+
+
 def _ids(processor: Processor, text: str) -> list[int]:
-    """Ids of a text by way of the public call: a prompt that gives its pieces for any messages."""
+    """Ids of a text by way of the public call."""
     pieces = processor.prompt.spelled(text)
-    fixed = dataclasses.replace(processor, prompt=lambda *_, **__: pieces)
+    fixed = dataclasses.replace(processor, prompt=_Fixed(pieces))
     images = [np.zeros((1, 1, 3), np.uint8)] * sum(isinstance(piece, Slot) for piece in pieces)
     return fixed([{"role": "user", "content": ""}], images).tokens[0].tolist()
 

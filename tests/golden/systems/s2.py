@@ -54,6 +54,10 @@ class HiddenState(nn.Module):
     def features(self):
         return self.vit.width
 
+    @property
+    def num_blocks(self):
+        return self.vit.num_blocks
+
     def grid(self, height, width):
         return self.vit.grid(height, width)
 
