@@ -31,6 +31,8 @@ class Fixed(nn.Module):
     function: Callable
     prefix: Callable | None = None
 
+    num_blocks = 0
+
     def grid(self, height, width):
         return height // self.side, width // self.side
 
