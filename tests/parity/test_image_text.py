@@ -248,7 +248,7 @@ def test_pictures_where_nothing_fills_texts_up(tmp_path):
     path.write_text(json.dumps({key: value for key, value in settings.items() if key != "pad_token"}))
     again = vlm_jax.from_pretrained(tmp_path)
     np.testing.assert_array_equal(again.processor(pictures(1)).images, ours.processor(pictures(1)).images)
-    with pytest.raises(TokenizerError, match=r"1 texts cannot be read: .*expected a pad_token"):
+    with pytest.raises(TokenizerError, match=r"1 texts cannot be encoded: .*expected a pad_token"):
         again.processor(texts=["a"])
 
 
