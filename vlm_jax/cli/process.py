@@ -14,6 +14,7 @@ from vlm_jax.checkpoints.hub import CheckpointFileError
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
 from vlm_jax.checkpoints.orbax import CheckpointError
 from vlm_jax.config import ConfigError
+from vlm_jax.data.packing import StalePlan
 from vlm_jax.data.vqa_files import TooManyCorruptImages
 from vlm_jax.data.vqa_records import MalformedRecords
 from vlm_jax.generation.sampling import GenerationError
@@ -43,6 +44,7 @@ EXPLAINED = (
     PretrainedError,
     PromptError,
     SequenceTooLong,
+    StalePlan,
     TokenizerError,
     TooManyCorruptImages,
     UnsupportedError,

@@ -7,7 +7,7 @@ import signal
 import statistics
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -198,15 +198,13 @@ class Trainer:
             batch, waited = self._next(iterator, None)
         else:
             batch = self._probe_batch(span)
-        program = self._programs(span)
-        most = peak_bytes(program(batch))
+        programs: dict[Hashable, jax.stages.Compiled] = {}
+        self._program(span, programs, batch)
         key = jax.random.key(self._seed)
         pending: list[tuple[int, Tree, float]] = []
         since = time.perf_counter()
         while step < span.stop:
-            compiled = program(batch)
-            state, metrics = compiled(state, batch, key)
-            most = max(most, peak_bytes(compiled))
+            state, metrics = self._program(span, programs, batch)(state, batch, key)
             step += 1
             pending.append((step, metrics, waited))
             last = step == span.stop
@@ -228,27 +226,22 @@ class Trainer:
                 since = time.perf_counter()
             if not last:
                 batch, waited = self._next(iterator, metrics)
-        return state, most
+        return state, max(map(peak_bytes, programs.values()))
 
-    def _programs(self, span: Span) -> Callable[[Tree], jax.stages.Compiled]:
-        """A stage's program for each shape of batches, compiled when it first comes."""
-        programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
-
-        def program(batch: Tree) -> jax.stages.Compiled:
-            shapes = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
-            if shapes not in programs:
-                programs[shapes] = compile_step(
-                    self._abstract_state(span),
-                    batch,
-                    self.mesh,
-                    objective=OBJECTIVES[span.stage.objective](self.experiment),
-                    tx=self._tx(span),
-                    trained=tuple(span.stage.learning_rates),
-                )
-                _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
-            return programs[shapes]
-
-        return program
+    def _program(self, span: Span, programs: dict[Hashable, jax.stages.Compiled], batch: Tree) -> jax.stages.Compiled:
+        """The stage's program for batches of this structure and shape, compiled into `programs` at the first one."""
+        kind = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+        if kind not in programs:
+            programs[kind] = compile_step(
+                self._abstract_state(span),
+                batch,
+                self.mesh,
+                objective=OBJECTIVES[span.stage.objective](self.experiment),
+                tx=self._tx(span),
+                trained=tuple(span.stage.learning_rates),
+            )
+            _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
+        return programs[kind]
 
     def _next(self, iterator: Iterator[Tree], metrics: Tree) -> tuple[Tree, float]:
         """The next batch on the devices, and an upper bound of the seconds that they were idle for it.
