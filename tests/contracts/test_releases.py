@@ -177,7 +177,7 @@ def test_an_answer_has_the_budget(name, released, logits_of):
 def test_a_full_budget_changes_no_logit(name, released, logits_of):
     model = released(name)
     expected = logits_of(name, model)(model.processor.rows([[example(name, model.processor, 1)]], targets=True))
-    for cell in ("random", "uniform_stride", "visionzip", "divprune", "fastv", "pyramid_drop"):
+    for cell in ("random", "uniform_stride", "visionzip", "prumerge", "divprune", "fastv", "pyramid_drop"):
         found = model.with_budget(None, **CELLS[cell])
         batch = found.processor.rows([[example(name, found.processor, 1)]], targets=True)
         close(logits_of(name, found)(batch), expected)
