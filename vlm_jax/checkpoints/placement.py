@@ -102,7 +102,7 @@ class _Buffers:
 
 
 class _OnDevices:
-    """A stack allocated on its devices, of which the host holds one entry at a time.
+    """A stack allocated on its devices; the host holds one entry at a time.
 
     Attributes:
       stack: sizes of a shard's stacked axes.

@@ -236,7 +236,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
 
 
 def _with_smaller_pictures(system: System, model: VLM, tokens: int | None, section: Config, path: str) -> System:
-    """Fewer pixels: the bound of a native resolution, or tiles of which the encoder makes fewer patches.
+    """Fewer pixels: a lower bound at native resolution, or smaller tiles, which have fewer patches.
 
     Tiles are cut and finished as released, and each is then resized to fewer pixels. Its tokens form a grid of about
     the released aspect, laid out as released, and each stands for as many patches as before: a connector that pools to

@@ -51,7 +51,7 @@ def smaller_tile(model: VLM, views: TiledViews, grid: Grid, tokens: int, section
     full, what = connector.token_grid(grid), f"{path}.kind: downsample_image"
     if full is None:
         raise ConfigError(
-            f"{what} leaves the connector fewer features, of which the queries of {type(connector).__name__} make "
+            f"{what} gives the connector fewer features, but the queries of {type(connector).__name__} make "
             f"{connector.num_tokens(grid)} tokens all the same; choose another reducer"
         )
     if views.tile_tokens != connector.num_tokens(grid):

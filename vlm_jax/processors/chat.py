@@ -94,7 +94,7 @@ class ChatTemplate:
             raise ChatTemplateError(f"{self.origin}: {error}") from error
 
     def _as_read(self, messages: list[Fields], values: Config) -> list[Fields]:
-        """The messages, contents of text alone in the form, list or text, of which the template shows something.
+        """The messages, with content that is only text as a list or as a string, whichever the template reads.
 
         That depends on the messages' roles, keys and items and on which variables are set, and is found out once for
         each such structure.
