@@ -65,10 +65,6 @@ class Sealed:
     def __init__(self, content):
         self._content = content
 
-    def per_layer(self):
-        """Done on the device."""
-        return Sealed(self._content.per_layer())
-
 
 class Fetched:
     """An array that is on the device until somebody reads it."""

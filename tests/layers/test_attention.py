@@ -9,7 +9,6 @@ from jax.experimental import pallas as pl
 
 from vlm_jax.layers import attention as module
 from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation
-from vlm_jax.layers.per_layer import PerLayer
 
 from ..parameters import drawn
 
@@ -335,12 +334,11 @@ def test_cross_attention_reads_keys_and_values_from_two_places(reference):
 @pytest.mark.parametrize("slots", [0, 6])
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("length", [1, 2])
-@pytest.mark.parametrize("per_layer", [False, True])
-def test_a_cache_is_read_before_what_is_new_and_that_is_returned(reference, slots, heads, length, per_layer):
+def test_a_cache_is_read_before_what_is_new_and_that_is_returned(reference, slots, heads, length):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(1, length, 8)), jnp.float32)
     old = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 1, 2, 4, slots), (3, 1, 2, slots, 4))]
-    past = KeyValue(*(PerLayer.of(leaf)[jnp.asarray(1)] if per_layer else leaf[1] for leaf in old))
+    past = KeyValue(*(leaf[1] for leaf in old))
     layer, ones = MultiHeadAttention(heads, num_kv_heads=2, head_dim=4), jnp.ones((1, length), jnp.int32)
     key_segments = np.concatenate([[[1, 1, 0, 1, 0, 0]], ones], axis=1)[:, 6 - slots :]
     context = Context("causal", ones, jnp.asarray(key_segments))

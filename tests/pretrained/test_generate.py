@@ -3,12 +3,12 @@
 import json
 import re
 
-import jax
 import pytest
 
 import vlm_jax
+from vlm_jax.generation import engine
 from vlm_jax.generation.sampling import GenerationError, Sampling
-from vlm_jax.layers.per_layer import PerLayer
+from vlm_jax.layers.per_layer import has_per_layer
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
@@ -99,16 +99,14 @@ def test_errors(model, tmp_path):
         vlm_jax.from_pretrained(tmp_path).generate(ASKED, max_new_tokens=3)
 
 
-def test_kernels_are_laid_out_for_generation_once(folder, monkeypatch):
-    model, calls = vlm_jax.from_pretrained(folder), []
-    of_kernels = PerLayer.of_kernels.__func__
+def test_layers_are_taken_apart_for_generation_once(folder, monkeypatch):
+    model, copied, of_params = vlm_jax.from_pretrained(folder), [], engine.layers_apart
 
-    def counted(cls, *stacks):
-        calls.extend(stack.shape for stack in stacks)
-        return of_kernels(cls, *stacks)
+    def counted(params):
+        copied.append(not has_per_layer(params))
+        return of_params(params)
 
-    monkeypatch.setattr(PerLayer, "of_kernels", classmethod(counted))
-    kernels = [leaf.shape for leaf in jax.tree.leaves(model.params["decoder"]["blocks"]) if leaf.ndim == 3]
+    monkeypatch.setattr(engine, "layers_apart", counted)
     for _ in range(2):
         model.generate(ASKED, max_new_tokens=2)
-        assert sorted(calls) == sorted(kernels)
+        assert copied.count(True) == 1

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from vlm_jax.layers.attention import KeyValue
 from vlm_jax.layers.latent_attention import LatentKeyValue
-from vlm_jax.layers.per_layer import PerLayer, written
+from vlm_jax.layers.per_layer import written
 from vlm_jax.types import Tree, static_field, struct
 
 
@@ -75,11 +75,6 @@ class Cache:
         """The cache with `fresh`, the values of T positions in the form of `layers`, written to the next slots."""
         layers = over_layers(lambda old, new, axis: written(old, new, self.length, axis), self.layers, fresh)
         return dataclasses.replace(self.with_segments(segment_ids), layers=layers)
-
-    def per_layer(self) -> "Cache":
-        """The cache with one array per layer, for platforms where that is faster; not for use under `jit`."""
-        layers = over_layers(lambda leaf, _: PerLayer.of(leaf, writable=True), self.layers)
-        return dataclasses.replace(self, layers=layers, rest=None if self.rest is None else self.rest.per_layer())
 
 
 def over_layers(function: Callable[..., Tree], layers: Tree, *others: Tree) -> Tree:

@@ -24,7 +24,7 @@ from vlm_jax.generation.buckets import fitted, whole_rows
 from vlm_jax.generation.sampling import GenerationError, Sampling, sample_tokens
 from vlm_jax.layers.attention import KeyValue
 from vlm_jax.layers.latent_attention import LatentKeyValue
-from vlm_jax.layers.per_layer import per_layer_kernels
+from vlm_jax.layers.per_layer import layers_apart
 from vlm_jax.layers.platform import platform
 from vlm_jax.models.vlm import without_masked
 from vlm_jax.sharding.mesh import CONTEXT
@@ -101,10 +101,6 @@ class State:
     rows: Int[Array, "B"]
     seen: Bool[Array, "B V"] | None
 
-    def per_layer(self) -> "State":
-        """The state with one array per layer in the cache; on the device."""
-        return dataclasses.replace(self, cache=self.cache.per_layer())
-
 
 def generate(
     model: nn.Module,
@@ -166,8 +162,6 @@ def generate(
         state, report = prefill(
             variables, *given, values, ends, cache_length=cache_length, cache_dtype=cache_dtype, mesh=mesh, **static
         )
-        if _by_layer(mesh):
-            state = state.per_layer()
         while True:
             found = to_host(report)
             if prompt_lengths is None:
@@ -197,16 +191,11 @@ def generate(
 def prepared(params: Params, mesh: Mesh | None = None) -> Params:
     """Parameters in the layout that `generate` needs on this platform, for callers that generate more than once.
 
-    On a CPU the decoder's kernels are copied out of their stacks; elsewhere parameters are unchanged.
+    On a CPU the decoder's layers are copied out of their stacks; elsewhere, and on a mesh, parameters are unchanged.
     """
-    if not _by_layer(mesh):
+    if mesh is not None or platform() != "cpu":
         return params
-    return {name: per_layer_kernels(part) if name == "decoder" else part for name, part in params.items()}
-
-
-def _by_layer(mesh: Mesh | None) -> bool:
-    """Whether layers are separate arrays; on a mesh they are stacked."""
-    return mesh is None and platform() == "cpu"
+    return {name: layers_apart(part) if name == "decoder" else part for name, part in params.items()}
 
 
 @partial(jax.jit, static_argnames=("model", "pad_id", "cache_length", "cache_dtype", "mesh"))

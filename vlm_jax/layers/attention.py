@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import Norm, NormKind
-from vlm_jax.layers.per_layer import QUERY_KEY_VALUE, product
+from vlm_jax.layers.per_layer import joined
 from vlm_jax.layers.platform import platform
 from vlm_jax.layers.rope import rotate
 from vlm_jax.types import PADDING_SEGMENT, Dtype, Tree, static_field, struct
@@ -63,7 +63,7 @@ class KeyValue(NamedTuple):
 
     def joined(self, other: "KeyValue") -> "KeyValue":
         """These layers followed by those of `other`."""
-        return KeyValue(*(jnp.concatenate(pair) for pair in zip(self, other, strict=True)))
+        return KeyValue(*map(joined, self, other))
 
 
 @struct
@@ -274,7 +274,7 @@ def _weighted_mean(query, key, value, past, mask, bias, rows):
     """Means of `past` and `value` [B, K, S, H] with weights from `query` [B, K, G * T, H]."""
     logits = jnp.einsum("bkth,bksh->bkts", query, key, preferred_element_type=jnp.float32)
     if past is not None:
-        logits = jnp.concatenate([product(past.key, query, jnp.float32), logits], axis=-1)
+        logits = jnp.concatenate([_matmul(query, past.key), logits], axis=-1)
     if mask is not None or bias is not None:
         logits = logits.reshape(rows)
         if bias is not None:
@@ -288,8 +288,12 @@ def _weighted_mean(query, key, value, past, mask, bias, rows):
     of_past, weights = jnp.split(weights, [rows[-1] - key.shape[2]], axis=-1)
     out = jnp.einsum("bkts,bksh->bkth", weights, value, preferred_element_type=jnp.float32)
     if past is not None:
-        out = out + product(past.value, of_past, jnp.float32)
+        out = out + _matmul(of_past, past.value)
     return (out / total).astype(value.dtype)  # fewer divisions than normalising the weights
+
+
+def _matmul(x, y):
+    return jnp.matmul(x, y.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _splash(query, key, value, context, scale):
@@ -373,13 +377,9 @@ class MultiHeadAttention(nn.Module):
             dense = Dense(count * head_dim, (axes.EMBED, axis), use_bias=self.use_bias, name=name, **settings)
             return dense(inputs).reshape(*inputs.shape[:-1], count, head_dim)
 
-        if self.has_variable("params", QUERY_KEY_VALUE):
-            together = heads(x, self.num_heads + 2 * kv_heads, axes.HEADS, QUERY_KEY_VALUE)
-            query, key, value = jnp.split(together, (self.num_heads, self.num_heads + kv_heads), axis=-2)
-        else:
-            query = heads(x, self.num_heads, axes.HEADS, "query")
-            key = heads(inputs_k, kv_heads, axes.KV_HEADS, "key")
-            value = heads(inputs_v, kv_heads, axes.KV_HEADS, "value")
+        query = heads(x, self.num_heads, axes.HEADS, "query")
+        key = heads(inputs_k, kv_heads, axes.KV_HEADS, "key")
+        value = heads(inputs_v, kv_heads, axes.KV_HEADS, "value")
         if self.qk_norm is not None:
             norm = {
                 "kind": self.qk_norm,

@@ -17,7 +17,7 @@ from vlm_jax.layers.latent_attention import LatentAttention
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.layers.norm import Norm, NormKind
-from vlm_jax.layers.per_layer import has_per_layer, of_layer
+from vlm_jax.layers.per_layer import has_per_layer, in_sequence, of_layers, stacked
 from vlm_jax.layers.saliency import Heads
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.types import Config, Dtype, Fields, Params, Tree
@@ -167,7 +167,7 @@ class TransformerStack(nn.Module):
 
         The collected states are the input of every block and the output of the last.
         """
-        if not self.is_initializing() and has_per_layer((self.variables["params"]["layers"], cache)):
+        if not self.is_initializing() and has_per_layer(self.variables["params"]["layers"]):
             return *self.run(x, context, 0, self.depth, cache=cache), None
         block = _ScannedBlock
         if self.remat != "none":
@@ -187,38 +187,43 @@ class TransformerStack(nn.Module):
         """
         if start == stop:
             return x, None
-        params = self._params(x)
+        params, windows = self._params(x), self._windows(start, stop)
 
         def layer(x: jax.Array, inputs: Tree) -> Tree:
-            index, own, window = inputs
-            own = of_layer(params, index) if own is None else own
-            past = None if cache is None else of_layer(cache, index - start)
-            return self._rematted(lambda p, x, past: self._apply(p, x, past, _with_window(context, window))[0])(
-                own, x, past
-            )
+            own, past, window = inputs
+            run = self._rematted(lambda p, x, past: self._apply(p, x, past, _with_window(context, window))[0])
+            return run(own, x, past)
 
+        def indexed_layer(x: jax.Array, inputs: Tree) -> Tree:
+            index, window = inputs
+            return layer(x, (of_layers(params, index), of_layers(cache, index - start), window))
+
+        if has_per_layer(params):
+            inputs = of_layers(params, slice(start, stop)), cache, windows
+            return in_sequence(layer, x, inputs, stop - start)
         # A slice is a copy, which each generation step would repeat; but the gradient of an indexed
         # stack is a sum over layers of whole stacks, so training slices.
-        sliced = cache is None and not has_per_layer(params)
-        own = jax.tree.map(lambda leaf: leaf[start:stop], params) if sliced else None
-        return jax.lax.scan(layer, x, (jnp.arange(start, stop), own, self._windows(start, stop)), unroll=self.unroll)
+        if cache is None:
+            inputs = of_layers(params, slice(start, stop)), None, windows
+            return jax.lax.scan(layer, x, inputs, unroll=self.unroll)
+        return jax.lax.scan(indexed_layer, x, (jnp.arange(start, stop), windows), unroll=self.unroll)
 
     def attend(
         self, x: Float[Array, "B T D"], context: Context, index: int, *, cache: LayerCache | None = None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Heads]:
         """x + attention(norm(x)) of block `index`, the values to write to its cache, and its queries and keys."""
-        own = of_layer(self._params(x), index)
-        cache = None if cache is None else of_layer(cache, 0)
+        params = self._params(x)
+        own, cache = of_layers(params, index), of_layers(cache, 0)
         context = self.context_of(index, context)
         run = self._rematted(lambda p, x, cache: self._apply(p, x, cache, context, half="attention", mutable=[HEADS]))
         (x, cache), sown = run(own, x, cache)
-        cache = None if cache is None else jax.tree.map(lambda leaf: leaf[None], cache)
+        cache = stacked(cache) if has_per_layer(params) else jax.tree.map(lambda leaf: leaf[None], cache)
         heads = sown[HEADS]["attention"]
         return x, cache, Heads(heads["queries"], heads["keys"])
 
     def feed_forward(self, x: Float[Array, "B T D"], index: int) -> Float[Array, "B T D"]:
         """x + mlp(norm(x)) of block `index`."""
-        own = of_layer(self._params(x), index)
+        own = of_layers(self._params(x), index)
         return self._rematted(lambda p, x: self._apply(p, x, None, Context("full"), half="feed_forward")[0][0])(own, x)
 
     def context_of(self, index: int, context: Context) -> Context:

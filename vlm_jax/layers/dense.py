@@ -9,7 +9,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.per_layer import BIAS, KERNEL, WEIGHT, linear
 from vlm_jax.types import Dtype, Tree
 
 Initializer = Callable[..., Tree]
@@ -59,15 +58,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        x = x.astype(self.dtype)
-        if self.has_variable("params", WEIGHT):
-            y = linear(self.get_variable("params", WEIGHT), x)
-        else:
-            init, shape = with_axes(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features)
-            y = jnp.dot(x, self.param(KERNEL, init, shape, self.param_dtype).astype(self.dtype))
+        init, shape = with_axes(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features)
+        y = jnp.dot(x.astype(self.dtype), self.param("kernel", init, shape, self.param_dtype).astype(self.dtype))
         if self.use_bias:
             bias = self.param(
-                BIAS, with_axes(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
+                "bias", with_axes(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype
             )
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y

@@ -11,7 +11,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context, attention, last
 from vlm_jax.layers.dense import KERNEL_INIT, Dense, with_axes
 from vlm_jax.layers.norm import Norm
-from vlm_jax.layers.per_layer import picked
+from vlm_jax.layers.per_layer import joined
 from vlm_jax.layers.rope import rotate
 from vlm_jax.types import Dtype, Fields
 
@@ -33,7 +33,7 @@ class LatentKeyValue(NamedTuple):
 
     def joined(self, other: "LatentKeyValue") -> "LatentKeyValue":
         """These layers followed by those of `other`."""
-        return LatentKeyValue(*(jnp.concatenate(pair) for pair in zip(self, other, strict=True)))
+        return LatentKeyValue(*map(joined, self, other))
 
 
 class LatentAttention(nn.Module):
@@ -94,10 +94,7 @@ class LatentAttention(nn.Module):
         fresh = None
         if cache is not None:
             fresh = LatentKeyValue(latent.astype(cache.latent.dtype), key.astype(cache.rope_key.dtype))
-            latent, key = (
-                picked(lambda old, new: jnp.concatenate([old, new], axis=1), *pair).astype(self.dtype)
-                for pair in zip(cache, fresh, strict=True)
-            )
+            latent, key = (jnp.concatenate(pair, axis=1).astype(self.dtype) for pair in zip(cache, fresh, strict=True))
         attend = self._absorbed if self._absorbs(x.shape[1], latent.shape[1]) else self._expanded
         out = attend(content, rotary, latent, key, context, expansions)
         out = out.reshape(*x.shape[:-1], self.num_heads * self.value_dim)

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.per_layer import GATE_UP
 from vlm_jax.types import Dtype
 
 
@@ -72,13 +71,10 @@ class Mlp(nn.Module):
         if self.depth == 1:
             return out(x)
 
-        def linear(name, times=1):
-            return Dense(times * self.hidden_dim, (axes.EMBED, axes.MLP), name=name, **settings)(x)
+        def linear(name):
+            return Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=name, **settings)(x)
 
-        if self.has_variable("params", GATE_UP):
-            gate, hidden = jnp.split(linear(GATE_UP, 2), 2, axis=-1)
-            hidden = act(gate) * hidden
-        elif self.gated:
+        if self.gated:
             hidden = linear("up")
             hidden = act(linear("gate")) * hidden
         else:

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import KERNEL_INIT, with_axes
-from vlm_jax.layers.per_layer import KERNEL, WEIGHT, linear
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.types import Dtype
 
@@ -73,11 +72,8 @@ class Router(nn.Module):
         names, shape = (axes.EMBED, axes.CLASSES), (x.shape[-1], self.num_experts)
         # In full precision on every platform: a rounded logit can select another expert.
         x, precision = x.astype(jnp.float32), jax.lax.Precision.HIGHEST
-        if self.has_variable("params", WEIGHT):
-            logits = linear(self.get_variable("params", WEIGHT), x, precision)
-        else:
-            kernel = self.param(KERNEL, with_axes(KERNEL_INIT, *names), shape, self.param_dtype)
-            logits = jnp.dot(x, kernel.astype(jnp.float32), precision=precision)
+        kernel = self.param("kernel", with_axes(KERNEL_INIT, *names), shape, self.param_dtype)
+        logits = jnp.dot(x, kernel.astype(jnp.float32), precision=precision)
         scores = jax.nn.softmax(logits) if self.scoring == "softmax" else jax.nn.sigmoid(logits)
         expert = jax.lax.top_k(self._ranking(scores), self.num_selected)[1]
         weight = jnp.take_along_axis(scores, expert, axis=-1)
