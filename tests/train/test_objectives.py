@@ -51,7 +51,7 @@ def minimised(weight):
     config.decoder = ConfigDict({**DECODER, "balance_weight": weight})
     experiment = build(config)
     model = experiment.system.model
-    params = nn.meta.unbox(drawn(jax.eval_shape(experiment.init, jax.random.key(0))))
+    params = nn.meta.unbox(drawn(experiment.boxed_shapes()))
     run = jax.jit(jax.value_and_grad(next_token(experiment), has_aux=True))
     (value, metrics), grads = run(params, text(), jax.random.key(1))
 

@@ -54,7 +54,7 @@ def experiment_of(kind, num_images=1, budget=12):
 
 
 def params_of(experiment):
-    return nn.meta.unbox(drawn(jax.eval_shape(experiment.init, jax.random.key(0))))
+    return nn.meta.unbox(drawn(experiment.boxed_shapes()))
 
 
 def sample(number, *sizes):
