@@ -96,7 +96,9 @@ def test_a_run_that_is_stopped_and_killed_goes_on_to_the_same_losses(config, one
 def test_a_finished_run_is_not_trained_again(config, one_device, finished):
     workdir, first = finished
     written = (workdir / "metrics.jsonl").read_text()
-    second = train(config, one_device, workdir)
+    trainer = Trainer(config, build(config), one_device, workdir)
+    assert trainer.finished()
+    second = trainer.run()
     assert second.step_seconds == first.step_seconds
     assert (workdir / "metrics.jsonl").read_text() == written
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True):
