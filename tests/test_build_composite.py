@@ -1,6 +1,5 @@
 """Encoders that are composed of encoders, from a config."""
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -26,7 +25,7 @@ def test_several_scales():
     encoder = experiment.system.model.encoder
     assert isinstance(encoder, MultiScale) and encoder.encoder.image_size == (48, 48)
     assert experiment.system.budget.grid == (4, 4) and encoder.features == 16
-    params = jax.eval_shape(experiment.init, jax.random.key(0))
+    params = experiment.boxed_shapes()
     assert params["encoder"]["encoder"]["positions"]["table"].value.shape == (16, 8)
 
 

@@ -1,6 +1,5 @@
 """Options of the decoder, from a config."""
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -22,7 +21,7 @@ def test_heads_windows_and_scaled_positions():
     decoder = experiment.system.model.decoder
     assert decoder.rope == Rope(500.0, "yarn", factor=4.0, original_length=32, sections=(2, 4, 6))
     assert decoder.windows == (None, 8, None) and decoder.log_length == 64
-    attention = jax.eval_shape(experiment.init, jax.random.key(0))["decoder"]["blocks"]["layers"]["attention"]
+    attention = experiment.boxed_shapes()["decoder"]["blocks"]["layers"]["attention"]
     assert attention["query"]["bias"].value.shape == (3, 96) and attention["key_norm"]["scale"].value.shape == (3, 24)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -20,7 +19,8 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.processor import Processor
-from vlm_jax.sharding.rules import mesh_of, shardings, use_mesh
+from vlm_jax.sharding.initial import Init, boxed_shapes, draw, init_of
+from vlm_jax.sharding.rules import mesh_of, shardings
 from vlm_jax.types import TEXT_SLOT, Batch, Fields, Grid, Params, RowShape, Tree
 
 
@@ -103,15 +103,15 @@ class System:
         """Shapes of one training row with its images, for `eval_shape` and the planner."""
         return self.processor.example_row(shape)
 
-    def init(self, key: jax.Array) -> Params:
-        """Boxed parameters {part: tree}, randomly initialised; a part does not depend on the kinds of the others."""
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.inputs)
+    @property  # not kept: worker processes that load data get a copy of the system, and it cannot be pickled
+    def _init(self) -> Init:
+        """Initialises the boxed parameters; a part does not depend on the kinds of the others."""
         model = self.model
         if self.release is not None and isinstance(model, VLM) and model.reducer is not None:
             # A reducer has no parameters, and the smallest input of the release may have too few tokens for it.
             decoder = None if model.decoder is None else model.decoder.clone(drops=())
             model = model.clone(reducer=None, decoder=decoder)
-        return dict(model.init({"params": key, "reduce": key}, *zeros)["params"])
+        return init_of(model, self.inputs)
 
     def boxed_shapes(self) -> Params:
         """Shapes of the parameters, in the boxes that name their axes; traced once."""
@@ -119,7 +119,7 @@ class System:
 
     @functools.cached_property
     def _boxed_shapes(self) -> Params:
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return boxed_shapes(self._init)
 
     def initial(self, key: jax.Array, mesh: Mesh | None = None, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices: read from the release, or randomly initialised where it lacks them.
@@ -148,19 +148,8 @@ class System:
         drawn = [part for part in targets if release is None or part in release.drawn]
         params = {} if release is None else release.read(targets)
         if drawn:
-            params |= self._draw(key, drawn, boxed, mesh)
+            params |= draw(self._init, key, drawn, mesh)
         return {part: params[part] for part in targets}
-
-    def _draw(self, key: jax.Array, parts: Sequence[str], boxed: Params, mesh: Mesh | None) -> Params:
-        """Initialises only some parts: the compiler removes the computation of the others."""
-
-        def draw(key: jax.Array) -> Params:
-            return nn.meta.unbox({part: tree for part, tree in self.init(key).items() if part in parts})
-
-        if mesh is None:
-            return jax.jit(draw)(key)
-        with use_mesh(mesh):
-            return jax.jit(draw, out_shardings=shardings({part: boxed[part] for part in parts}, mesh))(key)
 
     def prepared(self, params: Params) -> Params:
         """Parameters in the layout for generation, for callers that generate more than once."""

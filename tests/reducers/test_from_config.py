@@ -58,7 +58,7 @@ def costs_of_all_tokens():
 def shapes(experiment):
     """(path, shape, names) of every parameter."""
     boxed = jax.tree_util.tree_leaves_with_path(
-        jax.eval_shape(experiment.init, jax.random.key(0)), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+        experiment.boxed_shapes(), is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
     )
     return [(path, leaf.value.shape, leaf.names) for path, leaf in boxed]
 

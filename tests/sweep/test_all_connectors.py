@@ -3,9 +3,10 @@
 import pytest
 
 from configs.sweeps import digits_all_connectors
+from vlm_jax.build import PARTS, Experiment
 from vlm_jax.connectors import CONNECTORS
 from vlm_jax.sweep import points as points_module
-from vlm_jax.sweep.costs import Costs
+from vlm_jax.sweep.costs import Costs, costs
 from vlm_jax.sweep.points import list_points
 
 # Kinds that are not candidates: one joins the features of two encoders, the other wraps candidates.
@@ -14,14 +15,20 @@ ELSEWHERE = {"hybrid_mlp", "matryoshka"}
 
 @pytest.fixture(scope="module")
 def points():
-    """Points of every candidate: all budgets of one matryoshka, and of the others the largest."""
+    """Points of every candidate, without FLOPs: all budgets of one matryoshka, and of the others the largest."""
     config = digits_all_connectors.get_config()
     with config.unlocked():
-        config.base.encoder.remat = config.base.decoder.remat = "none"  # counts are the same, tracing is faster
+        config.base.encoder.remat = config.base.decoder.remat = "none"  # tracing is faster
         for name in config.candidates:
             if name != "matryoshka_resampler":
                 config.candidates[name].budgets = config.candidates[name].budgets[-1:]
-    return list_points(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(points_module, "costs", uncounted)
+        return list_points(config)
+
+
+def uncounted(experiment, sample):
+    return Costs(experiment.budget.left, 0.0, {}, {})
 
 
 def test_every_connector_that_takes_one_grid_is_a_candidate():
@@ -49,9 +56,9 @@ def test_a_matryoshka_has_one_training_and_every_other_point_its_own(points):
             assert point.trained_as == point.label and point.training[0] is point.config
         else:
             assert point.trained_as == f"{point.connector}@16" and point.training[0].token_budget == 16
-    nested = {point.label: point.costs for point in points if point.connector == "matryoshka_resampler"}
+    nested = {point.label: point.experiment for point in points if point.connector == "matryoshka_resampler"}
     assert len(nested) == 5
-    flops = [nested[f"matryoshka_resampler@{budget}"].flops["prefill"] for budget in (1, 2, 4, 8, 16)]
+    flops = [costs(nested[f"matryoshka_resampler@{budget}"]).flops["prefill"] for budget in (1, 4, 16)]
     assert flops == sorted(set(flops))  # fewer tokens cost less: they are not masked, but left out
 
 
@@ -63,6 +70,7 @@ def test_a_matryoshka_has_one_training_and_every_other_point_its_own(points):
     ],
 )
 def test_smaller_sweeps(arg, labels, monkeypatch):
-    """Every point is built; what they cost, which takes its time, is left out."""
-    monkeypatch.setattr(points_module, "costs", lambda experiment, sample: Costs(experiment.budget.left, 0.0, {}, {}))
+    """Every point is built and meets its budget; costs and shapes, which are traced, are those of `points`."""
+    monkeypatch.setattr(points_module, "costs", uncounted)
+    monkeypatch.setattr(Experiment, "boxed_shapes", lambda experiment: dict.fromkeys(PARTS))
     assert {point.label for point in list_points(digits_all_connectors.get_config(arg))} == labels

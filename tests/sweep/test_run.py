@@ -16,7 +16,6 @@ from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import build
 from vlm_jax.checkpoints.orbax import read_parts
 from vlm_jax.config import ConfigError
-from vlm_jax.sweep import points as points_module
 from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
@@ -85,7 +84,7 @@ def test_points_are_costed_by_shape_in_closed_form(config):
 
 @pytest.fixture
 def on_one_device(one_device, monkeypatch):
-    """Half of the time of eight devices, on which a nested candidate is run below."""
+    """A fraction of the time of eight devices, on which `tests/train` trains and `tests/generation` answers."""
     monkeypatch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
 
 
@@ -94,22 +93,6 @@ def undrawn(monkeypatch):
     """Without the frontier and the report, which `swept` has."""
     monkeypatch.setattr(sweep_run, "draw_frontier", lambda *arguments, **options: None)
     monkeypatch.setattr(sweep_run, "write_report", lambda *arguments, **options: None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def counted_once():
-    """Costs of points that are listed again are not counted again."""
-    known, real = {}, points_module.costs
-
-    def costs(experiment, sample=None):
-        key = experiment.system.model, experiment.prompt
-        if key not in known:
-            known[key] = real(experiment, sample)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(points_module, "costs", costs)
-        yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +247,9 @@ def test_the_workdir_of_another_sweep_is_refused(config, console, swept):
         make(config, swept.workdir, console)
 
 
-def test_a_nested_candidate_is_trained_once_and_evaluated_at_every_budget(config, console, undrawn, tmp_path):
+def test_a_nested_candidate_is_trained_once_and_evaluated_at_every_budget(
+    config, console, on_one_device, undrawn, tmp_path
+):
     connector = {"kind": "matryoshka", "budgets": (1, 2, 4), "inner": {"kind": "pool"}}
     with config.unlocked():
         config.candidates = ConfigDict({"nested": {"budgets": (1, 4), "trained_at": 4, "connector": connector}})

@@ -14,7 +14,9 @@ from configs import finetune
 from tests.train.conftest import tiny_config
 from vlm_jax.config import ConfigError
 from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.sweep import points as points_module
 from vlm_jax.sweep import run as sweep_run
+from vlm_jax.sweep.costs import Costs
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
 
@@ -169,7 +171,8 @@ def test_a_candidate_that_nothing_has_trained_is_refused(candidate, message):
         list_points(config)
 
 
-def test_a_candidate_has_the_connector_that_shared_stages_train_unless_it_has_its_own():
+def test_a_candidate_has_the_connector_that_shared_stages_train_unless_it_has_its_own(monkeypatch):
+    monkeypatch.setattr(points_module, "costs", lambda experiment, sample: Costs(experiment.budget.left, 0.0, {}, {}))
     candidates = {
         "pool": {"budgets": (1,), "connector": {"kind": "pool"}, "schedule": ("answering",)},
         "random": {"budgets": (2,), "reducer": {"kind": "random"}},

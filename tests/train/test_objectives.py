@@ -45,15 +45,25 @@ def text():
     )
 
 
-def minimised(weight):
-    """What is added to the cross entropy, the metrics, and the routers' kernels, gradients and inputs."""
+def experiment_of(weight):
     config = tiny_config().unlock()
     config.decoder = ConfigDict({**DECODER, "balance_weight": weight})
-    experiment = build(config)
-    model = experiment.system.model
-    params = nn.meta.unbox(drawn(jax.eval_shape(experiment.init, jax.random.key(0))))
+    return build(config)
+
+
+def router(tree):
+    return tree["decoder"]["sparse_1"]["layers"]["mlp"]["router"]["kernel"]
+
+
+def minimised(experiment, params):
+    """The loss, the metrics, and the gradients of the routers' kernels."""
     run = jax.jit(jax.value_and_grad(next_token(experiment), has_aux=True))
     (value, metrics), grads = run(params, text(), jax.random.key(1))
+    return value, metrics, router(grads)
+
+
+def cross_entropy_and_inputs(model, params):
+    """The cross entropy of the model's logits, and what its routers get."""
 
     @jax.jit
     def apply(variables):
@@ -61,9 +71,7 @@ def minimised(weight):
 
     logits, state = apply({"params": {"decoder": params["decoder"]}})
     inputs = state["intermediates"]["decoder"]["sparse_1"]["layers"]["mlp_norm"]["__call__"][0]
-    kernels, grads = (tree["decoder"]["sparse_1"]["layers"]["mlp"]["router"]["kernel"] for tree in (params, grads))
-    added = value - cross_entropy(logits, text().targets, text().loss_weights)[0]
-    return added, metrics, kernels, grads, inputs
+    return cross_entropy(logits, text().targets, text().loss_weights)[0], inputs
 
 
 def imbalance(inputs, kernels):
@@ -79,11 +87,14 @@ def imbalance(inputs, kernels):
 
 
 def test_the_routers_balance_loss_is_added():
-    added, metrics, kernels, grads, inputs = minimised(0.5)
-    expected = 0.5 * imbalance(inputs, kernels)
-    np.testing.assert_allclose(added, expected, rtol=1e-4)
+    experiment = experiment_of(0.5)
+    params = nn.meta.unbox(drawn(experiment.boxed_shapes()))
+    unbalanced, inputs = cross_entropy_and_inputs(experiment.system.model, params)
+    expected = 0.5 * imbalance(inputs, router(params))
+    value, metrics, grads = minimised(experiment, params)
+    np.testing.assert_allclose(value - unbalanced, expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["auxiliary_loss"], expected, rtol=1e-4)
-    added, metrics, _, without, _ = minimised(0.0)
-    np.testing.assert_allclose(added, 0.0, atol=1e-6)
+    value, metrics, without = minimised(experiment_of(0.0), params)
+    np.testing.assert_allclose(value, unbalanced, atol=1e-6)
     assert set(metrics) == {"accuracy", "padding_share"}
     assert np.abs(grads - without).max() > 1e-4

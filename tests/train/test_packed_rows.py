@@ -115,7 +115,7 @@ def test_an_epoch_has_every_sample_once_with_its_own_loss(name, images, released
                 {"role": "user", "content": content},
                 {"role": "assistant", "content": [{"type": "text", "text": "x"}]},
             ]
-            batch = alone.processor.batch([messages], [sizes], targets=True)
+            batch = alone.processor.batch([messages], [sizes], targets=True, shape=experiment.row)  # of one program
             logits = np.float64(alone.logits(batch)[0])
             likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             learned = batch.loss_weights[0] > 0

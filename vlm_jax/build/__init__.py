@@ -39,7 +39,7 @@ from vlm_jax.processors.processor import Example, Processor
 from vlm_jax.processors.reduction import Reduction
 from vlm_jax.processors.video import uniform_frames
 from vlm_jax.processors.views import PictureMismatch
-from vlm_jax.sharding.rules import shardings, use_mesh
+from vlm_jax.sharding.initial import Init, boxed_shapes, draw, init_of
 from vlm_jax.system import Budget, System
 from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes
 
@@ -136,35 +136,37 @@ class Experiment:
         assert self.system.budget is not None
         return self.system.budget
 
-    def init(self, key: jax.Array) -> Fields:
-        """Boxed parameters {part: tree} of the model and of the head for cells, randomly initialised."""
-        return self.system.init(key) | self._cell_head(key)
-
     def boxed_shapes(self) -> Params:
-        """Shapes of what `init` gives."""
-        return self.system.boxed_shapes() | jax.eval_shape(self._cell_head, jax.random.key(0))
+        """Shapes of the boxed parameters {part: tree} of the model and of the head for cells."""
+        shapes, init = self.system.boxed_shapes(), self._cell_init
+        return shapes if init is None else shapes | _cell_head(boxed_shapes(init))
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
-        params = self.system.initial(key, mesh, without=without)
-        if self.cell_reader is None or CELL_HEAD in without:
+        params, init = self.system.initial(key, mesh, without=without), self._cell_init
+        if init is None or CELL_HEAD in without:
             return params
-        out = shardings(jax.eval_shape(self._cell_head, key), mesh)
-        with use_mesh(mesh):
-            return params | jax.jit(lambda key: nn.meta.unbox(self._cell_head(key)), out_shardings=out)(key)
+        head = [name for name in boxed_shapes(init) if name != "encoder"]
+        return params | _cell_head(draw(init, key, head, mesh))
 
-    def _cell_head(self, key: jax.Array) -> Params:
+    @property
+    def _cell_init(self) -> Init | None:
         if self.cell_reader is None:
-            return {}
+            return None
         images = self.system.example(self.row).images
         assert isinstance(images, jax.ShapeDtypeStruct)  # cells are read from images of one size
-        head = self.cell_reader.init(key, jnp.zeros(images.shape[:1] + images.shape[2:], images.dtype))["params"]
-        return {CELL_HEAD: {name: tree for name, tree in head.items() if name != "encoder"}}
+        shape = images.shape[:1] + images.shape[2:]
+        return init_of(self.cell_reader, (jax.ShapeDtypeStruct(shape, images.dtype),))
 
     def num_params(self) -> dict[str, int]:
         """Parameters of each part of the model, counted by shape."""
         shapes = nn.meta.unbox(self.boxed_shapes())
         return {part: sum(leaf.size for leaf in jax.tree.leaves(shapes[part])) for part in PARTS if part in shapes}
+
+
+def _cell_head(reader: Params) -> Params:
+    """The parameters of a `CellReader` but those of its encoder, as a part of an experiment."""
+    return {CELL_HEAD: {name: tree for name, tree in reader.items() if name != "encoder"}}
 
 
 def _as_clip(messages: Sequence[Message]) -> list[Message]:

@@ -1,6 +1,7 @@
 """AdamW with a learning rate for each part of the model."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -59,6 +60,13 @@ def adamw(
 
     Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2.
     """
+    return _adamw(settings, tuple(learning_rates.items()), warmup_steps, steps)
+
+
+@functools.lru_cache(maxsize=64)  # equal optimizers are one object, so that equal steps are compiled once
+def _adamw(
+    settings: OptimizerSettings, learning_rates: tuple[tuple[str, float], ...], warmup_steps: int, steps: int
+) -> optax.GradientTransformation:
     if warmup_steps >= steps:
         raise ConfigError(f"warmup_steps: expected fewer than the {steps} steps of the stage, got {warmup_steps}")
 
@@ -77,5 +85,5 @@ def adamw(
 
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.partition({part: one(peak) for part, peak in learning_rates.items()}, labels),
+        optax.partition({part: one(peak) for part, peak in learning_rates}, labels),
     )

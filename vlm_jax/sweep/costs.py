@@ -1,8 +1,9 @@
 """What a point of a sweep costs, counted by shape: nothing is allocated."""
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Hashable, Iterable
+from typing import Any, cast
 
 import jax
 from flax import linen as nn
@@ -13,7 +14,7 @@ from vlm_jax.evals.vqa import tokens_left
 from vlm_jax.models.vlm import flat_images
 from vlm_jax.planner.flops import count_flops
 from vlm_jax.system import Params
-from vlm_jax.types import Batch, Sample
+from vlm_jax.types import Batch, Sample, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +85,24 @@ def flops(model: nn.Module, shapes: Params, batch: Batch) -> dict[str, int]:
       batch: one prompt of the point's processor, or its shapes.
     """
     length, params = batch.tokens.shape[1], {"params": shapes}
-    whole = count_flops(lambda p, b: model.apply(p, b, length, method="prefill"), params, batch)
+    whole = _count(model, "prefill", params, (batch,), length)
     if batch.images is None:
         return {"encoder": 0, "connector": 0, "prefill": whole}
-
-    def encode(module: Any, images: Any) -> Any:
-        return module.encoder(images)
-
-    flat, instruction = jax.eval_shape(flat_images, batch.images), batch.instruction
-    encoder = count_flops(lambda p, x: model.apply(p, x, method=encode), params, flat)
-    visual = count_flops(lambda p, x, i: model.apply(p, x, i, method="visual_tokens"), params, flat, instruction)
+    flat = jax.eval_shape(flat_images, batch.images)
+    visual = _count(model, "visual_tokens", params, (flat, batch.instruction))
+    of_model: Any = model
+    encoder = _count(of_model.encoder, "__call__", {"params": shapes["encoder"]}, (flat,))
     return {"encoder": encoder, "connector": visual - encoder, "prefill": whole - visual}
+
+
+def _count(module: Any, method: str, params: Params, arguments: tuple[Tree, ...], *static: int) -> int:
+    """FLOPs of a module's method; points with equal parts, such as the encoder of all, are counted once."""
+    leaves, structure = jax.tree.flatten((params, arguments))
+    return _counted(module, method, structure, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), static)
+
+
+@functools.lru_cache(maxsize=256)
+def _counted(module: Any, method: str, structure: Hashable, leaves: tuple[Any, ...], static: tuple[int, ...]) -> int:
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in leaves]
+    params, arguments = jax.tree.unflatten(cast(Any, structure), shapes)
+    return count_flops(lambda p, *given: module.apply(p, *given, *static, method=method), params, *arguments)

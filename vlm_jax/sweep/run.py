@@ -112,7 +112,10 @@ class Sweep:
             return None
         config = shared_config(self._config.base, seed, self._settings.shared)
         name = f"shared_{seed}"
-        Trainer(config, build(config), self._mesh, self.workdir / name, progress=progress.report("shared stages")).run()
+        report = progress.report("shared stages")
+        trainer = Trainer(config, build(config), self._mesh, self.workdir / name, progress=report)
+        if not trainer.finished():  # else its parameters need not be read, nor its step compiled
+            trainer.run()
         return self.workdir / name / "checkpoints"
 
     def _folder(self, label: str) -> epath.Path:

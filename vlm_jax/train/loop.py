@@ -147,6 +147,12 @@ class Trainer:
         """Number of steps of all stages."""
         return self._spans[-1].stop
 
+    def finished(self) -> bool:
+        """Whether every step has been run and saved."""
+        checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
+        with contextlib.closing(checkpoints):
+            return checkpoints.latest() == self.num_steps
+
     def run(self) -> Outcome:
         """Trains the remaining steps.
 

@@ -4,11 +4,13 @@ An objective is called with the parameters of all parts, a batch of its stream,
 and a random key; it returns the loss and named scalar metrics.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from vlm_jax.build import CELL_HEAD, Experiment
 from vlm_jax.layers.scan import LOSSES
@@ -28,13 +30,15 @@ def next_token(experiment: Experiment) -> Objective:
     What modules sow into the collection `losses`, such as a router's balance loss, is added to it. The metric
     `padding_share` is the share of the rows' positions that are padding.
     """
+    return _next_token(experiment.system.model)
 
+
+@functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
+def _next_token(model: nn.Module) -> Objective:
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         parts = {part: tree for part, tree in params.items() if part != CELL_HEAD}
         rngs = {"reduce": key, "connect": key}
-        logits, sown = experiment.system.model.apply(
-            {"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES]
-        )
+        logits, sown = model.apply({"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES])
         value, accuracy = cross_entropy(
             cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
         )
@@ -54,8 +58,11 @@ def read_cells(experiment: Experiment) -> Objective:
     Source: cross entropy and 5 times L1 as in Carion et al. 2020 (DETR), section 3.1, without
     the matching, since every cell has a target.
     """
-    reader = cast(CellReader, experiment.cell_reader)  # set where a stage has this objective
+    return _read_cells(cast(Any, experiment.cell_reader))  # set where a stage has this objective
 
+
+@functools.lru_cache(maxsize=64)
+def _read_cells(reader: CellReader) -> Objective:
     def loss(params: Params, batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         del key
         variables = {"params": {"encoder": params["encoder"], **params["cell_head"]}}

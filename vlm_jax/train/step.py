@@ -1,6 +1,8 @@
 """One optimizer step, compiled over the mesh."""
 
-from typing import Any
+import functools
+from collections.abc import Hashable
+from typing import Any, cast
 
 import jax
 import optax
@@ -48,16 +50,30 @@ def compile_step(
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
 ) -> jax.stages.Compiled:
-    """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state."""
+    """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state.
 
+    Runs with the same objective and optimizer, such as a sweep's seeds or a run that is resumed, share the program.
+    """
+    out, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, abstract_state))
+    with use_mesh(mesh):
+        jitted = _jitted(objective, tx, trained, mesh, tuple(out), structure)
+        return jitted.lower(abstract_state, batch, jax.random.key(0)).compile()
+
+
+@functools.lru_cache(maxsize=16)
+def _jitted(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    trained: tuple[str, ...],
+    mesh: Mesh,
+    out: tuple[NamedSharding, ...],
+    structure: Hashable,
+) -> Any:
     def step(state, batch, key):
         return train_step(state, batch, key, objective=objective, tx=tx, trained=trained)
 
-    state_shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state)
     replicated = NamedSharding(mesh, PartitionSpec())
-    with use_mesh(mesh):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated))
-        return jitted.lower(abstract_state, batch, jax.random.key(0)).compile()
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(cast(Any, structure), out), replicated))
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
