@@ -76,7 +76,7 @@ def test_every_accepted_budget_is_met(kind, grid):
     assert accepted(kind, grid), f"{kind} accepts no budget at all on {grid}"
     for budget in accepted(kind, grid):
         assert solve(kind, grid, budget).num_tokens(grid) == budget  # before there is a parameter
-    step = -(-len(accepted(kind, grid)) // 4)  # tracing takes its time
+    step = -(-len(accepted(kind, grid)) // 2)  # tracing takes its time
     for budget in {*accepted(kind, grid)[::step], accepted(kind, grid)[-1]}:
         connector = solve(kind, grid, budget)
         init = functools.partial(connector.init_with_output, deterministic=True)
@@ -194,16 +194,6 @@ def test_every_parameter_has_a_finite_gradient(kind):
         # Softmax does not see what is added to all keys alike: the bias of keys, or of a norm that keys alone have.
         if not path.endswith(("['key']['bias']", "['key_norm']['bias']")):
             assert np.abs(grad).max() > 1e-4, path
-
-
-@every_kind
-def test_jit_changes_nothing(kind):
-    connector, params = trained(kind)
-    with jax.disable_jit():
-        eager = connector.apply(params, images((4, 8), masked=0.3), deterministic=True)
-    jitted = apply(connector)(params, images((4, 8), masked=0.3))
-    np.testing.assert_allclose(jitted.tokens, eager.tokens, atol=1e-5)
-    np.testing.assert_array_equal(jitted.mask, eager.mask)
 
 
 @every_kind

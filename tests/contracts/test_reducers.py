@@ -62,6 +62,7 @@ def solve_for(kind, budget, grid, num_layers):
     return small(REDUCERS[kind], **REDUCERS[kind].for_budget(budget, grid, num_layers), **fields)
 
 
+@functools.cache
 def split_budgets(kind, grid):
     """(accepted budgets with their reducers, rejected ones with their messages)."""
     good, bad = {}, {}

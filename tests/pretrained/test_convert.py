@@ -1,6 +1,9 @@
 """A released folder as Orbax arrays and back: the same bits, the same answers, and every tensor's way."""
 
+import dataclasses
+import functools
 import json
+import pathlib
 import re
 import shutil
 
@@ -18,7 +21,7 @@ from vlm_jax.checkpoints import arrays, hub
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, CheckpointError, RunCheckpoints
 from vlm_jax.pretrained import FAMILIES
-from vlm_jax.pretrained.convert import open_conversion
+from vlm_jax.pretrained.convert import Conversion, open_conversion
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.state import TrainState
 from vlm_jax.types import Batch
@@ -57,16 +60,41 @@ def copied(name, folder):
     return folder
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A golden folder, the Orbax arrays made of it, and their conversion."""
+
+    released: pathlib.Path
+    orbax: pathlib.Path
+    conversion: Conversion
+
+    @functools.cached_property
+    def model(self):
+        return vlm_jax.from_pretrained(self.released)
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """A folder of tests/golden by its name, converted once; tests only read it."""
+
+    @functools.cache
+    def converted(name):
+        folder = tmp_path_factory.mktemp(name)
+        released = copied(name, folder / "released")
+        return Converted(released, folder / "orbax", convert(released, folder / "orbax"))
+
+    return converted
+
+
 def bits(tensor):
     values = np.ascontiguousarray(tensor[...])
     return values.shape, values.dtype, values.tobytes()
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_there_and_back_bit_for_bit(name, tmp_path):
-    released = copied(name, tmp_path / "released")
-    there = convert(released, tmp_path / "orbax")
-    back = convert(tmp_path / "orbax", tmp_path / "back")
+def test_there_and_back_bit_for_bit(name, golden, tmp_path):
+    released, there = golden(name).released, golden(name).conversion
+    back = convert(golden(name).orbax, tmp_path / "back")
     assert (there.direction, back.direction) == ("Hugging Face -> Orbax", "Orbax -> Hugging Face")
     before, after = open_checkpoint(released), open_checkpoint(tmp_path / "back")
     assert before.archive == after.archive
@@ -81,16 +109,15 @@ def test_there_and_back_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["deepseek_vl2_ext", "llava16_anyres", "ovis2_hf", "vit_jax_hybrid"])
-def test_every_tensor_has_one_line_and_none_is_read(name, tmp_path, monkeypatch):
-    released = copied(name, tmp_path / "released")
-    convert(released, tmp_path / "orbax")
-    keys = list(open_checkpoint(released))
+def test_every_tensor_has_one_line_and_none_is_read(name, golden, tmp_path, monkeypatch):
+    keys = list(open_checkpoint(golden(name).released))
+    there = golden(name).conversion
 
     def read(self, index):
         raise AssertionError("a tensor is read")
 
     monkeypatch.setattr(hub.LazyTensor, "__getitem__", read)
-    there, back = (open_conversion(tmp_path / side, FAMILIES) for side in ("released", "orbax"))
+    back = open_conversion(golden(name).orbax, FAMILIES)
     assert [way.split(" ")[0] for way in there.ways()] == keys
     assert [re.search(r"-> (\S+) \([\d, ]*\) \S+( \(\d of \d\))?$", way)[1] for way in back.ways()] == keys
     counted = re.fullmatch(r"(\d+) released tensors, (\d+) arrays of [\d,]+ parameters, (\d+) without .*", there.total)
@@ -110,10 +137,9 @@ def test_what_a_line_says():
     assert len(ignored) == 1 and re.search(r" bfloat16 \(ignored: .+\)$", ignored[0]), ignored
 
 
-def test_the_parameters_are_an_orbax_checkpoint_of_our_tree(tmp_path):
-    convert(DATA / "internvl2_qwen2", tmp_path / "orbax")
-    restored = ocp.StandardCheckpointer().restore(tmp_path / "orbax" / "params")
-    loaded = vlm_jax.from_pretrained(DATA / "internvl2_qwen2").params
+def test_the_parameters_are_an_orbax_checkpoint_of_our_tree(golden):
+    restored = ocp.StandardCheckpointer().restore(golden("internvl2_qwen2").orbax / "params")
+    loaded = golden("internvl2_qwen2").model.params
     assert jax.tree.structure(restored) == jax.tree.structure(loaded)
     jax.tree.map(np.testing.assert_array_equal, restored, loaded)
 
@@ -124,20 +150,19 @@ def alphabet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alphabet")
     (folder / "released").mkdir()
     write(folder / "released")
-    convert(folder / "released", folder / "orbax")
-    return folder
+    return Converted(folder / "released", folder / "orbax", convert(folder / "released", folder / "orbax"))
 
 
 def test_orbax_arrays_are_loaded_as_the_release_is(alphabet):
     mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
-    released = vlm_jax.from_pretrained(alphabet / "released")
+    released = alphabet.model
     ids = jnp.arange(4)[None]
     batch = Batch(ids, ids, jnp.ones_like(ids), jnp.full_like(ids, -1))
     asked = [{"role": "user", "content": "ab"}]
     logits, answer = released.logits(batch), released.generate(asked, max_new_tokens=30)
     assert answer.text == LETTERS[2:]
     for placed in (None, mesh):
-        ours = vlm_jax.from_pretrained(alphabet / "orbax", mesh=placed)
+        ours = vlm_jax.from_pretrained(alphabet.orbax, mesh=placed)
         np.testing.assert_array_equal(ours.logits(batch), logits)
         assert ours.generate(asked, max_new_tokens=30) == answer
         assert ours.config == released.config
@@ -145,8 +170,8 @@ def test_orbax_arrays_are_loaded_as_the_release_is(alphabet):
     assert kernel.sharding.mesh.shape == mesh.shape and not kernel.sharding.is_fully_replicated
 
 
-def test_a_layer_is_read_by_itself_and_once_for_all_devices(tmp_path, monkeypatch):
-    convert(DATA / "internvl2_qwen2", tmp_path / "orbax")
+def test_a_layer_is_read_by_itself_and_once_for_all_devices(golden, monkeypatch):
+    orbax = golden("internvl2_qwen2").orbax
     sizes = {}
     reader = arrays._reader
 
@@ -161,34 +186,30 @@ def test_a_layer_is_read_by_itself_and_once_for_all_devices(tmp_path, monkeypatc
         return block
 
     monkeypatch.setattr(arrays, "_reader", counted)
-    loaded = vlm_jax.from_pretrained(tmp_path / "orbax", mesh=make_mesh(MeshSettings(data=4, tensor=2)))
+    loaded = vlm_jax.from_pretrained(orbax, mesh=make_mesh(MeshSettings(data=4, tensor=2)))
     kernel = loaded.params["decoder"]["blocks"]["layers"]["mlp"]["down"]["kernel"]
     layers, *_ = kernel.shape
     assert sizes["decoder.blocks.layers.mlp.down.kernel"] == [kernel[0].size] * layers
 
 
-def test_what_was_loaded_from_orbax_is_written_back(tmp_path):
-    convert(DATA / "ovis2", tmp_path / "orbax")
-    vlm_jax.from_pretrained(tmp_path / "orbax").save_pretrained(tmp_path / "back")
+def test_what_was_loaded_from_orbax_is_written_back(golden, tmp_path):
+    loaded = vlm_jax.from_pretrained(golden("ovis2").orbax)
+    loaded.save_pretrained(tmp_path / "back")
     before, after = open_checkpoint(DATA / "ovis2"), open_checkpoint(tmp_path / "back")
     assert before.keys() == after.keys()
     assert all(bits(before[key]) == bits(after[key]) for key in before)
     assert not (tmp_path / "back" / hub.MAP_FILE).exists()
     assert (tmp_path / "back" / "tokenizer.json").exists()
-
-
-def test_a_folder_of_orbax_arrays_takes_no_released_files(tmp_path):
-    convert(DATA / "ovis2", tmp_path / "orbax")
-    before = sorted(path.name for path in (tmp_path / "orbax").iterdir())
+    own = sorted(path.name for path in golden("ovis2").orbax.iterdir())
     with pytest.raises(CheckpointFileError, match=r"checkpoint_map\.json exists: write to another folder"):
-        vlm_jax.from_pretrained(tmp_path / "orbax").save_pretrained(tmp_path / "orbax")
-    assert sorted(path.name for path in (tmp_path / "orbax").iterdir()) == before
+        loaded.save_pretrained(golden("ovis2").orbax)
+    assert sorted(path.name for path in golden("ovis2").orbax.iterdir()) == own
 
 
 def test_a_cast(alphabet, tmp_path):
-    before = open_checkpoint(alphabet / "released")
-    for source in ("released", "orbax"):
-        convert(alphabet / source, tmp_path / f"{source}16", dtype="bfloat16")
+    before = open_checkpoint(alphabet.released)
+    for source in (alphabet.released, alphabet.orbax):
+        convert(source, tmp_path / f"{source.name}16", dtype="bfloat16")
     convert(tmp_path / "released16", tmp_path / "back")
     for folder in ("orbax16", "back"):
         after = open_checkpoint(tmp_path / folder)
@@ -227,15 +248,14 @@ def trained(folder, params):
 
 
 @pytest.mark.parametrize("side", ["released", "orbax"])
-def test_a_run_is_written_as_a_release(side, tmp_path):
-    released = copied("llava16_anyres", tmp_path / "released")
-    convert(released, tmp_path / "orbax")
-    loaded = vlm_jax.from_pretrained(released)
+def test_a_run_is_written_as_a_release(side, golden, tmp_path):
+    released, loaded = golden("llava16_anyres").released, golden("llava16_anyres").model
+    source = getattr(golden("llava16_anyres"), side)
     parts = {part: jax.tree.map(lambda x: x + 1, loaded.params[part]) for part in ("encoder", "connector", "decoder")}
     workdir = trained(tmp_path / "run", {**parts, "cell_head": {"kernel": jnp.ones(3)}})
-    conversion = convert(tmp_path / side, tmp_path / "out", run=workdir)
+    conversion = convert(source, tmp_path / "out", run=workdir)
     assert conversion.direction == "run -> Hugging Face"
-    lines = [way for way in conversion.ways() if way.endswith(f": as in {tmp_path / side}")]
+    lines = [way for way in conversion.ways() if way.endswith(f": as in {source}")]
     kept = {line.split(" ")[0] for line in lines}
     before, after = open_checkpoint(released), open_checkpoint(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -248,26 +268,26 @@ def test_a_run_is_written_as_a_release(side, tmp_path):
 
 def test_a_run_of_another_model_is_refused(alphabet, tmp_path):
     with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*none/checkpoints; train that run"):
-        open_conversion(alphabet / "released", FAMILIES, run=tmp_path / "none")
-    params = vlm_jax.from_pretrained(alphabet / "released").params
+        open_conversion(alphabet.released, FAMILIES, run=tmp_path / "none")
+    params = alphabet.model.params
     other = {**params["decoder"], "head": {"kernel": jnp.ones((30, 31))}}
     workdir = trained(tmp_path / "run", {"decoder": other})
     message = r"of another model:\n  it has params/decoder/head/kernel \(30, 31\), expected \(30, 29\)$"
     with pytest.raises(CheckpointError, match=message):
-        open_conversion(alphabet / "released", FAMILIES, run=workdir)
+        open_conversion(alphabet.released, FAMILIES, run=workdir)
 
 
 def test_a_parameter_more_or_less_is_another_model(alphabet, tmp_path):
-    decoder = vlm_jax.from_pretrained(alphabet / "released").params["decoder"]
+    decoder = alphabet.model.params["decoder"]
     more = trained(tmp_path / "more", {"decoder": {**decoder, "head": {**decoder["head"], "bias": jnp.ones(29)}}})
     with pytest.raises(CheckpointError, match=r"params/decoder/head/bias \(29,\), which the model does not have$"):
-        open_conversion(alphabet / "released", FAMILIES, run=more)
+        open_conversion(alphabet.released, FAMILIES, run=more)
     less = trained(tmp_path / "less", {"decoder": {key: decoder[key] for key in decoder if key != "head"}})
     with pytest.raises(CheckpointError, match=r"it lacks params/decoder/head/kernel \(30, 29\)$"):
-        open_conversion(alphabet / "released", FAMILIES, run=less)
+        open_conversion(alphabet.released, FAMILIES, run=less)
     seeing = trained(tmp_path / "seeing", {"decoder": decoder, "encoder": {"bias": jnp.ones(2)}})
     with pytest.raises(CheckpointError, match=r"it has params/encoder/bias \(2,\), which the model does not have$"):
-        open_conversion(alphabet / "released", FAMILIES, run=seeing)
+        open_conversion(alphabet.released, FAMILIES, run=seeing)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -296,17 +316,17 @@ def test_targets_and_sources_that_are_refused(alphabet, tmp_path):
     (tmp_path / "full" / "note").write_text("mine")
     for side in ("released", "orbax"):
         with pytest.raises(CheckpointFileError, match=r"full exists; pass another --target, or remove it"):
-            convert(alphabet / side, tmp_path / "full")
+            convert(getattr(alphabet, side), tmp_path / "full")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["note"]
     with pytest.raises(CheckpointFileError, match=r"no model\.safetensors, model\.safetensors\.index\.json or \.npz"):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "config.json").write_text(json.dumps(CONFIG))
         open_conversion(tmp_path / "empty", FAMILIES)
     with pytest.raises(CheckpointFileError, match="released files are written to a local folder"):
-        open_conversion(alphabet / "orbax", FAMILIES).write("gs://bucket/out")
-    convert(alphabet / "released", tmp_path / "empty2")
+        open_conversion(alphabet.orbax, FAMILIES).write("gs://bucket/out")
+    convert(alphabet.released, tmp_path / "empty2")
     (tmp_path / "empty3").mkdir()
-    convert(alphabet / "orbax", tmp_path / "empty3")  # an empty folder is as good as none
+    convert(alphabet.orbax, tmp_path / "empty3")  # an empty folder is as good as none
 
 
 @pytest.mark.parametrize(
@@ -323,16 +343,11 @@ def test_targets_and_sources_that_are_refused(alphabet, tmp_path):
     ],
 )
 def test_a_damaged_folder_is_named(alphabet, tmp_path, damage, message):
-    shutil.copytree(alphabet / "orbax", tmp_path / "orbax")
+    shutil.copytree(alphabet.orbax, tmp_path / "orbax")
     damage(tmp_path / "orbax")
     with pytest.raises(CheckpointFileError, match=message):
         convert(tmp_path / "orbax", tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["orbax"]
-
-
-def emptied(folder):
-    for part in ("d", "ocdbt.process_0"):
-        shutil.rmtree(folder / part)
 
 
 def renamed(folder, key):
@@ -344,7 +359,7 @@ def renamed(folder, key):
 
 def test_what_fails_on_the_way_leaves_nothing(alphabet, tmp_path, monkeypatch):
     for side in ("released", "orbax"):
-        conversion = open_conversion(alphabet / side, FAMILIES)
+        conversion = open_conversion(getattr(alphabet, side), FAMILIES)
         monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
         with pytest.raises(CheckpointFileError, match=r"and was removed .*no space left: .* bytes, 0 are free"):
             conversion.write(tmp_path / "out")

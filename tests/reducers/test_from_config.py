@@ -1,4 +1,4 @@
-"""Every reducer from a config: built, counted, trained for a step, and made to answer."""
+"""Every reducer from a config: built, counted, made to answer, and one of each part trained for a step."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from tests.parameters import drawn
 from tests.train.conftest import tiny_config
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import build
@@ -47,7 +48,7 @@ def experiment_of(kind):
 @functools.cache
 def params():
     """Of every kind alike."""
-    return nn.meta.unbox(jax.jit(experiment_of("random").init)(jax.random.key(0)))
+    return nn.meta.unbox(drawn(experiment_of("random").boxed_shapes()))
 
 
 @functools.cache
@@ -94,40 +95,42 @@ def test_parameters_are_those_without_a_reducer(kind):
     assert shapes(experiment_of(kind)) == shapes_without_a_reducer()
 
 
-@every_kind
-def test_a_step_of_training_and_an_answer(kind):
+@pytest.mark.parametrize("kind", ["tome", "visionzip", "fastv"])
+def test_a_step_of_training_reaches_every_parameter(kind):
+    """One kind for each part in which a reducer works; the files beside this one have the gradients of every kind."""
     experiment = experiment_of(kind)
-    system, processor = experiment.system, experiment.system.processor
     rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[experiment.training_row(s) for s in samples()[:2]])
     loss = next_token(experiment)
 
     @jax.jit
     def step(params, rows):
         value, grads = jax.value_and_grad(lambda p: loss(p, rows, jax.random.key(1))[0])(params)
-        return (
-            value,
-            jax.tree.map(lambda g: jnp.abs(g).max(), grads),
-            jax.tree.map(lambda p, g: p - 0.1 * g, params, grads),
-        )
+        return value, jax.tree.map(lambda g: jnp.abs(g).max(), grads)
 
-    value, largest, trained = step(params(), rows)
+    value, largest = step(params(), rows)
     assert np.isfinite(value)
     for path, grad in jax.tree_util.tree_leaves_with_path(largest):
         where = jax.tree_util.keystr(path)
         assert np.isfinite(grad) and (grad > 0 or where.endswith("['key']['bias']")), where
 
+
+@pytest.mark.parametrize("kind", ["tome", "downsample_image", "visionzip", "fastv", "pyramid_drop"])
+def test_an_answer_is_that_of_whole_rows(kind):
+    """The other kinds give the decoder as many tokens as visionzip; tests/contracts runs each in released systems."""
+    experiment = experiment_of(kind)
+    system, processor = experiment.system, experiment.system.processor
     asked = [[experiment.example(sample, targets=False)] for sample in samples()[:3]]
     prompts = processor.rows(asked, experiment.prompt, targets=False)
-    answer = functools.partial(generate, system.model, trained, max_new_tokens=3)
+    answer = functools.partial(generate, system.model, params(), max_new_tokens=3)
     answers = answer(prompts).tokens
-    expected = without_a_cache(system, trained, prompts, 3)
-    np.testing.assert_array_equal(answers, expected)
+    assert len({tuple(row) for row in answers.tolist()}) > 1
+    np.testing.assert_array_equal(answers, without_a_cache(system, prompts, 3))
     # Neither does an answer depend on what else is in the batch.
     swapped = jax.tree.map(lambda leaf: leaf[::-1], prompts)
     np.testing.assert_array_equal(answer(swapped).tokens[::-1], answers)
 
 
-def without_a_cache(system, trained, prompts, count):
+def without_a_cache(system, prompts, count):
     """The whole row again for each token; the prompt's last token ranks, as if all after it were learned."""
     length = prompts.tokens.shape[1]
     rows = {name: np.asarray(getattr(prompts, name)) for name in ("tokens", "positions", "segment_ids", "visual_index")}
@@ -139,7 +142,7 @@ def without_a_cache(system, trained, prompts, count):
     rows["positions"][:, length:] = behind
     weights = np.zeros(rows["tokens"].shape, np.float32)
     weights[:, length - 1 :] = 1
-    variables = {"params": {part: trained[part] for part in ("encoder", "connector", "decoder")}}
+    variables = {"params": {part: params()[part] for part in ("encoder", "connector", "decoder")}}
     run = jax.jit(lambda batch: system.model.apply(variables, batch))
     for place in range(length, length + count):
         batch = prompts.__class__(
