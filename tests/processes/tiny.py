@@ -1,6 +1,6 @@
 """The second stage of the tests' tiny run, long enough to be killed in.
 
-Two stages take twice the time of tracing, in each of a dozen processes; tests/train/test_loop.py stops and resumes both.
+Two stages take twice the time of tracing in each process; tests/train/test_loop.py stops and resumes both.
 """
 
 from tests.train.conftest import tiny_config
