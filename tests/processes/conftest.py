@@ -13,21 +13,37 @@ CONFIG = pathlib.Path(__file__).parent / "tiny.py"
 
 
 def environment(devices: int = 1) -> dict[str, str]:
-    """That of a process with so many CPU devices, whose programs are compiled as fast as the tests' own."""
+    """That of a process with so many CPU devices, whose programs are compiled as fast as the tests' own, and once.
+
+    A command with `--compilation_cache=` keeps its programs in the folder of `programs`.
+    """
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     flags.append(f"--xla_force_host_platform_device_count={devices}")
     return {**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
 
 
-class Command:
-    """`python -m vlm_jax.cli.train` on the tiny config, with one device and a shared program cache."""
+@pytest.fixture(scope="session", autouse=True)
+def programs(request, tmp_path_factory):
+    """The compilation cache of all processes that this run of the tests starts, from all its workers.
 
-    def __init__(self, cache: pathlib.Path):
-        self._cache = cache
+    The commands' own flag keeps only what took half a second, which few programs of tests do. The cache is not that
+    of the tests: a killed process may leave half of an entry, about which JAX warns.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+        yield
+
+
+class Command:
+    """`python -m vlm_jax.cli.train` on the tiny config, with one device."""
 
     def start(self, workdir, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
         words = [sys.executable, "-m", "vlm_jax.cli.train", f"--config={CONFIG}", f"--workdir={workdir}"]
-        words += [f"--compilation_cache={self._cache}", *arguments]
+        words += ["--compilation_cache=", *arguments]
         return subprocess.Popen(
             [*prefix, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -40,8 +56,8 @@ class Command:
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory) -> Command:
-    return Command(tmp_path_factory.mktemp("programs"))
+def command() -> Command:
+    return Command()
 
 
 def wait_for_step(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:

@@ -1,7 +1,6 @@
 """`python -m vlm_jax.cli.evaluate` as a process: its flags, its exit status and what it says."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 
 from tests.sweep.releases import write_questions, write_release
 
-from .conftest import ROOT
+from .conftest import ROOT, environment
 
 
 @pytest.fixture
@@ -19,11 +18,10 @@ def said(tmp_path):
 
     def run(*arguments):
         """Exit status and standard error."""
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
         words = [sys.executable, "-m", "vlm_jax.cli.evaluate", f"--release={tmp_path / 'release'}"]
         words += [f"--data={tmp_path / 'questions.jsonl'}", f"--workdir={tmp_path / 'work'}"]
         words += ["--max_new_tokens=2", "--batch_size=1", "--compilation_cache=", *arguments]
-        process = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        process = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
         return process.returncode, process.stderr
 
     return run

@@ -11,11 +11,6 @@ from .alphabet import LETTERS, write
 from .conftest import ROOT, environment
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    return tmp_path_factory.mktemp("programs")
-
-
 @pytest.fixture
 def folder(tmp_path):
     write(tmp_path)
@@ -23,11 +18,11 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def started(folder, programs):
+def started(folder):
     def start(*arguments):
         """The process, with pipes."""
         words = [sys.executable, "-m", "vlm_jax.cli.generate", f"--checkpoint={folder}", *arguments]
-        words.append(f"--compilation_cache={programs}")
+        words.append("--compilation_cache=")
         return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     return start

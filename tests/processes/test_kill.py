@@ -16,25 +16,25 @@ def test_a_run_that_was_terminated_and_killed_gives_the_same_curve(command, tmp_
     status, errors = command.finish(os.path.relpath(tmp_path / "whole", ROOT))  # a relative folder serves too
     assert status == 0, errors
     whole = curve(tmp_path / "whole")
-    assert [step for step, *_ in whole] == list(range(1, 125))
+    assert [step for step, *_ in whole] == list(range(1, 81))
 
     broken = tmp_path / "broken"
     process = command.start(broken)
-    wait_for_step(broken, 10, process)
+    wait_for_step(broken, 5, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "stopped by SIGTERM and saved at step" in errors and "rerun the same command to resume" in errors
     stopped_at = curve(broken)[-1][0]
-    assert 10 <= stopped_at < 124
+    assert 5 <= stopped_at < 80
     assert (broken / "checkpoints" / str(stopped_at)).is_dir()
 
     process = command.start(broken)
-    wait_for_step(broken, min(stopped_at + 30, 123), process)
+    wait_for_step(broken, min(stopped_at + 25, 79), process)
     process.kill()
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    assert len(curve(broken)) < 124 or not (broken / "evaluation.json").exists()
+    assert len(curve(broken)) < 80 or not (broken / "evaluation.json").exists()
 
     status, errors = command.finish(broken)
     assert status == 0, errors

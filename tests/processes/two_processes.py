@@ -1,9 +1,12 @@
-"""The tests' tiny run for the command line, long enough to be stopped in."""
+"""The second stage of the tests' tiny run, long enough to be stopped in."""
 
 from tests.train.conftest import tiny_config
 
 
 def get_config():
     config = tiny_config()
-    config.stages.answering.steps = 40
+    with config.unlocked():
+        del config.stages.seeing
+        config.schedule = ("answering",)
+    config.stages.answering.steps = 24
     return config

@@ -8,6 +8,7 @@ A config is runnable when its file defines `get_config` and is not at
 """
 
 import ast
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -20,7 +21,17 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = pathlib.Path("configs")
 TIMEOUT_SECONDS = 600
 # Compiling is what a few steps cost: as in tests/conftest.py, no costly passes.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false"
+XLA_FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+XLA_FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+ENVIRONMENT = {
+    "XLA_FLAGS": XLA_FLAGS,
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
+}
 
 # Run in a separate process, as a config may import others from the repository root.
 ACCEPTS_SMOKE = """
@@ -47,7 +58,7 @@ def runnable_configs() -> list[pathlib.Path]:
 def call(arguments: Sequence[str]) -> str | None:
     """Runs Python with `arguments` from the repository root; returns what went wrong, or None."""
     # A new interpreter finds configs/ and vlm_jax/ from the root, whatever the folder of this script.
-    command, environment = [sys.executable, *arguments], {"XLA_FLAGS": XLA_FLAGS, **os.environ}
+    command, environment = [sys.executable, *arguments], {**ENVIRONMENT, **os.environ}
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -63,6 +74,7 @@ def smoke(path: pathlib.Path) -> str | None:
     command = "sweep" if CONFIGS / "sweeps" in path.parents else "train"
     with tempfile.TemporaryDirectory(prefix="smoke_") as workdir:
         arguments = ["-m", f"vlm_jax.cli.{command}", f"--config={path}:smoke", f"--workdir={workdir}"]
+        arguments.append("--compilation_cache=")  # that of main, which keeps small programs too
         if problem := call(arguments):
             return f"vlm_jax.cli.{command}: {problem}"
         if not os.listdir(workdir):
@@ -76,13 +88,15 @@ def main(parts: Sequence[str]) -> int:
         print(f"No runnable config under {CONFIGS}/ matches {list(parts) or 'anything'}.", file=sys.stderr)
         return 1
     problems = []
-    for path in configs:
-        print(f"--- {path}", flush=True)
-        start = time.monotonic()
-        problem = smoke(path)
-        print(f"--- {path}: {problem or 'passed'} in {time.monotonic() - start:.0f} s", flush=True)
-        if problem:
-            problems.append(f"{path}: {problem}")
+    with tempfile.TemporaryDirectory(prefix="smoke_programs_") as programs:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
+        for path in configs:
+            print(f"--- {path}", flush=True)
+            start = time.monotonic()
+            problem = smoke(path)
+            print(f"--- {path}: {problem or 'passed'} in {time.monotonic() - start:.0f} s", flush=True)
+            if problem:
+                problems.append(f"{path}: {problem}")
     print("\n".join(problems))
     print(f"{len(configs) - len(problems)} passed, {len(problems)} failed")
     return 1 if problems else 0

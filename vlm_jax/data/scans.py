@@ -6,13 +6,14 @@ Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1
 
 import dataclasses
 import functools
+import importlib.util
 import math
+import pathlib
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
-from sklearn.datasets import load_digits
 
 Split = Literal["train", "test"]
 NUM_CLASSES = 10
@@ -47,7 +48,8 @@ def load_scans(split: Split) -> Scans:
     The split is fixed, without a seed: every fifth scan of every class (20%) is in the test split,
     the others in the training split.
     """
-    levels, classes = load_digits(return_X_y=True)
+    table = _read_table()
+    levels, classes = table[:, :-1], table[:, -1].astype(int)
     grey = np.rint(levels * (255 / 16)).astype(np.uint8).reshape(-1, SCAN_SIZE, SCAN_SIZE)
     chosen = []
     for digit in range(NUM_CLASSES):
@@ -56,6 +58,17 @@ def load_scans(split: Split) -> Scans:
         chosen.append(scans[for_test if split == "test" else ~for_test])
     order = np.concatenate(chosen)
     return Scans(pixels=grey[order], classes=classes[order])
+
+
+def _read_table() -> np.ndarray:
+    """The 64 grey levels and the class of every scan, from scikit-learn's file.
+
+    `sklearn.datasets.load_digits` reads the same file, but importing it takes two seconds, as much as all of JAX.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("the digit scans are a file of scikit-learn; install it: pip install scikit-learn")
+    return np.loadtxt(pathlib.Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
 
 
 @dataclasses.dataclass(frozen=True)
