@@ -25,7 +25,7 @@ CELLS = {
 IN_DECODER = ("fastv", "pyramid_drop")
 # Tracing and compiling every cell would take most of the time of `make test`. So of each system those of one cell are
 # computed for each mechanism (tokens ranked by attention, tokens merged, fewer pixels; tokens chosen, with logits, by
-# the test of rows and their neighbours). The decoder of a cell is the release's, so that embeddings are all that
+# the test of rows alone). The decoder of a cell is the release's, so that embeddings are all that
 # differs, unless tokens are dropped in it: shapes of one such cell, and of each connector's. In the other cells the
 # tokens are counted that the processor lays out, which are those of another cell's mechanism. Of two systems all cells
 # are computed, drops in the other kinds of decoders, and a drawn connector where it brings learned rows.
@@ -211,8 +211,8 @@ def test_a_full_budget_changes_no_logit(name, released):
 @pytest.mark.parametrize(
     ("name", "cell"), [*((name, "divprune") for name in sorted(FOLDERS)), ("llava", "fastv"), ("qwen2_5_vl", "fastv")]
 )
-def test_rows_do_not_depend_on_their_neighbours(name, cell, reduced):
-    """Of 0, 1 and 3 pictures in a batch with others, and of two conversations in a row."""
+def test_rows_give_what_each_gives_alone(name, cell, reduced):
+    """Rows of 0, 1 and 3 pictures in one batch, and two conversations in a row, compared with batches of one row."""
     model = reduced(name, cell)
     processor = model.processor
     examples, shape = examples_of(name, processor)
@@ -229,14 +229,11 @@ def test_rows_do_not_depend_on_their_neighbours(name, cell, reduced):
             found.append([row[(segments == number) & (index < 0)] for number in range(1, segments.max() + 1)])
         return found
 
-    first, second = of_rows([0], [1], [3], [1, 3]), of_rows([3], [0], [3], [1])
-    packed = first[3]
-    assert len(packed) == 2
-    close(first[0][0], second[1][0])
-    for found in (second[3][0], packed[0]):
-        close(found, first[1][0])
-    for found in (second[0][0], second[2][0], packed[1]):
-        close(found, first[2][0])
+    alone = {count: of_rows([count])[0][0] for count in (0, 1, 3)}
+    *mixed, packed = of_rows([0], [1], [3], [1, 3])
+    assert [len(row) for row in mixed] == [1, 1, 1] and len(packed) == 2
+    for count, found in zip((0, 1, 3, 1, 3), (*(row[0] for row in mixed), *packed), strict=True):
+        close(found, alone[count])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
