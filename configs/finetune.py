@@ -49,5 +49,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.row.update({"text_length": placeholder(int), "length": 2048, "images": 1})
     config.evaluation = ConfigDict({"batch_size": 16, "question_length": placeholder(int), "max_new_tokens": 64})
     files = {"train_path": "train.jsonl", "evaluation_path": "evaluation.jsonl"}
-    config.data = ConfigDict({"kind": "vqa_files", **files, "num_images": placeholder(int)})
+    config.data = ConfigDict({"kind": "conversations", **files, "num_images": placeholder(int)})
     return config.lock()
