@@ -45,6 +45,7 @@ EXTRAS = {
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "ray": ["ray[default]>=2.40"],
+    "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
     "eval": ["lmms-eval>=0.5"],
 }

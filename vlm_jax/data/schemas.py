@@ -222,7 +222,7 @@ class Reader:
             other = next((item["type"] for item in items if item["type"] != "text"), None)
             if other is not None:
                 raise ValueError(
-                    f"{where}: an {other} in a turn of the {role}; they are only allowed in turns of the user"
+                    f"{where}: {other} in a turn of the {role}; images are only allowed in turns of the user"
                 )
             return [_text("".join(item["text"] for item in items))]
         return items

@@ -144,9 +144,9 @@ def _holds_turns(value: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def misspelt(name: str, known: tuple[str, ...]) -> str | None:
     """The known key of which a name is a misspelling; keys of two letters have none."""
-    near = [(edits(name, key), key) for key in known if len(key) > MOST_EDITS]
-    best = min(near, default=(MOST_EDITS + 1, ""))
-    return best[1] if best[0] <= MOST_EDITS else None
+    near = [(edits(name, key), abs(len(name) - len(key)), key) for key in known if len(key) > MOST_EDITS]
+    best = min(near, default=(MOST_EDITS + 1, 0, ""))
+    return best[-1] if best[0] <= MOST_EDITS else None
 
 
 def edits(first: str, second: str) -> int:

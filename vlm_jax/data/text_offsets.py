@@ -105,6 +105,12 @@ def array_spans(file: LocalFile, start: int) -> Spans:
         depths = depth + np.cumsum(_DEPTH[part[others]])
         closed = np.flatnonzero(depths == 0)
         if len(closed):
+            last = offset + int(others[closed[0]])
+            if part[last - offset] != ord("]"):
+                commas = others[: closed[0]][(part[others] == ord(","))[: closed[0]] & (depths[: closed[0]] == 1)]
+                raise Unbalanced(
+                    "a bracket of another kind ends it", last, _between([*marks, offset + commas], last + 1)
+                )
             others, depths = others[: closed[0] + 1], depths[: closed[0] + 1]
             end = offset + int(others[-1])
         marks.append(offset + others[(part[others] == ord(",")) & (depths == 1)])
