@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vlm_jax
 from configs import finetune
 from tests.contracts import releases
 from vlm_jax.build import build
@@ -55,6 +56,13 @@ def data(tmp_path_factory):
 def release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("release")
     releases.make("qwen2_5_vl", folder)
+    path = folder / "chat_template.jinja"
+    video = "{% elif c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\n{% else %}{{ c['text'] }}"
+    said = path.read_text()
+    assert said.count("\n{% else %}{{ c['text'] }}") == 1
+    path.write_text(said.replace("\n{% else %}{{ c['text'] }}", "\n" + video))
+    limits = {"size": {"shortest_edge": 256, "longest_edge": 2048}, "patch_size": 4, "merge_size": 2}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(limits))
     return folder
 
 
@@ -90,10 +98,18 @@ def test_a_video_takes_its_places_of_a_row(release, data):
     experiment = build(config)
     stage = parse_schedule(tuple(config.schedule), config.stages)[0].stage
     row = rows(experiment, stage, 0)[0]
+    messages = [
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what moves?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "x"}]},
+    ]
+    alone = vlm_jax.from_pretrained(release).processor(messages, videos=[data / "clip.mp4"], targets=True)
+    (segment,) = {int(number) for number in row.segment_ids[row.visual_index >= 0]}
     assert int(row.segment_ids.max()) == 2
-    # 4 of 8 frames at 2 a second, two a slot; blocks of 28 pixels.
-    slots, blocks = 2, (SIZE[0] // 28) * (SIZE[1] // 28)
-    assert int((row.visual_index >= 0).sum()) == slots * blocks
+    place = row.segment_ids == segment
+    for name in ("tokens", "positions", "visual_index", "targets", "loss_weights"):
+        np.testing.assert_array_equal(getattr(row, name)[place], getattr(alone, name)[alone.segment_ids > 0])
+    count = int((alone.images.segment_ids > 0).sum())
+    np.testing.assert_array_equal(row.images.patches[0, :count], alone.images.patches[0, :count])
 
 
 def test_faults_of_the_data_are_named_before_the_workdir_is_claimed(release, data, one_device, tmp_path):

@@ -46,7 +46,7 @@ def media(value: Any, folder: str) -> Media:
     Raises:
       ValueError: another value, or a URL of the web.
     """
-    if isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:
+    if not isinstance(value, str) and isinstance(value, Mapping) and set(value) <= {"bytes", "path"}:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if isinstance(value, bytes | Member):
         return value
@@ -58,7 +58,9 @@ def media(value: Any, folder: str) -> Media:
         raise ValueError(f"{_short(value)} is on the web; download it and name the file")
     if value.startswith("file://"):
         value = urllib.parse.unquote(urllib.parse.urlsplit(value).path)
-    return os.path.join(folder, os.path.expanduser(value)) if "://" not in value else value
+    elif "://" in value:
+        return value
+    return os.path.join(folder, os.path.expanduser(value) if value[0] == "~" else value)
 
 
 def content(reference: Media) -> str | bytes:

@@ -162,6 +162,8 @@ class Reader:
     def _place(self, schema: str, turns: list[Turn], kind: str, files: list[Media]) -> None:
         """Compares the items of a kind with its files, and puts files without items first."""
         items = [item for _, content, _ in turns for item in content if item["type"] == kind]
+        if not items and not files:
+            return
         inside = [item.pop(kind) for item in items if kind in item]
         tag = next(text for text, of_kind in self.spelling.placeholders.items() if of_kind == kind)
         if inside:
@@ -190,8 +192,22 @@ class Reader:
     def _turn(self, where: str, name: str, turn: Any) -> Turn:
         if not isinstance(turn, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(turn).__name__}")
-        turn = {key: value for key, value in turn.items() if value is not None}
+        speaker_key, text_key = self._turn_keys(where, name, turn)
+        speaker, content = turn[speaker_key], turn[text_key]
+        if not isinstance(speaker, str) or speaker not in self.spelling.roles:
+            known = self.spelling.roles
+            raise ValueError(f"{where}: unknown speaker {speaker!r}{did_you_mean(str(speaker), known)}")
+        role = self.spelling.roles[speaker]
+        further = {key: _number(f"{where}: {key}", turn[key]) for key in PASSED_ON if turn.get(key) is not None}
+        return role, self.items(where, role, content), further
+
+    def _turn_keys(self, where: str, name: str, turn: Fields) -> tuple[str, str]:
+        """The keys of a turn's speaker and text, both of which it has."""
         spellings = self.spelling.turn_keys
+        for pair in spellings:
+            if len(turn) == 2 and pair[0] in turn and pair[1] in turn:
+                return pair
+        turn = {key: value for key, value in turn.items() if value is not None}
         speaker_key, text_key = max(reversed(spellings), key=lambda pair: sum(key in turn for key in pair))
         for other in (key for pair in spellings for key in pair if key not in (speaker_key, text_key)):
             if other in turn:
@@ -203,13 +219,7 @@ class Reader:
         for key in (speaker_key, text_key):
             if key not in turn:
                 raise ValueError(f"{where}: key '{key}' is missing")
-        speaker, content = turn[speaker_key], turn[text_key]
-        if not isinstance(speaker, str) or speaker not in self.spelling.roles:
-            known = self.spelling.roles
-            raise ValueError(f"{where}: unknown speaker {speaker!r}{did_you_mean(str(speaker), known)}")
-        role = self.spelling.roles[speaker]
-        further = {key: _number(f"{where}: {key}", turn[key]) for key in PASSED_ON if key in turn}
-        return role, self.items(where, role, content), further
+        return speaker_key, text_key
 
     def items(self, where: str, role: str, content: Any) -> list[Fields]:
         """The items of a message's content, a text or a list."""
@@ -229,6 +239,8 @@ class Reader:
 
     def _parts(self, where: str, role: str, text: str) -> list[Fields]:
         """A text with its placeholders."""
+        if not any(tag in text for tag in self.spelling.placeholders):
+            return [_text(text)]
         pieces = self.spelling.placeholder.split(text)
         if role != "user" and len(pieces) > 1:
             raise ValueError(
