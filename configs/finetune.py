@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "max_corrupt": 0,
             "max_pixels": 100_000_000,
             "evaluation_size": placeholder(int),
-            "max_checked": 1_000_000,
+            "max_checked": 200_000,
         }
     )
     return config.lock()

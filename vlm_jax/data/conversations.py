@@ -84,7 +84,7 @@ class Conversations:
     max_corrupt: int = 0
     max_pixels: int = 100_000_000
     evaluation_size: int | None = None
-    max_checked: int = 1_000_000
+    max_checked: int = 200_000
 
     streams = STREAMS
     cells = None

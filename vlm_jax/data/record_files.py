@@ -16,7 +16,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.schemas import Reader, Record
 from vlm_jax.data.spelling import Notes, Spelling
-from vlm_jax.data.stores import MalformedRecords, open_store
+from vlm_jax.data.stores import MalformedRecords, files_of, open_store
 
 MOST_REPORTED = 20  # faulty records that one error lists
 FILES_IN_MEMORY = 16
@@ -38,7 +38,7 @@ class Rules:
     tasks: tuple[str, ...]
     num_images: int | None = None
     spelling: Spelling = dataclasses.field(default_factory=Spelling)
-    max_checked: int = 1_000_000
+    max_checked: int = 200_000
 
 
 class RecordFile:
@@ -59,7 +59,7 @@ class RecordFile:
         self._store = open_store(path, key)
         if not len(self._store):
             raise ConfigError(f"config.data.{key}: '{path}' has no record")
-        self._repeated = np.zeros(0, np.int64)
+        self._repeated, self._numbers_all = np.zeros(0, np.int64), False
         self._check()
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class RecordFile:
         number, place = str(self._store.number(index)), np.searchsorted(self._repeated, index)
         if record.record_id is None:
             return dataclasses.replace(record, record_id=number)
-        if place < len(self._repeated) and self._repeated[place] == index:
+        if self._numbers_all or (place < len(self._repeated) and self._repeated[place] == index):
             return dataclasses.replace(record, record_id=f"{record.record_id}@{number}")
         return record
 
@@ -126,7 +126,7 @@ class RecordFile:
         self._repeated = np.asarray(indices)[again]
         if count > most:
             _log.info("%s: %d of %d records were checked; the others are when they are read", self.path, most, count)
-            self._repeated = np.arange(count)  # ids of the others are not known
+            self._numbers_all = True  # ids of the others are not known
         if notes.cut:
             _log.warning("%s: %d records begin with an assistant's turn, which is omitted", self.path, notes.cut)
         if notes.ignored:
@@ -151,10 +151,12 @@ def open_records(path: str, rules: Rules, key: str) -> RecordFile:
 
 def _state(path: str) -> list[Any]:
     """What changes with the files of a path; empty where there are none."""
-    folder, name = os.path.split(path)
-    found = sorted(map(os.fspath, epath.Path(folder or ".").glob(name))) if "*" in path else [path]
-    if "://" in path:
-        stats = [epath.Path(one).stat() for one in found if epath.Path(one).exists()]
-        return [found, [[stat.length, str(stat.mtime)] for stat in stats]]
-    local = [os.stat(os.path.expanduser(one)) for one in found if os.path.exists(os.path.expanduser(one))]
-    return [found, [[stat.st_ino, stat.st_size, stat.st_mtime_ns] for stat in local]]
+    stats = []
+    for file in files_of(path):
+        if "://" in file and epath.Path(file).exists():
+            stat = epath.Path(file).stat()
+            stats.append([file, stat.length, str(stat.mtime)])
+        elif "://" not in file and os.path.exists(file):
+            local = os.stat(file)
+            stats.append([file, local.st_ino, local.st_size, local.st_mtime_ns])
+    return stats

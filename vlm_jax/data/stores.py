@@ -209,17 +209,23 @@ def open_store(path: str, key: str) -> Store:
       ConfigError: there is no such file, or it is a folder.
       MalformedRecords: it is not text in UTF-8, is damaged, or has another format.
     """
-    if "*" in path:
-        folder, name = os.path.split(path)
-        paths = sorted(os.fspath(found) for found in epath.Path(folder or ".").glob(name))
-        if not paths:
-            raise ConfigError(f"config.data.{key}: no file matches '{path}'")
-        return Shards(path, [_open(found, key) for found in paths])
-    return _open(path, key)
+    paths = files_of(path)
+    if not paths:
+        raise ConfigError(f"config.data.{key}: no file matches '{path}'")
+    return Shards(path, [_open(found, key) for found in paths]) if "*" in path else _open(paths[0], key)
+
+
+def files_of(path: str) -> list[str]:
+    """The files of a path or a pattern, with the home folder in place of `~`."""
+    whole = os.fspath(epath.Path(path).expanduser())
+    if "*" not in path:
+        return [whole]
+    folder, name = os.path.split(whole)
+    return sorted(os.fspath(found) for found in epath.Path(folder or ".").glob(name))
 
 
 def _open(path: str, key: str) -> Store:
-    source = epath.Path(path).expanduser()
+    source = epath.Path(path)
     if not source.exists():
         raise ConfigError(f"config.data.{key}: there is no file '{path}'")
     if source.is_dir():

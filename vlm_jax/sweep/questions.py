@@ -10,6 +10,7 @@ from etils import epath
 from vlm_jax.config import ConfigError
 from vlm_jax.data.conversations import Conversations, EvaluationSamples, Records, drawn, num_questions
 from vlm_jax.data.source import Tools
+from vlm_jax.data.stores import files_of
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.image import image_size, open_image
 from vlm_jax.processors.layout import SequenceTooLong
@@ -43,7 +44,7 @@ class Questions:
         num_samples: int | None = None,
         seed: int = 0,
     ):
-        if not epath.Path(path).exists():
+        if not files_of(path) or not epath.Path(files_of(path)[0]).exists():
             raise ConfigError(f"--data: there is no file '{path}'")
         files = Conversations(None, path, channels=channels, num_images=None, tasks=tasks)
         measured = functools.partial(video_size, sampling=frame_sampler)
