@@ -13,7 +13,7 @@ stands for all files that match it, in the order of their names.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -313,12 +313,3 @@ def _looks_like(error: json.JSONDecodeError) -> str:
     if "NaN" in text or text[:1] not in "{[":
         return f"; expected {FORMATS}"
     return ""
-
-
-def elements(store: Store, *, whole: bool = False) -> Iterator[tuple[int, Any]]:
-    """Records in order, with the ValueError in place of one that cannot be read."""
-    for index in range(len(store)):
-        try:
-            yield index, store.fields(index, whole=whole)
-        except ValueError as error:
-            yield index, error
