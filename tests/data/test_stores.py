@@ -205,6 +205,16 @@ def test_a_file_of_another_kind_is_named_with_its_line_and_the_fix(content, mess
         open_records(str(tmp_path / "set"), RULES, "train_path")
 
 
+def test_the_home_folder_stands_for_itself_in_paths_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "set.jsonl").write_text(
+        json.dumps(said("q", image="~/a.png")) + "\n" + json.dumps(said("q", image="b.png"))
+    )
+    for path in ("~/set.jsonl", "~/*.jsonl"):
+        records = open_records(path, RULES, "train_path")
+        assert [record.images for record in records] == [(f"{tmp_path}/a.png",), (f"{tmp_path}/b.png",)]
+
+
 def test_a_folder_and_a_pattern_without_files_are_refused_by_their_key(tmp_path):
     with pytest.raises(
         ConfigError, match=r"config\.data\.train_path: '.*' is a folder; name a file, or a pattern such"

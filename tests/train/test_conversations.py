@@ -42,6 +42,8 @@ def data(tmp_path_factory):
     for number, count in enumerate(COUNTS):
         question = "<image>\n" * count + f"what is {number}?"
         said = [{"from": "human", "value": question}, {"from": "gpt", "value": "x"}]
+        if not number:
+            said[1]["weight"] = 1.0  # is passed on
         images = [f"{index}.png" for index in range(count)]
         given = {} if not count else {"image": images[0] if count == 1 else images}
         records.append({"id": str(number), "conversations": said, "model": "m", **given})

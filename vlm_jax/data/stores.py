@@ -169,7 +169,7 @@ class Shards:
     """Several files as one."""
 
     def __init__(self, path: str, stores: Sequence[Store]):
-        self.path, self.folder, self.noun = path, os.path.dirname(path), stores[0].noun
+        self.path, self.folder, self.noun = path, stores[0].folder, stores[0].noun
         self._stores, self._ends = stores, np.cumsum([len(store) for store in stores])
 
     def __len__(self) -> int:
@@ -310,6 +310,6 @@ def _looks_like(error: json.JSONDecodeError) -> str:
         return "; the object goes on over several lines: write one object a line, or a JSON array of them"
     if error.msg == "Extra data" and text.count("}{") + text.count("}\r{"):
         return "; several objects are on the line: write one a line"
-    if "NaN" in text or text[:1] not in "{[":
+    if text[:1] not in "{[":
         return f"; expected {FORMATS}"
     return ""
