@@ -40,11 +40,12 @@ EXTRAS = {
         "pytest-xdist>=3.6",
     ],
     # Live reference models. The Makefile installs a fixed torch, and torchvision, first; see TORCH there.
-    "parity": ["torch>=2.6", "transformers>=5.24"],
+    "parity": ["pyarrow>=17.0", "torch>=2.6", "transformers>=5.24"],
     "dev": ["import-linter>=2.5", "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
     "ray": ["ray[default]>=2.40"],
+    "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
     "eval": ["lmms-eval>=0.5"],
 }

@@ -1,8 +1,8 @@
-r"""Fine-tunes a release on your own images and questions, with its processor and chat template.
+r"""Fine-tunes a release on your own conversations about images, with its processor and chat template.
 
     python -m vlm_jax.cli.train --config=configs/finetune.py --workdir=run \
         --config.release=llava-hf/llava-1.5-7b-hf \
-        --config.data.train_path=train.jsonl --config.data.evaluation_path=evaluation.jsonl
+        --config.data.train_path=train.json --config.data.evaluation_path=evaluation.json
 
 `--config.token_budget=64 --config.reducer.kind=visionzip` trains with fewer visual tokens, and
 `--config.connector.kind=resampler` with another connector, randomly initialised.
@@ -48,6 +48,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.processor = ConfigDict({"max_pixels": placeholder(int), "max_length": placeholder(int)})
     config.row.update({"text_length": placeholder(int), "length": 2048, "images": 1})
     config.evaluation = ConfigDict({"batch_size": 16, "question_length": placeholder(int), "max_new_tokens": 64})
-    files = {"train_path": "train.jsonl", "evaluation_path": "evaluation.jsonl"}
-    config.data = ConfigDict({"kind": "vqa_files", **files, "num_images": placeholder(int)})
+    config.data = ConfigDict(
+        {
+            "kind": "conversations",
+            "train_path": "train.jsonl",
+            "evaluation_path": "evaluation.jsonl",
+            "mixture": {},  # files by name, {"path": "a.json", "weight": 2.0}, instead of train_path
+            "num_images": placeholder(int),
+            "tasks": ("vqa",),
+            "columns": {},
+            "tags": {},
+            "max_corrupt": 0,
+            "max_pixels": 100_000_000,
+            "evaluation_size": placeholder(int),
+            "max_checked": 200_000,
+        }
+    )
     return config.lock()

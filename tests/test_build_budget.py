@@ -197,7 +197,7 @@ def test_a_small_picture_is_enlarged_to_its_least():
 
 def test_clips_of_any_length_come_from_files(tmp_path):
     config = made(4, frames=2)
-    section = {"kind": "vqa_files", "train_path": "a", "evaluation_path": "b", "channels": 1, "num_images": None}
+    section = {"kind": "conversations", "train_path": "a", "evaluation_path": "b", "channels": 1, "num_images": None}
     config.data = ConfigDict(section)
     assert build(config).num_frames == 2
     config.processor.frames = None

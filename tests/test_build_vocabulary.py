@@ -26,7 +26,9 @@ def config(backend, tmp_path):
     config.processor.tokenizer = str(tmp_path / "tokenizer.json")
     config.processor.special_tokens = ConfigDict(TOKENS)
     config.processor.update({"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
-    config.data = ConfigDict({"kind": "vqa_files", "train_path": "train.jsonl", "evaluation_path": "evaluation.jsonl"})
+    config.data = ConfigDict(
+        {"kind": "conversations", "train_path": "train.jsonl", "evaluation_path": "evaluation.jsonl"}
+    )
     return config
 
 

@@ -454,12 +454,14 @@ class Sample:
       messages: the conversation, with an item `{"type": "image"}` for every image; the last message is the answer.
       images: uint8 images of any size, [height, width, channels], in the order of their items.
       task: determines the metric of the answer; any text for data sets with a single task.
+      videos: a path or the bytes of each video file, in the order of their items.
     """
 
     sample_id: str
     messages: tuple[Message, ...]
     images: tuple[np.ndarray, ...] = ()
     task: str = "vqa"
+    videos: tuple[str | bytes, ...] = ()
 
     @property
     def question(self) -> str:
@@ -479,11 +481,13 @@ class SampleSizes:
     Attributes:
       sample_id, messages: as of `Sample`.
       sizes: (height, width) of each picture, pixels.
+      videos: (number of sampled frames, height, width) of each video.
     """
 
     sample_id: str
     messages: tuple[Message, ...]
     sizes: tuple[tuple[int, int], ...] = ()
+    videos: tuple[tuple[int, int, int], ...] = ()
 
 
 def text_of(message: Message) -> str:

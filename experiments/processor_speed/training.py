@@ -50,7 +50,11 @@ def config_of(folder: Path, batch_size: int, steps: int, workers: int) -> Config
     config = base.get_config()
     config.token_budget = 49
     config.data = ConfigDict(
-        {"kind": "vqa_files", "train_path": str(folder / "train.jsonl"), "evaluation_path": str(folder / "test.jsonl")}
+        {
+            "kind": "conversations",
+            "train_path": str(folder / "train.jsonl"),
+            "evaluation_path": str(folder / "test.jsonl"),
+        }
     )
     statistics_ = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     config.processor.update({"image_size": (224, 224), "filter": "bicubic", "independent_turns": False, **statistics_})

@@ -1,191 +1,248 @@
-"""Files of conversations in every schema: what is parsed, and which records are rejected."""
+"""Files of visual questions: what is read, what a corrupt image does, and which lines are rejected."""
 
-import gzip
+import dataclasses
 import json
 import logging
 
+import numpy as np
 import pytest
 
-from vlm_jax.data.vqa_records import MalformedRecords, read_records
-
-IMAGE = {"type": "image"}
-
-
-def text(value):
-    return {"type": "text", "text": value}
-
-
-def user(*content):
-    return {"role": "user", "content": list(content)}
+from vlm_jax.config import ConfigError, parse
+from vlm_jax.data import SOURCES
+from vlm_jax.data.conversations import TooManyCorruptImages
+from vlm_jax.data.record_files import Rules, open_records
+from vlm_jax.data.source import Tools
+from vlm_jax.data.stores import MalformedRecords
+from vlm_jax.types import images_of, text_of
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
+def read_image(path, *, channels, max_pixels):
+    """An image of the number that its file holds; a file without a number is corrupt."""
+    with open(path) as file:
+        value = int(file.read())
+    assert max_pixels == 1000
+    return np.full((2, 3, channels), value, np.uint8)
 
 
-def llava(*values, **fields):
-    """A record as LLaVA writes it: human and gpt take turns."""
-    turns = [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
-    return {"id": "x", "conversations": turns, **fields}
-
-
-def read(folder, *records, name="set.jsonl", num_images=None):
-    path = folder / name
-    array = name.endswith(".json")
-    path.write_text(json.dumps(records, indent=1) if array else "\n".join(map(json.dumps, records)))
-    return read_records(str(path), ("vqa", "chat"), num_images, "train_path")
-
-
-@pytest.mark.parametrize(
-    ("value", "num_images", "content"),
-    [
-        ("<image>\nWhat?", 1, [IMAGE, text("What?")]),
-        ("What?\n<image>", 1, [text("What?"), IMAGE]),
-        ("What?\n<image>\n<image>", 2, [text("What?"), IMAGE, IMAGE]),
-        ("<image>", 1, [IMAGE]),
-        ("What?", 2, [IMAGE, IMAGE, text("What?")]),
-        ("What?", 0, [text("What?")]),
-        ("Is <image> like <image>\n?", 2, [text("Is "), IMAGE, text(" like "), IMAGE, text("?")]),
-        ("A: <image>\nB: <image>\nSo?", 2, [text("A: "), IMAGE, text("B: "), IMAGE, text("So?")]),
-    ],
+TOOLS = Tools(
+    format_box=lambda *a: "",
+    read_image=read_image,
+    image_size=lambda path, *, max_pixels: read_image(path, channels=3, max_pixels=max_pixels).shape[:2],
+    prepare_image=lambda image: image,
+    video_size=lambda path, *, max_pixels: (4, 2, 3),
 )
-def test_images_stand_where_the_placeholders_are_or_first(tmp_path, value, num_images, content):
-    record = llava(value, "An answer.", image=[f"{place}.png" for place in range(num_images)])
-    (made,) = read(tmp_path, record)
-    assert made.messages == (user(*content), assistant("An answer."))
-    assert made.images == tuple(f"{tmp_path}/{place}.png" for place in range(num_images))
 
 
-def test_images_of_later_turns_and_a_system_turn(tmp_path):
-    record = llava("<image>\nOne?", "1", "<image>\nTwo?", "2", image=["a.png", "b.png"], task="chat")
-    record["conversations"].insert(0, {"from": "system", "value": "Be brief."})
-    (made,) = read(tmp_path, record)
-    assert made.messages == (
-        {"role": "system", "content": "Be brief."},
-        *(user(IMAGE, text("One?")), assistant("1"), user(IMAGE, text("Two?")), assistant("2")),
-    )
-    assert made.task == "chat"
+def write(folder, name, count, corrupt=()):
+    (folder / "images").mkdir(exist_ok=True)
+    lines = []
+    for number in range(count):
+        picture = folder / "images" / f"{name}{number}"
+        picture.write_text("broken" if number in corrupt else str(number))
+        record = {
+            "id": number,
+            "image": f"images/{name}{number}",
+            "question": f"q{number}",
+            "answer": f"a{number}",
+        }
+        lines.append(json.dumps(record))
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
 
 
-@pytest.mark.parametrize("name", ["set.json", "set.jsonl"])
-def test_every_schema_and_spelling_gives_the_same_messages(tmp_path, name):
-    spoken = [
-        ("human", "user", "<image>\nq"),
-        ("gpt", "assistant", "a"),
-        ("human", "user", "r"),
-        ("gpt", "assistant", "b"),
+def opened(folder, corrupt=(), **options):
+    section = {
+        "train_path": write(folder, "train", 10, corrupt),
+        "evaluation_path": write(folder, "test", 6, corrupt),
+        "max_pixels": 1000,
+        **options,
+    }
+    return parse(SOURCES["conversations"], section, "config.data").open(TOOLS)
+
+
+def numbers(dataset, count):
+    return [int(dataset[index].images[0][0, 0, 0]) for index in range(count)]
+
+
+def test_a_sample_is_its_line_and_its_image(tmp_path):
+    source = opened(tmp_path, channels=1)
+    samples = list(source.evaluation(seed=0))
+    assert [int(sample.images[0].max()) for sample in samples] == list(range(6))
+    assert [(sample.question, sample.answer, sample.task) for sample in samples] == [
+        (f"q{number}", f"a{number}", "vqa") for number in range(6)
     ]
-    records = read(
-        tmp_path,
-        {"id": 1, "image": "i.png", "turns": [["q", "a"], ["r", "b"]]},
-        {"id": 2, "image": "i.png", "conversations": [{"from": s, "value": v} for s, _, v in spoken]},
-        {"id": 3, "image": ["i.png"], "conversations": [{"role": r, "content": v} for _, r, v in spoken]},
-        {"id": 4, "image": "i.png", "conversations": [{"from": r, "value": v} for _, r, v in spoken], "model": ""},
-        name=name,
-        num_images=1,
-    )
-    assert [record.record_id for record in records] == ["1", "2", "3", "4"]
-    for record in records:
-        assert record.messages == (user(IMAGE, text("q")), assistant("a"), user(text("r")), assistant("b"))
-        assert record.task == "vqa"
-        assert record.images == (f"{tmp_path}/i.png",)
+    assert samples[4].sample_id == f"{tmp_path}/test.jsonl:4"
+    assert samples[4].images[0].shape == (2, 3, 1)
+    assert source.tasks == ("vqa",)
+    assert source.channels == 1
 
 
-def test_a_question_and_its_answer_with_two_images_and_a_literal_placeholder(tmp_path):
-    (made,) = read(tmp_path, {"id": 1, "image": ["a", "b"], "question": "what is <image>?", "answer": "<image>"})
-    assert made.messages == (user(IMAGE, IMAGE, text("what is <image>?")), assistant("<image>"))
+def test_training_goes_through_every_record_once_an_epoch_in_another_order(tmp_path):
+    stream = opened(tmp_path).train("questions", seed=1)
+    read = numbers(stream, 30)
+    for epoch in range(3):
+        assert sorted(read[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert read[:10] != read[10:20]
+    assert read == numbers(opened(tmp_path).train("questions", seed=1), 30)
+    assert read != numbers(opened(tmp_path).train("questions", seed=2), 30)
 
 
-@pytest.mark.parametrize("image", [None, "", []])
-def test_a_conversation_without_a_picture(tmp_path, image):
-    records = read(tmp_path, llava("Hello.", "Hi."), llava("Hello.", "Hi.", id="y", image=image))
-    assert [record.images for record in records] == [(), ()]
-    assert records[1].messages == (user(text("Hello.")), assistant("Hi."))
-
-
-def test_repeated_ids_of_conversations_are_told_apart_by_their_line(tmp_path):
-    records = read(tmp_path, llava("q", "a"), llava("r", "b"), llava("s", "c", id="y"))
-    assert [record.record_id for record in records] == ["x", "x@2", "y"]
-    assert [record.record_id for record in read(tmp_path, *[llava("q", "a")] * 2, name="set.json")] == ["x", "x@1"]
-
-
-def test_an_answer_before_the_first_question_is_left_out_with_a_warning(tmp_path, caplog):
-    record = llava("Hello.", "Hi.")
-    record["conversations"].insert(0, {"from": "gpt", "value": "Yes?"})
+def test_a_corrupt_image_is_named_counted_once_and_skipped(tmp_path, caplog):
+    source = opened(tmp_path, corrupt=(3, 4), max_corrupt=2)
+    whole = numbers(opened(tmp_path / "..", max_corrupt=2).train("questions", seed=1), 30)
+    opened(tmp_path, corrupt=(3, 4), max_corrupt=2)
     with caplog.at_level(logging.WARNING):
-        records = read(tmp_path, record, llava("q", "a"))
-    assert records[0].messages == (user(text("Hello.")), assistant("Hi."))
-    assert "1 records begin with an assistant's turn" in caplog.text
+        read = numbers(source.train("questions", seed=1), 30)
+    # Records 3 and 4 are replaced by the next that can be read; nothing else moves.
+    assert read == [5 if number in (3, 4) else number for number in whole]
+    assert sorted(source.trained["train_path"][0].corrupt) == ["3", "4"]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    assert sum("record '3' skipped" in warning and "'broken'" in warning for warning in warnings) == 1
+    assert "(2 of at most 2)" in warnings[1]
 
 
-def test_gzip_and_a_byte_order_mark_are_read(tmp_path):
-    (tmp_path / "set.json.gz").write_bytes(gzip.compress(json.dumps([llava("é", "a")], ensure_ascii=False).encode()))
-    (tmp_path / "set.jsonl").write_text(json.dumps(llava("é", "a")), encoding="utf-8-sig")
-    for name in ("set.json.gz", "set.jsonl"):
-        (record,) = read_records(str(tmp_path / name), ("vqa",), None, "train_path")
-        assert record.messages[0] == user(text("é"))
+def test_one_corrupt_image_too_many_is_an_error_that_names_them_all(tmp_path):
+    stream = opened(tmp_path, corrupt=(2, 5, 7), max_corrupt=2).train("questions", seed=0)
+    with pytest.raises(TooManyCorruptImages, match=r"3 records .* config\.data\.max_corrupt=2") as caught:
+        numbers(stream, 10)
+    for number in (2, 5, 7):
+        assert f"\n  {number}: invalid literal" in str(caught.value)
 
 
-def turn(**fields):
-    return {"id": "x", "conversations": [fields, {"from": "gpt", "value": "a"}]}
+def test_the_limit_is_no_corrupt_image_by_default_and_a_missing_file_counts(tmp_path):
+    source = opened(tmp_path)
+    (tmp_path / "images" / "test2").unlink()
+    with pytest.raises(TooManyCorruptImages, match=r"test\.jsonl: 1 records .* over config\.data\.max_corrupt=0"):
+        list(source.evaluation(seed=0))
+
+
+def test_a_file_without_any_readable_image_is_an_error_below_the_limit(tmp_path):
+    stream = opened(tmp_path, corrupt=range(10), max_corrupt=50).train("questions", seed=0)
+    with pytest.raises(TooManyCorruptImages, match=r"train\.jsonl: no record has a readable image"):
+        stream[0]
+
+
+def test_the_evaluation_leaves_corrupt_records_out_and_can_be_read_again(tmp_path):
+    evaluation = opened(tmp_path, corrupt=(1,), max_corrupt=1).evaluation(seed=0)
+    for _ in range(2):
+        assert [int(sample.images[0].max()) for sample in evaluation] == [0, 2, 3, 4, 5]
+
+
+def test_a_smaller_evaluation_is_drawn_by_the_seed_in_the_order_of_the_file(tmp_path):
+    drawn = [
+        [int(s.images[0].max()) for s in opened(tmp_path, evaluation_size=3).evaluation(seed=seed)]
+        for seed in (0, 0, 1, 2, 3, 4)
+    ]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(indices) for indices in drawn}) > 1
+    assert all(indices == sorted(set(indices)) and len(indices) == 3 for indices in drawn)
+
+
+def test_turns_of_a_conversation_are_trained_together_and_asked_one_by_one(tmp_path):
+    source = opened(tmp_path, tasks=("chat", "yes_no"))
+    line = {
+        "id": "c",
+        "image": ["images/test0", "images/test1"],
+        "turns": [["x", "1"], ["y", "2"]],
+        "task": "yes_no",
+    }
+    (tmp_path / "test.jsonl").write_text(json.dumps(line))
+    (tmp_path / "train.jsonl").write_text(json.dumps(line))
+    settings = dataclasses.replace(source.settings, num_images=2)
+    asked = list(settings.open(TOOLS).evaluation(seed=0))
+    assert [sample.sample_id.split(":")[1] for sample in asked] == ["c#1", "c#2"]
+    assert [sample.question for sample in asked] == ["x", "y"]
+    assert {sample.task for sample in asked} == {"yes_no"}
+    assert all(len(sample.images) == 2 and len(sample.messages) == 2 for sample in asked)
+    assert all(images_of(sample.messages[0]) == [{"type": "image"}] * 2 for sample in asked)
+    (record,) = open_records(str(tmp_path / "test.jsonl"), Rules(("chat", "yes_no"), 2), "train_path")
+    assert [text_of(message) for message in record.messages] == ["x", "1", "y", "2"]
+
+
+def test_the_last_answer_of_a_conversation_is_the_reference_and_the_rest_its_prompt(tmp_path):
+    source = opened(tmp_path)
+    turns = [("system", "be brief"), ("human", "<image>\nx"), ("gpt", "1"), ("human", "<image>"), ("gpt", "2")]
+    line = {
+        "id": "c",
+        "image": ["images/test3", "images/test4"],
+        "conversations": [{"from": speaker, "value": value} for speaker, value in turns],
+    }
+    (tmp_path / "test.jsonl").write_text(json.dumps(line))
+    settings = dataclasses.replace(source.settings, num_images=None)
+    (asked,) = settings.open(TOOLS).evaluation(seed=0)
+    assert asked.sample_id == f"{tmp_path}/test.jsonl:c"
+    assert [int(image.max()) for image in asked.images] == [3, 4]
+    assert [message["role"] for message in asked.messages] == ["system", *["user", "assistant"] * 2]
+    assert [len(images_of(message)) for message in asked.messages] == [0, 1, 0, 1, 0]
+    assert [text_of(message) for message in asked.messages] == ["be brief", "x", "1", "", "2"]
+    assert (asked.question, asked.answer) == ("", "2")
+
+
+GOOD = {"id": "g", "image": "a.png", "question": "q", "answer": "a"}
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("line", "message"),
     [
-        (llava("<image>\nq", "a"), "1 placeholders <image>, but 0 images"),
-        (llava("<image>\nq", "a", image=["a", "b"]), "1 placeholders <image>, but 2 images"),
-        (llava("<image>q", "a", "<image>", "b", image="a"), "2 placeholders <image>, but 1 images"),
-        (llava("q", "<image>", image="a"), "turn 2: <image> in a turn of the assistant"),
-        (llava("q"), "an assistant last and a system turn only first, got user$"),
-        (llava("q", "a", "r"), "got user, assistant, user$"),
+        ('{"id": "x", ', "not JSON: "),
+        ("[1, 2]", "expected a JSON object, got list"),
+        (json.dumps({**GOOD, "id": "x", "imge": "b"}), "unknown key 'imge'; did you mean 'image'"),
+        (json.dumps({"id": "x", "question": "q", "answer": "a"}), "0 images, but config.data.num_images is 1"),
+        (json.dumps({**GOOD, "id": 1.5}), "id: expected a string or an integer, got 1.5"),
+        (json.dumps({**GOOD, "id": "x", "image": []}), "0 images, but config.data.num_images is 1"),
+        (json.dumps({**GOOD, "id": "x", "image": [""]}), "image: expected a path, a data URL or bytes, got ''"),
+        (json.dumps({**GOOD, "id": "x", "image": ["a", "b"]}), "2 images, but config.data.num_images is 1"),
+        (json.dumps({**GOOD, "id": "x", "task": "chat"}), "task 'chat' is not one of config.data.tasks: vqa"),
+        (json.dumps({**GOOD, "id": "x", "turns": [["q", "a"]]}), "both 'turns' and 'question' are given"),
+        (json.dumps({"id": "x", "image": "a", "turns": []}), "turns: expected a list of .* pairs"),
         (
-            {"id": "x", "conversations": [*llava("q", "a")["conversations"]] * 2 + [{"from": "system", "value": "s"}]},
-            "system$",
+            json.dumps({"id": "x", "image": "a", "turns": [["q"]]}),
+            "expected a question and an answer, .* got \\['q'\\]",
         ),
-        ({"id": "x", "conversations": [{"from": "gpt", "value": "a"}]}, "alternating user and assistant .* got $"),
-        ({"id": "x", "conversations": []}, r"conversations: expected a list of turns, got \[\]"),
-        ({"id": "x", "conversation": []}, "unknown key 'conversation'; did you mean 'conversations'"),
-        (llava("q", "a", imge="b"), "unknown key 'imge'; did you mean 'image'"),
-        (llava("q", "a", question="b"), "both 'conversations' and 'question' are given"),
-        (llava("q", "a", image=[1]), r"image: expected a path or a list of paths, got \[1\]"),
-        ({"conversations": llava("q", "a")["conversations"]}, "key 'id' is missing"),
-        (turn(**{"from": "humn", "value": "q"}), "turn 1: unknown speaker 'humn'; did you mean 'human'"),
-        (turn(role="user", value="q"), "turn 1: unknown key 'value'; known here: content, role"),
-        (turn(**{"from": "human", "valu": "q"}), "turn 1: unknown key 'valu'; did you mean 'value'"),
-        (turn(role="user"), "turn 1: key 'content' is missing"),
-        (turn(**{"from": "human", "value": ""}), "turn 1: expected a non-empty string, got ''"),
-        ({"id": "x", "conversations": ["q", "a"]}, "turn 1: expected a JSON object, got str"),
+        (json.dumps({"id": "x", "image": "a", "question": "q"}), "key 'answer' is missing"),
+        (json.dumps({**GOOD, "id": "x", "answer": ""}), ".* two non-empty strings, got"),
     ],
 )
-def test_a_faulty_conversation_is_named_by_line_or_index(tmp_path, record, message):
-    with pytest.raises(MalformedRecords, match=rf"1 lines .*\n.*set\.jsonl:2: .*{message}"):
-        read(tmp_path, llava("q", "a", id="y"), record)
-    with pytest.raises(MalformedRecords, match=rf"1 elements .*\n.*set\.json\[1\]: .*{message}"):
-        read(tmp_path, llava("q", "a", id="y"), record, name="set.json")
+def test_a_faulty_line_is_named_when_the_file_is_opened(tmp_path, line, message):
+    path = tmp_path / "set.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
+    with pytest.raises(MalformedRecords, match=rf"1 lines .*\n.*set\.jsonl:3: {message}"):
+        open_records(str(path), Rules(("vqa",), 1), "train_path")
 
 
-def test_all_faults_of_an_array_are_in_one_error(tmp_path):
-    with pytest.raises(MalformedRecords) as caught:
-        read(tmp_path, "a line", llava("q", "a"), llava("q"), name="set.json")
-    lines = str(caught.value).split("\n")
-    assert lines[0] == "2 elements are not valid records of visual questions:"
-    assert lines[1].endswith("set.json[0]: expected a JSON object, got str")
-    assert "set.json[2]: " in lines[2]
-    with pytest.raises(MalformedRecords, match=r"set\.jsonl:1: 0 images, but config\.data\.num_images is 1"):
-        read(tmp_path, llava("q", "a"), num_images=1)
+def test_all_faulty_lines_are_reported_together(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text("\n".join(["nonsense"] * 23))
+    with pytest.raises(MalformedRecords, match=r"(?s)23 lines .*:1: .*:20: .*and 3 more"):
+        open_records(str(path), Rules(("vqa",), 1), "train_path")
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("options", "message"),
     [
-        (b'[{"id": 1},\n{"id": 2]', r"set\.json:2: not a JSON array"),
-        (b"\xff\xfe", r"set\.json: expected UTF-8 text"),
-        (gzip.compress(b"[]" * 99, mtime=0)[:-9], r"set\.json: expected UTF-8 text, plain or compressed by gzip"),
+        ({"channels": 4}, r"config\.data\.channels: .* got 4"),
+        ({"tasks": ()}, r"config\.data\.tasks: expected at least one"),
+        ({"num_images": 0}, r"config\.data\.num_images: expected at least 1"),
+        ({"max_corrupt": -1}, r"config\.data\.max_corrupt: expected 0 or more"),
+        ({"evaluation_size": 0}, r"config\.data\.evaluation_size: expected at least 1"),
+        ({"train_path": "nowhere.jsonl"}, r"config\.data\.train_path: there is no file 'nowhere\.jsonl'"),
     ],
 )
-def test_a_file_that_is_no_text_or_no_array_is_named(tmp_path, content, message):
-    path = tmp_path / "set.json"
-    path.write_bytes(content)
-    with pytest.raises(MalformedRecords, match=message):
-        read_records(str(path), ("vqa",), None, "train_path")
+def test_settings_that_cannot_be_met_are_refused_by_their_key(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path, **options)
+
+
+def test_training_and_evaluation_may_not_be_the_same_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.data\.evaluation_path: is train_path"):
+        opened(tmp_path, evaluation_path=str(tmp_path / "train.jsonl"))
+
+
+def test_a_file_without_records_and_an_unknown_stream_are_refused(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match=r"config\.data\.evaluation_path: '.*empty\.jsonl' has no record"):
+        opened(tmp_path, evaluation_path=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ConfigError, match="conversations: no stream 'cells'; known here: questions"):
+        opened(tmp_path).train("cells", seed=0)

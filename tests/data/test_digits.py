@@ -20,7 +20,11 @@ def prepare_image(image):
 
 
 TOOLS = Tools(
-    format_box=format_box, read_image=lambda path: None, image_size=lambda path: None, prepare_image=prepare_image
+    format_box=format_box,
+    read_image=lambda path: None,
+    image_size=lambda path: None,
+    prepare_image=prepare_image,
+    video_size=lambda path: None,
 )
 SMALL = {"rows": 3, "cols": 4, "page_size": 48, "variants": 1, "evaluation_size": 20}
 

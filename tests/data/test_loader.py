@@ -69,6 +69,7 @@ def test_digit_pages_are_made_again_from_seed_and_step():
         format_box=lambda box, height, width: str(box),
         read_image=lambda path: None,
         image_size=lambda path: None,
+        video_size=lambda path: None,
         prepare_image=lambda image: image.astype(np.float32),
     )
     source = Digits(variants=0).open(tools)

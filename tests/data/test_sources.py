@@ -17,10 +17,11 @@ from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.tiles import FixedTilesViews
+from vlm_jax.processors.video import video_size
 from vlm_jax.types import RowShape, Sample, text_of
 
 
-def vqa_files_section(folder):
+def conversations_section(folder):
     rng = np.random.default_rng(0)
     for name in ("train", "test"):
         lines = []
@@ -43,7 +44,7 @@ def vqa_files_section(folder):
 
 SECTIONS = {
     "digits": lambda folder: {"variants": 1, "evaluation_size": 4},
-    "vqa_files": vqa_files_section,
+    "conversations": conversations_section,
 }
 
 
@@ -61,7 +62,9 @@ def test_every_kind_is_under_contract():
 def test_a_source_keeps_its_contract(kind, tmp_path, processor):
     settings = parse(SOURCES[kind], SECTIONS[kind](tmp_path), "config.data")
     assert isinstance(settings, Settings)
-    source = settings.open(Tools(format_box, open_image, image_size, lambda image: normalize(image, (0.5,), (0.5,))))
+    source = settings.open(
+        Tools(format_box, open_image, image_size, lambda image: normalize(image, (0.5,), (0.5,)), video_size)
+    )
     assert isinstance(source, Source)
     assert (source.tasks, source.channels, source.streams) == (
         settings.tasks,

@@ -11,8 +11,8 @@ from PIL import Image
 
 from tests.train.conftest import tiny_config
 from vlm_jax.build import build
+from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.loader import batch_at, batches
-from vlm_jax.data.vqa_files import TooManyCorruptImages
 from vlm_jax.train.input import rows
 from vlm_jax.train.stages import parse_schedule
 
@@ -31,7 +31,7 @@ def files(folder, cut=()):
     with config.unlocked():
         config.schedule = ("answering",)
         paths = {"train_path": str(folder / "train.jsonl"), "evaluation_path": str(folder / "test.jsonl")}
-        config.data = ConfigDict({"kind": "vqa_files", "channels": 1, **paths})
+        config.data = ConfigDict({"kind": "conversations", "channels": 1, **paths})
     (span,) = parse_schedule(tuple(config.schedule), {"answering": config.stages.answering})
     return rows(build(config), span.stage, 0)
 

@@ -14,7 +14,7 @@ from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.tiles import InternVLViews
-from vlm_jax.processors.video import RateSampler, SegmentSampler, read_video, uniform_frames
+from vlm_jax.processors.video import RateSampler, SegmentSampler, read_video, uniform_frames, video_size
 from vlm_jax.types import PatchFormat
 
 from .test_processor import processor, say
@@ -97,6 +97,17 @@ def turned(file, degrees):
     start = file.index(b"tkhd") + 4 + 4 + 5 * 4 + 2 * 4 + 4 * 2
     matrix = struct.pack(">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30)
     return file[:start] + matrix + file[start + 36 :]
+
+
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_the_size_of_a_file_is_that_of_its_frames(degrees):
+    source = turned(video(30, 10), degrees)
+    frames, _ = read_video(source, RateSampler())
+    assert video_size(source, RateSampler()) == (len(frames), frames[0].height, frames[0].width)
+    with pytest.raises(CorruptImage, match=r"clip: its frames have 32x48 pixels, more than max_pixels=9"):
+        video_size(source, RateSampler(), max_pixels=9, name="clip")
+    with pytest.raises(CorruptImage, match="clip: "):
+        video_size(source[:100], RateSampler(), name="clip")
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])

@@ -40,18 +40,14 @@ def write_release(folder) -> None:
 
 
 def write_questions(path, answers) -> None:
-    """One record a list of answers, each with an image and as many questions as answers, in LLaVA's schema."""
+    """One record a list of answers, each with an image and as many independent questions as answers."""
     rng = np.random.default_rng(0)
     lines = []
     for number, of_record in enumerate(answers):
         image = f"{number}.png"
         Image.fromarray(rng.integers(0, 256, (24, 30, 3), np.uint8)).save(path.parent / image)
-        turns = []
-        for turn, answer in enumerate(of_record):
-            question = f"what is {turn}?"
-            asked = f"<image>\n{question}" if not turn else question
-            turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
-        lines.append(json.dumps({"id": str(number), "image": image, "conversations": turns}))
+        turns = [[f"what is {turn}?", answer] for turn, answer in enumerate(of_record)]
+        lines.append(json.dumps({"id": str(number), "image": image, "turns": turns}))
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -12,6 +12,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.evals.vqa import wilson_interval
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.video import RateSampler
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
 from vlm_jax.sweep.questions import Questions
 from vlm_jax.system import System
@@ -163,11 +164,11 @@ def test_what_is_refused_before_anything_is_written(evaluation, tmp_path, change
 
 
 def test_questions_from_any_number_on_and_of_drawn_records(released):
-    questions = Questions(str(released[1]), 3)
+    questions = Questions(str(released[1]), 3, RateSampler())
     whole = [sample.sample_id for sample in questions.start_at(0)]
     assert len(questions) == len(whole) == 5
     for start in range(6):
         assert [sample.sample_id for sample in questions.start_at(start)] == whole[start:]
-    drawn = Questions(str(released[1]), 3, num_samples=2)
+    drawn = Questions(str(released[1]), 3, RateSampler(), num_samples=2)
     of_records = {sample.sample_id.split(":")[-1].split("#")[0] for sample in drawn.start_at(0)}
     assert len(of_records) == 2 and {sample.sample_id for sample in drawn.start_at(0)} <= set(whole)

@@ -77,7 +77,7 @@ def run(folder, one_device, tmp_path_factory):
 def test_rows_of_any_number_of_pictures_have_one_structure(folder, kind):
     reducer = {"kind": kind, "positions": "keep"} if kind == "visionzip" else {"kind": kind}
     experiment = build(config_of(folder, reducer=reducer, token_budget=None if kind == "none" else 4))
-    records = experiment.open_source().train_records
+    records, _ = experiment.open_source().trained["train_path"]
     rows = [experiment.training_row(records[number]) for number in range(3)]
     assert len({str(jax.tree.structure(row)) for row in rows}) == 1
     shapes = {tuple(np.shape(leaf) for leaf in jax.tree.leaves(row)) for row in rows}

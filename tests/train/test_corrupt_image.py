@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.train.conftest import tiny_config
 from vlm_jax.build import build
-from vlm_jax.data.vqa_files import TooManyCorruptImages
+from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.loop import Trainer
 from vlm_jax.types import text_of
@@ -33,7 +33,7 @@ def config(tmp_path):
     with config.unlocked():
         config.data = ConfigDict(
             {
-                "kind": "vqa_files",
+                "kind": "conversations",
                 "train_path": str(tmp_path / "train.jsonl"),
                 "evaluation_path": str(tmp_path / "test.jsonl"),
                 "channels": 1,

@@ -63,7 +63,7 @@ def config(released, tmp_path):
     config.encoder = ConfigDict(section("vit", module.encoder))
     config.connector = ConfigDict(section("pixel_shuffle", module.connector, "features", "factor"))
     config.decoder = ConfigDict(section("transformer", module.decoder))
-    config.data = ConfigDict({"kind": "vqa_files"})
+    config.data = ConfigDict({"kind": "conversations"})
     config.data.update({f"{name}_path": str(tmp_path / f"{name}.jsonl") for name in ("train", "evaluation")})
     statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     config.processor.update(

@@ -46,7 +46,7 @@ def experiment_of(kind, num_images=1, budget=12):
         else:
             config.processor.update(VIEWED[kind])
         if num_images > 1:
-            section = {"kind": "vqa_files", "train_path": "a", "evaluation_path": "b", "channels": 1}
+            section = {"kind": "conversations", "train_path": "a", "evaluation_path": "b", "channels": 1}
             config.data = ConfigDict({**section, "num_images": num_images})
         config.schedule = ("answering",)
         del config.stages["seeing"]

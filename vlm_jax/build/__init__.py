@@ -5,6 +5,7 @@ connector's fields from the token budget, widths and vocabulary from each other.
 """
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Example, Processor
 from vlm_jax.processors.reduction import Reduction
-from vlm_jax.processors.video import uniform_frames
+from vlm_jax.processors.video import uniform_frames, video_size
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.initial import Init, boxed_shapes, draw, init_of
 from vlm_jax.system import Budget, System
@@ -79,7 +80,8 @@ class Experiment:
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
-        return self.source.open(Tools(format_box, open_image, image_size, self.prepare_image))
+        measured = functools.partial(video_size, sampling=self.system.processor.frame_sampler)
+        return self.source.open(Tools(format_box, open_image, image_size, self.prepare_image, measured))
 
     def prepare_image(
         self, image: UInt8[np.ndarray, "height width given"]
@@ -104,7 +106,8 @@ class Experiment:
         """
         messages, images = sample.messages if targets else sample.messages[:-1], list(sample.images)
         if self.num_frames is None:
-            return self.system.processor.example(messages, images, targets=targets, name=sample.sample_id)
+            videos = list(sample.videos)
+            return self.system.processor.example(messages, images, videos, targets=targets, name=sample.sample_id)
         if not images:
             raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no image")
         chosen = uniform_frames(len(images), self.num_frames)
@@ -117,7 +120,7 @@ class Experiment:
         Raises:
           As `Processor.measure`, naming the sample.
         """
-        messages, sizes, clips = sample.messages, list(sample.sizes), []
+        messages, sizes, clips = sample.messages, list(sample.sizes), [VideoSize(*size) for size in sample.videos]
         if self.num_frames is not None:
             if not sizes:
                 raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no picture")

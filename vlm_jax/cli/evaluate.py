@@ -11,7 +11,9 @@ from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
 from vlm_jax.sweep.failures import summary
 
 RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisation/name on the Hugging Face hub.")
-DATA = flags.DEFINE_string("data", None, "A JSONL file of questions, or LLaVA's JSON, next to its images.")
+DATA = flags.DEFINE_string(
+    "data", None, "A file of conversations: LLaVA's JSON, JSONL, parquet, …; its last answers are asked."
+)
 REDUCERS = flags.DEFINE_list(
     "reducers", ["none"], "Training-free token reducers; none is the release unchanged, and bounded by each budget."
 )

@@ -14,9 +14,9 @@ from vlm_jax.checkpoints.hub import CheckpointFileError
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
 from vlm_jax.checkpoints.orbax import CheckpointError
 from vlm_jax.config import ConfigError
+from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.packing import StalePlan
-from vlm_jax.data.vqa_files import TooManyCorruptImages
-from vlm_jax.data.vqa_records import MalformedRecords
+from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError

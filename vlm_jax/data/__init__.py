@@ -4,7 +4,7 @@ A source is selected by its kind in `SOURCES`, whose entries are settings classe
 
     settings = parse(SOURCES[kind], section, "config.data")   # checked; nothing is read yet
     settings.tasks, settings.channels, settings.streams       # known before anything is read
-    source = settings.open(Tools(format_box=..., read_image=..., image_size=..., prepare_image=...))
+    source = settings.open(Tools(format_box=..., read_image=..., image_size=..., ...))
     source.train(stream, seed)          # endless grain.MapDataset; element i depends on (seed, i)
     source.sized(stream, seed)          # the same stream, and the sizes of its samples before pixels are decoded
     source.evaluation(seed, stream)     # finite, fixed by seed, can be iterated again
@@ -19,13 +19,13 @@ one row; "cells" yields `CellBatch`es of one page. `loader.batches` and `loader.
 | kind | streams | what it is |
 |---|---|---|
 | digits | questions, text_pages, cells | pages composed of real handwritten digits, no file needed |
-| vqa_files | questions | a JSONL file of questions and answers next to its images |
+| conversations | questions | files of conversations about pictures and videos, in the common formats; mixtures |
 
 An image that cannot be read is skipped by the source, up to a limit, and replaced by the next
 record: the numbering of elements and the batches of other hosts do not change.
 """
 
+from vlm_jax.data.conversations import Conversations
 from vlm_jax.data.digits import Digits
-from vlm_jax.data.vqa_files import VqaFiles
 
-SOURCES = {"digits": Digits, "vqa_files": VqaFiles}
+SOURCES = {"digits": Digits, "conversations": Conversations}

@@ -25,12 +25,14 @@ class Tools:
 
     Attributes:
       format_box: (box in pixels, height, width) -> the box as text; `processors.boxes.format_box`.
-      read_image: (path, *, channels, max_pixels) -> uint8 [height, width, channels]; raises OSError
-        or ValueError for a file without a usable image; `processors.image.open_image`.
-      image_size: (path, *, max_pixels) -> its upright (height, width), by its header; raises likewise;
-        `processors.image.image_size`.
+      read_image: (path, *, channels, max_pixels), or (bytes, …, name=…) -> uint8 [height, width, channels]; raises
+        OSError or ValueError for a file without a usable image; `processors.image.open_image`.
+      image_size: (path, *, max_pixels), or (bytes, …, name=…) -> its upright (height, width), by its header; raises
+        likewise; `processors.image.image_size`.
       prepare_image: uint8 [height, width, channels] -> the encoder's float32 pixels;
         `Experiment.prepare_image`.
+      video_size: (path, *, max_pixels), or (bytes, …, name=…) -> (number of sampled frames, height, width), without
+        decoding frames; raises likewise; `processors.video.video_size`.
     """
 
     format_box: Callable[..., str]
@@ -39,6 +41,7 @@ class Tools:
     prepare_image: Callable[
         [UInt8[np.ndarray, "height width channels"]], Float[np.ndarray, "new_height new_width new_channels"]
     ]
+    video_size: Callable[..., tuple[int, int, int]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Videos: frame sampling and decoding."""
 
+import contextlib
 import dataclasses
 import io
 import math
 import os
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -93,6 +95,47 @@ def read_video(
       FileNotFoundError: there is no such file.
       CorruptImage: it has no video that can be decoded, or the frames are too large.
     """
+    with _opened(source, name) as (container, name):
+        stream, total, fps = _counted(container, max_pixels, name)
+        container.seek(0)
+        chosen = sampling.chosen(total, fps)
+        wanted, frames = set(chosen.tolist()), {}
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                frames[number] = _upright(frame.to_image(), frame.rotation)
+            if number == chosen[-1]:
+                break
+    if len(frames) < len(wanted):
+        raise CorruptImage(
+            f"{name}: {len(frames)} of {len(wanted)} chosen frames could be decoded; the file is truncated"
+        )
+    return [frames[number] for number in chosen.tolist()], len(chosen) / total * fps
+
+
+def video_size(
+    source: str | os.PathLike | bytes,
+    sampling: FrameSampler,
+    *,
+    max_pixels: int = 100_000_000,
+    name: str = "video",
+) -> tuple[int, int, int]:
+    """(number of frames, height, width) that `read_video` would give; of the frames only the first is decoded.
+
+    Args and errors as of `read_video`.
+    """
+    with _opened(source, name) as (container, name):
+        stream, total, fps = _counted(container, max_pixels, name)
+        container.seek(0)
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise CorruptImage(f"{name}: no frame can be decoded")
+        height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
+        return len(sampling.chosen(total, fps)), height, width
+
+
+@contextlib.contextmanager
+def _opened(source: str | os.PathLike | bytes, name: str) -> Iterator[tuple[Any, str]]:
+    """A container and its name for messages; FFmpeg's errors become CorruptImage."""
     import av  # FFmpeg's libraries, only needed for videos
 
     if not isinstance(source, bytes):
@@ -100,33 +143,26 @@ def read_video(
         source = epath.Path(source).read_bytes()
     try:
         with av.open(io.BytesIO(source), "r") as container:
-            if not container.streams.video:
-                raise CorruptImage(f"{name}: no video stream")
-            stream = container.streams.video[0]
-            if stream.width * stream.height > max_pixels:
-                raise CorruptImage(
-                    f"{name}: its frames have {stream.height}x{stream.width} pixels, more than max_pixels={max_pixels}"
-                )
-            fps = float(stream.average_rate or stream.guessed_rate or 0)
-            # The number of frames in headers may be missing or wrong; packets are counted without decoding.
-            total = sum(packet.size > 0 for packet in container.demux(stream))
-            if not total or not fps:
-                raise CorruptImage(f"{name}: {total} frames at {fps} frames per second")
-            container.seek(0)
-            chosen = sampling.chosen(total, fps)
-            wanted, frames = set(chosen.tolist()), {}
-            for number, frame in enumerate(container.decode(stream)):
-                if number in wanted:
-                    frames[number] = _upright(frame.to_image(), frame.rotation)
-                if number == chosen[-1]:
-                    break
+            yield container, name
     except av.FFmpegError as error:
         raise CorruptImage(f"{name}: {type(error).__name__}: {error}") from error
-    if len(frames) < len(wanted):
+
+
+def _counted(container: Any, max_pixels: int, name: str) -> tuple[Any, int, float]:
+    """The video stream of a container, its number of frames, and frames per second."""
+    if not container.streams.video:
+        raise CorruptImage(f"{name}: no video stream")
+    stream = container.streams.video[0]
+    if stream.width * stream.height > max_pixels:
         raise CorruptImage(
-            f"{name}: {len(frames)} of {len(wanted)} chosen frames could be decoded; the file is truncated"
+            f"{name}: its frames have {stream.height}x{stream.width} pixels, more than max_pixels={max_pixels}"
         )
-    return [frames[number] for number in chosen.tolist()], len(chosen) / total * fps
+    fps = float(stream.average_rate or stream.guessed_rate or 0)
+    # The number of frames in headers may be missing or wrong; packets are counted without decoding.
+    total = sum(packet.size > 0 for packet in container.demux(stream))
+    if not total or not fps:
+        raise CorruptImage(f"{name}: {total} frames at {fps} frames per second")
+    return stream, total, fps
 
 
 def _upright(picture: Image.Image, degrees: int) -> Image.Image:

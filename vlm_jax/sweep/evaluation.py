@@ -50,7 +50,7 @@ class ReleaseEvaluation:
 
     Attributes:
       release: a released folder, or `organisation/name` on the Hugging Face hub.
-      data: a file of questions, see `data.vqa_records`.
+      data: a file of conversations, see `data.stores` and `data.schemas`.
       reducers: names of `REDUCERS`; `none` is the release unchanged, and bounded by each budget if possible.
       budgets: visual tokens of an image.
       batch_size: prompts per batch.
@@ -160,6 +160,7 @@ class Evaluation:
         self._questions = Questions(
             settings.data,
             processor.views.channels,
+            processor.frame_sampler,
             tasks=settings.tasks,
             num_samples=settings.num_samples,
             seed=settings.seed,
@@ -224,6 +225,7 @@ class Evaluation:
             params,
             [sample.messages[:-1] for sample in filled],
             [sample.images for sample in filled],
+            [sample.videos for sample in filled],
             max_new_tokens=self._settings.max_new_tokens,
             names=[f"sample '{sample.sample_id}'" for sample in filled],
         )
@@ -247,7 +249,7 @@ class Evaluation:
     def _result(self, point: ReleasePoint, tally: Tally, seconds: Sequence[float]) -> Line:
         """One line of `results.jsonl`; FLOPs are of the first sample, times exclude the batch that compiles."""
         sample = first_with_images(self._questions.start_at(0))
-        batch = point.system.processor.batch([sample.messages[:-1]], [sample.images])
+        batch = point.system.processor.batch([sample.messages[:-1]], [sample.images], [sample.videos])
         timed = seconds[1:]
         return {
             "label": point.label,

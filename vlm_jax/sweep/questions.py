@@ -1,5 +1,6 @@
 """The questions of a release's evaluation, read from any number on, so that it resumes where it was interrupted."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -7,52 +8,51 @@ import numpy as np
 from etils import epath
 
 from vlm_jax.config import ConfigError
+from vlm_jax.data.conversations import Conversations, EvaluationSamples, Records, drawn, num_questions
 from vlm_jax.data.source import Tools
-from vlm_jax.data.vqa_files import EvaluationSamples, Records, VqaFiles
-from vlm_jax.data.vqa_records import Record
+from vlm_jax.data.stores import files_of
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.image import image_size, open_image
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Sample
+from vlm_jax.processors.video import FrameSampler, video_size
+from vlm_jax.types import Sample, text_of
 
 
 class Questions:
     """The questions of a file, checked when made; pictures are read as samples are iterated.
 
     Args:
-      path: of the file, as of `data.vqa_records`.
+      path: of the file, as of `data.stores`.
       channels: of the model's pictures, 1 or 3.
+      frame_sampler: of the model's videos.
       tasks: names that a record's `task` may have; the first is the default.
       num_samples: records that are drawn; None for all.
       seed: of that draw.
 
     Raises:
-      ConfigError, MalformedRecords: as of `read_records`.
+      ConfigError, MalformedRecords: as of `data.record_files.RecordFile`.
     """
 
     def __init__(
         self,
         path: str,
         channels: int,
+        frame_sampler: FrameSampler,
         *,
         tasks: tuple[str, ...] = ("vqa",),
         num_samples: int | None = None,
         seed: int = 0,
     ):
-        if not epath.Path(path).exists():
+        if not files_of(path) or not epath.Path(files_of(path)[0]).exists():
             raise ConfigError(f"--data: there is no file '{path}'")
-        files = VqaFiles("", path, channels=channels, num_images=None, tasks=tasks)
-        self._records = Records(
-            path, files, "evaluation_path", Tools(format_box, open_image, image_size, lambda image: image)
-        )
-        count, size = len(self._records), num_samples
-        chosen = np.arange(count)
-        if size is not None and size < count:
-            chosen = np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
-        self._indices: list[int] = chosen.tolist()
-        self._chosen = [self._records.records[index] for index in self._indices]
-        self._ends = list(itertools.accumulate(map(_num_questions, self._chosen)))
+        files = Conversations(None, path, channels=channels, num_images=None, tasks=tasks)
+        measured = functools.partial(video_size, sampling=frame_sampler)
+        tools = Tools(format_box, open_image, image_size, lambda image: image, measured)
+        self._records = Records(path, files, tools, key="evaluation_path")
+        self._indices = drawn(len(self._records), num_samples, seed)
+        counts = (num_questions(self._records.records[index]) for index in self._indices)
+        self._ends = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
         """Questions, of which a record may have several."""
@@ -66,15 +66,11 @@ class Questions:
 
     def check_references(self, tokenizer: Tokenizer, max_new_tokens: int) -> None:
         """Raises a SequenceTooLong for a reference answer that no generated answer could equal."""
-        for record in self._chosen:
-            for text in (parts[0] for role, parts in record.contents if role == "assistant"):
-                length = len(tokenizer.encode(str(text))) + 1
+        for record in (self._records.records[index] for index in self._indices):
+            for message in record.messages[1::2] if record.independent else record.messages[-1:]:
+                length = len(tokenizer.encode(text_of(message))) + 1
                 if length > max_new_tokens:
                     raise SequenceTooLong(
                         f"record '{record.record_id}': its reference answer has {length} tokens with the end token, "
                         f"over the limit of {max_new_tokens}; raise --max_new_tokens"
                     )
-
-
-def _num_questions(record: Record) -> int:
-    return sum(role == "user" for role, _ in record.contents)

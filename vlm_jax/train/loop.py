@@ -118,6 +118,7 @@ class Trainer:
 
     Raises:
       ConfigError: an invalid stage, or a workdir of another config.
+      MalformedRecords: data that cannot be used.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Trainer:
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
         self._boxed = experiment.boxed_shapes()
         self._check_stages()
+        experiment.open_source()  # faults of the data are named before weights are read
         claim(self.workdir, config)
         self._stop = False
 

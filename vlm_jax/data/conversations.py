@@ -1,0 +1,376 @@
+"""Conversations about any number of pictures and videos, in files of the common formats, as a data source.
+
+`stores` describes the formats, `schemas` what a record may say. Records are checked when the source is opened; they are
+read again, with their pictures, as samples.
+"""
+
+import dataclasses
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import grain
+import numpy as np
+
+from vlm_jax.config import ConfigError, did_you_mean
+from vlm_jax.data import media
+from vlm_jax.data.media import Media
+from vlm_jax.data.mixture import Part, mixed
+from vlm_jax.data.packing import fingerprint
+from vlm_jax.data.record_files import Rules, open_records
+from vlm_jax.data.schemas import Record
+from vlm_jax.data.source import SizedStream, Tools
+from vlm_jax.data.spelling import Spelling
+from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of
+
+Found = TypeVar("Found")
+
+STREAMS = ("questions",)
+_log = logging.getLogger(__name__)
+
+
+class TooManyCorruptImages(RuntimeError):
+    """More records without a readable image than `max_corrupt`; the message names all of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MixturePart:
+    """A file of a mixture, `config.data.mixture.NAME`.
+
+    Attributes:
+      path: of the file.
+      weight: its share of the elements, relative to the other weights.
+      columns, tags: as of `Conversations`, where they differ from those.
+    """
+
+    path: str
+    weight: float = 1.0
+    columns: dict[str, str] | None = None
+    tags: dict[str, str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversations:
+    """Settings of a set of files, keys of config.data.
+
+    Attributes:
+      train_path: file to train on, or a pattern with `*`, local or `gs://`; None where nothing trains, or `mixture`
+        names the files.
+      evaluation_path: file of the evaluation; not a training file. The last answer of a record is the reference, what
+        is before it the prompt.
+      mixture: files to train on by name, with weights, instead of `train_path`.
+      channels: 1 (grey) or 3 (RGB), to which images are converted.
+      num_images: images of every record; None for any number.
+      tasks: allowed values of a record's `task`.
+      columns, tags: names of keys and speakers, as in `spelling.Spelling`.
+      max_corrupt: maximum number of records without a readable image or video in each of the files; they are skipped,
+        each with a warning. Each input worker counts separately.
+      max_pixels: height * width above which an image counts as corrupt.
+      evaluation_size: records to evaluate, sampled by the seed; None for all.
+      max_checked: records of a file that are checked when it is opened, evenly spread over it; the others when they are
+        read.
+    """
+
+    train_path: str | None
+    evaluation_path: str
+    mixture: dict[str, MixturePart] = dataclasses.field(default_factory=dict)
+    channels: int = 3
+    num_images: int | None = 1
+    tasks: tuple[str, ...] = ("vqa",)
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    tags: dict[str, str] = dataclasses.field(default_factory=dict)
+    max_corrupt: int = 0
+    max_pixels: int = 100_000_000
+    evaluation_size: int | None = None
+    max_checked: int = 200_000
+
+    streams = STREAMS
+    cells = None
+    context_length = 0
+    num_classes = 0
+
+    def __post_init__(self):
+        if self.channels not in (1, 3):
+            raise ConfigError(f"config.data.channels: expected 1 or 3, got {self.channels}")
+        if not self.tasks:
+            raise ConfigError("config.data.tasks: expected at least one task, got none")
+        if self.num_images is not None and self.num_images < 1:
+            raise ConfigError(f"config.data.num_images: expected at least 1, got {self.num_images}")
+        if self.max_corrupt < 0:
+            raise ConfigError(f"config.data.max_corrupt: expected 0 or more, got {self.max_corrupt}")
+        for key in ("evaluation_size", "max_checked"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"config.data.{key}: expected at least 1, got {value}")
+        if self.mixture and self.train_path is not None:
+            raise ConfigError("config.data.train_path: config.data.mixture names the training files; set it to None")
+        for name, part in self.mixture.items():
+            if not 0 < part.weight < float("inf"):
+                raise ConfigError(f"config.data.mixture.{name}.weight: expected more than 0, got {part.weight}")
+        for key, (path, _, _) in self._trained().items():
+            if path == self.evaluation_path:
+                raise ConfigError(f"config.data.evaluation_path: is {key}, {path}; use a separate file")
+        self.rules()
+
+    def rules(self, columns: dict[str, str] | None = None, tags: dict[str, str] | None = None) -> Rules:
+        """What records must satisfy, with other names of keys and speakers where they are given."""
+        columns, tags = (self.columns if columns is None else columns), (self.tags if tags is None else tags)
+        return Rules(self.tasks, self.num_images, Spelling(dict(columns), dict(tags)), self.max_checked)
+
+    def _trained(self) -> dict[str, tuple[str, float, Rules]]:
+        """{key under config.data: (path, weight, rules)} of the training files."""
+        if self.train_path is not None:
+            return {"train_path": (self.train_path, 1.0, self.rules())}
+        return {
+            f"mixture.{name}.path": (part.path, part.weight, self.rules(part.columns, part.tags))
+            for name, part in self.mixture.items()
+        }
+
+    def open(self, tools: Tools) -> "ConversationSource":
+        """Reads and checks all files.
+
+        Raises:
+          ConfigError: a file does not exist, or has no record.
+          MalformedRecords: a file or records of it are not valid.
+        """
+        trained = {
+            key: (Records(path, self, tools, rules, key), weight)
+            for key, (path, weight, rules) in self._trained().items()
+        }
+        return ConversationSource(self, trained, Records(self.evaluation_path, self, tools, key="evaluation_path"))
+
+
+class Records:
+    """Random access to the samples of a file, for grain; skips unreadable records.
+
+    A record without a readable image is named in a warning and counted, once, and is replaced by the
+    next readable record of the file, so that every index has a sample and
+    batches keep their order on every shard.
+    """
+
+    def __init__(self, path: str, settings: Conversations, tools: Tools, rules: Rules | None = None, key: str = "path"):
+        self._path, self._settings, self._tools = path, settings, tools
+        self._corrupt: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self.records = open_records(path, rules or settings.rules(), key)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getstate__(self) -> Fields:
+        """State for another process, which counts unreadable records separately."""
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: Fields) -> None:
+        self.__dict__ |= state
+        self._lock = threading.Lock()
+
+    @property
+    def corrupt(self) -> dict[str, str]:
+        """Records without a readable image so far: id -> reason."""
+        with self._lock:
+            return dict(self._corrupt)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, or the next readable one.
+
+        Raises:
+          TooManyCorruptImages: more than `max_corrupt` records cannot be read, or none can.
+        """
+        for step in range(len(self)):
+            sample = self.read((index + step) % len(self))
+            if sample is not None:
+                return sample
+        raise TooManyCorruptImages(f"{self._path}: no record has a readable image")
+
+    def read(self, index: int) -> Sample | None:
+        """The sample at `index`, or None if an image or the header of a video of it cannot be read.
+
+        Raises:
+          TooManyCorruptImages: more than `max_corrupt` records cannot be read.
+          MalformedRecords: the record was not checked, and is not valid.
+        """
+        record, settings = self.records[index], self._settings
+        read = functools.partial(self._tools.read_image, channels=settings.channels, max_pixels=settings.max_pixels)
+        images = self._of_media(record, record.images, read)
+        if images is None or self._video_sizes(record) is None:
+            return None
+        videos = tuple(media.content(video) for video in record.videos)
+        return Sample(self._name(record), record.messages, images, record.task, videos)
+
+    def sizes(self, index: int) -> SampleSizes | None:
+        """The sample at `index` without its pixels, or None if the header of an image or video cannot be read.
+
+        Raises:
+          As `read`.
+        """
+        record = self.records[index]
+        read = functools.partial(self._tools.image_size, max_pixels=self._settings.max_pixels)
+        sizes, videos = self._of_media(record, record.images, read), self._video_sizes(record)
+        if sizes is None or videos is None:
+            return None
+        return SampleSizes(self._name(record), record.messages, sizes, videos)
+
+    def _name(self, record: Record) -> str:
+        return f"{self._path}:{record.record_id}"
+
+    def _video_sizes(self, record: Record) -> tuple[tuple[int, int, int], ...] | None:
+        read = functools.partial(self._tools.video_size, max_pixels=self._settings.max_pixels)
+        return self._of_media(record, record.videos, read)
+
+    def _of_media(self, record: Record, given: Sequence[Media], read: Callable[..., Found]) -> tuple[Found, ...] | None:
+        try:
+            found = []
+            for one in given:
+                content = media.content(one)
+                found.append(read(content) if isinstance(content, str) else read(content, name=media.name_of(one)))
+            return tuple(found)
+        except (OSError, ValueError) as error:
+            self._count(str(record.record_id), error)
+            return None
+
+    def _count(self, record_id: str, error: Exception) -> None:
+        with self._lock:
+            is_new = record_id not in self._corrupt
+            self._corrupt[record_id] = str(error)
+            corrupt = dict(self._corrupt)
+        limit = self._settings.max_corrupt
+        if is_new:
+            _log.warning(
+                "%s: record '%s' skipped, its image cannot be read: %s (%d of at most %d)",
+                *(self._path, record_id, error, len(corrupt), limit),
+            )
+        if len(corrupt) > limit:
+            listed = "\n".join(f"  {name}: {reason}" for name, reason in corrupt.items())
+            raise TooManyCorruptImages(
+                f"{self._path}: {len(corrupt)} records without a readable image, over "
+                f"config.data.max_corrupt={limit}:\n{listed}\nRepair or remove them, or raise the limit."
+            )
+
+
+class ConversationSource:
+    """Files of conversations, opened."""
+
+    streams = STREAMS
+
+    def __init__(self, settings: Conversations, trained: dict[str, tuple[Records, float]], evaluation_records: Records):
+        self.settings = settings
+        self.tasks = settings.tasks
+        self.channels = settings.channels
+        self.trained = trained
+        self.evaluation_records = evaluation_records
+
+    def train(self, stream: str, seed: int) -> grain.MapDataset[Sample]:
+        """The training records, every file's shuffled by (seed, epoch) and mixed by the weights; endless.
+
+        Raises:
+          ConfigError: no such stream, or no training file.
+        """
+        _check_stream(stream)
+        parts = [Part(key, records, len(records), weight) for key, (records, weight) in self._given().items()]
+        return mixed(parts, seed, log=True)
+
+    def sized(self, stream: str, seed: int) -> SizedStream:
+        """As `Source.sized`; sizes are those in the headers of the images.
+
+        Raises:
+          ConfigError: no such stream.
+        """
+        _check_stream(stream)
+        given = self._given()
+
+        def read_by(name: str, log: bool = False) -> grain.MapDataset[Any]:
+            read = {key: _Elements(getattr(records, name), len(records)) for key, (records, _) in given.items()}
+            return mixed([Part(key, read[key], len(read[key]), given[key][1]) for key in given], seed, log=log)
+
+        epoch = len(next(iter(given.values()))[0]) if len(given) == 1 else None
+        data = {key: [records.records.fingerprint(), weight] for key, (records, weight) in given.items()}
+        return SizedStream(read_by("read", log=True), read_by("sizes"), epoch, fingerprint(data))
+
+    def _given(self) -> dict[str, tuple[Records, float]]:
+        if not self.trained:
+            raise ConfigError(
+                "config.data.train_path: a stage trains on it, and it is None; name the training file, or set "
+                "config.data.mixture"
+            )
+        return self.trained
+
+    def evaluation(self, seed: int, stream: str = "questions") -> "EvaluationSamples":
+        """The evaluation records in the order of the file; see `EvaluationSamples`.
+
+        Images are read again in every iteration; a record without a readable image is omitted.
+
+        Raises:
+          ConfigError: no such stream.
+        """
+        _check_stream(stream)
+        count, size = len(self.evaluation_records), self.settings.evaluation_size
+        return EvaluationSamples(self.evaluation_records, drawn(count, size, seed))
+
+
+def drawn(count: int, size: int | None, seed: int) -> list[int]:
+    """`size` of `count` indices, drawn by the seed, in order; all where that is None."""
+    if size is None or size >= count:
+        return list(range(count))
+    return np.sort(np.random.default_rng(seed).choice(count, size, replace=False)).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Elements:
+    """Random access to what a function reads at each of `count` indices."""
+
+    read: Callable[[int], Any]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSamples:
+    """Samples to answer, read as they are iterated, any number of times.
+
+    A conversation is one sample: its last answer is the reference. Of independent questions each is a sample of its
+    own, named `id#turn`.
+
+    Attributes:
+      records: the records of the file.
+      indices: the records to read, in order.
+    """
+
+    records: Records
+    indices: list[int]
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index in self.indices:
+            sample = self.records.read(index)
+            if sample is None:
+                continue
+            count = num_questions(self.records.records[index])
+            if count == 1:
+                yield sample
+                continue
+            shown = images_of(sample.messages[0])
+            for number in range(count):
+                question, answer = sample.messages[2 * number : 2 * number + 2]
+                messages = (question if not number else _with(question, shown), answer)
+                yield dataclasses.replace(sample, sample_id=f"{sample.sample_id}#{number + 1}", messages=messages)
+
+
+def num_questions(record: Record) -> int:
+    """Samples of the evaluation that a record gives."""
+    return len(record.messages) // 2 if record.independent else 1
+
+
+def _with(question: Message, shown: list[Message]) -> Message:
+    return {**question, "content": [*shown, *question["content"]]}
+
+
+def _check_stream(stream: str) -> None:
+    if stream not in STREAMS:
+        raise ConfigError(f"conversations: no stream '{stream}'{did_you_mean(stream, STREAMS)}")
