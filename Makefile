@@ -8,6 +8,8 @@ VENV ?= .venv
 ARGS ?=
 # A file's tests go to one worker, which makes its fixtures once. tests/golden is one file, one test a folder.
 PYTEST := -n 2 --dist loadfile
+# Without the checks of annotated shapes: `make test` runs the same code under them, and they take a fifth of the time.
+UNCHECKED := --jaxtyping-packages=
 WORKDIR ?= workdir/digits_token_budget
 # A fixed release: an open range takes the newest build, with several GB of CUDA packages. The CPU
 # build serves as well where the package index offers it.
@@ -28,10 +30,10 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST) $(ARGS)
 
 parity: $(VENV)/.parity  ## against live torch models
-	$(BIN)/python -m pytest $(PYTEST) tests/parity $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST) $(UNCHECKED) tests/parity $(ARGS)
 
 golden: $(VENV)/.test  ## against arrays of the official implementations
-	$(BIN)/python -m pytest -n 2 tests/golden $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(UNCHECKED) tests/golden $(ARGS)
 
 processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full disks, several hosts
 	$(BIN)/python -m pytest $(PYTEST) tests/processes $(ARGS)
