@@ -5,7 +5,7 @@ import pytest
 
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.layout import Text
-from vlm_jax.processors.learned import encode_learned, render_learned
+from vlm_jax.processors.learned import Span, encode_learned, render_learned
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.spelled_prompt import DeepSeekVL2Prompt, PromptError, QwenVLPrompt
@@ -48,7 +48,7 @@ def test_templates_of_releases(template, said, split):
     template = ChatTemplate(template, TOKENIZER.names)
     text, spans = render_learned(template, TURNS, TOKENIZER, add_generation_prompt=False)
     assert text == template.render(TURNS, add_generation_prompt=False)
-    assert [text[start:stop] for start, stop in spans] == said
+    assert [text[start:stop] for start, stop, _ in spans] == said
     marks = {"image": "<image>"}
     pieces = TemplatePrompt(template, TOKENIZER, marks, marks, split=split)(
         TURNS, (), add_generation_prompt=False, targets=True
@@ -67,7 +67,7 @@ def test_a_thought_is_learned_and_an_empty_one_that_is_put_in_is_not():
     thinks = [*TURNS[:3], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."}]
     text, spans = render_learned(ChatTemplate(OVIS2_5_TRAINING), thinks, TOKENIZER, add_generation_prompt=False)
     assert "<|im_start|>assistant\n<think>\n\n</think>\n\nA cat.\n<|im_end|>\n" in text
-    assert [text[start:stop] for start, stop in spans] == ["A cat.\n<|im_end|>", thinks[3]["content"] + "<|im_end|>"]
+    assert [text[start:stop] for start, stop, _ in spans] == ["A cat.\n<|im_end|>", thinks[3]["content"] + "<|im_end|>"]
 
 
 def processor():
@@ -103,8 +103,8 @@ def test_what_cannot_be_learned_names_its_sample():
 def test_a_token_across_an_end_is_learned_or_refused():
     tokenizer = Tokenizer(SentencePieceVocabulary(sentencepiece_model(), {}, bos=None, eos=None))
     text = "hello the dog"
-    ids, marked = encode_learned(tokenizer, text, [(len("hello"), len(text))], add_special=False)
+    ids, marked = encode_learned(tokenizer, text, [Span(len("hello"), len(text))], add_special=False)
     assert tokenizer.decode([index for index, each in zip(ids, marked, strict=True) if each]) == "the dog"
     assert tokenizer.decode([index for index, each in zip(ids, marked, strict=True) if not each]) == "hello"
     with pytest.raises(TokenizerError, match=r"a token crosses the start or end of trained text, at 'hello th' \| 'e"):
-        encode_learned(tokenizer, text, [(len("hello th"), len(text))], add_special=False)
+        encode_learned(tokenizer, text, [Span(len("hello th"), len(text))], add_special=False)

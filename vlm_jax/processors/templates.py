@@ -24,19 +24,21 @@ DEEPSEEK = (
 )
 
 
-def chatml(system: str | None, end: str = "<|im_end|>\n") -> str:
+def chatml(system: str | None, end: str = "<|im_end|>\n", head: str = "<|im_start|>{role}\n") -> str:
     """ChatML.
 
     Args:
       system: the default system message; None for none.
       end: text after every message.
+      head: text before it, with `{role}`.
     """
-    opening = "" if system is None else f"<|im_start|>system\n{system}{end}"
+    opening = "" if system is None else f"{head.format(role='system')}{system}{end}"
+    before, after = head.split("{role}")
     return (
         f"{{% if messages[0].role != 'system' %}}{{{{ {opening!r} }}}}{{% endif %}}"
         "{% for message in messages %}"
-        "{{ '<|im_start|>' + message.role + '\n' + message.content + " + repr(end) + " }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        f"{{{{ {before!r} + message.role + {after!r} + message.content + {end!r} }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {head.format(role='assistant')!r} }}}}{{% endif %}}"
     )
 
 
@@ -48,21 +50,24 @@ _INTERNVL2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
 IM_END = "<|im_end|>"
+PHI3_END = "<|end|>"
 INTERNVL = {
     "Hermes-2": chatml(_INTERNVL, IM_END),
     "internlm2-chat": chatml(_INTERNVL, IM_END),
     "internvl2_5": chatml(_INTERNVL2_5),
+    "phi3-chat": chatml(_INTERNVL, PHI3_END, "<|{role}|>\n"),
 }
 
 # AIDC-AI/Ovis2, configuration_ovis.py, QwenConversationFormatter.
 OVIS2 = chatml("You are a helpful assistant.")
 
 # AIDC-AI/Ovis, conversation_formatter.py, Qwen3ConversationFormatter: an answer without a thought is learned after an
-# empty one.
+# empty one. The newline after a last answer is left out.
 OVIS2_5_TRAINING = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
-    "{% if '<think>' not in message.content or '</think>' not in message.content %}{{ '<think>\n\n</think>\n\n' }}"
-    "{% endif %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% if message.loss != false and ('<think>' not in message.content or '</think>' not in message.content) %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% endif %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
     "{% else %}{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

@@ -6,9 +6,18 @@ from collections.abc import Sequence
 
 from vlm_jax.pretrained.family import PretrainedError, check_supported
 from vlm_jax.pretrained.llava import DEFAULTS, TOWERS
-from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, chat_template, end_of_text, pad_id
+from vlm_jax.pretrained.processing.settings import (
+    CLIP_STATISTICS,
+    Folder,
+    chat_template,
+    end_of_text,
+    pad_id,
+    tokenizer_settings,
+)
 from vlm_jax.pretrained.projector import mm_projector
+from vlm_jax.processors import as_released
 from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.learned import Learned
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
@@ -18,6 +27,8 @@ from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Config
 
+# LLaVA, train/train.py, preprocess_multimodal and preprocess_v1.
+LEARNED = Learned(images_first=True)
 FIT = {"pad": "pad", "anyres": "crop", "square": "crop", None: "crop"}
 
 
@@ -26,6 +37,7 @@ def processor(folder: Folder, config: Config) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
     # The tag is not a token of the release: the text before and after it is encoded separately.
     holder = tokenizer.names.get("unk_token", tokenizer.names.get("pad_token", "<unk>"))
+    longest = config.get("tokenizer_model_max_length", config.get("max_sequence_length"))
     prompt = TemplatePrompt(
         chat_template(folder, tokenizer, VICUNA),
         tokenizer,
@@ -33,9 +45,14 @@ def processor(folder: Folder, config: Config) -> Processor:
         tokens={"image": holder},
         split=True,
         joined="\n",
+        learned=LEARNED,
+        released=as_released.vicuna(
+            legacy=tokenizer_settings(folder).get("legacy") is not False,
+            corrected=config["model_type"] != "mobilevlm",
+            limit=longest,
+        ),
     )
     newline = "unpad" in config.get("mm_patch_merge_type", "flat")
-    longest = config.get("tokenizer_model_max_length", config.get("max_sequence_length"))
     return Processor(
         prompt,
         views(config),
