@@ -7,7 +7,7 @@ Not built, because a conversation is refused that the release goes on with:
   - InternVL and LLaVA with another number of tags than pictures, and InternVL's tag that it writes into the first turn;
   - labels on the places of a picture: a tag in an answer, in LLaVA and Qwen-VL;
   - truncation to a maximum length: a conversation is never cut.
-LLaVA's `plain` and `mpt`, and Qwen's older data_qwen.py, are not built either: no folder of a release names them.
+Qwen's older data_qwen.py is not built either: no file of a folder tells which code it was trained with.
 """
 
 import dataclasses
@@ -82,23 +82,49 @@ def vicuna(*, legacy: bool, corrected: bool, limit: int | None) -> Released:
             written += f"{head} {own}{end if number % 2 else ' '}" if own else head
         return before + written
 
-    def learned(tokenizer: Tokenizer, text: str, ids: Ids) -> list[bool]:
-        def count(part: str) -> int:
-            return _count_between(tokenizer, part)
+    less = int(corrected and not legacy)
+    return Released(text, _rounds(separator, end, 2, lambda number: less * (number > 0), limit))
 
-        found, place = [True] * len(ids), 1
-        found[:1] = [False]
-        for number, part in enumerate(text.split(end)):
-            halves = part.split(separator)
+
+def llama2(*, limit: int | None) -> Released:
+    """Rounds that `</s>` ends, each with one `[/INST] `.
+
+    Source: LLaVA, llava/train/train.py, preprocess_llama_2, and llava/conversation.py.
+    """
+
+    def text(template: ChatTemplate, messages: Sequence[Message], variables: Config) -> str:
+        before, written = _opening(template, ""), ""
+        for number, message in enumerate(_alternating(messages)):
+            own = _image_first(message["content"])
+            if number % 2:
+                written += f" {own} </s>" if own else ""
+            elif own or not number:
+                written += f"{'<s>[INST] ' if number else before}{own} [/INST]"
+        return written
+
+    return Released(text, _rounds("[/INST] ", "</s>", 2, lambda number: 0, limit))
+
+
+def mpt(*, legacy: bool, limit: int | None) -> Released:
+    """Turns that `<|im_end|>` ends, in pairs, counted without that token unless the tokenizer adds a start token.
+
+    Source: LLaVA, llava/train/train.py, preprocess_mpt.
+    """
+    end, heads = "<|im_end|>", ("<|im_start|>user\n", "<|im_start|>assistant\n")
+
+    def learned(tokenizer: Tokenizer, text: str, ids: Ids) -> list[bool]:
+        found, place = [True] * len(ids), 0
+        for number, part in enumerate(_pairs(text, end)):
+            halves = part.split(end + heads[1])
             if not part or len(halves) != 2:
                 break
-            less = int(number > 0 and corrected and not legacy)
-            asked = count(halves[0] + separator) - 2 - less
-            found[place : place + asked] = [False] * len(found[place : place + asked])
-            place += count(part) - less
+            more = int(number > 0 and legacy)
+            asked = _count_between(tokenizer, halves[0] + end + heads[1]) - 1 + more
+            found[place : place + asked] = [False] * len(found[place : place + max(asked, 0)])
+            place += _count_between(tokenizer, part) + more
         return _checked(tokenizer, found, place, ids, limit)
 
-    return Released(text, learned)
+    return Released(_chat(heads, end, images_first=True), learned)
 
 
 def hermes2() -> Released:
@@ -210,13 +236,14 @@ def _image_first(text: str) -> str:
     return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text
 
 
-def _chat(heads: tuple[str, str], end: str, stripped: bool = False) -> Callable[..., str]:
+def _chat(heads: tuple[str, str], end: str, stripped: bool = False, images_first: bool = False) -> Callable[..., str]:
     """Turns of a head, a text and an end token, which an empty text lacks."""
 
     def text(template: ChatTemplate, messages: Sequence[Message], variables: Config) -> str:
         written = _opening(template, heads[0])
         for number, message in enumerate(_alternating(messages)):
             own = message["content"].strip() if stripped else message["content"]
+            own = _image_first(own) if images_first else own
             written += heads[number % 2] + (own + end if own else "")
         return written
 
@@ -227,6 +254,33 @@ def _pairs(text: str, end: str) -> list[str]:
     """The opening with the first question and answer, and each further question with its answer."""
     parts = text.split(end)
     return [end.join(parts[:3]), *(end.join(parts[place : place + 2]) for place in range(3, len(parts), 2))]
+
+
+def _rounds(
+    separator: str, end: str, head: int, less: Callable[[int], int], limit: int | None
+) -> Callable[[Tokenizer, str, Ids], list[bool]]:
+    """Labels of parts that `end` ends, each with one separator before its answer.
+
+    Args:
+      separator, end: texts.
+      head: tokens of a separated question that do not count.
+      less: number of the part -> tokens to subtract.
+      limit: of the check of counts.
+    """
+
+    def learned(tokenizer: Tokenizer, text: str, ids: Ids) -> list[bool]:
+        found, place = [True] * len(ids), 1
+        found[:1] = [False]
+        for number, part in enumerate(text.split(end)):
+            halves = part.split(separator)
+            if not part or len(halves) != 2:
+                break
+            asked = _count_between(tokenizer, halves[0] + separator) - head - less(number)
+            found[place : place + asked] = [False] * len(found[place : place + asked])
+            place += _count_between(tokenizer, part) - less(number)
+        return _checked(tokenizer, found, place, ids, limit)
+
+    return learned
 
 
 def _count_between(tokenizer: Tokenizer, text: str) -> int:

@@ -42,14 +42,15 @@ class Learned:
       tokens: tokens that are learned in every turn.
       head: learns the head of an answer, such as `assistant` and a newline.
       crossing: learns a token that begins in an answer's head and ends in the answer, such as one of two newlines.
-      images_first: in training an image is at the start of its turn, before a newline and the stripped text.
+      images_first: in training the images of a turn are at its start, before a newline and the stripped text: "always";
+        "single" where a turn has one image, which is elsewhere; "never".
     """
 
     end: str | None = None
     tokens: tuple[str, ...] = ()
     head: bool = False
     crossing: bool = True
-    images_first: bool = False
+    images_first: Literal["always", "single", "never"] = "never"
 
 
 def answer_weights(messages: Sequence[Message], turns: Turns = "all") -> list[float]:

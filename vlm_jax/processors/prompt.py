@@ -128,7 +128,7 @@ class TemplatePrompt:
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`."""
         with_faults = self.released is not None and targets == AS_RELEASED
-        if targets and self.learned.images_first and not with_faults:
+        if targets and self.learned.images_first != "never" and not with_faults:
             messages = [self._images_first(message) for message in messages]
         if self.joined is not None:
             messages = [{**message, "content": self._content(message.get("content"))} for message in messages]
@@ -180,14 +180,18 @@ class TemplatePrompt:
 
     def _images_first(self, message: Message) -> Message:
         """A message with its images at the start; text that stands beside images is stripped."""
-        content, mark = message.get("content"), self.marks["image"]
+        content, mark = message.get("content"), self.marks.get("image")
+        single = self.learned.images_first == "single"
         if isinstance(content, str):
-            count, text = content.count(mark), content.replace(mark, "").strip()
-            return {**message, "content": (f"{mark}\n" * count + text).strip()} if count else message
-        images = [item for item in content or () if item["type"] == "image"]
-        if not images:
+            count = 0 if mark is None else content.count(mark)
+            if mark is None or not count or single and (count > 1 or content.startswith(mark)):
+                return message
+            return {**message, "content": (f"{mark}\n" * count + content.replace(mark, "").strip()).strip()}
+        items = list(content or ())
+        images = [item for item in items if item["type"] == "image"]
+        if not images or single and (len(images) > 1 or items[0]["type"] == "image"):
             return message
-        others = [item for item in content or () if item["type"] != "image"]
+        others = [item for item in items if item["type"] != "image"]
         others = [{**item, "text": item["text"].strip()} if item["type"] == "text" else item for item in others]
         return {**message, "content": [*images, *others]}
 

@@ -13,6 +13,23 @@ VICUNA = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
+# LLaVA, conversation.py, llava_llama_2; the start token of the first turn is that of the tokenizer.
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}{% else %}"
+    "{% set system = 'You are a helpful language and vision assistant. You are able to understand the visual content "
+    "that the user provides, and assist the user with a variety of tasks using natural language.' %}"
+    "{% set turns = messages %}{% endif %}{% for message in turns %}{% if message.role == 'user' %}"
+    "{{ ('' if loop.first else '<s>') + '[INST] ' }}"
+    "{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first else '' }}"
+    "{{ message.content + ' [/INST]' }}{% else %}{{ ' ' + message.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+# LLaVA, conversation.py, plain, of pretraining: a question is thrown away, but for its images.
+PLAIN = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ '<image>' * message.content.count('<image>') }}"
+    "{% else %}{{ message.content + '\n' }}{% endif %}{% endfor %}"
+)
+
 # DeepSeek-VL, utils/conversation.py, deepseek.
 DEEPSEEK = (
     "{% if messages[0].role != 'system' %}You are a helpful language and vision assistant. You are able to understand "
@@ -57,6 +74,11 @@ INTERNVL = {
     "internvl2_5": chatml(_INTERNVL2_5),
     "phi3-chat": chatml(_INTERNVL, PHI3_END, "<|{role}|>\n"),
 }
+
+# LLaVA, conversation.py, mpt.
+MPT = chatml(
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.", IM_END
+)
 
 # AIDC-AI/Ovis2, configuration_ovis.py, QwenConversationFormatter.
 OVIS2 = chatml("You are a helpful assistant.")

@@ -10,10 +10,16 @@ import numpy as np
 from PIL import Image
 
 from tests.golden.comparison import Golden
-from vlm_jax.pretrained.processing import deepseek, internvl, llava, ovis, qwen, qwen_hf
+from vlm_jax.pretrained.processing import deepseek, internvl, llava, llava_hf, ovis, qwen, qwen_hf
+from vlm_jax.processors import templates
+from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.learned import AS_RELEASED
 from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import InternVLViews
+from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Batch, Message
 
 IGNORED = -100
@@ -88,10 +94,16 @@ class Family:
     def messages(self, case: Case) -> list[Message]:
         return [{"role": role, "content": text} for role, text in case.turns]
 
+    def views(self, case: Case) -> Any:
+        """The views, with the limits that the release sets for a sample."""
+        del case
+        return self.processor.views
+
     def batch(self, case: Case, as_released: bool = False) -> Batch:
         targets = AS_RELEASED if as_released else True
         media = ((), [case.pictures]) if case.frames else (case.pictures, ())
-        return self.processor(self.messages(case), *media, targets=targets)
+        processor = dataclasses.replace(self.processor, views=self.views(case))
+        return processor(self.messages(case), *media, targets=targets)
 
     def arrays(self, case: Case, as_released: bool = False) -> dict[str, np.ndarray]:
         raise NotImplementedError
@@ -186,7 +198,8 @@ class LLaVA(Family):
 
     def read(self) -> Processor:
         path = self.folder / "vision_tower_config.json"
-        return llava.processor(self.folder, {**self.config, "vision_tower_config": json.loads(path.read_text())})
+        more = {"vision_tower_config": json.loads(path.read_text()), "conversation_version": self.arguments["version"]}
+        return llava.processor(self.folder, {**self.config, **more})
 
     def as_released(self, case: Case) -> bool:
         """Not with a tag in an answer, whose place would be learned, nor with more tags than pictures."""
@@ -226,6 +239,41 @@ class LLaVA(Family):
         }
 
 
+class LLaVANextQwen(Family):
+    """LLaVA-NeXT and OneVision with Qwen: the folder has a tokenizer only, and no picture."""
+
+    def read(self) -> Processor:
+        tokenizer = Tokenizer.from_folder(self.folder)
+        marks = {"image": IMAGE}
+        prompt = TemplatePrompt(
+            ChatTemplate(templates.chatml(self.arguments["system_message"])),
+            tokenizer,
+            marks=marks,
+            tokens={"image": tokenizer.names["pad_token"]},
+            split=True,
+            learned=llava_hf.LEARNED_QWEN,
+        )
+        views = SquareViews(Pixels(), (1, 1), 1)
+        return Processor(prompt, views, tokenizer, tokenizer.id_of(tokenizer.names["pad_token"]))
+
+    def batch(self, case: Case, as_released: bool = False) -> Batch:
+        """Where no picture was given, a tag is text to the release."""
+        messages, marks = self.messages(case), sum(text.count(IMAGE) for _, text in case.turns)
+        processor = self.processor
+        if not case.entry["num_images"]:
+            marks, processor = 0, dataclasses.replace(processor, prompt=dataclasses.replace(processor.prompt, marks={}))
+        return processor(messages, [np.zeros((1, 1, 3), np.uint8)] * marks, targets=True)
+
+    def arrays(self, case: Case, as_released: bool = False) -> dict[str, np.ndarray]:
+        batch, most = self.batch(case), self.arguments["model_max_length"]
+        labels = labels_of(batch)
+        labels[0] = batch.tokens[0, 0]  # nothing predicts it
+        ids = np.where(batch.visual_index[0] < 0, batch.tokens[0], -200).astype(np.int64)
+        return {"input_ids": ids, "labels": labels, "attention_mask": ids[:most] != self.processor.pad_id}
+
+    batches = LLaVA.batches
+
+
 class InternVL(Family):
     """InternVL."""
 
@@ -244,10 +292,7 @@ class InternVL(Family):
         return dataclasses.replace(views, max_tiles=max(1, views.max_tiles // max(len(case.pictures), 1)))
 
     def arrays(self, case: Case, as_released: bool = False) -> dict[str, np.ndarray]:
-        most, whole = self.arguments["max_seq_length"], self.processor
-        self.processor = dataclasses.replace(whole, views=self.views(case))
-        batch = self.batch(case, as_released)
-        self.processor = whole
+        batch, most = self.batch(case, as_released), self.arguments["max_seq_length"]
         ids = batch.tokens[0].astype(np.int64)[:most]
         tiles = sum(len(one.pixels) for one in self.views(case).images(case.pictures))
         return {
@@ -293,15 +338,10 @@ class Ovis2(Family):
     def read(self) -> Processor:
         return ovis.processor2(self.folder, self.config)
 
-    def batch(self, case: Case, as_released: bool = False) -> Batch:
+    def views(self, case: Case) -> Any:
         """With as many parts as the release gives to one picture or to each of several."""
         most = self.arguments["max_partitions"][2 if case.frames else int(len(case.pictures) > 1)]
-        whole = self.processor
-        self.processor = dataclasses.replace(whole, views=dataclasses.replace(whole.views, max_parts=most))
-        try:
-            return super().batch(case, as_released)
-        finally:
-            self.processor = whole
+        return dataclasses.replace(self.processor.views, max_parts=most)
 
     def learned_ids(self, batch: Batch) -> np.ndarray:
         rows, count = batch.visual_index[0], self.processor.num_learned
@@ -331,23 +371,13 @@ class Ovis25(Ovis2):
     """Ovis 2.5."""
 
     def read(self) -> Processor:
-        processor = ovis.processor2_5(self.folder, self.config)
-        least, most = (self.arguments[f"single_image_{which}_pixels"] for which in ("min", "max"))
-        return dataclasses.replace(
-            processor, views=dataclasses.replace(processor.views, min_pixels=least, max_pixels=most)
-        )
+        return ovis.processor2_5(self.folder, self.config)
 
-    def batch(self, case: Case, as_released: bool = False) -> Batch:
+    def views(self, case: Case) -> Any:
         """With the limits of pixels of one picture, several, or a video."""
         kind = "video" if case.frames else "single_image" if len(case.pictures) < 2 else "multiple_image"
         least, most = (self.arguments[f"{kind}_{which}_pixels"] for which in ("min", "max"))
-        whole = self.processor
-        views = dataclasses.replace(whole.views, min_pixels=least, max_pixels=most)
-        self.processor = dataclasses.replace(whole, views=views)
-        try:
-            return Family.batch(self, case, as_released)
-        finally:
-            self.processor = whole
+        return dataclasses.replace(self.processor.views, min_pixels=least, max_pixels=most)
 
     def arrays(self, case: Case, as_released: bool = False) -> dict[str, np.ndarray]:
         batch = self.batch(case, as_released)
@@ -356,7 +386,12 @@ class Ovis25(Ovis2):
         while limit < len(ids) and visual[limit] and batch.visual_index[0][limit] not in (0, 2):
             limit -= 1  # a picture is not cut in two
         ids, labels = ids[:limit], labels[:limit]
-        return {"input_ids": ids, "labels": labels, "attention_mask": ids != self.processor.pad_id}
+        found = {"input_ids": ids, "labels": labels, "attention_mask": ids != self.processor.pad_id}
+        views = self.views(case)
+        seen = views.video(case.pictures, 1.0, None) if case.frames else views.images(case.pictures)
+        starts = np.isin(batch.visual_index[0], [0, 2])[:limit]  # the learned rows before pictures and videos
+        grids = [one.grid for one in seen[: starts.sum()]]
+        return found | ({"grid_thws": np.array(grids, np.int64)} if grids else {})
 
     def messages(self, case: Case) -> list[Message]:
         """An answer of the role `ignored_gpt` is not learned."""
@@ -425,11 +460,14 @@ class DeepSeekVL2(Family):
         found: dict[str, np.ndarray] = {}
         fills = {"input_ids": self.processor.pad_id, "labels": IGNORED, "images_seq_mask": False}
         rows = {key: self.rows(made, "batch_of", key) for key in fills}
-        rows["attention_mask"] = [np.ones(len(row), bool) for row in rows["input_ids"]]
         length = max(map(len, rows["input_ids"]))
         for side in ("left", "right"):
-            for key, own in rows.items():
-                found[f"batch_{side}.{key}"] = padded(own, length, fills.get(key, False), side == "left")
+            own = {key: padded(rows[key], length, fill, side == "left") for key, fill in fills.items()}
+            # The release takes a padding token that a text spells for padding.
+            own["attention_mask"] = own["input_ids"] != self.processor.pad_id
+            own["labels"] = np.where(own["attention_mask"], own["labels"], IGNORED)
+            own["images_seq_mask"] = own["images_seq_mask"].astype(np.int64)
+            found |= {f"batch_{side}.{key}": array for key, array in own.items()}
         return found
 
 
@@ -442,6 +480,10 @@ FAMILIES: dict[str, type[Family]] = {
     "internvl2_phi3": InternVL,
     "llava15": LLaVA,
     "llava15_legacy": LLaVA,
+    "llava_llama2": LLaVA,
+    "llava_mpt": LLaVA,
+    "llava_next_qwen": LLaVANextQwen,
+    "llava_plain": LLaVA,
     "mobilevlm": LLaVA,
     "mobilevlm_not_legacy": LLaVA,
     "ovis2": Ovis2,

@@ -73,7 +73,7 @@ def role_word(family: Family, case: Case) -> bool:
     return any(set(word) & set(family.processor.tokenizer.encode(text)) for text in texts) or "system" in dict(case.turns)
 
 
-VICUNA = "(llava15|mobilevlm).*"
+VICUNA = "(llava15|mobilevlm|llava_llama2|llava_mpt).*"
 COUNTED = "internvl2_(hermes2|internlm2|phi3)"
 LOST = "the release counts tokens piece by piece, and learns nothing of a sample where the sum is off: "
 RULES = (

@@ -1,6 +1,7 @@
 """LLaVA and MobileVLM in the format of their releases."""
 
 import ast
+import dataclasses
 import re
 from collections.abc import Sequence
 
@@ -22,13 +23,20 @@ from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.templates import VICUNA
+from vlm_jax.processors.templates import LLAMA2, MPT, PLAIN, VICUNA
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Config
 
-# LLaVA, train/train.py, preprocess_multimodal and preprocess_v1.
-LEARNED = Learned(images_first=True)
+# LLaVA, train/train.py, preprocess_multimodal, preprocess_v1, preprocess_llama_2, preprocess_mpt and preprocess_plain.
+LEARNED = Learned(images_first="always")
+# `--version` of the release's training, which no file of a folder holds: `conversation_version` in config.json.
+VERSIONS = {
+    "v1": (VICUNA, LEARNED),
+    "llava_llama_2": (LLAMA2, dataclasses.replace(LEARNED, end=" </s>")),
+    "mpt": (MPT, LEARNED),
+    "plain": (PLAIN, Learned(end="\n")),
+}
 FIT = {"pad": "pad", "anyres": "crop", "square": "crop", None: "crop"}
 
 
@@ -38,19 +46,21 @@ def processor(folder: Folder, config: Config) -> Processor:
     # The tag is not a token of the release: the text before and after it is encoded separately.
     holder = tokenizer.names.get("unk_token", tokenizer.names.get("pad_token", "<unk>"))
     longest = config.get("tokenizer_model_max_length", config.get("max_sequence_length"))
+    version = config.get("conversation_version")
+    if version not in (None, *VERSIONS):
+        raise PretrainedError(
+            f"{config['model_type']}.conversation_version: expected one of {', '.join(VERSIONS)}, got {version!r}"
+        )
+    template, learned = VERSIONS[version or "v1"]
     prompt = TemplatePrompt(
-        chat_template(folder, tokenizer, VICUNA),
+        chat_template(folder, tokenizer, template, own_first=version is None),
         tokenizer,
         marks={"image": "<image>"},
         tokens={"image": holder},
         split=True,
         joined="\n",
-        learned=LEARNED,
-        released=as_released.vicuna(
-            legacy=tokenizer_settings(folder).get("legacy") is not False,
-            corrected=config["model_type"] != "mobilevlm",
-            limit=longest,
-        ),
+        learned=learned,
+        released=_released(version or "v1", tokenizer_settings(folder), config, longest),
     )
     newline = "unpad" in config.get("mm_patch_merge_type", "flat")
     return Processor(
@@ -63,6 +73,17 @@ def processor(folder: Folder, config: Config) -> Processor:
         # LLaVA's eval/run_llava.py and MobileVLM's inference.py stop at this token, sep2 of Vicuna.
         end_tokens=end_of_text(tokenizer),
     )
+
+
+def _released(version: str, settings: Config, config: Config, longest: int | None) -> as_released.Released | None:
+    """Faults of the release's labels, where they are known."""
+    legacy = settings.get("legacy")
+    if version == "v1":
+        llava = config["model_type"] != "mobilevlm"
+        return as_released.vicuna(legacy=legacy is not False, corrected=llava, limit=longest)
+    if version == "llava_llama_2":
+        return as_released.llama2(limit=longest)
+    return as_released.mpt(legacy=bool(legacy), limit=longest) if version == "mpt" else None
 
 
 def views(config: Config) -> SquareViews | AnyresViews:
