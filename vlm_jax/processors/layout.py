@@ -126,7 +126,9 @@ class _Segment:
             text = isinstance(piece, Text)
             values = (piece.ids, TEXT_SLOT, piece.learned, piece.branch) if text else (piece.ids, piece.rows, 0, 0)
             parts.append(
-                tuple(np.broadcast_to(np.asarray(v, dtype), len(piece)) for v, dtype in zip(values, dtypes, strict=True))
+                tuple(
+                    np.broadcast_to(np.asarray(v, dtype), len(piece)) for v, dtype in zip(values, dtypes, strict=True)
+                )
             )
         self.ids, self.rows, self.learned, self.branches = (
             np.concatenate(column) for column in zip(*parts, strict=True)

@@ -42,6 +42,7 @@ class Learned:
       tokens: tokens that are learned in every turn.
       head: learns the head of an answer, such as `assistant` and a newline.
       crossing: learns a token that begins in an answer's head and ends in the answer, such as one of two newlines.
+      questions: whether training has the texts of questions, or only their images.
       images_first: in training the images of a turn are at its start, before a newline and the stripped text: "always";
         "single" where a turn has one image, which is elsewhere; "never".
     """
@@ -50,6 +51,7 @@ class Learned:
     tokens: tuple[str, ...] = ()
     head: bool = False
     crossing: bool = True
+    questions: bool = True
     images_first: Literal["always", "single", "never"] = "never"
 
 
@@ -95,7 +97,7 @@ def render_learned(
     template: ChatTemplate,
     messages: Sequence[Message],
     tokenizer: Tokenizer,
-    learned: Learned = Learned(),  # noqa: B008
+    learned: Learned = Learned(),
     turns: Turns = "all",
     **variables: Any,
 ) -> tuple[str, list[Span]]:
@@ -230,7 +232,12 @@ def clipped_spans(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
 
 
 def encode_learned(
-    tokenizer: Tokenizer, text: str, spans: Sequence[Span], *, add_special: bool, learned: Learned = Learned()  # noqa: B008
+    tokenizer: Tokenizer,
+    text: str,
+    spans: Sequence[Span],
+    *,
+    add_special: bool,
+    learned: Learned = Learned(),
 ) -> tuple[list[int], list[float]]:
     """Ids of a text, and the loss weight of each: that of the span that it overlaps, else 0.
 

@@ -251,8 +251,8 @@ class Processor:
 
         Args:
           messages, images, videos, targets: as in `batch`.
-          turns: which answers have loss weight: "all" or "last". A message's own keys `loss` (true or false) and `weight`
-            (a factor of at least 0) take precedence.
+          turns: which answers have loss weight: "all" or "last". A message's own keys `loss` (true or false) and
+            `weight` (a factor of at least 0) take precedence.
           name: name of the sample, for errors.
           fps: frames per second of videos that are given as frames.
           max_visual_tokens: maximum visual tokens of an image; the release's limit when None.

@@ -132,6 +132,8 @@ class TemplatePrompt:
             messages = [self._images_first(message) for message in messages]
         if self.joined is not None:
             messages = [{**message, "content": self._content(message.get("content"))} for message in messages]
+        if targets and not self.learned.questions and not with_faults:
+            messages = [self._only_images(message) if message["role"] == "user" else message for message in messages]
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
         template = self.training or self.template
         if with_faults:
@@ -184,16 +186,21 @@ class TemplatePrompt:
         single = self.learned.images_first == "single"
         if isinstance(content, str):
             count = 0 if mark is None else content.count(mark)
-            if mark is None or not count or single and (count > 1 or content.startswith(mark)):
+            if mark is None or not count or (single and (count > 1 or content.startswith(mark))):
                 return message
             return {**message, "content": (f"{mark}\n" * count + content.replace(mark, "").strip()).strip()}
         items = list(content or ())
         images = [item for item in items if item["type"] == "image"]
-        if not images or single and (len(images) > 1 or items[0]["type"] == "image"):
+        if not images or (single and (len(images) > 1 or items[0]["type"] == "image")):
             return message
         others = [item for item in items if item["type"] != "image"]
         others = [{**item, "text": item["text"].strip()} if item["type"] == "text" else item for item in others]
         return {**message, "content": [*images, *others]}
+
+    def _only_images(self, message: Message) -> Message:
+        """A message without its text."""
+        mark = self.marks["image"]
+        return {**message, "content": mark * str(message["content"]).count(mark)}
 
     def _content(self, content: Any) -> Any:
         if content is None or isinstance(content, str):

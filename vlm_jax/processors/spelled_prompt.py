@@ -21,6 +21,7 @@ from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Message, Params
 
+
 @dataclasses.dataclass(frozen=True)
 class DeepSeekVL2Prompt:
     """`<|User|>: question` and `<|Assistant|>:answer`, each encoded separately.

@@ -15,20 +15,17 @@ VICUNA = (
 
 # LLaVA, conversation.py, llava_llama_2; the start token of the first turn is that of the tokenizer.
 LLAMA2 = (
-    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}{% else %}"
-    "{% set system = 'You are a helpful language and vision assistant. You are able to understand the visual content "
-    "that the user provides, and assist the user with a variety of tasks using natural language.' %}"
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = 'You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural language.' %}"
     "{% set turns = messages %}{% endif %}{% for message in turns %}{% if message.role == 'user' %}"
     "{{ ('' if loop.first else '<s>') + '[INST] ' }}"
     "{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first else '' }}"
     "{{ message.content + ' [/INST]' }}{% else %}{{ ' ' + message.content + ' </s>' }}{% endif %}{% endfor %}"
 )
 
-# LLaVA, conversation.py, plain, of pretraining: a question is thrown away, but for its images.
-PLAIN = (
-    "{% for message in messages %}{% if message.role == 'user' %}{{ '<image>' * message.content.count('<image>') }}"
-    "{% else %}{{ message.content + '\n' }}{% endif %}{% endfor %}"
-)
+# LLaVA, conversation.py, plain, of pretraining.
+PLAIN = "{% for message in messages %}{{ message.content + ('\n' if message.role == 'assistant' else '') }}{% endfor %}"
 
 # DeepSeek-VL, utils/conversation.py, deepseek.
 DEEPSEEK = (
@@ -77,7 +74,8 @@ INTERNVL = {
 
 # LLaVA, conversation.py, mpt.
 MPT = chatml(
-    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.", IM_END
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
+    IM_END,
 )
 
 # AIDC-AI/Ovis2, configuration_ovis.py, QwenConversationFormatter.
@@ -87,7 +85,8 @@ OVIS2 = chatml("You are a helpful assistant.")
 # empty one. The newline after a last answer is left out.
 OVIS2_5_TRAINING = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
-    "{% if message.loss != false and ('<think>' not in message.content or '</think>' not in message.content) %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% if message.loss != false and ('<think>' not in message.content or '</think>' not in message.content) %}"
+    "{{ '<think>\n\n</think>\n\n' }}"
     "{% endif %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
     "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
     "{% else %}{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"

@@ -2,8 +2,8 @@
 
 A module here has `outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]`, which
 reads sizes and settings from the folder and returns every output of its manifest. What it cannot return
-is in `NOT_COMPARED: dict[str, str]`, regular expression of whole names -> reason, or in `not_compared(golden)`, the same
-for one folder.
+is in `NOT_COMPARED: dict[str, str]`, regular expression of whole names -> reason, or in `not_compared(golden)`, which
+is the same for one folder.
 """
 
 from types import ModuleType

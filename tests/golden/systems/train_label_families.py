@@ -14,9 +14,9 @@ from vlm_jax.pretrained.processing import deepseek, internvl, llava, llava_hf, o
 from vlm_jax.processors import templates
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.learned import AS_RELEASED
+from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
@@ -38,7 +38,10 @@ class Case:
     @property
     def turns(self) -> list[tuple[str, str]]:
         """(role, text) of every turn."""
-        pairs = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in self.entry["conversations"]]
+        pairs = [
+            (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
+            for turn in self.entry["conversations"]
+        ]
         return [(ROLES.get(role, role), text) for role, text in pairs]
 
     @property
@@ -201,6 +204,11 @@ class LLaVA(Family):
         more = {"vision_tower_config": json.loads(path.read_text()), "conversation_version": self.arguments["version"]}
         return llava.processor(self.folder, {**self.config, **more})
 
+    @property
+    def pad(self) -> int:
+        """The release's id of padding, with which it finds what is padding."""
+        return self.processor.tokenizer.id_of(self.arguments["pad_token"])
+
     def as_released(self, case: Case) -> bool:
         """Not with a tag in an answer, whose place would be learned, nor with more tags than pictures."""
         tagged = [role for role, text in case.turns if IMAGE in text]
@@ -223,19 +231,19 @@ class LLaVA(Family):
         # The release cuts ids with one place for a picture, then those with all its places.
         kept = np.cumsum(first) <= most
         found = {"input_ids": ids[first], "labels": labels[first]}
-        found["attention_mask"] = found["input_ids"][:most] != self.processor.pad_id
-        present = kept & ~((rows < 0) & (ids == self.processor.pad_id))
+        found["attention_mask"] = found["input_ids"][:most] != self.pad
+        present = kept & ~((rows < 0) & (ids == self.pad))
         merged = labels[present][:most]
         return found | {"merged_labels": merged, "merged_attention_mask": np.ones(len(merged), bool)}
 
     def batches(self, made: dict[int, dict[str, np.ndarray] | None], golden: Golden) -> dict[str, np.ndarray]:
         ids, labels = (self.rows(made, "batch_of", key) for key in ("input_ids", "labels"))
         length = min(self.arguments["model_max_length"], max(map(len, ids)))
-        filled = padded(ids, length, self.processor.pad_id)
+        filled = padded(ids, length, self.pad)
         return {
             "batch.input_ids": filled,
             "batch.labels": padded(labels, length, IGNORED),
-            "batch.attention_mask": filled != self.processor.pad_id,
+            "batch.attention_mask": filled != self.pad,
         }
 
 
@@ -272,6 +280,7 @@ class LLaVANextQwen(Family):
         return {"input_ids": ids, "labels": labels, "attention_mask": ids[:most] != self.processor.pad_id}
 
     batches = LLaVA.batches
+    pad = property(lambda self: self.processor.pad_id)
 
 
 class InternVL(Family):
@@ -396,7 +405,9 @@ class Ovis25(Ovis2):
     def messages(self, case: Case) -> list[Message]:
         """An answer of the role `ignored_gpt` is not learned."""
         return [
-            {"role": "assistant", "content": text, "loss": False} if role == "ignored_gpt" else {"role": role, "content": text}
+            {"role": "assistant", "content": text, "loss": False}
+            if role == "ignored_gpt"
+            else {"role": role, "content": text}
             for role, text in case.turns
         ]
 
@@ -463,10 +474,13 @@ class DeepSeekVL2(Family):
         length = max(map(len, rows["input_ids"]))
         for side in ("left", "right"):
             own = {key: padded(rows[key], length, fill, side == "left") for key, fill in fills.items()}
-            # The release takes a padding token that a text spells for padding.
-            own["attention_mask"] = own["input_ids"] != self.processor.pad_id
-            own["labels"] = np.where(own["attention_mask"], own["labels"], IGNORED)
-            own["images_seq_mask"] = own["images_seq_mask"].astype(np.int64)
+            # A padding token that a text spells: on the left the release ignores its label, on the right it masks it.
+            real = padded([np.ones(len(row), bool) for row in rows["input_ids"]], length, False, side == "left")
+            unpadded = own["input_ids"] != self.processor.pad_id
+            own["attention_mask"] = real if side == "left" else unpadded
+            if side == "left":
+                own["labels"] = np.where(unpadded, own["labels"], IGNORED)
+                own["images_seq_mask"] = own["images_seq_mask"].astype(np.int64)
             found |= {f"batch_{side}.{key}": array for key, array in own.items()}
         return found
 

@@ -30,6 +30,10 @@ def tags_differ(family: Family, case: Case) -> bool:
     return num_tags(case) != len(case.pictures) and not case.frames
 
 
+def asked_tags_differ(family: Family, case: Case) -> bool:
+    return sum(text.count(IMAGE) for text in case.texts("user")) != len(case.pictures)
+
+
 def has(text: str) -> Callable[[Family, Case], bool]:
     return lambda family, case: any(text in own for _, own in case.turns)
 
@@ -70,21 +74,24 @@ def role_word(family: Family, case: Case) -> bool:
     """A text other than an answer has the token of the word `assistant`, or a role is taken for it."""
     word = family.processor.tokenizer.encode("assistant")
     texts = [text for role, text in case.turns if role != "assistant"]
-    return any(set(word) & set(family.processor.tokenizer.encode(text)) for text in texts) or "system" in dict(case.turns)
+    return any(set(word) & set(family.processor.tokenizer.encode(text)) for text in texts) or "system" in dict(
+        case.turns
+    )
 
 
-VICUNA = "(llava15|mobilevlm|llava_llama2|llava_mpt).*"
+VICUNA = "llava15.*|mobilevlm.*|llava_llama2"
+LLAVA = VICUNA + "|llava_plain"
 COUNTED = "internvl2_(hermes2|internlm2|phi3)"
 LOST = "the release counts tokens piece by piece, and learns nothing of a sample where the sum is off: "
 RULES = (
-    Rule("qwen2_5_vl", role_word, "the release starts labels at the word `assistant` anywhere, and takes a system message "
-         "for an answer"),
+    Rule("qwen2_5_vl", role_word, "the release starts labels at the word `assistant` anywhere, and takes a system "
+         "message for an answer"),
     Rule("qwen2_5_vl", lambda family, case: any("<|im_end|>" in text for text in case.texts("assistant")),
          "the release ends an answer's labels at an end token that is written inside it"),
     Rule("qwen2_5_vl_data_qwen", lambda family, case: case.turns[0][0] == "system",
          "the release writes its own system message before that of a conversation"),
     Rule("qwen2_5_vl_data_qwen", answer_first, "the release drops a first turn that is an answer"),
-    Rule("qwen2_5_vl_data_qwen", lambda family, case: sum(t.count(IMAGE) for t in case.texts("user")) != len(case.pictures),
+    Rule("qwen2_5_vl_data_qwen", asked_tags_differ,
          "the release goes on with another number of tags than pictures; here it is refused"),
     Rule(VICUNA, empty_answer, LOST + "an empty answer has no end token"),
     Rule(VICUNA, question_last, LOST + "a last question"),
@@ -92,9 +99,13 @@ RULES = (
     Rule(VICUNA, has("</s>"), LOST + "the end token in a text"),
     Rule(VICUNA, has("<unk>"), LOST + "the padding token in a text"),
     Rule("mobilevlm_not_legacy", several_answers, LOST + "later turns, where the tokenizer is not legacy"),
+    Rule("llava_llama2", has("[/INST] "), LOST + "the answer's head in a text"),
+    Rule("llava_mpt", lambda family, case: True, LOST + "one token a turn, where the tokenizer adds no start token"),
+    Rule("llava_next_qwen", answer_first, "the release drops a first turn that is an answer"),
+    Rule("llava_next_qwen", tag_in_answer, "the release learns the place of a picture in an answer"),
     Rule(VICUNA, answer_first, "the release drops a first turn that is an answer"),
-    Rule(VICUNA, several_tags, "the release merges the tags of a turn into one"),
-    Rule(VICUNA, tag_in_answer, "the release learns the place of a picture in an answer"),
+    Rule(LLAVA, several_tags, "the release merges the tags of a turn into one"),
+    Rule(LLAVA, tag_in_answer, "the release learns the place of a picture in an answer"),
     Rule("internvl2_(hermes2|phi3)", empty_answer, LOST + "an empty answer has no end token"),
     Rule(COUNTED, question_last, LOST + "a last question; or it is learned"),
     Rule(COUNTED, answer_first, "the release drops a first turn that is an answer"),
@@ -102,13 +113,13 @@ RULES = (
          LOST + "the end token in a text"),
     Rule("internvl2_internlm2", lambda family, case: stripped(family, case) or empty_answer(family, case),
          "the release strips all turns, and writes no end token after an empty answer"),
-    Rule("internvl2.*", untagged_first, "the release looks for a picture's tag in the first turn only, and writes one there; "
-         "later tags stay text. Here a picture is where its tag is"),
+    Rule("internvl2.*", untagged_first, "the release looks for a picture's tag in the first turn only, and writes one "
+         "there; later tags stay text. Here a picture is where its tag is"),
     Rule("internvl2.*", has("<IMG_CONTEXT>"), "the release gives a written placeholder no picture; here it is refused"),
-    Rule(f"internvl2.*|{VICUNA}|deepseek_vl2", tags_differ, "the release goes on with another number of tags than pictures; "
-         "here it is refused"),
-    Rule("deepseek_vl2", question_last, "the release writes the head of an answer behind a last question in training; here "
-         "only where an answer is asked for"),
+    Rule(f"internvl2.*|{LLAVA}|deepseek_vl2", tags_differ, "the release goes on with another number of tags than "
+         "pictures; here it is refused"),
+    Rule("deepseek_vl2", question_last, "the release writes the head of an answer behind a last question in training; "
+         "here only where an answer is asked for"),
     Rule("ovis2", lambda family, case: case.frames and not hasattr(family.processor.views, "video_edges"),
          "videos of Ovis 2 are not supported"),
     Rule("qwen_vl_v1", answer_first, "the release drops a first turn that is an answer"),

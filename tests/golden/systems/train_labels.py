@@ -48,4 +48,3 @@ def not_compared(golden: comparison.Golden) -> dict[str, str]:
         if rule is not None and not family.as_released(case):
             reasons |= {name: rule.reason for name in golden.expected if name.startswith(f"case{entry['case']}.")}
     return {name.replace(".", r"\."): reason for name, reason in reasons.items()} | family.NOT_COMPARED
-

@@ -38,6 +38,7 @@ def processor(folder: Folder, config: Config) -> Processor:
     name = config.get("template")
     if name is not None and name not in INTERNVL:
         raise PretrainedError(f"internvl_chat.template: expected one of {', '.join(INTERNVL)}, got {name!r}")
+    released = as_released.INTERNVL.get(name or "")
     tagged = f"{START}{CONTEXT}{END}"
     prompt = TemplatePrompt(
         chat_template(folder, tokenizer, INTERNVL.get(name or ""), own_first=name is None),
@@ -47,7 +48,7 @@ def processor(folder: Folder, config: Config) -> Processor:
         texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
         joined="\n",
         learned=LEARNED,
-        released=as_released.INTERNVL[name]() if name in as_released.INTERNVL else None,
+        released=None if released is None else released(),
     )
     # modeling_internvl_chat.py, chat: the separator of the template.
     ends = () if name is None else (PHI3_END,) if name == "phi3-chat" else (IM_END,)

@@ -35,7 +35,7 @@ VERSIONS = {
     "v1": (VICUNA, LEARNED),
     "llava_llama_2": (LLAMA2, dataclasses.replace(LEARNED, end=" </s>")),
     "mpt": (MPT, LEARNED),
-    "plain": (PLAIN, Learned(end="\n")),
+    "plain": (PLAIN, Learned(end="\n", questions=False)),
 }
 FIT = {"pad": "pad", "anyres": "crop", "square": "crop", None: "crop"}
 
@@ -75,15 +75,15 @@ def processor(folder: Folder, config: Config) -> Processor:
     )
 
 
-def _released(version: str, settings: Config, config: Config, longest: int | None) -> as_released.Released | None:
-    """Faults of the release's labels, where they are known."""
+def _released(version: str, settings: Config, config: Config, longest: int | None) -> as_released.Released:
+    """The release's labels with their faults."""
     legacy = settings.get("legacy")
     if version == "v1":
-        llava = config["model_type"] != "mobilevlm"
-        return as_released.vicuna(legacy=legacy is not False, corrected=llava, limit=longest)
-    if version == "llava_llama_2":
-        return as_released.llama2(limit=longest)
-    return as_released.mpt(legacy=bool(legacy), limit=longest) if version == "mpt" else None
+        later = int(legacy is False and config["model_type"] != "mobilevlm")
+        return as_released.Vicuna(longest, later)
+    if version == "mpt":
+        return as_released.ChatML(limit=longest, ended=0, later=-int(bool(legacy)), llava=True)
+    return as_released.Llama2(longest) if version == "llava_llama_2" else as_released.Plain()
 
 
 def views(config: Config) -> SquareViews | AnyresViews:

@@ -28,7 +28,7 @@ DEFAULTS: Fields = {
     "do_center_crop": True,
     "do_pad": False,
 }
-# LLaVA-VL/LLaVA-NeXT, llava/train/train.py, preprocess_qwen: also tags and newlines of every turn, and heads of answers.
+# LLaVA-VL/LLaVA-NeXT, llava/train/train.py, preprocess_qwen: tags and newlines of all turns, heads of answers.
 LEARNED_QWEN = Learned(
     end="<|im_end|>\n", tokens=("<|im_start|>", "<|im_end|>", "\n"), head=True, images_first="single"
 )
