@@ -14,8 +14,8 @@ from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 from vlm_jax.types import Config
 
 AS_RELEASED = "as_released"
-Targets = bool | Literal["as_released"]
-Turns = Literal["all", "last"]
+Targets = bool | str  # a string is AS_RELEASED, and Turns "all" or "last"; others are refused by their values
+Turns = str
 USER = ("user", "<|User|>")
 ASSISTANT = ("assistant", "<|Assistant|>")
 
