@@ -29,12 +29,41 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray
         named = train_label_rules.difference(golden.system, family, case) is not None
         theirs = family.arrays(case, as_released=True) if family.as_released(case) else None
         ours = theirs if named else family.arrays(case)
-        if ours and theirs and any(not np.array_equal(ours[key], theirs[key]) for key in ours):
+        if theirs and not _same(theirs, case):
             ours = theirs  # kept faults differ nowhere else
         made[entry["case"]] = ours
         found |= {f"{stem}.{key}": array for key, array in (ours or {}).items()}
     found |= family.batches(made, golden)
     return {name: array for name, array in found.items() if name in golden.expected}
+
+
+def _same(arrays: dict[str, np.ndarray], case: Case) -> bool:
+    """Whether arrays are those of the release."""
+    stem = f"case{case.entry['case']}"
+    return all(
+        np.array_equal(array, case.expected[f"{stem}.{key}"])
+        for key, array in arrays.items()
+        if f"{stem}.{key}" in case.expected
+    )
+
+
+def differing(folder: Path) -> set[train_label_rules.Rule]:
+    """Rules that are needed: a conversation is refused by default, or its arrays differ."""
+    golden = comparison.read(folder)
+    listed = json.loads((folder / "conversations.json").read_text())
+    family = train_label_families.family(golden.system)(folder, listed["arguments"])
+    found = set()
+    for entry in listed["cases"]:
+        case = Case(entry, golden.inputs, golden.expected)
+        rule = train_label_rules.difference(golden.system, family, case)
+        if rule is None or rule in found or f"case{entry['case']}.labels" not in golden.expected:
+            continue
+        try:
+            different = not _same(family.arrays(case), case)
+        except ValueError:
+            different = True
+        found |= {rule} if different else set()
+    return found
 
 
 def not_compared(golden: comparison.Golden) -> dict[str, str]:
