@@ -256,7 +256,8 @@ def encode_learned(
     offsets = tokenizer.vocabulary.offsets(text, add_special) if spans else None
     for start, stop, weight in spans:
         if offsets is None:
-            first, behind = (_num_before(tokenizer, text, ids, place, add_special) for place in (start, stop))
+            first = _num_before(tokenizer, text, ids, start, add_special, exact=learned.crossing)
+            behind = _num_before(tokenizer, text, ids, stop, add_special)
         else:
             inside = [number for number, (begin, end) in enumerate(offsets) if end > start and begin < stop]
             if not learned.crossing:
@@ -266,9 +267,13 @@ def encode_learned(
     return ids, weights
 
 
-def _num_before(tokenizer: Tokenizer, text: str, ids: Sequence[int], place: int, add_special: bool) -> int:
-    """Number of ids of the text before a character index."""
+def _num_before(
+    tokenizer: Tokenizer, text: str, ids: Sequence[int], place: int, add_special: bool, *, exact: bool = True
+) -> int:
+    """Number of ids of the text before a character index; if not `exact`, a token across it is among them."""
     before = tokenizer.encode(text[:place], add_special=add_special)
+    if not exact and before[:-1] == ids[: len(before) - 1]:
+        return len(before)
     if before != ids[: len(before)]:
         raise TokenizerError(
             f"{tokenizer.origin}: a token crosses the start or end of trained text, at {text[:place][-20:]!r} | "

@@ -76,13 +76,22 @@ def padded(rows: list[np.ndarray], length: int, fill: Any, left: bool = False) -
     return found
 
 
+class MissingCase(LookupError):
+    """A batch or a pack holds a conversation that is not compared."""
+
+
 class Family:
-    """A release's conversations."""
+    """A release's conversations.
+
+    Attributes:
+      named: numbers of the cases with a named difference, which are made as released.
+    """
 
     NOT_COMPARED: ClassVar[dict[str, str]] = {}
 
     def __init__(self, folder: Path, arguments: dict[str, Any]):
         self.folder, self.arguments = folder, arguments
+        self.named: set[int] = set()
         path = folder / "config.json"
         self.config = json.loads(path.read_text()) if path.exists() else {}
         self.processor = dataclasses.replace(self.read(), max_length=None)
@@ -111,13 +120,29 @@ class Family:
     def arrays(self, case: Case, as_released: bool = False) -> dict[str, np.ndarray]:
         raise NotImplementedError
 
+    def counted(self, case: Case) -> bool:
+        """Whether the release's count of tokens is right: it learns anything where it has no limit."""
+        whole = self.processor
+        prompt: Any = whole.prompt
+        released = prompt.released
+        released = dataclasses.replace(released, limit=None) if hasattr(released, "limit") else released
+        self.processor = dataclasses.replace(whole, prompt=dataclasses.replace(prompt, released=released))
+        try:
+            return bool((self.batch(case, as_released=True).loss_weights > 0).any())
+        finally:
+            self.processor = whole
+
     def batches(self, made: dict[int, dict[str, np.ndarray] | None], golden: Golden) -> dict[str, np.ndarray]:
+        return {}
+
+    def packs(self, made: dict[int, dict[str, np.ndarray] | None], golden: Golden) -> dict[str, np.ndarray]:
         return {}
 
     def rows(self, made: dict[int, dict[str, np.ndarray] | None], which: str, key: str) -> list[np.ndarray]:
         """An array of each case of `batch_of` or `pack_of`."""
         found = [made[number] for number in self.arguments[which]]
-        assert all(one is not None for one in found), "a batch has a case that is not compared"
+        if any(one is None for one in found):
+            raise MissingCase(which)
         return [one[key] for one in found if one is not None]
 
 
@@ -155,19 +180,26 @@ class QwenVL2(Family):
         ids, labels = (self.rows(made, "batch_of", key) for key in ("input_ids", "labels"))
         length = min(most, max(map(len, ids)))
         axes = [[row[axis] for row in self.rows(made, "batch_of", "position_ids")] for axis in range(3)]
-        found = {
+        return {
             "batch.input_ids": padded(ids, length, self.processor.pad_id),
             "batch.labels": padded(labels, length, IGNORED),
             "batch.attention_mask": padded([row != self.processor.pad_id for row in ids], length, False),
             "batch.position_ids": np.stack([padded(rows, length, 1) for rows in axes]),
         }
-        return found | self.pack(golden)
 
-    def pack(self, golden: Golden) -> dict[str, np.ndarray]:
+    def packs(self, made: dict[int, dict[str, np.ndarray] | None], golden: Golden) -> dict[str, np.ndarray]:
         """Several examples in one row."""
+        self.rows(made, "pack_of", "labels")
         listed = json.loads((self.folder / "conversations.json").read_text())["cases"]
         cases = [Case(listed[number], golden.inputs, golden.expected) for number in self.arguments["pack_of"]]
-        row = [self.processor.example(self.messages(case), case.pictures, targets=True) for case in cases]
+        row = [
+            self.processor.example(
+                self.messages(case),
+                case.pictures,
+                targets=AS_RELEASED if case.entry["case"] in self.named else True,
+            )
+            for case in cases
+        ]
         batch = self.processor.rows([row], targets=True)
         ends = np.searchsorted(batch.segment_ids[0], np.arange(len(cases)) + 1, side="right")
         return {
@@ -230,6 +262,8 @@ class LLaVA(Family):
         first = (rows < 0) | (rows % size == 0)
         # The release cuts ids with one place for a picture, then those with all its places.
         kept = np.cumsum(first) <= most
+        if not case.pictures:  # texts are cut before, by the tokenizer
+            ids, labels, first, kept, rows = (part[:most] for part in (ids, labels, first, kept, rows))
         found = {"input_ids": ids[first], "labels": labels[first]}
         found["attention_mask"] = found["input_ids"][:most] != self.pad
         present = kept & ~((rows < 0) & (ids == self.pad))
@@ -316,15 +350,14 @@ class InternVL(Family):
         ids, labels, positions = (self.rows(made, "batch_of", k) for k in ("input_ids", "labels", "position_ids"))
         length = max(map(len, ids))
         filled = padded(ids, length, 0)  # the release's collator takes 0 for padding, whatever the vocabulary
-        found = {
+        return {
             "batch.input_ids": filled,
             "batch.labels": padded(labels, length, IGNORED),
             "batch.attention_mask": filled != 0,
             "batch.position_ids": padded(positions, length, 0),
         }
-        return found | self.pack(made, golden)
 
-    def pack(self, made: dict[int, dict[str, np.ndarray] | None], golden: Golden) -> dict[str, np.ndarray]:
+    def packs(self, made: dict[int, dict[str, np.ndarray] | None], golden: Golden) -> dict[str, np.ndarray]:
         ids, labels, positions = (self.rows(made, "pack_of", k) for k in ("input_ids", "labels", "position_ids"))
         total, length = sum(map(len, ids)), golden.expected["pack.input_ids"].shape[1]
         found = {
@@ -417,7 +450,9 @@ class Ovis25(Ovis2):
         one = {key.removeprefix("batch_of_one."): array for key, array in golden.expected.items() if "of_one" in key}
         number = int(re.search(r"case(\d+)", golden.entries["batch_of_one.input_ids"]["meaning"])[1]) if one else 0
         fills = {"input_ids": self.processor.pad_id, "labels": IGNORED, "attention_mask": False}
-        own = made[number] or {}
+        own = made[number]
+        if own is None:
+            raise MissingCase("batch_of_one")
         return found | {f"batch_of_one.{key}": padded([own[key]], len(own[key]) + 1, fills[key]) for key in one}
 
 

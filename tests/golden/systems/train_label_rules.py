@@ -66,8 +66,15 @@ def stripped(family: Family, case: Case) -> bool:
     return any(text != text.strip() for _, text in case.turns)
 
 
-def several_answers(family: Family, case: Case) -> bool:
-    return len(case.texts("assistant")) > 1
+def padding(family: Family, case: Case) -> bool:
+    """A text spells the token that the release takes for padding."""
+    pad = family.processor.tokenizer.id_of(family.arguments["pad_token"])
+    return any(pad in family.processor.tokenizer.encode(text) for _, text in case.turns)
+
+
+def miscounted(family: Family, case: Case) -> bool:
+    """The release's count is off: without its limit nothing is learned."""
+    return family.as_released(case) and not family.counted(case)
 
 
 def role_word(family: Family, case: Case) -> bool:
@@ -97,8 +104,7 @@ RULES = (
     Rule(VICUNA, question_last, LOST + "a last question"),
     Rule(VICUNA, has(" ASSISTANT: "), LOST + "the answer's head in a text"),
     Rule(VICUNA, has("</s>"), LOST + "the end token in a text"),
-    Rule(VICUNA, has("<unk>"), LOST + "the padding token in a text"),
-    Rule("mobilevlm_not_legacy", several_answers, LOST + "later turns, where the tokenizer is not legacy"),
+    Rule(VICUNA, padding, LOST + "the padding token in a text"),
     Rule("llava_llama2", has("[/INST] "), LOST + "the answer's head in a text"),
     Rule("llava_mpt", lambda family, case: True, LOST + "one token a turn, where the tokenizer adds no start token"),
     Rule("llava_next_qwen", answer_first, "the release drops a first turn that is an answer"),
@@ -125,6 +131,8 @@ RULES = (
     Rule("qwen_vl_v1", answer_first, "the release drops a first turn that is an answer"),
     Rule("qwen_vl_v1", lambda family, case: any("<img>" in text for text in case.texts("assistant")),
          "the release learns the places of a picture in an answer, which no text is generated for"),
+    Rule(f"{VICUNA}|{COUNTED}", miscounted, LOST + "later turns of a tokenizer for which it subtracts no token, or "
+         "the wrong number"),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Every case is made twice: by default, and with `targets="as_released"`, which ke
 `not_compared`.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from tests.golden import comparison
 from tests.golden.systems import train_label_families, train_label_rules
-from tests.golden.systems.train_label_families import Case
+from tests.golden.systems.train_label_families import Case, MissingCase
 
 
 def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -27,13 +28,16 @@ def outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray
         if f"{stem}.labels" not in golden.expected:
             continue
         named = train_label_rules.difference(golden.system, family, case) is not None
+        family.named |= {entry["case"]} if named else set()
         theirs = family.arrays(case, as_released=True) if family.as_released(case) else None
         ours = theirs if named else family.arrays(case)
         if theirs and not _same(theirs, case):
             ours = theirs  # kept faults differ nowhere else
         made[entry["case"]] = ours
         found |= {f"{stem}.{key}": array for key, array in (ours or {}).items()}
-    found |= family.batches(made, golden)
+    for several in (family.batches, family.packs):
+        with contextlib.suppress(MissingCase):
+            found |= several(made, golden)
     return {name: array for name, array in found.items() if name in golden.expected}
 
 
@@ -55,8 +59,10 @@ def differing(folder: Path) -> set[train_label_rules.Rule]:
     found = set()
     for entry in listed["cases"]:
         case = Case(entry, golden.inputs, golden.expected)
+        if f"case{entry['case']}.labels" not in golden.expected:
+            continue
         rule = train_label_rules.difference(golden.system, family, case)
-        if rule is None or rule in found or f"case{entry['case']}.labels" not in golden.expected:
+        if rule is None or rule in found:
             continue
         try:
             different = not _same(family.arrays(case), case)
@@ -70,10 +76,17 @@ def not_compared(golden: comparison.Golden) -> dict[str, str]:
     """Reasons of the arrays that `outputs` does not return, by name."""
     listed = json.loads((golden.folder / "conversations.json").read_text())
     family = train_label_families.family(golden.system)(golden.folder, listed["arguments"])
-    reasons = {}
+    reasons, missing = {}, set()
     for entry in listed["cases"]:
         case = Case(entry, golden.inputs, golden.expected)
+        if f"case{entry['case']}.labels" not in golden.expected:
+            continue
         rule = train_label_rules.difference(golden.system, family, case)
         if rule is not None and not family.as_released(case):
             reasons |= {name: rule.reason for name in golden.expected if name.startswith(f"case{entry['case']}.")}
+            missing.add(entry["case"])
+    for which, prefix in (("batch_of", "batch"), ("pack_of", "pack")):
+        if missing & set(listed["arguments"].get(which, ())):
+            told = "a conversation of it is not compared"
+            reasons |= {name: told for name in golden.expected if name.startswith(prefix)}
     return {name.replace(".", r"\."): reason for name, reason in reasons.items()} | family.NOT_COMPARED
