@@ -42,6 +42,7 @@ class Learned:
       tokens: tokens that are learned in every turn.
       head: learns the head of an answer, such as `assistant` and a newline.
       crossing: learns a token that begins in an answer's head and ends in the answer, such as one of two newlines.
+      drops_rest: the text ends with a last answer, without what the template writes after it.
       questions: whether training has the texts of questions, or only their images.
       images_first: in training the images of a turn are at its start, before a newline and the stripped text: "always";
         "single" where a turn has one image, which is elsewhere; "never".
@@ -51,6 +52,7 @@ class Learned:
     tokens: tuple[str, ...] = ()
     head: bool = False
     crossing: bool = True
+    drops_rest: bool = False
     questions: bool = True
     images_first: Literal["always", "single", "never"] = "never"
 
@@ -136,6 +138,7 @@ def render_learned(
         text, spans = _answers(template, messages, weights, ends, learned, **variables)
     if spans and messages[-1].get("role") in ASSISTANT and not variables.get("add_generation_prompt"):
         text, spans[-1] = _ended(text, spans[-1], messages[-1], ends, learned, tokenizer)
+        text = text[: spans[-1].stop] if learned.drops_rest else text
     return text, [span for span in spans if span.weight]
 
 

@@ -82,13 +82,12 @@ MPT = chatml(
 OVIS2 = chatml("You are a helpful assistant.")
 
 # AIDC-AI/Ovis, conversation_formatter.py, Qwen3ConversationFormatter: an answer without a thought is learned after an
-# empty one. The newline after a last answer is left out.
+# empty one.
 OVIS2_5_TRAINING = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
     "{% if message.loss != false and ('<think>' not in message.content or '</think>' not in message.content) %}"
     "{{ '<think>\n\n</think>\n\n' }}"
-    "{% endif %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
-    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
+    "{% endif %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )

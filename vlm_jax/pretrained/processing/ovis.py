@@ -22,6 +22,7 @@ from vlm_jax.types import Config, PatchFormat
 
 # AIDC-AI/Ovis, conversation_formatter.py, QwenConversationFormatter and Qwen3ConversationFormatter.
 LEARNED = Learned(crossing=False)
+LEARNED_2_5 = Learned(crossing=False, drops_rest=True)
 MAX_PARTS = 9  # of the release's example
 MIN_PIXELS, MAX_PIXELS = 448 * 448, 1792 * 1792  # of Ovis 2.5-9B's preprocess_inputs
 
@@ -71,7 +72,7 @@ def _processor(
         tokens={"image": holder, "video": holder},
         split=True,
         joined="\n",
-        learned=LEARNED,
+        learned=LEARNED if training is None else LEARNED_2_5,
         training=None if training is None else ChatTemplate(training, tokenizer.names),
     )
     # The release's examples pass the EOS of its text tokenizer to generate().
