@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vlm_jax.processors.as_released import Vicuna
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.learned import Learned, Span, encode_learned, render_learned
@@ -190,6 +191,25 @@ def test_bad_options_are_refused_by_name():
     nothing = [TURNS[0], {**TURNS[1], "loss": False}]
     with pytest.raises(PromptError, match="conversation 0: expected at least one assistant message"):
         processor().batch([nothing], [[picture()]], targets=True)
+
+
+def test_as_released_takes_no_weights():
+    """LLaVA learns nothing where a question has the head of an answer; by default the answer is learned."""
+    marks, asked = {"image": "<image>"}, {"role": "user", "content": "What? ASSISTANT: no."}
+    prompt = TemplatePrompt(
+        ChatTemplate(VICUNA, TOKENIZER.names), TOKENIZER, marks, marks, split=True, joined="", released=Vicuna(None)
+    )
+    options = {"add_generation_prompt": False, "targets": "as_released"}
+    pieces = prompt([asked, TURNS[3]], (), **options)
+    assert learned(pieces) == "" and spelled(pieces).endswith("What? ASSISTANT: no. ASSISTANT: Yes.</s>")
+    assert learned(prompt([asked, TURNS[3]], (), **{**options, "targets": True})) == " Yes.</s>"
+    for messages, more in (([asked, TURNS[3]], {"turns": "last"}), ([asked, {**TURNS[3], "weight": 0.5}], {})):
+        with pytest.raises(
+            PromptError, match="targets='as_released' learns what the release's code does; remove turns="
+        ):
+            prompt(messages, (), **options, **more)
+    with pytest.raises(PromptError, match="expected the role 'user', got 'system'"):
+        prompt([{"role": "system", "content": "S"}, *TURNS], (), **options)
 
 
 def test_a_conversation_may_begin_with_an_answer():

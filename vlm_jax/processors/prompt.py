@@ -137,6 +137,11 @@ class TemplatePrompt:
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
         template = self.training or self.template
         if with_faults:
+            if turns != "all" or any("loss" in message or "weight" in message for message in messages):
+                raise PromptError(
+                    f"targets='{AS_RELEASED}' learns what the release's code does; remove turns={turns!r} and the keys "
+                    "loss and weight of messages"
+                )
             return self._as_released(template, messages, places, variables)
         if targets:
             text, spans = render_learned(template, messages, self.tokenizer, self.learned, turns, **variables)
