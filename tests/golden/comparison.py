@@ -3,7 +3,8 @@
 A golden folder holds `golden.json` (the manifest: role, shape, dtype and tolerance of every array),
 `cases.npz` (the arrays) and what the system needs besides (config, weights, tokenizer). A system is a
 module with `outputs(folder, inputs)`, which returns every output array by name, and optionally
-`NOT_COMPARED`, which says of regular expressions for names why they are left out.
+`NOT_COMPARED`, which says of regular expressions for names why they are left out, or `not_compared(golden)`, which says
+it for one folder.
 """
 
 import dataclasses
@@ -84,7 +85,8 @@ def failures(golden: Golden, systems: Mapping[str, Any]) -> list[str]:
         return [f"no module is registered for the system '{golden.system}'; registered: {known}"]
     module = systems[golden.system]
     found = module.outputs(golden.folder, dict(golden.inputs))
-    return compare_all(golden, found, getattr(module, "NOT_COMPARED", {}))
+    own = module.not_compared(golden) if hasattr(module, "not_compared") else {}
+    return compare_all(golden, found, {**getattr(module, "NOT_COMPARED", {}), **own})
 
 
 def compare_all(golden: Golden, found: Mapping[str, Any], not_compared: Mapping[str, str]) -> list[str]:

@@ -24,13 +24,13 @@ class Text:
 
     Attributes:
       ids: vocabulary ids.
-      learned: whether the model is trained to predict it.
+      learned: loss weight of predicting it; 0 where it is not learned.
       branch: 0 for text that everything after it attends to; a separate number for a turn that attends
         only to branch 0 and itself.
     """
 
     ids: Sequence[int]
-    learned: bool = False
+    learned: float | bool = 0.0
     branch: int = 0
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ def lay_out(
     Returns:
       A Batch with B = 1 and without images; all fields are numpy arrays [1, length], int32, and
       float32 for loss_weights. `targets` has at each position the next id of its example; loss_weights
-      is 1.0 where that id belongs to a learned piece. Positions count from 0 in every example, and
+      is the weight of the piece of that id. Positions count from 0 in every example, and
       continue from the end of branch 0 in every branch; on three axes, positions after an image continue from its
       maximum. `branch_ids` is None where all is branch 0, and `visual_positions` where no image has `before`.
 
@@ -120,11 +120,16 @@ class _Segment:
     """The arrays of one example."""
 
     def __init__(self, pieces: Pieces, rotary_3d: bool):
-        parts: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int32),) * 4]
+        dtypes = (np.int32, np.int32, np.float32, np.int32)
+        parts: list[tuple[np.ndarray, ...]] = [tuple(np.zeros(0, dtype) for dtype in dtypes)]
         for piece in pieces:
             text = isinstance(piece, Text)
             values = (piece.ids, TEXT_SLOT, piece.learned, piece.branch) if text else (piece.ids, piece.rows, 0, 0)
-            parts.append(tuple(np.broadcast_to(np.asarray(value, np.int32), len(piece)) for value in values))
+            parts.append(
+                tuple(
+                    np.broadcast_to(np.asarray(v, dtype), len(piece)) for v, dtype in zip(values, dtypes, strict=True)
+                )
+            )
         self.ids, self.rows, self.learned, self.branches = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )

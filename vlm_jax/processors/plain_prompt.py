@@ -5,8 +5,8 @@ import functools
 from collections.abc import Sequence
 
 from vlm_jax.processors.layout import Text
+from vlm_jax.processors.learned import PromptError, Targets, Turns, answer_weights
 from vlm_jax.processors.prompt import Kind, Slot
-from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Message
 
@@ -43,7 +43,8 @@ class PlainPrompt:
         places: Sequence[int],
         *,
         add_generation_prompt: bool = True,
-        targets: bool = False,
+        targets: Targets = False,
+        turns: Turns = "all",
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`.
@@ -59,14 +60,16 @@ class PlainPrompt:
             raise PromptError("expected at least one user message, got none")
         names = self.tokenizer.names
         bos, eos, image = (self.tokenizer.id_of(names.get(f"{role}_token", role)) for role in ("bos", "eos", "image"))
-        remaining, turn, independent = iter(places), 0, self.independent_turns and targets
+        remaining, turn, independent = iter(places), 0, self.independent_turns and bool(targets)
+        weights = answer_weights(messages, turns)
         pieces: list[Text | Slot] = [Text([bos])]
-        for message in messages:
+        for number, message in enumerate(messages):
             content = message["content"]
             items = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
             if message["role"] == "assistant":
                 branch = turn if independent else 0
-                pieces += [Text([*self._ids(item["text"]), eos], targets, branch) for item in items]
+                weight = weights[number] if targets else 0.0
+                pieces += [Text([*self._ids(item["text"]), eos], weight, branch) for item in items]
                 continue
             last = max((number for number, item in enumerate(items) if item["type"] == "text"), default=-1)
             turn += message["role"] == "user"

@@ -24,9 +24,9 @@ from vlm_jax.processors.conversation import (
 )
 from vlm_jax.processors.image import to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
+from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns, answer_weights
 from vlm_jax.processors.prompt import Kind, Prompt, Slot
 from vlm_jax.processors.reduction import Reduction, Tokens
-from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
@@ -122,7 +122,7 @@ class Processor:
         images: Sequence[Sequence[Picture]] = (),
         videos: Sequence[Sequence[Video]] = (),
         *,
-        targets: bool = False,
+        targets: Targets = False,
         shape: RowShape | None = None,
         **options: Any,
     ) -> Batch:
@@ -133,7 +133,8 @@ class Processor:
             image. An image may be in its item under `image`, a video under `video`, instead of below.
           images: images of every conversation, in order: files, Pillow images, or uint8 arrays.
           videos: videos of every conversation: a file, or its frames as images.
-          targets: as in the release's training, with only assistants' answers and their end tokens as targets.
+          targets: what the release's fine-tuning code learns: assistants' answers and their end tokens, and what
+            else it learns; without its faults, or with them for "as_released", where those are known.
           shape: shape of every row; the smallest that fits all when None.
           **options: further arguments of `example`.
 
@@ -163,7 +164,7 @@ class Processor:
         examples = [
             self.example(*parts, targets=targets, name=f"conversation {number}", **options) for number, parts in given
         ]
-        return self.rows([[example] for example in examples], shape, targets=targets)
+        return self.rows([[example] for example in examples], shape, targets=bool(targets))
 
     def rows(
         self,
@@ -236,7 +237,8 @@ class Processor:
         images: Sequence[Picture] = (),
         videos: Sequence[Video] = (),
         *,
-        targets: bool = False,
+        targets: Targets = False,
+        turns: Turns = "all",
         name: str = "conversation 0",
         fps: float | int = FRAME_RATE,
         max_visual_tokens: int | None = None,
@@ -249,6 +251,8 @@ class Processor:
 
         Args:
           messages, images, videos, targets: as in `batch`.
+          turns: which answers have loss weight: "all" or "last". A message's own keys `loss` (true or false) and
+            `weight` (a factor of at least 0) take precedence.
           name: name of the sample, for errors.
           fps: frames per second of videos that are given as frames.
           max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
@@ -260,6 +264,8 @@ class Processor:
         Raises:
           As `batch`.
         """
+        if targets not in (True, False, AS_RELEASED):
+            raise PromptError(f"{name}: targets: expected true, false or '{AS_RELEASED}', got {targets!r}")
         images = given_pictures(messages, "image", images, name)
         videos = given_pictures(messages, "video", videos, name)
         mode = "L" if self.views.channels == 1 else "RGB"
@@ -287,6 +293,7 @@ class Processor:
             self._video_places(clip_sizes, limits[1], parts),
             name=name,
             targets=targets,
+            turns=turns,
             limits=limits,
             add_generation_prompt=add_generation_prompt,
             **variables,
@@ -298,7 +305,8 @@ class Processor:
         sizes: Sequence[Size] = (),
         videos: Sequence[VideoSize] = (),
         *,
-        targets: bool = False,
+        targets: Targets = False,
+        turns: Turns = "all",
         name: str = "conversation 0",
         max_visual_tokens: int | None = None,
         max_video_tokens: int | None = None,
@@ -320,6 +328,7 @@ class Processor:
             *places,
             name=name,
             targets=targets,
+            turns=turns,
             limits=(max_visual_tokens, max_video_tokens),
             add_generation_prompt=add_generation_prompt,
             **variables,
@@ -363,7 +372,8 @@ class Processor:
         videos: list[list[Place]],
         *,
         name: str,
-        targets: bool,
+        targets: Targets,
+        turns: Turns,
         limits: tuple[int | None, int | None],
         add_generation_prompt: bool | None,
         **variables: object,
@@ -376,9 +386,14 @@ class Processor:
         with error_context(name):
             prompt = not targets if add_generation_prompt is None else add_generation_prompt
             pieces = self.prompt(
-                messages, [len(parts) for parts in videos], add_generation_prompt=prompt, targets=targets, **variables
+                messages,
+                [len(parts) for parts in videos],
+                add_generation_prompt=prompt,
+                targets=targets,
+                turns=turns,
+                **variables,
             )
-            if targets and not any(isinstance(piece, Text) and piece.learned for piece in pieces):
+            if targets and targets != AS_RELEASED and not any(answer_weights(messages, turns)):
                 raise PromptError("expected at least one assistant message for training, got none")
         waiting: dict[Kind, list[Place]] = {
             "image": list(images),

@@ -6,11 +6,24 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from vlm_jax.processors.as_released import Released
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
 from vlm_jax.processors.layout import Text
-from vlm_jax.processors.learned import Span, clipped_spans, encode_learned, render_learned, texts
+from vlm_jax.processors.learned import (
+    AS_RELEASED,
+    Learned,
+    PromptError,
+    Span,
+    Targets,
+    Turns,
+    clipped_spans,
+    encode_learned,
+    render_learned,
+    texts,
+    without_weights,
+)
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Message
+from vlm_jax.types import Config, Message
 
 Kind = Literal["image", "video"]
 Stretch = tuple[str | Kind, list[Span]]  # a text or the kind of a placeholder, and its trained spans
@@ -48,7 +61,8 @@ class Prompt(Protocol):
         places: Sequence[int],
         *,
         add_generation_prompt: bool,
-        targets: bool,
+        targets: Targets,
+        turns: Turns,
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation, in order.
@@ -58,7 +72,9 @@ class Prompt(Protocol):
             `[{"type": "image"}, {"type": "text", "text": "…"}]`.
           places: number of slots of each of the conversation's videos.
           add_generation_prompt: ends with the start of the answer.
-          targets: as in the release's training: assistants' answers and their end tokens are learned.
+          targets: as in the release's training: assistants' answers and their end tokens are learned. With
+            "as_released" the release's faults are kept; see `as_released`.
+          turns: which answers are learned; see `learned.answer_weights`.
           **variables: further variables of the template.
         """
         ...
@@ -82,6 +98,8 @@ class TemplatePrompt:
       begins: adds the tokenizer's start and end tokens to a text that does not start with the BOS, as
         processors of transformers do; its tokenizers do not.
       training: template for training, where the release has another one.
+      learned: what the release learns of a conversation.
+      released: what its code learns with its faults; None where it has none.
     """
 
     template: ChatTemplate
@@ -93,6 +111,8 @@ class TemplatePrompt:
     joined: str | None = None
     begins: bool = True
     training: ChatTemplate | None = None
+    learned: Learned = Learned()  # noqa: RUF009
+    released: Released | None = None
 
     independent_turns = False
 
@@ -102,19 +122,90 @@ class TemplatePrompt:
         places: Sequence[int],
         *,
         add_generation_prompt: bool = True,
-        targets: bool = False,
+        targets: Targets = False,
+        turns: Turns = "all",
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`."""
+        with_faults = self.released is not None and targets == AS_RELEASED
+        if targets and self.learned.images_first != "never" and not with_faults:
+            messages = [self._images_first(message) for message in messages]
         if self.joined is not None:
             messages = [{**message, "content": self._content(message.get("content"))} for message in messages]
+        if targets and not self.learned.questions and not with_faults:
+            messages = [self._only_images(message) if message["role"] == "user" else message for message in messages]
         variables = {"add_generation_prompt": add_generation_prompt, **variables}
+        template = self.training or self.template
+        if with_faults:
+            if turns != "all" or any("loss" in message or "weight" in message for message in messages):
+                raise PromptError(
+                    f"targets='{AS_RELEASED}' learns what the release's code does; remove turns={turns!r} and the keys "
+                    "loss and weight of messages"
+                )
+            return self._as_released(template, messages, places, variables)
         if targets:
-            text, spans = render_learned(self.training or self.template, messages, self.tokenizer, **variables)
+            text, spans = render_learned(template, messages, self.tokenizer, self.learned, turns, **variables)
         else:
-            text, spans = self.template.render(messages, **variables), []
+            text, spans = self.template.render(without_weights(messages), **variables), []
+        pieces = self._pieces(text, spans, places)
+        return self._with_tokens(pieces) if targets and turns == "all" and self.learned.tokens else pieces
+
+    def _pieces(self, text: str, spans: Sequence[Span], places: Sequence[int]) -> list[Text | Slot]:
         stretches = self._stretches(text, spans)
         return self._in_pieces(stretches, places) if self.split else self._as_whole(stretches, places)
+
+    def _as_released(
+        self, template: ChatTemplate, messages: Sequence[Message], places: Sequence[int], variables: Config
+    ) -> list[Text | Slot]:
+        """The pieces with what the release's code learns."""
+        assert self.released is not None
+        text = self.released.text(template, without_weights(messages), variables)
+        pieces = self._pieces(text, (), places)
+        ids: list[int | None] = [i for p in pieces for i in (p.ids if isinstance(p, Text) else (None,))]
+        if not self.split:
+            for kind, mark in self.marks.items():
+                text = text.replace(mark, self.texts.get(kind, mark))
+        mask = iter(self.released.learned(self.tokenizer, text, ids))
+        found: list[Text | Slot] = []
+        for piece in pieces:
+            own = [float(next(mask)) for _ in (piece.ids if isinstance(piece, Text) else (None,))]
+            if isinstance(piece, Slot) and any(own):
+                raise PromptError("as released, the places of an image would be learned, which is not supported")
+            found += texts(piece.ids, own) if isinstance(piece, Text) else [piece]
+        return found
+
+    def _with_tokens(self, pieces: Sequence[Text | Slot]) -> list[Text | Slot]:
+        """The pieces with the tokens that are learned in every turn."""
+        always = {index for token in self.learned.tokens for index in self.tokenizer.encode(token)}
+        found: list[Text | Slot] = []
+        for piece in pieces:
+            if isinstance(piece, Text):
+                found += texts(piece.ids, [piece.learned or float(i in always) for i in piece.ids])
+            else:
+                found.append(piece)
+        return found
+
+    def _images_first(self, message: Message) -> Message:
+        """A message with its images at the start; text that stands beside images is stripped."""
+        content, mark = message.get("content"), self.marks.get("image")
+        single = self.learned.images_first == "single"
+        if isinstance(content, str):
+            count = 0 if mark is None else content.count(mark)
+            if mark is None or not count or (single and (count > 1 or content.startswith(mark))):
+                return message
+            return {**message, "content": (f"{mark}\n" * count + content.replace(mark, "").strip()).strip()}
+        items = list(content or ())
+        images = [item for item in items if item["type"] == "image"]
+        if not images or (single and (len(images) > 1 or items[0]["type"] == "image")):
+            return message
+        others = [item for item in items if item["type"] != "image"]
+        others = [{**item, "text": item["text"].strip()} if item["type"] == "text" else item for item in others]
+        return {**message, "content": [*images, *others]}
+
+    def _only_images(self, message: Message) -> Message:
+        """A message without its text."""
+        mark = self.marks["image"]
+        return {**message, "content": mark * str(message["content"]).count(mark)}
 
     def _content(self, content: Any) -> Any:
         if content is None or isinstance(content, str):
@@ -146,7 +237,7 @@ class TemplatePrompt:
         kinds: list[Kind] = []
         spans: list[Span] = []
         for number, (stretch, own) in enumerate(stretches):
-            spans += [(len(written) + start, len(written) + stop) for start, stop in own]
+            spans += [Span(len(written) + start, len(written) + stop, weight) for start, stop, weight in own]
             if number % 2:
                 kind: Kind = stretch  # type: ignore[assignment]
                 count = next(remaining, 1) if kind == "video" else 1
@@ -184,7 +275,7 @@ class TemplatePrompt:
                 pieces += texts(ids[skipped:], learned[skipped:])
         return pieces
 
-    def _encoded(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+    def _encoded(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[float]]:
         bos = self.tokenizer.names.get("bos_token")
         special = self.begins and not (bos and text.startswith(bos))
-        return encode_learned(self.tokenizer, text, spans, add_special=special)
+        return encode_learned(self.tokenizer, text, spans, add_special=special, learned=self.learned)

@@ -6,17 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlm_jax.processors.layout import Text
+from vlm_jax.processors.learned import (
+    AS_RELEASED,
+    ASSISTANT,
+    USER,
+    PromptError,
+    Targets,
+    Turns,
+    answer_weights,
+    without_weights,
+)
 from vlm_jax.processors.list_format import PICTURE, from_list_format
 from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Message, Params
-
-USER = ("user", "<|User|>")
-ASSISTANT = ("assistant", "<|Assistant|>")
-
-
-class PromptError(ValueError):
-    """Messages that a release's conversation format does not allow; the message names the cause."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,8 @@ class DeepSeekVL2Prompt:
         places: Sequence[int],
         *,
         add_generation_prompt: bool = True,
-        targets: bool = False,
+        targets: Targets = False,
+        turns: Turns = "all",
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer.
@@ -51,25 +55,28 @@ class DeepSeekVL2Prompt:
         An answer at the end of a prompt lacks its end token: the model writes on from there.
         """
         _refuse(places, variables)
+        weights = answer_weights(messages, turns)
         pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
         for number, message in enumerate(messages):
             text = flat(message.get("content"), lambda _: self.image, "\n").strip()
             last = number == len(messages) - 1
             if message["role"] in USER:
                 question = f"<|User|>: {text}\n\n" if text else "<|User|>:"
-                answered = add_generation_prompt or not last
+                # As released, also a last question that is not answered.
+                answered = add_generation_prompt or not last or targets == AS_RELEASED
                 pieces += self.spelled(f"{question}<|Assistant|>:" if answered else question.rstrip())
             elif message["role"] in ASSISTANT:
                 end = _present(self.tokenizer.eos_id, "eos", self.tokenizer)
-                pieces += self.spelled(text, targets)
-                pieces += [] if last and add_generation_prompt and not targets else [Text([end], targets)]
+                weight = weights[number] if targets else 0.0
+                pieces += self.spelled(text, weight)
+                pieces += [] if last and add_generation_prompt and not targets else [Text([end], weight)]
             elif number:
                 raise PromptError(f"message {number} has the role '{message['role']}', which only the first may have")
             else:
                 pieces += self.spelled(text)
         return pieces
 
-    def spelled(self, text: str, learned: bool = False) -> list[Text | Slot]:
+    def spelled(self, text: str, learned: float | bool = 0.0) -> list[Text | Slot]:
         """Encodes the text between images separately, without the tokenizer's special tokens."""
         pieces: list[Text | Slot] = []
         for number, part in enumerate(text.split(self.image)):
@@ -103,23 +110,31 @@ class QwenVLPrompt:
         places: Sequence[int],
         *,
         add_generation_prompt: bool = True,
-        targets: bool = False,
+        targets: Targets = False,
+        turns: Turns = "all",
         **variables: object,
     ) -> list[Text | Slot]:
-        """The pieces of one conversation; see `Prompt`."""
+        """The pieces of one conversation; see `Prompt`.
+
+        In training the tags of every turn are learned too, and the last turn ends with a newline, as in the release.
+        """
         _refuse(places, variables)
+        weights, messages = answer_weights(messages, turns), without_weights(messages)
+        if targets == AS_RELEASED and messages and messages[0]["role"] == "assistant":
+            weights, messages = weights[1:], messages[1:]  # which finetune.py drops
         if not messages or messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system}, *messages]
-        start, end, newline = "<|im_start|>", "<|im_end|>", self.spelled("\n")
+            weights, messages = [0.0, *weights], [{"role": "system", "content": self.system}, *messages]
+        start, end, newline = "<|im_start|>", "<|im_end|>", "\n"
         pieces: list[Text | Slot] = []
         for number, message in enumerate(messages):
-            pieces += newline if number else []
-            pieces += [*self.spelled(start), *self.spelled(message["role"]), *newline]
-            learned = targets and message["role"] == "assistant"
-            pieces += self.spelled(self.content(message.get("content")), learned)
-            pieces += self.spelled(end, learned)
+            answer = weights[number] if targets else 0.0
+            tag = answer if message["role"] == "assistant" else float(bool(targets) and turns == "all")
+            pieces += [*self.spelled(start, tag), *self.spelled(message["role"]), *self.spelled(newline)]
+            pieces += [*self.spelled(self.content(message.get("content")), answer), *self.spelled(end, tag)]
+            if targets or add_generation_prompt or number < len(messages) - 1:
+                pieces += self.spelled(newline, tag)
         if add_generation_prompt:
-            pieces += [*newline, *self.spelled(start), *self.spelled("assistant"), *newline]
+            pieces += [*self.spelled(start), *self.spelled("assistant"), *self.spelled(newline)]
         return pieces
 
     def content(self, content: Any) -> str:
@@ -129,7 +144,7 @@ class QwenVLPrompt:
         items = [{"text": item["text"]} if item["type"] == "text" else {"image": _path(item)} for item in content]
         return from_list_format(items, self.picture)
 
-    def spelled(self, text: str, learned: bool = False) -> list[Text | Slot]:
+    def spelled(self, text: str, learned: float | bool = 0.0) -> list[Text | Slot]:
         """Encodes a text with its images; the bytes of a path are the ids 0 to 255 of the vocabulary's bytes.
 
         Raises:

@@ -13,6 +13,20 @@ VICUNA = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
+# LLaVA, conversation.py, llava_llama_2; the start token of the first turn is that of the tokenizer.
+LLAMA2 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = 'You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural language.' %}"
+    "{% set turns = messages %}{% endif %}{% for message in turns %}{% if message.role == 'user' %}"
+    "{{ ('' if loop.first else '<s>') + '[INST] ' }}"
+    "{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first else '' }}"
+    "{{ message.content + ' [/INST]' }}{% else %}{{ ' ' + message.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+# LLaVA, conversation.py, plain, of pretraining.
+PLAIN = "{% for message in messages %}{{ message.content + ('\n' if message.role == 'assistant' else '') }}{% endfor %}"
+
 # DeepSeek-VL, utils/conversation.py, deepseek.
 DEEPSEEK = (
     "{% if messages[0].role != 'system' %}You are a helpful language and vision assistant. You are able to understand "
@@ -24,19 +38,21 @@ DEEPSEEK = (
 )
 
 
-def chatml(system: str | None, end: str = "<|im_end|>\n") -> str:
+def chatml(system: str | None, end: str = "<|im_end|>\n", head: str = "<|im_start|>{role}\n") -> str:
     """ChatML.
 
     Args:
       system: the default system message; None for none.
       end: text after every message.
+      head: text before it, with `{role}`.
     """
-    opening = "" if system is None else f"<|im_start|>system\n{system}{end}"
+    opening = "" if system is None else f"{head.format(role='system')}{system}{end}"
+    before, after = head.split("{role}")
     return (
         f"{{% if messages[0].role != 'system' %}}{{{{ {opening!r} }}}}{{% endif %}}"
         "{% for message in messages %}"
-        "{{ '<|im_start|>' + message.role + '\n' + message.content + " + repr(end) + " }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        f"{{{{ {before!r} + message.role + {after!r} + message.content + {end!r} }}}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {head.format(role='assistant')!r} }}}}{{% endif %}}"
     )
 
 
@@ -48,11 +64,19 @@ _INTERNVL2_5 = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 )
 IM_END = "<|im_end|>"
+PHI3_END = "<|end|>"
 INTERNVL = {
     "Hermes-2": chatml(_INTERNVL, IM_END),
     "internlm2-chat": chatml(_INTERNVL, IM_END),
     "internvl2_5": chatml(_INTERNVL2_5),
+    "phi3-chat": chatml(_INTERNVL, PHI3_END, "<|{role}|>\n"),
 }
+
+# LLaVA, conversation.py, mpt.
+MPT = chatml(
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
+    IM_END,
+)
 
 # AIDC-AI/Ovis2, configuration_ovis.py, QwenConversationFormatter.
 OVIS2 = chatml("You are a helpful assistant.")
@@ -61,7 +85,8 @@ OVIS2 = chatml("You are a helpful assistant.")
 # empty one.
 OVIS2_5_TRAINING = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
-    "{% if '<think>' not in message.content or '</think>' not in message.content %}{{ '<think>\n\n</think>\n\n' }}"
+    "{% if message.loss != false and ('<think>' not in message.content or '</think>' not in message.content) %}"
+    "{{ '<think>\n\n</think>\n\n' }}"
     "{% endif %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

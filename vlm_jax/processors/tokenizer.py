@@ -176,6 +176,7 @@ def _sentencepiece(folder: epath.Path, name: str, settings: Fields) -> tuple[Voc
         bos=bos if settings.get("add_bos_token", False) else None,
         eos=eos if settings.get("add_eos_token", False) else None,
         legacy=settings.get("legacy") is not False,
+        listed={_token(value, special=True).content for value in _special(settings)},
     )
     return vocabulary, settings
 
@@ -202,10 +203,7 @@ def _pairs(folder: epath.Path, settings: Fields) -> tuple[Vocabulary, Fields]:
 def _added(folder: epath.Path, settings: Config) -> list[tuple[int | None, AddedToken]]:
     """Tokens added to the vocabulary file, with their ids if given: listed ones first, then special ones."""
     entries: list[tuple[int | None, AddedToken]] = []
-    special = [value for key, value in settings.items() if key.endswith("_token") and _name(value)]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = settings.get(key) or []
-        special += more.values() if isinstance(more, Mapping) else more
+    special = _special(settings)
     if "added_tokens_decoder" in settings:
         listed = sorted((int(index), value) for index, value in settings["added_tokens_decoder"].items())
         entries += [(index, _token(value, special=bool(value.get("special")))) for index, value in listed]
@@ -214,6 +212,15 @@ def _added(folder: epath.Path, settings: Config) -> list[tuple[int | None, Added
         listed = sorted((index, name) for name, index in _json(folder / "added_tokens.json").items())
         entries += [(index, _token(name, special=name in names)) for index, name in listed]
     return entries + [(None, _token(value, special=True)) for value in special]
+
+
+def _special(settings: Config) -> list[Any]:
+    """Tokens with a role, and additional special ones, as the settings have them."""
+    special = [value for key, value in settings.items() if key.endswith("_token") and _name(value)]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        special += more.values() if isinstance(more, Mapping) else more
+    return special
 
 
 def _by_name(added: Iterable[tuple[int | None, AddedToken]]) -> dict[str, AddedToken]:

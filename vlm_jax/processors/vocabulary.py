@@ -5,7 +5,7 @@ import codecs
 import itertools
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import sentencepiece
@@ -149,6 +149,7 @@ class SentencePieceVocabulary:
         bos: int | None,
         eos: int | None,
         legacy: bool = True,
+        listed: Collection[str] | None = None,
     ):
         """Reads a model.
 
@@ -157,9 +158,12 @@ class SentencePieceVocabulary:
           added: tokens that split a text first, by id; including those of the model.
           bos, eos: ids that `add_special` adds before and after a text; None for none.
           legacy: see above.
+          listed: added tokens with a role or among the additional special ones; all added tokens when None.
         """
         self._model = sentencepiece.SentencePieceProcessor(model_proto=model)  # type: ignore[call-arg]
         self._inside = self._model if legacy else sentencepiece.SentencePieceProcessor(model_proto=model + NO_PREFIX)  # type: ignore[call-arg]
+        self._legacy = legacy
+        self._listed = {token.content for token in added.values()} if listed is None else listed
         self._added = {token.content: index for index, token in added.items()}
         self._names = {index: token.content for index, token in added.items()}
         self._edges = (bos, eos)
@@ -177,7 +181,11 @@ class SentencePieceVocabulary:
         ids: list[int] = []
         for number, stretch in enumerate(stretches):
             if number % 2:
-                ids.append(self._added[stretch if stretch in self._added else stretch.strip()])
+                token = self._added[stretch if stretch in self._added else stretch.strip()]
+                # The whole text's initial space stays before an added token without a role.
+                if number == 1 and not stretches[0] and not self._legacy and self._names[token] not in self._listed:
+                    ids += [self._model.piece_to_id(SPACE)] * self._prefixed
+                ids.append(token)
             elif stretch:
                 ids += (self._inside if number else self._model).encode(stretch)
         bos, eos = self._edges if add_special else (None, None)

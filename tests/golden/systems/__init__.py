@@ -2,7 +2,8 @@
 
 A module here has `outputs(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]`, which
 reads sizes and settings from the folder and returns every output of its manifest. What it cannot return
-is in `NOT_COMPARED: dict[str, str]`, regular expression of whole names -> reason.
+is in `NOT_COMPARED: dict[str, str]`, regular expression of whole names -> reason, or in `not_compared(golden)`, which
+is the same for one folder.
 """
 
 from types import ModuleType
@@ -38,11 +39,14 @@ from tests.golden.systems import (
     reduce_tome,
     reduce_visionzip,
     s2,
+    train_label_families,
+    train_labels,
     vision_transformer,
 )
 
 # The `system` of a manifest -> the module; several systems may share one.
 SYSTEMS: dict[str, ModuleType] = {
+    **{f"train_labels_{name}": train_labels for name in train_label_families.FAMILIES},
     "bv_preprocess": big_vision_preprocess,
     "bv_siglip": big_vision_siglip,
     "bv_siglip2": big_vision_siglip,

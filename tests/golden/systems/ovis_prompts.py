@@ -124,7 +124,7 @@ def _video(golden: Golden, ours: Processor) -> dict[str, Any]:
 
 
 def _trained(golden: Golden, ours: Processor, images: list[Image.Image]) -> dict[str, Any]:
-    """The conversation of fine-tuning, and what is learned of it; an answer at its end without the last newline."""
+    """The conversation of fine-tuning, and what is learned of it."""
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     turns = json.loads(str(golden.inputs["sft.conversation"]))
     said = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]
@@ -132,9 +132,8 @@ def _trained(golden: Golden, ours: Processor, images: list[Image.Image]) -> dict
     batch = ours(said, [images[number] for number in shown], targets=True)
     labels = np.full(batch.tokens.shape, IGNORED, np.int64)
     labels[:, 1:] = np.where(batch.loss_weights, batch.targets, IGNORED)[:, :-1]
-    length = batch.tokens.shape[1] - int(turns[-1]["from"] == "gpt")
     return {
         "sft.prompt": np.array(ours.prompt.training.render(said, add_generation_prompt=False)),
-        "sft.input_ids": ids(batch)[:, :length],
-        "sft.labels": labels[:, :length],
+        "sft.input_ids": ids(batch),
+        "sft.labels": labels,
     }

@@ -5,10 +5,12 @@ import math
 from vlm_jax.pretrained.family import PretrainedError, check_supported, one_side, with_defaults
 from vlm_jax.pretrained.internvl import VISION_DEFAULTS
 from vlm_jax.pretrained.processing.settings import IMAGENET_STATISTICS, Folder, chat_template, pad_id
+from vlm_jax.processors import as_released
+from vlm_jax.processors.learned import Learned
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
-from vlm_jax.processors.templates import IM_END, INTERNVL
+from vlm_jax.processors.templates import IM_END, INTERNVL, PHI3_END
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import SegmentSampler
@@ -25,6 +27,8 @@ DEFAULTS: Fields = {
     "max_dynamic_patch": 6,
     "pad2square": False,
 }
+# OpenGVLab/InternVL, internvl/train/dataset.py, preprocess_internvl2_5 and its like.
+LEARNED = Learned(crossing=False)
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 
 
@@ -34,6 +38,7 @@ def processor(folder: Folder, config: Config) -> Processor:
     name = config.get("template")
     if name is not None and name not in INTERNVL:
         raise PretrainedError(f"internvl_chat.template: expected one of {', '.join(INTERNVL)}, got {name!r}")
+    released = as_released.INTERNVL.get(name or "")
     tagged = f"{START}{CONTEXT}{END}"
     prompt = TemplatePrompt(
         chat_template(folder, tokenizer, INTERNVL.get(name or ""), own_first=name is None),
@@ -42,9 +47,11 @@ def processor(folder: Folder, config: Config) -> Processor:
         tokens={"image": CONTEXT, "video": CONTEXT},
         texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
         joined="\n",
+        learned=LEARNED,
+        released=None if released is None else released(),
     )
     # modeling_internvl_chat.py, chat: the separator of the template.
-    ends = (IM_END,) if name is not None else ()
+    ends = () if name is None else (PHI3_END,) if name == "phi3-chat" else (IM_END,)
     pad = pad_id(tokenizer, config)
     return Processor(prompt, views(config), tokenizer, pad, end_tokens=ends, frame_sampler=SegmentSampler())
 

@@ -1,5 +1,6 @@
 """InternVL in the format of transformers."""
 
+from vlm_jax.pretrained.processing.internvl import LEARNED
 from vlm_jax.pretrained.processing.settings import (
     Folder,
     height_and_width,
@@ -44,5 +45,6 @@ def processor(folder: Folder, config: Config) -> Processor:
         marks={"image": context, "video": tokenizer.names.get("video_token", "<video>")},
         tokens={"image": context, "video": context},
         texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
+        learned=LEARNED,
     )
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), frame_sampler=SegmentSampler())

@@ -1,23 +1,42 @@
 """LLaVA and MobileVLM in the format of their releases."""
 
 import ast
+import dataclasses
 import re
 from collections.abc import Sequence
 
 from vlm_jax.pretrained.family import PretrainedError, check_supported
 from vlm_jax.pretrained.llava import DEFAULTS, TOWERS
-from vlm_jax.pretrained.processing.settings import CLIP_STATISTICS, Folder, chat_template, end_of_text, pad_id
+from vlm_jax.pretrained.processing.settings import (
+    CLIP_STATISTICS,
+    Folder,
+    chat_template,
+    end_of_text,
+    pad_id,
+    tokenizer_settings,
+)
 from vlm_jax.pretrained.projector import mm_projector
+from vlm_jax.processors import as_released
 from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.learned import Learned
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews
-from vlm_jax.processors.templates import VICUNA
+from vlm_jax.processors.templates import LLAMA2, MPT, PLAIN, VICUNA
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Config
 
+# LLaVA, train/train.py, preprocess_multimodal, preprocess_v1, preprocess_llama_2, preprocess_mpt and preprocess_plain.
+LEARNED = Learned(images_first="always")
+# `--version` of the release's training, which no file of a folder holds: `conversation_version` in config.json.
+VERSIONS = {
+    "v1": (VICUNA, LEARNED),
+    "llava_llama_2": (LLAMA2, dataclasses.replace(LEARNED, end=" </s>")),
+    "mpt": (MPT, LEARNED),
+    "plain": (PLAIN, Learned(end="\n", questions=False)),
+}
 FIT = {"pad": "pad", "anyres": "crop", "square": "crop", None: "crop"}
 
 
@@ -26,16 +45,24 @@ def processor(folder: Folder, config: Config) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
     # The tag is not a token of the release: the text before and after it is encoded separately.
     holder = tokenizer.names.get("unk_token", tokenizer.names.get("pad_token", "<unk>"))
+    longest = config.get("tokenizer_model_max_length", config.get("max_sequence_length"))
+    version = config.get("conversation_version")
+    if version not in (None, *VERSIONS):
+        raise PretrainedError(
+            f"{config['model_type']}.conversation_version: expected one of {', '.join(VERSIONS)}, got {version!r}"
+        )
+    template, learned = VERSIONS[version or "v1"]
     prompt = TemplatePrompt(
-        chat_template(folder, tokenizer, VICUNA),
+        chat_template(folder, tokenizer, template, own_first=version is None),
         tokenizer,
         marks={"image": "<image>"},
         tokens={"image": holder},
         split=True,
         joined="\n",
+        learned=learned,
+        released=_released(version or "v1", tokenizer_settings(folder), config, longest),
     )
     newline = "unpad" in config.get("mm_patch_merge_type", "flat")
-    longest = config.get("tokenizer_model_max_length", config.get("max_sequence_length"))
     return Processor(
         prompt,
         views(config),
@@ -46,6 +73,17 @@ def processor(folder: Folder, config: Config) -> Processor:
         # LLaVA's eval/run_llava.py and MobileVLM's inference.py stop at this token, sep2 of Vicuna.
         end_tokens=end_of_text(tokenizer),
     )
+
+
+def _released(version: str, settings: Config, config: Config, longest: int | None) -> as_released.Released:
+    """The release's labels with their faults."""
+    legacy = settings.get("legacy")
+    if version == "v1":
+        later = int(legacy is False and config["model_type"] != "mobilevlm")
+        return as_released.Vicuna(longest, later)
+    if version == "mpt":
+        return as_released.ChatML(limit=longest, ended=0, later=-int(bool(legacy)), llava=True)
+    return as_released.Llama2(longest) if version == "llava_llama_2" else as_released.Plain()
 
 
 def views(config: Config) -> SquareViews | AnyresViews:

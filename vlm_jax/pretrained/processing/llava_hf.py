@@ -14,6 +14,7 @@ from vlm_jax.pretrained.processing.settings import (
 )
 from vlm_jax.processors.anyres import AnyresViews
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.learned import Learned
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.square import SquareViews
@@ -27,6 +28,10 @@ DEFAULTS: Fields = {
     "do_center_crop": True,
     "do_pad": False,
 }
+# LLaVA-VL/LLaVA-NeXT, llava/train/train.py, preprocess_qwen: tags and newlines of all turns, heads of answers.
+LEARNED_QWEN = Learned(
+    end="<|im_end|>\n", tokens=("<|im_start|>", "<|im_end|>", "\n"), head=True, images_first="single"
+)
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -64,7 +69,12 @@ def _square(folder: Folder, config: Config) -> tuple[SquareViews, tuple[int, int
 def _processor(folder: Folder, config: Config, views: Any, **fields: Any) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
     token = processor_settings(folder).get("image_token", "<image>")
+    qwen = config["model_type"] == "llava_next" and config.get("text_config", {}).get("model_type") == "qwen2"
     prompt = TemplatePrompt(
-        ChatTemplate.from_folder(folder, tokenizer.names), tokenizer, marks={"image": token}, tokens={"image": token}
+        ChatTemplate.from_folder(folder, tokenizer.names),
+        tokenizer,
+        marks={"image": token},
+        tokens={"image": token},
+        learned=LEARNED_QWEN if qwen else Learned(),
     )
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), **fields)

@@ -9,6 +9,7 @@ from vlm_jax.pretrained.ovis import (
 )
 from vlm_jax.pretrained.processing.settings import Folder, chat_template, end_of_text, image_settings, pad_id, pixels
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.learned import Learned
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
@@ -19,6 +20,9 @@ from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import Views
 from vlm_jax.types import Config, PatchFormat
 
+# AIDC-AI/Ovis, conversation_formatter.py, QwenConversationFormatter and Qwen3ConversationFormatter.
+LEARNED = Learned(crossing=False)
+LEARNED_2_5 = Learned(crossing=False, drops_rest=True)
 MAX_PARTS = 9  # of the release's example
 MIN_PIXELS, MAX_PIXELS = 448 * 448, 1792 * 1792  # of Ovis 2.5-9B's preprocess_inputs
 
@@ -68,6 +72,7 @@ def _processor(
         tokens={"image": holder, "video": holder},
         split=True,
         joined="\n",
+        learned=LEARNED if training is None else LEARNED_2_5,
         training=None if training is None else ChatTemplate(training, tokenizer.names),
     )
     # The release's examples pass the EOS of its text tokenizer to generate().

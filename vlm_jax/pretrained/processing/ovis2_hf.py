@@ -1,6 +1,7 @@
 """Ovis 2 in the format of transformers, whose tiles differ from the release's."""
 
 from vlm_jax.pretrained.family import check_supported
+from vlm_jax.pretrained.processing.ovis import LEARNED
 from vlm_jax.pretrained.processing.settings import (
     Folder,
     height_and_width,
@@ -44,6 +45,7 @@ def processor(folder: Folder, config: Config) -> Processor:
         tokenizer,
         marks={"image": "<image>"},
         tokens={"image": "<IMG_ATOM>"},
+        learned=LEARNED,
     )
     learned = tuple(config["visual_indicator_token_ids"])
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), num_learned=len(learned), learned_ids=learned)

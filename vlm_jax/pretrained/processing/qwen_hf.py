@@ -11,10 +11,12 @@ from vlm_jax.pretrained.processing.settings import (
     video_pixels,
     video_settings,
 )
+from vlm_jax.processors import as_released
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.learned import Learned
 from vlm_jax.processors.native import NativeViews, VideoLimits
 from vlm_jax.processors.processor import Processor
-from vlm_jax.processors.prompt import TemplatePrompt
+from vlm_jax.processors.prompt import Kind, TemplatePrompt
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Config, Fields, PatchFormat
@@ -27,7 +29,9 @@ VIDEO_PIXELS = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
 VIDEO_TOKENS = {"qwen2_vl": 16384, "qwen2_5_vl": 24576}
 # transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py, Qwen2_5_VLVisionConfig.
 QWEN2_5_DEFAULTS = {"tokens_per_second": 4, "window_size": 112}
-TOKENS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+TOKENS: dict[Kind, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+# QwenLM/Qwen3-VL, qwen-vl-finetune, data_processor.py, preprocess_qwen_visual.
+LEARNED = Learned(end="<|im_end|>\n", crossing=False)
 
 
 def processor(folder: Folder, config: Config) -> Processor:
@@ -53,7 +57,9 @@ def processor(folder: Folder, config: Config) -> Processor:
         tokens_per_second=tokens_per_second,
     )
     template = ChatTemplate.from_folder(folder, tokenizer.names)
-    prompt = TemplatePrompt(template, tokenizer, marks=TOKENS, tokens=TOKENS)  # type: ignore[arg-type]
+    prompt = TemplatePrompt(
+        template, tokenizer, marks=TOKENS, tokens=TOKENS, learned=LEARNED, released=as_released.Qwen25VL()
+    )
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), rotary_3d=True)
 
 
