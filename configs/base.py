@@ -66,6 +66,8 @@ def get_config() -> ConfigDict:
             "kept": placeholder(tuple),
             "pack": False,
             "buckets": 1,
+            "turns": "all",
+            "as_released": False,
         }
     )
     config.encoder = ConfigDict(

@@ -12,10 +12,12 @@ import vlm_jax
 from configs import finetune
 from tests.contracts import releases
 from vlm_jax.build import build
+from vlm_jax.config import ConfigError
 from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.train.input import rows
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.stages import parse_schedule
+from vlm_jax.types import Sample
 
 COUNTS = (0, 1, 2, 1, 0, 2)  # pictures of the samples
 SIZE = (28, 56)  # (height, width)
@@ -120,3 +122,27 @@ def test_faults_of_the_data_are_named_before_the_workdir_is_claimed(release, dat
     with pytest.raises(MalformedRecords, match=r"bad\.json\[0\]: conversations: expected alternating"):
         Trainer(config, build(config), one_device, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_learn_the_turns_that_the_config_names(release, data):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "what is 0?"}]},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": [{"type": "text", "text": "and 1?"}]},
+        {"role": "assistant", "content": "yz"},
+    ]
+    processor, counts = vlm_jax.from_pretrained(release).processor, []
+    for turns, as_released in (("all", False), ("last", False), ("all", True)):
+        config = config_of(release, data)
+        with config.unlocked():
+            config.row.update({"turns": turns, "as_released": as_released})
+        row = build(config).training_row(Sample("one", tuple(messages)))
+        alone = processor(messages, targets="as_released" if as_released else True, turns=turns)
+        learned = row.loss_weights[0] > 0
+        assert row.targets[0][learned].tolist() == alone.targets[0][alone.loss_weights[0] > 0].tolist()
+        counts.append(int(learned.sum()))
+    assert 0 < counts[1] < counts[0]  # without the first answer, its end token and newline
+    with config.unlocked():
+        config.row.update({"turns": "first"})
+    with pytest.raises(ConfigError, match=r"config\.row\.turns: expected 'all' or 'last', got 'first'"):
+        build(config)

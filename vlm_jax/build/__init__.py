@@ -34,6 +34,7 @@ from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.conversation import VideoSize
 from vlm_jax.processors.image import image_size, open_image, to_picture
+from vlm_jax.processors.learned import AS_RELEASED
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.plain_prompt import PlainPrompt
 from vlm_jax.processors.processor import Example, Processor
@@ -105,14 +106,15 @@ class Experiment:
           As `Processor.example`, naming the sample.
         """
         messages, images = sample.messages if targets else sample.messages[:-1], list(sample.images)
+        name, learned = sample.sample_id, self._learned if targets else {}
         if self.num_frames is None:
             videos = list(sample.videos)
-            return self.system.processor.example(messages, images, videos, targets=targets, name=sample.sample_id)
+            return self.system.processor.example(messages, images, videos, name=name, **learned)
         if not images:
-            raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no image")
+            raise PictureMismatch(f"{name}: expected the frames of a clip, got no image")
         chosen = uniform_frames(len(images), self.num_frames)
         clip = [[images[index] for index in chosen]]
-        return self.system.processor.example(_as_clip(messages), (), clip, targets=targets, name=sample.sample_id)
+        return self.system.processor.example(_as_clip(messages), (), clip, name=name, **learned)
 
     def measure(self, sample: SampleSizes) -> Load:
         """What a sample takes of a training row.
@@ -126,7 +128,12 @@ class Experiment:
                 raise PictureMismatch(f"{sample.sample_id}: expected the frames of a clip, got no picture")
             chosen = uniform_frames(len(sizes), self.num_frames)
             messages, clips, sizes = _as_clip(messages), [VideoSize(len(chosen), *sizes[chosen[0]])], []
-        return self.system.processor.measure(messages, sizes, clips, targets=True, name=sample.sample_id)
+        return self.system.processor.measure(messages, sizes, clips, name=sample.sample_id, **self._learned)
+
+    @property
+    def _learned(self) -> Fields:
+        """Arguments of the processor for training."""
+        return {"targets": AS_RELEASED if self.rows.as_released else True, "turns": self.rows.turns}
 
     def training_row(self, *samples: Sample, shape: RowShape | None = None) -> Batch:
         """Samples that share a training row, of the shape `row` unless another is given, as a batch of one."""

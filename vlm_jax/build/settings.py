@@ -92,7 +92,7 @@ class ProcessorSettings:
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """`config.row`: the static shape of training rows.
+    """`config.row`: the static shape of training rows, and what is learned of them.
 
     Attributes:
       text_length: positions of text; those of the budget's visual tokens are added. Exactly one of this and
@@ -105,6 +105,9 @@ class RowSettings:
         release, or with `pack`, may need; all when None.
       pack: whether several samples share a row, told apart by segment ids.
       buckets: lengths that rows are padded to, each a program of its own; a batch takes the smallest that holds it.
+      turns: which answers of a conversation are learned, "all" or "last"; a message's own `loss` and `weight` take
+        precedence.
+      as_released: labels with the faults of the release's fine-tuning code; see `processors.as_released`.
     """
 
     text_length: int | None = None
@@ -114,12 +117,16 @@ class RowSettings:
     kept: tuple[int, ...] | None = None
     pack: bool = False
     buckets: int = 1
+    turns: str = "all"
+    as_released: bool = False
 
     def __post_init__(self):
         for key in ("length", "images", "pictures", "buckets"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ConfigError(f"config.row.{key}: at least 1 expected, got {value}")
+        if self.turns not in ("all", "last"):
+            raise ConfigError(f"config.row.turns: expected 'all' or 'last', got {self.turns!r}")
         if (self.text_length is None) == (self.length is None):
             raise ConfigError(
                 "config.row: expected either text_length (positions of text, visual tokens not counted) or length (all "
