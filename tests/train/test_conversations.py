@@ -14,6 +14,7 @@ from tests.contracts import releases
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.data.stores import MalformedRecords
+from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.train.input import rows
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.stages import parse_schedule
@@ -132,17 +133,21 @@ def test_rows_learn_the_turns_that_the_config_names(release, data):
         {"role": "assistant", "content": "yz"},
     ]
     processor, counts = vlm_jax.from_pretrained(release).processor, []
-    for turns, as_released in (("all", False), ("last", False), ("all", True)):
+    for turns in ("all", "last"):
         config = config_of(release, data)
         with config.unlocked():
-            config.row.update({"turns": turns, "as_released": as_released})
+            config.row.update({"turns": turns})
         row = build(config).training_row(Sample("one", tuple(messages)))
-        alone = processor(messages, targets="as_released" if as_released else True, turns=turns)
+        alone = processor(messages, targets=True, turns=turns)
         learned = row.loss_weights[0] > 0
         assert row.targets[0][learned].tolist() == alone.targets[0][alone.loss_weights[0] > 0].tolist()
         counts.append(int(learned.sum()))
-    assert 0 < counts[1] < counts[0]  # without the first answer, its end token and newline
+    assert 0 < counts[1] < counts[0]  # without the first answer and its end token
     with config.unlocked():
-        config.row.update({"turns": "first"})
+        config.row.update({"turns": "all", "as_released": True})
+    with pytest.raises(TokenizerError, match=r"no token '<\|im_end\|>'"):  # that Qwen2.5-VL's own code looks for
+        build(config).training_row(Sample("one", tuple(messages)))
+    with config.unlocked():
+        config.row.update({"turns": "first", "as_released": False})
     with pytest.raises(ConfigError, match=r"config\.row\.turns: expected 'all' or 'last', got 'first'"):
         build(config)
