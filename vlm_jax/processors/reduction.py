@@ -116,9 +116,9 @@ class Reduction:
             longest = None if static is None else self.num_before(shape.images)  # type: ignore[union-attr]
             images = dataclasses.replace(batch.images, images=_packed(groups, num_images, longest))  # type: ignore
             batch = dataclasses.replace(batch, images=images)
-        if self.drops and num_images:
+        if self.drops and (num_images or batch.images is not None):  # rows of text may have room for images
             left = [[self.left(count) for count in of_row] for of_row in groups]
-            places = visual_places(batch, left, num_images, self._most_left(left, shape), num_learned)
+            places = visual_places(batch, left, max(num_images, 1), self._most_left(left, shape), num_learned)
             batch = dataclasses.replace(
                 batch, places=dataclasses.replace(places, lengths=self._lengths(batch, rows, shape))
             )
@@ -134,7 +134,7 @@ class Reduction:
             return self.left(self.before.tile_tokens)
         if shape is not None and shape.pictures is not None:
             return self.left(self.num_before(shape.images))
-        return max(max(counts, default=0) for counts in left)
+        return max(max(counts, default=1) for counts in left)
 
     def _lengths(self, batch: Batch, rows: Sequence[Sequence[Tokens]], shape: RowShape | None) -> tuple[int, ...]:
         """Length of rows after each drop: that of the shape, else the maximum over the rows."""
