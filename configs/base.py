@@ -15,8 +15,10 @@ def get_config() -> ConfigDict:
     # A released folder, or its name on the hub, from which parts, processor and template are taken; None: the sections
     # below describe everything.
     config.release = placeholder(str)
-    config.dtype = "float32"
-    config.param_dtype = "float32"
+    config.dtype = "float32"  # of activations
+    config.param_dtype = (
+        "float32"  # of the parameters of frozen parts; those of a part that any stage trains are float32
+    )
     # Visual tokens that reach the decoder, for any connector: of one image with all its tiles (or a
     # clip with all its frames), of each tile, or of each frame.
     config.token_budget = 16
@@ -109,6 +111,8 @@ def get_config() -> ConfigDict:
             "weight_decay": 0.05,
             "clip_norm": 1.0,
             "final_scale": 0.0,
+            "first_moment": "float32",
+            "second_moment": "float32",
         }
     )
     config.loop = ConfigDict({"save_every": 200, "keep": 2, "log_every": 20, "input_workers": 0})

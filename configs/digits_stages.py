@@ -12,6 +12,7 @@ def pretraining() -> ConfigDict:
                 "stream": "cells",
                 "steps": 900,
                 "batch_size": 32,
+                "accumulate": 1,
                 "warmup_steps": 50,
                 "learning_rates": {"encoder": 5e-3, "cell_head": 5e-3},
             },
@@ -20,6 +21,7 @@ def pretraining() -> ConfigDict:
                 "stream": "text_pages",
                 "steps": 500,
                 "batch_size": 32,
+                "accumulate": 1,
                 "warmup_steps": 30,
                 "learning_rates": {"decoder": 3e-3},
             },
@@ -35,6 +37,7 @@ def instruction() -> ConfigDict:
             "stream": "questions",
             "steps": 300,
             "batch_size": 32,
+            "accumulate": 1,
             "warmup_steps": 30,
             "learning_rates": {"connector": 2e-3, "decoder": 1e-3},
         }

@@ -23,6 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "stream": "questions",
         "steps": 5000,
         "batch_size": 128,
+        "accumulate": 1,
         "warmup_steps": 150,
         "learning_rates": {"connector": 2e-5, "decoder": 2e-5},
     }

@@ -19,7 +19,7 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.processors.processor import Processor
-from vlm_jax.sharding.initial import Init, boxed_shapes, draw, init_of
+from vlm_jax.sharding.initial import Init, boxed_shapes, draw, in_float32, init_of
 from vlm_jax.sharding.rules import mesh_of, shardings
 from vlm_jax.types import TEXT_SLOT, Batch, Fields, Grid, Params, RowShape, Tree
 
@@ -121,7 +121,9 @@ class System:
     def _boxed_shapes(self) -> Params:
         return boxed_shapes(self._init)
 
-    def initial(self, key: jax.Array, mesh: Mesh | None = None, *, without: Sequence[str] = ()) -> Params:
+    def initial(
+        self, key: jax.Array, mesh: Mesh | None = None, *, without: Sequence[str] = (), masters: Sequence[str] = ()
+    ) -> Params:
         """Parameters on their devices: read from the release, or randomly initialised where it lacks them.
 
         No host holds a parameter twice: tensors are read in parts, directly to the devices that need them, and
@@ -131,11 +133,12 @@ class System:
           key: random key of the initialisation.
           mesh: mesh of the parameters; the default device when None.
           without: parts to omit, which the caller has from elsewhere.
+          masters: parts that are read and returned in float32, for any `param_dtype` of the model.
 
         Raises:
           CheckpointMismatch: unused and missing keys and wrong shapes of the release, all in one message.
         """
-        boxed = self.boxed_shapes()
+        boxed = in_float32(self.boxed_shapes(), masters)
         targets = nn.meta.unbox(boxed)
         if mesh is not None:
             targets = jax.tree.map(
@@ -148,7 +151,7 @@ class System:
         drawn = [part for part in targets if release is None or part in release.drawn]
         params = {} if release is None else release.read(targets)
         if drawn:
-            params |= draw(self._init, key, drawn, mesh)
+            params |= in_float32(draw(self._init, key, drawn, mesh), masters)
         return {part: params[part] for part in targets}
 
     def prepared(self, params: Params) -> Params:

@@ -109,3 +109,58 @@ def test_a_part_without_a_rate_is_an_error():
 def test_a_warmup_as_long_as_the_stage_is_refused(warmup, steps):
     with pytest.raises(ConfigError, match=f"warmup_steps: expected fewer than the {steps} steps .* got {warmup}"):
         adamw(SETTINGS, RATES, warmup, steps)
+
+
+FLAT = {"b1": 0.9, "weight_decay": 0.0, "clip_norm": 1e9, "final_scale": 1.0}
+
+
+def steady(settings, gradient, steps, dtype):
+    """The last update and the state after `steps` of a constant gradient."""
+    tx = adamw(settings, {"decoder": 1e-3}, 0, steps + 1)
+    params = {"decoder": {"kernel": jnp.ones((4,), dtype)}}
+    gradients = {"decoder": {"kernel": jnp.full((4,), gradient, dtype)}}
+
+    def body(state, _):
+        updates, state = tx.update(gradients, state, params)
+        return state, updates["decoder"]["kernel"][0]
+
+    state, updates = jax.jit(lambda state: jax.lax.scan(body, state, None, length=steps))(tx.init(params))
+    return updates[-1], state
+
+
+def moment(state, name):
+    (leaf,) = [x for path, x in jax.tree_util.tree_leaves_with_path(state) if f".{name}" in jax.tree_util.keystr(path)]
+    return leaf
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_moments_follow_their_decay_for_parameters_of_any_dtype(dtype):
+    steps = 3000
+    update, state = steady(OptimizerSettings(b2=0.999, **FLAT), 1.0, steps, dtype)
+    assert moment(state, "mu").dtype == moment(state, "nu").dtype == update.dtype == jnp.float32
+    np.testing.assert_allclose(moment(state, "nu"), 1 - 0.999**steps, rtol=1e-3)  # 0.950
+    np.testing.assert_allclose(moment(state, "mu"), 1.0, rtol=1e-3)
+    assert update == pytest.approx(-1e-3, rel=1e-3)  # bias-corrected, both moments are 1
+
+
+@pytest.mark.parametrize("kept", ["first_moment", "second_moment"])
+def test_a_moment_kept_in_bfloat16_is_within_a_tenth(kept):
+    settings = OptimizerSettings(b2=0.95, **FLAT, **{kept: "bfloat16"})
+    _, state = steady(settings, 3.0, 200, jnp.float32)
+    dtypes = {"first_moment": moment(state, "mu").dtype, "second_moment": moment(state, "nu").dtype}
+    assert [name for name, dtype in dtypes.items() if dtype == jnp.bfloat16] == [kept]
+    np.testing.assert_allclose(np.float32(moment(state, "mu")), 3.0, rtol=0.1)
+    np.testing.assert_allclose(np.float32(moment(state, "nu")), 9.0, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"b2": 0.999, "second_moment": "bfloat16"}, r"second_moment: an average with b2=0\.999 .*b2 to at most 0\.96"),
+        ({"b1": 0.99, "first_moment": "bfloat16"}, r"first_moment: an average with b1=0\.99 stands still in bfloat16"),
+        ({"second_moment": "bf16"}, r"second_moment: no kind 'bf16'; did you mean 'bfloat16'"),
+    ],
+)
+def test_a_dtype_in_which_a_moment_stands_still_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimizerSettings(**settings)

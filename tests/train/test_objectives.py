@@ -1,5 +1,7 @@
 """What modules sow into `losses` is added to the loss that is minimised."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +100,20 @@ def test_the_routers_balance_loss_is_added():
     np.testing.assert_allclose(value, unbalanced, atol=1e-6)
     assert set(metrics) == {"accuracy", "padding_share"}
     assert np.abs(grads - without).max() > 1e-4
+
+
+def test_the_mean_over_weighted_microbatches_is_that_of_the_batch():
+    experiment = experiment_of(0.5)
+    params = nn.meta.unbox(drawn(experiment.boxed_shapes()))
+    learned = jnp.asarray([[1.0] + [0.0] * (LENGTH - 1), [1.0] * LENGTH])
+    batch = dataclasses.replace(text(), loss_weights=learned)
+    objective = jax.jit(next_token(experiment))
+    value, metrics = objective(params, batch, jax.random.key(1))
+    weights = learned.sum(axis=1) / learned.sum(axis=1).mean()
+    rows = [
+        objective(params, jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch), jax.random.key(1), weight)
+        for row, weight in enumerate(weights)
+    ]
+    np.testing.assert_allclose(np.mean([row[0] for row in rows]), value, rtol=1e-5)
+    for name in ("accuracy", "padding_share", "auxiliary_loss"):
+        np.testing.assert_allclose(np.mean([row[1][name] for row in rows]), metrics[name], rtol=1e-5)

@@ -41,7 +41,7 @@ from vlm_jax.processors.processor import Example, Processor
 from vlm_jax.processors.reduction import Reduction
 from vlm_jax.processors.video import uniform_frames, video_size
 from vlm_jax.processors.views import PictureMismatch
-from vlm_jax.sharding.initial import Init, boxed_shapes, draw, init_of
+from vlm_jax.sharding.initial import Init, boxed_shapes, draw, in_float32, init_of
 from vlm_jax.system import Budget, System
 from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes
 
@@ -68,6 +68,8 @@ class Experiment:
       rows: how samples share rows of these shapes.
       num_frames: None, or how many of a sample's pictures stand for the clip that they are.
       cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
+      trained: parts that a stage trains. Their parameters are float32 for any `config.param_dtype`, since in
+        bfloat16 most updates would be lost to rounding.
     """
 
     system: System
@@ -78,6 +80,7 @@ class Experiment:
     rows: RowSettings
     num_frames: int | None = None
     cell_reader: CellReader | None = None
+    trained: tuple[str, ...] = ()
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
@@ -149,15 +152,15 @@ class Experiment:
     def boxed_shapes(self) -> Params:
         """Shapes of the boxed parameters {part: tree} of the model and of the head for cells."""
         shapes, init = self.system.boxed_shapes(), self._cell_init
-        return shapes if init is None else shapes | _cell_head(boxed_shapes(init))
+        return in_float32(shapes if init is None else shapes | _cell_head(boxed_shapes(init)), self.trained)
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
-        params, init = self.system.initial(key, mesh, without=without), self._cell_init
+        params, init = self.system.initial(key, mesh, without=without, masters=self.trained), self._cell_init
         if init is None or CELL_HEAD in without:
             return params
         head = [name for name in boxed_shapes(init) if name != "encoder"]
-        return params | _cell_head(draw(init, key, head, mesh))
+        return params | in_float32(_cell_head(draw(init, key, head, mesh)), self.trained)
 
     @property
     def _cell_init(self) -> Init | None:
@@ -260,6 +263,7 @@ def build(config: Any) -> Experiment:
         rows=row,
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
+        trained=_trained(config),
     )
 
 
@@ -284,7 +288,13 @@ def _of_release(config: Any) -> Experiment:
     if source.channels != processor.views.channels:
         raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
     text_row = RowShape(shape.length, 0, (shape.length,) * len(shape.kept))
-    return Experiment(system, source, shape, None, text_row, row)
+    return Experiment(system, source, shape, None, text_row, row, trained=_trained(config))
+
+
+def _trained(config: RunConfig) -> tuple[str, ...]:
+    """Parts that the stages of the schedule train, in order."""
+    stages = [config.stages.get(label, {}) for label in config.schedule]
+    return tuple(dict.fromkeys(part for stage in stages for part in stage.get("learning_rates", {})))
 
 
 def _decoder(section: Any, num_tokens: int, dtypes: Fields) -> Any:

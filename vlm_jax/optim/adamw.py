@@ -5,9 +5,16 @@ import functools
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, choose
+from vlm_jax.types import Dtype, Tree
+
+MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# An average in bfloat16 of decay b stands still where its step, (1 - b) of its distance from the gradient, is less than
+# half of the spacing of its values, which is up to 2^-8 of the average: within 2^-8 / (1 - b) of where it should be.
+HALF_SPACING, MAX_ERROR = 2.0**-8, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +28,11 @@ class OptimizerSettings:
       weight_decay: decoupled decay of matrices; vectors, norms and biases have none.
       clip_norm: maximum global norm of the gradient over all trained parts.
       final_scale: final learning rate of the cosine as a share of the peak.
+      first_moment: dtype in which the first moment is kept, `float32` or `bfloat16`; arithmetic is in float32.
+      second_moment: dtype in which the second moment is kept, likewise.
+
+    Raises:
+      ConfigError: a moment is to be kept in bfloat16 with a decay (above 0.96) that it cannot follow within a tenth.
     """
 
     b1: float = 0.9
@@ -29,6 +41,19 @@ class OptimizerSettings:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     final_scale: float = 0.0
+    first_moment: str = "float32"
+    second_moment: str = "float32"
+
+    def __post_init__(self):
+        for key, decay in (("first_moment", "b1"), ("second_moment", "b2")):
+            path, value = f"config.optimizer.{key}", getattr(self, decay)
+            dtype = choose(MOMENT_DTYPES, getattr(self, key), path)
+            if dtype == jnp.bfloat16 and (1 - value) * MAX_ERROR < HALF_SPACING:
+                raise ConfigError(
+                    f"{path}: an average with {decay}={value} stands still in bfloat16, since its steps are less than "
+                    f"half of the spacing of its values; set {key} to float32, or {decay} to at most "
+                    f"{1 - HALF_SPACING / MAX_ERROR:.2f}"
+                )
 
 
 def schedule(peak: float, warmup_steps: int, steps: int, final_scale: float) -> optax.Schedule:
@@ -47,7 +72,7 @@ def decays(path: tuple) -> bool:
 def adamw(
     settings: OptimizerSettings, learning_rates: Mapping[str, float], warmup_steps: int, steps: int
 ) -> optax.GradientTransformation:
-    """AdamW over a tree {part: parameters}.
+    """AdamW over a tree {part: parameters}; clipping, moments and updates are in float32 for parameters of any dtype.
 
     Args:
       settings: moments, decay and clipping.
@@ -71,19 +96,51 @@ def _adamw(
         raise ConfigError(f"warmup_steps: expected fewer than the {steps} steps of the stage, got {warmup_steps}")
 
     def one(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(
-            schedule(peak, warmup_steps, steps, settings.final_scale),
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: decays(path), tree),
+        return optax.chain(
+            _scale_by_adam(settings),
+            optax.add_decayed_weights(
+                settings.weight_decay,
+                mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: decays(path), tree),
+            ),
+            optax.scale_by_learning_rate(schedule(peak, warmup_steps, steps, settings.final_scale)),
         )
 
     def labels(tree):
         return {part: jax.tree.map(lambda _, label=part: label, subtree) for part, subtree in tree.items()}
 
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.partition({part: one(peak) for part, peak in learning_rates}, labels),
+    return _in_float32(
+        optax.chain(
+            optax.clip_by_global_norm(settings.clip_norm),
+            optax.partition({part: one(peak) for part, peak in learning_rates}, labels),
+        )
     )
+
+
+def _scale_by_adam(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` whose moments are kept in the settings' dtypes, and computed in float32."""
+    adam = optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.epsilon)
+    first, second = MOMENT_DTYPES[settings.first_moment], MOMENT_DTYPES[settings.second_moment]
+
+    def kept(state: Tree, first: Dtype, second: Dtype) -> Tree:
+        return state._replace(mu=optax.tree.cast(state.mu, first), nu=optax.tree.cast(state.nu, second))
+
+    def init(params: Tree) -> Tree:
+        return kept(adam.init(params), first, second)
+
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        updates, state = adam.update(updates, kept(state, jnp.float32, jnp.float32), params)
+        return updates, kept(state, first, second)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation that gets gradients and parameters as float32, and so returns float32 updates."""
+
+    def init(params: Tree) -> Tree:
+        return tx.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        return tx.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
+
+    return optax.GradientTransformation(init, update)

@@ -5,7 +5,7 @@ have the same encoder, and a resumed run builds its model again.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, cast
 
 import jax
@@ -42,6 +42,19 @@ def _init_of(model: nn.Module, structure: Hashable, leaves: tuple[Tree, ...]) ->
 def boxed_shapes(init: Init) -> Params:
     """Shapes of the parameters, in the boxes that name their axes."""
     return jax.eval_shape(init, jax.random.key(0))
+
+
+def in_float32(params: Params, parts: Collection[str]) -> Params:
+    """Parameters {part: tree}, or their shapes, with those of some parts in float32: master weights."""
+
+    def cast(leaf: Any) -> Any:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=jnp.float32)
+        return leaf.astype(jnp.float32)
+
+    return {part: jax.tree.map(cast, tree) if part in parts else tree for part, tree in params.items()}
 
 
 def draw(init: Init, key: jax.Array, parts: Sequence[str], mesh: Mesh | None) -> Params:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.build import CELL_HEAD, Experiment, build
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
+from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sweep.costs import Costs, costs, first_with_images
 from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.types import Params, Sample
@@ -182,6 +183,7 @@ def _start(base: Any, candidate: Any, shared: tuple[str, ...], experiment: Exper
 
 def _check_start(start: tuple[str, ...], shapes: Params, shared: Params, path: str) -> None:
     """Whether the parts that a candidate has from the shared stages are of the shapes that these train."""
+    shapes, shared = in_float32(shapes, start), in_float32(shared, start)  # whichever of them trains the part
     for part in start:
         if shapes[part] != shared[part]:
             raise ConfigError(

@@ -25,7 +25,7 @@ from vlm_jax.train.input import ROWS, stage_batches
 from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
-from vlm_jax.train.step import compile_step, peak_bytes
+from vlm_jax.train.step import compile_step, num_shards, peak_bytes
 from vlm_jax.train.workdir import MetricsLog, claim
 from vlm_jax.types import Fields, Tree
 
@@ -247,6 +247,7 @@ class Trainer:
                 objective=OBJECTIVES[span.stage.objective](self.experiment),
                 tx=self._tx(span),
                 trained=tuple(span.stage.learning_rates),
+                accumulate=span.stage.accumulate,
             )
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
         return programs[kind]
@@ -323,6 +324,12 @@ class Trainer:
                 raise ConfigError(f"{path}.stream: unknown '{stage.stream}'{did_you_mean(stage.stream, streams)}")
             if (stage.stream == "cells") != (stage.objective == "read_cells"):
                 raise ConfigError(f"{path}: the objective read_cells requires the stream cells, and vice versa")
+            size = stage.batch_size // stage.accumulate
+            if stage.accumulate > 1 and size % num_shards(self.mesh):
+                raise ConfigError(
+                    f"{path}.accumulate: microbatches of {size} rows cannot be divided over {num_shards(self.mesh)} "
+                    "shards (data times fsdp of config.mesh); lower accumulate, or raise batch_size"
+                )
             for part in stage.learning_rates:
                 if part not in self._boxed:
                     raise ConfigError(f"{path}.learning_rates.{part}: no such part{did_you_mean(part, self._boxed)}")

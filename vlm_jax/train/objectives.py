@@ -1,7 +1,9 @@
 """Training objectives, with one signature.
 
 An objective is called with the parameters of all parts, a batch of its stream,
-and a random key; it returns the loss and named scalar metrics.
+and a random key; it returns the loss and named scalar metrics. A last argument `weight` is for a microbatch:
+its learned tokens relative to the mean of the step's microbatches. Means over tokens are multiplied by it, so
+that the plain mean over microbatches of the loss and of each metric is that of the whole batch.
 """
 
 import functools
@@ -16,10 +18,10 @@ from vlm_jax.build import CELL_HEAD, Experiment
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
-from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params, Tree
+from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params
 
 Metrics = dict[str, jax.Array]
-Objective = Callable[[Params, Tree, jax.Array], tuple[jax.Array, Metrics]]
+Objective = Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, key, weight=1.0)
 
 BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
@@ -35,13 +37,16 @@ def next_token(experiment: Experiment) -> Objective:
 
 @functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
 def _next_token(model: nn.Module) -> Objective:
-    def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        params: Params, batch: Batch, key: jax.Array, weight: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, Metrics]:
         parts = {part: tree for part, tree in params.items() if part != CELL_HEAD}
         rngs = {"reduce": key, "connect": key}
         logits, sown = model.apply({"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES])
         value, accuracy = cross_entropy(
             cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
         )
+        value, accuracy = weight * value, weight * accuracy
         auxiliary = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
         padding = jnp.mean(batch.segment_ids == PADDING_SEGMENT, dtype=jnp.float32)
         metrics = {"accuracy": accuracy, "padding_share": padding}
@@ -63,8 +68,10 @@ def read_cells(experiment: Experiment) -> Objective:
 
 @functools.lru_cache(maxsize=64)
 def _read_cells(reader: CellReader) -> Objective:
-    def loss(params: Params, batch: CellBatch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        del key
+    def loss(
+        params: Params, batch: CellBatch, key: jax.Array, weight: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, Metrics]:
+        del key, weight  # every row has as many cells
         variables = {"params": {"encoder": params["encoder"], **params["cell_head"]}}
         logits, boxes = reader.apply(variables, batch.images[:, 0])
         classes = jnp.broadcast_to(batch.classes[..., None], logits.shape[:-1])

@@ -15,6 +15,9 @@ class Stage:
       stream: a stream of the data source.
       steps: optimizer steps.
       batch_size: examples per step, over all devices.
+      accumulate: equal parts of the batch that are computed one after another, in the memory of one; their gradients
+        are added. Losses and updates are those of the whole batch, each learned token having the same weight, but for
+        random draws, which each part makes of its own, and routers whose balance loss is over a batch.
       learning_rates: peak learning rate of every trained part.
       warmup_steps: linear warm-up, part of `steps`.
     """
@@ -26,6 +29,7 @@ class Stage:
     batch_size: int
     learning_rates: dict[str, float]
     warmup_steps: int
+    accumulate: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,10 @@ def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, 
         path = f"config.stages.{label}"
         if stage.steps < 1 or stage.batch_size < 1:
             raise ConfigError(f"{path}: expected steps and batch_size of at least 1")
+        if stage.accumulate < 1 or stage.batch_size % stage.accumulate:
+            raise ConfigError(
+                f"{path}.accumulate: expected a divisor of the batch_size of {stage.batch_size}, got {stage.accumulate}"
+            )
         if not 0 <= stage.warmup_steps < stage.steps:
             raise ConfigError(f"{path}.warmup_steps: expected fewer than {stage.steps} steps, got {stage.warmup_steps}")
         if not stage.learning_rates:

@@ -1,17 +1,21 @@
 """One optimizer step, compiled over the mesh."""
 
 import functools
-from collections.abc import Hashable
+import math
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.sharding.rules import use_mesh
+from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
 from vlm_jax.train.objectives import Metrics, Objective
 from vlm_jax.train.state import TrainState, split
-from vlm_jax.types import Params, Tree
+from vlm_jax.types import Batch, Params, Tree
+
+Gradient = Callable[[Tree, jax.Array, jax.Array | float], tuple[tuple[jax.Array, Metrics], Tree]]
 
 
 def train_step(
@@ -22,23 +26,89 @@ def train_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
+    accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Computes the gradient of the trained parts and updates the state.
 
     The step's random key is folded from the run's key and the step, so that a step can be
     repeated. No gradient is computed for frozen parts.
+
+    Args:
+      state: donated by the compiled step.
+      batch: rows of the objective's stream.
+      key: of the run.
+      objective: from `train.objectives.OBJECTIVES`.
+      tx: optimizer of the trained parts.
+      trained: names of the trained parts.
+      accumulate: microbatches into which the batch is split; see `Stage.accumulate`.
+      mesh: devices over which the rows of the batch are divided; None for one.
     """
     params, frozen = split(state.params, trained)
     key = jax.random.fold_in(key, state.step)
 
-    def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
-        return objective({**frozen, **params}, batch, key)
+    def gradient(batch: Tree, key: jax.Array, weight: jax.Array | float) -> tuple[tuple[jax.Array, Metrics], Tree]:
+        def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
+            return objective({**frozen, **params}, batch, key, weight)
 
-    (loss, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return jax.value_and_grad(loss_of, has_aux=True)(params)
+
+    if accumulate == 1:
+        (loss, metrics), grads = gradient(batch, key, 1.0)
+    else:
+        (loss, metrics), grads = _accumulated(gradient, params, microbatches(batch, accumulate, mesh), key)
     updates, opt_state = tx.update(grads, state.opt_state, params)
     params: Tree = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     return TrainState(state.step + 1, {**frozen, **params}, opt_state), metrics
+
+
+def microbatches(batch: Tree, count: int, mesh: Mesh | None) -> Tree:
+    """A batch with a leading axis of `count` microbatches; every device keeps its own rows.
+
+    Args:
+      batch: leaves [B, ...], or [k B, ...] with k elements of each row together; the mesh's shards of the batch
+        times `count` divide B.
+      count: number of microbatches.
+      mesh: devices over which B is divided; None for one.
+    """
+    shards = 1 if mesh is None else num_shards(mesh)
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        size = len(leaf) // (shards * count)
+        rows = leaf.reshape(shards, count, size, *leaf.shape[1:]).swapaxes(0, 1)
+        rows = rows.reshape(count, shards * size, *leaf.shape[1:])
+        if mesh is None:
+            return rows
+        return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
+
+    return jax.tree.map(cut, batch)
+
+
+def num_shards(mesh: Mesh) -> int:
+    """Parts of equally many rows into which a batch is divided over the devices."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _accumulated(
+    gradient: Gradient, params: Params, batches: Tree, key: jax.Array
+) -> tuple[tuple[jax.Array, Metrics], Tree]:
+    """The loss, metrics and float32 gradients of the whole batch, from those of its microbatches."""
+    count = len(jax.tree.leaves(batches)[0])
+    weights = jnp.ones(count)
+    if isinstance(batches, Batch):
+        learned = cast(jax.Array, batches.loss_weights).sum(axis=(1, 2))
+        weights = learned * count / jnp.maximum(learned.sum(), 1e-6)
+
+    def add(total: Tree, given: tuple[jax.Array, Tree, jax.Array]) -> tuple[Tree, tuple[jax.Array, Metrics]]:
+        number, batch, weight = given
+        value, grads = gradient(batch, jax.random.fold_in(key, number), weight)
+        return jax.tree.map(lambda one, other: one + other.astype(jnp.float32), total, grads), value
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
+    total, values = jax.lax.scan(add, zeros, (jnp.arange(count), batches, weights))
+    value = jax.tree.map(lambda leaf: leaf.mean(axis=0), values)
+    return value, jax.tree.map(lambda leaf: leaf / count, total)
 
 
 def compile_step(
@@ -49,6 +119,7 @@ def compile_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
+    accumulate: int = 1,
 ) -> jax.stages.Compiled:
     """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state.
 
@@ -56,7 +127,7 @@ def compile_step(
     """
     out, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, abstract_state))
     with use_mesh(mesh):
-        jitted = _jitted(objective, tx, trained, mesh, tuple(out), structure)
+        jitted = _jitted(objective, tx, trained, accumulate, mesh, tuple(out), structure)
         return jitted.lower(abstract_state, batch, jax.random.key(0)).compile()
 
 
@@ -65,12 +136,15 @@ def _jitted(
     objective: Objective,
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
+    accumulate: int,
     mesh: Mesh,
     out: tuple[NamedSharding, ...],
     structure: Hashable,
 ) -> Any:
     def step(state, batch, key):
-        return train_step(state, batch, key, objective=objective, tx=tx, trained=trained)
+        return train_step(
+            state, batch, key, objective=objective, tx=tx, trained=trained, accumulate=accumulate, mesh=mesh
+        )
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(cast(Any, structure), out), replicated))

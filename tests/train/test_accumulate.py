@@ -1,0 +1,159 @@
+"""Gradients accumulated over microbatches are those of the whole batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from vlm_jax.build import build
+from vlm_jax.config import ConfigError
+from vlm_jax.data.loader import join
+from vlm_jax.optim.adamw import OptimizerSettings, adamw
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.sharding.rules import distribute, shardings
+from vlm_jax.train.loop import Trainer
+from vlm_jax.train.objectives import OBJECTIVES
+from vlm_jax.train.state import TrainState, abstract, init_boxed
+from vlm_jax.train.step import compile_step
+from vlm_jax.train.workdir import read_lines
+from vlm_jax.types import Batch, Sample, Turn, dialogue
+
+from ..parameters import drawn
+from .conftest import tiny_config
+
+PARTS = ("connector", "decoder", "encoder")
+PACKED = {
+    "kind": "qwen_vit",
+    "patch_size": 6,
+    "width": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_dim": 16,
+    "window_size": 24,
+    "full_layers": (1,),
+}
+SIZES = [(24, 24), (60, 17), (6, 31), (30, 12)]  # pixels
+LEARNED = (1000, 1, 3, 0)  # the most learned tokens of a row
+# Adam divides by the size of the gradient, so an epsilon keeps the rounding of gradients near 0 from becoming updates.
+SETTINGS = OptimizerSettings(epsilon=1e-3, weight_decay=0.1)
+
+
+def experiment_of(*, packed):
+    config = tiny_config()
+    with config.unlocked():
+        if packed:
+            config.token_budget = 12
+            config.encoder, config.connector = ConfigDict(PACKED), ConfigDict({"kind": "concat"})
+            config.processor.image_size = None
+        config.schedule = ("answering",)
+        del config.stages["seeing"]
+    return build(config)
+
+
+def batch_of(experiment, size, *, packed) -> Batch:
+    """Rows with very different numbers of learned tokens."""
+    rows = []
+    for number in range(size):
+        pixels = np.random.default_rng(number).integers(0, 256, (*SIZES[number % 4 if packed else 0], 1), np.uint8)
+        messages = dialogue([Turn("count 7", "2")] * 5, num_images=1)
+        row = experiment.training_row(Sample(str(number), messages, (pixels,), "count"))
+        weights = row.loss_weights * (np.cumsum(row.loss_weights, axis=1) <= LEARNED[number % 4])
+        rows.append(dataclasses.replace(row, loss_weights=weights.astype(np.float32)))
+    return join(rows)
+
+
+def steps(experiment, batch, mesh, accumulate, *, count=3):
+    """Metrics of each step, the parameters after the last, and the program."""
+    boxed = experiment.boxed_shapes()
+    tx = adamw(SETTINGS, dict.fromkeys(PARTS, 1e-2), 0, 10)
+    like = abstract(jax.eval_shape(lambda params: init_boxed(params, tx, PARTS), boxed), mesh)
+    params = jax.tree.map(jax.device_put, nn.meta.unbox(drawn(boxed)), shardings(boxed, mesh))
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state = jax.tree.map(lambda leaf, other: jax.device_put(leaf, other.sharding), state, like)
+    batch = distribute(batch, mesh)
+    objective = OBJECTIVES["next_token"](experiment)
+    program = compile_step(like, batch, mesh, objective=objective, tx=tx, trained=PARTS, accumulate=accumulate)
+    metrics = []
+    for _ in range(count):
+        state, found = program(state, batch, jax.random.key(1))
+        metrics.append({name: float(value) for name, value in found.items()})
+    return metrics, state.params, program
+
+
+def temporaries(program):
+    """Bytes of one device."""
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def assert_close(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_four_microbatches_are_the_batch_of_four(packed, one_device):
+    experiment = experiment_of(packed=packed)
+    batch = batch_of(experiment, 4, packed=packed)
+    counts = np.asarray(batch.loss_weights).sum(axis=1)
+    assert counts.tolist() == [10, 1, 3, 0]
+    whole, params, large = steps(experiment, batch, one_device, 1)
+    parts, accumulated, small = steps(experiment, batch, one_device, 4)
+    assert_close(parts, whole)
+    assert_close(accumulated, params)
+    assert temporaries(small) < 0.4 * temporaries(large)
+    if packed:
+        return
+    # By the definition of a mean over tokens, from each row alone; the mean of the rows' means is another number.
+    alone = [jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch) for row in range(4)]
+    losses = np.asarray([steps(experiment, row, one_device, 1, count=1)[0][0]["loss"] for row in alone])
+    assert parts[0]["loss"] == pytest.approx((losses * counts).sum() / counts.sum(), abs=1e-5)
+    assert abs(parts[0]["loss"] - losses[:3].mean()) > 0.01
+
+
+def test_devices_keep_their_rows_and_give_the_same_numbers(one_device):
+    experiment = experiment_of(packed=True)
+    batch = batch_of(experiment, 16, packed=True)
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    whole, params, large = steps(experiment, batch, one_device, 1)
+    parts, accumulated, program = steps(experiment, batch, mesh, 4)
+    assert_close(parts, whole)
+    assert_close(accumulated, params)
+    assert temporaries(program) < temporaries(large) / 16  # one of four microbatches of one of four shards
+
+
+def test_a_run_accumulates_in_every_stage(config, one_device, tmp_path):
+    def lines(name, accumulate):
+        with config.unlocked():
+            config.stages.seeing.accumulate, config.stages.answering.accumulate = accumulate
+            for label in config.stages:
+                config.stages[label].update({"steps": 2, "warmup_steps": 0})
+            config.optimizer.epsilon = 1e-3
+        Trainer(config, build(config), one_device, tmp_path / name).run()
+        kept = ("loss", "accuracy", "box_l1", "padding_share", "grad_norm")
+        lines = read_lines(epath.Path(tmp_path / name / "metrics.jsonl"))
+        return [{key: line[key] for key in kept if key in line} for line in lines]
+
+    whole, parts = lines("whole", (1, 1)), lines("parts", (2, 8))
+    assert len(whole) == 4 and "box_l1" in whole[0] and "padding_share" in whole[3]
+    assert_close(parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "message"),
+    [
+        (3, r"config\.stages\.seeing\.accumulate: expected a divisor of the batch_size of 8, got 3"),
+        (0, r"config\.stages\.seeing\.accumulate: expected a divisor of the batch_size of 8, got 0"),
+        (4, r"config\.stages\.seeing\.accumulate: microbatches of 2 rows cannot be divided over 4 shards"),
+    ],
+)
+def test_a_batch_that_cannot_be_split_is_refused(config, tmp_path, accumulate, message):
+    with config.unlocked():
+        config.stages.seeing.accumulate = accumulate
+    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    with pytest.raises(ConfigError, match=message):
+        Trainer(config, build(config), mesh, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
