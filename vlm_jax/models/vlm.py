@@ -236,10 +236,30 @@ class VLM(nn.Module):
             if batch.images is None:
                 raise ValueError("this model has no decoder: expected a batch with images, got images=None")
             return self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
+        return self.decoder.logits(self.hidden(batch, deterministic=deterministic))
+
+    def hidden(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T D"]:
+        """The decoder's final hidden states at every position, of which `logits` gives predictions.
+
+        Raises:
+          ValueError: there is no decoder.
+        """
+        if self.decoder is None:
+            raise ValueError(_NO_DECODER)
         given = self.embed(batch, deterministic=deterministic)
         hidden, _ = self.decoder(
             given.x, given.positions, given.segment_ids, branch_ids=batch.branch_ids, places=given.places
         )
+        return hidden
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Float32 logits of hidden states.
+
+        Raises:
+          ValueError: there is no decoder.
+        """
+        if self.decoder is None:
+            raise ValueError(_NO_DECODER)
         return self.decoder.logits(hidden)
 
     def prefill(self, batch: Batch, cache_length: int, cache_dtype: Dtype = None) -> tuple[Float[Array, "B V"], Cache]:

@@ -5,6 +5,7 @@ and a random key; it returns the loss and named scalar metrics.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,10 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vlm_jax import axes
 from vlm_jax.build import CELL_HEAD, Experiment
+from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.losses.cross_entropy import cross_entropy
+from vlm_jax.losses.cross_entropy import chunked_cross_entropy, cross_entropy
 from vlm_jax.models.cell_reader import CellReader
+from vlm_jax.models.vlm import VLM
+from vlm_jax.sharding.rules import MeshAxes, partition_spec
+from vlm_jax.train.stages import LOGITS_BYTES, Stage
 from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params, Tree
 
 Metrics = dict[str, jax.Array]
@@ -24,32 +30,73 @@ Objective = Callable[[Params, Tree, jax.Array], tuple[jax.Array, Metrics]]
 BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
 
-def next_token(experiment: Experiment) -> Objective:
+def next_token(experiment: Experiment, z_loss: float = 0.0, logits_bytes: int = LOGITS_BYTES) -> Objective:
     """Cross entropy of the answers' tokens, given images (or only text) and questions.
 
     What modules sow into the collection `losses`, such as a router's balance loss, is added to it. The metric
-    `padding_share` is the share of the rows' positions that are padding.
+    `padding_share` is the share of the rows' positions that are padding; `z_loss` is in the metrics where it is on.
+
+    Args:
+      experiment: its model is trained.
+      z_loss: weight of the z-loss, see `losses.cross_entropy.chunked_cross_entropy`.
+      logits_bytes: bound of the float32 logits that a device holds at once; at least one position of each of its rows.
     """
-    return _next_token(experiment.system.model)
+    return _next_token(experiment.system.model, z_loss, logits_bytes)
 
 
 @functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
-def _next_token(model: nn.Module) -> Objective:
+def _next_token(model: nn.Module, z_loss: float, logits_bytes: int) -> Objective:
+    vocab_size = cast(Decoder, cast(VLM, model).decoder).vocab_size
+
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        parts = {part: tree for part, tree in params.items() if part != CELL_HEAD}
+        variables = {"params": {part: tree for part, tree in params.items() if part != CELL_HEAD}}
         rngs = {"reduce": key, "connect": key}
-        logits, sown = model.apply({"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES])
-        value, accuracy = cross_entropy(
-            cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
+        hidden, sown = model.apply(variables, batch, deterministic=False, rngs=rngs, mutable=[LOSSES], method="hidden")
+
+        def logits_of(hidden: jax.Array) -> jax.Array:
+            hidden = nn.with_logical_constraint(hidden, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
+            return cast(jax.Array, model.apply(variables, hidden, method="logits"))
+
+        found = chunked_cross_entropy(
+            cast(jax.Array, hidden),
+            logits_of,
+            cast(Any, batch.targets),
+            cast(Any, batch.loss_weights),
+            chunk=positions_per_chunk((*batch.tokens.shape, vocab_size), logits_bytes),
+            z_loss=z_loss,
         )
         auxiliary = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
         padding = jnp.mean(batch.segment_ids == PADDING_SEGMENT, dtype=jnp.float32)
-        metrics = {"accuracy": accuracy, "padding_share": padding}
+        metrics = {"accuracy": found.accuracy, "padding_share": padding}
+        if z_loss:
+            metrics["z_loss"] = found.z_loss
         if sown:
             metrics["auxiliary_loss"] = jnp.asarray(auxiliary)
-        return value + auxiliary, metrics
+        return found.value + auxiliary, metrics
 
     return loss
+
+
+def positions_per_chunk(shape: tuple[int, int, int], logits_bytes: int) -> int:
+    """Positions of a row in a chunk, so that a device's float32 logits of a chunk stay within a bound.
+
+    Chunks are as equal as possible, and devices that share the length have an equal part of each.
+
+    Args:
+      shape: B, T and V of all logits; shares of devices are those of the current mesh.
+      logits_bytes: the bound; a chunk has at least one position of each row of a device.
+    """
+    size, length, vocab_size = shape
+    mesh = cast(Any, jax.sharding.get_abstract_mesh())
+    spec = partition_spec((axes.BATCH, axes.LENGTH, axes.VOCAB), shape, mesh) if mesh.shape else (None, None, None)
+    rows, shards, ids = (math.prod(mesh.shape[axis] for axis in _mesh_axes(entry)) for entry in spec)
+    positions = max(1, logits_bytes // (4 * (size // rows) * (vocab_size // ids)))
+    num_chunks = -(-length // (positions * shards))
+    return -(-length // (num_chunks * shards)) * shards
+
+
+def _mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def read_cells(experiment: Experiment) -> Objective:
@@ -76,3 +123,10 @@ def _read_cells(reader: CellReader) -> Objective:
 
 
 OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {"next_token": next_token, "read_cells": read_cells}
+
+
+def objective_of(experiment: Experiment, stage: Stage) -> Objective:
+    """The objective of a stage, with the stage's settings of it."""
+    if stage.objective == "next_token":
+        return next_token(experiment, stage.z_loss, stage.logits_bytes)
+    return OBJECTIVES[stage.objective](experiment)
