@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.connectors.connector import Connector, IndicatorConnector
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.decoders.decoder import Decoder
+from vlm_jax.decoders.decoder import Decoder, HeadKernel
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.reducers.behind_connector import positions_of_kept, reduce_packed, token_features
@@ -239,7 +239,7 @@ class VLM(nn.Module):
         return self.decoder.logits(self.hidden(batch, deterministic=deterministic))
 
     def hidden(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T D"]:
-        """The decoder's final hidden states at every position, of which `logits` gives predictions.
+        """The decoder's final hidden states at every position, the input of the head.
 
         Raises:
           ValueError: there is no decoder.
@@ -252,15 +252,15 @@ class VLM(nn.Module):
         )
         return hidden
 
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Float32 logits of hidden states.
+    def head_kernel(self) -> HeadKernel:
+        """The kernel of the decoder's head, which gives logits of `hidden`.
 
         Raises:
           ValueError: there is no decoder.
         """
         if self.decoder is None:
             raise ValueError(_NO_DECODER)
-        return self.decoder.logits(hidden)
+        return self.decoder.head_kernel()
 
     def prefill(self, batch: Batch, cache_length: int, cache_dtype: Dtype = None) -> tuple[Float[Array, "B V"], Cache]:
         """Runs prompts, one per row, padded on either side; `branch_ids` are for sequences without a cache.

@@ -15,11 +15,11 @@ from flax import linen as nn
 
 from vlm_jax import axes
 from vlm_jax.build import CELL_HEAD, Experiment
-from vlm_jax.decoders.decoder import Decoder
+from vlm_jax.decoders.decoder import HeadKernel
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.losses.cross_entropy import chunked_cross_entropy, cross_entropy
+from vlm_jax.losses.cross_entropy import cross_entropy, head_cross_entropy
+from vlm_jax.losses.vocabulary_blocks import Blocks
 from vlm_jax.models.cell_reader import CellReader
-from vlm_jax.models.vlm import VLM
 from vlm_jax.sharding.rules import MeshAxes, partition_spec
 from vlm_jax.train.stages import LOGITS_BYTES, Stage
 from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params, Tree
@@ -38,31 +38,26 @@ def next_token(experiment: Experiment, z_loss: float = 0.0, logits_bytes: int = 
 
     Args:
       experiment: its model is trained.
-      z_loss: weight of the z-loss, see `losses.cross_entropy.chunked_cross_entropy`.
-      logits_bytes: bound of the float32 logits that a device holds at once; at least one position of each of its rows.
+      z_loss: weight of the z-loss, see `losses.cross_entropy.head_cross_entropy`.
+      logits_bytes: bound of the float32 logits that a device holds at once; at least those of one id.
     """
     return _next_token(experiment.system.model, z_loss, logits_bytes)
 
 
 @functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
 def _next_token(model: nn.Module, z_loss: float, logits_bytes: int) -> Objective:
-    vocab_size = cast(Decoder, cast(VLM, model).decoder).vocab_size
-
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         variables = {"params": {part: tree for part, tree in params.items() if part != CELL_HEAD}}
         rngs = {"reduce": key, "connect": key}
         hidden, sown = model.apply(variables, batch, deterministic=False, rngs=rngs, mutable=[LOSSES], method="hidden")
-
-        def logits_of(hidden: jax.Array) -> jax.Array:
-            hidden = nn.with_logical_constraint(hidden, (axes.BATCH, axes.LENGTH, axes.ACTIVATION_EMBED))
-            return cast(jax.Array, model.apply(variables, hidden, method="logits"))
-
-        found = chunked_cross_entropy(
+        head = cast(HeadKernel, model.apply(variables, method="head_kernel"))
+        shape = (*batch.tokens.shape, head.kernel.shape[head.vocab_axis])
+        found = head_cross_entropy(
             cast(jax.Array, hidden),
-            logits_of,
+            head.kernel,
             cast(Any, batch.targets),
             cast(Any, batch.loss_weights),
-            chunk=positions_per_chunk((*batch.tokens.shape, vocab_size), logits_bytes),
+            blocks=Blocks(head.vocab_axis, *block_of_vocabulary(shape, logits_bytes), head.dtype),
             z_loss=z_loss,
         )
         auxiliary = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
@@ -77,22 +72,21 @@ def _next_token(model: nn.Module, z_loss: float, logits_bytes: int) -> Objective
     return loss
 
 
-def positions_per_chunk(shape: tuple[int, int, int], logits_bytes: int) -> int:
-    """Positions of a row in a chunk, so that a device's float32 logits of a chunk stay within a bound.
+def block_of_vocabulary(shape: tuple[int, int, int], logits_bytes: int) -> tuple[int, int]:
+    """Ids of a block for which a device's float32 logits stay within a bound, and devices that share the vocabulary.
 
-    Chunks are as equal as possible, and devices that share the length have an equal part of each.
+    Blocks are as equal as possible.
 
     Args:
-      shape: B, T and V of all logits; shares of devices are those of the current mesh.
-      logits_bytes: the bound; a chunk has at least one position of each row of a device.
+      shape: B, T and V of all logits; a device's share of each is that of the current mesh.
+      logits_bytes: the bound; a block has at least one id.
     """
-    size, length, vocab_size = shape
-    mesh = cast(Any, jax.sharding.get_abstract_mesh())
+    mesh = jax.sharding.get_abstract_mesh()
     spec = partition_spec((axes.BATCH, axes.LENGTH, axes.VOCAB), shape, mesh) if mesh.shape else (None, None, None)
-    rows, shards, ids = (math.prod(mesh.shape[axis] for axis in _mesh_axes(entry)) for entry in spec)
-    positions = max(1, logits_bytes // (4 * (size // rows) * (vocab_size // ids)))
-    num_chunks = -(-length // (positions * shards))
-    return -(-length // (num_chunks * shards)) * shards
+    shards = [math.prod(mesh.shape[axis] for axis in _mesh_axes(entry)) for entry in spec]
+    rows, length, ids = (size // count for size, count in zip(shape, shards, strict=True))
+    num_blocks = -(-ids // max(1, logits_bytes // (4 * rows * length)))
+    return -(-ids // num_blocks), shards[2]
 
 
 def _mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
