@@ -21,16 +21,18 @@ from vlm_jax.losses.cross_entropy import cross_entropy, head_cross_entropy
 from vlm_jax.losses.vocabulary_blocks import Blocks
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.sharding.rules import MeshAxes, partition_spec
-from vlm_jax.train.stages import LOGITS_BYTES, Stage
+from vlm_jax.train.stages import Stage
 from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params, Tree
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[[Params, Tree, jax.Array], tuple[jax.Array, Metrics]]
 
+LOGITS_BYTES = 16 * 2**20  # logits that a device holds at once, but at least MIN_IDS ids at each of its positions
+MIN_IDS = 512  # narrower products would take longer to add than to compute
 BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
 
-def next_token(experiment: Experiment, z_loss: float = 0.0, logits_bytes: int = LOGITS_BYTES) -> Objective:
+def next_token(experiment: Experiment, z_loss: float = 0.0, logits_bytes: int | None = None) -> Objective:
     """Cross entropy of the answers' tokens, given images (or only text) and questions.
 
     What modules sow into the collection `losses`, such as a router's balance loss, is added to it. The metric
@@ -39,13 +41,13 @@ def next_token(experiment: Experiment, z_loss: float = 0.0, logits_bytes: int = 
     Args:
       experiment: its model is trained.
       z_loss: weight of the z-loss, see `losses.cross_entropy.head_cross_entropy`.
-      logits_bytes: bound of the float32 logits that a device holds at once; at least those of one id.
+      logits_bytes: bound of the float32 logits that a device holds at once; None for `LOGITS_BYTES`.
     """
     return _next_token(experiment.system.model, z_loss, logits_bytes)
 
 
 @functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
-def _next_token(model: nn.Module, z_loss: float, logits_bytes: int) -> Objective:
+def _next_token(model: nn.Module, z_loss: float, logits_bytes: int | None) -> Objective:
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         variables = {"params": {part: tree for part, tree in params.items() if part != CELL_HEAD}}
         rngs = {"reduce": key, "connect": key}
@@ -72,20 +74,22 @@ def _next_token(model: nn.Module, z_loss: float, logits_bytes: int) -> Objective
     return loss
 
 
-def block_of_vocabulary(shape: tuple[int, int, int], logits_bytes: int) -> tuple[int, int]:
+def block_of_vocabulary(shape: tuple[int, int, int], logits_bytes: int | None) -> tuple[int, int]:
     """Ids of a block for which a device's float32 logits stay within a bound, and devices that share the vocabulary.
 
     Blocks are as equal as possible.
 
     Args:
       shape: B, T and V of all logits; a device's share of each is that of the current mesh.
-      logits_bytes: the bound; a block has at least one id.
+      logits_bytes: the bound, with at least one id in a block; None for `LOGITS_BYTES`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = partition_spec((axes.BATCH, axes.LENGTH, axes.VOCAB), shape, mesh) if mesh.shape else (None, None, None)
     shards = [math.prod(mesh.shape[axis] for axis in _mesh_axes(entry)) for entry in spec]
     rows, length, ids = (size // count for size, count in zip(shape, shards, strict=True))
-    num_blocks = -(-ids // max(1, logits_bytes // (4 * rows * length)))
+    per_id = 4 * rows * length
+    most = max(MIN_IDS, LOGITS_BYTES // per_id) if logits_bytes is None else max(1, logits_bytes // per_id)
+    num_blocks = -(-ids // most)
     return -(-ids // num_blocks), shards[2]
 
 

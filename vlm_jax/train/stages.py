@@ -4,8 +4,6 @@ import dataclasses
 
 from vlm_jax.config import ConfigError, RunConfig, check_keys, did_you_mean, parse
 
-LOGITS_BYTES = 64 * 2**20  # logits of a step that a device holds at once, by default
-
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -20,7 +18,8 @@ class Stage:
       learning_rates: peak learning rate of every trained part.
       warmup_steps: linear warm-up, part of `steps`.
       z_loss: of `next_token`: weight of the mean squared logsumexp of the logits; 1e-4 in PaLM.
-      logits_bytes: of `next_token`: bound of the float32 logits that a device holds at once, in bytes.
+      logits_bytes: of `next_token`: bound of the float32 logits that a device holds at once, in bytes;
+        None for `objectives.LOGITS_BYTES`.
     """
 
     label: str
@@ -31,7 +30,7 @@ class Stage:
     learning_rates: dict[str, float]
     warmup_steps: int
     z_loss: float = 0.0
-    logits_bytes: int = LOGITS_BYTES
+    logits_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +66,9 @@ def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, 
             raise ConfigError(f"{path}: expected steps and batch_size of at least 1")
         if not 0 <= stage.warmup_steps < stage.steps:
             raise ConfigError(f"{path}.warmup_steps: expected fewer than {stage.steps} steps, got {stage.warmup_steps}")
-        if stage.z_loss < 0 or stage.logits_bytes < 1:
+        if stage.z_loss < 0 or (stage.logits_bytes is not None and stage.logits_bytes < 1):
             raise ConfigError(f"{path}: expected z_loss of at least 0 and logits_bytes of at least 1")
-        if stage.objective != "next_token" and (stage.z_loss, stage.logits_bytes) != (0.0, LOGITS_BYTES):
+        if stage.objective != "next_token" and (stage.z_loss, stage.logits_bytes) != (0.0, None):
             raise ConfigError(f"{path}: z_loss and logits_bytes are of the objective next_token; remove them")
         if not stage.learning_rates:
             raise ConfigError(f"{path}.learning_rates: expected at least one part, got none")
