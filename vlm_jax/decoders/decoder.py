@@ -1,6 +1,6 @@
 """The contract of decoders, which `decoders/__init__.py` registers."""
 
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -8,6 +8,20 @@ from vlm_jax.decoders.cache import Cache
 from vlm_jax.types import Drop, Dtype, Positions, VisualPlaces
 
 Kind = TypeVar("Kind")  # the class of a module; beartype reads no `Self` here
+
+
+class HeadKernel(NamedTuple):
+    """A linear head without bias.
+
+    Attributes:
+      kernel: [V, D] of a table of embeddings, or [D, V].
+      vocab_axis: axis of the vocabulary, 0 or 1.
+      dtype: dtype of the product; hidden states and kernel are cast to it.
+    """
+
+    kernel: Float[Array, "V D"] | Float[Array, "D V"]
+    vocab_axis: int
+    dtype: Dtype
 
 
 @runtime_checkable
@@ -57,6 +71,10 @@ class Decoder(Protocol):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Vocabulary logits in float32."""
+        ...
+
+    def head_kernel(self) -> HeadKernel:
+        """The kernel of `logits`, for a loss that computes them by blocks of the vocabulary."""
         ...
 
     def clone(self: Kind, **fields: Any) -> Kind:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.decoder import HeadKernel
 from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
@@ -159,3 +160,9 @@ class Transformer(DropsTokens, nn.Module):
         """Vocabulary logits in float32."""
         out = self.embedding.attend(hidden) if self.tie_embeddings else self.head(hidden)
         return out.astype(jnp.float32)
+
+    def head_kernel(self) -> HeadKernel:
+        """The kernel of `logits`: the embedding table, or that of the separate head."""
+        if self.tie_embeddings:
+            return HeadKernel(self.embedding.embedding, 0, self.dtype)
+        return HeadKernel(self.head.get_variable("params", "kernel"), 1, self.dtype)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.connectors.connector import Connector, IndicatorConnector
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.decoders.decoder import Decoder
+from vlm_jax.decoders.decoder import Decoder, HeadKernel
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.reducers.behind_connector import positions_of_kept, reduce_packed, token_features
@@ -236,11 +236,31 @@ class VLM(nn.Module):
             if batch.images is None:
                 raise ValueError("this model has no decoder: expected a batch with images, got images=None")
             return self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
+        return self.decoder.logits(self.hidden(batch, deterministic=deterministic))
+
+    def hidden(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T D"]:
+        """The decoder's final hidden states at every position, the input of the head.
+
+        Raises:
+          ValueError: there is no decoder.
+        """
+        if self.decoder is None:
+            raise ValueError(_NO_DECODER)
         given = self.embed(batch, deterministic=deterministic)
         hidden, _ = self.decoder(
             given.x, given.positions, given.segment_ids, branch_ids=batch.branch_ids, places=given.places
         )
-        return self.decoder.logits(hidden)
+        return hidden
+
+    def head_kernel(self) -> HeadKernel:
+        """The kernel of the decoder's head, which gives logits of `hidden`.
+
+        Raises:
+          ValueError: there is no decoder.
+        """
+        if self.decoder is None:
+            raise ValueError(_NO_DECODER)
+        return self.decoder.head_kernel()
 
     def prefill(self, batch: Batch, cache_length: int, cache_dtype: Dtype = None) -> tuple[Float[Array, "B V"], Cache]:
         """Runs prompts, one per row, padded on either side; `branch_ids` are for sequences without a cache.

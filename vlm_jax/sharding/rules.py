@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax import axes
 from vlm_jax.sharding.mesh import CONTEXT, DATA, EXPERT, FSDP, TENSOR
@@ -39,7 +39,7 @@ RULES: dict[str, MeshAxes] = {
 BATCH_AXES = (DATA, FSDP)
 
 
-def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Mesh axes for one array.
 
     A mesh axis shards only one dimension, the first whose rule has it; a dimension that the mesh

@@ -7,6 +7,7 @@ that the plain mean over microbatches of the loss and of each metric is that of 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,47 +15,90 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vlm_jax import axes
 from vlm_jax.build import CELL_HEAD, Experiment
+from vlm_jax.decoders.decoder import HeadKernel
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.losses.cross_entropy import cross_entropy
+from vlm_jax.losses.cross_entropy import cross_entropy, head_cross_entropy
+from vlm_jax.losses.vocabulary_blocks import Blocks
 from vlm_jax.models.cell_reader import CellReader
+from vlm_jax.sharding.rules import MeshAxes, partition_spec
+from vlm_jax.train.stages import Stage
 from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, key, weight=1.0)
 
+LOGITS_BYTES = 16 * 2**20  # logits that a device holds at once, but at least MIN_IDS ids at each of its positions
+MIN_IDS = 512  # narrower products would take longer to add than to compute
 BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
 
-def next_token(experiment: Experiment) -> Objective:
+def next_token(experiment: Experiment, z_loss: float = 0.0, logits_bytes: int | None = None) -> Objective:
     """Cross entropy of the answers' tokens, given images (or only text) and questions.
 
     What modules sow into the collection `losses`, such as a router's balance loss, is added to it. The metric
-    `padding_share` is the share of the rows' positions that are padding.
+    `padding_share` is the share of the rows' positions that are padding; `z_loss` is in the metrics where it is on.
+
+    Args:
+      experiment: its model is trained.
+      z_loss: weight of the z-loss, see `losses.cross_entropy.head_cross_entropy`.
+      logits_bytes: bound of the float32 logits that a device holds at once; None for `LOGITS_BYTES`.
     """
-    return _next_token(experiment.system.model)
+    return _next_token(experiment.system.model, z_loss, logits_bytes)
 
 
 @functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
-def _next_token(model: nn.Module) -> Objective:
+def _next_token(model: nn.Module, z_loss: float, logits_bytes: int | None) -> Objective:
     def loss(
         params: Params, batch: Batch, key: jax.Array, weight: jax.Array | float = 1.0
     ) -> tuple[jax.Array, Metrics]:
-        parts = {part: tree for part, tree in params.items() if part != CELL_HEAD}
+        variables = {"params": {part: tree for part, tree in params.items() if part != CELL_HEAD}}
         rngs = {"reduce": key, "connect": key}
-        logits, sown = model.apply({"params": parts}, batch, deterministic=False, rngs=rngs, mutable=[LOSSES])
-        value, accuracy = cross_entropy(
-            cast(jax.Array, logits), cast(Any, batch.targets), cast(Any, batch.loss_weights)
+        hidden, sown = model.apply(variables, batch, deterministic=False, rngs=rngs, mutable=[LOSSES], method="hidden")
+        head = cast(HeadKernel, model.apply(variables, method="head_kernel"))
+        shape = (*batch.tokens.shape, head.kernel.shape[head.vocab_axis])
+        found = head_cross_entropy(
+            cast(jax.Array, hidden),
+            head.kernel,
+            cast(Any, batch.targets),
+            cast(Any, batch.loss_weights),
+            blocks=Blocks(head.vocab_axis, *block_of_vocabulary(shape, logits_bytes), head.dtype),
+            z_loss=z_loss,
         )
-        value, accuracy = weight * value, weight * accuracy
         auxiliary = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
         padding = jnp.mean(batch.segment_ids == PADDING_SEGMENT, dtype=jnp.float32)
-        metrics = {"accuracy": accuracy, "padding_share": padding}
+        metrics = {"accuracy": weight * found.accuracy, "padding_share": padding}
+        if z_loss:
+            metrics["z_loss"] = weight * found.z_loss
         if sown:
             metrics["auxiliary_loss"] = jnp.asarray(auxiliary)
-        return value + auxiliary, metrics
+        return weight * found.value + auxiliary, metrics
 
     return loss
+
+
+def block_of_vocabulary(shape: tuple[int, int, int], logits_bytes: int | None) -> tuple[int, int]:
+    """Ids of a block for which a device's float32 logits stay within a bound, and devices that share the vocabulary.
+
+    Blocks are as equal as possible.
+
+    Args:
+      shape: B, T and V of all logits; a device's share of each is that of the current mesh.
+      logits_bytes: the bound, with at least one id in a block; None for `LOGITS_BYTES`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = partition_spec((axes.BATCH, axes.LENGTH, axes.VOCAB), shape, mesh) if mesh.shape else (None, None, None)
+    shards = [math.prod(mesh.shape[axis] for axis in _mesh_axes(entry)) for entry in spec]
+    rows, length, ids = (size // count for size, count in zip(shape, shards, strict=True))
+    per_id = 4 * rows * length
+    most = max(MIN_IDS, LOGITS_BYTES // per_id) if logits_bytes is None else max(1, logits_bytes // per_id)
+    num_blocks = -(-ids // most)
+    return -(-ids // num_blocks), shards[2]
+
+
+def _mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def read_cells(experiment: Experiment) -> Objective:
@@ -83,3 +127,10 @@ def _read_cells(reader: CellReader) -> Objective:
 
 
 OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {"next_token": next_token, "read_cells": read_cells}
+
+
+def objective_of(experiment: Experiment, stage: Stage) -> Objective:
+    """The objective of a stage, with the stage's settings of it."""
+    if stage.objective == "next_token":
+        return next_token(experiment, stage.z_loss, stage.logits_bytes)
+    return OBJECTIVES[stage.objective](experiment)

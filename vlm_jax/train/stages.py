@@ -20,6 +20,9 @@ class Stage:
         random draws, which each part makes of its own, and routers whose balance loss is over a batch.
       learning_rates: peak learning rate of every trained part.
       warmup_steps: linear warm-up, part of `steps`.
+      z_loss: of `next_token`: weight of the mean squared logsumexp of the logits; 1e-4 in PaLM.
+      logits_bytes: of `next_token`: bound of the float32 logits that a device holds at once, in bytes;
+        None for `objectives.LOGITS_BYTES`.
     """
 
     label: str
@@ -30,6 +33,8 @@ class Stage:
     learning_rates: dict[str, float]
     warmup_steps: int
     accumulate: int = 1
+    z_loss: float = 0.0
+    logits_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +74,10 @@ def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, 
             )
         if not 0 <= stage.warmup_steps < stage.steps:
             raise ConfigError(f"{path}.warmup_steps: expected fewer than {stage.steps} steps, got {stage.warmup_steps}")
+        if stage.z_loss < 0 or (stage.logits_bytes is not None and stage.logits_bytes < 1):
+            raise ConfigError(f"{path}: expected z_loss of at least 0 and logits_bytes of at least 1")
+        if stage.objective != "next_token" and (stage.z_loss, stage.logits_bytes) != (0.0, None):
+            raise ConfigError(f"{path}: z_loss and logits_bytes are of the objective next_token; remove them")
         if not stage.learning_rates:
             raise ConfigError(f"{path}.learning_rates: expected at least one part, got none")
         spans.append(Span(stage, start, start + stage.steps))
