@@ -128,7 +128,7 @@ def test_a_drawn_budget_in_training_is_that_budget_at_inference():
     rng = np.random.default_rng(0)
     messages = dialogue([Turn("count 7", "2"), Turn("read row 1 column 2", "3")], num_images=1)
     samples = [Sample(str(i), messages, (rng.integers(0, 256, (24, 24, 1), np.uint8),)) for i in range(2)]
-    params = nn.meta.unbox(jax.jit(whole.init)(jax.random.key(0)))
+    params = nn.meta.unbox(drawn(whole.boxed_shapes()))
     batch = jax.tree.map(jnp.asarray, join([whole.training_row(sample) for sample in samples]))
 
     @jax.jit
