@@ -16,9 +16,8 @@ def get_config() -> ConfigDict:
     # below describe everything.
     config.release = placeholder(str)
     config.dtype = "float32"  # of activations
-    config.param_dtype = (
-        "float32"  # of the parameters of frozen parts; those of a part that any stage trains are float32
-    )
+    # Of the parameters of frozen parts; those of a part that any stage trains are float32.
+    config.param_dtype = "float32"
     # Visual tokens that reach the decoder, for any connector: of one image with all its tiles (or a
     # clip with all its frames), of each tile, or of each frame.
     config.token_budget = 16

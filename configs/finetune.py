@@ -26,6 +26,8 @@ def get_config(arg: str = "") -> ConfigDict:
         "accumulate": 1,
         "warmup_steps": 150,
         "learning_rates": {"connector": 2e-5, "decoder": 2e-5},
+        "z_loss": 0.0,
+        "logits_bytes": placeholder(int),
     }
     config.stages = ConfigDict({"instruction": stage})
     config.schedule = ("instruction",)

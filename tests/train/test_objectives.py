@@ -167,7 +167,8 @@ def test_a_block_is_sized_by_a_devices_share():
     assert block_of_vocabulary(shape, all_bytes - 1) == (48, 1)
     assert block_of_vocabulary(shape, 1) == (1, 1)
     assert block_of_vocabulary(shape, None) == (96, 1)
-    assert block_of_vocabulary((2, 320, 32_000), None) == (6400, 1)  # 16 MiB are 6553 ids at 640 positions
+    assert block_of_vocabulary((2, 320, 32_000), None) == (32_000, 1)  # 128 MiB are 52,428 ids at 640 positions
+    assert block_of_vocabulary((2, 320, 64_000), None) == (32_000, 1)
     assert block_of_vocabulary((64, 1024, 5120), None) == (512, 1)
     with use_mesh(make_mesh(MeshSettings(data=2, context=2, tensor=2))):
         assert block_of_vocabulary(shape, all_bytes // 8) == (48, 2)

@@ -1,24 +1,23 @@
 """ArrayRecord files, whose records are JSON objects."""
 
-import os
 import threading
 from typing import Any
 
 from vlm_jax.data.local_file import LocalFile
-from vlm_jax.data.stores import MalformedRecords, parsed
+from vlm_jax.data.stores import IndexedStore, MalformedRecords, parsed
 from vlm_jax.types import Fields
 
 SIGNATURE = bytes.fromhex("83af70d10d884a3f")  # of Riegeli files
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
-class ArrayRecords:
+class ArrayRecords(IndexedStore):
     """The records of an ArrayRecord file; see `stores.Store`."""
 
     noun = "records"
 
     def __init__(self, file: LocalFile):
-        self.path, self.folder, self._file = file.name, os.path.dirname(file.name), file
+        super().__init__(file)
         self._open()
         if not self._reader.ok():
             raise MalformedRecords(f"{self.path}: an ArrayRecord file that is cut off or damaged; write it again")
@@ -56,15 +55,3 @@ class ArrayRecords:
             return parsed(data)
         except ValueError as error:
             raise ValueError(f"expected JSON, as of a line of JSONL: {error}") from None
-
-    def number(self, index: int) -> int:
-        """The index."""
-        return index
-
-    def place(self, index: int) -> str:
-        """The file and the index."""
-        return f"{self.path}[{index}]"
-
-    def digest(self) -> str:
-        """A hash that changes with the index of the file."""
-        return self._file.summary()

@@ -1,7 +1,6 @@
 """Parquet files, read by pyarrow (the extra `parquet`): Cauldron's, FineVision's and TRL's tables with pictures."""
 
 import collections
-import os
 import threading
 from typing import Any
 
@@ -10,19 +9,19 @@ import numpy as np
 from vlm_jax.config import ConfigError
 from vlm_jax.data.local_file import LocalFile
 from vlm_jax.data.media import NOT_READ
-from vlm_jax.data.stores import MalformedRecords
+from vlm_jax.data.stores import IndexedStore, MalformedRecords
 from vlm_jax.types import Fields
 
 GROUPS_IN_MEMORY = 4
 
 
-class ParquetRows:
+class ParquetRows(IndexedStore):
     """The rows of a parquet file; see `stores.Store`. A few row groups are kept in memory."""
 
     noun = "rows"
 
     def __init__(self, file: LocalFile):
-        self.path, self.folder, self._file = file.name, os.path.dirname(file.name), file
+        super().__init__(file)
         self._open()
         metadata = self._table.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -86,18 +85,6 @@ class ParquetRows:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(key)
             return self._groups[key]
-
-    def number(self, index: int) -> int:
-        """The index."""
-        return index
-
-    def place(self, index: int) -> str:
-        """The file and the index."""
-        return f"{self.path}[{index}]"
-
-    def digest(self) -> str:
-        """A hash that changes with the index of the file."""
-        return self._file.summary()
 
 
 def _marked(value: Any) -> Any:

@@ -81,13 +81,32 @@ class Store(Protocol):
         ...
 
 
-class Lines:
+class IndexedStore:
+    """What stores of one file share; records are counted by their indices, and the file has an index at an end."""
+
+    def __init__(self, file: LocalFile):
+        self.path, self.folder, self._file = file.name, os.path.dirname(file.name), file
+
+    def number(self, index: int) -> int:
+        """As `Store.number`."""
+        return index
+
+    def place(self, index: int) -> str:
+        """As `Store.place`."""
+        return f"{self.path}[{index}]"
+
+    def digest(self) -> str:
+        """As `Store.digest`, of the ends of the file."""
+        return self._file.summary()
+
+
+class Lines(IndexedStore):
     """The lines of a JSONL file."""
 
     noun = "lines"
 
     def __init__(self, file: LocalFile, start: int):
-        self.path, self.folder, self._file = file.name, os.path.dirname(file.name), file
+        super().__init__(file)
         self._spans, self._lines = line_spans(file, start)
 
     def __len__(self) -> int:
@@ -112,13 +131,13 @@ class Lines:
         return self._file.digest()
 
 
-class JsonArray:
+class JsonArray(IndexedStore):
     """The elements of a JSON array."""
 
     noun = "elements"
 
     def __init__(self, file: LocalFile, start: int):
-        self.path, self.folder, self._file = file.name, os.path.dirname(file.name), file
+        super().__init__(file)
         try:
             self._spans: Spans = array_spans(file, start)
         except Unbalanced as error:
@@ -151,14 +170,6 @@ class JsonArray:
             return parsed(data)
         except ValueError as error:
             raise ValueError(f"(line {self._file.line_at(first)}) {error}") from None
-
-    def number(self, index: int) -> int:
-        """As `Store.number`."""
-        return index
-
-    def place(self, index: int) -> str:
-        """As `Store.place`."""
-        return f"{self.path}[{index}]"
 
     def digest(self) -> str:
         """As `Store.digest`."""

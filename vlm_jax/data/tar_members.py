@@ -13,17 +13,16 @@ import numpy as np
 
 from vlm_jax.data.local_file import LocalFile
 from vlm_jax.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Member
-from vlm_jax.data.stores import MalformedRecords, parsed
+from vlm_jax.data.stores import IndexedStore, MalformedRecords, parsed
 
 
-class TarSamples:
+class TarSamples(IndexedStore):
     """The samples of a tar; see `stores.Store`. Kept are three numbers a member and one a sample."""
 
     noun = "samples"
 
     def __init__(self, file: LocalFile):
-        self.path, self.folder, self._file = file.name, os.path.dirname(file.name), file
-        self._extensions: list[str] = []
+        super().__init__(file)
         codes: dict[str, int] = {}
         numbers, firsts, key, count = array.array("q"), array.array("q"), None, 0
         try:
@@ -97,17 +96,9 @@ class TarSamples:
             tar.offset = start  # type: ignore
             return _split(tarfile.TarInfo.fromtarfile(tar).name)[0]
 
-    def number(self, index: int) -> int:
-        """The index."""
-        return index
-
     def place(self, index: int) -> str:
         """The file and the base name."""
         return f"{self.path}:{self._key(index)}"
-
-    def digest(self) -> str:
-        """A hash that changes with the index of the file."""
-        return self._file.summary()
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.decoders.decoder import HeadKernel
 from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
+from vlm_jax.decoders.head import LinearHead
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
@@ -28,7 +28,7 @@ _OF_PLAIN = ("num_kv_heads",)
 _OF_GROUPS = ("num_groups", "num_selected_groups")
 
 
-class Deepseek(DropsTokens, nn.Module):
+class Deepseek(DropsTokens, LinearHead, nn.Module):
     """A causal language model over embeddings whose feed-forwards are mixtures of experts.
 
     Consecutive layers of one kind are one scanned stack: first the dense ones, then
@@ -224,17 +224,6 @@ class Deepseek(DropsTokens, nn.Module):
         """The attention context of a sequence without a cache."""
         segments = rows.segment_ids
         return Context("causal", segments, segments, rows.branch_ids, rows.angles, magnitude=self.rope.magnitude)
-
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Vocabulary logits in float32."""
-        out = self.embedding.attend(hidden) if self.tie_embeddings else self.head(hidden)
-        return out.astype(jnp.float32)
-
-    def head_kernel(self) -> HeadKernel:
-        """The kernel of `logits`: the embedding table, or that of the separate head."""
-        if self.tie_embeddings:
-            return HeadKernel(self.embedding.embedding, 0, self.dtype)
-        return HeadKernel(self.head.get_variable("params", "kernel"), 1, self.dtype)
 
     def rotary_dim(self) -> int:
         """Rotated coordinates of a head; all of them in multi-head attention."""

@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
-from vlm_jax.decoders.decoder import HeadKernel
 from vlm_jax.decoders.dropping import DropsTokens, Rows, restore
+from vlm_jax.decoders.head import LinearHead
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
@@ -18,7 +18,7 @@ from vlm_jax.layers.rope import Rope
 from vlm_jax.types import Drop, Dtype, Positions, VisualPlaces
 
 
-class Transformer(DropsTokens, nn.Module):
+class Transformer(DropsTokens, LinearHead, nn.Module):
     """A causal language model over embeddings, so that visual tokens can be interleaved with text.
 
     Attributes:
@@ -155,14 +155,3 @@ class Transformer(DropsTokens, nn.Module):
     def rotary_dim(self) -> int:
         """Rotated coordinates of a head: all of them."""
         return self.head_dim or self.width // self.num_heads
-
-    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Vocabulary logits in float32."""
-        out = self.embedding.attend(hidden) if self.tie_embeddings else self.head(hidden)
-        return out.astype(jnp.float32)
-
-    def head_kernel(self) -> HeadKernel:
-        """The kernel of `logits`: the embedding table, or that of the separate head."""
-        if self.tie_embeddings:
-            return HeadKernel(self.embedding.embedding, 0, self.dtype)
-        return HeadKernel(self.head.get_variable("params", "kernel"), 1, self.dtype)

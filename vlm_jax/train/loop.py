@@ -22,7 +22,7 @@ from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 from vlm_jax.train.input import ROWS, stage_batches
-from vlm_jax.train.objectives import OBJECTIVES, objective_of
+from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
@@ -244,7 +244,7 @@ class Trainer:
                 self._abstract_state(span),
                 batch,
                 self.mesh,
-                objective=objective_of(self.experiment, span.stage),
+                objective=OBJECTIVES[span.stage.objective](self.experiment, span.stage),
                 tx=self._tx(span),
                 trained=tuple(span.stage.learning_rates),
                 accumulate=span.stage.accumulate,

@@ -29,7 +29,9 @@ from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params
 Metrics = dict[str, jax.Array]
 Objective = Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, key, weight=1.0)
 
-LOGITS_BYTES = 16 * 2**20  # logits that a device holds at once, but at least MIN_IDS ids at each of its positions
+# Logits that a device holds at once, but at least MIN_IDS ids at each of its positions. Fewer bytes save none: blocks
+# hold the gradient of the whole kernel beside them, and compute logits twice.
+LOGITS_BYTES = 128 * 2**20
 MIN_IDS = 512  # narrower products would take longer to add than to compute
 BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
@@ -126,11 +128,8 @@ def _read_cells(reader: CellReader) -> Objective:
     return loss
 
 
-OBJECTIVES: dict[str, Callable[[Experiment], Objective]] = {"next_token": next_token, "read_cells": read_cells}
-
-
-def objective_of(experiment: Experiment, stage: Stage) -> Objective:
-    """The objective of a stage, with the stage's settings of it."""
-    if stage.objective == "next_token":
-        return next_token(experiment, stage.z_loss, stage.logits_bytes)
-    return OBJECTIVES[stage.objective](experiment)
+# Objective of a stage -> what makes it from the experiment, with the stage's settings of it.
+OBJECTIVES: dict[str, Callable[[Experiment, Stage], Objective]] = {
+    "next_token": lambda experiment, stage: next_token(experiment, stage.z_loss, stage.logits_bytes),
+    "read_cells": lambda experiment, stage: read_cells(experiment),
+}
