@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.data.loader import join
+from vlm_jax.leaves import flatten
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import distribute, shardings
@@ -26,7 +27,6 @@ from vlm_jax.types import Batch, Sample, Turn, dialogue
 from ..parameters import drawn
 from .conftest import tiny_config
 
-PARTS = ("connector", "decoder", "encoder")
 PACKED = {
     "kind": "qwen_vit",
     "patch_size": 6,
@@ -70,14 +70,15 @@ def batch_of(experiment, size, *, packed) -> Batch:
 def steps(experiment, batch, mesh, accumulate, *, count=3):
     """Metrics of each step, the parameters after the last, and the program."""
     boxed = experiment.boxed_shapes()
-    tx = adamw(SETTINGS, dict.fromkeys(PARTS, 1e-2), 0, 10)
-    like = abstract(jax.eval_shape(lambda params: init_boxed(params, tx, PARTS), boxed), mesh)
+    trained = frozenset(path for path, _ in flatten(boxed))
+    tx = adamw(SETTINGS, dict.fromkeys(trained, 1e-2), 0, 10)
+    like = abstract(jax.eval_shape(lambda params: init_boxed(params, tx, trained), boxed), mesh)
     params = jax.tree.map(jax.device_put, nn.meta.unbox(drawn(boxed)), shardings(boxed, mesh))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     state = jax.tree.map(lambda leaf, other: jax.device_put(leaf, other.sharding), state, like)
     batch = distribute(batch, mesh)
     objective = next_token(experiment)
-    program = compile_step(like, batch, mesh, objective=objective, tx=tx, trained=PARTS, accumulate=accumulate)
+    program = compile_step(like, batch, mesh, objective=objective, tx=tx, trained=trained, accumulate=accumulate)
     metrics = []
     for _ in range(count):
         state, found = program(state, batch, jax.random.key(1))
