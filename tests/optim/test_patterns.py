@@ -115,5 +115,5 @@ def test_what_learns_at_which_rate_is_counted():
     rates = leaf_rates(boxed(2), {"encoder": 0.1, "encoder/patch_embed": 0.0}, {"encoder/blocks": 0.5}, "stage")
     assert describe(boxed(2), rates) == [
         "decoder: 15 parameters frozen",
-        "encoder: 3 parameters at 0.1, 18 parameters at 0.05 to 0.1, 12 parameters frozen",
+        "encoder: 18 parameters at 0.05 to 0.1, 3 parameters at 0.1, 12 parameters frozen",
     ]
