@@ -139,6 +139,7 @@ class Trainer:
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
+        self._check_stages()
         self._boxed = experiment.boxed_shapes()
         self._rates = {
             span.stage.label: leaf_rates(
@@ -146,7 +147,6 @@ class Trainer:
             )
             for span in self._spans
         }
-        self._check_stages()
         experiment.open_source()  # faults of the data are named before weights are read
         claim(self.workdir, config)
         self._stop = False
