@@ -20,6 +20,7 @@ from configs import finetune
 from vlm_jax.build import Experiment, build
 from vlm_jax.checkpoints.hub import open_checkpoint
 from vlm_jax.data.loader import join
+from vlm_jax.leaves import flatten
 from vlm_jax.optim.adamw import OptimizerSettings, adamw, decays
 from vlm_jax.sharding.rules import distribute
 from vlm_jax.train.objectives import next_token
@@ -166,7 +167,7 @@ def kept_gradients() -> optax.GradientTransformation:
 
 def ours_trained(case: Case, mesh) -> Trained:
     experiment, objective, boxed = case.experiment, next_token(case.experiment), case.experiment.boxed_shapes()
-    parts = tuple(boxed)
+    parts = frozenset(path for path, _ in flatten(boxed))
     tx = optax.chain(kept_gradients(), adamw(SETTINGS, dict.fromkeys(parts, RATE), 0, STEPS + 1))
     like = abstract(jax.eval_shape(lambda params: init_boxed(params, tx, parts), boxed), mesh)
     params = experiment.initial(jax.random.key(0), mesh)

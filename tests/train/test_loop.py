@@ -165,7 +165,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(config, one_d
         ({"stages.answering.stream": "question"}, r"stages\.answering\.stream: unknown 'question'.*'questions'"),
         ({"stages.answering.stream": "cells"}, "and vice versa"),
         ({"stages.answering.learning_rates": {"conector": 1.0}}, r"learning_rates\.conector.*'connector'"),
-        ({"stages.answering.learning_rates": {}}, "expected at least one part"),
+        ({"stages.answering.learning_rates": {}}, "expected at least one above 0, none below, got none"),
         ({"stages.answering.warmup_steps": 8}, "expected fewer than 8 steps, got 8"),
         ({"stages.answering.z_loss": -1.0}, "expected z_loss of at least 0 and logits_bytes of at least 1"),
         ({"stages.answering.logits_bytes": 0}, "expected z_loss of at least 0 and logits_bytes of at least 1"),

@@ -20,14 +20,16 @@ from jaxtyping import Float, UInt8
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
-from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, parse, parse_kind
+from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, convert, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders import DECODERS
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders.encoder import Encoder
+from vlm_jax.leaves import flatten
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.vlm import VLM
+from vlm_jax.optim.patterns import trained_paths
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
@@ -68,8 +70,7 @@ class Experiment:
       rows: how samples share rows of these shapes.
       num_frames: None, or how many of a sample's pictures stand for the clip that they are.
       cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
-      trained: parts that a stage trains. Their parameters are float32 for any `config.param_dtype`, since in
-        bfloat16 most updates would be lost to rounding.
+      learning_rates: by pattern, of every stage, by the config path of the stage.
     """
 
     system: System
@@ -80,7 +81,7 @@ class Experiment:
     rows: RowSettings
     num_frames: int | None = None
     cell_reader: CellReader | None = None
-    trained: tuple[str, ...] = ()
+    learning_rates: tuple[tuple[str, dict[str, float]], ...] = ()
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
@@ -151,8 +152,22 @@ class Experiment:
 
     def boxed_shapes(self) -> Params:
         """Shapes of the boxed parameters {part: tree} of the model and of the head for cells."""
+        return in_float32(self._drawn_shapes, self.trained)
+
+    @functools.cached_property
+    def trained(self) -> frozenset[str]:
+        """Paths of the parameters that a stage trains.
+
+        They are float32 for any `config.param_dtype`, since in bfloat16 most updates would be lost to rounding.
+        """
+        paths = [path for path, _ in flatten(self._drawn_shapes)] if self.learning_rates else []
+        return frozenset[str]().union(*(trained_paths(rates, paths, where) for where, rates in self.learning_rates))
+
+    @property
+    def _drawn_shapes(self) -> Params:
+        """The boxed shapes before any is made float32."""
         shapes, init = self.system.boxed_shapes(), self._cell_init
-        return in_float32(shapes if init is None else shapes | _cell_head(boxed_shapes(init)), self.trained)
+        return shapes if init is None else shapes | _cell_head(boxed_shapes(init))
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
@@ -263,7 +278,7 @@ def build(config: Any) -> Experiment:
         rows=row,
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
-        trained=_trained(config),
+        learning_rates=_learning_rates(config),
     )
 
 
@@ -288,13 +303,16 @@ def _of_release(config: Any) -> Experiment:
     if source.channels != processor.views.channels:
         raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
     text_row = RowShape(shape.length, 0, (shape.length,) * len(shape.kept))
-    return Experiment(system, source, shape, None, text_row, row, trained=_trained(config))
+    return Experiment(system, source, shape, None, text_row, row, learning_rates=_learning_rates(config))
 
 
-def _trained(config: RunConfig) -> tuple[str, ...]:
-    """Parts that the stages of the schedule train, in order."""
-    stages = [config.stages.get(label, {}) for label in config.schedule]
-    return tuple(dict.fromkeys(part for stage in stages for part in stage.get("learning_rates", {})))
+def _learning_rates(config: RunConfig) -> tuple[tuple[str, dict[str, float]], ...]:
+    """Those of the stages of the schedule, with their config paths; what is not a stage is refused by the trainer."""
+    stages = {label: config.stages[label] for label in config.schedule if label in config.stages}
+    paths = {
+        label: f"config.stages.{label}.learning_rates" for label, stage in stages.items() if "learning_rates" in stage
+    }
+    return tuple((path, convert(stages[label].learning_rates, dict[str, float], path)) for label, path in paths.items())
 
 
 def _decoder(section: Any, num_tokens: int, dtypes: Fields) -> Any:

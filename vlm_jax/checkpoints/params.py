@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.checkpoints import placement
-from vlm_jax.checkpoints.plan import Step, export_plan, flatten, plan
+from vlm_jax.checkpoints.plan import Step, export_plan, plan
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, matching
+from vlm_jax.leaves import flatten
 from vlm_jax.types import Dtype, Params, Tree
 
 

@@ -19,6 +19,7 @@ from vlm_jax.build import Experiment
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
+from vlm_jax.optim.patterns import describe, leaf_rates
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 from vlm_jax.train.input import ROWS, stage_batches
@@ -138,8 +139,14 @@ class Trainer:
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
-        self._boxed = experiment.boxed_shapes()
         self._check_stages()
+        self._boxed = experiment.boxed_shapes()
+        self._rates = {
+            span.stage.label: leaf_rates(
+                self._boxed, span.stage.learning_rates, span.stage.layer_decay, f"config.stages.{span.stage.label}"
+            )
+            for span in self._spans
+        }
         experiment.open_source()  # faults of the data are named before weights are read
         claim(self.workdir, config)
         self._stop = False
@@ -246,7 +253,7 @@ class Trainer:
                 self.mesh,
                 objective=OBJECTIVES[span.stage.objective](self.experiment, span.stage),
                 tx=self._tx(span),
-                trained=tuple(span.stage.learning_rates),
+                trained=frozenset(self._rates[span.stage.label]),
                 accumulate=span.stage.accumulate,
             )
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
@@ -284,7 +291,9 @@ class Trainer:
         """The state at the start of a stage: the same parameters, a fresh optimizer."""
         like = self._abstract_state(span)
         out = jax.tree.map(lambda leaf: leaf.sharding, like)
-        tx, trained = self._tx(span), tuple(span.stage.learning_rates)
+        for line in describe(self._boxed, self._rates[span.stage.label]):
+            _log.info("stage %s: %s", span.stage.label, line)
+        tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
 
         def fresh(step, params):
             return dataclasses.replace(init_boxed(params, tx, trained), step=step)
@@ -293,7 +302,7 @@ class Trainer:
             return jax.jit(fresh, out_shardings=out, donate_argnums=1)(np.full((), span.start, np.int32), state.params)
 
     def _abstract_state(self, span: Span) -> TrainState:
-        tx, trained = self._tx(span), tuple(span.stage.learning_rates)
+        tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
         return abstract(jax.eval_shape(lambda params: init_boxed(params, tx, trained), self._boxed), self.mesh)
 
     def _param_shardings(self) -> Tree:
@@ -301,7 +310,7 @@ class Trainer:
 
     def _tx(self, span: Span):
         stage = span.stage
-        return adamw(self._optimizer, stage.learning_rates, stage.warmup_steps, stage.steps)
+        return adamw(self._optimizer, self._rates[stage.label], stage.warmup_steps, stage.steps)
 
     def _probe_batch(self, span: Span) -> Tree:
         """A batch to compile for when the stage has no step left."""
@@ -330,9 +339,6 @@ class Trainer:
                     f"{path}.accumulate: microbatches of {size} rows cannot be divided over {num_shards(self.mesh)} "
                     "shards (data times fsdp of config.mesh); lower accumulate, or raise batch_size"
                 )
-            for part in stage.learning_rates:
-                if part not in self._boxed:
-                    raise ConfigError(f"{path}.learning_rates.{part}: no such part{did_you_mean(part, self._boxed)}")
 
     def _on_sigterm(self, signum: int, frame: types.FrameType | None) -> None:
         del signum, frame

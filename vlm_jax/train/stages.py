@@ -1,4 +1,4 @@
-"""Stages of a run: their objective, stream and trained parts."""
+"""Stages of a run: their objective, stream and trained parameters."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from vlm_jax.config import ConfigError, RunConfig, check_keys, did_you_mean, par
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage; parts of the model without a learning rate are frozen in it.
+    """One stage; parameters without a learning rate are frozen in it.
 
     Attributes:
       label: the stage's key under `config.stages`.
@@ -18,7 +18,11 @@ class Stage:
       accumulate: equal parts of the batch that are computed one after another, in the memory of one; their gradients
         are added. Losses and updates are those of the whole batch, each learned token having the same weight, but for
         random draws, which each part makes of its own, and routers whose balance loss is over a batch.
-      learning_rates: peak learning rate of every trained part.
+      learning_rates: peak learning rate by pattern of parameter paths: a part or a module ("decoder"; all in it), or
+        one with wildcards ("encoder/blocks/*", "decoder/*norm/scale"), where `*` may stand for any characters. The
+        pattern with the most other characters takes precedence. 0 freezes, and so does no pattern; the log counts both.
+      layer_decay: factor of the rates from each layer to the one before it, by part or module; see
+        `optim.patterns.leaf_rates`.
       warmup_steps: linear warm-up, part of `steps`.
       z_loss: of `next_token`: weight of the mean squared logsumexp of the logits; 1e-4 in PaLM.
       logits_bytes: of `next_token`: bound of the float32 logits that a device holds at once, in bytes;
@@ -32,6 +36,7 @@ class Stage:
     batch_size: int
     learning_rates: dict[str, float]
     warmup_steps: int
+    layer_decay: dict[str, float] = dataclasses.field(default_factory=dict)
     accumulate: int = 1
     z_loss: float = 0.0
     logits_bytes: int | None = None
@@ -78,8 +83,8 @@ def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, 
             raise ConfigError(f"{path}: expected z_loss of at least 0 and logits_bytes of at least 1")
         if stage.objective != "next_token" and (stage.z_loss, stage.logits_bytes) != (0.0, None):
             raise ConfigError(f"{path}: z_loss and logits_bytes are of the objective next_token; remove them")
-        if not stage.learning_rates:
-            raise ConfigError(f"{path}.learning_rates: expected at least one part, got none")
+        if not any(stage.learning_rates.values()) or min(stage.learning_rates.values()) < 0:
+            raise ConfigError(f"{path}.learning_rates: expected at least one above 0, none below, got {_rates(stage)}")
         spans.append(Span(stage, start, start + stage.steps))
         start += stage.steps
     return tuple(spans)
@@ -88,3 +93,7 @@ def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, 
 def span_at(spans: tuple[Span, ...], step: int) -> Span:
     """The span of `step`; the last one for the step after the end."""
     return next((span for span in spans if step < span.stop), spans[-1])
+
+
+def _rates(stage: Stage) -> str:
+    return ", ".join(f"{pattern}: {rate}" for pattern, rate in stage.learning_rates.items()) or "none"
