@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.build.image_text import IMAGE_TEXT, ImageTextExperiment, image_text_experiment, released_image_text
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
 from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, parse, parse_kind
@@ -27,6 +28,8 @@ from vlm_jax.decoders import DECODERS
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.models.cell_reader import CellReader
+from vlm_jax.models.classifier import Classifier
+from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.configured import configured
@@ -149,6 +152,11 @@ class Experiment:
         assert self.system.budget is not None
         return self.system.budget
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the model, without the head for cells."""
+        return PARTS
+
     def boxed_shapes(self) -> Params:
         """Shapes of the boxed parameters {part: tree} of the model and of the head for cells."""
         shapes, init = self.system.boxed_shapes(), self._cell_init
@@ -177,6 +185,9 @@ class Experiment:
         return {part: sum(leaf.size for leaf in jax.tree.leaves(shapes[part])) for part in PARTS if part in shapes}
 
 
+AnyExperiment = Experiment | ImageTextExperiment  # a config describes one of them
+
+
 def _cell_head(reader: Params) -> Params:
     """The parameters of a `CellReader` but those of its encoder, as a part of an experiment."""
     return {CELL_HEAD: {name: tree for name, tree in reader.items() if name != "encoder"}}
@@ -195,7 +206,7 @@ def _as_clip(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def build(config: Any) -> Experiment:
+def build(config: Any) -> AnyExperiment:
     """Builds the experiment of a run's config.
 
     Args:
@@ -211,6 +222,15 @@ def build(config: Any) -> Experiment:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
     if config.release is not None:
         return _of_release(config)
+    if config.decoder.get("kind") in IMAGE_TEXT:
+        source = parse_kind(SOURCES, config.data, "config.data")
+        dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
+        return image_text_experiment(config, source, _trained(config), dtypes)
+    return _of_sections(config)
+
+
+def _of_sections(config: RunConfig) -> Experiment:
+    """The experiment of a model that answers, described by the sections alone."""
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     row = parse(RowSettings, config.row, "config.row")
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
@@ -267,16 +287,18 @@ def build(config: Any) -> Experiment:
     )
 
 
-def _of_release(config: Any) -> Experiment:
+def _of_release(config: Any) -> AnyExperiment:
     """The experiment of `config.release`; the sections of parts replace the release's settings."""
     if config.token_budget_per != "image":
         raise ConfigError("config.token_budget_per: the budget of a release is per image, or per tile; set it to image")
-    row = parse(RowSettings, config.row, "config.row")
-    if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
-        raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     source = parse_kind(SOURCES, config.data, "config.data")
     system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
     system = configured(system, config.to_dict())
+    if isinstance(system.model, TwoTower | Classifier):
+        return released_image_text(config, system, source, _trained(config))
+    row = parse(RowSettings, config.row, "config.row")
+    if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
+        raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     processor = system.processor
     reduction = processor.reduction
     if reduction is not None and isinstance(processor.views, NativeViews) and row.pictures is None:
@@ -289,6 +311,19 @@ def _of_release(config: Any) -> Experiment:
         raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
     text_row = RowShape(shape.length, 0, (shape.length,) * len(shape.kept))
     return Experiment(system, source, shape, None, text_row, row, trained=_trained(config))
+
+
+def build_conversational(config: Any) -> Experiment:
+    """`build` for a model that answers.
+
+    Raises:
+      ConfigError: also for two towers or a classifier.
+    """
+    experiment = build(config)
+    if not isinstance(experiment, Experiment):
+        name = type(experiment.system.model).__name__
+        raise ConfigError(f"config.decoder: a {name} answers no questions; only cli.train takes it")
+    return experiment
 
 
 def _trained(config: RunConfig) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of
 
 Found = TypeVar("Found")
 
-STREAMS = ("questions",)
+STREAMS = ("questions", "captions")  # a caption is the last answer of a record with one picture
 _log = logging.getLogger(__name__)
 
 

@@ -19,11 +19,13 @@ class TrainState:
     step: steps since the start of the run, over all stages.
     params: parameters by part: encoder, connector, decoder and any pre-training head.
     opt_state: the current stage's optimizer state, only of its trained parts.
+    reference: frozen parameters that the current stage's objective needs beside these; None without any.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Tree
+    reference: Params | None = None
 
 
 def split(params: Params, trained: tuple[str, ...]) -> tuple[Params, Params]:
@@ -34,9 +36,14 @@ def split(params: Params, trained: tuple[str, ...]) -> tuple[Params, Params]:
     )
 
 
-def init_boxed(boxed_params: Params, tx: optax.GradientTransformation, trained: tuple[str, ...]) -> TrainState:
+def init_boxed(
+    boxed_params: Params,
+    tx: optax.GradientTransformation,
+    trained: tuple[str, ...],
+    reference: Params | None = None,
+) -> TrainState:
     """A state whose leaves keep their logical axis names, for tracing shapes and shardings."""
-    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]))
+    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]), reference)
 
 
 def abstract(boxed: Tree, mesh: Mesh) -> Tree:

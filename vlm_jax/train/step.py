@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
-from vlm_jax.train.objectives import Metrics, Objective
+from vlm_jax.train.objectives.objective import Loss, Metrics
 from vlm_jax.train.state import TrainState, split
 from vlm_jax.types import Batch, Params, Tree
 
@@ -23,7 +23,7 @@ def train_step(
     batch: Tree,
     key: jax.Array,
     *,
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
     accumulate: int = 1,
@@ -38,7 +38,7 @@ def train_step(
       state: donated by the compiled step.
       batch: rows of the objective's stream.
       key: of the run.
-      objective: from `train.objectives.OBJECTIVES`.
+      objective: the loss of an objective of `train.objectives.OBJECTIVES`.
       tx: optimizer of the trained parts.
       trained: names of the trained parts.
       accumulate: microbatches into which the batch is split; see `Stage.accumulate`.
@@ -49,7 +49,7 @@ def train_step(
 
     def gradient(batch: Tree, key: jax.Array, weight: jax.Array | float) -> tuple[tuple[jax.Array, Metrics], Tree]:
         def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective({**frozen, **params}, batch, key, weight)
+            return objective({**frozen, **params}, batch, key, weight, state.reference)
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
@@ -60,7 +60,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, params)
     params: Tree = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return TrainState(state.step + 1, {**frozen, **params}, opt_state), metrics
+    return TrainState(state.step + 1, {**frozen, **params}, opt_state, state.reference), metrics
 
 
 def microbatches(batch: Tree, count: int, mesh: Mesh | None) -> Tree:
@@ -116,7 +116,7 @@ def compile_step(
     batch: Tree,
     mesh: Mesh,
     *,
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
     accumulate: int = 1,
@@ -133,7 +133,7 @@ def compile_step(
 
 @functools.lru_cache(maxsize=16)
 def _jitted(
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
     accumulate: int,

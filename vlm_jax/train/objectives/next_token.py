@@ -1,60 +1,80 @@
-"""Training objectives, with one signature.
+"""The cross entropy of answers."""
 
-An objective is called with the parameters of all parts, a batch of its stream,
-and a random key; it returns the loss and named scalar metrics. A last argument `weight` is for a microbatch:
-its learned tokens relative to the mean of the step's microbatches. Means over tokens are multiplied by it, so
-that the plain mean over microbatches of the loss and of each metric is that of the whole batch.
-"""
-
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax import axes
-from vlm_jax.build import CELL_HEAD, Experiment
+from vlm_jax.build import CELL_HEAD, AnyExperiment
 from vlm_jax.decoders.decoder import HeadKernel
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.losses.cross_entropy import cross_entropy, head_cross_entropy
+from vlm_jax.losses.cross_entropy import head_cross_entropy
 from vlm_jax.losses.vocabulary_blocks import Blocks
-from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.sharding.rules import MeshAxes, partition_spec
-from vlm_jax.train.stages import Stage
-from vlm_jax.types import PADDING_SEGMENT, Batch, CellBatch, Params
-
-Metrics = dict[str, jax.Array]
-Objective = Callable[..., tuple[jax.Array, Metrics]]  # (params, batch, key, weight=1.0)
+from vlm_jax.train.objectives.objective import Loss, Metrics, Objective, of_conversations
+from vlm_jax.types import PADDING_SEGMENT, Batch, Params, Tree
 
 # Logits that a device holds at once, but at least MIN_IDS ids at each of its positions. Fewer bytes save none: blocks
 # hold the gradient of the whole kernel beside them, and compute logits twice.
 LOGITS_BYTES = 128 * 2**20
 MIN_IDS = 512  # narrower products would take longer to add than to compute
-BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
 
-def next_token(experiment: Experiment, z_loss: float = 0.0, logits_bytes: int | None = None) -> Objective:
+@dataclasses.dataclass(frozen=True)
+class NextToken(Objective):
     """Cross entropy of the answers' tokens, given images (or only text) and questions.
 
     What modules sow into the collection `losses`, such as a router's balance loss, is added to it. The metric
     `padding_share` is the share of the rows' positions that are padding; `z_loss` is in the metrics where it is on.
 
-    Args:
-      experiment: its model is trained.
-      z_loss: weight of the z-loss, see `losses.cross_entropy.head_cross_entropy`.
-      logits_bytes: bound of the float32 logits that a device holds at once; None for `LOGITS_BYTES`.
+    Attributes:
+      z_loss: weight of the mean squared logsumexp of the logits; 1e-4 in PaLM.
+      logits_bytes: bound of the float32 logits that a device holds at once, in bytes; None for `LOGITS_BYTES`.
     """
-    return _next_token(experiment.system.model, z_loss, logits_bytes)
+
+    z_loss: float = 0.0
+    logits_bytes: int | None = None
+
+    streams: ClassVar[tuple[str, ...]] = ("questions", "text_pages")
+    packs: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.z_loss < 0 or (self.logits_bytes is not None and self.logits_bytes < 1):
+            raise ValueError("expected z_loss of at least 0 and logits_bytes of at least 1")
+
+    def check(self, experiment: AnyExperiment, *, accumulate: int, path: str) -> None:
+        """Refuses a model without conversations."""
+        del accumulate
+        of_conversations(experiment, path, "next_token")
+
+    def build(self, experiment: AnyExperiment, trained: Collection[str] = ()) -> Loss:
+        """See the class."""
+        del trained
+        return _next_token(experiment.system.model, self.z_loss, self.logits_bytes)
+
+    def element(self, experiment: AnyExperiment, stream: str) -> Callable[[Any], Tree]:
+        """A row of one conversation."""
+        experiment = of_conversations(experiment, "config.stages", "next_token")
+        shape = experiment.text_row if stream == "text_pages" else experiment.row
+        return functools.partial(experiment.training_row, shape=shape)
 
 
 @functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
-def _next_token(model: nn.Module, z_loss: float, logits_bytes: int | None) -> Objective:
+def _next_token(model: nn.Module, z_loss: float, logits_bytes: int | None) -> Loss:
     def loss(
-        params: Params, batch: Batch, key: jax.Array, weight: jax.Array | float = 1.0
+        params: Params,
+        batch: Batch,
+        key: jax.Array,
+        weight: jax.Array | float = 1.0,
+        reference: Params | None = None,
     ) -> tuple[jax.Array, Metrics]:
+        del reference
         variables = {"params": {part: tree for part, tree in params.items() if part != CELL_HEAD}}
         rngs = {"reduce": key, "connect": key}
         hidden, sown = model.apply(variables, batch, deterministic=False, rngs=rngs, mutable=[LOSSES], method="hidden")
@@ -101,35 +121,3 @@ def block_of_vocabulary(shape: tuple[int, int, int], logits_bytes: int | None) -
 
 def _mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
-
-
-def read_cells(experiment: Experiment) -> Objective:
-    """Class and box of every cell of a page: dense supervision of the encoder.
-
-    Source: cross entropy and 5 times L1 as in Carion et al. 2020 (DETR), section 3.1, without
-    the matching, since every cell has a target.
-    """
-    return _read_cells(cast(Any, experiment.cell_reader))  # set where a stage has this objective
-
-
-@functools.lru_cache(maxsize=64)
-def _read_cells(reader: CellReader) -> Objective:
-    def loss(
-        params: Params, batch: CellBatch, key: jax.Array, weight: jax.Array | float = 1.0
-    ) -> tuple[jax.Array, Metrics]:
-        del key, weight  # every row has as many cells
-        variables = {"params": {"encoder": params["encoder"], **params["cell_head"]}}
-        logits, boxes = reader.apply(variables, batch.images[:, 0])
-        classes = jnp.broadcast_to(batch.classes[..., None], logits.shape[:-1])
-        value, accuracy = cross_entropy(logits, classes, jnp.ones(classes.shape))
-        distance = jnp.abs(boxes - batch.boxes[..., None, :]).sum(-1).mean()
-        return value + BOX_WEIGHT * distance, {"accuracy": accuracy, "box_l1": distance}
-
-    return loss
-
-
-# Objective of a stage -> what makes it from the experiment, with the stage's settings of it.
-OBJECTIVES: dict[str, Callable[[Experiment, Stage], Objective]] = {
-    "next_token": lambda experiment, stage: next_token(experiment, stage.z_loss, stage.logits_bytes),
-    "read_cells": lambda experiment, stage: read_cells(experiment),
-}
