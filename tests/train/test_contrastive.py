@@ -66,7 +66,7 @@ def test_eight_devices_have_the_losses_and_parameters_of_one(finished, tmp_path)
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in theirs], rtol=1e-5)
     np.testing.assert_allclose([line["grad_norm"] for line in ours], [line["grad_norm"] for line in theirs], rtol=1e-4)
     for one, other in zip(*map(jax.tree.leaves, (eight.params["text"], outcome.params["text"])), strict=True):
-        assert np.mean(np.abs(one - other) < 1e-5) > 0.99  # Adam turns the rounding of a gradient of 0 into a step
+        assert np.mean(np.abs(np.asarray(one) - np.asarray(other)) < 1e-5) > 0.99  # Adam turns the rounding of a gradient of 0 into a step
 
 
 def test_a_locked_tower_stands_still_and_the_rest_moves(one_device, tmp_path):
@@ -138,9 +138,9 @@ def test_the_evaluation_retrieves_unseen_pairs_and_classifies_without_training(f
         ({"stages.locked.loss": "sigmoyd"}, r"locked: loss: no 'sigmoyd'; did you mean 'sigmoid'"),
         ({"stages.locked.teacher": "somewhere"}, "teacher: the loss distillation has one, and no other"),
         ({"stages.locked.stream": "questions"}, "the objective contrastive takes captions, got 'questions'"),
-        ({"stages.locked.objective": "classify"}, r"locked\.loss: is a key of the objective contrastive; remove it"),
+        ({"stages.locked.objective": "classify"}, "is a key of the objective contrastive; remove it"),
         ({"encoder.pooling": "none"}, "config.encoder and config.decoder: the image tower returns no pooled vector"),
-        ({"encoder.projection_dim": 10}, r"projection_dim: the towers' vectors have widths 10 \(encoder\) and 12"),
+        ({"encoder.projection_dim": 10}, r"the towers' vectors have widths 10 \(images\) and 12"),
         ({"token_budget": 4}, r"config\.token_budget: this model has no visual tokens"),
         ({"row.text_length": 0}, r"config\.row\.text_length: expected at least 1"),
         ({"connector.scale": -1.0}, r"config\.connector\.scale: expected a positive number"),

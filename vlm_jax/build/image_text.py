@@ -212,13 +212,7 @@ def two_tower_system(config: RunConfig, channels: int, dtypes: Fields) -> tuple[
         jax.ShapeDtypeStruct((1, length), jnp.int32),
     )
     system = _system(model, inputs, ImageTextProcessor(SquareInputs(views), texts, channels=channels))
-    found = _traced(system)
-    widths = found.image.shape[-1], found.text.shape[-1]
-    if widths[0] != widths[1]:
-        raise ConfigError(
-            f"config.decoder.projection_dim: the towers' vectors have widths {widths[0]} (encoder) and {widths[1]} "
-            "(decoder); set projection_dim of both to one number"
-        )
+    _check_shapes(system)
     return system, ()
 
 
@@ -303,12 +297,9 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _traced(system: System) -> Any:
-    """Shapes of the model's outputs."""
+def _check_shapes(system: System) -> None:
+    """Refuses towers without pooling, and towers of different widths."""
     try:
-        params = nn.meta.unbox(system.boxed_shapes())
-        return jax.eval_shape(
-            lambda params, *given: system.model.apply({"params": params}, *given), params, *system.inputs
-        )
-    except ValueError as error:  # such as a tower without pooling
+        system.boxed_shapes()
+    except ValueError as error:
         raise ConfigError(f"config.encoder and config.decoder: {error}") from error
