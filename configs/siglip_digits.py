@@ -10,10 +10,10 @@ from configs import base
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Two towers of 3 blocks for 2x2 pages; `smoke` shrinks the stage to a few steps."""
+    """Two small towers for 2x2 pages; `smoke` shrinks the stage to a few steps."""
     config = base.get_config()
     config.token_budget = placeholder(int)
-    config.data.update({"rows": 2, "cols": 2, "page_size": 24, "evaluation_size": 100})
+    config.data.update({"rows": 2, "cols": 2, "page_size": 24, "min_digit": 10, "evaluation_size": 100})
     config.processor = ConfigDict(
         {
             "image_size": (24, 24),
@@ -28,9 +28,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.encoder = ConfigDict(
         {
             "kind": "vit",
-            "patch_size": 6,
+            "patch_size": 12,
             "width": 96,
-            "depth": 3,
+            "depth": 2,
             "num_heads": 4,
             "mlp_dim": 192,
             "position": "learned",
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "projection_dim": placeholder(int),
         }
     )
-    config.connector = ConfigDict({"kind": "similarity", "scale": 10.0, "bias": -10.0})
+    config.connector = ConfigDict({"kind": "similarity", "scale": 10.0, "bias": -5.0})
     config.decoder = ConfigDict(
         {
             "kind": "text_tower",
@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "block_size": 512,
                 "teacher": placeholder(str),
                 "distillation_weight": 1.0,
-                "steps": 1000,
+                "steps": 1500,
                 "batch_size": 128,
                 "accumulate": 1,
                 "warmup_steps": 50,

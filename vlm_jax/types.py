@@ -465,6 +465,7 @@ class Sample:
       images: uint8 images of any size, [height, width, channels], in the order of their items.
       task: determines the metric of the answer; any text for data sets with a single task.
       videos: a path or the bytes of each video file, in the order of their items.
+      rejected: the conversation to which `messages` is preferred, with the same images; empty without one.
     """
 
     sample_id: str
@@ -472,6 +473,7 @@ class Sample:
     images: tuple[np.ndarray, ...] = ()
     task: str = "vqa"
     videos: tuple[str | bytes, ...] = ()
+    rejected: tuple[Message, ...] = ()
 
     @property
     def question(self) -> str:

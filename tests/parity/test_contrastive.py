@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from ml_collections import ConfigDict
 from PIL import Image
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import vlm_jax
 from configs import finetune_towers
@@ -20,9 +22,9 @@ from vlm_jax.train.loop import Trainer
 from vlm_jax.train.stages import parse_schedule
 
 from .processors import pictures
-from .test_image_text import TEXTS, clip, official, siglip, siglip2, vit
+from .test_image_text import BLOCKS, TEXTS, clip, official, saved, siglip, siglip2
 
-NAMES = ("LABEL_0", "LABEL_1")
+NAMES = ("cat", "dog")
 
 
 def config_of(folder, captions, **stage):
@@ -94,7 +96,9 @@ def test_a_trained_release_answers_from_its_workdir_and_its_saved_folder(tmp_pat
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_and_gradients_of_classes(tmp_path, smoothing):
-    processor, model, _ = vit(tmp_path)
+    settings = transformers.ViTConfig(**BLOCKS, image_size=16, patch_size=4, id2label=dict(enumerate(NAMES)))
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    _, model, _ = saved(tmp_path, processor, transformers.ViTForImageClassification(settings))
     captions = [NAMES[number % 3 == 0] for number in range(4)]
     config = config_of(tmp_path, captions)
     config.stages.pairs = ConfigDict(

@@ -24,6 +24,7 @@ from vlm_jax.build.vision import Vision, solve_vision
 from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
+from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.decoders import DECODERS
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders.encoder import Encoder
@@ -142,9 +143,29 @@ class Experiment:
         return {"targets": AS_RELEASED if self.rows.as_released else True, "turns": self.rows.turns}
 
     def training_row(self, *samples: Sample, shape: RowShape | None = None) -> Batch:
-        """Samples that share a training row, of the shape `row` unless another is given, as a batch of one."""
+        """Samples that share a training row, of the shape `row` unless another is given, as a batch of one.
+
+        Raises:
+          MalformedRecords: a sample is a pair of answers.
+        """
+        if pairs := [sample.sample_id for sample in samples if sample.rejected]:
+            raise MalformedRecords(f"{pairs[0]}: has a 'rejected' answer, which only the objective prefer learns from")
         row = [self.example(sample, targets=True) for sample in samples]
         return self.system.processor.rows([row], shape or self.row, targets=True)
+
+    def preference_rows(self, sample: Sample) -> Batch:
+        """A row of a sample's preferred conversation, and one of the rejected conversation.
+
+        Raises:
+          MalformedRecords: the sample has no rejected conversation.
+        """
+        if not sample.rejected:
+            raise MalformedRecords(
+                f"{sample.sample_id}: expected a pair of answers, 'chosen' and 'rejected', for the objective prefer"
+            )
+        pair = (sample, dataclasses.replace(sample, messages=sample.rejected))
+        rows = [[self.example(one, targets=True)] for one in pair]
+        return self.system.processor.rows(rows, self.row, targets=True)
 
     @property
     def budget(self) -> Budget:

@@ -75,29 +75,44 @@ def _next_token(model: nn.Module, z_loss: float, logits_bytes: int | None) -> Lo
         reference: Params | None = None,
     ) -> tuple[jax.Array, Metrics]:
         del reference
-        variables = {"params": {part: tree for part, tree in params.items() if part != CELL_HEAD}}
-        rngs = {"reduce": key, "connect": key}
-        hidden, sown = model.apply(variables, batch, deterministic=False, rngs=rngs, mutable=[LOSSES], method="hidden")
-        head = cast(HeadKernel, model.apply(variables, method="head_kernel"))
-        shape = (*batch.tokens.shape, head.kernel.shape[head.vocab_axis])
+        hidden, head, blocks, auxiliary = final_states(model, params, batch, key, logits_bytes)
         found = head_cross_entropy(
-            cast(jax.Array, hidden),
-            head.kernel,
-            cast(Any, batch.targets),
-            cast(Any, batch.loss_weights),
-            blocks=Blocks(head.vocab_axis, *block_of_vocabulary(shape, logits_bytes), head.dtype),
-            z_loss=z_loss,
+            hidden, head.kernel, cast(Any, batch.targets), cast(Any, batch.loss_weights), blocks=blocks, z_loss=z_loss
         )
-        auxiliary = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))
         padding = jnp.mean(batch.segment_ids == PADDING_SEGMENT, dtype=jnp.float32)
         metrics = {"accuracy": weight * found.accuracy, "padding_share": padding}
         if z_loss:
             metrics["z_loss"] = weight * found.z_loss
-        if sown:
-            metrics["auxiliary_loss"] = jnp.asarray(auxiliary)
-        return weight * found.value + auxiliary, metrics
+        if auxiliary is None:
+            return weight * found.value, metrics
+        return weight * found.value + auxiliary, {**metrics, "auxiliary_loss": auxiliary}
 
     return loss
+
+
+def final_states(
+    model: nn.Module, params: Params, batch: Batch, key: jax.Array, logits_bytes: int | None
+) -> tuple[jax.Array, HeadKernel, Blocks, jax.Array | None]:
+    """What the logits of a batch are made from, one block of the vocabulary at a time.
+
+    Args:
+      model: with a decoder.
+      params: of all parts.
+      batch: of rows.
+      key: for reducers and connectors that draw.
+      logits_bytes: bound of the float32 logits that a device holds at once; None for `LOGITS_BYTES`.
+
+    Returns:
+      The final hidden states, the head, its blocks, and the sum of what modules sow into `losses`; None without any.
+    """
+    variables = {"params": {part: tree for part, tree in params.items() if part != CELL_HEAD}}
+    rngs = {"reduce": key, "connect": key}
+    hidden, sown = model.apply(variables, batch, deterministic=False, rngs=rngs, mutable=[LOSSES], method="hidden")
+    head = cast(HeadKernel, model.apply(variables, method="head_kernel"))
+    shape = (*batch.tokens.shape, head.kernel.shape[head.vocab_axis])
+    blocks = Blocks(head.vocab_axis, *block_of_vocabulary(shape, logits_bytes), head.dtype)
+    auxiliary = jnp.asarray(sum(jnp.sum(leaf) for leaf in jax.tree.leaves(sown))) if sown else None
+    return cast(jax.Array, hidden), head, blocks, auxiliary
 
 
 def block_of_vocabulary(shape: tuple[int, int, int], logits_bytes: int | None) -> tuple[int, int]:
