@@ -8,7 +8,7 @@ from flax import linen as nn
 from vlm_jax.leaves import flatten
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.rules import distribute, shardings
-from vlm_jax.train.objectives import next_token
+from vlm_jax.train.objectives.next_token import NextToken
 from vlm_jax.train.state import TrainState, abstract, init_boxed
 from vlm_jax.train.step import compile_step
 
@@ -28,7 +28,7 @@ def steps(experiment, batch, mesh, accumulate, *, count=3):
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     state = jax.tree.map(lambda leaf, other: jax.device_put(leaf, other.sharding), state, like)
     batch = distribute(batch, mesh)
-    objective = next_token(experiment)
+    objective = NextToken().build(experiment)
     program = compile_step(like, batch, mesh, objective=objective, tx=tx, trained=trained, accumulate=accumulate)
     metrics = []
     for _ in range(count):

@@ -22,16 +22,23 @@ class TrainState:
     step: steps since the start of the run, over all stages.
     params: parameters by part: encoder, connector, decoder and any pre-training head.
     opt_state: the current stage's optimizer state, only of its trained parameters.
+    reference: frozen parameters that the current stage's objective needs beside these; None without any.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Tree
+    reference: Params | None = None
 
 
-def init_boxed(boxed_params: Params, tx: optax.GradientTransformation, trained: Collection[str]) -> TrainState:
+def init_boxed(
+    boxed_params: Params,
+    tx: optax.GradientTransformation,
+    trained: Collection[str],
+    reference: Params | None = None,
+) -> TrainState:
     """A state whose leaves keep their logical axis names, for tracing shapes and shardings; `trained` are paths."""
-    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]))
+    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]), reference)
 
 
 def abstract(boxed: Tree, mesh: Mesh) -> Tree:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.leaves import joined, split
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
-from vlm_jax.train.objectives import Metrics, Objective
+from vlm_jax.train.objectives.objective import Loss, Metrics
 from vlm_jax.train.state import TrainState
 from vlm_jax.types import Batch, Params, Tree
 
@@ -24,7 +24,7 @@ def train_step(
     batch: Tree,
     key: jax.Array,
     *,
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int = 1,
@@ -39,7 +39,7 @@ def train_step(
       state: donated by the compiled step.
       batch: rows of the objective's stream.
       key: of the run.
-      objective: from `train.objectives.OBJECTIVES`.
+      objective: the loss of an objective of `train.objectives.OBJECTIVES`.
       tx: optimizer of the trained parameters.
       trained: paths of the trained parameters.
       accumulate: microbatches into which the batch is split; see `Stage.accumulate`.
@@ -50,7 +50,7 @@ def train_step(
 
     def gradient(batch: Tree, key: jax.Array, weight: jax.Array | float) -> tuple[tuple[jax.Array, Metrics], Tree]:
         def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective(joined(frozen, params), batch, key, weight)
+            return objective(joined(frozen, params), batch, key, weight, state.reference)
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
@@ -61,7 +61,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, params)
     params: Tree = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return TrainState(state.step + 1, joined(frozen, params), opt_state), metrics
+    return TrainState(state.step + 1, joined(frozen, params), opt_state, state.reference), metrics
 
 
 def microbatches(batch: Tree, count: int, mesh: Mesh | None) -> Tree:
@@ -117,7 +117,7 @@ def compile_step(
     batch: Tree,
     mesh: Mesh,
     *,
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int = 1,
@@ -134,7 +134,7 @@ def compile_step(
 
 @functools.lru_cache(maxsize=16)
 def _jitted(
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int,
