@@ -11,6 +11,7 @@ Element i of a training stream depends only on (seed, stream, i).
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -196,6 +197,12 @@ class DigitSource:
                     name = f"digits/test/{seed}/{task}/{index}"
                     elements.append(self._sample(name, stream, page, [(task, rng.random(3).tolist())]))
         return elements
+
+    def references(self, seed: int) -> Iterator[tuple[str, str]]:
+        """As `Source.references`."""
+        for sample in self.evaluation(seed):
+            assert isinstance(sample, Sample)
+            yield sample.sample_id, sample.answer
 
     def _tasks_of(self, stream: str) -> tuple[str, ...]:
         if stream not in STREAMS:

@@ -1,0 +1,107 @@
+"""What a run is evaluated by: rows of answers, one JSON object each, and metrics of these rows.
+
+`EVALUATORS` has one entry for each kind of model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from flax import linen as nn
+
+from vlm_jax.build import Experiment
+from vlm_jax.build.settings import EvaluationSettings
+from vlm_jax.evals.vqa import Answer, accuracy, answers, check_references, realised_tokens, tokens_left
+from vlm_jax.models.vlm import VLM
+from vlm_jax.types import Fields, Params
+
+
+class Evaluator(Protocol):
+    """Asks a model what the evaluation data asks.
+
+    All processes of a run call the methods alike; none of them writes anything.
+    """
+
+    def check(self) -> None:
+        """Raises the errors of faults in the evaluation data that are known without the model's answers."""
+        ...
+
+    def rows(self, params: Params) -> Iterator[Fields]:
+        """One row for each sample, in order, as soon as it is answered; values are those of JSON."""
+        ...
+
+    def metrics(self, rows: Sequence[Fields]) -> Fields:
+        """Numbers in nested sections, of rows that may have been read back from a file."""
+        ...
+
+    def lines(self, metrics: Fields) -> list[str]:
+        """What people are told of the metrics."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """Generated answers to the last question of every sample of `config.data`'s evaluation.
+
+    Attributes:
+      experiment: of the run.
+      settings: `config.evaluation`.
+      seed: of the run, which draws the samples.
+      token_budget: `config.token_budget`.
+    """
+
+    experiment: Experiment
+    settings: EvaluationSettings
+    seed: int
+    token_budget: int | None
+
+    def check(self) -> None:
+        """Raises a SequenceTooLong for a reference answer that no generated answer could equal."""
+        references = self.experiment.open_source().references(self.seed)
+        check_references(self.experiment.system.processor.tokenizer, references, self.settings.max_new_tokens)
+
+    def rows(self, params: Params) -> Iterator[Fields]:
+        """The fields of each `Answer`."""
+        samples = self.experiment.open_source().evaluation(self.seed)
+        for answer in answers(self.experiment, params, samples, self.settings):
+            yield {name: list(value) if isinstance(value, tuple) else value for name, value in vars(answer).items()}
+
+    def metrics(self, rows: Sequence[Fields]) -> Fields:
+        """Accuracy by task, and visual tokens per image."""
+        given = [Answer(**{name: _tuple(value) for name, value in row.items()}) for row in rows]
+        images = sum(len(answer.visual_tokens) for answer in given)
+        model, spans = self.experiment.system.model, [answer.tokens_by_span for answer in given]
+        left, mean = tokens_left(model, images, spans) if spans else (0, 0)
+        return {
+            "accuracy": accuracy(given),
+            "token_budget": self.token_budget,
+            "num_visual_tokens": realised_tokens(given),
+            # The tokens that enter the decoder are above; a reducer inside it keeps fewer.
+            "visual_tokens_left": left,
+            "mean_visual_tokens": mean,
+        }
+
+    def lines(self, metrics: Fields) -> list[str]:
+        """One line for the visual tokens, and one for each task."""
+        tokens = metrics["num_visual_tokens"]
+        told = [f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most"]
+        for task, entry in metrics["accuracy"].items():
+            told.append(f"{task}: {entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, n={entry['n']})")
+        return told
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Class of a model -> what makes the evaluator of (experiment, config.evaluation, seed, token_budget).
+EVALUATORS: Mapping[type[nn.Module], Callable[[Experiment, EvaluationSettings, int, int | None], Evaluator]] = {
+    VLM: Answering
+}
+
+
+def evaluator_of(
+    experiment: Experiment, settings: EvaluationSettings, seed: int, token_budget: int | None
+) -> Evaluator:
+    """The evaluator of an experiment's kind of model; arguments as of `Answering`."""
+    return EVALUATORS[type(experiment.system.model)](experiment, settings, seed, token_budget)
