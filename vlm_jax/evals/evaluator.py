@@ -5,17 +5,21 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
+from vlm_jax.config import RunConfig, parse
 from vlm_jax.evals.vqa import Answer, accuracy, answers, check_references, realised_tokens, tokens_left
 from vlm_jax.models.vlm import VLM
-from vlm_jax.types import Fields, Params
+from vlm_jax.types import Dtype, Fields, Params
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Asks a model what the evaluation data asks.
 
@@ -48,12 +52,14 @@ class Answering:
       settings: `config.evaluation`.
       seed: of the run, which draws the samples.
       token_budget: `config.token_budget`.
+      dtype: `config.dtype`, in which parameters are used, as those of an exported folder are.
     """
 
     experiment: Experiment
     settings: EvaluationSettings
     seed: int
     token_budget: int | None
+    dtype: str
 
     def check(self) -> None:
         """Raises a SequenceTooLong for a reference answer that no generated answer could equal."""
@@ -63,12 +69,13 @@ class Answering:
     def rows(self, params: Params) -> Iterator[Fields]:
         """The fields of each `Answer`."""
         samples = self.experiment.open_source().evaluation(self.seed)
+        params = cast_floats(params, jnp.dtype(self.dtype))
         for answer in answers(self.experiment, params, samples, self.settings):
             yield {name: list(value) if isinstance(value, tuple) else value for name, value in vars(answer).items()}
 
     def metrics(self, rows: Sequence[Fields]) -> Fields:
         """Accuracy by task, and visual tokens per image."""
-        given = [Answer(**{name: _tuple(value) for name, value in row.items()}) for row in rows]
+        given = [_answer(row) for row in rows]
         images = sum(len(answer.visual_tokens) for answer in given)
         model, spans = self.experiment.system.model, [answer.tokens_by_span for answer in given]
         left, mean = tokens_left(model, images, spans) if spans else (0, 0)
@@ -90,18 +97,25 @@ class Answering:
         return told
 
 
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def cast_floats(params: Params, dtype: Dtype) -> Params:
+    """Parameters in a dtype, on the same devices; those that have it are not copied."""
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), params)
 
 
-# Class of a model -> what makes the evaluator of (experiment, config.evaluation, seed, token_budget).
-EVALUATORS: Mapping[type[nn.Module], Callable[[Experiment, EvaluationSettings, int, int | None], Evaluator]] = {
-    VLM: Answering
-}
+def _answer(row: Fields) -> Answer:
+    counts = {name: tuple(row[name]) for name in ("visual_tokens", "tokens_by_span")}
+    return Answer(**{**row, **counts})
 
 
-def evaluator_of(
-    experiment: Experiment, settings: EvaluationSettings, seed: int, token_budget: int | None
-) -> Evaluator:
-    """The evaluator of an experiment's kind of model; arguments as of `Answering`."""
-    return EVALUATORS[type(experiment.system.model)](experiment, settings, seed, token_budget)
+def _answering(experiment: Experiment, config: RunConfig) -> Evaluator:
+    settings = parse(EvaluationSettings, config.evaluation, "config.evaluation")
+    return Answering(experiment, settings, config.seed, config.token_budget, config.dtype)
+
+
+# Class of a model -> what makes its evaluator.
+EVALUATORS: Mapping[type[nn.Module], Callable[[Experiment, RunConfig], Evaluator]] = {VLM: _answering}
+
+
+def evaluator_of(experiment: Experiment, config: RunConfig) -> Evaluator:
+    """The evaluator of an experiment's kind of model."""
+    return EVALUATORS[type(experiment.system.model)](experiment, config)

@@ -148,7 +148,7 @@ class Evaluation:
         self, settings: ReleaseEvaluation, workdir: epath.PathLike, *, console: rich.console.Console | None = None
     ):
         self.workdir, self._settings = epath.Path(workdir), settings
-        self._console = console or rich.console.Console()
+        self._console = console or rich.console.Console(markup=False)
         self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
         self.points, self.refused = list_release_points(self._system, settings.reducers, settings.budgets)
         for refused in self.refused:

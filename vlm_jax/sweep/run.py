@@ -57,7 +57,7 @@ class Sweep:
     ):
         self.workdir = epath.Path(workdir)
         self._config, self._config_path, self._overrides = config, config_path, overrides
-        self._console = console or rich.console.Console()
+        self._console = console or rich.console.Console(markup=False)
         self._settings = sweep_settings(config)
         self._outcomes: dict[str, Outcome] = {}
         self.failed: dict[str, str] = {}
