@@ -22,7 +22,8 @@ Counted = tuple[int, list[bool]]  # FLOPs, and which results depend on a trained
 def training_flops(loss: Callable[..., jax.Array], trained: Tree, *args: Tree) -> int:
     """Floating-point operations of the loss and of its gradient with respect to the first argument.
 
-    Matrix products and convolutions are counted, a multiply and its add as two.
+    Matrix products and convolutions are counted, a multiply and its add as two. A product whose result is only read
+    through `stop_gradient` is counted as if it had a gradient.
 
     Args:
       loss: a traceable function (trained, *args) -> scalar.
