@@ -77,10 +77,11 @@ class Display:
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
             rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[note]}", markup=False),
         )
-        self._console = rich.console.Console(markup=False)
+        self._console = rich.console.Console(markup=False, highlight=False)
         self._bar = rich.progress.Progress(*columns, console=self._console, speed_estimate_period=120)
-        self._task = self._bar.add_task("training", total=None)
+        self._task = self._bar.add_task("training", total=None, note="")
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -90,7 +91,7 @@ class Display:
         self._bar.stop()
 
     def __call__(self, step: int, steps: int, line: Fields) -> None:
-        self._bar.update(self._task, total=steps, completed=step, description=f"{line['stage']}  {described(line)}")
+        self._bar.update(self._task, total=steps, completed=step, description=line["stage"], note=described(line))
 
     def tell(self, step: int, lines: list[str]) -> None:
         self._console.print("\n".join([f"evaluation at step {step}", *lines]), soft_wrap=True)
