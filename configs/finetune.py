@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.processor = ConfigDict({"max_pixels": placeholder(int), "max_length": placeholder(int)})
     config.row.update({"text_length": placeholder(int), "length": 2048, "images": 1})
-    config.evaluation = ConfigDict({"batch_size": 16, "question_length": placeholder(int), "max_new_tokens": 64})
+    config.evaluation.update({"batch_size": 16, "question_length": placeholder(int), "max_new_tokens": 64})
     config.data = ConfigDict(
         {
             "kind": "conversations",

@@ -23,7 +23,7 @@ from vlm_jax.data.record_files import Rules, open_records
 from vlm_jax.data.schemas import Record
 from vlm_jax.data.source import SizedStream, Tools
 from vlm_jax.data.spelling import Spelling
-from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of
+from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of, text_of
 
 Found = TypeVar("Found")
 
@@ -199,7 +199,7 @@ class Records:
         if images is None or self._video_sizes(record) is None:
             return None
         videos = tuple(media.content(video) for video in record.videos)
-        return Sample(self._name(record), record.messages, images, record.task, videos, record.rejected)
+        return Sample(self.name(record), record.messages, images, record.task, videos, record.rejected)
 
     def sizes(self, index: int) -> SampleSizes | None:
         """The sample at `index` without its pixels, or None if the header of an image or video cannot be read.
@@ -212,9 +212,10 @@ class Records:
         sizes, videos = self._of_media(record, record.images, read), self._video_sizes(record)
         if sizes is None or videos is None:
             return None
-        return SampleSizes(self._name(record), record.messages, sizes, videos)
+        return SampleSizes(self.name(record), record.messages, sizes, videos)
 
-    def _name(self, record: Record) -> str:
+    def name(self, record: Record) -> str:
+        """Of the record's sample."""
         return f"{self._path}:{record.record_id}"
 
     def _video_sizes(self, record: Record) -> tuple[tuple[int, int, int], ...] | None:
@@ -310,6 +311,10 @@ class ConversationSource:
         count, size = len(self.evaluation_records), self.settings.evaluation_size
         return EvaluationSamples(self.evaluation_records, drawn(count, size, seed))
 
+    def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
+        """As `Source.references`."""
+        return self.evaluation(seed, stream).references()
+
 
 def drawn(count: int, size: int | None, seed: int) -> list[int]:
     """`size` of `count` indices, drawn by the seed, in order; all where that is None."""
@@ -361,6 +366,16 @@ class EvaluationSamples:
                 question, answer = sample.messages[2 * number : 2 * number + 2]
                 messages = (question if not number else _with(question, shown), answer)
                 yield dataclasses.replace(sample, sample_id=f"{sample.sample_id}#{number + 1}", messages=messages)
+
+    def references(self) -> Iterator[tuple[str, str]]:
+        """Names of the samples and their reference answers, without reading an image."""
+        for record in (self.records.records[index] for index in self.indices):
+            name, count = self.records.name(record), num_questions(record)
+            if count == 1:
+                yield name, text_of(record.messages[-1])
+            else:
+                for number in range(count):
+                    yield f"{name}#{number + 1}", text_of(record.messages[2 * number + 1])
 
 
 def num_questions(record: Record) -> int:

@@ -12,6 +12,7 @@ Element i of a training stream depends only on (seed, stream, i).
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -201,6 +202,12 @@ class DigitSource:
                 else:
                     elements.append(self._sample(name, stream, page, [(task, rng.random(3).tolist())]))
         return elements
+
+    def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
+        """As `Source.references`."""
+        for sample in self.evaluation(seed, stream):
+            assert isinstance(sample, Sample)
+            yield sample.sample_id, sample.answer
 
     def _tasks_of(self, stream: str) -> tuple[str, ...]:
         if stream not in STREAMS:

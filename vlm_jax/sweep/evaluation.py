@@ -16,7 +16,7 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError
-from vlm_jax.evals.vqa import SCORERS, exact, share, short
+from vlm_jax.evals.vqa import SCORERS, check_references, exact, share, short
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.sweep.costs import first_with_images, flops, num_params
@@ -148,7 +148,7 @@ class Evaluation:
         self, settings: ReleaseEvaluation, workdir: epath.PathLike, *, console: rich.console.Console | None = None
     ):
         self.workdir, self._settings = epath.Path(workdir), settings
-        self._console = console or rich.console.Console()
+        self._console = console or rich.console.Console(markup=False)
         self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
         self.points, self.refused = list_release_points(self._system, settings.reducers, settings.budgets)
         for refused in self.refused:
@@ -165,7 +165,8 @@ class Evaluation:
             num_samples=settings.num_samples,
             seed=settings.seed,
         )
-        self._questions.check_references(processor.tokenizer, settings.max_new_tokens)
+        references = self._questions.references()
+        check_references(processor.tokenizer, references, settings.max_new_tokens, "--max_new_tokens")
         claim(self.workdir, dataclasses.asdict(settings))
 
     def run(self) -> dict[str, str]:

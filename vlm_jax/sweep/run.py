@@ -57,7 +57,7 @@ class Sweep:
     ):
         self.workdir = epath.Path(workdir)
         self._config, self._config_path, self._overrides = config, config_path, overrides
-        self._console = console or rich.console.Console()
+        self._console = console or rich.console.Console(markup=False)
         self._settings = sweep_settings(config)
         self._outcomes: dict[str, Outcome] = {}
         self.failed: dict[str, str] = {}
@@ -141,7 +141,7 @@ class Sweep:
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
         samples = point.experiment.open_source().evaluation(point.config.seed)
         answers = answer_all(point.experiment, outcome.params, samples, evaluation)
-        lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
+        lines = [{"sample_id": a.sample_id, "text": a.text, "correct": a.correct} for a in answers]
         if is_primary():
             self._folder(point.label).mkdir(parents=True, exist_ok=True)
         write_lines(self._folder(point.label) / ANSWERS_FILE, lines)
@@ -150,7 +150,9 @@ class Sweep:
     def _result(self, point: Point, outcome: Outcome, answers: list[Answer]) -> dict[str, Any]:
         left, mean = point.costs.num_visual_tokens, point.costs.mean_visual_tokens
         if point.experiment.system.budget is None:  # pictures differ, and the costs are those of one sample
-            left, mean = tokens_left(point.experiment.system.model, answers)
+            images = sum(len(answer.visual_tokens) for answer in answers)
+            spans = [answer.tokens_by_span for answer in answers]
+            left, mean = tokens_left(point.experiment.system.model, images, spans)
         return {
             "label": point.label,
             "connector": point.connector,

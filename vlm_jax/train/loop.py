@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import statistics
 import time
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,20 +19,24 @@ from jax.sharding import Mesh
 from vlm_jax.build import AnyExperiment
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
+from vlm_jax.evals.evaluator import Evaluator
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.optim.patterns import describe, leaf_rates
 from vlm_jax.sharding.processes import any_process, wait_for_all
-from vlm_jax.sharding.rules import distribute, shardings, use_mesh
+from vlm_jax.sharding.rules import distribute, use_mesh
+from vlm_jax.train.evaluation import Evaluations, Tell
 from vlm_jax.train.input import ROWS, stage_batches
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed, split
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
-from vlm_jax.train.workdir import MetricsLog, claim
+from vlm_jax.train.watch import Profiler, Step, Watch, count_tokens, learning_rates, step_flops
+from vlm_jax.train.workdir import claim
+from vlm_jax.train.writers import TENSORBOARD, RunLog, check_writers
 from vlm_jax.types import Fields, Tree
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, Fields], None]  # (step, steps in all, the step's metrics)
+Progress = Callable[[int, int, Fields], None]  # (step, steps in all, the step's line in the log)
 
 
 class Interrupted(Exception):
@@ -49,17 +54,32 @@ class LoopSettings:
     Attributes:
       save_every: steps between checkpoints; one is also saved at the end of every stage.
       keep: number of newest checkpoints to keep.
-      log_every: steps between writes of `metrics.jsonl`, which has one line per step.
+      log_every: steps between writes of `metrics.jsonl`, which has one line per step, and of a line on the terminal.
       input_workers: processes that load batches; 0 uses a thread of the loop's process. There are
         enough if `input_seconds` in `metrics.jsonl`, the time for which devices waited for a batch, is about 0.
+      writers: names of `writers.WRITERS`, which get the numbers of `metrics.jsonl` and of evaluations: `tensorboard`
+        writes to `WORKDIR/tensorboard`, `wandb` to Weights & Biases.
+      profile: first step and number of steps that the profiler traces into `WORKDIR/profile`; None for none.
+      peak_flops: FLOP/s of one device, for `mfu` in `metrics.jsonl`; None for the dense bfloat16 peak of its kind, and
+        no `mfu` where that is not known, as for CPUs.
     """
 
     save_every: int = 200
     keep: int = 2
     log_every: int = 20
     input_workers: int = 0
+    writers: tuple[str, ...] = (TENSORBOARD,)
+    profile: tuple[int, int] | None = None
+    peak_flops: float | None = None
 
     def __post_init__(self):
+        check_writers(self.writers)
+        if self.profile is not None and min(self.profile) < 1:
+            raise ConfigError(
+                f"config.loop.profile: expected a first step and a number of steps from 1 on, got {self.profile}"
+            )
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ConfigError(f"config.loop.peak_flops: expected FLOP/s above 0, got {self.peak_flops}")
         if self.input_workers < 0:
             raise ConfigError(f"config.loop.input_workers: expected 0 or more, got {self.input_workers}")
 
@@ -77,6 +97,14 @@ class Outcome:
     params: Params
     step_seconds: float | None
     peak_bytes: int | None
+
+
+class Given(NamedTuple):
+    """A batch on the devices, its tokens, and the seconds for which the devices waited for it at most."""
+
+    batch: Tree
+    tokens: dict[str, int]
+    waited: float
 
 
 def is_done(metrics: Tree) -> bool:
@@ -115,9 +143,12 @@ class Trainer:
         from which this run's parts are initialised; None to start from scratch.
       init_parts: the parts to read from there; the others are randomly initialised.
       progress: called after every logged step.
+      evaluator: asks the model every `config.evaluation.every` steps and at the end; None for no evaluation.
+      tell: called with the step and the lines for people of every evaluation, in the primary process.
 
     Raises:
       ConfigError: an invalid stage, or a workdir of another config.
+      SequenceTooLong: evaluation data with a reference that no answer can equal.
       MalformedRecords: data that cannot be used.
     """
 
@@ -131,9 +162,11 @@ class Trainer:
         init_from: epath.PathLike | None = None,
         init_parts: tuple[str, ...] = ("encoder", "decoder"),
         progress: Progress = lambda step, steps, metrics: None,
+        evaluator: Evaluator | None = None,
+        tell: Tell = lambda step, lines: None,
     ):
         self.experiment, self.mesh, self.workdir = experiment, mesh, epath.Path(workdir)
-        self._seed, self._progress = config.seed, progress
+        self._config, self._seed, self._progress = config, config.seed, progress
         self._init_from, self._init_parts = init_from, init_parts
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
@@ -147,7 +180,9 @@ class Trainer:
             for span in self._spans
         }
         experiment.open_source()  # faults of the data are named before weights are read
+        self._evaluations = Evaluations(evaluator, self.workdir, config, self.num_steps, tell)
         claim(self.workdir, config)
+        self._profiler = Profiler(self._settings.profile, self.workdir)
         self._stop = False
 
     @property
@@ -171,21 +206,25 @@ class Trainer:
         """
         checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
         previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+        step = checkpoints.latest() or 0
+        log = RunLog(self.workdir, self._config, step, self._settings.writers)
         try:
-            return self._run(checkpoints)
+            return self._run(step, checkpoints, log)
         finally:
             signal.signal(signal.SIGTERM, previous)
+            log.close()
+            self._profiler.close()
             checkpoints.close()
 
-    def _run(self, checkpoints: RunCheckpoints) -> Outcome:
-        step = checkpoints.latest() or 0
+    def _run(self, step: int, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
         span = span_at(self._spans, step)
         position: Fields = {}
         if checkpoints.latest() is None:
             state = self._first_state(span)
         else:
             state, position = checkpoints.restore(step, self._abstract_state(span))
-        log = MetricsLog(self.workdir, step)
+        self._evaluations.start(step)
+        self._evaluate(state, log, checkpoints, None)  # where an earlier process was killed before it was made
         while True:
             state, most_bytes = self._run_stage(span, state, position, log, checkpoints)
             if span is self._spans[-1]:
@@ -198,7 +237,7 @@ class Trainer:
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
         return Outcome(state.params, statistics.median(seconds), most_bytes)
 
-    def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
+    def _run_stage(self, span: Span, state: TrainState, position, log: RunLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
         iterator = self._batches(span, num_workers=self._settings.input_workers)
         with contextlib.closing(iterator):
@@ -206,60 +245,91 @@ class Trainer:
                 iterator.set_state(position)
             return self._run_steps(span, state, iterator, log, checkpoints)
 
-    def _run_steps(self, span: Span, state: TrainState, iterator, log: MetricsLog, checkpoints: RunCheckpoints):
-        stage, step, waited = span.stage, int(state.step), 0.0
-        if step < span.stop:
-            batch, waited = self._next(iterator, None)
-        else:
-            batch = self._probe_batch(span)
-        programs: dict[Hashable, jax.stages.Compiled] = {}
-        self._program(span, programs, batch)
-        key = jax.random.key(self._seed)
-        pending: list[tuple[int, Tree, float]] = []
-        since = time.perf_counter()
-        while step < span.stop:
-            state, metrics = self._program(span, programs, batch)(state, batch, key)
-            step += 1
-            pending.append((step, metrics, waited))
-            last = step == span.stop
-            logs = last or step % self._settings.log_every == 0 or step % self._settings.save_every == 0
-            if jax.process_count() == 1:
-                stops = self._stop
-            else:  # processes synchronise when they log, so that they do not wait for each other at every step
-                stops = logs and any_process(self._stop)
-            due = step % self._settings.save_every == 0 or stops
-            if logs or due:
-                jax.block_until_ready(metrics)
-                self._flush(pending, stage.label, (time.perf_counter() - since) / len(pending), log)
-                pending, since = [], time.perf_counter()
-            if (due and not last) or (last and span is self._spans[-1]):
-                checkpoints.save(step, state, iterator.get_state())
-                if stops and step < self.num_steps:
-                    checkpoints.wait()
-                    raise Interrupted(f"stopped by SIGTERM and saved at step {step} of {self.num_steps}")
-                since = time.perf_counter()
-            if not last:
-                batch, waited = self._next(iterator, metrics)
+    def _run_steps(self, span: Span, state: TrainState, iterator, log: RunLog, checkpoints: RunCheckpoints):
+        step = int(state.step)
+        with contextlib.closing(self._watch(span)) as watch:
+            given = self._next(iterator, None) if step < span.stop else self._probe(span)
+            programs: dict[Hashable, jax.stages.Compiled] = {}
+            self._program(span, programs, given.batch, watch)
+            key = jax.random.key(self._seed)
+            watch.restart()
+            while step < span.stop:
+                kind, program = self._program(span, programs, given.batch, watch)
+                step += 1
+                self._profiler.before(step)
+                state, metrics = program(state, given.batch, key)
+                self._profiler.after(step, metrics)
+                watch.add(Step(step, metrics, given.waited, given.tokens, kind))
+                last = step == span.stop
+                logs = last or self._logs(step)
+                if jax.process_count() == 1:
+                    stops = self._stop
+                else:  # processes synchronise when they log, so that they do not wait for each other at every step
+                    stops = logs and any_process(self._stop)
+                due = step % self._settings.save_every == 0 or stops
+                if logs or due:
+                    jax.block_until_ready(metrics)
+                    self._flush(watch, span.stage.label, log)
+                    saves = (due and not last) or (last and span is self._spans[-1])
+                    if saves:
+                        checkpoints.save(step, state, iterator.get_state())
+                        if stops and step < self.num_steps:
+                            self._interrupt(step, checkpoints)
+                    self._evaluate(state, log, checkpoints, None if saves else iterator.get_state())
+                    watch.restart()
+                if not last:
+                    given = self._next(iterator, metrics)
         return state, max(map(peak_bytes, programs.values()))
 
-    def _program(self, span: Span, programs: dict[Hashable, jax.stages.Compiled], batch: Tree) -> jax.stages.Compiled:
-        """The stage's program for batches of this structure and shape, compiled into `programs` at the first one."""
+    def _logs(self, step: int) -> bool:
+        """Whether the log is written after a step, as before a checkpoint or an evaluation."""
+        every = self._settings.log_every, self._settings.save_every
+        return self._evaluations.is_due(step) or any(step % steps == 0 for steps in every)
+
+    def _evaluate(self, state: TrainState, log: RunLog, checkpoints: RunCheckpoints, position: Fields | None) -> None:
+        """Makes the evaluation of a step if it is due; stopped by SIGTERM, it is left to the next process.
+
+        Args:
+          state, log, checkpoints: of the run.
+          position: of the input, to save the state where it is stopped; None for a state that is saved.
+        """
+        step = int(state.step)
+        if not self._evaluations.is_due(step):
+            return
+        if not self._evaluations.make(step, state.params, lambda: self._stop, log.add_evaluation):
+            if position is not None:
+                checkpoints.save(step, state, position)
+            self._interrupt(step, checkpoints)
+
+    def _interrupt(self, step: int, checkpoints: RunCheckpoints) -> None:
+        checkpoints.wait()
+        raise Interrupted(f"stopped by SIGTERM and saved at step {step} of {self.num_steps}")
+
+    def _program(
+        self, span: Span, programs: dict[Hashable, jax.stages.Compiled], batch: Tree, watch: Watch
+    ) -> tuple[Hashable, jax.stages.Compiled]:
+        """The kind of a batch, by structure and shape, and its program, compiled into `programs` at the first one."""
         kind = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if kind not in programs:
-            parts = {path.split("/")[0] for path in self._rates[span.stage.label]}
+            state, parts = self._abstract_state(span), {path.split("/")[0] for path in self._rates[span.stage.label]}
+            objective, trained = (
+                span.stage.settings.build(self.experiment, parts),
+                frozenset(self._rates[span.stage.label]),
+            )
             programs[kind] = compile_step(
-                self._abstract_state(span),
+                state,
                 batch,
                 self.mesh,
-                objective=span.stage.settings.build(self.experiment, parts),
+                objective=objective,
                 tx=self._tx(span),
-                trained=frozenset(self._rates[span.stage.label]),
+                trained=trained,
                 accumulate=span.stage.accumulate,
             )
+            watch.add_program(kind, functools.partial(step_flops, objective, state, batch, trained))
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
-        return programs[kind]
+        return kind, programs[kind]
 
-    def _next(self, iterator: Iterator[Tree], metrics: Tree) -> tuple[Tree, float]:
+    def _next(self, iterator: Iterator[Tree], metrics: Tree) -> Given:
         """The next batch on the devices, and an upper bound of the seconds that they were idle for it.
 
         0 while they run the step of `metrics`; else the time until the batch was ready.
@@ -267,18 +337,19 @@ class Trainer:
         since = time.perf_counter()
         batch = next(iterator)
         waited = time.perf_counter() - since
-        return distribute(batch, self.mesh), waited if is_done(metrics) else 0.0
+        return Given(distribute(batch, self.mesh), count_tokens(batch), waited if is_done(metrics) else 0.0)
 
-    def _flush(self, pending: list[tuple[int, Tree, float]], label: str, seconds: float, log: MetricsLog) -> None:
-        lines = []
-        for step, metrics, waited in pending:
-            values = {name: float(value) for name, value in metrics.items()}
-            lines.append({"step": step, "stage": label, **values, "seconds": seconds, "input_seconds": waited})
-            if not np.isfinite(values["loss"]):
-                log.append(lines)
+    def _watch(self, span: Span) -> Watch:
+        return Watch(span, learning_rates(span.stage, self._optimizer), self.mesh, self._settings.peak_flops)
+
+    def _flush(self, watch: Watch, label: str, log: RunLog) -> None:
+        lines = watch.lines()
+        for number, line in enumerate(lines, start=1):
+            if not np.isfinite(line["loss"]):
+                log.append(lines[:number])
                 raise Diverged(
-                    f"the loss is {values['loss']} at step {step} (stage {label}); lower its learning_rates or the "
-                    "optimizer's clip_norm. The newest checkpoint is from before this step"
+                    f"the loss is {line['loss']} at step {line['step']} (stage {label}); lower its learning_rates or "
+                    "the optimizer's clip_norm. The newest checkpoint is from before this step"
                 )
         log.append(lines)
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
@@ -310,17 +381,14 @@ class Trainer:
         like = jax.eval_shape(lambda *boxed: init_boxed(boxed[0], tx, trained, boxed[1]), self._boxed, reference)
         return abstract(like, self.mesh)
 
-    def _param_shardings(self) -> Tree:
-        return shardings(self._boxed, self.mesh)
-
     def _tx(self, span: Span):
         stage = span.stage
         return adamw(self._optimizer, self._rates[stage.label], stage.warmup_steps, stage.steps)
 
-    def _probe_batch(self, span: Span) -> Tree:
+    def _probe(self, span: Span) -> Given:
         """A batch to compile for when the stage has no step left."""
         with contextlib.closing(self._batches(span)) as iterator:
-            return distribute(next(iterator), self.mesh)
+            return self._next(iterator, None)
 
     def _batches(self, span: Span, num_workers: int = 0) -> Any:
         folder = self.workdir / ROWS
