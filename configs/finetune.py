@@ -6,6 +6,8 @@ r"""Fine-tunes a release on your own conversations about images, with its proces
 
 `--config.token_budget=64 --config.reducer.kind=visionzip` trains with fewer visual tokens, and
 `--config.connector.kind=resampler` with another connector, randomly initialised.
+Pairs of answers, `{"prompt": …, "chosen": …, "rejected": …, "images": […]}`, are learned by a stage with the objective
+`prefer`, the stream `preferences`, and the keys `beta`, `label_smoothing` and `logits_bytes`.
 Source of the stage: Liu et al. 2023 (LLaVA-1.5), table 9.
 """
 

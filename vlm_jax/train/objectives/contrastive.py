@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 from etils import epath
@@ -89,7 +89,7 @@ class Contrastive(Objective):
         model = experiment.system.model
         assert isinstance(model, TwoTower)
         teacher = None if self.teacher is None else open_teacher(self.teacher).model
-        return _contrastive(model, teacher, self, "image" not in trained)
+        return _contrastive(cast(Any, model), teacher, self, "image" not in trained)
 
     def element(self, experiment: AnyExperiment, stream: str) -> Callable[[Any], Tree]:
         """An image with its caption, and the same for the teacher."""
