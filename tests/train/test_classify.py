@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
+from vlm_jax.evals.evaluation import evaluation_of
 
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
-from vlm_jax.evals.evaluation import evaluation_of
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.workdir import read_lines

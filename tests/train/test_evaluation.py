@@ -65,12 +65,12 @@ def config():
     return seeing_config()
 
 
-def train(config, mesh, workdir, evaluator, told=None):
+def train(config, mesh, workdir, evaluator, told=None, **more):
     def tell(step, lines):
         if told is not None:
             told.append((step, *lines))
 
-    return Trainer(config, build(config), mesh, workdir, evaluator=evaluator, tell=tell).run()
+    return Trainer(config, build(config), mesh, workdir, evaluator=evaluator, tell=tell, **more).run()
 
 
 def kept(workdir):
@@ -117,6 +117,14 @@ def test_a_run_killed_in_its_evaluations_makes_them_once_and_the_same(config, wh
     with pytest.raises(Killed):  # in the first evaluation, before any checkpoint
         train(config, one_device, tmp_path, Sums(kill))
     assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["3.jsonl.partial"]
+
+    def kill_at_4(step, steps, line):
+        if step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):  # after the first evaluation, which is repeated with its steps
+        train(config, one_device, tmp_path, Sums(), progress=kill_at_4)
+    assert [line["step"] for line in read(tmp_path / "evaluations.jsonl")] == [3]
     second = Sums(lambda asked, number: kill(asked, number) if asked == 1 else None)
     with pytest.raises(Killed):  # in the second; the newest checkpoint, of step 5, is before it
         train(config, one_device, tmp_path, second)

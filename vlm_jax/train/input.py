@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -14,9 +14,17 @@ from vlm_jax.data.loader import batches
 from vlm_jax.data.packing import PackedRows, SingleRows, bucket_of, buckets, fingerprint
 from vlm_jax.data.source import SizedStream
 from vlm_jax.train.stages import Stage
-from vlm_jax.types import Batch, Load, RowShape
+from vlm_jax.types import Batch, Load, RowShape, Tree
 
 ROWS = "rows"  # folder of a workdir that loads of samples are kept in
+
+
+class Given(NamedTuple):
+    """A batch on the devices, its tokens, and the seconds for which the devices waited for it at most."""
+
+    batch: Tree
+    tokens: dict[str, int]
+    waited: float
 
 
 class PlannedRows:

@@ -9,7 +9,7 @@ import statistics
 import time
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from vlm_jax.optim.patterns import describe, leaf_rates
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, use_mesh
 from vlm_jax.train.evaluation import Evaluations, Tell
-from vlm_jax.train.input import ROWS, stage_batches
+from vlm_jax.train.input import ROWS, Given, stage_batches
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed, split
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
@@ -97,14 +97,6 @@ class Outcome:
     params: Params
     step_seconds: float | None
     peak_bytes: int | None
-
-
-class Given(NamedTuple):
-    """A batch on the devices, its tokens, and the seconds for which the devices waited for it at most."""
-
-    batch: Tree
-    tokens: dict[str, int]
-    waited: float
 
 
 def is_done(metrics: Tree) -> bool:

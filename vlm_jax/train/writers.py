@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -80,7 +81,7 @@ class WandbWriter:
         wandb: Any = importlib.import_module(WANDB)
         path = workdir / "wandb_id"
         if not path.exists():
-            path.write_text(wandb.util.generate_id())
+            path.write_text(uuid.uuid4().hex)
         self._run = wandb.init(name=workdir.name, id=path.read_text(), resume="allow", config=plain(config))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
