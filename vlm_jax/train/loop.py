@@ -15,17 +15,19 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from vlm_jax.adapter import merged
 from vlm_jax.build import Experiment
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
+from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.optim.patterns import describe, leaf_rates
 from vlm_jax.sharding.processes import any_process, wait_for_all
-from vlm_jax.sharding.rules import distribute, shardings, use_mesh
+from vlm_jax.sharding.rules import distribute, placed, shardings, use_mesh
 from vlm_jax.train.input import ROWS, stage_batches
 from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.stages import Span, parse_schedule, span_at
-from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
+from vlm_jax.train.state import Params, TrainState, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
 from vlm_jax.train.workdir import MetricsLog, claim
 from vlm_jax.types import Fields, Tree
@@ -70,7 +72,8 @@ class Outcome:
     """The result of a finished run.
 
     Attributes:
-      params: parameters by part, on the mesh.
+      params: parameters by part, on the mesh: averages where `optimizer.ema` is on, and merged with the adapters of
+        `config.lora`.
       step_seconds: median seconds of a step of the last stage, its input included; None without a stage.
       peak_bytes: bytes that one device needs for a step of the last stage; None likewise.
     """
@@ -99,7 +102,7 @@ def first_params(
     read = () if init_from is None else tuple(init_parts)
     params = experiment.initial(jax.random.key(seed), mesh, without=read)
     if init_from is not None:
-        shapes = abstract(experiment.boxed_shapes(), mesh)
+        shapes = placed(experiment.boxed_shapes(), mesh)
         params |= read_parts(init_from, {part: shapes[part] for part in read})
     return params
 
@@ -197,7 +200,7 @@ class Trainer:
         wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
-        return Outcome(state.params, statistics.median(seconds), most_bytes)
+        return Outcome(merged(state.averaged, self.experiment.lora), statistics.median(seconds), most_bytes)
 
     def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
@@ -255,6 +258,8 @@ class Trainer:
                 tx=self._tx(span),
                 trained=frozenset(self._rates[span.stage.label]),
                 accumulate=span.stage.accumulate,
+                lora=self.experiment.lora,
+                ema=self._optimizer.ema,
             )
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
         return programs[kind]
@@ -295,15 +300,20 @@ class Trainer:
             _log.info("stage %s: %s", span.stage.label, line)
         tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
 
+        ema = self._optimizer.ema is not None
+
         def fresh(step, params):
-            return dataclasses.replace(init_boxed(params, tx, trained), step=step)
+            return dataclasses.replace(init_boxed(params, tx, trained, ema=ema), step=step)
 
         with use_mesh(self.mesh):
-            return jax.jit(fresh, out_shardings=out, donate_argnums=1)(np.full((), span.start, np.int32), state.params)
+            return jax.jit(fresh, out_shardings=out, donate_argnums=1)(
+                np.full((), span.start, np.int32), state.averaged
+            )
 
     def _abstract_state(self, span: Span) -> TrainState:
         tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
-        return abstract(jax.eval_shape(lambda params: init_boxed(params, tx, trained), self._boxed), self.mesh)
+        ema = self._optimizer.ema is not None
+        return placed(jax.eval_shape(lambda params: init_boxed(params, tx, trained, ema=ema), self._boxed), self.mesh)
 
     def _param_shardings(self) -> Tree:
         return shardings(self._boxed, self.mesh)
