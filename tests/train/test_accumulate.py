@@ -3,29 +3,21 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.data.loader import join
-from vlm_jax.leaves import flatten
-from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-from vlm_jax.sharding.rules import distribute, placed, shardings
 from vlm_jax.train.loop import Trainer
-from vlm_jax.train.objectives import next_token
-from vlm_jax.train.state import TrainState, init_boxed
-from vlm_jax.train.step import compile_step
 from vlm_jax.train.workdir import read_lines
 from vlm_jax.types import Batch, Sample, Turn, dialogue
 
-from ..parameters import drawn
 from .conftest import tiny_config
+from .stepping import assert_close, steps
 
 PACKED = {
     "kind": "qwen_vit",
@@ -39,8 +31,6 @@ PACKED = {
 }
 SIZES = [(24, 24), (60, 17), (6, 31), (30, 12)]  # pixels
 LEARNED = (1000, 1, 3, 0)  # the most learned tokens of a row
-# Adam divides by the size of the gradient, so an epsilon keeps the rounding of gradients near 0 from becoming updates.
-SETTINGS = OptimizerSettings(epsilon=1e-3, weight_decay=0.1)
 
 
 def experiment_of(*, packed):
@@ -67,32 +57,9 @@ def batch_of(experiment, size, *, packed) -> Batch:
     return join(rows)
 
 
-def steps(experiment, batch, mesh, accumulate, *, count=3):
-    """Metrics of each step, the parameters after the last, and the program."""
-    boxed = experiment.boxed_shapes()
-    trained = frozenset(path for path, _ in flatten(boxed))
-    tx = adamw(SETTINGS, dict.fromkeys(trained, 1e-2), 0, 10)
-    like = placed(jax.eval_shape(lambda params: init_boxed(params, tx, trained), boxed), mesh)
-    params = jax.tree.map(jax.device_put, nn.meta.unbox(drawn(boxed)), shardings(boxed, mesh))
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-    state = jax.tree.map(lambda leaf, other: jax.device_put(leaf, other.sharding), state, like)
-    batch = distribute(batch, mesh)
-    objective = next_token(experiment)
-    program = compile_step(like, batch, mesh, objective=objective, tx=tx, trained=trained, accumulate=accumulate)
-    metrics = []
-    for _ in range(count):
-        state, found = program(state, batch, jax.random.key(1))
-        metrics.append({name: float(value) for name, value in found.items()})
-    return metrics, state.params, program
-
-
 def temporaries(program):
     """Bytes of one device."""
     return program.memory_analysis().temp_size_in_bytes
-
-
-def assert_close(got, want):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5), got, want)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -18,7 +18,7 @@ from vlm_jax.leaves import flatten
 from vlm_jax.models.vlm import flat_images
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.train.objectives import next_token
+from vlm_jax.train.objectives.next_token import NextToken
 from vlm_jax.train.state import TrainState
 from vlm_jax.train.step import train_step
 from vlm_jax.types import Sample, Turn, dialogue
@@ -89,7 +89,7 @@ def test_a_system_learns_and_answers(kind):
     params = params_of(experiment)
     trained = frozenset(path for path, _ in flatten(params))
     tx = adamw(settings, dict.fromkeys(trained, 1e-3), 0, 10)
-    step = jax.jit(functools.partial(train_step, objective=next_token(experiment), tx=tx, trained=trained))
+    step = jax.jit(functools.partial(train_step, objective=NextToken().build(experiment), tx=tx, trained=trained))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     losses = []
     for _ in range(6):

@@ -19,19 +19,22 @@ from jaxtyping import Float, UInt8
 
 from vlm_jax.adapter import LORA, NO_LORA, LoraSettings
 from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.build.image_text import IMAGE_TEXT, ImageTextExperiment, image_text_experiment, released_image_text
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
 from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, convert, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
+from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.decoders import DECODERS
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.lora import draw_lora, lora_shapes
-from vlm_jax.leaves import flatten
 from vlm_jax.models.cell_reader import CellReader
+from vlm_jax.models.classifier import Classifier
+from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
-from vlm_jax.optim.patterns import trained_paths
+from vlm_jax.optim.patterns import StageRates, trained_in_stages
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
@@ -85,7 +88,7 @@ class Experiment:
     rows: RowSettings
     num_frames: int | None = None
     cell_reader: CellReader | None = None
-    learning_rates: tuple[tuple[str, dict[str, float]], ...] = ()
+    learning_rates: StageRates = ()
     lora: LoraSettings = NO_LORA
 
     def open_source(self) -> Source:
@@ -145,15 +148,40 @@ class Experiment:
         return {"targets": AS_RELEASED if self.rows.as_released else True, "turns": self.rows.turns}
 
     def training_row(self, *samples: Sample, shape: RowShape | None = None) -> Batch:
-        """Samples that share a training row, of the shape `row` unless another is given, as a batch of one."""
+        """Samples that share a training row, of the shape `row` unless another is given, as a batch of one.
+
+        Raises:
+          MalformedRecords: a sample is a pair of answers.
+        """
+        if pairs := [sample.sample_id for sample in samples if sample.rejected]:
+            raise MalformedRecords(f"{pairs[0]}: has a 'rejected' answer, which only the objective prefer learns from")
         row = [self.example(sample, targets=True) for sample in samples]
         return self.system.processor.rows([row], shape or self.row, targets=True)
+
+    def preference_rows(self, sample: Sample) -> Batch:
+        """A row of a sample's preferred conversation, and one of the rejected conversation.
+
+        Raises:
+          MalformedRecords: the sample has no rejected conversation.
+        """
+        if not sample.rejected:
+            raise MalformedRecords(
+                f"{sample.sample_id}: expected a pair of answers, 'chosen' and 'rejected', for the objective prefer"
+            )
+        pair = (sample, dataclasses.replace(sample, messages=sample.rejected))
+        rows = [[self.example(one, targets=True)] for one in pair]
+        return self.system.processor.rows(rows, self.row, targets=True)
 
     @property
     def budget(self) -> Budget:
         """Visual tokens of an image."""
         assert self.system.budget is not None
         return self.system.budget
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the model, without the head for cells."""
+        return PARTS
 
     def boxed_shapes(self) -> Params:
         """Shapes of the boxed parameters {part: tree} of the model and of the head for cells."""
@@ -165,8 +193,7 @@ class Experiment:
 
         They are float32 for any `config.param_dtype`, since in bfloat16 most updates would be lost to rounding.
         """
-        paths = [path for path, _ in flatten(self._drawn_shapes)] if self.learning_rates else []
-        return frozenset[str]().union(*(trained_paths(rates, paths, where) for where, rates in self.learning_rates))
+        return trained_in_stages(self._drawn_shapes, self.learning_rates) if self.learning_rates else frozenset()
 
     @property
     def _drawn_shapes(self) -> Params:
@@ -200,6 +227,9 @@ class Experiment:
         return {part: sum(leaf.size for leaf in jax.tree.leaves(shapes[part])) for part in PARTS if part in shapes}
 
 
+AnyExperiment = Experiment | ImageTextExperiment  # a config describes one of them
+
+
 def _cell_head(reader: Params) -> Params:
     """The parameters of a `CellReader` but those of its encoder, as a part of an experiment."""
     return {CELL_HEAD: {name: tree for name, tree in reader.items() if name != "encoder"}}
@@ -218,7 +248,7 @@ def _as_clip(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def build(config: Any) -> Experiment:
+def build(config: Any) -> AnyExperiment:
     """Builds the experiment of a run's config.
 
     Args:
@@ -234,6 +264,15 @@ def build(config: Any) -> Experiment:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
     if config.release is not None:
         return _of_release(config)
+    if config.decoder.get("kind") in IMAGE_TEXT:
+        source = parse_kind(SOURCES, config.data, "config.data")
+        dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
+        return image_text_experiment(config, source, _learning_rates(config), dtypes)
+    return _of_sections(config)
+
+
+def _of_sections(config: RunConfig) -> Experiment:
+    """The experiment of a model that answers, described by the sections alone."""
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     row = parse(RowSettings, config.row, "config.row")
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
@@ -291,16 +330,18 @@ def build(config: Any) -> Experiment:
     )
 
 
-def _of_release(config: Any) -> Experiment:
+def _of_release(config: Any) -> AnyExperiment:
     """The experiment of `config.release`; the sections of parts replace the release's settings."""
     if config.token_budget_per != "image":
         raise ConfigError("config.token_budget_per: the budget of a release is per image, or per tile; set it to image")
-    row = parse(RowSettings, config.row, "config.row")
-    if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
-        raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     source = parse_kind(SOURCES, config.data, "config.data")
     system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
     system = configured(system, config.to_dict())
+    if isinstance(system.model, TwoTower | Classifier):
+        return released_image_text(config, system, source, _learning_rates(config))
+    row = parse(RowSettings, config.row, "config.row")
+    if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
+        raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     processor = system.processor
     reduction = processor.reduction
     if reduction is not None and isinstance(processor.views, NativeViews) and row.pictures is None:
@@ -316,7 +357,20 @@ def _of_release(config: Any) -> Experiment:
     return Experiment(system, source, shape, None, text_row, row, **settings)
 
 
-def _learning_rates(config: RunConfig) -> tuple[tuple[str, dict[str, float]], ...]:
+def build_conversational(config: Any) -> Experiment:
+    """`build` for a model that answers.
+
+    Raises:
+      ConfigError: also for two towers or a classifier.
+    """
+    experiment = build(config)
+    if not isinstance(experiment, Experiment):
+        name = type(experiment.system.model).__name__
+        raise ConfigError(f"config.decoder: a {name} answers no questions; only cli.train takes it")
+    return experiment
+
+
+def _learning_rates(config: RunConfig) -> StageRates:
     """Those of the stages of the schedule, with their config paths; what is not a stage is refused by the trainer."""
     stages = {label: config.stages[label] for label in config.schedule if label in config.stages}
     paths = {

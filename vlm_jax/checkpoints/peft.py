@@ -223,10 +223,8 @@ def _released(
     rank = settings.rank * sum(a is not None for a, _ in factors)
     for key, needed in zip(step.rule.sources, step.needed, strict=True):
         if not key.endswith(".weight") or len(needed) != 2:
-            problems.append(
-                f"{' + '.join(step.targets)}: is in {key} {needed}, which is not the weight of a linear module; take it "
-                "out of config.lora.target, or export the run as a whole release"
-            )
+            fix = "take it out of config.lora.target, or export the run as a whole release"
+            problems.append(f"{' + '.join(step.targets)}: {key} {needed} is not the weight of a linear module; {fix}")
             return []
     for position, keys in step.sources.items():
         own = [tuple(None if one is None else one[position].astype(np.float64) for one in pair) for pair in factors]

@@ -1,5 +1,6 @@
 """Parameters with logical axes: every parameter of the package is created through these helpers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,11 @@ class LinearKernel(Named):
 
 def with_axes(init: Initializer, *names: str, box: type[Named] = Named) -> Initializer:
     """An initialiser whose parameter has one logical axis name per dimension, in a box of this class."""
+    return functools.partial(_boxed, init, names, box)  # a function in here would be checked anew for every parameter
 
-    def boxed(*args: Any, **kwargs: Any) -> Named:
-        return box(init(*args, **kwargs), names)
 
-    return boxed
+def _boxed(init: Initializer, names: tuple[str, ...], box: type[Named], *args: Any, **kwargs: Any) -> Named:
+    return box(init(*args, **kwargs), names)
 
 
 class Dense(nn.Module):

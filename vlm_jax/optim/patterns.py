@@ -12,6 +12,7 @@ from vlm_jax.leaves import boxes, flatten, matches
 from vlm_jax.types import Params
 
 Rates = dict[str, float | tuple[float, ...]]  # by path; of a stack of layers one for every layer
+StageRates = tuple[tuple[str, dict[str, float]], ...]  # (config path, rate by pattern) of each stage
 
 # Modules and parameters behind the last layer, which learn at its rate; others without layers are before the first.
 BEHIND = ("final_norm", "head", "projection", "representation", "neck", "high_res_*", "downsample_*")
@@ -48,9 +49,11 @@ def by_pattern(values: Mapping[str, float], paths: Iterable[str], where: str) ->
     return found
 
 
-def trained_paths(learning_rates: Mapping[str, float], paths: Iterable[str], where: str) -> frozenset[str]:
-    """Paths with a rate above 0; raises as `by_pattern`."""
-    return frozenset(path for path, rate in by_pattern(learning_rates, paths, where).items() if rate)
+def trained_in_stages(params: Params, learning_rates: StageRates) -> frozenset[str]:
+    """Paths of the parameters, or of their shapes, with a rate above 0 in any stage; raises as `by_pattern`."""
+    paths = [path for path, _ in flatten(params)]
+    found = (by_pattern(rates, paths, where) for where, rates in learning_rates)
+    return frozenset(path for rates in found for path, rate in rates.items() if rate)
 
 
 def leaf_rates(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.build import CELL_HEAD, Experiment, build
+from vlm_jax.build import CELL_HEAD, Experiment, build_conversational
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
 from vlm_jax.leaves import flatten
 from vlm_jax.sharding.initial import in_float32
@@ -113,7 +113,7 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     shared: Params = {}
     trained: set[str] = set()  # parts
     if settings.shared:
-        first = build(shared_config(config.base, settings.seeds[0], settings.shared))
+        first = build_conversational(shared_config(config.base, settings.seeds[0], settings.shared))
         shared, trained = first.boxed_shapes(), {path.split("/")[0] for path in first.trained}
     untrained: list[Params] = []  # shapes of what points that train nothing have, each kind once
     for name in config.candidates:
@@ -168,7 +168,7 @@ def _made(
     """Config and experiment of a candidate at a budget; errors name both."""
     run = point_config(base, candidate, budget, seed, shared)
     try:
-        return run, build(run)
+        return run, build_conversational(run)
     except ValueError as error:
         tokens = "its released tokens" if budget is None else f"{budget} tokens"
         raise type(error)(f"candidate '{name}' at {tokens}: {error}") from error

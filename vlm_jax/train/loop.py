@@ -15,17 +15,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from vlm_jax.adapter import merged
-from vlm_jax.build import Experiment
+from vlm_jax.adapter import LORA, merged
+from vlm_jax.build import AnyExperiment
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
 from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
+from vlm_jax.leaves import split
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.optim.patterns import describe, leaf_rates
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, placed, shardings, use_mesh
 from vlm_jax.train.input import ROWS, stage_batches
-from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
@@ -89,7 +89,7 @@ def is_done(metrics: Tree) -> bool:
 
 
 def first_params(
-    experiment: Experiment, mesh: Mesh, seed: int, init_from: epath.PathLike | None, init_parts: Sequence[str]
+    experiment: AnyExperiment, mesh: Mesh, seed: int, init_from: epath.PathLike | None, init_parts: Sequence[str]
 ) -> Params:
     """Parameters on their devices: read from the run that this one starts from, or the release, or drawn.
 
@@ -128,7 +128,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        experiment: Experiment,
+        experiment: AnyExperiment,
         mesh: Mesh,
         workdir: epath.PathLike,
         *,
@@ -250,11 +250,13 @@ class Trainer:
         """The stage's program for batches of this structure and shape, compiled into `programs` at the first one."""
         kind = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if kind not in programs:
+            paths = [path.removeprefix(f"{LORA}/") for path in self._rates[span.stage.label]]
+            parts = {path.split("/")[0] for path in paths}
             programs[kind] = compile_step(
                 self._abstract_state(span),
                 batch,
                 self.mesh,
-                objective=OBJECTIVES[span.stage.objective](self.experiment, span.stage),
+                objective=span.stage.settings.build(self.experiment, parts),
                 tx=self._tx(span),
                 trained=frozenset(self._rates[span.stage.label]),
                 accumulate=span.stage.accumulate,
@@ -293,8 +295,8 @@ class Trainer:
         return self._enter(span, TrainState(np.zeros((), np.int32), params, None))
 
     def _enter(self, span: Span, state: TrainState) -> TrainState:
-        """The state at the start of a stage: the same parameters, a fresh optimizer."""
-        like = self._abstract_state(span)
+        """The state at the start of a stage: the same parameters, a fresh optimizer, the objective's reference."""
+        like = dataclasses.replace(self._abstract_state(span), reference=None)
         out = jax.tree.map(lambda leaf: leaf.sharding, like)
         for line in describe(self._boxed, self._rates[span.stage.label]):
             _log.info("stage %s: %s", span.stage.label, line)
@@ -305,15 +307,20 @@ class Trainer:
         def fresh(step, params):
             return dataclasses.replace(init_boxed(params, tx, trained, ema=ema), step=step)
 
+        reference = span.stage.settings.reference(split(state.averaged, trained)[0], self.mesh)
         with use_mesh(self.mesh):
-            return jax.jit(fresh, out_shardings=out, donate_argnums=1)(
-                np.full((), span.start, np.int32), state.averaged
-            )
+            start = np.full((), span.start, np.int32)
+            state = jax.jit(fresh, out_shardings=out, donate_argnums=1)(start, state.averaged)
+        return dataclasses.replace(state, reference=reference)
 
     def _abstract_state(self, span: Span) -> TrainState:
         tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
         ema = self._optimizer.ema is not None
-        return placed(jax.eval_shape(lambda params: init_boxed(params, tx, trained, ema=ema), self._boxed), self.mesh)
+        reference = span.stage.settings.reference_shapes(split(self._boxed, trained)[0])
+        like = jax.eval_shape(
+            lambda *boxed: init_boxed(boxed[0], tx, trained, boxed[1], ema=ema), self._boxed, reference
+        )
+        return placed(like, self.mesh)
 
     def _param_shardings(self) -> Tree:
         return shardings(self._boxed, self.mesh)
@@ -334,15 +341,15 @@ class Trainer:
     def _check_stages(self) -> None:
         for span in self._spans:
             stage, path = span.stage, f"config.stages.{span.stage.label}"
-            if stage.objective not in OBJECTIVES:
-                raise ConfigError(
-                    f"{path}.objective: unknown '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}"
-                )
             if stage.stream not in self.experiment.source.streams:
                 streams = self.experiment.source.streams
                 raise ConfigError(f"{path}.stream: unknown '{stage.stream}'{did_you_mean(stage.stream, streams)}")
-            if (stage.stream == "cells") != (stage.objective == "read_cells"):
-                raise ConfigError(f"{path}: the objective read_cells requires the stream cells, and vice versa")
+            if stage.stream not in stage.settings.streams:
+                raise ConfigError(
+                    f"{path}.stream: the objective {stage.objective} takes {' or '.join(stage.settings.streams)}, got "
+                    f"'{stage.stream}'"
+                )
+            stage.settings.check(self.experiment, accumulate=stage.accumulate, path=path)
             size = stage.batch_size // stage.accumulate
             if stage.accumulate > 1 and size % num_shards(self.mesh):
                 raise ConfigError(

@@ -19,12 +19,14 @@ class TrainState:
     step: steps since the start of the run, over all stages.
     params: parameters by part: encoder, connector, decoder and any pre-training head.
     opt_state: the current stage's optimizer state, only of its trained parameters.
+    reference: frozen parameters that the current stage's objective needs beside these; None without any.
     ema: moving average of the stage's trained parameters, from their values at its start; None without `optimizer.ema`.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Tree
+    reference: Params | None = None
     ema: Params | None = None
 
     @property
@@ -34,7 +36,12 @@ class TrainState:
 
 
 def init_boxed(
-    boxed_params: Params, tx: optax.GradientTransformation, trained: Collection[str], *, ema: bool = False
+    boxed_params: Params,
+    tx: optax.GradientTransformation,
+    trained: Collection[str],
+    reference: Params | None = None,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """A state whose leaves keep their logical axis names, for tracing shapes and shardings.
 
@@ -42,8 +49,9 @@ def init_boxed(
       boxed_params: parameters, or their shapes.
       tx: optimizer of the trained parameters.
       trained: their paths.
+      reference: of the stage's objective.
       ema: whether the state has their moving average.
     """
     own = split(boxed_params, trained)[0]
     average = jax.tree.map(jnp.copy, own) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(own), average)
+    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(own), reference, average)

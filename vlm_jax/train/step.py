@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax.adapter import NO_LORA, LoraSettings, adapted
 from vlm_jax.leaves import joined, split
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
-from vlm_jax.train.objectives import Metrics, Objective
+from vlm_jax.train.objectives.objective import Loss, Metrics
 from vlm_jax.train.state import TrainState
 from vlm_jax.types import Batch, Params, Tree
 
@@ -26,7 +26,7 @@ def train_step(
     batch: Tree,
     key: jax.Array,
     *,
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int = 1,
@@ -43,7 +43,7 @@ def train_step(
       state: donated by the compiled step.
       batch: rows of the objective's stream.
       key: of the run.
-      objective: from `train.objectives.OBJECTIVES`.
+      objective: the loss of an objective of `train.objectives.OBJECTIVES`.
       tx: optimizer of the trained parameters.
       trained: paths of the trained parameters.
       accumulate: microbatches into which the batch is split; see `Stage.accumulate`.
@@ -56,7 +56,9 @@ def train_step(
 
     def gradient(batch: Tree, key: jax.Array, weight: jax.Array | float) -> tuple[tuple[jax.Array, Metrics], Tree]:
         def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective(adapted(joined(frozen, params), lora, key), batch, key, weight)
+            given = adapted(joined(frozen, params), lora, key)
+            reference = None if state.reference is None else adapted(state.reference, lora)
+            return objective(given, batch, key, weight, reference)
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
@@ -127,7 +129,7 @@ def compile_step(
     batch: Tree,
     mesh: Mesh,
     *,
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int = 1,
@@ -146,7 +148,7 @@ def compile_step(
 
 @functools.lru_cache(maxsize=16)
 def _jitted(
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int,

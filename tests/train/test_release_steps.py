@@ -1,0 +1,51 @@
+"""Steps of a release: packed or not, on one device or eight, in one batch or four, the numbers are the same."""
+
+import numpy as np
+import pytest
+
+from configs import finetune
+from tests.contracts import releases
+from vlm_jax.build import build
+from vlm_jax.data.loader import join
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.types import RowShape, Sample, Turn, dialogue
+
+from .stepping import assert_close, steps
+
+SIZES = [(20, 40), (33, 24), (16, 16)]  # (height, width)
+PICTURES = ((0, 1), (2,), (), (1,))  # of each conversation
+TURNS = (3, 1, 2, 1)
+METRICS = ("loss", "accuracy", "grad_norm")
+
+
+def samples():
+    draw = np.random.default_rng(0)
+    pixels = [draw.integers(0, 255, (*size, 3), np.uint8) for size in SIZES]
+    for number, (pictures, turns) in enumerate(zip(PICTURES, TURNS, strict=True)):
+        said = [Turn(f"what is {number}?" + " and more" * turn, "x" * (turn + 1)) for turn in range(turns)]
+        yield Sample(str(number), dialogue(said, num_images=len(pictures)), tuple(pixels[i] for i in pictures))
+
+
+def of_steps(experiment, batch, mesh, accumulate=1):
+    metrics, params, _ = steps(experiment, batch, mesh, accumulate)
+    return [[line[name] for name in METRICS] for line in metrics], params
+
+
+@pytest.mark.parametrize(("name", "images"), [("llava", 4), ("qwen2_5_vl", 256)])
+def test_packed_sharded_and_accumulated_steps_are_those_of_the_batch(name, images, one_device, tmp_path):
+    releases.make(name, tmp_path)
+    config = finetune.get_config()
+    with config.unlocked():
+        config.release, config.dtype = str(tmp_path), "float32"
+        config.row.update({"length": 160, "images": images})
+    experiment = build(config)
+    rows = [experiment.training_row(sample) for sample in samples()]
+    batch, shape = join(rows), RowShape(2 * experiment.row.length, experiment.row.images)
+    whole = of_steps(experiment, batch, one_device)
+    assert whole[0][0][0] - whole[0][2][0] > 0.01
+    first, second, third, last = samples()
+    packed = join([experiment.training_row(*row, shape=shape) for row in ((first, second), (third, last))])
+    assert packed.segment_ids.max() == 2 and packed.loss_weights.sum() == batch.loss_weights.sum()
+    assert_close(of_steps(experiment, packed, one_device), whole)
+    assert_close(of_steps(experiment, batch, make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))), whole)
+    assert_close(of_steps(experiment, batch, one_device, accumulate=4), whole)
