@@ -99,6 +99,9 @@ def get_config() -> ConfigDict:
         }
     )
 
+    # Adapters (LoRA), off without a rank; what learns is a stage's learning_rates, "lora" for all of them.
+    config.lora = ConfigDict({"rank": 0, "alpha": 16.0, "dropout": 0.0, "rslora": False, "target": ()})
+
     # Stages in the order in which they run; each is described under `stages`.
     config.schedule = ()
     config.stages = ConfigDict()
@@ -112,6 +115,7 @@ def get_config() -> ConfigDict:
             "final_scale": 0.0,
             "first_moment": "float32",
             "second_moment": "float32",
+            "ema": placeholder(float),
         }
     )
     config.loop = ConfigDict(

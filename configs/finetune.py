@@ -28,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "accumulate": 1,
         "warmup_steps": 150,
         "learning_rates": {"connector": 2e-5, "decoder": 2e-5},
+        "layer_decay": {},
         "z_loss": 0.0,
         "logits_bytes": placeholder(int),
     }

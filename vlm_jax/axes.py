@@ -19,6 +19,7 @@ CHANNELS_IN = "channels_in"  # what a projection reads when it is not a residual
 CLASSES = "classes"  # outputs of a classification head, or of a router
 EXPERT = "expert"  # experts of a mixture
 LATENT = "latent"  # a low-rank bottleneck, such as that of compressed keys and values
+RANK = "rank"  # of an adapter
 NORM = "norm"  # scales and biases, replicated
 
 # Activations.

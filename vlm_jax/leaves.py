@@ -1,9 +1,11 @@
 """Leaves of a tree of parameters by path, and trees of some of the leaves."""
 
+import fnmatch
 from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+from flax import linen as nn
 
 from vlm_jax.types import Params, Tree
 
@@ -13,9 +15,26 @@ def flatten(tree: Tree) -> list[tuple[str, Tree]]:
     return [(path_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
+def boxes(boxed: Params) -> dict[str, Any]:
+    """Box by path, of a tree whose leaves are in the boxes that name their axes."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(
+        boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
+    return {path_of(path): leaf for path, leaf in flat}
+
+
 def path_of(path: tuple[Any, ...]) -> str:
     """A leaf's path from its keys in the tree."""
     return "/".join(str(getattr(part, "key", getattr(part, "idx", None))) for part in path if not _is_box(part))
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern is that of a path, or of a module that the path is in.
+
+    `*` stands for any characters, `?` for one of them, and `[ab]` for one of a set; all may be a `/`.
+    """
+    names = path.split("/")
+    return any(fnmatch.fnmatchcase("/".join(names[:count]), pattern) for count in range(1, len(names) + 1))
 
 
 def map_with_path(function: Callable[..., Tree], tree: Tree, *rest: Tree) -> Tree:
@@ -49,13 +68,6 @@ def joined(first: Params, second: Params) -> Params:
     for name, value in second.items():
         both[name] = joined(both[name], value) if name in both and isinstance(value, dict) else value
     return both
-
-
-def below(params: Params, paths: Collection[str]) -> dict[str, Tree]:
-    """Leaf by path, of the leaves that are at one of `paths` or below it."""
-    return {
-        path: leaf for path, leaf in flatten(params) if any(path == one or path.startswith(f"{one}/") for one in paths)
-    }
 
 
 def _is_box(part: Tree) -> bool:

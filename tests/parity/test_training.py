@@ -24,7 +24,7 @@ from vlm_jax.leaves import flatten
 from vlm_jax.optim.adamw import OptimizerSettings, adamw, decays
 from vlm_jax.sharding.rules import distribute
 from vlm_jax.train.objectives.next_token import NextToken
-from vlm_jax.train.state import TrainState, abstract, init_boxed
+from vlm_jax.train.state import TrainState, init_boxed
 from vlm_jax.train.step import compile_step
 from vlm_jax.types import Batch, Params, RowShape, Sample, SampleSizes
 
@@ -169,7 +169,7 @@ def ours_trained(case: Case, mesh) -> Trained:
     experiment, objective, boxed = case.experiment, NextToken().build(case.experiment), case.experiment.boxed_shapes()
     parts = frozenset(path for path, _ in flatten(boxed))
     tx = optax.chain(kept_gradients(), adamw(SETTINGS, dict.fromkeys(parts, RATE), 0, STEPS + 1))
-    like = abstract(jax.eval_shape(lambda params: init_boxed(params, tx, parts), boxed), mesh)
+    like = placed(jax.eval_shape(lambda params: init_boxed(params, tx, parts), boxed), mesh)
     params = experiment.initial(jax.random.key(0), mesh)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     state = jax.tree.map(lambda leaf, other: jax.device_put(leaf, other.sharding), state, like)

@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from tests.train.conftest import tiny_config
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import build
-from vlm_jax.checkpoints.orbax import read_parts
+from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError
+from vlm_jax.sharding.rules import placed
 from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
-from vlm_jax.train.state import abstract
 
 PATCHES, WIDTH, DEPTH, MLP = 4, 16, 2, 32
 
@@ -187,7 +187,7 @@ def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_de
 
 
 def test_points_start_from_the_shared_stages(swept, one_device):
-    shapes = {"encoder": abstract(build(tiny_sweep().base).boxed_shapes(), one_device)["encoder"]}
+    shapes = {"encoder": placed(build(tiny_sweep().base).boxed_shapes(), one_device)["encoder"]}
     shared, *points = (
         read_parts(swept.workdir / run / "checkpoints", shapes)
         for run in ("shared_0", "points/pool@1", "points/random@2")

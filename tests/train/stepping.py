@@ -7,9 +7,9 @@ from flax import linen as nn
 
 from vlm_jax.leaves import flatten
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
-from vlm_jax.sharding.rules import distribute, shardings
+from vlm_jax.sharding.rules import distribute, placed, shardings
 from vlm_jax.train.objectives.next_token import NextToken
-from vlm_jax.train.state import TrainState, abstract, init_boxed
+from vlm_jax.train.state import TrainState, init_boxed
 from vlm_jax.train.step import compile_step
 
 from ..parameters import drawn
@@ -23,7 +23,7 @@ def steps(experiment, batch, mesh, accumulate, *, count=3):
     boxed = experiment.boxed_shapes()
     trained = frozenset(path for path, _ in flatten(boxed))
     tx = adamw(SETTINGS, dict.fromkeys(trained, 1e-2), 0, 10)
-    like = abstract(jax.eval_shape(lambda params: init_boxed(params, tx, trained), boxed), mesh)
+    like = placed(jax.eval_shape(lambda params: init_boxed(params, tx, trained), boxed), mesh)
     params = jax.tree.map(jax.device_put, nn.meta.unbox(drawn(boxed)), shardings(boxed, mesh))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     state = jax.tree.map(lambda leaf, other: jax.device_put(leaf, other.sharding), state, like)

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from vlm_jax.adapter import LORA, NO_LORA, LoraSettings
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build.image_text import IMAGE_TEXT, ImageTextExperiment, image_text_experiment, released_image_text
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
@@ -28,6 +29,7 @@ from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.decoders import DECODERS
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders.encoder import Encoder
+from vlm_jax.layers.lora import draw_lora, lora_shapes
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
@@ -47,12 +49,13 @@ from vlm_jax.processors.reduction import Reduction
 from vlm_jax.processors.video import uniform_frames, video_size
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.initial import Init, boxed_shapes, draw, in_float32, init_of
+from vlm_jax.sharding.rules import placed
 from vlm_jax.system import Budget, System
 from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes
 
 # Every key of a run's config; the last ones are read by the trainer and the evaluation.
 KEYS = ("seed", "release", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor",
-        "encoder", "reducer", "connector", "decoder", "schedule", "stages", "optimizer", "loop", "mesh",
+        "encoder", "reducer", "connector", "decoder", "lora", "schedule", "stages", "optimizer", "loop", "mesh",
         "evaluation")  # fmt: skip
 Part = TypeVar("Part", Encoder, Decoder)
 
@@ -74,6 +77,7 @@ class Experiment:
       num_frames: None, or how many of a sample's pictures stand for the clip that they are.
       cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
       learning_rates: by pattern, of every stage, by the config path of the stage.
+      lora: adapters of the model's linear layers, which are the part `lora` of its parameters.
     """
 
     system: System
@@ -85,6 +89,7 @@ class Experiment:
     num_frames: int | None = None
     cell_reader: CellReader | None = None
     learning_rates: StageRates = ()
+    lora: LoraSettings = NO_LORA
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
@@ -194,11 +199,14 @@ class Experiment:
     def _drawn_shapes(self) -> Params:
         """The boxed shapes before any is made float32."""
         shapes, init = self.system.boxed_shapes(), self._cell_init
+        shapes |= lora_shapes(shapes, self.lora)
         return shapes if init is None else shapes | _cell_head(boxed_shapes(init))
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
         params, init = self.system.initial(key, mesh, without=without, masters=self.trained), self._cell_init
+        if self.lora.rank:
+            params |= draw_lora(key, placed({LORA: self.boxed_shapes()[LORA]}, mesh))
         if init is None or CELL_HEAD in without:
             return params
         head = [name for name in boxed_shapes(init) if name != "encoder"]
@@ -318,6 +326,7 @@ def _of_sections(config: RunConfig) -> Experiment:
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
         learning_rates=_learning_rates(config),
+        lora=parse(LoraSettings, config.lora, "config.lora"),
     )
 
 
@@ -344,7 +353,8 @@ def _of_release(config: Any) -> AnyExperiment:
     if source.channels != processor.views.channels:
         raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
     text_row = RowShape(shape.length, 0, (shape.length,) * len(shape.kept))
-    return Experiment(system, source, shape, None, text_row, row, learning_rates=_learning_rates(config))
+    settings = {"learning_rates": _learning_rates(config), "lora": parse(LoraSettings, config.lora, "config.lora")}
+    return Experiment(system, source, shape, None, text_row, row, **settings)
 
 
 def build_conversational(config: Any) -> Experiment:

@@ -23,12 +23,14 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from vlm_jax.adapter import LORA, NO_LORA, LoraSettings
 from vlm_jax.build.settings import ImageTextSettings, PixelSettings
 from vlm_jax.build.vision import build_encoder
 from vlm_jax.config import ConfigError, RunConfig, check_keys, parse, parse_kind
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.vit import ViT
+from vlm_jax.layers.lora import draw_lora, lora_shapes
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.optim.patterns import StageRates, trained_in_stages
@@ -41,6 +43,7 @@ from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, Text
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.initial import in_float32
+from vlm_jax.sharding.rules import placed
 from vlm_jax.system import System
 from vlm_jax.types import Fields, ImageTextBatch, Params, Sample
 
@@ -93,12 +96,14 @@ class ImageTextExperiment:
       source: settings of the data source; `open_source` opens it.
       labels: names of a classifier's classes; empty for two towers.
       learning_rates: by pattern, of every stage, by the config path of the stage.
+      lora: adapters of the model's linear layers, which are the part `lora` of its parameters.
     """
 
     system: System
     source: Settings
     labels: tuple[str, ...] = ()
     learning_rates: StageRates = ()
+    lora: LoraSettings = NO_LORA
 
     @property
     def processor(self) -> ImageTextProcessor:
@@ -110,7 +115,7 @@ class ImageTextExperiment:
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts of the model."""
-        return tuple(self.boxed_shapes())
+        return tuple(self.system.boxed_shapes())
 
     def open_source(self) -> Source:
         """Reads the data."""
@@ -150,17 +155,24 @@ class ImageTextExperiment:
     @functools.cached_property
     def trained(self) -> frozenset[str]:
         """Paths of the parameters that a stage trains, which are float32."""
-        return (
-            trained_in_stages(self.system.boxed_shapes(), self.learning_rates) if self.learning_rates else frozenset()
-        )
+        return trained_in_stages(self._drawn_shapes, self.learning_rates) if self.learning_rates else frozenset()
+
+    @property
+    def _drawn_shapes(self) -> Params:
+        """The boxed shapes before any is made float32."""
+        shapes = self.system.boxed_shapes()
+        return shapes | lora_shapes(shapes, self.lora)
 
     def boxed_shapes(self) -> Params:
         """Shapes of the boxed parameters {part: tree}."""
-        return in_float32(self.system.boxed_shapes(), self.trained)
+        return in_float32(self._drawn_shapes, self.trained)
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
-        return self.system.initial(key, mesh, without=without, masters=self.trained)
+        params = self.system.initial(key, mesh, without=without, masters=self.trained)
+        if self.lora.rank:
+            params |= draw_lora(key, placed({LORA: self.boxed_shapes()[LORA]}, mesh))
+        return params
 
     def num_params(self) -> dict[str, int]:
         """Parameters of each part, counted by shape."""
@@ -253,7 +265,7 @@ def image_text_experiment(
     """
     _check_unused(config)
     system, names = IMAGE_TEXT[config.decoder.kind](config, source.channels, dtypes)
-    return ImageTextExperiment(system, source, names, learning_rates)
+    return ImageTextExperiment(system, source, names, learning_rates, parse(LoraSettings, config.lora, "config.lora"))
 
 
 def released_image_text(
@@ -265,7 +277,8 @@ def released_image_text(
       ConfigError: a section that such a release does not have, or data of other channels.
     """
     parse(_Empty, config.row, "config.row")
-    experiment = ImageTextExperiment(system, source, learning_rates=learning_rates)
+    lora = parse(LoraSettings, config.lora, "config.lora")
+    experiment = ImageTextExperiment(system, source, learning_rates=learning_rates, lora=lora)
     if source.channels != experiment.processor.channels:
         raise ConfigError(f"config.data.channels: expected {experiment.processor.channels}, as in the release")
     if not isinstance(system.model, Classifier):

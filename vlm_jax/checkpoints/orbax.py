@@ -8,7 +8,6 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS
 from vlm_jax.types import Fields, Tree
 
 CHECKPOINTS = "checkpoints"  # the folder in a workdir
@@ -31,7 +30,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
-        self.directory = _absolute(directory)
+        self.directory = absolute(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -97,7 +96,7 @@ class RunCheckpoints:
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} cannot be read: it is damaged or of another model. Delete "
                 f"the folder {self.directory / str(step)} and run the same command; {way_on}. "
-                f"Reported: {_first_line(error)}"
+                f"Reported: {first_line(error)}"
             ) from error
         return restored["state"], restored["position"]
 
@@ -125,18 +124,19 @@ class _SaveFailures:
         latest = self._checkpoints.latest()
         kept = "no checkpoint is left" if latest is None else f"checkpoint {latest} is complete"
         raise CheckpointError(
-            f"{self._action} in {self._checkpoints.directory} failed: {_first_line(error)}. {kept}; free space or "
+            f"{self._action} in {self._checkpoints.directory} failed: {first_line(error)}. {kept}; free space or "
             f"fix the permissions, and rerun the same command to resume"
         ) from error
 
 
-def _absolute(directory: epath.PathLike) -> epath.Path:
+def absolute(directory: epath.PathLike) -> epath.Path:
     """The absolute path, as Orbax requires; `gs://` is already absolute."""
     path = epath.Path(directory)
     return path if path.is_absolute() else path.absolute()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
     text = str(error).strip() or type(error).__name__
     return f"{type(error).__name__}: {text.splitlines()[0][:1000]}"
 
@@ -150,7 +150,7 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
     Raises:
       CheckpointError: there is no checkpoint.
     """
-    directory = _absolute(directory)
+    directory = absolute(directory)
     step = None
     if directory.exists():
         with ocp.CheckpointManager(directory) as manager:
@@ -169,7 +169,7 @@ def stored_shapes(state: epath.PathLike) -> dict[str, tuple[int, ...]]:
     try:
         tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(state)).tree
     except Exception as error:
-        raise CheckpointError(f"{state} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{state} cannot be read: {first_line(error)}") from error
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape or ()) for path, leaf in leaves}
 
@@ -201,28 +201,3 @@ def check_stored(state: epath.PathLike, wanted: Mapping[str, tuple[int, ...]], r
     if problems:
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise CheckpointError(f"{state} is of another model:\n  " + "\n  ".join([*problems[:8], *more]))
-
-
-def read_parts(directory: epath.PathLike, parts: Fields) -> Fields:
-    """Reads some parts of the newest checkpoint of another run, or of a release.
-
-    Args:
-      directory: that run's checkpoint directory, or a folder of Orbax arrays converted from a release.
-      parts: {part: pytree of `jax.ShapeDtypeStruct` with shardings}.
-
-    Raises:
-      CheckpointError: there is no checkpoint, or its parts are of another model.
-    """
-    directory, released = _absolute(directory), (_absolute(directory) / MAP_FILE).exists()
-    state, like = (directory / PARAMS, parts) if released else (newest_state(directory), {"params": parts})
-    leaves = jax.tree_util.tree_leaves_with_path(like)
-    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
-    check_stored(state, shapes, parts if released else [f"params/{part}" for part in parts])
-    restore_args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like)
-    arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(state, args=arguments)
-    except Exception as error:
-        raise CheckpointError(f"{state} cannot be read: {_first_line(error)}") from error
-    return restored if released else restored["params"]

@@ -1,4 +1,4 @@
-"""python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR] [--dtype=bfloat16] [--dry-run]"""
+"""python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR [--adapter]] [--dtype=bfloat16] [--dry-run]"""
 
 import os
 
@@ -6,7 +6,7 @@ from absl import app, flags, logging
 
 from vlm_jax.cli.process import explained
 from vlm_jax.pretrained import FAMILIES
-from vlm_jax.pretrained.convert import open_conversion
+from vlm_jax.pretrained.convert import open_conversion, write_adapter
 from vlm_jax.pretrained.loader import DTYPES
 
 SOURCE = flags.DEFINE_string(
@@ -17,6 +17,9 @@ SOURCE = flags.DEFINE_string(
 TARGET = flags.DEFINE_string("target", None, "A folder that does not exist yet; may be gs:// for Orbax arrays.")
 RUN = flags.DEFINE_string(
     "run", None, "The workdir of a run of the source's model, whose parameters are written as a release."
+)
+ADAPTER = flags.DEFINE_bool(
+    "adapter", False, "With --run: writes only its adapters (config.lora), as a folder that peft loads."
 )
 DTYPE = flags.DEFINE_enum("dtype", None, sorted(DTYPES), "Dtype of floating-point tensors; as stored if unset.")
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Prints every tensor's conversion without reading or writing.")
@@ -32,6 +35,12 @@ def main(argv: list[str]) -> None:
     source, target, run = (flag.value and os.path.expanduser(flag.value) for flag in (SOURCE, TARGET, RUN))
     logging.set_verbosity(logging.ERROR)  # Orbax logs its own progress
     with explained():
+        if ADAPTER.value:
+            if not (run and target) or DTYPE.value or DRY_RUN.value:
+                raise app.UsageError("--adapter: expected --run and --target, without --dtype and --dry-run")
+            written = write_adapter(str(source), FAMILIES, run, target)
+            print(f"run -> peft: {run} -> {', '.join(map(str, written))}")
+            return
         conversion = open_conversion(str(source), FAMILIES, dtype=DTYPE.value, run=run)
         print(f"{conversion.direction}: {run or source}" + (f" -> {target}" if target else ""), flush=True)
         if DRY_RUN.value:

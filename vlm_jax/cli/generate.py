@@ -35,6 +35,7 @@ REDUCER = flags.DEFINE_string("reducer", None, "A training-free token reducer th
 CONNECTOR = flags.DEFINE_string(
     "connector", None, "A connector that replaces the release's own; its parameters are random, not trained."
 )
+ADAPTER = flags.DEFINE_string("adapter", None, "A folder of peft with a LoRA adapter for --checkpoint; merged.")
 MAX_VIDEO_TOKENS = flags.DEFINE_integer("max_video_tokens", None, "The same for a video.")
 ENABLE_THINKING = flags.DEFINE_boolean(
     "enable_thinking",
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
             token_budget=TOKEN_BUDGET.value,
             reducer=REDUCER.value,
             connector=CONNECTOR.value,
+            adapter=ADAPTER.value,
         )
         # Templates of language models expect strings, multimodal ones lists of content items.
         listed = (isinstance(model.module, VLM) and model.module.encoder is not None) or bool(

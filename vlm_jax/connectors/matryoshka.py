@@ -106,7 +106,10 @@ class Matryoshka(nn.Module):
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualTokens:
         largest = self._member(self.budgets[-1])
         with _by_name():
-            params = self.param("inner", lambda key: largest.init(key, features, deterministic=True)["params"])
+            if self.has_variable("params", "inner"):  # it may have adapters, which those at initialisation have not
+                params = nn.meta.unbox(self.get_variable("params", "inner"))
+            else:
+                params = self.param("inner", lambda key: largest.init(key, features, deterministic=True)["params"])
 
         def give(budget: int) -> VisualTokens:
             with _by_name():

@@ -124,7 +124,7 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
             setattr(self, name, TransformerStack(stop - start, {**block, **settings}, self.remat, self.unroll))
         self.final_norm = Norm("rms", self.norm_epsilon, **settings)
         if not self.tie_embeddings:
-            self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, **settings)
+            self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, adapts=False, **settings)
 
     def stacks(self) -> list[tuple[str, int, int]]:
         """(name, first layer, last layer + 1) of every stack: `dense_0`, `sparse_1`, and so on."""

@@ -98,7 +98,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
         )
         self.final_norm = Norm("rms", self.norm_epsilon, **settings)
         if not self.tie_embeddings:
-            self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, **settings)
+            self.head = Dense(self.vocab_size, (axes.EMBED, axes.VOCAB), use_bias=False, adapts=False, **settings)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up token ids."""

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
+from vlm_jax.adapter import ADAPTER
 from vlm_jax.types import Dtype, Tree
 
 Initializer = Callable[..., Tree]
@@ -29,23 +30,30 @@ class Named(nn.LogicallyPartitioned):
         return self.value
 
 
-def with_axes(init: Initializer, *names: str) -> Initializer:
-    """An initialiser whose parameter has one logical axis name per dimension."""
-    return functools.partial(_boxed, init, names)  # a function in here would be checked anew for every parameter
+class LinearKernel(Named):
+    """The kernel of a linear layer that can have an adapter."""
 
 
-def _boxed(init: Initializer, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Named:
-    return Named(init(*args, **kwargs), names)
+def with_axes(init: Initializer, *names: str, box: type[Named] = Named) -> Initializer:
+    """An initialiser whose parameter has one logical axis name per dimension, in a box of this class."""
+    return functools.partial(_boxed, init, names, box)  # a function in here would be checked anew for every parameter
+
+
+def _boxed(init: Initializer, names: tuple[str, ...], box: type[Named], *args: Any, **kwargs: Any) -> Named:
+    return box(init(*args, **kwargs), names)
 
 
 class Dense(nn.Module):
     """A linear layer on the last axis, [.., in] -> [.., features].
+
+    Where its parameters have an `adapter`, an `Adapter`, the adapter's output is added; see `vlm_jax.adapter`.
 
     Attributes:
       features: output width.
       kernel_axes: logical names of the kernel's two axes, input first.
       use_bias: adds a bias, named after the output axis.
       kernel_init: initialiser of the kernel.
+      adapts: whether it can have an adapter; False where other modules read the kernel.
       dtype: dtype of the product; parameters are cast to it.
       param_dtype: dtype of the stored parameters.
     """
@@ -54,13 +62,17 @@ class Dense(nn.Module):
     kernel_axes: tuple[str, str]
     use_bias: bool = True
     kernel_init: Initializer = KERNEL_INIT
+    adapts: bool = True
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
-        init, shape = with_axes(self.kernel_init, *self.kernel_axes), (x.shape[-1], self.features)
+        box, shape = LinearKernel if self.adapts else Named, (x.shape[-1], self.features)
+        init = with_axes(self.kernel_init, *self.kernel_axes, box=box)
         y = jnp.dot(x.astype(self.dtype), self.param("kernel", init, shape, self.param_dtype).astype(self.dtype))
+        if self.has_variable("params", ADAPTER):
+            y = y + self.get_variable("params", ADAPTER)(x, self.dtype)
         if self.use_bias:
             bias = self.param(
                 "bias", with_axes(nn.initializers.zeros, self.kernel_axes[1]), (self.features,), self.param_dtype

@@ -141,7 +141,10 @@ class WindowedStack(nn.Module):
                 f"layers {[i for i, kind in enumerate(kinds) if kind == 'window']} attend inside windows, "
                 "but the patches were packed without windows: pass `window` to processors.patches.pack_patches"
             )
-        params = self.param("layers", self._init, x.shape[-1])
+        # What is given may have adapters, which those at initialisation have not.
+        given = self.has_variable("params", "layers")
+        params = self.get_variable("params", "layers") if given else self.param("layers", self._init, x.shape[-1])
+        params = nn.meta.unbox(params)
         layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)
         if self.saliency != "none":
             last = kinds[-1]

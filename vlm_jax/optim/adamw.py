@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from vlm_jax.config import ConfigError, choose
@@ -32,6 +31,8 @@ class OptimizerSettings:
       final_scale: final learning rate of the cosine as a share of the peak.
       first_moment: dtype in which the first moment is kept, `float32` or `bfloat16`; arithmetic is in float32.
       second_moment: dtype in which the second moment is kept, likewise.
+      ema: decay of a moving average of the trained parameters, from their values at the start of the stage; None for
+        none. The next stage starts from it, and so do evaluation, `from_pretrained(WORKDIR)` and exports.
 
     Raises:
       ConfigError: a moment is to be kept in bfloat16 with a decay (above 0.96) that it cannot follow within a tenth.
@@ -45,8 +46,11 @@ class OptimizerSettings:
     final_scale: float = 0.0
     first_moment: str = "float32"
     second_moment: str = "float32"
+    ema: float | None = None
 
     def __post_init__(self):
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ConfigError(f"config.optimizer.ema: expected a decay from 0 to below 1, or None, got {self.ema}")
         for key, decay in (("first_moment", "b1"), ("second_moment", "b2")):
             path, value = f"config.optimizer.{key}", getattr(self, decay)
             dtype = choose(MOMENT_DTYPES, getattr(self, key), path)
@@ -67,8 +71,8 @@ def schedule(peak: float, warmup_steps: int, steps: int, final_scale: float) -> 
 
 
 def decays(path: tuple) -> bool:
-    """Whether weight decay applies to a leaf: kernels, embeddings and queries, not scales or biases."""
-    return str(getattr(path[-1], "key", path[-1])) in ("kernel", "embedding", "queries")
+    """Whether weight decay applies to a leaf: kernels, adapters, embeddings and queries, not scales or biases."""
+    return str(getattr(path[-1], "key", path[-1])) in ("kernel", "embedding", "queries", "lora_a", "lora_b")
 
 
 def adamw(
@@ -118,7 +122,7 @@ def _scale_by_rates(rates: Mapping[str, float | tuple[float, ...]]) -> optax.Gra
     """Multiplies every update by minus the peak rate of its parameter."""
 
     def scaled(path: str, update: jax.Array) -> jax.Array:
-        rate = np.float32(rates[path])
+        rate = jnp.asarray(rates[path], jnp.float32)
         return -rate.reshape(rate.shape + (1,) * (update.ndim - rate.ndim)) * update
 
     def init(params: Tree) -> Tree:

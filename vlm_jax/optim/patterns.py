@@ -6,11 +6,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from flax import linen as nn
-
 from vlm_jax import axes
 from vlm_jax.config import ConfigError
-from vlm_jax.leaves import flatten
+from vlm_jax.leaves import boxes, flatten, matches
 from vlm_jax.types import Params
 
 Rates = dict[str, float | tuple[float, ...]]  # by path; of a stack of layers one for every layer
@@ -20,15 +18,6 @@ StageRates = tuple[tuple[str, dict[str, float]], ...]  # (config path, rate by p
 BEHIND = ("final_norm", "head", "projection", "representation", "neck", "high_res_*", "downsample_*")
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern is that of a path, or of a module that the path is in.
-
-    `*` stands for any characters, `?` for one of them, and `[ab]` for one of a set; all may be a `/`.
-    """
-    names = path.split("/")
-    return any(fnmatch.fnmatchcase("/".join(names[:count]), pattern) for count in range(1, len(names) + 1))
-
-
 def by_pattern(values: Mapping[str, float], paths: Iterable[str], where: str) -> dict[str, float]:
     """The value of every path that a pattern matches.
 
@@ -36,7 +25,7 @@ def by_pattern(values: Mapping[str, float], paths: Iterable[str], where: str) ->
     a config's keys is not kept.)
 
     Args:
-      values: by pattern; see `matches`.
+      values: by pattern; see `leaves.matches`.
       paths: of the parameters.
       where: config path of `values`.
 
@@ -85,7 +74,8 @@ def leaf_rates(
     Source: Bao et al. 2022 (BEiT), and microsoft/unilm, beit/optim_factory.py. There the rate is that of a head behind
     the tower, so that all of the tower's rates have one more factor of the decay.
     """
-    rates: Rates = dict(by_pattern(learning_rates, (path for path, _ in flatten(boxed)), f"{where}.learning_rates"))
+    peaks = by_pattern(learning_rates, (path for path, _ in flatten(boxed)), f"{where}.learning_rates")
+    rates: Rates = {path: peak for path, peak in peaks.items() if peak}
     decayed: dict[str, str] = {}
     for root, decay in layer_decay.items():
         path = f"{where}.layer_decay.{root}"
@@ -96,16 +86,16 @@ def leaf_rates(
                 raise ConfigError(f"{path}: {leaf} is also in '{decayed[leaf]}'; keep one of the two")
             decayed[leaf] = root
             if leaf in rates:
-                scaled = tuple(rates[leaf] * factor for factor in factors)
-                rates[leaf] = scaled if len(scaled) > 1 else scaled[0]
-    return {path: rate for path, rate in rates.items() if rate}
+                scaled = [peaks[leaf] * factor for factor in factors]
+                rates[leaf] = tuple(scaled) if len(scaled) > 1 else scaled[0]
+    return rates
 
 
 def _decays(boxed: Params, root: str, decay: float, where: str) -> dict[str, tuple[float, ...]]:
     """Factors of the leaves in the module at `root`: one, or one for every layer of a stack."""
-    below = {path: leaf for path, leaf in _boxes(boxed).items() if path.startswith(f"{root}/")}
+    below = {path: leaf for path, leaf in boxes(boxed).items() if path.startswith(f"{root}/")}
     if not below:
-        raise ConfigError(f"{where}: no such part or module{_near(root, _boxes(boxed))}")
+        raise ConfigError(f"{where}: no such part or module{_near(root, boxes(boxed))}")
     stacks: dict[str, int] = {}  # depth by path
     for path, box in below.items():
         if box.names[:1] == (axes.LAYERS,):
@@ -126,20 +116,6 @@ def _decays(boxed: Params, root: str, decay: float, where: str) -> dict[str, tup
             names = path.removeprefix(f"{root}/").split("/")
             behind = any(fnmatch.fnmatchcase(name, one) for name in names for one in BEHIND)
             found[path] = (1.0 if behind else decay**depth,)
-    return found
-
-
-def _boxes(boxed: Params) -> dict[str, nn.LogicallyPartitioned]:
-    found = {}
-
-    def visit(tree: Params, before: str) -> None:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                visit(value, f"{before}{name}/")
-            else:
-                found[before + name] = value
-
-    visit(boxed, "")
     return found
 
 
@@ -180,7 +156,7 @@ def describe(boxed: Params, rates: Rates) -> list[str]:
         label = "frozen"
         if path in rates:
             rate = rates[path]
-            label = f"at {rate:g}" if isinstance(rate, float) else f"at {rate[0]:g} to {rate[-1]:g}"
+            label = f"at {rate[0]:g} to {rate[-1]:g}" if isinstance(rate, tuple) else f"at {rate:g}"
         own = counts.setdefault(path.split("/")[0], {})
         own[label] = own.get(label, 0) + math.prod(leaf.shape)
     lines = []

@@ -96,6 +96,7 @@ def from_pretrained(
     token_budget: int | None = None,
     reducer: Section | None = None,
     connector: Section | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Pretrained:
     """Loads a released checkpoint under its own names.
 
@@ -110,15 +111,17 @@ def from_pretrained(
       config: the released settings, for an `.npz` without a `config.json`.
       token_budget, reducer, connector: visual tokens of an image; as in `budgets.with_budget`. The release's own
         when None.
+      adapter: a folder of `peft` with a LoRA adapter for the release, or its name on the hub, which is merged.
 
     Returns:
       The module with its parameters, and the release for writing it back.
 
     Raises:
       PretrainedError: no family for the config, or unsupported settings.
-      CheckpointFileError: files missing, damaged, or in a format that can run code.
+      CheckpointFileError: files missing, damaged, or in a format that can run code; or an adapter that does not fit.
       CheckpointMismatch: unused and missing keys and wrong shapes, all in one message.
       InfeasibleBudget, ConfigError: as `budgets.with_budget`, before any tensor is read.
     """
     budget = (token_budget, reducer, connector)
-    return load(source, FAMILIES, dtype=dtype, mesh=mesh, image_size=image_size, config=config, budget=budget)
+    options = {"image_size": image_size, "config": config, "budget": budget, "adapter": adapter}
+    return load(source, FAMILIES, dtype=dtype, mesh=mesh, **options)

@@ -14,16 +14,21 @@ import safetensors
 from etils import epath
 from flax import linen as nn
 
-from vlm_jax.checkpoints.arrays import check_space, open_arrays
+from vlm_jax.adapter import LORA
+from vlm_jax.checkpoints.arrays import check_space
 from vlm_jax.checkpoints.hub import PARAMS, Checkpoint, CheckpointFileError, LazyTensor, fetch, read_config
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
 from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state, stored_shapes
+from vlm_jax.checkpoints.peft import save_adapter
 from vlm_jax.checkpoints.plan import Step, plan
 from vlm_jax.checkpoints.rules import Rule, matching, prefixed
+from vlm_jax.checkpoints.runs import open_adapters, open_run
 from vlm_jax.checkpoints.saving import copy_companions, save_archive, save_checkpoint
-from vlm_jax.pretrained.family import Description, Family
+from vlm_jax.leaves import flatten
+from vlm_jax.pretrained.family import Description, Family, marker
 from vlm_jax.pretrained.loader import DTYPES, choose_family
+from vlm_jax.pretrained.module_names import MODULE_NAMES
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.types import Config, Dtype, Fields
 
@@ -185,11 +190,37 @@ def _of_run(path: Path, families: Mapping[str, Family], workdir: epath.Path, dty
     steps = tuple(step for step in steps if step.targets[0].split("/")[1] in parts)
     wanted = {target: shape for step in steps for target, shape in zip(step.targets, step.shapes, strict=True)}
     check_stored(state, wanted, [f"{PARAMS}/{part}" for part in parts])
-    arrays = open_arrays(state, wanted)
+    arrays = open_run(workdir / CHECKPOINTS, {path.removeprefix(f"{PARAMS}/"): shape for path, shape in wanted.items()})
+    arrays = {f"{PARAMS}/{path}": tensor for path, tensor in arrays.items()}
     made = lazy_release(steps, arrays, {key: tensor.dtype for key, tensor in release.items()})
     whole = Checkpoint({**release, **made}, release.origin, archive=release.archive)
     remarks = {key: f": as in {path}" for key in release if key not in made}
     return Conversion(folder, False, whole, _cast(whole, dtype), arrays, steps, remarks, config, of_run=True)
+
+
+def write_adapter(
+    source: str | os.PathLike[str], families: Mapping[str, Family], run: epath.PathLike, target: str | os.PathLike[str]
+) -> tuple[Path, ...]:
+    """Writes the adapters of a run of `source` as a folder of `peft`; see `checkpoints.peft.save_adapter`.
+
+    Raises:
+      CheckpointError: the run has no adapters.
+      CheckpointFileError: it trained other parameters too, or an adapter has no linear module in the release.
+    """
+    path, workdir = fetch(source), epath.Path(run)
+    config = read_config(workdir)
+    patterns = [one for stage in config["stages"].values() for one in stage["learning_rates"].items()]
+    if others := [pattern for pattern, rate in patterns if rate and pattern.split("/")[0] != LORA]:
+        raise CheckpointFileError(
+            f"{workdir}: this run also trained {', '.join(others)}, which an adapter folder does not have; export "
+            "it whole"
+        )
+    adapters, settings = open_adapters(workdir / CHECKPOINTS)
+    folder, changed, _, description = _described(path, families)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(nn.meta.unbox(description.boxed_shapes()))}
+    names = MODULE_NAMES.get(marker(changed or read_config(folder)), ())
+    base = str(source) if not Path(source).exists() else str(Path(source).resolve())
+    return save_adapter(target, adapters, settings, description.rules, shapes, names, base)
 
 
 def _cast(release: Checkpoint, dtype: Dtype) -> Checkpoint:

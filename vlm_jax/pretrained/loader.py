@@ -14,17 +14,20 @@ from jax.sharding import Mesh
 
 from vlm_jax.checkpoints.hub import Checkpoint, fetch, read_config
 from vlm_jax.checkpoints.mapped import open_release
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, read_parts
+from vlm_jax.checkpoints.orbax import CHECKPOINTS
+from vlm_jax.checkpoints.peft import with_adapter
 from vlm_jax.checkpoints.release import Release
+from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import did_you_mean
 from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.family import Family, PretrainedError, Resize, marker
+from vlm_jax.pretrained.module_names import MODULE_NAMES
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.pretrained.processing import end_ids, read_processor
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-from vlm_jax.sharding.rules import shardings
+from vlm_jax.sharding.rules import placed, shardings
 from vlm_jax.system import System
 from vlm_jax.types import Config
 
@@ -71,12 +74,15 @@ def load(
     mesh: Mesh | None,
     image_size: int | None,
     config: Config | None,
+    adapter: str | os.PathLike[str] | None = None,
     budget: tuple[int | None, Section | None, Section | None] = (None, None, None),
 ) -> Pretrained:
     """`from_pretrained` with the registration table as an argument."""
     if is_run(source):
+        if adapter is not None:
+            raise PretrainedError(f"adapter: {source} is a run, whose own adapters are merged; pass a release")
         return _of_run(Path(source), families, dtype, mesh)
-    system, family, resize = _opened(source, families, (dtype, dtype), config)
+    system, family, resize = _opened(source, families, (dtype, dtype), config, adapter)
     if any(part is not None for part in budget):
         tokens, reducer, connector = budget
         system = with_budget(system, tokens, reducer=reducer, connector=connector)
@@ -117,12 +123,7 @@ def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, mesh: Mes
     system = configured(open_system(config["release"], families, dtype=dtype), config)
     boxed = system.boxed_shapes()
     mesh = make_mesh(MeshSettings(data=1), jax.devices()[:1]) if mesh is None else mesh
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.meta.unbox(boxed),
-        shardings(boxed, mesh),
-    )
-    return Pretrained(system, read_parts(workdir / CHECKPOINTS, like))
+    return Pretrained(system, read_parts(workdir / CHECKPOINTS, placed(boxed, mesh)))
 
 
 def _opened(
@@ -130,6 +131,7 @@ def _opened(
     families: Mapping[str, Family],
     dtypes: tuple[str, str],
     config: Config | None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[System, Family, Resize | None]:
     for dtype in dtypes:
         if dtype not in DTYPES:
@@ -140,6 +142,8 @@ def _opened(
         config = read_config(folder)
     family = choose_family(config, families)
     released, checkpoint = with_named_tower(copy.deepcopy(dict(config)), open_release(path), folder)
+    if adapter is not None:
+        checkpoint = with_adapter(checkpoint, fetch(adapter), MODULE_NAMES.get(marker(released), ()))
     system, resize = _system(released, checkpoint, checkpoint, folder, family, dtypes, None)
     return system, family, resize
 

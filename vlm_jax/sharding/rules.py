@@ -29,6 +29,7 @@ RULES: dict[str, MeshAxes] = {
     axes.CLASSES: None,
     axes.EXPERT: EXPERT,
     axes.LATENT: None,
+    axes.RANK: None,
     axes.NORM: None,
     # Activations.
     axes.BATCH: (DATA, FSDP),
@@ -81,6 +82,15 @@ def shardings(boxed: Tree, mesh: Mesh) -> Tree:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(of, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def placed(boxed: Tree, mesh: Mesh) -> Tree:
+    """Shape, dtype and sharding of every leaf of a boxed tree of shapes."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        shardings(boxed, mesh),
+    )
 
 
 @contextlib.contextmanager

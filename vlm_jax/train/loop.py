@@ -16,18 +16,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from vlm_jax.adapter import LORA, merged
 from vlm_jax.build import AnyExperiment
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
+from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
 from vlm_jax.evals.evaluator import Evaluator
+from vlm_jax.leaves import split
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.optim.patterns import describe, leaf_rates
 from vlm_jax.sharding.processes import any_process, wait_for_all
-from vlm_jax.sharding.rules import distribute, use_mesh
+from vlm_jax.sharding.rules import distribute, placed, use_mesh
 from vlm_jax.train.evaluation import Evaluations, Tell
 from vlm_jax.train.input import ROWS, Given, stage_batches
 from vlm_jax.train.stages import Span, parse_schedule, span_at
-from vlm_jax.train.state import Params, TrainState, abstract, init_boxed, split
+from vlm_jax.train.state import Params, TrainState, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
 from vlm_jax.train.watch import Profiler, Step, Watch, count_tokens, learning_rates, step_flops
 from vlm_jax.train.workdir import claim
@@ -89,7 +92,8 @@ class Outcome:
     """The result of a finished run.
 
     Attributes:
-      params: parameters by part, on the mesh.
+      params: parameters by part, on the mesh: averages where `optimizer.ema` is on, and merged with the adapters of
+        `config.lora`.
       step_seconds: median seconds of a step of the last stage, its input included; None without a stage.
       peak_bytes: bytes that one device needs for a step of the last stage; None likewise.
     """
@@ -118,7 +122,7 @@ def first_params(
     read = () if init_from is None else tuple(init_parts)
     params = experiment.initial(jax.random.key(seed), mesh, without=read)
     if init_from is not None:
-        shapes = abstract(experiment.boxed_shapes(), mesh)
+        shapes = placed(experiment.boxed_shapes(), mesh)
         params |= read_parts(init_from, {part: shapes[part] for part in read})
     return params
 
@@ -227,7 +231,7 @@ class Trainer:
         wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
-        return Outcome(state.params, statistics.median(seconds), most_bytes)
+        return Outcome(self._usable(state), statistics.median(seconds), most_bytes)
 
     def _run_stage(self, span: Span, state: TrainState, position, log: RunLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
@@ -288,10 +292,14 @@ class Trainer:
         step = int(state.step)
         if not self._evaluations.is_due(step):
             return
-        if not self._evaluations.make(step, state.params, lambda: self._stop, log.add_evaluation):
+        if not self._evaluations.make(step, self._usable(state), lambda: self._stop, log.add_evaluation):
             if position is not None:
                 checkpoints.save(step, state, position)
             self._interrupt(step, checkpoints)
+
+    def _usable(self, state: TrainState) -> Params:
+        """The parameters of a state as they are used: averaged, with adapters merged."""
+        return merged(state.averaged, self.experiment.lora)
 
     def _interrupt(self, step: int, checkpoints: RunCheckpoints) -> None:
         checkpoints.wait()
@@ -303,11 +311,9 @@ class Trainer:
         """The kind of a batch, by structure and shape, and its program, compiled into `programs` at the first one."""
         kind = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if kind not in programs:
-            state, parts = self._abstract_state(span), {path.split("/")[0] for path in self._rates[span.stage.label]}
-            objective, trained = (
-                span.stage.settings.build(self.experiment, parts),
-                frozenset(self._rates[span.stage.label]),
-            )
+            state, trained = self._abstract_state(span), frozenset(self._rates[span.stage.label])
+            parts = {path.removeprefix(f"{LORA}/").split("/")[0] for path in trained}
+            objective = span.stage.settings.build(self.experiment, parts)
             programs[kind] = compile_step(
                 state,
                 batch,
@@ -316,8 +322,12 @@ class Trainer:
                 tx=self._tx(span),
                 trained=trained,
                 accumulate=span.stage.accumulate,
+                lora=self.experiment.lora,
+                ema=self._optimizer.ema,
             )
-            watch.add_program(kind, functools.partial(step_flops, objective, state, batch, trained))
+            watch.add_program(
+                kind, functools.partial(step_flops, objective, state, batch, trained, self.experiment.lora)
+            )
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
         return kind, programs[kind]
 
@@ -358,20 +368,25 @@ class Trainer:
             _log.info("stage %s: %s", span.stage.label, line)
         tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
 
-        def fresh(step, params):
-            return dataclasses.replace(init_boxed(params, tx, trained), step=step)
+        ema = self._optimizer.ema is not None
 
-        reference = span.stage.settings.reference(split(state.params, trained)[0], self.mesh)
+        def fresh(step, params):
+            return dataclasses.replace(init_boxed(params, tx, trained, ema=ema), step=step)
+
+        reference = span.stage.settings.reference(split(state.averaged, trained)[0], self.mesh)
         with use_mesh(self.mesh):
             start = np.full((), span.start, np.int32)
-            state = jax.jit(fresh, out_shardings=out, donate_argnums=1)(start, state.params)
+            state = jax.jit(fresh, out_shardings=out, donate_argnums=1)(start, state.averaged)
         return dataclasses.replace(state, reference=reference)
 
     def _abstract_state(self, span: Span) -> TrainState:
         tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
+        ema = self._optimizer.ema is not None
         reference = span.stage.settings.reference_shapes(split(self._boxed, trained)[0])
-        like = jax.eval_shape(lambda *boxed: init_boxed(boxed[0], tx, trained, boxed[1]), self._boxed, reference)
-        return abstract(like, self.mesh)
+        like = jax.eval_shape(
+            lambda *boxed: init_boxed(boxed[0], tx, trained, boxed[1], ema=ema), self._boxed, reference
+        )
+        return placed(like, self.mesh)
 
     def _tx(self, span: Span):
         stage = span.stage

@@ -5,12 +5,9 @@ from collections.abc import Collection
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
-from jax.sharding import Mesh
 from jaxtyping import Int
 
-from vlm_jax.leaves import split
-from vlm_jax.sharding.rules import shardings
+from vlm_jax.leaves import joined, split
 from vlm_jax.types import Array, Fields, Tree, struct
 
 Params = Fields  # {part: its parameters}
@@ -23,12 +20,19 @@ class TrainState:
     params: parameters by part: encoder, connector, decoder and any pre-training head.
     opt_state: the current stage's optimizer state, only of its trained parameters.
     reference: frozen parameters that the current stage's objective needs beside these; None without any.
+    ema: moving average of the stage's trained parameters, from their values at its start; None without `optimizer.ema`.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Tree
     reference: Params | None = None
+    ema: Params | None = None
+
+    @property
+    def averaged(self) -> Params:
+        """The parameters, averages in place of those that have one."""
+        return self.params if self.ema is None else joined(self.params, self.ema)
 
 
 def init_boxed(
@@ -36,15 +40,18 @@ def init_boxed(
     tx: optax.GradientTransformation,
     trained: Collection[str],
     reference: Params | None = None,
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """A state whose leaves keep their logical axis names, for tracing shapes and shardings; `trained` are paths."""
-    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]), reference)
+    """A state whose leaves keep their logical axis names, for tracing shapes and shardings.
 
-
-def abstract(boxed: Tree, mesh: Mesh) -> Tree:
-    """Shape, dtype and sharding of every leaf of a boxed tree of shapes."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.meta.unbox(boxed),
-        shardings(boxed, mesh),
-    )
+    Args:
+      boxed_params: parameters, or their shapes.
+      tx: optimizer of the trained parameters.
+      trained: their paths.
+      reference: of the stage's objective.
+      ema: whether the state has their moving average.
+    """
+    own = split(boxed_params, trained)[0]
+    average = jax.tree.map(jnp.copy, own) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(own), reference, average)

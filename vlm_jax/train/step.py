@@ -1,5 +1,6 @@
 """One optimizer step, compiled over the mesh."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlm_jax.adapter import NO_LORA, LoraSettings, adapted
 from vlm_jax.leaves import joined, split
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
 from vlm_jax.train.objectives.objective import Loss, Metrics
@@ -28,6 +30,8 @@ def train_step(
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int = 1,
+    lora: LoraSettings = NO_LORA,
+    ema: float | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Computes the gradient of the trained parameters and updates the state.
@@ -43,6 +47,8 @@ def train_step(
       tx: optimizer of the trained parameters.
       trained: paths of the trained parameters.
       accumulate: microbatches into which the batch is split; see `Stage.accumulate`.
+      lora: of the state's adapters.
+      ema: decay of the moving average of the trained parameters; None for none.
       mesh: devices over which the rows of the batch are divided; None for one.
     """
     params, frozen = split(state.params, trained)
@@ -50,7 +56,9 @@ def train_step(
 
     def gradient(batch: Tree, key: jax.Array, weight: jax.Array | float) -> tuple[tuple[jax.Array, Metrics], Tree]:
         def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective(joined(frozen, params), batch, key, weight, state.reference)
+            given = adapted(joined(frozen, params), lora, key)
+            reference = None if state.reference is None else adapted(state.reference, lora)
+            return objective(given, batch, key, weight, reference)
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
@@ -61,7 +69,11 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, params)
     params: Tree = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return TrainState(state.step + 1, joined(frozen, params), opt_state, state.reference), metrics
+    average = state.ema
+    if ema is not None:
+        average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new.astype(old.dtype), average, params)
+    changed = {"step": state.step + 1, "params": joined(frozen, params), "opt_state": opt_state, "ema": average}
+    return dataclasses.replace(state, **changed), metrics
 
 
 def microbatches(batch: Tree, count: int, mesh: Mesh | None) -> Tree:
@@ -121,6 +133,8 @@ def compile_step(
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int = 1,
+    lora: LoraSettings = NO_LORA,
+    ema: float | None = None,
 ) -> jax.stages.Compiled:
     """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state.
 
@@ -128,7 +142,7 @@ def compile_step(
     """
     out, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, abstract_state))
     with use_mesh(mesh):
-        jitted = _jitted(objective, tx, trained, accumulate, mesh, tuple(out), structure)
+        jitted = _jitted(objective, tx, trained, accumulate, lora, ema, mesh, tuple(out), structure)
         return jitted.lower(abstract_state, batch, jax.random.key(0)).compile()
 
 
@@ -138,14 +152,15 @@ def _jitted(
     tx: optax.GradientTransformation,
     trained: frozenset[str],
     accumulate: int,
+    lora: LoraSettings,
+    ema: float | None,
     mesh: Mesh,
     out: tuple[NamedSharding, ...],
     structure: Hashable,
 ) -> Any:
     def step(state, batch, key):
-        return train_step(
-            state, batch, key, objective=objective, tx=tx, trained=trained, accumulate=accumulate, mesh=mesh
-        )
+        settings: Any = {"objective": objective, "tx": tx, "trained": trained, "accumulate": accumulate}
+        return train_step(state, batch, key, **settings, lora=lora, ema=ema, mesh=mesh)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(cast(Any, structure), out), replicated))

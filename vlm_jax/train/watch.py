@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from vlm_jax.adapter import LoraSettings, adapted
 from vlm_jax.leaves import joined, split
 from vlm_jax.optim.adamw import OptimizerSettings, schedule
 from vlm_jax.planner.chips import peak_flops
@@ -69,12 +70,13 @@ def learning_rates(stage: Stage, settings: OptimizerSettings) -> Callable[[int],
     return at
 
 
-def step_flops(objective: Loss, state: TrainState, batch: Tree, trained: frozenset[str]) -> int:
+def step_flops(objective: Loss, state: TrainState, batch: Tree, trained: frozenset[str], lora: LoraSettings) -> int:
     """FLOPs of a step as of model FLOPs utilisation, over all devices; see `planner.training`."""
     params, frozen = split(state.params, trained)
 
     def loss(params: Params, frozen: Params, batch: Tree, key: jax.Array, reference: Params | None) -> jax.Array:
-        return objective(joined(frozen, params), batch, key, 1.0, reference)[0]
+        reference = None if reference is None else adapted(reference, lora)
+        return objective(adapted(joined(frozen, params), lora), batch, key, 1.0, reference)[0]
 
     return training_flops(loss, params, frozen, batch, jax.random.key(0), state.reference)
 

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from vlm_jax.build import AnyExperiment, ImageTextExperiment, build
 from vlm_jax.build.image_text import CAPTIONS
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, read_parts
+from vlm_jax.checkpoints.orbax import CHECKPOINTS
+from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, did_you_mean, read_json
 from vlm_jax.losses.exchange import EXCHANGES, distributed
 from vlm_jax.losses.pairwise import DEFAULT_BLOCK_SIZE
@@ -24,10 +25,9 @@ from vlm_jax.models.two_tower import Embeddings, TwoTower
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import is_run, open_system
 from vlm_jax.processors.image_text import ImageTextProcessor
-from vlm_jax.sharding.rules import BATCH_AXES
+from vlm_jax.sharding.rules import BATCH_AXES, placed
 from vlm_jax.system import System
 from vlm_jax.train.objectives.objective import Loss, Metrics, Objective
-from vlm_jax.train.state import abstract
 from vlm_jax.train.workdir import CONFIG_FILE
 from vlm_jax.types import DistilledBatch, ImageTextBatch, Params, Sample, Tree
 
@@ -112,7 +112,7 @@ class Contrastive(Objective):
         system = open_teacher(self.teacher)
         if system.release is not None and not is_run(self.teacher):
             return system.initial(jax.random.key(0), mesh)
-        return read_parts(epath.Path(self.teacher) / CHECKPOINTS, abstract(system.boxed_shapes(), mesh))
+        return read_parts(epath.Path(self.teacher) / CHECKPOINTS, placed(system.boxed_shapes(), mesh))
 
 
 def _captioned(experiment: ImageTextExperiment, sample: Sample) -> ImageTextBatch:

@@ -1,0 +1,24 @@
+"""Names of modules in `transformers`' classes, where they are not those of the released files.
+
+Source: huggingface/transformers, conversion_mapping.py (5.24), by model type.
+"""
+
+_LLAVA = (
+    (r"^language_model\.lm_head", "lm_head"),
+    (r"^language_model\.model", "model.language_model"),
+    (r"^vision_tower(\.vision_model)?", "model.vision_tower"),
+    (r"^multi_modal_projector", "model.multi_modal_projector"),
+)
+_QWEN2_VL = (
+    (r"^visual", "model.visual"),
+    (r"^model\.(?!language_model|visual)", "model.language_model."),
+)
+
+# Model type -> (regular expression, replacement), applied to released keys in order; those of others are the same.
+MODULE_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "internvl": _LLAVA,
+    "llava": _LLAVA,
+    "llava_next": _LLAVA,
+    "qwen2_vl": _QWEN2_VL,
+    "qwen2_5_vl": _QWEN2_VL,
+}
