@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ class System:
         return boxed_shapes(self._init)
 
     def initial(
-        self, key: jax.Array, mesh: Mesh | None = None, *, without: Sequence[str] = (), masters: Sequence[str] = ()
+        self, key: jax.Array, mesh: Mesh | None = None, *, without: Sequence[str] = (), masters: Collection[str] = ()
     ) -> Params:
         """Parameters on their devices: read from the release, or randomly initialised where it lacks them.
 
@@ -133,7 +133,7 @@ class System:
           key: random key of the initialisation.
           mesh: mesh of the parameters; the default device when None.
           without: parts to omit, which the caller has from elsewhere.
-          masters: parts that are read and returned in float32, for any `param_dtype` of the model.
+          masters: paths of parameters that are read and returned in float32, for any `param_dtype` of the model.
 
         Raises:
           CheckpointMismatch: unused and missing keys and wrong shapes of the release, all in one message.

@@ -312,15 +312,25 @@ class ImageTextBatch:
     Attributes:
       images: float32 pixels, normalised, or patches with one image per sequence; None without images.
       tokens: vocabulary ids, texts padded to one length; None without texts.
+      labels: class of each image, for training a classifier, else None.
     """
 
     images: Float[Array, "B height width channels"] | PackedPatches | None = None
     tokens: Int[Array, "B2 T"] | None = None
+    labels: Int[Array, "B"] | None = None
 
     @property
     def inputs(self) -> tuple[Tree, ...]:
-        """The arguments of the module: those of the two that are not None."""
+        """The arguments of the module: images and tokens, where they are not None."""
         return tuple(part for part in (self.images, self.tokens) if part is not None)
+
+
+@struct
+class DistilledBatch:
+    """Captioned images for a two-tower model, and the same as its teacher takes them."""
+
+    student: ImageTextBatch
+    teacher: ImageTextBatch
 
 
 class Drop(NamedTuple):
@@ -455,6 +465,7 @@ class Sample:
       images: uint8 images of any size, [height, width, channels], in the order of their items.
       task: determines the metric of the answer; any text for data sets with a single task.
       videos: a path or the bytes of each video file, in the order of their items.
+      rejected: the conversation to which `messages` is preferred, with the same images; empty without one.
     """
 
     sample_id: str
@@ -462,6 +473,7 @@ class Sample:
     images: tuple[np.ndarray, ...] = ()
     task: str = "vqa"
     videos: tuple[str | bytes, ...] = ()
+    rejected: tuple[Message, ...] = ()
 
     @property
     def question(self) -> str:

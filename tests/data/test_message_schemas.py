@@ -172,7 +172,8 @@ def test_other_keys_are_named_once_with_their_numbers(tmp_path, caplog):
         ({"frames": ["a.mp4"]}, "unknown key 'frames' holds pictures or videos"),
         ({"picture": {"bytes": b"1", "path": None}}, "unknown key 'picture' holds pictures or videos"),
         ({"picture": URL}, "unknown key 'picture' holds pictures or videos"),
-        ({"rejected": turns("q", "a")}, "unknown key 'rejected' holds turns, which would be lost"),
+        ({"rejected": turns("q", "a")}, "key 'chosen' is missing"),
+        ({"rejected_turns": turns("q", "a")}, "unknown key 'rejected_turns' holds turns, which would be lost"),
         ({"qa_pairs": [{"user": "q", "assistant": "a"}]}, "unknown key 'qa_pairs' holds turns"),
         ({"messages": turns("q", "a")}, "both 'conversations' and 'messages' are given; keep one"),
         ({"images": ["b.png"], "image": "a.png"}, "both 'image' and 'images' are given; keep one"),
@@ -244,3 +245,43 @@ def test_names_that_are_set_reach_the_file(tmp_path):
     assert record.messages == (user(text("q")), assistant("a"))
     with pytest.raises(MalformedRecords, match=r"set\.jsonl:1: no key with turns: expected .*, got dialog"):
         open_records(str(path), Rules(("vqa",)), "train_path")
+
+
+def test_pairs_of_answers_as_trl_writes_them(tmp_path):
+    """Texts, completions of a prompt, and conversations that begin alike: what both begin with is not learned."""
+    first, second = turns("<image>q", "a", "r", "b"), turns("<image>q", "a", "r", "c")
+    records = read(
+        tmp_path,
+        {"prompt": "<image>q", "chosen": "good", "rejected": "bad", "images": ["a.png"]},
+        {"prompt": first[:3], "chosen": first[3:], "rejected": second[3:], "image": "a.png"},
+        {"chosen": first, "rejected": second, "image": "a.png", "system": "s"},
+        {"chosen": turns([item("image", image="a.png")], "b"), "rejected": turns([item("image", image="a.png")], "c")},
+    )
+    asked, held = user(IMAGE, text("q")), {**assistant("a"), "loss": False}
+    assert records[0].messages == (asked, assistant("good")) and records[0].rejected == (asked, assistant("bad"))
+    for record, system in ((records[1], ()), (records[2], ({"role": "system", "content": "s"},))):
+        begin = (*system, asked, held, user(text("r")))
+        assert record.messages == (*begin, assistant("b")) and record.rejected == (*begin, assistant("c"))
+    assert [record.images for record in records] == [(f"{tmp_path}/a.png",)] * 4
+    assert records[3].rejected == (user(IMAGE), assistant("c"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "q", "chosen": "a"}, "key 'rejected' is missing"),
+        ({"prompt": "q", "rejected": "a"}, "key 'chosen' is missing"),
+        ({"chosen": "a", "rejected": "b"}, "rejected: expected a list of turns, or a text with the key 'prompt'"),
+        (
+            {"chosen": turns("q", "a"), "rejected": turns("q")},
+            "rejected: expected alternating user and assistant turns",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "completion": "c"},
+            "both 'chosen' and 'completion' are given",
+        ),
+    ],
+)
+def test_what_is_no_pair_of_answers(fields, message):
+    with pytest.raises(ValueError, match=message):
+        record_of(fields)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from vlm_jax.config import ConfigError
+from vlm_jax.leaves import flatten
 from vlm_jax.optim.adamw import OptimizerSettings, adamw, decays, schedule
 
 SETTINGS = OptimizerSettings(b1=0.8, b2=0.9, epsilon=1e-3, weight_decay=0.1, clip_norm=1e9, final_scale=0.1)
@@ -54,8 +55,12 @@ def by_formula(params, gradients, settings=SETTINGS):
     return jax.tree_util.tree_map_with_path(leaf_of, params, *clipped)
 
 
+def by_leaf(rates):
+    return {path: rates[path.split("/")[0]] for path, _ in flatten(tree(0)) if path.split("/")[0] in rates}
+
+
 def run(settings, gradients):
-    tx = adamw(settings, RATES, WARMUP, STEPS)
+    tx = adamw(settings, by_leaf(RATES), WARMUP, STEPS)
     params = jax.tree.map(jnp.asarray, tree(0))
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -100,9 +105,9 @@ def test_the_schedule_ends_where_it_should(warmup):
     assert rates(10) == pytest.approx(0.05) and rates(100) == pytest.approx(0.05)
 
 
-def test_a_part_without_a_rate_is_an_error():
-    with pytest.raises(ValueError, match="connector"):
-        adamw(SETTINGS, RATES, 0, 4).init({**tree(0), "connector": {"kernel": np.ones(2)}})
+def test_a_parameter_without_a_rate_is_an_error():
+    with pytest.raises(ValueError, match="connector/kernel"):
+        adamw(SETTINGS, by_leaf(RATES), 0, 4).init({**tree(0), "connector": {"kernel": np.ones(2)}})
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(4, 4), (5, 4), (0, 0)])
@@ -116,7 +121,7 @@ FLAT = {"b1": 0.9, "weight_decay": 0.0, "clip_norm": 1e9, "final_scale": 1.0}
 
 def steady(settings, gradient, steps, dtype):
     """The last update and the state after `steps` of a constant gradient."""
-    tx = adamw(settings, {"decoder": 1e-3}, 0, steps + 1)
+    tx = adamw(settings, {"decoder/kernel": 1e-3}, 0, steps + 1)
     params = {"decoder": {"kernel": jnp.ones((4,), dtype)}}
     gradients = {"decoder": {"kernel": jnp.full((4,), gradient, dtype)}}
 

@@ -20,9 +20,10 @@ from configs import finetune
 from vlm_jax.build import Experiment, build
 from vlm_jax.checkpoints.hub import open_checkpoint
 from vlm_jax.data.loader import join
+from vlm_jax.leaves import flatten
 from vlm_jax.optim.adamw import OptimizerSettings, adamw, decays
 from vlm_jax.sharding.rules import distribute
-from vlm_jax.train.objectives import next_token
+from vlm_jax.train.objectives.next_token import NextToken
 from vlm_jax.train.state import TrainState, abstract, init_boxed
 from vlm_jax.train.step import compile_step
 from vlm_jax.types import Batch, Params, RowShape, Sample, SampleSizes
@@ -165,8 +166,8 @@ def kept_gradients() -> optax.GradientTransformation:
 
 
 def ours_trained(case: Case, mesh) -> Trained:
-    experiment, objective, boxed = case.experiment, next_token(case.experiment), case.experiment.boxed_shapes()
-    parts = tuple(boxed)
+    experiment, objective, boxed = case.experiment, NextToken().build(case.experiment), case.experiment.boxed_shapes()
+    parts = frozenset(path for path, _ in flatten(boxed))
     tx = optax.chain(kept_gradients(), adamw(SETTINGS, dict.fromkeys(parts, RATE), 0, STEPS + 1))
     like = abstract(jax.eval_shape(lambda params: init_boxed(params, tx, parts), boxed), mesh)
     params = experiment.initial(jax.random.key(0), mesh)

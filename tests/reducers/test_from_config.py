@@ -20,7 +20,7 @@ from vlm_jax.generation.engine import generate
 from vlm_jax.processors.reduction import visual_places
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.sweep.points import costs
-from vlm_jax.train.objectives import next_token
+from vlm_jax.train.objectives.next_token import NextToken
 
 BUDGET = 9
 FIELDS = {"fastv": {"layer": 1}, "visionzip": {"contextual_share": 0.3}, "prumerge": {"spatial_share": 0.3}}
@@ -100,7 +100,7 @@ def test_a_step_of_training_reaches_every_parameter(kind):
     """One kind for each part in which a reducer works; the files beside this one have the gradients of every kind."""
     experiment = experiment_of(kind)
     rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *[experiment.training_row(s) for s in samples()[:2]])
-    loss = next_token(experiment)
+    loss = NextToken().build(experiment)
 
     @jax.jit
     def step(params, rows):

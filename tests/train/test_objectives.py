@@ -15,7 +15,7 @@ from vlm_jax.build import build
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
-from vlm_jax.train.objectives import block_of_vocabulary, next_token
+from vlm_jax.train.objectives.next_token import NextToken, block_of_vocabulary
 from vlm_jax.types import Batch
 
 from ..parameters import drawn
@@ -64,7 +64,7 @@ def router(tree):
 
 def minimised(experiment, params):
     """The loss, the metrics, and the gradients of the routers' kernels."""
-    run = jax.jit(jax.value_and_grad(next_token(experiment), has_aux=True))
+    run = jax.jit(jax.value_and_grad(NextToken().build(experiment), has_aux=True))
     (value, metrics), grads = run(params, text(), jax.random.key(1))
     return value, metrics, router(grads)
 
@@ -112,7 +112,7 @@ def test_the_mean_over_weighted_microbatches_is_that_of_the_batch():
     params = nn.meta.unbox(drawn(experiment.boxed_shapes()))
     learned = jnp.asarray([[1.0] + [0.0] * (LENGTH - 1), [1.0] * LENGTH])
     batch = dataclasses.replace(text(), loss_weights=learned)
-    objective = jax.jit(next_token(experiment))
+    objective = jax.jit(NextToken().build(experiment))
     value, metrics = objective(params, batch, jax.random.key(1))
     weights = learned.sum(axis=1) / learned.sum(axis=1).mean()
     rows = [
@@ -143,7 +143,7 @@ def test_logits_of_a_step_are_never_whole(tied):
     whole = 2 * LENGTH * vocab_size
 
     def gradient(logits_bytes, z_loss=0.0):
-        return jax.value_and_grad(next_token(experiment, z_loss, logits_bytes), has_aux=True)
+        return jax.value_and_grad(NextToken(z_loss, logits_bytes).build(experiment), has_aux=True)
 
     def has_logits(logits_bytes):
         program = jax.make_jaxpr(gradient(logits_bytes))(params, text(), jax.random.key(1))
@@ -184,7 +184,7 @@ def test_blocks_over_eight_devices_are_those_of_one():
     for settings in (MeshSettings(), MeshSettings(data=2, context=2, tensor=2)):
         mesh = make_mesh(settings, jax.devices()[: 1 if settings.data == -1 else 8])
         with use_mesh(mesh):
-            step = jax.jit(jax.value_and_grad(next_token(experiment, 0.1, 48), has_aux=True))
+            step = jax.jit(jax.value_and_grad(NextToken(0.1, 48).build(experiment), has_aux=True))
             placed = jax.device_put(params, shardings(boxed, mesh)), distribute(text(), mesh)
             found.append(step(*placed, jax.random.key(1)))
     for one, eight in zip(*map(jax.tree.leaves, found), strict=True):

@@ -14,10 +14,11 @@ from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.data.loader import join
 from vlm_jax.evals.vqa import answer_all, realised_tokens
+from vlm_jax.leaves import flatten
 from vlm_jax.models.vlm import flat_images
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.train.objectives import next_token
+from vlm_jax.train.objectives.next_token import NextToken
 from vlm_jax.train.state import TrainState
 from vlm_jax.train.step import train_step
 from vlm_jax.types import Sample, Turn, dialogue
@@ -84,11 +85,11 @@ def test_a_system_learns_and_answers(kind):
     counts = [counts_of(experiment, each)[0] for each in samples]
     assert (len(set(counts)) > 1) == (kind in NATIVE)
     batch = join([experiment.training_row(each) for each in samples])
-    parts = ("encoder", "connector", "decoder")
     settings = OptimizerSettings(b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0, final_scale=0.0)
-    tx = adamw(settings, dict.fromkeys(parts, 1e-3), 0, 10)
     params = params_of(experiment)
-    step = jax.jit(functools.partial(train_step, objective=next_token(experiment), tx=tx, trained=parts))
+    trained = frozenset(path for path, _ in flatten(params))
+    tx = adamw(settings, dict.fromkeys(trained, 1e-3), 0, 10)
+    step = jax.jit(functools.partial(train_step, objective=NextToken().build(experiment), tx=tx, trained=trained))
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     losses = []
     for _ in range(6):

@@ -18,16 +18,21 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.build.image_text import IMAGE_TEXT, ImageTextExperiment, image_text_experiment, released_image_text
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
-from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, parse, parse_kind
+from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, convert, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
+from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.decoders import DECODERS
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.models.cell_reader import CellReader
+from vlm_jax.models.classifier import Classifier
+from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
+from vlm_jax.optim.patterns import StageRates, trained_in_stages
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
@@ -68,8 +73,7 @@ class Experiment:
       rows: how samples share rows of these shapes.
       num_frames: None, or how many of a sample's pictures stand for the clip that they are.
       cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
-      trained: parts that a stage trains. Their parameters are float32 for any `config.param_dtype`, since in
-        bfloat16 most updates would be lost to rounding.
+      learning_rates: by pattern, of every stage, by the config path of the stage.
     """
 
     system: System
@@ -80,7 +84,7 @@ class Experiment:
     rows: RowSettings
     num_frames: int | None = None
     cell_reader: CellReader | None = None
-    trained: tuple[str, ...] = ()
+    learning_rates: StageRates = ()
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
@@ -139,9 +143,29 @@ class Experiment:
         return {"targets": AS_RELEASED if self.rows.as_released else True, "turns": self.rows.turns}
 
     def training_row(self, *samples: Sample, shape: RowShape | None = None) -> Batch:
-        """Samples that share a training row, of the shape `row` unless another is given, as a batch of one."""
+        """Samples that share a training row, of the shape `row` unless another is given, as a batch of one.
+
+        Raises:
+          MalformedRecords: a sample is a pair of answers.
+        """
+        if pairs := [sample.sample_id for sample in samples if sample.rejected]:
+            raise MalformedRecords(f"{pairs[0]}: has a 'rejected' answer, which only the objective prefer learns from")
         row = [self.example(sample, targets=True) for sample in samples]
         return self.system.processor.rows([row], shape or self.row, targets=True)
+
+    def preference_rows(self, sample: Sample) -> Batch:
+        """A row of a sample's preferred conversation, and one of the rejected conversation.
+
+        Raises:
+          MalformedRecords: the sample has no rejected conversation.
+        """
+        if not sample.rejected:
+            raise MalformedRecords(
+                f"{sample.sample_id}: expected a pair of answers, 'chosen' and 'rejected', for the objective prefer"
+            )
+        pair = (sample, dataclasses.replace(sample, messages=sample.rejected))
+        rows = [[self.example(one, targets=True)] for one in pair]
+        return self.system.processor.rows(rows, self.row, targets=True)
 
     @property
     def budget(self) -> Budget:
@@ -149,10 +173,28 @@ class Experiment:
         assert self.system.budget is not None
         return self.system.budget
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of the model, without the head for cells."""
+        return PARTS
+
     def boxed_shapes(self) -> Params:
         """Shapes of the boxed parameters {part: tree} of the model and of the head for cells."""
+        return in_float32(self._drawn_shapes, self.trained)
+
+    @functools.cached_property
+    def trained(self) -> frozenset[str]:
+        """Paths of the parameters that a stage trains.
+
+        They are float32 for any `config.param_dtype`, since in bfloat16 most updates would be lost to rounding.
+        """
+        return trained_in_stages(self._drawn_shapes, self.learning_rates) if self.learning_rates else frozenset()
+
+    @property
+    def _drawn_shapes(self) -> Params:
+        """The boxed shapes before any is made float32."""
         shapes, init = self.system.boxed_shapes(), self._cell_init
-        return in_float32(shapes if init is None else shapes | _cell_head(boxed_shapes(init)), self.trained)
+        return shapes if init is None else shapes | _cell_head(boxed_shapes(init))
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
@@ -177,6 +219,9 @@ class Experiment:
         return {part: sum(leaf.size for leaf in jax.tree.leaves(shapes[part])) for part in PARTS if part in shapes}
 
 
+AnyExperiment = Experiment | ImageTextExperiment  # a config describes one of them
+
+
 def _cell_head(reader: Params) -> Params:
     """The parameters of a `CellReader` but those of its encoder, as a part of an experiment."""
     return {CELL_HEAD: {name: tree for name, tree in reader.items() if name != "encoder"}}
@@ -195,7 +240,7 @@ def _as_clip(messages: Sequence[Message]) -> list[Message]:
     return found
 
 
-def build(config: Any) -> Experiment:
+def build(config: Any) -> AnyExperiment:
     """Builds the experiment of a run's config.
 
     Args:
@@ -211,6 +256,15 @@ def build(config: Any) -> Experiment:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
     if config.release is not None:
         return _of_release(config)
+    if config.decoder.get("kind") in IMAGE_TEXT:
+        source = parse_kind(SOURCES, config.data, "config.data")
+        dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
+        return image_text_experiment(config, source, _learning_rates(config), dtypes)
+    return _of_sections(config)
+
+
+def _of_sections(config: RunConfig) -> Experiment:
+    """The experiment of a model that answers, described by the sections alone."""
     settings = parse(ProcessorSettings, config.processor, "config.processor")
     row = parse(RowSettings, config.row, "config.row")
     evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
@@ -263,20 +317,22 @@ def build(config: Any) -> Experiment:
         rows=row,
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
-        trained=_trained(config),
+        learning_rates=_learning_rates(config),
     )
 
 
-def _of_release(config: Any) -> Experiment:
+def _of_release(config: Any) -> AnyExperiment:
     """The experiment of `config.release`; the sections of parts replace the release's settings."""
     if config.token_budget_per != "image":
         raise ConfigError("config.token_budget_per: the budget of a release is per image, or per tile; set it to image")
-    row = parse(RowSettings, config.row, "config.row")
-    if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
-        raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     source = parse_kind(SOURCES, config.data, "config.data")
     system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
     system = configured(system, config.to_dict())
+    if isinstance(system.model, TwoTower | Classifier):
+        return released_image_text(config, system, source, _learning_rates(config))
+    row = parse(RowSettings, config.row, "config.row")
+    if parse(EvaluationSettings, config.evaluation, "config.evaluation").question_length is not None:
+        raise ConfigError("config.evaluation.question_length: prompts of a release have any length; set it to None")
     processor = system.processor
     reduction = processor.reduction
     if reduction is not None and isinstance(processor.views, NativeViews) and row.pictures is None:
@@ -288,13 +344,29 @@ def _of_release(config: Any) -> Experiment:
     if source.channels != processor.views.channels:
         raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
     text_row = RowShape(shape.length, 0, (shape.length,) * len(shape.kept))
-    return Experiment(system, source, shape, None, text_row, row, trained=_trained(config))
+    return Experiment(system, source, shape, None, text_row, row, learning_rates=_learning_rates(config))
 
 
-def _trained(config: RunConfig) -> tuple[str, ...]:
-    """Parts that the stages of the schedule train, in order."""
-    stages = [config.stages.get(label, {}) for label in config.schedule]
-    return tuple(dict.fromkeys(part for stage in stages for part in stage.get("learning_rates", {})))
+def build_conversational(config: Any) -> Experiment:
+    """`build` for a model that answers.
+
+    Raises:
+      ConfigError: also for two towers or a classifier.
+    """
+    experiment = build(config)
+    if not isinstance(experiment, Experiment):
+        name = type(experiment.system.model).__name__
+        raise ConfigError(f"config.decoder: a {name} answers no questions; only cli.train takes it")
+    return experiment
+
+
+def _learning_rates(config: RunConfig) -> StageRates:
+    """Those of the stages of the schedule, with their config paths; what is not a stage is refused by the trainer."""
+    stages = {label: config.stages[label] for label in config.schedule if label in config.stages}
+    paths = {
+        label: f"config.stages.{label}.learning_rates" for label, stage in stages.items() if "learning_rates" in stage
+    }
+    return tuple((path, convert(stages[label].learning_rates, dict[str, float], path)) for label, path in paths.items())
 
 
 def _decoder(section: Any, num_tokens: int, dtypes: Fields) -> Any:

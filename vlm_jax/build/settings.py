@@ -12,9 +12,9 @@ from vlm_jax.types import Grid, RowShape
 SPECIAL_TOKENS = ("pad", "bos", "eos", "image")
 
 
-@dataclasses.dataclass(frozen=True)
-class ProcessorSettings:
-    """`config.processor`: preprocessing of images and text.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelSettings:
+    """`config.processor` of a classifier: preprocessing of images.
 
     Attributes:
       image_size: (height, width) in pixels at full budget, of a tile where there are several; None where
@@ -22,52 +22,12 @@ class ProcessorSettings:
       mean: per channel in [0, 1], subtracted from the pixels.
       std: per channel in [0, 1], divides them.
       filter: resampling filter, a key of `processors.image.FILTERS`.
-      tokenizer: `digits` for the built-in vocabulary of the digit pages, else a tokenizer.json.
-      independent_turns: whether turns of a training row do not attend to each other.
-      tiles: rows and columns of tiles into which an image is divided, each an image for the encoder.
-      thumbnail: whether the whole image, at the size of a tile, follows its tiles.
-      frames: number of evenly spaced frames of a sample's images, which are a clip; else None.
-      special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not <pad> and
-        so on.
-      min_tokens: where the encoder packs images of any size, the minimum visual tokens of an image; a
-        smaller one is enlarged.
     """
 
     image_size: tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     filter: str
-    tokenizer: str
-    independent_turns: bool
-    tiles: Grid = (1, 1)
-    thumbnail: bool = False
-    frames: int | None = None
-    min_tokens: int = 1
-    special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        if min(self.tiles) < 1:
-            raise ConfigError(f"config.processor.tiles: expected rows and columns of at least 1, got {self.tiles}")
-        if self.thumbnail and self.tiles == (1, 1):
-            raise ConfigError("config.processor.thumbnail: needs several tiles; set it to False")
-        check_keys(self.special_tokens, SPECIAL_TOKENS, "config.processor.special_tokens")
-        if self.special_tokens and self.tokenizer == "digits":
-            raise ConfigError("config.processor.special_tokens: the built-in tokenizer has its own; remove them")
-        for key in ("frames", "min_tokens"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"config.processor.{key}: expected at least 1, got {value}")
-
-    def read_tokenizer(self) -> Tokenizer:
-        """The built-in tokenizer, or that of the file.
-
-        Raises:
-          FileNotFoundError, TokenizerError: as `Tokenizer.from_file`.
-        """
-        if self.tokenizer == "digits":
-            return digits_tokenizer()
-        names = {f"{role}_token": self.special_tokens.get(role, f"<{role}>") for role in SPECIAL_TOKENS}
-        return Tokenizer.from_file(self.tokenizer, names)
 
     def pixels(self, channels: int) -> Pixels:
         """Resizing and normalisation.
@@ -88,6 +48,67 @@ class ProcessorSettings:
         if self.filter not in FILTERS:
             raise ConfigError(f"config.processor.filter: expected one of {', '.join(FILTERS)}, got '{self.filter}'")
         return Pixels(self.mean, self.std, FILTERS[self.filter])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageTextSettings(PixelSettings):
+    """`config.processor` of two towers: preprocessing of images and captions.
+
+    Attributes:
+      tokenizer: `digits` for the built-in vocabulary of the digit pages, else a tokenizer.json.
+      special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not <pad> and
+        so on.
+    """
+
+    tokenizer: str
+    special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check_keys(self.special_tokens, SPECIAL_TOKENS, "config.processor.special_tokens")
+        if self.special_tokens and self.tokenizer == "digits":
+            raise ConfigError("config.processor.special_tokens: the built-in tokenizer has its own; remove them")
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The built-in tokenizer, or that of the file.
+
+        Raises:
+          FileNotFoundError, TokenizerError: as `Tokenizer.from_file`.
+        """
+        if self.tokenizer == "digits":
+            return digits_tokenizer()
+        names = {f"{role}_token": self.special_tokens.get(role, f"<{role}>") for role in SPECIAL_TOKENS}
+        return Tokenizer.from_file(self.tokenizer, names)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessorSettings(ImageTextSettings):
+    """`config.processor`: preprocessing of images and text.
+
+    Attributes:
+      independent_turns: whether turns of a training row do not attend to each other.
+      tiles: rows and columns of tiles into which an image is divided, each an image for the encoder.
+      thumbnail: whether the whole image, at the size of a tile, follows its tiles.
+      frames: number of evenly spaced frames of a sample's images, which are a clip; else None.
+      min_tokens: where the encoder packs images of any size, the minimum visual tokens of an image; a
+        smaller one is enlarged.
+    """
+
+    independent_turns: bool
+    tiles: Grid = (1, 1)
+    thumbnail: bool = False
+    frames: int | None = None
+    min_tokens: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.tiles) < 1:
+            raise ConfigError(f"config.processor.tiles: expected rows and columns of at least 1, got {self.tiles}")
+        if self.thumbnail and self.tiles == (1, 1):
+            raise ConfigError("config.processor.thumbnail: needs several tiles; set it to False")
+        for key in ("frames", "min_tokens"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"config.processor.{key}: expected at least 1, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +175,11 @@ class RowSettings:
                 f"of visual tokens, got {kept}"
             )
         return RowShape(self.length, self.images, kept, self.pictures)
+
+    @property
+    def are_single(self) -> bool:
+        """Whether every row has one sample and one length."""
+        return not self.pack and self.buckets == 1
 
     def positions(self, visual: int) -> int:
         """Length of a row with `visual` visual tokens."""

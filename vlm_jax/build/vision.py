@@ -82,7 +82,7 @@ def _tiled(config: RunConfig, settings: ProcessorSettings, channels: int, decode
             "config.processor.min_tokens: is for encoders that pack images of any size; remove the key, or "
             f"choose one of {', '.join(PACKED_ENCODERS)}"
         )
-    encoder = _encoder(config.encoder, "config.encoder", size, dtypes)
+    encoder = build_encoder(config.encoder, "config.encoder", size, dtypes)
     full_grid = encoder.grid(*size)
     num_views = (settings.tiles[0] * settings.tiles[1] + settings.thumbnail) * (settings.frames or 1)
 
@@ -204,7 +204,7 @@ class _NoFields:
     """Settings of a kind without fields."""
 
 
-def _encoder(section: RunConfig, path: str, image_size: tuple[int, int], dtypes: Fields) -> Encoder:
+def build_encoder(section: RunConfig, path: str, image_size: tuple[int, int], dtypes: Fields) -> Encoder:
     """Builds an encoder; a composite one has a section per encoder.
 
     Args:
@@ -224,7 +224,7 @@ def _encoder(section: RunConfig, path: str, image_size: tuple[int, int], dtypes:
     for name in (field for field, hint in hints.items() if hint is ImageEncoder):
         if name not in section or not hasattr(section[name], "items"):
             raise ConfigError(f"{path}.{name}: expected the section of an encoder, with its kind")
-        parts[name] = _encoder(section[name], f"{path}.{name}", image_size, dtypes)
+        parts[name] = build_encoder(section[name], f"{path}.{name}", image_size, dtypes)
     rest = {key: section[key] for key in section if key not in parts}
     if rest.get("combine") == "tuple":
         raise ConfigError(

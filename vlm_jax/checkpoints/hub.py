@@ -5,6 +5,7 @@ safetensors file only the indexed slice. Formats that can run code when they are
 `.bin`, `.pt`, pickled arrays) raise an error.
 """
 
+import functools
 import math
 import os
 import re
@@ -225,30 +226,29 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
     start = path.stat().st_size - sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     found = {}
     for key, (shape, dtype) in tensors.items():
-        found[key] = LazyTensor(shape, dtype, _safetensors_reader(path, key, shape, dtype, start), by_rows=True)
+        found[key] = LazyTensor(
+            shape, dtype, functools.partial(_read_rows, path, key, shape, dtype, start), by_rows=True
+        )
         start += found[key].nbytes
     return found
 
 
-def _safetensors_reader(
-    path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, start: int
-) -> Callable[[Selection], np.ndarray]:
-    def read(index: Selection) -> np.ndarray:
-        """Reads rows directly; a memory-mapped file would keep them in memory."""
-        first, stop = 0, shape[0] if shape else 1
-        rest: list[slice] = []
-        if isinstance(index, tuple) and index:
-            rows, *rest = index
-            first, stop, _ = rows.indices(shape[0])
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        size = max(0, stop - first) * row_bytes
-        stored = np.fromfile(path, np.uint8, size, offset=start + first * row_bytes)
-        if stored.size != size:
-            raise CheckpointFileError(f"{key} of {_damaged(path, EOFError('the file was truncated'))}")
-        array = stored.view(dtype)
-        return array.reshape(max(0, stop - first), *shape[1:])[(slice(None), *rest)] if shape else array.reshape(())
-
-    return read
+def _read_rows(
+    path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype, start: int, index: Selection
+) -> np.ndarray:
+    """Reads rows of a tensor, which begins at byte `start`; a memory-mapped file would keep them in memory."""
+    first, stop = 0, shape[0] if shape else 1
+    rest: list[slice] = []
+    if isinstance(index, tuple) and index:
+        rows, *rest = index
+        first, stop, _ = rows.indices(shape[0])
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    size = max(0, stop - first) * row_bytes
+    stored = np.fromfile(path, np.uint8, size, offset=start + first * row_bytes)
+    if stored.size != size:
+        raise CheckpointFileError(f"{key} of {_damaged(path, EOFError('the file was truncated'))}")
+    array = stored.view(dtype)
+    return array.reshape(max(0, stop - first), *shape[1:])[(slice(None), *rest)] if shape else array.reshape(())
 
 
 def _open_index(path: Path) -> dict[str, LazyTensor]:

@@ -1,5 +1,6 @@
 """Import of parameters from a release, and export to a release, by a table of rules."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.checkpoints import placement
-from vlm_jax.checkpoints.plan import Step, export_plan, flatten, plan
+from vlm_jax.checkpoints.plan import Step, export_plan, plan
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, matching
+from vlm_jax.leaves import flatten
 from vlm_jax.types import Dtype, Params, Tree
 
 
@@ -115,17 +117,24 @@ def _reader(step: Step, source: Mapping[str, SourceTensor], wanted: Sequence[int
     corner = op.source_index(tuple(slice(i, i + 1) for i in range(rank)))
     if len(step.rule.sources) > 1 and len(step.rule.targets) > 1:
         corner = None
+    return functools.partial(_read, step, source, wanted), corner[0].start if corner else None
 
-    def read(position: placement.Position, block: placement.Block | None) -> list[np.ndarray]:
-        keys = step.sources[position]
-        if block is None:
-            made = op(*(np.asarray(source[key][...]) for key in keys))
-        else:
-            part = op.source_index(tuple(slice(r.start, r.stop) for r in block))
-            made = op(*[np.asarray(source[keys[0]][part])] * len(keys))  # stored several times, read once
-        return [made[i] for i in wanted]
 
-    return read, corner[0].start if corner else None
+def _read(
+    step: Step,
+    source: Mapping[str, SourceTensor],
+    wanted: Sequence[int],
+    position: placement.Position,
+    block: placement.Block | None,
+) -> list[np.ndarray]:
+    """A block of the `wanted` targets of one position of a step, or the whole of them."""
+    op, keys = step.rule.op, step.sources[position]
+    if block is None:
+        made = op(*(np.asarray(source[key][...]) for key in keys))
+    else:
+        part = op.source_index(tuple(slice(r.start, r.stop) for r in block))
+        made = op(*[np.asarray(source[keys[0]][part])] * len(keys))  # stored several times, read once
+    return [made[i] for i in wanted]
 
 
 def _shape_of(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

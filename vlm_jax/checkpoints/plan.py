@@ -8,13 +8,13 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch, Nearest
 from vlm_jax.checkpoints.ops import Shape
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, expand, matcher, matching, placeholders
+from vlm_jax.leaves import flatten
 from vlm_jax.types import Config, Dtype, Tree
 
 
@@ -257,16 +257,3 @@ def _at(target: str, rule: Rule, values: Mapping[str, int]) -> str:
 
 def _entry(path: str, position: tuple[int, ...]) -> str:
     return f"{path}[{', '.join(map(str, position))}]" if position else path
-
-
-def flatten(tree: Tree) -> list[tuple[str, Tree]]:
-    """(path, leaf) in tree order, without path entries for boxes of axis names."""
-    named = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        parts = [str(getattr(part, "key", getattr(part, "idx", None))) for part in path if not _is_box(part)]
-        named.append(("/".join(parts), leaf))
-    return named
-
-
-def _is_box(part: Tree) -> bool:
-    return isinstance(part, jax.tree_util.GetAttrKey) and part.name == "value"

@@ -7,11 +7,10 @@ import rich.console
 import rich.progress
 from absl import flags
 
-from vlm_jax.build import PARTS, build
-from vlm_jax.build.settings import EvaluationSettings
+from vlm_jax.build import build
 from vlm_jax.cli import command
 from vlm_jax.config import parse
-from vlm_jax.evals.vqa import accuracy, answer_all, realised_tokens, tokens_left
+from vlm_jax.evals.evaluation import evaluation_of
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.loop import Trainer
@@ -20,16 +19,15 @@ from vlm_jax.train.workdir import write_whole
 INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,
-    "Initial parameters of encoder, connector and decoder: a folder that cli.convert wrote, or the "
-    "checkpoints of another run.",
+    "Initial parameters of the parts of the model: a folder that cli.convert wrote, or the checkpoints of another run.",
 )
 
 
 def main() -> None:
     """Trains every stage of a config, then evaluates; writes `metrics.jsonl` and `evaluation.json`."""
     config, workdir = command.CONFIG.value, command.workdir()
-    evaluation = parse(EvaluationSettings, config.evaluation, "config.evaluation")
     experiment = build(config)
+    evaluation = evaluation_of(experiment, config.evaluation)
     mesh = make_mesh(parse(MeshSettings, config.mesh, "config.mesh"))
     console = rich.console.Console()
     with rich.progress.Progress(console=console) as bar:
@@ -38,19 +36,16 @@ def main() -> None:
         def progress(step, steps, metrics):
             bar.update(task, total=steps, completed=step, description=f"{metrics['stage']} {metrics['loss']:.3f}")
 
-        start: Any = {"init_from": INIT_FROM.value, "init_parts": PARTS}
+        start: Any = {"init_from": INIT_FROM.value, "init_parts": experiment.parts}
         outcome = Trainer(config, experiment, mesh, workdir, progress=progress, **start).run()
-    samples = experiment.open_source().evaluation(config.seed)
-    answers = answer_all(experiment, outcome.params, samples, evaluation)
-    table, tokens = accuracy(answers), realised_tokens(answers)
+    samples = experiment.open_source().evaluation(config.seed, evaluation.stream)
+    report = evaluation.run(outcome.params, samples)
     if is_primary():
-        result = {"accuracy": table, "token_budget": config.token_budget, "num_visual_tokens": tokens}
-        # The tokens that enter the decoder are above; a reducer inside it keeps fewer.
-        left, mean = tokens_left(experiment.system.model, answers)
-        result |= {"visual_tokens_left": left, "mean_visual_tokens": mean}
+        result = {"accuracy": report.accuracy, "token_budget": config.token_budget, **report.further}
         write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    console.print(f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most")
-    for name, entry in table.items():
+    if tokens := report.further.get("num_visual_tokens"):
+        console.print(f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most")
+    for name, entry in report.accuracy.items():
         console.print(f"{name}: {entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, n={entry['n']})")
 
 

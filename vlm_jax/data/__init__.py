@@ -9,8 +9,8 @@ A source is selected by its kind in `SOURCES`, whose entries are settings classe
     source.sized(stream, seed)          # the same stream, and the sizes of its samples before pixels are decoded
     source.evaluation(seed, stream)     # finite, fixed by seed, can be iterated again
 
-The streams "questions" and "text_pages" yield `Sample`s, which a processor maps to `Batch`es of
-one row; "cells" yields `CellBatch`es of one page. `loader.batches` and `loader.batch_at` join them:
+The stream "cells" yields `CellBatch`es of one page, all others yield `Sample`s, which a processor maps to batches of
+one row. `loader.batches` and `loader.batch_at` join them:
 
     rows = source.train("questions", seed).map(processor)
     iterator = batches(rows, batch_size, shard_index=jax.process_index(), shard_count=jax.process_count())
@@ -18,8 +18,8 @@ one row; "cells" yields `CellBatch`es of one page. `loader.batches` and `loader.
 
 | kind | streams | what it is |
 |---|---|---|
-| digits | questions, text_pages, cells | pages composed of real handwritten digits, no file needed |
-| conversations | questions | files of conversations about pictures and videos, in the common formats; mixtures |
+| digits | questions, text_pages, cells, captions | pages composed of real handwritten digits, no file needed |
+| conversations | questions, captions, preferences | files of conversations about pictures and videos; mixtures |
 
 An image that cannot be read is skipped by the source, up to a limit, and replaced by the next
 record: the numbering of elements and the batches of other hosts do not change.

@@ -27,7 +27,8 @@ from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of
 
 Found = TypeVar("Found")
 
-STREAMS = ("questions",)
+# One file has them all: a caption is the last answer of a record with one picture, a preference is one of two answers.
+STREAMS = ("questions", "captions", "preferences")
 _log = logging.getLogger(__name__)
 
 
@@ -198,7 +199,7 @@ class Records:
         if images is None or self._video_sizes(record) is None:
             return None
         videos = tuple(media.content(video) for video in record.videos)
-        return Sample(self._name(record), record.messages, images, record.task, videos)
+        return Sample(self._name(record), record.messages, images, record.task, videos, record.rejected)
 
     def sizes(self, index: int) -> SampleSizes | None:
         """The sample at `index` without its pixels, or None if the header of an image or video cannot be read.

@@ -5,6 +5,7 @@ Streams:
   text_pages: the same questions without an image: the page's digits in reading order precede the first question,
     and `locate` is omitted, because text has no boxes.
   cells: `CellBatch`es of one page, for training only an encoder.
+  captions: samples with one image and its caption, the page's digits in reading order.
 
 Element i of a training stream depends only on (seed, stream, i).
 """
@@ -22,7 +23,7 @@ from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, SizedStream, Tools
 from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
 
-STREAMS = ("questions", "text_pages", "cells")
+STREAMS = ("questions", "text_pages", "cells", "captions")
 # First key of every generator, so that different uses of a seed generate different pages.
 TRAIN_KEY, TEST_KEY = 0, 1
 
@@ -42,7 +43,7 @@ class Digits:
       turns_per_page: questions about one page, in training.
       text_scales: sides of the square of characters that represents a cell in `text_pages`, sampled for
         each page.
-      evaluation_size: evaluation samples per task (and pages of the stream `cells`).
+      evaluation_size: evaluation samples per task (and pages of the streams `cells` and `captions`).
       augment: whether training pages are augmented with warps, paler ink and noise; test pages never are.
       variants: warped copies of every scan, with `augment`.
       intensity: maximum loss of ink of a page, a fraction, with `augment`.
@@ -132,7 +133,7 @@ class DigitSource:
         """An endless stream of training pages.
 
         Args:
-          stream: "questions", "text_pages" or "cells".
+          stream: "questions", "text_pages", "cells" or "captions".
           seed: 0 or more.
 
         Returns:
@@ -150,6 +151,8 @@ class DigitSource:
             page = self._train_pages.compose(rng)
             if stream == "cells":
                 return self._cells(page)
+            if stream == "captions":
+                return _captioned(f"digits/train/{seed}/{index}", page)
             turns = self.settings.turns_per_page
             # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
             # the length of its row, as close to the weights as possible.
@@ -178,22 +181,24 @@ class DigitSource:
 
         Returns:
           `evaluation_size` samples of one turn for every task, task by task, each with a separate
-          page; or as many CellBatches with B = 1.
+          page; or as many CellBatches with B = 1, or captioned pages.
 
         Raises:
           ConfigError: as for `train`.
         """
         elements = []
-        for task in self._tasks_of(stream) if stream != "cells" else ("cells",):
+        for task in self._tasks_of(stream) if stream not in ("cells", "captions") else (stream,):
             # Keyed by the task's index among all tasks: omitting one does not change the others.
             place = TASKS.index(task) if task in TASKS else len(TASKS)
             for index in range(self.settings.evaluation_size):
                 rng = np.random.default_rng((TEST_KEY, seed, STREAMS.index(stream), place, index))
                 page = self._test_pages.compose(rng)
+                name = f"digits/test/{seed}/{task}/{index}"
                 if stream == "cells":
                     elements.append(self._cells(page))
+                elif stream == "captions":
+                    elements.append(_captioned(name, page))
                 else:
-                    name = f"digits/test/{seed}/{task}/{index}"
                     elements.append(self._sample(name, stream, page, [(task, rng.random(3).tolist())]))
         return elements
 
@@ -225,3 +230,9 @@ class DigitSource:
             classes=page.classes[None].astype(np.int32),
             boxes=(page.boxes / (width, height, width, height))[None].astype(np.float32),
         )
+
+
+def _captioned(name: str, page: Page) -> Sample:
+    caption = digits_in_reading_order(page)
+    messages = ({"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": caption})
+    return Sample(name, messages, (page.pixels,), "caption")

@@ -15,9 +15,10 @@ import numpy as np
 from absl import flags
 
 from vlm_jax.config import ConfigError
-from vlm_jax.types import Batch, CellBatch, Tree
+from vlm_jax.types import Batch, CellBatch, DistilledBatch, ImageTextBatch, Tree
 
-Rows = TypeVar("Rows", Batch, CellBatch)
+AnyBatch = Batch | CellBatch | DistilledBatch | ImageTextBatch
+Rows = TypeVar("Rows", Batch, CellBatch, DistilledBatch, ImageTextBatch)
 
 
 def join(rows: Sequence[Rows]) -> Rows:
@@ -68,7 +69,7 @@ class _Batches:
     def __len__(self) -> int:
         return len(self._dataset) // self._batch_size
 
-    def __getitem__(self, index: int) -> Batch | CellBatch:
+    def __getitem__(self, index: int) -> AnyBatch:
         first = index * self._batch_size + self._offset
         rows: list[Tree] = [self._dataset[element] for element in range(first, first + self._part)]
         return join(rows)
@@ -76,7 +77,7 @@ class _Batches:
 
 def batch_at(
     dataset: grain.MapDataset, batch_size: int, step: int, *, shard_index: int = 0, shard_count: int = 1
-) -> Batch | CellBatch:
+) -> AnyBatch:
     """Batch number `step` (from 0), equal to the one that `batches` yields at that step.
 
     Args:

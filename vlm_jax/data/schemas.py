@@ -7,6 +7,7 @@ The key with the turns tells the schema; schemas may be mixed in one file.
 | `conversations` | LLaVA, Qwen: `[{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]` |
 | `messages` | OpenAI, TRL and LLaMA-Factory: `[{"role": "user", "content": …}, {"role": "assistant", "content": …}]` |
 | `prompt`, `completion` | TRL: texts, or lists of messages, of which those of the completion are learned |
+| `chosen`, `rejected` | TRL: two completions of a `prompt`, or two conversations that begin alike |
 | `texts` | Cauldron and FineVision: `[{"user": "what is it?", "assistant": "a cat"}]` |
 | `turns` | independent questions about the same pictures: `[["what is it?", "a cat"], ["its colour?", "grey"]]` |
 | `question`, `answer` | one such question |
@@ -58,6 +59,7 @@ class Record:
       task: determines the metric of its answers.
       messages: a user's content is a list of items `image`, `video` and `text`, any other content is a text.
       independent: whether every question is to be asked by itself.
+      rejected: the conversation to which `messages` is preferred; empty without one.
     """
 
     record_id: str | None
@@ -66,6 +68,7 @@ class Record:
     task: str
     messages: tuple[Message, ...]
     independent: bool = False
+    rejected: tuple[Message, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,19 @@ class Reader:
         if task not in self.tasks:
             raise ValueError(f"task {task!r} is not one of config.data.tasks: {', '.join(self.tasks)}")
         files = {kind: self._files(fields, kind) for kind in KINDS}
-        turns = SCHEMAS[schema](self, fields)
+        rejected = ()
+        if schema == "chosen":
+            others = {kind: list(of_kind) for kind, of_kind in files.items()}
+            rejected = self._messages("rejected", _completion(self, fields, "rejected"), fields, others)
+        messages = self._messages(schema, SCHEMAS[schema](self, fields), fields, files)
+        name = None if record_id is None else str(record_id)
+        independent = schema in ("turns", "question")
+        return Record(name, tuple(files["image"]), tuple(files["video"]), task, messages, independent, rejected)
+
+    def _messages(
+        self, schema: str, turns: list[Turn], fields: Fields, files: dict[str, list[Media]]
+    ) -> tuple[Message, ...]:
+        """The messages of turns, to whose items `files` are assigned, or from whose items they are taken."""
         system = fields.get("system")
         if system:
             if not isinstance(system, str):
@@ -107,13 +122,12 @@ class Reader:
         self._check_roles(schema, turns)
         for kind, of_kind in files.items():
             self._place(schema, turns, kind, of_kind)
-        name = None if record_id is None else str(record_id)
-        messages = tuple(_message(turn) for turn in turns)
-        independent = schema in ("turns", "question")
-        return Record(name, tuple(files["image"]), tuple(files["video"]), task, messages, independent)
+        return tuple(_message(turn) for turn in turns)
 
     def _schema(self, fields: Fields) -> str:
         found = [key for key in SCHEMAS if key in fields]
+        if "chosen" in found and "prompt" in found:
+            found.remove("prompt")
         if len(found) > 1 and "caption" in found:
             found.remove("caption")
             self.notes.ignored["caption"] += 1
@@ -122,12 +136,14 @@ class Reader:
                 near = misspelt(name, KEYS)
                 if name not in KEYS and near is not None:
                     raise ValueError(f"unknown key '{name}'; did you mean '{near}'?")
-            partner = "prompt" if "completion" in fields else "question" if "answer" in fields else None
+            partner = next((PARTNERS[key] for key in PARTNERS if key in fields), None)
             if partner is not None:
                 raise ValueError(f"key '{partner}' is missing")
             raise ValueError(
                 f"no key with turns: expected one of {', '.join(SCHEMAS)}, got {', '.join(fields) or 'none'}"
             )
+        if "rejected" in fields and "chosen" not in fields:
+            raise ValueError("key 'chosen' is missing")
         rest = [key for key in ("completion", "answer") if key in fields and PARTNERS[key] not in found]
         if len(found) > 1 or rest:
             raise ValueError(f"both '{found[0]}' and '{(found[1:] + rest)[0]}' are given; keep one")
@@ -303,19 +319,47 @@ def _messages(reader: Reader, fields: Fields) -> list[Turn]:
 
 
 def _prompt(reader: Reader, fields: Fields) -> list[Turn]:
-    """TRL's prompt and completion; answers inside of the prompt are not learned, unless they say so."""
+    """TRL's prompt and completion."""
     if "completion" not in fields:
         raise ValueError("key 'completion' is missing")
-    turns: list[Turn] = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        given = fields[name]
-        if isinstance(given, str):
-            turns.append((role, reader.items(name, role, given), {}))
-        else:
-            turns += reader.dialogue(name, given)
-        if name == "prompt":
-            turns = [(who, said, {"loss": False, **more} if who == "assistant" else more) for who, said, more in turns]
-    return turns
+    return _completion(reader, fields, "completion")
+
+
+def _chosen(reader: Reader, fields: Fields) -> list[Turn]:
+    """The better one of TRL's pairs."""
+    return _completion(reader, fields, "chosen")
+
+
+def _completion(reader: Reader, fields: Fields, name: str) -> list[Turn]:
+    """A prompt and what answers it; answers inside of the prompt are not learned, unless they say so.
+
+    Args:
+      reader: of the file.
+      fields: `prompt`, and `name`. Without a prompt, `chosen` and `rejected` are conversations: it is the turns that
+        they begin with alike.
+      name: of the key of the completion.
+    """
+    if name not in fields:
+        raise ValueError(f"key '{name}' is missing")
+    if "prompt" in fields:
+        turns = _said(reader, fields, "prompt", "user")
+        count, turns = len(turns), turns + _said(reader, fields, name, "assistant")
+    elif not isinstance(fields[name], list):
+        raise ValueError(f"{name}: expected a list of turns, or a text with the key 'prompt', got {fields[name]!r}")
+    else:
+        pair = (fields["chosen"], fields.get("rejected"))
+        alike = [one == other for one, other in zip(*pair, strict=False)] if isinstance(pair[1], list) else []
+        turns, count = reader.dialogue(name, fields[name]), [*alike, False].index(False)
+    return [
+        (who, said, {"loss": False, **more} if who == "assistant" and place < count else more)
+        for place, (who, said, more) in enumerate(turns)
+    ]
+
+
+def _said(reader: Reader, fields: Fields, name: str, role: str) -> list[Turn]:
+    """A text of one role, or a list of turns."""
+    given = fields[name]
+    return [(role, reader.items(name, role, given), {})] if isinstance(given, str) else reader.dialogue(name, given)
 
 
 def _texts(reader: Reader, fields: Fields) -> list[Turn]:
@@ -370,10 +414,11 @@ SCHEMAS: dict[str, Callable[[Reader, Fields], list[Turn]]] = {
     "conversations": _conversations,
     "messages": _messages,
     "prompt": _prompt,
+    "chosen": _chosen,
     "texts": _texts,
     "turns": _questions,
     "question": _questions,
     "caption": _caption,
 }
-PARTNERS = {"completion": "prompt", "answer": "question"}
+PARTNERS = {"completion": "prompt", "answer": "question", "rejected": "chosen"}
 KEYS = (*COMMON, *SCHEMAS, *PARTNERS)

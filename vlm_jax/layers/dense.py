@@ -1,5 +1,6 @@
 """Parameters with logical axes: every parameter of the package is created through these helpers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,11 +31,11 @@ class Named(nn.LogicallyPartitioned):
 
 def with_axes(init: Initializer, *names: str) -> Initializer:
     """An initialiser whose parameter has one logical axis name per dimension."""
+    return functools.partial(_boxed, init, names)  # a function in here would be checked anew for every parameter
 
-    def boxed(*args: Any, **kwargs: Any) -> Named:
-        return Named(init(*args, **kwargs), names)
 
-    return boxed
+def _boxed(init: Initializer, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Named:
+    return Named(init(*args, **kwargs), names)
 
 
 class Dense(nn.Module):

@@ -59,12 +59,25 @@ def head_cross_entropy(
 
     Source: z-loss as in Chowdhery et al. 2022 (PaLM), section 5.
     """
+    return _weighted(*head_losses(hidden, kernel, targets, blocks=blocks), weights, z_loss)
+
+
+def head_losses(
+    hidden: Float[Array, "B T D"],
+    kernel: Float[Array, "V D"] | Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    *,
+    blocks: Blocks,
+) -> PerPosition:
+    """Cross entropy, 1.0 where the largest logit is the target's, and logsumexp of every position, in float32.
+
+    Arguments are those of `head_cross_entropy`.
+    """
     if blocks.count(kernel.shape[blocks.vocab_axis]) > 1:
-        losses, correct, logsumexp = cast(PerPosition, losses_in_blocks(hidden, kernel, targets, blocks))
-        return _weighted(losses, correct, logsumexp, weights, z_loss)
+        return cast(PerPosition, losses_in_blocks(hidden, kernel, targets, blocks))
     product = "btd,vd->btv" if blocks.vocab_axis == 0 else "btd,dv->btv"
     logits = jnp.einsum(product, hidden.astype(blocks.dtype), kernel.astype(blocks.dtype))
-    return _weighted(*_per_position(logits, targets), weights, z_loss)
+    return _per_position(logits, targets)
 
 
 def _weighted(

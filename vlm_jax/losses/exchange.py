@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
@@ -170,7 +170,7 @@ def device_loss(
 
 def distributed(
     loss: str,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     axis: Axis = "data",
     *,
     exchange: str = "ring",

@@ -84,7 +84,16 @@ class TwoTower(nn.Module):
     def __call__(
         self, images: Float[Array, "B height width channels"] | PackedPatches, tokens: Int[Array, "B2 T"]
     ) -> Embeddings:
-        """Embeddings of B images and B2 texts."""
+        """Embeddings of B images and B2 texts.
+
+        Raises:
+          ValueError: the image tower does not pool, or the towers' vectors have different widths.
+        """
         image, text = normalise(self.encode_image(images)), normalise(self.encode_text(tokens))
+        if image.shape[-1] != text.shape[-1]:
+            raise ValueError(
+                f"the towers' vectors have widths {image.shape[-1]} (images) and {text.shape[-1]} (texts); set "
+                "projection_dim of both to one number"
+            )
         bias = jnp.zeros((), jnp.float32) if self.initial_bias is None else self.bias
         return Embeddings(image, text, jnp.exp(self.log_scale), bias)

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each part of the model."""
+"""AdamW with a learning rate for each parameter."""
 
 import dataclasses
 import functools
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vlm_jax.config import ConfigError, choose
+from vlm_jax.leaves import flatten, map_with_path
 from vlm_jax.types import Dtype, Tree
 
 MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -26,7 +28,7 @@ class OptimizerSettings:
       b2: decay of the second moment.
       epsilon: added to the root of the second moment.
       weight_decay: decoupled decay of matrices; vectors, norms and biases have none.
-      clip_norm: maximum global norm of the gradient over all trained parts.
+      clip_norm: maximum global norm of the gradient over all trained parameters.
       final_scale: final learning rate of the cosine as a share of the peak.
       first_moment: dtype in which the first moment is kept, `float32` or `bfloat16`; arithmetic is in float32.
       second_moment: dtype in which the second moment is kept, likewise.
@@ -70,13 +72,14 @@ def decays(path: tuple) -> bool:
 
 
 def adamw(
-    settings: OptimizerSettings, learning_rates: Mapping[str, float], warmup_steps: int, steps: int
+    settings: OptimizerSettings, rates: Mapping[str, float | tuple[float, ...]], warmup_steps: int, steps: int
 ) -> optax.GradientTransformation:
-    """AdamW over a tree {part: parameters}; clipping, moments and updates are in float32 for parameters of any dtype.
+    """AdamW over a tree of parameters; clipping, moments and updates are in float32 for parameters of any dtype.
 
     Args:
       settings: moments, decay and clipping.
-      learning_rates: peak learning rate of each part of the tree.
+      rates: peak learning rate of every parameter, by path, as from `optim.patterns.leaf_rates`; several are those of
+        the slices of its first axis.
       warmup_steps: steps of linear warm-up.
       steps: all steps of the stage.
 
@@ -85,35 +88,49 @@ def adamw(
 
     Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2.
     """
-    return _adamw(settings, tuple(learning_rates.items()), warmup_steps, steps)
+    return _adamw(settings, tuple(sorted(rates.items())), warmup_steps, steps)
 
 
 @functools.lru_cache(maxsize=64)  # equal optimizers are one object, so that equal steps are compiled once
 def _adamw(
-    settings: OptimizerSettings, learning_rates: tuple[tuple[str, float], ...], warmup_steps: int, steps: int
+    settings: OptimizerSettings,
+    rates: tuple[tuple[str, float | tuple[float, ...]], ...],
+    warmup_steps: int,
+    steps: int,
 ) -> optax.GradientTransformation:
     if warmup_steps >= steps:
         raise ConfigError(f"warmup_steps: expected fewer than the {steps} steps of the stage, got {warmup_steps}")
-
-    def one(peak: float) -> optax.GradientTransformation:
-        return optax.chain(
+    return _in_float32(
+        optax.chain(
+            optax.clip_by_global_norm(settings.clip_norm),
             _scale_by_adam(settings),
             optax.add_decayed_weights(
                 settings.weight_decay,
                 mask=lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: decays(path), tree),
             ),
-            optax.scale_by_learning_rate(schedule(peak, warmup_steps, steps, settings.final_scale)),
-        )
-
-    def labels(tree):
-        return {part: jax.tree.map(lambda _, label=part: label, subtree) for part, subtree in tree.items()}
-
-    return _in_float32(
-        optax.chain(
-            optax.clip_by_global_norm(settings.clip_norm),
-            optax.partition({part: one(peak) for part, peak in learning_rates}, labels),
+            optax.scale_by_schedule(schedule(1.0, warmup_steps, steps, settings.final_scale)),
+            _scale_by_rates(dict(rates)),
         )
     )
+
+
+def _scale_by_rates(rates: Mapping[str, float | tuple[float, ...]]) -> optax.GradientTransformation:
+    """Multiplies every update by minus the peak rate of its parameter."""
+
+    def scaled(path: str, update: jax.Array) -> jax.Array:
+        rate = np.float32(rates[path])
+        return -rate.reshape(rate.shape + (1,) * (update.ndim - rate.ndim)) * update
+
+    def init(params: Tree) -> Tree:
+        if missing := [path for path, _ in flatten(params) if path not in rates]:
+            raise ValueError(f"no learning rate for {', '.join(missing)}")
+        return optax.EmptyState()
+
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        del params
+        return map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _scale_by_adam(settings: OptimizerSettings) -> optax.GradientTransformation:

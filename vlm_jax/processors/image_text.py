@@ -1,6 +1,7 @@
 """Images and texts for two-tower models and classifiers, without conversations."""
 
 import dataclasses
+import functools
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ class ImageInputs(Protocol):
     """Preprocessing of images for an image tower."""
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B height width channels"] | PackedPatches:
-        """Prepares all images, at least one, in RGB."""
+        """Prepares all images, at least one, in the mode of the processor's channels."""
         ...
 
 
@@ -179,11 +180,13 @@ class ImageTextProcessor:
       images: None where the model takes no images.
       texts: None where it takes no texts.
       max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
+      channels: of the images: 1 for grey, 3 for RGB.
     """
 
     images: ImageInputs | None
     texts: Texts | None = None
     max_pixels: int = 100_000_000
+    channels: int = 3
 
     def __call__(self, images: Sequence[Picture] = (), texts: Sequence[str] = ()) -> ImageTextBatch:
         """Preprocesses any number of images and texts.
@@ -204,9 +207,8 @@ class ImageTextProcessor:
                 raise PictureMismatch(f"this model takes no {what}, got {len(given)}")
         if not images and not texts:
             raise PictureMismatch("expected images or texts, got none; pass images=[…], texts=[…] or both")
-        pictures = [
-            to_picture(image, max_pixels=self.max_pixels, name=f"image {number}") for number, image in enumerate(images)
-        ]
+        read = functools.partial(to_picture, max_pixels=self.max_pixels, mode="L" if self.channels == 1 else "RGB")
+        pictures = [read(image, name=f"image {number}") for number, image in enumerate(images)]
         return ImageTextBatch(
             self.images(pictures) if self.images is not None and pictures else None,
             self.texts(texts) if self.texts is not None and texts else None,

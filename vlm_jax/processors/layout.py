@@ -5,6 +5,7 @@ a row of the visual table, which this file writes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -94,12 +95,7 @@ def lay_out(
     if count > length:
         raise ValueError(f"{count} positions do not fit in a row of {length}")
     start = 0 if pad_side == "right" else length - count
-
-    def written(parts: Sequence[np.ndarray], fill: int, dtype: type = np.int32) -> np.ndarray:
-        row = np.full((1, length, *parts[0].shape[1:]), fill, dtype)
-        row[0, start : start + count] = np.concatenate(parts)
-        return row
-
+    written = functools.partial(_written, length, start)
     branches = [segment.branches for segment in segments]
     return Batch(
         tokens=written([segment.ids for segment in segments], pad_id),
@@ -114,6 +110,14 @@ def lay_out(
         loss_weights=written([_next(segment.learned, 0) for segment in segments], 0, np.float32),
         visual_positions=np.concatenate(before)[None] if (before := [x for s in segments for x in s.before]) else None,
     )
+
+
+def _written(length: int, start: int, parts: Sequence[np.ndarray], fill: int, dtype: type = np.int32) -> np.ndarray:
+    """A row [1, length] with the parts one after another from `start` on."""
+    values = np.concatenate(parts)
+    row = np.full((1, length, *values.shape[1:]), fill, dtype)
+    row[0, start : start + len(values)] = values
+    return row
 
 
 class _Segment:

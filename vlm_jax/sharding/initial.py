@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from vlm_jax.leaves import map_with_path
 from vlm_jax.sharding.rules import shardings, use_mesh
 from vlm_jax.types import Params, Tree
 
@@ -44,17 +45,17 @@ def boxed_shapes(init: Init) -> Params:
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def in_float32(params: Params, parts: Collection[str]) -> Params:
-    """Parameters {part: tree}, or their shapes, with those of some parts in float32: master weights."""
+def in_float32(params: Params, paths: Collection[str]) -> Params:
+    """Parameters, or their shapes, with those at some paths in float32: master weights."""
 
-    def cast(leaf: Any) -> Any:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    def cast(path: str, leaf: Any) -> Any:
+        if path not in paths or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf.update(dtype=jnp.float32)
         return leaf.astype(jnp.float32)
 
-    return {part: jax.tree.map(cast, tree) if part in parts else tree for part, tree in params.items()}
+    return map_with_path(cast, params) if paths else params
 
 
 def draw(init: Init, key: jax.Array, parts: Sequence[str], mesh: Mesh | None) -> Params:

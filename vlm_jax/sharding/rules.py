@@ -1,7 +1,7 @@
 """Rules from logical axes to mesh axes; the first applicable rule of a name is used."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from flax import linen as nn
@@ -100,6 +100,24 @@ def mesh_of(params: Params) -> Mesh | None:
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
             return sharding.mesh
     return None
+
+
+def replicated(function: Callable[..., Tree], mesh: Mesh | None) -> Callable[..., Tree]:
+    """Compiles a function whose result every process holds whole.
+
+    Args:
+      function: of parameters and host arrays, which are the same in every process.
+      mesh: of the parameters; None where they are on one device.
+    """
+    if mesh is None:
+        return jax.jit(function)
+    compiled = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def call(*arguments: Tree) -> Tree:
+        with use_mesh(mesh):
+            return compiled(*arguments)
+
+    return call
 
 
 def distribute(batch: Tree, mesh: Mesh) -> Tree:

@@ -7,8 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vlm_jax.build import CELL_HEAD, Experiment, build
+from vlm_jax.build import CELL_HEAD, Experiment, build_conversational
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
+from vlm_jax.leaves import flatten
 from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sweep.costs import Costs, costs, first_with_images
 from vlm_jax.sweep.release_points import AS_RELEASED
@@ -74,9 +75,10 @@ def sweep_settings(config: Any) -> SweepSettings:
     check_keys(schedule, config.base.stages, "config.base.schedule")
     own = ["connector" in candidate for candidate in config.candidates.values()]
     for label in settings.shared:
-        if all(own) and "connector" in config.base.stages[label].learning_rates:
+        rates = config.base.stages[label].learning_rates
+        if all(own) and (pattern := next((one for one in rates if one.split("/")[0] == "connector"), None)):
             raise ConfigError(
-                f"config.base.stages.{label}.learning_rates.connector: a shared stage trains no connector where every "
+                f"config.base.stages.{label}.learning_rates.{pattern}: a shared stage trains no connector where every "
                 "candidate has its own"
             )
     return settings
@@ -109,8 +111,10 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
 
     points: dict[str, Point] = {}
     shared: Params = {}
+    trained: set[str] = set()  # parts
     if settings.shared:
-        shared = build(shared_config(config.base, settings.seeds[0], settings.shared)).boxed_shapes()
+        first = build_conversational(shared_config(config.base, settings.seeds[0], settings.shared))
+        shared, trained = first.boxed_shapes(), {path.split("/")[0] for path in first.trained}
     untrained: list[Params] = []  # shapes of what points that train nothing have, each kind once
     for name in config.candidates:
         candidate, path = config.candidates[name], f"config.candidates.{name}"
@@ -130,7 +134,7 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
                         f"{path}.trained_at: the parameters for {trained_at} tokens have other shapes than those for "
                         f"{budget}; choose a connector that nests its budgets, such as matryoshka, or train each"
                     )
-                start = _start(config.base, candidate, settings.shared, experiment)
+                start = _start(candidate, settings.shared, trained, experiment)
                 _check_start(start, training[1].boxed_shapes(), shared, path)
                 trained_as = f"{name}@{AS_RELEASED if trained_at is None else trained_at}{suffix}"
                 if not run.schedule:
@@ -164,17 +168,16 @@ def _made(
     """Config and experiment of a candidate at a budget; errors name both."""
     run = point_config(base, candidate, budget, seed, shared)
     try:
-        return run, build(run)
+        return run, build_conversational(run)
     except ValueError as error:
         tokens = "its released tokens" if budget is None else f"{budget} tokens"
         raise type(error)(f"candidate '{name}' at {tokens}: {error}") from error
 
 
-def _start(base: Any, candidate: Any, shared: tuple[str, ...], experiment: Experiment) -> tuple[str, ...]:
+def _start(candidate: Any, shared: tuple[str, ...], trained: set[str], experiment: Experiment) -> tuple[str, ...]:
     """Parts of a candidate that the shared stages leave it."""
     if not shared:
         return ()
-    trained = {part for label in shared for part in base.stages[label].learning_rates}
     others = trained.difference(("encoder", "decoder"), candidate)
     if experiment.cell_reader is None:
         others.discard(CELL_HEAD)
@@ -183,9 +186,12 @@ def _start(base: Any, candidate: Any, shared: tuple[str, ...], experiment: Exper
 
 def _check_start(start: tuple[str, ...], shapes: Params, shared: Params, path: str) -> None:
     """Whether the parts that a candidate has from the shared stages are of the shapes that these train."""
-    shapes, shared = in_float32(shapes, start), in_float32(shared, start)  # whichever of them trains the part
     for part in start:
-        if shapes[part] != shared[part]:
+        own, given = (
+            in_float32({part: tree[part]}, [path for path, _ in flatten({part: tree[part]})])
+            for tree in (shapes, shared)  # whichever of them trains the part
+        )
+        if own != given:
             raise ConfigError(
                 f"{path}: its {part} has other shapes than that of the shared stages; give the candidate a section "
                 f"{part} of its own and a schedule that trains it, or take the section that changes it out"

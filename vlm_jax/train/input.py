@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import jax
 
-from vlm_jax.build import Experiment
+from vlm_jax.build import AnyExperiment, Experiment
 from vlm_jax.data.loader import batches
 from vlm_jax.data.packing import PackedRows, SingleRows, bucket_of, buckets, fingerprint
 from vlm_jax.data.source import SizedStream
@@ -72,13 +72,13 @@ class Measure:
 
 
 def rows(
-    experiment: Experiment,
+    experiment: AnyExperiment,
     stage: Stage,
     seed: int,
     *,
     folder: str | os.PathLike[str] | None = None,
 ) -> grain.MapDataset[Any]:
-    """The rows of a stage's stream, element i made from (seed, i): samples laid out by the processor.
+    """Batches of one of a stage's stream, element i made from (seed, i) by the stage's objective.
 
     Args:
       experiment: the run's.
@@ -88,12 +88,10 @@ def rows(
     """
     # Worker processes get a copy, which needs no tensors of the checkpoint.
     experiment = dataclasses.replace(experiment, system=dataclasses.replace(experiment.system, release=None))
-    source, settings, stream = experiment.open_source(), experiment.rows, stage.stream
-    if stream == "cells":
-        return source.train(stream, seed)
-    shape = experiment.text_row if stream == "text_pages" else experiment.row
-    if not settings.pack and settings.buckets == 1:
-        return source.train(stream, seed).map(functools.partial(experiment.training_row, shape=shape))
+    source, stream = experiment.open_source(), stage.stream
+    if not isinstance(experiment, Experiment) or not stage.settings.packs or experiment.rows.are_single:
+        return source.train(stream, seed).map(stage.settings.element(experiment, stream))
+    settings, shape = experiment.rows, experiment.text_row if stream == "text_pages" else experiment.row
     sized = source.sized(stream, seed)
     measure = Measure(experiment, sized, shape)
     if settings.pack:
@@ -114,7 +112,7 @@ def rows(
 
 
 def stage_batches(
-    experiment: Experiment,
+    experiment: AnyExperiment,
     stage: Stage,
     seed: int,
     *,

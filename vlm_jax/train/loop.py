@@ -15,16 +15,16 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from vlm_jax.build import Experiment
+from vlm_jax.build import AnyExperiment
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
+from vlm_jax.optim.patterns import describe, leaf_rates
 from vlm_jax.sharding.processes import any_process, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 from vlm_jax.train.input import ROWS, stage_batches
-from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.stages import Span, parse_schedule, span_at
-from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
+from vlm_jax.train.state import Params, TrainState, abstract, init_boxed, split
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
 from vlm_jax.train.workdir import MetricsLog, claim
 from vlm_jax.types import Fields, Tree
@@ -85,7 +85,7 @@ def is_done(metrics: Tree) -> bool:
 
 
 def first_params(
-    experiment: Experiment, mesh: Mesh, seed: int, init_from: epath.PathLike | None, init_parts: Sequence[str]
+    experiment: AnyExperiment, mesh: Mesh, seed: int, init_from: epath.PathLike | None, init_parts: Sequence[str]
 ) -> Params:
     """Parameters on their devices: read from the run that this one starts from, or the release, or drawn.
 
@@ -124,7 +124,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        experiment: Experiment,
+        experiment: AnyExperiment,
         mesh: Mesh,
         workdir: epath.PathLike,
         *,
@@ -138,8 +138,14 @@ class Trainer:
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
-        self._boxed = experiment.boxed_shapes()
         self._check_stages()
+        self._boxed = experiment.boxed_shapes()
+        self._rates = {
+            span.stage.label: leaf_rates(
+                self._boxed, span.stage.learning_rates, span.stage.layer_decay, f"config.stages.{span.stage.label}"
+            )
+            for span in self._spans
+        }
         experiment.open_source()  # faults of the data are named before weights are read
         claim(self.workdir, config)
         self._stop = False
@@ -240,13 +246,14 @@ class Trainer:
         """The stage's program for batches of this structure and shape, compiled into `programs` at the first one."""
         kind = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if kind not in programs:
+            parts = {path.split("/")[0] for path in self._rates[span.stage.label]}
             programs[kind] = compile_step(
                 self._abstract_state(span),
                 batch,
                 self.mesh,
-                objective=OBJECTIVES[span.stage.objective](self.experiment, span.stage),
+                objective=span.stage.settings.build(self.experiment, parts),
                 tx=self._tx(span),
-                trained=tuple(span.stage.learning_rates),
+                trained=frozenset(self._rates[span.stage.label]),
                 accumulate=span.stage.accumulate,
             )
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
@@ -281,27 +288,34 @@ class Trainer:
         return self._enter(span, TrainState(np.zeros((), np.int32), params, None))
 
     def _enter(self, span: Span, state: TrainState) -> TrainState:
-        """The state at the start of a stage: the same parameters, a fresh optimizer."""
-        like = self._abstract_state(span)
+        """The state at the start of a stage: the same parameters, a fresh optimizer, the objective's reference."""
+        like = dataclasses.replace(self._abstract_state(span), reference=None)
         out = jax.tree.map(lambda leaf: leaf.sharding, like)
-        tx, trained = self._tx(span), tuple(span.stage.learning_rates)
+        for line in describe(self._boxed, self._rates[span.stage.label]):
+            _log.info("stage %s: %s", span.stage.label, line)
+        tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
 
         def fresh(step, params):
             return dataclasses.replace(init_boxed(params, tx, trained), step=step)
 
+        reference = span.stage.settings.reference(split(state.params, trained)[0], self.mesh)
         with use_mesh(self.mesh):
-            return jax.jit(fresh, out_shardings=out, donate_argnums=1)(np.full((), span.start, np.int32), state.params)
+            start = np.full((), span.start, np.int32)
+            state = jax.jit(fresh, out_shardings=out, donate_argnums=1)(start, state.params)
+        return dataclasses.replace(state, reference=reference)
 
     def _abstract_state(self, span: Span) -> TrainState:
-        tx, trained = self._tx(span), tuple(span.stage.learning_rates)
-        return abstract(jax.eval_shape(lambda params: init_boxed(params, tx, trained), self._boxed), self.mesh)
+        tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
+        reference = span.stage.settings.reference_shapes(split(self._boxed, trained)[0])
+        like = jax.eval_shape(lambda *boxed: init_boxed(boxed[0], tx, trained, boxed[1]), self._boxed, reference)
+        return abstract(like, self.mesh)
 
     def _param_shardings(self) -> Tree:
         return shardings(self._boxed, self.mesh)
 
     def _tx(self, span: Span):
         stage = span.stage
-        return adamw(self._optimizer, stage.learning_rates, stage.warmup_steps, stage.steps)
+        return adamw(self._optimizer, self._rates[stage.label], stage.warmup_steps, stage.steps)
 
     def _probe_batch(self, span: Span) -> Tree:
         """A batch to compile for when the stage has no step left."""
@@ -315,24 +329,21 @@ class Trainer:
     def _check_stages(self) -> None:
         for span in self._spans:
             stage, path = span.stage, f"config.stages.{span.stage.label}"
-            if stage.objective not in OBJECTIVES:
-                raise ConfigError(
-                    f"{path}.objective: unknown '{stage.objective}'{did_you_mean(stage.objective, OBJECTIVES)}"
-                )
             if stage.stream not in self.experiment.source.streams:
                 streams = self.experiment.source.streams
                 raise ConfigError(f"{path}.stream: unknown '{stage.stream}'{did_you_mean(stage.stream, streams)}")
-            if (stage.stream == "cells") != (stage.objective == "read_cells"):
-                raise ConfigError(f"{path}: the objective read_cells requires the stream cells, and vice versa")
+            if stage.stream not in stage.settings.streams:
+                raise ConfigError(
+                    f"{path}.stream: the objective {stage.objective} takes {' or '.join(stage.settings.streams)}, got "
+                    f"'{stage.stream}'"
+                )
+            stage.settings.check(self.experiment, accumulate=stage.accumulate, path=path)
             size = stage.batch_size // stage.accumulate
             if stage.accumulate > 1 and size % num_shards(self.mesh):
                 raise ConfigError(
                     f"{path}.accumulate: microbatches of {size} rows cannot be divided over {num_shards(self.mesh)} "
                     "shards (data times fsdp of config.mesh); lower accumulate, or raise batch_size"
                 )
-            for part in stage.learning_rates:
-                if part not in self._boxed:
-                    raise ConfigError(f"{path}.learning_rates.{part}: no such part{did_you_mean(part, self._boxed)}")
 
     def _on_sigterm(self, signum: int, frame: types.FrameType | None) -> None:
         del signum, frame

@@ -1,16 +1,21 @@
-"""Stages of a run: their objective, stream and trained parts."""
+"""Stages of a run: their objective, stream and trained parameters."""
 
 import dataclasses
 
-from vlm_jax.config import ConfigError, RunConfig, check_keys, did_you_mean, parse
+from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, did_you_mean, parse
+from vlm_jax.train.objectives import OBJECTIVES
+from vlm_jax.train.objectives.objective import Objective
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage; parts of the model without a learning rate are frozen in it.
+    """One stage; parameters without a learning rate are frozen in it.
+
+    Further keys are those of its objective.
 
     Attributes:
       label: the stage's key under `config.stages`.
+      settings: those of the objective, from its keys.
       objective: a name of `train.objectives.OBJECTIVES`.
       stream: a stream of the data source.
       steps: optimizer steps.
@@ -18,23 +23,24 @@ class Stage:
       accumulate: equal parts of the batch that are computed one after another, in the memory of one; their gradients
         are added. Losses and updates are those of the whole batch, each learned token having the same weight, but for
         random draws, which each part makes of its own, and routers whose balance loss is over a batch.
-      learning_rates: peak learning rate of every trained part.
+      learning_rates: peak learning rate by pattern of parameter paths: a part or a module ("decoder"; all in it), or
+        one with wildcards ("encoder/blocks/*", "decoder/*norm/scale"), where `*` may stand for any characters. The
+        pattern with the most other characters takes precedence. 0 freezes, and so does no pattern; the log counts both.
+      layer_decay: factor of the rates from each layer to the one before it, by part or module; see
+        `optim.patterns.leaf_rates`.
       warmup_steps: linear warm-up, part of `steps`.
-      z_loss: of `next_token`: weight of the mean squared logsumexp of the logits; 1e-4 in PaLM.
-      logits_bytes: of `next_token`: bound of the float32 logits that a device holds at once, in bytes;
-        None for `objectives.LOGITS_BYTES`.
     """
 
     label: str
+    settings: Objective
     objective: str
     stream: str
     steps: int
     batch_size: int
     learning_rates: dict[str, float]
     warmup_steps: int
+    layer_decay: dict[str, float] = dataclasses.field(default_factory=dict)
     accumulate: int = 1
-    z_loss: float = 0.0
-    logits_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +70,8 @@ def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, 
     check_keys(stages, schedule, "config.stages")
     spans, start = [], 0
     for label in schedule:
-        stage = parse(Stage, stages[label], f"config.stages.{label}", label=label)
         path = f"config.stages.{label}"
+        stage = _stage(stages[label], label, path)
         if stage.steps < 1 or stage.batch_size < 1:
             raise ConfigError(f"{path}: expected steps and batch_size of at least 1")
         if stage.accumulate < 1 or stage.batch_size % stage.accumulate:
@@ -74,17 +80,42 @@ def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, 
             )
         if not 0 <= stage.warmup_steps < stage.steps:
             raise ConfigError(f"{path}.warmup_steps: expected fewer than {stage.steps} steps, got {stage.warmup_steps}")
-        if stage.z_loss < 0 or (stage.logits_bytes is not None and stage.logits_bytes < 1):
-            raise ConfigError(f"{path}: expected z_loss of at least 0 and logits_bytes of at least 1")
-        if stage.objective != "next_token" and (stage.z_loss, stage.logits_bytes) != (0.0, None):
-            raise ConfigError(f"{path}: z_loss and logits_bytes are of the objective next_token; remove them")
-        if not stage.learning_rates:
-            raise ConfigError(f"{path}.learning_rates: expected at least one part, got none")
+        if not any(stage.learning_rates.values()) or min(stage.learning_rates.values()) < 0:
+            raise ConfigError(f"{path}.learning_rates: expected at least one above 0, none below, got {_rates(stage)}")
         spans.append(Span(stage, start, start + stage.steps))
         start += stage.steps
     return tuple(spans)
 
 
+def _stage(section: RunConfig, label: str, path: str) -> Stage:
+    """The stage of a section, whose keys are those of `Stage` and of its objective's settings."""
+    if "objective" not in section:
+        raise ConfigError(f"{path}.objective: missing; expected one of {', '.join(OBJECTIVES)}")
+    kind = choose(OBJECTIVES, section["objective"], f"{path}.objective")
+    shared = {field.name for field in dataclasses.fields(Stage)}
+    own = _keys(kind)
+    for key in section:
+        owners = [name for name, other in OBJECTIVES.items() if key in _keys(other)]
+        if owners and key not in own | shared:
+            raise ConfigError(f"{path}.{key}: is a key of the objective {' and '.join(owners)}; remove it")
+    check_keys(section, (shared | own) - {"label", "settings"}, path)
+    try:
+        settings = parse(kind, {key: section[key] for key in section if key in own}, path)
+    except ConfigError:
+        raise
+    except ValueError as error:  # of a value outside its range
+        raise ConfigError(f"{path}: {error}") from error
+    return parse(Stage, {key: section[key] for key in section if key in shared}, path, label=label, settings=settings)
+
+
+def _keys(kind: type[Objective]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
 def span_at(spans: tuple[Span, ...], step: int) -> Span:
     """The span of `step`; the last one for the step after the end."""
     return next((span for span in spans if step < span.stop), spans[-1])
+
+
+def _rates(stage: Stage) -> str:
+    return ", ".join(f"{pattern}: {rate}" for pattern, rate in stage.learning_rates.items()) or "none"

@@ -1,5 +1,7 @@
 """The state of a run and its sharding."""
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,6 +9,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from vlm_jax.leaves import split
 from vlm_jax.sharding.rules import shardings
 from vlm_jax.types import Array, Fields, Tree, struct
 
@@ -18,25 +21,24 @@ class TrainState:
     """Attributes:
     step: steps since the start of the run, over all stages.
     params: parameters by part: encoder, connector, decoder and any pre-training head.
-    opt_state: the current stage's optimizer state, only of its trained parts.
+    opt_state: the current stage's optimizer state, only of its trained parameters.
+    reference: frozen parameters that the current stage's objective needs beside these; None without any.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Tree
+    reference: Params | None = None
 
 
-def split(params: Params, trained: tuple[str, ...]) -> tuple[Params, Params]:
-    """(trained parts, frozen parts)."""
-    return (
-        {part: params[part] for part in trained},
-        {part: tree for part, tree in params.items() if part not in trained},
-    )
-
-
-def init_boxed(boxed_params: Params, tx: optax.GradientTransformation, trained: tuple[str, ...]) -> TrainState:
-    """A state whose leaves keep their logical axis names, for tracing shapes and shardings."""
-    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]))
+def init_boxed(
+    boxed_params: Params,
+    tx: optax.GradientTransformation,
+    trained: Collection[str],
+    reference: Params | None = None,
+) -> TrainState:
+    """A state whose leaves keep their logical axis names, for tracing shapes and shardings; `trained` are paths."""
+    return TrainState(jnp.zeros((), jnp.int32), boxed_params, tx.init(split(boxed_params, trained)[0]), reference)
 
 
 def abstract(boxed: Tree, mesh: Mesh) -> Tree:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlm_jax.leaves import joined, split
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
-from vlm_jax.train.objectives import Metrics, Objective
-from vlm_jax.train.state import TrainState, split
+from vlm_jax.train.objectives.objective import Loss, Metrics
+from vlm_jax.train.state import TrainState
 from vlm_jax.types import Batch, Params, Tree
 
 Gradient = Callable[[Tree, jax.Array, jax.Array | float], tuple[tuple[jax.Array, Metrics], Tree]]
@@ -23,24 +24,24 @@ def train_step(
     batch: Tree,
     key: jax.Array,
     *,
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
-    trained: tuple[str, ...],
+    trained: frozenset[str],
     accumulate: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Computes the gradient of the trained parts and updates the state.
+    """Computes the gradient of the trained parameters and updates the state.
 
     The step's random key is folded from the run's key and the step, so that a step can be
-    repeated. No gradient is computed for frozen parts.
+    repeated. No gradient is computed for frozen parameters.
 
     Args:
       state: donated by the compiled step.
       batch: rows of the objective's stream.
       key: of the run.
-      objective: from `train.objectives.OBJECTIVES`.
-      tx: optimizer of the trained parts.
-      trained: names of the trained parts.
+      objective: the loss of an objective of `train.objectives.OBJECTIVES`.
+      tx: optimizer of the trained parameters.
+      trained: paths of the trained parameters.
       accumulate: microbatches into which the batch is split; see `Stage.accumulate`.
       mesh: devices over which the rows of the batch are divided; None for one.
     """
@@ -49,7 +50,7 @@ def train_step(
 
     def gradient(batch: Tree, key: jax.Array, weight: jax.Array | float) -> tuple[tuple[jax.Array, Metrics], Tree]:
         def loss_of(params: Params) -> tuple[jax.Array, Metrics]:
-            return objective({**frozen, **params}, batch, key, weight)
+            return objective(joined(frozen, params), batch, key, weight, state.reference)
 
         return jax.value_and_grad(loss_of, has_aux=True)(params)
 
@@ -60,7 +61,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, params)
     params: Tree = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return TrainState(state.step + 1, {**frozen, **params}, opt_state), metrics
+    return TrainState(state.step + 1, joined(frozen, params), opt_state, state.reference), metrics
 
 
 def microbatches(batch: Tree, count: int, mesh: Mesh | None) -> Tree:
@@ -116,9 +117,9 @@ def compile_step(
     batch: Tree,
     mesh: Mesh,
     *,
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
-    trained: tuple[str, ...],
+    trained: frozenset[str],
     accumulate: int = 1,
 ) -> jax.stages.Compiled:
     """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state.
@@ -133,9 +134,9 @@ def compile_step(
 
 @functools.lru_cache(maxsize=16)
 def _jitted(
-    objective: Objective,
+    objective: Loss,
     tx: optax.GradientTransformation,
-    trained: tuple[str, ...],
+    trained: frozenset[str],
     accumulate: int,
     mesh: Mesh,
     out: tuple[NamedSharding, ...],
