@@ -13,7 +13,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """Two small towers for 2x2 pages; `smoke` shrinks the stage to a few steps."""
     config = base.get_config()
     config.token_budget = placeholder(int)
-    config.data.update({"rows": 2, "cols": 2, "page_size": 24, "min_digit": 10, "evaluation_size": 100})
+    config.data.update({"rows": 2, "cols": 2, "page_size": 24, "min_digit": 10, "variants": 24, "evaluation_size": 100})
     config.processor = ConfigDict(
         {
             "image_size": (24, 24),
@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "batch_size": 128,
                 "accumulate": 1,
                 "warmup_steps": 50,
-                "learning_rates": {"image": 2e-3, "text": 2e-3, "log_scale": 1e-2, "bias": 1e-2},
+                "learning_rates": {"image": 3e-3, "text": 3e-3, "log_scale": 1e-2, "bias": 1e-2},
             }
         }
     )
