@@ -56,14 +56,16 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
+        from vlm_jax.leaves import flatten
         from vlm_jax.optim.adamw import OptimizerSettings, adamw
         from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-        from vlm_jax.train.objectives import next_token
+        from vlm_jax.train.objectives.next_token import NextToken
         from vlm_jax.train.state import TrainState
 
         self.experiment, self.mesh = experiment, make_mesh(MeshSettings(data=1), jax.devices()[:1])
-        self.objective, self.parts = next_token(experiment), tuple(experiment.boxed_shapes())
-        self.tx = adamw(OptimizerSettings(weight_decay=0.0), dict.fromkeys(self.parts, RATE), 0, STEPS)
+        self.objective = NextToken().build(experiment)
+        self.paths = frozenset(path for path, _ in flatten(experiment.boxed_shapes()))
+        self.tx = adamw(OptimizerSettings(weight_decay=0.0), dict.fromkeys(self.paths, RATE), 0, STEPS)
         self.key, params = jax.random.key(0), experiment.initial(jax.random.key(0), self.mesh)
         self.state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(self.tx.init)(params))
 
@@ -74,9 +76,9 @@ class Ours:
         from vlm_jax.train.step import compile_step
 
         boxed = self.experiment.boxed_shapes()
-        like = abstract(jax.eval_shape(lambda params: init_boxed(params, self.tx, self.parts), boxed), self.mesh)
+        like = abstract(jax.eval_shape(lambda params: init_boxed(params, self.tx, self.paths), boxed), self.mesh)
         self.state = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), self.state, like)
-        return compile_step(like, batch, self.mesh, objective=self.objective, tx=self.tx, trained=self.parts)
+        return compile_step(like, batch, self.mesh, objective=self.objective, tx=self.tx, trained=self.paths)
 
     def step(self, batch: Any) -> tuple[Step, int]:
         """A step with a batch, and the bytes of its temporaries."""
