@@ -3,6 +3,7 @@
 import dataclasses
 
 from vlm_jax.config import ConfigError, check_keys
+from vlm_jax.paths import absolute
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import FILTERS
 from vlm_jax.processors.pixels import Pixels
@@ -67,7 +68,7 @@ class ProcessorSettings:
         if self.tokenizer == "digits":
             return digits_tokenizer()
         names = {f"{role}_token": self.special_tokens.get(role, f"<{role}>") for role in SPECIAL_TOKENS}
-        return Tokenizer.from_file(self.tokenizer, names)
+        return Tokenizer.from_file(absolute(self.tokenizer), names)
 
     def pixels(self, channels: int) -> Pixels:
         """Resizing and normalisation.

@@ -1,6 +1,7 @@
 """A run's checkpoints: parameters, optimizer and input position, saved by Orbax in the background."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 
@@ -9,6 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS
+from vlm_jax.paths import absolute
 from vlm_jax.types import Fields, Tree
 
 CHECKPOINTS = "checkpoints"  # the folder in a workdir
@@ -131,14 +133,19 @@ class _SaveFailures:
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
-    """The absolute path, as Orbax requires; `gs://` is already absolute."""
-    path = epath.Path(directory)
-    return path if path.is_absolute() else path.absolute()
+    """The absolute path, as Orbax requires."""
+    return epath.Path(absolute(directory))
 
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return f"{type(error).__name__}: {text.splitlines()[0][:1000]}"
+
+
+def parts_directory(source: epath.PathLike) -> str:
+    """The absolute path that `read_parts` takes: of a run's workdir, its folder of checkpoints."""
+    folder = epath.Path(absolute(source))
+    return os.fspath(folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder)
 
 
 def newest_state(directory: epath.PathLike) -> epath.Path:

@@ -1,7 +1,5 @@
 """python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR] [--dtype=bfloat16] [--dry-run]"""
 
-import os
-
 from absl import app, flags, logging
 
 from vlm_jax.cli.process import explained
@@ -28,8 +26,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     if not TARGET.value and not DRY_RUN.value:
         raise app.UsageError("--target: expected a folder to write; pass one, or --dry-run")
-    # A shell does not expand the ~ of --flag=~/x.
-    source, target, run = (flag.value and os.path.expanduser(flag.value) for flag in (SOURCE, TARGET, RUN))
+    source, target, run = SOURCE.value, TARGET.value, RUN.value
     logging.set_verbosity(logging.ERROR)  # Orbax logs its own progress
     with explained():
         conversion = open_conversion(str(source), FAMILIES, dtype=DTYPE.value, run=run)

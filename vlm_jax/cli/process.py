@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import jax
 from absl import flags
-from etils import epath
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.checkpoints.hub import CheckpointFileError
@@ -18,6 +17,7 @@ from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.packing import StalePlan
 from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.paths import absolute
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
@@ -26,6 +26,7 @@ from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.system import UnsupportedError
+from vlm_jax.train.lock import WorkdirInUse
 from vlm_jax.train.loop import Diverged
 
 # Errors whose message is for the user, without a traceback.
@@ -48,6 +49,7 @@ EXPLAINED = (
     TokenizerError,
     TooManyCorruptImages,
     UnsupportedError,
+    WorkdirInUse,
 )
 
 CACHE = flags.DEFINE_string(
@@ -58,7 +60,7 @@ CACHE = flags.DEFINE_string(
 def keep_programs() -> None:
     """Enables the compilation cache in the folder of `--compilation_cache`."""
     if CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", absolute(CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

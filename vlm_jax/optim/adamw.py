@@ -26,13 +26,13 @@ class OptimizerSettings:
       b2: decay of the second moment.
       epsilon: added to the root of the second moment.
       weight_decay: decoupled decay of matrices; vectors, norms and biases have none.
-      clip_norm: maximum global norm of the gradient over all trained parts.
+      clip_norm: maximum global norm of the gradient over all trained parts; inf for no clipping.
       final_scale: final learning rate of the cosine as a share of the peak.
       first_moment: dtype in which the first moment is kept, `float32` or `bfloat16`; arithmetic is in float32.
       second_moment: dtype in which the second moment is kept, likewise.
 
     Raises:
-      ConfigError: a moment is to be kept in bfloat16 with a decay (above 0.96) that it cannot follow within a tenth.
+      ConfigError: clip_norm is not positive, or a moment is to be kept in bfloat16 with a decay (above 0.96) that it cannot follow within a tenth.
     """
 
     b1: float = 0.9
@@ -45,6 +45,10 @@ class OptimizerSettings:
     second_moment: str = "float32"
 
     def __post_init__(self):
+        if not self.clip_norm > 0:
+            raise ConfigError(
+                f"config.optimizer.clip_norm: expected more than 0, got {self.clip_norm}; for no clipping set it to inf"
+            )
         for key, decay in (("first_moment", "b1"), ("second_moment", "b2")):
             path, value = f"config.optimizer.{key}", getattr(self, decay)
             dtype = choose(MOMENT_DTYPES, getattr(self, key), path)

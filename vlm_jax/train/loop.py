@@ -16,17 +16,23 @@ from etils import epath
 from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, read_parts
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, parts_directory, read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
+from vlm_jax.data.loader import batch_at
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
-from vlm_jax.sharding.processes import any_process, wait_for_all
+from vlm_jax.paths import absolute
+from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
-from vlm_jax.train.input import ROWS, stage_batches
+from vlm_jax.train import replay
+from vlm_jax.train.claim import Claim
+from vlm_jax.train.guard import GuardSettings
+from vlm_jax.train.input import ROWS, rows, stage_batches
 from vlm_jax.train.objectives import OBJECTIVES
+from vlm_jax.train.replay import REPLAY
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, abstract, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
-from vlm_jax.train.workdir import MetricsLog, claim
+from vlm_jax.train.workdir import MetricsLog
 from vlm_jax.types import Fields, Tree
 
 _log = logging.getLogger(__name__)
@@ -39,12 +45,12 @@ class Interrupted(Exception):
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite; the message names the step."""
+    """The loss or a gradient is not finite, or is a spike; the message names the step."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """`config.loop`.
+class LoopSettings(GuardSettings):
+    """`config.loop`; further keys are those of `guard.GuardSettings`.
 
     Attributes:
       save_every: steps between checkpoints; one is also saved at the end of every stage.
@@ -60,6 +66,10 @@ class LoopSettings:
     input_workers: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
+        for key in ("save_every", "keep", "log_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"config.loop.{key}: expected at least 1, got {getattr(self, key)}")
         if self.input_workers < 0:
             raise ConfigError(f"config.loop.input_workers: expected 0 or more, got {self.input_workers}")
 
@@ -111,7 +121,7 @@ class Trainer:
       experiment: from `build(config)`.
       mesh: mesh of devices.
       workdir: the run's folder, local or `gs://`.
-      init_from: checkpoint directory of another run, or a folder that `cli.convert` wrote,
+      init_from: workdir of another run or its folder of checkpoints, or a folder that `cli.convert` wrote,
         from which this run's parts are initialised; None to start from scratch.
       init_parts: the parts to read from there; the others are randomly initialised.
       progress: called after every logged step.
@@ -132,16 +142,18 @@ class Trainer:
         init_parts: tuple[str, ...] = ("encoder", "decoder"),
         progress: Progress = lambda step, steps, metrics: None,
     ):
-        self.experiment, self.mesh, self.workdir = experiment, mesh, epath.Path(workdir)
+        self.experiment, self.mesh, self.workdir = experiment, mesh, epath.Path(absolute(workdir))
         self._seed, self._progress = config.seed, progress
-        self._init_from, self._init_parts = init_from, init_parts
+        self._init_from = None if init_from is None else parts_directory(init_from)
+        self._init_parts = init_parts
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
         self._boxed = experiment.boxed_shapes()
         self._check_stages()
         experiment.open_source()  # faults of the data are named before weights are read
-        claim(self.workdir, config)
+        last = self._spans[-1].stage.label
+        self._claim = Claim(self.workdir, config, init_from=self._init_from, last_stage=last)
         self._stop = False
 
     @property
@@ -151,6 +163,8 @@ class Trainer:
 
     def finished(self) -> bool:
         """Whether every step has been run and saved."""
+        if not (self.workdir / CHECKPOINTS).exists():
+            return False
         checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
         with contextlib.closing(checkpoints):
             return checkpoints.latest() == self.num_steps
@@ -160,16 +174,18 @@ class Trainer:
 
         Raises:
           Interrupted: SIGTERM was received; the state is saved.
-          Diverged: the loss is not finite; the previous checkpoint is kept.
+          Diverged: a step is not good (`guard.GuardSettings`); the previous checkpoint is kept.
           CheckpointError: a checkpoint cannot be written or read.
+          WorkdirInUse: another process runs in the workdir.
         """
-        checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
-        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-        try:
-            return self._run(checkpoints)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            checkpoints.close()
+        with self._claim.held():
+            checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
+            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+            try:
+                return self._run(checkpoints)
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+                checkpoints.close()
 
     def _run(self, checkpoints: RunCheckpoints) -> Outcome:
         step = checkpoints.latest() or 0
@@ -186,6 +202,7 @@ class Trainer:
                 break
             span, position = span_at(self._spans, span.stop), {}
             state = self._enter(span, state)
+            self._claim.confirm()
             checkpoints.save(span.start, state, position)
         wait_for_all("the last metrics are written")
         lines = log.read()
@@ -208,6 +225,7 @@ class Trainer:
             batch = self._probe_batch(span)
         programs: dict[Hashable, jax.stages.Compiled] = {}
         self._program(span, programs, batch)
+        self._claim.record()
         key = jax.random.key(self._seed)
         pending: list[tuple[int, Tree, float]] = []
         since = time.perf_counter()
@@ -224,9 +242,10 @@ class Trainer:
             due = step % self._settings.save_every == 0 or stops
             if logs or due:
                 jax.block_until_ready(metrics)
-                self._flush(pending, stage.label, (time.perf_counter() - since) / len(pending), log)
+                self._flush(pending, span, (time.perf_counter() - since) / len(pending), log)
                 pending, since = [], time.perf_counter()
             if (due and not last) or (last and span is self._spans[-1]):
+                self._claim.confirm()
                 checkpoints.save(step, state, iterator.get_state())
                 if stops and step < self.num_steps:
                     checkpoints.wait()
@@ -248,6 +267,7 @@ class Trainer:
                 tx=self._tx(span),
                 trained=tuple(span.stage.learning_rates),
                 accumulate=span.stage.accumulate,
+                bounds=self._settings.bounds,
             )
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
         return programs[kind]
@@ -262,16 +282,20 @@ class Trainer:
         waited = time.perf_counter() - since
         return distribute(batch, self.mesh), waited if is_done(metrics) else 0.0
 
-    def _flush(self, pending: list[tuple[int, Tree, float]], label: str, seconds: float, log: MetricsLog) -> None:
-        lines = []
+    def _flush(self, pending: list[tuple[int, Tree, float]], span: Span, seconds: float, log: MetricsLog) -> None:
+        lines, label = [], span.stage.label
         for step, metrics, waited in pending:
             values = {name: float(value) for name, value in metrics.items()}
             lines.append({"step": step, "stage": label, **values, "seconds": seconds, "input_seconds": waited})
-            if not np.isfinite(values["loss"]):
+            if values["skipped"]:
+                self._keep_for_replay(span, step)
+            if self._settings.ends_at(int(values["skipped"])):
                 log.append(lines)
                 raise Diverged(
-                    f"the loss is {values['loss']} at step {step} (stage {label}); lower its learning_rates or the "
-                    "optimizer's clip_norm. The newest checkpoint is from before this step"
+                    f"the loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {step} "
+                    f"(stage {label}), which is not finite or a spike; lower the stage's learning_rates or the optimizer's "
+                    "clip_norm in a run of its own, or go on without such steps by config.loop.on_nonfinite=skip. The "
+                    f"newest checkpoint is from before this step, and its batch in {self.workdir / REPLAY}"
                 )
         log.append(lines)
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
@@ -311,6 +335,13 @@ class Trainer:
     def _batches(self, span: Span, num_workers: int = 0) -> Any:
         folder = self.workdir / ROWS
         return stage_batches(self.experiment, span.stage, self._seed, num_workers=num_workers, folder=folder)
+
+    def _keep_for_replay(self, span: Span, step: int) -> None:
+        """Makes the batch of a step again, and writes it."""
+        if is_primary():
+            made = rows(self.experiment, span.stage, self._seed, folder=self.workdir / ROWS)
+            batch = batch_at(made, span.stage.batch_size, step - 1 - span.start)
+            replay.write(self.workdir, step, batch, self._seed)
 
     def _check_stages(self) -> None:
         for span in self._spans:

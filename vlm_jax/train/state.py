@@ -1,5 +1,7 @@
 """The state of a run and its sharding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from vlm_jax.sharding.rules import shardings
+from vlm_jax.train.guard import Recent, first_recent
 from vlm_jax.types import Array, Fields, Tree, struct
 
 Params = Fields  # {part: its parameters}
@@ -19,11 +22,13 @@ class TrainState:
     step: steps since the start of the run, over all stages.
     params: parameters by part: encoder, connector, decoder and any pre-training head.
     opt_state: the current stage's optimizer state, only of its trained parts.
+    recent: losses and gradient norms of the stage's last steps.
     """
 
     step: Int[Array, ""]
     params: Params
     opt_state: Tree
+    recent: Recent = dataclasses.field(default_factory=first_recent)
 
 
 def split(params: Params, trained: tuple[str, ...]) -> tuple[Params, Params]:

@@ -11,10 +11,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
+from vlm_jax.train.guard import Bounds, chosen, judged
 from vlm_jax.train.objectives import Metrics, Objective
 from vlm_jax.train.state import TrainState, split
 from vlm_jax.types import Batch, Params, Tree
 
+NO_BOUNDS = Bounds()
 Gradient = Callable[[Tree, jax.Array, jax.Array | float], tuple[tuple[jax.Array, Metrics], Tree]]
 
 
@@ -27,9 +29,10 @@ def train_step(
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
     accumulate: int = 1,
+    bounds: Bounds = NO_BOUNDS,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Computes the gradient of the trained parts and updates the state.
+    """Computes the gradient of the trained parts and updates the state; a step that is not good only counts.
 
     The step's random key is folded from the run's key and the step, so that a step can be
     repeated. No gradient is computed for frozen parts.
@@ -42,6 +45,8 @@ def train_step(
       tx: optimizer of the trained parts.
       trained: names of the trained parts.
       accumulate: microbatches into which the batch is split; see `Stage.accumulate`.
+      bounds: of spikes; a loss or a gradient that is not finite is never a good step. The metric `skipped` is the
+        number of steps in a row, up to this one, that were not good.
       mesh: devices over which the rows of the batch are divided; None for one.
     """
     params, frozen = split(state.params, trained)
@@ -57,10 +62,13 @@ def train_step(
         (loss, metrics), grads = gradient(batch, key, 1.0)
     else:
         (loss, metrics), grads = _accumulated(gradient, params, microbatches(batch, accumulate, mesh), key)
+    grad_norm = optax.tree.norm(grads)
+    good, recent = judged(state.recent, loss, grad_norm, bounds)
     updates, opt_state = tx.update(grads, state.opt_state, params)
-    params: Tree = optax.apply_updates(params, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return TrainState(state.step + 1, {**frozen, **params}, opt_state), metrics
+    before = params, state.opt_state
+    params, opt_state = chosen(good, (optax.apply_updates(params, updates), opt_state), before)
+    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": recent.skipped, **metrics}
+    return TrainState(state.step + 1, {**frozen, **params}, opt_state, recent), metrics
 
 
 def microbatches(batch: Tree, count: int, mesh: Mesh | None) -> Tree:
@@ -120,6 +128,7 @@ def compile_step(
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
     accumulate: int = 1,
+    bounds: Bounds = NO_BOUNDS,
 ) -> jax.stages.Compiled:
     """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state.
 
@@ -127,7 +136,7 @@ def compile_step(
     """
     out, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, abstract_state))
     with use_mesh(mesh):
-        jitted = _jitted(objective, tx, trained, accumulate, mesh, tuple(out), structure)
+        jitted = _jitted(objective, tx, trained, accumulate, bounds, mesh, tuple(out), structure)
         return jitted.lower(abstract_state, batch, jax.random.key(0)).compile()
 
 
@@ -137,14 +146,14 @@ def _jitted(
     tx: optax.GradientTransformation,
     trained: tuple[str, ...],
     accumulate: int,
+    bounds: Bounds,
     mesh: Mesh,
     out: tuple[NamedSharding, ...],
     structure: Hashable,
 ) -> Any:
     def step(state, batch, key):
-        return train_step(
-            state, batch, key, objective=objective, tx=tx, trained=trained, accumulate=accumulate, mesh=mesh
-        )
+        settings: Any = {"tx": tx, "trained": trained, "accumulate": accumulate, "bounds": bounds, "mesh": mesh}
+        return train_step(state, batch, key, objective=objective, **settings)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(cast(Any, structure), out), replicated))
