@@ -2,7 +2,7 @@
 
 from absl import app, flags, logging
 
-from vlm_jax.cli.process import explained
+from vlm_jax.cli.process import explained, show_flags
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.convert import open_conversion
 from vlm_jax.pretrained.loader import DTYPES
@@ -40,5 +40,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    show_flags()
     flags.mark_flag_as_required("source")
     app.run(main)

@@ -8,7 +8,7 @@ from absl import app, flags
 from etils import epath
 
 import vlm_jax
-from vlm_jax.cli.process import explained, keep_programs
+from vlm_jax.cli.process import explained, keep_programs, show_flags
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
@@ -127,5 +127,6 @@ def draw(model: Pretrained, answer: Completion) -> None:
 
 
 if __name__ == "__main__":
+    show_flags()
     flags.mark_flags_as_required(["checkpoint", "prompt"])
     app.run(main)

@@ -57,6 +57,13 @@ CACHE = flags.DEFINE_string(
 )
 
 
+def show_flags() -> None:
+    """Makes `--help` show the flags of all modules of the command line, not only those of the command's own."""
+    for name in [name for name in sys.modules if name.startswith("vlm_jax.cli.")]:
+        for flag in flags.FLAGS.get_key_flags_for_module(name):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def keep_programs() -> None:
     """Enables the compilation cache in the folder of `--compilation_cache`."""
     if CACHE.value:

@@ -123,7 +123,7 @@ class Claim:
                 f"{self._workdir}: this run started from {_start(theirs.get(INIT_FROM))}, and --init_from is now "
                 f"{_start(ours[INIT_FROM])}; use another --workdir, or the original --init_from"
             )
-        lines = differences(*(self._without_free(given, theirs) for given in (theirs, ours)))
+        lines = differences(self._without_free(theirs, theirs), self._without_free(ours, theirs))
         if lines:
             raise ConfigError(
                 f"{self._workdir} was created with another config; use another --workdir, or the original config. "

@@ -46,7 +46,8 @@ def write(workdir: epath.Path, step: int, batch: Tree, seed: int) -> None:
     if len(list(path.parent.iterdir())) >= MOST:
         return
     content = io.BytesIO()
-    np.savez(content, step=step - 1, seed=seed, **_flat(batch, "batch"))
+    arrays: dict[str, Any] = {"step": step - 1, "seed": seed, **_flat(batch, "batch")}
+    np.savez(content, **arrays)
     path.write_bytes(content.getvalue())
 
 
