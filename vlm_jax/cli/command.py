@@ -18,8 +18,8 @@ from vlm_jax.train.loop import Interrupted
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "The config file. --config.KEY=VALUE overrides a key, as --config.seed=1 or --config.loop.keep=3; --list_keys prints "
-    "all keys.",
+    "The config file. --config.KEY=VALUE overrides a key, as --config.seed=1 or --config.loop.keep=3; --list_keys "
+    "prints all keys.",
 )
 LIST_KEYS = flags.DEFINE_bool("list_keys", False, "Print every key of the config with its value, and exit.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, local or gs://; created if missing.")

@@ -102,10 +102,9 @@ def main() -> None:
         said = f"{name}: {entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, n={entry['n']})"
         console.print(said, markup=False, soft_wrap=True)
     if EXPORT.value is not None:
-        experiment.system.save_pretrained(absolute(EXPORT.value), outcome.params)
-        console.print(
-            f"{absolute(EXPORT.value)}: the release with the trained parameters", markup=False, soft_wrap=True
-        )
+        folder = absolute(EXPORT.value)
+        experiment.system.save_pretrained(folder, outcome.params)
+        console.print(f"{folder}: the release with the trained parameters", markup=False, soft_wrap=True)
 
 
 def check_export(experiment: Experiment) -> None:
@@ -121,9 +120,8 @@ def check_export(experiment: Experiment) -> None:
     if release is None:
         raise ConfigError("--export: a run without config.release has no released format; omit the flag")
     if release.drawn:
-        raise ConfigError(
-            f"--export: the release has no names for another {' and '.join(release.drawn)}; omit the flag"
-        )
+        parts = " and ".join(release.drawn)
+        raise ConfigError(f"--export: the release has no names for another {parts}; omit the flag")
     if jax.process_count() > 1:
         raise ConfigError("--export: of several processes none has all parameters; use cli.convert --run afterwards")
     check_vacant(pathlib.Path(absolute(EXPORT.value)))

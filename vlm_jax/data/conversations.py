@@ -119,8 +119,8 @@ class Conversations:
                 raise ConfigError(f"config.data.evaluation_path: is {key}, {path}; use a separate file")
         if self.held_out < 0 or (self.evaluation_path is None) != bool(self.held_out):
             raise ConfigError(
-                "config.data: expected either evaluation_path or held_out, the number of records of train_path that are "
-                f"the evaluation, got {self.evaluation_path!r} and {self.held_out}"
+                "config.data: expected either evaluation_path or held_out, the number of records of train_path that "
+                f"are the evaluation, got {self.evaluation_path!r} and {self.held_out}"
             )
         if self.held_out and self.train_path is None:
             raise ConfigError("config.data.held_out: is of train_path, which is None; set evaluation_path instead")

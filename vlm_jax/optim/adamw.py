@@ -32,7 +32,8 @@ class OptimizerSettings:
       second_moment: dtype in which the second moment is kept, likewise.
 
     Raises:
-      ConfigError: clip_norm is not positive, or a moment is to be kept in bfloat16 with a decay (above 0.96) that it cannot follow within a tenth.
+      ConfigError: clip_norm is not positive, or a moment is to be kept in bfloat16 with a decay (above 0.96) that it
+        cannot follow within a tenth.
     """
 
     b1: float = 0.9

@@ -143,8 +143,8 @@ class Claim:
         if old is None or new is None or new <= old:
             return ""
         return (
-            f"stage {self._last_stage} goes on to {new} steps: learning rates of the steps that are left are those of a "
-            f"schedule of {new} steps, those so far were of {old}"
+            f"stage {self._last_stage} goes on to {new} steps: learning rates of the steps that are left are those of "
+            f"a schedule of {new} steps, those so far were of {old}"
         )
 
 

@@ -82,6 +82,8 @@ def completed(config: RunConfig, *, epochs: float | None = None) -> tuple[RunCon
     """
     if not is_incomplete(config):
         return config, {}
+    if config.data.train_path is None and not config.data.mixture:
+        raise ConfigError("config.data.train_path: expected the file to train on, got None; pass --data=FILE")
     choose, on_cpu = Choice(config), jax.default_backend() == "cpu"
     choose("param_dtype", choose("dtype", "float32" if on_cpu else "bfloat16"))
     choose("evaluation.batch_size", 8 if on_cpu else 16)
@@ -116,18 +118,16 @@ def _provisional(config: RunConfig) -> RunConfig:
     made = config.copy_and_resolve_references()
     with made.unlocked():
         made.row.update({"length": PROVISIONAL, "images": PROVISIONAL, "pictures": config.row.pictures or 1})
-        if config.data.held_out is None:
-            made.data.held_out = 0
-        if made.data.evaluation_path is None:  # all records are counted before some are held out
-            made.data.update({"evaluation_path": made.data.train_path, "train_path": None, "held_out": 0})
+        made.data.held_out = int(config.data.evaluation_path is None)
     return made
 
 
 def _training_files(experiment: Experiment) -> list[Records]:
+    """The records to learn, with those that are held out."""
     source = experiment.open_source()
     assert isinstance(source, ConversationSource)
     files = [records for records, _ in source.trained.values()]
-    return files or [source.evaluation_records]
+    return [*files, source.evaluation_records] if source.settings.held_out else files
 
 
 def measured(experiment: Experiment, files: list[Records], count: int) -> Measured:

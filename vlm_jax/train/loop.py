@@ -293,9 +293,9 @@ class Trainer:
                 log.append(lines)
                 raise Diverged(
                     f"the loss is {values['loss']} and the norm of the gradient {values['grad_norm']} at step {step} "
-                    f"(stage {label}), not finite or a spike; lower the stage's learning_rates or the optimizer's clip_norm "
-                    "in a run of its own, or go on without such steps by config.loop.on_nonfinite=skip. The newest "
-                    f"checkpoint is from before this step, and its batch in {self.workdir / REPLAY}"
+                    f"(stage {label}), not finite or a spike; lower the stage's learning_rates or clip_norm in a new "
+                    "run, or go on without such steps by config.loop.on_nonfinite=skip. The newest checkpoint is "
+                    f"from before this step, and its batch in {self.workdir / REPLAY}"
                 )
         log.append(lines)
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
