@@ -77,7 +77,7 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
             sys.exit(1)
 
     try:
-        app.run(guarded)
+        app.run(guarded, flags_parser=_parsed)
     except AttributeError as error:
         if parsed:
             raise
@@ -86,6 +86,17 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
         near = re.search(r'Did you mean "(.+?)"', str(error))
         hint = f"; did you mean '{near[1]}'?" if near else ""
         print(f"ConfigError: {' '.join(words)}: the config has no such key{hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    """Parses flags; an error inside a config file is printed as its last line, without the traceback in its message."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = f"{lines[0]} {lines[-1]}" if "Traceback" in str(error) else str(error)
+        print(f"ConfigError: {said}\nPass --help for the flags", file=sys.stderr)
         sys.exit(1)
 
 

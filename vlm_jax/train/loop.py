@@ -211,10 +211,8 @@ class Trainer:
 
     def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
-        iterator = self._batches(span, num_workers=self._settings.input_workers)
-        with contextlib.closing(iterator):
-            if position:
-                iterator.set_state(position)
+        start = position.get("batch", 0)
+        with contextlib.closing(self._batches(span, self._settings.input_workers, start=start)) as iterator:
             return self._run_steps(span, state, iterator, log, checkpoints)
 
     def _run_steps(self, span: Span, state: TrainState, iterator, log: MetricsLog, checkpoints: RunCheckpoints):
@@ -246,7 +244,7 @@ class Trainer:
                 pending, since = [], time.perf_counter()
             if (due and not last) or (last and span is self._spans[-1]):
                 self._claim.confirm()
-                checkpoints.save(step, state, iterator.get_state())
+                checkpoints.save(step, state, {"batch": step - span.start})
                 if stops and step < self.num_steps:
                     checkpoints.wait()
                     raise Interrupted(f"stopped by SIGTERM and saved at step {step} of {self.num_steps}")
@@ -332,9 +330,9 @@ class Trainer:
         with contextlib.closing(self._batches(span)) as iterator:
             return distribute(next(iterator), self.mesh)
 
-    def _batches(self, span: Span, num_workers: int = 0) -> Any:
-        folder = self.workdir / ROWS
-        return stage_batches(self.experiment, span.stage, self._seed, num_workers=num_workers, folder=folder)
+    def _batches(self, span: Span, num_workers: int = 0, *, start: int = 0) -> Any:
+        more: Any = {"num_workers": num_workers, "folder": self.workdir / ROWS, "start": start}
+        return stage_batches(self.experiment, span.stage, self._seed, **more)
 
     def _keep_for_replay(self, span: Span, step: int) -> None:
         """Makes the batch of a step again, and writes it."""
@@ -355,11 +353,11 @@ class Trainer:
                 raise ConfigError(f"{path}.stream: unknown '{stage.stream}'{did_you_mean(stage.stream, streams)}")
             if (stage.stream == "cells") != (stage.objective == "read_cells"):
                 raise ConfigError(f"{path}: the objective read_cells requires the stream cells, and vice versa")
-            size = stage.batch_size // stage.accumulate
-            if stage.accumulate > 1 and size % num_shards(self.mesh):
+            size, shards = stage.batch_size // stage.accumulate, num_shards(self.mesh)
+            if size % shards:
                 raise ConfigError(
-                    f"{path}.accumulate: microbatches of {size} rows cannot be divided over {num_shards(self.mesh)} "
-                    "shards (data times fsdp of config.mesh); lower accumulate, or raise batch_size"
+                    f"{path}: microbatches of {size} rows (batch_size over accumulate) cannot be divided over {shards} "
+                    f"shards (data times fsdp of config.mesh); set batch_size to a multiple of {shards} times accumulate"
                 )
             for part in stage.learning_rates:
                 if part not in self._boxed:
