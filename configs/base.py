@@ -127,6 +127,10 @@ def get_config() -> ConfigDict:
             "writers": ("tensorboard",),
             "profile": placeholder(tuple),
             "peak_flops": placeholder(float),
+            "on_nonfinite": "stop",
+            "spike_loss": placeholder(float),
+            "spike_grad_norm": placeholder(float),
+            "max_skipped": 5,
         }
     )
     config.evaluation = ConfigDict(

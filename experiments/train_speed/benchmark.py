@@ -4,12 +4,8 @@ Every contender has a separate process, on the same cores, and they alternate, o
 others sleep.
 """
 
-import argparse
 import json
-import multiprocessing
 import os
-import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection

@@ -28,6 +28,10 @@ class Progress(Protocol):
         """After every evaluation."""
         ...
 
+    def say(self, lines: list[str]) -> None:
+        """Prints lines before or after the training."""
+        ...
+
 
 def open_progress() -> Progress:
     """That of this process's standard output; nothing is printed but by the primary process."""
@@ -46,7 +50,10 @@ class Silence:
 
     def __call__(self, step: int, steps: int, line: Fields) -> None: ...
 
-    def tell(self, step: int, lines: list[str]) -> None: ...
+    def tell(self, step: int, lines: list[str]) -> None:
+        self.say([f"evaluation at step {step}", *lines])
+
+    def say(self, lines: list[str]) -> None: ...
 
 
 class Lines(Silence):
@@ -63,8 +70,9 @@ class Lines(Silence):
             left = f"  {duration((now - self._begun[0]) / (step - self._begun[1]) * (steps - step))} left"
         print(f"step {step}/{steps}  {line['stage']}  {described(line)}{left}", flush=True)
 
-    def tell(self, step: int, lines: list[str]) -> None:
-        print("\n".join([f"evaluation at step {step}", *lines]), flush=True)
+    def say(self, lines: list[str]) -> None:
+        if lines:
+            print("\n".join(lines), flush=True)
 
 
 class Display:
@@ -94,7 +102,11 @@ class Display:
         self._bar.update(self._task, total=steps, completed=step, description=line["stage"], note=described(line))
 
     def tell(self, step: int, lines: list[str]) -> None:
-        self._console.print("\n".join([f"evaluation at step {step}", *lines]), soft_wrap=True)
+        self.say([f"evaluation at step {step}", *lines])
+
+    def say(self, lines: list[str]) -> None:
+        if lines:
+            self._console.print("\n".join(lines), soft_wrap=True)
 
 
 def described(line: Fields) -> str:

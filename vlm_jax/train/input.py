@@ -126,12 +126,14 @@ def stage_batches(
     *,
     num_workers: int = 0,
     folder: str | os.PathLike[str] | None = None,
+    start: int = 0,
 ) -> grain.DatasetIterator[Any]:
-    """This process's part of a stage's batches, from the first; its state can be saved and set.
+    """This process's part of a stage's batches, from batch number `start` on.
 
     Args:
       experiment, stage, seed, folder: as of `rows`.
       num_workers: processes that make the batches; 0 for a thread of this one.
+      start: batches of the stage that are done, with any number of workers.
     """
     return batches(
         rows(experiment, stage, seed, folder=folder),
@@ -139,4 +141,5 @@ def stage_batches(
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
         num_workers=num_workers,
+        start=start,
     )

@@ -18,22 +18,27 @@ from jax.sharding import Mesh
 
 from vlm_jax.adapter import LORA, merged
 from vlm_jax.build import AnyExperiment
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, parts_directory
 from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
+from vlm_jax.data.loader import batch_at
 from vlm_jax.evals.evaluator import Evaluator
 from vlm_jax.leaves import split
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.optim.patterns import describe, leaf_rates
-from vlm_jax.sharding.processes import any_process, wait_for_all
+from vlm_jax.paths import absolute
+from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
 from vlm_jax.sharding.rules import distribute, placed, use_mesh
+from vlm_jax.train import replay
+from vlm_jax.train.claim import Claim
 from vlm_jax.train.evaluation import Evaluations, Tell
-from vlm_jax.train.input import ROWS, Given, stage_batches
+from vlm_jax.train.guard import GuardSettings
+from vlm_jax.train.input import ROWS, Given, rows, stage_batches
+from vlm_jax.train.replay import REPLAY
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
 from vlm_jax.train.watch import Profiler, Step, Watch, count_tokens, learning_rates, step_flops
-from vlm_jax.train.workdir import claim
 from vlm_jax.train.writers import TENSORBOARD, RunLog, check_writers
 from vlm_jax.types import Fields, Tree
 
@@ -47,12 +52,12 @@ class Interrupted(Exception):
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite; the message names the step."""
+    """The loss or a gradient is not finite, or is a spike; the message names the step."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """`config.loop`.
+class LoopSettings(GuardSettings):
+    """`config.loop`; further keys are those of `guard.GuardSettings`.
 
     Attributes:
       save_every: steps between checkpoints; one is also saved at the end of every stage.
@@ -76,6 +81,10 @@ class LoopSettings:
     peak_flops: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
+        for key in ("save_every", "keep", "log_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"config.loop.{key}: expected at least 1, got {getattr(self, key)}")
         check_writers(self.writers)
         if self.profile is not None and min(self.profile) < 1:
             raise ConfigError(
@@ -135,7 +144,7 @@ class Trainer:
       experiment: from `build(config)`.
       mesh: mesh of devices.
       workdir: the run's folder, local or `gs://`.
-      init_from: checkpoint directory of another run, or a folder that `cli.convert` wrote,
+      init_from: workdir of another run or its folder of checkpoints, or a folder that `cli.convert` wrote,
         from which this run's parts are initialised; None to start from scratch.
       init_parts: the parts to read from there; the others are randomly initialised.
       progress: called after every logged step.
@@ -161,9 +170,10 @@ class Trainer:
         evaluator: Evaluator | None = None,
         tell: Tell = lambda step, lines: None,
     ):
-        self.experiment, self.mesh, self.workdir = experiment, mesh, epath.Path(workdir)
+        self.experiment, self.mesh, self.workdir = experiment, mesh, epath.Path(absolute(workdir))
         self._config, self._seed, self._progress = config, config.seed, progress
-        self._init_from, self._init_parts = init_from, init_parts
+        self._init_from = None if init_from is None else parts_directory(init_from)
+        self._init_parts = init_parts
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
@@ -177,7 +187,8 @@ class Trainer:
         }
         experiment.open_source()  # faults of the data are named before weights are read
         self._evaluations = Evaluations(evaluator, self.workdir, config, self.num_steps, tell)
-        claim(self.workdir, config)
+        last = self._spans[-1].stage.label
+        self._claim = Claim(self.workdir, config, init_from=self._init_from, last_stage=last)
         self._profiler = Profiler(self._settings.profile, self.workdir)
         self._stop = False
 
@@ -188,6 +199,8 @@ class Trainer:
 
     def finished(self) -> bool:
         """Whether every step has been run and saved."""
+        if not (self.workdir / CHECKPOINTS).exists():
+            return False
         checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
         with contextlib.closing(checkpoints):
             return checkpoints.latest() == self.num_steps
@@ -197,20 +210,22 @@ class Trainer:
 
         Raises:
           Interrupted: SIGTERM was received; the state is saved.
-          Diverged: the loss is not finite; the previous checkpoint is kept.
+          Diverged: a step is not good (`guard.GuardSettings`); the previous checkpoint is kept.
           CheckpointError: a checkpoint cannot be written or read.
+          WorkdirInUse: another process runs in the workdir.
         """
-        checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
-        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-        step = checkpoints.latest() or 0
-        log = RunLog(self.workdir, self._config, step, self._settings.writers)
-        try:
-            return self._run(step, checkpoints, log)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            log.close()
-            self._profiler.close()
-            checkpoints.close()
+        with self._claim.held():
+            checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
+            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+            step = checkpoints.latest() or 0
+            log = RunLog(self.workdir, self._config, step, self._settings.writers)
+            try:
+                return self._run(step, checkpoints, log)
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+                log.close()
+                self._profiler.close()
+                checkpoints.close()
 
     def _run(self, step: int, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
         span = span_at(self._spans, step)
@@ -227,6 +242,7 @@ class Trainer:
                 break
             span, position = span_at(self._spans, span.stop), {}
             state = self._enter(span, state)
+            self._claim.confirm()
             checkpoints.save(span.start, state, position)
         wait_for_all("the last metrics are written")
         lines = log.read()
@@ -235,10 +251,8 @@ class Trainer:
 
     def _run_stage(self, span: Span, state: TrainState, position, log: RunLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
-        iterator = self._batches(span, num_workers=self._settings.input_workers)
-        with contextlib.closing(iterator):
-            if position:
-                iterator.set_state(position)
+        start = position.get("batch", 0)
+        with contextlib.closing(self._batches(span, self._settings.input_workers, start=start)) as iterator:
             return self._run_steps(span, state, iterator, log, checkpoints)
 
     def _run_steps(self, span: Span, state: TrainState, iterator, log: RunLog, checkpoints: RunCheckpoints):
@@ -247,6 +261,7 @@ class Trainer:
             given = self._next(iterator, None) if step < span.stop else self._probe(span)
             programs: dict[Hashable, jax.stages.Compiled] = {}
             self._program(span, programs, given.batch, watch)
+            self._claim.record()
             key = jax.random.key(self._seed)
             watch.restart()
             while step < span.stop:
@@ -265,13 +280,14 @@ class Trainer:
                 due = step % self._settings.save_every == 0 or stops
                 if logs or due:
                     jax.block_until_ready(metrics)
-                    self._flush(watch, span.stage.label, log)
+                    self._flush(watch, span, log)
                     saves = (due and not last) or (last and span is self._spans[-1])
                     if saves:
-                        checkpoints.save(step, state, iterator.get_state())
+                        self._claim.confirm()
+                        checkpoints.save(step, state, {"batch": step - span.start})
                         if stops and step < self.num_steps:
                             self._interrupt(step, checkpoints)
-                    self._evaluate(state, log, checkpoints, None if saves else iterator.get_state())
+                    self._evaluate(state, log, checkpoints, None if saves else {"batch": step - span.start})
                     watch.restart()
                 if not last:
                     given = self._next(iterator, metrics)
@@ -324,6 +340,7 @@ class Trainer:
                 accumulate=span.stage.accumulate,
                 lora=self.experiment.lora,
                 ema=self._optimizer.ema,
+                bounds=self._settings.bounds,
             )
             watch.add_program(
                 kind, functools.partial(step_flops, objective, state, batch, trained, self.experiment.lora)
@@ -344,14 +361,18 @@ class Trainer:
     def _watch(self, span: Span) -> Watch:
         return Watch(span, learning_rates(span.stage, self._optimizer), self.mesh, self._settings.peak_flops)
 
-    def _flush(self, watch: Watch, label: str, log: RunLog) -> None:
+    def _flush(self, watch: Watch, span: Span, log: RunLog) -> None:
         lines = watch.lines()
         for number, line in enumerate(lines, start=1):
-            if not np.isfinite(line["loss"]):
+            if line["skipped"]:
+                self._keep_for_replay(span, line["step"])
+            if self._settings.ends_at(int(line["skipped"])):
                 log.append(lines[:number])
                 raise Diverged(
-                    f"the loss is {line['loss']} at step {line['step']} (stage {label}); lower its learning_rates or "
-                    "the optimizer's clip_norm. The newest checkpoint is from before this step"
+                    f"the loss is {line['loss']} and the norm of the gradient {line['grad_norm']} at step "
+                    f"{line['step']} (stage {span.stage.label}), not finite or a spike; lower the stage's "
+                    "learning_rates or clip_norm in a new run, or go on without such steps by config.loop.on_nonfinite=skip. The newest checkpoint "
+                    f"is from before this step, and its batch in {self.workdir / REPLAY}"
                 )
         log.append(lines)
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
@@ -397,9 +418,16 @@ class Trainer:
         with contextlib.closing(self._batches(span)) as iterator:
             return self._next(iterator, None)
 
-    def _batches(self, span: Span, num_workers: int = 0) -> Any:
-        folder = self.workdir / ROWS
-        return stage_batches(self.experiment, span.stage, self._seed, num_workers=num_workers, folder=folder)
+    def _batches(self, span: Span, num_workers: int = 0, *, start: int = 0) -> Any:
+        more: Any = {"num_workers": num_workers, "folder": self.workdir / ROWS, "start": start}
+        return stage_batches(self.experiment, span.stage, self._seed, **more)
+
+    def _keep_for_replay(self, span: Span, step: int) -> None:
+        """Makes the batch of a step again, and writes it."""
+        if is_primary():
+            made = rows(self.experiment, span.stage, self._seed, folder=self.workdir / ROWS)
+            batch = batch_at(made, span.stage.batch_size, step - 1 - span.start)
+            replay.write(self.workdir, step, batch, self._seed)
 
     def _check_stages(self) -> None:
         for span in self._spans:
@@ -413,11 +441,11 @@ class Trainer:
                     f"'{stage.stream}'"
                 )
             stage.settings.check(self.experiment, accumulate=stage.accumulate, path=path)
-            size = stage.batch_size // stage.accumulate
-            if stage.accumulate > 1 and size % num_shards(self.mesh):
+            size, shards = stage.batch_size // stage.accumulate, num_shards(self.mesh)
+            if size % shards:
                 raise ConfigError(
-                    f"{path}.accumulate: microbatches of {size} rows cannot be divided over {num_shards(self.mesh)} "
-                    "shards (data times fsdp of config.mesh); lower accumulate, or raise batch_size"
+                    f"{path}: microbatches of {size} rows (batch_size over accumulate) cannot be divided over {shards} "
+                    f"shards (data times fsdp of config.mesh); make batch_size a multiple of {shards} times accumulate"
                 )
 
     def _on_sigterm(self, signum: int, frame: types.FrameType | None) -> None:
