@@ -146,25 +146,26 @@ class DigitSource:
         tasks = self._tasks_of(stream)
         weights = np.array([self.settings.task_weights[task] for task in tasks])
         bounds = np.cumsum(weights / weights.sum())[:-1]
+        return grain.MapDataset.range(ENDLESS).map(functools.partial(self._element, stream, seed, tasks, bounds))
 
-        def element(index: int) -> Sample | CellBatch:
-            rng = np.random.default_rng((TRAIN_KEY, seed, STREAMS.index(stream), index))
-            page = self._train_pages.compose(rng)
-            if stream == "cells":
-                return self._cells(page)
-            if stream == "captions":
-                return _captioned(f"digits/train/{seed}/{index}", page)
-            turns = self.settings.turns_per_page
-            # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
-            # the length of its row, as close to the weights as possible.
-            places = rng.permutation((np.arange(turns) + rng.random()) / turns)
-            chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
-            questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
-            scales = self.settings.text_scales
-            scale = scales[int(rng.random() * len(scales))]
-            return self._sample(f"digits/train/{seed}/{index}", stream, page, questions, scale)
-
-        return grain.MapDataset.range(ENDLESS).map(element)
+    def _element(
+        self, stream: str, seed: int, tasks: tuple[str, ...], bounds: np.ndarray, index: int
+    ) -> Sample | CellBatch:
+        rng = np.random.default_rng((TRAIN_KEY, seed, STREAMS.index(stream), index))
+        page = self._train_pages.compose(rng)
+        if stream == "cells":
+            return self._cells(page)
+        if stream == "captions":
+            return _captioned(f"digits/train/{seed}/{index}", page)
+        turns = self.settings.turns_per_page
+        # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
+        # the length of its row, as close to the weights as possible.
+        places = rng.permutation((np.arange(turns) + rng.random()) / turns)
+        chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
+        questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
+        scales = self.settings.text_scales
+        scale = scales[int(rng.random() * len(scales))]
+        return self._sample(f"digits/train/{seed}/{index}", stream, page, questions, scale)
 
     def sized(self, stream: str, seed: int) -> SizedStream:
         """As `Source.sized`; pages are composed to know their questions."""

@@ -371,8 +371,9 @@ class Trainer:
                 raise Diverged(
                     f"the loss is {line['loss']} and the norm of the gradient {line['grad_norm']} at step "
                     f"{line['step']} (stage {span.stage.label}), not finite or a spike; lower the stage's "
-                    "learning_rates or clip_norm in a new run, or go on without such steps by config.loop.on_nonfinite=skip. The newest checkpoint "
-                    f"is from before this step, and its batch in {self.workdir / REPLAY}"
+                    "learning_rates or clip_norm in a new run, or go on without such steps by "
+                    "config.loop.on_nonfinite=skip. The newest checkpoint is from before this step, and its batch in "
+                    f"{self.workdir / REPLAY}"
                 )
         log.append(lines)
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
