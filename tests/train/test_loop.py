@@ -132,7 +132,7 @@ def test_a_finished_run_goes_on_with_more_steps_and_other_keys_of_the_loop(confi
         config.stages.answering.steps = 4
     train(config, one_device, tmp_path / "parts")
     with config.unlocked():
-        config.stages.answering.steps, config.loop.log_every, config.loop.input_workers = 6, 3, 1
+        config.stages.answering.steps, config.loop.log_every, config.loop.keep = 6, 3, 1
     assert not Trainer(config, build(config), one_device, tmp_path / "parts").finished()
     train(config, one_device, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

@@ -92,10 +92,13 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
 def _parsed(argv: list[str]) -> list[str]:
     """Parses flags; an error inside a config file is printed as its last line, without the traceback in its message."""
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
+        rest = flags.FLAGS(argv)
+        _ = CONFIG.value.keys  # a file that does not exist is found missing here
+        return rest
+    except (flags.Error, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = f"{lines[0]} {lines[-1]}" if "Traceback" in str(error) else str(error)
+        in_file = "Traceback" in str(error) or isinstance(error, OSError)
+        said = f"{lines[0]} {lines[-1]}" if in_file else str(error)
         print(f"ConfigError: {said}\nPass --help for the flags", file=sys.stderr)
         sys.exit(1)
 

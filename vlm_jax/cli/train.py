@@ -54,8 +54,8 @@ def configured() -> tuple[Any, dict[str, object]]:
                 raise ConfigError(f"config.{path}: the config has no such key; omit --{flag_of(path)}")
             if value is not None:
                 section[key] = value
-    if config.release is None and DATA.value is not None:
-        raise ConfigError("--release: expected the released folder to fine-tune, got none")
+    if config.release is None and command.config_path() == finetuning.__file__:
+        raise ConfigError("--release: expected the released folder to fine-tune, or a --config, got neither")
     return completed(config, epochs=EPOCHS.value)
 
 

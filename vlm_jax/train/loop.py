@@ -446,7 +446,7 @@ class Trainer:
             if size % shards:
                 raise ConfigError(
                     f"{path}: microbatches of {size} rows (batch_size over accumulate) cannot be divided over {shards} "
-                    f"shards (data times fsdp of config.mesh); make batch_size a multiple of {shards} times accumulate"
+                    f"shards (data times fsdp of config.mesh); set batch_size to a multiple of {shards} x accumulate"
                 )
 
     def _on_sigterm(self, signum: int, frame: types.FrameType | None) -> None:
