@@ -29,7 +29,9 @@ def steps(experiment, batch, mesh, accumulate, *, count=3):
     state = jax.tree.map(lambda leaf, other: jax.device_put(leaf, other.sharding), state, like)
     batch = distribute(batch, mesh)
     objective = NextToken().build(experiment)
-    program = compile_step(like, batch, mesh, objective=objective, tx=tx, trained=trained, accumulate=accumulate)
+    program = compile_step(
+        like, batch, mesh, objective=objective, tx=tx, trained=trained, accumulate=accumulate, lora=experiment.lora
+    )
     metrics = []
     for _ in range(count):
         state, found = program(state, batch, jax.random.key(1))

@@ -128,13 +128,13 @@ def _scale(config: Config, name: str) -> float:
     def of(key: str, patterns: str) -> float:
         for pattern, value in (config.get(patterns) or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        return config[key]
+                return float(value)
+        return float(config[key])
 
     try:
         rank, alpha = of("r", "rank_pattern"), of("lora_alpha", "alpha_pattern")
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointFileError(f"{CONFIG}: r and lora_alpha must be numbers, r above 0 ({error!r})") from error
 
 

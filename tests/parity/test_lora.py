@@ -1,0 +1,202 @@
+"""Adapters compared with peft: folders in both directions, merged weights, and steps of AdamW."""
+
+import copy
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import torch
+from flax import linen as nn
+
+import vlm_jax
+from vlm_jax.adapter import LORA, LoraSettings, adapted, merged
+from vlm_jax.checkpoints.hub import CheckpointFileError
+from vlm_jax.checkpoints.peft import CONFIG, WEIGHTS, save_adapter
+from vlm_jax.leaves import flatten
+from vlm_jax.optim.adamw import OptimizerSettings, adamw
+from vlm_jax.pretrained.module_names import MODULE_NAMES
+from vlm_jax.train.objectives.next_token import NextToken
+from vlm_jax.train.state import TrainState
+from vlm_jax.train.step import train_step
+
+from ..parameters import drawn
+from .systems import llava, qwen2_5_vl
+from .test_training import case_of, inputs_of
+
+SETTINGS = LoraSettings(rank=3, alpha=2.0, target=("encoder/blocks", "connector", "decoder"))
+STEPS, RATE = 4, 1e-2
+# peft 0.21 asks transformers 5.24 by a name that it will remove.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A system with adapters on all of its linear layers but the head and patches."""
+
+    kind: str
+    case: object
+    given: dict  # the reference's inputs
+
+    @property
+    def experiment(self):
+        return self.case.experiment
+
+    def params(self, settings, *, start=False):
+        """The release's parameters with random adapters; `b` is zero at the start."""
+        experiment = dataclasses.replace(self.experiment, lora=settings)
+        boxed = experiment.boxed_shapes()
+        lora = nn.meta.unbox(drawn({LORA: boxed[LORA]}, 3))
+        if start:
+            lora = jax.tree_util.tree_map_with_path(lambda path, x: 0 * x if path[-1].key == "lora_b" else x, lora)
+        return experiment.system.initial(jax.random.key(0)) | lora
+
+    def logits(self, params):
+        """Of the places that are not padding."""
+        model, batch = self.experiment.system.model, self.case.batch
+        found = jax.jit(lambda params, batch: model.apply({"params": params}, batch))(params, batch)
+        return np.asarray(found)[np.asarray(batch.segment_ids) > 0]
+
+    def theirs(self, model):
+        with torch.no_grad():
+            found = model(**{key: value for key, value in self.given.items() if key != "labels"}).logits
+        return found.numpy()[self.given["attention_mask"].numpy() > 0]
+
+    def save(self, folder, params, settings):
+        release, shapes = self.experiment.system.release, nn.meta.unbox(self.experiment.boxed_shapes())
+        adapters = {path: np.asarray(leaf) for path, leaf in flatten(params[LORA])}
+        sizes = {path: leaf.shape for path, leaf in flatten(shapes)}
+        save_adapter(folder, adapters, settings, release.rules, sizes, MODULE_NAMES[self.kind], str(release.folder))
+        return folder
+
+
+@pytest.fixture(scope="module", params=[qwen2_5_vl, llava], ids=["qwen2_5_vl", "llava"])
+def system(request, tmp_path_factory):
+    case = case_of(request.param, tmp_path_factory.mktemp("release"))
+    return Adapted(request.param.__name__, case, inputs_of(case))
+
+
+def close(got, want, limit=1e-4):
+    np.testing.assert_allclose(got, want, atol=limit * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_reads_a_folder_of_adapters_as_they_were(system, rslora, tmp_path):
+    settings = dataclasses.replace(SETTINGS, rslora=rslora)
+    params = system.params(settings)
+    ours = system.logits(adapted(params, settings))
+    base = system.logits({part: tree for part, tree in params.items() if part != LORA})
+    assert np.abs(ours - base).max() > 0.1 * np.abs(base).max()  # the adapters matter
+    close(system.logits(merged(params, settings)), ours)
+    folder = system.save(tmp_path / "adapter", params, settings)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(system.case.model), folder)
+    close(system.theirs(theirs), ours)
+    again = vlm_jax.from_pretrained(system.experiment.system.release.folder, adapter=folder)
+    close(system.logits(again.params), ours)
+    # Where a released tensor is three of our kernels, their ranks are added.
+    ranks = json.loads((folder / CONFIG).read_text())["rank_pattern"]
+    fused = [name for name in ranks if name.endswith("attn.qkv")]
+    assert (set(ranks) == set(fused) and set(ranks.values()) == {9}) if system.kind == "qwen2_5_vl" else not ranks
+
+
+def test_an_adapter_of_peft_is_merged_as_peft_does(system, tmp_path):
+    names = {
+        "qwen2_5_vl": r".*language_model.*(q|v|o|gate)_proj|.*visual\.blocks.*(qkv|up_proj)|.*merger\.mlp\.[02]",
+        "llava": r".*(q_proj|out_proj|fc1|down_proj)|.*multi_modal_projector.linear_\d",
+    }
+    own = {"rank_pattern": {".*layers.1.self_attn.q_proj": 5}, "alpha_pattern": {"up_proj|fc1": 7.0}}
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=names[system.kind], use_rslora=True, **own)
+    model = peft.get_peft_model(copy.deepcopy(system.case.model), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    ours = vlm_jax.from_pretrained(system.experiment.system.release.folder, adapter=tmp_path)
+    close(system.logits(ours.params), system.theirs(model.eval()))
+
+
+PLAIN = LoraSettings(
+    rank=3, alpha=2.0, target=("encoder/blocks/*/mlp", "connector", "decoder/*/attention", "decoder/*/down")
+)
+
+
+def test_steps_are_those_of_peft(system, tmp_path):
+    params = system.params(PLAIN, start=True)
+    folder = system.save(tmp_path / "adapter", params, PLAIN)
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(system.case.model), folder, is_trainable=True)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(learned) == 2 * len(json.loads((folder / CONFIG).read_text())["target_modules"])
+    settings = OptimizerSettings(weight_decay=0.1, clip_norm=1.0, epsilon=1e-6, final_scale=1.0)
+    optimizer = torch.optim.AdamW(
+        learned, lr=RATE, betas=(settings.b1, settings.b2), eps=settings.epsilon, weight_decay=0.1
+    )
+    theirs = []
+    for _ in range(STEPS):
+        loss = model(**system.given).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(loss.item())
+
+    trained = frozenset(f"{LORA}/{path}" for path, _ in flatten(params[LORA]))
+    tx = adamw(settings, dict.fromkeys(trained, RATE), 0, STEPS + 1)
+    loss = NextToken().build(dataclasses.replace(system.experiment, lora=PLAIN))
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init({LORA: params[LORA]}))
+    step = jax.jit(lambda *given: train_step(*given, objective=loss, tx=tx, trained=trained, lora=PLAIN))
+    ours = []
+    for _ in range(STEPS):
+        state, metrics = step(state, system.case.batch, jax.random.key(0))
+        ours.append(float(metrics["loss"]))
+    assert theirs[-1] < theirs[0] - 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    for part in params:
+        if part != LORA:
+            jax.tree.map(np.testing.assert_array_equal, state.params[part], params[part])
+    after = safetensors.numpy.load_file(system.save(tmp_path / "after", state.params, PLAIN) / WEIGHTS)
+    model.save_pretrained(tmp_path / "theirs")
+    want = safetensors.numpy.load_file(tmp_path / "theirs" / WEIGHTS)
+    assert len(after) == len(want)
+    for name in after:
+        np.testing.assert_allclose(after[name], want[name], atol=2e-3 * STEPS * RATE + 1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, r"only LoRA .*use_dora: True"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\]"),
+        ({"bias": "all"}, r"bias: 'all'"),
+        ({"peft_type": "IA3"}, r"peft_type: 'IA3'"),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused(system, change, message, tmp_path):
+    folder = system.save(tmp_path / "adapter", system.params(SETTINGS), SETTINGS)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointFileError, match=message):
+        vlm_jax.from_pretrained(system.experiment.system.release.folder, adapter=folder)
+
+
+def test_factors_that_do_not_fit_are_named(system, tmp_path):
+    folder = system.save(tmp_path / "adapter", system.params(SETTINGS), SETTINGS)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
+    first = next(name for name in tensors if name.endswith("lora_A.weight"))
+    tensors[first] = tensors[first][:, :-1].copy()
+    tensors["base_model.model.lm_haed.lora_A.weight"] = np.ones((3, 32), np.float32)
+    tensors["base_model.model.lm_haed.lora_B.weight"] = np.ones((5, 3), np.float32)
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(
+        CheckpointFileError,
+        match=r"(?s)lm_haed: the release has no such weight.*expected factors .*, found lora_A \(3, \d+\) and",
+    ):
+        vlm_jax.from_pretrained(system.experiment.system.release.folder, adapter=folder)
+    with pytest.raises(CheckpointFileError, match=r"lm_haed.lora_A.bias: unknown key"):
+        safetensors.numpy.save_file({"base_model.model.lm_haed.lora_A.bias": np.ones(2)}, folder / WEIGHTS)
+        vlm_jax.from_pretrained(system.experiment.system.release.folder, adapter=folder)

@@ -1,0 +1,204 @@
+"""Runs with adapters and moving averages, and what is read and exported of them."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import vlm_jax
+from vlm_jax.adapter import LORA, LoraSettings, adapted, merged
+from vlm_jax.build import build
+from vlm_jax.checkpoints.hub import CheckpointFileError
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
+from vlm_jax.config import ConfigError
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.lora import lora_shapes
+from vlm_jax.leaves import flatten
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.convert import open_conversion, write_adapter
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.train.loop import Trainer
+
+from .conftest import tiny_config
+from .stepping import assert_close, steps
+from .test_accumulate import batch_of, experiment_of
+from .test_config_release import config_of, folder  # noqa: F401 (a fixture)
+
+SETTINGS = LoraSettings(rank=2, alpha=3.0, target=("encoder", "connector", "decoder"))
+EMA = 0.7
+
+
+@pytest.fixture(scope="module")
+def run(folder, one_device, tmp_path_factory):  # noqa: F811
+    """A run of adapters on a release with moving averages; the states after each step."""
+    lora = {**dataclasses.asdict(SETTINGS), "target": ("encoder/blocks", "connector", "decoder"), "dropout": 0.1}
+    config = config_of(folder, lora=lora)
+    with config.unlocked():
+        config.stages.instruction.learning_rates = ConfigDict({"lora": 1e-2})
+        config.stages.instruction.steps = 4
+        config.loop.update({"save_every": 1, "keep": 10})
+        config.optimizer.ema = EMA
+    experiment, workdir = build(config), tmp_path_factory.mktemp("run") / "run"
+    trainer = Trainer(config, experiment, one_device, workdir)
+    first = trainer._first_state(trainer._spans[0]).params
+    outcome = trainer.run()
+    checkpoints = RunCheckpoints(workdir / CHECKPOINTS, 10)
+    like = trainer._abstract_state(trainer._spans[0])
+    states = [checkpoints.restore(step, like)[0] for step in range(1, 5)]
+    checkpoints.close()
+    return config, experiment, workdir, first, states, outcome
+
+
+def test_only_adapters_learn_and_the_average_follows_them(run):
+    _, experiment, _, first, states, outcome = run
+    average = {path: np.asarray(leaf) for path, leaf in flatten(first[LORA])}
+    for state in states:
+        assert set(state.ema) == {LORA}
+        for path, leaf in flatten(state.params[LORA]):
+            average[path] = EMA * average[path] + (1 - EMA) * np.asarray(leaf)
+        for path, leaf in flatten(state.ema[LORA]):
+            np.testing.assert_allclose(leaf, average[path], atol=1e-7)
+    last = states[-1]
+    moved = [
+        np.abs(np.asarray(leaf) - np.asarray(dict(flatten(first[LORA]))[path])).max()
+        for path, leaf in flatten(last.params[LORA])
+    ]
+    assert min(moved) > 1e-4
+    for part in first:
+        if part != LORA:
+            jax.tree.map(np.testing.assert_array_equal, last.params[part], first[part])
+    # Moments of the adapters alone.
+    moments = sum(leaf.size for leaf in jax.tree.leaves(last.opt_state) if leaf.ndim)
+    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(first[LORA]))
+    assert LORA not in outcome.params
+    assert_close(outcome.params, merged(last.averaged, experiment.lora))
+
+
+def test_a_workdir_and_its_exports_have_the_merged_averages(run, folder, tmp_path):  # noqa: F811
+    _, experiment, workdir, _, _, outcome = run
+    assert_close(dict(vlm_jax.from_pretrained(workdir).params), outcome.params)
+    experiment.system.save_pretrained(tmp_path / "saved", outcome.params)
+    assert_close(dict(vlm_jax.from_pretrained(tmp_path / "saved").params), outcome.params)
+    open_conversion(folder, FAMILIES, run=workdir).write(tmp_path / "exported")
+    assert_close(dict(vlm_jax.from_pretrained(tmp_path / "exported").params), outcome.params)
+    write_adapter(folder, FAMILIES, workdir, tmp_path / "adapter")
+    with_adapter = vlm_jax.from_pretrained(folder, adapter=tmp_path / "adapter")
+    assert_close(dict(with_adapter.params), outcome.params)
+    without = dict(vlm_jax.from_pretrained(folder).params)
+    assert (
+        np.abs(
+            outcome.params["decoder"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
+            - without["decoder"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
+        ).max()
+        > 1e-4
+    )
+    with pytest.raises(CheckpointFileError, match="is not empty"):
+        write_adapter(folder, FAMILIES, workdir, tmp_path / "adapter")
+
+
+def test_a_run_resumes_with_its_adapters_and_averages(run, one_device):
+    config, experiment, workdir, _, _, outcome = run
+    again = Trainer(config, experiment, one_device, workdir)
+    assert again.finished()
+    assert_close(again.run().params, outcome.params)
+
+
+def test_accumulation_and_devices_give_the_same_numbers(one_device):
+    experiment = dataclasses.replace(experiment_of(packed=True), lora=SETTINGS)
+    batch = batch_of(experiment, 16, packed=True)
+    whole, params, _ = steps(experiment, batch, one_device, 1)
+    assert params[LORA]
+    parts, accumulated, _ = steps(experiment, batch, make_mesh(MeshSettings(data=2, fsdp=2, tensor=2)), 4)
+    assert_close(parts, whole)
+    assert_close(accumulated, params)
+
+
+def test_what_can_have_an_adapter():
+    boxed = experiment_of(packed=False).boxed_shapes()
+    found = {path for path, _ in flatten(lora_shapes(boxed, SETTINGS)[LORA])}
+    kernels = {path.removesuffix("/kernel") for path, _ in flatten(boxed) if path.endswith("/kernel")}
+    assert {path.rpartition("/")[0] for path in found} == kernels - {"decoder/head", "encoder/patch_embed"}
+    for target in ("decoder/head", "encoder/patch_embed", "decoder/embedding", "*norm*", "encodr"):
+        message = (
+            rf"no linear layer matches '{target.replace('*', '.')}'; those .* (decoder|encoder)/blocks/layers/attention"
+        )
+        with pytest.raises(ConfigError, match=message):
+            lora_shapes(boxed, dataclasses.replace(SETTINGS, target=(target,)))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 2}, "need a rank and a target"),
+        ({"target": ("decoder",)}, "need a rank and a target"),
+        ({"rank": -1}, "a rank of at least 0"),
+        ({"rank": 2, "target": ("decoder",), "dropout": 1.0}, "dropout from 0 to below 1"),
+    ],
+)
+def test_settings_that_make_no_adapters_are_refused(lora, message):
+    with pytest.raises(ConfigError, match=message):
+        LoraSettings(**lora)
+
+
+def test_dropout_zeroes_inputs_of_adapters_alone():
+    rng = np.random.default_rng(0)
+    x, kernel, a, b = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((400, 16), (16, 8), (16, 2), (2, 8))
+    )
+    settings = LoraSettings(rank=2, alpha=3.0, dropout=0.25, target=("m",))
+    params = {"m": {"kernel": kernel}, LORA: {"m": {"lora_a": a, "lora_b": b}}}
+    dense = Dense(8, ("embed", "mlp"), use_bias=False)
+
+    def run(key):
+        return dense.apply({"params": adapted(params, settings, key)["m"]}, x)
+
+    plain = x @ kernel + 1.5 * (x @ a @ b)
+    np.testing.assert_allclose(run(None), plain, atol=1e-4)
+    dropped = jax.vmap(run)(jax.random.split(jax.random.key(0), 500))
+    np.testing.assert_allclose(dropped.mean(0), plain, atol=1.5)
+    # Of an input, a quarter is zeroed and the others are divided by three quarters: a variance of x^2 / 3 each.
+    variance = (x**2 / 3) @ (1.5 * a @ b) ** 2
+    np.testing.assert_allclose(dropped.var(0).mean(), variance.mean(), rtol=0.05)
+
+
+def test_an_average_starts_the_next_stage(one_device, tmp_path):
+    config = tiny_config()
+    with config.unlocked():
+        config.optimizer.ema = 0.5
+        for label in ("seeing", "answering"):
+            config.stages[label].update({"steps": 2, "warmup_steps": 0})
+        config.stages.answering.learning_rates = ConfigDict({"decoder": 1e-3})
+        config.loop.update({"save_every": 1, "keep": 10})
+    trainer = Trainer(config, build(config), one_device, tmp_path / "run")
+    first = trainer._first_state(trainer._spans[0]).params["encoder"]
+    outcome = trainer.run()
+    checkpoints = RunCheckpoints(tmp_path / "run" / CHECKPOINTS, 10)
+    after_1, after_2 = (
+        checkpoints.restore(step, trainer._abstract_state(trainer._spans[step > 1]))[0] for step in (1, 2)
+    )
+    checkpoints.close()
+    # Step 2 is stored as the start of the second stage: its encoder is the average.
+    middle = jax.tree.map(lambda start, one: 0.5 * start + 0.5 * one, first, after_1.params["encoder"])
+    assert_close(after_1.ema["encoder"], middle)
+    jax.tree.map(np.testing.assert_array_equal, outcome.params["encoder"], after_2.params["encoder"])
+    assert set(after_2.ema) == {"decoder"}
+
+
+def test_what_is_frozen_is_logged(one_device, tmp_path, caplog):
+    config = tiny_config()
+    with config.unlocked():
+        config.lora.update({"rank": 2, "target": ("decoder/*/attention",)})
+        config.stages.answering.learning_rates = ConfigDict({"lora": 1e-3, "connector/mlp/down": 2e-3})
+    trainer = Trainer(config, build(config), one_device, tmp_path / "run")
+    with caplog.at_level(logging.INFO):
+        trainer._first_state(trainer._spans[1])
+    lines = [record.getMessage() for record in caplog.records if "parameters" in record.getMessage()]
+    sizes = {path: np.prod(leaf.shape) for path, leaf in flatten(trainer._boxed)}
+    adapters = sum(int(size) for path, size in sizes.items() if path.startswith(LORA))
+    assert f"stage answering: lora: {adapters:,} parameters at 0.001" in lines
+    assert any("connector:" in line and "at 0.002" in line and "frozen" in line for line in lines)
+    assert any(line.startswith("stage answering: encoder:") and line.endswith("parameters frozen") for line in lines)
