@@ -119,6 +119,7 @@ def _provisional(config: RunConfig) -> RunConfig:
     with made.unlocked():
         made.row.update({"length": PROVISIONAL, "images": PROVISIONAL, "pictures": config.row.pictures or 1})
         made.data.held_out = int(config.data.evaluation_path is None)
+        made.schedule = ()  # rates are not chosen yet
     return made
 
 
