@@ -25,6 +25,7 @@ CORE = [
     "scikit-learn>=1.6",
     "scipy>=1.14",
     "sentencepiece>=0.2",
+    "tensorboard>=2.20",
     "tensorstore>=0.1.74",
     "tiktoken>=0.9",
     "tokenizers>=0.21",
@@ -47,6 +48,7 @@ EXTRAS = {
     "ray": ["ray[default]>=2.40"],
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
+    "wandb": ["wandb>=0.19"],
     "eval": ["lmms-eval>=0.5"],
 }
 

@@ -118,7 +118,23 @@ def get_config() -> ConfigDict:
             "ema": placeholder(float),
         }
     )
-    config.loop = ConfigDict({"save_every": 200, "keep": 2, "log_every": 20, "input_workers": 0})
-    config.evaluation = ConfigDict({"batch_size": 200, "question_length": 8, "max_new_tokens": 24})
+    config.loop = ConfigDict(
+        {
+            "save_every": 200,
+            "keep": 2,
+            "log_every": 20,
+            "input_workers": 0,
+            "writers": ("tensorboard",),
+            "profile": placeholder(tuple),
+            "peak_flops": placeholder(float),
+            "on_nonfinite": "stop",
+            "spike_loss": placeholder(float),
+            "spike_grad_norm": placeholder(float),
+            "max_skipped": 5,
+        }
+    )
+    config.evaluation = ConfigDict(
+        {"batch_size": 200, "question_length": 8, "max_new_tokens": 24, "every": placeholder(int)}
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1})
     return config

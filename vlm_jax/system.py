@@ -166,8 +166,6 @@ class System:
         videos: Sequence[Sequence[Video]] = (),
         *,
         max_new_tokens: int,
-        end_ids: Sequence[int] = (),
-        on_text: Callable[[int, str], None] | None = None,
         processor_options: Fields | None = None,
         names: Sequence[str] | None = None,
         **options: Any,
@@ -178,29 +176,41 @@ class System:
           params: of the model, or the result of `prepared`.
           conversations, images, videos: as in `Processor.batch`.
           max_new_tokens: maximum tokens of an answer.
-          end_ids: tokens that end an answer in addition to `ends`.
-          on_text: called with the index of a conversation and each piece of its answer as it is generated.
           processor_options: further arguments of `Processor.batch`.
           names: names of the conversations in errors.
-          **options: arguments of `generation.text.complete` and `generation.engine.generate`.
+          **options: `end_ids`, tokens that end an answer in addition to `ends`; `on_text`, called with the index of a
+            conversation and each piece of its answer as it is generated; other arguments of
+            `generation.text.complete` and `generation.engine.generate`.
 
         Raises:
           GenerationError: a setting outside its range, a prompt that does not fit, or NaN logits.
         """
-        processor = self.processor
-        batch = processor.batch(conversations, images, videos, **(processor_options or {}))
+        batch = self.processor.batch(conversations, images, videos, **(processor_options or {}))
+        names = names or [f"conversation {number}" for number in range(len(conversations))]
+        return self.complete(params, batch, max_new_tokens=max_new_tokens, names=names, **options)
+
+    def complete(
+        self,
+        params: Params,
+        prompts: Batch,
+        *,
+        max_new_tokens: int,
+        names: Sequence[str],
+        end_ids: Sequence[int] = (),
+        **options: Any,
+    ) -> list[Completion]:
+        """Answers to prompts that the processor has laid out; arguments as of `answer`, whose answers these are."""
         answers = complete(
             self.model,
             params,
-            batch,
-            processor.tokenizer,
+            prompts,
+            self.processor.tokenizer,
             end_ids=self._sayable(self.ends) + tuple(end_ids),
-            on_text=on_text,
             max_new_tokens=max_new_tokens,
-            names=names or [f"conversation {number}" for number in range(len(conversations))],
+            names=names,
             **options,
         )
-        for answer, entering in zip(answers, np.count_nonzero(batch.visual_index != TEXT_SLOT, axis=1), strict=True):
+        for answer, entering in zip(answers, np.count_nonzero(prompts.visual_index != TEXT_SLOT, axis=1), strict=True):
             if answer.visual_tokens and answer.visual_tokens[0] != entering:
                 raise AssertionError(f"{entering} visual tokens were laid out, the decoder got {answer.visual_tokens}")
         return answers

@@ -11,6 +11,7 @@ from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals import vqa
 from vlm_jax.evals.vqa import Answer, accuracy, answer_all, exact, overlap, wilson_interval
+from vlm_jax.generation import text as generation_text
 from vlm_jax.generation.engine import Generated
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
@@ -68,7 +69,7 @@ def sample(name, task, answer="7"):
 
 def test_accuracy_counts_task_by_task():
     results = {"read": [True, True, False, True], "locate": [False, False]}
-    answers = [Answer(sample(str(i), task), "", ok) for task, oks in results.items() for i, ok in enumerate(oks)]
+    answers = [Answer(str(i), task, "", "", "", ok) for task, oks in results.items() for i, ok in enumerate(oks)]
     table = accuracy(answers)
     assert set(table) == {"read", "locate"}
     for task, oks in results.items():
@@ -87,8 +88,10 @@ def settings(batch_size, max_new_tokens=24):
     return EvaluationSettings(batch_size, question_length=8, max_new_tokens=max_new_tokens)
 
 
-def generated(rows):
-    return Generated(np.asarray(rows), np.asarray([len(row) for row in rows]), steps=0, transfers=1)
+def generated(rows, eos, watch):
+    lengths = [row.index(eos) + 1 if eos in row else len(row) for row in rows]
+    watch(np.asarray(rows), np.asarray(lengths))
+    return Generated(np.asarray(rows), np.asarray(lengths), steps=0, transfers=1)
 
 
 def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatch, experiment):
@@ -108,18 +111,29 @@ def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatc
     ]
     queue, sizes = [ids + [tokenizer.pad_id] * (length - len(ids)) for _, ids, _, _ in written], []
 
-    def stand_in(model, params, batch, *, max_new_tokens, end_ids, pad_id, **options):
-        assert (model, max_new_tokens, end_ids, pad_id) == (system.model, length, (eos,), tokenizer.pad_id)
+    def stand_in(model, params, batch, *, max_new_tokens, end_ids, pad_id, watch, **options):
+        assert (model, max_new_tokens, end_ids, pad_id) == (system.model, length, [eos], tokenizer.pad_id)
         sizes.append(batch.tokens.shape[0])
         rows, queue[:2] = queue[:2], []
-        return generated(rows + [rows[-1]] * (2 - len(rows)))
+        return generated(rows + [rows[-1]] * (2 - len(rows)), eos, watch)
 
-    monkeypatch.setattr(vqa, "generate", stand_in)
-    answers = answer_all(experiment, {}, [given for given, *_ in written], settings(2))
+    monkeypatch.setattr(generation_text, "generate", stand_in)
+    read = []
+
+    def samples():
+        for given, *_ in written:
+            read.append(given.sample_id)
+            yield given
+
+    answers = []
+    for answer in vqa.answers(experiment, {}, samples(), settings(2)):
+        answers.append(answer)
+        assert len(read) <= len(answers) + 1  # pictures of one batch are held, not all
     assert sizes == [2, 2, 2]  # one program: the last batch is padded
     assert len(answers) == len(written)
     for answer, (given, _, text, correct) in zip(answers, written, strict=True):
-        assert answer.sample is given
+        asked = (given.sample_id, given.task, given.question, given.answer)
+        assert (answer.sample_id, answer.task, answer.question, answer.reference) == asked
         assert text is None or answer.text == text
         assert answer.correct is correct, given.sample_id
 
@@ -130,20 +144,20 @@ def test_answers_are_shared_out_over_the_devices_of_the_parameters(monkeypatch, 
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     eos, meshes = experiment.system.processor.tokenizer.eos_id, []
 
-    def stand_in(*args, mesh, **options):
+    def stand_in(*args, mesh, watch, **options):
         meshes.append(mesh)
-        return generated([[eos]])
+        return generated([[eos]], eos, watch)
 
-    monkeypatch.setattr(vqa, "generate", stand_in)
+    monkeypatch.setattr(generation_text, "generate", stand_in)
     answer_all(experiment, {"kernel": jax.device_put(np.ones(2), sharding)}, [sample("x", "read")], settings(1))
     assert meshes == [mesh if given else None]
 
 
 def test_an_endless_answer_is_wrong_even_when_its_text_is_right(monkeypatch, experiment):
     ids = experiment.system.processor.tokenizer.encode("7")
-    monkeypatch.setattr(vqa, "generate", lambda *args, **kwargs: generated([ids]))
+    monkeypatch.setattr(generation_text, "generate", lambda *args, watch, **kwargs: generated([ids], None, watch))
     (answer,) = answer_all(experiment, {}, [sample("x", "read")], settings(1))
-    assert answer.text == "7" == answer.sample.answer and not answer.correct
+    assert answer.text == "7" == answer.reference and not answer.correct
 
 
 def test_a_prompt_or_reference_answer_over_its_limit_is_named(experiment):

@@ -91,8 +91,8 @@ def test_loss_rewards_and_gradients(policy_and_reference, tmp_path, smoothing):
     ours, theirs = vlm_jax.from_pretrained(folder), vlm_jax.from_pretrained(other)
     reference = {part: theirs.params[part] for part in ("connector", "decoder")}
     loss = span.stage.settings.build(experiment)
-    run = jax.jit(jax.value_and_grad(lambda p: loss(p, batch, jax.random.key(0), 1.0, reference), has_aux=True))
-    (value, metrics), grads = run(ours.params)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, metrics), grads = run(ours.params, batch, jax.random.key(0), 1.0, reference)
 
     pixels = torch.from_numpy(np.asarray(batch.images)[:, 0].transpose(0, 3, 1, 2).copy())
     with torch.no_grad():

@@ -42,12 +42,10 @@ def test_workers_make_the_same_batches_resume_and_are_gone_when_closed(tmp_path)
     iterator = batches(stream, 4, num_workers=2)
     for step in range(3):
         jax.tree.map(np.testing.assert_array_equal, next(iterator), batch_at(stream, 4, step))
-    state = iterator.get_state()
     assert len(multiprocessing.active_children()) == before + 2
     iterator.close()
     assert len(multiprocessing.active_children()) == before
-    again = batches(stream, 4, num_workers=2)
-    again.set_state(state)
+    again = batches(stream, 4, num_workers=1, start=3)
     jax.tree.map(np.testing.assert_array_equal, next(again), batch_at(stream, 4, 3))
     again.close()
 

@@ -39,6 +39,5 @@ def test_a_run_that_was_terminated_and_killed_gives_the_same_curve(command, tmp_
     status, errors = command.finish(broken)
     assert status == 0, errors
     assert curve(broken) == whole
-    assert json.loads((broken / "evaluation.json").read_text()) == json.loads(
-        (tmp_path / "whole" / "evaluation.json").read_text()
-    )
+    for name in ("evaluation.json", "evaluations.jsonl", *(f"evaluations/{step}.jsonl" for step in (30, 60, 80))):
+        assert (broken / name).read_text() == (tmp_path / "whole" / name).read_text(), name

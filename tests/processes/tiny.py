@@ -13,4 +13,5 @@ def get_config():
         config.schedule = ("answering",)
     config.stages.answering.steps = 80
     config.loop.save_every = 20
+    config.evaluation.update({"batch_size": 12, "every": 30})
     return config

@@ -154,7 +154,7 @@ def test_a_point_that_fails_is_named_and_tried_again(evaluation, finished, tmp_p
         ({"budgets": (0,)}, ConfigError, "--budgets: expected a positive integer, got 0"),
         ({"reducers": ("fastv",), "budgets": ()}, ConfigError, "no point can be evaluated"),
         ({"batch_size": 0}, ConfigError, "--batch_size: expected at least 1, got 0"),
-        ({"max_new_tokens": 1}, SequenceTooLong, "record '0': its reference answer has .* raise --max_new_tokens"),
+        ({"max_new_tokens": 1}, SequenceTooLong, "jsonl:0': its reference answer has .* raise --max_new_tokens"),
     ],
 )
 def test_what_is_refused_before_anything_is_written(evaluation, tmp_path, changes, error, message):

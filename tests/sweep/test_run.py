@@ -215,6 +215,11 @@ def test_points_start_from_the_shared_stages(swept, one_device):
             ConfigError,
             "no candidate 'rando'; did you mean 'random'",
         ),
+        (
+            lambda c: c.base.evaluation.update({"every": 2}),
+            ConfigError,
+            r"base\.evaluation\.every: points are evaluated",
+        ),
         (lambda c: c.sweep.update({"shared": ("answering",)}), ConfigError, "must be the first stages"),
         (
             lambda c: c.base.stages.seeing.learning_rates.update({"connector": 1e-3}),

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -19,6 +20,7 @@ from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.train.claim import Claim
 from vlm_jax.train.loop import Trainer
 
 LENGTH, TILES = 128, 3
@@ -129,9 +131,11 @@ def test_wrong_sections_are_named(folder, changes, message):
         build(config_of(folder, **changes))
 
 
-def test_a_workdir_has_the_settings_of_its_run(folder, one_device, tmp_path):
+def test_a_workdir_has_the_settings_of_its_run(folder, tmp_path):
     config = config_of(folder, processor={"max_pixels": 20, "max_length": None}, decoder={"norm_epsilon": 0.5})
-    Trainer(config, build(config), one_device, tmp_path / "run")
+    claim = Claim(epath.Path(tmp_path / "run"), config)
+    with claim.held():
+        claim.record()
     again = configured(open_system(folder, FAMILIES, dtype="float32"), read_config(tmp_path / "run"))
     assert again.processor.max_pixels == 20 and again.model.decoder.norm_epsilon == 0.5
     assert again.model == build(config).system.model

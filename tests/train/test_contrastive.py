@@ -12,7 +12,7 @@ from etils import epath
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.data.loader import batch_at
-from vlm_jax.evals.evaluation import evaluation_of
+from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.input import rows
 from vlm_jax.train.loop import Interrupted, Trainer
@@ -116,19 +116,21 @@ def test_the_evaluation_retrieves_unseen_pairs_and_classifies_without_training(f
     names = tuple(sample.answer for sample in samples)
     with config.unlocked():
         config.evaluation.update({"ks": (1, 6), "class_names": names})
-    report = evaluation_of(experiment, config.evaluation).run(outcome.params, samples)
+    evaluator = evaluator_of(experiment, config)
+    rows = list(evaluator.rows(outcome.params))
+    accuracy = evaluator.metrics(rows)["accuracy"]
     batch = experiment.captioned(samples)
     found = jax.jit(experiment.system.model.apply)({"params": outcome.params}, *batch.inputs)
     nearest = np.asarray(found.logits()).argmax(axis=1)
     recall = float(np.mean(nearest == np.arange(6)))
-    assert report.accuracy["image_to_text/recall@1"]["mean"] == pytest.approx(recall)
-    assert report.accuracy["text_to_image/recall@6"] == {
-        **report.accuracy["text_to_image/recall@6"],
+    assert accuracy["image_to_text/recall@1"]["mean"] == pytest.approx(recall)
+    assert accuracy["text_to_image/recall@6"] == {
+        **accuracy["text_to_image/recall@6"],
         "mean": 1.0,
         "n": 6,
     }
-    assert report.accuracy["zero_shot/top_1"]["mean"] == pytest.approx(recall)  # its prompts are the captions
-    assert [row["answer"] for row in report.rows] == [names[index] for index in nearest]
+    assert accuracy["zero_shot/top_1"]["mean"] == pytest.approx(recall)  # its prompts are the captions
+    assert [row["answer"] for row in rows] == [names[index] for index in nearest]
 
 
 @pytest.mark.parametrize(

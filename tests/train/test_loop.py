@@ -109,7 +109,7 @@ def test_init_from_takes_encoder_and_decoder_and_draws_the_rest(config, one_devi
     workdir, source = finished
     with config.unlocked():
         config.seed = 7
-    trainer = Trainer(config, build(config), one_device, tmp_path, init_from=workdir / "checkpoints")
+    trainer = Trainer(config, build(config), one_device, tmp_path, init_from=workdir)
     start = trainer._first_state(trainer._spans[0]).params
     for part, same in (("encoder", True), ("decoder", True), ("connector", False)):
         kernels = [
@@ -120,20 +120,29 @@ def test_init_from_takes_encoder_and_decoder_and_draws_the_rest(config, one_devi
         assert all(bool(np.array_equal(a, b)) is same for a, b in kernels), part
 
 
-def test_a_workdir_of_another_config_is_refused_by_key(config, one_device, tmp_path):
-    Trainer(config, build(config), one_device, tmp_path / "run")
-    before = (tmp_path / "run" / "config.json").read_text()
+def test_a_finished_run_goes_on_with_more_steps_and_other_keys_of_the_loop(config, one_device, tmp_path):
     with config.unlocked():
-        config.optimizer.b2 = 0.9
-    with pytest.raises(
-        ConfigError, match=r"created with another config(.|\n)*config\.optimizer\.b2: 0\.95 here, 0\.9 there"
-    ):
-        Trainer(config, build(config), one_device, tmp_path / "run")
-    assert (tmp_path / "run" / "config.json").read_text() == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("words")
-    with pytest.raises(ConfigError, match="not a run's folder"):
-        Trainer(config, build(config), one_device, tmp_path / "mine")
+        config.schedule = ("answering",)
+        del config.stages["seeing"]
+        config.optimizer.final_scale = 1.0  # rates after the warm-up do not depend on the number of steps
+    with config.unlocked():
+        config.stages.answering.steps = 6
+    train(config, one_device, tmp_path / "whole")
+    with config.unlocked():
+        config.stages.answering.steps = 4
+    train(config, one_device, tmp_path / "parts")
+    with config.unlocked():
+        config.stages.answering.steps, config.loop.log_every, config.loop.keep = 6, 3, 1
+    assert not Trainer(config, build(config), one_device, tmp_path / "parts").finished()
+    train(config, one_device, tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(config, one_device, finished, tmp_path):
+    trainer = Trainer(config, build(config), one_device, tmp_path / "run", init_from=finished[0] / "elsewhere")
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        trainer.run()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_named_with_the_way_on(config, one_device, finished, tmp_path):
@@ -151,7 +160,7 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(config, one_device, finis
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(config, one_device, tmp_path):
     with config.unlocked():
         config.stages.seeing.learning_rates.encoder = 1e30
-    with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step 3 \(stage seeing\)"):
+    with pytest.raises(Diverged, match=r"the loss is (nan|inf) .* at step 3 \(stage seeing\)"):
         train(config, one_device, tmp_path)
     assert [line["step"] for line in read_lines(epath.Path(tmp_path) / "metrics.jsonl")] == [1, 2, 3]
 
@@ -174,6 +183,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(config, one_d
         ({"stages.answering.logits_bytes": 0}, "expected z_loss of at least 0 and logits_bytes of at least 1"),
         ({"stages.seeing.z_loss": 1e-4}, r"seeing\.z_loss: is a key of the objective next_token; remove it"),
         ({"stages.answering.batch": 8}, r"config\.stages\.answering\.batch: unknown.*'batch_size'"),
+        ({"loop.save_every": 0}, r"config\.loop\.save_every: expected at least 1, got 0"),
+        ({"loop.log_every": 0}, r"config\.loop\.log_every: expected at least 1, got 0"),
+        ({"loop.keep": -1}, r"config\.loop\.keep: expected at least 1, got -1"),
+        ({"optimizer.clip_norm": 0.0}, r"config\.optimizer\.clip_norm: .* for no clipping set it to inf"),
+        ({"seed": -1}, r"config\.seed: expected 0 to 4294967295, got -1"),
+        ({"seed": 20261128152254}, r"config\.seed: expected 0 to 4294967295, got 20261128152254"),
         ({"loop.save_evry": 8}, r"config\.loop\.save_evry: unknown or unused key; did you mean 'save_every'"),
         ({"optimizer.b1": "high"}, r"config\.optimizer\.b1: expected float, got 'high'"),
     ],

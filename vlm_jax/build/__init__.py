@@ -57,6 +57,7 @@ from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape,
 KEYS = ("seed", "release", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor",
         "encoder", "reducer", "connector", "decoder", "lora", "schedule", "stages", "optimizer", "loop", "mesh",
         "evaluation")  # fmt: skip
+MAX_SEED = 2**32 - 1  # of grain's shuffles
 Part = TypeVar("Part", Encoder, Decoder)
 
 PARTS = ("encoder", "connector", "decoder")
@@ -262,6 +263,8 @@ def build(config: Any) -> AnyExperiment:
     missing = [key for key in KEYS if key not in config]
     if missing:
         raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
+    if not 0 <= config.seed <= MAX_SEED:
+        raise ConfigError(f"config.seed: expected 0 to {MAX_SEED}, got {config.seed}")
     if config.release is not None:
         return _of_release(config)
     if config.decoder.get("kind") in IMAGE_TEXT:

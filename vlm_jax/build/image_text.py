@@ -149,7 +149,7 @@ class ImageTextExperiment:
           PictureMismatch: as of `captioned`, or a caption that names no class.
         """
         images = self.processor(images_of(samples)).images
-        classes = [label_of(sample, self.labels) for sample in samples]
+        classes = [label_of(sample.sample_id, sample.answer, self.labels) for sample in samples]
         return ImageTextBatch(images, labels=np.asarray(classes, np.int32))
 
     @functools.cached_property
@@ -195,16 +195,16 @@ def images_of(samples: Sequence[Sample]) -> list[np.ndarray]:
     return [sample.images[0] for sample in samples]
 
 
-def label_of(sample: Sample, names: Sequence[str]) -> int:
+def label_of(sample_id: str, caption: str, names: Sequence[str]) -> int:
     """The index of the class that a sample's caption names.
 
     Raises:
       PictureMismatch: it names none.
     """
-    caption = sample.answer.strip()
+    caption = caption.strip()
     if caption not in names:
         raise PictureMismatch(
-            f"{sample.sample_id}: the caption {caption!r} is none of the {len(names)} classes {', '.join(names[:20])}"
+            f"{sample_id}: the caption {caption!r} is none of the {len(names)} classes {', '.join(names[:20])}"
         )
     return names.index(caption)
 

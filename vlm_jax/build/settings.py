@@ -195,8 +195,16 @@ class EvaluationSettings:
       question_length: text positions of a prompt, without visual tokens; None for a release, whose prompts are
         padded to the longest of their batch.
       max_new_tokens: maximum tokens of an answer, including its end token.
+      every: steps between evaluations during training; None for one at its end alone.
     """
 
     batch_size: int
     question_length: int | None
     max_new_tokens: int
+    every: int | None = None
+
+    def __post_init__(self):
+        for key in ("batch_size", "question_length", "max_new_tokens", "every"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"config.evaluation.{key}: expected at least 1, got {value}")

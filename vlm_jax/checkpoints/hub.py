@@ -23,6 +23,7 @@ import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vlm_jax.config import read_json
+from vlm_jax.paths import absolute
 from vlm_jax.types import Dtype, Fields, Selection
 
 SINGLE_FILE = "model.safetensors"
@@ -148,7 +149,7 @@ def fetch(source: str | os.PathLike[str], *, revision: str | None = None) -> Pat
     Raises:
       CheckpointFileError: not a local path, and not a repository that can be downloaded or is in the cache.
     """
-    path = Path(source)
+    path = Path(absolute(source))
     if path.exists():
         return path
     name = os.fspath(source)

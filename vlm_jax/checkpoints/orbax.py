@@ -1,6 +1,7 @@
 """A run's checkpoints: parameters, optimizer and input position, saved by Orbax in the background."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 
@@ -8,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vlm_jax.paths import absolute
 from vlm_jax.types import Fields, Tree
 
 CHECKPOINTS = "checkpoints"  # the folder in a workdir
@@ -30,7 +32,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
-        self.directory = absolute(directory)
+        self.directory = absolute_folder(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -129,16 +131,21 @@ class _SaveFailures:
         ) from error
 
 
-def absolute(directory: epath.PathLike) -> epath.Path:
-    """The absolute path, as Orbax requires; `gs://` is already absolute."""
-    path = epath.Path(directory)
-    return path if path.is_absolute() else path.absolute()
+def absolute_folder(directory: epath.PathLike) -> epath.Path:
+    """The absolute path, as Orbax requires."""
+    return epath.Path(absolute(directory))
 
 
 def first_line(error: BaseException) -> str:
     """The type of an error and the first line of its message."""
     text = str(error).strip() or type(error).__name__
     return f"{type(error).__name__}: {text.splitlines()[0][:1000]}"
+
+
+def parts_directory(source: epath.PathLike) -> str:
+    """The absolute path that `read_parts` takes: of a run's workdir, its folder of checkpoints."""
+    folder = epath.Path(absolute(source))
+    return os.fspath(folder / CHECKPOINTS if (folder / CHECKPOINTS).is_dir() else folder)
 
 
 def newest_state(directory: epath.PathLike) -> epath.Path:
@@ -150,7 +157,7 @@ def newest_state(directory: epath.PathLike) -> epath.Path:
     Raises:
       CheckpointError: there is no checkpoint.
     """
-    directory = absolute(directory)
+    directory = absolute_folder(directory)
     step = None
     if directory.exists():
         with ocp.CheckpointManager(directory) as manager:

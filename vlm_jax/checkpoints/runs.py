@@ -15,7 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vlm_jax.adapter import LORA, A, B, LoraSettings, merged
 from vlm_jax.checkpoints.arrays import open_arrays
 from vlm_jax.checkpoints.hub import MAP_FILE, PARAMS, LazyTensor
-from vlm_jax.checkpoints.orbax import CheckpointError, absolute, check_stored, first_line, newest_state, stored_shapes
+from vlm_jax.checkpoints.orbax import (
+    CheckpointError,
+    absolute_folder,
+    check_stored,
+    first_line,
+    newest_state,
+    stored_shapes,
+)
 from vlm_jax.config import parse, read_json
 from vlm_jax.leaves import flatten
 from vlm_jax.types import Fields, Params, Selection, Tree
@@ -34,7 +41,7 @@ def read_parts(directory: epath.PathLike, parts: Fields) -> Fields:
     Raises:
       CheckpointError: there is no checkpoint, or its parts are of another model.
     """
-    directory = absolute(directory)
+    directory = absolute_folder(directory)
     leaves = dict(flatten(parts))
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if (directory / MAP_FILE).exists():
@@ -73,7 +80,7 @@ def open_run(directory: epath.PathLike, shapes: Shapes) -> dict[str, LazyTensor]
       CheckpointError: there is no checkpoint.
       CheckpointFileError: it lacks these parameters.
     """
-    directory = absolute(directory)
+    directory = absolute_folder(directory)
     state = newest_state(directory)
     stored = stored_shapes(state)
     adapters = {path: shape for path, shape in _adapters(stored).items() if _kernel(path) in shapes}
@@ -95,7 +102,7 @@ def open_adapters(directory: epath.PathLike) -> tuple[dict[str, np.ndarray], Lor
     Raises:
       CheckpointError: there is no checkpoint, or the run has no adapters.
     """
-    directory = absolute(directory)
+    directory = absolute_folder(directory)
     state = newest_state(directory)
     stored = stored_shapes(state)
     adapters = _adapters(stored)
@@ -112,7 +119,7 @@ def lora_settings(directory: epath.PathLike) -> LoraSettings:
     Raises:
       CheckpointError: the run's config is missing.
     """
-    path = absolute(directory).parent / "config.json"
+    path = absolute_folder(directory).parent / "config.json"
     return parse(LoraSettings, read_json(path, CheckpointError).get(LORA, {}), f"{path}: {LORA}")
 
 

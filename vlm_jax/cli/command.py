@@ -3,7 +3,7 @@
 import errno
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,10 +11,17 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vlm_jax.cli.process import explained, keep_programs
+from vlm_jax.cli.process import explained, keep_programs, show_flags
+from vlm_jax.paths import absolute
 from vlm_jax.train.loop import Interrupted
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The config file; --config.KEY=VALUE overrides a key.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "The config file. --config.KEY=VALUE overrides a key, as --config.seed=1 or --config.loop.keep=3; --list_keys "
+    "prints all keys.",
+)
+LIST_KEYS = flags.DEFINE_bool("list_keys", False, "Print every key of the config with its value, and exit.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, local or gs://; created if missing.")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other processes of a TPU slice or cluster (jax.distributed.initialize)."
@@ -28,12 +35,19 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address, the index of this process, from 0.")
 
 
-def run(main: Callable[[], Any]) -> None:
+def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
     """Runs a command's main function; a user error is printed as one message, with exit status 1.
 
     A run that was stopped by SIGTERM and saved its state exits with status 0.
+
+    Args:
+      main: what the command does.
+      default_config: path of the config without `--config`.
     """
-    flags.mark_flags_as_required(["config", "workdir"])
+    show_flags()
+    if default_config is not None and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
+        sys.argv.insert(1, f"--config={default_config}")
+    flags.mark_flag_as_required("config")
 
     parsed = False
 
@@ -42,6 +56,11 @@ def run(main: Callable[[], Any]) -> None:
         parsed = True
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument: {argv[1]}")
+        if LIST_KEYS.value:
+            print("\n".join(_keys(CONFIG.value, "--config")))
+            return
+        if WORKDIR.value is None:
+            raise app.UsageError("--workdir: expected the folder of the run; pass one")
         _quieten_checkpoints()
         keep_programs()
         if DISTRIBUTED.value:
@@ -58,7 +77,7 @@ def run(main: Callable[[], Any]) -> None:
             sys.exit(1)
 
     try:
-        app.run(guarded)
+        app.run(guarded, flags_parser=_parsed)
     except AttributeError as error:
         if parsed:
             raise
@@ -70,6 +89,30 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(1)
 
 
+def _parsed(argv: list[str]) -> list[str]:
+    """Parses flags; an error inside a config file is printed as its last line, without the traceback in its message."""
+    try:
+        rest = flags.FLAGS(argv)
+        _ = CONFIG.value.keys  # a file that does not exist is found missing here
+        return rest
+    except (flags.Error, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        in_file = "Traceback" in str(error) or isinstance(error, OSError)
+        said = f"{lines[0]} {lines[-1]}" if in_file else str(error)
+        print(f"ConfigError: {said}\nPass --help for the flags", file=sys.stderr)
+        sys.exit(1)
+
+
+def _keys(section: Any, path: str) -> Iterator[str]:
+    """`--config.KEY=VALUE` of every key."""
+    for key in section:
+        value = section[key]
+        if hasattr(value, "items"):
+            yield from _keys(value, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}={value}"
+
+
 def _quieten_checkpoints() -> None:
     """Silences Orbax's messages for failed saves, one per thread, since the CheckpointError reports them."""
     logging.set_verbosity(logging.WARNING)
@@ -78,7 +121,7 @@ def _quieten_checkpoints() -> None:
 
 def workdir() -> epath.Path:
     """The folder of the run."""
-    return epath.Path(str(WORKDIR.value))
+    return epath.Path(absolute(str(WORKDIR.value)))
 
 
 def config_path() -> str:

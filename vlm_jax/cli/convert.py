@@ -1,10 +1,8 @@
 """python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR [--adapter]] [--dtype=bfloat16] [--dry-run]"""
 
-import os
-
 from absl import app, flags, logging
 
-from vlm_jax.cli.process import explained
+from vlm_jax.cli.process import explained, show_flags
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.convert import open_conversion, write_adapter
 from vlm_jax.pretrained.loader import DTYPES
@@ -31,8 +29,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     if not TARGET.value and not DRY_RUN.value:
         raise app.UsageError("--target: expected a folder to write; pass one, or --dry-run")
-    # A shell does not expand the ~ of --flag=~/x.
-    source, target, run = (flag.value and os.path.expanduser(flag.value) for flag in (SOURCE, TARGET, RUN))
+    source, target, run = SOURCE.value, TARGET.value, RUN.value
     logging.set_verbosity(logging.ERROR)  # Orbax logs its own progress
     with explained():
         if ADAPTER.value:
@@ -52,5 +49,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    show_flags()
     flags.mark_flag_as_required("source")
     app.run(main)

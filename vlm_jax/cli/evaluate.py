@@ -4,7 +4,7 @@ import sys
 
 from absl import app, flags
 
-from vlm_jax.cli.process import explained, keep_programs
+from vlm_jax.cli.process import explained, keep_programs, show_flags
 from vlm_jax.config import ConfigError
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
@@ -62,5 +62,6 @@ def _number(word: str) -> int:
 
 
 if __name__ == "__main__":
+    show_flags()
     flags.mark_flags_as_required(["release", "data", "workdir"])
     app.run(main)

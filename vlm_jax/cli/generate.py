@@ -8,11 +8,12 @@ from absl import app, flags
 from etils import epath
 
 import vlm_jax
-from vlm_jax.cli.process import explained, keep_programs
+from vlm_jax.cli.process import explained, keep_programs, show_flags
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
 from vlm_jax.models.vlm import VLM
+from vlm_jax.paths import absolute
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.processors.grounding import draw_boxes
@@ -84,15 +85,16 @@ def main(argv: list[str]) -> None:
             parts = [*seen, {"type": "text", "text": text}]
             return {"role": role, "content": parts if listed else text}
 
-        messages = [message("user", str(PROMPT.value), len(IMAGE.value), len(VIDEO.value))]
+        images, videos = [absolute(path) for path in IMAGE.value], [absolute(path) for path in VIDEO.value]
+        messages = [message("user", str(PROMPT.value), len(images), len(videos))]
         if SYSTEM.value is not None:
             messages.insert(0, message("system", SYSTEM.value))
         options = {} if MAX_VIDEO_TOKENS.value is None else {"max_video_tokens": MAX_VIDEO_TOKENS.value}
         thinking = {} if ENABLE_THINKING.value is None else {"enable_thinking": ENABLE_THINKING.value}
         answer = model.generate(
             messages,
-            IMAGE.value,
-            VIDEO.value,
+            images,
+            videos,
             max_new_tokens=MAX_NEW_TOKENS.value,
             max_visual_tokens=MAX_VISUAL_TOKENS.value,
             sampling=sampling,
@@ -120,12 +122,13 @@ def say(text: str) -> None:
 
 def draw(model: Pretrained, answer: Completion) -> None:
     """Writes the first image with the boxes of the answer."""
-    picture = to_picture(IMAGE.value[0])
+    picture = to_picture(absolute(IMAGE.value[0]))
     boxes = model.boxes(answer, picture, max_visual_tokens=MAX_VISUAL_TOKENS.value)
-    with epath.Path(str(DRAW.value)).open("wb") as file:
+    with epath.Path(absolute(str(DRAW.value))).open("wb") as file:
         draw_boxes(picture, boxes).save(file, "PNG")
 
 
 if __name__ == "__main__":
+    show_flags()
     flags.mark_flags_as_required(["checkpoint", "prompt"])
     app.run(main)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import jax
 from absl import flags
-from etils import epath
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.checkpoints.hub import CheckpointFileError
@@ -18,6 +17,7 @@ from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.packing import StalePlan
 from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.paths import absolute
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
@@ -26,6 +26,7 @@ from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.system import UnsupportedError
+from vlm_jax.train.lock import WorkdirInUse
 from vlm_jax.train.loop import Diverged
 
 # Errors whose message is for the user, without a traceback.
@@ -48,6 +49,7 @@ EXPLAINED = (
     TokenizerError,
     TooManyCorruptImages,
     UnsupportedError,
+    WorkdirInUse,
 )
 
 CACHE = flags.DEFINE_string(
@@ -55,10 +57,17 @@ CACHE = flags.DEFINE_string(
 )
 
 
+def show_flags() -> None:
+    """Makes `--help` show the flags of all modules of the command line, not only those of the command's own."""
+    for name in [name for name in sys.modules if name.startswith("vlm_jax.cli.")]:
+        for flag in flags.FLAGS.get_key_flags_for_module(name):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def keep_programs() -> None:
     """Enables the compilation cache in the folder of `--compilation_cache`."""
     if CACHE.value:
-        jax.config.update("jax_compilation_cache_dir", str(epath.Path(CACHE.value).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", absolute(CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -1,53 +1,106 @@
-"""python -m vlm_jax.cli.train --config=configs/X.py --workdir=DIR [--init_from=DIR]"""
+"""python -m vlm_jax.cli.train --release=FOLDER --data=FILE --workdir=DIR [--export=FOLDER] [--config.KEY=VALUE …]
 
-import json
+Fine-tunes a release, or runs any config: --config=configs/X.py --workdir=DIR [--init_from=DIR].
+"""
+
+import pathlib
 from typing import Any
 
-import rich.console
-import rich.progress
+import jax
 from absl import flags
 
-from vlm_jax.build import build
+from vlm_jax.build import AnyExperiment, build
+from vlm_jax.checkpoints.saving import check_vacant
 from vlm_jax.cli import command
-from vlm_jax.config import parse
-from vlm_jax.evals.evaluation import evaluation_of
+from vlm_jax.cli.progress import open_progress
+from vlm_jax.config import ConfigError, parse
+from vlm_jax.evals.evaluators import evaluator_of
+from vlm_jax.paths import absolute
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-from vlm_jax.sharding.processes import is_primary
+from vlm_jax.train import finetuning
+from vlm_jax.train.first_run import completed
 from vlm_jax.train.loop import Trainer
-from vlm_jax.train.workdir import write_whole
 
+RELEASE = flags.DEFINE_string(
+    "release", None, "The released folder, or organisation/name on the Hugging Face hub, to fine-tune; config.release."
+)
+DATA = flags.DEFINE_string(
+    "data", None, "A file of conversations: LLaVA's JSON, JSONL, parquet, …; config.data.train_path."
+)
+EVALUATION_DATA = flags.DEFINE_string(
+    "evaluation_data", None, "Another such file to evaluate on; a part of --data is held out if unset."
+)
+EPOCHS = flags.DEFINE_float("epochs", None, "How often each sample is learned; by the number of samples if unset.")
+EXPORT = flags.DEFINE_string(
+    "export", None, "A folder to write at the end: the release with the trained parameters, for cli.generate."
+)
 INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,
-    "Initial parameters of the parts of the model: a folder that cli.convert wrote, or the checkpoints of another run.",
+    "Initial parameters of the parts of the model: a folder that cli.convert wrote, or the workdir of another run or "
+    "its checkpoints.",
 )
 
 
+def configured() -> tuple[Any, dict[str, object]]:
+    """The config with the values of the flags, and what was chosen for the keys that are None."""
+    config = command.CONFIG.value
+    given = {"release": RELEASE.value, "data.train_path": DATA.value, "data.evaluation_path": EVALUATION_DATA.value}
+    with config.unlocked():
+        for path, value in given.items():
+            *sections, key = path.split(".")
+            section = config[sections[0]] if sections else config
+            if value is not None and key not in section:
+                raise ConfigError(f"config.{path}: the config has no such key; omit --{flag_of(path)}")
+            if value is not None:
+                section[key] = value
+    if config.release is None and command.config_path() == finetuning.__file__:
+        raise ConfigError("--release: expected the released folder to fine-tune, or a --config, got neither")
+    return completed(config, epochs=EPOCHS.value)
+
+
+def flag_of(path: str) -> str:
+    """The flag that sets a key."""
+    return {"release": "release", "data.train_path": "data"}.get(path, "evaluation_data")
+
+
 def main() -> None:
-    """Trains every stage of a config, then evaluates; writes `metrics.jsonl` and `evaluation.json`."""
-    config, workdir = command.CONFIG.value, command.workdir()
-    experiment = build(config)
-    evaluation = evaluation_of(experiment, config.evaluation)
-    mesh = make_mesh(parse(MeshSettings, config.mesh, "config.mesh"))
-    console = rich.console.Console()
-    with rich.progress.Progress(console=console) as bar:
-        task = bar.add_task("training")
-
-        def progress(step, steps, metrics):
-            bar.update(task, total=steps, completed=step, description=f"{metrics['stage']} {metrics['loss']:.3f}")
-
+    """Trains every stage of a config, and evaluates on the way and at the end; see `train.loop.Trainer`."""
+    config, chosen = configured()
+    workdir = command.workdir()
+    with open_progress() as progress:
+        progress.say([f"chosen: --{path}={value}" for path, value in chosen.items()])
+        experiment = build(config)
+        check_export(experiment)
+        mesh = make_mesh(parse(MeshSettings, config.mesh, "config.mesh"))
         start: Any = {"init_from": INIT_FROM.value, "init_parts": experiment.parts}
-        outcome = Trainer(config, experiment, mesh, workdir, progress=progress, **start).run()
-    samples = experiment.open_source().evaluation(config.seed, evaluation.stream)
-    report = evaluation.run(outcome.params, samples)
-    if is_primary():
-        result = {"accuracy": report.accuracy, "token_budget": config.token_budget, **report.further}
-        write_whole(workdir / "evaluation.json", json.dumps(result, indent=2) + "\n")
-    if tokens := report.further.get("num_visual_tokens"):
-        console.print(f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most")
-    for name, entry in report.accuracy.items():
-        console.print(f"{name}: {entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f}, n={entry['n']})")
+        told: Any = {"progress": progress, "evaluator": evaluator_of(experiment, config), "tell": progress.tell}
+        outcome = Trainer(config, experiment, mesh, workdir, **start, **told).run()
+        if EXPORT.value is not None:
+            folder = absolute(EXPORT.value)
+            experiment.system.save_pretrained(folder, outcome.params)
+            progress.say([f"{folder}: the release with the trained parameters"])
+
+
+def check_export(experiment: AnyExperiment) -> None:
+    """Checks, before the training, that `--export` can be written.
+
+    Raises:
+      ConfigError: the run has no release, a part of another kind, or several processes.
+      CheckpointFileError: the folder has a checkpoint.
+    """
+    if EXPORT.value is None:
+        return
+    release = experiment.system.release
+    if release is None:
+        raise ConfigError("--export: a run without config.release has no released format; omit the flag")
+    if release.drawn:
+        parts = " and ".join(release.drawn)
+        raise ConfigError(f"--export: the release has no names for another {parts}; omit the flag")
+    if jax.process_count() > 1:
+        raise ConfigError("--export: of several processes none has all parameters; use cli.convert --run afterwards")
+    check_vacant(pathlib.Path(absolute(EXPORT.value)))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, default_config=finetuning.__file__)

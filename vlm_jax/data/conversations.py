@@ -4,6 +4,7 @@
 read again, with their pictures, as samples.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -19,11 +20,12 @@ from vlm_jax.data import media
 from vlm_jax.data.media import Media
 from vlm_jax.data.mixture import Part, mixed
 from vlm_jax.data.packing import fingerprint
-from vlm_jax.data.record_files import Rules, open_records
+from vlm_jax.data.record_files import RecordFile, Rules, open_records
 from vlm_jax.data.schemas import Record
 from vlm_jax.data.source import SizedStream, Tools
 from vlm_jax.data.spelling import Spelling
-from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of
+from vlm_jax.paths import absolute
+from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of, text_of
 
 Found = TypeVar("Found")
 
@@ -60,7 +62,9 @@ class Conversations:
       train_path: file to train on, or a pattern with `*`, local or `gs://`; None where nothing trains, or `mixture`
         names the files.
       evaluation_path: file of the evaluation; not a training file. The last answer of a record is the reference, what
-        is before it the prompt.
+        is before it the prompt. None with `held_out`.
+      held_out: records of `train_path` that are the evaluation, and are not trained on: always the same ones, evenly
+        spread.
       mixture: files to train on by name, with weights, instead of `train_path`.
       channels: 1 (grey) or 3 (RGB), to which images are converted.
       num_images: images of every record; None for any number.
@@ -75,7 +79,8 @@ class Conversations:
     """
 
     train_path: str | None
-    evaluation_path: str
+    evaluation_path: str | None = None
+    held_out: int = 0
     mixture: dict[str, MixturePart] = dataclasses.field(default_factory=dict)
     channels: int = 3
     num_images: int | None = 1
@@ -111,8 +116,15 @@ class Conversations:
             if not 0 < part.weight < float("inf"):
                 raise ConfigError(f"config.data.mixture.{name}.weight: expected more than 0, got {part.weight}")
         for key, (path, _, _) in self._trained().items():
-            if path == self.evaluation_path:
+            if self.evaluation_path is not None and absolute(path) == absolute(self.evaluation_path):
                 raise ConfigError(f"config.data.evaluation_path: is {key}, {path}; use a separate file")
+        if self.held_out < 0 or (self.evaluation_path is None) != bool(self.held_out):
+            raise ConfigError(
+                "config.data: expected either evaluation_path or held_out, the number of records of train_path that "
+                f"are the evaluation, got {self.evaluation_path!r} and {self.held_out}"
+            )
+        if self.held_out and self.train_path is None:
+            raise ConfigError("config.data.held_out: is of train_path, which is None; set evaluation_path instead")
         self.rules()
 
     def rules(self, columns: dict[str, str] | None = None, tags: dict[str, str] | None = None) -> Rules:
@@ -140,7 +152,39 @@ class Conversations:
             key: (Records(path, self, tools, rules, key), weight)
             for key, (path, weight, rules) in self._trained().items()
         }
-        return ConversationSource(self, trained, Records(self.evaluation_path, self, tools, key="evaluation_path"))
+        if self.evaluation_path is not None:
+            return ConversationSource(self, trained, Records(self.evaluation_path, self, tools, key="evaluation_path"))
+        (key, (records, weight)), *_ = trained.items()
+        kept, held_out = records.divided(self.held_out)
+        return ConversationSource(self, {key: (kept, weight)}, held_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class PartOfRecords:
+    """Some of the records of a file.
+
+    Attributes:
+      whole: all.
+      chosen: indices of some, in order.
+      others: whether these are the records that are not chosen.
+    """
+
+    whole: RecordFile
+    chosen: np.ndarray
+    others: bool
+
+    def __len__(self) -> int:
+        return len(self.whole) - len(self.chosen) if self.others else len(self.chosen)
+
+    def __getitem__(self, index: int) -> Record:
+        if not self.others:
+            return self.whole[int(self.chosen[index])]
+        before = np.searchsorted(self.chosen - np.arange(len(self.chosen)), index, side="right")
+        return self.whole[index + int(before)]
+
+    def fingerprint(self) -> str:
+        """Of the file and the part."""
+        return fingerprint({"whole": self.whole.fingerprint(), "chosen": len(self.chosen), "others": self.others})
 
 
 class Records:
@@ -155,7 +199,25 @@ class Records:
         self._path, self._settings, self._tools = path, settings, tools
         self._corrupt: dict[str, str] = {}
         self._lock = threading.Lock()
-        self.records = open_records(path, rules or settings.rules(), key)
+        self.records: RecordFile | PartOfRecords = open_records(path, rules or settings.rules(), key)
+
+    def divided(self, count: int) -> "tuple[Records, Records]":
+        """These records without `count` of them, evenly spread, and those.
+
+        Raises:
+          ConfigError: none would be left.
+        """
+        if count >= len(self):
+            raise ConfigError(
+                f"config.data.held_out: expected fewer than the {len(self)} records of {self._path}, got {count}"
+            )
+        assert isinstance(self.records, RecordFile)
+        chosen = np.linspace(0, len(self), count, endpoint=False).astype(np.int64)
+        halves = copy.copy(self), copy.copy(self)
+        for half, others in zip(halves, (True, False), strict=True):
+            part = PartOfRecords(self.records, chosen, others)
+            half.__setstate__(half.__getstate__() | {"_corrupt": {}, "records": part})
+        return halves
 
     def __len__(self) -> int:
         return len(self.records)
@@ -199,7 +261,7 @@ class Records:
         if images is None or self._video_sizes(record) is None:
             return None
         videos = tuple(media.content(video) for video in record.videos)
-        return Sample(self._name(record), record.messages, images, record.task, videos, record.rejected)
+        return Sample(self.name(record), record.messages, images, record.task, videos, record.rejected)
 
     def sizes(self, index: int) -> SampleSizes | None:
         """The sample at `index` without its pixels, or None if the header of an image or video cannot be read.
@@ -212,9 +274,10 @@ class Records:
         sizes, videos = self._of_media(record, record.images, read), self._video_sizes(record)
         if sizes is None or videos is None:
             return None
-        return SampleSizes(self._name(record), record.messages, sizes, videos)
+        return SampleSizes(self.name(record), record.messages, sizes, videos)
 
-    def _name(self, record: Record) -> str:
+    def name(self, record: Record) -> str:
+        """Of the record's sample."""
         return f"{self._path}:{record.record_id}"
 
     def _video_sizes(self, record: Record) -> tuple[tuple[int, int, int], ...] | None:
@@ -310,6 +373,10 @@ class ConversationSource:
         count, size = len(self.evaluation_records), self.settings.evaluation_size
         return EvaluationSamples(self.evaluation_records, drawn(count, size, seed))
 
+    def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
+        """As `Source.references`."""
+        return self.evaluation(seed, stream).references()
+
 
 def drawn(count: int, size: int | None, seed: int) -> list[int]:
     """`size` of `count` indices, drawn by the seed, in order; all where that is None."""
@@ -361,6 +428,16 @@ class EvaluationSamples:
                 question, answer = sample.messages[2 * number : 2 * number + 2]
                 messages = (question if not number else _with(question, shown), answer)
                 yield dataclasses.replace(sample, sample_id=f"{sample.sample_id}#{number + 1}", messages=messages)
+
+    def references(self) -> Iterator[tuple[str, str]]:
+        """Names of the samples and their reference answers, without reading an image."""
+        for record in (self.records.records[index] for index in self.indices):
+            name, count = self.records.name(record), num_questions(record)
+            if count == 1:
+                yield name, text_of(record.messages[-1])
+            else:
+                for number in range(count):
+                    yield f"{name}#{number + 1}", text_of(record.messages[2 * number + 1])
 
 
 def num_questions(record: Record) -> int:

@@ -12,6 +12,7 @@ Element i of a training stream depends only on (seed, stream, i).
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -145,25 +146,26 @@ class DigitSource:
         tasks = self._tasks_of(stream)
         weights = np.array([self.settings.task_weights[task] for task in tasks])
         bounds = np.cumsum(weights / weights.sum())[:-1]
+        return grain.MapDataset.range(ENDLESS).map(functools.partial(self._element, stream, seed, tasks, bounds))
 
-        def element(index: int) -> Sample | CellBatch:
-            rng = np.random.default_rng((TRAIN_KEY, seed, STREAMS.index(stream), index))
-            page = self._train_pages.compose(rng)
-            if stream == "cells":
-                return self._cells(page)
-            if stream == "captions":
-                return _captioned(f"digits/train/{seed}/{index}", page)
-            turns = self.settings.turns_per_page
-            # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
-            # the length of its row, as close to the weights as possible.
-            places = rng.permutation((np.arange(turns) + rng.random()) / turns)
-            chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
-            questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
-            scales = self.settings.text_scales
-            scale = scales[int(rng.random() * len(scales))]
-            return self._sample(f"digits/train/{seed}/{index}", stream, page, questions, scale)
-
-        return grain.MapDataset.range(ENDLESS).map(element)
+    def _element(
+        self, stream: str, seed: int, tasks: tuple[str, ...], bounds: np.ndarray, index: int
+    ) -> Sample | CellBatch:
+        rng = np.random.default_rng((TRAIN_KEY, seed, STREAMS.index(stream), index))
+        page = self._train_pages.compose(rng)
+        if stream == "cells":
+            return self._cells(page)
+        if stream == "captions":
+            return _captioned(f"digits/train/{seed}/{index}", page)
+        turns = self.settings.turns_per_page
+        # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
+        # the length of its row, as close to the weights as possible.
+        places = rng.permutation((np.arange(turns) + rng.random()) / turns)
+        chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
+        questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
+        scales = self.settings.text_scales
+        scale = scales[int(rng.random() * len(scales))]
+        return self._sample(f"digits/train/{seed}/{index}", stream, page, questions, scale)
 
     def sized(self, stream: str, seed: int) -> SizedStream:
         """As `Source.sized`; pages are composed to know their questions."""
@@ -201,6 +203,12 @@ class DigitSource:
                 else:
                     elements.append(self._sample(name, stream, page, [(task, rng.random(3).tolist())]))
         return elements
+
+    def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
+        """As `Source.references`."""
+        for sample in self.evaluation(seed, stream):
+            assert isinstance(sample, Sample)
+            yield sample.sample_id, sample.answer
 
     def _tasks_of(self, stream: str) -> tuple[str, ...]:
         if stream not in STREAMS:

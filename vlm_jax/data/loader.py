@@ -106,6 +106,7 @@ def batches(
     num_threads: int = 1,
     num_workers: int = 0,
     prefetch: int = 2,
+    start: int = 0,
 ) -> grain.DatasetIterator:
     """Iterates over one shard's part of every batch; a last, smaller batch is dropped.
 
@@ -121,11 +122,12 @@ def batches(
       num_workers: processes with such threads, each loading every num_workers-th batch; 0 loads
         batches in this process. `close` of the iterator stops them.
       prefetch: batches to prefetch, at least num_threads to keep all threads busy.
+      start: number of the first batch.
 
     Raises:
       ConfigError: batch_size is not a multiple of shard_count, or larger than the dataset.
     """
-    steps = grain.MapDataset.source(_Batches(dataset, batch_size, shard_index, shard_count))
+    steps = grain.MapDataset.source(_Batches(dataset, batch_size, shard_index, shard_count))[start:]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     made = steps.to_iter_dataset(options)
     if num_workers:

@@ -347,8 +347,8 @@ def _completion(reader: Reader, fields: Fields, name: str) -> list[Turn]:
     elif not isinstance(fields[name], list):
         raise ValueError(f"{name}: expected a list of turns, or a text with the key 'prompt', got {fields[name]!r}")
     else:
-        pair = (fields["chosen"], fields.get("rejected"))
-        alike = [one == other for one, other in zip(*pair, strict=False)] if isinstance(pair[1], list) else []
+        first, second = (one if isinstance(one, list) else [] for one in (fields["chosen"], fields.get("rejected")))
+        alike = [one == other for one, other in zip(first, second, strict=False)]
         turns, count = reader.dialogue(name, fields[name]), [*alike, False].index(False)
     return [
         (who, said, {"loss": False, **more} if who == "assistant" and place < count else more)

@@ -87,6 +87,10 @@ class Source(Protocol):
         """A fixed, finite set without images of the training data; may be iterated repeatedly."""
         ...
 
+    def references(self, seed: int, stream: str = "questions") -> Iterable[tuple[str, str]]:
+        """Names of the samples of `evaluation`, and their reference answers; no image of a file is read."""
+        ...
+
 
 @runtime_checkable
 class Settings(Protocol):

@@ -22,6 +22,7 @@ from etils import epath
 from vlm_jax.config import ConfigError
 from vlm_jax.data.local_file import LocalFile, UnreadableFile
 from vlm_jax.data.text_offsets import Spans, Unbalanced, array_spans, line_spans
+from vlm_jax.paths import absolute
 
 FORMATS = "a JSON array, JSONL, parquet, a WebDataset tar or ArrayRecord"
 _BOM = b"\xef\xbb\xbf"
@@ -227,8 +228,8 @@ def open_store(path: str, key: str) -> Store:
 
 
 def files_of(path: str) -> list[str]:
-    """The files of a path or a pattern, with the home folder in place of `~`."""
-    whole = os.fspath(epath.Path(path).expanduser())
+    """The files of a path or a pattern, in absolute form."""
+    whole = absolute(path)
     if "*" not in path:
         return [whole]
     folder, name = os.path.split(whole)

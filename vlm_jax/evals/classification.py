@@ -1,20 +1,21 @@
 """Top-1 accuracy of a classifier."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.build import ImageTextExperiment
-from vlm_jax.build.image_text import label_of
+from vlm_jax.build.image_text import CAPTIONS, label_of
 from vlm_jax.config import ConfigError
-from vlm_jax.evals.report import Report
+from vlm_jax.evals.evaluator import batched, told
 from vlm_jax.evals.vqa import share
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.sharding.rules import mesh_of, replicated
-from vlm_jax.types import Params, Sample
+from vlm_jax.types import Fields, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,41 +24,64 @@ class ClassificationSettings:
 
     Attributes:
       batch_size: images per batch.
+      every: steps between evaluations during training; None for one at its end alone.
     """
 
     batch_size: int
+    every: int | None = None
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ConfigError(f"config.evaluation.batch_size: expected at least 1, got {self.batch_size}")
+        if self.batch_size < 1 or (self.every is not None and self.every < 1):
+            raise ConfigError("config.evaluation: expected batch_size and every (or None) of at least 1")
 
 
-def classification(
-    experiment: ImageTextExperiment, params: Params, samples: Iterable[Sample], settings: ClassificationSettings
-) -> Report:
-    """Classifies the image of every sample; the last batch is padded by repeats.
+@dataclasses.dataclass(frozen=True)
+class Classifying:
+    """The most likely class of the image of every sample.
 
-    Raises:
-      PictureMismatch: a sample without exactly one image, or whose caption names no class.
+    Attributes:
+      experiment: of the run.
+      settings: `config.evaluation`.
+      seed: of the run, which draws the samples.
     """
-    model, mesh = experiment.system.model, mesh_of(params)
-    assert isinstance(model, Classifier)
-    samples, size = list(samples), settings.batch_size
-    labels = [label_of(sample, experiment.labels) for sample in samples]
 
-    def chosen(params: Params, *inputs: jax.Array) -> jax.Array:
-        logits = model.apply({"params": params}, *inputs)
-        assert isinstance(logits, jax.Array)
-        return jnp.argmax(logits, axis=-1)
+    experiment: ImageTextExperiment
+    settings: ClassificationSettings
+    seed: int
 
-    run, found = replicated(chosen, mesh), []
-    for start in range(0, len(samples), size):
-        group = samples[start : start + size]
-        batch = experiment.labelled(group + [group[-1]] * (size - len(group)))
-        found += np.asarray(run(params, *batch.inputs))[: len(group)].tolist()
-    right = [label == other for label, other in zip(labels, found, strict=True)]
-    rows = [
-        {"id": sample.sample_id, "reference": sample.answer, "answer": experiment.labels[index], "correct": correct}
-        for sample, index, correct in zip(samples, found, right, strict=True)
-    ]
-    return Report({"top_1": share(sum(right), len(right))}, rows)
+    @property
+    def every(self) -> int | None:
+        """`config.evaluation.every`."""
+        return self.settings.every
+
+    def check(self) -> None:
+        """Raises a PictureMismatch for a caption that names no class."""
+        for name, caption in self.experiment.open_source().references(self.seed, CAPTIONS):
+            label_of(name, caption, self.experiment.labels)
+
+    def rows(self, params: Params) -> Iterator[Fields]:
+        """The class of each image."""
+        model, mesh = self.experiment.system.model, mesh_of(params)
+        assert isinstance(model, Classifier)
+
+        def chosen(params: Params, *inputs: jax.Array) -> jax.Array:
+            logits = model.apply({"params": params}, *inputs)
+            assert isinstance(logits, jax.Array)
+            return jnp.argmax(logits, axis=-1)
+
+        run = replicated(chosen, mesh)
+        samples: Any = self.experiment.open_source().evaluation(self.seed, CAPTIONS)
+        for group, padded in batched(samples, self.settings.batch_size):
+            found = np.asarray(run(params, *self.experiment.labelled(padded).inputs)).tolist()
+            for sample, index in zip(group, found, strict=False):
+                answer = self.experiment.labels[index]
+                right = answer == sample.answer.strip()
+                yield {"sample_id": sample.sample_id, "reference": sample.answer, "answer": answer, "correct": right}
+
+    def metrics(self, rows: Sequence[Fields]) -> Fields:
+        """Top-1 accuracy."""
+        return {"accuracy": {"top_1": share(sum(row["correct"] for row in rows), len(rows))}}
+
+    def lines(self, metrics: Fields) -> list[str]:
+        """One line."""
+        return told(metrics["accuracy"])

@@ -1,22 +1,24 @@
-"""Evaluation of two towers on captioned images: retrieval, and zero-shot classification."""
+"""Captioned images as what two towers are evaluated by: retrieval, and zero-shot classification."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from vlm_jax.build import ImageTextExperiment
-from vlm_jax.build.image_text import label_of
+from vlm_jax.build.image_text import CAPTIONS, label_of
 from vlm_jax.config import ConfigError
-from vlm_jax.evals.report import Report
-from vlm_jax.evals.retrieval import retrieval_recall
+from vlm_jax.evals.evaluator import batched, told
+from vlm_jax.evals.retrieval import retrieval_ranks
 from vlm_jax.evals.vqa import share
-from vlm_jax.evals.zero_shot import class_embeddings, top_k_accuracy
+from vlm_jax.evals.zero_shot import class_embeddings, class_ranks
 from vlm_jax.models.two_tower import TwoTower, normalise
 from vlm_jax.sharding.rules import mesh_of, replicated
-from vlm_jax.types import Params, Sample
+from vlm_jax.types import Fields, Params
+
+ZERO_SHOT = "zero_shot"  # rank of an image's class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,49 +30,93 @@ class PairSettings:
       ks: numbers of candidates of recall.
       class_names: classes of zero-shot classification, among which captions are; empty for none.
       templates: prompts of a class, each with one `{}` for its name.
+      every: steps between evaluations during training; None for one at its end alone.
     """
 
     batch_size: int
     ks: tuple[int, ...] = (1, 5, 10)
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ("{}",)
+    every: int | None = None
 
     def __post_init__(self):
-        if self.batch_size < 1 or not self.ks or min(self.ks) < 1:
-            raise ConfigError("config.evaluation: expected batch_size of at least 1, and ks of at least 1")
+        if self.batch_size < 1 or not self.ks or min(self.ks) < 1 or (self.every is not None and self.every < 1):
+            raise ConfigError("config.evaluation: expected batch_size, ks and every (or None) of at least 1")
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ConfigError(f"config.evaluation.templates: expected one {{}} in each, got {template!r}")
 
 
-def pairs(experiment: ImageTextExperiment, params: Params, samples: Iterable[Sample], settings: PairSettings) -> Report:
-    """Recall of every sample's caption among all captions, and of its image among all images.
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Recall of every caption among all captions, and of its image among all images; and of its class by prompts.
 
-    Rows have the caption that is the most similar to each image. With `class_names` the images are classified too.
+    A row has the caption that is the most similar to its image, and the number of wrong candidates before the right
+    one: `image_to_text`, `text_to_image`, and with `class_names` `zero_shot`.
 
-    Raises:
-      PictureMismatch: a sample without exactly one image, or whose caption is not among the classes.
+    Attributes:
+      experiment: of the run.
+      settings: `config.evaluation`.
+      seed: of the run, which draws the samples.
     """
-    samples = list(samples)
-    labels = [label_of(sample, settings.class_names) for sample in samples] if settings.class_names else []
-    of_images, of_texts = _encoders(experiment, params)
-    image, text = [], []
-    for start in range(0, len(samples), settings.batch_size):
-        group = samples[start : start + settings.batch_size]
-        batch = experiment.captioned(group + [group[-1]] * (settings.batch_size - len(group)))
-        image.append(of_images(batch.images)[: len(group)])
-        text.append(of_texts(batch.tokens)[: len(group)])
-    image, text, count = np.concatenate(image), np.concatenate(text), len(samples)
-    recall = retrieval_recall(image, text, ks=settings.ks)
-    accuracy = {name: share(round(value * count), count) for name, value in recall.items()}
-    if labels:
-        accuracy |= _zero_shot(experiment, of_texts, image, np.asarray(labels), settings)
-    nearest = [samples[index].answer for index in np.argmax(image @ text.T, axis=1)]
-    rows = [
-        {"id": sample.sample_id, "reference": sample.answer, "answer": answer, "correct": answer == sample.answer}
-        for sample, answer in zip(samples, nearest, strict=True)
-    ]
-    return Report(accuracy, rows)
+
+    experiment: ImageTextExperiment
+    settings: PairSettings
+    seed: int
+
+    @property
+    def every(self) -> int | None:
+        """`config.evaluation.every`."""
+        return self.settings.every
+
+    def check(self) -> None:
+        """Raises a PictureMismatch for a caption that is not among the classes."""
+        if self.settings.class_names:
+            for name, caption in self.experiment.open_source().references(self.seed, CAPTIONS):
+                label_of(name, caption, self.settings.class_names)
+
+    def rows(self, params: Params) -> Iterator[Fields]:
+        """All rows, when all images and captions are embedded."""
+        of_images, of_texts = _encoders(self.experiment, params)
+        names, captions, image, text = [], [], [], []
+        samples: Any = self.experiment.open_source().evaluation(self.seed, CAPTIONS)
+        for group, padded in batched(samples, self.settings.batch_size):
+            batch = self.experiment.captioned(padded)
+            names += [sample.sample_id for sample in group]
+            captions += [sample.answer for sample in group]
+            image.append(of_images(batch.images)[: len(group)])
+            text.append(of_texts(batch.tokens)[: len(group)])
+        image, text = np.concatenate(image), np.concatenate(text)
+        ranks = retrieval_ranks(image, text)
+        if self.settings.class_names:
+            ranks[ZERO_SHOT] = self._class_ranks(of_texts, image, names, captions)
+        for index, (name, caption) in enumerate(zip(names, captions, strict=True)):
+            answer = captions[int(np.argmax(text @ image[index]))]
+            row = {"sample_id": name, "reference": caption, "answer": answer, "correct": answer == caption}
+            yield row | {key: int(values[index]) for key, values in ranks.items()}
+
+    def metrics(self, rows: Sequence[Fields]) -> Fields:
+        """Recall at every k in both directions, and zero-shot accuracy."""
+        keys = {f"{way}/recall@{k}": (way, k) for way in ("image_to_text", "text_to_image") for k in self.settings.ks}
+        if self.settings.class_names:
+            keys[f"{ZERO_SHOT}/top_1"] = ZERO_SHOT, 1
+        counts = {name: sum(row[key] < k for row in rows) for name, (key, k) in keys.items()}
+        return {"accuracy": {name: share(count, len(rows)) for name, count in counts.items()}}
+
+    def lines(self, metrics: Fields) -> list[str]:
+        """One line for each number."""
+        return told(metrics["accuracy"])
+
+    def _class_ranks(
+        self, of_texts: Callable[[Any], np.ndarray], image: np.ndarray, names: Sequence[str], captions: Sequence[str]
+    ) -> np.ndarray:
+        def encode(prompts: list[str]) -> np.ndarray:
+            return of_texts(self.experiment.processor(texts=prompts).tokens)
+
+        known, settings = self.settings.class_names, self.settings
+        labels = [label_of(name, caption, known) for name, caption in zip(names, captions, strict=True)]
+        classes = class_embeddings(encode, known, settings.templates, batch_size=settings.batch_size)
+        return class_ranks(image, classes, np.asarray(labels))
 
 
 def _encoders(
@@ -90,18 +136,3 @@ def _encoders(
         return lambda inputs: np.asarray(run(params, inputs))
 
     return encoder("encode_image"), encoder("encode_text")
-
-
-def _zero_shot(
-    experiment: ImageTextExperiment,
-    of_texts: Callable[[Any], np.ndarray],
-    image: np.ndarray,
-    labels: np.ndarray,
-    settings: PairSettings,
-) -> dict[str, dict[str, float | int]]:
-    def encode(prompts: list[str]) -> np.ndarray:
-        return of_texts(experiment.processor(texts=prompts).tokens)
-
-    classes = class_embeddings(encode, settings.class_names, settings.templates, batch_size=settings.batch_size)
-    value = top_k_accuracy(image, classes, labels)
-    return {"zero_shot/top_1": share(round(value * len(labels)), len(labels))}

@@ -3,21 +3,22 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
-from vlm_jax.generation.engine import generate, prepared
+from vlm_jax.generation.engine import prepared
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.processor import Example
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
-from vlm_jax.types import TEXT_SLOT, Load, Params, Sample
+from vlm_jax.types import TEXT_SLOT, Params, Sample
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
@@ -30,21 +31,27 @@ KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One sample, the model's answer, and whether it is correct.
+    """The model's answer to one sample, whose pictures are not kept.
 
     Attributes:
-      sample: what was asked.
+      sample_id: name of the sample.
+      task: of the question.
+      question: the text of the last message before the answer.
+      reference: the right answer.
       text: what the model said.
       correct: whether that counts as right.
       visual_tokens: of each of the sample's images, how many reached the decoder.
-      load: what its prompt takes of a row.
+      tokens_by_span: visual tokens of the prompt in the decoder's first layers, and after each drop.
     """
 
-    sample: Sample
+    sample_id: str
+    task: str
+    question: str
+    reference: str
     text: str
     correct: bool
     visual_tokens: tuple[int, ...] = ()
-    load: Load = dataclasses.field(default_factory=lambda: Load(0, 0))
+    tokens_by_span: tuple[int, ...] = (0,)
 
 
 def exact(answer: str, reference: str) -> bool:
@@ -79,59 +86,86 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return low, 1.0 if successes == trials else min(1.0, centre + half)
 
 
-def answer_all(
+def answers(
     experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
-) -> list[Answer]:
-    """Generates an answer to the last question of every sample; the last batch is padded by repeats.
+) -> Iterator[Answer]:
+    """Generates an answer to the last question of every sample, as `System.answer` does.
+
+    Samples are read one batch at a time; the last batch is padded by repeats of its last sample.
 
     Raises:
       SequenceTooLong: a prompt is longer than `config.evaluation.question_length` allows, or a reference answer
         longer than `max_new_tokens`.
       ValueError: the number of visual tokens in a prompt differs from that of its images.
     """
-    samples, mesh = list(samples), mesh_of(params)
+    mesh = mesh_of(params)
     if mesh is not None and mesh.shape[CONTEXT] > 1:
         mesh = None  # generation does not shard the sequence
     params = prepared(params, mesh)  # once for all batches
-    system, shape, size = experiment.system, experiment.prompt, settings.batch_size
-    processor, answers = system.processor, []
-    for sample in samples:
-        _check_reference(processor.tokenizer, sample, settings.max_new_tokens)
-    for start in range(0, len(samples), size):
-        group = samples[start : start + size]
-        examples = [experiment.example(sample, targets=False) for sample in group]
-        padded = examples + [examples[-1]] * (size - len(group))
-        batch = processor.rows([[example] for example in padded], shape, targets=False, keys=KEYS)
-        ids = generate(
-            system.model,
-            params,
-            batch,
-            max_new_tokens=settings.max_new_tokens,
-            end_ids=system.ends,
-            pad_id=processor.pad_id,
-            buckets=None if shape is None else (shape.length,),
-            names=[f"sample '{example.name}'" for example in padded],
-            mesh=mesh,
-        ).tokens
-        places = np.count_nonzero(batch.visual_index != TEXT_SLOT, axis=1).tolist()
-        for sample, example, row, shown in zip(group, examples, ids.tolist(), places, strict=False):
-            ended = next((number for number, index in enumerate(row) if index in system.ends), None)
-            text = processor.tokenizer.decode(row[:ended])
-            correct = ended is not None and SCORERS.get(sample.task, exact)(text, sample.answer)
-            counts = example.visual_tokens
-            if sum(counts) != shown:
-                raise ValueError(f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places")
-            answers.append(Answer(sample, text, correct, counts, example.load))
-    return answers
+    size, samples = settings.batch_size, iter(samples)
+    while group := list(itertools.islice(samples, size)):
+        yield from _answered(experiment, params, group, settings, mesh)
 
 
-def _check_reference(tokenizer: Tokenizer, sample: Sample, max_new_tokens: int) -> None:
-    length = len(tokenizer.encode(sample.answer)) + 1
-    if length > max_new_tokens:
-        raise SequenceTooLong(
-            f"sample '{sample.sample_id}': its reference answer has {length} tokens with the end token, over the limit "
-            f"of {max_new_tokens}; raise config.evaluation.max_new_tokens"
-        )
+def answer_all(
+    experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
+) -> list[Answer]:
+    """The list of `answers`."""
+    return list(answers(experiment, params, samples, settings))
+
+
+def _answered(
+    experiment: Experiment, params: Params, group: Sequence[Sample], settings: EvaluationSettings, mesh: Mesh | None
+) -> Iterator[Answer]:
+    """Answers to at most `batch_size` samples."""
+    system, shape = experiment.system, experiment.prompt
+    references = ((sample.sample_id, sample.answer) for sample in group)
+    check_references(system.processor.tokenizer, references, settings.max_new_tokens)
+    examples = [experiment.example(sample, targets=False) for sample in group]
+    padded = examples + [examples[-1]] * (settings.batch_size - len(group))
+    prompts = system.processor.rows([[example] for example in padded], shape, targets=False, keys=KEYS)
+    completed = system.complete(
+        params,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        names=[f"sample '{example.name}'" for example in padded],
+        buckets=None if shape is None else (shape.length,),
+        mesh=mesh,
+    )
+    places = np.count_nonzero(prompts.visual_index != TEXT_SLOT, axis=1).tolist()
+    for sample, example, completion, shown in zip(group, examples, completed, places, strict=False):
+        counts, text = example.visual_tokens, completion.text
+        if sum(counts) != shown:
+            raise ValueError(f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places")
+        correct = completion.reason == "end" and SCORERS.get(sample.task, exact)(text, sample.answer)
+        asked = sample.sample_id, sample.task, sample.question, sample.answer
+        yield Answer(*asked, text, correct, counts, tokens_by_span(example))
+
+
+def check_references(
+    tokenizer: Tokenizer,
+    references: Iterable[tuple[str, str]],
+    max_new_tokens: int,
+    key: str = "config.evaluation.max_new_tokens",
+) -> None:
+    """Checks that generated answers can be as long as the reference answers.
+
+    Args:
+      tokenizer: of the answers.
+      references: names of samples, and their reference answers.
+      max_new_tokens: maximum tokens of an answer, including its end token.
+      key: what sets it, for messages.
+
+    Raises:
+      SequenceTooLong: naming the first sample whose reference is longer.
+    """
+    for name, reference in references:
+        length = len(tokenizer.encode(reference)) + 1
+        if length > max_new_tokens:
+            raise SequenceTooLong(
+                f"sample '{name}': its reference answer has {length} tokens with the end token, over the limit of "
+                f"{max_new_tokens}; raise {key}"
+            )
 
 
 def realised_tokens(answers: Iterable[Answer]) -> dict[str, float | int]:
@@ -141,24 +175,24 @@ def realised_tokens(answers: Iterable[Answer]) -> dict[str, float | int]:
     return {"mean": short(mean), "max": max(counts, default=0)}
 
 
-def tokens_left(model: Any, prompts: Sequence[Answer] | Sequence[Example]) -> tuple[float | int, float | int]:
+def tokens_left(model: Any, num_images: int, prompts: Iterable[Sequence[int]]) -> tuple[float | int, float | int]:
     """Visual tokens of an image in the decoder's last layer, and their mean over its layers; over all images.
 
     Args:
       model: a `VLM` with a decoder.
-      prompts: with the visual tokens of their images, and what they take of a row.
+      num_images: of all prompts.
+      prompts: `tokens_by_span` of each prompt.
     """
-    images = max(sum(len(prompt.visual_tokens) for prompt in prompts), 1)
-    spans = zip(*(_tokens_by_span(sum(prompt.visual_tokens), prompt.load) for prompt in prompts), strict=True)
-    tokens = [sum(span) / images for span in spans]
+    tokens = [sum(span) / max(num_images, 1) for span in zip(*prompts, strict=True)]
     layers = itertools.pairwise((0, *(drop.layer for drop in model.decoder.drops), model.decoder.depth))
     total = sum(count * (stop - start) for count, (start, stop) in zip(tokens, layers, strict=True))
     return short(tokens[-1]), short(total / model.decoder.depth)
 
 
-def _tokens_by_span(entering: int, load: Load) -> list[int]:
-    """Visual tokens of a prompt in the decoder's first layers, and behind each drop."""
-    return [entering, *(entering - (load.length - kept) for kept in load.kept)]
+def tokens_by_span(prompt: Example) -> tuple[int, ...]:
+    """Visual tokens of a prompt in the decoder's first layers, and after each drop."""
+    entering = sum(prompt.visual_tokens)
+    return (entering, *(entering - (prompt.load.length - kept) for kept in prompt.load.kept))
 
 
 def short(number: float) -> float | int:
@@ -170,7 +204,7 @@ def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:
     """{task: {"mean", "low", "high", "n"}}, with Wilson's 95% interval."""
     by_task: dict[str, list[bool]] = {}
     for answer in answers:
-        by_task.setdefault(answer.sample.task, []).append(answer.correct)
+        by_task.setdefault(answer.task, []).append(answer.correct)
     return {task: share(sum(results), len(results)) for task, results in by_task.items()}
 
 

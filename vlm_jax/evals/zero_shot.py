@@ -65,6 +65,49 @@ def class_embeddings(
     return _normalise(means, class_names)
 
 
+def class_ranks(
+    image_features: Float[Array, "..."],
+    classes: Float[Array, "..."],
+    labels: Int[Array, "..."],
+    *,
+    block_size: int = 8192,
+) -> Int[np.ndarray, " B"]:
+    """Number of wrong classes at least as similar to each image as its own.
+
+    Args:
+      image_features: [B, D] float; need not be normalised.
+      classes: [classes, D] float, from `class_embeddings`.
+      labels: [B] int in [0, classes).
+      block_size: images whose similarities to all classes are in memory at a time.
+
+    Raises:
+      ValueError: incompatible shapes, no image, features that are not finite, a label outside
+        the classes, a block size below 1.
+    """
+    images, classes = (np.asarray(x, np.float32) for x in (image_features, classes))
+    labels = np.asarray(labels)
+    if images.ndim != 2 or classes.ndim != 2 or images.shape[1] != classes.shape[1]:
+        raise ValueError(f"expected features [B, D] and classes [C, D], got {images.shape} and {classes.shape}")
+    if labels.shape != (len(images),) or not len(images):
+        raise ValueError(f"expected one label for each of {len(images)} (at least 1) images, got shape {labels.shape}")
+    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if outside.size:
+        raise ValueError(f"expected labels in [0, {len(classes)}), got {labels[outside[0]]} for image {outside[0]}")
+    if block_size < 1:
+        raise ValueError(f"expected block_size of at least 1, got {block_size}")
+    for name, features in (("image", images), ("class", classes)):
+        broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if broken.size:
+            raise ValueError(f"expected finite {name} features, got infinity or nan in row {broken[0]}")
+    ranks = []
+    for start in range(0, len(images), block_size):
+        block = slice(start, start + block_size)
+        similarity = images[block] @ classes.T
+        right = np.take_along_axis(similarity, labels[block, None], axis=1)
+        ranks.append(np.sum(similarity >= right, axis=1) - 1)  # the correct class is counted too
+    return np.concatenate(ranks)
+
+
 def top_k_accuracy(
     image_features: Float[Array, "..."],
     classes: Float[Array, "..."],
@@ -78,39 +121,14 @@ def top_k_accuracy(
     A wrong class that is exactly as similar as the correct one is ranked before it.
 
     Args:
-      image_features: [B, D] float; need not be normalised.
-      classes: [classes, D] float, from `class_embeddings`.
-      labels: [B] int in [0, classes).
+      image_features, classes, labels, block_size: as of `class_ranks`.
       k: number of classes, at least 1.
-      block_size: images whose similarities to all classes are in memory at a time.
 
     Raises:
-      ValueError: incompatible shapes, no image, features that are not finite, a label outside
-        the classes, a k or block size below 1.
+      ValueError: as `class_ranks`, or a k below 1.
 
     Source: Radford et al. 2021 (CLIP), section 3.1.
     """
-    images, classes = (np.asarray(x, np.float32) for x in (image_features, classes))
-    labels = np.asarray(labels)
-    if images.ndim != 2 or classes.ndim != 2 or images.shape[1] != classes.shape[1]:
-        raise ValueError(f"expected features [B, D] and classes [C, D], got {images.shape} and {classes.shape}")
-    if labels.shape != (len(images),) or not len(images):
-        raise ValueError(f"expected one label for each of {len(images)} (at least 1) images, got shape {labels.shape}")
-    outside = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if outside.size:
-        raise ValueError(f"expected labels in [0, {len(classes)}), got {labels[outside[0]]} for image {outside[0]}")
-    if k < 1 or block_size < 1:
+    if k < 1:
         raise ValueError(f"expected k and block_size of at least 1, got {k} and {block_size}")
-    for name, features in (("image", images), ("class", classes)):
-        broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
-        if broken.size:
-            raise ValueError(f"expected finite {name} features, got infinity or nan in row {broken[0]}")
-
-    hits = 0
-    for start in range(0, len(images), block_size):
-        block = slice(start, start + block_size)
-        similarity = images[block] @ classes.T
-        right = np.take_along_axis(similarity, labels[block, None], axis=1)
-        # The correct class is counted too.
-        hits += int(np.sum(np.sum(similarity >= right, axis=1) <= k))
-    return hits / len(images)
+    return float(np.mean(class_ranks(image_features, classes, labels, block_size=block_size) < k))

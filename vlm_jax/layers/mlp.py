@@ -1,5 +1,6 @@
 """Feed-forward blocks: plain (two linear layers) and gated (SwiGLU and similar)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -65,20 +66,25 @@ class Mlp(nn.Module):
         if self.depth < (2 if self.gated else 1):
             raise ValueError(f"depth: expected at least {2 if self.gated else 1} linear layers, got {self.depth}")
         settings = {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        # Recomputed in the backward pass: its inputs are stored anyway.
-        act = jax.checkpoint(ACTIVATIONS[self.activation], prevent_cse=False)
+        act = ACTIVATIONS[self.activation]
         out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
         if self.depth == 1:
             return out(x)
 
-        def linear(name):
+        def linear(x, name):
             return Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=name, **settings)(x)
 
-        if self.gated:
-            hidden = linear("up")
-            hidden = act(linear("gate")) * hidden
-        else:
-            hidden = act(linear("up"))
+        inputs = (linear(x, "gate"), linear(x, "up")) if self.gated else (linear(x, "up"),)
+
+        # The next layer's input is recomputed in the backward pass, which stores only `inputs`.
+        @functools.partial(nn.remat, prevent_cse=False)
+        def layer(dense: Dense, first: jax.Array, *factors: jax.Array) -> jax.Array:
+            hidden = act(first)
+            for factor in factors:
+                hidden = hidden * factor
+            return dense(hidden)
+
         for i in range(self.depth - 2):
-            hidden = act(Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=f"middle_{i}", **settings)(hidden))
-        return out(hidden)
+            middle = Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=f"middle_{i}", **settings)
+            inputs = (layer(middle, *inputs),)
+        return layer(out, *inputs)

@@ -27,7 +27,7 @@ class OptimizerSettings:
       b2: decay of the second moment.
       epsilon: added to the root of the second moment.
       weight_decay: decoupled decay of matrices; vectors, norms and biases have none.
-      clip_norm: maximum global norm of the gradient over all trained parameters.
+      clip_norm: maximum global norm of the gradient over all trained parameters; inf for no clipping.
       final_scale: final learning rate of the cosine as a share of the peak.
       first_moment: dtype in which the first moment is kept, `float32` or `bfloat16`; arithmetic is in float32.
       second_moment: dtype in which the second moment is kept, likewise.
@@ -35,7 +35,8 @@ class OptimizerSettings:
         none. The next stage starts from it, and so do evaluation, `from_pretrained(WORKDIR)` and exports.
 
     Raises:
-      ConfigError: a moment is to be kept in bfloat16 with a decay (above 0.96) that it cannot follow within a tenth.
+      ConfigError: clip_norm is not positive, or a moment is to be kept in bfloat16 with a decay (above 0.96) that it
+        cannot follow within a tenth.
     """
 
     b1: float = 0.9
@@ -51,6 +52,10 @@ class OptimizerSettings:
     def __post_init__(self):
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ConfigError(f"config.optimizer.ema: expected a decay from 0 to below 1, or None, got {self.ema}")
+        if not self.clip_norm > 0:
+            raise ConfigError(
+                f"config.optimizer.clip_norm: expected more than 0, got {self.clip_norm}; for no clipping set it to inf"
+            )
         for key, decay in (("first_moment", "b1"), ("second_moment", "b2")):
             path, value = f"config.optimizer.{key}", getattr(self, decay)
             dtype = choose(MOMENT_DTYPES, getattr(self, key), path)

@@ -11,6 +11,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from vlm_jax.layers.attention import written_out
 from vlm_jax.types import Params, Tree
 
+# Primitives that are counted.
+PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
+
 
 def count_flops(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> int:
     """Floating-point operations of the matrix products and convolutions of one call.
@@ -28,7 +31,7 @@ def count_flops(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> i
     Raises:
       ValueError: the function contains a `while_loop`.
     """
-    return sum(_flops(equation) * times for equation, times in products(function, *args, **kwargs))
+    return sum(flops_of(equation) * times for equation, times in products(function, *args, **kwargs))
 
 
 def products(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> list[tuple[JaxprEqn, int]]:
@@ -51,7 +54,8 @@ def products(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> list
     return _of_jaxpr(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
-def _flops(equation: Any) -> int:
+def flops_of(equation: Any) -> int:
+    """FLOPs of one run of an equation of `PRODUCTS`."""
     out, params = equation.outvars[0].aval.shape, equation.params
     if equation.primitive.name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
@@ -73,13 +77,13 @@ def _of_jaxpr(jaxpr: Tree) -> list[tuple[JaxprEqn, int]]:
 
 def _of_equation(equation: JaxprEqn) -> list[tuple[JaxprEqn, int]]:
     name, params = equation.primitive.name, equation.params
-    if name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+    if name in PRODUCTS:
         return [(equation, 1)]
     if name == "while":
         raise ValueError("the length of a while_loop is unknown; count the FLOPs of its body instead")
     if name == "cond":
         branches = [_of_jaxpr(branch.jaxpr) for branch in params["branches"]]
-        return max(branches, key=lambda found: sum(_flops(inner) * times for inner, times in found))
+        return max(branches, key=lambda found: sum(flops_of(inner) * times for inner, times in found))
     length = params["length"] if name == "scan" else 1
     inner = [found for value in _jaxprs(params) for found in _of_jaxpr(getattr(value, "jaxpr", value))]
     return [(found, times * length) for found, times in inner]

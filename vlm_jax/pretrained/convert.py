@@ -26,6 +26,7 @@ from vlm_jax.checkpoints.rules import Rule, matching, prefixed
 from vlm_jax.checkpoints.runs import open_adapters, open_run
 from vlm_jax.checkpoints.saving import copy_companions, save_archive, save_checkpoint
 from vlm_jax.leaves import flatten
+from vlm_jax.paths import absolute, is_remote
 from vlm_jax.pretrained.family import Description, Family, marker
 from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.module_names import MODULE_NAMES
@@ -117,7 +118,7 @@ class Conversion:
         Raises:
           CheckpointFileError: the target exists, or cannot be written; it is then removed.
         """
-        if not self.to_orbax and "://" in str(target):
+        if not self.to_orbax and is_remote(target):
             raise CheckpointFileError(f"{target}: released files are written to a local folder; pass one")
         with _whole_folder(target) as folder:
             if self.config is not None:
@@ -157,7 +158,7 @@ def open_conversion(
     path = fetch(source)
     wanted = None if dtype is None else DTYPES[dtype]
     if run is not None:
-        return _of_run(path, families, epath.Path(os.path.abspath(run) if "://" not in str(run) else run), wanted)
+        return _of_run(path, families, epath.Path(absolute(run)), wanted)
     if is_mapped(path):
         mapped = MappedFolder(path)
         release = mapped.checkpoint
@@ -260,10 +261,10 @@ def _whole_folder(target: epath.PathLike) -> Iterator[epath.Path]:
 
     In a bucket nothing is renamed; there the file that is written last marks the folder as complete.
     """
-    target = epath.Path(target) if "://" in str(target) else epath.Path(os.path.abspath(target))
+    target = epath.Path(absolute(target))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointFileError(f"{target} exists; pass another --target, or remove it")
-    remote = "://" in str(target)
+    remote = is_remote(target)
     made = [] if remote else [parent for parent in target.parents if not parent.exists()]
     folder = target if remote else target.with_name(f".{target.name}.{os.getpid()}.incomplete")
     try:

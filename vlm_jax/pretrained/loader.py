@@ -19,6 +19,7 @@ from vlm_jax.checkpoints.peft import with_adapter
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import did_you_mean
+from vlm_jax.paths import absolute
 from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.family import Family, PretrainedError, Resize, marker
@@ -81,7 +82,7 @@ def load(
     if is_run(source):
         if adapter is not None:
             raise PretrainedError(f"adapter: {source} is a run, whose own adapters are merged; pass a release")
-        return _of_run(Path(source), families, dtype, mesh)
+        return _of_run(Path(absolute(source)), families, dtype, mesh)
     system, family, resize = _opened(source, families, (dtype, dtype), config, adapter)
     if any(part is not None for part in budget):
         tokens, reducer, connector = budget
@@ -107,7 +108,7 @@ def load(
 
 def is_run(source: str | os.PathLike[str]) -> bool:
     """Whether a folder is the workdir of a run."""
-    return (Path(source) / CHECKPOINTS).is_dir()
+    return (Path(absolute(source)) / CHECKPOINTS).is_dir()
 
 
 def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, mesh: Mesh | None) -> Pretrained:

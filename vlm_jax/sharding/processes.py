@@ -19,6 +19,13 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """The sum of every process's array of one shape; every process must call this at the same step."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.process_allgather(values)).sum(axis=0)
+
+
 def to_host(array: Tree) -> np.ndarray:
     """The whole of a global array, on every host."""
     if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:

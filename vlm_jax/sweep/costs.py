@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from vlm_jax.build import Experiment
 from vlm_jax.config import ConfigError
-from vlm_jax.evals.vqa import tokens_left
+from vlm_jax.evals.vqa import tokens_by_span, tokens_left
 from vlm_jax.models.vlm import flat_images
 from vlm_jax.planner.flops import count_flops
 from vlm_jax.system import Params
@@ -67,7 +67,7 @@ def costs(experiment: Experiment, sample: Sample | None = None) -> Costs:
     else:
         example = experiment.example(sample, targets=False)
         prompt = system.processor.rows([[example]], experiment.prompt, targets=False)
-        left, mean = tokens_left(system.model, [example])
+        left, mean = tokens_left(system.model, len(example.visual_tokens), [tokens_by_span(example)])
     return Costs(left, mean, num_params(shapes), flops(system.model, shapes, prompt))
 
 

@@ -16,7 +16,8 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError
-from vlm_jax.evals.vqa import SCORERS, exact, share, short
+from vlm_jax.evals.vqa import SCORERS, check_references, exact, share, short
+from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
 from vlm_jax.sweep.costs import first_with_images, flops, num_params
@@ -35,7 +36,8 @@ from vlm_jax.sweep.run import (
     results_table,
 )
 from vlm_jax.system import System
-from vlm_jax.train.workdir import claim, read_lines, write_lines, write_whole
+from vlm_jax.train.claim import Claim
+from vlm_jax.train.workdir import read_lines, write_lines, write_whole
 from vlm_jax.types import Sample
 
 CONTROLS = frozenset({"random", "uniform_stride", "downsample_image"})
@@ -147,8 +149,8 @@ class Evaluation:
     def __init__(
         self, settings: ReleaseEvaluation, workdir: epath.PathLike, *, console: rich.console.Console | None = None
     ):
-        self.workdir, self._settings = epath.Path(workdir), settings
-        self._console = console or rich.console.Console()
+        self.workdir, self._settings = epath.Path(absolute(workdir)), settings
+        self._console = console or rich.console.Console(markup=False)
         self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
         self.points, self.refused = list_release_points(self._system, settings.reducers, settings.budgets)
         for refused in self.refused:
@@ -165,15 +167,24 @@ class Evaluation:
             num_samples=settings.num_samples,
             seed=settings.seed,
         )
-        self._questions.check_references(processor.tokenizer, settings.max_new_tokens)
-        claim(self.workdir, dataclasses.asdict(settings))
+        references = self._questions.references()
+        check_references(processor.tokenizer, references, settings.max_new_tokens, "--max_new_tokens")
+        self._claim = Claim(self.workdir, dataclasses.asdict(settings))
 
     def run(self) -> dict[str, str]:
         """Evaluates unfinished points, then draws the frontier and writes the report.
 
         Returns:
           {label: error} of failed points, as in `failed.jsonl`; empty when all are finished.
+
+        Raises:
+          WorkdirInUse: another process evaluates in the workdir.
         """
+        with self._claim.held():
+            self._claim.record()
+            return self._run()
+
+    def _run(self) -> dict[str, str]:
         results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
         todo = [point for point in self.points if point.label not in results]
         failures = Failures(self.workdir, self._console)

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.build import CELL_HEAD, Experiment, build_conversational
+from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
 from vlm_jax.leaves import flatten
 from vlm_jax.sharding.initial import in_float32
@@ -67,6 +68,10 @@ def sweep_settings(config: Any) -> SweepSettings:
     for label in settings.controls:
         if label not in config.candidates:
             raise ConfigError(f"config.sweep.controls: no candidate '{label}'{did_you_mean(label, config.candidates)}")
+    if parse(EvaluationSettings, config.base.evaluation, "config.base.evaluation").every is not None:
+        raise ConfigError(
+            "config.base.evaluation.every: points are evaluated when they are trained; set it to None in a sweep"
+        )
     schedule = tuple(config.base.schedule)
     if schedule[: len(settings.shared)] != settings.shared:
         raise ConfigError(

@@ -13,10 +13,8 @@ from vlm_jax.data.source import Tools
 from vlm_jax.data.stores import files_of
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.image import image_size, open_image
-from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import FrameSampler, video_size
-from vlm_jax.types import Sample, text_of
+from vlm_jax.types import Sample
 
 
 class Questions:
@@ -64,13 +62,6 @@ class Questions:
         before = self._ends[first - 1] if first else 0
         return itertools.islice(iter(EvaluationSamples(self._records, self._indices[first:])), start - before, None)
 
-    def check_references(self, tokenizer: Tokenizer, max_new_tokens: int) -> None:
-        """Raises a SequenceTooLong for a reference answer that no generated answer could equal."""
-        for record in (self._records.records[index] for index in self._indices):
-            for message in record.messages[1::2] if record.independent else record.messages[-1:]:
-                length = len(tokenizer.encode(text_of(message))) + 1
-                if length > max_new_tokens:
-                    raise SequenceTooLong(
-                        f"record '{record.record_id}': its reference answer has {length} tokens with the end token, "
-                        f"over the limit of {max_new_tokens}; raise --max_new_tokens"
-                    )
+    def references(self) -> Iterator[tuple[str, str]]:
+        """Names of the questions and their reference answers, without reading an image."""
+        return EvaluationSamples(self._records, self._indices).references()

@@ -12,6 +12,7 @@ from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import config_hash, parse
 from vlm_jax.evals.vqa import Answer, accuracy, answer_all, realised_tokens, tokens_left
+from vlm_jax.paths import absolute
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.sweep.failures import Failures
@@ -19,8 +20,9 @@ from vlm_jax.sweep.frontier import draw_frontier
 from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settings
 from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.report import Example, write_report
+from vlm_jax.train.claim import Claim
 from vlm_jax.train.loop import Outcome, Trainer, first_params
-from vlm_jax.train.workdir import claim, read_lines, write_lines
+from vlm_jax.train.workdir import read_lines, write_lines
 
 RESULTS_FILE, FRONTIER_FILE, REPORT_FILE = "results.jsonl", "frontier.png", "report.html"
 ANSWERS_FILE = "answers.jsonl"
@@ -55,15 +57,15 @@ class Sweep:
         overrides: tuple[str, ...] = (),
         console: rich.console.Console | None = None,
     ):
-        self.workdir = epath.Path(workdir)
+        self.workdir = epath.Path(absolute(workdir))
         self._config, self._config_path, self._overrides = config, config_path, overrides
-        self._console = console or rich.console.Console()
+        self._console = console or rich.console.Console(markup=False)
         self._settings = sweep_settings(config)
         self._outcomes: dict[str, Outcome] = {}
         self.failed: dict[str, str] = {}
         self.points = list_points(config, only)
         self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
-        claim(self.workdir, config)
+        self._claim = Claim(self.workdir, config)
 
     def run(self) -> list[dict[str, Any]]:
         """Trains and evaluates what is not finished, then draws the frontier and writes the report.
@@ -72,7 +74,15 @@ class Sweep:
 
         Returns:
           One dict per finished point, as in `results.jsonl`.
+
+        Raises:
+          WorkdirInUse: another process sweeps in the workdir.
         """
+        with self._claim.held():
+            self._claim.record()
+            return self._run()
+
+    def _run(self) -> list[dict[str, Any]]:
         self._console.print(plan_table(self.points))
         results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
         self._check_results(results)
@@ -141,7 +151,7 @@ class Sweep:
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
         samples = point.experiment.open_source().evaluation(point.config.seed)
         answers = answer_all(point.experiment, outcome.params, samples, evaluation)
-        lines = [{"sample_id": a.sample.sample_id, "text": a.text, "correct": a.correct} for a in answers]
+        lines = [{"sample_id": a.sample_id, "text": a.text, "correct": a.correct} for a in answers]
         if is_primary():
             self._folder(point.label).mkdir(parents=True, exist_ok=True)
         write_lines(self._folder(point.label) / ANSWERS_FILE, lines)
@@ -150,7 +160,9 @@ class Sweep:
     def _result(self, point: Point, outcome: Outcome, answers: list[Answer]) -> dict[str, Any]:
         left, mean = point.costs.num_visual_tokens, point.costs.mean_visual_tokens
         if point.experiment.system.budget is None:  # pictures differ, and the costs are those of one sample
-            left, mean = tokens_left(point.experiment.system.model, answers)
+            images = sum(len(answer.visual_tokens) for answer in answers)
+            spans = [answer.tokens_by_span for answer in answers]
+            left, mean = tokens_left(point.experiment.system.model, images, spans)
         return {
             "label": point.label,
             "connector": point.connector,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -14,9 +14,17 @@ from vlm_jax.data.loader import batches
 from vlm_jax.data.packing import PackedRows, SingleRows, bucket_of, buckets, fingerprint
 from vlm_jax.data.source import SizedStream
 from vlm_jax.train.stages import Stage
-from vlm_jax.types import Batch, Load, RowShape
+from vlm_jax.types import Batch, Load, RowShape, Tree
 
 ROWS = "rows"  # folder of a workdir that loads of samples are kept in
+
+
+class Given(NamedTuple):
+    """A batch on the devices, its tokens, and the seconds for which the devices waited for it at most."""
+
+    batch: Tree
+    tokens: dict[str, int]
+    waited: float
 
 
 class PlannedRows:
@@ -118,12 +126,14 @@ def stage_batches(
     *,
     num_workers: int = 0,
     folder: str | os.PathLike[str] | None = None,
+    start: int = 0,
 ) -> grain.DatasetIterator[Any]:
-    """This process's part of a stage's batches, from the first; its state can be saved and set.
+    """This process's part of a stage's batches, from batch number `start` on.
 
     Args:
       experiment, stage, seed, folder: as of `rows`.
       num_workers: processes that make the batches; 0 for a thread of this one.
+      start: batches of the stage that are done, with any number of workers.
     """
     return batches(
         rows(experiment, stage, seed, folder=folder),
@@ -131,4 +141,5 @@ def stage_batches(
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
         num_workers=num_workers,
+        start=start,
     )

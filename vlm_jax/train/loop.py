@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import statistics
@@ -17,24 +18,33 @@ from jax.sharding import Mesh
 
 from vlm_jax.adapter import LORA, merged
 from vlm_jax.build import AnyExperiment
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, parts_directory
 from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
+from vlm_jax.data.loader import batch_at
+from vlm_jax.evals.evaluator import Evaluator
 from vlm_jax.leaves import split
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.optim.patterns import describe, leaf_rates
-from vlm_jax.sharding.processes import any_process, wait_for_all
-from vlm_jax.sharding.rules import distribute, placed, shardings, use_mesh
-from vlm_jax.train.input import ROWS, stage_batches
+from vlm_jax.paths import absolute
+from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
+from vlm_jax.sharding.rules import distribute, placed, use_mesh
+from vlm_jax.train import replay
+from vlm_jax.train.claim import Claim
+from vlm_jax.train.evaluation import Evaluations, Tell
+from vlm_jax.train.guard import GuardSettings
+from vlm_jax.train.input import ROWS, Given, rows, stage_batches
+from vlm_jax.train.replay import REPLAY
 from vlm_jax.train.stages import Span, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
-from vlm_jax.train.workdir import MetricsLog, claim
+from vlm_jax.train.watch import Profiler, Step, Watch, count_tokens, learning_rates, step_flops
+from vlm_jax.train.writers import TENSORBOARD, RunLog, check_writers
 from vlm_jax.types import Fields, Tree
 
 _log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, Fields], None]  # (step, steps in all, the step's metrics)
+Progress = Callable[[int, int, Fields], None]  # (step, steps in all, the step's line in the log)
 
 
 class Interrupted(Exception):
@@ -42,27 +52,46 @@ class Interrupted(Exception):
 
 
 class Diverged(RuntimeError):
-    """The loss is not finite; the message names the step."""
+    """The loss or a gradient is not finite, or is a spike; the message names the step."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """`config.loop`.
+class LoopSettings(GuardSettings):
+    """`config.loop`; further keys are those of `guard.GuardSettings`.
 
     Attributes:
       save_every: steps between checkpoints; one is also saved at the end of every stage.
       keep: number of newest checkpoints to keep.
-      log_every: steps between writes of `metrics.jsonl`, which has one line per step.
+      log_every: steps between writes of `metrics.jsonl`, which has one line per step, and of a line on the terminal.
       input_workers: processes that load batches; 0 uses a thread of the loop's process. There are
         enough if `input_seconds` in `metrics.jsonl`, the time for which devices waited for a batch, is about 0.
+      writers: names of `writers.WRITERS`, which get the numbers of `metrics.jsonl` and of evaluations: `tensorboard`
+        writes to `WORKDIR/tensorboard`, `wandb` to Weights & Biases.
+      profile: first step and number of steps that the profiler traces into `WORKDIR/profile`; None for none.
+      peak_flops: FLOP/s of one device, for `mfu` in `metrics.jsonl`; None for the dense bfloat16 peak of its kind, and
+        no `mfu` where that is not known, as for CPUs.
     """
 
     save_every: int = 200
     keep: int = 2
     log_every: int = 20
     input_workers: int = 0
+    writers: tuple[str, ...] = (TENSORBOARD,)
+    profile: tuple[int, int] | None = None
+    peak_flops: float | None = None
 
     def __post_init__(self):
+        super().__post_init__()
+        for key in ("save_every", "keep", "log_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"config.loop.{key}: expected at least 1, got {getattr(self, key)}")
+        check_writers(self.writers)
+        if self.profile is not None and min(self.profile) < 1:
+            raise ConfigError(
+                f"config.loop.profile: expected a first step and a number of steps from 1 on, got {self.profile}"
+            )
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ConfigError(f"config.loop.peak_flops: expected FLOP/s above 0, got {self.peak_flops}")
         if self.input_workers < 0:
             raise ConfigError(f"config.loop.input_workers: expected 0 or more, got {self.input_workers}")
 
@@ -115,13 +144,16 @@ class Trainer:
       experiment: from `build(config)`.
       mesh: mesh of devices.
       workdir: the run's folder, local or `gs://`.
-      init_from: checkpoint directory of another run, or a folder that `cli.convert` wrote,
+      init_from: workdir of another run or its folder of checkpoints, or a folder that `cli.convert` wrote,
         from which this run's parts are initialised; None to start from scratch.
       init_parts: the parts to read from there; the others are randomly initialised.
       progress: called after every logged step.
+      evaluator: asks the model every `config.evaluation.every` steps and at the end; None for no evaluation.
+      tell: called with the step and the lines for people of every evaluation, in the primary process.
 
     Raises:
       ConfigError: an invalid stage, or a workdir of another config.
+      SequenceTooLong: evaluation data with a reference that no answer can equal.
       MalformedRecords: data that cannot be used.
     """
 
@@ -135,10 +167,13 @@ class Trainer:
         init_from: epath.PathLike | None = None,
         init_parts: tuple[str, ...] = ("encoder", "decoder"),
         progress: Progress = lambda step, steps, metrics: None,
+        evaluator: Evaluator | None = None,
+        tell: Tell = lambda step, lines: None,
     ):
-        self.experiment, self.mesh, self.workdir = experiment, mesh, epath.Path(workdir)
-        self._seed, self._progress = config.seed, progress
-        self._init_from, self._init_parts = init_from, init_parts
+        self.experiment, self.mesh, self.workdir = experiment, mesh, epath.Path(absolute(workdir))
+        self._config, self._seed, self._progress = config, config.seed, progress
+        self._init_from = None if init_from is None else parts_directory(init_from)
+        self._init_parts = init_parts
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
@@ -151,7 +186,10 @@ class Trainer:
             for span in self._spans
         }
         experiment.open_source()  # faults of the data are named before weights are read
-        claim(self.workdir, config)
+        self._evaluations = Evaluations(evaluator, self.workdir, config, self.num_steps, tell)
+        last = self._spans[-1].stage.label
+        self._claim = Claim(self.workdir, config, init_from=self._init_from, last_stage=last)
+        self._profiler = Profiler(self._settings.profile, self.workdir)
         self._stop = False
 
     @property
@@ -161,6 +199,8 @@ class Trainer:
 
     def finished(self) -> bool:
         """Whether every step has been run and saved."""
+        if not (self.workdir / CHECKPOINTS).exists():
+            return False
         checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
         with contextlib.closing(checkpoints):
             return checkpoints.latest() == self.num_steps
@@ -170,103 +210,145 @@ class Trainer:
 
         Raises:
           Interrupted: SIGTERM was received; the state is saved.
-          Diverged: the loss is not finite; the previous checkpoint is kept.
+          Diverged: a step is not good (`guard.GuardSettings`); the previous checkpoint is kept.
           CheckpointError: a checkpoint cannot be written or read.
+          WorkdirInUse: another process runs in the workdir.
         """
-        checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
-        previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-        try:
-            return self._run(checkpoints)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            checkpoints.close()
+        with self._claim.held():
+            checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
+            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+            step = checkpoints.latest() or 0
+            log = RunLog(self.workdir, self._config, step, self._settings.writers)
+            try:
+                return self._run(step, checkpoints, log)
+            finally:
+                signal.signal(signal.SIGTERM, previous)
+                log.close()
+                self._profiler.close()
+                checkpoints.close()
 
-    def _run(self, checkpoints: RunCheckpoints) -> Outcome:
-        step = checkpoints.latest() or 0
+    def _run(self, step: int, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
         span = span_at(self._spans, step)
         position: Fields = {}
         if checkpoints.latest() is None:
             state = self._first_state(span)
         else:
             state, position = checkpoints.restore(step, self._abstract_state(span))
-        log = MetricsLog(self.workdir, step)
+        self._evaluations.start(step)
+        self._evaluate(state, log, checkpoints, None)  # where an earlier process was killed before it was made
         while True:
             state, most_bytes = self._run_stage(span, state, position, log, checkpoints)
             if span is self._spans[-1]:
                 break
             span, position = span_at(self._spans, span.stop), {}
             state = self._enter(span, state)
+            self._claim.confirm()
             checkpoints.save(span.start, state, position)
         wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
-        return Outcome(merged(state.averaged, self.experiment.lora), statistics.median(seconds), most_bytes)
+        return Outcome(self._usable(state), statistics.median(seconds), most_bytes)
 
-    def _run_stage(self, span: Span, state: TrainState, position, log: MetricsLog, checkpoints: RunCheckpoints):
+    def _run_stage(self, span: Span, state: TrainState, position, log: RunLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
-        iterator = self._batches(span, num_workers=self._settings.input_workers)
-        with contextlib.closing(iterator):
-            if position:
-                iterator.set_state(position)
+        start = position.get("batch", 0)
+        with contextlib.closing(self._batches(span, self._settings.input_workers, start=start)) as iterator:
             return self._run_steps(span, state, iterator, log, checkpoints)
 
-    def _run_steps(self, span: Span, state: TrainState, iterator, log: MetricsLog, checkpoints: RunCheckpoints):
-        stage, step, waited = span.stage, int(state.step), 0.0
-        if step < span.stop:
-            batch, waited = self._next(iterator, None)
-        else:
-            batch = self._probe_batch(span)
-        programs: dict[Hashable, jax.stages.Compiled] = {}
-        self._program(span, programs, batch)
-        key = jax.random.key(self._seed)
-        pending: list[tuple[int, Tree, float]] = []
-        since = time.perf_counter()
-        while step < span.stop:
-            state, metrics = self._program(span, programs, batch)(state, batch, key)
-            step += 1
-            pending.append((step, metrics, waited))
-            last = step == span.stop
-            logs = last or step % self._settings.log_every == 0 or step % self._settings.save_every == 0
-            if jax.process_count() == 1:
-                stops = self._stop
-            else:  # processes synchronise when they log, so that they do not wait for each other at every step
-                stops = logs and any_process(self._stop)
-            due = step % self._settings.save_every == 0 or stops
-            if logs or due:
-                jax.block_until_ready(metrics)
-                self._flush(pending, stage.label, (time.perf_counter() - since) / len(pending), log)
-                pending, since = [], time.perf_counter()
-            if (due and not last) or (last and span is self._spans[-1]):
-                checkpoints.save(step, state, iterator.get_state())
-                if stops and step < self.num_steps:
-                    checkpoints.wait()
-                    raise Interrupted(f"stopped by SIGTERM and saved at step {step} of {self.num_steps}")
-                since = time.perf_counter()
-            if not last:
-                batch, waited = self._next(iterator, metrics)
+    def _run_steps(self, span: Span, state: TrainState, iterator, log: RunLog, checkpoints: RunCheckpoints):
+        step = int(state.step)
+        with contextlib.closing(self._watch(span)) as watch:
+            given = self._next(iterator, None) if step < span.stop else self._probe(span)
+            programs: dict[Hashable, jax.stages.Compiled] = {}
+            self._program(span, programs, given.batch, watch)
+            self._claim.record()
+            key = jax.random.key(self._seed)
+            watch.restart()
+            while step < span.stop:
+                kind, program = self._program(span, programs, given.batch, watch)
+                step += 1
+                self._profiler.before(step)
+                state, metrics = program(state, given.batch, key)
+                self._profiler.after(step, metrics)
+                watch.add(Step(step, metrics, given.waited, given.tokens, kind))
+                last = step == span.stop
+                logs = last or self._logs(step)
+                if jax.process_count() == 1:
+                    stops = self._stop
+                else:  # processes synchronise when they log, so that they do not wait for each other at every step
+                    stops = logs and any_process(self._stop)
+                due = step % self._settings.save_every == 0 or stops
+                if logs or due:
+                    jax.block_until_ready(metrics)
+                    self._flush(watch, span, log)
+                    saves = (due and not last) or (last and span is self._spans[-1])
+                    if saves:
+                        self._claim.confirm()
+                        checkpoints.save(step, state, {"batch": step - span.start})
+                        if stops and step < self.num_steps:
+                            self._interrupt(step, checkpoints)
+                    self._evaluate(state, log, checkpoints, None if saves else {"batch": step - span.start})
+                    watch.restart()
+                if not last:
+                    given = self._next(iterator, metrics)
         return state, max(map(peak_bytes, programs.values()))
 
-    def _program(self, span: Span, programs: dict[Hashable, jax.stages.Compiled], batch: Tree) -> jax.stages.Compiled:
-        """The stage's program for batches of this structure and shape, compiled into `programs` at the first one."""
+    def _logs(self, step: int) -> bool:
+        """Whether the log is written after a step, as before a checkpoint or an evaluation."""
+        every = self._settings.log_every, self._settings.save_every
+        return self._evaluations.is_due(step) or any(step % steps == 0 for steps in every)
+
+    def _evaluate(self, state: TrainState, log: RunLog, checkpoints: RunCheckpoints, position: Fields | None) -> None:
+        """Makes the evaluation of a step if it is due; stopped by SIGTERM, it is left to the next process.
+
+        Args:
+          state, log, checkpoints: of the run.
+          position: of the input, to save the state where it is stopped; None for a state that is saved.
+        """
+        step = int(state.step)
+        if not self._evaluations.is_due(step):
+            return
+        if not self._evaluations.make(step, self._usable(state), lambda: self._stop, log.add_evaluation):
+            if position is not None:
+                checkpoints.save(step, state, position)
+            self._interrupt(step, checkpoints)
+
+    def _usable(self, state: TrainState) -> Params:
+        """The parameters of a state as they are used: averaged, with adapters merged."""
+        return merged(state.averaged, self.experiment.lora)
+
+    def _interrupt(self, step: int, checkpoints: RunCheckpoints) -> None:
+        checkpoints.wait()
+        raise Interrupted(f"stopped by SIGTERM and saved at step {step} of {self.num_steps}")
+
+    def _program(
+        self, span: Span, programs: dict[Hashable, jax.stages.Compiled], batch: Tree, watch: Watch
+    ) -> tuple[Hashable, jax.stages.Compiled]:
+        """The kind of a batch, by structure and shape, and its program, compiled into `programs` at the first one."""
         kind = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if kind not in programs:
-            paths = [path.removeprefix(f"{LORA}/") for path in self._rates[span.stage.label]]
-            parts = {path.split("/")[0] for path in paths}
+            state, trained = self._abstract_state(span), frozenset(self._rates[span.stage.label])
+            parts = {path.removeprefix(f"{LORA}/").split("/")[0] for path in trained}
+            objective = span.stage.settings.build(self.experiment, parts)
             programs[kind] = compile_step(
-                self._abstract_state(span),
+                state,
                 batch,
                 self.mesh,
-                objective=span.stage.settings.build(self.experiment, parts),
+                objective=objective,
                 tx=self._tx(span),
-                trained=frozenset(self._rates[span.stage.label]),
+                trained=trained,
                 accumulate=span.stage.accumulate,
                 lora=self.experiment.lora,
                 ema=self._optimizer.ema,
+                bounds=self._settings.bounds,
+            )
+            watch.add_program(
+                kind, functools.partial(step_flops, objective, state, batch, trained, self.experiment.lora)
             )
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
-        return programs[kind]
+        return kind, programs[kind]
 
-    def _next(self, iterator: Iterator[Tree], metrics: Tree) -> tuple[Tree, float]:
+    def _next(self, iterator: Iterator[Tree], metrics: Tree) -> Given:
         """The next batch on the devices, and an upper bound of the seconds that they were idle for it.
 
         0 while they run the step of `metrics`; else the time until the batch was ready.
@@ -274,18 +356,24 @@ class Trainer:
         since = time.perf_counter()
         batch = next(iterator)
         waited = time.perf_counter() - since
-        return distribute(batch, self.mesh), waited if is_done(metrics) else 0.0
+        return Given(distribute(batch, self.mesh), count_tokens(batch), waited if is_done(metrics) else 0.0)
 
-    def _flush(self, pending: list[tuple[int, Tree, float]], label: str, seconds: float, log: MetricsLog) -> None:
-        lines = []
-        for step, metrics, waited in pending:
-            values = {name: float(value) for name, value in metrics.items()}
-            lines.append({"step": step, "stage": label, **values, "seconds": seconds, "input_seconds": waited})
-            if not np.isfinite(values["loss"]):
-                log.append(lines)
+    def _watch(self, span: Span) -> Watch:
+        return Watch(span, learning_rates(span.stage, self._optimizer), self.mesh, self._settings.peak_flops)
+
+    def _flush(self, watch: Watch, span: Span, log: RunLog) -> None:
+        lines = watch.lines()
+        for number, line in enumerate(lines, start=1):
+            if line["skipped"]:
+                self._keep_for_replay(span, line["step"])
+            if self._settings.ends_at(int(line["skipped"])):
+                log.append(lines[:number])
                 raise Diverged(
-                    f"the loss is {values['loss']} at step {step} (stage {label}); lower its learning_rates or the "
-                    "optimizer's clip_norm. The newest checkpoint is from before this step"
+                    f"the loss is {line['loss']} and the norm of the gradient {line['grad_norm']} at step "
+                    f"{line['step']} (stage {span.stage.label}), not finite or a spike; lower the stage's "
+                    "learning_rates or clip_norm in a new run, or go on without such steps by "
+                    "config.loop.on_nonfinite=skip. The newest checkpoint is from before this step, and its batch in "
+                    f"{self.workdir / REPLAY}"
                 )
         log.append(lines)
         self._progress(lines[-1]["step"], self.num_steps, lines[-1])
@@ -322,21 +410,25 @@ class Trainer:
         )
         return placed(like, self.mesh)
 
-    def _param_shardings(self) -> Tree:
-        return shardings(self._boxed, self.mesh)
-
     def _tx(self, span: Span):
         stage = span.stage
         return adamw(self._optimizer, self._rates[stage.label], stage.warmup_steps, stage.steps)
 
-    def _probe_batch(self, span: Span) -> Tree:
+    def _probe(self, span: Span) -> Given:
         """A batch to compile for when the stage has no step left."""
         with contextlib.closing(self._batches(span)) as iterator:
-            return distribute(next(iterator), self.mesh)
+            return self._next(iterator, None)
 
-    def _batches(self, span: Span, num_workers: int = 0) -> Any:
-        folder = self.workdir / ROWS
-        return stage_batches(self.experiment, span.stage, self._seed, num_workers=num_workers, folder=folder)
+    def _batches(self, span: Span, num_workers: int = 0, *, start: int = 0) -> Any:
+        more: Any = {"num_workers": num_workers, "folder": self.workdir / ROWS, "start": start}
+        return stage_batches(self.experiment, span.stage, self._seed, **more)
+
+    def _keep_for_replay(self, span: Span, step: int) -> None:
+        """Makes the batch of a step again, and writes it."""
+        if is_primary():
+            made = rows(self.experiment, span.stage, self._seed, folder=self.workdir / ROWS)
+            batch = batch_at(made, span.stage.batch_size, step - 1 - span.start)
+            replay.write(self.workdir, step, batch, self._seed)
 
     def _check_stages(self) -> None:
         for span in self._spans:
@@ -350,11 +442,11 @@ class Trainer:
                     f"'{stage.stream}'"
                 )
             stage.settings.check(self.experiment, accumulate=stage.accumulate, path=path)
-            size = stage.batch_size // stage.accumulate
-            if stage.accumulate > 1 and size % num_shards(self.mesh):
+            size, shards = stage.batch_size // stage.accumulate, num_shards(self.mesh)
+            if size % shards:
                 raise ConfigError(
-                    f"{path}.accumulate: microbatches of {size} rows cannot be divided over {num_shards(self.mesh)} "
-                    "shards (data times fsdp of config.mesh); lower accumulate, or raise batch_size"
+                    f"{path}: microbatches of {size} rows (batch_size over accumulate) cannot be divided over {shards} "
+                    f"shards (data times fsdp of config.mesh); set batch_size to a multiple of {shards} x accumulate"
                 )
 
     def _on_sigterm(self, signum: int, frame: types.FrameType | None) -> None:

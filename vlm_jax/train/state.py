@@ -1,5 +1,6 @@
 """The state of a run and its sharding."""
 
+import dataclasses
 from collections.abc import Collection
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from jaxtyping import Int
 
 from vlm_jax.leaves import joined, split
+from vlm_jax.train.guard import Recent, first_recent
 from vlm_jax.types import Array, Fields, Tree, struct
 
 Params = Fields  # {part: its parameters}
@@ -21,6 +23,7 @@ class TrainState:
     opt_state: the current stage's optimizer state, only of its trained parameters.
     reference: frozen parameters that the current stage's objective needs beside these; None without any.
     ema: moving average of the stage's trained parameters, from their values at its start; None without `optimizer.ema`.
+    recent: losses and gradient norms of the stage's last steps.
     """
 
     step: Int[Array, ""]
@@ -28,6 +31,7 @@ class TrainState:
     opt_state: Tree
     reference: Params | None = None
     ema: Params | None = None
+    recent: Recent = dataclasses.field(default_factory=first_recent)
 
     @property
     def averaged(self) -> Params:

@@ -14,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax.adapter import NO_LORA, LoraSettings, adapted
 from vlm_jax.leaves import joined, split
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
+from vlm_jax.train.guard import Bounds, chosen, judged
 from vlm_jax.train.objectives.objective import Loss, Metrics
 from vlm_jax.train.state import TrainState
 from vlm_jax.types import Batch, Params, Tree
 
+NO_BOUNDS = Bounds()
 Gradient = Callable[[Tree, jax.Array, jax.Array | float], tuple[tuple[jax.Array, Metrics], Tree]]
 
 
@@ -32,9 +34,10 @@ def train_step(
     accumulate: int = 1,
     lora: LoraSettings = NO_LORA,
     ema: float | None = None,
+    bounds: Bounds = NO_BOUNDS,
     mesh: Mesh | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Computes the gradient of the trained parameters and updates the state.
+    """Computes the gradient of the trained parameters and updates the state; a step that is not good only counts.
 
     The step's random key is folded from the run's key and the step, so that a step can be
     repeated. No gradient is computed for frozen parameters.
@@ -49,6 +52,8 @@ def train_step(
       accumulate: microbatches into which the batch is split; see `Stage.accumulate`.
       lora: of the state's adapters.
       ema: decay of the moving average of the trained parameters; None for none.
+      bounds: of spikes; a loss or a gradient that is not finite is never a good step. The metric `skipped` is the
+        number of steps in a row, up to this one, that were not good.
       mesh: devices over which the rows of the batch are divided; None for one.
     """
     params, frozen = split(state.params, trained)
@@ -66,14 +71,18 @@ def train_step(
         (loss, metrics), grads = gradient(batch, key, 1.0)
     else:
         (loss, metrics), grads = _accumulated(gradient, params, microbatches(batch, accumulate, mesh), key)
+    grad_norm = optax.tree.norm(grads)
+    good, recent = judged(state.recent, loss, grad_norm, bounds)
     updates, opt_state = tx.update(grads, state.opt_state, params)
+    before = params, state.opt_state, state.ema
     params: Tree = optax.apply_updates(params, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     average = state.ema
     if ema is not None:
         average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new.astype(old.dtype), average, params)
-    changed = {"step": state.step + 1, "params": joined(frozen, params), "opt_state": opt_state, "ema": average}
-    return dataclasses.replace(state, **changed), metrics
+    params, opt_state, average = chosen(good, (params, opt_state, average), before)
+    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": recent.skipped, **metrics}
+    changed = {"params": joined(frozen, params), "opt_state": opt_state, "ema": average, "recent": recent}
+    return dataclasses.replace(state, step=state.step + 1, **changed), metrics
 
 
 def microbatches(batch: Tree, count: int, mesh: Mesh | None) -> Tree:
@@ -135,6 +144,7 @@ def compile_step(
     accumulate: int = 1,
     lora: LoraSettings = NO_LORA,
     ema: float | None = None,
+    bounds: Bounds = NO_BOUNDS,
 ) -> jax.stages.Compiled:
     """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state.
 
@@ -142,7 +152,7 @@ def compile_step(
     """
     out, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, abstract_state))
     with use_mesh(mesh):
-        jitted = _jitted(objective, tx, trained, accumulate, lora, ema, mesh, tuple(out), structure)
+        jitted = _jitted(objective, tx, trained, accumulate, lora, ema, bounds, mesh, tuple(out), structure)
         return jitted.lower(abstract_state, batch, jax.random.key(0)).compile()
 
 
@@ -154,13 +164,14 @@ def _jitted(
     accumulate: int,
     lora: LoraSettings,
     ema: float | None,
+    bounds: Bounds,
     mesh: Mesh,
     out: tuple[NamedSharding, ...],
     structure: Hashable,
 ) -> Any:
     def step(state, batch, key):
         settings: Any = {"objective": objective, "tx": tx, "trained": trained, "accumulate": accumulate}
-        return train_step(state, batch, key, **settings, lora=lora, ema=ema, mesh=mesh)
+        return train_step(state, batch, key, **settings, lora=lora, ema=ema, bounds=bounds, mesh=mesh)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(cast(Any, structure), out), replicated))

@@ -1,15 +1,15 @@
-"""A run's folder: its config, and its metrics per step."""
+"""Files of a run's folder: written as a whole, or as one line per step."""
 
 import json
 from collections.abc import Iterable, Mapping
 
 from etils import epath
 
-from vlm_jax.config import ConfigError, RunConfig, differences, plain
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.types import Fields
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+INIT_FROM = "init_from"  # key of `config.json` for where a run started; None for its own release or random parameters
 
 
 def write_whole(path: epath.Path, text: str) -> None:
@@ -23,32 +23,6 @@ def write_lines(path: epath.Path, lines: Iterable[Mapping[str, object]]) -> None
     """Writes a JSON-lines file as a whole; the primary process does."""
     if is_primary():
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def claim(workdir: epath.Path, config: RunConfig) -> None:
-    """Creates the folder for a config, or checks that it has the same config; for the primary process.
-
-    Raises:
-      ConfigError: the folder has another config; the message lists the differences.
-    """
-    if not is_primary():
-        return
-    path = workdir / CONFIG_FILE
-    ours = plain(config)
-    if path.exists():
-        lines = differences(json.loads(path.read_text()), ours)
-        if lines:
-            raise ConfigError(
-                f"{workdir} was created with another config; use another --workdir, or the original config. "
-                "In the folder (here) and in this run (there):\n  " + "\n  ".join(lines)
-            )
-        return
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ConfigError(
-            f"{workdir} is not empty and has no {CONFIG_FILE}, so it is not a run's folder; use another --workdir"
-        )
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(ours, indent=2) + "\n")
 
 
 class MetricsLog:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ class Classify(Objective):
         del trained
         model = experiment.system.model
         assert isinstance(model, Classifier)
-        return _classify(model, self.label_smoothing)
+        return _classify(cast(Any, model), self.label_smoothing)
 
     def element(self, experiment: AnyExperiment, stream: str) -> Callable[[Any], Tree]:
         """An image with its class."""

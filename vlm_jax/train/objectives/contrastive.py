@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 from etils import epath
@@ -22,13 +22,14 @@ from vlm_jax.losses.exchange import EXCHANGES, distributed
 from vlm_jax.losses.pairwise import DEFAULT_BLOCK_SIZE
 from vlm_jax.losses.two_tower import LOSSES, distillation_loss, locked_image, sigmoid_loss, softmax_loss
 from vlm_jax.models.two_tower import Embeddings, TwoTower
+from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import is_run, open_system
 from vlm_jax.processors.image_text import ImageTextProcessor
 from vlm_jax.sharding.rules import BATCH_AXES, placed
 from vlm_jax.system import System
 from vlm_jax.train.objectives.objective import Loss, Metrics, Objective
-from vlm_jax.train.workdir import CONFIG_FILE
+from vlm_jax.train.workdir import CONFIG_FILE, INIT_FROM
 from vlm_jax.types import DistilledBatch, ImageTextBatch, Params, Sample, Tree
 
 ONE_DEVICE = {"softmax": softmax_loss, "sigmoid": sigmoid_loss, "distillation": distillation_loss}
@@ -89,7 +90,7 @@ class Contrastive(Objective):
         model = experiment.system.model
         assert isinstance(model, TwoTower)
         teacher = None if self.teacher is None else open_teacher(self.teacher).model
-        return _contrastive(model, teacher, self, "image" not in trained)
+        return _contrastive(cast(Any, model), teacher, self, "image" not in trained)
 
     def element(self, experiment: AnyExperiment, stream: str) -> Callable[[Any], Tree]:
         """An image with its caption, and the same for the teacher."""
@@ -112,7 +113,7 @@ class Contrastive(Objective):
         system = open_teacher(self.teacher)
         if system.release is not None and not is_run(self.teacher):
             return system.initial(jax.random.key(0), mesh)
-        return read_parts(epath.Path(self.teacher) / CHECKPOINTS, placed(system.boxed_shapes(), mesh))
+        return read_parts(epath.Path(absolute(self.teacher)) / CHECKPOINTS, placed(system.boxed_shapes(), mesh))
 
 
 def _captioned(experiment: ImageTextExperiment, sample: Sample) -> ImageTextBatch:
@@ -132,7 +133,8 @@ def open_teacher(teacher: str, path: str = "config.stages") -> System:
       PretrainedError, CheckpointFileError: it cannot be opened.
     """
     if is_run(teacher):
-        system = build(ConfigDict(read_json(Path(teacher) / CONFIG_FILE, ConfigError))).system
+        config = read_json(Path(absolute(teacher)) / CONFIG_FILE, ConfigError)
+        system = build(ConfigDict({key: value for key, value in config.items() if key != INIT_FROM})).system
     else:
         system = open_system(teacher, FAMILIES, dtype="float32")
     if not isinstance(system.model, TwoTower):

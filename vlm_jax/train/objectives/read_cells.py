@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class ReadCells(Objective):
         del trained
         reader = of_conversations(experiment, "config.stages", "read_cells").cell_reader
         assert reader is not None  # set where a stage has this objective
-        return _read_cells(reader)
+        return _read_cells(cast(Any, reader))
 
     def element(self, experiment: AnyExperiment, stream: str) -> Callable[[Any], Tree]:
         """The stream has batches of one."""

@@ -1,0 +1,80 @@
+"""Questions as what a run is evaluated by."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from vlm_jax.build import Experiment
+from vlm_jax.build.settings import EvaluationSettings
+from vlm_jax.evals.evaluator import told
+from vlm_jax.evals.vqa import Answer, accuracy, answers, check_references, realised_tokens, tokens_left
+from vlm_jax.types import Dtype, Fields, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """Generated answers to the last question of every sample of `config.data`'s evaluation.
+
+    Attributes:
+      experiment: of the run.
+      settings: `config.evaluation`.
+      seed: of the run, which draws the samples.
+      token_budget: `config.token_budget`.
+      dtype: `config.dtype`, in which parameters are used, as those of an exported folder are.
+    """
+
+    experiment: Experiment
+    settings: EvaluationSettings
+    seed: int
+    token_budget: int | None
+    dtype: str
+
+    @property
+    def every(self) -> int | None:
+        """`config.evaluation.every`."""
+        return self.settings.every
+
+    def check(self) -> None:
+        """Raises a SequenceTooLong for a reference answer that no generated answer could equal."""
+        references = self.experiment.open_source().references(self.seed)
+        check_references(self.experiment.system.processor.tokenizer, references, self.settings.max_new_tokens)
+
+    def rows(self, params: Params) -> Iterator[Fields]:
+        """The fields of each `Answer`."""
+        samples = self.experiment.open_source().evaluation(self.seed)
+        params = cast_floats(params, jnp.dtype(self.dtype))
+        for answer in answers(self.experiment, params, samples, self.settings):
+            yield {name: list(value) if isinstance(value, tuple) else value for name, value in vars(answer).items()}
+
+    def metrics(self, rows: Sequence[Fields]) -> Fields:
+        """Accuracy by task, and visual tokens per image."""
+        given = [_answer(row) for row in rows]
+        images = sum(len(answer.visual_tokens) for answer in given)
+        model, spans = self.experiment.system.model, [answer.tokens_by_span for answer in given]
+        left, mean = tokens_left(model, images, spans) if spans else (0, 0)
+        return {
+            "accuracy": accuracy(given),
+            "token_budget": self.token_budget,
+            "num_visual_tokens": realised_tokens(given),
+            # The tokens that enter the decoder are above; a reducer inside it keeps fewer.
+            "visual_tokens_left": left,
+            "mean_visual_tokens": mean,
+        }
+
+    def lines(self, metrics: Fields) -> list[str]:
+        """One line for the visual tokens, and one for each task."""
+        tokens = metrics["num_visual_tokens"]
+        first = f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most"
+        return [first, *told(metrics["accuracy"])]
+
+
+def cast_floats(params: Params, dtype: Dtype) -> Params:
+    """Parameters in a dtype, on the same devices; those that have it are not copied."""
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), params)
+
+
+def _answer(row: Fields) -> Answer:
+    counts = {name: tuple(row[name]) for name in ("visual_tokens", "tokens_by_span")}
+    return Answer(**{**row, **counts})

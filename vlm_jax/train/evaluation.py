@@ -1,0 +1,115 @@
+"""Evaluations of a run on the way and at its end, whose answers are kept."""
+
+import json
+import os
+from collections.abc import Callable
+
+from etils import epath
+
+from vlm_jax.config import RunConfig, plain
+from vlm_jax.evals.evaluator import Evaluator
+from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
+from vlm_jax.train.workdir import read_lines, write_lines, write_whole
+from vlm_jax.types import Fields, Params
+
+ANSWERS, METRICS_FILE, FINAL_FILE = "evaluations", "evaluations.jsonl", "evaluation.json"
+
+Record = Callable[[int, Fields], None]  # (step, metrics)
+Tell = Callable[[int, list[str]], None]  # (step, lines for people)
+
+
+class Evaluations:
+    """Answers of step N in `evaluations/N.jsonl`, metrics of all in `evaluations.jsonl`, the last in `evaluation.json`.
+
+    An evaluation whose line of metrics is missing is made, or made again; its answers get their file's name when all
+    are written.
+
+    Args:
+      evaluator: asks and measures; None for no evaluation.
+      workdir: of the run.
+      config: of the run; an evaluation with other settings than `config.evaluation` is made again.
+      num_steps: of the run.
+      tell: called in the primary process with the lines of every evaluation.
+
+    Raises:
+      As the evaluator's `check`.
+    """
+
+    def __init__(self, evaluator: Evaluator | None, workdir: epath.Path, config: RunConfig, num_steps: int, tell: Tell):
+        self._evaluator, self._workdir, self._num_steps, self._tell = evaluator, workdir, num_steps, tell
+        self._every = None if evaluator is None else evaluator.every
+        self._settings = {key: value for key, value in plain(config.evaluation).items() if key != "every"}
+        if evaluator is not None:
+            evaluator.check()
+
+    def start(self, step: int) -> None:
+        """Removes evaluations of steps after `step`, which a process that was killed has made and this one repeats."""
+        lines = self._lines() if is_primary() else []
+        if any(line["step"] > step for line in lines):
+            write_lines(self._workdir / METRICS_FILE, [line for line in lines if line["step"] <= step])
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is an evaluation of a step."""
+        if self._evaluator is None:
+            return False
+        return step == self._num_steps or (self._every is not None and step > 0 and step % self._every == 0)
+
+    def make(self, step: int, params: Params, stops: Callable[[], bool], record: Record) -> bool:
+        """Makes the evaluation of a step that is due, if it is not made yet; all processes call this alike.
+
+        Args:
+          step: steps done.
+          params: after them.
+          stops: asked after every row; whether to leave the evaluation to a later process.
+          record: called with the metrics when it is made.
+
+        Returns:
+          Whether it was not stopped.
+        """
+        assert self._evaluator is not None
+        is_missing = any_process(is_primary() and self._line(step) is None)
+        if is_missing:
+            metrics = self._asked(step, params, stops)
+            if metrics is None:
+                return False
+            record(step, metrics)
+        if is_primary() and (is_missing or step == self._num_steps):
+            line = self._line(step)
+            assert line is not None
+            self._tell(step, self._evaluator.lines(line))
+        return True
+
+    def _asked(self, step: int, params: Params, stops: Callable[[], bool]) -> Fields | None:
+        """Metrics of new answers, both written; None where it was stopped."""
+        assert self._evaluator is not None
+        path, rows = self._workdir / ANSWERS / f"{step}.jsonl", []
+        draft = path.with_name(path.name + ".partial")
+        if is_primary():
+            path.parent.mkdir(exist_ok=True)
+        with draft.open("w") if is_primary() else open(os.devnull, "w") as file:
+            for row in self._evaluator.rows(params):
+                rows.append(row)
+                file.write(json.dumps(row) + "\n")
+                if any_process(stops()):
+                    return None
+        metrics = self._evaluator.metrics(rows)
+        if is_primary():
+            draft.replace(path)
+            self._write(step, metrics)
+        wait_for_all(f"the evaluation of step {step} is written")
+        return metrics
+
+    def _write(self, step: int, metrics: Fields) -> None:
+        if step == self._num_steps:
+            write_whole(self._workdir / FINAL_FILE, json.dumps(metrics, indent=2) + "\n")
+        line = {"step": step, "settings": self._settings, **metrics}
+        before = [line for line in self._lines() if line["step"] != step]
+        write_lines(self._workdir / METRICS_FILE, sorted([*before, line], key=lambda line: line["step"]))
+
+    def _line(self, step: int) -> Fields | None:
+        """The line of a step's evaluation with these settings."""
+        found = [line for line in self._lines() if line["step"] == step and line["settings"] == self._settings]
+        return found[0] if found and (self._workdir / ANSWERS / f"{step}.jsonl").exists() else None
+
+    def _lines(self) -> list[Fields]:
+        return read_lines(self._workdir / METRICS_FILE)
