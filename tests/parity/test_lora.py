@@ -23,8 +23,10 @@ from vlm_jax.pretrained.module_names import MODULE_NAMES
 from vlm_jax.train.objectives.next_token import NextToken
 from vlm_jax.train.state import TrainState
 from vlm_jax.train.step import train_step
+from vlm_jax.types import Batch
 
 from ..parameters import drawn
+from .language import check, made, their_logits
 from .systems import llava, qwen2_5_vl
 from .test_training import case_of, inputs_of
 
@@ -200,3 +202,17 @@ def test_factors_that_do_not_fit_are_named(system, tmp_path):
     with pytest.raises(CheckpointFileError, match=r"lm_haed.lora_A.bias: unknown key"):
         safetensors.numpy.save_file({"base_model.model.lm_haed.lora_A.bias": np.ones(2)}, folder / WEIGHTS)
         vlm_jax.from_pretrained(system.experiment.system.release.folder, adapter=folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_an_adapter_of_a_language_model_is_merged(name, tmp_path):
+    model = made(name)
+    model.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapter = peft.get_peft_model(model, config)
+    adapter.save_pretrained(tmp_path / "adapter")
+    ids = np.arange(14, dtype=np.int32).reshape(2, 7)
+    places = np.broadcast_to(np.arange(7, dtype=np.int32), ids.shape)
+    batch = Batch(*map(jnp.asarray, (ids, places, np.ones_like(ids), np.full_like(ids, -1))))
+    ours = vlm_jax.from_pretrained(tmp_path / "model", adapter=tmp_path / "adapter")
+    check(ours(batch), their_logits(adapter.eval(), ids))
