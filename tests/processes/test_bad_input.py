@@ -8,6 +8,13 @@ import pytest
 from .conftest import ROOT, environment
 
 
+def test_a_config_file_that_fails_is_one_message(tmp_path):
+    words = [sys.executable, "-m", "vlm_jax.cli.train", "--config=configs/finetune.py:smokee", f"--workdir={tmp_path}"]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "ValueError: this config takes smoke, not 'smokee'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
@@ -19,13 +26,6 @@ from .conftest import ROOT, environment
         ("--config.encoder.kind=vitt", "config.encoder.kind: no kind 'vitt'; did you mean 'vit'?"),
     ],
 )
-def test_a_config_file_that_fails_is_one_message(tmp_path):
-    words = [sys.executable, "-m", "vlm_jax.cli.train", "--config=configs/finetune.py:smokee", f"--workdir={tmp_path}"]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "ValueError: this config takes smoke, not 'smokee'" in done.stderr
-
-
 def test_one_clear_message_and_nothing_written(command, tmp_path, argument, expected):
     status, errors = command.finish(tmp_path / "run", argument)
     assert status == 1
