@@ -28,7 +28,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.update({"train_path": "train.jsonl", "evaluation_path": "evaluation.jsonl", "held_out": 0})
     config.row.update({"length": 2048, "images": 1, "pack": False})
     stage = {"steps": 5000, "batch_size": 128, "accumulate": 1, "warmup_steps": 150}
-    config.stages.instruction.update({**stage, "learning_rates": {"connector": 2e-5, "decoder": 2e-5}})
+    config.stages.instruction.update(stage)
+    config.stages.instruction.learning_rates = ConfigDict({"connector": 2e-5, "decoder": 2e-5})
     config.evaluation.batch_size = 16
     return config.lock()
 

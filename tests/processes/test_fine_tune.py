@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 
@@ -50,40 +51,51 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, *arguments):
-    words = [sys.executable, "-m", "vlm_jax.cli.train", "--compilation_cache=", *arguments]
+def run(folder, words):
     env = {**environment(), "PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    words = [sys.executable, *words, "--compilation_cache="]
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     return done.returncode, done.stdout, done.stderr
 
 
+def commands():
+    """Those of the page in README, word for word."""
+    page = (ROOT / "README.md").read_text().split("## Fine-tune on your data")[1]
+    block = next(part for part in page.split("```")[1::2] if part.startswith("\npython"))
+    found = [shlex.split(line) for line in block.strip().splitlines()]
+    assert [words[0] for words in found] == ["python", "python"]
+    return [words[1:] for words in found]
+
+
 def test_a_release_answers_what_it_was_taught(folder):
-    command = ["--release=release", "--data=~/train.json", "--workdir=run", "--export=out", "--epochs=60"]
-    status, out, errors = run(folder, *command)
+    train, generate = commands()
+    status, out, errors = run(folder, train)
     assert status == 0, errors
     assert "chosen: --config.row.length=" in out and "chosen: --config.stages.instruction.steps=" in out
     config = json.loads((folder / "run" / "config.json").read_text())
     assert config["release"] == str(folder / "release") and config["data"]["held_out"] == 4
 
     rng = random.Random(1)
-    taught, model = vlm_jax.from_pretrained(folder / "out"), vlm_jax.from_pretrained(folder / "run")
+    taught, model = vlm_jax.from_pretrained(folder / "finetuned"), vlm_jax.from_pretrained(folder / "run")
     question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?"}]}]
-    right = []
+    path, right = folder / "unseen.png", []
     for number in range(NUM_PICTURES):
-        path = folder / "unseen.png"
         colour = draw(path, rng)
         answer = taught.generate(question, [path], max_new_tokens=8).text.strip()
         right.append(answer == colour)
         if number < 3:
             assert model.generate(question, [path], max_new_tokens=8).text.strip() == answer
     assert np.mean(right) >= 0.9
+    status, out, errors = run(folder, generate)
+    assert status == 0 and out.splitlines()[0].strip() == answer, errors
 
-    status, _, errors = run(folder, *command)
-    assert status == 1 and "out/model.safetensors exists: write to another folder" in errors
+    train[train.index("--data=train.json")] = "--data=~/train.json"  # the same file
+    status, _, errors = run(folder, train)
+    assert status == 1 and "finetuned/model.safetensors exists: write to another folder" in errors
 
 
 def test_help_has_the_flags_of_all_modules(folder):
-    _, out, _ = run(folder, "--help")
+    _, out, _ = run(folder, ["-m", "vlm_jax.cli.train", "--help"])
     for flag in ("release", "workdir", "compilation_cache", "coordinator_address", "init_from"):
         assert f"  --{flag}:" in out
     assert "--config.KEY=VALUE overrides a key" in " ".join(out.split()) and "--[no]list_keys" in out

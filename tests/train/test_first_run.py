@@ -88,6 +88,15 @@ def test_epochs_are_counted_and_what_is_given_stays(folder):
     assert completed(config) == (config, {})
 
 
+def test_adapters_learn_alone_unless_rates_are_given(folder):
+    adapters = {"lora.rank": 2, "lora.target": ("decoder/*/attention",)}
+    config, _ = completed(config_of(folder, **adapters))
+    assert config.stages.instruction.learning_rates.to_dict() == {"lora": 2e-3}
+    assert {path.split("/")[0] for path in build(config).trained} == {"lora"}
+    config, _ = completed(config_of(folder, **adapters, **{"stages.instruction.learning_rates.connector": 1e-4}))
+    assert config.stages.instruction.learning_rates.to_dict() == {"connector": 1e-4, "lora": 2e-3}
+
+
 def test_a_run_without_data_is_refused(folder):
     with pytest.raises(ConfigError, match=r"config\.data\.train_path: expected the file to train on, got None"):
         completed(config_of(folder, **{"data.train_path": None}))

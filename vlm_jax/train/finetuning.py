@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vlm_jax.adapter import LoraSettings
+from vlm_jax.adapter import LORA, LoraSettings
 from vlm_jax.build.settings import EvaluationSettings, RowSettings
 from vlm_jax.data import Conversations
 from vlm_jax.optim.adamw import OptimizerSettings
@@ -20,6 +20,8 @@ from vlm_jax.sharding.mesh import MeshSettings
 from vlm_jax.train.loop import LoopSettings
 from vlm_jax.train.objectives.next_token import NextToken
 from vlm_jax.train.stages import Stage
+
+PARTS = ("connector", "decoder")  # that learn; LLaVA-1.5, section 3.1
 
 
 def section(cls: type[Any], **values: Any) -> ConfigDict:
@@ -52,7 +54,7 @@ def get_config() -> ConfigDict:
     config.row = section(RowSettings, pack=True)
     config.encoder, config.decoder = ConfigDict(), ConfigDict()
     config.reducer, config.connector = ConfigDict({"kind": "none"}), ConfigDict({"kind": placeholder(str)})
-    rates = {"connector": placeholder(float), "decoder": placeholder(float)}
+    rates = {part: placeholder(float) for part in (*PARTS, LORA)}  # adapters where config.lora has a rank, else parts
     stage = section(Stage, objective="next_token", stream="questions", steps=None, batch_size=None, warmup_steps=None)
     stage.update(section(NextToken))
     stage.learning_rates, stage.accumulate = ConfigDict(rates), placeholder(int)

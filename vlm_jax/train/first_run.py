@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlm_jax.adapter import LORA
 from vlm_jax.build import Experiment, build_conversational
 from vlm_jax.config import ConfigError, RunConfig, parse
 from vlm_jax.data.conversations import ConversationSource, Records
@@ -23,6 +24,7 @@ FEWEST_STEPS = 100  # where the number of epochs is not given
 EPOCHS = ((100_000, 1), (0, 3))  # by the number of samples
 # Learning rate of a model of so many parameters: LLaVA-1.5's for 7B, larger for smaller models, up to a limit.
 RATE, PARAMS, POWER, HIGHEST_RATE = 2e-5, 7e9, 0.4, 2e-3
+LORA_RATE = 10.0  # times that of parameters
 HELD_OUT, MOST_HELD_OUT = 0.05, 200  # share and number of records of the evaluation
 PROVISIONAL = 1 << 20
 
@@ -98,9 +100,20 @@ def completed(config: RunConfig, *, epochs: float | None = None) -> tuple[RunCon
     _choose_stage(choose, found.count, samples_per_row, epochs)
     rate = min(HIGHEST_RATE, RATE * (PARAMS / sum(experiment.num_params().values())) ** POWER)
     label = config.schedule[0]
-    for part in config.stages[label].learning_rates:
-        choose(f"stages.{label}.learning_rates.{part}", float(f"{rate:.1e}"))
+    _choose_rates(choose, label, rate)
     return choose.config, choose.chosen
+
+
+def _choose_rates(choose: Choice, label: str, rate: float) -> None:
+    """Rates of the parts, or with `config.lora` of the adapters alone, larger as in LLaVA; given ones stay."""
+    rates = choose.config.stages[label].learning_rates
+    lora = bool(choose.config.lora.rank)
+    with choose.config.unlocked():
+        for part in [part for part, value in rates.items() if value is None and (part == LORA) != lora]:
+            del rates[part]
+    chosen = min(HIGHEST_RATE, rate * (LORA_RATE if lora else 1))
+    for part in rates:
+        choose(f"stages.{label}.learning_rates.{part}", float(f"{chosen:.1e}"))
 
 
 def is_incomplete(config: RunConfig) -> bool:
