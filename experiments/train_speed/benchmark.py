@@ -4,8 +4,13 @@ Every contender has a separate process, on the same cores, and they alternate, o
 others sleep.
 """
 
+import argparse
+import functools
 import json
+import multiprocessing
 import os
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,7 +25,8 @@ TEXT_PLACES = 64
 OURS, THEIRS = "ours", "transformers"
 # name -> remat of tower and decoder
 CONTENDERS = {OURS: "none", "ours, remat dots": "dots", "ours, remat full": "full", THEIRS: ""}
-SIDES = (1.0, 0.5, 0.75, 0.5, 0.25, 0.5, 0.75, 0.25)  # of the pictures of mixed sizes
+# Of the pictures of mixed sizes, as shares of the largest.
+SIDES = (1.0, 0.5, 0.75, 0.5, 0.25, 0.5, 0.5, 0.25, 0.25, 0.75, 0.25, 0.5, 0.5, 0.25, 0.5, 0.25)
 
 Step = Callable[[], float]  # one step; returns its loss
 
@@ -65,29 +71,34 @@ class Ours:
         self.key, params = jax.random.key(0), experiment.initial(jax.random.key(0), self.mesh)
         self.state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(self.tx.init)(params))
 
-    def compiled(self, batch: Any) -> Any:
+    @functools.cached_property
+    def like(self) -> Any:
         import jax
 
-        from vlm_jax.train.state import abstract, init_boxed
-        from vlm_jax.train.step import compile_step
+        from vlm_jax.sharding.rules import placed
+        from vlm_jax.train.state import init_boxed
 
         boxed = self.experiment.boxed_shapes()
-        like = abstract(jax.eval_shape(lambda params: init_boxed(params, self.tx, self.paths), boxed), self.mesh)
-        self.state = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), self.state, like)
-        return compile_step(like, batch, self.mesh, objective=self.objective, tx=self.tx, trained=self.paths)
+        return placed(jax.eval_shape(lambda params: init_boxed(params, self.tx, self.paths), boxed), self.mesh)
 
-    def step(self, batch: Any) -> tuple[Step, int]:
-        """A step with a batch, and the bytes of its temporaries."""
+    def steps(self, batches: list[Any]) -> tuple[list[Step], int]:
+        """A step with each of some batches of one shape, and the bytes of its temporaries."""
+        import jax
+
         from vlm_jax.sharding.rules import distribute
+        from vlm_jax.train.step import compile_step
 
-        batch = distribute(batch, self.mesh)
-        program = self.compiled(batch)
+        batches = [distribute(batch, self.mesh) for batch in batches]
+        settings = {"objective": self.objective, "tx": self.tx, "trained": self.paths}
+        program = compile_step(self.like, batches[0], self.mesh, **settings)
+        self.state = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), self.state, self.like)
 
-        def run() -> float:
+        def run(batch: Any) -> float:
             self.state, metrics = program(self.state, batch, self.key)
             return float(metrics["loss"])
 
-        return run, program.memory_analysis().temp_size_in_bytes
+        used: Any = program.memory_analysis()
+        return [functools.partial(run, batch) for batch in batches], used.temp_size_in_bytes
 
 
 def batch_of(experiment: Any, side: int, rows: int = 2) -> Any:
@@ -140,7 +151,7 @@ def serve(pipe: Connection, name: str, folder: str, side: int, cores: set[int]) 
     if name == THEIRS:
         run = theirs(Path(folder), batch, experiment.system.processor.tokenizer.encode(release.TAGS[1])[0], len(cores))
     else:
-        run, temporaries = Ours(experiment).step(batch)
+        (run,), temporaries = Ours(experiment).steps([batch])
     while pipe.recv():
         start, used = time.perf_counter(), time.process_time()
         loss = run()
@@ -158,7 +169,6 @@ def packing(pipe: Connection, folder: str, side: int, cores: set[int]) -> None:
     """Seconds of steps over the same pictures of mixed sizes, a row each, and packed into rows of the same shape."""
     os.sched_setaffinity(0, cores)
     from vlm_jax.data.loader import join
-    from vlm_jax.processors.processor import Processor  # noqa: F401
 
     length, images = shape(Path(folder), side)
     ours = Ours(experiment_of(Path(folder), "none", length, images))
@@ -171,11 +181,13 @@ def packing(pipe: Connection, folder: str, side: int, cores: set[int]) -> None:
                 break
         else:
             rows.append([one])
-    run = {}
+    batches = {}
     for name, grouped in (("padded", [[one] for one in samples]), ("packed", rows)):
         made = [ours.experiment.training_row(*row) for row in grouped]
         made += made[: len(made) % 2]  # the last of an odd number counts as two
-        run[name] = [ours.step(join(pair))[0] for pair in zip(made[::2], made[1::2], strict=True)]
+        batches[name] = [join(pair) for pair in zip(made[::2], made[1::2], strict=True)]
+    steps, _ = ours.steps([batch for of in batches.values() for batch in of])
+    run = {"padded": steps[: len(batches["padded"])], "packed": steps[len(batches["padded"]) :]}
     while pipe.recv():
         seconds = {}
         for name, steps in run.items():
@@ -195,3 +207,113 @@ def holds(samples: list[Any], experiment: Any) -> bool:
         for one in samples
     ]
     return experiment.row.holds(sum(loads[1:], loads[0]))
+
+
+def measure(
+    folder: str, side: int, rounds: int, cores: set[int]
+) -> tuple[dict[str, list[list[float]]], dict[str, tuple[int | None, int]], list[tuple[Any, Any]]]:
+    """(loss, seconds, processor seconds) of every step, (temporaries, peak) by name, and what `packing` sends."""
+    context = multiprocessing.get_context("spawn")
+    pipes, steps = {}, {name: [] for name in CONTENDERS}
+    for name in CONTENDERS:
+        pipes[name], given = context.Pipe()
+        context.Process(target=serve, args=(given, name, folder, side, cores), daemon=True).start()
+        pipes[name].send(True)  # a first step, which compiles or warms up, before the next one starts
+        steps[name].append(pipes[name].recv())
+    for _ in range(rounds):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            steps[name].append(pipe.recv())
+    memory = {}
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        memory[name] = pipe.recv()
+    pipe, given = context.Pipe()
+    context.Process(target=packing, args=(given, folder, side, cores), daemon=True).start()
+    packed = []
+    for _ in range(rounds + 1):
+        pipe.send(True)
+        packed.append(pipe.recv())
+    pipe.send(False)
+    return steps, memory, packed[1:]
+
+
+def table(steps: Any, memory: Any, packed: Any, growth: list[int], logits: int) -> str:
+    """The results in Markdown; the first step of each is not among the medians."""
+    medians = {name: [statistics.median(step[i] for step in of[1:]) for i in (1, 2)] for name, of in steps.items()}
+    lines = ["| | step, s | of theirs | processor time, s | temporaries, MB | peak of the process, MB | losses |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, (seconds, used) in medians.items():
+        temporaries, peak_bytes = memory[name]
+        cells = [f"{seconds:.2f}", f"{seconds / medians[THEIRS][0]:.2f}", f"{used:.2f}"]
+        cells += ["" if temporaries is None else f"{temporaries / 1e6:.0f}", f"{peak_bytes / 1e6:.0f}"]
+        cells.append(", ".join(f"{step[0]:.4f}" for step in steps[name][:3]))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    seconds = {kind: statistics.median(one[0][kind] for one in packed) for kind in ("padded", "packed")}
+    counts = packed[0][1]
+    lines += [
+        "",
+        f"{len(SIDES)} pictures of mixed sizes: {counts['padded']} steps, {seconds['padded']:.2f} s with a row each, "
+        f"{counts['packed']} and {seconds['packed']:.2f} s packed: {seconds['packed'] / seconds['padded']:.2f} of it.",
+        "",
+        f"With twice the vocabulary, temporaries grow by {growth[0] / 1e6:.0f} MB. {growth[1] / 1e6:.0f} MB are the "
+        f"gradient of the table; the additional logits would be {logits / 1e6:.0f} MB.",
+    ]
+    return "\n".join(lines)
+
+
+def temporaries_of(pipe: Connection, folder: str, side: int) -> None:
+    """Bytes of the temporaries of a step, and those of the gradient of the embedding table."""
+    experiment = experiment_of(Path(folder), "none", *shape(Path(folder), side))
+    decoder = experiment.system.model.decoder
+    _, temporaries = Ours(experiment).steps([batch_of(experiment, side)])
+    pipe.send((temporaries, 4 * decoder.vocab_size * decoder.width))
+
+
+def in_process(target: Callable[..., None], *arguments: Any) -> Any:
+    """What a function sends from a process of its own; None if it sends nothing."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(sender, *arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+    finally:
+        process.join()
+
+
+def write(pipe: Connection, folder: str, tiny: bool, times: int) -> None:
+    """The release, with so many times its vocabulary."""
+    text, tower, side, vocabulary = release.sizes(tiny)
+    release.write(Path(folder), text, tower, times * vocabulary, side)
+    pipe.send(side)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cores", default="0,1", help="cores for every contender")
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try the program")
+    parser.add_argument("--out", type=Path, help="every step's loss and seconds, as JSON")
+    arguments = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    cores = {int(core) for core in arguments.cores.split(",")}
+    with tempfile.TemporaryDirectory() as root:
+        folders = [f"{root}/{times}" for times in (1, 2)]
+        for times, folder in enumerate(folders, start=1):
+            Path(folder).mkdir()
+            side = in_process(write, folder, arguments.tiny, times)
+        one, two = (in_process(temporaries_of, folder, side) for folder in folders)
+        growth = [after - before for before, after in zip(one, two, strict=True)]
+        logits = 2 * shape(Path(folders[0]), side)[0] * 4 * release.sizes(arguments.tiny)[3]
+        steps, memory, packed = measure(folders[0], side, arguments.rounds, cores)
+    print(table(steps, memory, packed, growth, logits))
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps({"steps": steps, "memory": memory, "packed": packed, "growth": growth}))
+
+
+if __name__ == "__main__":
+    main()

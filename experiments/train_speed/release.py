@@ -67,3 +67,8 @@ def sample(seed: int, side: int, text_places: int) -> Any:
     pixels = draw.integers(0, 255, (side, side, 3), np.uint8)
     answer = "".join(chr(letter) for letter in draw.integers(97, 123, text_places - len("user:What?assistant:") - 3))
     return Sample(str(seed), dialogue([Turn("What?", answer)], num_images=1), (pixels,))
+
+
+def sizes(tiny: bool) -> tuple[dict[str, Any], dict[str, Any], int, int]:
+    """Sections of the config, the side of a picture in pixels, and the vocabulary."""
+    return (TINY_TEXT, TINY_TOWER, TINY_SIDE, TINY_VOCABULARY) if tiny else (TEXT, TOWER, SIDE, VOCABULARY)

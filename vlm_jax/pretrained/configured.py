@@ -58,7 +58,8 @@ def configured(system: System, config: Config) -> System:
     Args:
       system: of `config.release`.
       config: with `token_budget` and the sections `reducer`, `connector`, `encoder`, `decoder` and `processor`, from
-        a ConfigDict or the `config.json` of a workdir.
+        a ConfigDict or the `config.json` of a workdir. Values other than None of `encoder` and `decoder` replace fields
+        of these modules, such as `remat`.
 
     Raises:
       ConfigError: an unknown key, or a setting that the release does not support.
@@ -67,6 +68,7 @@ def configured(system: System, config: Config) -> System:
     for section in ("reducer", "connector", "encoder", "decoder", "processor"):
         if not isinstance(config[section], Mapping):
             raise ConfigError(f"config.{section}: expected a section, got {config[section]!r}")
+    config = {**config, **{part: _given(config[part]) for part in ("encoder", "decoder")}}
     if isinstance(system.model, TwoTower | Classifier):
         return _image_text(system, config)
     connector = config["connector"] if config["connector"].get("kind") else None
@@ -82,6 +84,11 @@ def configured(system: System, config: Config) -> System:
     given = {key: value for key, value in changes.items() if value is not None}
     processor = dataclasses.replace(system.processor, **given)
     return dataclasses.replace(system, model=model, make_processor=lambda: processor)
+
+
+def _given(section: Config) -> Fields:
+    """The section without keys whose value is None, which leave the release's own settings."""
+    return {key: value for key, value in section.items() if value is not None}
 
 
 def _fields(section: Config, module: type, path: str) -> Fields:

@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     config.data.kind, config.data.held_out = "conversations", placeholder(int)
     config.processor = section(ReleaseProcessorSettings)
     config.row = section(RowSettings, pack=True)
-    config.encoder, config.decoder = ConfigDict(), ConfigDict()
+    config.encoder, config.decoder = (ConfigDict({"remat": placeholder(str)}) for _ in range(2))
     config.reducer, config.connector = ConfigDict({"kind": "none"}), ConfigDict({"kind": placeholder(str)})
     rates = {part: placeholder(float) for part in (*PARTS, LORA)}  # adapters where config.lora has a rank, else parts
     stage = section(Stage, objective="next_token", stream="questions", steps=None, batch_size=None, warmup_steps=None)
