@@ -215,4 +215,4 @@ def test_an_adapter_of_a_language_model_is_merged(name, tmp_path):
     places = np.broadcast_to(np.arange(7, dtype=np.int32), ids.shape)
     batch = Batch(*map(jnp.asarray, (ids, places, np.ones_like(ids), np.full_like(ids, -1))))
     ours = vlm_jax.from_pretrained(tmp_path / "model", adapter=tmp_path / "adapter")
-    check(ours(batch), their_logits(adapter.eval(), ids))
+    check(ours.apply(batch), their_logits(adapter.eval(), ids))
