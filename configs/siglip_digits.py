@@ -70,7 +70,9 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.schedule = ("pairs",)
-    config.evaluation = ConfigDict({"batch_size": 100, "ks": (1, 5, 10), "class_names": (), "templates": ("{}",)})
+    config.evaluation = ConfigDict(
+        {"batch_size": 100, "ks": (1, 5, 10), "class_names": (), "templates": ("{}",), "every": placeholder(int)}
+    )
     if arg == "smoke":
         config.stages.pairs.update({"steps": 4, "warmup_steps": 1, "batch_size": 8})
         config.data.evaluation_size = 8

@@ -30,7 +30,7 @@ class LoraSettings:
       alpha: the adapters' products are multiplied by alpha / rank.
       dropout: share of an adapter's inputs that are zeroed in training, each adapter by itself.
       rslora: multiplies by alpha / sqrt(rank) instead.
-      target: patterns of paths of kernels or of modules, as in `optim.patterns.matches`: "decoder/*/attention",
+      target: patterns of paths of kernels or of modules, as in `leaves.matches`: "decoder/*/attention",
         "encoder", "connector/mlp/up/kernel". Only linear layers have adapters, the head that gives logits has none.
 
     Source: Hu et al. 2022 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), definition 3.1.

@@ -244,5 +244,5 @@ def test_a_file_without_records_and_an_unknown_stream_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match=r"config\.data\.evaluation_path: '.*empty\.jsonl' has no record"):
         opened(tmp_path, evaluation_path=str(tmp_path / "empty.jsonl"))
-    with pytest.raises(ConfigError, match="conversations: no stream 'cells'; known here: captions, preferences, questions"):
+    with pytest.raises(ConfigError, match="no stream 'cells'; known here: captions, preferences, questions"):
         opened(tmp_path).train("cells", seed=0)

@@ -60,8 +60,8 @@ def broken(config, monkeypatch):
     made = loop.compile_step
 
     def compiled(like, batch, mesh, *, objective, **settings):
-        def loss(params, batch, key, weight=1.0):
-            value, metrics = objective(params, batch, key, weight)
+        def loss(params, batch, key, weight=1.0, reference=None):
+            value, metrics = objective(params, batch, key, weight, reference)
             keys = [jax.random.fold_in(jax.random.key(config.seed), step - 1) for step in at]
             bad = jnp.any(jnp.stack([key == other for other in keys]))
             nothing = jax.tree.leaves(params["decoder"])[0] * jnp.where(bad, 0.0, 1.0) + jnp.where(bad, 0.0, 4.0)

@@ -339,6 +339,11 @@ def _of_release(config: Any) -> AnyExperiment:
         raise ConfigError("config.token_budget_per: the budget of a release is per image, or per tile; set it to image")
     source = parse_kind(SOURCES, config.data, "config.data")
     system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
+    if isinstance(system.model, TwoTower | Classifier) and "length" in config.row:
+        raise ConfigError(
+            f"config.release: {config.release} is a {type(system.model).__name__}, which answers no questions; train "
+            "it with --config=configs/finetune_towers.py"
+        )
     system = configured(system, config.to_dict())
     if isinstance(system.model, TwoTower | Classifier):
         return released_image_text(config, system, source, _learning_rates(config))
@@ -369,7 +374,10 @@ def build_conversational(config: Any) -> Experiment:
     experiment = build(config)
     if not isinstance(experiment, Experiment):
         name = type(experiment.system.model).__name__
-        raise ConfigError(f"config.decoder: a {name} answers no questions; only cli.train takes it")
+        raise ConfigError(
+            f"config.decoder: expected a model that answers questions, got a {name}; train it by cli.train with a "
+            "config such as configs/finetune_towers.py"
+        )
     return experiment
 
 

@@ -1,6 +1,7 @@
 """Flags and error handling shared by the commands that run a config."""
 
 import errno
+import logging as standard_logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -116,6 +117,7 @@ def _keys(section: Any, path: str) -> Iterator[str]:
 def _quieten_checkpoints() -> None:
     """Silences Orbax's messages for failed saves, one per thread, since the CheckpointError reports them."""
     logging.set_verbosity(logging.WARNING)
+    standard_logging.getLogger("vlm_jax").setLevel(standard_logging.INFO)
     logging.get_absl_handler().addFilter(lambda record: not ("orbax" in record.pathname or record.name == "asyncio"))
 
 

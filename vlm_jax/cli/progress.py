@@ -110,7 +110,7 @@ class Display:
 
 
 def described(line: Fields) -> str:
-    """The numbers of a line of the log that people watch."""
+    """Loss, gradient norm, learning rates and speed, as text."""
     rates = [value for name, value in line.items() if name.startswith(LEARNING_RATE)]
     words = [f"loss {line['loss']:.4f}", f"gradient {line['grad_norm']:.3g}"]
     words.append("lr " + ", ".join(f"{rate:.2e}" for rate in dict.fromkeys(rates)))

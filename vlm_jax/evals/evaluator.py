@@ -34,7 +34,7 @@ class Evaluator(Protocol):
         ...
 
     def lines(self, metrics: Fields) -> list[str]:
-        """What people are told of the metrics."""
+        """The metrics as lines of text."""
         ...
 
 

@@ -208,8 +208,13 @@ def write_adapter(
       CheckpointError: the run has no adapters.
       CheckpointFileError: it trained other parameters too, or an adapter has no linear module in the release.
     """
-    path, workdir = fetch(source), epath.Path(run)
+    path, workdir = fetch(source), epath.Path(absolute(run))
     config = read_config(workdir)
+    if config.get("init_from") is not None:
+        raise CheckpointFileError(
+            f"{workdir}: this run started from {config['init_from']}, whose parameters an adapter folder does not "
+            "have; export it whole"
+        )
     patterns = [one for stage in config["stages"].values() for one in stage["learning_rates"].items()]
     if others := [pattern for pattern, rate in patterns if rate and pattern.split("/")[0] != LORA]:
         raise CheckpointFileError(
@@ -221,7 +226,7 @@ def write_adapter(
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(nn.meta.unbox(description.boxed_shapes()))}
     names = MODULE_NAMES.get(marker(changed or read_config(folder)), ())
     base = str(source) if not Path(source).exists() else str(Path(source).resolve())
-    return save_adapter(target, adapters, settings, description.rules, shapes, names, base)
+    return save_adapter(absolute(target), adapters, settings, description.rules, shapes, names, base)
 
 
 def _cast(release: Checkpoint, dtype: Dtype) -> Checkpoint:

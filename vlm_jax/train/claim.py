@@ -16,12 +16,12 @@ from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.input import ROWS
 from vlm_jax.train.lock import lock
 from vlm_jax.train.workdir import CONFIG_FILE, INIT_FROM, METRICS_FILE, write_whole
-from vlm_jax.train.writers import TENSORBOARD
+from vlm_jax.train.writers import TENSORBOARD, WANDB, WANDB_ID
 from vlm_jax.types import Fields, Tree
 
 LOCK_FILE = "run.lock"
 # Files and folders that a run writes before its first step.
-EARLY = (LOCK_FILE, ROWS, CHECKPOINTS, METRICS_FILE, TENSORBOARD)
+EARLY = (LOCK_FILE, ROWS, CHECKPOINTS, METRICS_FILE, TENSORBOARD, WANDB, WANDB_ID)
 # Keys that change no number of the steps already taken, as patterns of paths; all others are those of the first start.
 FREE = (
     "config.loop.*",
@@ -31,7 +31,7 @@ FREE = (
     "config.data.max_corrupt",
 )
 # Keys whose values are paths; `config.json` has them in absolute form, so that it means the same everywhere.
-PATHS = ("*release", "*.tokenizer", "*.train_path", "*.evaluation_path", "*.mixture.*.path")
+PATHS = ("*release", "*.tokenizer", "*.teacher", "*.train_path", "*.evaluation_path", "*.mixture.*.path")
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,8 @@ class Claim:
         """A config without the keys that may have another value than in the folder."""
         kept = _without(given, "config", FREE)
         if self._more_steps(theirs):
-            del kept["stages"][self._last_stage]["steps"]
+            for key in ("steps", "warmup_steps"):  # a first run chooses the warm-up by the number of steps
+                kept["stages"][self._last_stage].pop(key, None)
         return kept
 
     def _more_steps(self, theirs: Fields) -> str:
@@ -179,7 +180,7 @@ def _with_absolute_paths(value: Tree, path: str = "config") -> Tree:
 
 
 def _check_unused(workdir: epath.Path) -> None:
-    """Checks that a folder without a config has nothing that a run could overwrite; log files are no obstacle."""
+    """Raises if a folder without a config has files that a run could overwrite; log files are allowed."""
     if not workdir.exists():
         return
     if not workdir.is_dir():

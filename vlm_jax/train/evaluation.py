@@ -27,7 +27,7 @@ class Evaluations:
     Args:
       evaluator: asks and measures; None for no evaluation.
       workdir: of the run.
-      config: of the run; an evaluation with other settings than `config.evaluation` is made again.
+      config: of the run; an evaluation of other settings or other data is made again.
       num_steps: of the run.
       tell: called in the primary process with the lines of every evaluation.
 
@@ -39,6 +39,7 @@ class Evaluations:
         self._evaluator, self._workdir, self._num_steps, self._tell = evaluator, workdir, num_steps, tell
         self._every = None if evaluator is None else evaluator.every
         self._settings = {key: value for key, value in plain(config.evaluation).items() if key != "every"}
+        self._settings |= {key: value for key, value in plain(config.data).items() if key.startswith("evaluation_")}
         if evaluator is not None:
             evaluator.check()
 

@@ -120,10 +120,13 @@ def is_incomplete(config: RunConfig) -> bool:
     """Whether a config of a release has keys to choose."""
     if config.release is None or config.data.kind != "conversations" or len(config.schedule) != 1:
         return False
+    if "length" not in config.row or "held_out" not in config.data:  # two towers, or a config that is complete
+        return False
     stage = config.stages[config.schedule[0]]
     sections = (config.row.length, config.row.images, config.dtype, config.param_dtype, config.evaluation.batch_size)
     keys = ("steps", "batch_size", "warmup_steps", "accumulate")
-    return None in (*sections, config.data.held_out, *(stage[key] for key in keys), *stage.learning_rates.values())
+    of_stage = [stage[key] for key in keys if key in stage]
+    return None in (*sections, config.data.held_out, *of_stage, *stage.learning_rates.values())
 
 
 def _provisional(config: RunConfig) -> RunConfig:
@@ -174,7 +177,7 @@ def _choose_row(choose: Choice, found: Measured) -> float:
     )
     least = math.ceil(longest * spare / MULTIPLE) * MULTIPLE
     packed = min(PACKED_LENGTH, math.ceil(PACKED_SAMPLES * mean / MULTIPLE) * MULTIPLE) if row.pack else 0
-    length = choose("row.length", max(least, packed)) if row.text_length is None else row.text_length
+    length = choose("row.length", max(least, packed))
     samples = max(1.0, 0.9 * length / mean) if row.pack else 1.0
     places = max(most_images * spare, 1.2 * samples * mean_images, 1)
     choose("row.images", math.ceil(places / MULTIPLE) * MULTIPLE if places > MULTIPLE else math.ceil(places))
@@ -191,7 +194,7 @@ def _choose_stage(choose: Choice, count: int, samples_per_row: float, epochs: fl
     samples = min(BATCH[1], max(BATCH[0], 2 ** int(math.log2(max(1, count // 20)))))
     rows = max(1, round(samples / samples_per_row / shards))  # of a device
     micro = max(1, POSITIONS.get(platform, ACCELERATOR_POSITIONS) // choose.config.row.length)
-    parts = math.ceil(rows / micro)
+    parts = choose.config.stages[label].accumulate or math.ceil(rows / micro)
     rows = shards * parts * math.ceil(rows / parts)
     batch_size = choose(f"stages.{label}.batch_size", rows)
     choose(f"stages.{label}.accumulate", parts if batch_size == rows else 1)

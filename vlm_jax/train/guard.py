@@ -1,4 +1,4 @@
-"""Which steps are taken: those of finite numbers, without a spike."""
+"""Detects steps with non-finite numbers or spikes, which are skipped or end the run."""
 
 import dataclasses
 from typing import Literal, NamedTuple

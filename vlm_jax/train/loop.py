@@ -185,6 +185,12 @@ class Trainer:
             )
             for span in self._spans
         }
+        learned = {path.split("/")[0] for rates in self._rates.values() for path in rates}
+        if experiment.lora.rank and LORA not in learned:
+            raise ConfigError(
+                "config.lora: no stage trains the adapters; add 'lora' to the learning_rates of a stage, or set "
+                "config.lora.rank to 0"
+            )
         experiment.open_source()  # faults of the data are named before weights are read
         self._evaluations = Evaluations(evaluator, self.workdir, config, self.num_steps, tell)
         last = self._spans[-1].stage.label
@@ -244,6 +250,7 @@ class Trainer:
             state = self._enter(span, state)
             self._claim.confirm()
             checkpoints.save(span.start, state, position)
+            self._evaluate(state, log, checkpoints, None)
         wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
@@ -287,7 +294,8 @@ class Trainer:
                         checkpoints.save(step, state, {"batch": step - span.start})
                         if stops and step < self.num_steps:
                             self._interrupt(step, checkpoints)
-                    self._evaluate(state, log, checkpoints, None if saves else {"batch": step - span.start})
+                    if saves or not last:  # else at the start of the next stage, whose first state is saved
+                        self._evaluate(state, log, checkpoints, None if saves else {"batch": step - span.start})
                     watch.restart()
                 if not last:
                     given = self._next(iterator, metrics)

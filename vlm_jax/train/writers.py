@@ -10,12 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 from etils import epath
 
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean, plain
+from vlm_jax.paths import is_remote
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.train.workdir import MetricsLog
 from vlm_jax.types import Fields
 
 LEARNING_RATE = "learning_rate/"  # start of the names of learning rates in a line
 TENSORBOARD, WANDB = "tensorboard", "wandb"  # names of writers and of their folders in a workdir
+WANDB_ID = "wandb_id"  # file of a workdir, by which a run that resumes is the same one
 
 
 @runtime_checkable
@@ -79,10 +81,12 @@ class WandbWriter:
     def __init__(self, workdir: epath.Path, config: RunConfig, step: int):
         del step
         wandb: Any = importlib.import_module(WANDB)
-        path = workdir / "wandb_id"
+        path = workdir / WANDB_ID
         if not path.exists():
             path.write_text(uuid.uuid4().hex)
-        self._run = wandb.init(name=workdir.name, id=path.read_text(), resume="allow", config=plain(config))
+        folder = None if is_remote(workdir) else str(workdir)  # else the working directory
+        more = {"name": workdir.name, "id": path.read_text(), "resume": "allow", "config": plain(config)}
+        self._run = wandb.init(dir=folder, **more)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)

@@ -112,7 +112,7 @@ def _prefer(model: nn.Module, settings: Prefer) -> Loss:
 
 
 def overlaid(params: Params, reference: Params) -> Params:
-    """The parameters with those of a reference in their places, which may be any part of the tree."""
+    """The parameters, with those of a reference replacing their counterparts."""
     return {
         name: overlaid(tree, reference[name])
         if name in reference and isinstance(tree, dict)
