@@ -117,7 +117,8 @@ def test_a_skipped_step_changes_nothing_and_can_be_run_again(broken, one_device,
     state, key = trainer._first_state(span), jax.random.key(config.seed)
     with contextlib.closing(trainer._batches(span)) as iterator:
         batches = [distribute(next(iterator), one_device) for _ in range(STEPS)]
-    program = trainer._program(span, {}, batches[0])
+    with contextlib.closing(trainer._watch(span)) as watch:
+        _, program = trainer._program(span, {}, batches[0], watch)
     for step, batch in enumerate(batches, 1):
         if step not in at:
             at_step = dataclasses.replace(state, step=jax.device_put(np.int32(step - 1), state.step.sharding))
