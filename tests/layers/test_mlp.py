@@ -65,3 +65,12 @@ def test_depth_counts_linear_layers(reference, depth):
 def test_too_few_layers_are_refused(depth, gated, least):
     with pytest.raises(ValueError, match=f"expected at least {least} linear layers, got {depth}"):
         Mlp(8, "relu", gated=gated, depth=depth).init(jax.random.key(0), jnp.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(("gated", "depth", "stored"), [(True, 2, 2), (False, 2, 1), (False, 4, 3)])
+def test_the_backward_pass_stores_only_outputs_of_products(gated, depth, stored):
+    x = jnp.ones((2, 3, 6))
+    layer = Mlp(8, "silu", gated=gated, depth=depth)
+    params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x)))
+    _, vjp = jax.vjp(layer.apply, params, x)
+    assert sum(leaf.shape[:-1] == x.shape[:-1] and leaf.shape[-1] == 8 for leaf in jax.tree.leaves(vjp)) == stored

@@ -62,7 +62,7 @@ def test_the_answer_is_written(said, arguments, answer):
         (["--prompt=d", "--top_p=1.5", "--temperature=1"], "GenerationError: top_p: expected more than 0 and at most"),
         (["--prompt=d", "--max_new_tokens=0"], "GenerationError: max_new_tokens: expected 1 or more, got 0"),
         (["--prompt=abcd", "--cache_length=8"], "GenerationError: prompt: a prompt of 4 tokens"),
-        (["--prompt=d", "--image=none.png"], "FileNotFoundError: [Errno 2] No such file or directory: 'none.png'"),
+        (["--prompt=d", "--image=none.png"], "FileNotFoundError: [Errno 2] No such file or directory: '/"),
         (["--prompt=d", "--image=/"], "IsADirectoryError: [Errno 21] Is a directory: '/'"),
     ],
 )
