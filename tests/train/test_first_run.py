@@ -6,7 +6,7 @@ import jax
 import pytest
 from PIL import Image
 
-from configs import finetune
+from configs import finetune, finetune_towers
 from tests.contracts import releases
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
@@ -104,9 +104,9 @@ def test_a_run_without_data_is_refused(folder):
         build(completed(config_of(folder, **{"data.held_out": 50}))[0]).open_source()
 
 
-def test_the_config_of_llava_leaves_nothing_to_choose():
+def test_the_configs_of_releases_leave_nothing_to_choose():
     config = finetune.get_config()
-    assert not is_incomplete(config)
+    assert not is_incomplete(config) and not is_incomplete(finetune_towers.get_config())
     (span,) = parse_schedule(config.schedule, config.stages)
     # Liu et al. 2023, table 9.
     assert (span.stage.batch_size, dict(span.stage.learning_rates)) == (128, {"connector": 2e-5, "decoder": 2e-5})
