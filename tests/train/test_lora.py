@@ -202,3 +202,11 @@ def test_what_is_frozen_is_logged(one_device, tmp_path, caplog):
     assert f"stage answering: lora: {adapters:,} parameters at 0.001" in lines
     assert any("connector:" in line and "at 0.002" in line and "frozen" in line for line in lines)
     assert any(line.startswith("stage answering: encoder:") and line.endswith("parameters frozen") for line in lines)
+
+
+def test_adapters_that_no_stage_trains_are_refused(one_device, tmp_path):
+    config = tiny_config()
+    with config.unlocked():
+        config.lora = ConfigDict({"rank": 2, "target": ("decoder",)})
+    with pytest.raises(ConfigError, match=r"config\.lora: no stage trains the adapters; add 'lora'"):
+        Trainer(config, build(config), one_device, tmp_path)
