@@ -41,7 +41,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
     ],
     # Live reference models. The Makefile installs a fixed torch, and torchvision, first; see TORCH there.
-    "parity": ["pyarrow>=17.0", "torch>=2.6", "transformers>=5.24"],
+    "parity": ["peft>=0.19", "pyarrow>=17.0", "torch>=2.6", "transformers>=5.24"],
     "dev": ["import-linter>=2.5", "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],

@@ -16,9 +16,9 @@ from configs import siglip_digits
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Both towers, their scale and bias; `smoke` is a small model of digits."""
+    """Both towers, their scale and any bias; `smoke` is a small model of digits."""
     config = siglip_digits.get_config(arg).unlock()
-    config.stages.pairs.learning_rates = ConfigDict({"image": 1e-5, "text": 1e-5, "log_scale": 1e-5, "bias": 1e-5})
+    config.stages.pairs.learning_rates = ConfigDict({"image": 1e-5, "text": 1e-5, "*": 1e-5})
     config.optimizer.update({"b2": 0.999, "weight_decay": 0.0})
     if arg == "smoke":
         return config.lock()

@@ -22,7 +22,7 @@ from vlm_jax.checkpoints.hub import open_checkpoint
 from vlm_jax.data.loader import join
 from vlm_jax.leaves import flatten
 from vlm_jax.optim.adamw import OptimizerSettings, adamw, decays
-from vlm_jax.sharding.rules import distribute
+from vlm_jax.sharding.rules import distribute, placed
 from vlm_jax.train.objectives.next_token import NextToken
 from vlm_jax.train.state import TrainState, init_boxed
 from vlm_jax.train.step import compile_step
