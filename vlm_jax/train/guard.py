@@ -98,9 +98,9 @@ def judged(recent: Recent, loss: jax.Array, grad_norm: jax.Array, bounds: Bounds
         recent.taken + 1,
         jnp.zeros((), jnp.int32),
     )
-    return good, chosen(good, after, dataclasses.replace(recent, skipped=recent.skipped + 1))
+    return good, _chosen(good, after, dataclasses.replace(recent, skipped=recent.skipped + 1))
 
 
-def chosen(good: jax.Array, after: Tree, before: Tree) -> Tree:
-    """`after` where the step is good, else `before`, leaf by leaf; without a branch, so that buffers are reused."""
+def _chosen(good: jax.Array, after: Tree, before: Tree) -> Tree:
+    """`after` where the step is good, else `before`, leaf by leaf."""
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), after, before)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlm_jax.adapter import NO_LORA, LoraSettings, adapted
 from vlm_jax.leaves import joined, split
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
-from vlm_jax.train.guard import Bounds, chosen, judged
+from vlm_jax.train.guard import Bounds, judged
 from vlm_jax.train.objectives.objective import Loss, Metrics
 from vlm_jax.train.state import TrainState
 from vlm_jax.types import Batch, Params, Tree
@@ -73,13 +73,18 @@ def train_step(
         (loss, metrics), grads = _accumulated(gradient, params, microbatches(batch, accumulate, mesh), key)
     grad_norm = optax.tree.norm(grads)
     good, recent = judged(state.recent, loss, grad_norm, bounds)
-    updates, opt_state = tx.update(grads, state.opt_state, params)
+
+    def updated(before: Tree) -> Tree:
+        params, opt_state, average = before
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params: Tree = optax.apply_updates(params, updates)
+        if ema is not None:
+            average = optax.incremental_update(params, average, 1 - ema)
+        return params, opt_state, average
+
+    # A branch, since a choice between the leaves of two states would need room for both.
     before = params, state.opt_state, state.ema
-    params: Tree = optax.apply_updates(params, updates)
-    average = state.ema
-    if ema is not None:
-        average = jax.tree.map(lambda old, new: ema * old + (1 - ema) * new.astype(old.dtype), average, params)
-    params, opt_state, average = chosen(good, (params, opt_state, average), before)
+    params, opt_state, average = jax.lax.cond(good, updated, lambda before: before, before)
     metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": recent.skipped, **metrics}
     changed = {"params": joined(frozen, params), "opt_state": opt_state, "ema": average, "recent": recent}
     return dataclasses.replace(state, step=state.step + 1, **changed), metrics
