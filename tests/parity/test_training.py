@@ -190,7 +190,7 @@ def test_five_steps(made, one_device, tmp_path):
     theirs, ours = theirs_trained(case, tmp_path), ours_trained(case, one_device)
     assert ours.losses[0] == pytest.approx(theirs.losses[0], abs=1e-5)
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=0, atol=1e-4)
-    assert theirs.losses[0] - theirs.losses[-1] > 0.01  # of which the tolerance is a hundredth
+    assert theirs.losses[0] - theirs.losses[-1] > 0.01  # a hundred times the tolerance
     for part in theirs.gradients:
         largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(theirs.gradients[part]))
         assert largest > 0

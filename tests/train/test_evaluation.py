@@ -146,6 +146,21 @@ def test_sigterm_in_an_evaluation_saves_the_step_and_leaves_the_evaluation(confi
     assert kept(tmp_path) == kept(whole[0])
 
 
+def test_sigterm_in_the_evaluation_at_the_end_of_a_stage_resumes_in_the_next(one_device, tmp_path):
+    config = tiny_config()
+    with config.unlocked():
+        for stage in config.stages.values():
+            stage.steps, stage.warmup_steps = EVERY, 0
+        config.loop.writers, config.evaluation.every = (), EVERY
+    train(config, one_device, tmp_path / "whole", Sums())
+    stopped = Sums(lambda asked, number: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="saved at step 3 of 6"):
+        train(config, one_device, tmp_path / "parts", stopped)
+    assert stopped.asked == 0
+    train(config, one_device, tmp_path / "parts", Sums())
+    assert kept(tmp_path / "parts") == kept(tmp_path / "whole")
+
+
 def test_references_that_no_answer_can_equal_are_named_before_training(config, one_device, tmp_path):
     with config.unlocked():
         config.evaluation.max_new_tokens = 1

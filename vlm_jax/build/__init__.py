@@ -17,9 +17,10 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from vlm_jax.adapter import LORA, NO_LORA, LoraSettings
+from vlm_jax.adapter import NO_LORA, LoraSettings
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build.image_text import IMAGE_TEXT, ImageTextExperiment, image_text_experiment, released_image_text
+from vlm_jax.build.parameters import WithParameters
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
 from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, convert, parse, parse_kind
@@ -29,12 +30,11 @@ from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.decoders import DECODERS
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.encoders.encoder import Encoder
-from vlm_jax.layers.lora import draw_lora, lora_shapes
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
-from vlm_jax.optim.patterns import StageRates, trained_in_stages
+from vlm_jax.optim.patterns import StageRates
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.loader import open_system
@@ -49,7 +49,6 @@ from vlm_jax.processors.reduction import Reduction
 from vlm_jax.processors.video import uniform_frames, video_size
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.sharding.initial import Init, boxed_shapes, draw, in_float32, init_of
-from vlm_jax.sharding.rules import placed
 from vlm_jax.system import Budget, System
 from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes
 
@@ -65,7 +64,7 @@ CELL_HEAD = "cell_head"
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Experiment(WithParameters):
     """Everything that a config describes, without parameters.
 
     Attributes:
@@ -184,30 +183,15 @@ class Experiment:
         """Parts of the model, without the head for cells."""
         return PARTS
 
-    def boxed_shapes(self) -> Params:
-        """Shapes of the boxed parameters {part: tree} of the model and of the head for cells."""
-        return in_float32(self._drawn_shapes, self.trained)
-
-    @functools.cached_property
-    def trained(self) -> frozenset[str]:
-        """Paths of the parameters that a stage trains.
-
-        They are float32 for any `config.param_dtype`, since in bfloat16 most updates would be lost to rounding.
-        """
-        return trained_in_stages(self._drawn_shapes, self.learning_rates) if self.learning_rates else frozenset()
-
     @property
-    def _drawn_shapes(self) -> Params:
-        """The boxed shapes before any is made float32."""
-        shapes, init = self.system.boxed_shapes(), self._cell_init
-        shapes |= lora_shapes(shapes, self.lora)
+    def drawn_shapes(self) -> Params:
+        """Also of the head for cells."""
+        shapes, init = super().drawn_shapes, self._cell_init
         return shapes if init is None else shapes | _cell_head(boxed_shapes(init))
 
     def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
         """Parameters on their devices; see `System.initial`."""
-        params, init = self.system.initial(key, mesh, without=without, masters=self.trained), self._cell_init
-        if self.lora.rank:
-            params |= draw_lora(key, placed({LORA: self.boxed_shapes()[LORA]}, mesh))
+        params, init = super().initial(key, mesh, without=without), self._cell_init
         if init is None or CELL_HEAD in without:
             return params
         head = [name for name in boxed_shapes(init) if name != "encoder"]

@@ -20,20 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from vlm_jax.adapter import LORA, NO_LORA, LoraSettings
+from vlm_jax.adapter import NO_LORA, LoraSettings
+from vlm_jax.build.parameters import WithParameters
 from vlm_jax.build.settings import ImageTextSettings, PixelSettings
 from vlm_jax.build.vision import build_encoder
 from vlm_jax.config import ConfigError, RunConfig, check_keys, parse, parse_kind
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.vit import ViT
-from vlm_jax.layers.lora import draw_lora, lora_shapes
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
-from vlm_jax.optim.patterns import StageRates, trained_in_stages
+from vlm_jax.optim.patterns import StageRates
 from vlm_jax.pretrained.configured import ClassHead
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.image_text import labels
@@ -42,10 +41,8 @@ from vlm_jax.processors.image import image_size, open_image
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TextInputs
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import PictureMismatch
-from vlm_jax.sharding.initial import in_float32
-from vlm_jax.sharding.rules import placed
 from vlm_jax.system import System
-from vlm_jax.types import Fields, ImageTextBatch, Params, Sample
+from vlm_jax.types import Fields, ImageTextBatch, Sample
 
 CAPTIONS = "captions"  # the stream of images with captions
 
@@ -88,7 +85,7 @@ class _Empty:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageTextExperiment:
+class ImageTextExperiment(WithParameters):
     """A two-tower model or a classifier with its data, without parameters.
 
     Attributes:
@@ -151,28 +148,6 @@ class ImageTextExperiment:
         images = self.processor(images_of(samples)).images
         classes = [label_of(sample.sample_id, sample.answer, self.labels) for sample in samples]
         return ImageTextBatch(images, labels=np.asarray(classes, np.int32))
-
-    @functools.cached_property
-    def trained(self) -> frozenset[str]:
-        """Paths of the parameters that a stage trains, which are float32."""
-        return trained_in_stages(self._drawn_shapes, self.learning_rates) if self.learning_rates else frozenset()
-
-    @property
-    def _drawn_shapes(self) -> Params:
-        """The boxed shapes before any is made float32."""
-        shapes = self.system.boxed_shapes()
-        return shapes | lora_shapes(shapes, self.lora)
-
-    def boxed_shapes(self) -> Params:
-        """Shapes of the boxed parameters {part: tree}."""
-        return in_float32(self._drawn_shapes, self.trained)
-
-    def initial(self, key: jax.Array, mesh: Mesh, *, without: Sequence[str] = ()) -> Params:
-        """Parameters on their devices; see `System.initial`."""
-        params = self.system.initial(key, mesh, without=without, masters=self.trained)
-        if self.lora.rank:
-            params |= draw_lora(key, placed({LORA: self.boxed_shapes()[LORA]}, mesh))
-        return params
 
     def num_params(self) -> dict[str, int]:
         """Parameters of each part, counted by shape."""

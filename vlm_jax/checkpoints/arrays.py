@@ -14,11 +14,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from flax.traverse_util import unflatten_dict
 
 from vlm_jax.checkpoints.hub import CheckpointFileError, LazyTensor
 from vlm_jax.checkpoints.ops import Shape
 from vlm_jax.checkpoints.orbax import METADATA_BYTES
-from vlm_jax.types import Config, Fields, Params, Selection, Tree
+from vlm_jax.types import Selection, Tree
 
 CHUNK_BYTES = 64 * 2**20  # maximum size of a chunk, which is written and read whole
 Read = TypeVar("Read")
@@ -59,7 +60,12 @@ def save_arrays(directory: epath.PathLike, tensors: Mapping[str, LazyTensor], nu
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_ocdbt=True, use_zarr3=False)
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(directory, args=ocp.args.PyTreeSave(_tree(tensors), save_args=_tree(arguments)))
+            checkpointer.save(
+                directory,
+                args=ocp.args.PyTreeSave(
+                    unflatten_dict(tensors, sep="/"), save_args=unflatten_dict(arguments, sep="/")
+                ),
+            )
     except ValueError as error:  # raised by TensorStore where writing is not permitted
         if isinstance(error, CheckpointFileError):
             raise
@@ -127,15 +133,3 @@ def _explained(result: Callable[[], Read], name: str, directory: epath.PathLike)
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:500]
-
-
-def _tree(leaves: Config) -> Fields:
-    """Nested dicts from a mapping by path."""
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *folders, name = path.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = leaf
-    return tree

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.adapter import LORA, A, B, LoraSettings, merged
@@ -25,7 +26,7 @@ from vlm_jax.checkpoints.orbax import (
 )
 from vlm_jax.config import parse, read_json
 from vlm_jax.leaves import flatten
-from vlm_jax.types import Fields, Params, Selection, Tree
+from vlm_jax.types import Fields, Selection, Tree
 
 EMA = "ema"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -64,7 +65,7 @@ def read_parts(directory: epath.PathLike, parts: Fields) -> Fields:
     if not adapters:
         return params
     return merged(
-        params | {LORA: _nested({path.removeprefix(f"{LORA}/"): values[path] for path in adapters})},
+        params | {LORA: unflatten_dict({path.removeprefix(f"{LORA}/"): values[path] for path in adapters}, sep="/")},
         lora_settings(directory),
     )
 
@@ -151,7 +152,7 @@ def _added(kernel: LazyTensor, a: LazyTensor, b: LazyTensor, scale: float) -> La
 
 def _restored(state: epath.Path, leaves: Mapping[str, Tree]) -> dict[str, jax.Array]:
     """Arrays by stored path."""
-    like = _nested(leaves)
+    like = unflatten_dict(leaves, sep="/")
     restore_args = jax.tree.map(lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), like)
     arguments = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     try:
@@ -159,17 +160,6 @@ def _restored(state: epath.Path, leaves: Mapping[str, Tree]) -> dict[str, jax.Ar
             return dict(flatten(reader.restore(state, args=arguments)))
     except Exception as error:
         raise CheckpointError(f"{state} cannot be read: {first_line(error)}") from error
-
-
-def _nested(leaves: Mapping[str, Tree]) -> Params:
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        *modules, name = path.split("/")
-        inner = tree
-        for module in modules:
-            inner = inner.setdefault(module, {})
-        inner[name] = leaf
-    return tree
 
 
 def _tree(values: Mapping[str, jax.Array], like: Tree) -> Tree:

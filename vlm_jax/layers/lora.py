@@ -1,18 +1,19 @@
 """Which kernels have adapters, and their parameters at the start."""
 
+import functools
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from vlm_jax import axes
 from vlm_jax.adapter import LORA, A, B, LoraSettings
 from vlm_jax.config import ConfigError
 from vlm_jax.layers.dense import LinearKernel, Named
-from vlm_jax.leaves import boxes, matches
+from vlm_jax.leaves import boxes, map_with_path, matches
 from vlm_jax.types import Params
 
 
@@ -34,15 +35,12 @@ def lora_shapes(boxed: Params, settings: LoraSettings) -> Params:
     for path, box in linear.items():
         if not any(matches(pattern, path) for pattern in settings.target):
             continue
-        *modules, _ = path.split("/")
-        inner = found
-        for name in modules:
-            inner = inner.setdefault(name, {})
+        module = path.rpartition("/")[0]
         (*stack, d_in, d_out), (*names, first, last) = box.value.shape, box.names
         a, b = ((*stack, d_in, settings.rank), (*stack, settings.rank, d_out))
-        inner[A] = Named(jax.ShapeDtypeStruct(a, jnp.float32), (*names, first, axes.RANK))
-        inner[B] = Named(jax.ShapeDtypeStruct(b, jnp.float32), (*names, axes.RANK, last))
-    return {LORA: found} if found else {}
+        found[f"{module}/{A}"] = Named(jax.ShapeDtypeStruct(a, jnp.float32), (*names, first, axes.RANK))
+        found[f"{module}/{B}"] = Named(jax.ShapeDtypeStruct(b, jnp.float32), (*names, axes.RANK, last))
+    return {LORA: unflatten_dict(found, sep="/")} if found else {}
 
 
 def draw_lora(key: jax.Array, targets: Params) -> Params:
@@ -55,18 +53,15 @@ def draw_lora(key: jax.Array, targets: Params) -> Params:
     Source: huggingface/peft, tuners/lora/layer.py, reset_lora_parameters.
     """
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        own = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+    def draw(key: jax.Array, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path.endswith(f"/{B}"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        bound = 1 / math.sqrt(leaf.shape[-2])
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        return jax.random.uniform(own, leaf.shape, leaf.dtype, -bound, bound)
 
-        def values(own: jax.Array) -> jax.Array:
-            if path[-1].key == B:
-                return jnp.zeros(leaf.shape, leaf.dtype)
-            bound = 1 / math.sqrt(leaf.shape[-2])
-            return jax.random.uniform(own, leaf.shape, leaf.dtype, -bound, bound)
-
-        return jax.jit(values, out_shardings=leaf.sharding)(own)
-
-    return jax.tree_util.tree_map_with_path(draw, targets)
+    out = jax.tree.map(lambda leaf: leaf.sharding, targets)
+    return jax.jit(lambda key: map_with_path(functools.partial(draw, key), targets), out_shardings=out)(key)
 
 
 def _listed(pattern: str, linear: Sequence[str] | Params) -> str:

@@ -17,8 +17,8 @@ from vlm_jax.data import Conversations
 from vlm_jax.optim.adamw import OptimizerSettings
 from vlm_jax.pretrained.configured import ReleaseProcessorSettings
 from vlm_jax.sharding.mesh import MeshSettings
-from vlm_jax.train.loop import LoopSettings
 from vlm_jax.train.objectives.next_token import NextToken
+from vlm_jax.train.settings import LoopSettings
 from vlm_jax.train.stages import Stage
 
 PARTS = ("connector", "decoder")  # that learn; LLaVA-1.5, section 3.1

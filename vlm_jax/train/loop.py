@@ -20,7 +20,7 @@ from vlm_jax.adapter import LORA, merged
 from vlm_jax.build import AnyExperiment
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, parts_directory
 from vlm_jax.checkpoints.runs import read_parts
-from vlm_jax.config import ConfigError, RunConfig, did_you_mean, parse
+from vlm_jax.config import ConfigError, RunConfig, parse
 from vlm_jax.data.loader import batch_at
 from vlm_jax.evals.evaluator import Evaluator
 from vlm_jax.leaves import split
@@ -32,14 +32,14 @@ from vlm_jax.sharding.rules import distribute, placed, use_mesh
 from vlm_jax.train import replay
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.evaluation import Evaluations, Tell
-from vlm_jax.train.guard import GuardSettings
 from vlm_jax.train.input import ROWS, Given, rows, stage_batches
 from vlm_jax.train.replay import REPLAY
-from vlm_jax.train.stages import Span, parse_schedule, span_at
+from vlm_jax.train.settings import LoopSettings
+from vlm_jax.train.stages import Span, check_stages, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
 from vlm_jax.train.watch import Profiler, Step, Watch, count_tokens, learning_rates, step_flops
-from vlm_jax.train.writers import TENSORBOARD, RunLog, check_writers
+from vlm_jax.train.writers import RunLog
 from vlm_jax.types import Fields, Tree
 
 _log = logging.getLogger(__name__)
@@ -53,47 +53,6 @@ class Interrupted(Exception):
 
 class Diverged(RuntimeError):
     """The loss or a gradient is not finite, or is a spike; the message names the step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopSettings(GuardSettings):
-    """`config.loop`; further keys are those of `guard.GuardSettings`.
-
-    Attributes:
-      save_every: steps between checkpoints; one is also saved at the end of every stage.
-      keep: number of newest checkpoints to keep.
-      log_every: steps between writes of `metrics.jsonl`, which has one line per step, and of a line on the terminal.
-      input_workers: processes that load batches; 0 uses a thread of the loop's process. There are
-        enough if `input_seconds` in `metrics.jsonl`, the time for which devices waited for a batch, is about 0.
-      writers: names of `writers.WRITERS`, which get the numbers of `metrics.jsonl` and of evaluations: `tensorboard`
-        writes to `WORKDIR/tensorboard`, `wandb` to Weights & Biases.
-      profile: first step and number of steps that the profiler traces into `WORKDIR/profile`; None for none.
-      peak_flops: FLOP/s of one device, for `mfu` in `metrics.jsonl`; None for the dense bfloat16 peak of its kind, and
-        no `mfu` where that is not known, as for CPUs.
-    """
-
-    save_every: int = 200
-    keep: int = 2
-    log_every: int = 20
-    input_workers: int = 0
-    writers: tuple[str, ...] = (TENSORBOARD,)
-    profile: tuple[int, int] | None = None
-    peak_flops: float | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        for key in ("save_every", "keep", "log_every"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"config.loop.{key}: expected at least 1, got {getattr(self, key)}")
-        check_writers(self.writers)
-        if self.profile is not None and min(self.profile) < 1:
-            raise ConfigError(
-                f"config.loop.profile: expected a first step and a number of steps from 1 on, got {self.profile}"
-            )
-        if self.peak_flops is not None and self.peak_flops <= 0:
-            raise ConfigError(f"config.loop.peak_flops: expected FLOP/s above 0, got {self.peak_flops}")
-        if self.input_workers < 0:
-            raise ConfigError(f"config.loop.input_workers: expected 0 or more, got {self.input_workers}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +136,7 @@ class Trainer:
         self._settings = parse(LoopSettings, config.loop, "config.loop")
         self._optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
-        self._check_stages()
+        check_stages(self._spans, experiment, num_shards(mesh))
         self._boxed = experiment.boxed_shapes()
         self._rates = {
             span.stage.label: leaf_rates(
@@ -437,25 +396,6 @@ class Trainer:
             made = rows(self.experiment, span.stage, self._seed, folder=self.workdir / ROWS)
             batch = batch_at(made, span.stage.batch_size, step - 1 - span.start)
             replay.write(self.workdir, step, batch, self._seed)
-
-    def _check_stages(self) -> None:
-        for span in self._spans:
-            stage, path = span.stage, f"config.stages.{span.stage.label}"
-            if stage.stream not in self.experiment.source.streams:
-                streams = self.experiment.source.streams
-                raise ConfigError(f"{path}.stream: unknown '{stage.stream}'{did_you_mean(stage.stream, streams)}")
-            if stage.stream not in stage.settings.streams:
-                raise ConfigError(
-                    f"{path}.stream: the objective {stage.objective} takes {' or '.join(stage.settings.streams)}, got "
-                    f"'{stage.stream}'"
-                )
-            stage.settings.check(self.experiment, accumulate=stage.accumulate, path=path)
-            size, shards = stage.batch_size // stage.accumulate, num_shards(self.mesh)
-            if size % shards:
-                raise ConfigError(
-                    f"{path}: microbatches of {size} rows (batch_size over accumulate) cannot be divided over {shards} "
-                    f"shards (data times fsdp of config.mesh); set batch_size to a multiple of {shards} x accumulate"
-                )
 
     def _on_sigterm(self, signum: int, frame: types.FrameType | None) -> None:
         del signum, frame

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from vlm_jax.build import AnyExperiment
 from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, did_you_mean, parse
 from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.objectives.objective import Objective
@@ -110,6 +111,35 @@ def _stage(section: RunConfig, label: str, path: str) -> Stage:
 
 def _keys(kind: type[Objective]) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def check_stages(spans: tuple[Span, ...], experiment: AnyExperiment, num_shards: int) -> None:
+    """Checks that the data has the stages' streams, and that objectives and batches suit the model and the devices.
+
+    Args:
+      spans: of the run.
+      experiment: the run's.
+      num_shards: parts of equally many rows into which a batch is divided over the devices.
+
+    Raises:
+      ConfigError: a stage that does not; the message has its path.
+    """
+    for stage in (span.stage for span in spans):
+        path, streams = f"config.stages.{stage.label}", experiment.source.streams
+        if stage.stream not in streams:
+            raise ConfigError(f"{path}.stream: unknown '{stage.stream}'{did_you_mean(stage.stream, streams)}")
+        if stage.stream not in stage.settings.streams:
+            raise ConfigError(
+                f"{path}.stream: the objective {stage.objective} takes {' or '.join(stage.settings.streams)}, got "
+                f"'{stage.stream}'"
+            )
+        stage.settings.check(experiment, accumulate=stage.accumulate, path=path)
+        size = stage.batch_size // stage.accumulate
+        if size % num_shards:
+            raise ConfigError(
+                f"{path}: microbatches of {size} rows (batch_size over accumulate) cannot be divided over {num_shards} "
+                f"shards (data times fsdp of config.mesh); set batch_size to a multiple of {num_shards} x accumulate"
+            )
 
 
 def span_at(spans: tuple[Span, ...], step: int) -> Span:
