@@ -4,6 +4,7 @@ import contextlib
 import logging
 import pathlib
 import sys
+import time
 import types
 
 import jax
@@ -145,6 +146,7 @@ def test_steps_after_the_newest_checkpoint_are_in_the_event_files_once(run, tmp_
         log.close()
 
     append(0, range(1, 6), 0.0)
+    time.sleep(1)  # TensorBoard reads event files in the order of their names, which start with the second
     append(3, range(4, 7), 0.5)  # killed behind a checkpoint of step 3
     events = EventAccumulator(str(workdir / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 3), (4, 4.5), (5, 5.5), (6, 6.5)]

@@ -1,18 +1,17 @@
 """Flags and error handling shared by the commands that run a config."""
 
 import errno
-import logging as standard_logging
 import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
-from vlm_jax.cli.process import explained, keep_programs, show_flags
+from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.paths import absolute
 from vlm_jax.train.loop import Interrupted
 
@@ -62,8 +61,8 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
             return
         if WORKDIR.value is None:
             raise app.UsageError("--workdir: expected the folder of the run; pass one")
-        _quieten_checkpoints()
         keep_programs()
+        quieten()
         if DISTRIBUTED.value:
             jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         try:
@@ -112,13 +111,6 @@ def _keys(section: Any, path: str) -> Iterator[str]:
             yield from _keys(value, f"{path}.{key}")
         else:
             yield f"{path}.{key}={value}"
-
-
-def _quieten_checkpoints() -> None:
-    """Silences Orbax's messages for failed saves, one per thread, since the CheckpointError reports them."""
-    logging.set_verbosity(logging.WARNING)
-    standard_logging.getLogger("vlm_jax").setLevel(standard_logging.INFO)
-    logging.get_absl_handler().addFilter(lambda record: not ("orbax" in record.pathname or record.name == "asyncio"))
 
 
 def workdir() -> epath.Path:

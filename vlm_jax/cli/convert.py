@@ -1,8 +1,8 @@
 """python -m vlm_jax.cli.convert --source=DIR --target=DIR [--run=WORKDIR [--adapter]] [--dtype=bfloat16] [--dry-run]"""
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from vlm_jax.cli.process import explained, show_flags
+from vlm_jax.cli.process import explained, quieten, show_flags
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.convert import open_conversion, write_adapter
 from vlm_jax.pretrained.loader import DTYPES
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     if not TARGET.value and not DRY_RUN.value:
         raise app.UsageError("--target: expected a folder to write; pass one, or --dry-run")
     source, target, run = SOURCE.value, TARGET.value, RUN.value
-    logging.set_verbosity(logging.ERROR)  # Orbax logs its own progress
+    quieten()
     with explained():
         if ADAPTER.value:
             if not (run and target) or DTYPE.value or DRY_RUN.value:

@@ -4,7 +4,7 @@ import sys
 
 from absl import app, flags
 
-from vlm_jax.cli.process import explained, keep_programs, show_flags
+from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.config import ConfigError
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     keep_programs()
+    quieten()
     with explained(OSError):
         settings = ReleaseEvaluation(
             release=str(RELEASE.value),

@@ -8,7 +8,7 @@ from absl import app, flags
 from etils import epath
 
 import vlm_jax
-from vlm_jax.cli.process import explained, keep_programs, show_flags
+from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
     if DRAW.value is not None and not IMAGE.value:
         raise app.UsageError("--draw: boxes are drawn on the first --image, but none is given")
     keep_programs()
+    quieten()
     with explained(OSError):
         sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, REPETITION_PENALTY.value, SEED.value)
         model = vlm_jax.from_pretrained(

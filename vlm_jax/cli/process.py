@@ -1,12 +1,14 @@
 """Setup of every command's process: the compilation cache, and errors as one message."""
 
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Iterator
 
 import jax
 from absl import flags
+from absl import logging as absl_logging
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.checkpoints.hub import CheckpointFileError
@@ -69,6 +71,13 @@ def keep_programs() -> None:
     if CACHE.value:
         jax.config.update("jax_compilation_cache_dir", absolute(CACHE.value))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def quieten() -> None:
+    """Shows this package's messages, of others warnings; none of Orbax, whose failures a CheckpointError reports."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("vlm_jax").setLevel(logging.INFO)
+    absl_logging.get_absl_handler().addFilter(lambda one: not ("orbax" in one.pathname or one.name == "asyncio"))
 
 
 @contextlib.contextmanager
