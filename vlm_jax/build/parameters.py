@@ -7,12 +7,29 @@ import jax
 from jax.sharding import Mesh
 
 from vlm_jax.adapter import LORA, LoraSettings
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.config import ConfigError
 from vlm_jax.layers.lora import draw_lora, lora_shapes
 from vlm_jax.optim.patterns import StageRates, trained_in_stages
+from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sharding.rules import placed
 from vlm_jax.system import System
 from vlm_jax.types import Params
+
+
+def shapes_of(system: System) -> Params:
+    """The shapes of a system's parameters.
+
+    Raises:
+      ConfigError: sizes of its parts do not fit, as heads that do not divide a width.
+    """
+    try:
+        return system.boxed_shapes()
+    except (ConfigError, InfeasibleBudget, PretrainedError):
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.encoder, config.connector and config.decoder: {error}") from error
 
 
 class WithParameters:
@@ -39,7 +56,7 @@ class WithParameters:
     @property
     def drawn_shapes(self) -> Params:
         """The boxed shapes before any is made float32."""
-        shapes = self.system.boxed_shapes()
+        shapes = shapes_of(self.system)
         return shapes | lora_shapes(shapes, self.lora)
 
     def boxed_shapes(self) -> Params:

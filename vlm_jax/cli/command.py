@@ -11,8 +11,10 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
+from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.paths import absolute
+from vlm_jax.ranges import Count, Natural
 from vlm_jax.train.loop import Interrupted
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,8 +33,10 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "With --distributed, HOST:PORT of process 0 where JAX does not detect it."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address, the number of processes.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address, the index of this process, from 0.")
+NUM_PROCESSES = numbers.define("num_processes", Count, None, "With --coordinator_address, the number of processes.")
+PROCESS_ID = numbers.define(
+    "process_id", Natural, None, "With --coordinator_address, the index of this process, from 0."
+)
 
 
 def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:

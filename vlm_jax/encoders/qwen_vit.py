@@ -6,6 +6,7 @@ from vlm_jax import axes
 from vlm_jax.encoders.packed import PackedTrunk, patches_in_blocks
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.norm import NormKind
+from vlm_jax.ranges import Side
 from vlm_jax.types import Grid, PackedPatches, VisualFeatures
 
 
@@ -22,7 +23,7 @@ class QwenViT(PackedTrunk, kw_only=True):
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
     """
 
-    temporal_patch_size: int = 2
+    temporal_patch_size: Side = 2
     activation: str = "silu"
     gated: bool = True
     norm: NormKind = "rms"

@@ -11,6 +11,7 @@ from vlm_jax.build import CELL_HEAD, Experiment, build_conversational
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
 from vlm_jax.leaves import flatten
+from vlm_jax.ranges import Seed
 from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sweep.costs import Costs, costs, first_with_images
 from vlm_jax.sweep.release_points import AS_RELEASED
@@ -31,7 +32,7 @@ class SweepSettings:
     """
 
     shared: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     controls: tuple[str, ...] = ()
 
 
