@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from vlm_jax.config import ConfigError, check_fields, check_keys
+from vlm_jax.paths import absolute
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import FILTERS
 from vlm_jax.processors.pixels import Pixels
@@ -84,7 +85,7 @@ class ImageTextSettings(PixelSettings):
             return digits_tokenizer()
         names = {f"{role}_token": self.special_tokens.get(role, f"<{role}>") for role in SPECIAL_TOKENS}
         try:
-            return Tokenizer.from_file(self.tokenizer, names)
+            return Tokenizer.from_file(absolute(self.tokenizer), names)
         except OSError as error:
             raise ConfigError(f"config.processor.tokenizer: {error}; expected digits, or a tokenizer.json") from error
 

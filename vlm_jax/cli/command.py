@@ -1,9 +1,11 @@
 """Flags and error handling shared by the commands that run a config."""
 
 import errno
+import os
+import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +54,7 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
     if default_config is not None and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
         sys.argv.insert(1, f"--config={default_config}")
     flags.mark_flag_as_required("config")
+    sys.argv[1:] = opened(sys.argv[1:])
 
     parsed = False
 
@@ -91,6 +94,26 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
         hint = f"; did you mean '{near[1]}'?" if near else ""
         print(f"ConfigError: {' '.join(words)}: the config has no such key{hint}", file=sys.stderr)
         sys.exit(1)
+
+
+def opened(words: Sequence[str]) -> list[str]:
+    """A command line whose config file is found from any directory, with the modules of its own package.
+
+    `~` in the path of `--config` is the home folder, and the folder above the outermost package that the file is in
+    comes first on Python's path.
+    """
+    found, is_path = list[str](), False
+    for word in words:
+        flag, path = re.fullmatch("(--?config=|)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        if flag or is_path:
+            path = os.path.expanduser(path)
+            folder = pathlib.Path(absolute(path)).parent
+            while (folder / "__init__.py").exists():
+                folder = folder.parent
+            sys.path.insert(0, str(folder))
+        found.append(flag + path)
+        is_path = word in ("--config", "-config")
+    return found
 
 
 def _parsed(argv: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from vlm_jax.data.digit_questions import TASKS, TASKS_WITHOUT_PIXELS, ask, digit
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, SizedStream, Tools
-from vlm_jax.ranges import Count, NonNegative, Range, Share, Side
+from vlm_jax.ranges import Count, NonNegative, Range, Side
 from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
 
 STREAMS = ("questions", "text_pages", "cells", "captions")
@@ -66,7 +66,7 @@ class Digits:
     evaluation_size: Count = 128
     augment: bool = True
     variants: Annotated[int, Range(1, 1000)] = 8
-    intensity: Share = 0.25
+    intensity: Annotated[float, Range(0, below=1)] = 0.25
     noise: Annotated[float, Range(0, 255)] = 8.0
 
     streams = STREAMS
