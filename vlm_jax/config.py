@@ -28,17 +28,7 @@ class ConfigError(ValueError):
 
 
 class OutOfRange(ConfigError):
-    """A number outside its range.
-
-    Args:
-      path: of the value.
-      expected: the range as text.
-      value: the number.
-    """
-
-    def __init__(self, path: str, expected: str, value: Any):
-        super().__init__(f"{path}: expected {expected}, got {value!r}")
-        self.path, self.expected, self.value = path, expected, value
+    """A number outside the range of its setting."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -167,7 +157,7 @@ def convert(value: Any, hint: Any, path: str) -> Any:
     found = _converted(value, hint, path)
     for limit in limits:
         if found not in limit:
-            raise OutOfRange(path, limit.broken_by(found), value)
+            raise OutOfRange(f"{path}: expected {limit.broken_by(found)}, got {value!r}")
     return found
 
 
@@ -215,9 +205,10 @@ def _option(value: Any, options: tuple[Any, ...], path: str) -> Any:
         try:
             return convert(value, option, path)
         except OutOfRange as error:
-            if error.path != path or type(None) not in options:
+            said, got = str(error).rsplit(", got ", 1)
+            if not said.startswith(f"{path}: ") or type(None) not in options:
                 raise
-            raise OutOfRange(path, f"{error.expected}, or None", value) from None
+            raise OutOfRange(f"{said}, or None, got {got}") from None
         except ConfigError:
             if dataclasses.is_dataclass(option) and is_section(value):
                 raise  # it names the key inside

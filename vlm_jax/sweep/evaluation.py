@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError, check_fields
-from vlm_jax.evals.vqa import SCORERS, check_references, exact, share, short
+from vlm_jax.evals.vqa import check_references, is_right, share, short
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
@@ -240,7 +240,7 @@ class Evaluation:
         )
         lines = []
         for sample, answer in zip(samples, answers, strict=False):
-            scorer: Callable[[str, str], bool] = SCORERS.get(sample.task, exact)
+            right = is_right(processor.tokenizer, sample.task, answer.text, sample.answer)
             sizes = [(image.shape[0], image.shape[1]) for image in sample.images]
             counts = processor.count_visual_tokens(sizes)
             lines.append(
@@ -248,7 +248,7 @@ class Evaluation:
                     "sample_id": sample.sample_id,
                     "task": sample.task,
                     "text": answer.text,
-                    "correct": answer.reason == "end" and scorer(answer.text, sample.answer),
+                    "correct": answer.reason == "end" and right,
                     "visual_tokens": counts,
                     "tokens_in_last_layer": answer.visual_tokens[-1] if counts else 0,
                 }

@@ -26,6 +26,11 @@ def check_config(config: RunConfig, *, unset: bool = False) -> None:
       ConfigError: an unknown or missing key, a value of another type or outside its range.
     """
     check_model(config, unset=unset)
+    check_training(config, unset=unset)
+
+
+def check_training(config: RunConfig, *, unset: bool = False) -> None:
+    """The part of `check_config` that is about training and evaluation, not the model; raises alike."""
     for key, cls in SETTINGS.items():
         check_values(cls, config[key], f"config.{key}", unset=unset)
     check_values(_evaluation(config), config.evaluation, "config.evaluation", unset=unset)
