@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from vlm_jax.adapter import NO_LORA, LoraSettings
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build.image_text import IMAGE_TEXT, ImageTextExperiment, image_text_experiment, released_image_text
-from vlm_jax.build.parameters import WithParameters
+from vlm_jax.build.parameters import WithParameters, fitting
 from vlm_jax.build.sections import KEYS as KEYS
 from vlm_jax.build.sections import check_model
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
@@ -246,8 +246,10 @@ def build(config: Any) -> AnyExperiment:
     if config.decoder.get("kind") in IMAGE_TEXT:
         source = parse_kind(SOURCES, config.data, "config.data")
         dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
-        return image_text_experiment(config, source, _learning_rates(config), dtypes)
-    return _of_sections(config)
+        with fitting():
+            return image_text_experiment(config, source, _learning_rates(config), dtypes)
+    with fitting():
+        return _of_sections(config)
 
 
 def _of_sections(config: RunConfig) -> Experiment:

@@ -1,21 +1,31 @@
 """Parameters of an experiment: of its model, with adapters, in the dtypes in which stages train them."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
 
 from vlm_jax.adapter import LORA, LoraSettings
-from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import ConfigError
 from vlm_jax.layers.lora import draw_lora, lora_shapes
 from vlm_jax.optim.patterns import StageRates, trained_in_stages
-from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sharding.rules import placed
 from vlm_jax.system import System
 from vlm_jax.types import Params
+
+
+@contextlib.contextmanager
+def fitting(*more: type[Exception]) -> Iterator[None]:
+    """Turns an error about sizes of a model's parts into a ConfigError: a plain ValueError, or one of `more`."""
+    try:
+        yield
+    except (ValueError, *more) as error:
+        if type(error) not in (ValueError, *more):
+            raise  # a subclass says by itself what is wrong
+        raise ConfigError(f"config.encoder, config.connector and config.decoder: {error}") from error
 
 
 def shapes_of(system: System) -> Params:
@@ -24,12 +34,8 @@ def shapes_of(system: System) -> Params:
     Raises:
       ConfigError: sizes of its parts do not fit, as heads that do not divide a width.
     """
-    try:
+    with fitting(TypeError):
         return system.boxed_shapes()
-    except (ConfigError, InfeasibleBudget, PretrainedError):
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.encoder, config.connector and config.decoder: {error}") from error
 
 
 class WithParameters:

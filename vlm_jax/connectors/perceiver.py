@@ -8,7 +8,7 @@ from vlm_jax import axes
 from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import with_axes
-from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.mlp import Activation, Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import masked
@@ -54,7 +54,7 @@ class Perceiver(Queries, nn.Module):
     head_dim: Size | None = None
     projection_dim: Size | None = None
     norm: NormKind = "rms"
-    activation: str = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     norm_epsilon: NonNegative = 1e-6
     num_used: Natural | None = None

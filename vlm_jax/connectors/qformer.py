@@ -9,7 +9,7 @@ from vlm_jax import axes
 from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense, Embed, with_axes
-from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.mlp import Activation, Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import masked
@@ -48,7 +48,7 @@ class QueryTransformer(nn.Module, kw_only=True):
     num_heads: Size
     mlp_dim: Size
     cross_attention_every: Depth = 2
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     norm_epsilon: NonNegative = 1e-12
     vocab_size: Size | None = None
     max_length: Count = 512

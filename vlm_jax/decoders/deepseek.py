@@ -16,6 +16,7 @@ from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.latent_attention import LatentKeyValue
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.router import Scoring, Selection
@@ -78,7 +79,7 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
     expert_dim: Size
     num_experts: Size
     num_selected: Size
-    activation: str = "silu"
+    activation: Activation = "silu"
     num_shared: Natural = 2
     num_dense: Natural = 1
     expert_every: Depth = 1

@@ -10,6 +10,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed, with_axes
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
 from vlm_jax.ranges import Count, Depth, Natural, NonNegative, Size
@@ -73,7 +74,7 @@ class TextTower(nn.Module):
     end_token: Natural | None = None
     projection_dim: Size | None = None
     projection_bias: bool = True
-    activation: str = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     norm_epsilon: NonNegative = 1e-6
     remat: RematPolicy = "none"
     unroll: Depth = 1

@@ -13,6 +13,7 @@ from vlm_jax.decoders.head import LinearHead
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.ranges import Count, Depth, NonNegative, Size
@@ -53,7 +54,7 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     num_heads: Size
     num_kv_heads: Size
     mlp_dim: Size
-    activation: str = "silu"
+    activation: Activation = "silu"
     head_dim: Size | None = None
     rope: Rope = Rope()
     log_length: Count | None = None

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.block import RematPolicy
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.saliency import Saliency
@@ -55,7 +56,7 @@ class PackedTrunk(nn.Module, kw_only=True):
     mlp_dim: Size
     temporal_patch_size: Side = 1
     channels: Size = 3
-    activation: str = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     gated: bool = False
     norm: NormKind = "layer"
     norm_epsilon: NonNegative = 1e-6

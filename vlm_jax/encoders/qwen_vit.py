@@ -5,6 +5,7 @@ from flax import linen as nn
 from vlm_jax import axes
 from vlm_jax.encoders.packed import PackedTrunk, patches_in_blocks
 from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import NormKind
 from vlm_jax.ranges import Side
 from vlm_jax.types import Grid, PackedPatches, VisualFeatures
@@ -24,7 +25,7 @@ class QwenViT(PackedTrunk, kw_only=True):
     """
 
     temporal_patch_size: Side = 2
-    activation: str = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     norm: NormKind = "rms"
 

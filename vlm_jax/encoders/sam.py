@@ -14,7 +14,7 @@ from vlm_jax.layers.attention import Context, attention
 from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy
 from vlm_jax.layers.conv import Conv
 from vlm_jax.layers.dense import Dense, with_axes
-from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.mlp import Activation, Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
@@ -233,9 +233,9 @@ class SAM(nn.Module):
     mlp_dim: Size
     neck_dim: Size
     global_blocks: tuple[Natural, ...]
-    window_size: Natural = 14
+    window_size: Side = 14
     qkv_bias: bool = True
-    activation: str = "gelu"
+    activation: Activation = "gelu"
     norm_epsilon: NonNegative = 1e-6
     downsample_dims: tuple[Size, ...] = ()
     downsample_from: tuple[Size, Size] | None = None

@@ -11,6 +11,7 @@ from vlm_jax.encoders.last_attention import run_with_saliency
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
 from vlm_jax.layers.saliency import Saliency
@@ -64,7 +65,7 @@ class Trunk(nn.Module, kw_only=True):
     depth: Depth
     num_heads: Size
     mlp_dim: Size
-    activation: str = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     norm: NormKind = "layer"
     norm_epsilon: NonNegative = 1e-6
     qkv_bias: bool = True
