@@ -72,7 +72,7 @@ def test_digit_pages_are_made_again_from_seed_and_step():
         video_size=lambda path: None,
         prepare_image=lambda image: image.astype(np.float32),
     )
-    source = Digits(variants=0).open(tools)
+    source = Digits(variants=1).open(tools)
     iterator = batches(source.train("cells", seed=3), 8, num_threads=2)
     shard = batches(source.train("cells", seed=3), 8, shard_index=1, shard_count=2)
     for step in range(3):
