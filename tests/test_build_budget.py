@@ -138,10 +138,10 @@ def test_one_view_keeps_the_error_of_its_kind():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (made(per="tle"), "config.token_budget_per: no kind 'tle'; did you mean 'tile'"),
+        (made(per="tle"), "config.token_budget_per: expected one of 'image', 'frame', 'tile', got 'tle'"),
         (made(per="frame"), "config.token_budget_per: there are no frames; set config.processor.frames"),
         (made(thumbnail=True), "config.processor.thumbnail: needs several tiles"),
-        (made(tiles=(0, 2)), "config.processor.tiles: expected rows and columns of at least 1"),
+        (made(tiles=(0, 2)), "tiles.0.: expected at least 1 and at most 100, got 0"),
         (made(frames=0), "config.processor.frames: expected at least 1"),
         (made(min_tokens=4), "config.processor.min_tokens: is for encoders that pack"),
         (made(image_size=None), "config.processor.image_size: config.encoder.kind vit needs a size"),

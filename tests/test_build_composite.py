@@ -46,7 +46,7 @@ def test_a_part_may_have_an_image_size_of_its_own():
         ),
         (
             {"kind": "multiscale", "scales": (1,), "encoder": 3},
-            "config.encoder.encoder: expected the section",
+            "config.encoder.encoder: expected a section, with keys, got 3",
         ),
         (
             {"kind": "multiscale", "scales": (1,), "encoder": {"kind": "vot"}},

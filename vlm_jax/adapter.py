@@ -7,13 +7,15 @@ that the model's own tree, checkpoint maps and exports are the same with and wit
 import dataclasses
 import functools
 import zlib
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.leaves import joined
+from vlm_jax.ranges import Positive, Range
 from vlm_jax.types import Dtype, Params, Tree, static_field, struct
 
 LORA = "lora"  # the part of a run's parameters
@@ -36,18 +38,14 @@ class LoraSettings:
     Source: Hu et al. 2022 (LoRA), section 4.1; Kalajdzievski 2023 (rsLoRA), definition 3.1.
     """
 
-    rank: int = 0
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: Annotated[int, Range(0, 2**16)] = 0
+    alpha: Positive = 16.0
+    dropout: Annotated[float, Range(0, below=1)] = 0.0
     rslora: bool = False
     target: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.rank < 0 or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"config.lora: expected a rank of at least 0 and a dropout from 0 to below 1, got rank={self.rank} and "
-                f"dropout={self.dropout}"
-            )
+        check_fields(self, "config.lora.")
         if bool(self.rank) != bool(self.target):
             raise ConfigError(
                 f"config.lora: adapters need a rank and a target, got rank={self.rank} and target={self.target}; set "

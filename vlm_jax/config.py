@@ -2,18 +2,21 @@
 
 A section of a config is parsed by a dataclass, whose fields are the section's keys: a
 settings class, or a Linen module, which is a dataclass too. A key without a field, a field
-without a default and without a key, and a value of another type are errors with the
-key's path and, for a misspelling, the nearest key.
+without a default and without a key, a value of another type and a number outside the range in
+its type (see `ranges`) are errors with the key's path and, for a misspelling, the nearest key.
 """
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+from vlm_jax import ranges
 
 RunConfig = Any  # an ml_collections.ConfigDict or a section of it, whose keys are attributes of any type; or a dict
 Settings = TypeVar("Settings")
@@ -22,6 +25,10 @@ Entry = TypeVar("Entry")
 
 class ConfigError(ValueError):
     """An invalid config; the message has the path and the fix."""
+
+
+class OutOfRange(ConfigError):
+    """A number outside the range of its setting."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -61,8 +68,16 @@ def check_keys(given: Iterable[str], known: Iterable[str], path: str) -> None:
         )
 
 
-def choose(table: Mapping[str, Any], kind: str, path: str) -> Any:
+def check_section(value: Any, path: str) -> None:
+    """Raises a ConfigError for a value that has no keys."""
+    if not is_section(value):
+        raise ConfigError(f"{path}: expected a section, with keys, got {_shown(value)}")
+
+
+def choose(table: Mapping[str, Any], kind: Any, path: str) -> Any:
     """Looks up `kind` in a registration table; raises a ConfigError with the known kinds."""
+    if not isinstance(kind, str):
+        raise ConfigError(f"{path}: expected one of {', '.join(table)}, got {_shown(kind)}")
     if kind not in table:
         raise ConfigError(f"{path}: no kind '{kind}'{did_you_mean(kind, table)}")
     return table[kind]
@@ -72,8 +87,9 @@ def choose_kind(table: Mapping[str, Any], section: Any, path: str) -> Any:
     """The entry of a registration table for a section's `kind`.
 
     Raises:
-      ConfigError: `kind` is missing or unknown.
+      ConfigError: it is no section, or `kind` is missing or unknown.
     """
+    check_section(section, path)
     if "kind" not in section:
         raise ConfigError(f"{path}.kind: missing; expected one of {', '.join(table)}")
     return choose(table, section["kind"], f"{path}.kind")
@@ -89,9 +105,10 @@ def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Setti
       **derived: fields that the caller computes; they cannot be set by a key.
 
     Raises:
-      ConfigError: an unknown, derived, missing or wrongly typed key.
+      ConfigError: an unknown, derived, missing or wrongly typed key, or a number outside its range.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in ("parent", "name")}  # type: ignore
+    check_section(section, path)
+    fields = keys_of(cls)
     own = {key: field for key, field in fields.items() if key not in derived}
     fixed = [key for key in section if key in derived]
     if fixed:
@@ -104,9 +121,22 @@ def parse(cls: type[Settings], section: Any, path: str, **derived: Any) -> Setti
     ]
     if missing:
         raise ConfigError("\n".join(f"{path}.{key}: missing, and it has no default" for key in missing))
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     values = {key: convert(section[key], hints[key], f"{path}.{key}") for key in section}
     return cls(**values, **derived)
+
+
+def keys_of(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    """Fields of a settings class or a Linen module that may be keys of a section."""
+    return {
+        field.name: field for field in dataclasses.fields(cls) if field.init and field.name not in ("parent", "name")
+    }
+
+
+@functools.cache
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The types of a class's fields, with the ranges in them."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def parse_kind(table: Mapping[str, Any], section: Any, path: str, **derived: Any) -> Any:
@@ -115,47 +145,41 @@ def parse_kind(table: Mapping[str, Any], section: Any, path: str, **derived: Any
     return parse(cls, {key: section[key] for key in section if key != "kind"}, path, **derived)
 
 
-def positive(value: Any, path: str) -> int:
-    """Returns the value if it is an integer above 0.
-
-    Raises:
-      ConfigError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{path}: expected a positive integer, got {value!r}")
-    return value
-
-
 def convert(value: Any, hint: Any, path: str) -> Any:
     """Checks one value against a type hint; converts an int to a float, a list to a tuple, a section to a dataclass.
 
+    A number is checked against the range in its hint, see `ranges`.
+
     Raises:
-      ConfigError: the value is of another type.
+      ConfigError: the value is of another type, or outside its range.
     """
+    hint, limits = ranges.split(hint)
+    found = _converted(value, hint, path)
+    for limit in limits:
+        if found not in limit:
+            raise OutOfRange(f"{path}: expected {limit.broken_by(found)}, got {value!r}")
+    return found
+
+
+def _converted(value: Any, hint: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        for option in args:
-            try:
-                return convert(value, option, path)
-            except ConfigError:
-                continue
-    elif origin is tuple:
+        return _option(value, args, path)
+    if origin is tuple:
         if isinstance(value, list | tuple):
             if len(args) == 2 and args[1] is Ellipsis:
                 return tuple(convert(item, args[0], f"{path}[{i}]") for i, item in enumerate(value))
             if len(args) == len(value):
                 return tuple(convert(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
     elif origin in (dict, Mapping) or hint is dict:
-        if isinstance(value, Mapping) or hasattr(value, "items"):
+        if is_section(value):
             pair = args or (str, Any)
             return {str(k): convert(v, pair[1], f"{path}.{k}") for k, v in value.items()}
     elif origin is typing.Literal:
-        if value in args:
+        if any(type(value) is type(one) and value == one for one in args):
             return value
-        raise ConfigError(f"{path}: expected one of {', '.join(map(repr, args))}, got '{value}'")
-    elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and hasattr(value, "items"):
+        raise ConfigError(f"{path}: expected one of {', '.join(map(repr, args))}, got {_shown(value)}")
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and is_section(value):
         try:
             return parse(hint, value, path)
         except ConfigError:
@@ -170,8 +194,66 @@ def convert(value: Any, hint: Any, path: str) -> Any:
             return value
     elif hint is Any or (isinstance(hint, type) and isinstance(value, hint)):
         return value
-    expected = getattr(hint, "__name__", None) if not args else str(hint)
-    raise ConfigError(f"{path}: expected {expected or hint}, got {value!r}")
+    raise ConfigError(f"{path}: expected {_described(hint)}, got {_shown(value)}")
+
+
+def _option(value: Any, options: tuple[Any, ...], path: str) -> Any:
+    """`convert` to the first of several types that takes the value."""
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        try:
+            return convert(value, option, path)
+        except OutOfRange as error:
+            said, got = str(error).rsplit(", got ", 1)
+            if not said.startswith(f"{path}: ") or type(None) not in options:
+                raise
+            raise OutOfRange(f"{said}, or None, got {got}") from None
+        except ConfigError:
+            if dataclasses.is_dataclass(option) and is_section(value):
+                raise  # it names the key inside
+    raise ConfigError(f"{path}: expected {' | '.join(map(_described, options))}, got {_shown(value)}")
+
+
+def _described(hint: Any) -> str:
+    """A type as it is written in errors: without modules and ranges."""
+    hint, _ = ranges.split(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is type(None):
+        return "None"
+    if not args:
+        return getattr(hint, "__name__", None) or str(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_described, args))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    inner = ", ".join("..." if one is Ellipsis else _described(one) for one in args)
+    return f"{getattr(origin, '__name__', origin)}[{inner}]"
+
+
+def _shown(value: Any) -> str:
+    """A value in errors, on one line."""
+    return repr(plain(value) if is_section(value) else value)
+
+
+def is_section(value: Any) -> bool:
+    """Whether a value has keys: a ConfigDict, a section of it, or a dict."""
+    return isinstance(value, Mapping) or hasattr(value, "items")
+
+
+def check_fields(settings: Any, path: str) -> None:
+    """Checks the values of a settings dataclass against their types and ranges, however it was made.
+
+    Args:
+      settings: called from its `__post_init__`.
+      path: what stands before a field's name in errors, as `config.optimizer.` or `--`.
+
+    Raises:
+      ConfigError: a value of another type, or outside its range.
+    """
+    hints = hints_of(type(settings))
+    for field in dataclasses.fields(settings):
+        convert(getattr(settings, field.name), hints[field.name], f"{path}{field.name}")
 
 
 def plain(config: Any) -> Any:

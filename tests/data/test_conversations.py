@@ -225,7 +225,7 @@ def test_all_faulty_lines_are_reported_together(tmp_path):
         ({"channels": 4}, r"config\.data\.channels: .* got 4"),
         ({"tasks": ()}, r"config\.data\.tasks: expected at least one"),
         ({"num_images": 0}, r"config\.data\.num_images: expected at least 1"),
-        ({"max_corrupt": -1}, r"config\.data\.max_corrupt: expected 0 or more"),
+        ({"max_corrupt": -1}, r"config\.data\.max_corrupt: expected at least 0"),
         ({"evaluation_size": 0}, r"config\.data\.evaluation_size: expected at least 1"),
         ({"train_path": "nowhere.jsonl"}, r"config\.data\.train_path: there is no file '.*nowhere\.jsonl'"),
     ],

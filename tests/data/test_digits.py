@@ -188,7 +188,7 @@ def test_only_training_pages_are_augmented():
             {"task_weights": {"reed": 1.0}},
             r"config\.data\.task_weights\.reed: no such task; did you mean 'read'",
         ),
-        ({"task_weights": {"read": -1.0}}, r"config\.data\.task_weights\.read: expected 0 or more"),
+        ({"task_weights": {"read": -1.0}}, r"config\.data\.task_weights\.read: expected at least 0"),
         ({"task_weights": {"read": 0.0}}, r"config\.data\.task_weights: no task has a weight"),
         ({"turns_per_page": 0}, r"config\.data\.turns_per_page: expected at least 1"),
         ({"evaluation_size": 0}, r"config\.data\.evaluation_size: expected at least 1"),

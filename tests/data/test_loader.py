@@ -72,7 +72,7 @@ def test_digit_pages_are_made_again_from_seed_and_step():
         video_size=lambda path: None,
         prepare_image=lambda image: image.astype(np.float32),
     )
-    source = Digits(variants=0).open(tools)
+    source = Digits(variants=1).open(tools)
     iterator = batches(source.train("cells", seed=3), 8, num_threads=2)
     shard = batches(source.train("cells", seed=3), 8, shard_index=1, shard_count=2)
     for step in range(3):
@@ -100,10 +100,10 @@ def test_an_error_of_an_element_reaches_the_reader():
         (
             5,
             2,
-            r"config\.batch_size: the global batch of 5 cannot .* over 2 hosts; .* multiple of 2",
+            r"config\.stages: a batch_size of 5 cannot .* over 2 hosts; .* multiple of 2",
         ),
-        (0, 1, r"config\.batch_size: the global batch of 0"),
-        (24, 1, r"config\.batch_size: the data has 23 samples, too few for one batch of 24"),
+        (0, 1, r"config\.stages: a batch_size of 0"),
+        (24, 1, r"config\.stages: the data has 23 samples, too few for a batch_size of 24"),
     ],
 )
 def test_a_batch_size_that_cannot_be_is_refused(batch_size, shards, message):

@@ -86,7 +86,7 @@ def test_files_of_a_config_are_mixed_with_names_of_their_own(tmp_path):
         ({"train_path": "a"}, r"config\.data\.train_path: config\.data\.mixture names the training files"),
         (
             {"mixture": {"a": {"path": "b", "weight": 0}}},
-            r"config\.data\.mixture\.a\.weight: expected more than 0, got 0",
+            r"config\.data\.mixture\.a\.weight: expected above 0, got 0",
         ),
         (
             {"mixture": {"a": {"pth": "b"}}},

@@ -59,8 +59,8 @@ def test_the_answer_is_written(said, arguments, answer):
     ("arguments", "message"),
     [
         (["--prompt=d", "--stop_token=<ende>"], "its vocabulary has no token '<ende>'; did you mean '<end>'?"),
-        (["--prompt=d", "--top_p=1.5", "--temperature=1"], "GenerationError: top_p: expected more than 0 and at most"),
-        (["--prompt=d", "--max_new_tokens=0"], "GenerationError: max_new_tokens: expected 1 or more, got 0"),
+        (["--prompt=d", "--top_p=1.5", "--temperature=1"], "flag --top_p=1.5: expected above 0 and at most 1, got 1.5"),
+        (["--prompt=d", "--max_new_tokens=0"], "flag --max_new_tokens=0: expected at least 1, got 0"),
         (["--prompt=abcd", "--cache_length=8"], "GenerationError: prompt: a prompt of 4 tokens"),
         (["--prompt=d", "--image=none.png"], "FileNotFoundError: [Errno 2] No such file or directory: '/"),
         (["--prompt=d", "--image=/"], "IsADirectoryError: [Errno 21] Is a directory: '/'"),

@@ -151,7 +151,7 @@ def test_a_point_that_fails_is_named_and_tried_again(evaluation, finished, tmp_p
     ("changes", "error", "message"),
     [
         ({"reducers": ("fastw",)}, ConfigError, "--reducers: no reducer 'fastw'; did you mean 'fastv'"),
-        ({"budgets": (0,)}, ConfigError, "--budgets: expected a positive integer, got 0"),
+        ({"budgets": (0,)}, ConfigError, "--budgets\\[0\\]: expected at least 1, got 0"),
         ({"reducers": ("fastv",), "budgets": ()}, ConfigError, "no point can be evaluated"),
         ({"batch_size": 0}, ConfigError, "--batch_size: expected at least 1, got 0"),
         ({"max_new_tokens": 1}, SequenceTooLong, "jsonl:0': its reference answer has .* raise --max_new_tokens"),

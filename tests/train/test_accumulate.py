@@ -114,7 +114,7 @@ def test_a_run_accumulates_in_every_stage(config, one_device, tmp_path):
     ("accumulate", "message"),
     [
         (3, r"config\.stages\.seeing\.accumulate: expected a divisor of the batch_size of 8, got 3"),
-        (0, r"config\.stages\.seeing\.accumulate: expected a divisor of the batch_size of 8, got 0"),
+        (0, r"config\.stages\.seeing\.accumulate: expected at least 1, got 0"),
         (4, r"config\.stages\.seeing: microbatches of 2 rows .* cannot be divided over 4 shards"),
     ],
 )

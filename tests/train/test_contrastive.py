@@ -141,11 +141,11 @@ def test_the_evaluation_retrieves_unseen_pairs_and_classifies_without_training(f
         ({"stages.locked.teacher": "somewhere"}, "teacher: the loss distillation has one, and no other"),
         ({"stages.locked.stream": "questions"}, "the objective contrastive takes captions, got 'questions'"),
         ({"stages.locked.objective": "classify"}, "is a key of the objective contrastive; remove it"),
-        ({"encoder.pooling": "none"}, "config.encoder and config.decoder: the image tower returns no pooled vector"),
+        ({"encoder.pooling": "none"}, "config.decoder: the image tower returns no pooled vector"),
         ({"encoder.projection_dim": 10}, r"the towers' vectors have widths 10 \(images\) and 12"),
         ({"token_budget": 4}, r"config\.token_budget: this model has no visual tokens"),
         ({"row.text_length": 0}, r"config\.row\.text_length: expected at least 1"),
-        ({"connector.scale": -1.0}, r"config\.connector\.scale: expected a positive number"),
+        ({"connector.scale": -1.0}, r"config\.connector\.scale: expected above 0, got -1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_by_name(one_device, tmp_path, changes, message):

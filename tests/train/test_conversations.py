@@ -149,5 +149,5 @@ def test_rows_learn_the_turns_that_the_config_names(release, data):
         build(config).training_row(Sample("one", tuple(messages)))
     with config.unlocked():
         config.row.update({"turns": "first", "as_released": False})
-    with pytest.raises(ConfigError, match=r"config\.row\.turns: expected 'all' or 'last', got 'first'"):
+    with pytest.raises(ConfigError, match=r"config\.row\.turns: expected one of 'all', 'last', got 'first'"):
         build(config)

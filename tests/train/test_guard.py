@@ -49,7 +49,7 @@ def test_good_steps_are_those_of_a_running_median(bounds):
 
 @pytest.mark.parametrize("key", ["spike_loss", "spike_grad_norm"])
 def test_a_factor_below_one_is_refused(key):
-    with pytest.raises(ConfigError, match=rf"config\.loop\.{key}: expected a factor above 1"):
+    with pytest.raises(ConfigError, match=rf"config\.loop\.{key}: expected above 1, or None, got 1.0"):
         GuardSettings(**{key: 1.0})
 
 

@@ -135,8 +135,8 @@ def test_what_can_have_an_adapter():
     [
         ({"rank": 2}, "need a rank and a target"),
         ({"target": ("decoder",)}, "need a rank and a target"),
-        ({"rank": -1}, "a rank of at least 0"),
-        ({"rank": 2, "target": ("decoder",), "dropout": 1.0}, "dropout from 0 to below 1"),
+        ({"rank": -1}, "rank: expected at least 0"),
+        ({"rank": 2, "target": ("decoder",), "dropout": 1.0}, "dropout: expected at least 0 and below 1"),
     ],
 )
 def test_settings_that_make_no_adapters_are_refused(lora, message):

@@ -112,8 +112,8 @@ def test_pairs_and_conversations_are_not_mistaken_for_each_other(data):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "expected beta above 0"),
-        ({"label_smoothing": 0.5}, r"label_smoothing in \[0, 0\.5\)"),
+        ({"beta": 0.0}, r"pairs\.beta: expected above 0, got 0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing: expected at least 0 and below 0\.5"),
         ({"z_loss": 1e-4}, "z_loss: is a key of the objective next_token; remove it"),
         ({"stream": "questions"}, "prefer takes preferences, got 'questions'"),
     ],

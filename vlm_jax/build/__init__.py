@@ -20,10 +20,12 @@ from jaxtyping import Float, UInt8
 from vlm_jax.adapter import NO_LORA, LoraSettings
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build.image_text import IMAGE_TEXT, ImageTextExperiment, image_text_experiment, released_image_text
-from vlm_jax.build.parameters import WithParameters
+from vlm_jax.build.parameters import WithParameters, fitting
+from vlm_jax.build.sections import KEYS as KEYS
+from vlm_jax.build.sections import check_model
 from vlm_jax.build.settings import EvaluationSettings, ProcessorSettings, RowSettings
 from vlm_jax.build.vision import Vision, solve_vision
-from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, convert, parse, parse_kind
+from vlm_jax.config import ConfigError, RunConfig, choose, convert, parse, parse_kind
 from vlm_jax.data import SOURCES
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.data.stores import MalformedRecords
@@ -52,11 +54,6 @@ from vlm_jax.sharding.initial import Init, boxed_shapes, draw, in_float32, init_
 from vlm_jax.system import Budget, System
 from vlm_jax.types import Batch, Dtype, Fields, Load, Message, Params, RowShape, Sample, SampleSizes
 
-# Every key of a run's config; the last ones are read by the trainer and the evaluation.
-KEYS = ("seed", "release", "dtype", "param_dtype", "token_budget", "token_budget_per", "data", "row", "processor",
-        "encoder", "reducer", "connector", "decoder", "lora", "schedule", "stages", "optimizer", "loop", "mesh",
-        "evaluation")  # fmt: skip
-MAX_SEED = 2**32 - 1  # of grain's shuffles
 Part = TypeVar("Part", Encoder, Decoder)
 
 PARTS = ("encoder", "connector", "decoder")
@@ -243,19 +240,16 @@ def build(config: Any) -> AnyExperiment:
       ConfigError: an unknown, unused, missing or ill-typed key, or sizes that do not fit.
       InfeasibleBudget: the reducer or the connector cannot meet `config.token_budget`.
     """
-    check_keys(config, KEYS, "config")
-    missing = [key for key in KEYS if key not in config]
-    if missing:
-        raise ConfigError("\n".join(f"config.{key}: missing; see configs/base.py" for key in missing))
-    if not 0 <= config.seed <= MAX_SEED:
-        raise ConfigError(f"config.seed: expected 0 to {MAX_SEED}, got {config.seed}")
+    check_model(config)
     if config.release is not None:
         return _of_release(config)
     if config.decoder.get("kind") in IMAGE_TEXT:
         source = parse_kind(SOURCES, config.data, "config.data")
         dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
-        return image_text_experiment(config, source, _learning_rates(config), dtypes)
-    return _of_sections(config)
+        with fitting():
+            return image_text_experiment(config, source, _learning_rates(config), dtypes)
+    with fitting():
+        return _of_sections(config)
 
 
 def _of_sections(config: RunConfig) -> Experiment:

@@ -23,10 +23,10 @@ from flax import linen as nn
 from jaxtyping import Float, UInt8
 
 from vlm_jax.adapter import NO_LORA, LoraSettings
-from vlm_jax.build.parameters import WithParameters
+from vlm_jax.build.parameters import WithParameters, shapes_of
 from vlm_jax.build.settings import ImageTextSettings, PixelSettings
 from vlm_jax.build.vision import build_encoder
-from vlm_jax.config import ConfigError, RunConfig, check_keys, parse, parse_kind
+from vlm_jax.config import ConfigError, RunConfig, check_fields, check_keys, parse, parse_kind
 from vlm_jax.data.source import Settings, Source, Tools
 from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.vit import ViT
@@ -41,6 +41,7 @@ from vlm_jax.processors.image import image_size, open_image
 from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TextInputs
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.ranges import Finite, Positive, Size
 from vlm_jax.system import System
 from vlm_jax.types import Fields, ImageTextBatch, Sample
 
@@ -56,12 +57,11 @@ class Similarity:
       bias: initial number added to them; -10 in SigLIP; None for a model without one, as in CLIP.
     """
 
-    scale: float
-    bias: float | None = None
+    scale: Positive
+    bias: Finite | None = None
 
     def __post_init__(self):
-        if self.scale <= 0:
-            raise ConfigError(f"config.connector.scale: expected a positive number, got {self.scale}")
+        check_fields(self, "config.connector.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +72,10 @@ class CaptionSettings:
       text_length: tokens of every caption, with its end token; shorter ones are padded, longer ones truncated.
     """
 
-    text_length: int
+    text_length: Size
 
     def __post_init__(self):
-        if self.text_length < 1:
-            raise ConfigError(f"config.row.text_length: expected at least 1, got {self.text_length}")
+        check_fields(self, "config.row.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +206,7 @@ def two_tower_system(config: RunConfig, channels: int, dtypes: Fields) -> tuple[
         jax.ShapeDtypeStruct((1, length), jnp.int32),
     )
     system = _system(model, inputs, ImageTextProcessor(SquareInputs(views), texts, channels=channels))
-    _check_shapes(system)
+    shapes_of(system)  # towers without pooling, or of different widths
     return system, ()
 
 
@@ -291,11 +290,3 @@ def _system(model: nn.Module, inputs: tuple[Any, ...], processor: ImageTextProce
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _check_shapes(system: System) -> None:
-    """Refuses towers without pooling, and towers of different widths."""
-    try:
-        system.boxed_shapes()
-    except ValueError as error:
-        raise ConfigError(f"config.encoder and config.decoder: {error}") from error

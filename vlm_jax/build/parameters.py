@@ -1,18 +1,41 @@
 """Parameters of an experiment: of its model, with adapters, in the dtypes in which stages train them."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
 
 from vlm_jax.adapter import LORA, LoraSettings
+from vlm_jax.config import ConfigError
 from vlm_jax.layers.lora import draw_lora, lora_shapes
 from vlm_jax.optim.patterns import StageRates, trained_in_stages
 from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sharding.rules import placed
 from vlm_jax.system import System
 from vlm_jax.types import Params
+
+
+@contextlib.contextmanager
+def fitting(*more: type[Exception]) -> Iterator[None]:
+    """Turns an error about sizes of a model's parts into a ConfigError: a plain ValueError, or one of `more`."""
+    try:
+        yield
+    except (ValueError, *more) as error:
+        if type(error) not in (ValueError, *more):
+            raise  # a subclass says by itself what is wrong
+        raise ConfigError(f"config.encoder, config.connector and config.decoder: {error}") from error
+
+
+def shapes_of(system: System) -> Params:
+    """The shapes of a system's parameters.
+
+    Raises:
+      ConfigError: sizes of its parts do not fit, as heads that do not divide a width.
+    """
+    with fitting(TypeError):
+        return system.boxed_shapes()
 
 
 class WithParameters:
@@ -39,7 +62,7 @@ class WithParameters:
     @property
     def drawn_shapes(self) -> Params:
         """The boxed shapes before any is made float32."""
-        shapes = self.system.boxed_shapes()
+        shapes = shapes_of(self.system)
         return shapes | lora_shapes(shapes, self.lora)
 
     def boxed_shapes(self) -> Params:

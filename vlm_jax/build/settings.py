@@ -1,14 +1,18 @@
 """The settings classes of `config.processor`, `config.row` and `config.evaluation`."""
 
 import dataclasses
+from typing import Annotated, Literal
 
-from vlm_jax.config import ConfigError, check_keys
+from vlm_jax.config import ConfigError, check_fields, check_keys
+from vlm_jax.paths import absolute
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import FILTERS
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.types import Grid, RowShape
+from vlm_jax.ranges import Count, Finite, Positive, Range, Side, Size
+from vlm_jax.types import RowShape
 
+Tiles = Annotated[int, Range(1, 100)]  # in a row or a column
 SPECIAL_TOKENS = ("pad", "bos", "eos", "image")
 
 
@@ -24,10 +28,13 @@ class PixelSettings:
       filter: resampling filter, a key of `processors.image.FILTERS`.
     """
 
-    image_size: tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    image_size: tuple[Side, Side] | None
+    mean: tuple[Finite, ...]
+    std: tuple[Positive, ...]
     filter: str
+
+    def __post_init__(self):
+        check_fields(self, "config.processor.")
 
     def pixels(self, channels: int) -> Pixels:
         """Resizing and normalisation.
@@ -43,8 +50,6 @@ class PixelSettings:
         for key, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels:
                 raise ConfigError(f"config.processor.{key}: expected {channels} numbers, one per channel, got {values}")
-        if min(self.std) <= 0:
-            raise ConfigError(f"config.processor.std: expected positive numbers, got {self.std}")
         if self.filter not in FILTERS:
             raise ConfigError(f"config.processor.filter: expected one of {', '.join(FILTERS)}, got '{self.filter}'")
         return Pixels(self.mean, self.std, FILTERS[self.filter])
@@ -64,6 +69,7 @@ class ImageTextSettings(PixelSettings):
     special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        super().__post_init__()
         check_keys(self.special_tokens, SPECIAL_TOKENS, "config.processor.special_tokens")
         if self.special_tokens and self.tokenizer == "digits":
             raise ConfigError("config.processor.special_tokens: the built-in tokenizer has its own; remove them")
@@ -72,12 +78,16 @@ class ImageTextSettings(PixelSettings):
         """The built-in tokenizer, or that of the file.
 
         Raises:
-          FileNotFoundError, TokenizerError: as `Tokenizer.from_file`.
+          ConfigError: the file cannot be read.
+          TokenizerError: as `Tokenizer.from_file`.
         """
         if self.tokenizer == "digits":
             return digits_tokenizer()
         names = {f"{role}_token": self.special_tokens.get(role, f"<{role}>") for role in SPECIAL_TOKENS}
-        return Tokenizer.from_file(self.tokenizer, names)
+        try:
+            return Tokenizer.from_file(absolute(self.tokenizer), names)
+        except OSError as error:
+            raise ConfigError(f"config.processor.tokenizer: {error}; expected digits, or a tokenizer.json") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,21 +104,15 @@ class ProcessorSettings(ImageTextSettings):
     """
 
     independent_turns: bool
-    tiles: Grid = (1, 1)
+    tiles: tuple[Tiles, Tiles] = (1, 1)
     thumbnail: bool = False
-    frames: int | None = None
-    min_tokens: int = 1
+    frames: Count | None = None
+    min_tokens: Count = 1
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.tiles) < 1:
-            raise ConfigError(f"config.processor.tiles: expected rows and columns of at least 1, got {self.tiles}")
         if self.thumbnail and self.tiles == (1, 1):
             raise ConfigError("config.processor.thumbnail: needs several tiles; set it to False")
-        for key in ("frames", "min_tokens"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"config.processor.{key}: expected at least 1, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,23 +135,18 @@ class RowSettings:
       as_released: labels with the faults of the release's fine-tuning code; see `processors.as_released`.
     """
 
-    text_length: int | None = None
-    length: int | None = None
-    images: int | None = None
-    pictures: int | None = None
-    kept: tuple[int, ...] | None = None
+    text_length: Size | None = None
+    length: Size | None = None
+    images: Size | None = None
+    pictures: Size | None = None
+    kept: tuple[Size, ...] | None = None
     pack: bool = False
-    buckets: int = 1
-    turns: str = "all"
+    buckets: Annotated[int, Range(1, 64)] = 1
+    turns: Literal["all", "last"] = "all"
     as_released: bool = False
 
     def __post_init__(self):
-        for key in ("length", "images", "pictures", "buckets"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"config.row.{key}: at least 1 expected, got {value}")
-        if self.turns not in ("all", "last"):
-            raise ConfigError(f"config.row.turns: expected 'all' or 'last', got {self.turns!r}")
+        check_fields(self, "config.row.")
         if (self.text_length is None) == (self.length is None):
             raise ConfigError(
                 "config.row: expected either text_length (positions of text, visual tokens not counted) or length (all "
@@ -198,13 +197,10 @@ class EvaluationSettings:
       every: steps between evaluations during training; None for one at its end alone.
     """
 
-    batch_size: int
-    question_length: int | None
-    max_new_tokens: int
-    every: int | None = None
+    batch_size: Size
+    question_length: Size | None
+    max_new_tokens: Size
+    every: Count | None = None
 
     def __post_init__(self):
-        for key in ("batch_size", "question_length", "max_new_tokens", "every"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"config.evaluation.{key}: expected at least 1, got {value}")
+        check_fields(self, "config.evaluation.")

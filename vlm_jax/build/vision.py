@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_jax.budget import InfeasibleBudget, share
 from vlm_jax.build.settings import ProcessorSettings
-from vlm_jax.config import ConfigError, RunConfig, choose, choose_kind, convert, parse, parse_kind, positive
+from vlm_jax.config import ConfigError, RunConfig, choose, choose_kind, convert, hints_of, parse, parse_kind
 from vlm_jax.connectors import CONNECTORS, PACKED_CONNECTORS
 from vlm_jax.connectors.connector import Connector
 from vlm_jax.decoders.decoder import Decoder
@@ -20,6 +20,7 @@ from vlm_jax.processors.patches import packed_length
 from vlm_jax.processors.smart_resize import bounded_size
 from vlm_jax.processors.tiles import FixedTilesViews
 from vlm_jax.processors.views import Views
+from vlm_jax.ranges import Side, Size
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import Fields, Grid
@@ -150,7 +151,7 @@ def _asked(function: Any, cls: Any, section: Any, path: str) -> tuple[Fields, Fi
     """The keys of a section that are keyword arguments of a function, converted, and the section without them."""
     named = inspect.signature(function).parameters.values()
     keywords = [argument.name for argument in named if argument.kind is argument.KEYWORD_ONLY]
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     asked = {key: convert(section[key], hints[key], f"{path}.{key}") for key in section if key in keywords}
     return asked, {key: section[key] for key in section if key not in asked}
 
@@ -177,7 +178,7 @@ def _share(
       largest: largest budget of a view to suggest in errors.
       solve: solves the budget of a view.
     """
-    budget = positive(config.token_budget, "config.token_budget")
+    budget = convert(config.token_budget, Size, "config.token_budget")
     per_frame = Fraction(num_views, settings.frames or 1)
     units = {"image": Fraction(num_views), "frame": per_frame, "tile": Fraction(1)}
     views = choose(units, config.token_budget_per, "config.token_budget_per")
@@ -216,7 +217,7 @@ def build_encoder(section: RunConfig, path: str, image_size: tuple[int, int], dt
     """
     section = dict(section.items())
     if "image_size" in section:
-        image_size = convert(section.pop("image_size"), tuple[int, int], f"{path}.image_size")
+        image_size = convert(section.pop("image_size"), tuple[Side, Side], f"{path}.image_size")
     if "kind" not in section or section["kind"] not in COMPOSITE_ENCODERS:
         return parse_kind({**ENCODERS, **COMPOSITE_ENCODERS}, section, path, image_size=image_size, **dtypes)
     hints = typing.get_type_hints(COMPOSITE_ENCODERS[section["kind"]])

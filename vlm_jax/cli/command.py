@@ -1,9 +1,11 @@
 """Flags and error handling shared by the commands that run a config."""
 
 import errno
+import os
+import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +13,10 @@ from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
+from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.paths import absolute
+from vlm_jax.ranges import Count, Natural
 from vlm_jax.train.loop import Interrupted
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,8 +35,10 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "With --distributed, HOST:PORT of process 0 where JAX does not detect it."
 )
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator_address, the number of processes.")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator_address, the index of this process, from 0.")
+NUM_PROCESSES = numbers.define("num_processes", Count, None, "With --coordinator_address, the number of processes.")
+PROCESS_ID = numbers.define(
+    "process_id", Natural, None, "With --coordinator_address, the index of this process, from 0."
+)
 
 
 def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
@@ -48,6 +54,7 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
     if default_config is not None and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
         sys.argv.insert(1, f"--config={default_config}")
     flags.mark_flag_as_required("config")
+    sys.argv[1:] = opened(sys.argv[1:])
 
     parsed = False
 
@@ -87,6 +94,26 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
         hint = f"; did you mean '{near[1]}'?" if near else ""
         print(f"ConfigError: {' '.join(words)}: the config has no such key{hint}", file=sys.stderr)
         sys.exit(1)
+
+
+def opened(words: Sequence[str]) -> list[str]:
+    """A command line whose config file is found from any directory, with the modules of its own package.
+
+    `~` in the path of `--config` is the home folder, and the folder above the outermost package that the file is in
+    comes first on Python's path.
+    """
+    found, is_path = list[str](), False
+    for word in words:
+        flag, path = re.fullmatch("(--?config=|)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        if flag or is_path:
+            path = os.path.expanduser(path)
+            folder = pathlib.Path(absolute(path)).parent
+            while (folder / "__init__.py").exists():
+                folder = folder.parent
+            sys.path.insert(0, str(folder))
+        found.append(flag + path)
+        is_path = word in ("--config", "-config")
+    return found
 
 
 def _parsed(argv: list[str]) -> list[str]:

@@ -4,9 +4,11 @@ import sys
 
 from absl import app, flags
 
+from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.config import ConfigError
 from vlm_jax.pretrained.loader import DTYPES
+from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
 from vlm_jax.sweep.failures import summary
 
@@ -19,13 +21,13 @@ REDUCERS = flags.DEFINE_list(
 )
 BUDGETS = flags.DEFINE_list("budgets", [], "Visual tokens per image for each reducer.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the results, local or gs://; created if missing.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts per batch.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "Maximum tokens of an answer.")
+BATCH_SIZE = numbers.define("batch_size", Size, 8, "Prompts per batch.")
+MAX_NEW_TOKENS = numbers.define("max_new_tokens", Size, 32, "Maximum tokens of an answer.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Dtype of parameters and computation.")
-NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", None, "Number of records to evaluate, sampled by --seed; all if unset."
+NUM_SAMPLES = numbers.define(
+    "num_samples", Count, None, "Number of records to evaluate, sampled by --seed; all if unset."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed for sampling records.")
+SEED = numbers.define("seed", Seed, 0, "Seed for sampling records.")
 TASKS = flags.DEFINE_list("tasks", ["vqa"], "Allowed values of a record's task; the first is the default.")
 
 

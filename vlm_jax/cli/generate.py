@@ -8,6 +8,7 @@ from absl import app, flags
 from etils import epath
 
 import vlm_jax
+from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
@@ -18,6 +19,7 @@ from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.processors.grounding import draw_boxes
 from vlm_jax.processors.image import to_picture
+from vlm_jax.ranges import Count, NonNegative, Positive, PositiveShare, Seed, Size
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A released folder, or organisation/name on the Hugging Face hub.")
 PROMPT = flags.DEFINE_string("prompt", None, "The prompt.")
@@ -25,37 +27,39 @@ IMAGE = flags.DEFINE_multi_string("image", [], "An image for the prompt; repeata
 VIDEO = flags.DEFINE_multi_string("video", [], "A video for the prompt; repeatable, in order.")
 DRAW = flags.DEFINE_string("draw", None, "A PNG to write: the first image with the boxes of the answer.")
 SYSTEM = flags.DEFINE_string("system", None, "A system message before the prompt.")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Maximum tokens of the answer.")
-MAX_VISUAL_TOKENS = flags.DEFINE_integer(
-    "max_visual_tokens", None, "Maximum visual tokens of an image; as released if unset."
+MAX_NEW_TOKENS = numbers.define("max_new_tokens", Size, 512, "Maximum tokens of the answer.")
+MAX_VISUAL_TOKENS = numbers.define(
+    "max_visual_tokens", Size, None, "Maximum visual tokens of an image; as released if unset."
 )
-TOKEN_BUDGET = flags.DEFINE_integer(
-    "token_budget", None, "Visual tokens of an image: a bound, or with --reducer or --connector an exact number."
+TOKEN_BUDGET = numbers.define(
+    "token_budget", Size, None, "Visual tokens of an image: a bound, or with --reducer or --connector an exact number."
 )
 REDUCER = flags.DEFINE_string("reducer", None, "A training-free token reducer that meets --token_budget.")
 CONNECTOR = flags.DEFINE_string(
     "connector", None, "A connector that replaces the release's own; its parameters are random, not trained."
 )
 ADAPTER = flags.DEFINE_string("adapter", None, "A folder of peft with a LoRA adapter for --checkpoint; merged.")
-MAX_VIDEO_TOKENS = flags.DEFINE_integer("max_video_tokens", None, "The same for a video.")
+MAX_VIDEO_TOKENS = numbers.define("max_video_tokens", Size, None, "The same for a video.")
 ENABLE_THINKING = flags.DEFINE_boolean(
     "enable_thinking",
     None,
     "Whether the model may think first, if its chat template has this variable; its default if unset.",
 )
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Divisor of the logits; 0 selects the most likely token.")
-TOP_K = flags.DEFINE_integer("top_k", None, "Samples among the top_k most likely tokens.")
-TOP_P = flags.DEFINE_float("top_p", None, "Samples among the most likely tokens that together have this probability.")
-REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Above 1, tokens that already occurred are less likely."
+TEMPERATURE = numbers.define("temperature", NonNegative, 0.0, "Divisor of the logits; 0 selects the most likely token.")
+TOP_K = numbers.define("top_k", Count, None, "Samples among the top_k most likely tokens.")
+TOP_P = numbers.define(
+    "top_p", PositiveShare, None, "Samples among the most likely tokens that together have this probability."
 )
-SEED = flags.DEFINE_integer("seed", 0, "Random seed.")
+REPETITION_PENALTY = numbers.define(
+    "repetition_penalty", Positive, 1.0, "Above 1, tokens that already occurred are less likely."
+)
+SEED = numbers.define("seed", Seed, 0, "Random seed.")
 STOP = flags.DEFINE_multi_string("stop", [], "A string before which the answer ends; repeatable.")
 STOP_TOKEN = flags.DEFINE_multi_string("stop_token", [], "The name of a token that ends the answer; repeatable.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(DTYPES), "Dtype of parameters and computation.")
 CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, sorted(CACHE_DTYPES), "Dtype of the cache; --dtype if unset.")
-CACHE_LENGTH = flags.DEFINE_integer("cache_length", None, "Slots of the cache; as many as needed if unset.")
-CHUNK = flags.DEFINE_integer("chunk", 16, "Maximum tokens between two pieces of text.")
+CACHE_LENGTH = numbers.define("cache_length", Count, None, "Slots of the cache; as many as needed if unset.")
+CHUNK = numbers.define("chunk", Count, 16, "Maximum tokens between two pieces of text.")
 
 
 def main(argv: list[str]) -> None:

@@ -10,7 +10,7 @@ import jax
 from absl import flags
 from absl import logging as absl_logging
 
-from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
 from vlm_jax.checkpoints.hub import CheckpointFileError
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
 from vlm_jax.checkpoints.orbax import CheckpointError
@@ -24,6 +24,7 @@ from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.plain_prompt import UnknownText
 from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.views import PictureMismatch
@@ -42,6 +43,7 @@ EXPLAINED = (
     Diverged,
     GenerationError,
     InfeasibleBudget,
+    InfeasibleGrid,
     MalformedRecords,
     PictureMismatch,
     PretrainedError,
@@ -50,6 +52,7 @@ EXPLAINED = (
     StalePlan,
     TokenizerError,
     TooManyCorruptImages,
+    UnknownText,
     UnsupportedError,
     WorkdirInUse,
 )

@@ -22,7 +22,7 @@ def main() -> None:
     )
     sweep.run()
     if sweep.failed:
-        print(summary(sweep.failed, len(sweep.points), sweep.workdir), file=sys.stderr)
+        print(summary(sweep.failed, sweep.num_points, sweep.workdir), file=sys.stderr)
         sys.exit(1)
 
 

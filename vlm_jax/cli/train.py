@@ -11,13 +11,15 @@ from absl import flags
 
 from vlm_jax.build import AnyExperiment, build
 from vlm_jax.checkpoints.saving import check_vacant
-from vlm_jax.cli import command
+from vlm_jax.cli import command, numbers
 from vlm_jax.cli.progress import open_progress
 from vlm_jax.config import ConfigError, parse
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.paths import absolute
+from vlm_jax.ranges import Positive
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train import finetuning
+from vlm_jax.train.check import check_config
 from vlm_jax.train.first_run import completed
 from vlm_jax.train.loop import Trainer
 
@@ -30,7 +32,9 @@ DATA = flags.DEFINE_string(
 EVALUATION_DATA = flags.DEFINE_string(
     "evaluation_data", None, "Another such file to evaluate on; a part of --data is held out if unset."
 )
-EPOCHS = flags.DEFINE_float("epochs", None, "How often each sample is learned; by the number of samples if unset.")
+EPOCHS = numbers.define(
+    "epochs", Positive, None, "How often each sample is learned; by the number of samples if unset."
+)
 EXPORT = flags.DEFINE_string(
     "export", None, "A folder to write at the end: the release with the trained parameters, for cli.generate."
 )
@@ -56,7 +60,10 @@ def configured() -> tuple[Any, dict[str, object]]:
                 section[key] = value
     if config.release is None and command.config_path() == finetuning.__file__:
         raise ConfigError("--release: expected the released folder to fine-tune, or a --config, got neither")
-    return completed(config, epochs=EPOCHS.value)
+    check_config(config, unset=True)
+    config, chosen = completed(config, epochs=EPOCHS.value)
+    check_config(config)
+    return config, chosen
 
 
 def flag_of(path: str) -> str:

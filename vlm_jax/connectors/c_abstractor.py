@@ -16,6 +16,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import in_rows, masked
+from vlm_jax.ranges import Depth, Size
 from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 _SQUEEZE_RATIO = 0.25
@@ -43,12 +44,12 @@ class CAbstractor(OutputGrid, nn.Module):
 
     kind = "c_abstractor"
 
-    features: int
-    output_grid: tuple[int, int]
-    table_grid: tuple[int, int]
-    depth: int
-    width: int | None = None
-    mlp_depth: int = 2
+    features: Size
+    output_grid: tuple[Size, Size]
+    table_grid: tuple[Size, Size]
+    depth: Depth
+    width: Size | None = None
+    mlp_depth: Depth = 2
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -7,6 +7,7 @@ from vlm_jax.connectors.solving import WholeSquares
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.squares import squares
+from vlm_jax.ranges import NonNegative, Side, Size
 from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 
@@ -28,10 +29,10 @@ class Concat(WholeSquares, nn.Module):
 
     kind = "concat"
 
-    features: int
-    factor: int
+    features: Size
+    factor: Side
     norm: NormKind = "layer"
-    norm_epsilon: float = 1e-6
+    norm_epsilon: NonNegative = 1e-6
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

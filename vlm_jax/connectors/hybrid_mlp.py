@@ -7,6 +7,7 @@ from vlm_jax import axes
 from vlm_jax.budget import InfeasibleGrid, refuse
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
+from vlm_jax.ranges import Depth, Size
 from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 
@@ -26,8 +27,8 @@ class HybridMlp(nn.Module):
     low_high_hybrid_split_mlp_gelu.
     """
 
-    features: int
-    depth: int = 2
+    features: Size
+    depth: Depth = 2
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -12,6 +12,7 @@ from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.squares import in_rows, masked
+from vlm_jax.ranges import NonNegative, Side, Size
 from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 WINDOW = 3  # of the depthwise convolutions; a larger stride would skip features
@@ -80,9 +81,9 @@ class LDP(nn.Module):
     Source: Chu et al. 2023 (MobileVLM); MobileVLM, mobilevlm/model/vision_projector.py, LDPBlock.
     """
 
-    features: int
-    stride: int = 2
-    norm_epsilon: float = 1e-5
+    features: Size
+    stride: Side = 2
+    norm_epsilon: NonNegative = 1e-5
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

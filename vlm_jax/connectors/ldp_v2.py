@@ -8,6 +8,7 @@ from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.conv import Conv, reached
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.squares import masked
+from vlm_jax.ranges import Size
 from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 
@@ -27,8 +28,8 @@ class LDPv2(OutputGrid, nn.Module):
 
     kind = "ldp_v2"
 
-    features: int
-    output_grid: tuple[int, int]
+    features: Size
+    output_grid: tuple[Size, Size]
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

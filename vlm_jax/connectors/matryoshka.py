@@ -18,6 +18,7 @@ from vlm_jax.connectors.perceiver import Perceiver
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.qformer import QFormer
 from vlm_jax.connectors.resampler import Resampler
+from vlm_jax.ranges import Count, Size
 from vlm_jax.types import Config, Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 # Connectors that average windows, which nest where grids divide each other, and query connectors, which use the first.
@@ -48,10 +49,10 @@ class Matryoshka(nn.Module):
     set of budgets; here `budgets` is sampled uniformly.
     """
 
-    features: int
+    features: Size
     inner: Config
-    budgets: tuple[int, ...]
-    token_budget: int
+    budgets: tuple[Count, ...]
+    token_budget: Count
     members: tuple[Config, ...]
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32

@@ -6,6 +6,7 @@ from flax import linen as nn
 from vlm_jax.budget import refuse
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.squares import masked
+from vlm_jax.ranges import Depth, Size
 from vlm_jax.types import Dtype, Fields, Grid, VisualFeatures, VisualTokens
 
 
@@ -27,8 +28,8 @@ class MlpConnector(nn.Module):
     multimodal_projector/builder.py.
     """
 
-    features: int
-    depth: int = 2
+    features: Size
+    depth: Depth = 2
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -8,10 +8,11 @@ from vlm_jax import axes
 from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import with_axes
-from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.mlp import Activation, Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import masked
+from vlm_jax.ranges import Depth, Natural, NonNegative, Size
 from vlm_jax.types import Config, Dtype, VisualFeatures, VisualTokens
 
 _MLP_RATIO = 4  # of every layer, in both releases
@@ -45,18 +46,18 @@ class Perceiver(Queries, nn.Module):
 
     kind = "perceiver"
 
-    features: int
-    num_queries: int
-    depth: int
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    projection_dim: int | None = None
+    features: Size
+    num_queries: Size
+    depth: Depth
+    num_heads: Size | None = None
+    num_kv_heads: Size | None = None
+    head_dim: Size | None = None
+    projection_dim: Size | None = None
     norm: NormKind = "rms"
-    activation: str = "silu"
+    activation: Activation = "silu"
     gated: bool = True
-    norm_epsilon: float = 1e-6
-    num_used: int | None = None
+    norm_epsilon: NonNegative = 1e-6
+    num_used: Natural | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -10,6 +10,7 @@ from vlm_jax.connectors.solving import CoveringSquares
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.squares import in_rows, squares
+from vlm_jax.ranges import Depth, NonNegative, Side, Size
 from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 Version = Literal["v1", "v2"]
@@ -62,13 +63,13 @@ class PixelShuffle(CoveringSquares, nn.Module):
 
     kind = "pixel_shuffle"
 
-    features: int
-    factor: int
+    features: Size
+    factor: Side
     version: Version = "v2"
     norm: NormKind | None = "layer"
-    norm_epsilon: float = 1e-5
-    mlp_dim: int | None = None
-    depth: int = 2
+    norm_epsilon: NonNegative = 1e-5
+    mlp_dim: Size | None = None
+    depth: Depth = 2
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 from vlm_jax.connectors.solving import OutputGrid
 from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.squares import in_rows
+from vlm_jax.ranges import Size
 from vlm_jax.types import Dtype, Grid, VisualFeatures, VisualTokens
 
 
@@ -62,8 +63,8 @@ class Pool(OutputGrid, nn.Module):
 
     kind = "pool"
 
-    features: int
-    output_grid: tuple[int, int]
+    features: Size
+    output_grid: tuple[Size, Size]
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

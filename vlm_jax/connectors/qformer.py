@@ -9,10 +9,11 @@ from vlm_jax import axes
 from vlm_jax.connectors.solving import Queries
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.dense import Dense, Embed, with_axes
-from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.mlp import Activation, Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.scan import scan_layers
 from vlm_jax.layers.squares import masked
+from vlm_jax.ranges import Count, Depth, Natural, NonNegative, Size
 from vlm_jax.types import Config, Dtype, Instruction, VisualFeatures, VisualTokens
 
 # Queries, and the instruction or None: the carry of the layers.
@@ -42,15 +43,15 @@ class QueryTransformer(nn.Module, kw_only=True):
     models/blip_2 and models/instructblip.
     """
 
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    cross_attention_every: int = 2
-    activation: str = "gelu"
-    norm_epsilon: float = 1e-12
-    vocab_size: int | None = None
-    max_length: int = 512
+    width: Size
+    depth: Depth
+    num_heads: Size
+    mlp_dim: Size
+    cross_attention_every: Depth = 2
+    activation: Activation = "gelu"
+    norm_epsilon: NonNegative = 1e-12
+    vocab_size: Size | None = None
+    max_length: Count = 512
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -124,9 +125,9 @@ class QFormer(Queries, QueryTransformer, kw_only=True):
 
     kind = "qformer"
 
-    features: int
-    num_queries: int
-    num_used: int | None = None
+    features: Size
+    num_queries: Size
+    num_used: Natural | None = None
 
     @nn.compact
     def __call__(  # type: ignore[override]

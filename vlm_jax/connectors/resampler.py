@@ -16,6 +16,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.position_embedding import sincos_2d
 from vlm_jax.layers.resize import resize
 from vlm_jax.layers.squares import in_rows, masked
+from vlm_jax.ranges import Natural, NonNegative, Size
 from vlm_jax.types import Dtype, Grid, VisualFeatures, VisualTokens
 
 
@@ -43,12 +44,12 @@ class Resampler(Queries, nn.Module):
 
     kind = "resampler"
 
-    features: int
-    num_queries: int
-    num_heads: int | None = None
+    features: Size
+    num_queries: Size
+    num_heads: Size | None = None
     released: bool = False
-    norm_epsilon: float = 1e-6
-    num_used: int | None = None
+    norm_epsilon: NonNegative = 1e-6
+    num_used: Natural | None = None
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -4,6 +4,7 @@ A connector sets the class attribute `kind` to its key in `CONNECTORS`, and has 
 """
 
 from vlm_jax.budget import InfeasibleGrid, refuse, solve_grid, squares_of_sizes
+from vlm_jax.ranges import Natural, Side, Size
 from vlm_jax.types import Fields, Grid
 
 
@@ -11,7 +12,7 @@ class OutputGrid:
     """Solves `output_grid`, of any size up to the feature grid."""
 
     kind: str
-    output_grid: tuple[int, int]
+    output_grid: tuple[Size, Size]
 
     def num_tokens(self, grid: Grid) -> int:
         """Rows times columns of `output_grid` for any grid."""
@@ -33,7 +34,7 @@ class WholeSquares:
     """Solves `factor`: squares of factor x factor neighbours, which divide the grid."""
 
     kind: str
-    factor: int
+    factor: Side
 
     def num_tokens(self, grid: Grid) -> int:
         """The number of squares in the grid.
@@ -65,7 +66,7 @@ class CoveringSquares:
     """Solves `factor`: squares of factor x factor neighbours, padded at the edges."""
 
     kind: str
-    factor: int
+    factor: Side
 
     def num_tokens(self, grid: Grid) -> int:
         """The number of squares in the grid, including those at the edges."""
@@ -88,8 +89,8 @@ class Queries:
     """Solves `num_queries`: learned queries, each of which becomes a token."""
 
     kind: str
-    num_queries: int
-    num_used: int | None
+    num_queries: Size
+    num_used: Natural | None
 
     def num_tokens(self, grid: Grid) -> int:
         """The number of used queries, for any grid."""

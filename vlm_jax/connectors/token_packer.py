@@ -13,6 +13,7 @@ from vlm_jax.layers.mlp import Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.resize import resize
 from vlm_jax.layers.squares import in_rows, masked, squares
+from vlm_jax.ranges import NonNegative, Side, Size
 from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 
@@ -36,10 +37,10 @@ class TokenPacker(WholeSquares, nn.Module):
 
     kind = "token_packer"
 
-    features: int
-    factor: int
-    num_heads: int | None = None
-    norm_epsilon: float = 1e-6
+    features: Size
+    factor: Side
+    num_heads: Size | None = None
+    norm_epsilon: NonNegative = 1e-6
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -12,6 +12,7 @@ from vlm_jax.connectors.solving import CoveringSquares
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.squares import squares
+from vlm_jax.ranges import Natural, NonNegative, Positive, Side, Size
 from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 
 Tokenize = Literal["softmax", "gumbel_argmax", "st_argmax", "hard_softmax"]
@@ -60,13 +61,13 @@ class VisualVocabulary(CoveringSquares, nn.Module):
 
     kind = "visual_vocabulary"
 
-    features: int
-    vocab_size: int
-    factor: int
-    num_indicators: int = 5
+    features: Size
+    vocab_size: Size
+    factor: Side
+    num_indicators: Natural = 5
     tokenize: Tokenize = "softmax"
-    tau: float = 1.0
-    norm_epsilon: float = 1e-5
+    tau: Positive = 1.0
+    norm_epsilon: NonNegative = 1e-5
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

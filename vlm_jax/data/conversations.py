@@ -10,12 +10,12 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import grain
 import numpy as np
 
-from vlm_jax.config import ConfigError, did_you_mean
+from vlm_jax.config import ConfigError, check_fields, did_you_mean
 from vlm_jax.data import media
 from vlm_jax.data.media import Media
 from vlm_jax.data.mixture import Part, mixed
@@ -25,6 +25,7 @@ from vlm_jax.data.schemas import Record
 from vlm_jax.data.source import SizedStream, Tools
 from vlm_jax.data.spelling import Spelling
 from vlm_jax.paths import absolute
+from vlm_jax.ranges import Count, Natural, Positive
 from vlm_jax.types import Fields, Message, Sample, SampleSizes, images_of, text_of
 
 Found = TypeVar("Found")
@@ -49,7 +50,7 @@ class MixturePart:
     """
 
     path: str
-    weight: float = 1.0
+    weight: Positive = 1.0
     columns: dict[str, str] | None = None
     tags: dict[str, str] | None = None
 
@@ -80,17 +81,17 @@ class Conversations:
 
     train_path: str | None
     evaluation_path: str | None = None
-    held_out: int = 0
+    held_out: Natural = 0
     mixture: dict[str, MixturePart] = dataclasses.field(default_factory=dict)
-    channels: int = 3
-    num_images: int | None = 1
+    channels: Literal[1, 3] = 3
+    num_images: Count | None = 1
     tasks: tuple[str, ...] = ("vqa",)
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     tags: dict[str, str] = dataclasses.field(default_factory=dict)
-    max_corrupt: int = 0
-    max_pixels: int = 100_000_000
-    evaluation_size: int | None = None
-    max_checked: int = 200_000
+    max_corrupt: Natural = 0
+    max_pixels: Count = 100_000_000
+    evaluation_size: Count | None = None
+    max_checked: Count = 200_000
 
     streams = STREAMS
     cells = None
@@ -98,27 +99,15 @@ class Conversations:
     num_classes = 0
 
     def __post_init__(self):
-        if self.channels not in (1, 3):
-            raise ConfigError(f"config.data.channels: expected 1 or 3, got {self.channels}")
+        check_fields(self, "config.data.")
         if not self.tasks:
             raise ConfigError("config.data.tasks: expected at least one task, got none")
-        if self.num_images is not None and self.num_images < 1:
-            raise ConfigError(f"config.data.num_images: expected at least 1, got {self.num_images}")
-        if self.max_corrupt < 0:
-            raise ConfigError(f"config.data.max_corrupt: expected 0 or more, got {self.max_corrupt}")
-        for key in ("evaluation_size", "max_checked"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ConfigError(f"config.data.{key}: expected at least 1, got {value}")
         if self.mixture and self.train_path is not None:
             raise ConfigError("config.data.train_path: config.data.mixture names the training files; set it to None")
-        for name, part in self.mixture.items():
-            if not 0 < part.weight < float("inf"):
-                raise ConfigError(f"config.data.mixture.{name}.weight: expected more than 0, got {part.weight}")
         for key, (path, _, _) in self._trained().items():
             if self.evaluation_path is not None and absolute(path) == absolute(self.evaluation_path):
                 raise ConfigError(f"config.data.evaluation_path: is {key}, {path}; use a separate file")
-        if self.held_out < 0 or (self.evaluation_path is None) != bool(self.held_out):
+        if (self.evaluation_path is None) != bool(self.held_out):
             raise ConfigError(
                 "config.data: expected either evaluation_path or held_out, the number of records of train_path that "
                 f"are the evaluation, got {self.evaluation_path!r} and {self.held_out}"

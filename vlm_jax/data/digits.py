@@ -13,20 +13,24 @@ Element i of a training stream depends only on (seed, stream, i).
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Annotated
 
 import grain
 import numpy as np
 
-from vlm_jax.config import ConfigError, did_you_mean
+from vlm_jax.config import ConfigError, check_fields, did_you_mean
 from vlm_jax.data.digit_questions import TASKS, TASKS_WITHOUT_PIXELS, ask, digits_in_reading_order
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, SizedStream, Tools
+from vlm_jax.ranges import Count, NonNegative, Range, Side
 from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
 
 STREAMS = ("questions", "text_pages", "cells", "captions")
 # First key of every generator, so that different uses of a seed generate different pages.
 TRAIN_KEY, TEST_KEY = 0, 1
+
+Cells = Annotated[int, Range(1, 100)]  # of a row or a column
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +55,19 @@ class Digits:
       noise: maximum standard deviation of a page's noise, in grey levels of 255, with `augment`.
     """
 
-    rows: int = 4
-    cols: int = 4
-    page_size: int = 48
-    min_digit: int = 8
-    max_digit: int = 12
-    task_weights: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
-    turns_per_page: int = 4
-    text_scales: tuple[int, ...] = (1,)
-    evaluation_size: int = 128
+    rows: Cells = 4
+    cols: Cells = 4
+    page_size: Side = 48
+    min_digit: Side = 8
+    max_digit: Side = 12
+    task_weights: dict[str, NonNegative] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    turns_per_page: Count = 4
+    text_scales: tuple[Cells, ...] = (1,)
+    evaluation_size: Count = 128
     augment: bool = True
-    variants: int = 8
-    intensity: float = 0.25
-    noise: float = 8.0
+    variants: Annotated[int, Range(1, 1000)] = 8
+    intensity: Annotated[float, Range(0, below=1)] = 0.25
+    noise: Annotated[float, Range(0, 255)] = 8.0
 
     streams = STREAMS
     channels = 1
@@ -81,18 +85,14 @@ class Digits:
         return self.rows, self.cols
 
     def __post_init__(self):
-        for task, weight in self.task_weights.items():
+        check_fields(self, "config.data.")
+        for task in self.task_weights:
             if task not in TASKS:
                 raise ConfigError(f"config.data.task_weights.{task}: no such task{did_you_mean(task, TASKS)}")
-            if weight < 0:
-                raise ConfigError(f"config.data.task_weights.{task}: expected 0 or more, got {weight}")
         if not self.tasks:
             raise ConfigError("config.data.task_weights: no task has a weight above 0; set one of " + ", ".join(TASKS))
-        if not self.text_scales or min(self.text_scales) < 1:
-            raise ConfigError(f"config.data.text_scales: expected at least one, each 1 or more, got {self.text_scales}")
-        for key in ("turns_per_page", "evaluation_size"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"config.data.{key}: expected at least 1, got {getattr(self, key)}")
+        if not self.text_scales:
+            raise ConfigError("config.data.text_scales: expected at least one side, got none")
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -52,14 +52,14 @@ class _Batches:
     def __init__(self, dataset: grain.MapDataset, batch_size: int, shard_index: int, shard_count: int):
         if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
             raise ConfigError(
-                f"config.batch_size: the global batch of {batch_size} cannot be divided evenly over "
+                f"config.stages: a batch_size of {batch_size} cannot be divided evenly over "
                 f"{shard_count} hosts; set it to a positive multiple of {shard_count}"
             )
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard_index must be in [0, {shard_count}), got {shard_index}")
         if len(dataset) < batch_size:
             raise ConfigError(
-                f"config.batch_size: the data has {len(dataset)} samples, too few for one batch of {batch_size}"
+                f"config.stages: the data has {len(dataset)} samples, too few for a batch_size of {batch_size}"
             )
         self._dataset = dataset
         self._batch_size = batch_size

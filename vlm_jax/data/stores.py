@@ -236,14 +236,17 @@ def files_of(path: str) -> list[str]:
     return sorted(os.fspath(found) for found in epath.Path(folder or ".").glob(name))
 
 
+SUFFIXES = (".array_record", ".arrayrecord", ".gz", ".json", ".jsonl", ".parquet", ".tar")  # of files of records
+
+
 def _open(path: str, key: str) -> Store:
     source = epath.Path(path)
     if not source.exists():
         raise ConfigError(f"config.data.{key}: there is no file '{path}'")
     if source.is_dir():
-        raise ConfigError(
-            f"config.data.{key}: '{path}' is a folder; name a file, or a pattern such as {path}/*.parquet"
-        )
+        found = sorted({entry.suffix for entry in source.iterdir()} & set(SUFFIXES))
+        way = f", or a pattern such as {path}/*{found[0]}" if found else ""
+        raise ConfigError(f"config.data.{key}: '{path}' is a folder; name a file of records{way}")
     try:
         file = LocalFile(os.fspath(source))
     except UnreadableFile as error:

@@ -16,10 +16,12 @@ from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
 from vlm_jax.layers.latent_attention import LatentKeyValue
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.router import Scoring, Selection
 from vlm_jax.layers.scan import LOSSES
+from vlm_jax.ranges import Depth, Natural, NonNegative, Positive, Size
 from vlm_jax.types import Drop, Dtype, Fields, Positions, VisualPlaces
 
 # Fields that are not read: those of the other attention, and of groups without a group-limited selection.
@@ -68,40 +70,40 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
     Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2; Wu et al. 2024 (DeepSeek-VL2), section 2.
     """
 
-    vocab_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    latent_dim: int | None
-    expert_dim: int
-    num_experts: int
-    num_selected: int
-    activation: str = "silu"
-    num_shared: int = 2
-    num_dense: int = 1
-    expert_every: int = 1
-    num_kv_heads: int | None = None
-    query_latent_dim: int | None = None
-    content_dim: int = 128
-    rope_dim: int = 64
-    value_dim: int = 128
-    logit_scale: float = 1.0
+    vocab_size: Size
+    width: Size
+    depth: Depth
+    num_heads: Size
+    mlp_dim: Size
+    latent_dim: Size | None
+    expert_dim: Size
+    num_experts: Size
+    num_selected: Size
+    activation: Activation = "silu"
+    num_shared: Natural = 2
+    num_dense: Natural = 1
+    expert_every: Depth = 1
+    num_kv_heads: Size | None = None
+    query_latent_dim: Size | None = None
+    content_dim: Size = 128
+    rope_dim: Size = 64
+    value_dim: Size = 128
+    logit_scale: Positive = 1.0
     attention_bias: bool = False
     scoring: Scoring = "softmax"
     selection: Selection = "greedy"
-    num_groups: int = 1
-    num_selected_groups: int = 1
+    num_groups: Size = 1
+    num_selected_groups: Size = 1
     normalize_weights: bool = False
-    weight_scale: float = 1.0
-    balance_weight: float = 0.001
+    weight_scale: Positive = 1.0
+    balance_weight: NonNegative = 0.001
     balance_over: Literal["sequence", "batch"] = "sequence"
     rope: Rope = Rope()
-    norm_epsilon: float = 1e-6
+    norm_epsilon: NonNegative = 1e-6
     tie_embeddings: bool = False
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
-    unroll: int = 1
+    unroll: Depth = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

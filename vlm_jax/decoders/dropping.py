@@ -17,6 +17,7 @@ from vlm_jax.layers.block import LayerCache, TransformerStack
 from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
+from vlm_jax.ranges import Depth
 from vlm_jax.types import PADDING_SEGMENT, Drop, Dtype, Positions, VisualPlaces, struct
 
 _NOWHERE = 2**30  # the index of padding added after a drop
@@ -156,7 +157,7 @@ class DropsTokens:
     a row's attention in `context`.
     """
 
-    depth: int
+    depth: Depth
     rope: Rope
     drops: tuple[Drop, ...]
     dtype: Dtype

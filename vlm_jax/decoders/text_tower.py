@@ -10,8 +10,10 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed, with_axes
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
+from vlm_jax.ranges import Count, Depth, Natural, NonNegative, Size
 from vlm_jax.types import Dtype, struct
 
 TextPooling = Literal["first", "last", "mean", "max", "map", "highest", "end"]
@@ -61,21 +63,21 @@ class TextTower(nn.Module):
     models/proj/image_text/text_transformer.py.
     """
 
-    vocab_size: int
-    context_length: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
+    vocab_size: Size
+    context_length: Count
+    width: Size
+    depth: Depth
+    num_heads: Size
+    mlp_dim: Size
     causal: bool
     pooling: TextPooling
-    end_token: int | None = None
-    projection_dim: int | None = None
+    end_token: Natural | None = None
+    projection_dim: Size | None = None
     projection_bias: bool = True
-    activation: str = "gelu_tanh"
-    norm_epsilon: float = 1e-6
+    activation: Activation = "gelu_tanh"
+    norm_epsilon: NonNegative = 1e-6
     remat: RematPolicy = "none"
-    unroll: int = 1
+    unroll: Depth = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -13,8 +13,10 @@ from vlm_jax.decoders.head import LinearHead
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense, Embed
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
+from vlm_jax.ranges import Count, Depth, NonNegative, Size
 from vlm_jax.types import Drop, Dtype, Positions, VisualPlaces
 
 
@@ -46,30 +48,32 @@ class Transformer(DropsTokens, LinearHead, nn.Module):
     Source: Touvron et al. 2023 (Llama), section 2.2.
     """
 
-    vocab_size: int
-    width: int
-    depth: int
-    num_heads: int
-    num_kv_heads: int
-    mlp_dim: int
-    activation: str = "silu"
-    head_dim: int | None = None
+    vocab_size: Size
+    width: Size
+    depth: Depth
+    num_heads: Size
+    num_kv_heads: Size
+    mlp_dim: Size
+    activation: Activation = "silu"
+    head_dim: Size | None = None
     rope: Rope = Rope()
-    log_length: int | None = None
-    norm_epsilon: float = 1e-6
+    log_length: Count | None = None
+    norm_epsilon: NonNegative = 1e-6
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()
+    windows: tuple[Count | None, ...] = ()
     tie_embeddings: bool = True
     drops: tuple[Drop, ...] = ()
     remat: RematPolicy = "none"
-    unroll: int = 1
+    unroll: Depth = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def setup(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_kv_heads} heads of keys do not divide {self.num_heads} heads of queries")
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         # Initialised at the scale that every block adds to the residual stream; a table that also gives
         # the logits is initialised so that these start near 1.

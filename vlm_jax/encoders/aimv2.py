@@ -13,6 +13,7 @@ from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.saliency import Saliency
+from vlm_jax.ranges import Depth, Index, NonNegative, Side, Size
 from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 
@@ -42,20 +43,20 @@ class AIMv2(nn.Module):
     Source: Fini et al. 2024 (AIMv2), section 2; AIDC-AI/Ovis, ovis/model/visual_tokenizer.
     """
 
-    image_size: tuple[int, int]
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
+    image_size: tuple[Side, Side]
+    patch_size: Side
+    width: Size
+    depth: Depth
+    num_heads: Size
+    mlp_dim: Size
     qkv_bias: bool = False
     use_bias: bool = False
     final_norm: bool = False
-    select_layer: int | None = None
-    norm_epsilon: float = 1e-5
+    select_layer: Index | None = None
+    norm_epsilon: NonNegative = 1e-5
     saliency: Saliency = "none"
     remat: RematPolicy = "none"
-    unroll: int = 1
+    unroll: Depth = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -9,10 +9,11 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.encoders.encoder import ImageEncoder
 from vlm_jax.layers.resize import resize
+from vlm_jax.ranges import Finite, Positive, Side
 from vlm_jax.types import Grid, TwoSizes, VisualFeatures
 
 Combine = Literal["feature", "sequence", "sum", "tuple"]
-ChannelStatistics = tuple[tuple[float, ...], tuple[float, ...]]
+ChannelStatistics = tuple[tuple[Finite, ...], tuple[Positive, ...]]
 
 
 class Hybrid(nn.Module):
@@ -41,7 +42,7 @@ class Hybrid(nn.Module):
 
     high: ImageEncoder
     low: ImageEncoder
-    low_size: int
+    low_size: Side
     combine: Combine
     high_statistics: ChannelStatistics | None = None
     low_statistics: ChannelStatistics | None = None

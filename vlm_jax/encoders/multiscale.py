@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.encoders.encoder import ImageEncoder
 from vlm_jax.layers.resize import resize
+from vlm_jax.ranges import Natural, Positive, Side, Size
 from vlm_jax.types import Grid, VisualFeatures
 
 
@@ -57,10 +58,10 @@ class MultiScale(nn.Module):
     """
 
     encoder: ImageEncoder
-    scales: tuple[int | float, ...]
-    image_sizes: tuple[tuple[int, int], ...] = ()
-    max_split_size: int | None = None
-    resize_output_to: int = 0
+    scales: tuple[Size | Positive, ...]
+    image_sizes: tuple[tuple[Side, Side], ...] = ()
+    max_split_size: Side | None = None
+    resize_output_to: Natural = 0
 
     @property
     def features(self) -> int:

@@ -12,6 +12,7 @@ from vlm_jax import axes
 from vlm_jax.encoders.packed import check_packed
 from vlm_jax.encoders.trunk import Trunk
 from vlm_jax.layers.dense import Dense, with_axes
+from vlm_jax.ranges import Side, Size
 from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
@@ -33,11 +34,11 @@ class NaflexViT(Trunk, kw_only=True):
     Laurençon et al. 2024 (Idefics2), section 3.3; transformers, models/idefics2, Idefics2VisionEmbeddings.
     """
 
-    patch_size: int
-    table_grid: Grid
+    patch_size: Side
+    table_grid: tuple[Size, Size]
     position_interpolation: Literal["linear", "nearest"] = "linear"
     patch_bias: bool = True
-    channels: int = 3
+    channels: Size = 3
 
     @property
     def patch_format(self) -> PatchFormat:

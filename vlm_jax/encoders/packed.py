@@ -10,10 +10,12 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.encoders.select_layer import blocks_up_to
 from vlm_jax.layers.block import RematPolicy
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.saliency import Saliency
 from vlm_jax.layers.windowed_stack import WindowedStack, restore_order
+from vlm_jax.ranges import Depth, Index, Natural, NonNegative, Positive, Side, Size
 from vlm_jax.types import PADDING_SEGMENT, Dtype, Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
@@ -47,23 +49,23 @@ class PackedTrunk(nn.Module, kw_only=True):
       param_dtype: dtype of the stored parameters.
     """
 
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    temporal_patch_size: int = 1
-    channels: int = 3
-    activation: str = "gelu_tanh"
+    patch_size: Side
+    width: Size
+    depth: Depth
+    num_heads: Size
+    mlp_dim: Size
+    temporal_patch_size: Side = 1
+    channels: Size = 3
+    activation: Activation = "gelu_tanh"
     gated: bool = False
     norm: NormKind = "layer"
-    norm_epsilon: float = 1e-6
-    merge_size: int = 2
-    window_size: int | None = None
-    full_layers: tuple[int, ...] | None = None
-    select_layer: int | None = None
+    norm_epsilon: NonNegative = 1e-6
+    merge_size: Side = 2
+    window_size: Natural | None = None
+    full_layers: tuple[Natural, ...] | None = None
+    select_layer: Index | None = None
     use_rope: bool = True
-    rope_theta: float = 10_000.0
+    rope_theta: Positive = 10_000.0
     saliency: Saliency = "none"
     remat: RematPolicy = "none"
     dtype: Dtype = jnp.float32

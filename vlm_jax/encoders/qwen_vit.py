@@ -5,7 +5,9 @@ from flax import linen as nn
 from vlm_jax import axes
 from vlm_jax.encoders.packed import PackedTrunk, patches_in_blocks
 from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import NormKind
+from vlm_jax.ranges import Side
 from vlm_jax.types import Grid, PackedPatches, VisualFeatures
 
 
@@ -22,8 +24,8 @@ class QwenViT(PackedTrunk, kw_only=True):
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
     """
 
-    temporal_patch_size: int = 2
-    activation: str = "silu"
+    temporal_patch_size: Side = 2
+    activation: Activation = "silu"
     gated: bool = True
     norm: NormKind = "rms"
 

@@ -9,6 +9,7 @@ from vlm_jax import axes
 from vlm_jax.layers.attention import Context, MultiHeadAttention
 from vlm_jax.layers.conv import Conv
 from vlm_jax.layers.dense import with_axes
+from vlm_jax.ranges import Natural, Side, Size
 from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 _NORM_EPSILON = 1e-5
@@ -129,11 +130,11 @@ class ModifiedResNet(nn.Module):
     Source: Radford et al. 2021 (CLIP), section 2.4; openai/CLIP, clip/model.py, ModifiedResNet.
     """
 
-    image_size: tuple[int, int]
-    layers: tuple[int, int, int, int]
-    base_width: int
-    num_heads: int
-    projection_dim: int
+    image_size: tuple[Side, Side]
+    layers: tuple[Natural, Natural, Natural, Natural]
+    base_width: Size
+    num_heads: Size
+    projection_dim: Size
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -14,12 +14,13 @@ from vlm_jax.layers.attention import Context, attention
 from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy
 from vlm_jax.layers.conv import Conv
 from vlm_jax.layers.dense import Dense, with_axes
-from vlm_jax.layers.mlp import Mlp
+from vlm_jax.layers.mlp import Activation, Mlp
 from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D
 from vlm_jax.layers.resize import resize, resize_axis
 from vlm_jax.layers.scan import scan_layers
+from vlm_jax.ranges import Depth, Natural, NonNegative, Side, Size
 from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 NECK_EPSILON = 1e-6
@@ -224,23 +225,23 @@ class SAM(nn.Module):
     DeepSeek-VL, models/sam.py.
     """
 
-    image_size: tuple[int, int]
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    neck_dim: int
-    global_blocks: tuple[int, ...]
-    window_size: int = 14
+    image_size: tuple[Side, Side]
+    patch_size: Side
+    width: Size
+    depth: Depth
+    num_heads: Size
+    mlp_dim: Size
+    neck_dim: Size
+    global_blocks: tuple[Natural, ...]
+    window_size: Side = 14
     qkv_bias: bool = True
-    activation: str = "gelu"
-    norm_epsilon: float = 1e-6
-    downsample_dims: tuple[int, ...] = ()
-    downsample_from: Grid | None = None
+    activation: Activation = "gelu"
+    norm_epsilon: NonNegative = 1e-6
+    downsample_dims: tuple[Size, ...] = ()
+    downsample_from: tuple[Size, Size] | None = None
     high_res_branch: bool = False
     remat: RematPolicy = "none"
-    unroll: int = 1
+    unroll: Depth = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -6,6 +6,7 @@ from vlm_jax import axes
 from vlm_jax.encoders.packed import PackedTrunk, patches_in_blocks
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.resampled_positions import ResampledPositions
+from vlm_jax.ranges import Size
 from vlm_jax.types import Grid, PackedPatches, VisualFeatures
 
 
@@ -21,7 +22,7 @@ class Siglip2NaViT(PackedTrunk, kw_only=True):
     Source: Lu et al. 2025 (Ovis2.5), section 2; AIDC-AI/Ovis2.5-9B, modeling_ovis2_5.py, Siglip2NavitModel.
     """
 
-    table_side: int | None = 32
+    table_side: Size | None = 32
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of features of one image of `height` x `width` pixels.

@@ -11,10 +11,12 @@ from vlm_jax.encoders.last_attention import run_with_saliency
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import RematPolicy, TransformerStack
 from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import Norm, NormKind
 from vlm_jax.layers.pooling import MapHead, reduce_tokens
 from vlm_jax.layers.saliency import Saliency
 from vlm_jax.layers.token_merging import run_merging
+from vlm_jax.ranges import Depth, Finite, Index, Natural, NonNegative, Size
 from vlm_jax.types import Dtype, Grid, VisualFeatures
 
 Pooling = Literal["none", "token", "gap", "max", "map"]
@@ -59,31 +61,31 @@ class Trunk(nn.Module, kw_only=True):
       param_dtype: dtype of the stored parameters.
     """
 
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    activation: str = "gelu_tanh"
+    width: Size
+    depth: Depth
+    num_heads: Size
+    mlp_dim: Size
+    activation: Activation = "gelu_tanh"
     norm: NormKind = "layer"
-    norm_epsilon: float = 1e-6
+    norm_epsilon: NonNegative = 1e-6
     qkv_bias: bool = True
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
-    layer_scale: float | None = None
+    layer_scale: Finite | None = None
     pre_norm: bool = False
     final_norm: Literal["tokens", "pooled", "none"] = "tokens"
-    select_layer: int | None = None
-    levels: tuple[int, ...] = ()
+    select_layer: Index | None = None
+    levels: tuple[Index, ...] = ()
     keep_class_token: bool = False
     pooling: Pooling = "none"
-    representation_size: int | None = None
-    projection_dim: int | None = None
+    representation_size: Size | None = None
+    projection_dim: Size | None = None
     projection_bias: bool = False
     saliency: Saliency = "none"
-    merged: tuple[int, ...] = ()
+    merged: tuple[Natural, ...] = ()
     merging: Literal["exact", "as_released"] = "exact"
     remat: RematPolicy = "none"
-    unroll: int = 1
+    unroll: Depth = 1
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 

@@ -13,6 +13,7 @@ from vlm_jax.interpolation import ResizeKind
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.patch_embed import PatchEmbed
 from vlm_jax.layers.position_embedding import LearnedPositions2D, sincos_2d
+from vlm_jax.ranges import Natural, Side, Size
 from vlm_jax.types import Grid, VisualFeatures
 
 
@@ -44,15 +45,15 @@ class ViT(Trunk, kw_only=True):
     Source: Dosovitskiy et al. 2021, section 3.1; big_vision, models/vit.py.
     """
 
-    image_size: tuple[int, int] | None
-    patch_size: int
+    image_size: tuple[Side, Side] | None
+    patch_size: Side
     patch_bias: bool = True
     position: Literal["learned", "sincos", "none"] = "learned"
     position_interpolation: ResizeKind = "bicubic_antialias"
     class_token: bool = False
     class_position: bool = False
-    stem_layers: tuple[int, ...] | None = None
-    stem_width: int = 64
+    stem_layers: tuple[Natural, ...] | None = None
+    stem_width: Size = 64
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches of an image of `height` x `width` pixels; a remainder is dropped.

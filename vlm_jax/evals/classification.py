@@ -10,10 +10,11 @@ import numpy as np
 
 from vlm_jax.build import ImageTextExperiment
 from vlm_jax.build.image_text import CAPTIONS, label_of
-from vlm_jax.config import ConfigError
+from vlm_jax.config import check_fields
 from vlm_jax.evals.evaluator import batched, told
 from vlm_jax.evals.vqa import share
 from vlm_jax.models.classifier import Classifier
+from vlm_jax.ranges import Count, Size
 from vlm_jax.sharding.rules import mesh_of, replicated
 from vlm_jax.types import Fields, Params
 
@@ -27,12 +28,11 @@ class ClassificationSettings:
       every: steps between evaluations during training; None for one at its end alone.
     """
 
-    batch_size: int
-    every: int | None = None
+    batch_size: Size
+    every: Count | None = None
 
     def __post_init__(self):
-        if self.batch_size < 1 or (self.every is not None and self.every < 1):
-            raise ConfigError("config.evaluation: expected batch_size and every (or None) of at least 1")
+        check_fields(self, "config.evaluation.")
 
 
 @dataclasses.dataclass(frozen=True)

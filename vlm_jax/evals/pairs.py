@@ -9,12 +9,13 @@ import numpy as np
 
 from vlm_jax.build import ImageTextExperiment
 from vlm_jax.build.image_text import CAPTIONS, label_of
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.evals.evaluator import batched, told
 from vlm_jax.evals.retrieval import retrieval_ranks
 from vlm_jax.evals.vqa import share
 from vlm_jax.evals.zero_shot import class_embeddings, class_ranks
 from vlm_jax.models.two_tower import TwoTower, normalise
+from vlm_jax.ranges import Count, Size
 from vlm_jax.sharding.rules import mesh_of, replicated
 from vlm_jax.types import Fields, Params
 
@@ -33,15 +34,16 @@ class PairSettings:
       every: steps between evaluations during training; None for one at its end alone.
     """
 
-    batch_size: int
-    ks: tuple[int, ...] = (1, 5, 10)
+    batch_size: Size
+    ks: tuple[Count, ...] = (1, 5, 10)
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ("{}",)
-    every: int | None = None
+    every: Count | None = None
 
     def __post_init__(self):
-        if self.batch_size < 1 or not self.ks or min(self.ks) < 1 or (self.every is not None and self.every < 1):
-            raise ConfigError("config.evaluation: expected batch_size, ks and every (or None) of at least 1")
+        check_fields(self, "config.evaluation.")
+        if not self.ks:
+            raise ConfigError("config.evaluation.ks: expected at least one number of candidates, got none")
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ConfigError(f"config.evaluation.templates: expected one {{}} in each, got {template!r}")

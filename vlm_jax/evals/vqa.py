@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -55,8 +56,8 @@ class Answer:
 
 
 def exact(answer: str, reference: str) -> bool:
-    """Equality of texts, ignoring spaces at the ends."""
-    return answer.strip() == reference.strip()
+    """Equality of texts, ignoring spaces at the ends and how Unicode composes a character."""
+    return unicodedata.normalize("NFC", answer).strip() == unicodedata.normalize("NFC", reference).strip()
 
 
 def overlap(answer: str, reference: str) -> bool:
@@ -67,6 +68,16 @@ def overlap(answer: str, reference: str) -> bool:
 
 # Tasks with another metric than exact match.
 SCORERS: dict[str, Callable[[str, str], bool]] = {"locate": overlap}
+
+
+def is_right(tokenizer: Tokenizer, task: str, answer: str, reference: str) -> bool:
+    """Whether an answer counts as right, by the task's metric.
+
+    A tokenizer may write a text in another way, as in lower case; an answer of the model can only equal the reference
+    as its tokenizer writes it, which counts as well.
+    """
+    scorer, spelled = SCORERS.get(task, exact), tokenizer.decode(tokenizer.encode(reference))
+    return scorer(answer, reference) or (bool(spelled.strip()) and scorer(answer, spelled))
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -137,7 +148,7 @@ def _answered(
         counts, text = example.visual_tokens, completion.text
         if sum(counts) != shown:
             raise ValueError(f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places")
-        correct = completion.reason == "end" and SCORERS.get(sample.task, exact)(text, sample.answer)
+        correct = completion.reason == "end" and is_right(system.processor.tokenizer, sample.task, text, sample.answer)
         asked = sample.sample_id, sample.task, sample.question, sample.answer
         yield Answer(*asked, text, correct, counts, tokens_by_span(example))
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vlm_jax.ranges import Natural, Positive
 from vlm_jax.types import Positions
 
 Scaling = Literal["none", "linear", "dynamic", "dynamic_prompt", "llama3", "yarn", "longrope"]
@@ -55,19 +56,19 @@ class Rope:
     al. 2024 for `longrope`; Wang et al. 2024 (Qwen2-VL) for M-RoPE; transformers, modeling_rope_utils.py.
     """
 
-    theta: float = 10_000.0
+    theta: Positive = 10_000.0
     scaling: Scaling = "none"
-    factor: float = 1.0
-    original_length: int = 0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Positive = 1.0
+    original_length: Natural = 0
+    low_frequency_factor: Positive = 1.0
+    high_frequency_factor: Positive = 4.0
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
-    short_factors: tuple[float, ...] = ()
-    long_factors: tuple[float, ...] = ()
-    attention_factor: float | None = None
-    sections: tuple[int, ...] = ()
+    short_factors: tuple[Positive, ...] = ()
+    long_factors: tuple[Positive, ...] = ()
+    attention_factor: Positive | None = None
+    sections: tuple[Natural, ...] = ()
 
     def __post_init__(self):
         reads = (*_READS[self.scaling], "theta", "scaling", "sections")

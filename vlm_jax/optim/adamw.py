@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vlm_jax.config import ConfigError, choose
+from vlm_jax.config import ConfigError, check_fields, choose
 from vlm_jax.leaves import flatten, map_with_path
+from vlm_jax.ranges import Decay, NonNegative, Positive, Range, Share
 from vlm_jax.types import Dtype, Tree
 
 MOMENT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -35,27 +37,22 @@ class OptimizerSettings:
         none. The next stage starts from it, and so do evaluation, `from_pretrained(WORKDIR)` and exports.
 
     Raises:
-      ConfigError: clip_norm is not positive, or a moment is to be kept in bfloat16 with a decay (above 0.96) that it
+      ConfigError: a number outside its range, or a moment is to be kept in bfloat16 with a decay (above 0.96) that it
         cannot follow within a tenth.
     """
 
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    final_scale: float = 0.0
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.05
+    clip_norm: Annotated[float, Range(above=0, infinite=True, note="inf for no clipping")] = 1.0
+    final_scale: Share = 0.0
     first_moment: str = "float32"
     second_moment: str = "float32"
-    ema: float | None = None
+    ema: Decay | None = None
 
     def __post_init__(self):
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ConfigError(f"config.optimizer.ema: expected a decay from 0 to below 1, or None, got {self.ema}")
-        if not self.clip_norm > 0:
-            raise ConfigError(
-                f"config.optimizer.clip_norm: expected more than 0, got {self.clip_norm}; for no clipping set it to inf"
-            )
+        check_fields(self, "config.optimizer.")
         for key, decay in (("first_moment", "b1"), ("second_moment", "b2")):
             path, value = f"config.optimizer.{key}", getattr(self, decay)
             dtype = choose(MOMENT_DTYPES, getattr(self, key), path)

@@ -1,14 +1,14 @@
 """Applies the sections of a run's config to a release."""
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 
-from vlm_jax.config import ConfigError, check_keys, convert, parse, parse_kind
+from vlm_jax.config import ConfigError, check_keys, convert, hints_of, parse, parse_kind
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.ranges import Count
 from vlm_jax.system import System
 from vlm_jax.types import Config, Fields
 
@@ -22,8 +22,8 @@ class ReleaseProcessorSettings:
       max_length: maximum tokens of a conversation.
     """
 
-    max_pixels: int | None = None
-    max_length: int | None = None
+    max_pixels: Count | None = None
+    max_length: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ImageTextReleaseSettings:
       max_pixels: maximum pixels of an image; more is treated as a decompression bomb. None for the release's.
     """
 
-    max_pixels: int | None = None
+    max_pixels: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _given(section: Config) -> Fields:
 
 def _fields(section: Config, module: type, path: str) -> Fields:
     """The section's values as fields of a module."""
-    hints = typing.get_type_hints(module)
+    hints = hints_of(module)
     check_keys(section, hints, path)
     return {key: convert(value, hints[key], f"{path}.{key}") for key, value in section.items()}
 

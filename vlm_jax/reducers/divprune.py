@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.ranges import Share
 from vlm_jax.reducers.reducer import KeepsFeatures, every, real, unit
 from vlm_jax.types import VisualFeatures
 
@@ -31,7 +32,7 @@ class DivPrune(KeepsFeatures):
 
     kind: ClassVar[str] = "divprune"
 
-    ratio: float | None = None
+    ratio: Share | None = None
 
     def num_left(self, count: int) -> int:
         """`num_kept`, or all where there are fewer; with `ratio`, its share of `count`."""

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from vlm_jax.budget import grid_of_size, refuse, sizes_of_grids
+from vlm_jax.ranges import Size
 from vlm_jax.reducers.reducer import PassesFeatures
 from vlm_jax.types import Fields, Grid
 
@@ -19,7 +20,7 @@ class DownsampleImage(PassesFeatures):
 
     kind: ClassVar[str] = "downsample_image"
 
-    output_grid: tuple[int, int]
+    output_grid: tuple[Size, Size]
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> Fields:

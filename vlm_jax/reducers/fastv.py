@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from vlm_jax.ranges import Natural, Share
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
 from vlm_jax.types import Drop
 
@@ -21,8 +22,8 @@ class FastV(ReducesInDecoder):
 
     kind: ClassVar[str] = "fastv"
 
-    layer: int = 2
-    ratio: float | None = None
+    layer: Natural = 2
+    ratio: Share | None = None
 
     def drops(self) -> tuple[Drop, ...]:
         """One drop, before layer `layer`."""

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from vlm_jax.budget import refuse
 from vlm_jax.config import ConfigError
+from vlm_jax.ranges import Natural
 from vlm_jax.reducers.reducer import Part, PassesFeatures, PositionRule
 from vlm_jax.types import Drop, Fields, Grid
 
@@ -24,10 +25,10 @@ class ReducesInDecoder(PassesFeatures):
 
     reduces_in: ClassVar[Part | None] = "decoder"
 
-    num_kept: int
-    num_features: int
-    num_layers: int
-    num_shown: int | None = None
+    num_kept: Natural
+    num_features: Natural
+    num_layers: Natural
+    num_shown: Natural | None = None
     positions: PositionRule = dataclasses.field(default="keep", kw_only=True)
 
     @classmethod

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.ranges import Share, Size
 from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest, marked, pick, real, spread, unit
 from vlm_jax.types import Fields, VisualFeatures
 
@@ -36,9 +37,9 @@ class PruMerge(KeepsFeatures):
 
     kind: ClassVar[str] = "prumerge"
 
-    num_neighbors: int = 32
-    spatial_share: float = 0.0
-    ratio: float | None = None
+    num_neighbors: Size = 32
+    spatial_share: Share = 0.0
+    ratio: Share | None = None
     adaptive: bool = False
 
     def required_fields(self) -> dict[Part, Fields]:

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from vlm_jax.config import ConfigError
+from vlm_jax.ranges import Natural, Share
 from vlm_jax.reducers.in_decoder import ReducesInDecoder
 from vlm_jax.types import Drop
 
@@ -25,8 +26,8 @@ class PyramidDrop(ReducesInDecoder):
 
     kind: ClassVar[str] = "pyramid_drop"
 
-    layers: tuple[int, ...] | None = None
-    ratios: tuple[float, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
+    ratios: tuple[Share, ...] | None = None
 
     def drops(self) -> tuple[Drop, ...]:
         """One drop per layer.

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.budget import refuse
+from vlm_jax.ranges import Natural
 from vlm_jax.types import Fields, Grid, VisualFeatures
 
 Rule = Literal["exact", "as_released"]
@@ -117,7 +118,7 @@ class KeepsFeatures(PassesFeatures):
       num_kept: number of kept features, solved from the budget.
     """
 
-    num_kept: int
+    num_kept: Natural
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> Fields:

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from vlm_jax.budget import refuse
 from vlm_jax.layers.token_merging import merge_schedule
+from vlm_jax.ranges import Natural
 from vlm_jax.reducers.reducer import KeepsFeatures, Part
 from vlm_jax.types import Fields, Grid, VisualFeatures
 
@@ -24,7 +25,7 @@ class ToMe(KeepsFeatures):
     kind: ClassVar[str] = "tome"
     reduces_in: ClassVar[Part | None] = "encoder"
 
-    merged: tuple[int, ...]
+    merged: tuple[Natural, ...]
 
     @classmethod
     def for_budget(cls, budget: int, grid: Grid, num_layers: int) -> Fields:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.ranges import Share
 from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest, marked, pick, real, unit
 from vlm_jax.types import Fields, VisualFeatures
 
@@ -44,7 +45,7 @@ class VisionZip(KeepsFeatures):
 
     kind: ClassVar[str] = "visionzip"
 
-    contextual_share: float = 10 / 64
+    contextual_share: Share = 10 / 64
 
     @property
     def num_contextual(self) -> int:

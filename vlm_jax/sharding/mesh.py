@@ -3,13 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 from jax.sharding import AxisType, Mesh
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, check_fields
+from vlm_jax.ranges import INT32, Range
 
 DATA, FSDP, TENSOR, CONTEXT, EXPERT = "data", "fsdp", "tensor", "context", "expert"
+Devices = Annotated[int, Range(1, INT32, also=-1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +27,14 @@ class MeshSettings:
       expert: shards of the experts.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
-    expert: int = 1
+    data: Devices = -1
+    fsdp: Devices = 1
+    tensor: Devices = 1
+    context: Devices = 1
+    expert: Devices = 1
+
+    def __post_init__(self):
+        check_fields(self, "config.mesh.")
 
 
 def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -> Mesh:
@@ -45,8 +51,8 @@ def make_mesh(settings: MeshSettings, devices: Sequence[object] | None = None) -
     sizes = dataclasses.asdict(settings)
     free = [name for name, size in sizes.items() if size == -1]
     known = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ConfigError(f"config.mesh: expected positive sizes, at most one of them -1, got {sizes}")
+    if len(free) > 1:
+        raise ConfigError(f"config.mesh: expected at most one -1, got {sizes}")
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     if math.prod(sizes.values()) != len(devices):

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,11 +15,12 @@ import rich.progress
 from etils import epath
 from flax import linen as nn
 
-from vlm_jax.config import ConfigError
-from vlm_jax.evals.vqa import SCORERS, check_references, exact, share, short
+from vlm_jax.config import ConfigError, check_fields
+from vlm_jax.evals.vqa import check_references, is_right, share, short
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
+from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.sweep.costs import first_with_images, flops, num_params
 from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.frontier import draw_frontier
@@ -66,19 +67,16 @@ class ReleaseEvaluation:
     release: str
     data: str
     reducers: tuple[str, ...]
-    budgets: tuple[int, ...] = ()
-    batch_size: int = 8
-    max_new_tokens: int = 32
+    budgets: tuple[Size, ...] = ()
+    batch_size: Size = 8
+    max_new_tokens: Size = 32
     dtype: str = "float32"
-    num_samples: int | None = None
-    seed: int = 0
+    num_samples: Count | None = None
+    seed: Seed = 0
     tasks: tuple[str, ...] = ("vqa",)
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens", "num_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name}: expected at least 1, got {value}")
+        check_fields(self, "--")
         if not self.reducers or not self.tasks:
             raise ConfigError("--reducers, --tasks: expected at least one name each")
 
@@ -242,7 +240,7 @@ class Evaluation:
         )
         lines = []
         for sample, answer in zip(samples, answers, strict=False):
-            scorer: Callable[[str, str], bool] = SCORERS.get(sample.task, exact)
+            right = is_right(processor.tokenizer, sample.task, answer.text, sample.answer)
             sizes = [(image.shape[0], image.shape[1]) for image in sample.images]
             counts = processor.count_visual_tokens(sizes)
             lines.append(
@@ -250,7 +248,7 @@ class Evaluation:
                     "sample_id": sample.sample_id,
                     "task": sample.task,
                     "text": answer.text,
-                    "correct": answer.reason == "end" and scorer(answer.text, sample.answer),
+                    "correct": answer.reason == "end" and right,
                     "visual_tokens": counts,
                     "tokens_in_last_layer": answer.visual_tokens[-1] if counts else 0,
                 }

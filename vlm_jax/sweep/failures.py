@@ -38,9 +38,13 @@ class Failures:
         except Exception as error:  # of whatever kind: the other points are still worth having
             if isinstance(error, Interrupted) or jax.process_count() > 1:
                 raise
-            self.errors[label] = f"{type(error).__name__}: {error}"
-            self._console.print(f"{label}: failed: {self.errors[label]}", markup=False)
-            self._write()
+            self.add(label, f"{type(error).__name__}: {error}")
+
+    def add(self, label: str, error: str) -> None:
+        """Says and keeps the error of a point."""
+        self.errors[label] = error
+        self._console.print(f"{label}: failed: {error}", markup=False)
+        self._write()
 
     def _write(self) -> None:
         write_lines(self._path, [{"label": label, "error": error} for label, error in self.errors.items()])

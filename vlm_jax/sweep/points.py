@@ -8,12 +8,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vlm_jax.build import CELL_HEAD, Experiment, build_conversational
+from vlm_jax.build.sections import check_sections
 from vlm_jax.build.settings import EvaluationSettings
-from vlm_jax.config import ConfigError, check_keys, did_you_mean, parse
+from vlm_jax.config import ConfigError, OutOfRange, check_keys, check_section, convert, did_you_mean, parse
 from vlm_jax.leaves import flatten
+from vlm_jax.ranges import Seed, Size
 from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sweep.costs import Costs, costs, first_with_images
 from vlm_jax.sweep.release_points import AS_RELEASED
+from vlm_jax.train.check import check_training
 from vlm_jax.types import Params, Sample
 
 SECTIONS = ("encoder", "reducer", "connector", "decoder")
@@ -31,7 +34,7 @@ class SweepSettings:
     """
 
     shared: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     controls: tuple[str, ...] = ()
 
 
@@ -63,8 +66,15 @@ class Point:
 
 def sweep_settings(config: Any) -> SweepSettings:
     """Parses `config.sweep`, and checks its labels against the rest of the config."""
-    settings = parse(SweepSettings, config.sweep, "config.sweep")
     check_keys(config, ("base", "candidates", "sweep"), "config")
+    for key in ("base", "candidates", "sweep"):
+        check_section(config.get(key), f"config.{key}")
+    settings = parse(SweepSettings, config.sweep, "config.sweep")
+    check_sections(config.base)
+    check_training(config.base)
+    for name, candidate in config.candidates.items():
+        check_section(candidate, f"config.candidates.{name}")
+        convert(candidate.get("budgets"), tuple[Size | None, ...], f"config.candidates.{name}.budgets")
     for label in settings.controls:
         if label not in config.candidates:
             raise ConfigError(f"config.sweep.controls: no candidate '{label}'{did_you_mean(label, config.candidates)}")
@@ -89,7 +99,7 @@ def sweep_settings(config: Any) -> SweepSettings:
     return settings
 
 
-def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
+def list_points(config: Any, only: tuple[str, ...] = (), refused: dict[str, str] | None = None) -> list[Point]:
     """Every candidate at every one of its budgets and every seed: first those that train nothing, then by tokens.
 
     A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and
@@ -101,9 +111,11 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
     Args:
       config: a sweep's config: `base`, `candidates`, `sweep`.
       only: labels to keep; all when empty.
+      refused: gets {label: error} of the points with a number outside its range, which are left out; else, or if no
+        point is left, these are errors as the others.
 
     Raises:
-      ConfigError: an unused key, or an unknown label in `only`.
+      ConfigError: an unused key, a number outside its range, or an unknown label in `only`.
       InfeasibleBudget: a candidate cannot meet one of its budgets; the message has the nearest ones.
     """
     settings, samples = sweep_settings(config), {}
@@ -131,7 +143,14 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
             made = functools.cache(functools.partial(_made, config.base, name, candidate, seed, settings.shared))
             suffix = f"#{seed}" if number else ""
             for budget in candidate.budgets:
-                run, experiment = made(budget)
+                label = f"{name}@{AS_RELEASED if budget is None else budget}{suffix}"
+                try:
+                    run, experiment = made(budget)
+                except OutOfRange as error:
+                    if refused is None:
+                        raise
+                    refused[label] = f"{type(error).__name__}: {error}"
+                    continue
                 trained_at = candidate.trained_at if "trained_at" in candidate else budget
                 training = (run, experiment) if trained_at == budget else made(trained_at)
                 if trained_at != budget and training[1].boxed_shapes() != experiment.boxed_shapes():
@@ -149,15 +168,20 @@ def list_points(config: Any, only: tuple[str, ...] = ()) -> list[Point]:
                     kind = untrained.index(shapes)
                     # The parameters of a release are the same for any seed.
                     trained_as = f"untrained{f'-{kind}' if kind else ''}{suffix if settings.shared else ''}"
-                label = f"{name}@{AS_RELEASED if budget is None else budget}{suffix}"
                 sample = None if experiment.prompt is not None else sample_of(seed, experiment)
                 points[label] = Point(
                     label, name, run, experiment, costs(experiment, sample), trained_as, training, start
                 )
-    unknown = [label for label in only if label not in points]
+    known = [*points, *(refused or ())]
+    unknown = [label for label in only if label not in known]
     if unknown:
-        raise ConfigError(f"--only: no point '{unknown[0]}'{did_you_mean(unknown[0], points)}")
+        raise ConfigError(f"--only: no point '{unknown[0]}'{did_you_mean(unknown[0], known)}")
     chosen = [point for label, point in points.items() if not only or label in only]
+    if refused and only:
+        for label in [label for label in refused if label not in only]:
+            del refused[label]
+    if refused and not chosen:
+        raise ConfigError("\n".join(refused.values()))
 
     def place(point: Point) -> tuple[bool, str, float]:
         """Points that train nothing follow each other by the parameters that they share."""

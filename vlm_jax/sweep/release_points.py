@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from vlm_jax.budget import InfeasibleBudget
-from vlm_jax.config import ConfigError, did_you_mean, positive
+from vlm_jax.config import ConfigError, convert, did_you_mean
 from vlm_jax.connectors import CONNECTORS
 from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.ranges import Size
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.system import System
 
@@ -65,10 +66,10 @@ def list_release_points(
       Points in the order given, and the infeasible ones.
 
     Raises:
-      ConfigError: an unknown reducer, a budget that is not a positive integer, or a text-only model.
+      ConfigError: an unknown reducer, a budget out of range, or a text-only model.
     """
     for budget in budgets:
-        positive(budget, "--budgets")
+        convert(budget, Size, "--budgets")
     points: list[ReleasePoint] = []
     refused: list[RefusedPoint] = []
     for name in dict.fromkeys(reducers):

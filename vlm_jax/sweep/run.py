@@ -63,7 +63,8 @@ class Sweep:
         self._settings = sweep_settings(config)
         self._outcomes: dict[str, Outcome] = {}
         self.failed: dict[str, str] = {}
-        self.points = list_points(config, only)
+        self._refused: dict[str, str] = {}
+        self.points = list_points(config, only, self._refused)
         self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
         self._claim = Claim(self.workdir, config)
 
@@ -89,6 +90,8 @@ class Sweep:
         todo = [point for point in self.points if point.label not in results]
         failures = Failures(self.workdir, self._console)
         self.failed = failures.errors
+        for label, error in self._refused.items():
+            failures.add(label, error)
         if todo:
             with self._progress(todo) as progress:
                 seeds = dict.fromkeys(point.config.seed for point in todo)
@@ -105,6 +108,11 @@ class Sweep:
         if ordered:
             self._show(ordered)
         return ordered
+
+    @property
+    def num_points(self) -> int:
+        """Points that were asked for, with those that cannot be built."""
+        return len(self.points) + len(self._refused)
 
     def outcome(self, label: str) -> Outcome:
         """Parameters and costs of a point, from its last checkpoint, after training its remaining steps.

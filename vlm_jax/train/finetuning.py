@@ -39,7 +39,7 @@ def section(cls: type[Any], **values: Any) -> ConfigDict:
 def _kind(hint: Any) -> type:
     """The type of a value other than None."""
     options = [one for one in typing.get_args(hint) if one is not type(None)]
-    kind = options[0] if isinstance(hint, types.UnionType) else hint
+    kind = options[0] if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
     return typing.get_origin(kind) or kind
 
 

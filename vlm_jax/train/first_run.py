@@ -132,7 +132,9 @@ def is_incomplete(config: RunConfig) -> bool:
         return False
     if "length" not in config.row or "held_out" not in config.data:  # two towers, or a config that is complete
         return False
-    stage = config.stages[config.schedule[0]]
+    stage = config.stages.get(config.schedule[0])
+    if stage is None or not {"images", "batch_size", "learning_rates"} <= {*config.row, *config.evaluation, *stage}:
+        return False  # a key without a default is missing, which `build` or the trainer says
     sections = (config.row.length, config.row.images, config.dtype, config.param_dtype, config.evaluation.batch_size)
     keys = ("steps", "batch_size", "warmup_steps", "accumulate")
     of_stage = [stage[key] for key in keys if key in stage]

@@ -1,16 +1,19 @@
 """Detects steps with non-finite numbers or spikes, which are skipped or end the run."""
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from vlm_jax.config import ConfigError
+from vlm_jax.config import check_fields
+from vlm_jax.ranges import Count, Range
 from vlm_jax.types import Array, Tree, struct
 
 WINDOW, FEWEST = 64, 16  # steps of a running median; a spike is not looked for with fewer
+
+Factor = Annotated[float, Range(above=1)]
 
 
 class Bounds(NamedTuple):
@@ -34,17 +37,12 @@ class GuardSettings:
     """
 
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    spike_loss: float | None = None
-    spike_grad_norm: float | None = None
-    max_skipped: int = 5
+    spike_loss: Factor | None = None
+    spike_grad_norm: Factor | None = None
+    max_skipped: Count = 5
 
     def __post_init__(self):
-        for key in ("spike_loss", "spike_grad_norm"):
-            value = getattr(self, key)
-            if value is not None and not value > 1:
-                raise ConfigError(f"config.loop.{key}: expected a factor above 1, or None, got {value}")
-        if self.max_skipped < 1:
-            raise ConfigError(f"config.loop.max_skipped: expected at least 1, got {self.max_skipped}")
+        check_fields(self, "config.loop.")
 
     @property
     def bounds(self) -> Bounds:

@@ -1,8 +1,9 @@
 """The settings class of `config.loop`."""
 
 import dataclasses
+from typing import Annotated
 
-from vlm_jax.config import ConfigError
+from vlm_jax.ranges import Count, Positive, Range
 from vlm_jax.train.guard import GuardSettings
 from vlm_jax.train.writers import TENSORBOARD, check_writers
 
@@ -24,25 +25,14 @@ class LoopSettings(GuardSettings):
         no `mfu` where that is not known, as for CPUs.
     """
 
-    save_every: int = 200
-    keep: int = 2
-    log_every: int = 20
-    input_workers: int = 0
+    save_every: Count = 200
+    keep: Count = 2
+    log_every: Count = 20
+    input_workers: Annotated[int, Range(0, 1024)] = 0
     writers: tuple[str, ...] = (TENSORBOARD,)
-    profile: tuple[int, int] | None = None
-    peak_flops: float | None = None
+    profile: tuple[Count, Count] | None = None
+    peak_flops: Positive | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("save_every", "keep", "log_every"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"config.loop.{key}: expected at least 1, got {getattr(self, key)}")
         check_writers(self.writers)
-        if self.profile is not None and min(self.profile) < 1:
-            raise ConfigError(
-                f"config.loop.profile: expected a first step and a number of steps from 1 on, got {self.profile}"
-            )
-        if self.peak_flops is not None and self.peak_flops <= 0:
-            raise ConfigError(f"config.loop.peak_flops: expected FLOP/s above 0, got {self.peak_flops}")
-        if self.input_workers < 0:
-            raise ConfigError(f"config.loop.input_workers: expected 0 or more, got {self.input_workers}")

@@ -4,6 +4,7 @@ import dataclasses
 
 from vlm_jax.build import AnyExperiment
 from vlm_jax.config import ConfigError, RunConfig, check_keys, choose, did_you_mean, parse
+from vlm_jax.ranges import Count, Natural, NonNegative, PositiveShare, Size
 from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.objectives.objective import Objective
 
@@ -36,12 +37,12 @@ class Stage:
     settings: Objective
     objective: str
     stream: str
-    steps: int
-    batch_size: int
-    learning_rates: dict[str, float]
-    warmup_steps: int
-    layer_decay: dict[str, float] = dataclasses.field(default_factory=dict)
-    accumulate: int = 1
+    steps: Count
+    batch_size: Size
+    learning_rates: dict[str, NonNegative]
+    warmup_steps: Natural
+    layer_decay: dict[str, PositiveShare] = dataclasses.field(default_factory=dict)
+    accumulate: Size = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +74,14 @@ def parse_schedule(schedule: tuple[str, ...], stages: RunConfig) -> tuple[Span, 
     for label in schedule:
         path = f"config.stages.{label}"
         stage = _stage(stages[label], label, path)
-        if stage.steps < 1 or stage.batch_size < 1:
-            raise ConfigError(f"{path}: expected steps and batch_size of at least 1")
-        if stage.accumulate < 1 or stage.batch_size % stage.accumulate:
+        if stage.batch_size % stage.accumulate:
             raise ConfigError(
                 f"{path}.accumulate: expected a divisor of the batch_size of {stage.batch_size}, got {stage.accumulate}"
             )
-        if not 0 <= stage.warmup_steps < stage.steps:
+        if stage.warmup_steps >= stage.steps:
             raise ConfigError(f"{path}.warmup_steps: expected fewer than {stage.steps} steps, got {stage.warmup_steps}")
-        if not any(stage.learning_rates.values()) or min(stage.learning_rates.values()) < 0:
-            raise ConfigError(f"{path}.learning_rates: expected at least one above 0, none below, got {_rates(stage)}")
+        if not any(stage.learning_rates.values()):
+            raise ConfigError(f"{path}.learning_rates: expected at least one above 0, got {_rates(stage)}")
         spans.append(Span(stage, start, start + stage.steps))
         start += stage.steps
     return tuple(spans)

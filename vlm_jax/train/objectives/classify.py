@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ import optax
 
 from vlm_jax.build import AnyExperiment, ImageTextExperiment
 from vlm_jax.build.image_text import CAPTIONS
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.models.classifier import Classifier
+from vlm_jax.ranges import Range
 from vlm_jax.train.objectives.objective import Loss, Metrics, Objective
 from vlm_jax.types import ImageTextBatch, Params, Sample, Tree
 
@@ -27,13 +28,12 @@ class Classify(Objective):
     Source: Szegedy et al. 2016, section 7.
     """
 
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range(0, below=1)] = 0.0
 
     streams: ClassVar[tuple[str, ...]] = (CAPTIONS,)
 
     def __post_init__(self):
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a share in [0, 1), got {self.label_smoothing}")
+        check_fields(self, "")
 
     def check(self, experiment: AnyExperiment, *, accumulate: int, path: str) -> None:
         """Requires a classifier of images."""

@@ -17,7 +17,7 @@ from vlm_jax.build import AnyExperiment, ImageTextExperiment, build
 from vlm_jax.build.image_text import CAPTIONS
 from vlm_jax.checkpoints.orbax import CHECKPOINTS
 from vlm_jax.checkpoints.runs import read_parts
-from vlm_jax.config import ConfigError, did_you_mean, read_json
+from vlm_jax.config import ConfigError, check_fields, did_you_mean, read_json
 from vlm_jax.losses.exchange import EXCHANGES, distributed
 from vlm_jax.losses.pairwise import DEFAULT_BLOCK_SIZE
 from vlm_jax.losses.two_tower import LOSSES, distillation_loss, locked_image, sigmoid_loss, softmax_loss
@@ -26,6 +26,7 @@ from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import is_run, open_system
 from vlm_jax.processors.image_text import ImageTextProcessor
+from vlm_jax.ranges import NonNegative, Size
 from vlm_jax.sharding.rules import BATCH_AXES, placed
 from vlm_jax.system import System
 from vlm_jax.train.objectives.objective import Loss, Metrics, Objective
@@ -55,18 +56,17 @@ class Contrastive(Objective):
 
     loss: str
     exchange: str = "ring"
-    block_size: int = DEFAULT_BLOCK_SIZE
+    block_size: Size = DEFAULT_BLOCK_SIZE
     teacher: str | None = None
-    distillation_weight: float = 1.0
+    distillation_weight: NonNegative = 1.0
 
     streams: ClassVar[tuple[str, ...]] = (CAPTIONS,)
 
     def __post_init__(self):
+        check_fields(self, "")
         for key, known in (("loss", LOSSES), ("exchange", EXCHANGES)):
             if getattr(self, key) not in known:
                 raise ValueError(f"{key}: no '{getattr(self, key)}'{did_you_mean(getattr(self, key), known)}")
-        if self.block_size < 1 or self.distillation_weight < 0:
-            raise ValueError("expected block_size of at least 1 and distillation_weight of at least 0")
         if (self.teacher is None) != (self.loss != "distillation"):
             raise ValueError("teacher: the loss distillation has one, and no other; set or remove it")
 

@@ -12,10 +12,12 @@ from flax import linen as nn
 
 from vlm_jax import axes
 from vlm_jax.build import CELL_HEAD, AnyExperiment
+from vlm_jax.config import check_fields
 from vlm_jax.decoders.decoder import HeadKernel
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.losses.cross_entropy import head_cross_entropy
 from vlm_jax.losses.vocabulary_blocks import Blocks
+from vlm_jax.ranges import Bytes, NonNegative
 from vlm_jax.sharding.rules import MeshAxes, partition_spec
 from vlm_jax.train.objectives.objective import Loss, Metrics, Objective, of_conversations
 from vlm_jax.types import PADDING_SEGMENT, Batch, Params, Tree
@@ -38,15 +40,14 @@ class NextToken(Objective):
       logits_bytes: bound of the float32 logits that a device holds at once, in bytes; None for `LOGITS_BYTES`.
     """
 
-    z_loss: float = 0.0
-    logits_bytes: int | None = None
+    z_loss: NonNegative = 0.0
+    logits_bytes: Bytes | None = None
 
     streams: ClassVar[tuple[str, ...]] = ("questions", "text_pages")
     packs: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.z_loss < 0 or (self.logits_bytes is not None and self.logits_bytes < 1):
-            raise ValueError("expected z_loss of at least 0 and logits_bytes of at least 1")
+        check_fields(self, "")
 
     def check(self, experiment: AnyExperiment, *, accumulate: int, path: str) -> None:
         """Refuses a model without conversations."""

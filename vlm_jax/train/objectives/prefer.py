@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from vlm_jax.build import AnyExperiment
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.losses.cross_entropy import head_losses
+from vlm_jax.ranges import Bytes, Positive, Range
 from vlm_jax.train.objectives.next_token import final_states
 from vlm_jax.train.objectives.objective import Loss, Metrics, Objective, of_conversations
 from vlm_jax.types import Batch, Params, Tree
@@ -34,17 +35,14 @@ class Prefer(Objective):
     Source: Rafailov et al. 2023, equation 7; with label smoothing Mitchell 2023, equation 3; TRL's `DPOTrainer`.
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    logits_bytes: int | None = None
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, Range(0, below=0.5)] = 0.0
+    logits_bytes: Bytes | None = None
 
     streams: ClassVar[tuple[str, ...]] = ("preferences",)
 
     def __post_init__(self):
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            raise ValueError("expected beta above 0 and label_smoothing in [0, 0.5)")
-        if self.logits_bytes is not None and self.logits_bytes < 1:
-            raise ValueError("expected logits_bytes of at least 1")
+        check_fields(self, "")
 
     def check(self, experiment: AnyExperiment, *, accumulate: int, path: str) -> None:
         """Requires a model that answers, and a row for each answer."""
