@@ -70,11 +70,8 @@ class Mlp(nn.Module):
         out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
         if self.depth == 1:
             return out(x)
-
-        def linear(x, name):
-            return Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=name, **settings)(x)
-
-        inputs = (linear(x, "gate"), linear(x, "up")) if self.gated else (linear(x, "up"),)
+        wide = functools.partial(Dense, self.hidden_dim, (axes.EMBED, axes.MLP), **settings)
+        inputs = (wide(name="gate")(x), wide(name="up")(x)) if self.gated else (wide(name="up")(x),)
 
         # The next layer's input is recomputed in the backward pass, which stores only `inputs`.
         @functools.partial(nn.remat, prevent_cse=False)
@@ -85,6 +82,5 @@ class Mlp(nn.Module):
             return dense(hidden)
 
         for i in range(self.depth - 2):
-            middle = Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=f"middle_{i}", **settings)
-            inputs = (layer(middle, *inputs),)
+            inputs = (layer(wide(name=f"middle_{i}"), *inputs),)
         return layer(out, *inputs)
