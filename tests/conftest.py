@@ -32,6 +32,23 @@ from jax._src.lru_cache import LRUCache  # no public way to write entries whole
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+# Files that take long, from the dearest on: begun last, one would keep a worker busy after all others are idle.
+FIRST = (
+    "tests/train/test_evaluation.py",
+    "tests/train/",
+    "tests/sweep/",
+    "tests/contracts/",
+    "tests/parity/test_training_benchmark.py",
+    "tests/parity/test_generation_benchmark.py",
+    "tests/processes/test_fine_tune.py",
+    "tests/processes/test_two_processes.py",
+    "tests/processes/test_notebooks.py",
+    "tests/processes/test_kill.py",
+    "tests/processes/test_generate.py",
+    "tests/processes/test_input_workers.py",
+)
+
+
 def configure_jax() -> None:
     """Strict rank promotion, full-precision products, and a compilation cache of all workers that outlives the run."""
     jax.config.update("jax_platforms", "cpu")
@@ -68,7 +85,7 @@ def trace_cheaply() -> None:
 
     @functools.wraps(make)
     def make_once():
-        # Types, attributes and constants stay in a context: it serves so many programs of a thread, then a fresh one does.
+        # Types, attributes and constants stay in a context, so it serves a number of a thread's programs only.
         if getattr(contexts, "left", 0) == 0:
             contexts.shared, contexts.left = make(), 200
         contexts.left -= 1
@@ -97,6 +114,11 @@ def fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
         f"{report.nodeid} was {kind} ({reason}). No test is skipped here: repair it, remove it, or move "
         "it to a suite of its own with a make target."
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Files in the order of `FIRST`, which `--no-loadscope-reorder` hands to the workers."""
+    items.sort(key=lambda item: next((i for i, path in enumerate(FIRST) if item.nodeid.startswith(path)), len(FIRST)))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
