@@ -15,7 +15,7 @@ from vlm_jax.types import Dtype, Tree
 
 Initializer = Callable[..., Tree]
 
-# Flax traces an initialiser again in every pass of a module, to compare shapes; compiled, it is traced once for a shape.
+# Flax traces an initialiser in every pass of a module, to compare shapes; compiled, it is traced once for each shape.
 KERNEL_INIT = jax.jit(nn.initializers.lecun_normal(), static_argnums=(1, 2))
 
 
