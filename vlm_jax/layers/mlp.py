@@ -28,6 +28,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def _layer(act: Callable[[jax.Array], jax.Array], dense: Dense, first: jax.Array, *factors: jax.Array) -> jax.Array:
+    hidden = act(first)
+    for factor in factors:
+        hidden = hidden * factor
+    return dense(hidden)
+
+
 class Mlp(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated.
 
@@ -74,13 +81,7 @@ class Mlp(nn.Module):
         inputs = (wide(name="gate")(x), wide(name="up")(x)) if self.gated else (wide(name="up")(x),)
 
         # The next layer's input is recomputed in the backward pass, which stores only `inputs`.
-        @functools.partial(nn.remat, prevent_cse=False)
-        def layer(dense: Dense, first: jax.Array, *factors: jax.Array) -> jax.Array:
-            hidden = act(first)
-            for factor in factors:
-                hidden = hidden * factor
-            return dense(hidden)
-
+        layer = nn.remat(lambda dense, *inputs: _layer(act, dense, *inputs), prevent_cse=False)
         for i in range(self.depth - 2):
             inputs = (layer(wide(name=f"middle_{i}"), *inputs),)
         return layer(out, *inputs)
