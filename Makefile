@@ -6,8 +6,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# A file's tests go to one worker, which makes its fixtures once. tests/golden is one file, one test a folder.
-PYTEST := -n 2 --dist loadfile
+# A file's tests go to one worker, which makes its fixtures once; files in the order of tests/conftest.py, the longest
+# first, and not those with the most tests. tests/golden is one file, one test a folder.
+PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 # Without the checks of annotated shapes: `make test` runs the same code under them, and they take a fifth of the time.
 UNCHECKED := --jaxtyping-packages=
 WORKDIR ?= workdir/digits_token_budget

@@ -8,6 +8,7 @@ A config is runnable when its file defines `get_config` and is not at
 """
 
 import ast
+import concurrent.futures
 import importlib.metadata
 import os
 import pathlib
@@ -16,10 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import IO
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = pathlib.Path("configs")
 TIMEOUT_SECONDS = 600
+AT_ONCE = 2  # configs that run side by side: most of a run is compilation, which is on one core
 # Compiling is what a few steps cost: as in tests/conftest.py, no costly passes.
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false"
 XLA_FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -55,31 +58,51 @@ def runnable_configs() -> list[pathlib.Path]:
     return found
 
 
-def call(arguments: Sequence[str]) -> str | None:
-    """Runs Python with `arguments` from the repository root; returns what went wrong, or None."""
+def call(arguments: Sequence[str], log: IO[str]) -> str | None:
+    """Runs Python with `arguments` from the repository root and its output in `log`; what went wrong, or None."""
     # A new interpreter finds configs/ and vlm_jax/ from the root, whatever the folder of this script.
     command, environment = [sys.executable, *arguments], {**ENVIRONMENT, **os.environ}
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, timeout=TIMEOUT_SECONDS)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            timeout=TIMEOUT_SECONDS,
+        )
     except subprocess.TimeoutExpired:
         return f"ran past {TIMEOUT_SECONDS} s"
     return None if done.returncode == 0 else f"exit status {done.returncode}"
 
 
-def smoke(path: pathlib.Path) -> str | None:
-    """Runs one config; returns what went wrong, or None."""
+def smoke(path: pathlib.Path, log: IO[str]) -> str | None:
+    """Runs one config with its output in `log`; returns what went wrong, or None."""
     module = ".".join(path.with_suffix("").parts)
-    if problem := call(["-c", ACCEPTS_SMOKE, module]):
+    if problem := call(["-c", ACCEPTS_SMOKE, module], log):
         return f"get_config does not accept 'smoke': {problem}"
     command = "sweep" if CONFIGS / "sweeps" in path.parents else "train"
     with tempfile.TemporaryDirectory(prefix="smoke_") as workdir:
         arguments = ["-m", f"vlm_jax.cli.{command}", f"--config={path}:smoke", f"--workdir={workdir}"]
         arguments.append("--compilation_cache=")  # that of main, which keeps small programs too
-        if problem := call(arguments):
+        if problem := call(arguments, log):
             return f"vlm_jax.cli.{command}: {problem}"
         if not os.listdir(workdir):
             return f"vlm_jax.cli.{command} left nothing in its workdir"
     return None
+
+
+def logged_smoke(path: pathlib.Path) -> str | None:
+    """Runs one config and then prints its whole output; returns what went wrong, or None."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        problem = smoke(path, log)
+        log.seek(0)
+        output = log.read()
+    seconds = time.monotonic() - start
+    print(f"--- {path}\n{output}--- {path}: {problem or 'passed'} in {seconds:.0f} s", flush=True)
+    return problem
 
 
 def main(parts: Sequence[str]) -> int:
@@ -90,13 +113,10 @@ def main(parts: Sequence[str]) -> int:
     problems = []
     with tempfile.TemporaryDirectory(prefix="smoke_programs_") as programs:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
-        for path in configs:
-            print(f"--- {path}", flush=True)
-            start = time.monotonic()
-            problem = smoke(path)
-            print(f"--- {path}: {problem or 'passed'} in {time.monotonic() - start:.0f} s", flush=True)
-            if problem:
-                problems.append(f"{path}: {problem}")
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+            for path, problem in zip(configs, pool.map(logged_smoke, configs), strict=True):
+                if problem:
+                    problems.append(f"{path}: {problem}")
     print("\n".join(problems))
     print(f"{len(configs) - len(problems)} passed, {len(problems)} failed")
     return 1 if problems else 0

@@ -10,7 +10,6 @@ from PIL import Image
 from tests.train.conftest import tiny_config
 from vlm_jax.build import build
 from vlm_jax.data.conversations import TooManyCorruptImages
-from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.loop import Trainer
 from vlm_jax.types import text_of
 
@@ -46,21 +45,20 @@ def config(tmp_path):
     return config
 
 
-def train(config, workdir):
-    mesh = make_mesh(MeshSettings())
+def train(config, mesh, workdir):
     return Trainer(config, build(config), mesh, workdir).run()
 
 
-def test_over_the_limit_it_is_named(config, tmp_path):
+def test_over_the_limit_it_is_named(config, one_device, tmp_path):
     with pytest.raises(TooManyCorruptImages, match=r"page4(.|\n)*train4\.png"):
-        train(config, tmp_path / "run")
+        train(config, one_device, tmp_path / "run")
 
 
-def test_within_the_limit_it_is_skipped_and_counted_once(config, tmp_path, caplog):
+def test_within_the_limit_it_is_skipped_and_counted_once(config, one_device, tmp_path, caplog):
     with config.unlocked():
         config.data.max_corrupt = 1
     with caplog.at_level(logging.WARNING):
-        outcome = train(config, tmp_path / "run")
+        outcome = train(config, one_device, tmp_path / "run")
     assert outcome.step_seconds > 0
     warnings = [record.getMessage() for record in caplog.records if "page4" in record.getMessage()]
     assert len(warnings) == 1 and "train4.png" in warnings[0]

@@ -372,14 +372,11 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"{self.num_heads} heads do not divide a width of {x.shape[-1]}; set head_dim")
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-        def heads(inputs, count, axis, name):
-            dense = Dense(count * head_dim, (axes.EMBED, axis), use_bias=self.use_bias, name=name, **settings)
-            return dense(inputs).reshape(*inputs.shape[:-1], count, head_dim)
-
-        query = heads(x, self.num_heads, axes.HEADS, "query")
-        key = heads(inputs_k, kv_heads, axes.KV_HEADS, "key")
-        value = heads(inputs_v, kv_heads, axes.KV_HEADS, "value")
+        dense = functools.partial(Dense, use_bias=self.use_bias, **settings)
+        of_keys = (kv_heads * head_dim, (axes.EMBED, axes.KV_HEADS))
+        query = dense(self.num_heads * head_dim, (axes.EMBED, axes.HEADS), name="query")(x)
+        key, value = dense(*of_keys, name="key")(inputs_k), dense(*of_keys, name="value")(inputs_v)
+        query, key, value = (y.reshape(*y.shape[:-1], -1, head_dim) for y in (query, key, value))
         if self.qk_norm is not None:
             norm = {
                 "kind": self.qk_norm,
@@ -408,5 +405,4 @@ class MultiHeadAttention(nn.Module):
             past = cache if cache.key.shape[-1] else None
         out = attention(query, key, value, context, past=past).reshape(*x.shape[:-1], -1)
         width = self.out_dim or x.shape[-1]
-        dense = Dense(width, (axes.HEADS, axes.EMBED), use_bias=self.out_bias, name="out", **settings)
-        return dense(out), fresh
+        return Dense(width, (axes.HEADS, axes.EMBED), use_bias=self.out_bias, name="out", **settings)(out), fresh

@@ -15,7 +15,8 @@ from vlm_jax.types import Dtype, Tree
 
 Initializer = Callable[..., Tree]
 
-KERNEL_INIT = nn.initializers.lecun_normal()
+# Flax traces an initialiser in every pass of a module, to compare shapes; compiled, it is traced once for each shape.
+KERNEL_INIT = jax.jit(nn.initializers.lecun_normal(), static_argnums=(1, 2))
 
 
 class Named(nn.LogicallyPartitioned):

@@ -30,6 +30,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def _layer(act: Callable[[jax.Array], jax.Array], dense: Dense, first: jax.Array, *factors: jax.Array) -> jax.Array:
+    hidden = act(first)
+    for factor in factors:
+        hidden = hidden * factor
+    return dense(hidden)
+
+
 class Mlp(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated.
 
@@ -72,21 +79,11 @@ class Mlp(nn.Module):
         out = Dense(self.out_dim or x.shape[-1], (axes.MLP, axes.EMBED), name="down", **settings)
         if self.depth == 1:
             return out(x)
-
-        def linear(x, name):
-            return Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=name, **settings)(x)
-
-        inputs = (linear(x, "gate"), linear(x, "up")) if self.gated else (linear(x, "up"),)
+        wide = functools.partial(Dense, self.hidden_dim, (axes.EMBED, axes.MLP), **settings)
+        inputs = (wide(name="gate")(x), wide(name="up")(x)) if self.gated else (wide(name="up")(x),)
 
         # The next layer's input is recomputed in the backward pass, which stores only `inputs`.
-        @functools.partial(nn.remat, prevent_cse=False)
-        def layer(dense: Dense, first: jax.Array, *factors: jax.Array) -> jax.Array:
-            hidden = act(first)
-            for factor in factors:
-                hidden = hidden * factor
-            return dense(hidden)
-
+        layer = nn.remat(lambda dense, *inputs: _layer(act, dense, *inputs), prevent_cse=False)
         for i in range(self.depth - 2):
-            middle = Dense(self.hidden_dim, (axes.EMBED, axes.MLP), name=f"middle_{i}", **settings)
-            inputs = (layer(middle, *inputs),)
+            inputs = (layer(wide(name=f"middle_{i}"), *inputs),)
         return layer(out, *inputs)

@@ -21,7 +21,7 @@ from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
 from vlm_jax.layers.router import Router, Routing
 from vlm_jax.types import Config, Dtype, Tree
 
-_INIT = nn.initializers.lecun_normal(batch_axis=(0,))
+_INIT = jax.jit(nn.initializers.lecun_normal(batch_axis=(0,)), static_argnums=(1, 2))
 
 
 class MixtureOfExperts(nn.Module):
