@@ -44,6 +44,7 @@ FIRST = (
     "tests/contracts/",
     "tests/parity/test_training_benchmark.py",
     "tests/parity/test_generation_benchmark.py",
+    "tests/processes/test_siglip.py",
     "tests/processes/test_fine_tune.py",
     "tests/processes/test_two_processes.py",
     "tests/processes/test_notebooks.py",
