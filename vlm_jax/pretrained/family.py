@@ -130,12 +130,14 @@ def with_defaults(config: Config, defaults: Config, where: str) -> Fields:
       where: name of the section for errors.
 
     Raises:
-      PretrainedError: a required key is missing.
+      PretrainedError: a required key is missing or null.
     """
-    missing = [key for key, value in defaults.items() if value is REQUIRED and key not in config]
+    missing = [key for key, value in defaults.items() if value is REQUIRED and config.get(key) is None]
     if missing:
         raise PretrainedError(f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not found")
-    return {**defaults, **config}
+    # A section that is null is an absent one, as in transformers.
+    absent = {key for key, value in config.items() if value is None and isinstance(defaults.get(key), dict)}
+    return {**defaults, **{key: value for key, value in config.items() if key not in absent}}
 
 
 REQUIRED: Any = object()

@@ -15,10 +15,16 @@ import jinja2.parser
 import jinja2.sandbox
 from etils import epath
 
-from vlm_jax.config import did_you_mean, read_json
+from vlm_jax.config import did_you_mean
+from vlm_jax.released_json import read_released
 from vlm_jax.types import Config, Fields, Message
 
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
+TEMPLATE_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "chat_template in processor_config.json",
+    "chat_template in tokenizer_config.json",
+)
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
 # Variables whose values are written around every `{% generation %}` block; empty if not given.
@@ -189,26 +195,35 @@ class ChatTemplate:
 
 
 def _templates(folder: epath.Path) -> dict[str, str]:
-    """Templates by name; separate files take precedence over `tokenizer_config.json`."""
-    config = folder / "tokenizer_config.json"
-    entry = read_json(config, ChatTemplateError).get("chat_template") if config.exists() else None
-    if isinstance(entry, list):
-        found = {item["name"]: item["template"] for item in entry}
-    else:
-        found = {DEFAULT: entry} if entry else {}
+    """Templates by name: of the processor's config, else of separate files, else of the tokenizer's config.
+
+    Source: transformers, processing_utils.py, get_processor_dict.
+    """
+    if found := _of_config(folder / "processor_config.json"):
+        return found
     own: dict[str, str] = {}
     alone = folder / "chat_template.json"
     if alone.exists():
-        content = read_json(alone, ChatTemplateError)
+        content = read_released(alone, ChatTemplateError)
         if "chat_template" not in content:
             raise ChatTemplateError(f"{alone}: expected the key chat_template, got {', '.join(content) or 'none'}")
-        own[DEFAULT] = content["chat_template"]
+        own |= _of_config(alone)
     if (folder / "chat_template.jinja").exists():
         own[DEFAULT] = (folder / "chat_template.jinja").read_text()
     if (folder / FOLDER).exists():
         paths = sorted((folder / FOLDER).glob("*.jinja"))
         own |= {path.name.removesuffix(".jinja"): path.read_text() for path in paths}
-    return own or found
+    return own or _of_config(folder / "tokenizer_config.json")
+
+
+def _of_config(path: epath.Path) -> dict[str, str]:
+    """Templates by name in the key `chat_template` of a file: one, or several as a list or an object."""
+    entry = read_released(path, ChatTemplateError).get("chat_template") if path.exists() else None
+    if isinstance(entry, list):
+        return {item["name"]: item["template"] for item in entry}
+    if isinstance(entry, Mapping):
+        return dict(entry)
+    return {DEFAULT: entry} if entry else {}
 
 
 @functools.cache

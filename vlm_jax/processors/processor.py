@@ -29,7 +29,7 @@ from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns,
 from vlm_jax.processors.prompt import Prompt, Slot
 from vlm_jax.processors.reduction import Reduction, Tokens
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 from vlm_jax.processors.video import FrameSampler, FrameSettings, RateSampler, check_rate, read_video
 from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Views, check_list
 from vlm_jax.types import ROW_KEYS, Batch, Fields, Load, RowShape
@@ -91,6 +91,7 @@ class Processor:
       end_tokens: names of the tokens that end an answer in the release's code; its generation config may add more.
       max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
       frame_sampler: selects frames of a video file.
+      table_rows: number of tokens in the model's table; None where a text cannot have others.
       reduction: the token reducer, which `views` takes into account; None for none.
     """
 
@@ -106,6 +107,7 @@ class Processor:
     max_pixels: int = 100_000_000
     frame_sampler: FrameSampler = dataclasses.field(default_factory=RateSampler)
     reduction: Reduction | None = None
+    table_rows: int | None = None
 
     def __call__(
         self,
@@ -433,6 +435,7 @@ class Processor:
             "image": list(images),
             "video": list(itertools.chain(*videos)),
         }
+        self._check_ids(pieces, name)
         filled, order = self._filled(pieces, waiting, messages, name)
         length = sum(map(len, filled))
         if self.max_length is not None and length > self.max_length:
@@ -471,6 +474,20 @@ class Processor:
         if not frames:
             raise PictureMismatch(f"{name}: expected a video of at least one frame, got none")
         return frames, fps if settings.fps is None else settings.fps
+
+    def _check_ids(self, pieces: Sequence[Text | Slot], name: str) -> None:
+        """Raises a `TokenizerError` for a token of a text that the model's table has no row for."""
+        rows = self.table_rows
+        if rows is None:
+            return
+        for piece in pieces:
+            outside = [i for i in piece.ids if i >= rows] if isinstance(piece, Text) else []
+            if outside:
+                token = self.tokenizer.decode(outside[:1], skip_special=False)
+                raise TokenizerError(
+                    f"{name}: the token '{token}' has the id {outside[0]}, but the model's table has only {rows} rows; "
+                    "leave it out of the text, or use the tokenizer that belongs to the model"
+                )
 
     def _filled(
         self,

@@ -149,6 +149,37 @@ class SegmentSampler:
         return self if settings.nframes is None else SegmentSampler(settings.nframes)
 
 
+@dataclasses.dataclass(frozen=True)
+class MiddleSampler:
+    """The middle frame of each of equal parts, at most as many as the video has: InternVL of transformers.
+
+    Attributes:
+      nframes: number of parts; None for `fps`.
+      fps: parts per second.
+
+    Source: transformers, models/internvl/video_processing_internvl.py, sample_frames.
+    """
+
+    nframes: int | None = None
+    fps: float | int = 1.0
+
+    def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
+        """Indices of the frames; see `FrameSampler`."""
+        count = max(int(num_frames / video_fps * self.fps), 1) if self.nframes is None else self.nframes
+        if count > num_frames:
+            raise PictureMismatch(f"nframes: expected at most the video's {num_frames} frames, got {count}")
+        return np.asarray(uniform_frames(num_frames, count))
+
+    def following(self, settings: FrameSettings) -> "MiddleSampler":
+        """See `FrameSampler`."""
+        for name in ("min_frames", "max_frames"):
+            if getattr(settings, name) is not None:
+                raise PictureMismatch(f"{name}: this system samples a number of frames; set nframes or fps instead")
+        if settings.fps is not None:
+            return MiddleSampler(fps=settings.fps)
+        return self if settings.nframes is None else MiddleSampler(settings.nframes)
+
+
 def read_video(
     source: str | os.PathLike | bytes,
     sampling: FrameSampler,
