@@ -12,6 +12,8 @@ from typing import Any
 
 from vlm_jax.config import read_json
 
+_HUGE = 1e30
+
 
 @dataclasses.dataclass(frozen=True)
 class Form:
@@ -46,7 +48,8 @@ def number(least: float | int, most: float | int, *, above: bool = False) -> For
             return False
         return (least < value if above else least <= value) and value <= most
 
-    return Form(f"a number {'above' if above else 'from'} {least:g}{'' if above else f' to {most:g}'}", accepts)
+    upper = "" if most >= _HUGE else f" to {most:g}"
+    return Form(f"a number {'above' if above else 'from'} {least:g}{upper}", accepts)
 
 
 def list_of(form: Form, *lengths: int, most: int = 1 << 16) -> Form:
@@ -75,6 +78,9 @@ def mapping(words: str, value: Form | None = None, *, required: tuple[str, ...] 
 # Bounds are far above any release, and far below what would fill a machine's memory.
 NULL = Form("null", lambda value: value is None)
 FLAG = Form("true or false", lambda value: isinstance(value, bool))
+INDEX_TEXT = Form(
+    "a text such as '3|7'", lambda value: isinstance(value, str) and all(map(str.isdecimal, value.split("|")))
+)
 TEXT = Form("a text", lambda value: isinstance(value, str))
 COUNT = whole(1, 1 << 20)  # widths, heads, groups
 AT_LEAST_0 = whole(0, 1 << 20)
@@ -85,7 +91,7 @@ AREA = whole(1, (1 << 31) - 1)
 LARGE_AREA = whole(1, (1 << 53) - 1)  # a limit of a whole video, which some releases set to practically none
 INDEX = whole(-(1 << 12), 1 << 12)  # of a layer
 ID = whole(0, (1 << 31) - 1)
-NUMBER, POSITIVE = number(-1e30, 1e30), number(0, 1e30, above=True)
+NUMBER, POSITIVE = number(-_HUGE, _HUGE), number(0, _HUGE, above=True)
 FRACTION = number(0, 1)
 SIDES = SIDE | list_of(SIDE, 2)
 TOKEN = TEXT | mapping("an object with the text content", required=("content",))
@@ -141,7 +147,7 @@ FORMS: dict[str, Form] = _table(
     (SIDES, "image_size"),
     (SIDES | NULL, "patch_size"),
     (list_of(AT_LEAST_0, most=1 << 12), "global_attn_indexes"),
-    (list_of(AT_LEAST_0, most=1 << 12) | TEXT | NULL, "fullatt_block_indexes"),
+    (list_of(AT_LEAST_0, most=1 << 12) | INDEX_TEXT | NULL, "fullatt_block_indexes"),
     (list_of(TEXT, most=1 << 12) | NULL, "layer_types"),
     (INDEX | list_of(INDEX), "vision_feature_layer"),
     (INDEX, "mm_vision_select_layer select_layer"),
@@ -151,10 +157,11 @@ FORMS: dict[str, Form] = _table(
     # config.json: numbers
     (
         POSITIVE,
-        """layer_norm_eps rms_norm_eps layer_norm_epsilon rope_theta rotary_emb_base rotary_pct tau mlp_ratio
+        """temperature_init rope_theta rotary_emb_base rotary_pct tau mlp_ratio
         downsample_ratio routed_scaling_factor""",
     ),
-    (NUMBER, "initializer_factor logit_scale_init_value aux_loss_alpha temperature_init"),
+    (number(0, 1, above=True), "layer_norm_eps rms_norm_eps layer_norm_epsilon"),
+    (NUMBER, "initializer_factor logit_scale_init_value aux_loss_alpha"),
     (NUMBER | NULL, "bias_init layer_scale_init_value partial_rotary_factor"),
     # config.json: flags and names
     (
@@ -181,12 +188,13 @@ FORMS: dict[str, Form] = _table(
     (whole(-1, (1 << 31) - 1) | NULL, "pad_token_id bos_token_id"),
     (FLAG | NULL, "do_sample"),
     (POSITIVE | NULL, "repetition_penalty"),
-    (number(0, 1e30) | NULL, "temperature"),
+    (number(0, _HUGE) | NULL, "temperature"),
     (number(0, 1) | NULL, "top_p"),
     (AT_LEAST_0 | NULL, "top_k"),
     # processors
     (STATISTICS | NULL, "image_mean image_std mean std high_res_image_mean high_res_image_std"),
     (SIDE | NAMED_SIZE | list_of(SIDE, 1, 2) | NULL, "size crop_size high_res_size"),
+    (list_of(NUMBER, 3), "pixel_mean pixel_std"),
     (whole(0, 5) | NULL, "resample high_res_resample"),
     (POSITIVE | NULL, "rescale_factor"),
     (
@@ -222,6 +230,7 @@ FORMS: dict[str, Form] = _table(
 )
 # Roles of tokens, whose keys end alike in the files of tokenizers and processors.
 ROLE = "_token"
+ROLES = tuple(f"{name}{ROLE}" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "video"))
 # Files that map tokens to ids, without keys of their own.
 VOCABULARIES = ("vocab.json", "added_tokens.json")
 # Of config.json, numbers of layers, which are built one by one.
@@ -268,7 +277,7 @@ def _wrong(settings: Mapping[str, Any], path: str) -> Iterator[str]:
                 yield from _wrong(value, f"{name}.")
             elif value is not None and not (key in NAMES and isinstance(value, str)):
                 yield f"{name}: expected {SECTION.expected}, got {shown(value)}"
-        elif form is None and key.endswith(ROLE) and not isinstance(value, bool):
+        elif form is None and key.endswith(ROLE) and (key in ROLES or not isinstance(value, bool)):
             form = TOKEN | NULL
         if form is not None and not form.accepts(value):
             yield f"{name}: expected {form.expected}, got {shown(value)}"
