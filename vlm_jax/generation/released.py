@@ -1,6 +1,5 @@
 """Generation settings of a release: what of `generation_config.json` is followed, and what is told instead."""
 
-import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,12 +43,11 @@ NOT_FOLLOWED: Mapping[str, tuple[object, ...]] = {
 }
 
 
-@functools.lru_cache(64)
 def greedy_sampling(folder: Path) -> Sampling:
     """How the most likely tokens are selected by default: with the `repetition_penalty` of the release.
 
     Answers are greedy by default, also of a release that samples. That, and each setting that is not followed, is told
-    by a warning, once a folder.
+    by a warning.
 
     Raises:
       GenerationError: a value of another form.

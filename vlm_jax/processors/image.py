@@ -13,7 +13,7 @@ from typing import IO, cast
 import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vlm_jax.interpolation import ResizeKind, fixed_point_weights
 from vlm_jax.sources import SourceError, located
@@ -186,8 +186,11 @@ def _orientation(picture: Image.Image) -> int:
 def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
     """Upright, in mode L or RGB. A file's header is read before its pixels are."""
     _check_size(picture, max_pixels, name)
+    wide = isinstance(picture, ImageFile.ImageFile) and any("16" in str(tile[3]) for tile in picture.tile)
     try:
         picture.load()
+        if wide and picture.mode == "RGB" and isinstance(clear := picture.info.get("transparency"), tuple):
+            picture.info["transparency"] = tuple(value >> 8 for value in clear)  # Pillow's pixels have 8 bits
         turned = _orientation(picture) != 1  # else Pillow would make a copy
         return _eight_bits(ImageOps.exif_transpose(picture) if turned else picture)
     except (OSError, ValueError, SyntaxError) as error:
@@ -196,8 +199,13 @@ def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """The image in mode L or RGB."""
-    if picture.mode.startswith("I"):  # 16-bit grey, in any of Pillow's modes
-        return Image.fromarray((np.clip(np.asarray(picture), 0, 65535) >> 8).astype(np.uint8))
+    if picture.mode.startswith("I"):  # grey of 16 bits, or of 32 that hold 16 or 8
+        values = np.clip(np.asarray(picture), 0, 65535)
+        eight = picture.mode == "I" and picture.format is None and values.max() <= 255
+        pixels = (values if eight else values >> 8).astype(np.uint8)
+        if isinstance(clear := picture.info.get("transparency"), int):
+            pixels = np.where(values == clear, np.uint8(255), pixels)
+        return Image.fromarray(pixels)
     if picture.mode == "F":
         raise ValueError("floating-point pixels have an unknown range")
     if picture.has_transparency_data:

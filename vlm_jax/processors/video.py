@@ -268,7 +268,8 @@ def _counted(container: Any, max_pixels: int, name: str) -> tuple[Any, int, floa
         )
     fps = float(stream.average_rate or stream.guessed_rate or 0)
     # The number of frames in headers may be missing or wrong; packets are counted without decoding.
-    total = sum(packet.size > 0 for packet in container.demux(stream))
+    # Those before a cut, which the edit list of a file hides, are decoded but not shown.
+    total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
     if not total or not fps:
         raise CorruptImage(f"{name}: {total} frames at {fps} frames per second")
     return stream, total, fps

@@ -138,7 +138,7 @@ def check_all(path):
     settings.image_settings(path, {})
     Tokenizer.from_folder(path)
     ChatTemplate.from_folder(path)
-    greedy_sampling.__wrapped__(path)
+    greedy_sampling(path)
 
 
 @pytest.mark.parametrize("ends", ["257", [3, None], [[3]], 1.5, True, float("nan"), -1, {}])
