@@ -181,7 +181,14 @@ FORMS: dict[str, Form] = _table(
     ),
     (TEXT | NULL, "mm_vision_tower template image_aspect_ratio mm_patch_merge_type conversation_version"),
     (SECTION | NULL, "rope_scaling rope_parameters"),
-    (SECTION, "id2label label2id"),
+    (
+        Form(
+            "an object of numbers and names",
+            lambda value: isinstance(value, Mapping) and all(str(key).isdecimal() for key in value),
+        )
+        | NULL,
+        "id2label",
+    ),
     (TEXT | list_of(PAIR) | NULL, "image_grid_pinpoints"),
     # generation_config.json, and config.json
     (ID | list_of(ID, most=1 << 12) | NULL, "eos_token_id"),
