@@ -213,7 +213,7 @@ def one_side(value: int | Sequence[int] | None, where: str) -> int:
     """
     sides = {value} if isinstance(value, int) else set(value or ())
     if len(sides) != 1:
-        raise PretrainedError(f"{where}: expected a number, or two equal ones, got {value}")
+        raise PretrainedError(f"{where}: expected a square, got {value}")
     return sides.pop()
 
 
