@@ -51,8 +51,8 @@ def read_json(path: Any, error: type[Exception]) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as cause:
         raise error(f"{path}: no such file") from cause
-    except ValueError as cause:  # also for bytes that are not text
-        raise error(f"{path}: not JSON ({cause})") from cause
+    except (ValueError, RecursionError) as cause:  # also for bytes that are not text
+        raise error(f"{path}: not JSON, or nested too deeply ({cause})") from cause
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value

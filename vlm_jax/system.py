@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.generation.engine import prepared
+from vlm_jax.generation.released import greedy_sampling
+from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion, complete
 from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.conversation import Conversation, Picture, Video
@@ -99,6 +101,11 @@ class System:
         """Ids of the tokens that end an answer."""
         return self.make_ends()
 
+    @functools.cached_property
+    def sampling(self) -> Sampling:
+        """How tokens are selected by default: greedily, as the release's generation settings modify it."""
+        return Sampling() if self.release is None else greedy_sampling(self.release.folder)
+
     def example(self, shape: RowShape) -> Batch:
         """Shapes of one training row with its images, for `eval_shape` and the planner."""
         return self.processor.example_row(shape)
@@ -178,7 +185,8 @@ class System:
           max_new_tokens: maximum tokens of an answer.
           processor_options: further arguments of `Processor.batch`.
           names: names of the conversations in errors.
-          **options: `end_ids`, tokens that end an answer in addition to `ends`; `on_text`, called with the index of a
+          **options: `end_ids`, tokens that end an answer in addition to `ends`; `sampling`, by default that of
+            the property of this name; `on_text`, called with the index of a
             conversation and each piece of its answer as it is generated; other arguments of
             `generation.text.complete` and `generation.engine.generate`.
 
@@ -197,6 +205,7 @@ class System:
         max_new_tokens: int,
         names: Sequence[str],
         end_ids: Sequence[int] = (),
+        sampling: Sampling | None = None,
         **options: Any,
     ) -> list[Completion]:
         """Answers to prompts that the processor has laid out; arguments as of `answer`, whose answers these are."""
@@ -208,6 +217,7 @@ class System:
             end_ids=self._sayable(self.ends) + tuple(end_ids),
             max_new_tokens=max_new_tokens,
             names=names,
+            sampling=self.sampling if sampling is None else sampling,
             **options,
         )
         for answer, entering in zip(answers, np.count_nonzero(prompts.visual_index != TEXT_SLOT, axis=1), strict=True):

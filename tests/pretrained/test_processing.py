@@ -152,7 +152,8 @@ def model_of_release(name, folder, *more):
 def test_a_release_without_a_chat_template(name, tmp_path):
     model, ending = model_of_release(name, tmp_path), RELEASES[name][-1]
     image = np.full((50, 90, 3), 200, np.uint8)
-    batch = model.processor(MESSAGES, [image])
+    # The model's table is smaller than the tokenizer of the test.
+    batch = dataclasses.replace(model.processor, table_rows=None)(MESSAGES, [image])
     places = batch.visual_index[0] >= 0
     assert int(places.sum()) == model.count_visual_tokens([(50, 90)])[0]
     first, last = np.flatnonzero(places)[[0, -1]]

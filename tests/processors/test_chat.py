@@ -7,6 +7,7 @@ import pytest
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError, MissingChatTemplate
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.layout import Text
+from vlm_jax.processors.learned import PromptError
 from vlm_jax.processors.prompt import TemplatePrompt
 
 CHATML = """{%- for message in messages %}
@@ -128,10 +129,20 @@ def test_a_text_beside_calls_of_tools_is_not_lost():
 
 
 def test_a_template_sees_no_objects():
-    """An image passed along with a message has methods that are not for a template."""
-    message = {"role": "user", "content": [{"type": "image", "image": object()}], "name": None}
-    source = "{{ messages[0].content[0].image }} {{ 'name' in messages[0] }}"
-    assert ChatTemplate(source).render([message]) == "<object> False"
+    """An object has methods that are not for a template, and would be written as `<object>`."""
+    template = ChatTemplate("{{ tools | tojson }}{{ messages[0].content }} {{ 'name' in messages[0] }}")
+    assert template.render([{**USER, "name": None}], tools=[{"name": "f"}]) == '[{"name": "f"}]hi False'
+    with pytest.raises(
+        ChatTemplateError, match=r"^tools\[0\]: expected text, .* of type builtin_function.*JSON schema"
+    ):
+        template.render([USER], tools=[len])
+
+
+def test_a_key_of_a_message_that_nothing_reads_is_told():
+    template = ChatTemplate("{{ messages[0].content }}{% if messages[0]['tool_calls'] %}call{% endif %}")
+    assert template.render([{**USER, "tool_calls": [1]}]) == "hicall"
+    with pytest.raises(ChatTemplateError, match="message 0: the template does not read the key 'images'; remove it"):
+        template.render([{**USER, "images": ["a.png"]}])
 
 
 def test_where_a_folder_keeps_its_template(tmp_path):
@@ -168,7 +179,7 @@ def test_a_picture_among_the_parts_of_a_text_is_named():
     parts = [{"type": "text", "text": "count "}, {"type": "text", "text": "7"}]
     (text,) = prompt([{"role": "user", "content": parts}], [])
     assert isinstance(text, Text) and digits_tokenizer().decode(text.ids) == "count 7"
-    with pytest.raises(ChatTemplateError, match="an item of type 'image'; this model reads text"):
+    with pytest.raises(PromptError, match="an item of type 'image'; this model reads text"):
         prompt([{"role": "user", "content": [{"type": "image"}]}], [])
 
 

@@ -34,7 +34,7 @@ def test_deepseek_vl2_learns_what_the_assistant_says():
     assert spelled(pieces) == "<s>S<|User|>: [image]\nq\n\n<|Assistant|>:a</s>"
     assert spelled([piece for piece in pieces if isinstance(piece, Text) and piece.learned]) == "a</s>"
     assert spelled(pieces).removesuffix("</s>") == spelled(DeepSeekVL2Prompt(TOKENIZER)(messages, ()))
-    with pytest.raises(PromptError, match="message 1 has the role 'system', which only the first may have"):
+    with pytest.raises(PromptError, match="message 1 has the role 'system'; expected user or assistant, and system"):
         DeepSeekVL2Prompt(TOKENIZER)(messages[1:2] + messages[:1], ())
     with pytest.raises(PromptError, match="expected only images and text, got enable_thinking"):
         DeepSeekVL2Prompt(TOKENIZER)(messages, (), enable_thinking=True)

@@ -22,8 +22,8 @@ import safetensors
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from vlm_jax.config import read_json
 from vlm_jax.paths import absolute
+from vlm_jax.released_json import read_released
 from vlm_jax.types import Dtype, Fields, Selection
 
 SINGLE_FILE = "model.safetensors"
@@ -175,7 +175,7 @@ def read_config(source: str | os.PathLike[str], *, name: str = "config.json") ->
     Raises:
       CheckpointFileError: no such file, or not a JSON object.
     """
-    return read_json(Path(source) / name, CheckpointFileError)
+    return read_released(Path(source) / name, CheckpointFileError)
 
 
 def _choose_file(folder: Path) -> Path:
@@ -253,8 +253,8 @@ def _read_rows(
 
 
 def _open_index(path: Path) -> dict[str, LazyTensor]:
-    weight_map = read_json(path, CheckpointFileError).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    weight_map = read_released(path, CheckpointFileError).get("weight_map")
+    if weight_map is None:
         raise CheckpointFileError(f"{path}: no `weight_map` from keys to shard files")
     problems: list[str] = []
     tensors: dict[str, LazyTensor] = {}

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
 
 from vlm_jax.checkpoints.hub import Checkpoint, CheckpointFileError
 from vlm_jax.checkpoints.params import export_params, import_params
@@ -102,11 +105,33 @@ class Release:
         check_vacant(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"
-        path.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        config = with_dtype(self.config, {np.dtype(tensor.dtype) for tensor in tensors.values()})
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         companions = copy_companions(self.folder, folder)
         finish(folder)
         save = save_archive if self.checkpoint.archive else save_checkpoint  # last: a folder with weights is complete
         return (path, *map(Path, companions), *save(folder, tensors))
+
+
+def with_dtype(config: Config, dtypes: Collection[np.dtype]) -> Config:
+    """A config whose `dtype` or `torch_dtype`, also in its sections, is that of the tensors that are saved.
+
+    transformers computes in the dtype that the config states, and would round tensors that are saved in a wider one.
+
+    Args:
+      config: in the schema of the release.
+      dtypes: of the tensors; the widest floating-point one counts.
+    """
+    floats = sorted((one for one in dtypes if jnp.issubdtype(one, jnp.floating)), key=lambda one: one.itemsize)
+    return _restated(config, floats[-1].name) if floats else config
+
+
+def _restated(config: Config, dtype: str) -> Config:
+    found: Fields = {}
+    for key, value in config.items():
+        stated = key in ("dtype", "torch_dtype") and isinstance(value, str)
+        found[key] = dtype if stated else _restated(value, dtype) if isinstance(value, Mapping) else value
+    return found
 
 
 def _rules_of(rules: Sequence[Rule], parts: Sequence[str]) -> list[Rule]:

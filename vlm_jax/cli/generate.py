@@ -1,5 +1,6 @@
 """python -m vlm_jax.cli.generate --checkpoint=DIR --prompt="…" [--image=FILE ...]"""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -40,6 +41,7 @@ CONNECTOR = flags.DEFINE_string(
 )
 ADAPTER = flags.DEFINE_string("adapter", None, "A folder of peft with a LoRA adapter for --checkpoint; merged.")
 MAX_VIDEO_TOKENS = numbers.define("max_video_tokens", Size, None, "The same for a video.")
+ALLOW_NETWORK = flags.DEFINE_boolean("allow_network", False, "Downloads --image and --video with a web address.")
 ENABLE_THINKING = flags.DEFINE_boolean(
     "enable_thinking",
     None,
@@ -51,7 +53,10 @@ TOP_P = numbers.define(
     "top_p", PositiveShare, None, "Samples among the most likely tokens that together have this probability."
 )
 REPETITION_PENALTY = numbers.define(
-    "repetition_penalty", Positive, 1.0, "Above 1, tokens that already occurred are less likely."
+    "repetition_penalty",
+    Positive,
+    None,
+    "Above 1, tokens that already occurred are less likely; the release's if unset.",
 )
 SEED = numbers.define("seed", Seed, 0, "Random seed.")
 STOP = flags.DEFINE_multi_string("stop", [], "A string before which the answer ends; repeatable.")
@@ -71,7 +76,8 @@ def main(argv: list[str]) -> None:
     keep_programs()
     quieten()
     with explained(OSError):
-        sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, REPETITION_PENALTY.value, SEED.value)
+        penalty = REPETITION_PENALTY.value
+        sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value, penalty or 1.0, SEED.value)
         model = vlm_jax.from_pretrained(
             str(CHECKPOINT.value),
             dtype=DTYPE.value,
@@ -80,6 +86,8 @@ def main(argv: list[str]) -> None:
             connector=CONNECTOR.value,
             adapter=ADAPTER.value,
         )
+        if penalty is None:
+            sampling = dataclasses.replace(sampling, repetition_penalty=model.system.sampling.repetition_penalty)
         # Templates of language models expect strings, multimodal ones lists of content items.
         listed = (isinstance(model.module, VLM) and model.module.encoder is not None) or bool(
             IMAGE.value or VIDEO.value
@@ -90,11 +98,12 @@ def main(argv: list[str]) -> None:
             parts = [*seen, {"type": "text", "text": text}]
             return {"role": role, "content": parts if listed else text}
 
-        images, videos = [absolute(path) for path in IMAGE.value], [absolute(path) for path in VIDEO.value]
+        images, videos = list(IMAGE.value), list(VIDEO.value)
         messages = [message("user", str(PROMPT.value), len(images), len(videos))]
         if SYSTEM.value is not None:
             messages.insert(0, message("system", SYSTEM.value))
         options = {} if MAX_VIDEO_TOKENS.value is None else {"max_video_tokens": MAX_VIDEO_TOKENS.value}
+        options |= {"allow_network": True} if ALLOW_NETWORK.value else {}
         thinking = {} if ENABLE_THINKING.value is None else {"enable_thinking": ENABLE_THINKING.value}
         answer = model.generate(
             messages,
@@ -127,7 +136,7 @@ def say(text: str) -> None:
 
 def draw(model: Pretrained, answer: Completion) -> None:
     """Writes the first image with the boxes of the answer."""
-    picture = to_picture(absolute(IMAGE.value[0]))
+    picture = to_picture(IMAGE.value[0], allow_network=ALLOW_NETWORK.value)
     boxes = model.boxes(answer, picture, max_visual_tokens=MAX_VISUAL_TOKENS.value)
     with epath.Path(absolute(str(DRAW.value))).open("wb") as file:
         draw_boxes(picture, boxes).save(file, "PNG")

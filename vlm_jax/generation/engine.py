@@ -330,7 +330,7 @@ def _check(
         )
     vocab = model.decoder.vocab_size
     wrong = []
-    if max_new_tokens < 1:
+    if isinstance(max_new_tokens, bool) or max_new_tokens < 1:
         wrong.append(f"max_new_tokens: expected 1 or more, got {max_new_tokens}")
     if chunk < 1:
         wrong.append(f"chunk: expected 1 or more, got {chunk}")

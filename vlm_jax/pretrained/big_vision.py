@@ -245,7 +245,7 @@ def describe_two_towers(
     text, text_rules = _text(settings.get("text", {}), checkpoint, f"{prefix}txt/", "model.text", text_dim, dtypes)
     log_scale = math.log(settings["temperature_init"])
     return Description(
-        TwoTower(image, text, log_scale, settings["bias_init"]),
+        TwoTower(image, text, log_scale, None if settings["bias_init"] is None else float(settings["bias_init"])),
         (image_input, TEXT_SHAPE),
         (
             *prefixed((*rules, *maps.dense("head", "projection")), f"{prefix}img/", "image/"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 
 import jax
@@ -9,13 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor, prefixed
+from vlm_jax.config import did_you_mean
 from vlm_jax.connectors.connector import Connector
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.models.vlm import VLM
-from vlm_jax.pretrained.family import Description, LanguageModel, Names, Resize, find_prefix
+from vlm_jax.pretrained.family import (
+    REQUIRED,
+    Description,
+    LanguageModel,
+    Names,
+    PretrainedError,
+    Resize,
+    find_prefix,
+    with_defaults,
+)
 from vlm_jax.pretrained.language import LANGUAGE_MODELS, language_model
 from vlm_jax.types import Batch, Config, Dtype, Fields, Instruction, PackedPatches
+
+# Language models of released systems that are not read: their systems' encoders and connectors are.
+NOT_READ = frozenset(("gemma", "gemma2", "minicpm", "minicpm3", "mpt", "opt", "persimmon", "phi", "phi3", "t5"))
 
 
 def visual_half(
@@ -60,7 +74,7 @@ def with_language(
       visual: from `visual_half`.
       text: the released config of the language model, with its `model_type`.
       checkpoint: provides the keys.
-      where: name of the text section for errors.
+      where: name of the text section for errors, such as of a language model that there is not.
       names: prefixes of the released keys of the language model.
       beside: patterns of the keys outside of the encoder and the connector.
       learned_rows: our name -> released key of the vectors that come first in the visual table, or
@@ -68,7 +82,15 @@ def with_language(
       **dtypes: `dtype` and `param_dtype`.
     """
     there = any(re.fullmatch(pattern, key) for pattern in beside for key in checkpoint)
-    if not there or text["model_type"] not in LANGUAGE_MODELS:
+    kind = with_defaults(text, {"model_type": REQUIRED}, where)["model_type"]
+    if kind not in LANGUAGE_MODELS and kind not in NOT_READ:
+        raise PretrainedError(f"{where}.model_type: no language model '{kind}'{did_you_mean(kind, LANGUAGE_MODELS)}")
+    if there and kind in NOT_READ:
+        warnings.warn(
+            f"{where}.model_type: the language model '{kind}' is not read; only encoder and connector are loaded",
+            stacklevel=2,
+        )
+    if not there or kind in NOT_READ:
         return Description(visual.module, visual.inputs, visual.rules, (*beside, *visual.ignore))
     language = language_model(text, checkpoint, where, names=names, **dtypes)
     return composed(visual, language, learned_rows, **dtypes)

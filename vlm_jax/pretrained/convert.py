@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from vlm_jax.adapter import LORA
 from vlm_jax.checkpoints.arrays import check_space
-from vlm_jax.checkpoints.hub import PARAMS, Checkpoint, CheckpointFileError, LazyTensor, fetch, read_config
+from vlm_jax.checkpoints.hub import PARAMS, Checkpoint, CheckpointFileError, LazyTensor, fetch
 from vlm_jax.checkpoints.lazy import cast, lazy_params, lazy_release
 from vlm_jax.checkpoints.mapped import CARRIED, MappedFolder, is_mapped, open_release, save_mapped
 from vlm_jax.checkpoints.orbax import CHECKPOINTS, check_stored, newest_state, stored_shapes
@@ -25,12 +25,14 @@ from vlm_jax.checkpoints.plan import Step, plan
 from vlm_jax.checkpoints.rules import Rule, matching, prefixed
 from vlm_jax.checkpoints.runs import open_adapters, open_run
 from vlm_jax.checkpoints.saving import copy_companions, save_archive, save_checkpoint
+from vlm_jax.config import read_json
 from vlm_jax.leaves import flatten
 from vlm_jax.paths import absolute, is_remote
 from vlm_jax.pretrained.family import Description, Family, marker
 from vlm_jax.pretrained.loader import DTYPES, choose_family
 from vlm_jax.pretrained.module_names import MODULE_NAMES
 from vlm_jax.pretrained.named_tower import with_named_tower
+from vlm_jax.pretrained.recognition import check_tensors, recognised
 from vlm_jax.types import Config, Dtype, Fields
 
 RUN_PARTS = ("encoder", "connector", "decoder")  # parts of every run
@@ -172,10 +174,10 @@ def open_conversion(
 def _described(path: Path, families: Mapping[str, Family]) -> tuple[Path, Fields | None, Checkpoint, Description]:
     """The folder, its config where it differs from the file's, its tensors, and their description."""
     folder = path if path.is_dir() else path.parent
-    release = open_release(path)
-    own = read_config(folder)
+    path, own = recognised(path, None)
     family = choose_family(own, families)
-    config, release = with_named_tower(own, release, folder)
+    config, release = with_named_tower(own, open_release(path), folder)
+    check_tensors(config, release, folder)
     description = family(config, release, dtype=jnp.float32, param_dtype=jnp.float32)
     return folder, None if config == own else config, release, description
 
@@ -209,7 +211,7 @@ def write_adapter(
       CheckpointFileError: it trained other parameters too, or an adapter has no linear module in the release.
     """
     path, workdir = fetch(source), epath.Path(absolute(run))
-    config = read_config(workdir)
+    config = read_json(workdir / "config.json", CheckpointFileError)
     if config.get("init_from") is not None:
         raise CheckpointFileError(
             f"{workdir}: this run started from {config['init_from']}, whose parameters an adapter folder does not "
@@ -222,9 +224,9 @@ def write_adapter(
             "it whole"
         )
     adapters, settings = open_adapters(workdir / CHECKPOINTS)
-    folder, changed, _, description = _described(path, families)
+    _, changed, _, description = _described(path, families)
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(nn.meta.unbox(description.boxed_shapes()))}
-    names = MODULE_NAMES.get(marker(changed or read_config(folder)), ())
+    names = MODULE_NAMES.get(marker(changed or recognised(path, None)[1]), ())
     base = str(source) if not Path(source).exists() else str(Path(source).resolve())
     return save_adapter(absolute(target), adapters, settings, description.rules, shapes, names, base)
 

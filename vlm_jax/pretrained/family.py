@@ -130,14 +130,23 @@ def with_defaults(config: Config, defaults: Config, where: str) -> Fields:
       where: name of the section for errors.
 
     Raises:
-      PretrainedError: a required key is missing.
+      PretrainedError: a required key is missing or null.
     """
-    missing = [key for key, value in defaults.items() if value is REQUIRED and key not in config]
+    missing = [key for key, value in defaults.items() if value is REQUIRED and config.get(key) is None]
     if missing:
         raise PretrainedError(f"{where}: expected the key{'s' * (len(missing) > 1)} {', '.join(missing)}, not found")
-    return {**defaults, **config}
+    # A section that is null is an absent one, as in transformers.
+    absent = {key for key, value in config.items() if value is None and isinstance(defaults.get(key), dict)}
+    found = {**defaults, **{key: value for key, value in config.items() if key not in absent}}
+    for key, default in defaults.items():
+        if key in _SQUARES and key in config:
+            found[key] = one_side(found[key], f"{where}.{key}")
+        elif isinstance(default, float) and isinstance(found[key], int):
+            found[key] = float(found[key])
+    return found
 
 
+_SQUARES = ("image_size", "patch_size")  # in configs a number, or two equal ones
 REQUIRED: Any = object()
 
 
@@ -196,13 +205,13 @@ def one_layer(value: int | Sequence[int], where: str) -> int:
     raise PretrainedError(f"{where}: expected the index of one hidden state, got {value!r}; several are not supported")
 
 
-def one_side(value: int | Sequence[int], where: str) -> int:
+def one_side(value: int | Sequence[int] | None, where: str) -> int:
     """The side of a square, given as one number or for both axes.
 
     Raises:
-      PretrainedError: the axes differ.
+      PretrainedError: the axes differ, or there is none.
     """
-    sides = {value} if isinstance(value, int) else set(value)
+    sides = {value} if isinstance(value, int) else set(value or ())
     if len(sides) != 1:
         raise PretrainedError(f"{where}: expected a square, got {value}")
     return sides.pop()

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from vlm_jax.checkpoints.hub import Checkpoint, fetch, read_config
+from vlm_jax.checkpoints.hub import Checkpoint, CheckpointFileError, fetch
 from vlm_jax.checkpoints.mapped import open_release
 from vlm_jax.checkpoints.orbax import CHECKPOINTS
 from vlm_jax.checkpoints.peft import with_adapter
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.checkpoints.runs import read_parts
-from vlm_jax.config import did_you_mean
+from vlm_jax.config import did_you_mean, read_json
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.configured import configured
@@ -27,6 +27,7 @@ from vlm_jax.pretrained.module_names import MODULE_NAMES
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.pretrained.processing import end_ids, read_processor
+from vlm_jax.pretrained.recognition import check_tensors, recognised
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import placed, shardings
 from vlm_jax.system import System
@@ -118,7 +119,7 @@ def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, mesh: Mes
       PretrainedError: the run was not started from a release.
       CheckpointError: there is no complete checkpoint.
     """
-    config = read_config(workdir)
+    config = read_json(workdir / "config.json", CheckpointFileError)
     if not config.get("release"):
         raise PretrainedError(f"{workdir}: this run has no config.release, so it has no processor")
     system = configured(open_system(config["release"], families, dtype=dtype), config)
@@ -139,10 +140,10 @@ def _opened(
             raise PretrainedError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     path = fetch(source)
     folder = path if path.is_dir() else path.parent
-    if config is None:
-        config = read_config(folder)
+    path, config = recognised(path, config)
     family = choose_family(config, families)
-    released, checkpoint = with_named_tower(copy.deepcopy(dict(config)), open_release(path), folder)
+    released, checkpoint = with_named_tower(copy.deepcopy(config), open_release(path), folder)
+    check_tensors(released, checkpoint, folder)
     if adapter is not None:
         checkpoint = with_adapter(checkpoint, fetch(adapter), MODULE_NAMES.get(marker(released), ()))
     system, resize = _system(released, checkpoint, checkpoint, folder, family, dtypes, None)

@@ -62,6 +62,7 @@ def _section(config: Config, defaults: Config, where: str) -> Fields:
       PretrainedError: unknown keys with a true value, which would change the computation; lists all.
     """
     neutral = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",)}
+    config = {key: value for key, value in config.items() if key != "patch_size" or value is not None}  # of a ResNet
     check_supported(config, neutral, where)
     unknown = [key for key, value in config.items() if value and key not in defaults and key not in neutral]
     if unknown:

@@ -197,7 +197,7 @@ class Pretrained:
         *,
         max_new_tokens: int,
         max_visual_tokens: int | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         stop_tokens: Sequence[str] = (),
         processor_options: Config = MappingProxyType({}),
@@ -210,7 +210,8 @@ class Pretrained:
           messages, images, videos: as in `Processor.batch`.
           max_new_tokens: maximum tokens of the answer.
           max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
-          sampling: sampling settings; by default the most likely token.
+          sampling: sampling settings; by default the most likely token, with the `repetition_penalty` of the release's
+            `generation_config.json`.
           stop: strings before which the answer ends.
           stop_tokens: names of tokens that end it, in addition to `end_ids`.
           processor_options: further arguments of `Processor.batch`, and variables of the chat template, such as

@@ -15,10 +15,16 @@ import jinja2.parser
 import jinja2.sandbox
 from etils import epath
 
-from vlm_jax.config import did_you_mean, read_json
+from vlm_jax.config import did_you_mean
+from vlm_jax.released_json import read_released
 from vlm_jax.types import Config, Fields, Message
 
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
+TEMPLATE_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "chat_template in processor_config.json",
+    "chat_template in tokenizer_config.json",
+)
 FOLDER = "additional_chat_templates"
 DEFAULT = "default"
 # Variables whose values are written around every `{% generation %}` block; empty if not given.
@@ -54,7 +60,9 @@ class ChatTemplate:
         self._unread: dict[tuple[Any, ...], frozenset[int]] = {}  # by structure: messages in the form not read
         try:
             self._template = _environment().from_string(source)
-            self._reads = jinja2.meta.find_undeclared_variables(_environment().parse(source))
+            parsed = _environment().parse(source)
+            self._reads = jinja2.meta.find_undeclared_variables(parsed)
+            self._names = _names_in(parsed)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"{origin}: not a Jinja template: line {error.lineno}: {error.message}") from error
 
@@ -86,12 +94,24 @@ class ChatTemplate:
         for name in variables.keys() - self._reads:
             raise ChatTemplateError(f"{self.origin}: unused variable '{name}'{did_you_mean(name, self._reads)}")
         given = {"tools": None, "documents": None, **self.names, **variables}
-        values = {"add_generation_prompt": add_generation_prompt, **{key: _plain(given[key]) for key in given}}
-        plain = [{key: _plain(value) for key, value in m.items() if value is not None} for m in messages]
+        values = {"add_generation_prompt": add_generation_prompt, **{key: _plain(given[key], key) for key in given}}
+        plain = [
+            {key: _plain(value, f"message {n}: {key}") for key, value in m.items() if value is not None}
+            for n, m in enumerate(messages)
+        ]
+        self._check_keys(plain)
         try:
             return self._template.render(messages=self._as_read(plain, values), **values)
         except (jinja2.TemplateError, TypeError) as error:
             raise ChatTemplateError(f"{self.origin}: {error}") from error
+
+    def _check_keys(self, messages: Sequence[Fields]) -> None:
+        """Raises for a key of a message that the template does not name."""
+        for number, message in enumerate(messages):
+            for key in message.keys() - {"role", "content", "loss", "weight"} - self._names:
+                raise ChatTemplateError(
+                    f"{self.origin}: message {number}: the template does not read the key '{key}'; remove it"
+                )
 
     def _as_read(self, messages: list[Fields], values: Config) -> list[Fields]:
         """The messages, with content that is only text as a list or as a string, whichever the template reads.
@@ -175,26 +195,35 @@ class ChatTemplate:
 
 
 def _templates(folder: epath.Path) -> dict[str, str]:
-    """Templates by name; separate files take precedence over `tokenizer_config.json`."""
-    config = folder / "tokenizer_config.json"
-    entry = read_json(config, ChatTemplateError).get("chat_template") if config.exists() else None
-    if isinstance(entry, list):
-        found = {item["name"]: item["template"] for item in entry}
-    else:
-        found = {DEFAULT: entry} if entry else {}
+    """Templates by name: of the processor's config, else of separate files, else of the tokenizer's config.
+
+    Source: transformers, processing_utils.py, get_processor_dict.
+    """
+    if found := _of_config(folder / "processor_config.json"):
+        return found
     own: dict[str, str] = {}
     alone = folder / "chat_template.json"
     if alone.exists():
-        content = read_json(alone, ChatTemplateError)
+        content = read_released(alone, ChatTemplateError)
         if "chat_template" not in content:
             raise ChatTemplateError(f"{alone}: expected the key chat_template, got {', '.join(content) or 'none'}")
-        own[DEFAULT] = content["chat_template"]
+        own |= _of_config(alone)
     if (folder / "chat_template.jinja").exists():
         own[DEFAULT] = (folder / "chat_template.jinja").read_text()
     if (folder / FOLDER).exists():
         paths = sorted((folder / FOLDER).glob("*.jinja"))
         own |= {path.name.removesuffix(".jinja"): path.read_text() for path in paths}
-    return own or found
+    return own or _of_config(folder / "tokenizer_config.json")
+
+
+def _of_config(path: epath.Path) -> dict[str, str]:
+    """Templates by name in the key `chat_template` of a file: one, or several as a list or an object."""
+    entry = read_released(path, ChatTemplateError).get("chat_template") if path.exists() else None
+    if isinstance(entry, list):
+        return {item["name"]: item["template"] for item in entry}
+    if isinstance(entry, Mapping):
+        return dict(entry)
+    return {DEFAULT: entry} if entry else {}
 
 
 @functools.cache
@@ -266,12 +295,26 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _plain(value: Any) -> Any:
-    """Only JSON values, so that a downloaded template cannot call methods of objects."""
+def _names_in(parsed: jinja2.nodes.Template) -> frozenset[str]:
+    """Names of keys and attributes in a template, with all its other strings."""
+    attributes = {node.attr for node in parsed.find_all(jinja2.nodes.Getattr)}
+    constants = (node.value for node in parsed.find_all(jinja2.nodes.Const))
+    return frozenset(attributes | {value for value in constants if isinstance(value, str)})
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Only JSON values, so that a downloaded template cannot call methods of objects.
+
+    Raises:
+      ChatTemplateError: another value.
+    """
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return f"<{type(value).__name__}>"
+        return [_plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
+    fix = '; pass its JSON schema, {"type": "function", "function": {…}}' if callable(value) else ""
+    raise ChatTemplateError(
+        f"{where}: expected text, numbers, lists and mappings, got a value of type {type(value).__name__}{fix}"
+    )

@@ -1,6 +1,7 @@
 """Checks of users' conversations: messages, with images and videos inside or next to them."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -11,16 +12,18 @@ from PIL import Image
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
+from vlm_jax.processors.items import Kind, MediaItem
 from vlm_jax.processors.plain_prompt import UnknownText
-from vlm_jax.processors.prompt import Kind
 from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import TokenizerError
-from vlm_jax.processors.views import PictureMismatch, check_list
+from vlm_jax.processors.video import FrameSettings
+from vlm_jax.processors.views import ItemSize, PictureMismatch, check_list
 from vlm_jax.types import Message
 
 Picture = Image.Image | np.ndarray | str | os.PathLike | bytes
 Video = Sequence[Picture] | str | os.PathLike | bytes
 Conversation = Sequence[Message]
+Given = TypeVar("Given")
 
 
 class VideoSize(NamedTuple):
@@ -69,21 +72,26 @@ def check_given(name: str, messages: object, images: object, videos: object) -> 
     check_list(videos, f"{name}: videos")
 
 
-Given = TypeVar("Given")
+def given_media(items: Sequence[MediaItem], kind: Kind, beside: Sequence[Given], name: str) -> list[MediaItem]:
+    """The images or videos of a conversation, from its messages or from the separate list.
 
-
-def given_pictures(messages: Conversation, kind: Kind, beside: Sequence[Given], name: str) -> Sequence[Given]:
-    """The images or videos of a conversation, from its messages or from the separate list."""
-    contents = [message.get("content") for message in messages]
-    items = [
-        item
-        for content in contents
-        if isinstance(content, Sequence) and not isinstance(content, str)
-        for item in content
-    ]
-    inside = [item[kind] for item in items if isinstance(item, Mapping) and item.get("type") == kind and kind in item]
-    if inside and beside:
+    Raises:
+      PictureMismatch: they are given in both places.
+    """
+    own = [item for item in items if item.kind == kind]
+    inside = [item for item in own if item.source is not None]
+    if not beside:
+        return inside
+    if inside:
         raise PictureMismatch(
             f"{name}: {kind}s are given both in its messages and separately; pass them in one of the two"
         )
-    return inside or beside
+    if len(own) != len(beside):  # some are marked by their placeholders in texts
+        settled = [item for item in own if item.size != ItemSize() or item.frames != FrameSettings()]
+        if settled:
+            raise PictureMismatch(
+                f"{name}: {settled[0].where} has settings of its {kind}, but there are {len(own)} items for "
+                f"{len(beside)} {kind}s; pass one item for every {kind}"
+            )
+        own = [MediaItem(kind, None, ItemSize(), FrameSettings(), "") for _ in beside]
+    return [dataclasses.replace(item, source=source) for item, source in zip(own, beside, strict=True)]

@@ -13,9 +13,10 @@ from typing import IO, cast
 import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vlm_jax.interpolation import ResizeKind, fixed_point_weights
+from vlm_jax.sources import SourceError, located
 
 FILTERS: dict[str, Image.Resampling] = {
     "box": Image.Resampling.BOX,
@@ -51,7 +52,7 @@ def open_image(
     animation is used.
 
     Args:
-      source: a path, local or `gs://`, or the file's bytes.
+      source: a location as in `sources.located`, or the file's bytes.
       channels: 1 for grey (ITU-R 601 luma), 3 for RGB.
       max_pixels: maximum height * width in the header; more is treated as a decompression bomb.
         Pillow itself always rejects more than twice its `Image.MAX_IMAGE_PIXELS`.
@@ -61,7 +62,21 @@ def open_image(
       FileNotFoundError: there is no such file.
       CorruptImage: the file cannot be decoded, or is too large.
     """
-    return _pixels(_opened(source, max_pixels, name), channels)
+    return _pixels(_opened(resolved(source, name), max_pixels, name), channels)
+
+
+def resolved(source: str | os.PathLike | bytes, name: str, *, allow_network: bool = False) -> str | os.PathLike | bytes:
+    """The path or the bytes of a picture's or a video's location; see `sources.located`.
+
+    Raises:
+      CorruptImage: a malformed URL, or a download that is not allowed or failed; the message has `name`.
+    """
+    if not isinstance(source, str):
+        return source
+    try:
+        return located(source, allow_network=allow_network)
+    except SourceError as error:
+        raise CorruptImage(f"{name}: {error}") from error
 
 
 def image_size(
@@ -75,6 +90,7 @@ def image_size(
       FileNotFoundError: there is no such file.
       CorruptImage: the header cannot be read, or the picture is too large.
     """
+    source = resolved(source, name)
     name = name if isinstance(source, bytes) else os.fspath(source)
     opened = io.BytesIO(source) if isinstance(source, bytes) else epath.Path(source).open("rb")
     with opened as file, _reading(cast(io.IOBase, file), name) as picture:
@@ -92,6 +108,7 @@ def to_picture(
     max_pixels: int = 100_000_000,
     name: str = "picture",
     mode: str = "RGB",
+    allow_network: bool = False,
 ) -> Image.Image:
     """Any image as a Pillow image in one mode: upright, in 8 bits, transparency blended with white.
 
@@ -101,6 +118,7 @@ def to_picture(
       max_pixels: maximum number of pixels.
       name: name of the image in errors.
       mode: RGB, or L for grey (ITU-R 601 luma).
+      allow_network: whether a web address is downloaded.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -128,7 +146,7 @@ def to_picture(
     if isinstance(source, Image.Image):
         picture = _decoded(source, max_pixels, name)
     else:
-        picture = _opened(source, max_pixels, name)
+        picture = _opened(resolved(source, name, allow_network=allow_network), max_pixels, name)
     return picture if picture.mode == mode else picture.convert(mode)
 
 
@@ -168,8 +186,11 @@ def _orientation(picture: Image.Image) -> int:
 def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
     """Upright, in mode L or RGB. A file's header is read before its pixels are."""
     _check_size(picture, max_pixels, name)
+    wide = isinstance(picture, ImageFile.ImageFile) and any("16" in str(tile[3]) for tile in picture.tile)
     try:
         picture.load()
+        if wide and picture.mode == "RGB" and isinstance(clear := picture.info.get("transparency"), tuple):
+            picture.info["transparency"] = tuple(value >> 8 for value in clear)  # Pillow's pixels have 8 bits
         turned = _orientation(picture) != 1  # else Pillow would make a copy
         return _eight_bits(ImageOps.exif_transpose(picture) if turned else picture)
     except (OSError, ValueError, SyntaxError) as error:
@@ -178,8 +199,13 @@ def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """The image in mode L or RGB."""
-    if picture.mode.startswith("I"):  # 16-bit grey, in any of Pillow's modes
-        return Image.fromarray((np.clip(np.asarray(picture), 0, 65535) >> 8).astype(np.uint8))
+    if picture.mode.startswith("I"):  # grey of 16 bits, or of 32 that hold 16 or 8
+        values = np.clip(np.asarray(picture), 0, 65535)
+        eight = picture.mode == "I" and picture.format is None and values.max() <= 255
+        pixels = (values if eight else values >> 8).astype(np.uint8)
+        if isinstance(clear := picture.info.get("transparency"), int):
+            pixels = np.where(values == clear, np.uint8(255), pixels)
+        return Image.fromarray(pixels)
     if picture.mode == "F":
         raise ValueError("floating-point pixels have an unknown range")
     if picture.has_transparency_data:

@@ -188,12 +188,15 @@ class ImageTextProcessor:
     max_pixels: int = 100_000_000
     channels: int = 3
 
-    def __call__(self, images: Sequence[Picture] = (), texts: Sequence[str] = ()) -> ImageTextBatch:
+    def __call__(
+        self, images: Sequence[Picture] = (), texts: Sequence[str] = (), *, allow_network: bool = False
+    ) -> ImageTextBatch:
         """Preprocesses any number of images and texts.
 
         Args:
-          images: files, Pillow images, or uint8 arrays.
+          images: files or other locations as in `sources.located`, bytes, Pillow images, or uint8 arrays.
           texts: captions or prompts; longer ones than the tower's context are truncated, as in training.
+          allow_network: whether images with a web address are downloaded.
 
         Raises:
           PictureMismatch: both are empty, one is not a list, or the model does not take it.
@@ -207,7 +210,8 @@ class ImageTextProcessor:
                 raise PictureMismatch(f"this model takes no {what}, got {len(given)}")
         if not images and not texts:
             raise PictureMismatch("expected images or texts, got none; pass images=[…], texts=[…] or both")
-        read = functools.partial(to_picture, max_pixels=self.max_pixels, mode="L" if self.channels == 1 else "RGB")
+        mode = "L" if self.channels == 1 else "RGB"
+        read = functools.partial(to_picture, max_pixels=self.max_pixels, mode=mode, allow_network=allow_network)
         pictures = [read(image, name=f"image {number}") for number, image in enumerate(images)]
         return ImageTextBatch(
             self.images(pictures) if self.images is not None and pictures else None,

@@ -3,6 +3,7 @@
 Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_format.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -24,11 +25,11 @@ def from_list_format(items: Sequence[Config], picture: str = PICTURE) -> str:
     """The text of `{"image": path}`, `{"text": …}` and `{"box": [[x1, y1, x2, y2], …], "ref": name}`.
 
     Args:
-      items: in order; boxes on the scale of 1000, and `ref` may be missing.
+      items: in order; boxes on the scale of 1000, truncated to whole numbers, and `ref` may be missing.
       picture: text before an image, with its number in the list.
 
     Raises:
-      ListFormatError: an item has none of these keys.
+      ListFormatError: an item has none of these keys, or a box that is not four finite numbers.
     """
     text, number = "", 0
     for item in items:
@@ -39,10 +40,17 @@ def from_list_format(items: Sequence[Config], picture: str = PICTURE) -> str:
             text += item["text"]
         elif "box" in item:
             text += f"<ref>{item['ref']}</ref>" if "ref" in item else ""
-            text += "".join("<box>({:d},{:d}),({:d},{:d})</box>".format(*box) for box in item["box"])
+            text += "".join(_box(box) for box in item["box"])
         else:
             raise ListFormatError(f"expected an item with the key image, text or box, got {dict(item)}")
     return text
+
+
+def _box(box: Sequence[float | int]) -> str:
+    numbers = not isinstance(box, str) and len(box) == 4 and all(isinstance(one, float | int) for one in box)
+    if not numbers or not all(map(math.isfinite, box)):
+        raise ListFormatError(f"expected a box of four numbers, got {box}")
+    return "<box>({:d},{:d}),({:d},{:d})</box>".format(*map(int, box))
 
 
 def to_list_format(text: str) -> list[dict[str, str]]:

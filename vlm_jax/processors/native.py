@@ -12,9 +12,11 @@ from vlm_jax.processors.image import CorruptImage, height_and_width, scale_and_s
 from vlm_jax.processors.patches import num_places, pack_patches, patchify
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.views import Layout, PreparedImage, too_few
+from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, too_few
 from vlm_jax.types import Fields, Grid, PackedPatches, PatchFormat, Tree
 
+# Of an image whose size its message sets. Source: qwen-vl-utils, vision_process.py, MIN_PIXELS and MAX_PIXELS.
+LEAST_BLOCKS, MOST_BLOCKS = 4, 16384
 # (size of an image, side of a block, minimum and maximum pixels) -> size: a function of `smart_resize`.
 SizeRule = Callable[[Size, int, int, int], Size]
 
@@ -37,7 +39,7 @@ class VideoLimits:
     def pixels(self, num_slots: int, block_pixels: int) -> int:
         """Maximum pixels of a frame of a video with `num_slots` temporal patches."""
         share = self.max_tokens * block_pixels // num_slots
-        return max(min(self.max_pixels, share), int(self.min_pixels * 1.05))
+        return max(min(self.max_pixels, share), min(int(self.min_pixels * 1.05), self.max_pixels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class NativeViews:
       rotary_3d: whether tokens have positions of time, row and column.
       tokens_per_second: temporal positions per second of video; None for one per temporal patch.
       num_left: number of tokens of an image or a video before a reducer -> number after it; None for all.
+      size_before: (height, width) to which an image counts as resized before `size_rule`; its own when None.
     """
 
     pixels: Pixels
@@ -71,6 +74,7 @@ class NativeViews:
     rotary_3d: bool = False
     tokens_per_second: float | None = None
     num_left: Callable[[int], int] | None = None
+    size_before: Size | None = None
 
     @property
     def channels(self) -> int:
@@ -95,6 +99,23 @@ class NativeViews:
             return self
         # Enlarged sides are rounded up, and could exceed a limit slightly above.
         return dataclasses.replace(self, max_pixels=most, min_pixels=min(self.min_pixels, most // 4))
+
+    def sized(self, size: ItemSize) -> "NativeViews":
+        """The same with an item's own size, which takes precedence over the release's limits.
+
+        Source: qwen-vl-utils, vision_process.py, fetch_image and fetch_video.
+        """
+        if size == ItemSize():
+            return self
+        unit = self.format.block_size**2
+        least, most = _item_limits(size, self.min_pixels, self.max_pixels, unit)
+        limits = self.video_limits
+        if limits is not None:
+            bounds = _item_limits(size, limits.min_pixels, limits.max_pixels, unit)
+            tokens = limits.max_tokens if size.total_pixels is None else max(1, size.total_pixels // unit)
+            limits = VideoLimits(*bounds, tokens)
+        fields: Fields = {"min_pixels": least, "max_pixels": most, "video_limits": limits, "size_before": size.resized}
+        return dataclasses.replace(self, **fields)
 
     def retokened(self, tokens: Grid | int) -> "NativeViews":
         """The same with another number of tokens per block."""
@@ -152,7 +173,7 @@ class NativeViews:
         return self._size(size, self.min_pixels, self.max_pixels)
 
     def _size(self, size: Size, least: int, most: int) -> Size:
-        found = self.size_rule(size, self.format.block_size, least, most)
+        found = self.size_rule(self.size_before or size, self.format.block_size, least, most)
         if not all(found):
             raise CorruptImage(f"an image of {size[0]}x{size[1]} pixels is too thin for at most {most} pixels")
         return found
@@ -216,6 +237,18 @@ class NativeViews:
         positions = rotary_positions(merged, interval) if self.rotary_3d else None
         layout = self._layout(grid[0], size, edges)
         return PreparedImage(values, self._left(math.prod(merged) * self.block_tokens), layout, grid, positions)
+
+
+def _item_limits(size: ItemSize, least: int, most: int, block_pixels: int) -> tuple[int, int]:
+    """Minimum and maximum pixels of an item, from the release's."""
+    smallest, largest = LEAST_BLOCKS * block_pixels, MOST_BLOCKS * block_pixels
+    if size.resized is not None:
+        return smallest, largest
+    found_least = least if size.min_pixels is None else size.min_pixels
+    found_most = max(most, found_least) if size.max_pixels is None else size.max_pixels
+    if found_most < block_pixels:
+        raise PictureMismatch(f"max_pixels: expected at least one block of {block_pixels} pixels, got {found_most}")
+    return (min(smallest, found_most) if found_least > found_most else found_least), found_most
 
 
 def _normalised(patches: np.ndarray, pixels: Pixels, channels_last: bool) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from vlm_jax.processors.items import Kind, check_message_keys
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.learned import PromptError, Targets, Turns, answer_weights
-from vlm_jax.processors.prompt import Kind, Slot
+from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Message
 
@@ -37,6 +38,11 @@ class PlainPrompt:
     tokenizer: Tokenizer
     independent_turns: bool = False
 
+    @property
+    def placeholders(self) -> Mapping[Kind, tuple[str, ...]]:
+        """See `Prompt`; special tokens are not allowed in a text."""
+        return {"image": (), "video": ()}
+
     def __call__(
         self,
         messages: Sequence[Message],
@@ -54,6 +60,7 @@ class PlainPrompt:
           UnknownText: a word that the vocabulary lacks, or the name of a special token.
         """
         del add_generation_prompt  # there is no generation prompt
+        check_message_keys(messages)
         if variables:
             raise PromptError(f"without a chat template, {', '.join(variables)} are unused; leave them out")
         if not any(message["role"] == "user" for message in messages):

@@ -20,17 +20,18 @@ from vlm_jax.processors.conversation import (
     VideoSize,
     check_given,
     error_context,
-    given_pictures,
+    given_media,
 )
 from vlm_jax.processors.image import to_picture
+from vlm_jax.processors.items import Kind, MediaItem, read_messages, texts_of
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns, answer_weights
-from vlm_jax.processors.prompt import Kind, Prompt, Slot
+from vlm_jax.processors.prompt import Prompt, Slot
 from vlm_jax.processors.reduction import Reduction, Tokens
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.video import FrameSampler, RateSampler, read_video
-from vlm_jax.processors.views import Layout, PictureMismatch, PreparedImage, Views
+from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
+from vlm_jax.processors.video import FrameSampler, FrameSettings, RateSampler, check_rate, read_video
+from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Views, check_list
 from vlm_jax.types import ROW_KEYS, Batch, Fields, Load, RowShape
 
 FRAME_RATE = 2.0  # frames a second of a video that is given as frames
@@ -90,6 +91,7 @@ class Processor:
       end_tokens: names of the tokens that end an answer in the release's code; its generation config may add more.
       max_pixels: maximum pixels of an image; more is treated as a decompression bomb.
       frame_sampler: selects frames of a video file.
+      table_rows: number of tokens in the model's table; None where a text cannot have others.
       reduction: the token reducer, which `views` takes into account; None for none.
     """
 
@@ -105,6 +107,7 @@ class Processor:
     max_pixels: int = 100_000_000
     frame_sampler: FrameSampler = dataclasses.field(default_factory=RateSampler)
     reduction: Reduction | None = None
+    table_rows: int | None = None
 
     def __call__(
         self,
@@ -130,9 +133,11 @@ class Processor:
 
         Args:
           conversations: messages in the form of chat templates, with an item such as `{"type": "image"}` for every
-            image. An image may be in its item under `image`, a video under `video`, instead of below.
-          images: images of every conversation, in order: files, Pillow images, or uint8 arrays.
-          videos: videos of every conversation: a file, or its frames as images.
+            image. An image may be in its item under `image`, a video under `video`, instead of below; see
+            `items.ITEM_TYPES` for all types and keys.
+          images: images of every conversation, in order: files or other locations as in `sources.located`, bytes,
+            Pillow images, or uint8 arrays.
+          videos: videos of every conversation: a location or bytes, or the frames as images.
           targets: what the release's fine-tuning code learns: assistants' answers and their end tokens, and what
             else it learns; without its faults, or with them for "as_released", where those are known.
           shape: shape of every row; the smallest that fits all when None.
@@ -244,6 +249,7 @@ class Processor:
         max_visual_tokens: int | None = None,
         max_video_tokens: int | None = None,
         frame_sampler: FrameSampler | None = None,
+        allow_network: bool = False,
         add_generation_prompt: bool | None = None,
         **variables: object,
     ) -> Example:
@@ -258,6 +264,7 @@ class Processor:
           max_visual_tokens: maximum visual tokens of an image; the release's limit when None.
           max_video_tokens: the same for a video.
           frame_sampler: selects frames of video files; the processor's own when None.
+          allow_network: whether images and videos with a web address are downloaded.
           add_generation_prompt: ends with the start of the answer; when None, only without `targets`.
           **variables: further variables of the chat template.
 
@@ -266,31 +273,34 @@ class Processor:
         """
         if targets not in (True, False, AS_RELEASED):
             raise PromptError(f"{name}: targets: expected true, false or '{AS_RELEASED}', got {targets!r}")
-        images = given_pictures(messages, "image", images, name)
-        videos = given_pictures(messages, "video", videos, name)
-        mode = "L" if self.views.channels == 1 else "RGB"
-        pictures = [
-            to_picture(image, max_pixels=self.max_pixels, name=f"{name}, image {i}", mode=mode)
-            for i, image in enumerate(images)
-        ]
-        clips: list[tuple[list[Image.Image], float | int]] = []
-        for i, video in enumerate(videos):
-            with error_context(f"{name}, video {i}"):
-                sampler = frame_sampler or self.frame_sampler
-                clips.append(self._frames(video, fps, sampler, f"{name}, video {i}", mode))
-        parts: list[list[PreparedImage]] = []
-        for i, (frames, rate) in enumerate(clips):
-            with error_context(f"{name}, video {i}"):
-                parts.append(self.views.video(frames, rate, max_video_tokens))
         with error_context(name):
-            prepared = self._bounded(self.views, max_visual_tokens).images(pictures)
+            messages, items = read_messages(messages)
+            check_rate(fps)
+        shown = given_media(items, "image", images, name)
+        clips = given_media(items, "video", videos, name)
+        mode = "L" if self.views.channels == 1 else "RGB"
+        options: Fields = {"max_pixels": self.max_pixels, "mode": mode, "allow_network": allow_network}
+        pictures = [to_picture(image.source, name=f"{name}, image {i}", **options) for i, image in enumerate(shown)]
+        read: list[tuple[list[Image.Image], float | int]] = []
+        sampler = frame_sampler or self.frame_sampler
+        for i, video in enumerate(clips):
+            with error_context(f"{name}, video {i}"):
+                read.append(self._frames(video, fps, sampler, f"{name}, video {i}", options))
+        parts: list[list[PreparedImage]] = []
+        for i, ((frames, rate), video) in enumerate(zip(read, clips, strict=True)):
+            with error_context(f"{name}, video {i}"):
+                parts.append(self.views.sized(video.size).video(frames, rate, max_video_tokens))
         limits = max_visual_tokens, max_video_tokens
         sizes = [(picture.height, picture.width) for picture in pictures]
-        clip_sizes = [VideoSize(len(frames), frames[0].height, frames[0].width) for frames, _ in clips]
+        clip_sizes = [VideoSize(len(frames), frames[0].height, frames[0].width) for frames, _ in read]
+        with error_context(name):
+            places = (
+                self._image_places(sizes, limits[0], [image.size for image in shown], pictures),
+                self._video_places(clip_sizes, limits[1], [video.size for video in clips], parts),
+            )
         return self._example(
             messages,
-            self._image_places(sizes, limits[0], prepared),
-            self._video_places(clip_sizes, limits[1], parts),
+            *places,
             name=name,
             targets=targets,
             turns=turns,
@@ -322,7 +332,13 @@ class Processor:
           **variables: as in `example`; the other arguments likewise.
         """
         with error_context(name):
-            places = self._image_places(sizes, max_visual_tokens), self._video_places(videos, max_video_tokens)
+            messages, items = read_messages(messages)
+            shown = given_media(items, "image", sizes, name)
+            clips = given_media(items, "video", videos, name)
+            places = (
+                self._image_places(sizes, max_visual_tokens, [image.size for image in shown]),
+                self._video_places(videos, max_video_tokens, [video.size for video in clips]),
+            )
         return self._example(
             messages,
             *places,
@@ -338,23 +354,43 @@ class Processor:
         return views if max_visual_tokens is None else views.within(max_visual_tokens)
 
     def _image_places(
-        self, sizes: Sequence[Size], most: int | None, prepared: Sequence[PreparedImage] | None = None
+        self,
+        sizes: Sequence[Size],
+        most: int | None,
+        own: Sequence[ItemSize],
+        pictures: Sequence[Image.Image] | None = None,
     ) -> list[Place]:
-        """The place of each image of a conversation."""
-        views = self._bounded(self.views, most)
-        full = views if self.reduction is None else self._bounded(self.reduction.before, most)
-        made = [None] * len(sizes) if prepared is None else prepared
+        """The place of each image of a conversation; those with an own size are laid out one by one."""
+        if any(size != ItemSize() for size in own):
+            alone = [None] * len(sizes) if pictures is None else [[picture] for picture in pictures]
+            every = zip(sizes, own, alone, strict=True)
+            return [self._places([size], most, item, picture)[0] for size, item, picture in every]
+        return self._places(sizes, most, ItemSize(), pictures)
+
+    def _places(
+        self, sizes: Sequence[Size], most: int | None, own: ItemSize, pictures: Sequence[Image.Image] | None
+    ) -> list[Place]:
+        """The places of images with the same settings."""
+        views = self._bounded(self.views.sized(own), most)
+        full = views if self.reduction is None else self._bounded(self.reduction.before.sized(own), most)
+        made = [None] * len(sizes) if pictures is None else views.images(pictures)
         parts = zip(views.layouts(sizes), full.layouts(sizes), views.loads(sizes), made, strict=True)
         return [self._place(layout, before, load, one) for layout, before, load, one in parts]
 
     def _video_places(
-        self, videos: Sequence[VideoSize], most: int | None, prepared: Sequence[Sequence[PreparedImage]] | None = None
+        self,
+        videos: Sequence[VideoSize],
+        most: int | None,
+        own: Sequence[ItemSize],
+        prepared: Sequence[Sequence[PreparedImage]] | None = None,
     ) -> list[list[Place]]:
         """The places of each video of a conversation, over which its load is divided."""
-        full, found = self.views if self.reduction is None else self.reduction.before, []
-        for number, (count, height, width) in enumerate(videos):
-            layouts = self.views.video_layouts(count, (height, width), most)
-            load = self.views.video_load(count, (height, width), most) // len(layouts)
+        found = []
+        for number, ((count, height, width), item) in enumerate(zip(videos, own, strict=True)):
+            views = self.views.sized(item)
+            full = views if self.reduction is None else self.reduction.before.sized(item)
+            layouts = views.video_layouts(count, (height, width), most)
+            load = views.video_load(count, (height, width), most) // len(layouts)
             made = [None] * len(layouts) if prepared is None else prepared[number]
             before = full.video_layouts(count, (height, width), most)
             parts = zip(layouts, before, made, strict=True)
@@ -399,7 +435,8 @@ class Processor:
             "image": list(images),
             "video": list(itertools.chain(*videos)),
         }
-        filled, order = self._filled(pieces, waiting, name)
+        self._check_ids(pieces, name)
+        filled, order = self._filled(pieces, waiting, messages, name)
         length = sum(map(len, filled))
         if self.max_length is not None and length > self.max_length:
             raise SequenceTooLong(
@@ -422,25 +459,52 @@ class Processor:
         return [len(layout) for layout in self.views.layouts(image_sizes)]
 
     def _frames(
-        self, video: Video, fps: float | int, frame_sampler: FrameSampler, name: str, mode: str
+        self, video: MediaItem, fps: float | int, frame_sampler: FrameSampler, name: str, options: Fields
     ) -> tuple[list[Image.Image], float | int]:
-        if isinstance(video, str | os.PathLike | bytes):
-            frames, rate = read_video(video, frame_sampler, max_pixels=self.max_pixels, name=name)
+        source, settings = video.source, video.frames
+        if isinstance(source, str | os.PathLike | bytes):
+            reading = {key: value for key, value in options.items() if key != "mode"}
+            frames, rate = read_video(source, frame_sampler.following(settings), name=name, **reading)
+            mode = options["mode"]
             return [frame if frame.mode == mode else frame.convert(mode) for frame in frames], rate
-        frames = [to_picture(frame, max_pixels=self.max_pixels, name=name, mode=mode) for frame in video]
+        check_list(source, name)
+        if settings not in (FrameSettings(), FrameSettings(fps=settings.fps)):
+            raise PictureMismatch(f"{name}: a video that is given as frames takes only fps; remove its other settings")
+        frames = [to_picture(frame, name=f"{name}, frame {i}", **options) for i, frame in enumerate(source)]
         if not frames:
             raise PictureMismatch(f"{name}: expected a video of at least one frame, got none")
-        return frames, fps
+        return frames, fps if settings.fps is None else settings.fps
+
+    def _check_ids(self, pieces: Sequence[Text | Slot], name: str) -> None:
+        """Raises a `TokenizerError` for a token of a text that the model's table has no row for."""
+        rows = self.table_rows
+        if rows is None:
+            return
+        for piece in pieces:
+            outside = [i for i in piece.ids if i >= rows] if isinstance(piece, Text) else []
+            if outside:
+                token = self.tokenizer.decode(outside[:1], skip_special=False)
+                raise TokenizerError(
+                    f"{name}: the token '{token}' has the id {outside[0]}, but the model's table has only {rows} rows; "
+                    "leave it out of the text, or use the tokenizer that belongs to the model"
+                )
 
     def _filled(
-        self, pieces: Sequence[Text | Slot], waiting: Mapping[Kind, list[Place]], name: str
+        self,
+        pieces: Sequence[Text | Slot],
+        waiting: Mapping[Kind, list[Place]],
+        messages: Conversation,
+        name: str,
     ) -> tuple[list[Text | Visual], list[Place]]:
+        marks = [(mark, kind) for kind, marks in self.prompt.placeholders.items() for mark in marks]
         for kind, places in waiting.items():
             wanted = sum(isinstance(piece, Slot) and piece.kind == kind for piece in pieces)
             if wanted != len(places):
+                found = ((n, mark, of) for n, text in texts_of(messages) for mark, of in marks if mark in text)
+                said = "".join(f"; message {n} writes '{mark}', which stands for a {of}" for n, mark, of in found)
                 raise PictureMismatch(
                     f"{name}: its text has {wanted} {kind} placeholders, but got {len(places)}; pass one "
-                    f'{{"type": "{kind}"}} item in the messages for every {kind}'
+                    f'{{"type": "{kind}"}} item in the messages for every {kind}{said}'
                 )
         filled: list[Text | Visual] = []
         order: list[Place] = []

@@ -4,10 +4,11 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from vlm_jax.processors.as_released import Released
 from vlm_jax.processors.chat import ChatTemplate, ChatTemplateError
+from vlm_jax.processors.items import Kind, check_kinds, media_items, texts_of
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.learned import (
     AS_RELEASED,
@@ -25,7 +26,6 @@ from vlm_jax.processors.learned import (
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Config, Message
 
-Kind = Literal["image", "video"]
 Stretch = tuple[str | Kind, list[Span]]  # a text or the kind of a placeholder, and its trained spans
 
 
@@ -50,10 +50,14 @@ class Prompt(Protocol):
 
     Attributes:
       independent_turns: whether the turns of what is trained on do not attend to each other.
+      placeholders: kind -> what stands for an image or a video in the text of a message; only these kinds are read.
     """
 
     @property
     def independent_turns(self) -> bool: ...
+
+    @property
+    def placeholders(self) -> Mapping[Kind, tuple[str, ...]]: ...
 
     def __call__(
         self,
@@ -68,7 +72,7 @@ class Prompt(Protocol):
         """The pieces of one conversation, in order.
 
         Args:
-          messages: `{"role": "user", "content": "…"}`, or with content such as
+          messages: from `items.read_messages`: `{"role": "user", "content": "…"}`, or with content such as
             `[{"type": "image"}, {"type": "text", "text": "…"}]`.
           places: number of slots of each of the conversation's videos.
           add_generation_prompt: ends with the start of the answer.
@@ -116,6 +120,12 @@ class TemplatePrompt:
 
     independent_turns = False
 
+    @property
+    def placeholders(self) -> Mapping[Kind, tuple[str, ...]]:
+        """See `Prompt`: the marks, and the tokens where they are encoded with the text."""
+        tokens = {} if self.split else self.tokens
+        return {kind: tuple({mark: None, tokens.get(kind, mark): None}) for kind, mark in self.marks.items()}
+
     def __call__(
         self,
         messages: Sequence[Message],
@@ -127,6 +137,7 @@ class TemplatePrompt:
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`."""
+        check_kinds(messages, tuple(self.marks))
         with_faults = self.released is not None and targets == AS_RELEASED
         if targets and self.learned.images_first != "never" and not with_faults:
             messages = [self._images_first(message) for message in messages]
@@ -147,6 +158,7 @@ class TemplatePrompt:
             text, spans = render_learned(template, messages, self.tokenizer, self.learned, turns, **variables)
         else:
             text, spans = self.template.render(without_weights(messages), **variables), []
+        self._check_written(messages, text)
         pieces = self._pieces(text, spans, places)
         return self._with_tokens(pieces) if targets and turns == "all" and self.learned.tokens else pieces
 
@@ -160,6 +172,7 @@ class TemplatePrompt:
         """The pieces with what the release's code learns."""
         assert self.released is not None
         text = self.released.text(template, without_weights(messages), variables)
+        self._check_written(messages, text)
         pieces = self._pieces(text, (), places)
         ids: list[int | None] = [i for p in pieces for i in (p.ids if isinstance(p, Text) else (None,))]
         if not self.split:
@@ -207,15 +220,21 @@ class TemplatePrompt:
         mark = self.marks["image"]
         return {**message, "content": mark * str(message["content"]).count(mark)}
 
+    def _check_written(self, messages: Sequence[Message], text: str) -> None:
+        """Raises unless every image and video of the messages is in the text of the prompt."""
+        for kind, mark in self.marks.items():
+            given = sum(item["type"] == kind for _, item in media_items(messages))
+            wanted = given + sum(part.count(mark) for _, part in texts_of(messages))
+            found = text.count(mark)
+            if found < wanted:
+                raise ChatTemplateError(
+                    f"{self.template.origin}: the template writes {found} of the {wanted} {kind}s of the messages; "
+                    "give them in a message of a role, and in a form, that it reads"
+                )
+
     def _content(self, content: Any) -> Any:
         if content is None or isinstance(content, str):
             return content
-        for item in content:
-            if item["type"] not in ("text", *self.marks):
-                raise ChatTemplateError(
-                    f"a message has an item of type '{item['type']}'; this model reads "
-                    + ", ".join(("text", *self.marks))
-                )
         return (self.joined or "").join(
             item["text"] if item["type"] == "text" else self.marks[item["type"]] for item in content
         )

@@ -2,9 +2,10 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from vlm_jax.processors.items import Kind, check_kinds, check_message_keys
 from vlm_jax.processors.layout import Text
 from vlm_jax.processors.learned import (
     AS_RELEASED,
@@ -40,6 +41,11 @@ class DeepSeekVL2Prompt:
 
     independent_turns = False
 
+    @property
+    def placeholders(self) -> Mapping[Kind, tuple[str, ...]]:
+        """See `Prompt`."""
+        return {"image": (self.image,)}
+
     def __call__(
         self,
         messages: Sequence[Message],
@@ -54,7 +60,7 @@ class DeepSeekVL2Prompt:
 
         An answer at the end of a prompt lacks its end token: the model writes on from there.
         """
-        _refuse(places, variables)
+        _refuse(messages, places, variables)
         weights = answer_weights(messages, turns)
         pieces: list[Text | Slot] = [Text([_present(self.tokenizer.bos_id, "bos", self.tokenizer)])]
         for number, message in enumerate(messages):
@@ -70,8 +76,11 @@ class DeepSeekVL2Prompt:
                 weight = weights[number] if targets else 0.0
                 pieces += self.spelled(text, weight)
                 pieces += [] if last and add_generation_prompt and not targets else [Text([end], weight)]
-            elif number:
-                raise PromptError(f"message {number} has the role '{message['role']}', which only the first may have")
+            elif number or message["role"] != "system":
+                raise PromptError(
+                    f"message {number} has the role '{message['role']}'; expected user or assistant, and system "
+                    "only in the first"
+                )
             else:
                 pieces += self.spelled(text)
         return pieces
@@ -104,6 +113,11 @@ class QwenVLPrompt:
 
     independent_turns = False
 
+    @property
+    def placeholders(self) -> Mapping[Kind, tuple[str, ...]]:
+        """See `Prompt`."""
+        return {"image": ("<img>",)}
+
     def __call__(
         self,
         messages: Sequence[Message],
@@ -118,7 +132,7 @@ class QwenVLPrompt:
 
         In training the tags of every turn are learned too, and the last turn ends with a newline, as in the release.
         """
-        _refuse(places, variables)
+        _refuse(messages, places, variables)
         weights, messages = answer_weights(messages, turns), without_weights(messages)
         if targets == AS_RELEASED and messages and messages[0]["role"] == "assistant":
             weights, messages = weights[1:], messages[1:]  # which finetune.py drops
@@ -180,7 +194,9 @@ def _path(item: Message) -> str:
     return item["image"] if isinstance(item.get("image"), str) else ""
 
 
-def _refuse(places: Sequence[int], variables: Params) -> None:
+def _refuse(messages: Sequence[Message], places: Sequence[int], variables: Params) -> None:
+    check_kinds(messages, ("image",))
+    check_message_keys(messages)
     if places or variables:
         told = ", ".join(variables) or f"{len(places)} videos"
         raise PromptError(f"expected only images and text, got {told}")

@@ -14,6 +14,7 @@ from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Layout, PreparedImage, Tiles, joined_tiles, too_few
 from vlm_jax.types import Grid, TwoSizes
 
+_LONGEST = 16  # aspect ratio up to which an image is resized as a whole
 Fit = Literal["stretch", "crop", "crop_rounded", "pad", "shrink", "shrink_rounded"]
 
 
@@ -99,13 +100,38 @@ class SquareViews(Tiles):
     def _cropped(self, picture: Image.Image) -> Image.Image:
         short = min(self.size) if self.shortest_edge is None else self.shortest_edge
         long = int(short * max(picture.size) / min(picture.size))
-        picture = self.pixels.resized(picture, (short, long) if picture.width > picture.height else (long, short))
         height, width = self.size
+        if long > _LONGEST * short and not self.pixels.as_torch:
+            return self._cropped_first(picture, short, long)
+        picture = self.pixels.resized(picture, (short, long) if picture.width > picture.height else (long, short))
         spare = (picture.width - width, picture.height - height)
         left, top = (round(length / 2) if self.fit == "crop_rounded" else length // 2 for length in spare)
         if (left, top, picture.width, picture.height) == (0, 0, width, height):
             return picture
         return picture.crop((left, top, left + width, top + height))
+
+    def _cropped_first(self, picture: Image.Image, short: int, long: int) -> Image.Image:
+        """The same for a thin image, which would fill the memory if all of it were enlarged.
+
+        Pillow's filters read beyond the box, so that only its centre decides what is seen.
+        """
+        width, height = (long, short) if picture.width > picture.height else (short, long)
+        spare = (width - self.size[1], height - self.size[0])
+        left, top = (round(length / 2) if self.fit == "crop_rounded" else length // 2 for length in spare)
+        across, down = picture.width / width, picture.height / height
+        # Where the tile is larger than the shorter side, the rest is black, as in a crop.
+        x, y = max(left, 0), max(top, 0)
+        seen = (min(left + self.size[1], width) - x, min(top + self.size[0], height) - y)
+        # Columns first, as Pillow does for the whole image; for a small part alone it would choose the order anew.
+        columns = (x * across, 0, (x + seen[0]) * across, picture.height)
+        part = picture.resize((seen[0], picture.height), self.pixels.resample, box=columns)
+        rows = (0, y * down, seen[0], (y + seen[1]) * down)
+        part = part.resize(seen, self.pixels.resample, box=rows)
+        if seen == (self.size[1], self.size[0]):
+            return part
+        tile = Image.new(part.mode, (self.size[1], self.size[0]))
+        tile.paste(part, (x - left, y - top))
+        return tile
 
     def _shrunk(self, picture: Image.Image) -> Image.Image:
         long, side = max(picture.size), self.size[0]

@@ -10,13 +10,14 @@ from etils import epath
 from jaxtyping import Int
 from tokenizers import AddedToken
 
-from vlm_jax.config import did_you_mean, read_json
+from vlm_jax.config import did_you_mean
 from vlm_jax.processors.vocabulary import (
     SentencePieceVocabulary,
     TiktokenVocabulary,
     TokenizersVocabulary,
     Vocabulary,
 )
+from vlm_jax.released_json import read_released
 from vlm_jax.types import Config, Fields
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "vocab.json with merges.txt")
@@ -249,4 +250,4 @@ def _names(settings: Config) -> dict[str, str]:
 
 def _json(path: epath.Path) -> Fields:
     """The JSON object of a file; empty if it does not exist."""
-    return read_json(path, TokenizerError) if path.exists() else {}
+    return read_released(path, TokenizerError) if path.exists() else {}

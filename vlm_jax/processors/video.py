@@ -12,7 +12,41 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from vlm_jax.processors.image import CorruptImage
+from vlm_jax.processors.image import CorruptImage, resolved
+from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.types import Fields
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameSettings:
+    """Settings of the frames of one video; None for the processor's.
+
+    Attributes:
+      fps: sampled frames per second, or those of a video that is given as frames.
+      nframes: number of sampled frames.
+      min_frames, max_frames: limits of the number at `fps`.
+
+    Raises:
+      PictureMismatch: values that exclude each other.
+    """
+
+    fps: float | int | None = None
+    nframes: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+
+    def __post_init__(self):
+        others = [name for name in ("fps", "min_frames", "max_frames") if getattr(self, name) is not None]
+        if self.nframes is not None and others:
+            raise PictureMismatch(f"nframes excludes {others[0]}; pass one of the two")
+        if self.min_frames and self.max_frames and self.min_frames > self.max_frames:
+            raise PictureMismatch(f"min_frames={self.min_frames} is more than max_frames={self.max_frames}")
+
+
+def check_rate(fps: object) -> None:
+    """Raises a `PictureMismatch` unless a frame rate is a finite number above 0."""
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
+        raise PictureMismatch(f"fps: expected a number of frames per second above 0, got {fps!r}")
 
 
 @runtime_checkable
@@ -25,6 +59,17 @@ class FrameSampler(Protocol):
         Args:
           num_frames: of the video.
           video_fps: its frames per second.
+
+        Raises:
+          PictureMismatch: it has fewer frames than are wanted.
+        """
+        ...
+
+    def following(self, settings: FrameSettings) -> "FrameSampler":
+        """The sampler with a video's own settings.
+
+        Raises:
+          PictureMismatch: it has no such setting.
         """
         ...
 
@@ -38,20 +83,44 @@ class RateSampler:
       min_frames: minimum, for a video with at least as many.
       max_frames: maximum.
       multiple: the number is rounded down to a multiple of this.
+      nframes: the number itself, for any length, rounded to a multiple; None for `fps`.
+      first_of_parts: selects the first frame of each of equal parts, as transformers' video processors do.
 
-    Source: Wang et al. 2024 (Qwen2-VL), section 2.1; qwen-vl-utils, vision_process.py, smart_nframes.
+    Source: Wang et al. 2024 (Qwen2-VL), section 2.1; qwen-vl-utils, vision_process.py, smart_nframes; transformers,
+    models/qwen2_vl/video_processing_qwen2_vl.py, sample_frames.
     """
 
     fps: float | int = 2.0
     min_frames: int = 4
     max_frames: int = 768
     multiple: int = 2
+    nframes: int | None = None
+    first_of_parts: bool = False
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
         """Indices of the frames; see `FrameSampler`."""
-        wanted = min(max(num_frames / video_fps * self.fps, self.min_frames), self.max_frames, num_frames)
-        count = max(math.floor(wanted / self.multiple) * self.multiple, 1)
+        if self.nframes is not None:
+            count = max(round(self.nframes / self.multiple) * self.multiple, 1)
+            if count > num_frames:
+                raise PictureMismatch(f"nframes: expected at most the video's {num_frames} frames, got {self.nframes}")
+        else:
+            least = math.ceil(self.min_frames / self.multiple) * self.multiple
+            wanted = min(max(num_frames / video_fps * self.fps, least), self.max_frames, num_frames)
+            count = max(math.floor(wanted / self.multiple) * self.multiple, 1)
+        if self.first_of_parts:
+            return np.arange(count) * num_frames // count
         return np.rint(np.linspace(0, num_frames - 1, count)).astype(int)
+
+    def following(self, settings: FrameSettings) -> "RateSampler":
+        """See `FrameSampler`."""
+        given = {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+        if given and "nframes" not in given:
+            given["nframes"] = None  # a rate takes precedence over the processor's number
+        found = dataclasses.replace(self, **given)
+        if found.min_frames > found.max_frames:  # one of an item, and the other of the processor
+            limit: Fields = {"min_frames": 1} if settings.min_frames is None else {"max_frames": found.min_frames}
+            found = dataclasses.replace(found, **limit)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +141,44 @@ class SegmentSampler:
         length = (num_frames - 1) / self.num_segments
         return (length / 2 + np.round(length * np.arange(self.num_segments))).astype(int)
 
+    def following(self, settings: FrameSettings) -> "SegmentSampler":
+        """See `FrameSampler`."""
+        for name in ("fps", "min_frames", "max_frames"):
+            if getattr(settings, name) is not None:
+                raise PictureMismatch(f"{name}: this system samples a number of frames; set nframes instead")
+        return self if settings.nframes is None else SegmentSampler(settings.nframes)
+
+
+@dataclasses.dataclass(frozen=True)
+class MiddleSampler:
+    """The middle frame of each of equal parts, at most as many as the video has: InternVL of transformers.
+
+    Attributes:
+      nframes: number of parts; None for `fps`.
+      fps: parts per second.
+
+    Source: transformers, models/internvl/video_processing_internvl.py, sample_frames.
+    """
+
+    nframes: int | None = None
+    fps: float | int = 1.0
+
+    def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
+        """Indices of the frames; see `FrameSampler`."""
+        count = max(int(num_frames / video_fps * self.fps), 1) if self.nframes is None else self.nframes
+        if count > num_frames:
+            raise PictureMismatch(f"nframes: expected at most the video's {num_frames} frames, got {count}")
+        return np.asarray(uniform_frames(num_frames, count))
+
+    def following(self, settings: FrameSettings) -> "MiddleSampler":
+        """See `FrameSampler`."""
+        for name in ("min_frames", "max_frames"):
+            if getattr(settings, name) is not None:
+                raise PictureMismatch(f"{name}: this system samples a number of frames; set nframes or fps instead")
+        if settings.fps is not None:
+            return MiddleSampler(fps=settings.fps)
+        return self if settings.nframes is None else MiddleSampler(settings.nframes)
+
 
 def read_video(
     source: str | os.PathLike | bytes,
@@ -79,14 +186,16 @@ def read_video(
     *,
     max_pixels: int = 100_000_000,
     name: str = "video",
+    allow_network: bool = False,
 ) -> tuple[list[Image.Image], float]:
     """Decodes a video file with PyAV, upright; frames that are not selected are decoded and discarded.
 
     Args:
-      source: a path, local or `gs://`, or the file's bytes.
+      source: a location as in `sources.located`, or the file's bytes.
       sampling: selects frames.
       max_pixels: maximum pixels of a frame.
       name: name of the file in errors when `source` is bytes.
+      allow_network: whether a web address is downloaded.
 
     Returns:
       The frames in RGB, and their number per second.
@@ -95,7 +204,7 @@ def read_video(
       FileNotFoundError: there is no such file.
       CorruptImage: it has no video that can be decoded, or the frames are too large.
     """
-    with _opened(source, name) as (container, name):
+    with _opened(resolved(source, name, allow_network=allow_network), name) as (container, name):
         stream, total, fps = _counted(container, max_pixels, name)
         container.seek(0)
         chosen = sampling.chosen(total, fps)
@@ -123,7 +232,7 @@ def video_size(
 
     Args and errors as of `read_video`.
     """
-    with _opened(source, name) as (container, name):
+    with _opened(resolved(source, name), name) as (container, name):
         stream, total, fps = _counted(container, max_pixels, name)
         container.seek(0)
         frame = next(container.decode(stream), None)
@@ -159,7 +268,8 @@ def _counted(container: Any, max_pixels: int, name: str) -> tuple[Any, int, floa
         )
     fps = float(stream.average_rate or stream.guessed_rate or 0)
     # The number of frames in headers may be missing or wrong; packets are counted without decoding.
-    total = sum(packet.size > 0 for packet in container.demux(stream))
+    # Those before a cut, which the edit list of a file hides, are decoded but not shown.
+    total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
     if not total or not fps:
         raise CorruptImage(f"{name}: {total} frames at {fps} frames per second")
     return stream, total, fps

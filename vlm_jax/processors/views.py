@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -17,6 +17,9 @@ from vlm_jax.types import Grid, PackedPatches, TwoSizes
 # For every position in order: the image's visual token r as r, the learned row k as -1 - k.
 Layout = Int[np.ndarray, "_"]
 Images = Float[np.ndarray, "B I height width channels"] | PackedPatches | TwoSizes
+
+
+OwnViews = TypeVar("OwnViews", bound="Tiles")
 
 
 class PictureMismatch(ValueError):
@@ -40,6 +43,47 @@ def check_list(given: object, what: str) -> None:
         "leave it out or pass []" if given is None else f"write [{given!r}]" if isinstance(given, str) else "write […]"
     )
     raise PictureMismatch(f"{what}: expected a list, got {shown}; {fix}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemSize:
+    """The size of one image or of a video's frames, in pixels; None for the release's limits.
+
+    Attributes:
+      min_pixels, max_pixels: of an image, or of a frame.
+      resized_height, resized_width: instead of them, the size itself, rounded to whole blocks.
+      total_pixels: maximum of all frames of a video together.
+
+    Raises:
+      PictureMismatch: values that exclude each other.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+    total_pixels: int | None = None
+
+    def __post_init__(self):
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise PictureMismatch("resized_height and resized_width: expected both, got one")
+        if self.resized is not None and (self.min_pixels or self.max_pixels):
+            raise PictureMismatch("resized_height and resized_width exclude min_pixels and max_pixels; pass one pair")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise PictureMismatch(f"min_pixels={self.min_pixels} is more than max_pixels={self.max_pixels}")
+
+    @property
+    def resized(self) -> Size | None:
+        """(height, width), where they are given."""
+        if self.resized_height is None or self.resized_width is None:
+            return None
+        return self.resized_height, self.resized_width
+
+
+def check_whole(value: object, name: str) -> None:
+    """Raises a `PictureMismatch` unless a setting of an item is None or a whole number from 1 to 2**31 - 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
+        raise PictureMismatch(f"{name}: expected a whole number above 0, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +173,14 @@ class Views(Protocol):
         """
         ...
 
+    def sized(self, size: ItemSize) -> "Views":
+        """The same views with an item's own size.
+
+        Raises:
+          PictureMismatch: the sizes of the system's images are fixed, or a limit contradicts the release's.
+        """
+        ...
+
     def join(self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None) -> Images | None:
         """The images of a batch.
 
@@ -180,6 +232,13 @@ class Tiles(abc.ABC):
     def video_load(self, num_frames: int, size: Size, max_tokens: int | None = None) -> int:
         """Raises `PictureMismatch`: videos are not supported."""
         return len(self.video_layouts(num_frames, size, max_tokens))
+
+    def sized(self: OwnViews, size: ItemSize) -> OwnViews:
+        """Raises `PictureMismatch` for any setting: the sizes of tiles are fixed."""
+        given = [field.name for field in dataclasses.fields(size) if getattr(size, field.name) is not None]
+        if given:
+            raise PictureMismatch(f"{given[0]}: this system's images have fixed sizes; remove the key from the item")
+        return self
 
     def join(
         self, rows: Sequence[Sequence[PreparedImage]], capacity: int | None = None

@@ -121,6 +121,8 @@ def read_processor(
     processor = PROCESSORS[name](folder, config)
     if isinstance(model, VLM):
         check_conversations(processor, model)
+        if model.decoder is not None:
+            processor = dataclasses.replace(processor, table_rows=model.decoder.vocab_size)
     return processor
 
 

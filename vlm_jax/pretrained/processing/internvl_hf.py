@@ -1,5 +1,6 @@
 """InternVL in the format of transformers."""
 
+from vlm_jax.pretrained.family import check_supported
 from vlm_jax.pretrained.processing.internvl import LEARNED
 from vlm_jax.pretrained.processing.settings import (
     Folder,
@@ -9,13 +10,14 @@ from vlm_jax.pretrained.processing.settings import (
     pixels,
     processor_settings,
     video_pixels,
+    video_settings,
 )
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.video import SegmentSampler
+from vlm_jax.processors.video import FrameSampler, MiddleSampler, SegmentSampler
 from vlm_jax.types import Config, Fields
 
 # transformers, models/got_ocr2/image_processing_got_ocr2.py; the processor itself enables tiles.
@@ -47,4 +49,13 @@ def processor(folder: Folder, config: Config) -> Processor:
         texts={"image": tagged, "video": f"Frame{{number}}: {tagged}"},
         learned=LEARNED,
     )
-    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), frame_sampler=SegmentSampler())
+    return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), frame_sampler=_sampler(folder))
+
+
+def _sampler(folder: Folder) -> FrameSampler:
+    """Selects frames of video files as the folder states, by default as the release's model cards do."""
+    videos = video_settings(folder)
+    check_supported(videos, {"initial_shift": (True,)}, f"{folder}: video processor")
+    if "num_frames" in videos:
+        return MiddleSampler(videos["num_frames"])
+    return MiddleSampler(fps=videos["fps"]) if "fps" in videos else SegmentSampler()

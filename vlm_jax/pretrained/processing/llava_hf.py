@@ -68,7 +68,8 @@ def _square(folder: Folder, config: Config) -> tuple[SquareViews, tuple[int, int
 
 def _processor(folder: Folder, config: Config, views: Any, **fields: Any) -> Processor:
     tokenizer = Tokenizer.from_folder(folder)
-    token = processor_settings(folder).get("image_token", "<image>")
+    # The tokenizer's name takes precedence over the processor's, as in transformers.
+    token = tokenizer.names.get("image_token") or processor_settings(folder).get("image_token") or "<image>"
     qwen = config["model_type"] == "llava_next" and config.get("text_config", {}).get("model_type") == "qwen2"
     prompt = TemplatePrompt(
         ChatTemplate.from_folder(folder, tokenizer.names),

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 from PIL import Image
 
-from vlm_jax.config import read_json
 from vlm_jax.pretrained.family import PretrainedError, check_supported, text_section
 from vlm_jax.processors.chat import ChatTemplate, MissingChatTemplate
 from vlm_jax.processors.image import FIXED_POINT
@@ -16,6 +15,7 @@ from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.released_json import read_released
 from vlm_jax.types import Config, Fields
 
 Folder = str | os.PathLike[str]
@@ -39,7 +39,7 @@ COMMON: Fields = {
 
 def _json(path: epath.Path) -> Fields:
     """The JSON object of a file; empty if it does not exist."""
-    return read_json(path, PretrainedError) if path.exists() else {}
+    return read_released(path, PretrainedError) if path.exists() else {}
 
 
 def processor_settings(folder: Folder) -> Fields:
@@ -105,13 +105,21 @@ def pixels(settings: Config) -> Pixels:
     resample = Image.Resampling(settings["resample"])
     if not settings["do_normalize"]:
         return Pixels(resample=resample)
-    mean, std = (tuple(map(float, settings[name])) for name in ("image_mean", "image_std"))
+    mean, std = (_per_channel(settings[name]) for name in ("image_mean", "image_std"))
+    if not all(std):
+        raise PretrainedError(f"image_std: expected no zero, got {settings['image_std']}")
     return Pixels(mean, std, resample)
+
+
+def _per_channel(value: float | int | Sequence[float | int]) -> tuple[float, ...]:
+    """Three numbers; one number is that of all channels, as in transformers."""
+    values = (value,) if isinstance(value, float | int) else tuple(value)
+    return tuple(map(float, values * 3 if len(values) == 1 else values))
 
 
 def mean_colour(settings: Config) -> tuple[int, ...]:
     """The mean in 8 bits, also where pixels are not normalised."""
-    return tuple(int(value * 255) for value in settings["image_mean"])
+    return tuple(int(value * 255) for value in _per_channel(settings["image_mean"]))
 
 
 def height_and_width(value: object, where: str) -> Size:
@@ -123,10 +131,12 @@ def height_and_width(value: object, where: str) -> Size:
     if isinstance(value, int):
         return value, value
     if isinstance(value, Mapping):
-        if "height" in value and "width" in value:
+        if value.get("height") and value.get("width"):
             return value["height"], value["width"]
-        if "shortest_edge" in value:
+        if value.get("shortest_edge"):
             return value["shortest_edge"], value["shortest_edge"]
+    if isinstance(value, list | tuple):
+        return value[0], value[1]
     raise PretrainedError(f"{where}: expected a number, or height and width, got {value!r}")
 
 

@@ -1,0 +1,150 @@
+"""What a folder is, before any of its tensors is matched: read, or one sentence with the way on."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import vlm_jax
+from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.recognition import QUANTISED_FILES, QUANTISED_KEYS
+from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.tokenizer import TokenizerError
+
+from .folders import alphabet_folder, edit, golden_folder
+
+ASKED = [{"role": "user", "content": "ab"}]
+
+
+def refused(path, match, **options) -> str:
+    with pytest.raises(PretrainedError, match=match) as caught:
+        vlm_jax.from_pretrained(path, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "version": "gemm"}, "awq"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_a_quantised_release_is_told_by_its_config(tmp_path, settings, method):
+    edit(alphabet_folder(tmp_path), "config.json", ("quantization_config",), settings)
+    (tmp_path / "model.safetensors").write_bytes(b"")  # no tensor is looked at
+    assert "dequantize()" in refused(tmp_path, rf"its weights are quantised \({method}\), which is not read")
+
+
+@pytest.mark.parametrize(("name", "method"), QUANTISED_FILES.items())
+def test_a_quantised_release_is_told_by_a_file(tmp_path, name, method):
+    edit(alphabet_folder(tmp_path), name, ("bits",), 4)
+    refused(tmp_path, rf"quantised \({method}, by its {name}\)")
+
+
+@pytest.mark.parametrize(("ending", "method"), QUANTISED_KEYS.items())
+def test_a_quantised_release_is_told_by_its_tensors(tmp_path, ending, method):
+    path = alphabet_folder(tmp_path) / "model.safetensors"
+    key = f"model.layers.0.mlp.up_proj{ending}"
+    safetensors.numpy.save_file({**safetensors.numpy.load_file(path), key: np.zeros(2, np.int32)}, path)
+    refused(tmp_path, rf"quantised \({method}: it has {key}\)")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_adapter_is_told_with_its_model(tmp_path, beside):
+    if beside:
+        shutil.copy(alphabet_folder(tmp_path / "base") / "config.json", tmp_path)
+    edit(tmp_path, "adapter_config.json", ("peft_type",), "LORA")
+    edit(tmp_path, "adapter_config.json", ("base_model_name_or_path",), "some/base-model")
+    tensor = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((8, 32), np.float32)}
+    safetensors.numpy.save_file(tensor, tmp_path / "adapter_model.safetensors")
+    told = refused(tmp_path, "an adapter of 'some/base-model', not a model")
+    assert f"from_pretrained('some/base-model', adapter='{tmp_path}')" in told
+
+
+def test_gguf_is_told(tmp_path):
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    refused(tmp_path, "GGUF files are not read; load the release's safetensors")
+    refused(tmp_path / "model-q4.gguf", "GGUF files are not read")
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_a_hub_folder_of_open_clip(tmp_path, also):
+    """Its weights have names of their own; `model.safetensors` beside them has those of transformers."""
+    path = golden_folder("open_clip_vit", tmp_path / "folder")
+    (path / "model.safetensors").rename(path / "open_clip_model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").unlink()
+    (path / "open_clip_config.json").write_text(json.dumps(config if "model_cfg" in config else {"model_cfg": config}))
+    if also:
+        safetensors.numpy.save_file({"text_model.weight": np.zeros(2)}, path / "model.safetensors")
+    read, wanted = (
+        vlm_jax.from_pretrained(path),
+        vlm_jax.from_pretrained(golden_folder("open_clip_vit", tmp_path / "b")),
+    )
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
+    assert (read.encode_images([image]) == wanted.encode_images([image])).all()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "chat_template.jinja",
+        "chat_template.json",
+        "processor_config.json",
+        "tokenizer_config.json",
+        "additional_chat_templates/default.jinja",
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_template_is_read_in_every_place(tmp_path, place, several):
+    file, source = tmp_path / place, "{{ messages[0].content }}!"
+    file.parent.mkdir(exist_ok=True)
+    if place.endswith(".json"):
+        edit(tmp_path, place, ("chat_template",), {"default": source, "tool_use": ""} if several else source)
+    else:
+        file.write_text(source)
+    assert ChatTemplate.from_folder(tmp_path).render(ASKED) == "ab!"
+
+
+def test_the_processors_template_comes_first(tmp_path):
+    """As in transformers: of processor_config.json, then of separate files, then of the tokenizer."""
+    for place, text in (("tokenizer_config.json", "c"), ("chat_template.json", "b"), ("processor_config.json", "a")):
+        edit(tmp_path, place, ("chat_template",), text + "{{ messages[0].content }}")
+        assert ChatTemplate.from_folder(tmp_path).render(ASKED) == f"{text}ab"
+
+
+def test_a_token_that_the_table_has_no_row_for(tmp_path):
+    """Added to the tokenizer, while the table was never resized: its logits would be NaN."""
+    path = alphabet_folder(tmp_path)
+    whole = json.loads((path / "tokenizer.json").read_text())
+    entry = {"id": 29, "content": "<extra>", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    whole["added_tokens"].append({**entry, **flags})
+    (path / "tokenizer.json").write_text(json.dumps(whole))
+    model = vlm_jax.from_pretrained(path)
+    told = "the token '<extra>' has the id 29, but the model's table has only 29 rows"
+    with pytest.raises(TokenizerError, match=told):
+        model.processor([{"role": "user", "content": "a<extra>"}])
+    with pytest.raises(TokenizerError, match=told):
+        model.generate([{"role": "user", "content": "a<extra>"}], max_new_tokens=2)
+    assert model.generate(ASKED, max_new_tokens=2).text == "cd"
+
+
+def test_half_a_model_is_told(tmp_path):
+    path = golden_folder("internvl2_qwen2", tmp_path / "folder")
+    edit(path, "config.json", ("llm_config", "model_type"), "qwen22")
+    with pytest.raises(
+        PretrainedError, match=r"llm_config\.model_type: no language model 'qwen22'; did you mean 'qwen2'"
+    ):
+        vlm_jax.from_pretrained(path)
+    edit(path, "config.json", ("llm_config", "model_type"), "phi3")
+    with pytest.warns(UserWarning, match="'phi3' is not read; only encoder and connector are loaded"):
+        assert "decoder" not in vlm_jax.from_pretrained(path).params

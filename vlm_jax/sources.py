@@ -1,0 +1,119 @@
+"""Locations of pictures and videos: paths, `file://`, `data:` and web addresses."""
+
+import base64
+import binascii
+import http.client
+import os
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+WEB = ("http", "https")
+MAX_BYTES = 512 * 2**20  # of a download
+SECONDS = 60.0  # for a whole download
+_CHUNK = 1 << 16
+
+
+class SourceError(ValueError):
+    """A location that cannot be read; the message has it, the reason and the fix."""
+
+
+def located(source: str, *, allow_network: bool = False) -> str | bytes:
+    """The path of a location, or its bytes where it is no file.
+
+    Args:
+      source: a path, in which a leading `~` is the home folder; a path of a bucket, `gs://`; a `file://` or `data:`
+        URL; or a web address.
+      allow_network: whether a web address is downloaded, up to `MAX_BYTES` bytes and `SECONDS` seconds.
+
+    Raises:
+      SourceError: a malformed URL, another scheme, or a download that is not allowed or failed.
+    """
+    if source.startswith("data:"):
+        return _inline(source)
+    if "://" not in source:
+        return os.path.expanduser(source)
+    scheme = source.partition("://")[0].lower()
+    if scheme == "file":
+        return _local(source)
+    if scheme in WEB:
+        if not allow_network:
+            raise SourceError(
+                f"{shortened(source)} is on the web, which is not read by default; download it, or pass "
+                "allow_network=True"
+            )
+        return _downloaded(source)
+    if scheme not in ("gs", "s3"):
+        raise SourceError(
+            f"{shortened(source)}: the scheme '{scheme}' is not read; expected a path, file://, data:, gs://, s3:// "
+            "or https://"
+        )
+    return source
+
+
+def decoded(text: str) -> bytes:
+    """The bytes of base64 text, with or without the head of a data URL; white space is ignored.
+
+    Raises:
+      SourceError: it is not base64.
+    """
+    if text.startswith("data:"):
+        return _inline(text)
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SourceError(f"{shortened(text)}: not base64: {error}") from None
+
+
+def shortened(text: str) -> str:
+    """A location for messages: long ones, such as data URLs, are cut."""
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text)} characters)"
+
+
+def _inline(source: str) -> bytes:
+    head, _, encoded = source.partition(",")
+    if not head.endswith(";base64"):
+        raise SourceError(f"expected data:…;base64,…, got {shortened(source)}")
+    return decoded(encoded)
+
+
+def _local(source: str) -> str:
+    parts = urllib.parse.urlsplit(source)
+    if parts.netloc not in ("", "localhost"):
+        raise SourceError(
+            f"{shortened(source)}: expected file:///… with an absolute path, got the host '{parts.netloc}'"
+        )
+    literal = source.partition("://")[2].removeprefix(parts.netloc)  # a name may have a ? or # that is not escaped
+    return literal if os.path.lexists(literal) else urllib.parse.unquote(literal)
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to web addresses only."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        """The request of a redirect; raises a `SourceError` for another scheme."""
+        if urllib.parse.urlsplit(newurl).scheme not in WEB:
+            raise SourceError(f"{shortened(req.full_url)}: redirects to {shortened(newurl)}, which is not on the web")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _downloaded(source: str) -> bytes:
+    """Downloads a file within the limits of size and time."""
+    deadline, parts, size = time.monotonic() + SECONDS, [], 0
+    opener = urllib.request.build_opener(_WebOnly)
+    try:
+        request = urllib.request.Request(source, headers={"User-Agent": "vlm_jax"})
+        with opener.open(request, timeout=SECONDS) as answer:
+            while part := answer.read1(_CHUNK):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_BYTES:
+                    raise SourceError(f"{shortened(source)}: more than {MAX_BYTES} bytes; download it and pass a path")
+                if time.monotonic() > deadline:
+                    raise SourceError(f"{shortened(source)}: not read within {SECONDS:g} seconds; download it")
+    except (OSError, http.client.HTTPException, UnicodeError, ValueError) as error:
+        if isinstance(error, SourceError):
+            raise
+        raise SourceError(f"{shortened(source)}: cannot be downloaded ({type(error).__name__}: {error})") from error
+    return b"".join(parts)
