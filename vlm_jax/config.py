@@ -15,6 +15,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from vlm_jax.paths import regular
+
 RunConfig = Any  # an ml_collections.ConfigDict or a section of it, whose keys are attributes of any type; or a dict
 Settings = TypeVar("Settings")
 Entry = TypeVar("Entry")
@@ -41,10 +43,12 @@ def read_json(path: Any, error: type[Exception]) -> dict[str, Any]:
       error: error class for a file that is missing or has another content; the message names the file.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(regular(path, error).read_bytes())
     except FileNotFoundError as cause:
         raise error(f"{path}: no such file") from cause
-    except ValueError as cause:  # also for bytes that are not text
+    except error:
+        raise
+    except (ValueError, RecursionError) as cause:  # also for bytes that are not text
         raise error(f"{path}: not JSON ({cause})") from cause
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, got {type(value).__name__}")

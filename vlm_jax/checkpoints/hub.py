@@ -23,7 +23,7 @@ import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vlm_jax.config import read_json
-from vlm_jax.paths import absolute
+from vlm_jax.paths import absolute, regular
 from vlm_jax.types import Dtype, Fields, Selection
 
 SINGLE_FILE = "model.safetensors"
@@ -132,6 +132,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     path = fetch(source, revision=revision)
     if path.is_dir():
         path = _choose_file(path)
+    regular(path, CheckpointFileError)
     if path.name.endswith(".index.json"):
         tensors = _open_index(path)
     elif path.suffix == ".safetensors":
@@ -150,11 +151,12 @@ def fetch(source: str | os.PathLike[str], *, revision: str | None = None) -> Pat
       CheckpointFileError: not a local path, and not a repository that can be downloaded or is in the cache.
     """
     path = Path(absolute(source))
-    if path.exists():
+    if os.path.exists(path):  # False also for a text that no file can have as its path
         return path
     name = os.fspath(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise CheckpointFileError(f"{name}: not a file or folder, and not the `organisation/name` of a hub repository")
+        shown = name if len(name) <= 200 else f"{name[:100]}… ({len(name)} characters)"
+        raise CheckpointFileError(f"{shown}: not a file or folder, and not the `organisation/name` of a hub repository")
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -263,7 +265,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
         if Path(name).name != name:
             problems.append(f"{name} is not a file name next to the index")
             continue
-        if not (path.parent / name).is_file():
+        if not (path.parent / name).is_file():  # nor a named pipe, which would be waited for
             problems.append(f"the shard {name} is missing ({len(listed)} tensors)")
             continue
         held = _open_safetensors(path.parent / name)

@@ -16,6 +16,7 @@ import jinja2.sandbox
 from etils import epath
 
 from vlm_jax.config import did_you_mean, read_json
+from vlm_jax.paths import read_text
 from vlm_jax.types import Config, Fields, Message
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
@@ -190,10 +191,10 @@ def _templates(folder: epath.Path) -> dict[str, str]:
             raise ChatTemplateError(f"{alone}: expected the key chat_template, got {', '.join(content) or 'none'}")
         own[DEFAULT] = content["chat_template"]
     if (folder / "chat_template.jinja").exists():
-        own[DEFAULT] = (folder / "chat_template.jinja").read_text()
+        own[DEFAULT] = read_text(folder / "chat_template.jinja", ChatTemplateError)
     if (folder / FOLDER).exists():
         paths = sorted((folder / FOLDER).glob("*.jinja"))
-        own |= {path.name.removesuffix(".jinja"): path.read_text() for path in paths}
+        own |= {path.name.removesuffix(".jinja"): read_text(path, ChatTemplateError) for path in paths}
     return own or found
 
 
