@@ -63,7 +63,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_read(reader, kind, made
 @pytest.mark.parametrize("reader", READERS)
 def test_a_text_that_no_file_can_have_as_its_path_is_refused(reader, path):
     read, error = READERS[reader]
-    with pytest.raises(error, match="expected the path of a file|there is no file") as caught:
+    with pytest.raises(error, match=r"expected the path of a file|there is no file") as caught:
         read(path)
     assert reader == "records" or len(str(caught.value)) < 300
 
