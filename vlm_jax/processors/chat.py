@@ -12,11 +12,11 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 from etils import epath
 
 from vlm_jax.config import did_you_mean, read_json
 from vlm_jax.paths import read_text
+from vlm_jax.processors.template_sandbox import MAX_SOURCE, BoundedEnvironment, TemplateLimit
 from vlm_jax.types import Config, Fields, Message
 
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "chat_template in tokenizer_config.json")
@@ -53,11 +53,15 @@ class ChatTemplate:
         """
         self.source, self.names, self.origin = source, dict(names or {}), origin
         self._unread: dict[tuple[Any, ...], frozenset[int]] = {}  # by structure: messages in the form not read
+        if len(source) > MAX_SOURCE:
+            raise ChatTemplateError(f"{origin}: expected at most {MAX_SOURCE} characters, got {len(source)}")
         try:
             self._template = _environment().from_string(source)
             self._reads = jinja2.meta.find_undeclared_variables(_environment().parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"{origin}: not a Jinja template: line {error.lineno}: {error.message}") from error
+        except (RecursionError, MemoryError, SyntaxError) as error:  # of Python, which compiles what Jinja writes
+            raise ChatTemplateError(f"{origin}: nested too deeply ({type(error).__name__}: {error})") from error
 
     def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[str, dict[str, str], str]]:
         """For another process, which compiles it anew."""
@@ -90,9 +94,16 @@ class ChatTemplate:
         values = {"add_generation_prompt": add_generation_prompt, **{key: _plain(given[key]) for key in given}}
         plain = [{key: _plain(value) for key, value in m.items() if value is not None} for m in messages]
         try:
-            return self._template.render(messages=self._as_read(plain, values), **values)
-        except (jinja2.TemplateError, TypeError) as error:
+            return self._rendered(self._as_read(plain, values), values)
+        except ChatTemplateError:
+            raise
+        except jinja2.TemplateError as error:
             raise ChatTemplateError(f"{self.origin}: {error}") from error
+        except Exception as error:  # what a template computes can raise any: 1 / 0, 'a' + 1, [].x.y
+            raise ChatTemplateError(f"{self.origin}: {type(error).__name__}: {error}") from error
+
+    def _rendered(self, messages: list[Fields], values: Config) -> str:
+        return _environment().rendered(self._template, {"messages": messages, **values})
 
     def _as_read(self, messages: list[Fields], values: Config) -> list[Fields]:
         """The messages, with content that is only text as a list or as a string, whichever the template reads.
@@ -139,8 +150,10 @@ class ChatTemplate:
             new = texts[0] if isinstance(content, str) else filled
             tried.append({**message, "content": new} if any(texts) else message)
         try:
-            shown = self._template.render(messages=tried, **values)
-        except (jinja2.TemplateError, TypeError):
+            shown = self._rendered(tried, values)
+        except TemplateLimit:
+            raise
+        except Exception:  # any, as in `render`
             return None
         # A template that takes a list for a text writes it as Python does.
         return {number for number, text in wanted if text not in shown or f"'text': '{text}'" in shown}
@@ -199,11 +212,9 @@ def _templates(folder: epath.Path) -> dict[str, str]:
 
 
 @functools.cache
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment([_Generation, jinja2.ext.loopcontrols])
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
