@@ -1,0 +1,43 @@
+"""Ten seconds of every target, and the faults that the harness finds."""
+
+import pytest
+
+from tests.fuzz.run import NAMES, fuzz
+from tests.fuzz.target import made
+from tests.fuzz.targets import TARGETS
+
+
+def test_every_target_has_a_name():
+    assert set(NAMES) == set(TARGETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_documented_errors_leave(name):
+    report = fuzz(name, 10.0)
+    assert report.inputs and not report.findings, "\n".join(map(str, report.findings))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_input_is_the_same_whenever_it_is_made(name):
+    first, second = ([repr(made(TARGETS[name], name, 0, index)) for index in (5, 3)] for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("raises", "KeyError: 'undocumented'"),
+        ("hangs", "over 0.5 seconds"),
+        ("dies", "the process ended with 3"),
+        ("grows", "MB more"),
+    ],
+)
+def test_a_fault_is_found_and_named(name, told):
+    report = fuzz(name, 2.0, module="tests.fuzz.toys", limit=0.5)
+    (finding,) = report.findings
+    assert told in finding.told and f"--target={name} --seed=0 --index=" in str(finding)
+
+
+def test_documented_errors_are_no_fault():
+    report = fuzz("sound", 0.5, module="tests.fuzz.toys")
+    assert not report.findings and 0 < report.accepted < report.inputs
