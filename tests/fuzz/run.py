@@ -22,11 +22,13 @@ from typing import Any
 
 from tests.fuzz.target import MAX_SECONDS, Finding, Target, judged, made
 
-TARGETS = "tests.fuzz.targets"  # imported in the processes that read the inputs
-NAMES = (
-    *("pictures", "videos", "safetensors", "npz", "index_files", "configs_by_type", "templates", "config_overrides"),
-    *("answers", "conversations", "records"),
-)
+# Target -> the module in whose TARGETS it is, which only the processes that read the inputs import.
+TARGETS = {
+    **dict.fromkeys(("pictures", "videos"), "tests.fuzz.media"),
+    **dict.fromkeys(("safetensors", "npz", "index_files", "records"), "tests.fuzz.files"),
+    **dict.fromkeys(("templates", "answers", "conversations"), "tests.fuzz.texts"),
+    **dict.fromkeys(("configs_by_type", "config_overrides"), "tests.fuzz.configs"),
+}
 ALLOWANCE = 4 << 30  # bytes that a process may have beyond what it has at its start
 MAX_FINDINGS = 20  # different ones of a target
 START_SECONDS = 300
@@ -57,14 +59,14 @@ class Report:
         )
 
 
-def fuzz(name: str, seconds: float, *, seed: int = 0, module: str = TARGETS, limit: float = MAX_SECONDS) -> Report:
+def fuzz(name: str, seconds: float, *, seed: int = 0, module: str | None = None, limit: float = MAX_SECONDS) -> Report:
     """Reads inputs of a target for some seconds.
 
     Args:
-      name: key of the module's TARGETS.
+      name: of the target.
       seconds: after the processes' start.
       seed: of the inputs.
-      module: where the target is.
+      module: where the target is, if not in TARGETS.
       limit: seconds after which an input counts as a hang.
     """
     report, kinds, start = Report(name), set[str](), 0
@@ -72,7 +74,9 @@ def fuzz(name: str, seconds: float, *, seed: int = 0, module: str = TARGETS, lim
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         state = context.RawArray("d", 4)  # index, when it began, seconds of the slowest, number of accepted ones
-        process = context.Process(target=_work, args=(module, name, seed, start, state, theirs), daemon=True)
+        process = context.Process(
+            target=_work, args=(module or TARGETS[name], name, seed, start, state, theirs), daemon=True
+        )
         process.start()
         theirs.close()
         first, told = start, None
@@ -88,10 +92,10 @@ def fuzz(name: str, seconds: float, *, seed: int = 0, module: str = TARGETS, lim
         report.inputs += index - first + bool(told)
         report.accepted += int(state[3])
         report.slowest = max(report.slowest, state[2])
-        if told is not None:
+        if told:
             _add(report, kinds, Finding(name, seed, index, told))
-            if told == "no start":
-                break
+        if told in ("", "no start"):
+            break
         start = index + 1
     return report
 
@@ -105,7 +109,7 @@ def _watched(
             _add(report, kinds, Finding(report.name, seed, *found))
     except EOFError:
         process.join()
-        return f"the process ended with {process.exitcode}"
+        return "" if process.exitcode == 1 else f"the process ended with {process.exitcode}"  # 1 after a traceback
     if state[1] and time.monotonic() - state[1] > limit:
         return f"over {limit:g} seconds"
     return None
@@ -156,12 +160,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.0, help="of all targets together")
     parser.add_argument("--workers", type=int, default=2, help="targets at once")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", choices=NAMES, action="append", help="all when missing")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="all when missing")
     parser.add_argument("--index", type=int, help="shows this input of the target, and reads it in this process")
     given = parser.parse_args()
-    names = given.target or NAMES
+    names = given.target or list(TARGETS)
     if given.index is not None:
-        target = importlib.import_module(TARGETS).TARGETS[names[0]]
+        target = importlib.import_module(TARGETS[names[0]]).TARGETS[names[0]]
         value = made(target, names[0], given.seed, given.index)
         print(f"{value!r}"[:4000])
         print(target.read(value))
