@@ -127,17 +127,17 @@ def changed_json(rng: random.Random, value: Any, most: int = 3) -> Any:
     for _ in range(rng.randint(0, most)):
         places = list(_places(value))
         if not places:
-            return rng.choice(VALUES)
+            return _copied(rng.choice(VALUES))
         holder, key = rng.choice(places)
         kind = rng.randrange(8)
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
-            holder[rng.choice(("", "size", "type", "x" * 300, key + key[-1:]))] = rng.choice(VALUES)
+            holder[rng.choice(("", "size", "type", "x" * 300, key + key[-1:]))] = _copied(rng.choice(VALUES))
         elif kind == 2 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
-            holder[key] = rng.choice((-holder[key], str(holder[key]), holder[key] + 1, [holder[key]], holder[key] / 2))
+            holder[key] = rng.choice((-holder[key], str(holder[key]), holder[key] + 1, [holder[key]], holder[key] // 2))
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = _copied(rng.choice(VALUES))
     return value
 
 

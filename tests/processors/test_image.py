@@ -249,6 +249,15 @@ def test_a_header_has_the_size_of_the_upright_picture(form, orientation):
     assert image_size(file.getvalue()) == open_image(file.getvalue()).shape[:2]
 
 
+@pytest.mark.parametrize("stated", ["6", b"\x06", (6, 6), 9, 0])
+def test_an_orientation_that_is_none_is_upright(stated):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = stated
+    source = saved(Image.fromarray(RGB), "PNG", exif=exif)
+    assert image_size(source) == (5, 7)
+    np.testing.assert_array_equal(open_image(source), RGB)
+
+
 def test_a_png_may_state_its_orientation_as_xmp():
     entries = PngImagePlugin.PngInfo()
     entries.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')

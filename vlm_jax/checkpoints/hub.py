@@ -278,25 +278,34 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
 
 
 def _open_npz(path: Path) -> dict[str, LazyTensor]:
-    tensors = {}
+    tensors: dict[str, LazyTensor] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
+            for member in archive.infolist():
+                key = member.filename.removesuffix(".npy")
+                if key in tensors:
+                    raise CheckpointFileError(f"{path}: has {key} twice; write it again with one array of each name")
                 with archive.open(member) as file:
                     shape, dtype = _npy_header(file)
-                key = member.removesuffix(".npy")
+                    stored = member.file_size - file.tell()
                 if dtype.hasobject:
                     raise CheckpointFileError(
                         f"{path}: {key} is a pickled array, which is not read, because opening one can "
                         "run arbitrary code. Convert it once if you trust it: numpy.load(FILE, "
                         "allow_pickle=True), then numpy.savez(NEW, **arrays) with numeric dtypes"
                     )
-                tensors[key] = LazyTensor(shape, _npy_dtype(dtype), _npz_reader(path, member))
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise CheckpointFileError(_damaged(path, error)) from error
-    except ValueError as error:
-        if isinstance(error, CheckpointFileError):
-            raise
+                # Before an array of this size is made.
+                if any(type(length) is not int or length < 0 for length in shape) or (
+                    stored != math.prod(shape) * dtype.itemsize
+                ):
+                    raise CheckpointFileError(
+                        f"{path}: {key} has the shape {shape} of {dtype} in its header, but {stored} bytes; write the "
+                        "file again"
+                    )
+                tensors[key] = LazyTensor(shape, _npy_dtype(dtype), _npz_reader(path, member.filename))
+    except CheckpointFileError:
+        raise
+    except Exception as error:  # of the archive, its compression, or the headers, which raise many types
         raise CheckpointFileError(_damaged(path, error)) from error
     return tensors
 
@@ -318,7 +327,7 @@ def _npz_reader(path: Path, member: str) -> Callable[[Selection], np.ndarray]:
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
-        except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        except Exception as error:  # as above
             raise CheckpointFileError(f"{member} of {_damaged(path, error)}") from error
         return array.view(_npy_dtype(array.dtype))[index]
 

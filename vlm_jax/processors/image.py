@@ -182,7 +182,8 @@ def _check_size(picture: Image.Image, max_pixels: int, name: str) -> None:
 
 def _orientation(picture: Image.Image) -> int:
     """Of EXIF: 1 is upright, and from 5 on rows and columns change places."""
-    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    stated = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return stated if isinstance(stated, int) and 1 <= stated <= 8 else 1  # it may be of any type
 
 
 def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
