@@ -249,6 +249,7 @@ def test_a_header_has_the_size_of_the_upright_picture(form, orientation):
     assert image_size(file.getvalue()) == open_image(file.getvalue()).shape[:2]
 
 
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
 @pytest.mark.parametrize("stated", ["6", b"\x06", (6, 6), 9, 0])
 def test_an_orientation_that_is_none_is_upright(stated):
     exif = Image.Exif()

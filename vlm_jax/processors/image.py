@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from vlm_jax.interpolation import ResizeKind, fixed_point_weights
+from vlm_jax.interpolation import AntialiasKind, fixed_point_weights
 from vlm_jax.paths import regular
 
 FILTERS: dict[str, Image.Resampling] = {
@@ -34,9 +34,14 @@ FORMATS = (
 # Entries of Pillow's `info` of a PNG that can state an orientation.
 ORIENTED = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 
-FIXED_POINT: dict[Image.Resampling, ResizeKind] = {
+FIXED_POINT: dict[Image.Resampling, AntialiasKind] = {
     Image.Resampling.BILINEAR: "bilinear_antialias",
     Image.Resampling.BICUBIC: "bicubic_antialias",
+}
+ANTIALIAS: dict[Image.Resampling, AntialiasKind] = {
+    **FIXED_POINT,
+    Image.Resampling.BOX: "box_antialias",
+    Image.Resampling.LANCZOS: "lanczos_antialias",
 }
 
 

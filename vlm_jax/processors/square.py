@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlm_jax.processors.image import square_padded
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.thin import Axis, is_large, resized_part
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Layout, PreparedImage, Tiles, joined_tiles, too_few
 from vlm_jax.types import Grid, TwoSizes
@@ -90,7 +91,7 @@ class SquareViews(Tiles):
             return self.pixels.resized(picture, self.size)
         if self.fit in ("shrink", "shrink_rounded"):
             return self._shrunk(picture)
-        return self._cropped(square_padded(picture, self._colour) if self.fit == "pad" else picture)
+        return self._cropped(picture)
 
     @property
     def _colour(self) -> tuple[int, ...]:
@@ -98,11 +99,24 @@ class SquareViews(Tiles):
 
     def _cropped(self, picture: Image.Image) -> Image.Image:
         short = min(self.size) if self.shortest_edge is None else self.shortest_edge
-        long = int(short * max(picture.size) / min(picture.size))
-        picture = self.pixels.resized(picture, (short, long) if picture.width > picture.height else (long, short))
+        canvas = (max(picture.size),) * 2 if self.fit == "pad" else picture.size
+        long = int(short * max(canvas) / min(canvas))
+        resized = (long, short) if canvas[0] > canvas[1] else (short, long)
         height, width = self.size
-        spare = (picture.width - width, picture.height - height)
+        spare = (resized[0] - width, resized[1] - height)
         left, top = (round(length / 2) if self.fit == "crop_rounded" else length // 2 for length in spare)
+        if min(left, top) >= 0 and (is_large(canvas, picture) or is_large(resized, picture)):
+            columns, rows = (
+                Axis((whole - own) // 2, whole, new, (first, first + kept))
+                for whole, own, new, first, kept in zip(
+                    canvas, picture.size, resized, (left, top), (width, height), strict=True
+                )
+            )
+            options = {"colour": self._colour, "as_torch": self.pixels.as_torch}
+            picture = picture.convert("RGB") if self.fit == "pad" and picture.mode != "RGB" else picture
+            return resized_part(picture, rows, columns, self.pixels.resample, **options)
+        picture = square_padded(picture, self._colour) if self.fit == "pad" else picture
+        picture = self.pixels.resized(picture, resized[::-1])
         if (left, top, picture.width, picture.height) == (0, 0, width, height):
             return picture
         return picture.crop((left, top, left + width, top + height))
