@@ -30,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     stage = {"steps": 5000, "batch_size": 128, "accumulate": 1, "warmup_steps": 150}
     config.stages.instruction.update(stage)
     config.stages.instruction.learning_rates = ConfigDict({"connector": 2e-5, "decoder": 2e-5})
-    config.evaluation.batch_size = 16
+    config.decoder.remat, config.evaluation.batch_size = "dots", 16
     return config.lock()
 
 

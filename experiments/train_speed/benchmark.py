@@ -23,8 +23,9 @@ import release
 RATE, STEPS = 1e-4, 1000  # of the cosine
 TEXT_PLACES = 64
 OURS, THEIRS = "ours", "transformers"
-# name -> remat of tower and decoder
-CONTENDERS = {OURS: "none", "ours, remat dots": "dots", "ours, remat full": "full", THEIRS: ""}
+CHOSEN = ("full", "dots")  # by `cli.train`
+# name -> remat of the tower and of the decoder
+CONTENDERS = {OURS: CHOSEN, "ours, remat none": ("none", "none"), "ours, remat full": ("full", "full"), THEIRS: CHOSEN}
 # Of the pictures of mixed sizes, as shares of the largest.
 SIDES = (1.0, 0.5, 0.75, 0.5, 0.25, 0.5, 0.5, 0.25, 0.25, 0.75, 0.25, 0.5, 0.5, 0.25, 0.5, 0.25)
 
@@ -37,7 +38,7 @@ def peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def experiment_of(folder: Path, remat: str, length: int, images: int) -> Any:
+def experiment_of(folder: Path, remat: tuple[str, str], length: int, images: int) -> Any:
     """The release as `configs/finetune.py` trains it, in float32."""
     from configs import finetune
     from vlm_jax.build import build
@@ -46,7 +47,7 @@ def experiment_of(folder: Path, remat: str, length: int, images: int) -> Any:
     with config.unlocked():
         config.release, config.dtype = str(folder), "float32"
         config.row.update({"length": length, "images": images})
-        config.encoder.remat = config.decoder.remat = remat
+        config.encoder.remat, config.decoder.remat = remat
         config.stages.instruction.learning_rates = {"encoder": RATE, "connector": RATE, "decoder": RATE}
     return build(config)
 
@@ -146,7 +147,7 @@ def theirs(folder: Path, batch: Any, tags: int, threads: int) -> Step:
 def serve(pipe: Connection, name: str, folder: str, side: int, cores: set[int]) -> None:
     """A contender's process: one step per request; what it sends is (loss, seconds, processor seconds)."""
     os.sched_setaffinity(0, cores)
-    experiment = experiment_of(Path(folder), CONTENDERS[name] or "none", *shape(Path(folder), side))
+    experiment = experiment_of(Path(folder), CONTENDERS[name], *shape(Path(folder), side))
     batch, temporaries = batch_of(experiment, side), None
     if name == THEIRS:
         run = theirs(Path(folder), batch, experiment.system.processor.tokenizer.encode(release.TAGS[1])[0], len(cores))
@@ -165,13 +166,50 @@ def shape(folder: Path, side: int) -> tuple[int, int]:
     return patches // 4 + TEXT_PLACES, patches
 
 
+def products(pipe: Connection, name: str, tiny: bool, cores: set[int]) -> None:
+    """Seconds of the linear layers' products alone, those of the gradient too, by the library of a contender."""
+    os.sched_setaffinity(0, cores)
+    text, tower, side, vocabulary = release.sizes(tiny)
+    patches = (side // tower["patch_size"]) ** 2
+    width, rows, few = text["hidden_size"], 2 * (patches // 4 + TEXT_PLACES), tower["hidden_size"]
+    narrow = width * text["num_key_value_heads"] // text["num_attention_heads"]
+    depth, blocks = text["num_hidden_layers"], tower["depth"]
+    layers = [  # (rows, input, output, how often)
+        (rows, width, width, 2 * depth), (rows, width, narrow, 2 * depth), (rows, width, vocabulary, 1),
+        (rows, width, text["intermediate_size"], 2 * depth), (rows, text["intermediate_size"], width, depth),
+        (2 * patches, few, few, 4 * blocks), (2 * patches, few, tower["intermediate_size"], 2 * blocks),
+        (2 * patches, tower["intermediate_size"], few, blocks),
+    ]  # fmt: skip
+    draw = np.random.default_rng(0).standard_normal
+    arrays = [[draw(shape, np.float32) for shape in ((n, i), (i, o), (n, o))] for n, i, o, _ in layers]
+    if name == THEIRS:
+        import torch
+
+        torch.set_num_threads(len(cores))
+        given = [[torch.from_numpy(x), torch.from_numpy(w.T.copy()), torch.from_numpy(g)] for x, w, g in arrays]
+        of_layer = [(lambda x, w, g: x @ w.T), (lambda x, w, g: g @ w), (lambda x, w, g: g.T @ x)]
+    else:
+        import jax
+
+        given = [[jax.device_put(array) for array in group] for group in arrays]
+        of_layer = [jax.jit(lambda x, w, g: x @ w), jax.jit(lambda x, w, g: g @ w.T), jax.jit(lambda x, w, g: x.T @ g)]
+    while pipe.recv():
+        start = time.perf_counter()
+        for (*_, often), (x, w, g) in zip(layers, given, strict=True):
+            for _ in range(often):
+                made = [product(x, w, g) for product in of_layer]
+                if name != THEIRS:
+                    jax.block_until_ready(made)
+        pipe.send(time.perf_counter() - start)
+
+
 def packing(pipe: Connection, folder: str, side: int, cores: set[int]) -> None:
     """Seconds of steps over the same pictures of mixed sizes, a row each, and packed into rows of the same shape."""
     os.sched_setaffinity(0, cores)
     from vlm_jax.data.loader import join
 
     length, images = shape(Path(folder), side)
-    ours = Ours(experiment_of(Path(folder), "none", length, images))
+    ours = Ours(experiment_of(Path(folder), CHOSEN, length, images))
     samples = [release.sample(i, round(side * share), 28 + 8 * (i % 4)) for i, share in enumerate(SIDES)]
     rows: list[list[Any]] = []
     for one in samples:  # first fit
@@ -210,9 +248,9 @@ def holds(samples: list[Any], experiment: Any) -> bool:
 
 
 def measure(
-    folder: str, side: int, rounds: int, cores: set[int]
-) -> tuple[dict[str, list[list[float]]], dict[str, tuple[int | None, int]], list[tuple[Any, Any]]]:
-    """(loss, seconds, processor seconds) of every step, (temporaries, peak) by name, and what `packing` sends."""
+    folder: str, side: int, rounds: int, cores: set[int], tiny: bool
+) -> tuple[dict[str, list[list[float]]], dict[str, tuple[int | None, int]], list[tuple[Any, Any]], dict[str, float]]:
+    """(loss, seconds, processor seconds) of every step, (temporaries, peak), what `packing` sends, and `products`."""
     context = multiprocessing.get_context("spawn")
     pipes, steps = {}, {name: [] for name in CONTENDERS}
     for name in CONTENDERS:
@@ -228,6 +266,16 @@ def measure(
     for name, pipe in pipes.items():
         pipe.send(False)
         memory[name] = pipe.recv()
+    alone, seconds = {}, {name: [] for name in (OURS, THEIRS)}
+    for name in seconds:
+        alone[name], given = context.Pipe()
+        context.Process(target=products, args=(given, name, tiny, cores), daemon=True).start()
+    for _ in range(rounds + 1):
+        for name, pipe in alone.items():
+            pipe.send(True)
+            seconds[name].append(pipe.recv())
+    for pipe in alone.values():
+        pipe.send(False)
     pipe, given = context.Pipe()
     context.Process(target=packing, args=(given, folder, side, cores), daemon=True).start()
     packed = []
@@ -235,10 +283,10 @@ def measure(
         pipe.send(True)
         packed.append(pipe.recv())
     pipe.send(False)
-    return steps, memory, packed[1:]
+    return steps, memory, packed[1:], {name: statistics.median(of[1:]) for name, of in seconds.items()}
 
 
-def table(steps: Any, memory: Any, packed: Any, growth: list[int], logits: int) -> str:
+def table(steps: Any, memory: Any, packed: Any, alone: dict[str, float], growth: list[int], logits: int) -> str:
     """The results in Markdown; the first step of each is not among the medians."""
     medians = {name: [statistics.median(step[i] for step in of[1:]) for i in (1, 2)] for name, of in steps.items()}
     lines = ["| | step, s | of theirs | processor time, s | temporaries, MB | peak of the process, MB | losses |",
@@ -253,6 +301,9 @@ def table(steps: Any, memory: Any, packed: Any, growth: list[int], logits: int) 
     counts = packed[0][1]
     lines += [
         "",
+        f"The linear layers' products alone, forward and backward: {alone[OURS]:.2f} s by XLA, {alone[THEIRS]:.2f} s "
+        f"by PyTorch, {alone[OURS] / alone[THEIRS]:.2f} of it.",
+        "",
         f"{len(SIDES)} pictures of mixed sizes: {counts['padded']} steps, {seconds['padded']:.2f} s with a row each, "
         f"{counts['packed']} and {seconds['packed']:.2f} s packed: {seconds['packed'] / seconds['padded']:.2f} of it.",
         "",
@@ -264,7 +315,7 @@ def table(steps: Any, memory: Any, packed: Any, growth: list[int], logits: int) 
 
 def temporaries_of(pipe: Connection, folder: str, side: int) -> None:
     """Bytes of the temporaries of a step, and those of the gradient of the embedding table."""
-    experiment = experiment_of(Path(folder), "none", *shape(Path(folder), side))
+    experiment = experiment_of(Path(folder), CHOSEN, *shape(Path(folder), side))
     decoder = experiment.system.model.decoder
     _, temporaries = Ours(experiment).steps([batch_of(experiment, side)])
     pipe.send((temporaries, 4 * decoder.vocab_size * decoder.width))
@@ -309,10 +360,11 @@ def main() -> None:
         one, two = (in_process(temporaries_of, folder, side) for folder in folders)
         growth = [after - before for before, after in zip(one, two, strict=True)]
         logits = 2 * shape(Path(folders[0]), side)[0] * 4 * release.sizes(arguments.tiny)[3]
-        steps, memory, packed = measure(folders[0], side, arguments.rounds, cores)
-    print(table(steps, memory, packed, growth, logits))
+        measured = measure(folders[0], side, arguments.rounds, cores, arguments.tiny)
+    print(table(*measured, growth, logits))
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"steps": steps, "memory": memory, "packed": packed, "growth": growth}))
+        names = ("steps", "memory", "packed", "products")
+        arguments.out.write_text(json.dumps({**dict(zip(names, measured, strict=True)), "growth": growth}))
 
 
 if __name__ == "__main__":

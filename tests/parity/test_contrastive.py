@@ -106,13 +106,8 @@ def test_a_trained_release_answers_from_its_workdir_and_its_saved_folder(tmp_pat
     assert np.abs(np.asarray(saved.logits(batch)) - np.asarray(released.logits(batch))).max() > 1e-3
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_and_gradients_of_classes(tmp_path, smoothing):
-    settings = transformers.ViTConfig(**BLOCKS, image_size=16, patch_size=4, id2label=dict(enumerate(NAMES)))
-    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
-    _, model, _ = saved(tmp_path, processor, transformers.ViTForImageClassification(settings))
-    captions = [NAMES[number % 3 == 0] for number in range(4)]
-    config = config_of(tmp_path, captions)
+def to_classify(config, smoothing=0.0):
+    """Replaces the stage of pairs by one of classes."""
     config.stages.pairs = ConfigDict(
         {
             "objective": "classify", "stream": "captions", "label_smoothing": smoothing, "steps": 2, "batch_size": 4,
@@ -120,6 +115,16 @@ def test_loss_and_gradients_of_classes(tmp_path, smoothing):
         }
     )  # fmt: skip
     config.evaluation = ConfigDict({"batch_size": 3})
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_and_gradients_of_classes(tmp_path, smoothing):
+    settings = transformers.ViTConfig(**BLOCKS, image_size=16, patch_size=4, id2label=dict(enumerate(NAMES)))
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    _, model, _ = saved(tmp_path, processor, transformers.ViTForImageClassification(settings))
+    captions = [NAMES[number % 3 == 0] for number in range(4)]
+    config = config_of(tmp_path, captions)
+    to_classify(config, smoothing)
     experiment = build(config)
     assert experiment.labels == NAMES
     (span,) = parse_schedule(("pairs",), config.stages)
@@ -133,3 +138,26 @@ def test_loss_and_gradients_of_classes(tmp_path, smoothing):
     np.testing.assert_array_equal(batch.labels, labels)
     np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == labels).float().mean())
     compare(model, torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing), value, grads, tmp_path)
+
+
+def test_a_head_of_other_classes_is_saved_as_the_release_saves_its_own(tmp_path, one_device):
+    settings = transformers.ViTConfig(**BLOCKS, image_size=16, patch_size=4, id2label=dict(enumerate(NAMES)))
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    saved(tmp_path, processor, transformers.ViTForImageClassification(settings))
+    names = ("none", "one", "two")
+    config = config_of(tmp_path, [names[number % 3] for number in range(4)])
+    to_classify(config)
+    config.decoder = ConfigDict({"kind": "class_head", "names": names})
+    experiment = build(config)
+    assert experiment.labels == names and experiment.system.release.unnamed == ()
+    Trainer(config, experiment, one_device, tmp_path / "run").run()
+    ours = vlm_jax.from_pretrained(tmp_path / "run")
+    assert ours.labels == names
+    ours.save_pretrained(tmp_path / "out")
+    assert vlm_jax.from_pretrained(tmp_path / "out").labels == names
+    theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.id2label == dict(enumerate(names)) and theirs.config.num_labels == 3
+    given = processor(pictures(4), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = theirs(given).logits
+    np.testing.assert_allclose(ours.logits(ours.processor(pictures(4))), expected, atol=1e-5)

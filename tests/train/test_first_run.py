@@ -54,6 +54,7 @@ def test_every_row_holds_its_samples_and_none_of_the_evaluation(folder):
     config, chosen = completed(config_of(folder))
     assert config.data.held_out == 3 and chosen["config.data.held_out"] == 3  # 5%, rounded up
     assert config.dtype == config.param_dtype == "float32"
+    assert (config.encoder.remat, config.decoder.remat) == ("full", "dots")
     experiment = build(config)
     source = experiment.open_source()
     asked = {sample.sample_id.rpartition(":")[2] for sample in source.evaluation(0)}

@@ -25,7 +25,7 @@ class Release:
       rules: conversion from released tensors to parameters; targets are paths in `params`.
       ignore: regular expressions for whole released keys that the model does not use; kept unread and
         written back.
-      drawn: randomly initialised parts of the model that replace the release's.
+      drawn: randomly initialised parts of the model that replace the release's; `rules` save those they name.
     """
 
     config: Config
@@ -37,11 +37,21 @@ class Release:
 
     def without(self, *parts: str) -> "Release":
         """The release with `parts` replaced by randomly initialised ones."""
-        lost = [rule for rule in self.rules if any(_of_part(target, parts) for target in rule.targets)]
+        lost = _rules_of(self.rules, parts)
         patterns = tuple(matcher(source).pattern for rule in lost for source in rule.sources)
         kept = tuple(rule for rule in self.rules if rule not in lost)
         drawn = tuple(dict.fromkeys((*self.drawn, *parts)))
         return dataclasses.replace(self, rules=kept, ignore=(*self.ignore, *patterns), drawn=drawn)
+
+    def with_other(self, part: str, changes: Config) -> "Release":
+        """The release with a randomly initialised `part` of the same names, which `changes` of the config describe."""
+        other = self.without(part)
+        return dataclasses.replace(other, rules=self.rules, config={**self.config, **changes})
+
+    @property
+    def unnamed(self) -> tuple[str, ...]:
+        """Parts that replaced the release's and have no names in the released schema."""
+        return tuple(part for part in self.drawn if not _rules_of(self.rules, (part,)))
 
     def read(self, targets: Config) -> Fields:
         """The parameters of all parts of the release.
@@ -53,7 +63,9 @@ class Release:
           CheckpointMismatch: unused and missing keys and wrong shapes, all in one message.
         """
         own = {part: tree for part, tree in targets.items() if part not in self.drawn}
-        return import_params(self.rules, self.checkpoint, own, ignore=self.ignore)
+        drawn = _rules_of(self.rules, self.drawn)
+        rules = [rule for rule in self.rules if rule not in drawn]
+        return import_params(rules, self.checkpoint, own, ignore=self.ignore)
 
     def save(
         self,
@@ -76,10 +88,11 @@ class Release:
           CheckpointFileError: the folder contains a checkpoint, or a part has no name in the released schema.
           CheckpointMismatch: `params` do not have the release's shapes.
         """
-        if self.drawn:
+        if self.unnamed:
+            parts = " and the ".join(self.unnamed)
             raise CheckpointFileError(
-                f"{folder}: the released schema has no names for the {' and the '.join(self.drawn)} that replaced the "
-                "release's own; save the parameters as a run does, or load the release without the replacement"
+                f"{folder}: the released schema has no names for the {parts} that replaced the release's own; "
+                "save the parameters as a run does, or load the release without the replacement"
             )
         tensors: Fields = export_params(self.rules, params)
         for key, tensor in self.checkpoint.items():
@@ -94,6 +107,10 @@ class Release:
         finish(folder)
         save = save_archive if self.checkpoint.archive else save_checkpoint  # last: a folder with weights is complete
         return (path, *map(Path, companions), *save(folder, tensors))
+
+
+def _rules_of(rules: Sequence[Rule], parts: Sequence[str]) -> list[Rule]:
+    return [rule for rule in rules if any(_of_part(target, parts) for target in rule.targets)] if parts else []
 
 
 def _of_part(target: str, parts: Sequence[str]) -> bool:

@@ -94,8 +94,8 @@ def check_export(experiment: AnyExperiment) -> None:
     release = experiment.system.release
     if release is None:
         raise ConfigError("--export: a run without config.release has no released format; omit the flag")
-    if release.drawn:
-        parts = " and ".join(release.drawn)
+    if release.unnamed:
+        parts = " and ".join(release.unnamed)
         raise ConfigError(f"--export: the release has no names for another {parts}; omit the flag")
     if jax.process_count() > 1:
         raise ConfigError("--export: of several processes none has all parameters; use cli.convert --run afterwards")

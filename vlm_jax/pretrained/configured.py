@@ -126,5 +126,9 @@ def _image_text(system: System, config: Config) -> System:
     if not config["decoder"]:
         return dataclasses.replace(system, model=model)
     names = parse_kind({"class_head": ClassHead}, config["decoder"], "config.decoder").names
-    model = model.clone(num_classes=len(names))
-    return dataclasses.replace(system, model=model, release=system.release.without("head"))
+    named: Fields = {"id2label": {str(i): name for i, name in enumerate(names)}}
+    named["label2id"] = {name: int(i) for i, name in named["id2label"].items()}
+    if "num_classes" in system.release.config:  # vision_transformer's and big_vision's key
+        named["num_classes"] = len(names)
+    release = system.release.with_other("head", named)
+    return dataclasses.replace(system, model=model.clone(num_classes=len(names)), release=release)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 import jax
@@ -101,6 +102,7 @@ def completed(config: RunConfig, *, epochs: float | None = None) -> tuple[RunCon
     rate = min(HIGHEST_RATE, RATE * (PARAMS / sum(experiment.num_params().values())) ** POWER)
     label = config.schedule[0]
     _choose_rates(choose, label, rate)
+    _choose_remat(choose, experiment)
     return choose.config, choose.chosen
 
 
@@ -114,6 +116,14 @@ def _choose_rates(choose: Choice, label: str, rate: float) -> None:
     chosen = min(HIGHEST_RATE, rate * (LORA_RATE if lora else 1))
     for part in rates:
         choose(f"stages.{label}.learning_rates.{part}", float(f"{chosen:.1e}"))
+
+
+def _choose_remat(choose: Choice, experiment: Experiment) -> None:
+    """What is stored for the backward pass, as in `configs/base.py`; least of the tower, which is frozen by default."""
+    model = experiment.system.model
+    for part, module, policy in (("encoder", model.encoder, "full"), ("decoder", model.decoder, "dots")):
+        if "remat" in typing.get_type_hints(type(module)):
+            choose(f"{part}.remat", policy)
 
 
 def is_incomplete(config: RunConfig) -> bool:
