@@ -249,14 +249,13 @@ def test_a_header_has_the_size_of_the_upright_picture(form, orientation):
     assert image_size(file.getvalue()) == open_image(file.getvalue()).shape[:2]
 
 
-@pytest.mark.filterwarnings("ignore:Metadata Warning")
-@pytest.mark.parametrize("stated", ["6", b"\x06", (6, 6), 9, 0])
-def test_an_orientation_that_is_none_is_upright(stated):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = stated
-    source = saved(Image.fromarray(RGB), "PNG", exif=exif)
+@pytest.mark.parametrize("stated", ["6", 9, 0])
+def test_an_orientation_that_is_none_is_upright(monkeypatch, stated):
+    """A damaged entry of EXIF has any type."""
+    source = saved(Image.fromarray(RGB), "JPEG", quality=100, exif=Image.Exif())
+    monkeypatch.setattr(Image.Exif, "get", lambda *_: stated)
     assert image_size(source) == (5, 7)
-    np.testing.assert_array_equal(open_image(source), RGB)
+    assert open_image(source).shape == (5, 7, 3)
 
 
 def test_a_png_may_state_its_orientation_as_xmp():

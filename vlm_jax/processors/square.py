@@ -116,7 +116,7 @@ class SquareViews(Tiles):
             picture = picture.convert("RGB") if self.fit == "pad" and picture.mode != "RGB" else picture
             return resized_part(picture, rows, columns, self.pixels.resample, **options)
         picture = square_padded(picture, self._colour) if self.fit == "pad" else picture
-        picture = self.pixels.resized(picture, resized[::-1])
+        picture = self.pixels.resized(picture, (resized[1], resized[0]))
         if (left, top, picture.width, picture.height) == (0, 0, width, height):
             return picture
         return picture.crop((left, top, left + width, top + height))

@@ -207,19 +207,19 @@ def _rewritten(node: jinja2.nodes.Node) -> jinja2.nodes.Node:
         elif isinstance(value, list):
             setattr(node, name, [_rewritten(item) if isinstance(item, jinja2.nodes.Node) else item for item in value])
     if isinstance(node, jinja2.nodes.For):
-        node.iter = _hooked("counted", [node.iter])
+        node.iter = _hooked("counted", node.iter)
     elif isinstance(node, jinja2.nodes.Concat):
-        return _hooked("joined", node.nodes)
+        return _hooked("joined", *node.nodes)
     elif isinstance(node, jinja2.nodes.List | jinja2.nodes.Dict) or (
         isinstance(node, jinja2.nodes.Tuple) and node.ctx == "load"
     ):
-        return _hooked("built", [node])
+        return _hooked("built", node)
     return node
 
 
-def _hooked(name: str, given: list[jinja2.nodes.Expr]) -> jinja2.nodes.Expr:
+def _hooked(name: str, *given: Any) -> Any:
     hook = jinja2.nodes.EnvironmentAttribute(name)
-    return jinja2.nodes.Call(hook, given, [], None, None).set_lineno(given[0].lineno)
+    return jinja2.nodes.Call(hook, list(given), [], None, None).set_lineno(given[0].lineno)
 
 
 def _free(left: Any, right: Any) -> None:
@@ -277,7 +277,7 @@ def _of_method(name: str, owner: str | bytes | int, values: list[Any]) -> int:
     whole, numbers = size(owner), sum(abs(value) for value in values if isinstance(value, int))
     if name == "replace" and len(values) > 1 and isinstance(owner, str | bytes):
         old, new = values[:2]
-        return whole + (owner.count(old) * size(new) if isinstance(old, type(owner)) else 0)
+        return whole + (owner.count(old) * size(new) if isinstance(old, type(owner)) else 0)  # pyright: ignore
     if name == "join":
         return size(values) + whole * len(values[0])
     if name == "translate" and values:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from vlm_jax.interpolation import fixed_point_weights
 from vlm_jax.processors.image import ANTIALIAS
-from vlm_jax.processors.tiling import Size
 
 MOST_PIXELS = 1 << 24  # of an image that is made whole
 PILLOW_BITS = 22
@@ -97,7 +96,7 @@ class _Weights:
         if axis.canvas == axis.size:
             return cls(axis, None, 0)
         matrix, bits = fixed_point_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, axis.window)
-        return cls(axis, matrix.astype(np.int64), bits)
+        return cls(axis, scipy.sparse.csr_array(matrix, dtype=np.int64), bits)
 
     def used(self, start: int, length: int) -> tuple[int, int]:
         """[start, stop) of the picture's pixels that reach the part."""
