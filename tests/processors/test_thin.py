@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_jax.processors.image import ANTIALIAS, FIXED_POINT
+from vlm_jax.processors.image import ANTIALIAS, FIXED_POINT, CorruptImage
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 
@@ -49,3 +49,8 @@ def test_a_thin_picture_costs_what_a_square_one_does(fit, as_torch, size):
     tile = np.asarray(views.tile(Image.new("RGB", size, (9, 99, 199))))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
     assert tile.shape == (336, 336, 3) and (tile == (9, 99, 199)).all()
+
+
+def test_a_picture_that_is_too_thin_for_its_views_is_named():
+    with pytest.raises(CorruptImage, match="a picture of 1x9000 pixels is too thin"):
+        Pixels().resized(picture(9000, 1), (0, 4))

@@ -265,7 +265,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
         if Path(name).name != name:
             problems.append(f"{name} is not a file name next to the index")
             continue
-        if not (path.parent / name).is_file():  # nor a named pipe, which would be waited for
+        if not os.path.isfile(path.parent / name):  # nor a named pipe, which would be waited for
             problems.append(f"the shard {name} is missing ({len(listed)} tensors)")
             continue
         held = _open_safetensors(path.parent / name)

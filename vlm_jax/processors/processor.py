@@ -5,7 +5,7 @@ import functools
 import itertools
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from vlm_jax.processors.conversation import (
     error_context,
     given_pictures,
 )
-from vlm_jax.processors.image import to_picture
+from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns, answer_weights
 from vlm_jax.processors.prompt import Kind, Prompt, Slot
@@ -427,6 +427,8 @@ class Processor:
         if isinstance(video, str | os.PathLike | bytes):
             frames, rate = read_video(video, frame_sampler, max_pixels=self.max_pixels, name=name)
             return [frame if frame.mode == mode else frame.convert(mode) for frame in frames], rate
+        if not isinstance(video, Iterable) or isinstance(video, Mapping):
+            raise CorruptImage(f"{name}: expected a file or a sequence of frames, got a {type(video).__name__}")
         frames = [to_picture(frame, max_pixels=self.max_pixels, name=name, mode=mode) for frame in video]
         if not frames:
             raise PictureMismatch(f"{name}: expected a video of at least one frame, got none")
