@@ -363,4 +363,4 @@ def test_what_is_no_video_is_named():
     with pytest.raises(
         CorruptImage, match="conversation 0, video 0: expected a file or a sequence of frames, got a int"
     ):
-        made(say("<video>"), videos=[3])
+        made([{"role": "user", "content": [{"type": "video", "video": 3}]}])
