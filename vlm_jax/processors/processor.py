@@ -277,6 +277,9 @@ class Processor:
         for i, video in enumerate(videos):
             with error_context(f"{name}, video {i}"):
                 sampler = frame_sampler or self.frame_sampler
+                if not isinstance(video, os.PathLike | Iterable) or isinstance(video, Mapping):
+                    given = type(video).__name__
+                    raise CorruptImage(f"{name}, video {i}: expected a file or a sequence of frames, got a {given}")
                 clips.append(self._frames(video, fps, sampler, f"{name}, video {i}", mode))
         parts: list[list[PreparedImage]] = []
         for i, (frames, rate) in enumerate(clips):
@@ -427,8 +430,6 @@ class Processor:
         if isinstance(video, str | os.PathLike | bytes):
             frames, rate = read_video(video, frame_sampler, max_pixels=self.max_pixels, name=name)
             return [frame if frame.mode == mode else frame.convert(mode) for frame in frames], rate
-        if not isinstance(video, Iterable) or isinstance(video, Mapping):
-            raise CorruptImage(f"{name}: expected a file or a sequence of frames, got a {type(video).__name__}")
         frames = [to_picture(frame, max_pixels=self.max_pixels, name=name, mode=mode) for frame in video]
         if not frames:
             raise PictureMismatch(f"{name}: expected a video of at least one frame, got none")
