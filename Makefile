@@ -11,6 +11,7 @@ ARGS ?=
 PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 # Without the checks of annotated shapes: `make test` runs the same code under them, and they take a fifth of the time.
 UNCHECKED := --jaxtyping-packages=
+MINUTES ?= 10
 WORKDIR ?= workdir/digits_token_budget
 # A fixed release: an open range takes the newest build, with several GB of CUDA packages. The CPU
 # build serves as well where the package index offers it.
@@ -22,7 +23,7 @@ TORCHVISION ?= torchvision==0.28.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: sweep test parity lint types imports smoke golden processes
+.PHONY: sweep test parity lint types imports smoke golden processes fuzz
 
 sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
 	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py --workdir=$(WORKDIR)
@@ -36,8 +37,12 @@ parity: $(VENV)/.parity  ## against live torch models
 golden: $(VENV)/.test  ## against arrays of the official implementations
 	$(BIN)/python -m pytest -n 2 $(UNCHECKED) tests/golden $(ARGS)
 
-processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full disks, several hosts
+processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full disks, several hosts; ten seconds a fuzz target
 	$(BIN)/python -m pytest $(PYTEST) tests/processes $(ARGS)
+	$(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+fuzz: $(VENV)/.test  ## malformed inputs of all readers, for MINUTES
+	$(BIN)/python -m tests.fuzz.run --minutes=$(MINUTES) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

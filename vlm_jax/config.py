@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from vlm_jax import ranges
+from vlm_jax.paths import regular
 
 RunConfig = Any  # an ml_collections.ConfigDict or a section of it, whose keys are attributes of any type; or a dict
 Settings = TypeVar("Settings")
@@ -48,9 +49,11 @@ def read_json(path: Any, error: type[Exception]) -> dict[str, Any]:
       error: error class for a file that is missing or has another content; the message names the file.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(regular(path, error).read_bytes())
     except FileNotFoundError as cause:
         raise error(f"{path}: no such file") from cause
+    except error:
+        raise
     except (ValueError, RecursionError) as cause:  # also for bytes that are not text
         raise error(f"{path}: not JSON, or nested too deeply ({cause})") from cause
     if not isinstance(value, dict):

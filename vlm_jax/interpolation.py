@@ -12,7 +12,8 @@
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import numpy as np
@@ -22,6 +23,8 @@ from jaxtyping import Float
 ResizeKind = Literal[
     "bilinear", "bicubic", "bilinear_antialias", "bicubic_antialias", "area", "overlap", "corner_linear"
 ]
+
+AntialiasKind = Literal["bilinear_antialias", "bicubic_antialias", "box_antialias", "lanczos_antialias"]
 
 
 def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Float[np.ndarray, "out in"]:
@@ -40,24 +43,56 @@ def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Floa
 
 
 @functools.lru_cache(maxsize=64)  # shared by all frames of a video, and by videos of one size
-def fixed_point_weights(size_in: int, size_out: int, kind: ResizeKind) -> tuple[scipy.sparse.csr_array, int]:
-    """The same in integers, as in torch for antialiased 8-bit pixels.
+def fixed_point_weights(
+    size_in: int, size_out: int, kind: AntialiasKind, bits: int | None = None, window: tuple[int, int] | None = None
+) -> tuple[scipy.sparse.csr_array, int]:
+    """The same in integers, as in torch and Pillow for antialiased 8-bit pixels.
 
     Args:
       size_in: number of samples.
       size_out: number of samples after resizing.
       kind: one with antialiasing.
+      bits: the power of 2 that the weights are multiplied by; 22 in Pillow; None for the largest whose weights have 16
+        bits, as in torch.
+      window: [start, stop) of the samples after resizing that are wanted; all when None.
 
     Returns:
-      The int32 matrix [out, in] times 2 to a power, and the power: the largest whose weights have 16 bits.
+      The int32 matrix [stop - start, in] times 2 to a power, and the power.
 
-    Source: PyTorch, aten/src/ATen/native/cpu/UpSampleKernel.cpp, _compute_index_ranges_int16_weights.
+    Source: PyTorch, aten/src/ATen/native/cpu/UpSampleKernel.cpp, _compute_index_ranges_int16_weights; Pillow,
+    src/libImaging/Resample.c, precompute_coeffs.
     """
-    weights = _WEIGHTS[kind](size_in, size_out)
-    largest = weights.max()
-    bits = next((bits for bits in range(22) if int(0.5 + largest * 2 ** (bits + 1)) >= 2**15), 22)
-    whole = np.trunc(weights * 2**bits + np.copysign(0.5, weights))
-    return scipy.sparse.csr_array(whole.astype(np.int32)), bits
+    if bits is None:
+        largest = max(_taps(size_in, size_out, kind, part)[1].max() for part in _phases(size_in, size_out, kind))
+        bits = next((bits for bits in range(22) if int(0.5 + largest * 2 ** (bits + 1)) >= 2**15), 22)
+    outputs = np.arange(*(window or (0, size_out)))
+    taps, weights = _taps(size_in, size_out, kind, outputs)
+    whole = np.trunc(weights * 2**bits + np.copysign(0.5, weights)).astype(np.int32)
+    rows = np.broadcast_to(np.arange(len(outputs))[:, None], taps.shape)
+    kept = whole != 0
+    shape = (len(outputs), size_in)
+    return scipy.sparse.csr_array((whole[kept], (rows[kept], taps[kept])), shape=shape), bits
+
+
+def _taps(size_in: int, size_out: int, kind: AntialiasKind, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and weights of the samples that each of the outputs is made of."""
+    kernel, radius = _KERNELS[kind]
+    step = size_in / size_out
+    stretch = max(step, 1.0)
+    centres = (outputs + 0.5) * step - 0.5
+    taps = np.floor(centres - radius * stretch).astype(int)[:, None] + np.arange(math.ceil(2 * radius * stretch) + 2)
+    weights = np.where((taps >= 0) & (taps < size_in), kernel((taps - centres[:, None]) / stretch), 0.0)
+    return np.clip(taps, 0, size_in - 1), weights / weights.sum(axis=1, keepdims=True)
+
+
+def _phases(size_in: int, size_out: int, kind: AntialiasKind) -> Iterator[np.ndarray]:
+    """Outputs that have all the weights of the others: those near both ends, and one period between."""
+    near = math.ceil((_KERNELS[kind][1] * max(size_in / size_out, 1.0) + 1) * size_out / size_in)
+    first = min(size_out, near + size_out // math.gcd(size_in, size_out))
+    last = max(first, size_out - near)
+    chunk = max(1, (1 << 22) // max(1, math.ceil(size_in / size_out)))
+    for start, stop in ((0, first), (last, size_out)):
+        yield from (np.arange(begin, min(begin + chunk, stop)) for begin in range(start, stop, chunk))
 
 
 def _triangle(distance: np.ndarray) -> np.ndarray:
@@ -122,6 +157,22 @@ def _overlap(size_in: int, size_out: int) -> np.ndarray:
 def _corner_linear(size_in: int, size_out: int) -> np.ndarray:
     return _triangle(np.linspace(0, size_in - 1, size_out)[:, None] - np.arange(size_in))
 
+
+def _box(distance: np.ndarray) -> np.ndarray:
+    return ((distance > -0.5) & (distance <= 0.5)).astype(float)
+
+
+def _lanczos(distance: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0.0)
+
+
+# Kernels for antialiasing, and their radius in samples.
+_KERNELS: dict[AntialiasKind, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    "bilinear_antialias": (_triangle, 1),
+    "bicubic_antialias": (_cubic(-0.5), 2),
+    "box_antialias": (_box, 0.5),
+    "lanczos_antialias": (_lanczos, 3),
+}
 
 _WEIGHTS: dict[str, Callable[[int, int], np.ndarray]] = {
     "bilinear": _sampled(_triangle, 1),

@@ -1,5 +1,6 @@
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -203,6 +204,56 @@ def test_an_npz_member_that_is_no_array_is_named(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("w.npy", b"not an array at all")
     with pytest.raises(CheckpointFileError, match=r"model.npz .* damaged"):
+        open_checkpoint(path)
+
+
+def written_npz(path, header, data=b"\x00" * 12, method=zipfile.ZIP_STORED, names=("w.npy",)):
+    """An archive of one array in the format of NumPy, whatever its header says."""
+    text = header.encode().ljust(117) + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+    with zipfile.ZipFile(path, "w", method) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the same name twice
+        for name in names:
+            archive.writestr(name, content)
+
+
+HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': %s, }"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_npz_may_be_compressed_in_any_way_that_python_reads(tmp_path, method):
+    written_npz(tmp_path / "model.npz", HEADER % "(3,)", method=method)
+    np.testing.assert_array_equal(open_checkpoint(tmp_path)["w"][...], np.zeros(3, np.float32))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ["(True, 3)", "(99999999999,)", "(2**40,)", "(-3,)", "(3.0,)", "(2, 3)", "()", "3", "[3]", "('3',)", "(" * 60],
+)
+def test_an_npz_whose_shape_is_not_that_of_its_bytes_is_refused_before_it_is_read(tmp_path, shape):
+    written_npz(tmp_path / "model.npz", HEADER % shape)
+    with pytest.raises(
+        CheckpointFileError, match=r"model.npz(: w has the shape .* but 12 bytes| \(\d+ bytes\): damaged)"
+    ):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("w.npy", "w.npy"), ("w.npy", "w")])
+def test_an_npz_with_an_array_twice_is_refused(tmp_path, names):
+    written_npz(tmp_path / "model.npz", HEADER % "(3,)", names=names)
+    with pytest.raises(CheckpointFileError, match=r"model\.npz: has w twice"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("place", [8, 10], ids=["encrypted", "method"])
+def test_an_npz_that_python_cannot_read_is_named(tmp_path, place):
+    path = tmp_path / "model.npz"
+    written_npz(path, HEADER % "(3,)")
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\x01\x02")  # the directory, in which the flags are at 8 and the compression at 10
+    content[start + place] = 1 if place == 8 else 97
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointFileError, match=r"model.npz \(\d+ bytes\): damaged"):
         open_checkpoint(path)
 
 

@@ -104,6 +104,12 @@ def test_a_document_in_blocks():
     assert document_blocks("no document", (1, 1)) == []
 
 
+@pytest.mark.parametrize("text", ["<a ", '<p data-bbox="1 2 3 4">', "<![x[", "```\n"])
+def test_a_malformed_document_is_read_in_linear_time(text):
+    """Of 40,000 tags without an end Python's parser took minutes."""
+    assert len(document_blocks(text * 40_000, (10, 10))) <= 1
+
+
 def test_boxes_are_drawn_on_a_copy():
     picture = Image.new("RGB", (60, 40))
     drawn = np.asarray(draw_boxes(picture, [NamedBox((10, 5, 30, 20)), NamedBox((59, 39, 40, 25), "x")]))

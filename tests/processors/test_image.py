@@ -3,6 +3,7 @@
 import inspect
 import io
 import struct
+import subprocess
 import zlib
 
 import numpy as np
@@ -36,6 +37,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
 
@@ -135,6 +137,7 @@ def test_luma_weighs_red_green_and_blue_as_itu_601():
     ("broken", "why"),
     [
         (b"", "UnidentifiedImageError: unknown image format"),
+        (EPS, "UnidentifiedImageError: unknown image format; expected one of AVIF, "),
         (b"<html>not found</html>", "UnidentifiedImageError: unknown image format"),
         (saved(Image.fromarray(RGB), "BMP")[:-20], "OSError: .*truncated"),
         (png_header(8, 8), "OSError: .*truncated"),
@@ -153,6 +156,15 @@ def test_a_broken_file_is_named_with_the_reason(tmp_path, broken, why):
         open_image(path)
     with pytest.raises(CorruptImage, match=f"record 7: .*({why})"):
         open_image(broken, name="record 7")
+
+
+def test_no_program_is_started_for_a_picture(monkeypatch):
+    """Pillow gives EPS to Ghostscript."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail(f"started {args}"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    for read in (open_image, image_size, to_picture):
+        with pytest.raises(CorruptImage, match="unknown image format"):
+            read(EPS)
 
 
 def test_an_image_over_the_limit_is_refused_and_one_at_the_limit_is_not():
@@ -235,6 +247,15 @@ def test_a_header_has_the_size_of_the_upright_picture(form, orientation):
     file = io.BytesIO()
     Image.new("RGB", (40, 20)).save(file, form, exif=exif)
     assert image_size(file.getvalue()) == open_image(file.getvalue()).shape[:2]
+
+
+@pytest.mark.parametrize("stated", ["6", 9, 0])
+def test_an_orientation_that_is_none_is_upright(monkeypatch, stated):
+    """A damaged entry of EXIF has any type."""
+    source = saved(Image.fromarray(RGB), "JPEG", quality=100, exif=Image.Exif())
+    monkeypatch.setattr(Image.Exif, "get", lambda *_: stated)
+    assert image_size(source) == (5, 7)
+    assert open_image(source).shape == (5, 7, 3)
 
 
 def test_a_png_may_state_its_orientation_as_xmp():

@@ -323,3 +323,11 @@ def test_examples_that_do_not_fit_a_row_are_named(shape, told):
 def test_a_batch_takes_a_stated_shape():
     batch = processor().batch([say("ab"), say("<image>")], [[], [picture()]], shape=RowShape(9, 2))
     assert batch.tokens.shape == (2, 9) and batch.images.shape == (2, 2, 4, 4, 3)
+
+
+def test_what_is_no_video_is_named():
+    made = processor(InternVLViews(Pixels(), 4, 1), {"video": "<video>"})
+    with pytest.raises(
+        CorruptImage, match="conversation 0, video 0: expected a file or a sequence of frames, got a int"
+    ):
+        made([{"role": "user", "content": [{"type": "video", "video": 3}]}])

@@ -20,10 +20,11 @@ from vlm_jax.types import PatchFormat
 from .test_processor import processor, say
 
 
-def video(num_frames, fps, size=(32, 48), codec="libx264"):
+def video(num_frames, fps, size=(32, 48), codec="libx264", form="mp4", title=""):
     """Frame i is grey of level 8 * i."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
+    with av.open(buffer, "w", format=form) as container:
+        container.metadata["title"] = title
         stream = container.add_stream(codec, rate=fractions.Fraction(fps))
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         for number in range(num_frames):
@@ -147,6 +148,50 @@ def test_what_is_no_video_is_named():
     still = io.BytesIO()
     Image.new("RGB", (8, 8)).save(still, "PNG")
     assert len(read_video(still.getvalue(), RateSampler())[0]) == 1
+
+
+SDP = (
+    b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 40400 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"ffconcat version 1.0\nfile secret.png\n",
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.png\n#EXT-X-ENDLIST\n",
+        b"secret.png\n",
+        b'<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011"><Period/></MPD>',
+        SDP,
+    ],
+    ids=["concat", "playlist", "path", "dash", "session"],
+)
+def test_a_text_that_names_other_files_or_the_network_is_no_video(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("secret.png")
+    (tmp_path / "v.mp4").write_bytes(text)
+    for source in (text, tmp_path / "v.mp4"):
+        with pytest.raises(CorruptImage, match="expected a container of the kinds asf, avi"):
+            read_video(source, RateSampler())
+        with pytest.raises(CorruptImage, match="expected a container of the kinds asf, avi"):
+            video_size(source, RateSampler())
+
+
+@pytest.mark.parametrize("form", ["mp4", "mov", "matroska", "avi", "mpegts", "flv", "asf"])
+def test_usual_containers_are_read(form):
+    source = video(6, 5, codec="mpeg4" if form in ("avi", "asf") else "libx264", form=form)
+    assert levels(read_video(source, RateSampler(min_frames=6))[0]) == list(range(6))
+
+
+def test_a_codec_without_a_decoder_is_named():
+    source = video(4, 10, codec="mpeg4", form="avi").replace(b"FMP4", b"ZZZZ")
+    with pytest.raises(CorruptImage, match="video: no decoder for the codec of its video"):
+        read_video(source, RateSampler())
+
+
+def test_titles_in_another_encoding_are_ignored():
+    source = video(4, 10, title="TITLE").replace(b"TITLE", b"\xff\xfe\xfd\xfc\xfb")
+    assert levels(read_video(source, RateSampler())[0]) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from vlm_jax.paths import absolute
+from vlm_jax.paths import absolute, regular
 from vlm_jax.released_json import read_released
 from vlm_jax.types import Dtype, Fields, Selection
 
@@ -132,6 +132,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     path = fetch(source, revision=revision)
     if path.is_dir():
         path = _choose_file(path)
+    regular(path, CheckpointFileError)
     if path.name.endswith(".index.json"):
         tensors = _open_index(path)
     elif path.suffix == ".safetensors":
@@ -150,11 +151,12 @@ def fetch(source: str | os.PathLike[str], *, revision: str | None = None) -> Pat
       CheckpointFileError: not a local path, and not a repository that can be downloaded or is in the cache.
     """
     path = Path(absolute(source))
-    if path.exists():
+    if os.path.exists(path):  # False also for a text that no file can have as its path
         return path
     name = os.fspath(source)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise CheckpointFileError(f"{name}: not a file or folder, and not the `organisation/name` of a hub repository")
+        shown = name if len(name) <= 200 else f"{name[:100]}… ({len(name)} characters)"
+        raise CheckpointFileError(f"{shown}: not a file or folder, and not the `organisation/name` of a hub repository")
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -263,7 +265,7 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
         if Path(name).name != name:
             problems.append(f"{name} is not a file name next to the index")
             continue
-        if not (path.parent / name).is_file():
+        if not os.path.isfile(path.parent / name):  # nor a named pipe, which would be waited for
             problems.append(f"the shard {name} is missing ({len(listed)} tensors)")
             continue
         held = _open_safetensors(path.parent / name)
@@ -276,25 +278,34 @@ def _open_index(path: Path) -> dict[str, LazyTensor]:
 
 
 def _open_npz(path: Path) -> dict[str, LazyTensor]:
-    tensors = {}
+    tensors: dict[str, LazyTensor] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
+            for member in archive.infolist():
+                key = member.filename.removesuffix(".npy")
+                if key in tensors:
+                    raise CheckpointFileError(f"{path}: has {key} twice; write it again with one array of each name")
                 with archive.open(member) as file:
                     shape, dtype = _npy_header(file)
-                key = member.removesuffix(".npy")
+                    stored = member.file_size - file.tell()
                 if dtype.hasobject:
                     raise CheckpointFileError(
                         f"{path}: {key} is a pickled array, which is not read, because opening one can "
                         "run arbitrary code. Convert it once if you trust it: numpy.load(FILE, "
                         "allow_pickle=True), then numpy.savez(NEW, **arrays) with numeric dtypes"
                     )
-                tensors[key] = LazyTensor(shape, _npy_dtype(dtype), _npz_reader(path, member))
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise CheckpointFileError(_damaged(path, error)) from error
-    except ValueError as error:
-        if isinstance(error, CheckpointFileError):
-            raise
+                # Before an array of this size is made.
+                if any(type(length) is not int or length < 0 for length in shape) or (
+                    stored != math.prod(shape) * dtype.itemsize
+                ):
+                    raise CheckpointFileError(
+                        f"{path}: {key} has the shape {shape} of {dtype} in its header, but {stored} bytes; write the "
+                        "file again"
+                    )
+                tensors[key] = LazyTensor(shape, _npy_dtype(dtype), _npz_reader(path, member.filename))
+    except CheckpointFileError:
+        raise
+    except Exception as error:  # of the archive, its compression, or the headers, which raise many types
         raise CheckpointFileError(_damaged(path, error)) from error
     return tensors
 
@@ -316,7 +327,7 @@ def _npz_reader(path: Path, member: str) -> Callable[[Selection], np.ndarray]:
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as file:
                 array = np.lib.format.read_array(file, allow_pickle=False)
-        except (zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+        except Exception as error:  # as above
             raise CheckpointFileError(f"{member} of {_damaged(path, error)}") from error
         return array.view(_npy_dtype(array.dtype))[index]
 

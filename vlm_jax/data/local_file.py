@@ -10,13 +10,14 @@ import zlib
 
 from etils import epath
 
+from vlm_jax.paths import regular
 from vlm_jax.types import Fields
 
 PART = 1 << 20
 
 
 class UnreadableFile(ValueError):
-    """A file that cannot be decompressed."""
+    """A file that is not regular, or cannot be decompressed."""
 
 
 class LocalFile:
@@ -30,12 +31,12 @@ class LocalFile:
 
     Raises:
       OSError: it cannot be read.
-      UnreadableFile: it is compressed by gzip, and damaged.
+      UnreadableFile: it is not a regular file, or is compressed by gzip and damaged.
     """
 
     def __init__(self, path: str):
         self.name = path
-        source = epath.Path(path)
+        source = regular(path, UnreadableFile)
         with source.open("rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
         remote = "://" in path
@@ -99,7 +100,9 @@ def _copied(source: epath.Path, compressed: bool) -> str:
             shutil.copyfileobj(gzip.GzipFile(fileobj=file) if compressed else file, target, PART)  # type: ignore
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         os.unlink(path)
-        raise UnreadableFile(f"compressed by gzip, but damaged: {error}") from error
+        raise UnreadableFile(
+            f"{source}: expected UTF-8 text, plain or compressed by gzip: compressed by gzip, but damaged: {error}"
+        ) from error
     except BaseException:
         os.unlink(path)
         raise

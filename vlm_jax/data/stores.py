@@ -250,7 +250,7 @@ def _open(path: str, key: str) -> Store:
     try:
         file = LocalFile(os.fspath(source))
     except UnreadableFile as error:
-        raise MalformedRecords(f"{path}: expected UTF-8 text, plain or compressed by gzip: {error}") from error
+        raise MalformedRecords(str(error)) from error
     head = file.read(0, 4096)
     if head.startswith(b"PAR1"):
         from vlm_jax.data.parquet import ParquetRows
@@ -317,6 +317,8 @@ def parsed(data: bytes) -> Any:
         raise ValueError(not_utf8(error)) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}{_looks_like(error)}") from None
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply to be read") from None
 
 
 def _looks_like(error: json.JSONDecodeError) -> str:

@@ -12,10 +12,11 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 from etils import epath
 
 from vlm_jax.config import did_you_mean
+from vlm_jax.paths import read_text
+from vlm_jax.processors.template_sandbox import MAX_SOURCE, BoundedEnvironment, TemplateLimit
 from vlm_jax.released_json import read_released
 from vlm_jax.types import Config, Fields, Message
 
@@ -58,6 +59,8 @@ class ChatTemplate:
         """
         self.source, self.names, self.origin = source, dict(names or {}), origin
         self._unread: dict[tuple[Any, ...], frozenset[int]] = {}  # by structure: messages in the form not read
+        if len(source) > MAX_SOURCE:
+            raise ChatTemplateError(f"{origin}: expected at most {MAX_SOURCE} characters, got {len(source)}")
         try:
             self._template = _environment().from_string(source)
             parsed = _environment().parse(source)
@@ -65,6 +68,8 @@ class ChatTemplate:
             self._names = _names_in(parsed)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"{origin}: not a Jinja template: line {error.lineno}: {error.message}") from error
+        except (RecursionError, MemoryError, SyntaxError) as error:  # of Python, which compiles what Jinja writes
+            raise ChatTemplateError(f"{origin}: nested too deeply ({type(error).__name__}: {error})") from error
 
     def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[str, dict[str, str], str]]:
         """For another process, which compiles it anew."""
@@ -101,9 +106,16 @@ class ChatTemplate:
         ]
         self._check_keys(plain)
         try:
-            return self._template.render(messages=self._as_read(plain, values), **values)
-        except (jinja2.TemplateError, TypeError) as error:
+            return self._rendered(self._as_read(plain, values), values)
+        except ChatTemplateError:
+            raise
+        except jinja2.TemplateError as error:
             raise ChatTemplateError(f"{self.origin}: {error}") from error
+        except Exception as error:  # what a template computes can raise any: 1 / 0, 'a' + 1, [].x.y
+            raise ChatTemplateError(f"{self.origin}: {type(error).__name__}: {error}") from error
+
+    def _rendered(self, messages: list[Fields], values: Config) -> str:
+        return _environment().rendered(self._template, {"messages": messages, **values})
 
     def _check_keys(self, messages: Sequence[Fields]) -> None:
         """Raises for a key of a message that the template does not name."""
@@ -158,8 +170,10 @@ class ChatTemplate:
             new = texts[0] if isinstance(content, str) else filled
             tried.append({**message, "content": new} if any(texts) else message)
         try:
-            shown = self._template.render(messages=tried, **values)
-        except (jinja2.TemplateError, TypeError):
+            shown = self._rendered(tried, values)
+        except TemplateLimit:
+            raise
+        except Exception:  # any, as in `render`
             return None
         # A template that takes a list for a text writes it as Python does.
         return {number for number, text in wanted if text not in shown or f"'text': '{text}'" in shown}
@@ -209,10 +223,10 @@ def _templates(folder: epath.Path) -> dict[str, str]:
             raise ChatTemplateError(f"{alone}: expected the key chat_template, got {', '.join(content) or 'none'}")
         own |= _of_config(alone)
     if (folder / "chat_template.jinja").exists():
-        own[DEFAULT] = (folder / "chat_template.jinja").read_text()
+        own[DEFAULT] = read_text(folder / "chat_template.jinja", ChatTemplateError)
     if (folder / FOLDER).exists():
         paths = sorted((folder / FOLDER).glob("*.jinja"))
-        own |= {path.name.removesuffix(".jinja"): path.read_text() for path in paths}
+        own |= {path.name.removesuffix(".jinja"): read_text(path, ChatTemplateError) for path in paths}
     return own or _of_config(folder / "tokenizer_config.json")
 
 
@@ -227,11 +241,9 @@ def _of_config(path: epath.Path) -> dict[str, str]:
 
 
 @functools.cache
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
+def _environment() -> BoundedEnvironment:
+    environment = BoundedEnvironment([_Generation, jinja2.ext.loopcontrols])
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment

@@ -11,8 +11,6 @@ r"""Grounding outputs of models: boxes of an answer in pixels, and the blocks of
 """
 
 import dataclasses
-import html
-import html.parser
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from vlm_jax.processors.boxes import SCALE
+from vlm_jax.processors.html_tokens import EndTag, StartTag, html_tokens
 from vlm_jax.processors.tiling import Size
 
 Number = float | int
@@ -79,11 +78,16 @@ def answer_boxes(text: str, size: Size, seen_size: Size | None = None) -> list[N
 def document_blocks(text: str, size: Size, seen_size: Size | None = None) -> list[Block]:
     """The outermost elements with a box of an HTML document, in order; arguments as in `answer_boxes`."""
     reader = _Reader()
-    reader.feed(re.sub(r"^```\w*\n|\n```\s*$", "", text.strip()))
-    reader.close()
+    for token in html_tokens(re.sub(r"^```\w*\n|\n```\s*$", "", text.strip())):
+        if isinstance(token, StartTag):
+            reader.start(token)
+        elif isinstance(token, EndTag):
+            reader.end(token.name)
+        else:
+            reader.text(token)
     return [
         dataclasses.replace(block, box=None if block.box is None else _scaled(block.box, size, seen_size))
-        for block in reader.blocks
+        for block in reader.finished()
     ]
 
 
@@ -92,12 +96,17 @@ def draw_boxes(picture: Image.Image, boxes: Sequence[NamedBox]) -> Image.Image:
     drawn = picture.convert("RGB")
     draw = ImageDraw.Draw(drawn)
     width = max(1, round(max(picture.size) / 300))
-    names = list(dict.fromkeys(box.name for box in boxes))
+    names = {name: number for number, name in enumerate(dict.fromkeys(box.name for box in boxes))}
     for box in boxes:
-        colour = COLOURS[names.index(box.name) % len(COLOURS)]
+        colour = COLOURS[names[box.name] % len(COLOURS)]
         left, top, right, bottom = box.box
         corners = (min(left, right), min(top, bottom), max(left, right), max(top, bottom))
-        draw.rectangle(corners, outline=colour, width=width)
+        # Edges out of sight stay so; Pillow would go over every pixel of a long one.
+        shown = [
+            min(max(value, -2 * width), side + 2 * width)
+            for value, side in zip(corners, (*drawn.size, *drawn.size), strict=True)
+        ]
+        draw.rectangle(shown, outline=colour, width=width)
         if box.name:
             draw.text((corners[0] + width + 1, corners[1] + width), box.name, fill=colour)
     return drawn
@@ -149,18 +158,18 @@ def _json_boxes(text: str) -> list[tuple[list[Number], str | None]]:
     return found
 
 
-class _Reader(html.parser.HTMLParser):
+class _Reader:
     """Collects the outermost elements that have a box."""
 
     def __init__(self):
-        super().__init__()
-        self.blocks: list[Block] = []
+        self._blocks: list[Block] = []
         self._open: Block | None = None
         self._depth = 0
         self._text: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
+    def start(self, element: StartTag) -> None:
+        """Of any element."""
+        tag, given = element.name, element.attributes
         if self._open is not None:
             self._depth += tag not in VOID
             self._text.append({"br": "\n", "tr": "\n", "td": "\t", "th": "\t"}.get(tag, ""))
@@ -172,30 +181,32 @@ class _Reader(html.parser.HTMLParser):
         left, top, right, bottom = box
         block = Block(tag, given.get("class") or "", "", (left, top, right, bottom))
         if tag in VOID:
-            self.blocks.append(block)
+            self._blocks.append(block)
         else:
             self._open, self._depth, self._text = block, 1, []
 
-    def handle_endtag(self, tag: str) -> None:
+    def end(self, tag: str) -> None:
+        """Of any element."""
         if self._open is None or tag in VOID:
             return
         self._depth -= 1
         if self._depth == 0:
             self._finish()
 
-    def handle_data(self, data: str) -> None:
+    def text(self, data: str) -> None:
+        """Between two tags."""
         if self._open is not None:
             self._text.append(data)
 
-    def close(self) -> None:
-        """Also collects an element that a truncated answer does not close."""
-        super().close()
+    def finished(self) -> list[Block]:
+        """All blocks, also one that a truncated answer does not close."""
         if self._open is not None:
             self._finish()
+        return self._blocks
 
     def _finish(self) -> None:
         assert self._open is not None
         lines = [re.sub(r" +", " ", line).strip() for line in "".join(self._text).split("\n")]
         text = "\n".join(line for line in lines if line)
-        self.blocks.append(dataclasses.replace(self._open, text=text))
+        self._blocks.append(dataclasses.replace(self._open, text=text))
         self._open = None

@@ -5,17 +5,18 @@ In the package `data` an image is a uint8 array [height, width, channels] with 1
 """
 
 import contextlib
+import functools
 import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import IO, cast
 
 import numpy as np
-from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from vlm_jax.interpolation import ResizeKind, fixed_point_weights
+from vlm_jax.interpolation import AntialiasKind, fixed_point_weights
+from vlm_jax.paths import regular
 from vlm_jax.sources import SourceError, located
 
 FILTERS: dict[str, Image.Resampling] = {
@@ -25,12 +26,23 @@ FILTERS: dict[str, Image.Resampling] = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+# Of Pillow's formats, those of pictures, whose decoders start no program (EPS starts Ghostscript).
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "PSD", "QOI", "SGI", "TGA"),
+    *("TIFF", "WEBP"),
+)
+
 # Entries of Pillow's `info` of a PNG that can state an orientation.
 ORIENTED = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 
-FIXED_POINT: dict[Image.Resampling, ResizeKind] = {
+FIXED_POINT: dict[Image.Resampling, AntialiasKind] = {
     Image.Resampling.BILINEAR: "bilinear_antialias",
     Image.Resampling.BICUBIC: "bicubic_antialias",
+}
+ANTIALIAS: dict[Image.Resampling, AntialiasKind] = {
+    **FIXED_POINT,
+    Image.Resampling.BOX: "box_antialias",
+    Image.Resampling.LANCZOS: "lanczos_antialias",
 }
 
 
@@ -45,7 +57,7 @@ def open_image(
     max_pixels: int = 100_000_000,
     name: str = "bytes",
 ) -> UInt8[np.ndarray, "height width channels"]:
-    """Reads an image file of any format that Pillow supports, upright and in 8 bits.
+    """Reads an image file of one of `FORMATS`, upright and in 8 bits.
 
     The EXIF orientation is applied, palettes are resolved, transparency is blended with white, 16-bit
     grey keeps its upper 8 bits, CMYK is converted to RGB without a colour profile. The first frame of an
@@ -92,8 +104,7 @@ def image_size(
     """
     source = resolved(source, name)
     name = name if isinstance(source, bytes) else os.fspath(source)
-    opened = io.BytesIO(source) if isinstance(source, bytes) else epath.Path(source).open("rb")
-    with opened as file, _reading(cast(io.IOBase, file), name) as picture:
+    with _file(source) as file, _reading(file, name) as picture:
         _check_size(picture, max_pixels, name)
         width, height = picture.size
         if picture.format == "TIFF":  # Pillow gives its size upright
@@ -152,21 +163,35 @@ def to_picture(
 
 def _opened(source: str | os.PathLike | bytes, max_pixels: int, name: str) -> Image.Image:
     name = name if isinstance(source, bytes) else os.fspath(source)
-    data = source if isinstance(source, bytes) else epath.Path(source).read_bytes()
-    with _reading(io.BytesIO(data), name) as picture:
+    with _file(source) as file, _reading(file, name) as picture:
         return _decoded(picture, max_pixels, name)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _file(source: str | os.PathLike | bytes) -> io.IOBase:
+    """The file at a path, or of bytes."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return cast(io.IOBase, regular(source, CorruptImage).open("rb"))
 
 
 @contextlib.contextmanager
 def _reading(file: io.IOBase, name: str) -> Iterator[Image.Image]:
     """A file of which Pillow has read the header; what Pillow raises becomes CorruptImage."""
     try:
-        with Image.open(cast(IO[bytes], file)) as picture:
+        with Image.open(cast(IO[bytes], file), formats=_formats()) as picture:
             yield picture
     except CorruptImage:
         raise
     except Exception as error:  # Pillow's decoders raise many types for invalid bytes
-        reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else error
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"unknown image format; expected one of {', '.join(FORMATS)}" if is_unknown else error
         raise CorruptImage(f"{name}: {type(error).__name__}: {reason}") from error
 
 
@@ -180,7 +205,8 @@ def _check_size(picture: Image.Image, max_pixels: int, name: str) -> None:
 
 def _orientation(picture: Image.Image) -> int:
     """Of EXIF: 1 is upright, and from 5 on rows and columns change places."""
-    return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    stated = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return stated if isinstance(stated, int) and 1 <= stated <= 8 else 1  # it may be of any type
 
 
 def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:

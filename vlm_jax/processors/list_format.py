@@ -3,18 +3,47 @@
 Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_format.
 """
 
+import dataclasses
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from vlm_jax.types import Config
 
 PICTURE = "Picture {number}: "  # some copies of the release have no space at the end
 
-_TAGGED = re.compile(r"<(img|ref|box|quad)>(.*?)</\1>", re.DOTALL)
 _KEYS = {"img": "image", "ref": "ref", "box": "box", "quad": "quad"}
 _FORBIDDEN = re.compile(r"<\|(?:im_start|im_end|extra_\d+)\|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaggedPart:
+    """`<name>content</name>` at [start, end) of a text."""
+
+    name: str
+    content: str
+    start: int
+    end: int
+
+
+def tagged_parts(text: str, names: Sequence[str]) -> Iterator[TaggedPart]:
+    r"""The parts of a text between an opening tag and the nearest end tag of its name, in order, without overlaps.
+
+    The same as the matches of `<(a|b)>(.*?)</\1>`, which takes quadratic time for tags that are not closed.
+    """
+    tags = list(re.finditer(f"<(/?)({'|'.join(names)})>", text))
+    closing = {name: [tag for tag in reversed(tags) if tag[1] and tag[2] == name] for name in names}
+    end = 0
+    for tag in tags:
+        if tag[1] or tag.start() < end:
+            continue
+        ends = closing[tag[2]]
+        while ends and ends[-1].start() < tag.end():
+            ends.pop()
+        if ends:
+            end = ends[-1].end()
+            yield TaggedPart(tag[2], text[tag.end() : ends[-1].start()], tag.start(), end)
 
 
 class ListFormatError(ValueError):
@@ -63,8 +92,8 @@ def to_list_format(text: str) -> list[dict[str, str]]:
     if found := _FORBIDDEN.search(text):
         raise ListFormatError(f"expected the text of one turn, without {found.group()}, got {text!r}")
     items, end = [], 0
-    for tagged in _TAGGED.finditer(text):
-        items += [{"text": text[end : tagged.start()]}, {_KEYS[tagged.group(1)]: tagged.group(2)}]
-        end = tagged.end()
+    for tagged in tagged_parts(text, tuple(_KEYS)):
+        items += [{"text": text[end : tagged.start]}, {_KEYS[tagged.name]: tagged.content}]
+        end = tagged.end
     items.append({"text": text[end:]})
     return [item for item in items if item != {"text": ""}]

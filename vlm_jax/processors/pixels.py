@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from vlm_jax.processors.image import normalize, resize_in_fixed_point
+from vlm_jax.processors.image import ANTIALIAS, CorruptImage, height_and_width, normalize, resize_in_fixed_point
+from vlm_jax.processors.thin import Axis, is_large, resized_part
 from vlm_jax.processors.tiling import Size
 
 
@@ -46,6 +47,13 @@ class Pixels:
         wanted = (size[1], size[0])
         if picture.size == wanted:
             return picture
+        if min(size) < 1:
+            raise CorruptImage(f"a picture of {picture.height}x{picture.width} pixels is too thin for these views")
+        if self.resample in ANTIALIAS and is_large((size[1], picture.height), picture):  # after the first pass
+            rows, columns = (
+                Axis(0, own, new, (0, new)) for own, new in zip(height_and_width(picture), size, strict=True)
+            )
+            return resized_part(picture, rows, columns, self.resample, as_torch=self.as_torch)
         if self.as_torch:
             return Image.fromarray(resize_in_fixed_point(np.asarray(picture), size, self.resample))
         return picture.resize(wanted, self.resample)

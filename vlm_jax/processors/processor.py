@@ -5,7 +5,7 @@ import functools
 import itertools
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ from vlm_jax.processors.conversation import (
     error_context,
     given_media,
 )
-from vlm_jax.processors.image import to_picture
+from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.items import Kind, MediaItem, read_messages, texts_of
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns, answer_weights
@@ -285,6 +285,9 @@ class Processor:
         sampler = frame_sampler or self.frame_sampler
         for i, video in enumerate(clips):
             with error_context(f"{name}, video {i}"):
+                if not isinstance(video.source, os.PathLike | Iterable) or isinstance(video.source, Mapping):
+                    given = type(video.source).__name__
+                    raise CorruptImage(f"{name}, video {i}: expected a file or a sequence of frames, got a {given}")
                 read.append(self._frames(video, fps, sampler, f"{name}, video {i}", options))
         parts: list[list[PreparedImage]] = []
         for i, ((frames, rate), video) in enumerate(zip(read, clips, strict=True)):

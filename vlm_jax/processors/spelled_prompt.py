@@ -1,7 +1,6 @@
 """Prompts of releases without a chat template that encode turns separately: DeepSeek-VL2 and Qwen-VL."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from vlm_jax.processors.learned import (
     answer_weights,
     without_weights,
 )
-from vlm_jax.processors.list_format import PICTURE, from_list_format
+from vlm_jax.processors.list_format import PICTURE, from_list_format, tagged_parts
 from vlm_jax.processors.prompt import Slot
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import Message, Params
@@ -166,15 +165,18 @@ class QwenVLPrompt:
         """
         pieces: list[Text | Slot] = []
         tokens = [self.tokenizer.id_of(token) for token in ("<img>", "</img>", "<imgpad>")]
-        for number, part in enumerate(re.split("<img>(.*?)</img>", text, flags=re.DOTALL)):
-            if number % 2:
-                path = tuple(part.encode())
-                pieces += [Text([tokens[0]]), Slot("image", tokens[2], path), Text([tokens[1]])]
-            elif "<img>" in part:
-                raise PromptError(f"an <img> without </img> in the text {part!r}")
-            elif part:
-                pieces.append(Text(self.tokenizer.encode(part), learned))
-        return pieces
+        end = 0
+        for image in tagged_parts(text, ("img",)):
+            pieces += self._plain(text[end : image.start], learned)
+            path = tuple(image.content.encode())
+            pieces += [Text([tokens[0]]), Slot("image", tokens[2], path), Text([tokens[1]])]
+            end = image.end
+        return pieces + self._plain(text[end:], learned)
+
+    def _plain(self, part: str, learned: float | bool) -> list[Text | Slot]:
+        if "<img>" in part:
+            raise PromptError(f"an <img> without </img> in the text {part!r}")
+        return [Text(self.tokenizer.encode(part), learned)] if part else []
 
 
 def flat(content: Any, tag: Callable[[Message], str], joint: str) -> str:

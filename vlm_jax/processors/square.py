@@ -10,11 +10,11 @@ from PIL import Image
 
 from vlm_jax.processors.image import square_padded
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.thin import Axis, is_large, resized_part
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.views import Layout, PreparedImage, Tiles, joined_tiles, too_few
 from vlm_jax.types import Grid, TwoSizes
 
-_LONGEST = 16  # aspect ratio up to which an image is resized as a whole
 Fit = Literal["stretch", "crop", "crop_rounded", "pad", "shrink", "shrink_rounded"]
 
 
@@ -91,7 +91,7 @@ class SquareViews(Tiles):
             return self.pixels.resized(picture, self.size)
         if self.fit in ("shrink", "shrink_rounded"):
             return self._shrunk(picture)
-        return self._cropped(square_padded(picture, self._colour) if self.fit == "pad" else picture)
+        return self._cropped(picture)
 
     @property
     def _colour(self) -> tuple[int, ...]:
@@ -99,39 +99,27 @@ class SquareViews(Tiles):
 
     def _cropped(self, picture: Image.Image) -> Image.Image:
         short = min(self.size) if self.shortest_edge is None else self.shortest_edge
-        long = int(short * max(picture.size) / min(picture.size))
+        canvas = (max(picture.size),) * 2 if self.fit == "pad" else picture.size
+        long = int(short * max(canvas) / min(canvas))
+        resized = (long, short) if canvas[0] > canvas[1] else (short, long)
         height, width = self.size
-        if long > _LONGEST * short and not self.pixels.as_torch:
-            return self._cropped_first(picture, short, long)
-        picture = self.pixels.resized(picture, (short, long) if picture.width > picture.height else (long, short))
-        spare = (picture.width - width, picture.height - height)
+        spare = (resized[0] - width, resized[1] - height)
         left, top = (round(length / 2) if self.fit == "crop_rounded" else length // 2 for length in spare)
+        if min(left, top) >= 0 and (is_large(canvas, picture) or is_large(resized, picture)):
+            columns, rows = (
+                Axis((whole - own) // 2, whole, new, (first, first + kept))
+                for whole, own, new, first, kept in zip(
+                    canvas, picture.size, resized, (left, top), (width, height), strict=True
+                )
+            )
+            options = {"colour": self._colour, "as_torch": self.pixels.as_torch}
+            picture = picture.convert("RGB") if self.fit == "pad" and picture.mode != "RGB" else picture
+            return resized_part(picture, rows, columns, self.pixels.resample, **options)
+        picture = square_padded(picture, self._colour) if self.fit == "pad" else picture
+        picture = self.pixels.resized(picture, (resized[1], resized[0]))
         if (left, top, picture.width, picture.height) == (0, 0, width, height):
             return picture
         return picture.crop((left, top, left + width, top + height))
-
-    def _cropped_first(self, picture: Image.Image, short: int, long: int) -> Image.Image:
-        """The same for a thin image, which would fill the memory if all of it were enlarged.
-
-        Pillow's filters read beyond the box, so that only its centre decides what is seen.
-        """
-        width, height = (long, short) if picture.width > picture.height else (short, long)
-        spare = (width - self.size[1], height - self.size[0])
-        left, top = (round(length / 2) if self.fit == "crop_rounded" else length // 2 for length in spare)
-        across, down = picture.width / width, picture.height / height
-        # Where the tile is larger than the shorter side, the rest is black, as in a crop.
-        x, y = max(left, 0), max(top, 0)
-        seen = (min(left + self.size[1], width) - x, min(top + self.size[0], height) - y)
-        # Columns first, as Pillow does for the whole image; for a small part alone it would choose the order anew.
-        columns = (x * across, 0, (x + seen[0]) * across, picture.height)
-        part = picture.resize((seen[0], picture.height), self.pixels.resample, box=columns)
-        rows = (0, y * down, seen[0], (y + seen[1]) * down)
-        part = part.resize(seen, self.pixels.resample, box=rows)
-        if seen == (self.size[1], self.size[0]):
-            return part
-        tile = Image.new(part.mode, (self.size[1], self.size[0]))
-        tile.paste(part, (x - left, y - top))
-        return tile
 
     def _shrunk(self, picture: Image.Image) -> Image.Image:
         long, side = max(picture.size), self.size[0]

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from tokenizers import AddedToken
 
 from vlm_jax.config import did_you_mean
+from vlm_jax.paths import read_text, regular
 from vlm_jax.processors.vocabulary import (
     SentencePieceVocabulary,
     TiktokenVocabulary,
@@ -130,7 +131,7 @@ class Tokenizer:
         elif (folder / "qwen.tiktoken").exists():
             # A text-only Qwen has a config without vision settings.
             config = _json(folder / "config.json")
-            ranks = (folder / "qwen.tiktoken").read_bytes()
+            ranks = regular(folder / "qwen.tiktoken", TokenizerError).read_bytes()
             vocabulary = TiktokenVocabulary(ranks, visual=not config or "visual" in config)
             settings = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", **settings}
         elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
@@ -147,7 +148,7 @@ def read_backend(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
       FileNotFoundError: there is no such file.
       TokenizerError: the file is not a tokenizer.
     """
-    text = epath.Path(path).read_text()
+    text = read_text(path, TokenizerError)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises a bare Exception
@@ -159,7 +160,7 @@ def read_backend(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
 
 def _sentencepiece(folder: epath.Path, name: str, settings: Fields) -> tuple[Vocabulary, Fields]:
     """The vocabulary, and the settings with the defaults of the releases' tokenizer classes."""
-    model = (folder / name).read_bytes()
+    model = regular(folder / name, TokenizerError).read_bytes()
     bare = SentencePieceVocabulary(model, {}, bos=None, eos=None)
     settings = {**SENTENCEPIECE_DEFAULTS.get(bare.edge_names, {}), **settings}
     added, following = _added(folder, settings), bare.size
@@ -185,7 +186,7 @@ def _sentencepiece(folder: epath.Path, name: str, settings: Fields) -> tuple[Voc
 def _pairs(folder: epath.Path, settings: Fields) -> tuple[Vocabulary, Fields]:
     """The byte-pair vocabulary of a supported class, and the settings with its defaults."""
     kind = str(settings.get("tokenizer_class"))
-    files = _json(folder / "vocab.json"), (folder / "merges.txt").read_text().splitlines()
+    files = _json(folder / "vocab.json"), read_text(folder / "merges.txt", TokenizerError).splitlines()
     if kind.startswith("Qwen2Tokenizer"):
         return TokenizersVocabulary.qwen2(*files, _by_name(_added(folder, settings))), settings
     if kind.startswith("CLIPTokenizer"):

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
+from vlm_jax.paths import regular
 from vlm_jax.processors.image import CorruptImage, resolved
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import Fields
@@ -47,6 +47,14 @@ def check_rate(fps: object) -> None:
     """Raises a `PictureMismatch` unless a frame rate is a finite number above 0."""
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
         raise PictureMismatch(f"fps: expected a number of frames per second above 0, got {fps!r}")
+
+
+# FFmpeg's names of containers of one file. Others, such as playlists and descriptions of sessions, make FFmpeg open
+# other files and the network.
+CONTAINERS = (
+    *("asf", "avi", "flv", "matroska", "mov", "mp4", "mpeg", "mpegts", "ogg", "webm"),
+    *("apng", "gif", "jpeg_pipe", "png_pipe", "webp_pipe"),  # pictures, as videos of their frames
+)
 
 
 @runtime_checkable
@@ -247,14 +255,16 @@ def _opened(source: str | os.PathLike | bytes, name: str) -> Iterator[tuple[Any,
     """A container and its name for messages; FFmpeg's errors become CorruptImage."""
     import av  # FFmpeg's libraries, only needed for videos
 
-    if not isinstance(source, bytes):
-        name = os.fspath(source)
-        source = epath.Path(source).read_bytes()
+    name = name if isinstance(source, bytes) else os.fspath(source)
+    opened = io.BytesIO(source) if isinstance(source, bytes) else regular(source, CorruptImage).open("rb")
+    allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"}
     try:
-        with av.open(io.BytesIO(source), "r") as container:
+        with opened as file, av.open(file, "r", options=allowed, metadata_errors="replace") as container:
             yield container, name
     except av.FFmpegError as error:
-        raise CorruptImage(f"{name}: {type(error).__name__}: {error}") from error
+        raise CorruptImage(
+            f"{name}: {type(error).__name__}: {error}; expected a container of the kinds {', '.join(CONTAINERS)}"
+        ) from error
 
 
 def _counted(container: Any, max_pixels: int, name: str) -> tuple[Any, int, float]:
@@ -262,6 +272,8 @@ def _counted(container: Any, max_pixels: int, name: str) -> tuple[Any, int, floa
     if not container.streams.video:
         raise CorruptImage(f"{name}: no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise CorruptImage(f"{name}: no decoder for the codec of its video")
     if stream.width * stream.height > max_pixels:
         raise CorruptImage(
             f"{name}: its frames have {stream.height}x{stream.width} pixels, more than max_pixels={max_pixels}"

@@ -1,0 +1,72 @@
+"""Configs of releases with values of other types, and overrides of a run's config."""
+
+import functools
+import random
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+
+from configs import digits_stages
+from tests.fuzz.mutation import VALUES, changed_json
+from tests.fuzz.target import Target
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.build import build
+from vlm_jax.config import ConfigError
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.known import _stand_ins, known_config, known_configs
+from vlm_jax.pretrained.loader import choose_family
+from vlm_jax.train.stages import parse_schedule
+
+
+def _released(rng: random.Random) -> dict[str, Any]:
+    name = rng.choice(known_configs())
+    return {"name": name, "config": changed_json(rng, known_config(name), 2)}
+
+
+def _describe(given: dict[str, Any]) -> None:
+    config = given["config"]
+    tensors = _stand_ins(known_config(given["name"]))
+    description = choose_family(config, FAMILIES)(config, tensors, dtype=jnp.float32, param_dtype=jnp.float32)
+    assert description.rules
+
+
+@functools.cache
+def _paths() -> tuple[str, ...]:
+    def below(section: Any, prefix: str) -> list[str]:
+        return [
+            path
+            for key in section
+            for path in (
+                f"{prefix}{key}",
+                *(below(section[key], f"{prefix}{key}.") if hasattr(section[key], "items") else ()),
+            )
+        ]
+
+    return tuple(below(digits_stages.get_config(), ""))
+
+
+def _overrides(rng: random.Random) -> dict[str, Any]:
+    return {rng.choice(_paths()): rng.choice(VALUES) for _ in range(rng.randint(1, 2))}
+
+
+def _build(overrides: dict[str, Any]) -> None:
+    config = digits_stages.get_config().unlock()
+    for path, value in overrides.items():
+        *above, last = path.split(".")
+        section: Any = config
+        for key in above:
+            section = section[key]
+            if not isinstance(section, ml_collections.ConfigDict):
+                return
+        with section.ignore_type():
+            section[last] = value
+    build(config)
+    parse_schedule(tuple(config.schedule), config.stages)
+
+
+TARGETS = {
+    "configs_by_type": Target(_released, _describe, (PretrainedError,)),
+    "config_overrides": Target(_overrides, _build, (ConfigError, InfeasibleBudget)),
+}

@@ -1,0 +1,140 @@
+"""Parts of resized images without the whole: for thin pictures, which padding or scaling would make enormous.
+
+A picture of 300,000 by 1 pixels is padded to 90 billion before it is shrunk, or enlarged to 113 million before its
+middle is cut out. Here only the pixels that are kept are computed, bit for bit as from the whole.
+"""
+
+import dataclasses
+
+import numpy as np
+import scipy.sparse
+from PIL import Image
+
+from vlm_jax.interpolation import fixed_point_weights
+from vlm_jax.processors.image import ANTIALIAS
+
+MOST_PIXELS = 1 << 24  # of an image that is made whole
+PILLOW_BITS = 22
+_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One axis of a part of a resized canvas.
+
+    Attributes:
+      start: where the picture begins on the canvas, in pixels.
+      canvas: length of the canvas.
+      size: length after resizing.
+      window: [start, stop) of the part after resizing.
+    """
+
+    start: int
+    canvas: int
+    size: int
+    window: tuple[int, int]
+
+
+def is_large(size: tuple[int, ...], picture: Image.Image) -> bool:
+    """Whether an image of `size` is so much larger than the picture that only parts of it are to be made."""
+    pixels = size[0] * size[1]
+    return pixels > MOST_PIXELS and pixels > 2 * picture.width * picture.height
+
+
+def resized_part(
+    picture: Image.Image,
+    rows: Axis,
+    columns: Axis,
+    resample: Image.Resampling,
+    *,
+    colour: tuple[int, ...] = (0, 0, 0),
+    as_torch: bool = False,
+) -> Image.Image:
+    """A part of a canvas with the picture on it, after the canvas is resized.
+
+    Args:
+      picture: in mode RGB or L.
+      rows, columns: the vertical and the horizontal axis.
+      resample: a filter with antialiasing, one of `image.ANTIALIAS`.
+      colour: of the canvas.
+      as_torch: as `Pixels.as_torch`.
+    """
+    bits = None if as_torch else PILLOW_BITS
+    across, down = (_Weights.of(axis, resample, bits) for axis in (columns, rows))
+    given = np.asarray(colour, np.int64) if picture.mode == "RGB" else np.asarray(colour[:1], np.int64)
+    # The canvas alone; then the columns that the picture reaches, of the pixels that reach the part.
+    line = across.along(np.tile(given, (columns.canvas if across.matrix is None else 1, 1)))
+    whole = down.along(np.tile(line, (rows.canvas if down.matrix is None else 1, 1, 1)))
+    (left, right), (top, bottom) = across.used(columns.start, picture.width), down.used(rows.start, picture.height)
+    if left < right and top < bottom:
+        lines = np.asarray(picture.crop((left, top, right, bottom)))
+        lines = lines[:, :, None] if lines.ndim == 2 else lines
+        first, last = across.reached(columns.start + left, right - left)
+        width = max(1, 4 * _CHUNK // lines[:, :1].size)
+        for start in range(first, last, width):
+            block = (start, min(start + width, last))
+            made = np.empty((bottom - top, block[1] - start, lines.shape[2]), np.uint8)
+            chunk = max(1, _CHUNK // max(lines[0].size, made[0].size))
+            for begin in range(0, len(made), chunk):
+                part = lines[begin : begin + chunk].swapaxes(0, 1)
+                done = across.placed(part, columns.start + left, given, block)
+                made[begin : begin + chunk] = done.swapaxes(0, 1)
+            whole[:, slice(*block)] = down.placed(made, rows.start + top, line[slice(*block)], (0, len(whole)))
+    return Image.fromarray(whole[:, :, 0] if whole.shape[2] == 1 else whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """Weights of one axis; without a matrix it is not resized."""
+
+    axis: Axis
+    matrix: scipy.sparse.csr_array | None
+    bits: int
+
+    @classmethod
+    def of(cls, axis: Axis, resample: Image.Resampling, bits: int | None) -> "_Weights":
+        if axis.canvas == axis.size:
+            return cls(axis, None, 0)
+        matrix, bits = fixed_point_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, axis.window)
+        return cls(axis, scipy.sparse.csr_array(matrix, dtype=np.int64), bits)
+
+    def used(self, start: int, length: int) -> tuple[int, int]:
+        """[start, stop) of the picture's pixels that reach the part."""
+        if self.matrix is None:
+            begin, end = self.axis.window
+        else:
+            begin, end = int(self.matrix.indices.min()), int(self.matrix.indices.max()) + 1
+        return max(begin - start, 0), min(end - start, length)
+
+    def reached(self, start: int, length: int) -> tuple[int, int]:
+        """[start, stop) of the part's pixels that these of the canvas reach."""
+        if self.matrix is None:
+            return start - self.axis.window[0], start - self.axis.window[0] + length
+        found = np.flatnonzero(np.diff(self.matrix[:, start : start + length].indptr))
+        return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+
+    def along(self, canvas: np.ndarray) -> np.ndarray:
+        """A canvas of one colour: all of the axis, or one line where it is resized."""
+        first, last = self.axis.window
+        if self.matrix is None:
+            return canvas[first:last].astype(np.uint8)
+        total = np.asarray(self.matrix.sum(axis=1), np.int64)
+        return _rounded(total.reshape(-1, *[1] * (canvas.ndim - 1)) * canvas.astype(np.int64), self.bits)
+
+    def placed(self, lines: np.ndarray, start: int, outside: np.ndarray, window: tuple[int, int]) -> np.ndarray:
+        """Lines of the picture at `start` of the canvas, resized with the canvas beside them."""
+        if self.matrix is None:
+            origin = start - self.axis.window[0]
+            made = np.broadcast_to(outside, (window[1] - window[0], *lines.shape[1:])).astype(np.uint8)
+            begin, end = max(origin, window[0]), min(origin + len(lines), window[1])
+            made[begin - window[0] : end - window[0]] = lines[begin - origin : end - origin]
+            return made
+        rows = self.matrix[window[0] : window[1]]
+        used = rows[:, start : start + len(lines)]
+        beside = np.asarray(rows.sum(axis=1), np.int64) - np.asarray(used.sum(axis=1), np.int64)
+        sums = (used @ lines.reshape(len(lines), -1).astype(np.int64)).reshape(-1, *lines.shape[1:])
+        return _rounded(sums + beside[:, None, None] * outside.astype(np.int64), self.bits)
+
+
+def _rounded(sums: np.ndarray, bits: int) -> np.ndarray:
+    return np.clip((sums + (1 << (bits - 1))) >> bits, 0, 255).astype(np.uint8)
