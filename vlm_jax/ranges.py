@@ -36,7 +36,11 @@ class Range:
     def __contains__(self, value: Number) -> bool:
         if self.also is not None and value == self.also:
             return True
-        if math.isnan(value) or (math.isinf(value) and not self.infinite):
+        try:
+            size = abs(float(value))
+        except OverflowError:  # a whole number with no float near it
+            return False
+        if math.isnan(size) or (math.isinf(size) and not self.infinite):
             return False
         return (
             (self.least is None or value >= self.least)

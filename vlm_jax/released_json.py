@@ -6,7 +6,6 @@ tokenizers and generation alike. Keys without a form are not read by anything.
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -44,7 +43,7 @@ def number(least: float | int, most: float | int, *, above: bool = False) -> For
     """A finite number from `least`, or above it, to `most`."""
 
     def accepts(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return False
         return (least < value if above else least <= value) and value <= most
 

@@ -55,7 +55,7 @@ def test_the_defaults_of_the_released_classes():
     ("change", "message"),
     [
         ({"hidden_act": "relu"}, "vision_config.hidden_act: expected .*, got 'relu'"),
-        ({"patch_size": [14, 14]}, r"vision_config.patch_size: expected one integer, got \[14, 14\]"),
+        ({"patch_size": [14, 16]}, r"vision_config.patch_size: expected a square, got \[14, 16\]"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type: expected 'axial', got 'yarn'"),
     ],
 )

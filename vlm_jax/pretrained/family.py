@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vlm_jax.checkpoints.rules import Rule, SourceTensor
 from vlm_jax.decoders.decoder import Decoder
+from vlm_jax.layers.mlp import Activation
 from vlm_jax.types import Config, Dtype, Fields, Params, Tree
 
 
@@ -151,7 +152,7 @@ REQUIRED: Any = object()
 
 
 # Activation in released configs -> a name of `layers.mlp.ACTIVATIONS`.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",

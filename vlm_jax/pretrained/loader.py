@@ -22,7 +22,7 @@ from vlm_jax.config import did_you_mean, read_json
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.configured import configured
-from vlm_jax.pretrained.family import Family, PretrainedError, Resize, marker
+from vlm_jax.pretrained.family import Description, Family, PretrainedError, Resize, marker
 from vlm_jax.pretrained.module_names import MODULE_NAMES
 from vlm_jax.pretrained.named_tower import with_named_tower
 from vlm_jax.pretrained.pretrained import Pretrained
@@ -31,14 +31,14 @@ from vlm_jax.pretrained.recognition import check_tensors, recognised
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import placed, shardings
 from vlm_jax.system import System
-from vlm_jax.types import Config
+from vlm_jax.types import Config, Dtype
 
 Read = TypeVar("Read")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 def choose_family(config: Config, families: Mapping[str, Family]) -> Family:
-    """The entry of the registration table for a released config.
+    """The entry of the registration table for a released config; it refuses settings that fit no model by name.
 
     Raises:
       PretrainedError: no entry; lists the registered ones.
@@ -49,7 +49,20 @@ def choose_family(config: Config, families: Mapping[str, Family]) -> Family:
             f"no family is registered for '{name}'{did_you_mean(name, families)}\nregistered: "
             + ", ".join(sorted(families))
         )
-    return families[name]
+    return functools.partial(_described, families[name])
+
+
+def _described(family: Family, config: Config, checkpoint: Config, *, dtype: Dtype, param_dtype: Dtype) -> Description:
+    """What the family makes of a config; sizes that no check of a single value can refuse are a PretrainedError too."""
+    try:
+        return family(config, checkpoint, dtype=dtype, param_dtype=param_dtype)
+    except (ValueError, TypeError, AttributeError, ArithmeticError, MemoryError) as error:
+        if isinstance(error, ValueError) and type(error) is not ValueError:
+            raise  # says by itself what is wrong
+        told = f"{type(error).__name__}: {error}"
+        raise PretrainedError(
+            f"config.json: settings that do not fit one another, or the checkpoint: {told}"
+        ) from error
 
 
 def open_system(

@@ -4,10 +4,10 @@ Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_for
 """
 
 import dataclasses
-import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from vlm_jax.types import Config
 
@@ -75,9 +75,9 @@ def from_list_format(items: Sequence[Config], picture: str = PICTURE) -> str:
     return text
 
 
-def _box(box: Sequence[float | int]) -> str:
-    numbers = not isinstance(box, str) and len(box) == 4 and all(isinstance(one, float | int) for one in box)
-    if not numbers or not all(map(math.isfinite, box)):
+def _box(box: Any) -> str:
+    numbers = isinstance(box, Sequence) and len(box) == 4 and all(isinstance(one, float | int) for one in box)
+    if not numbers or not all(abs(one) < 2**53 for one in box):
         raise ListFormatError(f"expected a box of four numbers, got {box}")
     return "<box>({:d},{:d}),({:d},{:d})</box>".format(*map(int, box))
 

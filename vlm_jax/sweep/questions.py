@@ -44,7 +44,7 @@ class Questions:
     ):
         if not files_of(path) or not epath.Path(files_of(path)[0]).exists():
             raise ConfigError(f"--data: there is no file '{path}'")
-        files = Conversations(None, path, channels=channels, num_images=None, tasks=tasks)
+        files = Conversations(None, path, channels=1 if channels == 1 else 3, num_images=None, tasks=tasks)
         measured = functools.partial(video_size, sampling=frame_sampler)
         tools = Tools(format_box, open_image, image_size, lambda image: image, measured)
         self._records = Records(path, files, tools, key="evaluation_path")
