@@ -39,7 +39,7 @@ golden: $(VENV)/.test  ## against arrays of the official implementations
 
 processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full disks, several hosts; ten seconds a fuzz target
 	$(BIN)/python -m pytest $(PYTEST) tests/processes $(ARGS)
-	$(BIN)/python -m pytest tests/fuzz $(ARGS)
+	$(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
 
 fuzz: $(VENV)/.test  ## malformed inputs of all readers, for MINUTES
 	$(BIN)/python -m tests.fuzz.run --minutes=$(MINUTES) $(ARGS)

@@ -16,7 +16,7 @@ def test_every_target_is_run():
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_only_documented_errors_leave(name):
-    report = fuzz(name, 10.0)
+    report = fuzz(name, 10.0, limit=30.0)  # by the clock of a machine with other tests; `make fuzz` says 10
     assert report.inputs and not report.findings, "\n".join(map(str, report.findings))
 
 

@@ -188,7 +188,7 @@ def test_an_encoder_without_a_way_to_do_so_is_refused(kind, encoder):
     ],
 )
 def test_a_budget_that_cannot_be_met_is_refused(kind, budget, message):
-    with pytest.raises((InfeasibleBudget, ConfigError), match=message or "expected a positive integer"):
+    with pytest.raises((InfeasibleBudget, ConfigError), match=message or "expected at least 1"):
         build(config_of(kind, budget))
 
 
