@@ -172,7 +172,6 @@ class TemplatePrompt:
         """The pieces with what the release's code learns."""
         assert self.released is not None
         text = self.released.text(template, without_weights(messages), variables)
-        self._check_written(messages, text)
         pieces = self._pieces(text, (), places)
         ids: list[int | None] = [i for p in pieces for i in (p.ids if isinstance(p, Text) else (None,))]
         if not self.split:

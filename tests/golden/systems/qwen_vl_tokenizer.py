@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -117,6 +117,7 @@ class _Fixed:
 
     pieces: list
     independent_turns = False
+    placeholders: ClassVar = {}
 
     def __call__(self, *args: Any, **options: Any) -> list:
         del args, options
