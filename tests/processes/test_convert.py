@@ -84,7 +84,7 @@ def test_a_dry_run_lists_every_tensor_and_writes_nothing(folder, orbax, side):
         (["--source={folder}/released", "--target="], "--target: expected a folder to write; pass one, or --dry-run"),
         (["--source={folder}/released"], "--target: expected a folder to write; pass one, or --dry-run"),
         (["--source={folder}/released", "--target=x", "--dtype=float8"], "--dtype=float8: value should be one of"),
-        (["--source={folder}", "--target=x"], "or .npz file in this folder, nor a checkpoint_map.json of Orbax"),
+        (["--source={folder}", "--target=x"], "/config.json: no such file"),
     ],
 )
 def test_an_error_of_the_user_is_one_message(folder, orbax, arguments, message):

@@ -62,8 +62,8 @@ def test_the_answer_is_written(said, arguments, answer):
         (["--prompt=d", "--top_p=1.5", "--temperature=1"], "flag --top_p=1.5: expected above 0 and at most 1, got 1.5"),
         (["--prompt=d", "--max_new_tokens=0"], "flag --max_new_tokens=0: expected at least 1, got 0"),
         (["--prompt=abcd", "--cache_length=8"], "GenerationError: prompt: a prompt of 4 tokens"),
-        (["--prompt=d", "--image=none.png"], "FileNotFoundError: [Errno 2] No such file or directory: '/"),
-        (["--prompt=d", "--image=/"], "IsADirectoryError: [Errno 21] Is a directory: '/'"),
+        (["--prompt=d", "--image=none.png"], "FileNotFoundError: [Errno 2] No such file or directory: 'none.png'"),
+        (["--prompt=d", "--image=/"], "CorruptImage: /: expected a regular file, got a folder"),
     ],
 )
 def test_an_error_of_the_user_is_one_message(said, arguments, message):
