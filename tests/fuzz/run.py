@@ -110,7 +110,8 @@ def _watched(
     except EOFError:
         process.join()
         return "" if process.exitcode == 1 else f"the process ended with {process.exitcode}"  # 1 after a traceback
-    if state[1] and time.monotonic() - state[1] > limit:
+    began = state[1]  # once: the process sets it to 0 after each input
+    if began and time.monotonic() - began > limit:
         return f"over {limit:g} seconds"
     return None
 
