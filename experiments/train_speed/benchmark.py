@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import release
 
+ROOT = Path(__file__).resolve().parents[2]
 RATE, STEPS = 1e-4, 1000  # of the cosine
 TEXT_PLACES = 64
 OURS, THEIRS = "ours", "transformers"
@@ -40,6 +42,7 @@ def peak() -> int:
 
 def experiment_of(folder: Path, remat: tuple[str, str], length: int, images: int) -> Any:
     """The release as `configs/finetune.py` trains it, in float32."""
+    sys.path.append(str(ROOT))
     from configs import finetune
     from vlm_jax.build import build
 
