@@ -19,7 +19,7 @@ KINDS = {"folder": "a folder", "pipe": "a named pipe", "socket": "a socket", "de
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """Makes what is no regular file at a path; sockets have short paths, so the folder is the current one."""
+    """Makes a file of another kind at a path; from inside its folder, since the path of a socket must be short."""
     monkeypatch.chdir(tmp_path)
     sockets = []
 

@@ -1,14 +1,12 @@
 """References to the pictures and videos of records, and the bytes that they stand for."""
 
-import base64
-import binascii
 import dataclasses
 import os
-import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
 from vlm_jax.data.local_file import LocalFile
+from vlm_jax.sources import located
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
@@ -56,11 +54,9 @@ def media(value: Any, folder: str) -> Media:
         return value
     if value.startswith(("http://", "https://")):
         raise ValueError(f"{_short(value)} is on the web; download it and name the file")
-    if value.startswith("file://"):
-        value = urllib.parse.unquote(urllib.parse.urlsplit(value).path)
-    elif "://" in value:
-        return value
-    return os.path.join(folder, os.path.expanduser(value) if value[0] == "~" else value)
+    found = located(value)
+    assert isinstance(found, str)  # bytes are of data URLs only
+    return found if "://" in found else os.path.join(folder, found)
 
 
 def content(reference: Media) -> str | bytes:
@@ -73,13 +69,7 @@ def content(reference: Media) -> str | bytes:
     if isinstance(reference, Member):
         return reference.file.read(reference.offset, reference.size)
     if isinstance(reference, str) and reference.startswith("data:"):
-        header, _, encoded = reference.partition(",")
-        if not header.endswith(";base64"):
-            raise ValueError(f"expected data:…;base64,…, got {_short(reference)}")
-        try:
-            return base64.b64decode("".join(encoded.split()), validate=True)
-        except binascii.Error as error:
-            raise ValueError(f"{_short(reference)}: not base64: {error}") from None
+        return located(reference)
     return reference
 
 
