@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import TransformerStack
-from vlm_jax.planner.flops import count_flops
 
 M, K, N = 3, 5, 7
 

@@ -12,8 +12,8 @@ import jax
 from jax.extend.core import JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from vlm_jax.costs.flops import PRODUCTS, flops_of
 from vlm_jax.layers.attention import written_out
-from vlm_jax.planner.flops import PRODUCTS, flops_of
 from vlm_jax.types import Tree
 
 Counted = tuple[int, list[bool]]  # FLOPs, and which results depend on a trained parameter
