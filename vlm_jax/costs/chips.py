@@ -3,8 +3,9 @@
 Sources: cloud.google.com/tpu/docs, one page a version (v2, v3, v4, v5e, v5p, v6e, tpu7x), read in November 2026: peak
 bfloat16 FLOP/s, HBM, bidirectional bandwidth of the inter-chip interconnect, which is divided by twice the number of
 links. NVIDIA's data sheets of A100 80GB SXM, H100 SXM and PCIe, H200, HGX B200 and L4: dense, without sparsity; a link
-is one of NVLink. Clocks: Jouppi et al. 2023 for v4; those of v5e and v5p follow from peak FLOP/s and the number of matrix
-units, 2 * 128 * 128 FLOPs a cycle each; that of v6e from cycles that its compiler estimates for products of known time.
+is one of NVLink. Clocks: Jouppi et al. 2023 for v4; those of v5e and v5p follow from peak FLOP/s and the number of
+matrix units, 2 * 128 * 128 FLOPs a cycle each; that of v6e from cycles that its compiler estimates for products of
+known time.
 """
 
 import dataclasses
