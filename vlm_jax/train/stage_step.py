@@ -66,7 +66,9 @@ class StageStep:
         """Shapes, dtypes and shardings of the state."""
         tx, ema, boxed = self.tx, self.optimizer.ema is not None, self.experiment.boxed_shapes()
         reference = self.stage.settings.reference_shapes(split(boxed, self.trained)[0])
-        like = jax.eval_shape(
-            lambda *given: init_boxed(given[0], tx, self.trained, given[1], ema=ema), boxed, reference
-        )
+
+        def init(boxed: Params, reference: Params | None) -> TrainState:
+            return init_boxed(boxed, tx, self.trained, reference, ema=ema)
+
+        like = jax.eval_shape(init, boxed, reference)
         return placed(like, self.mesh)
