@@ -12,7 +12,7 @@ import jax
 from jax.extend.core import JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from vlm_jax.costs.flops import PRODUCTS, flops_of
+from vlm_jax.costs.flops import KERNEL, PRODUCTS, flops_of, num_shards
 from vlm_jax.layers.attention import written_out
 from vlm_jax.types import Tree
 
@@ -54,6 +54,8 @@ def _of_jaxpr(jaxpr: Any, active: Sequence[bool]) -> Counted:
 
 def _of_equation(equation: JaxprEqn, active: list[bool]) -> Counted:
     name, count = equation.primitive.name, len(equation.outvars)
+    if name == KERNEL:
+        raise ValueError(f"the kernel '{equation.params.get('name')}' is not written out, so its gradient is unknown")
     if name in PRODUCTS:
         return flops_of(equation) * (1 + sum(active[:2])), [any(active)] * count
     if name == "stop_gradient":
@@ -68,7 +70,8 @@ def _of_equation(equation: JaxprEqn, active: list[bool]) -> Counted:
     inner = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
     if inner is None:
         return 0, [any(active)] * count
-    return _of_jaxpr(getattr(inner, "jaxpr", inner), active)
+    flops, found = _of_jaxpr(getattr(inner, "jaxpr", inner), active)
+    return flops * num_shards(equation), found
 
 
 def _of_scan(params: Any, active: list[bool]) -> Counted:
