@@ -28,8 +28,8 @@ def _is_float(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jnp.floating)
 
 
-# Pattern of a kernel's name -> its count: JAX's splash attention, and `layers.attention.flash`. Products forward are QK'
-# and PV; for the gradient of queries QK', dO V' and dS K; for that of keys and values QK', dO V', P' dO and dS' Q.
+# Pattern of a kernel's name -> its count: JAX's splash attention, and `layers.attention.flash`. Products are QK' and PV
+# forward; QK', dO V' and dS K for the gradient of queries; QK', dO V', P' dO and dS' Q for that of keys and values.
 KERNELS: dict[str, Callable[[JaxprEqn], int]] = {
     r"splash_m[hq]a_fwd.*|flash_forward": lambda equation: attention_flops(equation, 1, 1),
     r"splash_m[hq]a_dq.*|flash_backward_queries": lambda equation: attention_flops(equation, 2, 1),

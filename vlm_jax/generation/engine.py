@@ -290,16 +290,23 @@ def _read(report: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
     """The cache sharded like the model's activations and heads."""
+    return jax.tree.map(jax.lax.with_sharding_constraint, cache, cache_shardings(cache, mesh))
 
-    def constrained(leaf, names):
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, partition_spec(names, leaf.shape, mesh)))
+
+def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
+    """A sharding for every array of a cache, or of its shapes, like those of the model's activations and heads."""
+
+    def of(leaf, names):
+        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh))
 
     def stack(kept):
-        return type(kept)(*map(constrained, kept, kept.AXES))
+        return type(kept)(*map(of, kept, kept.AXES))
 
     layers = jax.tree.map(stack, cache.layers, is_leaf=lambda kept: isinstance(kept, KeyValue | LatentKeyValue))
-    rest = None if cache.rest is None else _laid_out(cache.rest, mesh)
-    return dataclasses.replace(cache, layers=layers, rest=rest)
+    rest = None if cache.rest is None else cache_shardings(cache.rest, mesh)
+    rows = {name: getattr(cache, name) for name in ("segment_ids", "length", "position_shift", "prompt_length")}
+    placed = {name: None if leaf is None else of(leaf, (axes.BATCH, None)[: leaf.ndim]) for name, leaf in rows.items()}
+    return dataclasses.replace(cache, layers=layers, rest=rest, **placed)
 
 
 def _placed(tree: Tree, mesh: Mesh | None) -> Tree:

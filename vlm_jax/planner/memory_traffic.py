@@ -16,18 +16,19 @@ def hbm_bytes(program: Program) -> float:
     total = 0.0
     for _, own, times in program.schedule():
         results = {one.name: one.result for one in own}
-        total += times * sum(_moved(one, results, program) for one in own)
+        total += times * sum(moved(one, results, program) for one in own)
     return total
 
 
-_FREE = (
+FREE = (
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"),
     *("copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done", "after-all"),
 )
 
 
-def _moved(one: Instruction, results: Mapping[str, str], program: Program) -> float:
-    if one.opcode in _FREE:
+def moved(one: Instruction, results: Mapping[str, str], program: Program) -> float:
+    """Bytes that one run of an instruction moves; arguments as of `hbm_bytes`, with the types of other results."""
+    if one.opcode in FREE:
         return 0.0
     if one.opcode == "copy-start":  # between the memories; its result is the copy, the original and a flag
         return num_bytes(results.get(one.operands[0], ""))

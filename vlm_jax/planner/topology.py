@@ -88,7 +88,8 @@ def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
 
 def require_libtpu() -> None:
     """Raises a PlanError that says what to install where libtpu is missing."""
-    if importlib.util.find_spec("libtpu") is None:
+    found = importlib.util.find_spec("libtpu")
+    if found is None or found.origin is None:
         raise PlanError(f"a plan needs the compiler of TPUs; {INSTALL}")
 
 

@@ -51,7 +51,7 @@ class StageStep:
 
     @property
     def settings(self) -> Fields:
-        """The arguments of `compile_step` and `lower_step` after state, batch and mesh."""
+        """The arguments of `compile_step` and `trace_step` after state, batch and mesh."""
         parts = {path.removeprefix(f"{LORA}/").split("/")[0] for path in self.trained}
         found: dict[str, Any] = {"objective": self.stage.settings.build(self.experiment, parts)}
         found |= {"tx": self.tx, "trained": self.trained, "accumulate": self.stage.accumulate}

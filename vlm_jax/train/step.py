@@ -139,11 +139,12 @@ def _accumulated(
 
 
 def compile_step(abstract_state: TrainState, batch: Tree, mesh: Mesh, **settings: Any) -> jax.stages.Compiled:
-    """Compiles `train_step` for the shapes and shardings of a state and a batch; see `lower_step`."""
-    return lower_step(abstract_state, batch, mesh, **settings).compile()
+    """Compiles `train_step` for the shapes and shardings of a state and a batch; arguments as of `trace_step`."""
+    with use_mesh(mesh):
+        return trace_step(abstract_state, batch, mesh, **settings).lower().compile()
 
 
-def lower_step(
+def trace_step(
     abstract_state: TrainState,
     batch: Tree,
     mesh: Mesh,
@@ -155,8 +156,8 @@ def lower_step(
     lora: LoraSettings = NO_LORA,
     ema: float | None = None,
     bounds: Bounds = NO_BOUNDS,
-) -> jax.stages.Lowered:
-    """Lowers `train_step` for the shapes and shardings of a state and a batch; donates the state.
+) -> jax.stages.Traced:
+    """Traces `train_step` for the shapes and shardings of a state and a batch; donates the state.
 
     Runs with the same objective and optimizer, such as a sweep's seeds or a run that is resumed, share the program.
 
@@ -170,7 +171,7 @@ def lower_step(
     key = jax.eval_shape(lambda: jax.random.key(0))  # an array would need the devices of the mesh
     with use_mesh(mesh):
         jitted = _jitted(objective, tx, trained, accumulate, lora, ema, bounds, mesh, tuple(out), structure)
-        return jitted.lower(abstract_state, batch, key.update(sharding=NamedSharding(mesh, PartitionSpec())))
+        return jitted.trace(abstract_state, batch, key.update(sharding=NamedSharding(mesh, PartitionSpec())))
 
 
 @functools.lru_cache(maxsize=16)

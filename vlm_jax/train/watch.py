@@ -78,7 +78,8 @@ def step_flops(objective: Loss, state: TrainState, batch: Tree, trained: frozens
         reference = None if reference is None else adapted(reference, lora)
         return objective(adapted(joined(frozen, params), lora), batch, key, 1.0, reference)[0]
 
-    return training_flops(loss, params, frozen, batch, jax.random.key(0), state.reference)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return training_flops(loss, params, frozen, batch, key, state.reference)
 
 
 class Compilations:
