@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import typing
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ from vlm_jax.build.sections import check_model
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean
 from vlm_jax.models.vlm import VLM
 from vlm_jax.paths import absolute
+from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.known import known_configs
 from vlm_jax.pretrained.known_system import known_system
-from vlm_jax.pretrained.loader import DTYPES
+from vlm_jax.pretrained.loader import DTYPES, open_system
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.sharding.mesh import MeshSettings
+from vlm_jax.system import System
 from vlm_jax.train.first_run import Choice
 from vlm_jax.types import Fields
 
@@ -39,13 +42,19 @@ def planned(config: RunConfig, num_devices: int, *, pictures: int = 1) -> tuple[
     """
     choose = Choice(config)
     own = choose.config
-    if own.release is not None:
-        with own.unlocked():
-            _choose(choose, num_devices)
-            if "images" in own.row and own.row.images is None:
-                own.row.images = PROVISIONAL
-                own.row.images = _images(_experiment(own), own, pictures)
-    return own, _experiment(own)
+    if own.release is None:
+        return own, build(own)
+    with own.unlocked():
+        _choose(choose, num_devices)
+        system = _system(own)
+        if isinstance(system.model, VLM):
+            for part, module in (("encoder", system.model.encoder), ("decoder", system.model.decoder)):
+                if "remat" in typing.get_type_hints(type(module)):
+                    choose(f"{part}.remat", "full")
+        if "images" in own.row and own.row.images is None:
+            own.row.images = PROVISIONAL
+            own.row.images = _images(of_system(own, system), own, pictures)
+    return own, of_system(own, system)
 
 
 def _choose(choose: Choice, num_devices: int) -> None:
@@ -72,18 +81,14 @@ def _choose(choose: Choice, num_devices: int) -> None:
                 choose(f"stages.{label}.learning_rates.{part}", 1e-5)
         if not own.lora.rank and "lora" in own.stages[label].learning_rates:
             del own.stages[label].learning_rates["lora"]
-    for part in ("encoder", "decoder"):
-        if "remat" in own[part]:
-            choose(f"{part}.remat", "full")
 
 
-def _experiment(config: RunConfig) -> AnyExperiment:
-    name = config.release
-    if name is None or _is_elsewhere(name):
-        return build(config)
-    check_model(config)
-    system = known_system(name, dtype=DTYPES[config.dtype], param_dtype=DTYPES[config.param_dtype])
-    return of_system(config, system)
+def _system(config: RunConfig) -> System:
+    """The system of an included config, or of a folder."""
+    if _is_elsewhere(config.release):
+        return open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
+    check_model(config, unset=True)
+    return known_system(config.release, dtype=DTYPES[config.dtype], param_dtype=DTYPES[config.param_dtype])
 
 
 def _is_elsewhere(name: str) -> bool:

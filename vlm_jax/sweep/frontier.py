@@ -53,6 +53,7 @@ AXES = {
     "parameters": Axis("Parameters: encoder + connector + decoder", 1e6, "M"),
     "step_seconds": Axis("Time of a training step", 1e-3, "ms"),
     "seconds_per_sample": Axis("Time of an answer", 1e-3, "ms"),
+    "chip_seconds": Axis("Predicted chip time of an example, an estimate", 1e-3, "ms"),
 }
 
 
@@ -128,6 +129,7 @@ def total_costs(result: dict[str, Any]) -> dict[str, Number]:
         "parameters": sum(result["num_params"].values()),
         "step_seconds": result["step_seconds"],
         "seconds_per_sample": result.get("seconds_per_sample"),
+        "chip_seconds": result.get("chip_seconds"),
     }
     return {key: cost for key, cost in costs.items() if cost is not None}
 

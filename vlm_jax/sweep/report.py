@@ -224,7 +224,7 @@ def details(point: FrontierPoint) -> list[str]:
 
     costs = {key: quantity(cost / AXES[key].divisor) for key, cost in point.costs.items()}
     peaks = [run["peak_bytes"] / 2**20 for run in point.runs if run["peak_bytes"] is not None]
-    answer = [f"time of an answer: {costs['seconds_per_sample']} ms"] if "seconds_per_sample" in costs else []
+    more = {"seconds_per_sample": "time of an answer", "chip_seconds": "predicted chip time of an example"}
     return [
         *(f"{task}: {interval(share)}" for task, share in point.accuracy.items()),
         f"visual tokens: {costs['tokens']}",
@@ -232,7 +232,7 @@ def details(point: FrontierPoint) -> list[str]:
         f"parameters, M: {costs['parameters']} ({parts('num_params', 1e6)})",
         f"training step: {costs['step_seconds'] + ' ms' if 'step_seconds' in costs else 'not measured'}",
         f"peak memory: {f'{quantity(max(peaks))} MiB' if peaks else 'not measured'}",
-        *answer,
+        *(f"{name}: {costs[key]} ms" for key, name in more.items() if key in costs),
         f"seeds: {', '.join(str(run['seed']) for run in point.runs)}",
     ]
 
