@@ -9,6 +9,7 @@ import json
 import sys
 from typing import Any
 
+import jax
 import rich.console
 from absl import flags
 from etils import epath
@@ -49,6 +50,7 @@ PLANS = flags.DEFINE_string("plans", FOLDER, "Folder of finished plans, by what 
 
 def main() -> None:
     """Plans what the flags ask for; exit status 1 where a plan does not fit."""
+    jax.config.update("jax_platforms", "cpu")  # where the compiler runs; the slice is only described
     request = requested()
     if SWEEP.value:
         _sweep(request)

@@ -108,7 +108,7 @@ def _collective(
 ) -> Collective:
     groups = device_groups(one.attributes, math.prod(mesh.values()))
     size = len(groups[0])
-    given = sum(num_bytes(results[operand]) for operand in one.operands if operand in results)
+    given = sum((num_bytes(results[operand]) for operand in one.operands if operand in results), 0.0)
     sent = given if kind == "collective-permute" else sent_bytes(kind, given, size)
     hidden = hidden or '"async_collective_fusion_config":{"flag_start":"1' in one.attributes
     return Collective(kind, axes_of(groups, mesh), size, sent, times, hidden, one.op_name, name)

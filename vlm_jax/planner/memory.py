@@ -37,16 +37,16 @@ class Memory:
       fits: whether the compiler accepts the program.
     """
 
-    arguments: float
-    outputs: float
-    temporaries: float
-    code: float
-    peak: float
-    available: float
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+    peak: int
+    available: int
     fits: bool
 
     @property
-    def spare(self) -> float:
+    def spare(self) -> int:
         """Bytes that are left; below 0 where the program does not fit."""
         return self.available - self.peak
 
@@ -64,11 +64,11 @@ class Share:
 
     name: str
     count: int
-    bytes: float
+    bytes: int
     shape: str = ""
 
 
-def of_compiled(compiled: jax.stages.Compiled, available: float) -> Memory:
+def of_compiled(compiled: jax.stages.Compiled, available: int) -> Memory:
     """Memory of a program that fits."""
     stats: Any = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -77,7 +77,7 @@ def of_compiled(compiled: jax.stages.Compiled, available: float) -> Memory:
     return Memory(stats.argument_size_in_bytes, outputs, stats.temp_size_in_bytes, code, peak, available, True)
 
 
-def of_refusal(message: str, arguments: float) -> Memory | None:
+def of_refusal(message: str, arguments: int) -> Memory | None:
     """Memory of a program that the compiler refused, from its message; None where it says something else.
 
     Args:
@@ -87,10 +87,10 @@ def of_refusal(message: str, arguments: float) -> Memory | None:
     for number, pattern in enumerate(_REFUSED):
         found = re.search(pattern, message, re.DOTALL)
         if found is not None:
-            need = float(found[1]) * _UNITS[found[2]]
-            available = float(found[3]) * _UNITS[found[4]]
+            need = round(float(found[1]) * _UNITS[found[2]])
+            available = round(float(found[3]) * _UNITS[found[4]])
             peak = need + arguments if number == 0 else need
-            return Memory(arguments, 0.0, peak - arguments, 0.0, peak, available, False)
+            return Memory(arguments, 0, peak - arguments, 0, peak, available, False)
     return None
 
 
@@ -119,7 +119,7 @@ def temporaries(program: Program, most: int = 8) -> list[Share]:
             if one.opcode in FREE or one.is_root or not one.op_name:
                 continue
             for dtype, shape, layout in arrays(one.result):
-                size = num_bytes(f"{dtype}[{','.join(map(str, shape))}]{layout}", in_hbm=True)
+                size = int(num_bytes(f"{dtype}[{','.join(map(str, shape))}]{layout}", in_hbm=True))
                 name = re.sub(r"^jit\(\w+\)/", "", one.op_name)
                 if name not in found or found[name].bytes < size:
                     found[name] = Share(name, math.prod(shape), size, f"{dtype}{list(shape)}")

@@ -37,9 +37,8 @@ def moved(one: Instruction, results: Mapping[str, str], program: Program) -> flo
     if one.opcode == "dynamic-update-slice":
         return 2 * num_bytes(results.get(one.operands[1], ""), in_hbm=True)
     if one.opcode != "fusion":
-        return num_bytes(one.result, in_hbm=True) + sum(
-            num_bytes(results.get(name, ""), in_hbm=True) for name in one.operands
-        )
+        read = sum(num_bytes(results.get(name, ""), in_hbm=True) for name in one.operands)
+        return num_bytes(one.result, in_hbm=True) + read
     return _moved_by_fusion(one, results, program.computations[str(one.called("calls"))])
 
 
@@ -51,9 +50,10 @@ def _moved_by_fusion(one: Instruction, results: Mapping[str, str], inner: Comput
         if number >= len(one.operands) or not num_bytes(results.get(one.operands[number], ""), in_hbm=True):
             continue
         users = [line for line in inner if parameter.name in line.operands]
-        if users and all(line.opcode in ("dynamic-slice", "gather") for line in users):
+        read = [line for line in users if line.operands[0] == parameter.name]
+        if users == read and users and all(line.opcode in ("dynamic-slice", "gather") for line in users):
             total += sum(num_bytes(line.result) for line in users)
-        elif users and all(line.opcode == "dynamic-update-slice" for line in users):
+        elif users == read and users and all(line.opcode == "dynamic-update-slice" for line in users):
             total += sum(num_bytes(own[line.operands[1]].result) for line in users)
         else:
             total += num_bytes(parameter.result)

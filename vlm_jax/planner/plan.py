@@ -43,7 +43,7 @@ class Work:
     traced: jax.stages.Traced
     mesh: jax.sharding.Mesh
     arguments: Mapping[str, Tree]
-    model_flops: float
+    model_flops: int
     rows: int
     tokens: int
     details: Fields
@@ -135,7 +135,7 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
       PlanError: the compiler fails other than for want of memory.
     """
     since, shares = time.perf_counter(), memory.groups(work.arguments)
-    available, compiled = topology.chip.hbm_bytes, None
+    available, compiled = int(topology.chip.hbm_bytes), None
     try:
         with use_mesh(work.mesh):
             compiled = work.traced.lower().compile(compiler_options=dict(QUICK) if quick else None)

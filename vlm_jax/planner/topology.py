@@ -21,6 +21,16 @@ NAMES: dict[str, tuple[str, dict[str, str]]] = {
     "v6e": ("v6e", {}),
     "7x": ("tpu7x", {}),
 }
+# Read when libtpu is loaded: this machine is not asked for its metadata, several processes may compile, and nothing is
+# written to the terminal.
+ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of no effect on the slice that is compiled for
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 INSTALL = "install libtpu, the compiler of TPUs, which runs on any CPU: pip install 'vlm_jax[plan]'"
 
 
@@ -53,9 +63,8 @@ def open_topology(name: str) -> Topology:
     """
     kind, sides = parse_topology(name)
     require_libtpu()
-    # Read when libtpu is loaded: this machine is not asked for its metadata, and several processes may compile.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     compiler, options = NAMES[kind]
     shape = "x".join(map(str, sides))
     try:
