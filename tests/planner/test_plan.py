@@ -7,14 +7,14 @@ from tests.planner.conftest import WIDTH
 MIB = 2**20
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1"])
-def test_memory_of_a_small_plan_is_within_bounds(trained, name):
+@pytest.mark.parametrize(("name", "most"), [("v5e:2x2", 24), ("v5p:2x2x1", 48)])
+def test_memory_of_a_small_plan_is_within_bounds(trained, name, most):
     """So that a change that breaks a TPU, or doubles what a step holds there, fails here."""
     plan = trained[name]
     assert plan.memory.fits and plan.num_devices == 4 and plan.mesh == {"fsdp": 4}
     assert plan.memory.arguments == pytest.approx(sum(one.bytes for one in plan.parameters), rel=0.1)
     assert plan.memory.outputs < MIB  # the state is donated
-    assert 4 * MIB < plan.memory.temporaries < 24 * MIB
+    assert 4 * MIB < plan.memory.temporaries < most * MIB
 
 
 def test_parameters_and_optimizer_have_their_closed_forms(trained):
@@ -30,15 +30,15 @@ def test_parameters_and_optimizer_have_their_closed_forms(trained):
 
 
 def test_collectives_of_fsdp_are_those_of_its_closed_form(trained):
-    """Every kernel is gathered forward and again backward; every learned gradient is scattered. In bfloat16."""
+    """In bfloat16, a learned kernel is gathered forward, to recompute, and backward; its gradient is scattered once."""
     plan = trained["v5e:2x2"]
     kernels = {one.name: one.count for one in plan.parameters}
     decoder, rest = kernels["parameters of decoder"], kernels["parameters of connector"]
     encoder = kernels["parameters of encoder"]
     sent = {kind: sum(one.sent for one in plan.moved if one.kind == kind) for kind in ("all-gather", "reduce-scatter")}
     assert {one.axes for one in plan.moved} == {("fsdp",)}
-    assert sent["all-gather"] <= 1.1 * 2 * 3 / 4 * (2 * (decoder + rest) + encoder)
-    assert sum(sent.values()) > 2 * 3 / 4 * 2 * decoder
+    kept = 2 * 3 / 4  # bytes of an element that a ring of four sends for each of its elements
+    assert kept * (2 * decoder + encoder) < sent["all-gather"] <= 1.1 * kept * (3 * (decoder + rest) + encoder)
 
 
 def test_a_time_is_an_estimate_with_its_terms(trained):
