@@ -37,7 +37,7 @@ ENTRY %main (a: f32[5,8]) -> f32[5,8] {
   %start = s32[]{:T(128)} constant(FROM)
   %first = s32[]{:T(128)} copy(%start)
   %made = (s32[]{:T(128)}, f32[5,8]{1,0:T(8,128)}) tuple(%first, %a)
-  %loop = (s32[], f32[5,8]{1,0:T(8,128)}) while(%made), condition=%condition, body=%body, metadata={op_name="layers/while"}
+  %loop = (s32[], f32[5,8]{1,0:T(8,128)}) while(%made), condition=%condition, body=%body, op_name="layers/while"
   ROOT %out = f32[5,8]{1,0:T(8,128)} get-tuple-element(%loop), index=1
 }
 """

@@ -6,11 +6,13 @@ import json
 import pytest
 from etils import epath
 
+from configs import digits
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import ConfigError
 from vlm_jax.planner.memory import Memory
 from vlm_jax.planner.plan import Plan
 from vlm_jax.planner.predict import Estimate
+from vlm_jax.planner.request import Request
 from vlm_jax.sweep.frontier import combine_seeds, front_of
 from vlm_jax.sweep.planned import joined, planned_points, write_joined_report, write_plans
 
@@ -26,26 +28,17 @@ def plan_of(seconds: float) -> Plan:
     return Plan(**{**given, "versions": {}})
 
 
-class Asked:
-    """A request that only remembers what was changed."""
-
-    def __init__(self, **values):
-        self.values = values
-
-    def changed(self, **values):
-        return Asked(**{**self.values, **values})
-
-
 def make(request) -> Plan:
-    if request.values["token_budget"] == 3:
+    budget = request.config.token_budget
+    if budget == 3:
         raise InfeasibleBudget("config.token_budget: 3 is impossible; 4 is possible")
-    return plan_of(1e-3 * request.values["token_budget"])
+    return plan_of(1e-3 * budget)
 
 
 @pytest.fixture(scope="module")
 def points():
     product = {"budgets": [4, 3, 16], "connectors": ["released", "pool"], "topologies": ["v5e:2x2", "v5p:2x2x1"]}
-    return list(planned_points(Asked(), make, **product))
+    return list(planned_points(Request(digits.get_config(), "v5e:2x2"), make, **product))
 
 
 def result(connector, budget, accuracy):

@@ -293,20 +293,17 @@ def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
     return jax.tree.map(jax.lax.with_sharding_constraint, cache, cache_shardings(cache, mesh))
 
 
-def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
+def cache_shardings(cache: Cache, mesh: Mesh) -> Tree:
     """A sharding for every array of a cache, or of its shapes, like those of the model's activations and heads."""
 
-    def of(leaf, names):
-        return NamedSharding(mesh, partition_spec(names, leaf.shape, mesh))
+    def is_kept(node: Tree) -> bool:
+        return isinstance(node, KeyValue | LatentKeyValue)
 
-    def stack(kept):
-        return type(kept)(*map(of, kept, kept.AXES))
-
-    layers = jax.tree.map(stack, cache.layers, is_leaf=lambda kept: isinstance(kept, KeyValue | LatentKeyValue))
-    rest = None if cache.rest is None else cache_shardings(cache.rest, mesh)
-    rows = {name: getattr(cache, name) for name in ("segment_ids", "length", "position_shift", "prompt_length")}
-    placed = {name: None if leaf is None else of(leaf, (axes.BATCH, None)[: leaf.ndim]) for name, leaf in rows.items()}
-    return dataclasses.replace(cache, layers=layers, rest=rest, **placed)
+    found = []
+    for node in jax.tree.leaves(cache, is_leaf=is_kept):
+        of_node = zip(node, node.AXES, strict=True) if is_kept(node) else [(node, (axes.BATCH, None)[: node.ndim])]
+        found += [NamedSharding(mesh, partition_spec(names, leaf.shape, mesh)) for leaf, names in of_node]
+    return jax.tree.unflatten(jax.tree.structure(cache), found)
 
 
 def _placed(tree: Tree, mesh: Mesh | None) -> Tree:

@@ -71,7 +71,7 @@ def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
 
 def _conversations(name: str, model: VLM, config: Config) -> Processor:
     tokenizer = digits_tokenizer()
-    sections = text_section(config).get("rope_scaling") or {}
+    sections = text_section(config).get("rope_scaling") or config.get("rope_scaling") or {}
     rotary_3d = "mrope_section" in sections
     views = _views(name, model, rotary_3d)
     learned = model.num_learned_rows
