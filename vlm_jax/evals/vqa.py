@@ -100,13 +100,6 @@ def answers(
         yield from _answered(experiment, params, group, settings, mesh)
 
 
-def answer_all(
-    experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
-) -> list[Answer]:
-    """The list of `answers`."""
-    return list(answers(experiment, params, samples, settings))
-
-
 def _answered(
     experiment: Experiment, params: Params, group: Sequence[Sample], settings: EvaluationSettings, mesh: Mesh | None
 ) -> Iterator[Answer]:
@@ -161,22 +154,15 @@ def check_references(
             )
 
 
-def realised_tokens(answers: Iterable[Answer]) -> dict[str, float | int]:
-    """{"mean", "max"} of the visual tokens of an image, over all images; 0 without images."""
-    counts = [count for answer in answers for count in answer.visual_tokens]
-    mean = sum(counts) / max(len(counts), 1)
-    return {"mean": short(mean), "max": max(counts, default=0)}
-
-
-def tokens_left(model: Any, num_images: int, prompts: Iterable[Sequence[int]]) -> tuple[float | int, float | int]:
+def tokens_left(model: Any, num_images: int, spans: Sequence[int]) -> tuple[float | int, float | int]:
     """Visual tokens of an image in the decoder's last layer, and their mean over its layers; over all images.
 
     Args:
       model: a `VLM` with a decoder.
       num_images: of all prompts.
-      prompts: `tokens_by_span` of each prompt.
+      spans: `tokens_by_span`, summed over all prompts.
     """
-    tokens = [sum(span) / max(num_images, 1) for span in zip(*prompts, strict=True)]
+    tokens = [total / max(num_images, 1) for total in spans]
     layers = itertools.pairwise((0, *(drop.layer for drop in model.decoder.drops), model.decoder.depth))
     total = sum(count * (stop - start) for count, (start, stop) in zip(tokens, layers, strict=True))
     return short(tokens[-1]), short(total / model.decoder.depth)
@@ -191,14 +177,6 @@ def tokens_by_span(prompt: Example) -> tuple[int, ...]:
 def short(number: float) -> float | int:
     """A whole number as an int."""
     return int(number) if number.is_integer() else number
-
-
-def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:
-    """{task: {"mean", "low", "high", "n"}}, with Wilson's 95% interval."""
-    by_task: dict[str, list[bool]] = {}
-    for answer in answers:
-        by_task.setdefault(answer.task, []).append(answer.correct)
-    return {task: share(sum(results), len(results)) for task, results in by_task.items()}
 
 
 def share(successes: int, trials: int) -> dict[str, float | int]:
