@@ -79,7 +79,7 @@ def plan_of(peak: int, available: int, seconds: float | None) -> Plan:
         model_flops=1e12,
         traffic=1.0,
         moved=(Moved("all-gather", ("fsdp",), 6, float(2**20), 0.25),),
-        time=time,
+        step_time=time,
         refused="" if time else "compiled for its memory alone",
         compile_seconds=12.0,
         assumptions=("an estimate",),

@@ -43,8 +43,8 @@ def test_collectives_of_fsdp_are_those_of_its_closed_form(trained):
 
 def test_a_time_is_an_estimate_with_its_terms(trained):
     full, quick = trained["v5e:2x2"], trained["v5p:2x2x1"]
-    assert quick.time is None and "memory alone" in quick.refused
-    assert full.time is not None and full.time.low < full.time.seconds < full.time.high
-    assert full.time.seconds >= full.flops / 197e12 and full.flops > full.model_flops > 0
+    assert quick.step_time is None and "memory alone" in quick.refused
+    assert full.step_time is not None and full.step_time.low < full.step_time.seconds < full.step_time.high
+    assert full.step_time.seconds >= full.flops / 197e12 and full.flops > full.model_flops > 0
     assert any("not a measurement" in line for line in full.assumptions)
     assert set(full.versions) == {"jax", "libtpu"}

@@ -24,7 +24,7 @@ def plan_of(seconds: float) -> Plan:
     given = dict.fromkeys([field.name for field in dataclasses.fields(Plan)])
     given |= {"stage": "train", "rows": 8, "tokens": 64, "details": {}, "topology": "v5e:2x2", "chip": "v5e"}
     given |= {"num_devices": 4, "mesh": {}, "memory": MEMORY, "parameters": (), "temporaries": (), "flops": 1.0}
-    given |= {"model_flops": 1.0, "time": time, "refused": "", "compile_seconds": 1.0, "assumptions": ()}
+    given |= {"model_flops": 1.0, "step_time": time, "refused": "", "compile_seconds": 1.0, "assumptions": ()}
     return Plan(**{**given, "versions": {}})
 
 
@@ -58,7 +58,7 @@ def test_its_files_have_every_point_and_a_figure(points, tmp_path):
     plans, figure = write_plans(points, epath.Path(tmp_path / "sweep"))
     found = json.loads(plans.read_text())
     assert [one["plan"] is None for one in found] == [one.plan is None for one in points]
-    assert found[0]["plan"]["time"]["seconds"] == pytest.approx(4e-3)
+    assert found[0]["plan"]["step_time"]["seconds"] == pytest.approx(4e-3)
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

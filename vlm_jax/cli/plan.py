@@ -83,7 +83,8 @@ def requested() -> Request:
     config = command.CONFIG.value
     if RELEASE.value is None and config.release is None and command.config_path() == finetuning.__file__:
         raise ConfigError("--release: expected an included config or a folder, or a --config, got neither")
-    request = Request(config, TOPOLOGY.value[0], STAGE.value, BATCH_SIZE.value, CONTEXT.value, PICTURES.value)
+    stage: Any = STAGE.value
+    request = Request(config, TOPOLOGY.value[0], stage, BATCH_SIZE.value, CONTEXT.value, PICTURES.value)
     given = {"release": RELEASE.value, "token_budget": TOKEN_BUDGET.value, "row__length": LENGTH.value}
     if STAGE.value == "train" and BATCH_SIZE.value is not None:
         given |= {f"stages__{label}__batch_size": BATCH_SIZE.value for label in config.schedule[-1:]}

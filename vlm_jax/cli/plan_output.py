@@ -74,10 +74,10 @@ def _collectives(plan: Plan) -> rich.table.Table:
 def _time(plan: Plan) -> rich.table.Table:
     table = rich.table.Table("", "", title="estimate of a step", show_header=False)
     table.add_row("FLOPs a device", f"{plan.flops:.4g}, of them without recomputation {plan.model_flops:.4g}")
-    if plan.time is None:
+    if plan.step_time is None:
         table.add_row("time", f"not predicted: {plan.refused}")
     else:
-        own = plan.time
+        own = plan.step_time
         table.add_row("time", f"{1e3 * own.seconds:.4g} ms ({1e3 * own.low:.4g} to {1e3 * own.high:.4g})")
         table.add_row("model FLOPs utilisation", f"{own.mfu:.1%}")
         table.add_row("tokens a second", f"{plan.tokens / own.seconds:,.0f}")
@@ -100,7 +100,7 @@ def search_table(found: Sequence[Candidate]) -> rich.table.Table:
         if one.plan is None:
             table.add_row(mesh, one.remat, "", one.refused.splitlines()[0][:80], "", "")
             continue
-        timed = one.plan.time
+        timed = one.plan.step_time
         numbers = ("", "") if timed is None else (f"{1e3 * timed.seconds:.4g}", f"{timed.mfu:.1%}")
         fits = "yes" if one.plan.memory.fits else "no"
         table.add_row(mesh, one.remat, f"{one.plan.memory.peak / GIB:.2f}", fits, *numbers)
@@ -116,7 +116,7 @@ def sweep_table(points: Sequence[PlannedPoint]) -> rich.table.Table:
         if one.plan is None:
             table.add_row(*name, "", one.refused.splitlines()[0][:80], "", "")
             continue
-        timed = one.plan.time
+        timed = one.plan.step_time
         speed = "" if timed is None else f"{one.plan.tokens / timed.seconds:,.0f}"
         numbers = ("" if timed is None else f"{1e3 * timed.seconds:.4g}", speed)
         table.add_row(*name, f"{one.plan.memory.peak / GIB:.2f}", "yes" if one.plan.memory.fits else "no", *numbers)

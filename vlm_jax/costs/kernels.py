@@ -18,8 +18,8 @@ def attention_flops(equation: JaxprEqn, of_keys: int, of_values: int) -> int:
       of_keys: products over H.
       of_values: products over V.
     """
-    shapes = [variable.aval.shape for variable in equation.invars if _is_float(variable.aval)]
-    queries, keys, values = [shape for shape in shapes if len(shape) >= 3][:3]
+    given: list[Any] = [variable.aval for variable in equation.invars]
+    queries, keys, values = [array.shape for array in given if _is_float(array) and array.ndim >= 3][:3]
     pairs = math.prod(queries[:-1]) * keys[-2]
     return 2 * pairs * (of_keys * queries[-1] + of_values * values[-1])
 

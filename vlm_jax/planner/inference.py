@@ -1,7 +1,9 @@
 """Prefill and decoding of a model that answers, traced for a slice on abstract values."""
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,32 +55,35 @@ def inference_work(
     with use_mesh(mesh):
         cache = _abstract_cache(model, params, prompts, context, mesh)
     arguments: dict[str, Tree] = {f"parameters of {part}": tree for part, tree in params.items()}
-    variables = {"params": params}
+    step: Callable[..., Tree]
     if stage == "prefill":
-
-        def step(variables, batch):
-            logits, cache = model.apply(variables, batch, context, CACHE_DTYPE, method="prefill")
-            return logits, jax.tree.map(jax.lax.with_sharding_constraint, cache, cache_shardings(cache, mesh))  # type: ignore[arg-type]
-
-        given, donated, positions = (variables, prompts), (), batch_size * experiment.row.length
+        step, donated = functools.partial(_prefill, model, context, mesh), ()
+        given, positions = ({"params": params}, prompts), batch_size * experiment.row.length
         arguments["batch"] = prompts
     else:
-
-        def step(variables, tokens, position, cache):
-            logits, cache = model.apply(variables, tokens, position, cache, method="extend")
-            return jnp.argmax(logits, axis=-1), cache
-
         rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-        axes_of_position = prompts.positions.shape[2:]
-        tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=rows)
-        position = jax.ShapeDtypeStruct((batch_size, 1, *axes_of_position), jnp.int32, sharding=rows)
-        given, donated, positions = (variables, tokens, position, cache), (3,), batch_size
+        shape = (batch_size, 1)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
+        position = jax.ShapeDtypeStruct((*shape, *prompts.positions.shape[2:]), jnp.int32, sharding=rows)
+        step, donated = functools.partial(_decode, model), (3,)
+        given, positions = ({"params": params}, tokens, position, cache), batch_size
         arguments["cache"] = cache
     with use_mesh(mesh):
         traced = jax.jit(step, donate_argnums=donated).trace(*given)
         flops = count_flops(step, *given)
     more: Any = {"batch_size": batch_size, "context": context, "cache_dtype": str(jnp.dtype(CACHE_DTYPE))}
     return Work(stage, traced, mesh, arguments, flops, batch_size, positions, {**details(config, experiment), **more})
+
+
+def _prefill(model: VLM, context: int, mesh: Mesh, variables: Params, batch: Batch) -> Tree:
+    logits, cache = model.apply(variables, batch, context, CACHE_DTYPE, method="prefill")
+    return logits, jax.tree.map(jax.lax.with_sharding_constraint, cache, cache_shardings(cast(Any, cache), mesh))
+
+
+def _decode(model: VLM, variables: Params, tokens: Tree, position: Tree, cache: Tree) -> Tree:
+    """The likeliest next token of every row."""
+    logits, cache = model.apply(variables, tokens, position, cache, method="extend")
+    return jnp.argmax(cast(Any, logits), axis=-1), cache
 
 
 def inference_params(experiment: Experiment, mesh: Mesh) -> Params:

@@ -71,7 +71,7 @@ def plan_of(fields: Fields) -> Plan:
         given[key] = tuple(Share(**one) for one in given[key])
     if given["moved"] is not None:
         given["moved"] = tuple(Moved(**{**one, "axes": tuple(one["axes"])}) for one in given["moved"])
-    if given["time"] is not None:
-        given["time"] = Estimate(**given["time"])
+    if given["step_time"] is not None:
+        given["step_time"] = Estimate(**given["step_time"])
     given["assumptions"] = tuple(given["assumptions"])
     return Plan(**{field.name: given[field.name] for field in dataclasses.fields(Plan)})

@@ -111,7 +111,7 @@ def groups(arguments: Mapping[str, Tree]) -> list[Share]:
     return sorted(found, key=lambda one: -one.bytes)
 
 
-def temporaries(program: Program, most: int = 8) -> list[Share]:
+def largest_temporaries(program: Program, most: int = 8) -> list[Share]:
     """The largest results of a step in the main memory, one for each operation of the model."""
     found: dict[str, Share] = {}
     for _, own, _ in program.schedule():

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from vlm_jax.costs.flops import KERNEL, flops_of, products_of
-from vlm_jax.planner import memory
 from vlm_jax.planner.calibration import KERNEL_SHARE, SCALE, SPREAD, held_out_errors
 from vlm_jax.planner.collectives import Collective, collectives
+from vlm_jax.planner.memory import Memory, Share, groups, largest_temporaries, of_compiled, of_refusal
 from vlm_jax.planner.memory_traffic import hbm_bytes
 from vlm_jax.planner.predict import Estimate, estimate
 from vlm_jax.planner.program_text import Program, UnknownTripCount, parse_program
@@ -21,7 +21,7 @@ from vlm_jax.sharding.rules import use_mesh
 from vlm_jax.types import Fields, Tree
 
 # Compiles in about half the time; memory is within 2%, and times mean nothing.
-QUICK = {"exec_time_optimization_effort": -1.0}
+QUICK: Any = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Plan:
       model_flops: without rematerialised ones.
       traffic: bytes of the main memory; None where the text cannot be read.
       moved: communication; None likewise.
-      time: None where it cannot be predicted.
+      step_time: None where it cannot be predicted.
       refused: why there is no time; empty where there is one.
       compile_seconds: of this plan.
       assumptions: in words.
@@ -100,14 +100,14 @@ class Plan:
     chip: str
     num_devices: int
     mesh: dict[str, int]
-    memory: memory.Memory
-    parameters: tuple[memory.Share, ...]
-    temporaries: tuple[memory.Share, ...]
+    memory: Memory
+    parameters: tuple[Share, ...]
+    temporaries: tuple[Share, ...]
     flops: float
     model_flops: float
     traffic: float | None
     moved: tuple[Moved, ...] | None
-    time: Estimate | None
+    step_time: Estimate | None
     refused: str
     compile_seconds: float
     assumptions: tuple[str, ...]
@@ -116,7 +116,7 @@ class Plan:
     @property
     def tokens_per_second(self) -> float | None:
         """Over all devices, in the middle of the predicted range."""
-        return None if self.time is None else self.tokens / self.time.seconds
+        return None if self.step_time is None else self.tokens / self.step_time.seconds
 
     def to_json(self) -> Fields:
         """As JSON types."""
@@ -134,14 +134,14 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
     Raises:
       PlanError: the compiler fails other than for want of memory.
     """
-    since, shares = time.perf_counter(), memory.groups(work.arguments)
+    since, shares = time.perf_counter(), groups(work.arguments)
     available, compiled = int(topology.chip.hbm_bytes), None
     try:
         with use_mesh(work.mesh):
             compiled = work.traced.lower().compile(compiler_options=dict(QUICK) if quick else None)
-        found = memory.of_compiled(compiled, available)
+        found = of_compiled(compiled, available)
     except jax.errors.JaxRuntimeError as error:
-        refusal = memory.of_refusal(str(error), sum(one.bytes for one in shares))
+        refusal = of_refusal(str(error), sum(one.bytes for one in shares))
         if refusal is None:
             raise PlanError(f"{topology.name}: the compiler failed: {error}") from error
         found = refusal
@@ -167,7 +167,7 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
         model_flops=work.model_flops / work.mesh.size,
         traffic=parts.traffic,
         moved=parts.moved,
-        time=parts.time,
+        step_time=parts.step_time,
         refused=parts.refused,
         compile_seconds=time.perf_counter() - since,
         assumptions=_assumptions(quick),
@@ -181,8 +181,8 @@ class _Parts:
 
     traffic: float | None
     moved: tuple[Moved, ...] | None
-    time: Estimate | None
-    temporaries: tuple[memory.Share, ...]
+    step_time: Estimate | None
+    temporaries: tuple[Share, ...]
     refused: str
 
 
@@ -210,7 +210,7 @@ def _flops(traced: jax.stages.Traced, num_devices: int) -> tuple[float, float]:
 def _read(program: Program, work: Work, chip: Any, num_devices: int, *, flops: float, kernel_flops: float) -> _Parts:
     try:
         found, traffic = collectives(program, dict(work.mesh.shape)), hbm_bytes(program)
-        largest = tuple(memory.temporaries(program))
+        largest = tuple(largest_temporaries(program))
     except UnknownTripCount as error:
         return _Parts(None, None, None, (), f"{error}; a time is not guessed")
     moved = _summed(found, chip)
@@ -222,11 +222,11 @@ def _read(program: Program, work: Work, chip: Any, num_devices: int, *, flops: f
 
 
 def _summed(found: list[Collective], chip: Any) -> tuple[Moved, ...]:
-    groups = defaultdict[tuple[str, tuple[str, ...]], list[Collective]](list)
+    kinds = defaultdict[tuple[str, tuple[str, ...]], list[Collective]](list)
     for one in found:
-        groups[one.kind, one.axes].append(one)
+        kinds[one.kind, one.axes].append(one)
     summed = []
-    for (kind, axes), own in groups.items():
+    for (kind, axes), own in kinds.items():
         times, sent = sum(one.times for one in own), sum(one.times * one.sent for one in own)
         summed.append(Moved(kind, axes, times, sent, sum(one.seconds(chip) for one in own)))
     return tuple(sorted(summed, key=lambda one: -one.sent))

@@ -79,8 +79,8 @@ def _with(request: Request, mesh: dict[str, int], remat: str) -> Request:
 def _rank(one: Candidate) -> tuple[int, float]:
     if one.plan is None:
         return 3, 0.0
-    if one.plan.time is not None:
-        return 0, one.plan.time.seconds
+    if one.plan.step_time is not None:
+        return 0, one.plan.step_time.seconds
     return (1 if one.plan.memory.fits else 2), -one.plan.memory.spare
 
 

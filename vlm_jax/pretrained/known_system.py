@@ -50,10 +50,10 @@ def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
     """
     described, config = describe_known(name, dtype=dtype, param_dtype=param_dtype), known_config(name)
     model = described.module
-    made = {"make_ends": functools.partial(_same, ())}
+    no_ends = functools.partial(_same, ())
     if isinstance(model, VLM):
         processor = _conversations(name, model, config)
-        return System(model, described.inputs, functools.partial(_same, processor), **made)
+        return System(model, described.inputs, functools.partial(_same, processor), no_ends)
     if not isinstance(model, TwoTower | Classifier):
         raise PretrainedError(f"{name}: a {type(model).__name__} by itself is not trained; name a whole system")
     tower: Any = model.image if isinstance(model, TwoTower) else model.encoder
@@ -66,7 +66,7 @@ def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
         texts = TextInputs(digits_tokenizer(), length, 0)
         inputs = (*inputs, jax.ShapeDtypeStruct((1, length), jnp.int32))
     pairs = ImageTextProcessor(SquareInputs(views), texts)
-    return System(model, inputs, functools.partial(_same, pairs), **made)
+    return System(model, inputs, functools.partial(_same, pairs), no_ends)
 
 
 def _conversations(name: str, model: VLM, config: Config) -> Processor:

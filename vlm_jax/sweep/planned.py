@@ -83,7 +83,7 @@ def write_plans(points: Sequence[PlannedPoint], folder: epath.Path) -> list[epat
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / PLANS_FILE]
     replace_whole(written[0], json.dumps([point.to_json() for point in points], indent=1).encode())
-    if any(point.plan is not None and point.plan.time is not None for point in points):
+    if any(point.plan is not None and point.plan.step_time is not None for point in points):
         written.append(folder / FIGURE_FILE)
         with written[1].open("wb") as file:
             plans_figure(points).savefig(file, format="png")
@@ -98,7 +98,7 @@ def plans_figure(points: Sequence[PlannedPoint]) -> Figure:
     for panel, topology in zip(figure.subplots(1, len(topologies), squeeze=False)[0], topologies, strict=True):
         for name, look in looks.items():
             own = [one for one in points if (one.topology, one.connector) == (topology, name)]
-            timed = [(one.token_budget or 0, one.plan.time) for one in own if one.plan is not None]
+            timed = [(one.token_budget or 0, one.plan.step_time) for one in own if one.plan is not None]
             drawn = sorted(((budget, time) for budget, time in timed if time is not None), key=lambda pair: pair[0])
             middle = [1e3 * time.seconds for _, time in drawn]
             spread = [
@@ -129,9 +129,9 @@ def joined(results: Sequence[Fields], points: Sequence[PlannedPoint], topology: 
       ConfigError: no result has a plan.
     """
     seconds = {
-        (one.connector, one.token_budget): one.plan.time.seconds * one.plan.num_devices
+        (one.connector, one.token_budget): one.plan.step_time.seconds * one.plan.num_devices
         for one in points
-        if one.topology == topology and one.plan is not None and one.plan.time is not None
+        if one.topology == topology and one.plan is not None and one.plan.step_time is not None
     }
     keys = [(result["connector"], result["token_budget"]) for result in results]
     found = [

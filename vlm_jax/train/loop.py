@@ -28,7 +28,7 @@ from vlm_jax.optim.adamw import OptimizerSettings
 from vlm_jax.optim.patterns import describe
 from vlm_jax.paths import absolute
 from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
-from vlm_jax.sharding.rules import distribute, use_mesh
+from vlm_jax.sharding.rules import distribute, placed, use_mesh
 from vlm_jax.train import replay
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.evaluation import Evaluations, Tell
