@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import pytest
 
-from tests.planner.conftest import WIDTH
 from vlm_jax.config import ConfigError, parse
 from vlm_jax.planner.inference import inference_work
 from vlm_jax.planner.memory import Memory
 from vlm_jax.planner.search import largest_batch
 from vlm_jax.planner.settings import planned
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+
+from .conftest import WIDTH
 
 CONTEXT, BATCH = 128, 16
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.planner.conftest import WIDTH
+from .conftest import WIDTH
 
 MIB = 2**20
 
