@@ -1,13 +1,15 @@
 """A plan: what a compiled step takes of a slice that this machine does not have. All of it is an estimate."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from vlm_jax.costs.flops import KERNEL, flops_of, products_of
 from vlm_jax.planner.calibration import KERNEL_SHARE, SCALE, SPREAD, held_out_errors
@@ -137,7 +139,7 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
     since, shares = time.perf_counter(), groups(work.arguments)
     available, compiled = int(topology.chip.hbm_bytes), None
     try:
-        with use_mesh(work.mesh):
+        with use_mesh(work.mesh), _without_cache():
             compiled = work.traced.lower().compile(compiler_options=dict(QUICK) if quick else None)
         found = of_compiled(compiled, available)
     except jax.errors.JaxRuntimeError as error:
@@ -173,6 +175,19 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
         assumptions=_assumptions(quick),
         versions={"libtpu": libtpu_version(), "jax": importlib.metadata.version("jax")},
     )
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Compiles anew: JAX writes programs for absent devices to its cache, and cannot read them."""
+    before = jax.config.jax_enable_compilation_cache
+    compilation_cache.reset_cache()
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 @dataclasses.dataclass(frozen=True)
