@@ -180,14 +180,15 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
     """Compiles anew: JAX writes programs for absent devices to its cache, and cannot read them."""
-    before = jax.config.jax_enable_compilation_cache
+    config: Any = jax.config  # whose flags have no types
+    before = config.jax_enable_compilation_cache
     compilation_cache.reset_cache()
-    jax.config.update("jax_enable_compilation_cache", False)
+    config.update("jax_enable_compilation_cache", False)
     try:
         yield
     finally:
         compilation_cache.reset_cache()
-        jax.config.update("jax_enable_compilation_cache", before)
+        config.update("jax_enable_compilation_cache", before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _rank(one: Candidate) -> tuple[int, float]:
         return 3, 0.0
     if one.plan.step_time is not None:
         return 0, one.plan.step_time.seconds
-    return (1 if one.plan.memory.fits else 2), -one.plan.memory.spare
+    return (1 if one.plan.memory.fits else 2), float(-one.plan.memory.spare)
 
 
 def largest_batch(plans: tuple[Plan, Plan]) -> int:
