@@ -44,6 +44,7 @@ CONNECTORS = flags.DEFINE_list("connectors", [RELEASED], f"Connectors, with --sw
 JOIN = flags.DEFINE_string("join", None, "With --sweep, the workdir of a finished sweep or evaluation.")
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes and remat policies, and rank those that fit.")
 LARGEST = flags.DEFINE_bool("largest_batch", False, "Find the most rows of generation that fit.")
+MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "Compile for the memory alone, in about half the time.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 PLANS = flags.DEFINE_string("plans", FOLDER, "Folder of finished plans, by what they depend on; empty for none.")
 
@@ -85,6 +86,7 @@ def requested() -> Request:
         raise ConfigError("--release: expected an included config or a folder, or a --config, got neither")
     stage: Any = STAGE.value
     request = Request(config, TOPOLOGY.value[0], stage, BATCH_SIZE.value, CONTEXT.value, PICTURES.value)
+    request = dataclasses.replace(request, quick=MEMORY_ONLY.value)
     given = {"release": RELEASE.value, "token_budget": TOKEN_BUDGET.value, "row__length": LENGTH.value}
     if STAGE.value == "train" and BATCH_SIZE.value is not None:
         given |= {f"stages__{label}__batch_size": BATCH_SIZE.value for label in config.schedule[-1:]}
