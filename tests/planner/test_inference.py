@@ -1,6 +1,7 @@
 """Steps of generation on abstract values against closed forms of the cache, and the largest batch that fits."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from vlm_jax.config import ConfigError, parse
 from vlm_jax.planner.inference import inference_work
 from vlm_jax.planner.memory import Memory
-from vlm_jax.planner.search import largest_batch
+from vlm_jax.planner.request import Request
+from vlm_jax.planner.search import find_largest, largest_batch
 from vlm_jax.planner.settings import planned
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
@@ -50,12 +52,31 @@ def test_sizes_that_do_not_fit_are_named(config):
         inference_work(own, experiment, mesh, stage="decode", batch_size=12, context=128)
 
 
-def test_the_largest_batch_lies_on_the_line_of_two_plans(trained):
-    def plan(rows, peak):
-        used = Memory(0, 0, peak, 0, peak, 1000, True)
-        return dataclasses.replace(trained["v5e:2x2"], rows=rows, memory=used)
+def of_rows(plan, rows, peak):
+    used = Memory(0, 0, peak, 0, peak, 1000, peak <= 1000)
+    return dataclasses.replace(plan, rows=rows, memory=used)
 
-    assert largest_batch((plan(8, 200), plan(16, 280))) == 88  # 120 are fixed, ten a row
-    assert largest_batch((plan(16, 280), plan(8, 200))) == 88
+
+def test_the_largest_batch_lies_on_the_line_of_two_plans(trained):
+    plan = functools.partial(of_rows, trained["v5e:2x2"])
+    assert largest_batch((plan(8, 200), plan(16, 280)), 8) == 88  # 120 are fixed, ten a row
+    assert largest_batch((plan(16, 280), plan(8, 200)), 16) == 80
     with pytest.raises(ValueError, match="does not grow"):
-        largest_batch((plan(8, 200), plan(16, 200)))
+        largest_batch((plan(8, 200), plan(16, 200)), 8)
+
+
+@pytest.mark.parametrize(
+    ("peak", "rows"),
+    [(lambda rows: 120 + 10 * rows, 88), (lambda rows: 120 + max(80, 4 * rows), 216)],
+    ids=["line", "padded"],
+)
+def test_the_most_rows_that_fit_are_found(config, trained, peak, rows):
+    """Memory on a line, and memory of which the first rows are padding."""
+    asked = []
+
+    def make(request):
+        asked.append(request)
+        return of_rows(trained["v5e:2x2"], request.batch_size, peak(request.batch_size))
+
+    found = find_largest(Request(config, "v5e:2x2", "decode", batch_size=8), make)
+    assert found.rows == rows and not asked[-1].quick and all(one.quick for one in asked[:-1])

@@ -21,7 +21,7 @@ from vlm_jax.paths import absolute
 from vlm_jax.planner.kept import FOLDER
 from vlm_jax.planner.plan import Plan
 from vlm_jax.planner.request import Request, make_plan
-from vlm_jax.planner.search import largest_batch, search
+from vlm_jax.planner.search import find_largest, search
 from vlm_jax.ranges import Size
 from vlm_jax.sweep.planned import RELEASED, joined, planned_points, write_joined_report, write_plans
 from vlm_jax.train import finetuning
@@ -111,10 +111,7 @@ def _print(fields: Any, tables: list[Any]) -> None:
 
 
 def _largest(request: Request) -> None:
-    """The most rows that fit, by two plans for memory, and the plan at that batch."""
-    first = _made(request.changed(quick=True))
-    second = _made(request.changed(quick=True, batch_size=4 * first.rows))
-    plan = _made(request.changed(batch_size=max(first.rows, largest_batch((first, second)))))
+    plan = find_largest(request, _made)
     _print({"largest_batch": plan.rows, "plan": plan.to_json()}, plan_tables(plan))
 
 

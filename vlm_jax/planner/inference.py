@@ -25,7 +25,7 @@ CACHE_DTYPE = jnp.bfloat16
 
 
 def inference_work(
-    config: RunConfig, experiment: AnyExperiment, mesh: Mesh, *, stage: str, batch_size: int, context: int
+    config: RunConfig, experiment: AnyExperiment, mesh: Mesh, *, stage: str, batch_size: int, context: int | None
 ) -> Work:
     """A step of generation: the prompts of a batch, or one more token for each of its rows.
 
@@ -35,7 +35,8 @@ def inference_work(
       mesh: of a topology's devices.
       stage: `prefill` or `decode`.
       batch_size: prompts, over all devices.
-      context: slots of the cache for every row, at least the prompt's length; all of them are read in decoding.
+      context: slots of the cache for every row, all of which are read in decoding; at least the prompt's length. None
+        for that and a quarter of it.
 
     Raises:
       ConfigError: the model generates no text, or sizes that do not fit.
@@ -43,8 +44,10 @@ def inference_work(
     model, shards = experiment.system.model, num_shards(mesh)
     if not isinstance(experiment, Experiment) or not isinstance(model, VLM) or model.decoder is None:
         raise ConfigError(f"--stage={stage}: a {type(model).__name__} generates no text; plan --stage=train")
-    if context < experiment.row.length:
-        raise ConfigError(f"--context: expected at least the prompt's {experiment.row.length} positions, got {context}")
+    length = experiment.row.length
+    context = length + length // 4 if context is None else context
+    if context < length:
+        raise ConfigError(f"--context: expected at least the prompt's {length} positions, got {context}")
     if batch_size % shards:
         raise ConfigError(
             f"--batch_size: {batch_size} prompts cannot be divided over {shards} shards (data times fsdp of "
@@ -58,7 +61,7 @@ def inference_work(
     step: Callable[..., Tree]
     if stage == "prefill":
         step, donated = functools.partial(_prefill, model, context, mesh), ()
-        given, positions = ({"params": params}, prompts), batch_size * experiment.row.length
+        given, positions = ({"params": params}, prompts), batch_size * length
         arguments["batch"] = prompts
     else:
         rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -100,14 +100,12 @@ def _made(request: Request, topology: Topology) -> Plan:
     if request.stage == "train":
         work = training_work(config, experiment, mesh)
     else:
-        length = config.row.length
-        assert length is not None
         work = inference_work(
             config,
             experiment,
             mesh,
             stage=request.stage,
             batch_size=request.batch_size or mesh.shape["data"] * mesh.shape["fsdp"],
-            context=request.context or length + length // 4,
+            context=request.context,
         )
     return compile_plan(work, topology, quick=request.quick)

@@ -12,6 +12,10 @@ from vlm_jax.planner.topology import PlanError, open_topology
 REMAT = ("none", "dots", "full")  # from most memory to least
 MOST_TENSOR = 8  # chips that share the heads of a layer; more than the links of a ring nearby serve
 TIMED = 3  # candidates that are compiled for their time
+ROUNDS, CLOSE = (
+    4,
+    0.02,
+)  # guesses of the largest batch; a guess that is closer to a plan than this share ends the search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +88,48 @@ def _rank(one: Candidate) -> tuple[int, float]:
     return (1 if one.plan.memory.fits else 2), float(-one.plan.memory.spare)
 
 
-def largest_batch(plans: tuple[Plan, Plan]) -> int:
+def find_largest(request: Request, make: Callable[[Request], Plan]) -> Plan:
+    """The plan of generation with the most rows that fit.
+
+    Each guess lies on the straight line of memory through the two last plans; the first ones are small, and padding
+    bends the line for them.
+
+    Args:
+      request: of `prefill` or `decode`; its batch size is where the search starts.
+      make: makes a plan.
+
+    Raises:
+      PlanError: not even the first batch fits.
+    """
+    before = make(request.changed(quick=True))
+    if not before.memory.fits:
+        raise PlanError(f"--largest_batch: {before.rows} rows do not fit, {-before.memory.spare} bytes too much")
+    unit, best = before.rows, before
+    last = make(request.changed(quick=True, batch_size=4 * unit))
+    for _ in range(ROUNDS):
+        best = last if last.memory.fits and last.rows > best.rows else best
+        guess = largest_batch((before, last), unit)
+        if guess <= best.rows * (1 + CLOSE) and last.memory.fits:
+            break
+        before, last = best, make(request.changed(quick=True, batch_size=max(unit, guess)))
+        if before.rows == last.rows:
+            break
+    best = last if last.memory.fits and last.rows > best.rows else best
+    return make(request.changed(batch_size=best.rows))
+
+
+def largest_batch(plans: tuple[Plan, Plan], unit: int) -> int:
     """The most rows of generation that fit, by the memory of two plans of different batches.
 
     Memory that does not grow with the batch (parameters, code) and memory that does (cache, activations) are told apart
-    by a straight line through the two. Rounded down to the shards of the plans' batches.
+    by a straight line through the two.
 
     Args:
-      plans: of the same request, but for the batch size; both fit.
+      plans: of the same request, but for the batch size.
+      unit: rows that the result is a multiple of.
 
     Raises:
-      ValueError: equal batches.
+      ValueError: equal batches, or memory that does not grow.
     """
     first, second = sorted(plans, key=lambda plan: plan.rows)
     if first.rows == second.rows:
@@ -103,6 +138,4 @@ def largest_batch(plans: tuple[Plan, Plan]) -> int:
     if per_row <= 0:
         raise ValueError(f"memory does not grow with the batch: {first.memory.peak} and {second.memory.peak} bytes")
     fixed = first.memory.peak - per_row * first.rows
-    most = int((first.memory.available - fixed) / per_row)
-    unit = math.gcd(first.rows, second.rows)
-    return most // unit * unit
+    return int((first.memory.available - fixed) / per_row) // unit * unit
