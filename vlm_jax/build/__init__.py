@@ -153,7 +153,7 @@ class Experiment(WithParameters):
         if pairs := [sample.sample_id for sample in samples if sample.rejected]:
             raise MalformedRecords(f"{pairs[0]}: has a 'rejected' answer, which only the objective prefer learns from")
         row = [self.example(sample, targets=True) for sample in samples]
-        return self.system.processor.rows([row], shape or self.row, targets=True)
+        return self.system.processor.rows([row], shape or self.row, targets=True, keys=self.rows.keys)
 
     def preference_rows(self, sample: Sample) -> Batch:
         """A row of a sample's preferred conversation, and one of the rejected conversation.
@@ -167,7 +167,7 @@ class Experiment(WithParameters):
             )
         pair = (sample, dataclasses.replace(sample, messages=sample.rejected))
         rows = [[self.example(one, targets=True)] for one in pair]
-        return self.system.processor.rows(rows, self.row, targets=True)
+        return self.system.processor.rows(rows, self.row, targets=True, keys=self.rows.keys)
 
     @property
     def budget(self) -> Budget:

@@ -369,7 +369,9 @@ class MultiHeadAttention(nn.Module):
         inputs_v = inputs_k if inputs_v is None else inputs_v
         kv_heads = self.num_kv_heads or self.num_heads
         if self.head_dim is None and x.shape[-1] % self.num_heads:
-            raise ValueError(f"{self.num_heads} heads do not divide a width of {x.shape[-1]}; set head_dim")
+            raise ValueError(
+                f"{self.num_heads} heads do not divide a width of {x.shape[-1]}; set num_heads to a divisor of it"
+            )
         head_dim = self.head_dim or x.shape[-1] // self.num_heads
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = functools.partial(Dense, use_bias=self.use_bias, **settings)
