@@ -10,7 +10,8 @@ from configs import base
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals import vqa
-from vlm_jax.evals.vqa import exact, overlap, wilson_interval
+from vlm_jax.evals.intervals import wilson_interval
+from vlm_jax.evals.vqa import exact, overlap
 from vlm_jax.generation import text as generation_text
 from vlm_jax.generation.engine import Generated
 from vlm_jax.processors.layout import SequenceTooLong

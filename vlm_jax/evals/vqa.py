@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
+from vlm_jax.evals.intervals import wilson_interval
 from vlm_jax.generation.engine import prepared
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.processors.layout import SequenceTooLong
@@ -21,7 +21,6 @@ from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.types import TEXT_SLOT, Params, Sample
 
-Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
 # What bounds a prompt.
 KEYS = {
@@ -78,23 +77,6 @@ def is_right(tokenizer: Tokenizer, task: str, answer: str, reference: str) -> bo
     """
     scorer, spelled = SCORERS.get(task, exact), tokenizer.decode(tokenizer.encode(reference))
     return scorer(answer, reference) or (bool(spelled.strip()) and scorer(answer, spelled))
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% interval of a proportion.
-
-    Raises:
-      ValueError: no trials.
-
-    Source: Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4.
-    """
-    if trials < 1:
-        raise ValueError("expected at least one trial, got none")
-    share, z2 = successes / trials, Z95**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return low, 1.0 if successes == trials else min(1.0, centre + half)
 
 
 def answers(
