@@ -126,7 +126,7 @@ def _build(given: dict[str, Any]) -> None:
     if not given["shaped"]:
         return
     system = experiment.system
-    assert jax.tree.leaves(system.boxed_shapes())
+    assert jax.tree.leaves(experiment.boxed_shapes())
     assert system.budget is not None and system.budget.left == given["budget"]
 
 
