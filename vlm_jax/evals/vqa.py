@@ -79,6 +79,12 @@ def is_right(tokenizer: Tokenizer, task: str, answer: str, reference: str) -> bo
     return scorer(answer, reference) or (bool(spelled.strip()) and scorer(answer, spelled))
 
 
+def generation_mesh(params: Params) -> Mesh | None:
+    """The mesh of parameters, where they generate on it: not where it shards the sequence."""
+    mesh = mesh_of(params)
+    return None if mesh is None or mesh.shape[CONTEXT] > 1 else mesh
+
+
 def answers(
     experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
 ) -> Iterator[Answer]:
@@ -91,9 +97,7 @@ def answers(
         longer than `max_new_tokens`.
       ValueError: the number of visual tokens in a prompt differs from that of its images.
     """
-    mesh = mesh_of(params)
-    if mesh is not None and mesh.shape[CONTEXT] > 1:
-        mesh = None  # generation does not shard the sequence
+    mesh = generation_mesh(params)
     params = prepared(params, mesh)  # once for all batches
     size, samples = settings.batch_size, iter(samples)
     while group := list(itertools.islice(samples, size)):
