@@ -44,6 +44,7 @@ ANTIALIAS: dict[Image.Resampling, AntialiasKind] = {
     Image.Resampling.BOX: "box_antialias",
     Image.Resampling.LANCZOS: "lanczos_antialias",
 }
+_CHUNK = 1 << 22  # values that are computed at once
 
 
 class CorruptImage(ValueError):
@@ -285,9 +286,14 @@ def resize_in_fixed_point(
             continue
         weights, bits = fixed_point_weights(image.shape[axis], size[axis], FIXED_POINT[resample])
         lines = np.moveaxis(image, axis, 0)
-        sums = weights @ lines.reshape(len(lines), -1).astype(np.int32)
-        rounded = np.clip((sums + (1 << (bits - 1))) >> bits, 0, 255).astype(np.uint8)
-        image = np.moveaxis(rounded.reshape(-1, *lines.shape[1:]), 0, axis)
+        resized = np.empty((size[axis], *lines.shape[1:]), np.uint8)
+        chunk = max(1, _CHUNK // (max(len(lines), size[axis]) * lines.shape[2]))
+        for start in range(0, lines.shape[1], chunk):
+            part = lines[:, start : start + chunk]
+            sums = weights @ part.reshape(len(lines), -1).astype(np.int32)
+            rounded = np.clip((sums + (1 << (bits - 1))) >> bits, 0, 255).astype(np.uint8)
+            resized[:, start : start + chunk] = rounded.reshape(-1, *part.shape[1:])
+        image = np.moveaxis(resized, 0, axis)
     return image
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm_jax.interpolation import ResizeKind
 from vlm_jax.processors.conversation import Picture
-from vlm_jax.processors.image import height_and_width, to_picture
+from vlm_jax.processors.image import height_and_width, normalize, to_picture
 from vlm_jax.processors.naflex import interpolate, size_for_sequence
 from vlm_jax.processors.patches import pack_patches, patchify
 from vlm_jax.processors.pixels import Pixels
@@ -90,9 +90,10 @@ class TensorFlowInputs:
             factor = np.float32(self.shortest_edge) / np.float32(min(image.shape[:2]))
             rows, cols = (int(np.rint(np.float32(side) * factor)) for side in image.shape[:2])
             size = (rows, cols)
-        resized = interpolate(image if self.whole else image.astype(np.float32), size, self.kind)
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        return resized[top : top + height, left : left + width].astype(np.float32) / 127.5 - 1
+        window = (top, top + height), (left, left + width)
+        resized = interpolate(image, size, self.kind, window=window, before=None if self.whole else np.float32)
+        return resized.astype(np.float32) / 127.5 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,9 @@ class NaflexInputs:
     def _one(self, picture: Image.Image) -> PackedPatches:
         _, size = size_for_sequence(*height_and_width(picture), self.patch_size, self.max_num_patches)
         if self.floats:
-            frame = interpolate(self.pixels.tiles([picture])[0], size, "bilinear_antialias")
+            mean, std = self.pixels.mean, self.pixels.std
+            normalised = functools.partial(normalize, mean=mean, std=std)
+            frame = interpolate(self.pixels.array(picture), size, "bilinear_antialias", before=normalised)
         else:
             frame = self.pixels.tiles([self.pixels.resized(picture, size)])[0]
         patches, grid = patchify(frame[None], patch_size=self.patch_size, channels_last=True)

@@ -5,17 +5,20 @@ middle is cut out. Here only the pixels that are kept are computed, bit for bit 
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse
 from PIL import Image
 
-from vlm_jax.interpolation import fixed_point_weights
+from vlm_jax.interpolation import fixed_point_bits, window_weights
 from vlm_jax.processors.image import ANTIALIAS
 
 MOST_PIXELS = 1 << 24  # of an image that is made whole
+MOST_LENGTH = 1 << 20  # of a side, for which Pillow makes all weights at once
 PILLOW_BITS = 22
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20  # values that are computed at once
+_WEIGHTS = 1 << 18  # weights of an axis that are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,13 @@ class Axis:
     canvas: int
     size: int
     window: tuple[int, int]
+
+    def blocks(self) -> Iterator["Axis"]:
+        """The same with parts of the window, so short that few weights are needed for each."""
+        first, last = self.window
+        length = last - first if self.canvas == self.size else max(1, _WEIGHTS * self.size // (8 * self.canvas))
+        for begin in range(first, last, max(1, length)):
+            yield dataclasses.replace(self, window=(begin, min(begin + length, last)))
 
 
 def is_large(size: tuple[int, ...], picture: Image.Image) -> bool:
@@ -59,28 +69,44 @@ def resized_part(
       colour: of the canvas.
       as_torch: as `Pixels.as_torch`.
     """
-    bits = None if as_torch else PILLOW_BITS
-    across, down = (_Weights.of(axis, resample, bits) for axis in (columns, rows))
-    given = np.asarray(colour, np.int64) if picture.mode == "RGB" else np.asarray(colour[:1], np.int64)
-    # The canvas alone; then the columns that the picture reaches, of the pixels that reach the part.
-    line = across.along(np.tile(given, (columns.canvas if across.matrix is None else 1, 1)))
-    whole = down.along(np.tile(line, (rows.canvas if down.matrix is None else 1, 1, 1)))
+    colours = np.asarray(colour if picture.mode == "RGB" else colour[:1], np.int64)
+    shape = (rows.window[1] - rows.window[0], columns.window[1] - columns.window[0], len(colours))
+    made = np.empty(shape, np.uint8)
+    fixed = [_bits(axis, resample, as_torch) for axis in (rows, columns)]
+    for tall in rows.blocks():
+        down = _Weights.of(tall, resample, fixed[0])
+        for wide in columns.blocks():
+            top, left = tall.window[0] - rows.window[0], wide.window[0] - columns.window[0]
+            block = _block(picture, down, _Weights.of(wide, resample, fixed[1]), colours)
+            made[top : top + len(block), left : left + block.shape[1]] = block
+    return Image.fromarray(made[:, :, 0] if made.shape[2] == 1 else made)
+
+
+def _bits(axis: Axis, resample: Image.Resampling, as_torch: bool) -> int:
+    return fixed_point_bits(axis.canvas, axis.size, ANTIALIAS[resample]) if as_torch else PILLOW_BITS
+
+
+def _block(picture: Image.Image, down: "_Weights", across: "_Weights", colours: np.ndarray) -> np.ndarray:
+    """One block of the part: that of the canvas alone, then the columns that the picture reaches."""
+    rows, columns = down.axis, across.axis
+    line = across.along(colours)
+    whole = down.along(line)
     (left, right), (top, bottom) = across.used(columns.start, picture.width), down.used(rows.start, picture.height)
-    if left < right and top < bottom:
-        lines = np.asarray(picture.crop((left, top, right, bottom)))
-        lines = lines[:, :, None] if lines.ndim == 2 else lines
-        first, last = across.reached(columns.start + left, right - left)
-        width = max(1, 4 * _CHUNK // lines[:, :1].size)
-        for start in range(first, last, width):
-            block = (start, min(start + width, last))
-            made = np.empty((bottom - top, block[1] - start, lines.shape[2]), np.uint8)
-            chunk = max(1, _CHUNK // max(lines[0].size, made[0].size))
-            for begin in range(0, len(made), chunk):
-                part = lines[begin : begin + chunk].swapaxes(0, 1)
-                done = across.placed(part, columns.start + left, given, block)
-                made[begin : begin + chunk] = done.swapaxes(0, 1)
-            whole[:, slice(*block)] = down.placed(made, rows.start + top, line[slice(*block)], (0, len(whole)))
-    return Image.fromarray(whole[:, :, 0] if whole.shape[2] == 1 else whole)
+    if left >= right or top >= bottom:
+        return whole
+    first, last = across.reached(columns.start + left, right - left)
+    width = max(1, 4 * _CHUNK // ((bottom - top) * len(colours)))
+    for start in range(first, last, width):
+        window = (start, min(start + width, last))
+        made = np.empty((bottom - top, window[1] - start, len(colours)), np.uint8)
+        chunk = max(1, _CHUNK // (max(right - left, made.shape[1]) * len(colours)))
+        for begin in range(0, len(made), chunk):
+            box = (left, top + begin, right, min(top + begin + chunk, bottom))
+            lines = np.asarray(picture.crop(box)).reshape(box[3] - box[1], right - left, len(colours))
+            done = across.placed(lines.swapaxes(0, 1), columns.start + left, colours, window)
+            made[begin : begin + chunk] = done.swapaxes(0, 1)
+        whole[:, slice(*window)] = down.placed(made, rows.start + top, line[slice(*window)], (0, len(whole)))
+    return whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +118,10 @@ class _Weights:
     bits: int
 
     @classmethod
-    def of(cls, axis: Axis, resample: Image.Resampling, bits: int | None) -> "_Weights":
+    def of(cls, axis: Axis, resample: Image.Resampling, bits: int) -> "_Weights":
         if axis.canvas == axis.size:
             return cls(axis, None, 0)
-        matrix, bits = fixed_point_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, axis.window)
+        matrix = window_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, axis.window)
         return cls(axis, scipy.sparse.csr_array(matrix, dtype=np.int64), bits)
 
     def used(self, start: int, length: int) -> tuple[int, int]:
@@ -114,12 +140,11 @@ class _Weights:
         return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
 
     def along(self, canvas: np.ndarray) -> np.ndarray:
-        """A canvas of one colour: all of the axis, or one line where it is resized."""
-        first, last = self.axis.window
+        """The part of a canvas whose lines along this axis are all equal to the given one."""
         if self.matrix is None:
-            return canvas[first:last].astype(np.uint8)
+            return np.repeat(canvas[None].astype(np.uint8), self.axis.window[1] - self.axis.window[0], axis=0)
         total = np.asarray(self.matrix.sum(axis=1), np.int64)
-        return _rounded(total.reshape(-1, *[1] * (canvas.ndim - 1)) * canvas.astype(np.int64), self.bits)
+        return _rounded(total.reshape(-1, *[1] * canvas.ndim) * canvas.astype(np.int64), self.bits)
 
     def placed(self, lines: np.ndarray, start: int, outside: np.ndarray, window: tuple[int, int]) -> np.ndarray:
         """Lines of the picture at `start` of the canvas, resized with the canvas beside them."""
