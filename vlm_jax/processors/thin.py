@@ -5,6 +5,7 @@ middle is cut out. Here only the pixels that are kept are computed, bit for bit 
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,6 +45,10 @@ class Axis:
         for begin in range(first, last, max(1, length)):
             yield dataclasses.replace(self, window=(begin, min(begin + length, last)))
 
+    def within(self, axis: "Axis") -> tuple[int, int]:
+        """[start, stop) of this window in that of another axis."""
+        return self.window[0] - axis.window[0], self.window[1] - axis.window[0]
+
 
 def is_large(size: tuple[int, ...], picture: Image.Image) -> bool:
     """Whether an image of `size` is so much larger than the picture that only parts of it are to be made."""
@@ -72,13 +77,19 @@ def resized_part(
     colours = np.asarray(colour if picture.mode == "RGB" else colour[:1], np.int64)
     shape = (rows.window[1] - rows.window[0], columns.window[1] - columns.window[0], len(colours))
     made = np.empty(shape, np.uint8)
-    fixed = [_bits(axis, resample, as_torch) for axis in (rows, columns)]
-    for tall in rows.blocks():
-        down = _Weights.of(tall, resample, fixed[0])
-        for wide in columns.blocks():
-            top, left = tall.window[0] - rows.window[0], wide.window[0] - columns.window[0]
-            block = _block(picture, down, _Weights.of(wide, resample, fixed[1]), colours)
-            made[top : top + len(block), left : left + block.shape[1]] = block
+    tall, wide = (
+        functools.partial(_Weights.of, resample=resample, bits=_bits(axis, resample, as_torch), length=length)
+        for axis, length in ((rows, picture.height), (columns, picture.width))
+    )
+    # The weights of the picture's shorter side are held, and few of the longer one's at a time.
+    if picture.height > picture.width:
+        across = wide(columns)
+        for axis in rows.blocks():
+            made[slice(*axis.within(rows))] = _block(picture, tall(axis), across, colours)
+    else:
+        down = tall(rows)
+        for axis in columns.blocks():
+            made[:, slice(*axis.within(columns))] = _block(picture, down, wide(axis), colours)
     return Image.fromarray(made[:, :, 0] if made.shape[2] == 1 else made)
 
 
@@ -88,13 +99,12 @@ def _bits(axis: Axis, resample: Image.Resampling, as_torch: bool) -> int:
 
 def _block(picture: Image.Image, down: "_Weights", across: "_Weights", colours: np.ndarray) -> np.ndarray:
     """One block of the part: that of the canvas alone, then the columns that the picture reaches."""
-    rows, columns = down.axis, across.axis
     line = across.along(colours)
     whole = down.along(line)
-    (left, right), (top, bottom) = across.used(columns.start, picture.width), down.used(rows.start, picture.height)
+    (left, right), (top, bottom) = across.used(), down.used()
     if left >= right or top >= bottom:
         return whole
-    first, last = across.reached(columns.start + left, right - left)
+    first, last = across.reached(left, right)
     width = max(1, 4 * _CHUNK // ((bottom - top) * len(colours)))
     for start in range(first, last, width):
         window = (start, min(start + width, last))
@@ -103,63 +113,75 @@ def _block(picture: Image.Image, down: "_Weights", across: "_Weights", colours: 
         for begin in range(0, len(made), chunk):
             box = (left, top + begin, right, min(top + begin + chunk, bottom))
             lines = np.asarray(picture.crop(box)).reshape(box[3] - box[1], right - left, len(colours))
-            done = across.placed(lines.swapaxes(0, 1), columns.start + left, colours, window)
-            made[begin : begin + chunk] = done.swapaxes(0, 1)
-        whole[:, slice(*window)] = down.placed(made, rows.start + top, line[slice(*window)], (0, len(whole)))
+            made[begin : begin + chunk] = across.placed(lines.swapaxes(0, 1), left, colours, window).swapaxes(0, 1)
+        whole[:, slice(*window)] = down.placed(made, top, line[slice(*window)], (0, len(whole)))
     return whole
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Weights of one axis; without a matrix it is not resized."""
+    """Weights of one axis.
+
+    Attributes:
+      axis: the axis.
+      length: of the picture along it.
+      bits: the power of 2 that weights are multiplied by.
+      matrix: int64 [outputs of the window, pixels of the picture]; None where the canvas is not resized.
+      total: int64 [outputs]: the sum of the weights of all pixels of the canvas.
+    """
 
     axis: Axis
-    matrix: scipy.sparse.csr_array | None
+    length: int
     bits: int
+    matrix: scipy.sparse.csr_array | None
+    total: np.ndarray
 
     @classmethod
-    def of(cls, axis: Axis, resample: Image.Resampling, bits: int) -> "_Weights":
+    def of(cls, axis: Axis, *, length: int, resample: Image.Resampling, bits: int) -> "_Weights":
         if axis.canvas == axis.size:
-            return cls(axis, None, 0)
-        matrix = window_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, axis.window)
-        return cls(axis, scipy.sparse.csr_array(matrix, dtype=np.int64), bits)
+            return cls(axis, length, 0, None, np.ones(axis.window[1] - axis.window[0], np.int64))
+        parts, totals = [], []
+        for block in axis.blocks():
+            part = window_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, block.window)
+            totals.append(np.asarray(part.sum(axis=1), np.int64))
+            parts.append(scipy.sparse.csr_array(part[:, axis.start : axis.start + length], dtype=np.int64))
+        matrix = scipy.sparse.csr_array(scipy.sparse.vstack(parts))
+        return cls(axis, length, bits, matrix, np.concatenate(totals))
 
-    def used(self, start: int, length: int) -> tuple[int, int]:
+    def used(self) -> tuple[int, int]:
         """[start, stop) of the picture's pixels that reach the part."""
         if self.matrix is None:
-            begin, end = self.axis.window
-        else:
-            begin, end = int(self.matrix.indices.min()), int(self.matrix.indices.max()) + 1
-        return max(begin - start, 0), min(end - start, length)
+            begin, end = (one - self.axis.start for one in self.axis.window)
+            return max(begin, 0), min(end, self.length)
+        if not self.matrix.nnz:
+            return 0, 0
+        return int(self.matrix.indices.min()), int(self.matrix.indices.max()) + 1
 
-    def reached(self, start: int, length: int) -> tuple[int, int]:
-        """[start, stop) of the part's pixels that these of the canvas reach."""
+    def reached(self, start: int, stop: int) -> tuple[int, int]:
+        """[start, stop) of the part's pixels that these of the picture reach."""
         if self.matrix is None:
-            return start - self.axis.window[0], start - self.axis.window[0] + length
-        found = np.flatnonzero(np.diff(self.matrix[:, start : start + length].indptr))
-        return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+            origin = self.axis.start - self.axis.window[0]
+            return origin + start, origin + stop
+        found = np.flatnonzero(np.diff(self.matrix.indptr))
+        return int(found[0]), int(found[-1]) + 1
 
     def along(self, canvas: np.ndarray) -> np.ndarray:
         """The part of a canvas whose lines along this axis are all equal to the given one."""
-        if self.matrix is None:
-            return np.repeat(canvas[None].astype(np.uint8), self.axis.window[1] - self.axis.window[0], axis=0)
-        total = np.asarray(self.matrix.sum(axis=1), np.int64)
-        return _rounded(total.reshape(-1, *[1] * canvas.ndim) * canvas.astype(np.int64), self.bits)
+        return _rounded(self.total.reshape(-1, *[1] * canvas.ndim) * canvas.astype(np.int64), self.bits)
 
     def placed(self, lines: np.ndarray, start: int, outside: np.ndarray, window: tuple[int, int]) -> np.ndarray:
-        """Lines of the picture at `start` of the canvas, resized with the canvas beside them."""
+        """Lines from `start` on of the picture, resized with the canvas beside them."""
         if self.matrix is None:
-            origin = start - self.axis.window[0]
+            origin = self.axis.start + start - self.axis.window[0]
             made = np.broadcast_to(outside, (window[1] - window[0], *lines.shape[1:])).astype(np.uint8)
             begin, end = max(origin, window[0]), min(origin + len(lines), window[1])
             made[begin - window[0] : end - window[0]] = lines[begin - origin : end - origin]
             return made
-        rows = self.matrix[window[0] : window[1]]
-        used = rows[:, start : start + len(lines)]
-        beside = np.asarray(rows.sum(axis=1), np.int64) - np.asarray(used.sum(axis=1), np.int64)
+        used = self.matrix[slice(*window), start : start + len(lines)]
+        beside = self.total[slice(*window)] - np.asarray(used.sum(axis=1), np.int64)
         sums = (used @ lines.reshape(len(lines), -1).astype(np.int64)).reshape(-1, *lines.shape[1:])
         return _rounded(sums + beside[:, None, None] * outside.astype(np.int64), self.bits)
 
 
 def _rounded(sums: np.ndarray, bits: int) -> np.ndarray:
-    return np.clip((sums + (1 << (bits - 1))) >> bits, 0, 255).astype(np.uint8)
+    return np.clip((sums + ((1 << bits) >> 1)) >> bits, 0, 255).astype(np.uint8)
