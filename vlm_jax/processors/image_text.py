@@ -144,6 +144,7 @@ class TextInputs:
       lower: converts texts to lower case.
       bare: removes punctuation and repeated spaces.
       end_id: appended to every text instead of the tokenizer's start and end tokens; None for these.
+      table_rows: number of tokens in the tower's table; None where a text cannot have others.
 
     Source: transformers, models/siglip/tokenization_siglip.py, canonicalize_text; big_vision, pp/ops_text.py, tokenize.
     """
@@ -154,16 +155,18 @@ class TextInputs:
     lower: bool = False
     bare: bool = False
     end_id: int | None = None
+    table_rows: int | None = None
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "B T"]:
         tokens = np.full((len(texts), self.length), self.pad_id, np.int32)
-        for row, text in zip(tokens, texts, strict=True):
+        for number, (row, text) in enumerate(zip(tokens, texts, strict=True)):
             ids = self.tokenizer.encode(self.cleaned(text), add_special=self.end_id is None)
             ids += [] if self.end_id is None else [self.end_id]
             if len(ids) > self.length:
                 end = ids[-1:] if ids[-1] in (self.tokenizer.eos_id, self.end_id) else []
                 ids = [*ids[: self.length - len(end)], *end]
             row[: len(ids)] = ids
+            self.tokenizer.check_rows(row.tolist(), self.table_rows, f"text {number}")  # with its padding
         return tokens
 
     def cleaned(self, text: str) -> str:

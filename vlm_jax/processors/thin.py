@@ -22,6 +22,7 @@ _CHUNK = 1 << 20  # values that are computed at once
 _WEIGHTS = 1 << 18  # weights of an axis that are held at once
 
 
+
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """One axis of a part of a resized canvas.
@@ -126,7 +127,7 @@ class _Weights:
       axis: the axis.
       length: of the picture along it.
       bits: the power of 2 that weights are multiplied by.
-      matrix: int64 [outputs of the window, pixels of the picture]; None where the canvas is not resized.
+      matrix: int32 [outputs of the window, pixels of the picture]; None where the canvas is not resized.
       total: int64 [outputs]: the sum of the weights of all pixels of the canvas.
     """
 
@@ -144,7 +145,7 @@ class _Weights:
         for block in axis.blocks():
             part = window_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, block.window)
             totals.append(np.asarray(part.sum(axis=1), np.int64))
-            parts.append(scipy.sparse.csr_array(part[:, axis.start : axis.start + length], dtype=np.int64))
+            parts.append(part[:, axis.start : axis.start + length])
         matrix = scipy.sparse.csr_array(scipy.sparse.vstack(parts))
         return cls(axis, length, bits, matrix, np.concatenate(totals))
 
@@ -179,7 +180,7 @@ class _Weights:
             return made
         used = self.matrix[slice(*window), start : start + len(lines)]
         beside = self.total[slice(*window)] - np.asarray(used.sum(axis=1), np.int64)
-        sums = (used @ lines.reshape(len(lines), -1).astype(np.int64)).reshape(-1, *lines.shape[1:])
+        sums = (used @ lines.reshape(len(lines), -1).astype(np.int32)).reshape(-1, *lines.shape[1:])  # as in Pillow
         return _rounded(sums + beside[:, None, None] * outside.astype(np.int64), self.bits)
 
 

@@ -99,6 +99,25 @@ class Tokenizer:
             raise TokenizerError(f"{self.origin}: its vocabulary has no token '{token}'{near}")
         return index
 
+    def check_rows(self, ids: Iterable[int], rows: int | None, where: str) -> None:
+        """Checks the ids of a text against a model's table.
+
+        Args:
+          ids: of the text.
+          rows: number of rows of the table; None where a text cannot have other ids.
+          where: name of the text for errors.
+
+        Raises:
+          TokenizerError: the table has no row for one of them.
+        """
+        outside = next((index for index in ids if rows is not None and index >= rows), None)
+        if outside is not None:
+            token = self.decode([outside], skip_special=False)
+            raise TokenizerError(
+                f"{where}: the token '{token}' has the id {outside}, but the model's table has only {rows} rows; "
+                "leave it out of the text, or use the tokenizer that belongs to the model"
+            )
+
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], names: Mapping[str, str]) -> "Tokenizer":
         """Reads a `tokenizer.json`, local or `gs://`, with the `names` of its special tokens.
