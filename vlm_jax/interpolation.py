@@ -57,9 +57,7 @@ def interpolation_window(
 
 
 @functools.lru_cache(maxsize=16)  # shared by all frames of a video, and by videos of one size
-def fixed_point_weights(
-    size_in: int, size_out: int, kind: AntialiasKind
-) -> tuple[scipy.sparse.csr_array, int]:
+def fixed_point_weights(size_in: int, size_out: int, kind: AntialiasKind) -> tuple[scipy.sparse.csr_array, int]:
     """The same in integers, as in torch for antialiased 8-bit pixels.
 
     Args:

@@ -22,7 +22,6 @@ _CHUNK = 1 << 20  # values that are computed at once
 _WEIGHTS = 1 << 18  # weights of an axis that are held at once
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Axis:
     """One axis of a part of a resized canvas.
