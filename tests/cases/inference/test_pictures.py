@@ -26,14 +26,14 @@ def png(picture, **options) -> bytes:
     return file.getvalue()
 
 
-def test_grey_of_32_bits_with_values_of_8_bits():
+def test_14_grey_of_32_bits_with_values_of_8_bits():
     assert values(Image.fromarray(np.array([[0, 7, 255]], np.int32))) == [0, 7, 255]
     assert values(Image.fromarray(np.array([[0, 256, 65535]], np.int32))) == [0, 1, 255]
     dark = Image.fromarray(np.array([[0, 200]], np.uint16))
     assert values(png(dark)) == values(dark) == [0, 0]  # of 16 bits, which a file states
 
 
-def test_transparency_of_16_bits():
+def test_14_transparency_of_16_bits():
     """The colour that a tRNS chunk names is blended with white."""
     grey = Image.fromarray(np.array([[1000, 40_000]], np.uint16))
     assert values(png(grey, transparency=1000)) == [255, 40_000 >> 8]
@@ -57,7 +57,7 @@ def _rgb16(pixels, clear) -> bytes:
 @pytest.mark.parametrize("fit", ["crop", "crop_rounded"])
 @pytest.mark.parametrize("size", [(3, 400), (400, 3), (1, 90), (90, 1)])
 @pytest.mark.parametrize("edge", [None, 20])
-def test_a_thin_picture_is_cropped_as_if_all_of_it_were_enlarged(fit, size, edge):
+def test_14_a_thin_picture_is_cropped_as_if_all_of_it_were_enlarged(fit, size, edge):
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
     views = SquareViews(Pixels(), (28, 28), 1, fit, shortest_edge=edge)
     picture = Image.fromarray(pixels)
@@ -81,7 +81,7 @@ def video(path, count=48, rate=8, gop=12):
     return path
 
 
-def test_a_video_that_was_cut_without_encoding_it_anew(tmp_path):
+def test_12_a_video_that_was_cut_without_encoding_it_anew(tmp_path):
     """The packets before the cut are in the file, but hidden by its edit list: what is shown is read."""
     path, cut_path = video(tmp_path / "a.mp4", 24, gop=24), tmp_path / "b.mp4"
     options = {"avoid_negative_ts": "disabled"}
@@ -102,12 +102,13 @@ STATED = [
     ({"do_sample_frames": True, "num_frames": 6}, [0, 8, 16, 24, 32, 40]),
     ({"do_sample_frames": True, "fps": 1}, [0, 8, 16, 24, 32, 40]),
     ({"fps": 1.0, "min_frames": 2, "max_frames": 4}, [0, 16, 31, 47]),  # spread as qwen-vl-utils does
+    ({"do_sample_frames": False, "fps": 1.0}, list(range(48))),
     ({}, [round(47 * i / 11) for i in range(12)]),
 ]
 
 
 @pytest.mark.parametrize(("stated", "indices"), STATED)
-def test_frames_of_a_file_follow_the_folder(stated, indices):
+def test_10_frames_of_a_file_follow_the_folder(stated, indices):
     assert _sampler(stated).chosen(48, 8.0).tolist() == indices
 
 
@@ -122,26 +123,26 @@ def test_frames_of_a_file_follow_the_folder(stated, indices):
         ({}, 12),
     ],
 )
-def test_frames_of_an_item(settings, count):
+def test_10_frames_of_an_item(settings, count):
     """As smart_nframes of qwen-vl-utils."""
     chosen = RateSampler().following(FrameSettings(**settings)).chosen(48, 8.0)
     assert len(chosen) == count and (chosen[0], chosen[-1]) == (0, 47)
 
 
-def test_more_frames_than_a_video_has():
+def test_10_more_frames_than_a_video_has():
     with pytest.raises(PictureMismatch, match="nframes: expected at most the video's 48 frames, got 50"):
         RateSampler(nframes=50).chosen(48, 8.0)
     with pytest.raises(PictureMismatch, match="fps: this system samples a number of frames; set nframes instead"):
         SegmentSampler().following(FrameSettings(fps=1.0))
 
 
-def test_middles_of_parts():
+def test_10_middles_of_parts():
     assert MiddleSampler(4).chosen(48, 8.0).tolist() == [6, 18, 30, 42]
     assert MiddleSampler(fps=1.0).chosen(48, 8.0).tolist() == [4, 12, 20, 28, 36, 44]
     assert len(MiddleSampler(4).following(FrameSettings(fps=0.5)).chosen(48, 8.0)) == 3
 
 
-def test_coordinates_of_qwen_vl_are_truncated():
+def test_30_coordinates_of_qwen_vl_are_truncated():
     assert from_list_format([{"box": [[1.9, 2, 3.5, 4.999]]}]) == "<box>(1,2),(3,4)</box>"
     for wrong in ([1, 2, 3], [1, 2, 3, float("nan")], ["1", 2, 3, 4]):
         with pytest.raises(ListFormatError, match="expected a box of four numbers"):
