@@ -1,6 +1,7 @@
 """Pictures and videos of unusual form, and the number of frames that a folder states."""
 
 import io
+import resource
 
 import av
 import numpy as np
@@ -8,12 +9,19 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from vlm_jax.pretrained.processing.qwen_hf import _sampler
-from vlm_jax.processors.image import to_picture
+from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.image import CorruptImage, to_picture
+from vlm_jax.processors.image_text import NaflexInputs, TensorFlowInputs
 from vlm_jax.processors.list_format import ListFormatError, from_list_format
+from vlm_jax.processors.naflex import interpolate
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.smart_resize import bounded_size
 from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.tiles import DeepSeekVL2Views, FixedTilesViews, InternVLViews, Ovis2Views
 from vlm_jax.processors.video import FrameSettings, MiddleSampler, RateSampler, SegmentSampler, read_video
 from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.types import PatchFormat
 
 
 def values(picture) -> list[int]:
@@ -147,3 +155,61 @@ def test_30_coordinates_of_qwen_vl_are_truncated():
     for wrong in ([1, 2, 3], [1, 2, 3, float("nan")], ["1", 2, 3, 4]):
         with pytest.raises(ListFormatError, match="expected a box of four numbers"):
             from_list_format([{"box": [wrong]}])
+
+
+PIXELS = Pixels()
+ANYRES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+THIN_VIEWS = {
+    "internvl": InternVLViews(PIXELS, 64, 4),
+    "fixed": FixedTilesViews(PIXELS, (336, 336), 576, (2, 2), True),
+    "anyres": AnyresViews(SquareViews(PIXELS, (336, 336), 576, "crop"), (24, 24), ANYRES, 336),
+    "ovis2": Ovis2Views(PIXELS, 448, 256),
+    "ovis2_port": Ovis2Views(PIXELS, 64, 256, port=True),
+    "deepseek_vl2": DeepSeekVL2Views(PIXELS, 384, (14, 14), ((384, 768), (768, 384))),
+    "native": NativeViews(PIXELS, PatchFormat(14, 2, 2), bounded_size, 3136, 12845056),
+    "naflex": NaflexInputs(PIXELS, 16, 256),
+    "naflex_floats": NaflexInputs(PIXELS, 16, 256, floats=True),
+    "tensorflow": TensorFlowInputs((224, 224)),
+    "tensorflow_crop": TensorFlowInputs((224, 224), "overlap", shortest_edge=256),
+}
+
+
+@pytest.mark.parametrize("name", THIN_VIEWS)
+@pytest.mark.parametrize("size", [(300_000, 1), (1, 300_000)])
+def test_14_a_thin_picture_costs_what_a_square_one_does(name, size):
+    """Of one colour, which it keeps; or it is told that it is too thin."""
+    views, picture = THIN_VIEWS[name], Image.new("RGB", size, (255, 255, 255))
+    run = views if isinstance(views, NaflexInputs | TensorFlowInputs) else views.images
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        made = run([picture])
+    except CorruptImage as error:
+        assert "too thin" in str(error) and name == "ovis2"
+        return
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+    pixels = made[0].pixels if isinstance(made, list) else made.patches if name.startswith("naflex") else made
+    if name not in ("anyres", "ovis2", "deepseek_vl2", "naflex", "naflex_floats"):  # which pad
+        assert (np.asarray(pixels) == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bilinear_antialias", "overlap"])
+@pytest.mark.parametrize("size", [(40, 7), (5, 90)])
+def test_14_blocks_of_a_large_picture_are_those_of_the_whole(monkeypatch, kind, size):
+    image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), np.uint8).astype(np.float32)
+    whole = interpolate(image, size, kind)
+    monkeypatch.setattr("vlm_jax.processors.naflex._MOST", 1)
+    monkeypatch.setattr("vlm_jax.processors.naflex._REACH", 16)
+    np.testing.assert_allclose(interpolate(image, size, kind), whole, atol=1e-3)
+    part = interpolate(image, size, kind, window=((1, 4), (2, 6)))
+    np.testing.assert_allclose(part, whole[1:4, 2:6], atol=1e-3)
+
+
+def test_14_a_large_transparent_picture_is_blended_in_bands(monkeypatch):
+    """Bit for bit as at once; the peak is that of the picture and its result."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 4), np.uint8)
+    whole = np.asarray(to_picture(Image.fromarray(pixels)))
+    monkeypatch.setattr("vlm_jax.processors.image._CHUNK", 500)
+    np.testing.assert_array_equal(np.asarray(to_picture(Image.fromarray(pixels))), whole)
+    white = Image.new("RGBA", (30, 40), (255, 255, 255, 255))
+    wanted = Image.alpha_composite(white, Image.fromarray(pixels)).convert("RGB")
+    np.testing.assert_array_equal(whole, np.asarray(wanted))
