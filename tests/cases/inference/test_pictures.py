@@ -166,7 +166,7 @@ THIN_VIEWS = {
     "ovis2": Ovis2Views(PIXELS, 448, 256),
     "ovis2_port": Ovis2Views(PIXELS, 64, 256, port=True),
     "deepseek_vl2": DeepSeekVL2Views(PIXELS, 384, (14, 14), ((384, 768), (768, 384))),
-    "native": NativeViews(PIXELS, PatchFormat(14, 2, 2), bounded_size, 3136, 12845056),
+    "native": NativeViews(PIXELS, PatchFormat(14, 2, 2), bounded_size, 3136, 200_704),
     "naflex": NaflexInputs(PIXELS, 16, 256),
     "naflex_floats": NaflexInputs(PIXELS, 16, 256, floats=True),
     "tensorflow": TensorFlowInputs((224, 224)),
