@@ -94,7 +94,10 @@ ID = whole(0, (1 << 31) - 1)
 NUMBER, POSITIVE = number(-_HUGE, _HUGE), number(0, _HUGE, above=True)
 FRACTION = number(0, 1)
 SIDES = SIDE | list_of(SIDE, 2)
-TOKEN = TEXT | mapping("an object with the text content", required=("content",))
+TOKEN = TEXT | Form(
+    "an object with the text content",
+    lambda value: isinstance(value, Mapping) and isinstance(value.get("content"), str),
+)
 STATISTICS = NUMBER | list_of(NUMBER, 1, 3)
 SECTION = mapping("an object")
 PAIR = list_of(SIDE, 2)

@@ -157,6 +157,10 @@ class Processor:
         """
         if not conversations or not isinstance(conversations, Sequence) or isinstance(conversations, str):
             raise PromptError(f"expected a list of conversations, each a list of messages, got {conversations!r}")
+        if shape is not None and not isinstance(shape, RowShape):
+            raise PromptError(f"shape: expected a RowShape, got {shape!r}")
+        if "name" in options:
+            raise PromptError("name: is set by batch; remove it")
         images, videos = images or [()] * len(conversations), videos or [()] * len(conversations)
         for what, given in (("images", images), ("videos", videos)):
             if len(given) != len(conversations):

@@ -79,7 +79,17 @@ class Tokenizer:
           text: any text.
           add_special: adds the release's start and end tokens, such as the BOS; not for the output of a
             chat template, which has them already.
+
+        Raises:
+          TokenizerError: it is no text, or has half of a surrogate pair.
         """
+        if not isinstance(text, str):
+            raise TokenizerError(f"expected a text, got {text!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            letter = text[error.start]
+            raise TokenizerError(f"expected Unicode text, got one with {letter!r}, half of a character") from error
         return self.vocabulary.encode(text, add_special)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"], *, skip_special: bool = True) -> str:
@@ -93,9 +103,9 @@ class Tokenizer:
         Raises:
           TokenizerError: there is none; the message suggests a similar one.
         """
-        index = self.vocabulary.id_of(token)
+        index = self.vocabulary.id_of(token) if isinstance(token, str) else None
         if index is None:
-            near = did_you_mean(token, self.vocabulary.special.values())
+            near = did_you_mean(str(token), self.vocabulary.special.values())
             raise TokenizerError(f"{self.origin}: its vocabulary has no token '{token}'{near}")
         return index
 

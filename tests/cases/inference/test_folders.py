@@ -3,12 +3,15 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
 
 import vlm_jax
+from vlm_jax.encoders.resnet_stem import ResNetStem
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing import llava_hf
 from vlm_jax.pretrained.recognition import QUANTISED_FILES, QUANTISED_KEYS
@@ -191,3 +194,27 @@ def test_18_half_a_model_is_told(tmp_path):
     edit(path, "config.json", ("llm_config", "model_type"), "phi3")
     with pytest.warns(UserWarning, match="'phi3' is not read; only encoder and connector are loaded"):
         assert "decoder" not in vlm_jax.from_pretrained(path).params
+
+
+def test_29_patches_of_two_on_the_map_of_a_stem(tmp_path):
+    """A hybrid of vision_transformer: its embedding is a convolution of the stem's map without padding."""
+    path = golden_folder("vit_jax_hybrid", tmp_path / "folder")
+    arrays = dict(np.load(path / "model.npz"))
+    channels, width = arrays["embedding/kernel"].shape[2:]
+    kernel = np.random.default_rng(0).normal(size=(2, 2, channels, width)).astype(np.float32)
+    np.savez(path / "model.npz", **{**arrays, "embedding/kernel": kernel})
+    edit(path, "config.json", ("patches", "size"), [2, 2])
+    model = vlm_jax.from_pretrained(path)
+    batch = model.processor(images=[np.random.default_rng(1).integers(0, 255, (90, 80, 3), np.uint8)])
+    assert batch.images.shape == (1, 80, 80, 3)  # 5 x 5 patches of 2 on a map with a step of 8 pixels
+    encoder = model.module.encoder
+    stem = ResNetStem(layers=encoder.stem_layers, width=encoder.stem_width)
+    feature_map = stem.apply({"params": model.params["encoder"]["stem"]}, jnp.asarray(batch.images))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    embedded = jax.lax.conv_general_dilated(feature_map, kernel, (2, 2), "VALID", dimension_numbers=dimensions)
+    _, state = model.module.apply(
+        {"params": model.params}, batch.images, capture_intermediates=lambda module, _: module.name == "patch_embed"
+    )
+    (found,) = state["intermediates"]["encoder"]["patch_embed"]["__call__"]
+    np.testing.assert_allclose(found[0], embedded.reshape(25, width) + arrays["embedding/bias"], atol=1e-4)
+    assert model.logits(batch).shape == (1, 7)

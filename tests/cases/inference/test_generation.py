@@ -14,10 +14,16 @@ from vlm_jax.checkpoints.release import with_dtype
 from vlm_jax.generation.released import ARGUMENTS, FOLLOWED, NOT_FOLLOWED, SAMPLED, greedy_sampling
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.processors.chat import ChatTemplateError
+from vlm_jax.processors.tokenizer import TokenizerError
 
 from .folders import alphabet_folder, edit
 
 ASKED = [{"role": "user", "content": "ab"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return vlm_jax.from_pretrained(alphabet_folder(tmp_path_factory.mktemp("alphabet")))
 
 
 def settle(path, **settings):
@@ -73,9 +79,28 @@ def test_15_a_penalty_of_another_type(tmp_path, wrong):
         model.generate(ASKED, max_new_tokens=1)
 
 
-def test_15_the_number_of_new_tokens_is_a_number(tmp_path):
-    with pytest.raises(GenerationError, match="max_new_tokens: expected 1 or more, got True"):
-        vlm_jax.from_pretrained(alphabet_folder(tmp_path)).generate(ASKED, max_new_tokens=True)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        *(({"max_new_tokens": wrong}, "max_new_tokens: expected") for wrong in (True, 1.5, "3", None, 0, 10**30)),
+        *(({"chunk": wrong}, "chunk: expected") for wrong in (True, "3", 0)),
+        *(({"stop": wrong}, "stop: expected a list of strings") for wrong in (None, 3, "a", [3], [b"a"])),
+        *(({"stop_tokens": wrong}, "stop_tokens: expected a list of names") for wrong in (None, "a")),
+        *(({"sampling": wrong}, "sampling: expected Sampling") for wrong in ({}, 3, "greedy")),
+        *(({"processor_options": wrong}, "processor_options: expected a dict") for wrong in (None, [])),
+        ({"on_text": 3}, "on_text: expected a function"),
+        ({"mesh": None}, "mesh: is set by generate"),
+        ({"names": ("a",)}, "names: is set by generate"),
+    ],
+)
+def test_15_arguments_of_other_types(model, options, told):
+    with pytest.raises(GenerationError, match=told):
+        model.generate(ASKED, **{"max_new_tokens": 1, **options})
+
+
+def test_03_half_of_a_character_is_told(model):
+    with pytest.raises(TokenizerError, match="half of a character"):
+        model.processor([{"role": "user", "content": "a\ud800"}])
 
 
 def test_24_functions_as_tools_are_refused(tmp_path):
