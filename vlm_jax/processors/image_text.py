@@ -61,6 +61,10 @@ class SquareInputs:
         return np.concatenate([seen.pixels for seen in self.views.images(pictures)])
 
 
+def _floats(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorFlowInputs:
     """Images of one size, resized as in TensorFlow, in the range [-1, 1]: big_vision, vision_transformer.
@@ -92,7 +96,7 @@ class TensorFlowInputs:
             size = (rows, cols)
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         window = (top, top + height), (left, left + width)
-        resized = interpolate(image, size, self.kind, window=window, before=None if self.whole else np.float32)
+        resized = interpolate(image, size, self.kind, window=window, before=None if self.whole else _floats)
         return resized.astype(np.float32) / 127.5 - 1
 
 

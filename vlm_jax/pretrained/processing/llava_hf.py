@@ -47,7 +47,7 @@ def processor_next(folder: Folder, config: Config) -> Processor:
     base, grid = _square(folder, config)
     settings = image_settings(folder, {**DEFAULTS, "image_grid_pinpoints": PINPOINTS})
     side, where = base.size[0], f"{folder}: image processor: image_grid_pinpoints"
-    canvases = tuple(size[::-1] for size in canvas_sizes(settings["image_grid_pinpoints"], side, where))
+    canvases = tuple((down, across) for across, down in canvas_sizes(settings["image_grid_pinpoints"], side, where))
     views = AnyresViews(base, grid, canvases, side=side, port=True)
     return _processor(folder, config, views, num_learned=1)
 
