@@ -212,8 +212,9 @@ def test_29_patches_of_two_on_the_map_of_a_stem(tmp_path):
     feature_map = stem.apply({"params": model.params["encoder"]["stem"]}, jnp.asarray(batch.images))
     dimensions = ("NHWC", "HWIO", "NHWC")
     embedded = jax.lax.conv_general_dilated(feature_map, kernel, (2, 2), "VALID", dimension_numbers=dimensions)
+    images = jnp.asarray(batch.images)
     _, state = model.module.apply(
-        {"params": model.params}, batch.images, capture_intermediates=lambda module, _: module.name == "patch_embed"
+        {"params": model.params}, images, capture_intermediates=lambda module, _: module.name == "patch_embed"
     )
     (found,) = state["intermediates"]["encoder"]["patch_embed"]["__call__"]
     np.testing.assert_allclose(found[0], embedded.reshape(25, width) + arrays["embedding/bias"], atol=1e-4)
