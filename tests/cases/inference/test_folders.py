@@ -217,5 +217,7 @@ def test_29_patches_of_two_on_the_map_of_a_stem(tmp_path):
         {"params": model.params}, images, capture_intermediates=lambda module, _: module.name == "patch_embed"
     )
     (found,) = state["intermediates"]["encoder"]["patch_embed"]["__call__"]
-    np.testing.assert_allclose(found[0], np.asarray(embedded).reshape(25, width) + arrays["embedding/bias"], atol=1e-4)
+    np.testing.assert_allclose(
+        found[0], np.asarray(embedded).reshape(25, width) + arrays["embedding/bias"], rtol=1e-4, atol=1e-3
+    )
     assert model.logits(batch).shape == (1, 7)
