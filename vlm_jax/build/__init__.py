@@ -90,8 +90,11 @@ class Experiment(WithParameters):
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
-        measured = functools.partial(video_size, sampling=self.system.processor.frame_sampler)
-        return self.source.open(Tools(format_box, open_image, image_size, self.prepare_image, measured))
+        processor = self.system.processor
+        measured = functools.partial(video_size, sampling=processor.frame_sampler)
+        return self.source.open(
+            Tools(format_box, open_image, image_size, self.prepare_image, measured, processor.placeholders)
+        )
 
     def prepare_image(
         self, image: UInt8[np.ndarray, "height width given"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from vlm_jax.evals.intervals import wilson_interval
 from vlm_jax.generation.engine import prepared
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.normal_form import composed
 from vlm_jax.processors.processor import Example
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import CONTEXT
@@ -56,7 +56,7 @@ class Answer:
 
 def exact(answer: str, reference: str) -> bool:
     """Equality of texts, ignoring spaces at the ends and how Unicode composes a character."""
-    return unicodedata.normalize("NFC", answer).strip() == unicodedata.normalize("NFC", reference).strip()
+    return composed(answer).strip() == composed(reference).strip()
 
 
 def overlap(answer: str, reference: str) -> bool:

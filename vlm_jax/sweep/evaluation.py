@@ -125,6 +125,7 @@ class Evaluation:
             settings.data,
             processor.views.channels,
             processor.frame_sampler,
+            placeholders=processor.placeholders,
             tasks=settings.tasks,
             num_samples=settings.num_samples,
             seed=settings.seed,
