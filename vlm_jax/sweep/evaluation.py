@@ -40,7 +40,7 @@ from vlm_jax.sweep.run import (
 )
 from vlm_jax.system import System
 from vlm_jax.train.claim import Claim
-from vlm_jax.train.workdir import read_lines, write_lines, write_whole
+from vlm_jax.train.workdir import each_line, read_lines, write_lines, write_whole
 from vlm_jax.types import Fields, Sample
 
 CONTROLS = frozenset({"random", "uniform_stride", "downsample_image"})

@@ -284,7 +284,7 @@ def _num_steps(config: Any) -> int:
 
 def plan_table(points: list[Point]) -> str:
     """The planned points with their costs: parameters and FLOPs of the encoder, the connector and the decoder."""
-    rows = [("point", "tokens", "params, k: enc", "con", "dec", "MFLOPs: enc", "con", "dec")]
+    rows: list[tuple[str, ...]] = [("point", "tokens", "params, k: enc", "con", "dec", "MFLOPs: enc", "con", "dec")]
     for point in points:
         params, flops = point.costs.num_params, point.costs.flops
         counts = [f"{params[part] / 1e3:,.0f}" for part in ("encoder", "connector", "decoder")]
@@ -301,7 +301,7 @@ def drawable(result: dict[str, Any]) -> dict[str, Any]:
 def results_table(results: list[dict[str, Any]]) -> str:
     """Accuracy of every point in percent, task by task, the mean over its seeds with its interval."""
     points, tasks = combine_seeds(results), tasks_of(results)
-    rows = [("point", "tokens", *tasks)]
+    rows: list[tuple[str, ...]] = [("point", "tokens", *tasks)]
     for point in points:
         cells = []
         for task in tasks:
