@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.experimental import pallas as pl
 
 from vlm_jax.layers import attention as module
+from vlm_jax.layers.attention import xla
 from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation
 
-from ..parameters import drawn
+from ...parameters import drawn
 
 attention = jax.jit(module.attention, static_argnames=("scale", "implementation"))
 
@@ -53,8 +53,8 @@ def test_scale_and_bias(reference):
 @pytest.fixture(params=["xla", "blocked", "blocked together"])
 def in_blocks(request, monkeypatch):
     """Names an implementation; the blocked one takes two queries at a time, of one key head or of both."""
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 2 * 2 * 7)
-    monkeypatch.setattr(module, "_TOGETHER_BYTES", 4 * 2 * 2 * 7 * (2 if "together" in request.param else 1))
+    monkeypatch.setattr(xla, "BLOCK_BYTES", 4 * 2 * 2 * 7)
+    monkeypatch.setattr(xla, "TOGETHER_BYTES", 4 * 2 * 2 * 7 * (2 if "together" in request.param else 1))
     return request.param.split()[0]
 
 
@@ -169,49 +169,6 @@ def test_softmax_is_in_float32_whatever_the_dtype(reference):
     np.testing.assert_allclose(np.float32(out), 1.0, atol=0.01)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Pallas kernels run by its interpreter, step by step on the CPU."""
-    real = pl.pallas_call
-
-    def call(*args, **kwargs):
-        return real(*args, **{**kwargs, "interpret": True})
-
-    monkeypatch.setattr(pl, "pallas_call", call)
-
-
-@pytest.mark.parametrize("kind", ["full", "causal"])
-@pytest.mark.parametrize("segmented", [False, True])
-def test_splash_equals_the_written_out_softmax(reference, interpreted, kind, segmented):
-    length = 128
-    q, k, v = arrays(batch=2, queries=length, keys=length, heads=2, kv_heads=1, dim=16)
-    segments = np.repeat([[1, 2, 2, 0], [1, 1, 1, 1]], 32, axis=1)
-    given = jnp.asarray(segments) if segmented else None
-    out = jax.jit(lambda *qkv: module.attention(*qkv, Context(kind, given, given), implementation="splash"))(q, k, v)
-    mask = readable(
-        2, length, length,
-        causal=kind == "causal",
-        query_segments=segments if segmented else None,
-        key_segments=segments,
-    )  # fmt: skip
-    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-4)
-
-
-def test_splash_has_the_gradients_of_xla(interpreted):
-    q, k, v = arrays(batch=1, queries=128, keys=128, heads=2, kv_heads=1, dim=16)
-    segments = jnp.repeat(jnp.array([[1, 2]]), 64, axis=1)
-
-    def grads(implementation):
-        def loss(qkv):
-            context = Context("causal", segments, segments)
-            return jnp.sum(jnp.sin(module.attention(*qkv, context, implementation=implementation)))
-
-        return jax.jit(jax.grad(loss))([q, k, v])
-
-    for name, got, expected in zip("qkv", grads("splash"), grads("xla"), strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
-
-
 def test_splash_refuses_a_bias():
     q, k, v = arrays(queries=128, keys=128)
     with pytest.raises(ValueError, match="no bias"):
@@ -258,7 +215,7 @@ def test_cudnn_is_called_with_mask_bias_and_scale(monkeypatch, reference):
         asked.append(implementation)
         return real(*args, implementation="xla", **kwargs)
 
-    monkeypatch.setattr(module.jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     q, k, v = arrays()
     bias = np.random.default_rng(1).normal(size=(2, 4, 6, 6)).astype(np.float32)
     segments = jnp.asarray(SEGMENTS)

@@ -1,0 +1,95 @@
+"""What attention attends to: the mask of a sequence as data, and cached keys and values."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.layers.per_layer import joined
+from vlm_jax.types import PADDING_SEGMENT, Dtype, static_field, struct
+
+MaskKind = Literal["full", "causal"]
+
+
+class KeyValue(NamedTuple):
+    """Cached keys and values of one layer, or of all with a leading layer axis, in the layout of the products."""
+
+    key: Float[Array, "*L B K H S"]
+    value: Float[Array, "*L B K S H"]
+
+    AXES = ((axes.LAYERS, axes.BATCH, axes.KV_HEADS, None, None),) * 2  # of all layers
+    SLOTS = (-1, -2)  # the axis of positions in each
+
+    @classmethod
+    def empty(cls, depth: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype: Dtype) -> "KeyValue":
+        """`length` slots for every row of all layers."""
+        shape = (depth, batch_size, num_heads)
+        return cls(jnp.zeros((*shape, head_dim, length), dtype), jnp.zeros((*shape, length, head_dim), dtype))
+
+    def part(self, start: int, stop: int | None) -> "KeyValue":
+        """The keys and values of layers `start` to `stop` - 1."""
+        return KeyValue(*(leaf[start:stop] for leaf in self))
+
+    def joined(self, other: "KeyValue") -> "KeyValue":
+        """These layers followed by those of `other`."""
+        return KeyValue(*map(joined, self, other))
+
+
+@struct
+class Context:
+    """Inputs of attention other than the activations, shared by all layers of a stack.
+
+    Attributes:
+      mask_kind: `full` (each position attends to its segment) or `causal` (and to no later position).
+      query_segments: segment ids of the queries; None where there is one segment.
+      key_segments: segment ids of the keys, cached ones included.
+      branches: branch ids of both queries and keys (without a cache); a position attends to
+        branch 0 and its own branch. None where there is one branch.
+      angles: RoPE angles of the queries' positions, or None.
+      magnitude: factor of rotated queries and keys.
+      query_scale: factor of every query, or None.
+      window: keys that a query of causal attention attends to at most, its own included; None for all.
+      key_bias: added to the scaled logits of every key, or None.
+    """
+
+    mask_kind: MaskKind = static_field()
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+    branches: Int[Array, "B T"] | None = None
+    angles: Float[Array, "B T half"] | None = None
+    key_bias: Float[Array, "B S"] | None = None
+    magnitude: float = static_field(default=1.0)
+    query_scale: Float[Array, "B T"] | None = None
+    window: Int[Array, ""] | None = None
+
+
+def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
+    """The attention mask, True where a query may attend to a key; None where every query may attend to every key."""
+    mask = None
+    if context.mask_kind == "causal":
+        rows = jnp.arange(num_keys - num_queries, num_keys)[:, None]
+        mask = (rows >= jnp.arange(num_keys)[None, :])[None]
+    if context.query_segments is not None and context.key_segments is not None:
+        same = context.query_segments[:, :, None] == context.key_segments[:, None, :]
+        mask = same if mask is None else mask & same
+    if context.branches is not None:
+        keys = context.branches[:, None, :]
+        readable = (keys == 0) | (keys == context.branches[:, :, None])
+        mask = readable if mask is None else mask & readable
+    if context.window is not None:
+        if context.mask_kind != "causal" or mask is None:
+            raise ValueError(f"an attention window is for causal attention, not {context.mask_kind}")
+        order = _order(context, mask)
+        of_queries = order[:, num_keys - num_queries :]
+        mask &= of_queries[:, :, None] - order[:, None, :] < context.window
+    return mask
+
+
+def _order(context: Context, mask: Bool[Array, "B T S"]) -> Int[Array, "B S"]:
+    """Indices of the keys among the unmasked ones, without those of other branches."""
+    if context.branches is not None:
+        return jnp.sum(mask, axis=2)
+    if context.key_segments is None:
+        return jnp.arange(mask.shape[2])[None]
+    return jnp.cumsum(context.key_segments != PADDING_SEGMENT, axis=1)
