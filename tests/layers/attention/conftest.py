@@ -19,26 +19,40 @@ def drawn_heads(batch, queries, keys, heads, kv_heads, dim, value_dim=None):
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def compare(implementation: Any, context: Context, arrays: list[jax.Array], **mesh: int) -> None:
-    """Outputs and gradients, of real positions, equal those of `xla`; the mesh has one device where no size is given."""
+def compare(
+    implementation: Any,
+    context: Context,
+    arrays: list[jax.Array],
+    mesh: dict[str, int],
+    expected: Context | None = None,
+) -> None:
+    """Outputs of real positions, and gradients, equal those of `xla` on one device, of `expected` or the same context.
+
+    Args:
+      implementation: of `attention`.
+      context: of the attention.
+      arrays: queries, keys and values.
+      mesh: sizes of the axes.
+      expected: a context with an equal mask.
+    """
     real = np.ones(arrays[0].shape[:2]) if context.query_segments is None else np.asarray(context.query_segments) > 0
     share = np.random.default_rng(1).normal(size=real.shape) * real
 
-    def run(implementation, devices):
+    def run(implementation, context, mesh):
         def loss(arrays, context):
             out = attention(*arrays, context, implementation=implementation)
             return jnp.sum(jnp.sin(out) * jnp.asarray(share, jnp.float32)[..., None, None]), out
 
-        with use_mesh(make_mesh(MeshSettings(**(mesh if devices else {"data": 1})), jax.devices()[: devices or 1])):
+        devices = jax.devices()[: int(np.prod(list(mesh.values())))]
+        with use_mesh(make_mesh(MeshSettings(**{"data": 1, **mesh}), devices)):
             (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays, context)
         return np.asarray(out) * real[..., None, None], grads
 
-    devices = int(np.prod(list(mesh.values()))) if mesh else 0
-    out, grads = run(implementation, devices)
-    expected, expected_grads = run("xla", 0)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-    for name, got, wanted in zip("qkv", grads, expected_grads, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5, err_msg=name)
+    out, grads = run(implementation, context, mesh)
+    wanted, wanted_grads = run("xla", expected or context, {})
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    for name, found, gradient in zip("qkv", grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(found, gradient, atol=1e-5, err_msg=name)
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,7 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.layers import attention as module
-from vlm_jax.layers.attention import xla
-from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation
+from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation, xla
 
 from ...parameters import drawn
 
@@ -188,9 +187,10 @@ def test_splash_refuses_a_bias():
         ("gpu", jnp.bfloat16, 576, 128, Context("full"), "xla"),
         ("tpu", jnp.bfloat16, 64, 128, Context("full"), "splash"),
         ("tpu", jnp.float32, 64, 256, Context("causal"), "splash"),
+        ("tpu", jnp.bfloat16, 72, 729, Context("full"), "splash"),
         ("tpu", jnp.bfloat16, 64, 100, Context("full"), "xla"),
-        ("tpu", jnp.bfloat16, 64, 128, Context("causal", window=jnp.asarray(4)), "xla"),
-        ("tpu", jnp.bfloat16, 64, 128, Context("full", branches=jnp.zeros((1, 128), jnp.int32)), "xla"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("causal", window=jnp.asarray(4)), "flash"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("full", branches=jnp.zeros((1, 128), jnp.int32)), "flash"),
     ],
 )
 def test_the_platform_chooses(monkeypatch, platform, dtype, dim, length, context, expected):

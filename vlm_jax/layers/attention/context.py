@@ -1,6 +1,7 @@
 """What attention attends to: the mask of a sequence as data, and cached keys and values."""
 
-from typing import Literal, NamedTuple
+import dataclasses
+from typing import Literal, NamedTuple, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -51,6 +52,7 @@ class Context:
       query_scale: factor of every query, or None.
       window: keys that a query of causal attention attends to at most, its own included; None for all.
       key_bias: added to the scaled logits of every key, or None.
+      block: positions of the consecutive blocks inside which full attention without a cache stays; None for no blocks.
     """
 
     mask_kind: MaskKind = static_field()
@@ -62,6 +64,12 @@ class Context:
     magnitude: float = static_field(default=1.0)
     query_scale: Float[Array, "B T"] | None = None
     window: Int[Array, ""] | None = None
+    block: int | None = static_field(default=None)
+
+    def of_blocks(self) -> "Context":
+        """The context of a batch that has every block of a sequence as a row."""
+        ids = [x if x is None else x.reshape(-1, self.block) for x in (self.query_segments, self.key_segments)]
+        return Context("full", *ids)
 
 
 def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
@@ -70,6 +78,9 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
     if context.mask_kind == "causal":
         rows = jnp.arange(num_keys - num_queries, num_keys)[:, None]
         mask = (rows >= jnp.arange(num_keys)[None, :])[None]
+    if context.block is not None:
+        places = jnp.arange(num_keys) // context.block
+        mask = (places[:, None] == places[None, :])[None]
     if context.query_segments is not None and context.key_segments is not None:
         same = context.query_segments[:, :, None] == context.key_segments[:, None, :]
         mask = same if mask is None else mask & same
@@ -80,16 +91,17 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
     if context.window is not None:
         if context.mask_kind != "causal" or mask is None:
             raise ValueError(f"an attention window is for causal attention, not {context.mask_kind}")
-        order = _order(context, mask)
+        order = key_order(context, num_keys)
         of_queries = order[:, num_keys - num_queries :]
         mask &= of_queries[:, :, None] - order[:, None, :] < context.window
     return mask
 
 
-def _order(context: Context, mask: Bool[Array, "B T S"]) -> Int[Array, "B S"]:
-    """Indices of the keys among the unmasked ones, without those of other branches."""
+def key_order(context: Context, num_keys: int) -> Int[Array, "B S"] | Int[Array, "1 S"]:
+    """Indices of the keys among the unmasked ones, without those of other branches; windows count them."""
     if context.branches is not None:
-        return jnp.sum(mask, axis=2)
+        mask = allowed(dataclasses.replace(context, window=None), num_keys, num_keys)
+        return jnp.sum(cast(Bool[Array, "_ _ _"], mask), axis=2)
     if context.key_segments is None:
-        return jnp.arange(mask.shape[2])[None]
+        return jnp.arange(num_keys)[None]
     return jnp.cumsum(context.key_segments != PADDING_SEGMENT, axis=1)

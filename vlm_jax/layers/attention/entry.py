@@ -2,16 +2,20 @@
 
 | platform | implementation |
 |---|---|
+| any, where the mesh divides sequences and there are as many queries as keys | `ring` |
 | CPU, and GPU in float32 | `xla`: two products and a float32 softmax |
 | CPU, where the attention weights exceed its caches | `blocked`: the same, head by head and in blocks of queries |
 | GPU in bfloat16 or float16 | `cudnn`: flash, through `jax.nn.dot_product_attention` |
-| TPU | `splash`: JAX's Pallas kernel, for whole and causal sequences with segments; else `xla` |
+| TPU, at least 128 queries and keys, no bias | `splash`: JAX's Pallas kernel, for segments, whole or causal |
+| the same, with windows, branches, or causal queries after earlier keys | `flash`: our Pallas kernel |
+| TPU, else | `xla` |
 
 `xla` and `cudnn` are partitioned by XLA, the others by `partition`. Models do not name a kernel.
 """
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Literal
@@ -21,14 +25,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.layers.attention.context import Context, KeyValue, allowed
-from vlm_jax.layers.attention.partition import partitioned
+from vlm_jax.layers.attention.flash import flash
+from vlm_jax.layers.attention.marks import marks_of, with_padding
+from vlm_jax.layers.attention.partition import context_shards, partitioned
+from vlm_jax.layers.attention.ring import Kernels, Products, Ring, ring
 from vlm_jax.layers.attention.splash import splash
-from vlm_jax.layers.attention.tiles import LANES
+from vlm_jax.layers.attention.tiles import LANES, padded
 from vlm_jax.layers.attention.xla import TOGETHER_BYTES, blocked, written
 from vlm_jax.layers.mesh_axes import active_mesh
 from vlm_jax.layers.platform import platform
 
-Implementation = Literal["xla", "blocked", "cudnn", "splash"]
+Implementation = Literal["xla", "blocked", "cudnn", "splash", "flash", "ring"]
 
 
 _written_out = contextvars.ContextVar("written_out", default=False)
@@ -56,14 +63,16 @@ def choose_implementation(
     if is_written_out():
         return "xla"
     on = platform()
+    if context_shards().size > 1 and query.shape[1] == key.shape[1] >= context_shards().size and not biased:
+        return "ring"
     head_dim = query.shape[-1]
     if on == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
         return "cudnn"
     long = min(query.shape[1], key.shape[1]) >= LANES
     square = query.shape[1] == key.shape[1] or context.mask_kind == "full"
-    plain = square and context.branches is None and context.window is None and not biased
-    if on == "tpu" and long and plain:
-        return "splash"
+    plain = square and context.branches is None and context.window is None
+    if on == "tpu" and long and not biased:
+        return "splash" if plain else "flash"
     num_weights = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
     if on == "cpu" and not biased and active_mesh() is None and 4 * num_weights > TOGETHER_BYTES:
         return "blocked"
@@ -100,6 +109,8 @@ def attention(
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if context.block is not None:
+        return _in_blocks(query, key, value, context, scale, implementation)
     if context.key_bias is not None:
         shape = (query.shape[0], query.shape[2], query.shape[1], context.key_bias.shape[1])
         of_keys = jnp.broadcast_to(context.key_bias[:, None, None], shape)
@@ -107,11 +118,19 @@ def attention(
     if past is not None:
         implementation = "xla"
     implementation = implementation or choose_implementation(query, key, context, biased=bias is not None)
-    if implementation in ("splash", "blocked") and bias is not None:
+    if implementation in ("splash", "flash", "ring", "blocked") and bias is not None:
         raise ValueError(f"{implementation} attention takes no bias; leave `implementation` None")
     if implementation == "splash":
-        kernel = functools.partial(splash, scale=scale, interpret=platform() != "tpu")
-        return partitioned(kernel, query, key, value, context)
+        segments = None if context.query_segments is None else (context.query_segments, context.key_segments)
+        causal = context.mask_kind == "causal"
+        kernel = functools.partial(splash, causal=causal, scale=scale, interpret=platform() != "tpu")
+        return partitioned(kernel, query, key, value, segments)
+    if implementation == "flash":
+        marks = marks_of(context, query.shape[0], query.shape[1], key.shape[1])
+        kernel = functools.partial(_heads_first, functools.partial(flash, interpret=platform() != "tpu"))
+        return partitioned(kernel, query * jnp.asarray(scale, query.dtype), key, value, marks)
+    if implementation == "ring":
+        return _around(query * jnp.asarray(scale, query.dtype), key, value, context)
     mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
     if implementation == "cudnn":
         mask = None if mask is None else mask[:, None]
@@ -123,3 +142,45 @@ def attention(
     if implementation == "blocked":
         return blocked(query, key, value, mask, context.mask_kind == "causal", scale)
     return written(query, key, value, past, mask, bias, scale)
+
+
+def _in_blocks(query, key, value, context, scale, implementation):
+    """Blocks as rows of a batch; every device folds the positions that it has."""
+    length = context.block
+    if context.key_bias is not None or query.shape[1] % length or key.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"attention in blocks of {length}: expected as many keys as queries, a multiple of the block, and no bias, "
+            f"got {query.shape[1]} queries and {key.shape[1]} keys"
+        )
+
+    def of_device(query, key, value, segments):
+        folded = [x.reshape(-1, length, *x.shape[2:]) for x in (query, key, value)]
+        inner = dataclasses.replace(context, query_segments=segments[0], key_segments=segments[1]).of_blocks()
+        return attention(*folded, inner, scale=scale, implementation=implementation).reshape(*query.shape[:3], -1)
+
+    segments = context.query_segments, context.key_segments
+    if is_written_out():
+        return of_device(query, key, value, segments)
+    return partitioned(of_device, query, key, value, segments, unit=length)
+
+
+def _around(query, key, value, context):
+    """Ring attention; a sequence that the ring does not divide is padded."""
+    axis, size = context_shards()
+    length = query.shape[1]
+    if axis is None or key.shape[1] != length:
+        raise ValueError(
+            "ring attention: expected a mesh whose axis context is more than 1, and as many keys as queries, got "
+            f"{size} shards, {length} queries and {key.shape[1]} keys"
+        )
+    whole = -(-length // size) * size
+    marks = with_padding(marks_of(context, query.shape[0], length, length), whole, whole)
+    local = Kernels(interpret=False) if platform() == "tpu" else Products()
+    kernel = functools.partial(_heads_first, functools.partial(ring, over=Ring(axis, size, local)))
+    query, key, value = (padded(x, whole, axis=1) for x in (query, key, value))
+    return partitioned(kernel, query, key, value, marks, unit=1)[:, :length]
+
+
+def _heads_first(kernel, query, key, value, marks):
+    out = kernel(*(x.transpose(0, 2, 1, 3) for x in (query, key, value)), marks)
+    return out.transpose(0, 2, 1, 3)

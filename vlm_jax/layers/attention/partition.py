@@ -5,8 +5,8 @@ that never leave their device: transposing the first one would sum the gradients
 not divided, although every device along them computes the same.
 """
 
-import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,32 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
-from vlm_jax.layers.attention.context import Context
 from vlm_jax.layers.mesh_axes import active_mesh, num_shards, spec_of
 from vlm_jax.types import Tree
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, Context], jax.Array]  # of arrays of one device
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, Tree], jax.Array]  # of arrays of one device
 
 
-def context_axis() -> str | None:
-    """The mesh axis over which sequences are divided; None where they are whole."""
+class Shards(NamedTuple):
+    """How the mesh divides sequences.
+
+    Attributes:
+      axis: the mesh axis; None where sequences are whole.
+      size: number of shards.
+    """
+
+    axis: str | None
+    size: int
+
+
+def context_shards() -> Shards:
+    """How the active mesh divides sequences."""
     mesh = active_mesh()
-    if mesh is None:
-        return None
-    entry = spec_of((axes.LENGTH,), (0,), mesh)[0]
-    return entry if isinstance(entry, str) and mesh.shape[entry] > 1 else None
+    axis = None if mesh is None else spec_of((axes.LENGTH,), (0,), mesh)[0]
+    if mesh is None or not isinstance(axis, str) or mesh.shape[axis] == 1:
+        return Shards(None, 1)
+    return Shards(axis, mesh.shape[axis])
 
 
 def partitioned(
@@ -36,41 +47,29 @@ def partitioned(
     query: Float[Array, "B T Q H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K V"],
-    context: Context,
+    others: Tree,
     *,
-    length: int | None = None,
+    unit: int | None = None,
 ) -> Float[Array, "B T Q V"]:
     """Runs `kernel` over the mesh, divided by batch and heads; where the mesh does not divide them, they are whole.
 
     Args:
-      kernel: of the arrays that one device has; differentiable there.
+      kernel: of the arrays that one device has; differentiable there with respect to the first three.
       query: queries.
       key: keys.
       value: values.
-      context: segments, branches and window; its other arrays are not given to the kernel.
-      length: also divides positions into shards of a multiple of this many; None leaves sequences whole.
+      others: a tree of integers [B, .., T or S].
+      unit: also divides positions, into shards of a multiple of this many; None leaves sequences whole.
     """
-    arrays = {
-        name: getattr(context, name)
-        for name in ("query_segments", "key_segments", "branches", "window")
-        if getattr(context, name) is not None
-    }
-    bare = Context(context.mask_kind)
-
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, arrays: Tree) -> jax.Array:
-        return kernel(query, key, value, dataclasses.replace(bare, **arrays))
-
     mesh = active_mesh()
     if mesh is None:
-        return run(query, key, value, arrays)
+        return kernel(query, key, value, others)
     key, value = (_with_heads_for(mesh, x, query.shape[2]) for x in (key, value))
-    of_length = (axes.LENGTH if length else None,)
-    whole = (query.shape[0], query.shape[1] // (length or 1))
-    batch, positions = spec_of((axes.BATCH, *of_length), whole, mesh)
+    names = (axes.BATCH, axes.LENGTH if unit else None)
+    batch, length = spec_of(names, (query.shape[0], query.shape[1] // (unit or 1)), mesh)
     heads = spec_of((axes.KV_HEADS,), (key.shape[2],), mesh)[0]
-    spec = PartitionSpec(batch, positions, heads, None)
-    specs = {name: PartitionSpec(*(batch, positions)[: x.ndim]) for name, x in arrays.items()}
-    return _on_devices(run, mesh, spec, specs)((query, key, value), arrays)
+    specs = jax.tree.map(lambda x: PartitionSpec(batch, *[None] * (x.ndim - 2), length), others)
+    return _on_devices(kernel, mesh, PartitionSpec(batch, length, heads, None), specs)((query, key, value), others)
 
 
 def _with_heads_for(mesh: AbstractMesh, x: Float[Array, "B S K H"], num_queries: int) -> Float[Array, "B S _ H"]:
@@ -82,7 +81,7 @@ def _with_heads_for(mesh: AbstractMesh, x: Float[Array, "B S K H"], num_queries:
 
 
 def _on_devices(
-    run: Callable[..., jax.Array], mesh: AbstractMesh, spec: PartitionSpec, specs: Tree
+    kernel: Kernel, mesh: AbstractMesh, spec: PartitionSpec, specs: Tree
 ) -> Callable[[Arrays, Tree], jax.Array]:
     own = PartitionSpec(mesh.axis_names)  # a leading axis of devices, for what each keeps to itself
 
@@ -91,11 +90,11 @@ def _on_devices(
 
     @jax.custom_vjp
     def apply(arrays: Arrays, others: Tree) -> jax.Array:
-        return over_mesh(lambda arrays, others: run(*arrays, others), (spec, specs), spec)(arrays, others)
+        return over_mesh(lambda arrays, others: kernel(*arrays, others), (spec, specs), spec)(arrays, others)
 
     def forward(arrays: Arrays, others: Tree) -> tuple[jax.Array, Tree]:
         def on_device(arrays: Arrays, others: Tree) -> tuple[jax.Array, Tree]:
-            out, pull = jax.vjp(lambda *arrays: run(*arrays, others), *arrays)
+            out, pull = jax.vjp(lambda *arrays: kernel(*arrays, others), *arrays)
             return out, jax.tree.map(lambda leaf: leaf[None], pull)
 
         return over_mesh(on_device, (spec, specs), (spec, own))(arrays, others)

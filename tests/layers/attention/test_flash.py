@@ -1,0 +1,28 @@
+"""Our kernel for TPU, run by Pallas's interpreter over a mesh that does not divide the one head of keys."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlm_jax.layers.attention import Context, tiles
+
+SEGMENTS = np.repeat([[1, 2, 2, 0], [1, 1, 1, 1], [3, 3, 1, 1], [1, 2, 0, 0]], 75, axis=1)
+BRANCHES = np.tile(np.repeat([0, 1, 2, 0], 25), (4, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "branched"), [("causal", 30, False), ("causal", None, True), ("full", None, True)]
+)
+def test_equals_the_written_out_softmax(kernels, monkeypatch, kind, window, branched):
+    """300 positions in three blocks of 128, of which windows and segments leave some out, and heads of 24."""
+    monkeypatch.setattr(tiles, "_BLOCK", 128)
+    compare, drawn = kernels
+    segments = jnp.asarray(SEGMENTS)
+    context = Context(
+        kind,
+        segments,
+        segments,
+        jnp.asarray(BRANCHES) if branched else None,
+        window=None if window is None else jnp.asarray(window),
+    )
+    compare("flash", context, drawn(4, 300, 300, 4, 1, 24, 16), {"data": 2, "fsdp": 2, "tensor": 2})
