@@ -207,32 +207,6 @@ def test_a_bias_is_for_the_written_out_softmax(monkeypatch, platform, length):
     assert choose_implementation(x, x, Context("full"), biased=True) == "xla"
 
 
-def test_cudnn_is_called_with_mask_bias_and_scale(monkeypatch, reference):
-    """The kernel itself needs a GPU; what it is given is what JAX's own attention understands."""
-    real, asked = jax.nn.dot_product_attention, []
-
-    def stand_in(*args, implementation, **kwargs):
-        asked.append(implementation)
-        return real(*args, implementation="xla", **kwargs)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    q, k, v = arrays()
-    bias = np.random.default_rng(1).normal(size=(2, 4, 6, 6)).astype(np.float32)
-    segments = jnp.asarray(SEGMENTS)
-    out = module.attention(
-        q,
-        k,
-        v,
-        Context("causal", segments, segments),
-        bias=jnp.asarray(bias),
-        scale=0.3,
-        implementation="cudnn",
-    )
-    mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
-    np.testing.assert_allclose(out, reference.attention(q, k, v, mask, scale=0.3, bias=bias), atol=1e-5)
-    assert asked == ["cudnn"]
-
-
 def projected(reference, x, params, heads):
     return reference.dense(np.asarray(x, np.float64), params).reshape(*x.shape[:2], heads, -1)
 

@@ -15,7 +15,6 @@
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Literal
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vlm_jax.layers.attention.context import Context, KeyValue, allowed
+from vlm_jax.layers.attention.cudnn import cudnn
 from vlm_jax.layers.attention.flash import flash
 from vlm_jax.layers.attention.marks import marks_of, with_padding
 from vlm_jax.layers.attention.partition import context_shards, partitioned
@@ -131,14 +131,9 @@ def attention(
         return partitioned(kernel, query * jnp.asarray(scale, query.dtype), key, value, marks)
     if implementation == "ring":
         return _around(query * jnp.asarray(scale, query.dtype), key, value, context)
-    mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
     if implementation == "cudnn":
-        mask = None if mask is None else mask[:, None]
-        bias = None if bias is None else bias.astype(query.dtype)
-        width = value.shape[-1]  # the kernel needs the width of the keys
-        value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - width)))
-        out = jax.nn.dot_product_attention(query, key, value, bias, mask, scale=scale, implementation="cudnn")
-        return out[..., :width]
+        return cudnn(query, key, value, context, bias, scale=scale)
+    mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
     if implementation == "blocked":
         return blocked(query, key, value, mask, context.mask_kind == "causal", scale)
     return written(query, key, value, past, mask, bias, scale)
@@ -155,7 +150,7 @@ def _in_blocks(query, key, value, context, scale, implementation):
 
     def of_device(query, key, value, segments):
         folded = [x.reshape(-1, length, *x.shape[2:]) for x in (query, key, value)]
-        inner = dataclasses.replace(context, query_segments=segments[0], key_segments=segments[1]).of_blocks()
+        inner = Context("full", *segments, block=length).of_blocks()
         return attention(*folded, inner, scale=scale, implementation=implementation).reshape(*query.shape[:3], -1)
 
     segments = context.query_segments, context.key_segments
