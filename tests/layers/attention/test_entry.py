@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax.layers import attention as module
-from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation, xla
+from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation, entry, xla
 
 from ...parameters import drawn
 
@@ -135,6 +135,17 @@ def test_a_window_leaves_the_last_keys(reference, in_blocks, window, segmented, 
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+def test_positions_of_a_group_read_each_other(reference, in_blocks):
+    q, k, v = arrays()
+    segments, groups = jnp.asarray(SEGMENTS), np.array([[1, 1, 0, 2, 2, 0], [0, 0, 5, 5, 6, 6]])
+    context = Context("causal", segments, segments, groups=jnp.asarray(groups))
+    mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
+    for row, start in ((0, 0), (0, 3), (1, 2), (1, 4)):
+        mask[row, start, start + 1] = True
+    out = jax.jit(lambda *qkv: module.attention(*qkv, context, implementation=in_blocks))(q, k, v)
+    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
+
+
 def test_a_window_counts_no_padding_of_a_cache(reference):
     """Prompts of two and of four tokens, padded on the right and on the left, two empty slots, and two tokens."""
     q, k, v = arrays(queries=2, keys=8)
@@ -190,6 +201,7 @@ def test_splash_refuses_a_bias():
         ("tpu", jnp.bfloat16, 72, 729, Context("full"), "splash"),
         ("tpu", jnp.bfloat16, 64, 100, Context("full"), "xla"),
         ("tpu", jnp.bfloat16, 64, 128, Context("causal", window=jnp.asarray(4)), "flash"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("causal", groups=jnp.zeros((1, 128), jnp.int32)), "flash"),
         ("tpu", jnp.bfloat16, 64, 128, Context("full", branches=jnp.zeros((1, 128), jnp.int32)), "flash"),
     ],
 )
@@ -197,6 +209,19 @@ def test_the_platform_chooses(monkeypatch, platform, dtype, dim, length, context
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = jnp.zeros((1, length, 1, dim), dtype)
     assert choose_implementation(x, x, context) == expected
+
+
+def test_the_choice_is_logged_once(monkeypatch, caplog):
+    entry._tell.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    caplog.set_level("INFO", "vlm_jax")
+    x = jnp.zeros((1, 130, 1, 8))
+    for window in (None, 3, 4):
+        choose_implementation(x, x, Context("causal", window=None if window is None else jnp.asarray(window)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention on tpu: splash, for causal attention inside segments",
+        "attention on tpu: flash, for a window",
+    ]
 
 
 @pytest.mark.parametrize(("platform", "length"), [("tpu", 128), ("cpu", 1025)])

@@ -11,18 +11,13 @@ BRANCHES = np.tile(np.repeat([0, 1, 2, 0], 25), (4, 3))
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "branched"), [("causal", 30, False), ("causal", None, True), ("full", None, True)]
+    ("kind", "window", "others"),
+    [("causal", 30, {"groups": BRANCHES}), ("causal", None, {"branches": BRANCHES}), ("full", None, {})],
 )
-def test_equals_the_written_out_softmax(kernels, monkeypatch, kind, window, branched):
+def test_equals_the_written_out_softmax(kernels, monkeypatch, kind, window, others):
     """300 positions in three blocks of 128, of which windows and segments leave some out, and heads of 24."""
     monkeypatch.setattr(tiles, "_BLOCK", 128)
     compare, drawn = kernels
-    segments = jnp.asarray(SEGMENTS)
-    context = Context(
-        kind,
-        segments,
-        segments,
-        jnp.asarray(BRANCHES) if branched else None,
-        window=None if window is None else jnp.asarray(window),
-    )
+    segments, others = jnp.asarray(SEGMENTS), {name: jnp.asarray(ids) for name, ids in others.items()}
+    context = Context(kind, segments, segments, window=None if window is None else jnp.asarray(window), **others)
     compare("flash", context, drawn(4, 300, 300, 4, 1, 24, 16), {"data": 2, "fsdp": 2, "tensor": 2})

@@ -13,14 +13,14 @@ BRANCHES = np.array([[0] * 4 + [1] * 2 + [2] + [0] * 18, [0] * 9 + [1] * 8 + [2]
 
 
 @pytest.mark.parametrize(
-    ("kind", "window", "branched"), [("causal", 6, False), ("causal", None, True), ("full", None, False)]
+    ("kind", "window", "others"),
+    [("causal", 6, {"groups": BRANCHES}), ("causal", None, {"branches": BRANCHES}), ("full", None, {})],
 )
-def test_equals_the_written_out_softmax(kernels, kind, window, branched):
+def test_equals_the_written_out_softmax(kernels, kind, window, others):
     """25 positions over 4 devices, so that a segment is on several and a device has several, and padding."""
     compare, drawn = kernels
-    segments = jnp.asarray(SEGMENTS)
-    branches = jnp.asarray(BRANCHES) if branched else None
-    context = Context(kind, segments, segments, branches, window=None if window is None else jnp.asarray(window))
+    segments, others = jnp.asarray(SEGMENTS), {name: jnp.asarray(ids) for name, ids in others.items()}
+    context = Context(kind, segments, segments, window=None if window is None else jnp.asarray(window), **others)
     compare("ring", context, drawn(2, 25, 25, 4, 2, 8, 6), {"tensor": 2, "context": 4})
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -47,6 +48,8 @@ class Context:
       key_segments: segment ids of the keys, cached ones included.
       branches: branch ids of both queries and keys (without a cache); a position attends to
         branch 0 and its own branch. None where there is one branch.
+      groups: group ids of both queries and keys (without a cache); in causal attention, consecutive positions of one
+        id other than 0 also attend to each other, as those of an image prefix. None where there are no groups.
       angles: RoPE angles of the queries' positions, or None.
       magnitude: factor of rotated queries and keys.
       query_scale: factor of every query, or None.
@@ -65,6 +68,7 @@ class Context:
     query_scale: Float[Array, "B T"] | None = None
     window: Int[Array, ""] | None = None
     block: int | None = static_field(default=None)
+    groups: Int[Array, "B T"] | None = None
 
     def of_blocks(self) -> "Context":
         """The context of a batch that has every block of a sequence as a row."""
@@ -76,8 +80,7 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
     """The attention mask, True where a query may attend to a key; None where every query may attend to every key."""
     mask = None
     if context.mask_kind == "causal":
-        rows = jnp.arange(num_keys - num_queries, num_keys)[:, None]
-        mask = (rows >= jnp.arange(num_keys)[None, :])[None]
+        mask = last_index(context, num_queries, num_keys)[:, :, None] >= jnp.arange(num_keys)[None, None]
     if context.block is not None:
         places = jnp.arange(num_keys) // context.block
         mask = (places[:, None] == places[None, :])[None]
@@ -97,10 +100,21 @@ def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B
     return mask
 
 
+def last_index(context: Context, num_queries: int, num_keys: int) -> Int[Array, "B T"] | Int[Array, "1 T"]:
+    """The index of the last key that a causal query attends to: its own, or that of the last position of its group."""
+    own = jnp.arange(num_keys - num_queries, num_keys)[None]
+    if context.groups is None:
+        return own
+    groups = jnp.asarray(context.groups)
+    goes_on = (groups[:, :-1] == groups[:, 1:]) & (groups[:, 1:] != 0)
+    ends = jnp.where(jnp.pad(goes_on, ((0, 0), (0, 1))), num_keys, own)
+    return jax.lax.cummin(ends, axis=1, reverse=True)
+
+
 def key_order(context: Context, num_keys: int) -> Int[Array, "B S"] | Int[Array, "1 S"]:
     """Indices of the keys among the unmasked ones, without those of other branches; windows count them."""
     if context.branches is not None:
-        mask = allowed(dataclasses.replace(context, window=None), num_keys, num_keys)
+        mask = allowed(dataclasses.replace(context, window=None, groups=None), num_keys, num_keys)
         return jnp.sum(cast(Bool[Array, "_ _ _"], mask), axis=2)
     if context.key_segments is None:
         return jnp.arange(num_keys)[None]

@@ -21,7 +21,7 @@ def cudnn(
 ) -> Float[Array, "B T Q V"]:
     """Attention with every mask of `context`.
 
-    The kernel skips what a causal mask leaves out; segments, branches and windows are one boolean array [B, T, S].
+    The kernel skips what a causal mask leaves out; segments, branches, groups and windows are an array [B, T, S].
 
     Args:
       query: queries in bfloat16 or float16.
@@ -32,7 +32,7 @@ def cudnn(
       scale: factor of the logits.
     """
     length, num_keys, width = query.shape[1], key.shape[1], value.shape[3]
-    causal = context.mask_kind == "causal" and context.window is None and length == num_keys
+    causal = length == num_keys and context.mask_kind == "causal" and context.window is None and context.groups is None
     mask = allowed(dataclasses.replace(context, mask_kind="full") if causal else context, length, num_keys)
     value = padded(value, key.shape[3], axis=3)
     if (length % 2 or num_keys % 2) and not (mask is None and bias is None):  # its backward pass needs even lengths

@@ -7,7 +7,7 @@
 | CPU, where the attention weights exceed its caches | `blocked`: the same, head by head and in blocks of queries |
 | GPU in bfloat16 or float16 | `cudnn`: flash, through `jax.nn.dot_product_attention` |
 | TPU, at least 128 queries and keys, no bias | `splash`: JAX's Pallas kernel, for segments, whole or causal |
-| the same, with windows, branches, or causal queries after earlier keys | `flash`: our Pallas kernel |
+| the same, with windows, branches, groups, or causal queries after earlier keys | `flash`: our Pallas kernel |
 | TPU, else | `xla` |
 
 `xla` and `cudnn` are partitioned by XLA, the others by `partition`. Models do not name a kernel.
@@ -16,6 +16,7 @@
 import contextlib
 import contextvars
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Literal
 
@@ -34,6 +35,8 @@ from vlm_jax.layers.attention.tiles import LANES, padded
 from vlm_jax.layers.attention.xla import TOGETHER_BYTES, blocked, written
 from vlm_jax.layers.mesh_axes import active_mesh
 from vlm_jax.layers.platform import platform
+
+_log = logging.getLogger(__name__)
 
 Implementation = Literal["xla", "blocked", "cudnn", "splash", "flash", "ring"]
 
@@ -59,24 +62,43 @@ def is_written_out() -> bool:
 def choose_implementation(
     query: jax.Array, key: jax.Array, context: Context, *, biased: bool = False
 ) -> Implementation:
-    """The implementation for the platform of the mesh; see the module's table. Splash takes no bias."""
+    """The implementation for the platform of the mesh; see the module's table."""
     if is_written_out():
         return "xla"
     on = platform()
-    if context_shards().size > 1 and query.shape[1] == key.shape[1] >= context_shards().size and not biased:
-        return "ring"
-    head_dim = query.shape[-1]
-    if on == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
-        return "cudnn"
-    long = min(query.shape[1], key.shape[1]) >= LANES
-    square = query.shape[1] == key.shape[1] or context.mask_kind == "full"
-    plain = square and context.branches is None and context.window is None
-    if on == "tpu" and long and not biased:
-        return "splash" if plain else "flash"
-    num_weights = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
-    if on == "cpu" and not biased and active_mesh() is None and 4 * num_weights > TOGETHER_BYTES:
-        return "blocked"
-    return "xla"
+    chosen, reason = _choice(on, query, key, context, biased)
+    if on != "cpu" or chosen == "ring":
+        _tell(on, chosen, reason)
+    return chosen
+
+
+@functools.cache
+def _tell(on: str, chosen: str, reason: str) -> None:
+    _log.info("attention on %s: %s, for %s", on, chosen, reason)
+
+
+def _choice(on: str, query: jax.Array, key: jax.Array, context: Context, biased: bool) -> tuple[Implementation, str]:
+    (batch, length, heads, head_dim), num_keys, shards = query.shape, key.shape[1], context_shards().size
+    if biased and on != "gpu":
+        return "xla", "a bias of the logits"
+    if shards > 1 and length == num_keys >= shards and not biased:
+        return "ring", f"sequences over {shards} devices"
+    if on == "tpu":
+        if min(length, num_keys) < LANES:
+            return "xla", f"fewer than {LANES} queries or keys"
+        earlier = context.mask_kind == "causal" and length != num_keys
+        masks = {"a window": context.window is not None, "branches": context.branches is not None}
+        masks |= {"groups": context.groups is not None, "queries after earlier keys": earlier}
+        if any(masks.values()):
+            return "flash", " and ".join(name for name, given in masks.items() if given)
+        return "splash", f"{context.mask_kind} attention inside segments"
+    if on == "gpu":
+        if query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
+            return "cudnn", f"heads of {head_dim} in {query.dtype}"
+        return "xla", f"heads of {head_dim} in {query.dtype}"
+    if active_mesh() is None and 4 * batch * heads * length * num_keys > TOGETHER_BYTES:
+        return "blocked", "many attention weights"
+    return "xla", "few attention weights, or several devices"
 
 
 def attention(
@@ -135,7 +157,7 @@ def attention(
         return cudnn(query, key, value, context, bias, scale=scale)
     mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
     if implementation == "blocked":
-        return blocked(query, key, value, mask, context.mask_kind == "causal", scale)
+        return blocked(query, key, value, mask, context.mask_kind == "causal" and context.groups is None, scale)
     return written(query, key, value, past, mask, bias, scale)
 
 
