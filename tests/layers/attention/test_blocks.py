@@ -23,3 +23,9 @@ def test_a_block_divides_the_sequence():
     x = jnp.zeros((1, 10, 1, 8))
     with pytest.raises(ValueError, match=r"attention in blocks of 4: expected .* a multiple of the block"):
         attention(x, x, x, Context("full", block=4))
+
+
+def test_blocks_take_no_bias():
+    x = jnp.zeros((1, 8, 1, 8))
+    with pytest.raises(ValueError, match="attention in blocks of 4 takes no cache and no bias"):
+        attention(x, x, x, Context("full", block=4, key_bias=jnp.zeros((1, 8))))

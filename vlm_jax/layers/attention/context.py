@@ -72,8 +72,10 @@ class Context:
 
     def of_blocks(self) -> "Context":
         """The context of a batch that has every block of a sequence as a row."""
-        ids = [x if x is None else x.reshape(-1, self.block) for x in (self.query_segments, self.key_segments)]
-        return Context("full", *ids)
+        queries, keys = (
+            x if x is None else x.reshape(-1, self.block) for x in (self.query_segments, self.key_segments)
+        )
+        return Context("full", query_segments=queries, key_segments=keys)
 
 
 def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:

@@ -18,7 +18,7 @@ import contextvars
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -130,50 +130,42 @@ def attention(
 
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if context.block is not None:
-        return _in_blocks(query, key, value, context, scale, implementation)
+    scale = cast(float, query.shape[-1] ** -0.5) if scale is None else scale
     if context.key_bias is not None:
         shape = (query.shape[0], query.shape[2], query.shape[1], context.key_bias.shape[1])
         of_keys = jnp.broadcast_to(context.key_bias[:, None, None], shape)
         bias = of_keys if bias is None else bias + of_keys
+    if context.block is not None:
+        if past is not None or bias is not None:
+            raise ValueError(f"attention in blocks of {context.block} takes no cache and no bias")
+        return _in_blocks(query, key, value, context, scale, implementation)
     if past is not None:
         implementation = "xla"
     implementation = implementation or choose_implementation(query, key, context, biased=bias is not None)
-    if implementation in ("splash", "flash", "ring", "blocked") and bias is not None:
-        raise ValueError(f"{implementation} attention takes no bias; leave `implementation` None")
-    if implementation == "splash":
-        segments = None if context.query_segments is None else (context.query_segments, context.key_segments)
-        causal = context.mask_kind == "causal"
-        kernel = functools.partial(splash, causal=causal, scale=scale, interpret=platform() != "tpu")
-        return partitioned(kernel, query, key, value, segments)
-    if implementation == "flash":
-        marks = marks_of(context, query.shape[0], query.shape[1], key.shape[1])
-        kernel = functools.partial(_heads_first, functools.partial(flash, interpret=platform() != "tpu"))
-        return partitioned(kernel, query * jnp.asarray(scale, query.dtype), key, value, marks)
-    if implementation == "ring":
-        return _around(query * jnp.asarray(scale, query.dtype), key, value, context)
     if implementation == "cudnn":
         return cudnn(query, key, value, context, bias, scale=scale)
-    mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
-    if implementation == "blocked":
-        return blocked(query, key, value, mask, context.mask_kind == "causal" and context.groups is None, scale)
-    return written(query, key, value, past, mask, bias, scale)
+    if implementation == "xla":
+        mask = allowed(context, query.shape[1], key.shape[1] + (0 if past is None else past.key.shape[-1]))
+        return written(query, key, value, past, mask, bias, scale)
+    if bias is not None:
+        raise ValueError(f"{implementation} attention takes no bias; leave `implementation` None")
+    return _IMPLEMENTATIONS[implementation](query, key, value, context, scale)
 
 
 def _in_blocks(query, key, value, context, scale, implementation):
     """Blocks as rows of a batch; every device folds the positions that it has."""
     length = context.block
-    if context.key_bias is not None or query.shape[1] % length or key.shape[1] != query.shape[1]:
+    if query.shape[1] % length or key.shape[1] != query.shape[1]:
         raise ValueError(
-            f"attention in blocks of {length}: expected as many keys as queries, a multiple of the block, and no bias, "
-            f"got {query.shape[1]} queries and {key.shape[1]} keys"
+            f"attention in blocks of {length}: expected as many keys as queries, a multiple of the block, got "
+            f"{query.shape[1]} queries and {key.shape[1]} keys"
         )
 
     def of_device(query, key, value, segments):
-        folded = [x.reshape(-1, length, *x.shape[2:]) for x in (query, key, value)]
         inner = Context("full", *segments, block=length).of_blocks()
-        return attention(*folded, inner, scale=scale, implementation=implementation).reshape(*query.shape[:3], -1)
+        rows, keys, values = (x.reshape(-1, length, *x.shape[2:]) for x in (query, key, value))
+        out = attention(rows, keys, values, inner, scale=scale, implementation=implementation)
+        return out.reshape(*query.shape[:3], -1)
 
     segments = context.query_segments, context.key_segments
     if is_written_out():
@@ -181,7 +173,25 @@ def _in_blocks(query, key, value, context, scale, implementation):
     return partitioned(of_device, query, key, value, segments, unit=length)
 
 
-def _around(query, key, value, context):
+def _blocked(query, key, value, context, scale):
+    mask = allowed(context, query.shape[1], key.shape[1])
+    return blocked(query, key, value, mask, context.mask_kind == "causal" and context.groups is None, scale)
+
+
+def _splash(query, key, value, context, scale):
+    segments = None if context.query_segments is None else (context.query_segments, context.key_segments)
+    causal = context.mask_kind == "causal"
+    kernel = functools.partial(splash, causal=causal, scale=scale, interpret=platform() != "tpu")
+    return partitioned(kernel, query, key, value, segments)
+
+
+def _flash(query, key, value, context, scale):
+    marks = marks_of(context, query.shape[0], query.shape[1], key.shape[1])
+    kernel = functools.partial(_heads_first, functools.partial(flash, interpret=platform() != "tpu"))
+    return partitioned(kernel, query * jnp.asarray(scale, query.dtype), key, value, marks)
+
+
+def _ring(query, key, value, context, scale):
     """Ring attention; a sequence that the ring does not divide is padded."""
     axis, size = context_shards()
     length = query.shape[1]
@@ -194,6 +204,7 @@ def _around(query, key, value, context):
     marks = with_padding(marks_of(context, query.shape[0], length, length), whole, whole)
     local = Kernels(interpret=False) if platform() == "tpu" else Products()
     kernel = functools.partial(_heads_first, functools.partial(ring, over=Ring(axis, size, local)))
+    query = query * jnp.asarray(scale, query.dtype)
     query, key, value = (padded(x, whole, axis=1) for x in (query, key, value))
     return partitioned(kernel, query, key, value, marks, unit=1)[:, :length]
 
@@ -201,3 +212,6 @@ def _around(query, key, value, context):
 def _heads_first(kernel, query, key, value, marks):
     out = kernel(*(x.transpose(0, 2, 1, 3) for x in (query, key, value)), marks)
     return out.transpose(0, 2, 1, 3)
+
+
+_IMPLEMENTATIONS = {"blocked": _blocked, "splash": _splash, "flash": _flash, "ring": _ring}

@@ -41,12 +41,12 @@ def marks_of(context: Context, batch: int, num_queries: int, num_keys: int) -> M
     if context.window is not None:
         order = key_order(context, num_keys)
         first = order[:, of_queries] - (context.window - 1)
-    segments = (context.query_segments, context.key_segments)
-    if context.query_segments is None or context.key_segments is None:
-        segments = (jnp.ones((1, num_queries)), jnp.ones((1, num_keys)))
+    of_query, of_key = context.query_segments, context.key_segments
+    if of_query is None or of_key is None:
+        of_query, of_key = jnp.ones((1, num_queries)), jnp.ones((1, num_keys))
     branches = jnp.zeros((1, num_keys)) if context.branches is None else context.branches
-    query = _stacked(batch, last, first, segments[0], branches[:, :num_queries])
-    return Marks(query, _stacked(batch, index, order, segments[1], branches))
+    query = _stacked(batch, last, first, of_query, branches[:, :num_queries])
+    return Marks(query, _stacked(batch, index, order, of_key, branches))
 
 
 def _stacked(batch: int, *rows: jax.Array) -> Int[Array, "B 4 T"]:

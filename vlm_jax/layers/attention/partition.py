@@ -18,7 +18,7 @@ from vlm_jax.layers.mesh_axes import active_mesh, num_shards, spec_of
 from vlm_jax.types import Tree
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, Tree], jax.Array]  # of arrays of one device
+Kernel = Callable[..., jax.Array]  # of queries, keys, values and others, as one device has them
 
 
 class Shards(NamedTuple):

@@ -51,7 +51,7 @@ def splash(
     key, value = (padded(widened(x), of_keys.padded, axis=1) for x in (key, value))
     heads_first = [x.transpose(0, 2, 1, 3) for x in (query, key, value)]
     if segments is None and of_keys.padded > num_keys and not causal:  # a causal query does not reach the padding
-        segments = (jnp.ones((len(x), count), jnp.int32) for x, count in ((query, num_queries), (key, num_keys)))
+        segments = jnp.ones((len(query), num_queries), jnp.int32), jnp.ones((len(key), num_keys), jnp.int32)
     if segments is None:
         out = jax.vmap(kernel)(*heads_first)
     else:
