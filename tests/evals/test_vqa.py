@@ -10,7 +10,8 @@ from configs import base
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals import vqa
-from vlm_jax.evals.vqa import Answer, accuracy, answer_all, exact, overlap, wilson_interval
+from vlm_jax.evals.intervals import wilson_interval
+from vlm_jax.evals.vqa import exact, overlap
 from vlm_jax.generation import text as generation_text
 from vlm_jax.generation.engine import Generated
 from vlm_jax.processors.layout import SequenceTooLong
@@ -65,18 +66,6 @@ def test_overlap(answer, right):
 def sample(name, task, answer="7"):
     picture = np.zeros((48, 48, 1), np.uint8)
     return Sample(name, dialogue([Turn("read 0 0", answer)], num_images=1), (picture,), task)
-
-
-def test_accuracy_counts_task_by_task():
-    results = {"read": [True, True, False, True], "locate": [False, False]}
-    answers = [Answer(str(i), task, "", "", "", ok) for task, oks in results.items() for i, ok in enumerate(oks)]
-    table = accuracy(answers)
-    assert set(table) == {"read", "locate"}
-    for task, oks in results.items():
-        interval = binomtest(sum(oks), len(oks)).proportion_ci(0.95, method="wilson")
-        assert table[task]["mean"] == sum(oks) / len(oks) and table[task]["n"] == len(oks)
-        np.testing.assert_allclose((table[task]["low"], table[task]["high"]), interval, atol=1e-12)
-    assert accuracy([]) == {}
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +138,14 @@ def test_answers_are_shared_out_over_the_devices_of_the_parameters(monkeypatch, 
         return generated([[eos]], eos, watch)
 
     monkeypatch.setattr(generation_text, "generate", stand_in)
-    answer_all(experiment, {"kernel": jax.device_put(np.ones(2), sharding)}, [sample("x", "read")], settings(1))
+    list(vqa.answers(experiment, {"kernel": jax.device_put(np.ones(2), sharding)}, [sample("x", "read")], settings(1)))
     assert meshes == [mesh if given else None]
 
 
 def test_an_endless_answer_is_wrong_even_when_its_text_is_right(monkeypatch, experiment):
     ids = experiment.system.processor.tokenizer.encode("7")
     monkeypatch.setattr(generation_text, "generate", lambda *args, watch, **kwargs: generated([ids], None, watch))
-    (answer,) = answer_all(experiment, {}, [sample("x", "read")], settings(1))
+    (answer,) = vqa.answers(experiment, {}, [sample("x", "read")], settings(1))
     assert answer.text == "7" == answer.reference and not answer.correct
 
 
@@ -165,6 +154,6 @@ def test_a_prompt_or_reference_answer_over_its_limit_is_named(experiment):
     asked = Sample("page", dialogue([Turn("read row 12 column 12 1 1", "1")], num_images=1), (picture,))
     key = r"config\.evaluation\.question_length by 2 or more"
     with pytest.raises(SequenceTooLong, match=rf"'page' is 26 tokens .* raise {key}"):
-        answer_all(experiment, {}, [asked], settings(1))
+        list(vqa.answers(experiment, {}, [asked], settings(1)))
     with pytest.raises(SequenceTooLong, match=r"'x': .* 4 tokens .* of 3; raise config\.evaluation\.max_new_tokens"):
-        answer_all(experiment, {}, [sample("x", "read", "123")], settings(1, max_new_tokens=3))
+        list(vqa.answers(experiment, {}, [sample("x", "read", "123")], settings(1, max_new_tokens=3)))

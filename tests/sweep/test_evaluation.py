@@ -9,7 +9,7 @@ import safetensors.numpy
 
 import vlm_jax
 from vlm_jax.config import ConfigError
-from vlm_jax.evals.vqa import wilson_interval
+from vlm_jax.evals.intervals import wilson_interval
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.video import RateSampler

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from etils import epath
 from PIL import Image
 
@@ -130,15 +131,19 @@ def test_the_legend_covers_no_panel():
     assert not any(box.overlaps(panel.get_window_extent()) for panel in figure.axes)
 
 
-def test_seeds_are_one_point_with_the_widest_interval():
+def test_seeds_are_one_point_whose_interval_holds_their_spread():
     runs = [
-        result("pool", 16, {"read": (0.8, 0.7, 0.9)}, seed=0, step_seconds=0.25),
-        result("pool", 16, {"read": (0.6, 0.5, 0.75), "count": (0.5, 0.4, 0.6)}, seed=1, step_seconds=None),
+        result("pool", 16, {"read": (0.74, 0.7, 0.9)}, seed=0, step_seconds=0.25),
+        result("pool", 16, {"read": (0.66, 0.5, 0.75), "count": (0.5, 0.4, 0.6)}, seed=1, step_seconds=None),
     ]
     (point,) = combine_seeds(runs)
     read, count = point.accuracy["read"], point.accuracy["count"]
-    assert (point.label, read.mean, read.low, read.high) == ("pool@16", pytest.approx(0.7), 0.5, 0.9)
-    assert (count.mean, count.low, count.high) == (0.5, 0.4, 0.6)
+    assert (point.label, read.mean, read.seeds) == ("pool@16", pytest.approx(0.7), {0: 0.74, 1: 0.66})
+    # One point of two seeds: Student's t with one degree of freedom, of arcsin(sqrt(share)).
+    angles = np.arcsin(np.sqrt([0.74, 0.66]))
+    ends = scipy.stats.t.interval(0.95, 1, angles.mean(), scipy.stats.sem(angles))
+    assert (read.low, read.high) == pytest.approx(tuple(np.sin(ends) ** 2))
+    assert (count.low, count.high) == (0.4, 0.6)  # one seed: that of its questions
     assert point.costs == {"tokens": 16, "flops": 481e6, "parameters": 3.2e6, "step_seconds": 0.25}
 
 

@@ -121,7 +121,7 @@ class Swept:
 @pytest.fixture(scope="module")
 def swept(one_device, tmp_path_factory) -> Swept:
     workdir, evaluated = tmp_path_factory.mktemp("swept") / "sweep", []
-    real = sweep_run.answer_all
+    real = sweep_run.answers
 
     def dies_in_the_second_point(experiment, *arguments):
         evaluated.append(experiment.system.budget.left)
@@ -131,7 +131,7 @@ def swept(one_device, tmp_path_factory) -> Swept:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
-        patch.setattr(sweep_run, "answer_all", dies_in_the_second_point)
+        patch.setattr(sweep_run, "answers", dies_in_the_second_point)
         with pytest.raises(KeyboardInterrupt):
             make(tiny_sweep(), workdir, new_console()).run()
         first, trained = lines(workdir), metrics(workdir)

@@ -68,7 +68,7 @@ class Swept:
 def swept(released, one_device, tmp_path_factory) -> Swept:
     (release, questions, _), workdir = released, tmp_path_factory.mktemp("swept") / "sweep"
     (questions.parent / "evaluation.jsonl").write_text(questions.read_text())
-    answer_all, first_params = sweep_run.answer_all, sweep_run.first_params
+    answers, first_params = sweep_run.answers, sweep_run.first_params
     evaluated, loaded, failed = [[], []], [0, 0], []
     call = 0
 
@@ -78,7 +78,7 @@ def swept(released, one_device, tmp_path_factory) -> Swept:
         evaluated[call].append(name)
         if call == 0 and name != "fastv":
             raise GenerationError("the logits are NaN") if name == "none" else KeyboardInterrupt
-        return answer_all(experiment, *arguments)
+        return answers(experiment, *arguments)
 
     def counted(*arguments, **options):
         loaded[call] += 1
@@ -90,7 +90,7 @@ def swept(released, one_device, tmp_path_factory) -> Swept:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
-        patch.setattr(sweep_run, "answer_all", stopped)
+        patch.setattr(sweep_run, "answers", stopped)
         patch.setattr(sweep_run, "first_params", counted)
         first = sweep()
         with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.data.loader import join
-from vlm_jax.evals.vqa import answer_all, realised_tokens
+from vlm_jax.evals.tally import Tally
+from vlm_jax.evals.vqa import answers
 from vlm_jax.leaves import flatten
 from vlm_jax.models.vlm import flat_images
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
@@ -100,9 +101,11 @@ def test_a_system_learns_and_answers(kind):
         new = functools.reduce(lambda tree, key: tree[key.key], path, state.params["encoder"])
         assert (new != leaf).any(), path  # the images reach the loss by every parameter of the encoder
 
-    answers = answer_all(experiment, state.params, samples, evaluation(2))
-    assert [answer.visual_tokens for answer in answers] == [(count,) for count in counts]
-    realised = realised_tokens(answers)
+    tally = Tally()
+    for answer, count in zip(answers(experiment, state.params, samples, evaluation(2)), counts, strict=True):
+        assert answer.visual_tokens == (count,)
+        tally.add(vars(answer))
+    realised = tally.realised()
     assert realised == {"mean": sum(counts) / 3, "max": max(counts)} and realised["max"] <= 12
 
 
@@ -136,4 +139,4 @@ def test_an_image_over_its_budget_is_refused():
     with pytest.raises(SequenceTooLong, match=message):
         experiment.training_row(sample(0, (24, 24)))
     with pytest.raises(SequenceTooLong, match=message):
-        answer_all(experiment, {}, [sample(0, (24, 24))], evaluation(1))
+        list(answers(experiment, {}, [sample(0, (24, 24))], evaluation(1)))

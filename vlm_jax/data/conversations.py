@@ -22,7 +22,7 @@ from vlm_jax.data.mixture import Part, mixed
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.record_files import RecordFile, Rules, open_records
 from vlm_jax.data.schemas import Record
-from vlm_jax.data.source import SizedStream, Tools
+from vlm_jax.data.source import Elements, SizedStream, Tools
 from vlm_jax.data.spelling import Spelling
 from vlm_jax.paths import absolute
 from vlm_jax.ranges import Count, Natural, Positive
@@ -335,7 +335,7 @@ class ConversationSource:
         given = self._given()
 
         def read_by(name: str, log: bool = False) -> grain.MapDataset[Any]:
-            read = {key: _Elements(getattr(records, name), len(records)) for key, (records, _) in given.items()}
+            read = {key: Elements(getattr(records, name), len(records)) for key, (records, _) in given.items()}
             return mixed([Part(key, read[key], len(read[key]), given[key][1]) for key in given], seed, log=log)
 
         epoch = len(next(iter(given.values()))[0]) if len(given) == 1 else None
@@ -367,25 +367,11 @@ class ConversationSource:
         return self.evaluation(seed, stream).references()
 
 
-def drawn(count: int, size: int | None, seed: int) -> list[int]:
+def drawn(count: int, size: int | None, seed: int) -> Sequence[int]:
     """`size` of `count` indices, drawn by the seed, in order; all where that is None."""
     if size is None or size >= count:
-        return list(range(count))
+        return range(count)
     return np.sort(np.random.default_rng(seed).choice(count, size, replace=False)).tolist()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Elements:
-    """Random access to what a function reads at each of `count` indices."""
-
-    read: Callable[[int], Any]
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Any:
-        return self.read(index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,7 +387,7 @@ class EvaluationSamples:
     """
 
     records: Records
-    indices: list[int]
+    indices: Sequence[int]
 
     def __iter__(self) -> Iterator[Sample]:
         for index in self.indices:

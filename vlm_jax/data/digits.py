@@ -12,7 +12,7 @@ Element i of a training stream depends only on (seed, stream, i).
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import grain
@@ -22,7 +22,7 @@ from vlm_jax.config import ConfigError, check_fields, did_you_mean
 from vlm_jax.data.digit_questions import TASKS, TASKS_WITHOUT_PIXELS, ask, digits_in_reading_order
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
-from vlm_jax.data.source import ENDLESS, SizedStream, Tools
+from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
 from vlm_jax.ranges import Count, NonNegative, Range, Side
 from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
 
@@ -178,8 +178,8 @@ class DigitSource:
         data = fingerprint({"digits": dataclasses.asdict(self.settings)})
         return SizedStream(samples, samples.map(sizes), None, data)
 
-    def evaluation(self, seed: int, stream: str = "questions") -> list[Sample | CellBatch]:
-        """The fixed set of pages of test scans for a seed.
+    def evaluation(self, seed: int, stream: str = "questions") -> Sequence[Sample | CellBatch]:
+        """The fixed set of pages of test scans for a seed, composed as they are iterated.
 
         Returns:
           `evaluation_size` samples of one turn for every task, task by task, each with a separate
@@ -188,21 +188,24 @@ class DigitSource:
         Raises:
           ConfigError: as for `train`.
         """
-        elements = []
-        for task in self._tasks_of(stream) if stream not in ("cells", "captions") else (stream,):
+        tasks, size = self._tasks_of(stream), self.settings.evaluation_size
+        if stream in ("cells", "captions"):
+            tasks = (stream,)
+
+        def element(number: int) -> Sample | CellBatch:
+            task, index = tasks[number // size], number % size
             # Keyed by the task's index among all tasks: omitting one does not change the others.
             place = TASKS.index(task) if task in TASKS else len(TASKS)
-            for index in range(self.settings.evaluation_size):
-                rng = np.random.default_rng((TEST_KEY, seed, STREAMS.index(stream), place, index))
-                page = self._test_pages.compose(rng)
-                name = f"digits/test/{seed}/{task}/{index}"
-                if stream == "cells":
-                    elements.append(self._cells(page))
-                elif stream == "captions":
-                    elements.append(_captioned(name, page))
-                else:
-                    elements.append(self._sample(name, stream, page, [(task, rng.random(3).tolist())]))
-        return elements
+            rng = np.random.default_rng((TEST_KEY, seed, STREAMS.index(stream), place, index))
+            page = self._test_pages.compose(rng)
+            name = f"digits/test/{seed}/{task}/{index}"
+            if stream == "cells":
+                return self._cells(page)
+            if stream == "captions":
+                return _captioned(name, page)
+            return self._sample(name, stream, page, [(task, rng.random(3).tolist())])
+
+        return Elements(element, len(tasks) * size)
 
     def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
         """As `Source.references`."""

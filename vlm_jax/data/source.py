@@ -6,7 +6,7 @@ reads the data and returns a `Source`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -42,6 +42,22 @@ class Tools:
         [UInt8[np.ndarray, "height width channels"]], Float[np.ndarray, "new_height new_width new_channels"]
     ]
     video_size: Callable[..., tuple[int, int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Elements(Sequence[Any]):
+    """What a function makes of each of `count` indices, made when it is asked for; nothing is kept."""
+
+    make: Callable[[int], Any]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if not -self.count <= index < self.count:
+            raise IndexError(f"index {index} of {self.count} elements")
+        return self.make(index % self.count)
 
 
 @dataclasses.dataclass(frozen=True)

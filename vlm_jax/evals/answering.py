@@ -1,7 +1,7 @@
 """Questions as what a run is evaluated by."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals.evaluator import told
-from vlm_jax.evals.vqa import Answer, accuracy, answers, check_references, realised_tokens, tokens_left
+from vlm_jax.evals.tally import Tally
+from vlm_jax.evals.vqa import answers, check_references
 from vlm_jax.types import Dtype, Fields, Params
 
 
@@ -48,16 +49,16 @@ class Answering:
         for answer in answers(self.experiment, params, samples, self.settings):
             yield {name: list(value) if isinstance(value, tuple) else value for name, value in vars(answer).items()}
 
-    def metrics(self, rows: Sequence[Fields]) -> Fields:
+    def metrics(self, rows: Iterable[Fields]) -> Fields:
         """Accuracy by task, and visual tokens per image."""
-        given = [_answer(row) for row in rows]
-        images = sum(len(answer.visual_tokens) for answer in given)
-        model, spans = self.experiment.system.model, [answer.tokens_by_span for answer in given]
-        left, mean = tokens_left(model, images, spans) if spans else (0, 0)
+        tally = Tally()
+        for row in rows:
+            tally.add(row)
+        left, mean = tally.left(self.experiment.system.model)
         return {
-            "accuracy": accuracy(given),
+            "accuracy": tally.accuracy(),
             "token_budget": self.token_budget,
-            "num_visual_tokens": realised_tokens(given),
+            "num_visual_tokens": tally.realised(),
             # The tokens that enter the decoder are above; a reducer inside it keeps fewer.
             "visual_tokens_left": left,
             "mean_visual_tokens": mean,
@@ -73,8 +74,3 @@ class Answering:
 def cast_floats(params: Params, dtype: Dtype) -> Params:
     """Parameters in a dtype, on the same devices; those that have it are not copied."""
     return jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), params)
-
-
-def _answer(row: Fields) -> Answer:
-    counts = {name: tuple(row[name]) for name in ("visual_tokens", "tokens_by_span")}
-    return Answer(**{**row, **counts})

@@ -1,7 +1,7 @@
 """Top-1 accuracy of a classifier."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from vlm_jax.build import ImageTextExperiment
 from vlm_jax.build.image_text import CAPTIONS, label_of
 from vlm_jax.config import check_fields
 from vlm_jax.evals.evaluator import batched, told
-from vlm_jax.evals.vqa import share
+from vlm_jax.evals.tally import shares
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.ranges import Count, Size
 from vlm_jax.sharding.rules import mesh_of, replicated
@@ -78,9 +78,9 @@ class Classifying:
                 right = answer == sample.answer.strip()
                 yield {"sample_id": sample.sample_id, "reference": sample.answer, "answer": answer, "correct": right}
 
-    def metrics(self, rows: Sequence[Fields]) -> Fields:
+    def metrics(self, rows: Iterable[Fields]) -> Fields:
         """Top-1 accuracy."""
-        return {"accuracy": {"top_1": share(sum(row["correct"] for row in rows), len(rows))}}
+        return {"accuracy": shares(rows, {"top_1": lambda row: row["correct"]})}
 
     def lines(self, metrics: Fields) -> list[str]:
         """One line."""

@@ -1,7 +1,7 @@
 """What a run is evaluated by: rows of answers, one JSON object each, and metrics of these rows."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from vlm_jax.types import Fields, Params, Sample
@@ -29,8 +29,11 @@ class Evaluator(Protocol):
         """One row for each sample, in order, as soon as it is answered; values are those of JSON."""
         ...
 
-    def metrics(self, rows: Sequence[Fields]) -> Fields:
-        """Numbers in nested sections, of rows that may have been read back from a file."""
+    def metrics(self, rows: Iterable[Fields]) -> Fields:
+        """Numbers in nested sections, of rows that may have been read back from a file.
+
+        Rows are read once, one at a time, and counted; none is kept.
+        """
         ...
 
     def lines(self, metrics: Fields) -> list[str]:

@@ -1,7 +1,8 @@
 """Captioned images as what two towers are evaluated by: retrieval, and zero-shot classification."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from vlm_jax.build.image_text import CAPTIONS, label_of
 from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.evals.evaluator import batched, told
 from vlm_jax.evals.retrieval import retrieval_ranks
-from vlm_jax.evals.vqa import share
+from vlm_jax.evals.tally import shares
 from vlm_jax.evals.zero_shot import class_embeddings, class_ranks
 from vlm_jax.models.two_tower import TwoTower, normalise
 from vlm_jax.ranges import Count, Size
@@ -78,7 +79,7 @@ class Matching:
                 label_of(name, caption, self.settings.class_names)
 
     def rows(self, params: Params) -> Iterator[Fields]:
-        """All rows, when all images and captions are embedded."""
+        """All rows, when all images and captions are embedded; embeddings and captions are kept, no picture is."""
         of_images, of_texts = _encoders(self.experiment, params)
         names, captions, image, text = [], [], [], []
         samples: Any = self.experiment.open_source().evaluation(self.seed, CAPTIONS)
@@ -97,13 +98,13 @@ class Matching:
             row = {"sample_id": name, "reference": caption, "answer": answer, "correct": answer == caption}
             yield row | {key: int(values[index]) for key, values in ranks.items()}
 
-    def metrics(self, rows: Sequence[Fields]) -> Fields:
+    def metrics(self, rows: Iterable[Fields]) -> Fields:
         """Recall at every k in both directions, and zero-shot accuracy."""
         keys = {f"{way}/recall@{k}": (way, k) for way in ("image_to_text", "text_to_image") for k in self.settings.ks}
         if self.settings.class_names:
             keys[f"{ZERO_SHOT}/top_1"] = ZERO_SHOT, 1
-        counts = {name: sum(row[key] < k for row in rows) for name, (key, k) in keys.items()}
-        return {"accuracy": {name: share(count, len(rows)) for name, count in counts.items()}}
+        within = {name: functools.partial(_within, key, k) for name, (key, k) in keys.items()}
+        return {"accuracy": shares(rows, within)}
 
     def lines(self, metrics: Fields) -> list[str]:
         """One line for each number."""
@@ -119,6 +120,11 @@ class Matching:
         labels = [label_of(name, caption, known) for name, caption in zip(names, captions, strict=True)]
         classes = class_embeddings(encode, known, settings.templates, batch_size=settings.batch_size)
         return class_ranks(image, classes, np.asarray(labels))
+
+
+def _within(key: str, k: int, row: Fields) -> bool:
+    """Whether fewer than `k` wrong candidates are before the right one."""
+    return row[key] < k
 
 
 def _encoders(

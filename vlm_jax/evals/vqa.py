@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
+from vlm_jax.evals.intervals import wilson_interval
 from vlm_jax.generation.engine import prepared
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.processors.layout import SequenceTooLong
@@ -21,7 +21,6 @@ from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.types import TEXT_SLOT, Params, Sample
 
-Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 MIN_IOU = 0.5
 # What bounds a prompt.
 KEYS = {
@@ -80,23 +79,6 @@ def is_right(tokenizer: Tokenizer, task: str, answer: str, reference: str) -> bo
     return scorer(answer, reference) or (bool(spelled.strip()) and scorer(answer, spelled))
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95% interval of a proportion.
-
-    Raises:
-      ValueError: no trials.
-
-    Source: Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4.
-    """
-    if trials < 1:
-        raise ValueError("expected at least one trial, got none")
-    share, z2 = successes / trials, Z95**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z95 / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return low, 1.0 if successes == trials else min(1.0, centre + half)
-
-
 def answers(
     experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
 ) -> Iterator[Answer]:
@@ -116,13 +98,6 @@ def answers(
     size, samples = settings.batch_size, iter(samples)
     while group := list(itertools.islice(samples, size)):
         yield from _answered(experiment, params, group, settings, mesh)
-
-
-def answer_all(
-    experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
-) -> list[Answer]:
-    """The list of `answers`."""
-    return list(answers(experiment, params, samples, settings))
 
 
 def _answered(
@@ -179,22 +154,15 @@ def check_references(
             )
 
 
-def realised_tokens(answers: Iterable[Answer]) -> dict[str, float | int]:
-    """{"mean", "max"} of the visual tokens of an image, over all images; 0 without images."""
-    counts = [count for answer in answers for count in answer.visual_tokens]
-    mean = sum(counts) / max(len(counts), 1)
-    return {"mean": short(mean), "max": max(counts, default=0)}
-
-
-def tokens_left(model: Any, num_images: int, prompts: Iterable[Sequence[int]]) -> tuple[float | int, float | int]:
+def tokens_left(model: Any, num_images: int, spans: Sequence[int]) -> tuple[float | int, float | int]:
     """Visual tokens of an image in the decoder's last layer, and their mean over its layers; over all images.
 
     Args:
       model: a `VLM` with a decoder.
       num_images: of all prompts.
-      prompts: `tokens_by_span` of each prompt.
+      spans: `tokens_by_span`, summed over all prompts.
     """
-    tokens = [sum(span) / max(num_images, 1) for span in zip(*prompts, strict=True)]
+    tokens = [total / max(num_images, 1) for total in spans]
     layers = itertools.pairwise((0, *(drop.layer for drop in model.decoder.drops), model.decoder.depth))
     total = sum(count * (stop - start) for count, (start, stop) in zip(tokens, layers, strict=True))
     return short(tokens[-1]), short(total / model.decoder.depth)
@@ -209,14 +177,6 @@ def tokens_by_span(prompt: Example) -> tuple[int, ...]:
 def short(number: float) -> float | int:
     """A whole number as an int."""
     return int(number) if number.is_integer() else number
-
-
-def accuracy(answers: Iterable[Answer]) -> dict[str, dict[str, float | int]]:
-    """{task: {"mean", "low", "high", "n"}}, with Wilson's 95% interval."""
-    by_task: dict[str, list[bool]] = {}
-    for answer in answers:
-        by_task.setdefault(answer.task, []).append(answer.correct)
-    return {task: share(sum(results), len(results)) for task, results in by_task.items()}
 
 
 def share(successes: int, trials: int) -> dict[str, float | int]:

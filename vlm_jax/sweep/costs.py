@@ -67,7 +67,7 @@ def costs(experiment: Experiment, sample: Sample | None = None) -> Costs:
     else:
         example = experiment.example(sample, targets=False)
         prompt = system.processor.rows([[example]], experiment.prompt, targets=False)
-        left, mean = tokens_left(system.model, len(example.visual_tokens), [tokens_by_span(example)])
+        left, mean = tokens_left(system.model, len(example.visual_tokens), tokens_by_span(example))
     return Costs(left, mean, num_params(shapes), flops(system.model, shapes, prompt))
 
 

@@ -16,7 +16,8 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError, check_fields
-from vlm_jax.evals.vqa import check_references, is_right, share, short
+from vlm_jax.evals.tally import Tally
+from vlm_jax.evals.vqa import check_references, is_right
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
@@ -93,44 +94,6 @@ class ReleaseEvaluation:
                 value = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 words.append(f"--{name}={value}")
         return shlex.join(words)
-
-
-@dataclasses.dataclass
-class Tally:
-    """Sums over the lines of a point's answers.
-
-    Attributes:
-      right, asked: numbers of correct answers and of questions, by task.
-      num_images: images of all samples.
-      entering: visual tokens of these that enter the decoder.
-      left: visual tokens in its last layer.
-      most: maximum of the entering tokens of one image.
-    """
-
-    right: Counter[str] = dataclasses.field(default_factory=Counter)
-    asked: Counter[str] = dataclasses.field(default_factory=Counter)
-    num_images: int = 0
-    entering: int = 0
-    left: int = 0
-    most: int = 0
-
-    def add(self, line: Line) -> None:
-        """Counts one line."""
-        self.asked[line["task"]] += 1
-        self.right[line["task"]] += line["correct"]
-        self.num_images += len(line["visual_tokens"])
-        self.entering += sum(line["visual_tokens"])
-        self.left += line["tokens_in_last_layer"]
-        self.most = max([self.most, *line["visual_tokens"]])
-
-    def result(self) -> dict[str, Any]:
-        """Accuracy by task, and visual tokens per image."""
-        images = max(self.num_images, 1)
-        return {
-            "num_visual_tokens": short(self.left / images),
-            "realised_visual_tokens": {"mean": short(self.entering / images), "max": self.most},
-            "accuracy": {task: share(self.right[task], asked) for task, asked in self.asked.items()},
-        }
 
 
 class Evaluation:
@@ -250,7 +213,7 @@ class Evaluation:
                     "text": answer.text,
                     "correct": answer.reason == "end" and right,
                     "visual_tokens": counts,
-                    "tokens_in_last_layer": answer.visual_tokens[-1] if counts else 0,
+                    "tokens_by_span": list(answer.visual_tokens) if counts else [],
                 }
             )
         return lines
@@ -264,7 +227,9 @@ class Evaluation:
             "label": point.label,
             "reducer": point.reducer,
             "token_budget": point.token_budget,
-            **tally.result(),
+            "num_visual_tokens": tally.left(point.system.model)[0],
+            "realised_visual_tokens": tally.realised(),
+            "accuracy": tally.accuracy(),
             "seconds_per_sample": sum(timed) / len(timed) if timed else None,
             "num_params": num_params(self._shapes),
             "flops": flops(point.system.model, self._shapes, batch),

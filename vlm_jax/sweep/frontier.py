@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
 
+from vlm_jax.evals.intervals import Trainings, intervals_over_seeds
+
 Number = float | int
 
 # Okabe and Ito's colour-blind-safe palette without its yellow, which is faint on white.
@@ -58,12 +60,19 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """A share of correct answers in [0, 1], its 95% interval, and the number of questions of each run."""
+    """A share of correct answers in [0, 1]: its mean over seeds and the 95% interval of that.
+
+    Attributes:
+      mean, low, high: shares; the interval is that of `evals.intervals.intervals_over_seeds`.
+      n: questions of each seed.
+      seeds: {seed: its share}.
+    """
 
     mean: Number
     low: Number
     high: Number
     n: int
+    seeds: dict[int, Number]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +83,7 @@ class FrontierPoint:
       label: `connector@budget`.
       costs: by key of AXES, in base units; the mean over seeds. A time that no seed measured is
         omitted.
-      accuracy: by task. The mean over seeds; the interval reaches from the lowest low to the highest
-        high of the seeds, which is the run's own interval where there is one seed.
+      accuracy: by task.
       runs: the results of the point.
     """
 
@@ -145,24 +153,37 @@ def combine_seeds(results: Sequence[dict[str, Any]]) -> list[FrontierPoint]:
         groups.setdefault(f"{result['connector']}@{result['token_budget']}", []).append(result)
     if not any(result["accuracy"] for result in results):
         raise ValueError(f"nothing to report: {len(results)} results, none with an accuracy; run the sweep")
-    return [_combine(label, runs) for label, runs in groups.items()]
+    accuracies: dict[str, dict[str, Accuracy]] = {label: {} for label in groups}
+    for task in tasks_of(results):
+        having = {
+            label: {run["seed"]: run["accuracy"][task] for run in runs if task in run["accuracy"]}
+            for label, runs in groups.items()
+        }
+        for label, accuracy in _accuracies({label: shares for label, shares in having.items() if shares}).items():
+            accuracies[label][task] = accuracy
+    return [_combine(label, runs, accuracies[label]) for label, runs in groups.items()]
 
 
-def _combine(label: str, runs: list[dict[str, Any]]) -> FrontierPoint:
+def _accuracies(points: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Accuracy]:
+    """{label: accuracy} on one task, from {label: {seed: entry}}."""
+    shares = {label: {seed: entry["mean"] for seed, entry in entries.items()} for label, entries in points.items()}
+    counts = {label: min(entry["n"] for entry in entries.values()) for label, entries in points.items()}
+    if all(len(seeds) == 1 for seeds in shares.values()):  # of the questions alone
+        ends = [(entry["low"], entry["high"]) for entries in points.values() for entry in entries.values()]
+    else:
+        ends = intervals_over_seeds([Trainings(tuple(seeds.values()), counts[name]) for name, seeds in shares.items()])
+    return {
+        label: Accuracy(sum(seeds.values()) / len(seeds), low, high, counts[label], seeds)
+        for (label, seeds), (low, high) in zip(shares.items(), ends, strict=True)
+    }
+
+
+def _combine(label: str, runs: list[dict[str, Any]], accuracy: dict[str, Accuracy]) -> FrontierPoint:
     costs: dict[str, Number] = {}
     for key in AXES:
         known = [cost[key] for cost in map(total_costs, runs) if key in cost]
         if known:
             costs[key] = sum(known) / len(known)
-    accuracy = {}
-    for task in tasks_of(runs):
-        shares = [run["accuracy"][task] for run in runs if task in run["accuracy"]]
-        accuracy[task] = Accuracy(
-            mean=sum(share["mean"] for share in shares) / len(shares),
-            low=min(share["low"] for share in shares),
-            high=max(share["high"] for share in shares),
-            n=min(share["n"] for share in shares),
-        )
     return FrontierPoint(label, runs[0]["connector"], costs, accuracy, tuple(runs))
 
 
@@ -317,7 +338,7 @@ def _draw_panel(panel: Axes, points: Sequence[FrontierPoint], task: str, axis: s
     panel.plot(across, up, "o", markerfacecolor="none", markeredgecolor="black", markersize=11, gid="rings")
     counts = sorted({point.accuracy[task].n for point in points if task in point.accuracy})
     asked = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    panel.set_title(f"{task}  ({asked} questions per run)", loc="left", fontsize=10, parse_math=False)
+    panel.set_title(f"{task}  ({asked} questions, {told_seeds(points)})", loc="left", fontsize=10, parse_math=False)
     panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     panel.grid(color="0.9", linewidth=0.7)
     panel.set_axisbelow(True)
@@ -327,6 +348,13 @@ def _draw_panel(panel: Axes, points: Sequence[FrontierPoint], task: str, axis: s
         panel.minorticks_off()
         panel.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
         panel.xaxis.set_major_locator(FixedLocator(log_ticks(points, axis)))
+
+
+def told_seeds(points: Sequence[FrontierPoint]) -> str:
+    """How many seeds the points have, as `5 seeds` or `1 to 5 seeds`."""
+    counts = sorted({len(point.runs) for point in points})
+    number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{number} seed{'' if number == '1' else 's'}"
 
 
 def draw_frontier(results: Sequence[dict[str, Any]], path: epath.Path, *, controls: frozenset[str]) -> None:

@@ -50,16 +50,16 @@ class Questions:
         self._records = Records(path, files, tools, key="evaluation_path")
         self._indices = drawn(len(self._records), num_samples, seed)
         counts = (num_questions(self._records.records[index]) for index in self._indices)
-        self._ends = list(itertools.accumulate(counts))
+        self._ends = np.cumsum(np.fromiter(counts, np.int64))
 
     def __len__(self) -> int:
         """Questions, of which a record may have several."""
-        return self._ends[-1]
+        return int(self._ends[-1])
 
     def start_at(self, start: int) -> Iterator[Sample]:
         """Samples from number `start` on, in the order of the file; no picture of an earlier record is read."""
         first = int(np.searchsorted(self._ends, start, side="right"))
-        before = self._ends[first - 1] if first else 0
+        before = int(self._ends[first - 1]) if first else 0
         return itertools.islice(iter(EvaluationSamples(self._records, self._indices[first:])), start - before, None)
 
     def references(self) -> Iterator[tuple[str, str]]:

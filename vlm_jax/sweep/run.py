@@ -1,5 +1,6 @@
 """Runs a sweep: the shared stages once, then every point; resumes where it was interrupted."""
 
+import json
 import shlex
 from typing import Any
 
@@ -11,7 +12,8 @@ from etils import epath
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import config_hash, parse
-from vlm_jax.evals.vqa import Answer, accuracy, answer_all, realised_tokens, tokens_left
+from vlm_jax.evals.tally import Tally
+from vlm_jax.evals.vqa import answers
 from vlm_jax.paths import absolute
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
@@ -22,7 +24,8 @@ from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.report import Example, write_report
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.loop import Outcome, Trainer, first_params
-from vlm_jax.train.workdir import read_lines, write_lines
+from vlm_jax.train.workdir import each_line, read_lines, whole_file, write_lines
+from vlm_jax.types import Sample
 
 RESULTS_FILE, FRONTIER_FILE, REPORT_FILE = "results.jsonl", "frontier.png", "report.html"
 ANSWERS_FILE = "answers.jsonl"
@@ -158,27 +161,26 @@ class Sweep:
         outcome = self._train_point(point, start, progress)
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
         samples = point.experiment.open_source().evaluation(point.config.seed)
-        answers = answer_all(point.experiment, outcome.params, samples, evaluation)
-        lines = [{"sample_id": a.sample_id, "text": a.text, "correct": a.correct} for a in answers]
-        if is_primary():
-            self._folder(point.label).mkdir(parents=True, exist_ok=True)
-        write_lines(self._folder(point.label) / ANSWERS_FILE, lines)
-        return self._result(point, outcome, answers)
+        tally = Tally()
+        with whole_file(self._folder(point.label) / ANSWERS_FILE) as file:
+            for answer in answers(point.experiment, outcome.params, samples, evaluation):
+                tally.add(vars(answer))
+                line = {"sample_id": answer.sample_id, "text": answer.text, "correct": answer.correct}
+                file.write(json.dumps(line) + "\n")
+        return self._result(point, outcome, tally)
 
-    def _result(self, point: Point, outcome: Outcome, answers: list[Answer]) -> dict[str, Any]:
+    def _result(self, point: Point, outcome: Outcome, tally: Tally) -> dict[str, Any]:
         left, mean = point.costs.num_visual_tokens, point.costs.mean_visual_tokens
         if point.experiment.system.budget is None:  # pictures differ, and the costs are those of one sample
-            images = sum(len(answer.visual_tokens) for answer in answers)
-            spans = [answer.tokens_by_span for answer in answers]
-            left, mean = tokens_left(point.experiment.system.model, images, spans)
+            left, mean = tally.left(point.experiment.system.model)
         return {
             "label": point.label,
             "connector": point.connector,
             "token_budget": point.config.token_budget,
             "num_visual_tokens": left,
             "mean_visual_tokens": mean,
-            "realised_visual_tokens": realised_tokens(answers),
-            "accuracy": accuracy(answers),
+            "realised_visual_tokens": tally.realised(),
+            "accuracy": tally.accuracy(),
             "num_params": point.costs.num_params,
             "flops": point.costs.flops,
             "step_seconds": outcome.step_seconds,
@@ -217,19 +219,24 @@ class Sweep:
 
     def _examples(self) -> list[Example]:
         """The first samples of every task, with each point's answer."""
-        point = self.points[0]
-        answers: dict[str, dict[str, dict[str, Any]]] = {}
-        for other in self.points:
-            lines = read_lines(self._folder(other.label) / ANSWERS_FILE)
-            answers[other.label] = {line["sample_id"]: line for line in lines}
-        examples, taken = [], dict.fromkeys(point.experiment.source.tasks, 0)
+        point, shown = self.points[0], dict[str, Sample]()
+        taken = dict.fromkeys(point.experiment.source.tasks, 0)
         for sample in point.experiment.open_source().evaluation(point.config.seed):
-            given = {label: lines[sample.sample_id] for label, lines in answers.items() if sample.sample_id in lines}
-            if sample.images and taken[sample.task] < EXAMPLES_PER_TASK and given:
+            if sample.images and taken[sample.task] < EXAMPLES_PER_TASK:
                 taken[sample.task] += 1
-                spoken = {label: (line["text"], line["correct"]) for label, line in given.items()}
-                examples.append(Example(sample.images[0], sample.question, sample.answer, sample.task, spoken))
-        return examples
+                shown[sample.sample_id] = sample
+            if min(taken.values()) >= EXAMPLES_PER_TASK:
+                break
+        spoken: dict[str, dict[str, tuple[str, bool]]] = {name: {} for name in shown}
+        for other in self.points:
+            for line in each_line(self._folder(other.label) / ANSWERS_FILE):
+                if line["sample_id"] in shown:
+                    spoken[line["sample_id"]][other.label] = line["text"], line["correct"]
+        return [
+            Example(sample.images[0], sample.question, sample.answer, sample.task, spoken[name])
+            for name, sample in shown.items()
+            if spoken[name]
+        ]
 
     def _progress(self, todo: list[Point]) -> "_Progress":
         steps = list({point.trained_as: _num_steps(point.config) for point in todo if point.config.schedule}.items())

@@ -1,21 +1,25 @@
 """Evaluations of a run on the way and at its end, whose answers are kept."""
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import IO
 
 from etils import epath
 
 from vlm_jax.config import RunConfig, plain
 from vlm_jax.evals.evaluator import Evaluator
 from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
-from vlm_jax.train.workdir import read_lines, write_lines, write_whole
+from vlm_jax.train.workdir import read_lines, whole_file, write_lines, write_whole
 from vlm_jax.types import Fields, Params
 
 ANSWERS, METRICS_FILE, FINAL_FILE = "evaluations", "evaluations.jsonl", "evaluation.json"
 
 Record = Callable[[int, Fields], None]  # (step, metrics)
 Tell = Callable[[int, list[str]], None]  # (step, lines for people)
+
+
+class _Stopped(Exception):
+    """The evaluation is left to a later process."""
 
 
 class Evaluations:
@@ -81,21 +85,23 @@ class Evaluations:
         return True
 
     def _asked(self, step: int, params: Params, stops: Callable[[], bool]) -> Fields | None:
-        """Metrics of new answers, both written; None where it was stopped."""
-        assert self._evaluator is not None
-        path, rows = self._workdir / ANSWERS / f"{step}.jsonl", []
-        draft = path.with_name(path.name + ".partial")
-        if is_primary():
-            path.parent.mkdir(exist_ok=True)
-        with draft.open("w") if is_primary() else open(os.devnull, "w") as file:
-            for row in self._evaluator.rows(params):
-                rows.append(row)
+        """Metrics of new answers, both written, the answers as they come; None where it was stopped."""
+        evaluator = self._evaluator
+        assert evaluator is not None
+
+        def written(file: IO[str]) -> Iterator[Fields]:
+            for row in evaluator.rows(params):
                 file.write(json.dumps(row) + "\n")
+                yield row
                 if any_process(stops()):
-                    return None
-        metrics = self._evaluator.metrics(rows)
+                    raise _Stopped
+
+        try:
+            with whole_file(self._workdir / ANSWERS / f"{step}.jsonl") as file:
+                metrics = evaluator.metrics(written(file))
+        except _Stopped:
+            return None
         if is_primary():
-            draft.replace(path)
             self._write(step, metrics)
         wait_for_all(f"the evaluation of step {step} is written")
         return metrics

@@ -1,7 +1,10 @@
 """Files of a run's folder: written as a whole, or as one line per step."""
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO
 
 from etils import epath
 
@@ -17,6 +20,18 @@ def write_whole(path: epath.Path, text: str) -> None:
     draft = path.with_name(path.name + ".partial")
     draft.write_text(text)
     draft.replace(path)
+
+
+@contextlib.contextmanager
+def whole_file(path: epath.Path) -> Iterator[IO[str]]:
+    """A file to write piece by piece, which gets its name when all is written; the primary process writes it."""
+    draft = path.with_name(path.name + ".partial")
+    if is_primary():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with draft.open("w") if is_primary() else open(os.devnull, "w") as file:
+        yield file
+    if is_primary():
+        draft.replace(path)
 
 
 def write_lines(path: epath.Path, lines: Iterable[Mapping[str, object]]) -> None:
@@ -54,19 +69,24 @@ class MetricsLog:
 
 
 def read_lines(path: epath.Path) -> list[Fields]:
-    """The objects of a JSON-lines file; a last line that was truncated by a kill is ignored.
+    """The objects of a JSON-lines file; see `each_line`."""
+    return list(each_line(path))
+
+
+def each_line(path: epath.Path) -> Iterator[Fields]:
+    """The objects of a JSON-lines file, one at a time; a last line that was truncated by a kill is ignored.
 
     Raises:
       ValueError: a line before the last is not JSON.
     """
     if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    objects = []
-    for number, line in enumerate(lines, 1):
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a JSON line: {line[:80]!r}") from error
-    return objects
+        return
+    broken: str | None = None
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            if broken is not None:
+                raise ValueError(f"{path}:{number - 1}: not a JSON line: {broken[:80]!r}")
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                broken = line

@@ -1,0 +1,68 @@
+"""Memory of an evaluation does not grow with the number of its samples."""
+
+import io
+import itertools
+import tracemalloc
+
+import pytest
+import rich.console
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vlm_jax.build import build
+from vlm_jax.evals.evaluators import evaluator_of
+from vlm_jax.generation.text import Completion
+from vlm_jax.sweep.run import Sweep
+from vlm_jax.system import System
+from vlm_jax.train.evaluation import Evaluations
+from vlm_jax.train.loop import Outcome
+from vlm_jax.train.workdir import read_lines
+
+from .files import config_of, records, write
+
+FEW, MANY = 8, 48
+SIZE = 20_000  # bytes of each answer
+KEPT = 300_000  # bytes: fewer than of the answers or of the pictures of MANY - FEW samples
+
+
+def in_a_run(config, workdir):
+    """(an evaluation during training, the file of its answers)."""
+    evaluator = evaluator_of(build(config), config)
+    told = Evaluations(evaluator, workdir, config, 4, lambda step, lines: None)
+    workdir.mkdir()
+    return lambda: told.make(4, {}, lambda: False, lambda step, metrics: None), workdir / "evaluations" / "4.jsonl"
+
+
+def in_a_sweep(config, workdir):
+    """(the evaluation of a point, the file of its answers)."""
+    sweep = ConfigDict({"base": config, "candidates": {"pool": {"budgets": (4,), "connector": {"kind": "pool"}}}})
+    sweep.sweep = ConfigDict({"shared": (), "seeds": (0,), "controls": ()})
+    made = Sweep(sweep, workdir, config_path="x.py", console=rich.console.Console(file=io.StringIO()))
+    made._train_point = lambda *_: Outcome({}, None, None)
+    return lambda: made._run_point(made.points[0], None, None), workdir / "points" / "pool@4" / "answers.jsonl"
+
+
+@pytest.mark.parametrize("answered", [in_a_run, in_a_sweep])
+def test_22_an_evaluation_of_many_samples_keeps_what_one_of_few_keeps(folder, tmp_path, monkeypatch, answered):
+    numbers = itertools.count()
+
+    def complete(system, params, prompts, *, names, **options):
+        return [Completion(f"{next(numbers):0{SIZE}}", (1,), "end") for _ in names]
+
+    monkeypatch.setattr(System, "complete", complete)
+    Image.new("L", (300, 300), 9).save(tmp_path / "large.png")
+    peaks = []
+    for count in (FEW, FEW, MANY):  # the first one makes what is made once
+        rows = [{**row, "image": f"{tmp_path}/large.png"} for row in records(count)]
+        path = write(tmp_path / f"asked{len(peaks)}.jsonl", rows)
+        config = config_of(folder, data__evaluation_path=path, stages__tuning__steps=4)
+        answer, file = answered(config, epath.Path(tmp_path) / f"work{len(peaks)}")
+        tracemalloc.start()
+        try:
+            answer()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert [len(line["text"]) for line in read_lines(file)] == [SIZE] * count
+    assert peaks[2] - peaks[1] < KEPT < (MANY - FEW) * SIZE
