@@ -72,7 +72,7 @@ def forward(
     query, key, value = _tiled(query, tall.padded), _tiled(key, wide.padded), _tiled(value, wide.padded)
     group = query.shape[1] // key.shape[1]
     of_query = lambda b, h, i, j, fetched: (b, h, i, 0)  # noqa: E731
-    of_key = lambda b, h, i, j, fetched: (b, h // group, lax.max(fetched[b, i, j], 0), 0)  # noqa: E731
+    of_key = lambda b, h, i, j, fetched: (b, lax.div(h, group), lax.max(fetched[b, i, j], 0), 0)  # noqa: E731
     shape = (*query.shape[:3], value.shape[3])
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
@@ -180,7 +180,7 @@ def _of_queries(given, blocks, tall, wide, interpret, dtype):
     query, key, value = given[:3]
     group = query.shape[1] // key.shape[1]
     of_query = lambda b, h, i, j, fetched: (b, h, i, 0)  # noqa: E731
-    of_key = lambda b, h, i, j, fetched: (b, h // group, lax.max(fetched[b, i, j], 0), 0)  # noqa: E731
+    of_key = lambda b, h, i, j, fetched: (b, lax.div(h, group), lax.max(fetched[b, i, j], 0), 0)  # noqa: E731
     of_row = lambda b, h, i, j, fetched: (b, h, 0, i)  # noqa: E731
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
@@ -230,11 +230,11 @@ def _of_keys(given, blocks, tall, wide, interpret, dtype):
     group, count = query.shape[1] // key.shape[1], blocks.shape[1]  # the last axis of the grid is both
 
     def block(b, j, n, fetched):
-        return lax.max(fetched[b, j, n % count], 0)
+        return lax.max(fetched[b, j, lax.rem(n, count)], 0)
 
-    of_query = lambda b, k, j, n, fetched: (b, k * group + n // count, block(b, j, n, fetched), 0)  # noqa: E731
+    of_query = lambda b, k, j, n, fetched: (b, k * group + lax.div(n, count), block(b, j, n, fetched), 0)  # noqa: E731
     of_key = lambda b, k, j, n, fetched: (b, k, j, 0)  # noqa: E731
-    of_row = lambda b, k, j, n, fetched: (b, k * group + n // count, 0, block(b, j, n, fetched))  # noqa: E731
+    of_row = lambda b, k, j, n, fetched: (b, k * group + lax.div(n, count), 0, block(b, j, n, fetched))  # noqa: E731
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(*key.shape[:2], blocks.shape[2], group * count),
@@ -274,7 +274,7 @@ def _key_kernel(
         keys[...] = jnp.zeros(keys.shape, jnp.float32)
         values[...] = jnp.zeros(values.shape, jnp.float32)
 
-    @pl.when(fetched[b, j, n % count] == n % count)
+    @pl.when(fetched[b, j, lax.rem(n, count)] == lax.rem(n, count))
     def _():
         weights, error = _weights_and_error(query, key, value, gradient, logsumexp, delta, of_query, of_key)
         dot = functools.partial(lax.dot, preferred_element_type=jnp.float32)
