@@ -34,6 +34,7 @@ CORE = [
 EXTRAS = {
     "test": [
         "beartype>=0.22",
+        "jax[tpu]>=0.10.2",  # tests/planner compiles for real slices
         "ipykernel>=6.29",
         "nbclient>=0.10.2",
         "nbformat>=5.10",
@@ -45,6 +46,8 @@ EXTRAS = {
     "dev": ["import-linter>=2.5", "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],
+    # The compiler of TPUs, libtpu, in the version of the installed jax; it runs on any CPU.
+    "plan": ["jax[tpu]>=0.10.2"],
     "ray": ["ray[default]>=2.40"],
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],

@@ -40,7 +40,7 @@ def alone(function: Callable[..., Any], *args: Any) -> Callable[[], float]:
     import jax
     import jax.numpy as jnp
 
-    from vlm_jax.planner.flops import products
+    from vlm_jax.costs.flops import products
 
     counts: collections.Counter[str] = collections.Counter()
     programs: dict[str, Callable[[], Any]] = {}
@@ -77,7 +77,7 @@ def case(kind: str, grid: tuple[int, int], budget: int, batch: int, rounds: int)
 
     from vlm_jax.budget import InfeasibleBudget
     from vlm_jax.connectors import CONNECTORS
-    from vlm_jax.planner.flops import count_flops
+    from vlm_jax.costs.flops import count_flops
     from vlm_jax.types import VisualFeatures
 
     try:

@@ -9,9 +9,9 @@ import pytest
 from flax import linen as nn
 
 from vlm_jax import decoders
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.decoders import DECODERS
 from vlm_jax.layers.rope import Rope
-from vlm_jax.planner.flops import count_flops
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 
 from ..parameters import drawn

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.generation.engine import generate
 from vlm_jax.layers.scan import LOSSES
 from vlm_jax.models.vlm import VLM
-from vlm_jax.planner.flops import count_flops
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 from vlm_jax.types import Batch

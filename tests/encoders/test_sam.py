@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.encoders.sam import (
     SAM,
     RelativeAttention,
@@ -18,7 +19,6 @@ from vlm_jax.encoders.sam import (
     relative_positions,
 )
 from vlm_jax.interpolation import interpolation_weights
-from vlm_jax.planner.flops import count_flops
 
 TINY = SAM(
     image_size=(20, 24),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.latent_attention import LatentAttention, LatentKeyValue
 from vlm_jax.layers.rope import Rope
-from vlm_jax.planner.flops import count_flops
 
 from ..parameters import drawn
 

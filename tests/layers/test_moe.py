@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.layers.moe import MixtureOfExperts
 from vlm_jax.layers.scan import LOSSES
-from vlm_jax.planner.flops import count_flops
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 

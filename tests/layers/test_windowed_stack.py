@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import TransformerBlock
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.windowed_stack import Schedule, WindowedStack, restore_order, runs, schedule
-from vlm_jax.planner.flops import count_flops
 from vlm_jax.processors.patches import pack_patches
 
 WIDTH, HEADS = 8, 2

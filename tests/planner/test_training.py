@@ -1,67 +1,50 @@
-"""FLOPs of a gradient against closed forms, and against the jaxpr of the gradient without rematerialisation."""
+"""Abstract batches against those that the data gives, and the step of a plan against the trainer's."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from vlm_jax.planner.chips import peak_flops
-from vlm_jax.planner.flops import count_flops
-from vlm_jax.planner.training import training_flops
-
-M, K, N = 3, 5, 7
-ONCE = 2 * M * K * N
-X, W = jax.ShapeDtypeStruct((M, K), jnp.float32), jax.ShapeDtypeStruct((K, N), jnp.float32)
-
-
-def loss(w, x):
-    return jnp.tanh(x @ w).sum()
+from configs import digits, siglip_digits
+from vlm_jax.build import build
+from vlm_jax.config import ConfigError, parse
+from vlm_jax.planner.training import abstract_batch, training_work
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.train.objectives.objective import Objective
+from vlm_jax.train.stages import parse_schedule
 
 
-wrapped = jax.custom_vjp(loss)
-wrapped.defvjp(lambda w, x: (loss(w, x), (w, x)), lambda kept, g: (kept[0], kept[1]))
+def stage_of(config):
+    return parse_schedule(tuple(config.schedule), config.stages)[-1].stage
 
 
-@pytest.mark.parametrize("function", [loss, jax.jit(loss), jax.checkpoint(loss), wrapped])
-def test_a_product_has_a_gradient_for_each_operand_that_is_trained(function):
-    assert training_flops(function, W, X) == 2 * ONCE
-    assert training_flops(lambda both: function(*both), (W, X)) == 3 * ONCE
+@pytest.mark.parametrize("module", [digits, siglip_digits], ids=["next_token", "contrastive"])
+def test_an_abstract_batch_has_the_shapes_of_the_data(module):
+    config = module.get_config()
+    experiment, stage = build(config), stage_of(config)
+    (sample,) = experiment.open_source().train(stage.stream, 0)[:1]
+    given = stage.settings.element(experiment, stage.stream)(sample)
+    like = stage.settings.example(experiment, stage.stream)
+
+    def described(tree):
+        return jax.tree.map(lambda leaf: (np.shape(leaf), np.dtype(leaf.dtype)), tree)
+
+    assert described(like) == described(given)
+    mesh = make_mesh(MeshSettings(data=2, fsdp=4))
+    for one, whole in zip(jax.tree.leaves(like), jax.tree.leaves(abstract_batch(like, 16, mesh)), strict=True):
+        assert whole.shape == (16 * one.shape[0], *one.shape[1:])
+        assert whole.sharding.shard_shape(whole.shape)[0] == 2 * one.shape[0]
 
 
-def test_what_no_trained_parameter_reaches_has_none():
-    head = jax.ShapeDtypeStruct((N, N), jnp.float32)
-    square = 2 * M * N * N
-    assert training_flops(lambda head, w, x: ((x @ w) @ head).sum(), head, W, X) == ONCE + 2 * square
-    stopped = lambda w, x, head: (jax.lax.stop_gradient(x @ w) @ head).sum() + (x @ w)[0, 0]  # noqa: E731
-    assert training_flops(stopped, W, X, head) == 2 * ONCE + square + 2 * ONCE
-    # Integers that follow from a trained parameter carry none.
-    assert training_flops(lambda w, x: (x @ jnp.argmax(w, axis=1)[:, None].astype(x.dtype)).sum(), W, X) == 2 * M * K
+def test_an_objective_without_an_abstract_batch_is_named():
+    with pytest.raises(ConfigError, match="cannot be planned without its data"):
+        Objective.example(stage_of(digits.get_config()).settings, build(digits.get_config()), "questions")
 
 
-def test_a_scan_counts_every_layer_and_a_branch_the_dearest():
-    layers = jax.ShapeDtypeStruct((4, K, K), jnp.float32)
-
-    def run(layers, x):
-        return jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, layers)[0].sum()
-
-    assert training_flops(run, layers, X) == 4 * 3 * 2 * M * K * K
-    # The gradient as JAX makes it, with all of the carry's gradients.
-    unrolled = jax.grad(lambda layers, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0].sum())
-    assert training_flops(run, layers, X) == count_flops(unrolled, layers, X)
-
-    def either(w, x, flag):
-        return jax.lax.cond(flag, lambda: (x @ w @ w.T).sum(), lambda: w.sum())
-
-    assert training_flops(either, W, X, jax.ShapeDtypeStruct((), bool)) == 2 * ONCE + 3 * ONCE
-
-
-def test_a_loop_of_unknown_length_is_refused():
-    with pytest.raises(ValueError, match="while_loop"):
-        training_flops(lambda w: jax.lax.while_loop(lambda w: w.sum() < 3, lambda w: w * 2, w).sum(), W)
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12), ("NVIDIA H200", 989.4e12), ("cpu", None)],
-)
-def test_peaks_are_those_of_the_longest_name(kind, peak):
-    assert peak_flops(kind) == peak
+def test_two_towers_are_traced_over_all_devices():
+    """Every device multiplies its images with the captions of all; each product is counted on every device."""
+    config = siglip_digits.get_config()
+    mesh = make_mesh(parse(MeshSettings, config.mesh, "config.mesh"))
+    work = training_work(config, build(config), mesh)
+    rows = stage_of(config).batch_size
+    assert work.rows == rows and work.stage == "train" and work.model_flops > 3 * 2 * rows * rows * 96
+    assert {name for name in work.arguments if name.startswith("parameters")} >= {"parameters of image"}

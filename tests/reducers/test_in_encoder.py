@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.encoders.naflex import NaflexViT
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.token_merging import Merged, merge, merge_schedule
-from vlm_jax.planner.flops import count_flops
 from vlm_jax.types import PackedPatches
 
 from ..parameters import drawn

@@ -245,7 +245,8 @@ def build(config: Any) -> AnyExperiment:
     """
     check_model(config)
     if config.release is not None:
-        return _of_release(config)
+        system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
+        return of_system(config, system)
     if config.decoder.get("kind") in IMAGE_TEXT:
         source = parse_kind(SOURCES, config.data, "config.data")
         dtypes = {"dtype": _dtype(config, "dtype"), "param_dtype": _dtype(config, "param_dtype")}
@@ -314,12 +315,19 @@ def _of_sections(config: RunConfig) -> Experiment:
     )
 
 
-def _of_release(config: Any) -> AnyExperiment:
-    """The experiment of `config.release`; the sections of parts replace the release's settings."""
+def of_system(config: Any, system: System) -> AnyExperiment:
+    """The experiment of a release's system; the sections of parts replace its settings.
+
+    Args:
+      config: of a run, with `release`.
+      system: of that release.
+
+    Raises:
+      ConfigError, InfeasibleBudget: as `build`.
+    """
     if config.token_budget_per != "image":
         raise ConfigError("config.token_budget_per: the budget of a release is per image, or per tile; set it to image")
     source = parse_kind(SOURCES, config.data, "config.data")
-    system = open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
     if isinstance(system.model, TwoTower | Classifier) and "length" in config.row:
         raise ConfigError(
             f"config.release: {config.release} is a {type(system.model).__name__}, which answers no questions; train "

@@ -56,7 +56,7 @@ PROCESS_ID = numbers.define(
 )
 
 
-def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
+def run(main: Callable[[], Any], *, default_config: str | None = None, needs_workdir: bool = True) -> None:
     """Runs a command's main function; a user error is printed as one message, with exit status 1.
 
     A run that was stopped by SIGTERM and saved its state exits with status 0.
@@ -64,6 +64,7 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
     Args:
       main: what the command does.
       default_config: path of the config without `--config`.
+      needs_workdir: whether `--workdir` must be given.
     """
     show_flags()
     if default_config is not None and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
@@ -81,7 +82,7 @@ def run(main: Callable[[], Any], *, default_config: str | None = None) -> None:
         if LIST_KEYS.value:
             print("\n".join(_keys(CONFIG.value, "--config")))
             return
-        if WORKDIR.value is None:
+        if needs_workdir and WORKDIR.value is None:
             raise app.UsageError("--workdir: expected the folder of the run; pass one")
         CONFIG.value.lock()
         keep_programs()

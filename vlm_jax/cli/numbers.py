@@ -31,7 +31,7 @@ class _Parser(flags.ArgumentParser):
         return self._kind.__name__
 
 
-def define(name: str, hint: Any, default: float | None, text: str) -> flags.FlagHolder[Any]:
+def define(name: str, hint: Any, default: float | int | None, text: str) -> flags.FlagHolder[Any]:
     """Defines a flag of one number.
 
     Args:

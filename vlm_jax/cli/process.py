@@ -21,6 +21,7 @@ from vlm_jax.data.packing import StalePlan
 from vlm_jax.data.stores import MalformedRecords
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.paths import absolute
+from vlm_jax.planner.topology import PlanError
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
@@ -47,6 +48,7 @@ EXPLAINED = (
     InfeasibleGrid,
     MalformedRecords,
     PictureMismatch,
+    PlanError,
     PretrainedError,
     PromptError,
     SequenceTooLong,

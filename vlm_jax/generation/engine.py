@@ -291,16 +291,20 @@ def _read(report: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def _laid_out(cache: Cache, mesh: Mesh) -> Cache:
     """The cache sharded like the model's activations and heads."""
+    return jax.tree.map(jax.lax.with_sharding_constraint, cache, cache_shardings(cache, mesh))
 
-    def constrained(leaf, names):
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, partition_spec(names, leaf.shape, mesh)))
 
-    def stack(kept):
-        return type(kept)(*map(constrained, kept, kept.AXES))
+def cache_shardings(cache: Cache, mesh: Mesh) -> Tree:
+    """A sharding for every array of a cache, or of its shapes, like those of the model's activations and heads."""
 
-    layers = jax.tree.map(stack, cache.layers, is_leaf=lambda kept: isinstance(kept, KeyValue | LatentKeyValue))
-    rest = None if cache.rest is None else _laid_out(cache.rest, mesh)
-    return dataclasses.replace(cache, layers=layers, rest=rest)
+    def is_kept(node: Tree) -> bool:
+        return isinstance(node, KeyValue | LatentKeyValue)
+
+    found = []
+    for node in jax.tree.leaves(cache, is_leaf=is_kept):
+        of_node = zip(node, node.AXES, strict=True) if is_kept(node) else [(node, (axes.BATCH, None)[: node.ndim])]
+        found += [NamedSharding(mesh, partition_spec(names, leaf.shape, mesh)) for leaf, names in of_node]
+    return jax.tree.unflatten(jax.tree.structure(cache), found)
 
 
 def _placed(tree: Tree, mesh: Mesh | None) -> Tree:

@@ -1,83 +1,77 @@
-"""FLOPs of a training step as of model FLOPs utilisation: those that the gradient needs, rematerialised ones not.
+"""The training step of a config, traced for a slice on abstract values."""
 
-Source: Chowdhery et al. 2022 (PaLM), appendix B, counted product by product, so that frozen parts, convolutions and
-towers of any kind are included: a product runs once forward, and backward once for each of its operands that depends
-on a trained parameter.
-"""
-
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn, Literal
-from jax.interpreters.partial_eval import dce_jaxpr
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vlm_jax.layers.attention import written_out
-from vlm_jax.planner.flops import PRODUCTS, flops_of
-from vlm_jax.types import Tree
+from vlm_jax.build import AnyExperiment
+from vlm_jax.config import RunConfig, parse
+from vlm_jax.optim.adamw import OptimizerSettings
+from vlm_jax.planner.plan import Work
+from vlm_jax.planner.settings import details
+from vlm_jax.sharding.rules import BATCH_AXES
+from vlm_jax.train.settings import LoopSettings
+from vlm_jax.train.stage_step import StageStep
+from vlm_jax.train.stages import check_stages, parse_schedule
+from vlm_jax.train.step import num_shards, trace_step
+from vlm_jax.train.watch import step_flops
+from vlm_jax.types import Batch, Fields, Tree
 
-Counted = tuple[int, list[bool]]  # FLOPs, and which results depend on a trained parameter
 
-
-def training_flops(loss: Callable[..., jax.Array], trained: Tree, *args: Tree) -> int:
-    """Floating-point operations of the loss and of its gradient with respect to the first argument.
-
-    Matrix products and convolutions are counted, a multiply and its add as two. A product whose result is only read
-    through `stop_gradient` is counted as if it had a gradient.
+def training_work(config: RunConfig, experiment: AnyExperiment, mesh: Mesh) -> Work:
+    """The step of the last stage of a config, as `train.loop.Trainer` compiles it.
 
     Args:
-      loss: a traceable function (trained, *args) -> scalar.
-      trained: arrays or `jax.ShapeDtypeStruct`s of the trained parameters; nothing is computed.
-      *args: the same of everything else.
+      config: with all keys.
+      experiment: of the config.
+      mesh: of a topology's devices.
 
     Raises:
-      ValueError: the function contains a `while_loop`.
+      ConfigError: a stage that does not suit the model or the mesh, or an objective without abstract batches.
     """
-    with written_out():
-        jaxpr = jax.make_jaxpr(loss)(trained, *args).jaxpr
-    jaxpr = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)[0]
-    num_trained = len(jax.tree.leaves(trained))
-    return _of_jaxpr(jaxpr, [number < num_trained for number in range(len(jaxpr.invars))])[0]
+    spans = parse_schedule(tuple(config.schedule), config.stages)
+    check_stages(spans, experiment, num_shards(mesh))
+    stage = spans[-1].stage
+    loop = parse(LoopSettings, config.loop, "config.loop")
+    optimizer = parse(OptimizerSettings, config.optimizer, "config.optimizer")
+    step = StageStep(experiment, stage, optimizer, loop.bounds, mesh)
+    state, settings = step.abstract_state(), step.settings
+    batch = abstract_batch(stage.settings.example(experiment, stage.stream), stage.batch_size, mesh)
+    traced = trace_step(state, batch, mesh, **settings)
+    flops = step_flops(settings["objective"], state, batch, settings["trained"], experiment.lora)
+    rows: Any = batch.tokens.shape if isinstance(batch, Batch) else (stage.batch_size, 1)
+    arguments = {f"parameters of {part}": tree for part, tree in state.params.items()}
+    arguments |= {"optimizer": state.opt_state, "average": state.ema, "reference": state.reference, "batch": batch}
+    more: Fields = {"stage": stage.label, "batch_size": stage.batch_size, "accumulate": stage.accumulate}
+    more["trained"] = sorted({path.split("/")[0] for path in step.trained})
+    return Work(
+        stage="train",
+        traced=traced,
+        mesh=mesh,
+        arguments=arguments,
+        model_flops=flops,
+        rows=rows[0],
+        tokens=rows[0] * rows[1],
+        details={
+            **details(config, experiment),
+            **more,
+            "trained": sorted({path.split("/")[0] for path in step.trained}),
+        },
+    )
 
 
-def _of_jaxpr(jaxpr: Any, active: Sequence[bool]) -> Counted:
-    depends = dict(zip(jaxpr.invars, active, strict=True))
-    total = 0
-    for equation in jaxpr.eqns:
-        given = [not isinstance(atom, Literal) and depends.get(atom, False) for atom in equation.invars]
-        flops, found = _of_equation(equation, given)
-        total += flops
-        for variable, value in zip(equation.outvars, found, strict=True):
-            depends[variable] = value and jax.numpy.issubdtype(variable.aval.dtype, jax.numpy.inexact)
-    return total, [not isinstance(atom, Literal) and depends.get(atom, False) for atom in jaxpr.outvars]
+def abstract_batch(example: Tree, batch_size: int, mesh: Mesh) -> Tree:
+    """Shapes of a batch over the mesh.
 
+    Args:
+      example: shapes of a batch of one.
+      batch_size: of the batch.
+      mesh: whose data axes divide the rows.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
-def _of_equation(equation: JaxprEqn, active: list[bool]) -> Counted:
-    name, count = equation.primitive.name, len(equation.outvars)
-    if name in PRODUCTS:
-        return flops_of(equation) * (1 + sum(active[:2])), [any(active)] * count
-    if name == "stop_gradient":
-        return 0, [False] * count
-    if name == "while":
-        raise ValueError("the length of a while_loop is unknown; count the FLOPs of its body instead")
-    if name == "scan":
-        return _of_scan(equation.params, active)
-    if name == "cond":
-        found = [_of_jaxpr(branch.jaxpr, active[1:]) for branch in equation.params["branches"]]
-        return max(flops for flops, _ in found), [any(out) for out in zip(*(out for _, out in found), strict=True)]
-    inner = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
-    if inner is None:
-        return 0, [any(active)] * count
-    return _of_jaxpr(getattr(inner, "jaxpr", inner), active)
+    def of(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size * leaf.shape[0], *leaf.shape[1:]), leaf.dtype, sharding=sharding)
 
-
-def _of_scan(params: Any, active: list[bool]) -> Counted:
-    """A loop, whose carry may come to depend on a trained parameter in a later iteration."""
-    consts, carries = params["num_consts"], params["num_carry"]
-    active = list(active)
-    while True:
-        flops, out = _of_jaxpr(params["jaxpr"].jaxpr, active)
-        carry = [one or other for one, other in zip(active[consts : consts + carries], out[:carries], strict=True)]
-        if carry == active[consts : consts + carries]:
-            return flops * params["length"], [*carry, *out[carries:]]
-        active[consts : consts + carries] = carry
+    return jax.tree.map(of, example)

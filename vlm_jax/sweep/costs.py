@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from vlm_jax.build import Experiment
 from vlm_jax.config import ConfigError
+from vlm_jax.costs.flops import count_flops
 from vlm_jax.evals.vqa import tokens_by_span, tokens_left
 from vlm_jax.models.vlm import flat_images
-from vlm_jax.planner.flops import count_flops
 from vlm_jax.system import Params
 from vlm_jax.types import Batch, Sample, Tree
 

@@ -57,7 +57,12 @@ AXES = {
     "prefill_seconds": Axis("Time of a prefill, per example", 1e-3, "ms"),
     "decode_seconds": Axis("Time of a new token, per example", 1e-3, "ms"),
     "seconds_per_sample": Axis("Time of an answer", 1e-3, "ms"),
+    "chip_seconds": Axis("Predicted chip time of an example, an estimate", 1e-3, "ms"),
 }
+
+
+# Costs that a result may lack.
+MEASURED = ("prefill_seconds", "decode_seconds", "seconds_per_sample", "chip_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +144,7 @@ def total_costs(result: dict[str, Any]) -> dict[str, Number]:
         "flops": sum(result["flops"].values()),
         "parameters": sum(result["num_params"].values()),
         "step_seconds": result["step_seconds"],
-        **{key: result.get(key) for key in ("prefill_seconds", "decode_seconds", "seconds_per_sample")},
+        **{key: result.get(key) for key in MEASURED},
     }
     return {key: cost for key, cost in costs.items() if cost is not None}
 

@@ -183,6 +183,7 @@ def details(point: FrontierPoint) -> list[str]:
         "prefill_seconds": "prefill of an example",
         "decode_seconds": "new token of an example",
         "seconds_per_sample": "time of an answer",
+        "chip_seconds": "predicted chip time of an example",
     }
     return [
         *(f"{task}: {interval(share)}" for task, share in point.accuracy.items()),

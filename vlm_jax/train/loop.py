@@ -24,8 +24,8 @@ from vlm_jax.config import ConfigError, RunConfig, parse
 from vlm_jax.data.loader import batch_at
 from vlm_jax.evals.evaluator import Evaluator
 from vlm_jax.leaves import split
-from vlm_jax.optim.adamw import OptimizerSettings, adamw
-from vlm_jax.optim.patterns import describe, leaf_rates
+from vlm_jax.optim.adamw import OptimizerSettings
+from vlm_jax.optim.patterns import describe
 from vlm_jax.paths import absolute
 from vlm_jax.sharding.processes import any_process, is_primary, wait_for_all
 from vlm_jax.sharding.rules import distribute, placed, use_mesh
@@ -35,6 +35,7 @@ from vlm_jax.train.evaluation import Evaluations, Tell
 from vlm_jax.train.input import ROWS, Given, rows, stage_batches
 from vlm_jax.train.replay import REPLAY
 from vlm_jax.train.settings import LoopSettings
+from vlm_jax.train.stage_step import StageStep
 from vlm_jax.train.stages import Span, check_stages, parse_schedule, span_at
 from vlm_jax.train.state import Params, TrainState, init_boxed
 from vlm_jax.train.step import compile_step, num_shards, peak_bytes
@@ -138,13 +139,9 @@ class Trainer:
         self._spans = parse_schedule(tuple(config.schedule), config.stages)
         check_stages(self._spans, experiment, num_shards(mesh))
         self._boxed = experiment.boxed_shapes()
-        self._rates = {
-            span.stage.label: leaf_rates(
-                self._boxed, span.stage.learning_rates, span.stage.layer_decay, f"config.stages.{span.stage.label}"
-            )
-            for span in self._spans
-        }
-        learned = {path.split("/")[0] for rates in self._rates.values() for path in rates}
+        given = self._optimizer, self._settings.bounds, mesh
+        self._steps = {span.stage.label: StageStep(experiment, span.stage, *given) for span in self._spans}
+        learned = {path.split("/")[0] for step in self._steps.values() for path in step.rates}
         if experiment.lora.rank and LORA not in learned:
             raise ConfigError(
                 "config.lora: no stage trains the adapters; add 'lora' to the learning_rates of a stage, or set "
@@ -294,24 +291,10 @@ class Trainer:
         """The kind of a batch, by structure and shape, and its program, compiled into `programs` at the first one."""
         kind = jax.tree.structure(batch), tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if kind not in programs:
-            state, trained = self._abstract_state(span), frozenset(self._rates[span.stage.label])
-            parts = {path.removeprefix(f"{LORA}/").split("/")[0] for path in trained}
-            objective = span.stage.settings.build(self.experiment, parts)
-            programs[kind] = compile_step(
-                state,
-                batch,
-                self.mesh,
-                objective=objective,
-                tx=self._tx(span),
-                trained=trained,
-                accumulate=span.stage.accumulate,
-                lora=self.experiment.lora,
-                ema=self._optimizer.ema,
-                bounds=self._settings.bounds,
-            )
-            watch.add_program(
-                kind, functools.partial(step_flops, objective, state, batch, trained, self.experiment.lora)
-            )
+            state, settings = self._abstract_state(span), self._steps[span.stage.label].settings
+            programs[kind] = compile_step(state, batch, self.mesh, **settings)
+            loss, trained = settings["objective"], settings["trained"]
+            watch.add_program(kind, functools.partial(step_flops, loss, state, batch, trained, self.experiment.lora))
             _log.info("stage %s: %d programs compiled", span.stage.label, len(programs))
         return kind, programs[kind]
 
@@ -353,9 +336,10 @@ class Trainer:
         """The state at the start of a stage: the same parameters, a fresh optimizer, the objective's reference."""
         like = dataclasses.replace(self._abstract_state(span), reference=None)
         out = jax.tree.map(lambda leaf: leaf.sharding, like)
-        for line in describe(self._boxed, self._rates[span.stage.label]):
+        own = self._steps[span.stage.label]
+        for line in describe(self._boxed, own.rates):
             _log.info("stage %s: %s", span.stage.label, line)
-        tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
+        tx, trained = own.tx, own.trained
 
         ema = self._optimizer.ema is not None
 
@@ -369,17 +353,7 @@ class Trainer:
         return dataclasses.replace(state, reference=reference)
 
     def _abstract_state(self, span: Span) -> TrainState:
-        tx, trained = self._tx(span), frozenset(self._rates[span.stage.label])
-        ema = self._optimizer.ema is not None
-        reference = span.stage.settings.reference_shapes(split(self._boxed, trained)[0])
-        like = jax.eval_shape(
-            lambda *boxed: init_boxed(boxed[0], tx, trained, boxed[1], ema=ema), self._boxed, reference
-        )
-        return placed(like, self.mesh)
-
-    def _tx(self, span: Span):
-        stage = span.stage
-        return adamw(self._optimizer, self._rates[stage.label], stage.warmup_steps, stage.steps)
+        return self._steps[span.stage.label].abstract_state()
 
     def _probe(self, span: Span) -> Given:
         """A batch to compile for when the stage has no step left."""

@@ -138,7 +138,13 @@ def _accumulated(
     return value, jax.tree.map(lambda leaf: leaf / count, total)
 
 
-def compile_step(
+def compile_step(abstract_state: TrainState, batch: Tree, mesh: Mesh, **settings: Any) -> jax.stages.Compiled:
+    """Compiles `train_step` for the shapes and shardings of a state and a batch; arguments as of `trace_step`."""
+    with use_mesh(mesh):
+        return trace_step(abstract_state, batch, mesh, **settings).lower().compile()
+
+
+def trace_step(
     abstract_state: TrainState,
     batch: Tree,
     mesh: Mesh,
@@ -150,15 +156,22 @@ def compile_step(
     lora: LoraSettings = NO_LORA,
     ema: float | None = None,
     bounds: Bounds = NO_BOUNDS,
-) -> jax.stages.Compiled:
-    """Compiles `train_step` for the shapes and shardings of a state and a batch; donates the state.
+) -> jax.stages.Traced:
+    """Traces `train_step` for the shapes and shardings of a state and a batch; donates the state.
 
     Runs with the same objective and optimizer, such as a sweep's seeds or a run that is resumed, share the program.
+
+    Args:
+      abstract_state: as of `StageStep.abstract_state`.
+      batch: arrays, or shapes with shardings.
+      mesh: devices, which need not be of this machine.
+      objective, tx, trained, accumulate, lora, ema, bounds: as of `train_step`.
     """
     out, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, abstract_state))
+    key = jax.eval_shape(lambda: jax.random.key(0))  # an array would need the devices of the mesh
     with use_mesh(mesh):
         jitted = _jitted(objective, tx, trained, accumulate, lora, ema, bounds, mesh, tuple(out), structure)
-        return jitted.lower(abstract_state, batch, jax.random.key(0)).compile()
+        return jitted.trace(abstract_state, batch, key.update(sharding=NamedSharding(mesh, PartitionSpec())))
 
 
 @functools.lru_cache(maxsize=16)

@@ -14,10 +14,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from vlm_jax.adapter import LoraSettings, adapted
+from vlm_jax.costs.chips import peak_flops
+from vlm_jax.costs.training import training_flops
 from vlm_jax.leaves import joined, split
 from vlm_jax.optim.adamw import OptimizerSettings, schedule
-from vlm_jax.planner.chips import peak_flops
-from vlm_jax.planner.training import training_flops
 from vlm_jax.sharding.processes import sum_over_processes
 from vlm_jax.train.objectives.objective import Loss
 from vlm_jax.train.stages import Span, Stage
@@ -71,14 +71,15 @@ def learning_rates(stage: Stage, settings: OptimizerSettings) -> Callable[[int],
 
 
 def step_flops(objective: Loss, state: TrainState, batch: Tree, trained: frozenset[str], lora: LoraSettings) -> int:
-    """FLOPs of a step as of model FLOPs utilisation, over all devices; see `planner.training`."""
+    """FLOPs of a step as of model FLOPs utilisation, over all devices; see `costs.training`."""
     params, frozen = split(state.params, trained)
 
     def loss(params: Params, frozen: Params, batch: Tree, key: jax.Array, reference: Params | None) -> jax.Array:
         reference = None if reference is None else adapted(reference, lora)
         return objective(adapted(joined(frozen, params), lora), batch, key, 1.0, reference)[0]
 
-    return training_flops(loss, params, frozen, batch, jax.random.key(0), state.reference)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return training_flops(loss, params, frozen, batch, key, state.reference)
 
 
 class Compilations:

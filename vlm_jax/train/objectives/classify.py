@@ -60,6 +60,12 @@ class Classify(Objective):
         assert isinstance(experiment, ImageTextExperiment)
         return functools.partial(_labelled, experiment)
 
+    def example(self, experiment: AnyExperiment, stream: str) -> Tree:
+        """An image with its class."""
+        del stream
+        (images,) = experiment.system.inputs
+        return ImageTextBatch(images, labels=cast(Any, jax.ShapeDtypeStruct((1,), jnp.int32)))
+
 
 def _labelled(experiment: ImageTextExperiment, sample: Sample) -> ImageTextBatch:
     return experiment.labelled([sample])

@@ -102,6 +102,13 @@ class Contrastive(Objective):
         assert isinstance(processor, ImageTextProcessor)
         return functools.partial(_for_both, experiment, processor)
 
+    def example(self, experiment: AnyExperiment, stream: str) -> Tree:
+        """An image with its caption; raises a ConfigError with a teacher, whose images have other sizes."""
+        if self.teacher is not None:
+            return super().example(experiment, stream)
+        assert isinstance(experiment, ImageTextExperiment)
+        return ImageTextBatch(*experiment.system.inputs)
+
     def reference_shapes(self, trained: Params) -> Params | None:
         """The teacher's parameters."""
         return None if self.teacher is None else open_teacher(self.teacher).boxed_shapes()

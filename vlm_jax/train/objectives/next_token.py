@@ -65,6 +65,11 @@ class NextToken(Objective):
         shape = experiment.text_row if stream == "text_pages" else experiment.row
         return functools.partial(experiment.training_row, shape=shape)
 
+    def example(self, experiment: AnyExperiment, stream: str) -> Tree:
+        """A row."""
+        experiment = of_conversations(experiment, "config.stages", "next_token")
+        return experiment.system.example(experiment.text_row if stream == "text_pages" else experiment.row)
+
 
 @functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
 def _next_token(model: nn.Module, z_loss: float, logits_bytes: int | None) -> Loss:

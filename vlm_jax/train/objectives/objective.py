@@ -59,6 +59,15 @@ class Objective(abc.ABC):
     def element(self, experiment: AnyExperiment, stream: str) -> Callable[[Any], Tree]:
         """The function that makes a batch of one of an element of the stream; it can be pickled."""
 
+    def example(self, experiment: AnyExperiment, stream: str) -> Tree:
+        """Shapes of a batch of one, as of `element`, without data: for plans.
+
+        Raises:
+          ConfigError: the objective has none.
+        """
+        del experiment, stream
+        raise ConfigError(f"objective: {type(self).__name__} cannot be planned without its data; plan another stage")
+
     def reference_shapes(self, trained: Params) -> Params | None:
         """Shapes of `reference`, in the boxes that name their axes.
 

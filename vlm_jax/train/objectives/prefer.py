@@ -63,6 +63,12 @@ class Prefer(Objective):
         del stream
         return of_conversations(experiment, "config.stages", "prefer").preference_rows
 
+    def example(self, experiment: AnyExperiment, stream: str) -> Tree:
+        """Two rows."""
+        del stream
+        own = of_conversations(experiment, "config.stages", "prefer")
+        return jax.tree.map(lambda leaf: leaf.update(shape=(2, *leaf.shape[1:])), own.system.example(own.row))
+
     def reference_shapes(self, trained: Params) -> Params | None:
         """Those of the trained parameters."""
         return trained

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from jax.experimental import pallas as pl
+from jax.experimental.pallas.ops.tpu import splash_attention
 
+from vlm_jax.costs.flops import count_flops
+from vlm_jax.costs.training import training_flops
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.block import TransformerStack
-from vlm_jax.planner.flops import count_flops
 
 M, K, N = 3, 5, 7
 
@@ -104,6 +107,40 @@ def test_branches_count_the_dearest():
         return jax.lax.cond(flag, lambda: x @ w @ w.T, lambda: x)
 
     assert count_flops(run, jax.ShapeDtypeStruct((), bool), X, W) == 2 * 2 * M * K * N
+
+
+def test_a_shard_map_counts_every_device():
+    mesh = jax.make_mesh((8,), ("x",), (jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+
+    def run(x, w):
+        return jax.shard_map(
+            lambda x, w: x @ w, mesh=mesh, in_specs=(spec, jax.sharding.PartitionSpec()), out_specs=spec
+        )(x, w)
+
+    x = shape(8 * M, K)
+    assert count_flops(run, x, W) == 8 * 2 * M * K * N
+    assert training_flops(lambda w, x: run(x, w).sum(), W, x) == 2 * 8 * 2 * M * K * N
+
+
+def test_a_kernel_of_splash_attention_counts_its_products():
+    """As the two einsums it stands for: forward once; backward QK' and dO V' again in each of two kernels."""
+    heads = splash_attention.MultiHeadMask([splash_attention.CausalMask((256, 256))] * 4)
+    kernel = splash_attention.make_splash_mha_single_device(heads)
+    x = jax.ShapeDtypeStruct((2, 4, 256, 128), jnp.bfloat16)
+    product = 2 * 2 * 4 * 256 * 256 * 128
+    assert count_flops(jax.vmap(kernel), x, x, x) == 2 * product
+    gradient = jax.grad(lambda *qkv: jax.vmap(kernel)(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    outer = 2 * 2 * 4 * 256 * 128  # each row of the output times its gradient, outside of the kernels
+    assert count_flops(gradient, x, x, x) == (2 + 3 + 4) * product + outer
+
+
+def test_a_kernel_of_unknown_cost_is_refused():
+    def run(x):
+        return pl.pallas_call(lambda x, y: None, jax.ShapeDtypeStruct((8, 128), jnp.float32), name="mystery")(x)
+
+    with pytest.raises(ValueError, match="mystery"):
+        count_flops(run, shape(8, 128))
 
 
 def test_a_while_loop_is_refused():

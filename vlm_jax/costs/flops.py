@@ -8,11 +8,13 @@ import jax
 from jax.extend.core import JaxprEqn
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from vlm_jax.costs.kernels import kernel_flops
 from vlm_jax.layers.attention import written_out
 from vlm_jax.types import Params, Tree
 
+KERNEL = "pallas_call"
 # Primitives that are counted.
-PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated")
+PRODUCTS = ("dot_general", "ragged_dot_general", "conv_general_dilated", KERNEL)
 
 
 def count_flops(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> int:
@@ -51,11 +53,31 @@ def products(function: Callable[..., Tree], *args: Tree, **kwargs: Tree) -> list
     """
     with written_out():
         jaxpr = jax.make_jaxpr(function)(*args, **kwargs).jaxpr
+    return products_of(jaxpr)
+
+
+def products_of(jaxpr: Any) -> list[tuple[JaxprEqn, int]]:
+    """`products` of a jaxpr, as it was traced: kernels of attention count as `costs.kernels` says.
+
+    Raises:
+      ValueError: it contains a `while_loop`, or a kernel of unknown cost.
+    """
     return _of_jaxpr(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+
+
+def num_shards(equation: JaxprEqn) -> int:
+    """Devices that run the inside of a `shard_map`, which has the shapes of one; 1 for other equations."""
+    if equation.primitive.name != "shard_map":
+        return 1
+    mesh = equation.params["mesh"]
+    manual = equation.params.get("newly_manual_axes", equation.params.get("manual_axes", ()))
+    return math.prod(mesh.shape[axis] for axis in manual)
 
 
 def flops_of(equation: Any) -> int:
     """FLOPs of one run of an equation of `PRODUCTS`."""
+    if equation.primitive.name == KERNEL:
+        return kernel_flops(equation)
     out, params = equation.outvars[0].aval.shape, equation.params
     if equation.primitive.name == "dot_general":
         (contracting, _), _ = params["dimension_numbers"]
@@ -84,7 +106,7 @@ def _of_equation(equation: JaxprEqn) -> list[tuple[JaxprEqn, int]]:
     if name == "cond":
         branches = [_of_jaxpr(branch.jaxpr) for branch in params["branches"]]
         return max(branches, key=lambda found: sum(flops_of(inner) * times for inner, times in found))
-    length = params["length"] if name == "scan" else 1
+    length = params["length"] if name == "scan" else num_shards(equation)
     inner = [found for value in _jaxprs(params) for found in _of_jaxpr(getattr(value, "jaxpr", value))]
     return [(found, times * length) for found, times in inner]
 

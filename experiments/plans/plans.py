@@ -1,0 +1,95 @@
+"""Plans of released systems on two slices each, training and decoding, as a table.
+
+    python experiments/plans/plans.py [--only=Qwen2.5-VL-3B] [--quick]
+
+Finished plans are kept, so that a second run resumes. A plan that cannot be made has its reason in the table.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+
+from vlm_jax.cli.plan_output import working  # noqa: E402
+from vlm_jax.config import ConfigError  # noqa: E402
+from vlm_jax.planner.kept import FOLDER  # noqa: E402
+from vlm_jax.planner.plan import Plan  # noqa: E402
+from vlm_jax.planner.request import Request, make_plan  # noqa: E402
+from vlm_jax.planner.topology import PlanError, open_topology  # noqa: E402
+from vlm_jax.train import finetuning  # noqa: E402
+
+GIB = 2**30
+LENGTH, ROWS = 4096, 2  # of a row, and rows of a device in training
+# Release, token budget, connector, slices.
+SYSTEMS = (
+    ("Qwen/Qwen2.5-VL-3B-Instruct", None, None, ("v5e:4x4", "v6e:4x4")),
+    ("Qwen/Qwen2.5-VL-7B-Instruct", None, None, ("v5e:8x8", "v5p:4x4x4")),
+    ("Qwen/Qwen2.5-VL-72B-Instruct", None, None, ("v5p:4x4x4", "v5p:4x4x8")),
+    ("deepseek-ai/deepseek-vl2-tiny", None, None, ("v5e:4x4", "v6e:4x4")),
+    ("deepseek-ai/deepseek-vl2-small", None, None, ("v5e:8x8", "v5p:4x4x4")),
+    ("deepseek-ai/deepseek-vl2", None, None, ("v5e:8x8", "v5p:4x4x4")),
+    ("OpenGVLab/InternVL3-8B", None, None, ("v5e:8x8", "v5p:4x4x4")),
+    ("AIDC-AI/Ovis2.5-9B", None, None, ("v5e:8x8", "v5p:4x4x4")),
+    ("llava-hf/llava-1.5-7b-hf", None, None, ("v5e:8x8", "v5p:4x4x4")),
+    ("llava-hf/llava-1.5-7b-hf", 144, "pool", ("v5e:8x8", "v5p:4x4x4")),
+    ("llava-hf/llava-1.5-7b-hf", 64, "pool", ("v5e:8x8", "v5p:4x4x4")),
+)
+HEADER = ("system", "tokens", "slice", "stage", "peak GiB", "fits", "ms a step", "MFU", "exposed", "tokens a second")
+
+
+def requests(only: str, quick: bool):
+    for name, budget, connector, slices in SYSTEMS:
+        if only not in name:
+            continue
+        for topology in slices:
+            for stage in ("train", "decode"):
+                config = finetuning.get_config()
+                rows = ROWS * len(open_topology(topology).devices)
+                request = Request(config, topology, stage, batch_size=rows, quick=quick)
+                request = request.changed(release=name, token_budget=budget, row__length=LENGTH)
+                request = request.changed(stages__instruction__batch_size=rows)
+                yield request if connector is None else request.changed(connector__kind=connector)
+
+
+def cells(request: Request, plan: Plan | None, refused: str) -> list[str]:
+    config = request.config
+    name = [config.release.split("/")[1], str(config.token_budget or "as released"), request.topology, request.stage]
+    if plan is None:
+        return [*name, "", refused.splitlines()[0], "", "", "", ""]
+    own = plan.step_time
+    found = [f"{plan.memory.peak / GIB:.1f}", "yes" if plan.memory.fits else f"{-plan.memory.spare / GIB:.1f} GiB over"]
+    if own is None:
+        return [*name, *found, plan.refused, "", "", ""]
+    speed = f"{plan.tokens / own.seconds:,.0f}"
+    numbers = f"{1e3 * own.low:.4g} to {1e3 * own.high:.4g}", f"{own.mfu:.0%}", f"{own.exposed / own.seconds:.0%}"
+    return [*name, *found, *numbers, speed]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--workdir", default="workdir/plans")
+    given = parser.parse_args()
+    folder = pathlib.Path(given.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, plans = [], []
+    for request in requests(given.only, given.quick):
+        plan, refused = None, ""
+        try:
+            plan = make_plan(request, FOLDER, working)[0]
+            plans.append(plan.to_json())
+        except (ConfigError, PlanError) as error:
+            refused = str(error)
+        rows.append(cells(request, plan, refused))
+        lines = [HEADER, ["---"] * len(HEADER), *rows]
+        (folder / "table.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        (folder / "plans.json").write_text(json.dumps(plans))
+    print((folder / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

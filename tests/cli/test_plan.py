@@ -1,0 +1,120 @@
+"""What `cli.plan` asks for by its flags, and what it prints of a plan."""
+
+import io
+
+import pytest
+import rich.console
+
+from vlm_jax.cli import command, plan
+from vlm_jax.cli.plan_output import plan_tables, search_table, sweep_table
+from vlm_jax.config import ConfigError
+from vlm_jax.planner.memory import Memory, Share
+from vlm_jax.planner.plan import Moved, Plan
+from vlm_jax.planner.predict import Estimate
+from vlm_jax.planner.search import Candidate, candidates
+from vlm_jax.sweep.planned import PlannedPoint
+from vlm_jax.train import finetuning
+
+GIB = 2**30
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """Sets flags by name, as a command line without others."""
+    config = finetuning.get_config()
+    monkeypatch.setattr(command, "CONFIG", type("Flag", (), {"value": config}))
+    monkeypatch.setattr(command, "config_path", lambda: finetuning.__file__)
+
+    def given(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(plan, name.upper(), type("Flag", (), {"value": value}))
+
+    given(topology=["v5p:4x4x4"])
+    return given
+
+
+def test_flags_set_keys_of_the_config(flags):
+    flags(release="Qwen/Qwen2.5-VL-7B-Instruct", token_budget=256, length=4096, batch_size=256)
+    request = plan.requested()
+    assert request.config.release == "Qwen/Qwen2.5-VL-7B-Instruct" and request.config.token_budget == 256
+    assert request.config.row.length == 4096 and request.config.stages.instruction.batch_size == 256
+    flags(stage="decode")
+    request = plan.requested()
+    assert request.stage == "decode" and request.batch_size == 256
+    assert request.config.stages.instruction.batch_size is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"topology": []}, "--topology: expected one slice"),
+        ({"topology": ["v5e:2x2", "v5e:4x4"]}, "several with --sweep"),
+        ({"sweep": True, "search": True}, "at most one"),
+        ({"search": True, "stage": "decode"}, "--search: is for training"),
+        ({"largest": True}, "--largest_batch: is for generation"),
+        ({}, "--release: expected an included config or a folder"),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(flags, given, said):
+    flags(**given)
+    with pytest.raises(ConfigError, match=said):
+        plan.requested()
+
+
+def plan_of(peak: int, available: int, seconds: float | None) -> Plan:
+    time = None if seconds is None else Estimate(seconds, 0.8 * seconds, 1.25 * seconds, *[seconds] * 5, 0.5, 0.0)
+    return Plan(
+        stage="train",
+        rows=8,
+        tokens=1000,
+        details={},
+        topology="v5e:2x2",
+        chip="v5e",
+        num_devices=4,
+        mesh={"fsdp": 4},
+        memory=Memory(GIB, 0, peak - GIB, 0, peak, available, peak <= available),
+        parameters=(Share("parameters of decoder", 3_000_000, GIB),),
+        temporaries=(Share("decoder/mlp/up", 10, GIB // 2, "bf16[2, 5]"),),
+        flops=2e12,
+        model_flops=1e12,
+        traffic=1.0,
+        moved=(Moved("all-gather", ("fsdp",), 6, float(2**20), 0.25),),
+        step_time=time,
+        refused="" if time else "compiled for its memory alone",
+        compile_seconds=12.0,
+        assumptions=("an estimate",),
+        versions={"libtpu": "1"},
+    )
+
+
+def printed(*tables) -> str:
+    console = rich.console.Console(file=io.StringIO(), width=160)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()
+
+
+def test_a_plan_is_printed_with_its_verdict():
+    text = printed(*plan_tables(plan_of(12 * GIB, 16 * GIB, 0.5)))
+    assert "fits with 4.00 GiB to spare" in text and "3,000,000 elements" in text and "bf16[2, 5]" in text
+    assert "500 ms (400 to 625)" in text and "2,000" in text and "50.0%" in text
+    text = printed(*plan_tables(plan_of(20 * GIB, 16 * GIB, None)))
+    assert "does not fit: 4.00 GiB too much" in text and "not predicted: compiled for its memory alone" in text
+
+
+def test_a_search_and_a_sweep_are_tables():
+    found = [
+        Candidate({"fsdp": 4, "tensor": 1}, "dots", plan_of(12 * GIB, 16 * GIB, 0.5)),
+        Candidate({"fsdp": 2, "tensor": 2}, "none", None, "config.mesh: impossible"),
+    ]
+    text = printed(search_table(found))
+    assert "fsdp=4 tensor=1" in text and "12.00" in text and "config.mesh: impossible" in text
+    points = [PlannedPoint("pool", 16, "v5e:2x2", found[0].plan), PlannedPoint("pool", 3, "v5e:2x2", None, "no grid")]
+    text = printed(sweep_table(points))
+    assert "2,000" in text and "no grid" in text
+
+
+def test_candidates_of_a_search_use_every_device():
+    found = list(candidates(12))
+    assert {mesh["tensor"] for mesh, _ in found} == {1, 2, 4}
+    assert all(mesh["fsdp"] * mesh["tensor"] == 12 for mesh, _ in found) and len(found) == 9

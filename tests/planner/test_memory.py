@@ -1,0 +1,54 @@
+"""What the compiler says of a program that does not fit, and bytes of arguments against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vlm_jax.planner.memory import groups, of_refusal
+
+G = 2**30
+
+
+@pytest.mark.parametrize(
+    ("message", "peak", "available"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (38.00G) "
+            "exceeds available HBM (15.75G).",
+            40.0,
+            15.75,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.25G of 15.75G hbm. Exceeded hbm "
+            "capacity by 1.50G.\n\nTotal hbm usage >= 17.76G:",
+            17.25,
+            15.75,
+        ),
+    ],
+)
+def test_a_refused_program_needs_what_the_compiler_says(message, peak, available):
+    found = of_refusal(message, 2 * G)
+    assert not found.fits and found.peak == peak * G and found.available == available * G
+    assert found.spare == (available - peak) * G and found.arguments + found.temporaries == found.peak
+
+
+def test_another_failure_is_no_refusal():
+    assert of_refusal("INTERNAL: RET_CHECK failure", 0) is None
+
+
+def test_groups_have_the_bytes_of_their_shards():
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
+
+    def leaf(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    found = groups(
+        {
+            "batch": {"tokens": leaf((8, 16), jnp.int32, ("data", "fsdp")), "key": key},
+            "parameters": [leaf((64, 32), jnp.bfloat16, None, "fsdp"), leaf((64,), jnp.float32)],
+            "average": None,
+        }
+    )
+    assert [(one.name, one.bytes) for one in found] == [("parameters", 64 * 8 * 2 + 64 * 4), ("batch", 16 * 4)]

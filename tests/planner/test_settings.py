@@ -1,0 +1,60 @@
+"""Configs of included releases, completed without data, and the systems that they describe."""
+
+import jax.numpy as jnp
+import pytest
+
+from vlm_jax.config import ConfigError
+from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.planner.settings import planned
+from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.known_system import known_system
+from vlm_jax.train import finetuning
+
+
+def of_release(name, **values):
+    config = finetuning.get_config()
+    config.release = name
+    for path, value in values.items():
+        config.update_from_flattened_dict({path.replace("__", "."): value})
+    return config
+
+
+def test_a_release_at_native_resolution_has_places_for_its_pictures():
+    """A quarter of a row is pictures; a token is 2 x 2 patches, in windows of 64 places."""
+    config, experiment = planned(of_release("Qwen/Qwen2.5-VL-3B-Instruct", row__length=4096), 16)
+    assert experiment.row.length == 4096 and experiment.row.images == 4 * 1024
+    batch = experiment.system.example(experiment.row)
+    assert batch.positions.shape == (1, 4096, 3) and batch.images.patches.shape == (1, 4096, 1176)
+    assert config.stages.instruction.batch_size == 16 and config.dtype == "bfloat16"
+    assert config.encoder.remat == config.decoder.remat == "full"
+    # Bai et al. 2025, table 1: 3B, of which the language model's tied table is 0.3B and the tower 0.67B.
+    assert sum(experiment.num_params().values()) == pytest.approx(3.75e9, rel=0.01)
+
+
+def test_a_budget_bounds_the_places():
+    _, experiment = planned(of_release("Qwen/Qwen2.5-VL-3B-Instruct", token_budget=256), 4)
+    assert experiment.row.images == 4 * 256
+
+
+@pytest.mark.parametrize("budget", [144, 64])
+def test_another_connector_meets_a_budget_on_squares(budget):
+    given = {"token_budget": budget, "connector__kind": "pool"}
+    _, experiment = planned(of_release("llava-hf/llava-1.5-7b-hf", **given), 4, pictures=2)
+    views, model = experiment.system.processor.views, experiment.system.model
+    assert views.num_tokens == budget == model.connector.num_tokens(model.encoder.grid(336, 336))
+    assert experiment.row.images == 2
+
+
+def test_two_towers_have_their_own_inputs():
+    system = known_system("google/siglip-so400m-patch14-384", dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    images, texts = system.inputs
+    assert isinstance(system.model, TwoTower) and images.shape == (1, 384, 384, 3) and texts.shape == (1, 64)
+
+
+def test_what_cannot_be_planned_is_named():
+    with pytest.raises(ConfigError, match=r"did you mean 'Qwen/Qwen2\.5-VL-7B-Instruct'"):
+        planned(of_release("Qwen/Qwen2.5-VL-7B-Instrct"), 4)
+    with pytest.raises(PretrainedError, match="pass the folder"):
+        known_system("deepseek-ai/deepseek-vl-7b-base", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    with pytest.raises(PretrainedError, match="name a whole system"):
+        known_system("facebook/sam-vit-base", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)

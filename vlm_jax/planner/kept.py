@@ -1,0 +1,77 @@
+"""Finished plans, kept by a hash of what they depend on."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import vlm_jax
+from vlm_jax.paths import absolute
+from vlm_jax.planner.memory import Memory, Share
+from vlm_jax.planner.plan import Moved, Plan
+from vlm_jax.planner.predict import Estimate
+from vlm_jax.planner.topology import libtpu_version
+from vlm_jax.types import Fields
+
+FOLDER = "~/.cache/vlm_jax/plans"
+
+
+def kept_plan(asked: Fields, make: Callable[[], Plan], folder: str | None) -> tuple[Plan, bool]:
+    """A plan that was made before, or a new one, which is kept.
+
+    Args:
+      asked: everything that was asked for, as JSON types.
+      make: makes it.
+      folder: of finished plans; None keeps none.
+
+    Returns:
+      The plan, and whether it was made before.
+    """
+    if folder is None:
+        return make(), False
+    path = pathlib.Path(absolute(folder)) / f"{plan_hash(asked)}.json"
+    if path.exists():
+        return plan_of(json.loads(path.read_text(encoding="utf-8"))), True
+    plan = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+        json.dump(plan.to_json(), file)
+    os.replace(file.name, path)
+    return plan, False
+
+
+def plan_hash(asked: Fields) -> str:
+    """A hash of what was asked, of this package's files and of the compilers' versions."""
+    names = ("jax", "jaxlib", "flax", "optax")
+    versions = {name: importlib.metadata.version(name) for name in names} | {"libtpu": libtpu_version()}
+    text = json.dumps({"asked": asked, "versions": versions, "package": _package_hash()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _package_hash() -> str:
+    """A hash of all source files, any of which may change the program."""
+    root = pathlib.Path(str(vlm_jax.__file__)).parent
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(str(path.relative_to(root)).encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def plan_of(fields: Fields) -> Plan:
+    """The plan of `Plan.to_json`."""
+    given: Any = dict(fields)
+    given["memory"] = Memory(**given["memory"])
+    for key in ("parameters", "temporaries"):
+        given[key] = tuple(Share(**one) for one in given[key])
+    if given["moved"] is not None:
+        given["moved"] = tuple(Moved(**{**one, "axes": tuple(one["axes"])}) for one in given["moved"])
+    if given["step_time"] is not None:
+        given["step_time"] = Estimate(**given["step_time"])
+    given["assumptions"] = tuple(given["assumptions"])
+    return Plan(**{field.name: given[field.name] for field in dataclasses.fields(Plan)})

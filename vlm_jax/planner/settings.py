@@ -1,0 +1,135 @@
+"""The config of a plan: a run's config, with keys that are None chosen without data."""
+
+import math
+import pathlib
+import typing
+from typing import Any
+
+import jax.numpy as jnp
+
+from vlm_jax.build import AnyExperiment, Experiment, build, of_system
+from vlm_jax.build.sections import check_model
+from vlm_jax.config import ConfigError, RunConfig, did_you_mean
+from vlm_jax.models.vlm import VLM
+from vlm_jax.paths import absolute
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.known import known_configs
+from vlm_jax.pretrained.known_system import known_system
+from vlm_jax.pretrained.loader import DTYPES, open_system
+from vlm_jax.processors.native import NativeViews
+from vlm_jax.sharding.mesh import MeshSettings
+from vlm_jax.system import System
+from vlm_jax.train.first_run import Choice
+from vlm_jax.types import Fields
+
+LENGTH = 2048  # positions of a row, where none is given
+VISUAL_SHARE = 4  # at most one of so many positions is a visual token, where no budget is given
+PROVISIONAL = 1 << 16
+STEPS, WARMUP = 1000, 30  # of a stage; no shape depends on them
+
+
+def planned(config: RunConfig, num_devices: int, *, pictures: int = 1) -> tuple[RunConfig, AnyExperiment]:
+    """A config with all keys, and its experiment; no data and no weight is read.
+
+    Args:
+      config: of a run, or of `train.finetuning.get_config`; a release is one of `known_configs`, a folder, or a name
+        on the hub.
+      num_devices: of the slice.
+      pictures: of a row, where `config.row.images` is None.
+
+    Raises:
+      ConfigError, InfeasibleBudget: as `build`.
+    """
+    choose = Choice(config)
+    own = choose.config
+    if own.release is None:
+        return own, build(own)
+    with own.unlocked():
+        _choose(choose, num_devices)
+        system = _system(own)
+        if isinstance(system.model, VLM):
+            for part, module in (("encoder", system.model.encoder), ("decoder", system.model.decoder)):
+                if "remat" in typing.get_type_hints(type(module)):
+                    choose(f"{part}.remat", "full")
+        if "images" in own.row and own.row.images is None:
+            own.row.images = PROVISIONAL
+            own.row.images = _images(of_system(own, system), own, pictures)
+    return own, of_system(own, system)
+
+
+def _choose(choose: Choice, num_devices: int) -> None:
+    own = choose.config
+    choose("param_dtype", choose("dtype", "bfloat16"))
+    if "held_out" in own.data:
+        if own.data.evaluation_path is None and not own.data.held_out:
+            own.data.evaluation_path = "evaluation.json"
+        choose("data.held_out", 0)
+    if "length" in own.row:
+        choose("row.length", LENGTH)
+        if own.reducer.get("kind") not in (None, "none"):
+            choose("row.pictures", 1)
+    choose("evaluation.batch_size", 8)
+    mesh = MeshSettings(**own.mesh.to_dict())
+    rest = math.prod(size for size in (mesh.tensor, mesh.context, mesh.expert) if size != -1)
+    for label in own.schedule:
+        accumulate = choose(f"stages.{label}.accumulate", 1)
+        choose(f"stages.{label}.batch_size", max(1, num_devices // rest) * accumulate)
+        choose(f"stages.{label}.steps", STEPS)
+        choose(f"stages.{label}.warmup_steps", min(WARMUP, own.stages[label].steps - 1))
+        for part in own.stages[label].learning_rates:
+            if part != "lora" or own.lora.rank:
+                choose(f"stages.{label}.learning_rates.{part}", 1e-5)
+        if not own.lora.rank and "lora" in own.stages[label].learning_rates:
+            del own.stages[label].learning_rates["lora"]
+
+
+def _system(config: RunConfig) -> System:
+    """The system of an included config, or of a folder."""
+    if _is_elsewhere(config.release):
+        return open_system(config.release, FAMILIES, dtype=config.dtype, param_dtype=config.param_dtype)
+    check_model(config, unset=True)
+    return known_system(config.release, dtype=DTYPES[config.dtype], param_dtype=DTYPES[config.param_dtype])
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Whether a release is a folder, and not one of the included configs.
+
+    Raises:
+      ConfigError: it is neither, since a plan downloads no weights.
+    """
+    if name in known_configs():
+        return False
+    if pathlib.Path(absolute(name)).exists():
+        return True
+    raise ConfigError(
+        f"--release: expected a folder, or an included config, got '{name}'{did_you_mean(name, known_configs())}"
+    )
+
+
+def _images(experiment: AnyExperiment, config: RunConfig, pictures: int) -> int:
+    """Tiles, or places of patches, for so many pictures of a row."""
+    assert isinstance(experiment, Experiment)
+    views = experiment.system.processor.views
+    if not isinstance(views, NativeViews):
+        return pictures
+    unit = views.format.block_size
+    room = max(1, config.row.length // VISUAL_SHARE // pictures)
+    blocks = views.max_pixels // unit**2
+    if config.token_budget is None:
+        blocks = min(blocks, room // views.block_tokens)
+    side = max(1, math.isqrt(blocks))
+    return pictures * views.loads([(side * unit, max(1, blocks // side) * unit)])[0]
+
+
+def details(config: RunConfig, experiment: AnyExperiment) -> Fields:
+    """What describes a plan for readers."""
+    found: dict[str, Any] = {"release": config.release, "token_budget": config.token_budget}
+    found |= {"reducer": config.reducer.get("kind"), "connector": config.connector.get("kind")}
+    if isinstance(experiment, Experiment):
+        found |= {"length": experiment.row.length, "images": experiment.row.images}
+    model = experiment.system.model
+    if isinstance(model, VLM):
+        found["remat"] = {part: config[part].get("remat") for part in ("encoder", "decoder")}
+    found["dtype"] = str(jnp.dtype(DTYPES[config.dtype]))
+    found["num_params"] = sum(experiment.num_params().values())
+    return found

@@ -1,0 +1,103 @@
+"""Systems of included released configs, for planning: the model, and a processor of the same shapes without its files.
+
+A row has the shapes of the released processor's; its texts are not those of the release, whose tokenizer and template
+are not included.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vlm_jax.decoders.text_tower import TextTower
+from vlm_jax.encoders.encoder import PackedEncoder
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.classifier import Classifier
+from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.models.vlm import VLM
+from vlm_jax.pretrained.family import PretrainedError, text_section
+from vlm_jax.pretrained.known import describe_known, known_config
+from vlm_jax.processors.digits_vocabulary import digits_tokenizer
+from vlm_jax.processors.image_text import ImageTextProcessor, SquareInputs, TextInputs
+from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.plain_prompt import PlainPrompt
+from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.smart_resize import qwen_size
+from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.tiling import Size
+from vlm_jax.processors.views import Views
+from vlm_jax.system import System
+from vlm_jax.types import Config, Dtype, Tree
+
+# Of a packed image where no token budget bounds it; the most that the processors of Qwen2.5-VL and Ovis 2.5 allow.
+MOST_PIXELS = 16384 * 28 * 28
+PIXELS = Pixels((0.5,) * 3, (0.5,) * 3)
+
+
+def known_system(name: str, *, dtype: Dtype, param_dtype: Dtype) -> System:
+    """The system of one of `known.known_configs`, without a checkpoint.
+
+    Args:
+      name: `organisation/name`.
+      dtype: of the products.
+      param_dtype: of the stored parameters.
+
+    Raises:
+      PretrainedError: no such config, or a model whose images this cannot describe without the folder.
+    """
+    described, config = describe_known(name, dtype=dtype, param_dtype=param_dtype), known_config(name)
+    model = described.module
+    no_ends = functools.partial(_same, ())
+    if isinstance(model, VLM):
+        processor = _conversations(name, model, config)
+        return System(model, described.inputs, functools.partial(_same, processor), no_ends)
+    if not isinstance(model, TwoTower | Classifier):
+        raise PretrainedError(f"{name}: a {type(model).__name__} by itself is not trained; name a whole system")
+    tower: Any = model.image if isinstance(model, TwoTower) else model.encoder
+    views = SquareViews(PIXELS, _size(name, tower))
+    inputs: tuple[Tree, ...] = (jax.ShapeDtypeStruct((1, *views.size, 3), jnp.float32),)
+    texts = None
+    if isinstance(model, TwoTower):
+        assert isinstance(model.text, TextTower)
+        length = model.text.context_length
+        texts = TextInputs(digits_tokenizer(), length, 0)
+        inputs = (*inputs, jax.ShapeDtypeStruct((1, length), jnp.int32))
+    pairs = ImageTextProcessor(SquareInputs(views), texts)
+    return System(model, inputs, functools.partial(_same, pairs), no_ends)
+
+
+def _conversations(name: str, model: VLM, config: Config) -> Processor:
+    tokenizer = digits_tokenizer()
+    sections = text_section(config).get("rope_scaling") or config.get("rope_scaling") or {}
+    rotary_3d = "mrope_section" in sections
+    views = _views(name, model, rotary_3d)
+    learned = model.num_learned_rows
+    return Processor(PlainPrompt(tokenizer), views, tokenizer, 0, num_learned=learned, rotary_3d=rotary_3d)
+
+
+def _views(name: str, model: VLM, rotary_3d: bool) -> Views:
+    encoder, connector = model.encoder, model.connector
+    if encoder is None or connector is None:
+        raise PretrainedError(f"{name}: has no encoder to plan with")
+    if isinstance(encoder, PackedEncoder):
+        form = encoder.patch_format
+        tokens = connector.num_tokens(encoder.grid(form.block_size, form.block_size))
+        least = form.block_size**2
+        return NativeViews(PIXELS, form, qwen_size, least, MOST_PIXELS, tokens, rotary_3d=rotary_3d)
+    size = _size(name, encoder)
+    return SquareViews(PIXELS, size, connector.num_tokens(encoder.grid(*size)))
+
+
+def _size(name: str, tower: nn.Module | Any) -> Size:
+    if not isinstance(tower, ViT) or tower.image_size is None:
+        raise PretrainedError(
+            f"{name}: the size of images for {type(tower).__name__} is in files that are not included; pass the folder"
+        )
+    return tower.image_size
+
+
+def _same(value: Any) -> Any:
+    return value
