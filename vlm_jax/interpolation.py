@@ -39,39 +39,67 @@ def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Floa
         raise ValueError(f"cannot resize {size_in} samples to {size_out}: both must be at least 1")
     if size_in == size_out:
         return np.eye(size_in, dtype=np.float32)
-    return _WEIGHTS[kind](size_in, size_out).astype(np.float32)
+    return _WEIGHTS[kind](size_in, size_out, np.arange(size_out), np.arange(size_in)).astype(np.float32)
 
 
-@functools.lru_cache(maxsize=64)  # shared by all frames of a video, and by videos of one size
-def fixed_point_weights(
-    size_in: int, size_out: int, kind: AntialiasKind, bits: int | None = None, window: tuple[int, int] | None = None
-) -> tuple[scipy.sparse.csr_array, int]:
-    """The same in integers, as in torch and Pillow for antialiased 8-bit pixels.
+def interpolation_window(
+    size_in: int, size_out: int, kind: ResizeKind, outputs: tuple[int, int]
+) -> tuple[Float[np.ndarray, "window reached"], tuple[int, int]]:
+    """The rows [start, stop) of `interpolation_weights`, and the samples [start, stop) that they can read."""
+    start, stop = outputs
+    step = size_in / size_out
+    margin = 3 * max(step, 1.0) + 2  # more than the radius of any kernel
+    first, last = max(0, math.floor(start * step - margin)), min(size_in, math.ceil(stop * step + margin))
+    if size_in == size_out:
+        return np.eye(stop - start, dtype=np.float32), outputs
+    found = _WEIGHTS[kind](size_in, size_out, np.arange(start, stop), np.arange(first, last))
+    return found.astype(np.float32), (first, last)
+
+
+@functools.lru_cache(maxsize=16)  # shared by all frames of a video, and by videos of one size
+def fixed_point_weights(size_in: int, size_out: int, kind: AntialiasKind) -> tuple[scipy.sparse.csr_array, int]:
+    """The same in integers, as in torch for antialiased 8-bit pixels.
 
     Args:
       size_in: number of samples.
       size_out: number of samples after resizing.
       kind: one with antialiasing.
-      bits: the power of 2 that the weights are multiplied by; 22 in Pillow; None for the largest whose weights have 16
-        bits, as in torch.
-      window: [start, stop) of the samples after resizing that are wanted; all when None.
 
     Returns:
-      The int32 matrix [stop - start, in] times 2 to a power, and the power.
-
-    Source: PyTorch, aten/src/ATen/native/cpu/UpSampleKernel.cpp, _compute_index_ranges_int16_weights; Pillow,
-    src/libImaging/Resample.c, precompute_coeffs.
+      The int32 matrix [out, in] times 2 to a power, and the power.
     """
-    if bits is None:
-        largest = max(_taps(size_in, size_out, kind, part)[1].max() for part in _phases(size_in, size_out, kind))
-        bits = next((bits for bits in range(22) if int(0.5 + largest * 2 ** (bits + 1)) >= 2**15), 22)
-    outputs = np.arange(*(window or (0, size_out)))
+    bits = fixed_point_bits(size_in, size_out, kind)
+    return window_weights(size_in, size_out, kind, bits, (0, size_out)), bits
+
+
+def fixed_point_bits(size_in: int, size_out: int, kind: AntialiasKind) -> int:
+    """The largest power of 2 by which the weights can be multiplied so that they have 16 bits.
+
+    Source: PyTorch, aten/src/ATen/native/cpu/UpSampleKernel.cpp, _compute_index_ranges_int16_weights.
+    """
+    largest = max(_taps(size_in, size_out, kind, part)[1].max() for part in _phases(size_in, size_out, kind))
+    return next((bits for bits in range(22) if int(0.5 + largest * 2 ** (bits + 1)) >= 2**15), 22)
+
+
+def window_weights(
+    size_in: int, size_out: int, kind: AntialiasKind, bits: int, window: tuple[int, int]
+) -> scipy.sparse.csr_array:
+    """The int32 matrix [stop - start, in] of a window of the samples after resizing, times 2 to the power `bits`.
+
+    Args:
+      size_in, size_out, kind: as in `fixed_point_weights`.
+      bits: 22 in Pillow.
+      window: [start, stop) of the samples after resizing.
+
+    Source: Pillow, src/libImaging/Resample.c, precompute_coeffs.
+    """
+    outputs = np.arange(*window)
     taps, weights = _taps(size_in, size_out, kind, outputs)
     whole = np.trunc(weights * 2**bits + np.copysign(0.5, weights)).astype(np.int32)
     rows = np.broadcast_to(np.arange(len(outputs))[:, None], taps.shape)
     kept = whole != 0
     shape = (len(outputs), size_in)
-    return scipy.sparse.csr_array((whole[kept], (rows[kept], taps[kept])), shape=shape), bits
+    return scipy.sparse.csr_array((whole[kept], (rows[kept], taps[kept])), shape=shape)
 
 
 def _taps(size_in: int, size_out: int, kind: AntialiasKind, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +118,7 @@ def _phases(size_in: int, size_out: int, kind: AntialiasKind) -> Iterator[np.nda
     near = math.ceil((_KERNELS[kind][1] * max(size_in / size_out, 1.0) + 1) * size_out / size_in)
     first = min(size_out, near + size_out // math.gcd(size_in, size_out))
     last = max(first, size_out - near)
-    chunk = max(1, (1 << 22) // max(1, math.ceil(size_in / size_out)))
+    chunk = max(1, (1 << 16) // max(1, math.ceil(size_in / size_out)))
     for start, stop in ((0, first), (last, size_out)):
         yield from (np.arange(begin, min(begin + chunk, stop)) for begin in range(start, stop, chunk))
 
@@ -111,51 +139,55 @@ def _cubic(a: float) -> Callable[[np.ndarray], np.ndarray]:
     return kernel
 
 
-def _sampled(kernel: Callable, radius: int) -> Callable[[int, int], np.ndarray]:
+# (size in, size out, indices of outputs, indices of inputs) -> matrix [outputs, inputs].
+_Matrix = Callable[[int, int, np.ndarray, np.ndarray], np.ndarray]
+
+
+def _sampled(kernel: Callable, radius: int) -> _Matrix:
     """The kernel at every half-pixel centre; samples outside are clamped to the edge."""
 
-    def weights(size_in: int, size_out: int) -> np.ndarray:
-        centres = (np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5
+    def weights(size_in: int, size_out: int, outputs: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+        centres = (outputs + 0.5) * (size_in / size_out) - 0.5
         offsets = np.arange(1 - radius, radius + 1)
         taps = np.floor(centres).astype(int)[:, None] + offsets
-        matrix = np.zeros((size_out, size_in))
-        rows = np.broadcast_to(np.arange(size_out)[:, None], taps.shape)
-        np.add.at(matrix, (rows, np.clip(taps, 0, size_in - 1)), kernel(centres[:, None] - taps))
+        matrix = np.zeros((len(outputs), len(inputs)))
+        rows = np.broadcast_to(np.arange(len(outputs))[:, None], taps.shape)
+        np.add.at(matrix, (rows, np.clip(taps, 0, size_in - 1) - inputs[0]), kernel(centres[:, None] - taps))
         return matrix
 
     return weights
 
 
-def _antialiased(kernel: Callable) -> Callable[[int, int], np.ndarray]:
+def _antialiased(kernel: Callable) -> _Matrix:
     """The kernel stretched by the step if that is larger than 1; normalised inside the input."""
 
-    def weights(size_in: int, size_out: int) -> np.ndarray:
+    def weights(size_in: int, size_out: int, outputs: np.ndarray, inputs: np.ndarray) -> np.ndarray:
         step = size_in / size_out
-        centres = (np.arange(size_out) + 0.5) * step - 0.5
-        matrix = kernel((centres[:, None] - np.arange(size_in)) / max(step, 1.0))
+        centres = (outputs + 0.5) * step - 0.5
+        matrix = kernel((centres[:, None] - inputs) / max(step, 1.0))
         return matrix / matrix.sum(axis=1, keepdims=True)
 
     return weights
 
 
-def _area(size_in: int, size_out: int) -> np.ndarray:
+def _area(size_in: int, size_out: int, outputs: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Window i is from floor(i * in / out) to ceil((i + 1) * in / out)."""
-    starts = np.arange(size_out) * size_in // size_out
-    stops = -(-(np.arange(size_out) + 1) * size_in // size_out)
-    inside = (np.arange(size_in) >= starts[:, None]) & (np.arange(size_in) < stops[:, None])
+    starts = outputs * size_in // size_out
+    stops = -(-(outputs + 1) * size_in // size_out)
+    inside = (inputs >= starts[:, None]) & (inputs < stops[:, None])
     return inside / inside.sum(axis=1, keepdims=True)
 
 
-def _overlap(size_in: int, size_out: int) -> np.ndarray:
+def _overlap(size_in: int, size_out: int, outputs: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Window i is from i * in / out to (i + 1) * in / out, including fractions."""
-    step, samples = size_in / size_out, np.arange(size_in)
-    starts = np.arange(size_out)[:, None] * step
-    covered = np.minimum(starts + step, samples + 1) - np.maximum(starts, samples)
+    step = size_in / size_out
+    starts = outputs[:, None] * step
+    covered = np.minimum(starts + step, inputs + 1) - np.maximum(starts, inputs)
     return np.maximum(covered, 0) / step
 
 
-def _corner_linear(size_in: int, size_out: int) -> np.ndarray:
-    return _triangle(np.linspace(0, size_in - 1, size_out)[:, None] - np.arange(size_in))
+def _corner_linear(size_in: int, size_out: int, outputs: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    return _triangle(np.linspace(0, size_in - 1, size_out)[outputs][:, None] - inputs)
 
 
 def _box(distance: np.ndarray) -> np.ndarray:
@@ -174,7 +206,7 @@ _KERNELS: dict[AntialiasKind, tuple[Callable[[np.ndarray], np.ndarray], float]] 
     "lanczos_antialias": (_lanczos, 3),
 }
 
-_WEIGHTS: dict[str, Callable[[int, int], np.ndarray]] = {
+_WEIGHTS: dict[str, _Matrix] = {
     "bilinear": _sampled(_triangle, 1),
     "bicubic": _sampled(_cubic(-0.75), 2),
     "bilinear_antialias": _antialiased(_triangle),

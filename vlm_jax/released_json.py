@@ -59,8 +59,8 @@ def list_of(form: Form, *lengths: int, most: int = 1 << 16) -> Form:
             return False
         return all(map(form.accepts, value))
 
-    words = f"of {' or '.join(map(str, lengths))} items, " if lengths else ""
-    return Form(f"a list {words}each {form.expected}", accepts)
+    words = f" of {' or '.join(map(str, lengths))} items" if lengths else ""
+    return Form(f"a list{words}, each {form.expected}", accepts)
 
 
 def mapping(words: str, value: Form | None = None, *, required: tuple[str, ...] = ()) -> Form:
@@ -85,7 +85,8 @@ COUNT = whole(1, 1 << 20)  # widths, heads, groups
 AT_LEAST_0 = whole(0, 1 << 20)
 DEPTH = whole(1, 1 << 12)
 ROWS = whole(1, 1 << 24)  # of vocabularies and of tables of positions
-SIDE = whole(1, 1 << 12)  # pixels
+MOST_SIDE = 1 << 12
+SIDE = whole(1, MOST_SIDE)  # pixels
 AREA = whole(1, (1 << 31) - 1)
 LARGE_AREA = whole(1, (1 << 53) - 1)  # a limit of a whole video, which some releases set to practically none
 INDEX = whole(-(1 << 12), 1 << 12)  # of a layer
@@ -93,7 +94,10 @@ ID = whole(0, (1 << 31) - 1)
 NUMBER, POSITIVE = number(-_HUGE, _HUGE), number(0, _HUGE, above=True)
 FRACTION = number(0, 1)
 SIDES = SIDE | list_of(SIDE, 2)
-TOKEN = TEXT | mapping("an object with the text content", required=("content",))
+TOKEN = TEXT | Form(
+    "an object with the text content",
+    lambda value: isinstance(value, Mapping) and isinstance(value.get("content"), str),
+)
 STATISTICS = NUMBER | list_of(NUMBER, 1, 3)
 SECTION = mapping("an object")
 PAIR = list_of(SIDE, 2)

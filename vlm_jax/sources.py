@@ -2,12 +2,17 @@
 
 import base64
 import binascii
+import contextlib
+import functools
 import http.client
 import os
-import time
+import socket
+import ssl
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from typing import Any
 
 WEB = ("http", "https")
 MAX_BYTES = 512 * 2**20  # of a download
@@ -98,22 +103,77 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+class _Connections:
+    """Makes connections, and ends those that still wait for an answer's head when the time is over."""
+
+    def __init__(self):
+        self._made: list[http.client.HTTPConnection] = []
+        self.expired = False
+        self.timer = threading.Timer(SECONDS, self._end)
+        self.timer.daemon = True
+
+    def __call__(self, kind: type[http.client.HTTPConnection], host: str, **options: Any) -> http.client.HTTPConnection:
+        made = kind(host, **options)
+        self._made.append(made)
+        return made
+
+    def _end(self) -> None:
+        self.expired = True
+        for one in self._made:
+            with contextlib.suppress(OSError):
+                if one.sock is not None:
+                    one.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, connections: _Connections):
+        super().__init__()
+        self._connect: Any = functools.partial(connections, http.client.HTTPConnection)
+
+    def http_open(self, req):
+        return self.do_open(self._connect, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, connections: _Connections):
+        super().__init__()
+        self._connect: Any = functools.partial(connections, http.client.HTTPSConnection)
+
+    def https_open(self, req):
+        return self.do_open(self._connect, req, context=ssl.create_default_context())
+
+
 def _downloaded(source: str) -> bytes:
     """Downloads a file within the limits of size and time."""
-    deadline, parts, size = time.monotonic() + SECONDS, [], 0
-    opener = urllib.request.build_opener(_WebOnly)
+    connections = _Connections()
+    connections.timer.start()
+    opener = urllib.request.build_opener(_WebOnly, _Http(connections), _Https(connections))
+    late = f"{shortened(source)}: not read within {SECONDS:g} seconds; download it"
     try:
         request = urllib.request.Request(source, headers={"User-Agent": "vlm_jax"})
         with opener.open(request, timeout=SECONDS) as answer:
-            while part := answer.read1(_CHUNK):
-                parts.append(part)
-                size += len(part)
-                if size > MAX_BYTES:
-                    raise SourceError(f"{shortened(source)}: more than {MAX_BYTES} bytes; download it and pass a path")
-                if time.monotonic() > deadline:
-                    raise SourceError(f"{shortened(source)}: not read within {SECONDS:g} seconds; download it")
+            return _body(answer, source, late, connections)
     except (OSError, http.client.HTTPException, UnicodeError, ValueError) as error:
         if isinstance(error, SourceError):
             raise
+        if connections.expired:
+            raise SourceError(late) from error
         raise SourceError(f"{shortened(source)}: cannot be downloaded ({type(error).__name__}: {error})") from error
+    finally:
+        connections.timer.cancel()
+
+
+def _body(answer: http.client.HTTPResponse, source: str, late: str, connections: _Connections) -> bytes:
+    parts, size = [], 0
+    while part := answer.read1(_CHUNK):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_BYTES:
+            raise SourceError(f"{shortened(source)}: more than {MAX_BYTES} bytes; download it and pass a path")
+        if connections.expired:
+            break
+    if connections.expired:  # its end may be that of the connection
+        raise SourceError(late)
+    if answer.length:  # of what was promised; `read1` ends without an error
+        raise SourceError(f"{shortened(source)}: ended after {size} of {size + answer.length} bytes; download it")
     return b"".join(parts)

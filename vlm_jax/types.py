@@ -397,8 +397,8 @@ class Load:
 
 # What a row can have too little of -> the config key that sets how much it has, where it is none of `kept`.
 ROW_KEYS = {
-    "positions": "config.row.text_length or length",
-    "tiles or patches": "config.row.images or config.data.num_images",
+    "positions": "config.row.length",
+    "tiles or patches": "config.row.images",
     "pictures": "config.row.pictures",
 }
 

@@ -2,10 +2,8 @@
 
 import re
 
-import pytest
-
 from vlm_jax.cli import progress
-from vlm_jax.cli.progress import Display, Lines, Silence, duration, open_progress
+from vlm_jax.cli.progress import Display, Lines, Silence, open_progress
 
 LINE = {
     "stage": "[red]tuning[/lr=1]",
@@ -50,8 +48,3 @@ def test_a_terminal_gets_a_display_without_markup(monkeypatch, capsys):
 def test_other_processes_print_nothing(monkeypatch):
     monkeypatch.setattr(progress, "is_primary", lambda: False)
     assert isinstance(open_progress(), Silence)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (59.6, "0:01:00"), (3725.0, "1:02:05")])
-def test_duration(seconds, text):
-    assert duration(seconds) == text

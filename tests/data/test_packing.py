@@ -132,12 +132,12 @@ def test_samples_that_fit_in_no_row_are_named_together_with_the_key():
         pack_window(loads, RowShape(20, 4, (9,)), "sample '{}'".format)
     lines = str(caught.value).split("\n")
     assert lines[1:4] == [
-        "  sample '1' needs 21 positions, config.row.text_length or length is 20",
-        "  sample '2' needs 7 tiles or patches, config.row.images or config.data.num_images is 4",
+        "  sample '1' needs 21 positions, config.row.length is 20",
+        "  sample '2' needs 7 tiles or patches, config.row.images is 4",
         "  sample '3' needs 10 positions after drop 1, config.row.kept is 9",
     ]
     assert isinstance(caught.value, ConfigError)
-    with pytest.raises(TooLargeForRow, match=r"sample 33 needs 21 positions, config\.row\.text_length or length is 20"):
+    with pytest.raises(TooLargeForRow, match=r"sample 33 needs 21 positions, config\.row\.length is 20"):
         plan(lambda element: Load(21 if element == 33 else 1, 0), name_of="sample {}".format)[20]
     with pytest.raises(ValueError, match=r"element 0: measured with 1 drops .* the row has 0"):
         pack_window([Load(1, 0, (1,))], RowShape(4, 1))

@@ -29,7 +29,7 @@ ARRAYS = {
     "b/c": np.ones((3,), np.int8),
     "scalar": np.asarray(2, np.float16),
 }
-SECRET = 77.0
+SECRET = 1234567.0  # no changed byte of an int8 is it
 PATHS = (
     "../outside.safetensors",
     "/etc/passwd",

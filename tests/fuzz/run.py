@@ -28,6 +28,7 @@ TARGETS = {
     **dict.fromkeys(("safetensors", "npz", "index_files", "records"), "tests.fuzz.files"),
     **dict.fromkeys(("templates", "answers", "conversations"), "tests.fuzz.texts"),
     **dict.fromkeys(("configs_by_type", "config_overrides"), "tests.fuzz.configs"),
+    **dict.fromkeys(("connectors", "reducers", "encoders"), "tests.fuzz.parts"),
 }
 ALLOWANCE = 4 << 30  # bytes that a process may have beyond what it has at its start
 MAX_FINDINGS = 20  # different ones of a target

@@ -89,13 +89,34 @@ def test_another_size_of_pictures_is_told(tmp_path):
     [
         ([[336, 672], [672, 336]], ((672, 336), (336, 672))),
         ("[[336, 672], [672, 336]]", ((672, 336), (336, 672))),
-        ("(1x1),...,(2x2)", ((10, 10), (20, 10), (10, 20), (20, 20))),
+        ("(1x1),...,(2x2)", ((336, 336), (672, 336), (336, 672), (672, 672))),
     ],
 )
 def test_canvases_in_every_form(pinpoints, expected):
-    assert canvases(pinpoints, 10, "llava") == expected
-    with pytest.raises(PretrainedError, match=r"llava\.image_grid_pinpoints: expected pairs of pixels, got '1x1'"):
-        canvases("1x1", 10, "llava")
+    assert canvases(pinpoints, 336, "llava") == expected
+
+
+@pytest.mark.parametrize(
+    ("pinpoints", "told"),
+    [
+        ("1x1", "expected pairs of pixels, got '1x1'"),
+        ("[" * 100_000, "expected pairs of pixels, got "),
+        ("(1x1),...,(20000x20000)", r"expected grids of 1 to 12 tiles .*, got '\(1x1\),...,\(20000x20000\)'"),
+        ("(20000x20000)", "expected grids of 1 to 12 tiles"),
+        (f"(1x1),...,({'9' * 5000}x1)", "expected grids of 1 to 12 tiles"),
+        ("(0x0),...,(2x2)", "expected grids of 1 to 12 tiles"),
+        ("(2x2),...,(1x1)", "expected a list, each a list of 2 items.*, got "),
+        ("[[336, 99999999]]", "expected a list, each a list of 2 items.*, got "),
+        ("[[336, 672, 3]]", "expected a list, each a list of 2 items.*, got "),
+        ("[336, 672]", "expected a list, each a list of 2 items.*, got "),
+        ([], "expected a list"),
+        ([[336, 700]], r"expected multiples of a tile of 336 pixels, got \[336, 700\]"),
+        ([[100, 336]], r"expected multiples of a tile of 336 pixels, got \[100, 336\]"),
+    ],
+)
+def test_canvases_of_another_form_or_size(pinpoints, told):
+    with pytest.raises(PretrainedError, match=rf"llava\.image_grid_pinpoints: {told}"):
+        canvases(pinpoints, 336, "llava")
 
 
 def tokenizer_files(folder, *added):

@@ -20,8 +20,10 @@ def test_a_config_file_that_fails_is_one_message(tmp_path):
     [
         (
             "--config.token_bugdet=4",
-            "--config.token_bugdet=4: the config has no such key; did you mean 'token_budget'?",
+            "config.token_bugdet: unknown or unused key; did you mean 'token_budget'?",
         ),
+        ("--config.encodr.width=4", "--config.encodr.width=4: the config has no such section; did you mean 'encoder'?"),
+        ("--config.data.max_corrupt=4", "config.data.max_corrupt: unknown or unused key"),  # not of digits
         ("--config.token_budget=3", "pool cannot give 3 tokens from a 4x4 grid"),
         ("--config.encoder.kind=vitt", "config.encoder.kind: no kind 'vitt'; did you mean 'vit'?"),
     ],

@@ -19,7 +19,7 @@ def train(*arguments, cwd=ROOT, **env):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_home_folder_and_a_config_from_another_directory(tmp_path):
+def test_09_28_the_home_folder_and_a_config_from_another_directory(tmp_path):
     """`~` in `--workdir` and `--config`; the config's own imports are found without its repository on the path."""
     home, here, packages = tmp_path / "home", tmp_path / "else where", tmp_path / "packages"
     for folder in (home, here, packages):
@@ -51,14 +51,14 @@ def test_the_home_folder_and_a_config_from_another_directory(tmp_path):
         (f"{SMOKE}:smoke", "--epoch=1", "Unknown command line flag 'epoch'"),
     ],
 )
-def test_a_misspelt_config_or_value_is_one_message(tmp_path, config, argument, expected):
+def test_33_a_misspelt_config_or_value_is_one_message(tmp_path, config, argument, expected):
     words = [f"--config={config}", f"--workdir={tmp_path}/run", *([argument] if argument else [])]
     status, _, errors = train(*words)
     assert status == 1 and expected in errors and "Traceback" not in errors, errors
     assert not (tmp_path / "run").exists()
 
 
-def test_a_log_file_has_the_loss_before_the_run_ends_and_a_second_run_is_refused(command, tmp_path):
+def test_36_39_a_log_file_has_the_loss_before_the_run_ends_and_a_second_run_is_refused(command, tmp_path):
     run, log = tmp_path / "run", tmp_path / "log.txt"
     words = [sys.executable, "-m", "vlm_jax.cli.train", f"--config={CONFIG}", f"--workdir={run}"]
     words += ["--compilation_cache=", "--config.stages.answering.steps=5000"]
@@ -76,3 +76,17 @@ def test_a_log_file_has_the_loss_before_the_run_ends_and_a_second_run_is_refused
     finally:
         os.kill(first.pid, 9)
         first.wait()
+
+
+def test_26_a_key_that_the_config_leaves_out_can_be_given(tmp_path):
+    """One that the data has is taken, so that the data is read; one that it has not is named."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\nfrom configs import finetune\n\ndef get_config():\n"
+        "    config = finetune.get_config('smoke').unlock()\n"
+        "    config.data = ConfigDict({'kind': 'conversations', 'channels': 1, 'train_path': 'nowhere.jsonl',\n"
+        "                              'evaluation_path': 'none.jsonl'})\n    return config.lock()\n"
+    )
+    for key, expected in (("max_corrupt", "there is no file"), ("max_corupt", "did you mean 'max_corrupt'?")):
+        status, _, errors = train(f"--config={path}", f"--workdir={tmp_path}/run", f"--config.data.{key}=5")
+        assert status == 1 and expected in errors and "Traceback" not in errors, errors

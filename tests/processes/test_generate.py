@@ -63,6 +63,7 @@ def test_the_answer_is_written(said, arguments, answer):
         (["--prompt=d", "--max_new_tokens=0"], "flag --max_new_tokens=0: expected at least 1, got 0"),
         (["--prompt=abcd", "--cache_length=8"], "GenerationError: prompt: a prompt of 4 tokens"),
         (["--prompt=d", "--image=none.png"], "FileNotFoundError: [Errno 2] No such file or directory: 'none.png'"),
+        (["--prompt=d", "--image=a.png", "--draw=nowhere/a.png"], "--draw: there is no folder"),
         (["--prompt=d", "--image=/"], "CorruptImage: /: expected a regular file, got a folder"),
     ],
 )

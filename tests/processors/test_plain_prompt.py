@@ -111,7 +111,7 @@ def test_context_stands_where_the_images_would():
             dialogue([Turn("count 7", "1")], num_images=2),
             (PICTURE,) * 2,
             SequenceTooLong,
-            r"'page' has 2 tiles .* the limit of 1; raise config\.row\.images or config\.data\.num_images by 1 or more",
+            r"'page' has 2 tiles .* the limit of 1; raise config\.row\.images by 1 or more",
         ),
     ],
 )

@@ -12,7 +12,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from vlm_jax.evals.intervals import wilson_interval
 from vlm_jax.processors.boxes import format_box, parse_boxes, to_pixels
+from vlm_jax.sweep.hard import with_hard_questions
 from vlm_jax.sweep.report import Example, write_report
 
 CONTROLS = frozenset({"random", "downsample_image"})
@@ -87,7 +89,13 @@ def result(connector, budget, accuracy, **replaced):
 
 
 RESULTS = [
-    result("mlp", 64, {"read": (0.9, 0.85, 0.94), "locate": (0.5, 0.43, 0.57)}),
+    result(
+        "mlp",
+        64,
+        {"read": (0.9, 0.85, 0.94), "locate": (0.5, 0.43, 0.57)},
+        prefill_seconds=0.002,
+        decode_seconds=0.0005,
+    ),
     result("pool", 16, {"read": (0.88, 0.83, 0.92), "locate": (0.6, 0.53, 0.67)}),
     result("pool", 4, {"read": (0.7, 0.63, 0.76), "locate": (0.4, 0.33, 0.47)}, step_seconds=None),
     result("random", 16, {"read": (0.5, 0.43, 0.57)}),
@@ -164,11 +172,11 @@ def test_the_tables_numbers(page):
     rows = list(one(one(page.all("section", id="points")).all("tbody")).all("tr"))
     assert [row.attributes["data-point"] for row in rows] == [f"{r['connector']}@{r['token_budget']}" for r in RESULTS]
     assert [[cell.text for cell in row.all("td")][:-1] for row in rows] == [
-        ["0", "64", "T F 90.0[85.0, 94.0]", "50.0[43.0, 57.0]", "0.721", "3.25", "50", "300"],
-        ["0", "16", "T F 88.0[83.0, 92.0]", "T F 60.0[53.0, 67.0]", "0.481", "3.25", "50", "300"],
-        ["0", "4", "T F 70.0[63.0, 76.0]", "T F 40.0[33.0, 47.0]", "0.421", "3.25", "–", "300"],
-        ["0", "16", "50.0[43.0, 57.0]", "–", "0.481", "3.25", "50", "300"],
-        ["0", "9", "–", "T F 55.0[48.0, 62.0]", "0.446", "3.25", "50", "300"],
+        ["0", "64", "T F 90.0[85.0, 94.0]", "50.0[43.0, 57.0]", "0.721", "2", "0.5", "3.25", "50", "300"],
+        ["0", "16", "T F 88.0[83.0, 92.0]", "T F 60.0[53.0, 67.0]", "0.481", "–", "–", "3.25", "50", "300"],
+        ["0", "4", "T F 70.0[63.0, 76.0]", "T F 40.0[33.0, 47.0]", "0.421", "–", "–", "3.25", "–", "300"],
+        ["0", "16", "50.0[43.0, 57.0]", "–", "0.481", "–", "–", "3.25", "50", "300"],
+        ["0", "9", "–", "T F 55.0[48.0, 62.0]", "0.446", "–", "–", "3.25", "50", "300"],
     ]
     assert [row.children[1].text for row in rows] == [
         "mlp@64",
@@ -187,7 +195,7 @@ def test_the_tables_numbers(page):
 def test_the_charts_data(page):
     data = json.loads(one(page.all("script", id="data")).children[0])
     assert data["tasks"] == ["read", "locate"]
-    assert list(data["axes"]) == ["tokens", "flops", "parameters", "step_seconds"]
+    assert list(data["axes"]) == ["tokens", "flops", "parameters", "step_seconds", "prefill_seconds", "decode_seconds"]
     assert [point["label"] for point in data["points"]] == [
         "mlp@64",
         "pool@16",
@@ -196,7 +204,8 @@ def test_the_charts_data(page):
         "downsample_image@9",
     ]
     for point, line in zip(data["points"], RESULTS, strict=True):
-        assert point["accuracy"] == line["accuracy"]
+        seeds = {task: {str(line["seed"]): share["mean"]} for task, share in line["accuracy"].items()}
+        assert point["accuracy"] == {task: share | {"seeds": seeds[task]} for task, share in line["accuracy"].items()}
         assert point["costs"]["tokens"] == line["num_visual_tokens"]
         assert point["costs"]["flops"] == pytest.approx(0.401 + 0.005 * line["token_budget"])
         assert point["costs"]["parameters"] == pytest.approx(3.25)
@@ -208,6 +217,8 @@ def test_the_charts_data(page):
         "flops": [2, 1, 0],
         "parameters": [0],
         "step_seconds": [0],
+        "prefill_seconds": [0],
+        "decode_seconds": [0],
     }
     assert data["fronts"]["locate"]["tokens"] == [2, 4, 1]
     assert data["axes"]["tokens"]["ticks"] == [4, 9, 16, 64]
@@ -225,6 +236,8 @@ def test_the_charts_data(page):
         "parameters, M: 3.25 (encoder 1, connector 0.25, decoder 2)",
         "training step: 50 ms",
         "peak memory: 300 MiB",
+        "prefill of an example: 2 ms",
+        "new token of an example: 0.5 ms",
         "seeds: 0",
     ]
     assert "training step: not measured" in data["points"][2]["details"]
@@ -237,7 +250,7 @@ def test_the_selectors_offer_every_task_cost_and_answered_point(page):
     }
     assert offered == {
         "task": ["read", "locate"],
-        "axis": ["tokens", "flops", "parameters", "step_seconds"],
+        "axis": ["tokens", "flops", "parameters", "step_seconds", "prefill_seconds", "decode_seconds"],
         "shown": ["mlp@64", "pool@16", "pool@4"],
     }
     assert [option.text for option in one(page.all("select", id="shown")).all("option")] == [
@@ -253,12 +266,16 @@ def test_what_the_summary_says(page):
         "Best: mlp at 64 tokens, 90.0% [85.0, 94.0].",
         "Fewest tokens within the interval of the best read accuracy: pool at 16 tokens, 88.0% [83.0, 92.0], "
         "for 25% of the best's tokens and 66.7% of its FLOPs.",
+        "Within 1 point of mlp at 64 tokens: mlp at 64 tokens.",
+        "Within 5 points of mlp at 64 tokens: pool at 16 tokens.",
         "Fewest FLOPs within it: pool at 16 tokens, 88.0% [83.0, 92.0], 0.481 GFLOPs.",
         "No control is within it with 16 tokens or fewer; the nearest is random at 16 tokens, 50.0% [43.0, 57.0].",
     ]
     assert [p.text for p in locate.all("p")] == [
         "Best: pool at 16 tokens, 60.0% [53.0, 67.0].",
         "No candidate with fewer tokens is within the interval of the best locate accuracy.",
+        "Within 1 point of mlp at 64 tokens: pool at 16 tokens.",
+        "Within 5 points of mlp at 64 tokens: pool at 16 tokens.",
         "Fewest FLOPs within it: pool at 16 tokens, 60.0% [53.0, 67.0], 0.481 GFLOPs.",
         "A control is as good with 16 tokens or fewer: downsample_image at 9 tokens, 55.0% [48.0, 62.0].",
     ]
@@ -298,19 +315,62 @@ def test_one_point_without_examples(tmp_path):
     assert [p.text for p in one(page.all("li")).all("p")] == [
         "Best: pool at 16 tokens, 50.0% [40.0, 60.0].",
         "No candidate with fewer tokens is within the interval of the best vqa accuracy.",
+        "Within 1 point of pool at 16 tokens: pool at 16 tokens.",
+        "Within 5 points of pool at 16 tokens: pool at 16 tokens.",
         "Fewest FLOPs within it: pool at 16 tokens, 50.0% [40.0, 60.0], 0.481 GFLOPs.",
         "No control was measured with 16 tokens or fewer.",
     ]
 
 
-def test_every_seed_has_its_row_and_command(tmp_path):
+def test_every_seed_has_its_row_its_dot_and_its_fewest_tokens(tmp_path):
+    shares = {64: (0.9, 0.8), 16: (0.87, 0.7), 4: (0.6, 0.78)}
     runs = [
-        result("pool", 16, {"vqa": (mean, mean - 0.1, mean + 0.1)}, seed=seed, command=f"make --seed={seed}")
-        for seed, mean in enumerate((0.5, 0.6))
+        result("pool", tokens, {"vqa": (mean, 0, 1)}, seed=seed, command=f"make --seed={seed} {tokens}")
+        for tokens, means in shares.items()
+        for seed, mean in enumerate(means)
     ]
     page = report(tmp_path, runs, examples=[])
-    assert [code.text for code in one(page.all("tbody")).all("code")] == ["make --seed=0", "make --seed=1"]
-    assert next(one(page.all("li")).all("p")).text == "Best: pool at 16 tokens, 55.0% [40.0, 70.0]."
+    commands = [f"make --seed={seed} {tokens}" for tokens in shares for seed in (0, 1)]
+    assert [code.text for code in one(page.all("tbody")).all("code")] == commands
+    said = [p.text for p in one(page.all("li")).all("p")]
+    assert said[0].startswith("Best: pool at 64 tokens, 85.0% [")
+    assert said[2:4] == [
+        "Within 1 point of pool at 64 tokens: pool at 64 tokens (64, 64 by seed).",
+        "Within 5 points of pool at 64 tokens: pool at 64 tokens (16, 4 by seed).",
+    ]
+    data = json.loads(one(page.all("script", id="data")).text)
+    assert data["several_seeds"]
+    assert data["points"][1]["accuracy"]["vqa"]["seeds"] == {"0": 0.87, "1": 0.7}
+
+
+def test_questions_that_a_smaller_picture_cannot_answer_are_scored_by_themselves(tmp_path):
+    right = {  # of five questions in order
+        "downsample_image@4": (True, False, False, True, False),
+        "pool@4": (False, True, True, False, False),
+        "pool@16": (True, True, True, True, True),
+    }
+    runs = [
+        result(label.split("@")[0], int(label.split("@")[1]), {"vqa": (0.4, 0, 1)}) | {"label": label}
+        for label in right
+    ]
+
+    def answers(label):
+        return [{"sample_id": n, "task": "vqa", "correct": correct} for n, correct in enumerate(right[label])]
+
+    lines = with_hard_questions(runs, "downsample_image", answers)
+    assert [line["hard_accuracy"].get("vqa", {}).get("mean") for line in lines] == [0, 2 / 3, None]
+    page = report(tmp_path, lines, examples=[])
+    cells = {
+        one(row.all("th")).text: one(row.all("td")).text
+        for row in one(page.all("section", id="hard")).all("tr")
+        if list(row.all("td"))
+    }
+    low, high = (f"{100 * end:.1f}" for end in wilson_interval(2, 3))
+    assert cells["pool@4"] == f"66.7[{low}, {high}], n = 3"
+    assert set(cells) == {"downsample_image@4 control", "pool@4"}
+    right["pool@4"] = right["pool@4"][:4]
+    with pytest.raises(ValueError, match="zip"):
+        with_hard_questions(runs, "downsample_image", answers)
 
 
 def test_controls_alone_are_no_candidates(tmp_path):

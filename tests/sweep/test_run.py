@@ -180,7 +180,7 @@ def test_what_a_sweep_writes_and_prints(swept):
 def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_device, undrawn, tmp_path):
     alone = make(config, tmp_path, console, only=("random@2",)).run()
     assert [result["label"] for result in alone] == ["random@2"]
-    measured = ("step_seconds",)
+    measured = ("step_seconds", "prefill_seconds", "decode_seconds")
     assert {k: v for k, v in alone[0].items() if k not in measured} == {
         k: v for k, v in swept.results[1].items() if k not in measured
     }

@@ -90,8 +90,11 @@ class Experiment(WithParameters):
 
     def open_source(self) -> Source:
         """Reads the data; pictures go through the processor, boxes are spelled in Qwen-VL's way."""
-        measured = functools.partial(video_size, sampling=self.system.processor.frame_sampler)
-        return self.source.open(Tools(format_box, open_image, image_size, self.prepare_image, measured))
+        processor = self.system.processor
+        measured = functools.partial(video_size, sampling=processor.frame_sampler)
+        return self.source.open(
+            Tools(format_box, open_image, image_size, self.prepare_image, measured, processor.placeholders)
+        )
 
     def prepare_image(
         self, image: UInt8[np.ndarray, "height width given"]
@@ -153,7 +156,7 @@ class Experiment(WithParameters):
         if pairs := [sample.sample_id for sample in samples if sample.rejected]:
             raise MalformedRecords(f"{pairs[0]}: has a 'rejected' answer, which only the objective prefer learns from")
         row = [self.example(sample, targets=True) for sample in samples]
-        return self.system.processor.rows([row], shape or self.row, targets=True)
+        return self.system.processor.rows([row], shape or self.row, targets=True, keys=self.rows.keys)
 
     def preference_rows(self, sample: Sample) -> Batch:
         """A row of a sample's preferred conversation, and one of the rejected conversation.
@@ -167,7 +170,7 @@ class Experiment(WithParameters):
             )
         pair = (sample, dataclasses.replace(sample, messages=sample.rejected))
         rows = [[self.example(one, targets=True)] for one in pair]
-        return self.system.processor.rows(rows, self.row, targets=True)
+        return self.system.processor.rows(rows, self.row, targets=True, keys=self.rows.keys)
 
     @property
     def budget(self) -> Budget:

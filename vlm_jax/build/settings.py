@@ -10,7 +10,7 @@ from vlm_jax.processors.image import FILTERS
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.ranges import Count, Finite, Positive, Range, Side, Size
-from vlm_jax.types import RowShape
+from vlm_jax.types import ROW_KEYS, RowShape
 
 Tiles = Annotated[int, Range(1, 100)]  # in a row or a column
 SPECIAL_TOKENS = ("pad", "bos", "eos", "image")
@@ -153,6 +153,16 @@ class RowSettings:
                 f"positions), got text_length={self.text_length} and length={self.length}"
             )
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """What a row can have too little of -> the key that sets how much it has, of those that are set."""
+        changed = {}
+        if self.text_length is not None:
+            changed["positions"] = "config.row.text_length"
+        if self.images is None:
+            changed["tiles or patches"] = "config.data.num_images"
+        return {**ROW_KEYS, **changed}
+
     def shape(self, num_drops: int) -> RowShape:
         """Rows that hold samples of any number of pictures.
 
@@ -165,7 +175,7 @@ class RowSettings:
         if self.length is None or self.images is None:
             raise ConfigError(
                 "config.row: rows of a release, or with pack, need length (positions) and images (tiles, or places of "
-                "patches)"
+                "patches); set both, and text_length to None"
             )
         kept = (self.length,) * num_drops if self.kept is None else self.kept
         if len(kept) != num_drops or any(not 1 <= count <= self.length for count in kept):

@@ -132,7 +132,10 @@ def open_checkpoint(source: str | os.PathLike[str], *, revision: str | None = No
     path = fetch(source, revision=revision)
     if path.is_dir():
         path = _choose_file(path)
-    regular(path, CheckpointFileError)
+    try:
+        regular(path, CheckpointFileError)
+    except FileNotFoundError as error:
+        raise CheckpointFileError(f"{path}: a link to a file that does not exist") from error
     if path.name.endswith(".index.json"):
         tensors = _open_index(path)
     elif path.suffix == ".safetensors":

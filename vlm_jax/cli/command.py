@@ -11,7 +11,8 @@ from typing import Any
 import jax
 from absl import app, flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
@@ -24,7 +25,21 @@ CONFIG = config_flags.DEFINE_config_file(
     None,
     "The config file. --config.KEY=VALUE overrides a key, as --config.seed=1 or --config.loop.keep=3; --list_keys "
     "prints all keys.",
+    lock_config=False,
+    accept_new_attributes=True,  # keys that the file leaves at their default; `check_config` refuses unknown ones
 )
+
+
+class _Unlocking(ConfigFileFlagParser):
+    """Loads a config to which overrides may add keys."""
+
+    def parse(self, path: str) -> Any:
+        """The config of a file, or of a file and the argument after its colon."""
+        config = super().parse(path)
+        return config.unlock() if isinstance(config, ConfigDict) else config
+
+
+flags.FLAGS["config"].parser = _Unlocking(name="config", lock_config=False)
 LIST_KEYS = flags.DEFINE_bool("list_keys", False, "Print every key of the config with its value, and exit.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run, local or gs://; created if missing.")
 DISTRIBUTED = flags.DEFINE_bool(
@@ -69,6 +84,7 @@ def run(main: Callable[[], Any], *, default_config: str | None = None, needs_wor
             return
         if needs_workdir and WORKDIR.value is None:
             raise app.UsageError("--workdir: expected the folder of the run; pass one")
+        CONFIG.value.lock()
         keep_programs()
         quieten()
         if DISTRIBUTED.value:
@@ -86,14 +102,14 @@ def run(main: Callable[[], Any], *, default_config: str | None = None, needs_wor
 
     try:
         app.run(guarded, flags_parser=_parsed)
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         if parsed:
             raise
-        # An override of a key that the config does not have: the error has the key's last part, and a similar one.
-        words = [word for word in overrides() if word.split("=")[0].split(".")[-1] in str(error)]
+        # An override in a section that the config does not have: the error has its name, and a similar one.
+        words = [word for word in overrides() if any(part in str(error) for part in word.split("=")[0].split(".")[1:])]
         near = re.search(r'Did you mean "(.+?)"', str(error))
         hint = f"; did you mean '{near[1]}'?" if near else ""
-        print(f"ConfigError: {' '.join(words)}: the config has no such key{hint}", file=sys.stderr)
+        print(f"ConfigError: {' '.join(words)}: the config has no such section{hint}", file=sys.stderr)
         sys.exit(1)
 
 

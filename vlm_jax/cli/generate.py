@@ -15,7 +15,7 @@ from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion
 from vlm_jax.models.vlm import VLM
-from vlm_jax.paths import absolute
+from vlm_jax.paths import absolute, is_remote
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.processors.grounding import draw_boxes
@@ -73,6 +73,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     if DRAW.value is not None and not IMAGE.value:
         raise app.UsageError("--draw: boxes are drawn on the first --image, but none is given")
+    if DRAW.value is not None and not is_remote(DRAW.value):
+        folder = epath.Path(absolute(DRAW.value)).parent
+        if not folder.is_dir():
+            raise app.UsageError(f"--draw: there is no folder {folder}; create it, or name another file")
     keep_programs()
     quieten()
     with explained(OSError):

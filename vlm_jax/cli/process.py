@@ -1,6 +1,7 @@
 """Setup of every command's process: the compilation cache, and errors as one message."""
 
 import contextlib
+import io
 import logging
 import signal
 import sys
@@ -80,9 +81,17 @@ def keep_programs() -> None:
 
 def quieten() -> None:
     """Shows this package's messages, of others warnings; none of Orbax, whose failures a CheckpointError reports."""
+    escape_unprintable()
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
     absl_logging.get_absl_handler().addFilter(lambda one: not ("orbax" in one.pathname or one.name == "asyncio"))
+
+
+def escape_unprintable() -> None:
+    """Makes the output print a character that its encoding lacks as an escape, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager

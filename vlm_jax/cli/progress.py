@@ -8,6 +8,7 @@ import rich.console
 import rich.progress
 
 from vlm_jax.sharding.processes import is_primary
+from vlm_jax.sweep.progress import duration
 from vlm_jax.train.writers import LEARNING_RATE
 from vlm_jax.types import Fields
 
@@ -119,9 +120,3 @@ def described(line: Fields) -> str:
     if "mfu" in line:
         words.append(f"MFU {line['mfu']:.1%}")
     return "  ".join([*words, f"{line['seconds']:.3g} s/step"])
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

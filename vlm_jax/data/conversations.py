@@ -188,7 +188,8 @@ class Records:
         self._path, self._settings, self._tools = path, settings, tools
         self._corrupt: dict[str, str] = {}
         self._lock = threading.Lock()
-        self.records: RecordFile | PartOfRecords = open_records(path, rules or settings.rules(), key)
+        rules = dataclasses.replace(rules or settings.rules(), placeholders=tools.placeholders)
+        self.records: RecordFile | PartOfRecords = open_records(path, rules, key)
 
     def divided(self, count: int) -> "tuple[Records, Records]":
         """These records without `count` of them, evenly spread, and those.

@@ -6,6 +6,8 @@
 | transcribe | `transcribe row 2` | the row's digits, as `7419` |
 | count | `count 7` | number of cells with a 7, possibly 0 |
 | locate | `locate 7` | the box of the first 7 in reading order, as the box formatter writes it |
+
+`locate` asks for a digit that the page has once, where there is one.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +19,6 @@ from vlm_jax.data.scans import NUM_CLASSES
 from vlm_jax.types import Turn
 
 TASKS = ("read", "transcribe", "count", "locate")
-TASKS_WITHOUT_PIXELS = ("read", "transcribe", "count")
 # Probability that `count` is about a digit of the page; else about any digit, which often does not occur.
 COUNT_PRESENT = 0.8
 
@@ -44,6 +45,9 @@ def ask(task: str, page: Page, draws: Sequence[float], format_box: Callable[...,
             digit = int((draws[2] - COUNT_PRESENT) / (1.0 - COUNT_PRESENT) * NUM_CLASSES)
         return Turn(f"count {digit}", str(int(np.count_nonzero(classes == digit))), task)
     if task == "locate":
+        once = np.flatnonzero(np.bincount(classes.ravel(), minlength=NUM_CLASSES) == 1)
+        if len(once):
+            digit = int(once[int(draws[2] * len(once))])
         first = int(np.argmax(classes == digit))  # of the flattened page: reading order
         box = page.boxes.reshape(-1, 4)[first].tolist()
         height, width, _ = page.pixels.shape

@@ -2,8 +2,8 @@
 
 Streams:
   questions: samples with one image and several turns of random tasks.
-  text_pages: the same questions without an image: the page's digits in reading order precede the first question,
-    and `locate` is omitted, because text has no boxes.
+  text_pages: the same questions without an image: the page's digits in reading order precede the first question. Text
+    has no ink, so that the box of a digit is that of its cell.
   cells: `CellBatch`es of one page, for training only an encoder.
   captions: samples with one image and its caption, the page's digits in reading order.
 
@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from vlm_jax.config import ConfigError, check_fields, did_you_mean
-from vlm_jax.data.digit_questions import TASKS, TASKS_WITHOUT_PIXELS, ask, digits_in_reading_order
+from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
@@ -47,7 +47,7 @@ class Digits:
         omitted is not trained or evaluated.
       turns_per_page: questions about one page, in training.
       text_scales: sides of the square of characters that represents a cell in `text_pages`, sampled for
-        each page.
+        each page; the first is that of evaluation pages.
       evaluation_size: evaluation samples per task (and pages of the streams `cells` and `captions`).
       augment: whether training pages are augmented with warps, paler ink and noise; test pages never are.
       variants: warped copies of every scan, with `augment`.
@@ -203,7 +203,7 @@ class DigitSource:
                 return self._cells(page)
             if stream == "captions":
                 return _captioned(name, page)
-            return self._sample(name, stream, page, [(task, rng.random(3).tolist())])
+            return self._sample(name, stream, page, [(task, rng.random(3).tolist())], self.settings.text_scales[0])
 
         return Elements(element, len(tasks) * size)
 
@@ -216,19 +216,13 @@ class DigitSource:
     def _tasks_of(self, stream: str) -> tuple[str, ...]:
         if stream not in STREAMS:
             raise ConfigError(f"digits: no stream '{stream}'{did_you_mean(stream, STREAMS)}")
-        if stream != "text_pages":
-            return self.tasks
-        tasks = tuple(task for task in self.tasks if task in TASKS_WITHOUT_PIXELS)
-        if not tasks:
-            raise ConfigError(
-                "config.data.task_weights: the stream 'text_pages' has no boxes to locate; "
-                "set a weight above 0 for one of " + ", ".join(TASKS_WITHOUT_PIXELS)
-            )
-        return tasks
+        return self.tasks
 
     def _sample(
-        self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int = 1
+        self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int
     ) -> Sample:
+        if stream == "text_pages":
+            page = dataclasses.replace(page, boxes=self._train_pages.cell_boxes)
         turns = [ask(task, page, draws, self._tools.format_box) for task, draws in questions]
         if stream == "text_pages":
             return Sample(name, dialogue(turns, context=digits_in_reading_order(page, scale)), task=turns[-1].task)

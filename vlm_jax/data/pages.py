@@ -94,6 +94,11 @@ class DigitPages:
             deviates = np.random.default_rng(0).standard_normal(NOISE_BANK + page_size**2)
             self._deviates = deviates.astype(np.float32)
 
+    @property
+    def cell_boxes(self) -> Int[np.ndarray, "R C 4"]:
+        """(left, top, right, bottom) of every cell, pixels, right and bottom excluded."""
+        return np.concatenate([self._corner, self._corner + self._extent]).T.reshape(self.rows, self.cols, 4)
+
     def compose(self, rng: np.random.Generator) -> Page:
         """Generates one page; all random choices are uniform.
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from vlm_jax.config import ConfigError
 from vlm_jax.data.packing import fingerprint
-from vlm_jax.data.schemas import Reader, Record
+from vlm_jax.data.schemas import Reader, Record, check_texts
 from vlm_jax.data.spelling import Notes, Spelling
 from vlm_jax.data.stores import MalformedRecords, files_of, open_store
 
@@ -33,12 +33,14 @@ class Rules:
       num_images: images of every record; None for any number.
       spelling: names of keys and speakers.
       max_checked: records that are checked when a file is opened, evenly spread; the others when they are read.
+      placeholders: texts that no message may have, since they stand for an image or a video in the model's prompt.
     """
 
     tasks: tuple[str, ...]
     num_images: int | None = None
     spelling: Spelling = dataclasses.field(default_factory=Spelling)
     max_checked: int = 200_000
+    placeholders: tuple[str, ...] = ()
 
 
 class RecordFile:
@@ -90,6 +92,7 @@ class RecordFile:
         record = reader.record(self._store.fields(index, whole=whole))
         if rules.num_images not in (None, len(record.images)):
             raise ValueError(f"{len(record.images)} images, but config.data.num_images is {rules.num_images}")
+        check_texts((*record.messages, *record.rejected), rules.placeholders)
         return record
 
     def _named(self, index: int, record: Record) -> Record:

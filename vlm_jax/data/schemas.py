@@ -33,7 +33,7 @@ Deviation: LLaVA moves an `<image>` to the start of its turn; here it is not mov
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.config import did_you_mean
@@ -293,6 +293,19 @@ class Reader:
             return {"type": what} if value is None else {"type": what, what: media(value, self.folder)}
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+def check_texts(messages: Iterable[Message], placeholders: Sequence[str]) -> None:
+    """Raises a ValueError for a text with a placeholder of the model's prompt, which would stand for a further file."""
+    for message in messages:
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else [item["text"] for item in content if item["type"] == "text"]
+        for text in texts:
+            if found := next((mark for mark in placeholders if mark in text), None):
+                raise ValueError(
+                    f"{found} in the text {text!r} of the {message['role']} stands for an image or a video in this "
+                    "model's prompt; remove it, since files without placeholders come first"
+                )
 
 
 def _text(text: str) -> Fields:

@@ -33,6 +33,7 @@ class Tools:
         `Experiment.prepare_image`.
       video_size: (path, *, max_pixels), or (bytes, …, name=…) -> (number of sampled frames, height, width), without
         decoding frames; raises likewise; `processors.video.video_size`.
+      placeholders: texts that stand for an image or a video in the model's prompt, which no text of a record may have.
     """
 
     format_box: Callable[..., str]
@@ -42,6 +43,7 @@ class Tools:
         [UInt8[np.ndarray, "height width channels"]], Float[np.ndarray, "new_height new_width new_channels"]
     ]
     video_size: Callable[..., tuple[int, int, int]]
+    placeholders: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vlm_jax import axes
 from vlm_jax.encoders.packed import check_packed
 from vlm_jax.encoders.trunk import Trunk
 from vlm_jax.layers.dense import Dense, with_axes
-from vlm_jax.ranges import Side, Size
+from vlm_jax.ranges import PatchSide, Size
 from vlm_jax.types import Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
@@ -34,7 +34,7 @@ class NaflexViT(Trunk, kw_only=True):
     Laurençon et al. 2024 (Idefics2), section 3.3; transformers, models/idefics2, Idefics2VisionEmbeddings.
     """
 
-    patch_size: Side
+    patch_size: PatchSide
     table_grid: tuple[Size, Size]
     position_interpolation: Literal["linear", "nearest"] = "linear"
     patch_bias: bool = True

@@ -15,7 +15,7 @@ from vlm_jax.layers.norm import NormKind
 from vlm_jax.layers.rope_2d import rope_2d_angles
 from vlm_jax.layers.saliency import Saliency
 from vlm_jax.layers.windowed_stack import WindowedStack, restore_order
-from vlm_jax.ranges import Depth, Index, Natural, NonNegative, Positive, Side, Size
+from vlm_jax.ranges import Depth, Few, Index, Natural, NonNegative, PatchSide, Positive, Size
 from vlm_jax.types import PADDING_SEGMENT, Dtype, Grid, PackedPatches, PatchFormat, VisualFeatures
 
 
@@ -49,18 +49,18 @@ class PackedTrunk(nn.Module, kw_only=True):
       param_dtype: dtype of the stored parameters.
     """
 
-    patch_size: Side
+    patch_size: PatchSide
     width: Size
     depth: Depth
     num_heads: Size
     mlp_dim: Size
-    temporal_patch_size: Side = 1
+    temporal_patch_size: Few = 1
     channels: Size = 3
     activation: Activation = "gelu_tanh"
     gated: bool = False
     norm: NormKind = "layer"
     norm_epsilon: NonNegative = 1e-6
-    merge_size: Side = 2
+    merge_size: Few = 2
     window_size: Natural | None = None
     full_layers: tuple[Natural, ...] | None = None
     select_layer: Index | None = None

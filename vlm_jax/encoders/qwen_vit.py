@@ -7,7 +7,7 @@ from vlm_jax.encoders.packed import PackedTrunk, patches_in_blocks
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.mlp import Activation
 from vlm_jax.layers.norm import NormKind
-from vlm_jax.ranges import Side
+from vlm_jax.ranges import Few
 from vlm_jax.types import Grid, PackedPatches, VisualFeatures
 
 
@@ -24,7 +24,7 @@ class QwenViT(PackedTrunk, kw_only=True):
     Source: Wang et al. 2024 (Qwen2-VL), section 2.1; Bai et al. 2025 (Qwen2.5-VL), section 2.1.1.
     """
 
-    temporal_patch_size: Side = 2
+    temporal_patch_size: Few = 2
     activation: Activation = "silu"
     gated: bool = True
     norm: NormKind = "rms"

@@ -77,10 +77,14 @@ class ResNetStem(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
+    @property
+    def step(self) -> int:
+        """Pixels of the image from one position of the map to the next."""
+        return 4 * 2 ** max(len(self.layers) - 1, 0)
+
     def map_size(self, height: int, width: int) -> Grid:
         """Rows and columns of the map of an image of `height` x `width` pixels."""
-        step = 4 * 2 ** max(len(self.layers) - 1, 0)
-        return -(-height // step), -(-width // step)
+        return -(-height // self.step), -(-width // self.step)
 
     @nn.compact
     def __call__(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B rows cols D"]:

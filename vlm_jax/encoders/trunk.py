@@ -212,9 +212,10 @@ class Trunk(nn.Module, kw_only=True):
             if not -self.depth - 1 <= level <= self.depth or number > self.num_blocks
         ]
         if wrong:
+            key = "select_layer" if self.num_blocks < self.depth else "depth"
             raise ValueError(
                 f"levels {wrong}: {self.num_blocks} of {self.depth} blocks are built, with the hidden states 0 to "
-                f"{self.num_blocks}; choose from these, or set select_layer so that more are built"
+                f"{self.num_blocks}; choose from these, or raise {key}"
             )
         return numbers
 

@@ -55,15 +55,24 @@ class ViT(Trunk, kw_only=True):
     stem_layers: tuple[Natural, ...] | None = None
     stem_width: Size = 64
 
+    @property
+    def _stem(self) -> ResNetStem | None:
+        if self.stem_layers is None:
+            return None
+        return ResNetStem(layers=self.stem_layers, width=self.stem_width, parent=None)
+
+    @property
+    def patch_pixels(self) -> int:
+        """Side of a patch in pixels of the image, also behind a stem."""
+        return self.patch_size * (1 if self._stem is None else self._stem.step)
+
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches of an image of `height` x `width` pixels; a remainder is dropped.
 
         Raises:
           ValueError: the image is smaller than one patch.
         """
-        rows, cols = height, width
-        if self.stem_layers is not None:
-            rows, cols = ResNetStem(layers=self.stem_layers, width=self.stem_width, parent=None).map_size(height, width)
+        rows, cols = (height, width) if self._stem is None else self._stem.map_size(height, width)
         grid = (rows // self.patch_size, cols // self.patch_size)
         if min(grid) < 1:
             raise ValueError(f"an image of {height}x{width} pixels is smaller than one patch of {self.patch_size}")

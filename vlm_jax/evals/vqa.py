@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from vlm_jax.evals.intervals import wilson_interval
 from vlm_jax.generation.engine import prepared
 from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.normal_form import composed
 from vlm_jax.processors.processor import Example
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import CONTEXT
@@ -56,7 +56,7 @@ class Answer:
 
 def exact(answer: str, reference: str) -> bool:
     """Equality of texts, ignoring spaces at the ends and how Unicode composes a character."""
-    return unicodedata.normalize("NFC", answer).strip() == unicodedata.normalize("NFC", reference).strip()
+    return composed(answer).strip() == composed(reference).strip()
 
 
 def overlap(answer: str, reference: str) -> bool:
@@ -79,6 +79,12 @@ def is_right(tokenizer: Tokenizer, task: str, answer: str, reference: str) -> bo
     return scorer(answer, reference) or (bool(spelled.strip()) and scorer(answer, spelled))
 
 
+def generation_mesh(params: Params) -> Mesh | None:
+    """The mesh of parameters, where they generate on it: not where it shards the sequence."""
+    mesh = mesh_of(params)
+    return None if mesh is None or mesh.shape[CONTEXT] > 1 else mesh
+
+
 def answers(
     experiment: Experiment, params: Params, samples: Iterable[Sample], settings: EvaluationSettings
 ) -> Iterator[Answer]:
@@ -91,9 +97,7 @@ def answers(
         longer than `max_new_tokens`.
       ValueError: the number of visual tokens in a prompt differs from that of its images.
     """
-    mesh = mesh_of(params)
-    if mesh is not None and mesh.shape[CONTEXT] > 1:
-        mesh = None  # generation does not shard the sequence
+    mesh = generation_mesh(params)
     params = prepared(params, mesh)  # once for all batches
     size, samples = settings.batch_size, iter(samples)
     while group := list(itertools.islice(samples, size)):

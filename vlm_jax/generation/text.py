@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from vlm_jax.generation.engine import Generated, generate
-from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, Params
 
@@ -135,6 +135,12 @@ def complete(
     """
     if isinstance(stop, str):  # else every character would be a stop string
         raise GenerationError(f"stop: expected a list of strings, got the string {stop!r}; pass [{stop!r}]")
+    if not isinstance(stop, Sequence) or not all(isinstance(string, str) for string in stop):
+        raise GenerationError(f"stop: expected a list of strings, got {stop!r}")
+    if not isinstance(options.get("sampling", Sampling()), Sampling):
+        raise GenerationError(f"sampling: expected Sampling(…), got {options['sampling']!r}")
+    if on_text is not None and not callable(on_text):
+        raise GenerationError(f"on_text: expected a function, got {on_text!r}")
     if "" in stop:
         raise GenerationError("stop: expected non-empty strings, got ''; it would end every answer immediately")
     named = {string: tokenizer.vocabulary.id_of(string) for string in stop}

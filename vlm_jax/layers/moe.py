@@ -11,15 +11,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.dense import with_axes
 from vlm_jax.layers.grouped import Dot, by_group
+from vlm_jax.layers.mesh_axes import active_mesh, spec_of
 from vlm_jax.layers.mlp import ACTIVATIONS, Mlp
 from vlm_jax.layers.router import Router, Routing
-from vlm_jax.types import Config, Dtype, Tree
+from vlm_jax.types import Config, Dtype
 
 _INIT = jax.jit(nn.initializers.lecun_normal(batch_axis=(0,)), static_argnums=(1, 2))
 
@@ -119,12 +120,12 @@ def _over_mesh(
     routed: Callable[..., jax.Array], x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...]
 ) -> jax.Array:
     """Runs `routed` on every device with its tokens and its share of the experts, in the dtype of `x`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1 or not nn.get_logical_axis_rules():
+    mesh = active_mesh()
+    if mesh is None:
         return routed(x, routing, kernels).astype(x.dtype)
-    tokens = _spec((axes.BATCH, axes.LENGTH, None), x.shape, mesh)
+    tokens = spec_of((axes.BATCH, axes.LENGTH, None), x.shape, mesh)
     inner = (axes.EXPERT, None, axes.MLP), (axes.EXPERT, None, axes.MLP), (axes.EXPERT, axes.MLP, None)
-    specs = tuple(_spec(names, kernel.shape, mesh) for names, kernel in zip(inner, kernels, strict=True))
+    specs = tuple(spec_of(names, kernel.shape, mesh) for names, kernel in zip(inner, kernels, strict=True))
     expert, summed = specs[0][0], _mesh_axes(specs[2])
 
     def on_device(x: jax.Array, routing: Routing, kernels: tuple[jax.Array, ...]) -> jax.Array:
@@ -137,19 +138,6 @@ def _over_mesh(
 
     run = jax.shard_map(on_device, mesh=mesh, in_specs=(tokens, tokens, specs), out_specs=tokens)
     return run(x, routing, kernels)
-
-
-def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The mesh axes of the names; a dimension that they do not divide is not sharded."""
-    entries = []
-    wanted: Tree = nn.logical_to_mesh_axes(names)
-    for entry, size in zip(wanted, shape, strict=True):
-        group = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-        count = 1
-        for axis in group:
-            count *= mesh.shape[axis]
-        entries.append(None if size % count else entry)
-    return PartitionSpec(*entries)
 
 
 def _mesh_axes(spec: PartitionSpec) -> tuple[str, ...]:

@@ -41,8 +41,12 @@ def segment_saliency(heads: Heads, context: Context) -> Float[Array, "B T"]:
 
     Args:
       heads: of the layer, with as many queries as keys.
-      context: full attention inside segments; padding is excluded.
+      context: full attention inside segments, and inside blocks; padding is excluded.
     """
+    if context.block is not None:
+        shape = heads.query.shape[:2]
+        folded = Heads(*(x.reshape(-1, context.block, *x.shape[2:]) for x in heads))
+        return segment_saliency(folded, context.of_blocks()).reshape(shape)
     segments = context.query_segments
     if segments is None:
         return attention_saliency(heads, context, jnp.ones(heads.query.shape[:2]))

@@ -88,9 +88,9 @@ def restore_order(x: Float[Array, "*L B N D"], packed: PackedPatches) -> Float[A
 class WindowedStack(nn.Module):
     """`depth` blocks over packed patches, scanned, with the parameters of `TransformerStack`.
 
-    A windowed layer folds the sequence into rows of `packed.window_length`, each holding whole windows,
-    and attends inside a row: its attention costs N * window_length, not N * N. The layout is computed on
-    the host (`processors.patches.pack_patches`), so that layers do not reorder tokens.
+    A windowed layer attends inside blocks of `packed.window_length`, each holding whole windows: its attention costs
+    N * window_length, not N * N. The layout is computed on the host (`processors.patches.pack_patches`), so that layers
+    do not reorder tokens.
 
     Attributes:
       depth: number of blocks; 0 returns the input.
@@ -200,19 +200,14 @@ class _Layers:
         self._block, self._remat = block, remat
         self._layer = layer if remat == "none" else jax.checkpoint(layer, policy=policy, prevent_cse=False)
         self._collect = collect
-        self._window_length = packed.window_length
         self._contexts = {"full": Context("full", packed.segment_ids, packed.segment_ids, angles=angles)}
         if packed.window_ids is not None:
-            windows = self._fold(packed.window_ids)
-            folded = None if angles is None else self._fold(angles)
-            self._contexts["window"] = Context("full", windows, windows, angles=folded)
-
-    def _fold(self, x: jax.Array) -> jax.Array:
-        return x.reshape(-1, self._window_length, *x.shape[2:])
+            windows = packed.window_ids
+            self._contexts["window"] = Context("full", windows, windows, angles=angles, block=packed.window_length)
 
     def attended(self, x: jax.Array, params: Params, kind: Kind, saliency: Saliency) -> tuple[jax.Array, Attended]:
         """Runs one layer and returns its output and attention statistics."""
-        shape, context = x.shape, self._contexts[kind]
+        context = self._contexts[kind]
 
         def halves(x, params):
             run: Any = functools.partial(self._block.apply, {"params": params})
@@ -221,28 +216,26 @@ class _Layers:
 
         if self._remat != "none":
             halves = jax.checkpoint(halves, policy=REMAT_POLICIES[self._remat], prevent_cse=False)
-        x, sown = halves(x if kind == "full" else self._fold(x), params)
+        x, sown = halves(x, params)
         heads = Heads(sown["queries"], sown["keys"])
         looking = heads.joined() if saliency == "joined" else heads
-        received = segment_saliency(looking, context).reshape(shape[:2])
-        return x.reshape(shape), Attended(received, heads.key.reshape(*shape[:2], *heads.key.shape[2:]))
+        return x, Attended(segment_saliency(looking, context), heads.key)
 
     def __call__(self, x: jax.Array, params: Params, kinds: tuple[Kind, ...]) -> tuple[jax.Array, Tree]:
         """Runs layers of `kinds` with stacked parameters; returns x and [layers, B, N, D] or None."""
-        start, shape = 0, x.shape
-        hidden: list[Tree] = [jnp.zeros((0, *shape), x.dtype)]
+        start = 0
+        hidden: list[Tree] = [jnp.zeros((0, *x.shape), x.dtype)]
         for kind, count in runs(kinds):
             mine = jax.tree.map(lambda leaf, a=start, b=start + count: leaf[a:b], params)
-            y = x if kind == "full" else self._fold(x)
 
             def body(y, layer, kind=kind):
-                return self._layer(y, layer, self._contexts[kind]), y.reshape(shape) if self._collect else None
+                return self._layer(y, layer, self._contexts[kind]), y if self._collect else None
 
             if count == 1:
-                y, states = body(y, jax.tree.map(lambda leaf: leaf[0], mine))
+                x, states = body(x, jax.tree.map(lambda leaf: leaf[0], mine))
                 states = None if states is None else states[None]
             else:
-                y, states = jax.lax.scan(body, y, mine)
-            x, start = y.reshape(shape), start + count
+                x, states = jax.lax.scan(body, x, mine)
+            start += count
             hidden.append(states)
         return x, jnp.concatenate(hidden) if self._collect else None

@@ -57,7 +57,10 @@ def text_sizes(settings: Config, where: str) -> tuple[int, int, int]:
         raise PretrainedError(
             f"{where}.num_attention_heads: expected a divisor of hidden_size, {width}, or the key head_dim, got {heads}"
         )
-    return heads, kv_heads, sizes.get("head_dim", width // heads)
+    head_dim = sizes.get("head_dim", width // heads)
+    if head_dim % 2:
+        raise PretrainedError(f"{where}.head_dim: expected an even number, for rotary positions, got {head_dim}")
+    return heads, kv_heads, head_dim
 
 
 def vit_fields(settings: Config, where: str) -> Fields:

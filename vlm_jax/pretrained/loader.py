@@ -93,6 +93,7 @@ def load(
     budget: tuple[int | None, Section | None, Section | None] = (None, None, None),
 ) -> Pretrained:
     """`from_pretrained` with the registration table as an argument."""
+    _check_types(source, mesh, config, adapter)
     if is_run(source):
         if adapter is not None:
             raise PretrainedError(f"adapter: {source} is a run, whose own adapters are merged; pass a release")
@@ -120,9 +121,20 @@ def load(
     return Pretrained(system, params, image_size)
 
 
+def _check_types(source: object, mesh: object, config: object, adapter: object) -> None:
+    for name, given, kind, form in (
+        ("source", source, str | os.PathLike, "a folder, a file or organisation/name"),
+        ("adapter", adapter, str | os.PathLike | None, "a folder or organisation/name"),
+        ("config", config, Mapping | None, "a dict of released settings"),
+        ("mesh", mesh, Mesh | None, "a jax.sharding.Mesh"),
+    ):
+        if not isinstance(given, kind):
+            raise PretrainedError(f"{name}: expected {form}, got {given!r}")
+
+
 def is_run(source: str | os.PathLike[str]) -> bool:
     """Whether a folder is the workdir of a run."""
-    return (Path(absolute(source)) / CHECKPOINTS).is_dir()
+    return os.path.isdir(os.path.join(absolute(source), CHECKPOINTS))  # False for a text that no file can have
 
 
 def _of_run(workdir: Path, families: Mapping[str, Family], dtype: str, mesh: Mesh | None) -> Pretrained:

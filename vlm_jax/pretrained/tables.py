@@ -24,7 +24,7 @@ def num_patches(vit: ViT) -> int:
 
 def image_shape(vit: ViT, channels: int) -> jax.ShapeDtypeStruct:
     """Shape of one image of one patch."""
-    return jax.ShapeDtypeStruct((1, vit.patch_size, vit.patch_size, channels), jnp.float32)
+    return jax.ShapeDtypeStruct((1, vit.patch_pixels, vit.patch_pixels, channels), jnp.float32)
 
 
 def left_out(vit: ViT, blocks: str) -> tuple[str, ...]:

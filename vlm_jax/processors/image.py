@@ -44,6 +44,7 @@ ANTIALIAS: dict[Image.Resampling, AntialiasKind] = {
     Image.Resampling.BOX: "box_antialias",
     Image.Resampling.LANCZOS: "lanczos_antialias",
 }
+_CHUNK = 1 << 22  # values that are computed at once
 
 
 class CorruptImage(ValueError):
@@ -215,7 +216,8 @@ def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
     wide = isinstance(picture, ImageFile.ImageFile) and any("16" in str(tile[3]) for tile in picture.tile)
     try:
         picture.load()
-        if wide and picture.mode == "RGB" and isinstance(clear := picture.info.get("transparency"), tuple):
+        clear = picture.info.get("transparency")
+        if wide and picture.mode == "RGB" and isinstance(clear, tuple):
             picture.info["transparency"] = tuple(value >> 8 for value in clear)  # Pillow's pixels have 8 bits
         turned = _orientation(picture) != 1  # else Pillow would make a copy
         return _eight_bits(ImageOps.exif_transpose(picture) if turned else picture)
@@ -224,23 +226,47 @@ def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """The image in mode L or RGB."""
+    """The image in mode L or RGB; in bands of rows, so that no second copy of a large one is held."""
     if picture.mode.startswith("I"):  # grey of 16 bits, or of 32 that hold 16 or 8
-        values = np.clip(np.asarray(picture), 0, 65535)
-        eight = picture.mode == "I" and picture.format is None and values.max() <= 255
-        pixels = (values if eight else values >> 8).astype(np.uint8)
-        if isinstance(clear := picture.info.get("transparency"), int):
-            pixels = np.where(values == clear, np.uint8(255), pixels)
-        return Image.fromarray(pixels)
+        return _upper_bits(picture)
     if picture.mode == "F":
         raise ValueError("floating-point pixels have an unknown range")
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-        return picture.convert("RGB")
+        return _on_white(picture)
     mode = "L" if picture.mode in ("1", "L") else "RGB"
     return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _bands(picture: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of parts of an image."""
+    height = max(1, _CHUNK // (4 * picture.width))
+    for top in range(0, picture.height, height):
+        yield 0, top, picture.width, min(top + height, picture.height)
+
+
+def _upper_bits(picture: Image.Image) -> Image.Image:
+    """Grey of more bits in 8 bits, in mode L."""
+    clear, shift = picture.info.get("transparency"), 8
+    if picture.mode == "I" and picture.format is None and max(map(int, cast(tuple, picture.getextrema()))) <= 255:
+        shift = 0
+    made = Image.new("L", picture.size)
+    for band in _bands(picture):
+        values = np.clip(np.asarray(picture.crop(band)), 0, 65535)
+        pixels = (values >> shift).astype(np.uint8)
+        if isinstance(clear, int):
+            pixels[values == clear] = 255
+        made.paste(Image.fromarray(pixels), band)
+    return made
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """A transparent image blended with white, in mode RGB."""
+    made = Image.new("RGB", picture.size)
+    for band in _bands(picture):
+        part = picture.crop(band).convert("RGBA")
+        white = Image.new("RGBA", part.size, (255, 255, 255, 255))
+        made.paste(Image.alpha_composite(white, part).convert("RGB"), band)
+    return made
 
 
 def _pixels(picture: Image.Image, channels: int) -> UInt8[np.ndarray, "height width channels"]:
@@ -285,9 +311,14 @@ def resize_in_fixed_point(
             continue
         weights, bits = fixed_point_weights(image.shape[axis], size[axis], FIXED_POINT[resample])
         lines = np.moveaxis(image, axis, 0)
-        sums = weights @ lines.reshape(len(lines), -1).astype(np.int32)
-        rounded = np.clip((sums + (1 << (bits - 1))) >> bits, 0, 255).astype(np.uint8)
-        image = np.moveaxis(rounded.reshape(-1, *lines.shape[1:]), 0, axis)
+        resized = np.empty((size[axis], *lines.shape[1:]), np.uint8)
+        chunk = max(1, _CHUNK // (max(len(lines), size[axis]) * lines.shape[2]))
+        for start in range(0, lines.shape[1], chunk):
+            part = lines[:, start : start + chunk]
+            sums = weights @ part.reshape(len(lines), -1).astype(np.int32)
+            rounded = np.clip((sums + (1 << (bits - 1))) >> bits, 0, 255).astype(np.uint8)
+            resized[:, start : start + chunk] = rounded.reshape(-1, *part.shape[1:])
+        image = np.moveaxis(resized, 0, axis)
     return image
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm_jax.interpolation import ResizeKind
 from vlm_jax.processors.conversation import Picture
-from vlm_jax.processors.image import height_and_width, to_picture
+from vlm_jax.processors.image import height_and_width, normalize, to_picture
 from vlm_jax.processors.naflex import interpolate, size_for_sequence
 from vlm_jax.processors.patches import pack_patches, patchify
 from vlm_jax.processors.pixels import Pixels
@@ -61,6 +61,10 @@ class SquareInputs:
         return np.concatenate([seen.pixels for seen in self.views.images(pictures)])
 
 
+def _floats(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorFlowInputs:
     """Images of one size, resized as in TensorFlow, in the range [-1, 1]: big_vision, vision_transformer.
@@ -90,9 +94,10 @@ class TensorFlowInputs:
             factor = np.float32(self.shortest_edge) / np.float32(min(image.shape[:2]))
             rows, cols = (int(np.rint(np.float32(side) * factor)) for side in image.shape[:2])
             size = (rows, cols)
-        resized = interpolate(image if self.whole else image.astype(np.float32), size, self.kind)
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        return resized[top : top + height, left : left + width].astype(np.float32) / 127.5 - 1
+        window = (top, top + height), (left, left + width)
+        resized = interpolate(image, size, self.kind, window=window, before=None if self.whole else _floats)
+        return resized.astype(np.float32) / 127.5 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +128,9 @@ class NaflexInputs:
     def _one(self, picture: Image.Image) -> PackedPatches:
         _, size = size_for_sequence(*height_and_width(picture), self.patch_size, self.max_num_patches)
         if self.floats:
-            frame = interpolate(self.pixels.tiles([picture])[0], size, "bilinear_antialias")
+            mean, std = self.pixels.mean, self.pixels.std
+            normalised = functools.partial(normalize, mean=mean, std=std)
+            frame = interpolate(self.pixels.array(picture), size, "bilinear_antialias", before=normalised)
         else:
             frame = self.pixels.tiles([self.pixels.resized(picture, size)])[0]
         patches, grid = patchify(frame[None], patch_size=self.patch_size, channels_last=True)
@@ -141,6 +148,7 @@ class TextInputs:
       lower: converts texts to lower case.
       bare: removes punctuation and repeated spaces.
       end_id: appended to every text instead of the tokenizer's start and end tokens; None for these.
+      table_rows: number of tokens in the tower's table; None where a text cannot have others.
 
     Source: transformers, models/siglip/tokenization_siglip.py, canonicalize_text; big_vision, pp/ops_text.py, tokenize.
     """
@@ -151,16 +159,18 @@ class TextInputs:
     lower: bool = False
     bare: bool = False
     end_id: int | None = None
+    table_rows: int | None = None
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "B T"]:
         tokens = np.full((len(texts), self.length), self.pad_id, np.int32)
-        for row, text in zip(tokens, texts, strict=True):
+        for number, (row, text) in enumerate(zip(tokens, texts, strict=True)):
             ids = self.tokenizer.encode(self.cleaned(text), add_special=self.end_id is None)
             ids += [] if self.end_id is None else [self.end_id]
             if len(ids) > self.length:
                 end = ids[-1:] if ids[-1] in (self.tokenizer.eos_id, self.end_id) else []
                 ids = [*ids[: self.length - len(end)], *end]
             row[: len(ids)] = ids
+            self.tokenizer.check_rows(row.tolist(), self.table_rows, f"text {number}")  # with its padding
         return tokens
 
     def cleaned(self, text: str) -> str:

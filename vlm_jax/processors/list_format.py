@@ -5,10 +5,10 @@ Source: QwenLM/Qwen-VL-Chat, tokenization_qwen.py, from_list_format, to_list_for
 
 import dataclasses
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vlm_jax.processors.normal_form import composed
 from vlm_jax.types import Config
 
 PICTURE = "Picture {number}: "  # some copies of the release have no space at the end
@@ -88,7 +88,7 @@ def to_list_format(text: str) -> list[dict[str, str]]:
     Raises:
       ListFormatError: the text has a token of a conversation, such as <|im_start|>.
     """
-    text = unicodedata.normalize("NFC", text)
+    text = composed(text)
     if found := _FORBIDDEN.search(text):
         raise ListFormatError(f"expected the text of one turn, without {found.group()}, got {text!r}")
     items, end = [], 0

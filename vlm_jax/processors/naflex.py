@@ -5,33 +5,73 @@ and SigLIP 2, only on request.
 """
 
 import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Num
 
-from vlm_jax.interpolation import ResizeKind, interpolation_weights
+from vlm_jax.interpolation import ResizeKind, interpolation_window
 
+Span = tuple[int, int]  # [start, stop)
+
+_MOST = 1 << 24  # values of an image, or weights of an axis, that are computed at once
+_REACH = 2048  # about as many samples along an axis are read at once otherwise
 _SMALLEST, _LARGEST, _STEP = 1e-6, 100.0, 1e-5  # of the resize ratio
 
 
 def interpolate(
-    image: Num[np.ndarray, "height width channels"], size: tuple[int, int], kind: ResizeKind
-) -> Num[np.ndarray, "new_height new_width channels"]:
+    image: Num[np.ndarray, "height width channels"],
+    size: tuple[int, int],
+    kind: ResizeKind,
+    *,
+    window: tuple[Span, Span] | None = None,
+    before: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Num[np.ndarray, "window_height window_width channels"]:
     """Resizes to (height, width) pixels in float32, and returns the image's dtype.
 
     Args:
       image: pixels of any range; integers are clipped to their dtype's range and truncated.
       size: height and width of the result, in pixels.
       kind: SigLIP's square images are `bilinear`, NaFlex's `bilinear_antialias`.
+      window: [start, stop) of the rows and of the columns of the result that are wanted; all when None.
+      before: converts pixels, of any part of the image, before they are resized; the result then has its dtype.
 
     Source: big_vision, pp/ops_image.py, get_resize.
     """
-    rows, cols = (interpolation_weights(old, new, kind) for old, new in zip(image.shape, size, strict=False))
-    resized = np.einsum("ih,hwc,jw->ijc", rows, image.astype(np.float32), cols, optimize=True)
-    if np.issubdtype(image.dtype, np.integer):
-        limits = np.iinfo(image.dtype)
-        return np.clip(resized, limits.min, limits.max).astype(image.dtype)
-    return resized.astype(image.dtype)
+    whole = tuple((0, side) for side in size)
+    (top, bottom), (left, right) = window or whole
+    if image.size <= _MOST and all(old * new <= _MOST for old, new in zip(image.shape, size, strict=False)):
+        return _block(image, size, kind, whole, before)[top:bottom, left:right]
+    rows, cols = (list(_blocks(*ends)) for ends in zip(image.shape, size, ((top, bottom), (left, right)), strict=False))
+    return np.concatenate(
+        [np.concatenate([_block(image, size, kind, (down, across), before) for across in cols], 1) for down in rows]
+    )
+
+
+def _blocks(size_in: int, size_out: int, window: Span) -> Iterator[Span]:
+    """Parts of a window, which few samples reach."""
+    length = max(1, int(_REACH * min(1.0, size_out / size_in)) - 6)
+    for start in range(*window, length):
+        yield start, min(start + length, window[1])
+
+
+def _block(
+    image: np.ndarray,
+    size: tuple[int, int],
+    kind: ResizeKind,
+    window: tuple[Span, ...],
+    before: Callable[[np.ndarray], np.ndarray] | None,
+) -> np.ndarray:
+    (rows, down), (cols, across) = (
+        interpolation_window(old, new, kind, part) for old, new, part in zip(image.shape, size, window, strict=False)
+    )
+    given = image[slice(*down), slice(*across)]
+    given = given if before is None else before(given)
+    resized = np.einsum("ih,hwc,jw->ijc", rows, given.astype(np.float32), cols, optimize=True)
+    if np.issubdtype(given.dtype, np.integer):
+        limits = np.iinfo(given.dtype)
+        return np.clip(resized, limits.min, limits.max).astype(given.dtype)
+    return resized.astype(given.dtype)
 
 
 def size_for_sequence(height: int, width: int, patch_size: int, max_patches: int) -> tuple[float, tuple[int, int]]:

@@ -40,8 +40,9 @@ class PlainPrompt:
 
     @property
     def placeholders(self) -> Mapping[Kind, tuple[str, ...]]:
-        """See `Prompt`; special tokens are not allowed in a text."""
-        return {"image": (), "video": ()}
+        """See `Prompt`; special tokens are not allowed in a text, as which this one is told when a file is opened."""
+        mark = self.tokenizer.names.get("image_token")
+        return {"image": () if mark is None else (mark,), "video": ()}
 
     def __call__(
         self,

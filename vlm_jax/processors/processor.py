@@ -29,7 +29,7 @@ from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns,
 from vlm_jax.processors.prompt import Prompt, Slot
 from vlm_jax.processors.reduction import Reduction, Tokens
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
+from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.video import FrameSampler, FrameSettings, RateSampler, check_rate, read_video
 from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, PreparedImage, Views, check_list
 from vlm_jax.types import ROW_KEYS, Batch, Fields, Load, RowShape
@@ -157,6 +157,10 @@ class Processor:
         """
         if not conversations or not isinstance(conversations, Sequence) or isinstance(conversations, str):
             raise PromptError(f"expected a list of conversations, each a list of messages, got {conversations!r}")
+        if shape is not None and not isinstance(shape, RowShape):
+            raise PromptError(f"shape: expected a RowShape, got {shape!r}")
+        if "name" in options:
+            raise PromptError("name: is set by batch; remove it")
         images, videos = images or [()] * len(conversations), videos or [()] * len(conversations)
         for what, given in (("images", images), ("videos", videos)):
             if len(given) != len(conversations):
@@ -453,6 +457,11 @@ class Processor:
         taken = Load(length, load, kept, len(order))
         return Example(name, tuple(filled), prepared, (*counts[0], *counts[1]), taken, tokens)
 
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """Texts that stand for an image or a video in a message."""
+        return tuple(itertools.chain(*self.prompt.placeholders.values()))
+
     def count_visual_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
         """Visual tokens of each image of one conversation, including learned rows.
 
@@ -480,17 +489,9 @@ class Processor:
 
     def _check_ids(self, pieces: Sequence[Text | Slot], name: str) -> None:
         """Raises a `TokenizerError` for a token of a text that the model's table has no row for."""
-        rows = self.table_rows
-        if rows is None:
-            return
         for piece in pieces:
-            outside = [i for i in piece.ids if i >= rows] if isinstance(piece, Text) else []
-            if outside:
-                token = self.tokenizer.decode(outside[:1], skip_special=False)
-                raise TokenizerError(
-                    f"{name}: the token '{token}' has the id {outside[0]}, but the model's table has only {rows} rows; "
-                    "leave it out of the text, or use the tokenizer that belongs to the model"
-                )
+            if isinstance(piece, Text):
+                self.tokenizer.check_rows(piece.ids, self.table_rows, name)
 
     def _filled(
         self,

@@ -5,17 +5,21 @@ middle is cut out. Here only the pixels that are kept are computed, bit for bit 
 """
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse
 from PIL import Image
 
-from vlm_jax.interpolation import fixed_point_weights
+from vlm_jax.interpolation import fixed_point_bits, window_weights
 from vlm_jax.processors.image import ANTIALIAS
 
 MOST_PIXELS = 1 << 24  # of an image that is made whole
+MOST_LENGTH = 1 << 20  # of a side, for which Pillow makes all weights at once
 PILLOW_BITS = 22
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20  # values that are computed at once
+_WEIGHTS = 1 << 18  # weights of an axis that are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,17 @@ class Axis:
     canvas: int
     size: int
     window: tuple[int, int]
+
+    def blocks(self) -> Iterator["Axis"]:
+        """The same with parts of the window, so short that few weights are needed for each."""
+        first, last = self.window
+        length = last - first if self.canvas == self.size else max(1, _WEIGHTS * self.size // (8 * self.canvas))
+        for begin in range(first, last, max(1, length)):
+            yield dataclasses.replace(self, window=(begin, min(begin + length, last)))
+
+    def within(self, axis: "Axis") -> tuple[int, int]:
+        """[start, stop) of this window in that of another axis."""
+        return self.window[0] - axis.window[0], self.window[1] - axis.window[0]
 
 
 def is_large(size: tuple[int, ...], picture: Image.Image) -> bool:
@@ -59,82 +74,114 @@ def resized_part(
       colour: of the canvas.
       as_torch: as `Pixels.as_torch`.
     """
-    bits = None if as_torch else PILLOW_BITS
-    across, down = (_Weights.of(axis, resample, bits) for axis in (columns, rows))
-    given = np.asarray(colour, np.int64) if picture.mode == "RGB" else np.asarray(colour[:1], np.int64)
-    # The canvas alone; then the columns that the picture reaches, of the pixels that reach the part.
-    line = across.along(np.tile(given, (columns.canvas if across.matrix is None else 1, 1)))
-    whole = down.along(np.tile(line, (rows.canvas if down.matrix is None else 1, 1, 1)))
-    (left, right), (top, bottom) = across.used(columns.start, picture.width), down.used(rows.start, picture.height)
-    if left < right and top < bottom:
-        lines = np.asarray(picture.crop((left, top, right, bottom)))
-        lines = lines[:, :, None] if lines.ndim == 2 else lines
-        first, last = across.reached(columns.start + left, right - left)
-        width = max(1, 4 * _CHUNK // lines[:, :1].size)
-        for start in range(first, last, width):
-            block = (start, min(start + width, last))
-            made = np.empty((bottom - top, block[1] - start, lines.shape[2]), np.uint8)
-            chunk = max(1, _CHUNK // max(lines[0].size, made[0].size))
-            for begin in range(0, len(made), chunk):
-                part = lines[begin : begin + chunk].swapaxes(0, 1)
-                done = across.placed(part, columns.start + left, given, block)
-                made[begin : begin + chunk] = done.swapaxes(0, 1)
-            whole[:, slice(*block)] = down.placed(made, rows.start + top, line[slice(*block)], (0, len(whole)))
-    return Image.fromarray(whole[:, :, 0] if whole.shape[2] == 1 else whole)
+    colours = np.asarray(colour if picture.mode == "RGB" else colour[:1], np.int64)
+    shape = (rows.window[1] - rows.window[0], columns.window[1] - columns.window[0], len(colours))
+    made = np.empty(shape, np.uint8)
+    tall, wide = (
+        functools.partial(_Weights.of, resample=resample, bits=_bits(axis, resample, as_torch), length=length)
+        for axis, length in ((rows, picture.height), (columns, picture.width))
+    )
+    # The weights of the picture's shorter side are held, and few of the longer one's at a time.
+    if picture.height > picture.width:
+        across = wide(columns)
+        for axis in rows.blocks():
+            made[slice(*axis.within(rows))] = _block(picture, tall(axis), across, colours)
+    else:
+        down = tall(rows)
+        for axis in columns.blocks():
+            made[:, slice(*axis.within(columns))] = _block(picture, down, wide(axis), colours)
+    return Image.fromarray(made[:, :, 0] if made.shape[2] == 1 else made)
+
+
+def _bits(axis: Axis, resample: Image.Resampling, as_torch: bool) -> int:
+    return fixed_point_bits(axis.canvas, axis.size, ANTIALIAS[resample]) if as_torch else PILLOW_BITS
+
+
+def _block(picture: Image.Image, down: "_Weights", across: "_Weights", colours: np.ndarray) -> np.ndarray:
+    """One block of the part: that of the canvas alone, then the columns that the picture reaches."""
+    line = across.along(colours)
+    whole = down.along(line)
+    (left, right), (top, bottom) = across.used(), down.used()
+    if left >= right or top >= bottom:
+        return whole
+    first, last = across.reached(left, right)
+    width = max(1, 4 * _CHUNK // ((bottom - top) * len(colours)))
+    for start in range(first, last, width):
+        window = (start, min(start + width, last))
+        made = np.empty((bottom - top, window[1] - start, len(colours)), np.uint8)
+        chunk = max(1, _CHUNK // (max(right - left, made.shape[1]) * len(colours)))
+        for begin in range(0, len(made), chunk):
+            box = (left, top + begin, right, min(top + begin + chunk, bottom))
+            lines = np.asarray(picture.crop(box)).reshape(box[3] - box[1], right - left, len(colours))
+            made[begin : begin + chunk] = across.placed(lines.swapaxes(0, 1), left, colours, window).swapaxes(0, 1)
+        whole[:, slice(*window)] = down.placed(made, top, line[slice(*window)], (0, len(whole)))
+    return whole
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """Weights of one axis; without a matrix it is not resized."""
+    """Weights of one axis.
+
+    Attributes:
+      axis: the axis.
+      length: of the picture along it.
+      bits: the power of 2 that weights are multiplied by.
+      matrix: int32 [outputs of the window, pixels of the picture]; None where the canvas is not resized.
+      total: int64 [outputs]: the sum of the weights of all pixels of the canvas.
+    """
 
     axis: Axis
-    matrix: scipy.sparse.csr_array | None
+    length: int
     bits: int
+    matrix: scipy.sparse.csr_array | None
+    total: np.ndarray
 
     @classmethod
-    def of(cls, axis: Axis, resample: Image.Resampling, bits: int | None) -> "_Weights":
+    def of(cls, axis: Axis, *, length: int, resample: Image.Resampling, bits: int) -> "_Weights":
         if axis.canvas == axis.size:
-            return cls(axis, None, 0)
-        matrix, bits = fixed_point_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, axis.window)
-        return cls(axis, scipy.sparse.csr_array(matrix, dtype=np.int64), bits)
+            return cls(axis, length, 0, None, np.ones(axis.window[1] - axis.window[0], np.int64))
+        parts, totals = [], []
+        for block in axis.blocks():
+            part = window_weights(axis.canvas, axis.size, ANTIALIAS[resample], bits, block.window)
+            totals.append(np.asarray(part.sum(axis=1), np.int64))
+            parts.append(part[:, axis.start : axis.start + length])
+        matrix = scipy.sparse.csr_array(scipy.sparse.vstack(parts))
+        return cls(axis, length, bits, matrix, np.concatenate(totals))
 
-    def used(self, start: int, length: int) -> tuple[int, int]:
+    def used(self) -> tuple[int, int]:
         """[start, stop) of the picture's pixels that reach the part."""
         if self.matrix is None:
-            begin, end = self.axis.window
-        else:
-            begin, end = int(self.matrix.indices.min()), int(self.matrix.indices.max()) + 1
-        return max(begin - start, 0), min(end - start, length)
+            begin, end = (one - self.axis.start for one in self.axis.window)
+            return max(begin, 0), min(end, self.length)
+        if not self.matrix.nnz:
+            return 0, 0
+        return int(self.matrix.indices.min()), int(self.matrix.indices.max()) + 1
 
-    def reached(self, start: int, length: int) -> tuple[int, int]:
-        """[start, stop) of the part's pixels that these of the canvas reach."""
+    def reached(self, start: int, stop: int) -> tuple[int, int]:
+        """[start, stop) of the part's pixels that these of the picture reach."""
         if self.matrix is None:
-            return start - self.axis.window[0], start - self.axis.window[0] + length
-        found = np.flatnonzero(np.diff(self.matrix[:, start : start + length].indptr))
-        return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+            origin = self.axis.start - self.axis.window[0]
+            return origin + start, origin + stop
+        found = np.flatnonzero(np.diff(self.matrix.indptr))
+        return int(found[0]), int(found[-1]) + 1
 
     def along(self, canvas: np.ndarray) -> np.ndarray:
-        """A canvas of one colour: all of the axis, or one line where it is resized."""
-        first, last = self.axis.window
-        if self.matrix is None:
-            return canvas[first:last].astype(np.uint8)
-        total = np.asarray(self.matrix.sum(axis=1), np.int64)
-        return _rounded(total.reshape(-1, *[1] * (canvas.ndim - 1)) * canvas.astype(np.int64), self.bits)
+        """The part of a canvas whose lines along this axis are all equal to the given one."""
+        return _rounded(self.total.reshape(-1, *[1] * canvas.ndim) * canvas.astype(np.int64), self.bits)
 
     def placed(self, lines: np.ndarray, start: int, outside: np.ndarray, window: tuple[int, int]) -> np.ndarray:
-        """Lines of the picture at `start` of the canvas, resized with the canvas beside them."""
+        """Lines from `start` on of the picture, resized with the canvas beside them."""
         if self.matrix is None:
-            origin = start - self.axis.window[0]
+            origin = self.axis.start + start - self.axis.window[0]
             made = np.broadcast_to(outside, (window[1] - window[0], *lines.shape[1:])).astype(np.uint8)
             begin, end = max(origin, window[0]), min(origin + len(lines), window[1])
             made[begin - window[0] : end - window[0]] = lines[begin - origin : end - origin]
             return made
-        rows = self.matrix[window[0] : window[1]]
-        used = rows[:, start : start + len(lines)]
-        beside = np.asarray(rows.sum(axis=1), np.int64) - np.asarray(used.sum(axis=1), np.int64)
-        sums = (used @ lines.reshape(len(lines), -1).astype(np.int64)).reshape(-1, *lines.shape[1:])
+        used = self.matrix[slice(*window), start : start + len(lines)]
+        beside = self.total[slice(*window)] - np.asarray(used.sum(axis=1), np.int64)
+        sums = (used @ lines.reshape(len(lines), -1).astype(np.int32)).reshape(-1, *lines.shape[1:])  # as in Pillow
         return _rounded(sums + beside[:, None, None] * outside.astype(np.int64), self.bits)
 
 
 def _rounded(sums: np.ndarray, bits: int) -> np.ndarray:
-    return np.clip((sums + (1 << (bits - 1))) >> bits, 0, 255).astype(np.uint8)
+    return np.clip((sums + ((1 << bits) >> 1)) >> bits, 0, 255).astype(np.uint8)

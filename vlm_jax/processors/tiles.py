@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlm_jax.processors.image import height_and_width
 from vlm_jax.processors.pixels import Pixels
@@ -323,8 +323,18 @@ class DeepSeekVL2Views(Tiles):
         return np.concatenate([first, [separator], second])
 
     def _padded(self, picture: Image.Image, rows: int, cols: int) -> Image.Image:
-        size = (cols * self.side, rows * self.side)
-        return ImageOps.pad(picture, size, self.pixels.resample, color=self.pixels.mean_colour)
+        """The image within its canvas, centred, with the mean colour beside it; as `ImageOps.pad` of Pillow."""
+        width, height = cols * self.side, rows * self.side
+        own, wanted = picture.width / picture.height, width / height
+        if own > wanted:
+            height = round(picture.height / picture.width * width)
+        elif own < wanted:
+            width = round(picture.width / picture.height * height)
+        canvas = Image.new(picture.mode, (cols * self.side, rows * self.side), self.pixels.mean_colour)
+        if min(width, height) > 0:  # else it is too thin to be seen
+            corner = (round((canvas.width - width) * 0.5), round((canvas.height - height) * 0.5))
+            canvas.paste(self.pixels.resized(picture, (height, width)), corner)
+        return canvas
 
 
 @dataclasses.dataclass(frozen=True)

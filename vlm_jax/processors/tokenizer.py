@@ -79,7 +79,17 @@ class Tokenizer:
           text: any text.
           add_special: adds the release's start and end tokens, such as the BOS; not for the output of a
             chat template, which has them already.
+
+        Raises:
+          TokenizerError: it is no text, or has half of a surrogate pair.
         """
+        if not isinstance(text, str):
+            raise TokenizerError(f"expected a text, got {text!r}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            letter = text[error.start]
+            raise TokenizerError(f"expected Unicode text, got one with {letter!r}, half of a character") from error
         return self.vocabulary.encode(text, add_special)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"], *, skip_special: bool = True) -> str:
@@ -93,11 +103,30 @@ class Tokenizer:
         Raises:
           TokenizerError: there is none; the message suggests a similar one.
         """
-        index = self.vocabulary.id_of(token)
+        index = self.vocabulary.id_of(token) if isinstance(token, str) else None
         if index is None:
-            near = did_you_mean(token, self.vocabulary.special.values())
+            near = did_you_mean(str(token), self.vocabulary.special.values())
             raise TokenizerError(f"{self.origin}: its vocabulary has no token '{token}'{near}")
         return index
+
+    def check_rows(self, ids: Iterable[int], rows: int | None, where: str) -> None:
+        """Checks the ids of a text against a model's table.
+
+        Args:
+          ids: of the text.
+          rows: number of rows of the table; None where a text cannot have other ids.
+          where: name of the text for errors.
+
+        Raises:
+          TokenizerError: the table has no row for one of them.
+        """
+        outside = next((index for index in ids if rows is not None and index >= rows), None)
+        if outside is not None:
+            token = self.decode([outside], skip_special=False)
+            raise TokenizerError(
+                f"{where}: the token '{token}' has the id {outside}, but the model's table has only {rows} rows; "
+                "leave it out of the text, or use the tokenizer that belongs to the model"
+            )
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], names: Mapping[str, str]) -> "Tokenizer":

@@ -188,6 +188,35 @@ class MiddleSampler:
         return self if settings.nframes is None else MiddleSampler(settings.nframes)
 
 
+@dataclasses.dataclass(frozen=True)
+class EveryFrame:
+    """All frames of a video: the video processors of transformers where `do_sample_frames` is false.
+
+    Attributes:
+      sampler: selects frames of a video that has settings of its own.
+      most: maximum frames of a video, since all of them are held.
+
+    Source: transformers, video_processing_utils.py, _decode_and_sample_videos.
+    """
+
+    sampler: FrameSampler
+    most: int = 768
+
+    def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
+        """Indices of the frames; see `FrameSampler`."""
+        del video_fps
+        if num_frames > self.most:
+            raise PictureMismatch(
+                f"expected at most {self.most} frames, since the folder's do_sample_frames is false and all frames are "
+                f"read, got {num_frames}; set nframes or fps in the item"
+            )
+        return np.arange(num_frames)
+
+    def following(self, settings: FrameSettings) -> "FrameSampler":
+        """See `FrameSampler`; with a setting, frames are sampled."""
+        return self if settings == FrameSettings() else self.sampler.following(settings)
+
+
 def read_video(
     source: str | os.PathLike | bytes,
     sampling: FrameSampler,

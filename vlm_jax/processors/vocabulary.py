@@ -4,7 +4,6 @@ import base64
 import codecs
 import itertools
 import re
-import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -12,6 +11,8 @@ import sentencepiece
 import tiktoken
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from vlm_jax.processors.normal_form import composed
 
 SPACE = "▁"  # SentencePiece's character for a space
 # normalizer_spec.add_dummy_prefix = false, as a message to append: a later field overrides earlier ones.
@@ -237,7 +238,7 @@ class TiktokenVocabulary:
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         del add_special  # it has no BOS and no EOS
-        return self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
+        return self._encoding.encode(composed(text), allowed_special="all")
 
     def offsets(self, text: str, add_special: bool) -> list[tuple[int, int]] | None:
         return None

@@ -57,6 +57,11 @@ class ReducesInDecoder(PassesFeatures):
                 f"(config.token_budget), got {shown}"
             )
         layers = [drop.layer for drop in drops]
+        if self.num_layers < 2:
+            raise ConfigError(
+                f"config.reducer: {self.kind} drops tokens between layers of the decoder, which has {self.num_layers}; "
+                "raise config.decoder.depth, or choose another reducer"
+            )
         if not layers or len(set(layers)) < len(layers) or any(not 1 <= layer < self.num_layers for layer in layers):
             raise ConfigError(
                 f"config.reducer: {self.kind} drops tokens before layers {layers}; with {self.num_layers} decoder "

@@ -23,7 +23,7 @@ class MeshSettings:
       data: copies of the model, each with a part of the batch.
       fsdp: shards of the batch and of every large parameter.
       tensor: shards of heads, hidden widths and vocabulary.
-      context: shards of the sequence.
+      context: shards of the sequence, by ring attention.
       expert: shards of the experts.
     """
 

@@ -6,12 +6,11 @@ import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import rich.console
-import rich.progress
 from etils import epath
 from flax import linen as nn
 
@@ -25,6 +24,8 @@ from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.sweep.costs import first_with_images, flops, num_params
 from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.frontier import draw_frontier
+from vlm_jax.sweep.hard import DOWNSAMPLED, with_hard_questions
+from vlm_jax.sweep.progress import PointsProgress
 from vlm_jax.sweep.questions import Questions
 from vlm_jax.sweep.release_points import RefusedPoint, ReleasePoint, list_release_points
 from vlm_jax.sweep.report import Example, write_report
@@ -39,8 +40,8 @@ from vlm_jax.sweep.run import (
 )
 from vlm_jax.system import System
 from vlm_jax.train.claim import Claim
-from vlm_jax.train.workdir import read_lines, write_lines, write_whole
-from vlm_jax.types import Sample
+from vlm_jax.train.workdir import each_line, read_lines, write_lines, write_whole
+from vlm_jax.types import Fields, Sample
 
 CONTROLS = frozenset({"random", "uniform_stride", "downsample_image"})
 COMMAND = "vlm_jax.cli.evaluate"
@@ -124,6 +125,7 @@ class Evaluation:
             settings.data,
             processor.views.channels,
             processor.frame_sampler,
+            placeholders=processor.placeholders,
             tasks=settings.tasks,
             num_samples=settings.num_samples,
             seed=settings.seed,
@@ -152,23 +154,25 @@ class Evaluation:
         if todo:
             self._console.print(f"{len(todo)} points, {len(self._questions)} questions each")
             params = self._system.prepared(self._system.initial(jax.random.key(self._settings.seed)))
-            with rich.progress.Progress(console=self._console) as progress:
+            asked = len(todo) * len(self._questions)
+            with PointsProgress(self._console, "questions", asked, len(todo)) as progress:
                 for point in todo:
                     with failures.noted(point.label):
                         results[point.label] = self._run_point(point, params, progress)
+                    progress.next_point()
                     write_lines(self.workdir / RESULTS_FILE, results.values())
         ordered = [results[point.label] for point in self.points if point.label in results]
         if ordered:
             self._report(ordered)
         return failures.errors
 
-    def _run_point(self, point: ReleasePoint, params: Any, progress: rich.progress.Progress) -> Line:
+    def _run_point(self, point: ReleasePoint, params: Any, progress: PointsProgress) -> Line:
         path = self._answers(point)
         tally, start = resume(path)
         if start > len(self._questions):
             raise ValueError(f"{path} has {start} answers to {len(self._questions)} questions; use another workdir")
         size, seconds = self._settings.batch_size, []
-        task = progress.add_task(point.label, total=len(self._questions), completed=start)
+        progress.advance(point.label, start, point.label)
         # A partially written batch is answered again as a whole, so that its answers are the same.
         samples, skipped = self._questions.start_at(start - start % size), start % size
         while start < len(self._questions):
@@ -186,7 +190,7 @@ class Evaluation:
             for line in lines:
                 tally.add(line)
             start, skipped = start + len(lines), 0
-            progress.update(task, completed=start)
+            progress.advance(point.label, start, point.label)
         return self._result(point, tally, seconds)
 
     def _answer(self, system: System, params: Any, samples: list[Sample]) -> list[Line]:
@@ -244,12 +248,17 @@ class Evaluation:
 
     def _report(self, results: Sequence[Line]) -> None:
         untrained = {"step_seconds": None, "peak_bytes": None}
-        shown = [drawable({**result, "connector": result["reducer"], **untrained}) for result in results]
+        lines = [{**result, "connector": result["reducer"], **untrained} for result in results]
+
+        def answers(label: str) -> Iterator[Fields]:
+            return each_line(self.workdir / "points" / label / ANSWERS_FILE)
+
+        shown = [drawable(line) for line in with_hard_questions(lines, DOWNSAMPLED, answers)]
         draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=CONTROLS)
         title = f"Visual token budgets: {self._settings.release}"
         examples = self._examples([result["label"] for result in results])
         write_report(shown, self.workdir / REPORT_FILE, controls=CONTROLS, examples=examples, title=title)
-        self._console.print(results_table(shown))
+        self._console.print(results_table(shown), soft_wrap=True, highlight=False, markup=False)
         for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
             self._console.print(f"{self.workdir / name}", soft_wrap=True)
 

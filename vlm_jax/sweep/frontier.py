@@ -54,9 +54,15 @@ AXES = {
     "flops": Axis("Forward FLOPs per example: encoder + connector + prefill", 1e9, "G"),
     "parameters": Axis("Parameters: encoder + connector + decoder", 1e6, "M"),
     "step_seconds": Axis("Time of a training step", 1e-3, "ms"),
+    "prefill_seconds": Axis("Time of a prefill, per example", 1e-3, "ms"),
+    "decode_seconds": Axis("Time of a new token, per example", 1e-3, "ms"),
     "seconds_per_sample": Axis("Time of an answer", 1e-3, "ms"),
     "chip_seconds": Axis("Predicted chip time of an example, an estimate", 1e-3, "ms"),
 }
+
+
+# Costs that a result may lack.
+MEASURED = ("prefill_seconds", "decode_seconds", "seconds_per_sample", "chip_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +91,7 @@ class FrontierPoint:
       costs: by key of AXES, in base units; the mean over seeds. A time that no seed measured is
         omitted.
       accuracy: by task.
+      hard: by task, of the questions that the downsampled picture gets wrong at the same budget; see `sweep.hard`.
       runs: the results of the point.
     """
 
@@ -92,6 +99,7 @@ class FrontierPoint:
     connector: str
     costs: dict[str, Number]
     accuracy: dict[str, Accuracy]
+    hard: dict[str, Accuracy]
     runs: tuple[dict[str, Any], ...]
 
 
@@ -136,8 +144,7 @@ def total_costs(result: dict[str, Any]) -> dict[str, Number]:
         "flops": sum(result["flops"].values()),
         "parameters": sum(result["num_params"].values()),
         "step_seconds": result["step_seconds"],
-        "seconds_per_sample": result.get("seconds_per_sample"),
-        "chip_seconds": result.get("chip_seconds"),
+        **{key: result.get(key) for key in MEASURED},
     }
     return {key: cost for key, cost in costs.items() if cost is not None}
 
@@ -155,15 +162,25 @@ def combine_seeds(results: Sequence[dict[str, Any]]) -> list[FrontierPoint]:
         groups.setdefault(f"{result['connector']}@{result['token_budget']}", []).append(result)
     if not any(result["accuracy"] for result in results):
         raise ValueError(f"nothing to report: {len(results)} results, none with an accuracy; run the sweep")
-    accuracies: dict[str, dict[str, Accuracy]] = {label: {} for label in groups}
-    for task in tasks_of(results):
+    return [
+        _combine(label, runs, accuracy, hard)
+        for (label, runs), accuracy, hard in zip(
+            groups.items(), _by_task(groups, "accuracy"), _by_task(groups, "hard_accuracy"), strict=True
+        )
+    ]
+
+
+def _by_task(groups: dict[str, list[dict[str, Any]]], key: str) -> list[dict[str, Accuracy]]:
+    """The accuracy of every point by task, from the entries under a key."""
+    made: dict[str, dict[str, Accuracy]] = {label: {} for label in groups}
+    for task in dict.fromkeys(task for runs in groups.values() for run in runs for task in run.get(key, {})):
         having = {
-            label: {run["seed"]: run["accuracy"][task] for run in runs if task in run["accuracy"]}
+            label: {run["seed"]: run[key][task] for run in runs if task in run.get(key, {})}
             for label, runs in groups.items()
         }
         for label, accuracy in _accuracies({label: shares for label, shares in having.items() if shares}).items():
-            accuracies[label][task] = accuracy
-    return [_combine(label, runs, accuracies[label]) for label, runs in groups.items()]
+            made[label][task] = accuracy
+    return list(made.values())
 
 
 def _accuracies(points: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Accuracy]:
@@ -180,13 +197,15 @@ def _accuracies(points: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Accur
     }
 
 
-def _combine(label: str, runs: list[dict[str, Any]], accuracy: dict[str, Accuracy]) -> FrontierPoint:
+def _combine(
+    label: str, runs: list[dict[str, Any]], accuracy: dict[str, Accuracy], hard: dict[str, Accuracy]
+) -> FrontierPoint:
     costs: dict[str, Number] = {}
     for key in AXES:
         known = [cost[key] for cost in map(total_costs, runs) if key in cost]
         if known:
             costs[key] = sum(known) / len(known)
-    return FrontierPoint(label, runs[0]["connector"], costs, accuracy, tuple(runs))
+    return FrontierPoint(label, runs[0]["connector"], costs, accuracy, hard, tuple(runs))
 
 
 def measured_axes(points: Sequence[FrontierPoint]) -> dict[str, Axis]:
@@ -334,6 +353,14 @@ def _draw_panel(panel: Axes, points: Sequence[FrontierPoint], task: str, axis: s
             elinewidth=0.9,
             capsize=2,
         )
+        dots = [
+            (at[i], share)
+            for i in drawn
+            if len(points[i].runs) > 1
+            for share in points[i].accuracy[task].seeds.values()
+        ]
+        if dots:
+            panel.plot(*zip(*dots, strict=True), ".", color=look.color, markersize=3, alpha=0.6, gid="seeds")
     front = front_of(points, task, axis)
     across, up = [at[i] for i in front], [points[i].accuracy[task].mean for i in front]
     panel.step(across, up, where="post", color=FRONT_COLOR, linewidth=5, zorder=1, gid="front")

@@ -24,6 +24,7 @@ class Questions:
       path: of the file, as of `data.stores`.
       channels: of the model's pictures, 1 or 3.
       frame_sampler: of the model's videos.
+      placeholders: as of `data.source.Tools`.
       tasks: names that a record's `task` may have; the first is the default.
       num_samples: records that are drawn; None for all.
       seed: of that draw.
@@ -38,6 +39,7 @@ class Questions:
         channels: int,
         frame_sampler: FrameSampler,
         *,
+        placeholders: tuple[str, ...] = (),
         tasks: tuple[str, ...] = ("vqa",),
         num_samples: int | None = None,
         seed: int = 0,
@@ -46,7 +48,7 @@ class Questions:
             raise ConfigError(f"--data: there is no file '{path}'")
         files = Conversations(None, path, channels=1 if channels == 1 else 3, num_images=None, tasks=tasks)
         measured = functools.partial(video_size, sampling=frame_sampler)
-        tools = Tools(format_box, open_image, image_size, lambda image: image, measured)
+        tools = Tools(format_box, open_image, image_size, lambda image: image, measured, placeholders)
         self._records = Records(path, files, tools, key="evaluation_path")
         self._indices = drawn(len(self._records), num_samples, seed)
         counts = (num_questions(self._records.records[index]) for index in self._indices)

@@ -32,6 +32,22 @@
     };
   }
 
+  // Every seed's own accuracy, as a small dot on the point's interval.
+  function seedTrace(name, style) {
+    const dots = data.points
+      .filter((p) => p.connector === name && task.value in p.accuracy && p.drawn_costs[axis.value] !== null)
+      .flatMap((p) => Object.entries(p.accuracy[task.value].seeds).map(([seed, share]) => ({ p, seed, share })));
+    return {
+      name: plain(name), mode: "markers", showlegend: false,
+      x: dots.map((d) => d.p.drawn_costs[axis.value]),
+      y: dots.map((d) => d.share),
+      marker: { color: style.color, size: 4, opacity: 0.6 },
+      customdata: dots.map((d) => d.p.label),
+      text: dots.map((d) => `${plain(d.p.label)}, seed ${d.seed}: ${(100 * d.share).toFixed(1)}%`),
+      hovertemplate: "%{text}<extra></extra>",
+    };
+  }
+
   function frontTraces(ink) {
     const front = data.fronts[task.value][axis.value].map((index) => data.points[index]);
     const x = front.map((p) => p.drawn_costs[axis.value]);
@@ -49,7 +65,9 @@
     const [ink, line, paper] = ["--ink", "--line", "--paper"].map((name) => css.getPropertyValue(name).trim());
     const { title, scale, ticks } = data.axes[axis.value];
     const [band, rings] = frontTraces(ink);
-    const traces = [band, ...Object.entries(data.styles).map(([name, style]) => connectorTrace(name, style)), rings];
+    const styles = Object.entries(data.styles);
+    const dots = data.several_seeds ? styles.map(([name, style]) => seedTrace(name, style)) : [];
+    const traces = [band, ...styles.map(([name, style]) => connectorTrace(name, style)), ...dots, rings];
     const horizontal = { title: { text: title }, type: scale, gridcolor: line, linecolor: ink, zeroline: false };
     if (ticks) Object.assign(horizontal, { tickmode: "array", tickvals: ticks, ticktext: ticks.map(String) });
     Plotly.react(chart, traces, {

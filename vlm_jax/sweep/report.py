@@ -16,6 +16,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from vlm_jax.processors.boxes import parse_boxes, to_pixels
+from vlm_jax.sweep.findings import find
 from vlm_jax.sweep.frontier import (
     AXES,
     Accuracy,
@@ -94,6 +95,7 @@ def report_html(
         axes=measured_axes(points),
         controls=[name for name in dict.fromkeys(point.connector for point in points) if name in controls],
         findings=[finding for task in tasks for finding in find(points, task, controls)],
+        hard=[point for point in points if point.hard],
         rows=table_rows(points, tasks),
         chart=chart_data(points, tasks, controls),
         cards=[card(example) for example in examples],
@@ -112,54 +114,6 @@ def percent(share: Number) -> str:
 def quantity(value: Number) -> str:
     """A number with three significant digits or more, without an exponent where it is readable."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Summary of the results on one task.
-
-    A point is as good as the best when its accuracy is in the best point's interval, or above it.
-
-    Attributes:
-      task: the task.
-      best: the candidate with the highest accuracy; a control only if there are no others.
-      fewest_tokens: the candidate with the fewest tokens that is as good.
-      fewest_flops: the candidate with the fewest FLOPs that is as good.
-      controls: the controls with no more tokens than `fewest_tokens`, best first.
-      rivals: the controls among them that are as good.
-    """
-
-    task: str
-    best: FrontierPoint
-    fewest_tokens: FrontierPoint
-    fewest_flops: FrontierPoint
-    controls: tuple[FrontierPoint, ...]
-    rivals: tuple[FrontierPoint, ...]
-
-
-def find(points: Sequence[FrontierPoint], task: str, controls: frozenset[str]) -> list[Finding]:
-    """The finding on a task: one, or none where only controls were evaluated on it."""
-    measured = [point for point in points if task in point.accuracy]
-    candidates = [point for point in measured if point.connector not in controls]
-    if not candidates:
-        return []
-
-    def mean(point: FrontierPoint) -> Number:
-        return point.accuracy[task].mean
-
-    best = max(candidates, key=lambda point: (mean(point), -point.costs["tokens"], -point.costs["flops"]))
-    floor = best.accuracy[task].low
-    as_good = [point for point in candidates if mean(point) >= floor]
-    fewest_tokens = min(as_good, key=lambda point: (point.costs["tokens"], -mean(point), point.costs["flops"]))
-    fewest_flops = min(as_good, key=lambda point: (point.costs["flops"], -mean(point), point.costs["tokens"]))
-    beside = [
-        point
-        for point in measured
-        if point.connector in controls and point.costs["tokens"] <= fewest_tokens.costs["tokens"]
-    ]
-    beside.sort(key=mean, reverse=True)
-    rivals = tuple(point for point in beside if mean(point) >= floor)
-    return [Finding(task, best, fewest_tokens, fewest_flops, tuple(beside), rivals)]
 
 
 def table_rows(points: Sequence[FrontierPoint], tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -184,6 +138,7 @@ def chart_data(points: Sequence[FrontierPoint], tasks: Sequence[str], controls: 
     drawn = {axis: drawn_costs(points, axis) for axis in axes}
     return {
         "tasks": list(tasks),
+        "several_seeds": any(len(point.runs) > 1 for point in points),
         "axes": {
             key: {
                 "title": axis.title + (f" ({axis.unit})" if axis.unit else ""),
@@ -224,7 +179,12 @@ def details(point: FrontierPoint) -> list[str]:
 
     costs = {key: quantity(cost / AXES[key].divisor) for key, cost in point.costs.items()}
     peaks = [run["peak_bytes"] / 2**20 for run in point.runs if run["peak_bytes"] is not None]
-    more = {"seconds_per_sample": "time of an answer", "chip_seconds": "predicted chip time of an example"}
+    times = {
+        "prefill_seconds": "prefill of an example",
+        "decode_seconds": "new token of an example",
+        "seconds_per_sample": "time of an answer",
+        "chip_seconds": "predicted chip time of an example",
+    }
     return [
         *(f"{task}: {interval(share)}" for task, share in point.accuracy.items()),
         f"visual tokens: {costs['tokens']}",
@@ -232,7 +192,7 @@ def details(point: FrontierPoint) -> list[str]:
         f"parameters, M: {costs['parameters']} ({parts('num_params', 1e6)})",
         f"training step: {costs['step_seconds'] + ' ms' if 'step_seconds' in costs else 'not measured'}",
         f"peak memory: {f'{quantity(max(peaks))} MiB' if peaks else 'not measured'}",
-        *(f"{name}: {costs[key]} ms" for key, name in more.items() if key in costs),
+        *(f"{name}: {costs[key]} ms" for key, name in times.items() if key in costs),
         f"seeds: {', '.join(str(run['seed']) for run in point.runs)}",
     ]
 

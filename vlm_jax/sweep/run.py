@@ -2,30 +2,32 @@
 
 import json
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import rich.console
-import rich.progress
-import rich.table
 from etils import epath
 
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import config_hash, parse
 from vlm_jax.evals.tally import Tally
+from vlm_jax.evals.timing import generation_seconds
 from vlm_jax.evals.vqa import answers
 from vlm_jax.paths import absolute
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
 from vlm_jax.sweep.failures import Failures
-from vlm_jax.sweep.frontier import draw_frontier
+from vlm_jax.sweep.frontier import combine_seeds, draw_frontier, tasks_of, told_seeds
+from vlm_jax.sweep.hard import DOWNSAMPLED, with_hard_questions
 from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settings
+from vlm_jax.sweep.progress import PointsProgress, text_table
 from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.report import Example, write_report
 from vlm_jax.train.claim import Claim
-from vlm_jax.train.loop import Outcome, Trainer, first_params
+from vlm_jax.train.loop import Outcome, Progress, Trainer, first_params
 from vlm_jax.train.workdir import each_line, read_lines, whole_file, write_lines
-from vlm_jax.types import Sample
+from vlm_jax.types import Fields, Sample
 
 RESULTS_FILE, FRONTIER_FILE, REPORT_FILE = "results.jsonl", "frontier.png", "report.html"
 ANSWERS_FILE = "answers.jsonl"
@@ -87,7 +89,7 @@ class Sweep:
             return self._run()
 
     def _run(self) -> list[dict[str, Any]]:
-        self._console.print(plan_table(self.points))
+        self._print(plan_table(self.points))
         results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
         self._check_results(results)
         todo = [point for point in self.points if point.label not in results]
@@ -127,29 +129,38 @@ class Sweep:
         with self._progress([point]) as progress:
             return self._train_point(point, self._train_shared(point.config.seed, progress), progress)
 
-    def _train_shared(self, seed: int, progress: "_Progress") -> epath.Path | None:
+    def _train_shared(self, seed: int, progress: PointsProgress) -> epath.Path | None:
         """Checkpoint directory of the shared stages for a seed, which are trained if needed."""
         if not self._settings.shared:
             return None
         config = shared_config(self._config.base, seed, self._settings.shared)
-        name = f"shared_{seed}"
-        report = progress.report("shared stages")
+        name = _shared_name(seed)
+        report = self._reports(progress, name)
         trainer = Trainer(config, build(config), self._mesh, self.workdir / name, progress=report)
         if not trainer.finished():  # else its parameters need not be read, nor its step compiled
             trainer.run()
         return self.workdir / name / "checkpoints"
 
+    @property
+    def _downsampled(self) -> str | None:
+        """The control that downsamples the picture."""
+        kinds = {label: self._config.candidates[label].get("reducer", {}) for label in self._settings.controls}
+        return next((label for label, reducer in kinds.items() if reducer.get("kind") == DOWNSAMPLED), None)
+
+    def _answers(self, label: str) -> Iterator[Fields]:
+        return each_line(self._folder(label) / ANSWERS_FILE)
+
     def _folder(self, label: str) -> epath.Path:
         return self.workdir / "points" / label
 
-    def _train_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> Outcome:
+    def _train_point(self, point: Point, start: epath.Path | None, progress: PointsProgress) -> Outcome:
         """The run that the point's parameters are from, none where it trains nothing; what points share is kept."""
         label, (config, experiment) = point.trained_as, point.training
         if label in self._outcomes:
             return self._outcomes[label]
         given: Any = {"init_from": start, "init_parts": point.start}
         if config.schedule:
-            folder, report = self._folder(label), progress.report(label)
+            folder, report = self._folder(label), self._reports(progress, label)
             outcome = Trainer(config, experiment, self._mesh, folder, **given, progress=report).run()
         else:
             outcome = Outcome(first_params(experiment, self._mesh, config.seed, **given), None, None)
@@ -157,7 +168,7 @@ class Sweep:
             self._outcomes[label] = outcome
         return outcome
 
-    def _run_point(self, point: Point, start: epath.Path | None, progress: "_Progress") -> dict[str, Any]:
+    def _run_point(self, point: Point, start: epath.Path | None, progress: PointsProgress) -> dict[str, Any]:
         outcome = self._train_point(point, start, progress)
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
         samples = point.experiment.open_source().evaluation(point.config.seed)
@@ -165,11 +176,12 @@ class Sweep:
         with whole_file(self._folder(point.label) / ANSWERS_FILE) as file:
             for answer in answers(point.experiment, outcome.params, samples, evaluation):
                 tally.add(vars(answer))
-                line = {"sample_id": answer.sample_id, "text": answer.text, "correct": answer.correct}
-                file.write(json.dumps(line) + "\n")
-        return self._result(point, outcome, tally)
+                kept = {name: getattr(answer, name) for name in ("sample_id", "task", "text", "correct")}
+                file.write(json.dumps(kept) + "\n")
+        times = generation_seconds(point.experiment, outcome.params, samples, evaluation)
+        return self._result(point, outcome, tally, times)
 
-    def _result(self, point: Point, outcome: Outcome, tally: Tally) -> dict[str, Any]:
+    def _result(self, point: Point, outcome: Outcome, tally: Tally, times: dict[str, float]) -> dict[str, Any]:
         left, mean = point.costs.num_visual_tokens, point.costs.mean_visual_tokens
         if point.experiment.system.budget is None:  # pictures differ, and the costs are those of one sample
             left, mean = tally.left(point.experiment.system.model)
@@ -184,6 +196,7 @@ class Sweep:
             "num_params": point.costs.num_params,
             "flops": point.costs.flops,
             "step_seconds": outcome.step_seconds,
+            **times,
             "peak_bytes": outcome.peak_bytes,
             "seed": point.config.seed,
             "config_hash": config_hash(point.config),
@@ -208,14 +221,18 @@ class Sweep:
     def _show(self, results: list[dict[str, Any]]) -> None:
         """The table on the console, and the files of the primary process."""
         if is_primary():
-            shown = [drawable(result) for result in results]
+            shown = [drawable(result) for result in with_hard_questions(results, self._downsampled, self._answers)]
             controls = frozenset(self._settings.controls)
             draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=controls)
             title = f"Visual token budgets: {self._config_path}"
             write_report(shown, self.workdir / REPORT_FILE, controls=controls, examples=self._examples(), title=title)
-        self._console.print(results_table(results))
+        self._print(results_table([drawable(result) for result in results]))
         for name in (RESULTS_FILE, FRONTIER_FILE, REPORT_FILE):
-            self._console.print(f"{self.workdir / name}", soft_wrap=True)
+            self._print(f"{self.workdir / name}")
+
+    def _print(self, text: str) -> None:
+        """Text as it is: no name is cut, wrapped or read as markup."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _examples(self) -> list[Example]:
         """The first samples of every task, with each point's answer."""
@@ -229,7 +246,7 @@ class Sweep:
                 break
         spoken: dict[str, dict[str, tuple[str, bool]]] = {name: {} for name in shown}
         for other in self.points:
-            for line in each_line(self._folder(other.label) / ANSWERS_FILE):
+            for line in self._answers(other.label):
                 if line["sample_id"] in shown:
                     spoken[line["sample_id"]][other.label] = line["text"], line["correct"]
         return [
@@ -238,71 +255,42 @@ class Sweep:
             if spoken[name]
         ]
 
-    def _progress(self, todo: list[Point]) -> "_Progress":
-        steps = list({point.trained_as: _num_steps(point.config) for point in todo if point.config.schedule}.items())
+    def _progress(self, todo: list[Point]) -> PointsProgress:
+        steps = {point.trained_as: _num_steps(point.training[0]) for point in todo}
         if self._settings.shared:
-            shared = shared_config(self._config.base, todo[0].config.seed, self._settings.shared)
-            steps.insert(0, ("shared stages", _num_steps(shared)))
-        return _Progress(steps, len(todo), self._console)
+            for seed in dict.fromkeys(point.config.seed for point in todo):
+                shared = shared_config(self._config.base, seed, self._settings.shared)
+                steps[_shared_name(seed)] = _num_steps(shared)
+        return PointsProgress(self._console, "steps", sum(steps.values()), len(todo))
+
+    @staticmethod
+    def _reports(progress: PointsProgress, run: str) -> Progress:
+        """The callback of a run's steps."""
+
+        def report(step: int, steps: int, metrics: Fields) -> None:
+            progress.advance(run, step, f"{run}: {metrics['stage']}, loss {metrics['loss']:.3f}")
+
+        return report
+
+
+def _shared_name(seed: int) -> str:
+    """The run of the shared stages, and its folder."""
+    return f"shared_{seed}"
 
 
 def _num_steps(config: Any) -> int:
     return sum(config.stages[label].steps for label in config.schedule)
 
 
-class _Progress:
-    """A live display of the whole sweep: steps done, points done, time left."""
-
-    def __init__(self, steps: list[tuple[str, int]], num_points: int, console: rich.console.Console):
-        columns = (
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TextColumn("left"),
-            rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
-            rich.progress.TextColumn("{task.fields[note]}"),
-        )
-        self._bar = rich.progress.Progress(*columns, console=console, speed_estimate_period=120)
-        self._steps, self._done = dict(steps), dict.fromkeys(dict(steps), 0)
-        total = sum(self._steps.values())
-        self._task = self._bar.add_task(f"steps of {len(steps)} runs", total=total, note="")
-        self._points = self._bar.add_task("points", total=num_points, note="")
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.stop()
-
-    def next_point(self) -> None:
-        """A point is done, or has failed."""
-        self._bar.advance(self._points)
-
-    def report(self, label: str):
-        """The callback of one run."""
-
-        def update(step: int, steps: int, metrics: dict[str, Any]) -> None:
-            self._done[label] = step
-            note = f"{label}: {metrics['stage']}, loss {metrics['loss']:.3f}"
-            self._bar.update(self._task, completed=sum(self._done.values()), note=note)
-
-        return update
-
-
-def plan_table(points: list[Point]) -> rich.table.Table:
-    """The planned points with their costs."""
-    table = rich.table.Table(title=f"{len(points)} points, by shape")
-    for column in ("point", "tokens", "encoder", "connector", "decoder", "encoder", "connector", "prefill"):
-        table.add_column(column, justify="left" if column == "point" else "right")
-    table.columns[2].header, table.columns[5].header = "params: encoder", "MFLOPs: encoder"
+def plan_table(points: list[Point]) -> str:
+    """The planned points with their costs: parameters and FLOPs of the encoder, the connector and the decoder."""
+    rows: list[tuple[str, ...]] = [("point", "tokens", "params, k: enc", "con", "dec", "MFLOPs: enc", "con", "dec")]
     for point in points:
         params, flops = point.costs.num_params, point.costs.flops
-        cells = [f"{params[part]:,}" for part in ("encoder", "connector", "decoder")]
-        cells += [f"{flops[part] / 1e6:,.2f}" for part in ("encoder", "connector", "prefill")]
-        table.add_row(point.label, str(point.costs.num_visual_tokens), *cells)
-    return table
+        counts = [f"{params[part] / 1e3:,.0f}" for part in ("encoder", "connector", "decoder")]
+        counts += [f"{flops[part] / 1e6:,.1f}" for part in ("encoder", "connector", "prefill")]
+        rows.append((point.label, str(point.costs.num_visual_tokens), *counts))
+    return text_table(f"{len(points)} points, by shape", rows)
 
 
 def drawable(result: dict[str, Any]) -> dict[str, Any]:
@@ -310,16 +298,16 @@ def drawable(result: dict[str, Any]) -> dict[str, Any]:
     return {**result, "token_budget": AS_RELEASED if result["token_budget"] is None else result["token_budget"]}
 
 
-def results_table(results: list[dict[str, Any]]) -> rich.table.Table:
-    """Accuracy of every point, task by task, with its interval."""
-    tasks = list(dict.fromkeys(task for result in results for task in result["accuracy"]))
-    table = rich.table.Table(title="accuracy on unseen data, with 95% intervals")
-    for column in ("point", "tokens", *tasks):
-        table.add_column(column, justify="left" if column == "point" else "right")
-    for result in results:
+def results_table(results: list[dict[str, Any]]) -> str:
+    """Accuracy of every point in percent, task by task, the mean over its seeds with its interval."""
+    points, tasks = combine_seeds(results), tasks_of(results)
+    rows: list[tuple[str, ...]] = [("point", "tokens", *tasks)]
+    for point in points:
         cells = []
         for task in tasks:
-            entry = result["accuracy"].get(task)
-            cells.append(f"{entry['mean']:.3f} ({entry['low']:.2f} to {entry['high']:.2f})" if entry else "")
-        table.add_row(result["label"], str(result["num_visual_tokens"]), *cells)
-    return table
+            share = point.accuracy.get(task)
+            cells.append(
+                f"{100 * share.mean:.0f} [{100 * share.low:.0f},{100 * share.high:.0f}]" if share is not None else ""
+            )
+        rows.append((point.label, f"{point.costs['tokens']:g}", *cells))
+    return text_table(f"accuracy on unseen data in %, with 95% intervals ({told_seeds(points)})", rows)

@@ -3,19 +3,34 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 import vlm_jax
+from vlm_jax.encoders.resnet_stem import ResNetStem
 from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.processing import llava_hf
 from vlm_jax.pretrained.recognition import QUANTISED_FILES, QUANTISED_KEYS
 from vlm_jax.processors.chat import ChatTemplate
+from vlm_jax.processors.image_text import TextInputs
 from vlm_jax.processors.tokenizer import TokenizerError
 
+from ...processors.letters import TOKENIZER
 from .folders import alphabet_folder, edit, golden_folder
 
 ASKED = [{"role": "user", "content": "ab"}]
+
+
+def add_token(path, name):
+    """Adds a token behind the alphabet's, whose table has no row for it."""
+    whole = json.loads((path / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    whole["added_tokens"].append({"id": 29, "content": name, "special": True, **flags})
+    (path / "tokenizer.json").write_text(json.dumps(whole))
 
 
 def refused(path, match, **options) -> str:
@@ -37,20 +52,20 @@ def refused(path, match, **options) -> str:
         ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
     ],
 )
-def test_a_quantised_release_is_told_by_its_config(tmp_path, settings, method):
+def test_18_a_quantised_release_is_told_by_its_config(tmp_path, settings, method):
     edit(alphabet_folder(tmp_path), "config.json", ("quantization_config",), settings)
     (tmp_path / "model.safetensors").write_bytes(b"")  # no tensor is looked at
     assert "dequantize()" in refused(tmp_path, rf"its weights are quantised \({method}\), which is not read")
 
 
 @pytest.mark.parametrize(("name", "method"), QUANTISED_FILES.items())
-def test_a_quantised_release_is_told_by_a_file(tmp_path, name, method):
+def test_18_a_quantised_release_is_told_by_a_file(tmp_path, name, method):
     edit(alphabet_folder(tmp_path), name, ("bits",), 4)
     refused(tmp_path, rf"quantised \({method}, by its {name}\)")
 
 
 @pytest.mark.parametrize(("ending", "method"), QUANTISED_KEYS.items())
-def test_a_quantised_release_is_told_by_its_tensors(tmp_path, ending, method):
+def test_18_a_quantised_release_is_told_by_its_tensors(tmp_path, ending, method):
     path = alphabet_folder(tmp_path) / "model.safetensors"
     key = f"model.layers.0.mlp.up_proj{ending}"
     safetensors.numpy.save_file({**safetensors.numpy.load_file(path), key: np.zeros(2, np.int32)}, path)
@@ -58,7 +73,7 @@ def test_a_quantised_release_is_told_by_its_tensors(tmp_path, ending, method):
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_an_adapter_is_told_with_its_model(tmp_path, beside):
+def test_20_an_adapter_is_told_with_its_model(tmp_path, beside):
     if beside:
         shutil.copy(alphabet_folder(tmp_path / "base") / "config.json", tmp_path)
     edit(tmp_path, "adapter_config.json", ("peft_type",), "LORA")
@@ -69,14 +84,14 @@ def test_an_adapter_is_told_with_its_model(tmp_path, beside):
     assert f"from_pretrained('some/base-model', adapter='{tmp_path}')" in told
 
 
-def test_gguf_is_told(tmp_path):
+def test_18_gguf_is_told(tmp_path):
     (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
     refused(tmp_path, "GGUF files are not read; load the release's safetensors")
     refused(tmp_path / "model-q4.gguf", "GGUF files are not read")
 
 
 @pytest.mark.parametrize("also", [False, True])
-def test_a_hub_folder_of_open_clip(tmp_path, also):
+def test_29_a_hub_folder_of_open_clip(tmp_path, also):
     """Its weights have names of their own; `model.safetensors` beside them has those of transformers."""
     path = golden_folder("open_clip_vit", tmp_path / "folder")
     (path / "model.safetensors").rename(path / "open_clip_model.safetensors")
@@ -104,7 +119,7 @@ def test_a_hub_folder_of_open_clip(tmp_path, also):
     ],
 )
 @pytest.mark.parametrize("several", [False, True])
-def test_a_template_is_read_in_every_place(tmp_path, place, several):
+def test_22_a_template_is_read_in_every_place(tmp_path, place, several):
     file, source = tmp_path / place, "{{ messages[0].content }}!"
     file.parent.mkdir(exist_ok=True)
     if place.endswith(".json"):
@@ -114,21 +129,17 @@ def test_a_template_is_read_in_every_place(tmp_path, place, several):
     assert ChatTemplate.from_folder(tmp_path).render(ASKED) == "ab!"
 
 
-def test_the_processors_template_comes_first(tmp_path):
+def test_22_the_processors_template_comes_first(tmp_path):
     """As in transformers: of processor_config.json, then of separate files, then of the tokenizer."""
     for place, text in (("tokenizer_config.json", "c"), ("chat_template.json", "b"), ("processor_config.json", "a")):
         edit(tmp_path, place, ("chat_template",), text + "{{ messages[0].content }}")
         assert ChatTemplate.from_folder(tmp_path).render(ASKED) == f"{text}ab"
 
 
-def test_a_token_that_the_table_has_no_row_for(tmp_path):
+def test_17_a_token_that_the_table_has_no_row_for(tmp_path):
     """Added to the tokenizer, while the table was never resized: its logits would be NaN."""
     path = alphabet_folder(tmp_path)
-    whole = json.loads((path / "tokenizer.json").read_text())
-    entry = {"id": 29, "content": "<extra>", "special": True}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    whole["added_tokens"].append({**entry, **flags})
-    (path / "tokenizer.json").write_text(json.dumps(whole))
+    add_token(path, "<extra>")
     model = vlm_jax.from_pretrained(path)
     told = "the token '<extra>' has the id 29, but the model's table has only 29 rows"
     with pytest.raises(TokenizerError, match=told):
@@ -138,7 +149,42 @@ def test_a_token_that_the_table_has_no_row_for(tmp_path):
     assert model.generate(ASKED, max_new_tokens=2).text == "cd"
 
 
-def test_half_a_model_is_told(tmp_path):
+def test_17_padding_that_the_table_has_no_row_for(tmp_path):
+    """A row of NaN would reach the other tokens through the attention's zeros."""
+    path = alphabet_folder(tmp_path)
+    add_token(path, "<extra>")
+    edit(path, "tokenizer_config.json", ("pad_token",), "<extra>")
+    model = vlm_jax.from_pretrained(path)
+    longer = [{"role": "user", "content": "abcdef"}]
+    logits = np.asarray(model.logits(model.processor.batch([ASKED, longer])))
+    alone = np.asarray(model.logits(model.processor(ASKED)))
+    np.testing.assert_allclose(logits[0, -alone.shape[1] :], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_17_a_token_that_a_text_tower_has_no_row_for(pad):
+    """Of CLIP and SigLIP: an id outside their table, of a text or of its padding."""
+    inputs = TextInputs(TOKENIZER, 6, 999 if pad else 2, table_rows=200)
+    assert inputs(["abcabc"]).tolist() == [[1, 197, 198, 199, 197, 198]]
+    with pytest.raises(TokenizerError, match=r"text 1: the token .* has the id .*, but the model's table has only 200"):
+        inputs(["abcabc", "a" if pad else "dd"])
+
+
+def test_23_the_tokenizers_name_of_the_pictures_token_comes_first(tmp_path):
+    """As in transformers: `image_token` of tokenizer_config.json stands before that of processor_config.json."""
+    path = alphabet_folder(tmp_path)
+    add_token(path, "<img_here>")
+    edit(path, "tokenizer_config.json", ("image_token",), "<img_here>")
+    edit(path, "processor_config.json", ("image_token",), "<image>")
+    edit(path, "preprocessor_config.json", ("size",), {"shortest_edge": 28})
+    edit(path, "preprocessor_config.json", ("crop_size",), {"height": 28, "width": 28})
+    (path / "chat_template.jinja").write_text("{% for item in messages[0].content %}<img_here>{% endfor %}")
+    made = llava_hf.processor(path, {"model_type": "llava", "vision_config": {"patch_size": 7}})
+    batch = made([{"role": "user", "content": [{"type": "image"}]}], images=[Image.new("RGB", (40, 30))])
+    assert (np.asarray(batch.visual_index) >= 0).sum() == 16
+
+
+def test_18_half_a_model_is_told(tmp_path):
     path = golden_folder("internvl2_qwen2", tmp_path / "folder")
     edit(path, "config.json", ("llm_config", "model_type"), "qwen22")
     with pytest.raises(
@@ -148,3 +194,30 @@ def test_half_a_model_is_told(tmp_path):
     edit(path, "config.json", ("llm_config", "model_type"), "phi3")
     with pytest.warns(UserWarning, match="'phi3' is not read; only encoder and connector are loaded"):
         assert "decoder" not in vlm_jax.from_pretrained(path).params
+
+
+def test_29_patches_of_two_on_the_map_of_a_stem(tmp_path):
+    """A hybrid of vision_transformer: its embedding is a convolution of the stem's map without padding."""
+    path = golden_folder("vit_jax_hybrid", tmp_path / "folder")
+    arrays = dict(np.load(path / "model.npz"))
+    channels, width = arrays["embedding/kernel"].shape[2:]
+    kernel = np.random.default_rng(0).normal(size=(2, 2, channels, width)).astype(np.float32)
+    np.savez(path / "model.npz", **{**arrays, "embedding/kernel": kernel})
+    edit(path, "config.json", ("patches", "size"), [2, 2])
+    model = vlm_jax.from_pretrained(path)
+    batch = model.processor(images=[np.random.default_rng(1).integers(0, 255, (90, 80, 3), np.uint8)])
+    assert batch.images.shape == (1, 80, 80, 3)  # 5 x 5 patches of 2 on a map with a step of 8 pixels
+    encoder = model.module.encoder
+    stem = ResNetStem(layers=encoder.stem_layers, width=encoder.stem_width)
+    feature_map = stem.apply({"params": model.params["encoder"]["stem"]}, jnp.asarray(batch.images))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    embedded = jax.lax.conv_general_dilated(feature_map, kernel, (2, 2), "VALID", dimension_numbers=dimensions)
+    images = jnp.asarray(batch.images)
+    _, state = model.module.apply(
+        {"params": model.params}, images, capture_intermediates=lambda module, _: module.name == "patch_embed"
+    )
+    (found,) = state["intermediates"]["encoder"]["patch_embed"]["__call__"]
+    np.testing.assert_allclose(
+        found[0], np.asarray(embedded).reshape(25, width) + arrays["embedding/bias"], rtol=1e-4, atol=1e-3
+    )
+    assert model.logits(batch).shape == (1, 7)

@@ -53,7 +53,7 @@ class Recorded(dict):
 
 
 @pytest.mark.parametrize("name", known.known_configs())
-def test_every_key_that_a_family_reads_has_a_form(name, monkeypatch):
+def test_31_every_key_that_a_family_reads_has_a_form(name, monkeypatch):
     config, read = known.known_config(name), set()
     monkeypatch.setattr(known, "known_config", lambda name: Recorded(config, read))
     known.describe_known(name)
@@ -82,7 +82,7 @@ def describe(path):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_values_of_other_types_in_configs(tmp_path, name):
+def test_31_values_of_other_types_in_configs(tmp_path, name):
     """Not one of them is another error than those that are shown as a message."""
     path = golden_folder(name, tmp_path / "folder")
     original = json.loads((path / "config.json").read_text())
@@ -117,7 +117,7 @@ def test_values_of_other_types_in_configs(tmp_path, name):
         for key in keys.split()
     ],
 )
-def test_values_of_other_types_in_settings(tmp_path, file, key):
+def test_31_values_of_other_types_in_settings(tmp_path, file, key):
     """Each is refused with file and key by whatever reads it, or has the form."""
     path = alphabet_folder(tmp_path)
     form = FORMS.get(key)
@@ -142,7 +142,7 @@ def check_all(path):
 
 
 @pytest.mark.parametrize("ends", ["257", [3, None], [[3]], 1.5, True, float("nan"), -1, {}])
-def test_end_ids_of_other_types(tmp_path, ends):
+def test_16_end_ids_of_other_types(tmp_path, ends):
     edit(alphabet_folder(tmp_path), "generation_config.json", ("eos_token_id",), ends)
     with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id: expected a whole number"):
         _ = vlm_jax.from_pretrained(tmp_path).end_ids
@@ -150,26 +150,26 @@ def test_end_ids_of_other_types(tmp_path, ends):
 
 @pytest.mark.parametrize("place", [("num_hidden_layers",), ("hidden_size",), ("vocab_size",), ("num_attention_heads",)])
 @pytest.mark.parametrize("size", [2**31, 10**30, 0, -1])
-def test_sizes_without_bounds(tmp_path, place, size):
+def test_31_sizes_without_bounds(tmp_path, place, size):
     edit(alphabet_folder(tmp_path), "config.json", place, size)
     with pytest.raises(CheckpointFileError, match=rf"config\.json: {place[-1]}: expected a whole number from 1 to"):
         vlm_jax.from_pretrained(tmp_path)
 
 
-def test_more_layers_than_tensors(tmp_path):
+def test_31_more_layers_than_tensors(tmp_path):
     """Within the bounds of the form, but of no checkpoint of so few tensors."""
     edit(alphabet_folder(tmp_path), "config.json", ("num_hidden_layers",), 4000)
     with pytest.raises(PretrainedError, match=r"layers: expected at most 128 layers, .*12 tensors, got 4000"):
         vlm_jax.from_pretrained(tmp_path)
 
 
-def test_json_that_is_nested_too_deeply(tmp_path):
+def test_31_json_that_is_nested_too_deeply(tmp_path):
     (alphabet_folder(tmp_path) / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
     with pytest.raises(CheckpointFileError, match=r"config\.json: not JSON, or nested too deeply"):
         vlm_jax.from_pretrained(tmp_path)
 
 
-def test_one_number_for_all_channels(tmp_path):
+def test_31_one_number_for_all_channels(tmp_path):
     """As transformers takes them; two numbers are those of no picture."""
     path = golden_folder("ovis2", tmp_path / "folder")
     file = "preprocessor_config.json"

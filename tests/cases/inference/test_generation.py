@@ -14,10 +14,16 @@ from vlm_jax.checkpoints.release import with_dtype
 from vlm_jax.generation.released import ARGUMENTS, FOLLOWED, NOT_FOLLOWED, SAMPLED, greedy_sampling
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.processors.chat import ChatTemplateError
+from vlm_jax.processors.tokenizer import TokenizerError
 
 from .folders import alphabet_folder, edit
 
 ASKED = [{"role": "user", "content": "ab"}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return vlm_jax.from_pretrained(alphabet_folder(tmp_path_factory.mktemp("alphabet")))
 
 
 def settle(path, **settings):
@@ -26,7 +32,7 @@ def settle(path, **settings):
     return vlm_jax.from_pretrained(path)
 
 
-def test_the_repetition_penalty_of_a_folder(tmp_path):
+def test_15_the_repetition_penalty_of_a_folder(tmp_path):
     """The most likely token after `ab` is c, with a logit of 1; of a penalised one it is 1/2, and of all others 0."""
     path = alphabet_folder(tmp_path)
     again = [{"role": "user", "content": "cab"}]
@@ -38,7 +44,7 @@ def test_the_repetition_penalty_of_a_folder(tmp_path):
     assert own.tokens == given.tokens
 
 
-def test_greedy_answers_of_a_release_that_samples_are_told_once(tmp_path):
+def test_15_greedy_answers_of_a_release_that_samples_are_told_once(tmp_path):
     model = settle(alphabet_folder(tmp_path), do_sample=True, temperature=0.7, top_p=0.8, repetition_penalty=1.05)
     told = r"greedy by default, pass sampling=Sampling\(temperature=0.7, top_k=50, top_p=0.8, repetition_penalty=1.05\)"
     with pytest.warns(UserWarning, match=told):
@@ -50,7 +56,7 @@ def test_greedy_answers_of_a_release_that_samples_are_told_once(tmp_path):
 
 
 @pytest.mark.parametrize("key", NOT_FOLLOWED)
-def test_every_setting_that_is_not_followed_is_told(tmp_path, key):
+def test_15_every_setting_that_is_not_followed_is_told(tmp_path, key):
     (tmp_path / "generation_config.json").write_text(json.dumps({key: 3}))
     with pytest.warns(UserWarning, match=rf"generation_config\.json: {key}=3 is not followed"):
         greedy_sampling(tmp_path)
@@ -61,35 +67,51 @@ def test_every_setting_that_is_not_followed_is_told(tmp_path, key):
         assert greedy_sampling(folder) == Sampling()
 
 
-def test_settings_are_of_one_kind():
+def test_15_settings_are_of_one_kind():
     kinds = [*FOLLOWED, *ARGUMENTS, *SAMPLED, *NOT_FOLLOWED]
     assert len(kinds) == len(set(kinds))
 
 
 @pytest.mark.parametrize("wrong", ["1.05", True, 0, -1.0, [1.05], float("nan")])
-def test_a_penalty_of_another_type(tmp_path, wrong):
+def test_15_a_penalty_of_another_type(tmp_path, wrong):
     model = settle(alphabet_folder(tmp_path), repetition_penalty=wrong)
     with pytest.raises(ValueError, match=r"generation_config\.json: repetition_penalty: expected a number above 0"):
         model.generate(ASKED, max_new_tokens=1)
 
 
-def test_the_number_of_new_tokens_is_a_number(tmp_path):
-    with pytest.raises(GenerationError, match="max_new_tokens: expected 1 or more, got True"):
-        vlm_jax.from_pretrained(alphabet_folder(tmp_path)).generate(ASKED, max_new_tokens=True)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        *(({"max_new_tokens": wrong}, "max_new_tokens: expected") for wrong in (True, 0, 10**30)),
+        *(({"chunk": wrong}, "chunk: expected") for wrong in (True, 0)),
+        ({"stop": "a"}, "stop: expected a list of strings"),
+        ({"stop_tokens": "a"}, "stop_tokens: expected a list of names"),
+        ({"mesh": None}, "mesh: is set by generate"),
+        ({"names": ("a",)}, "names: is set by generate"),
+    ],
+)
+def test_15_arguments_of_other_types(model, options, told):
+    with pytest.raises(GenerationError, match=told):
+        model.generate(ASKED, **{"max_new_tokens": 1, **options})
 
 
-def test_functions_as_tools_are_refused(tmp_path):
+def test_03_half_of_a_character_is_told(model):
+    with pytest.raises(TokenizerError, match="half of a character"):
+        model.processor([{"role": "user", "content": "a\ud800"}])
+
+
+def test_24_functions_as_tools_are_refused(tmp_path):
     path = alphabet_folder(tmp_path)
     source = "{% if tools %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}"
     (path / "chat_template.jinja").write_text(source)
     model = vlm_jax.from_pretrained(path)
     with pytest.raises(ChatTemplateError, match=r"tools\[0\]: expected text, .*; pass its JSON schema"):
-        model.processor(ASKED, tools=[test_functions_as_tools_are_refused])
+        model.processor(ASKED, tools=[test_24_functions_as_tools_are_refused])
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("section", [(), ("text_config",)])
-def test_a_saved_folder_states_the_dtype_of_its_tensors(tmp_path, key, section):
+def test_27_a_saved_folder_states_the_dtype_of_its_tensors(tmp_path, key, section):
     """A bfloat16 release that is trained in float32: transformers would else round what was trained."""
     path = alphabet_folder(tmp_path / "released")
     file = path / "model.safetensors"
@@ -106,7 +128,7 @@ def test_a_saved_folder_states_the_dtype_of_its_tensors(tmp_path, key, section):
     assert {str(tensor.dtype) for tensor in saved.values()} == {"float32"}
 
 
-def test_the_widest_dtype_is_stated():
+def test_27_the_widest_dtype_is_stated():
     kept = {"dtype": "bfloat16", "vision_config": {"dtype": "bfloat16"}, "other": {"dtype": 3}}
     dtypes = {np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(np.int64)}
     found = with_dtype(kept, dtypes)

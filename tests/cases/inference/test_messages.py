@@ -58,7 +58,7 @@ def visual_tokens(batch) -> int:
 
 
 @pytest.mark.parametrize(("name", "key"), [pair for pair in ROW_OF_TYPES if "video" not in pair[0]])
-def test_every_type_and_key_of_a_picture_is_read(tmp_path, name, key):
+def test_01_07_every_type_and_key_of_a_picture_is_read(tmp_path, name, key):
     (tmp_path / "a.png").write_bytes(png())
     path, encoded = str(tmp_path / "a.png"), base64.b64encode(png()).decode()
     value = {"text": "What?", "base64": encoded, "image_url": {"url": path, "detail": "auto"}}.get(key, path)
@@ -70,7 +70,7 @@ def test_every_type_and_key_of_a_picture_is_read(tmp_path, name, key):
 
 
 @pytest.mark.parametrize("form", ["{path}", "file://{path}", "data:image/png;base64,{base64}", "~/a.png"])
-def test_sources_of_a_picture(tmp_path, monkeypatch, form):
+def test_05_sources_of_a_picture(tmp_path, monkeypatch, form):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.png").write_bytes(png())
     source = form.format(path=tmp_path / "a.png", base64=base64.b64encode(png()).decode())
@@ -90,7 +90,7 @@ def test_sources_of_a_picture(tmp_path, monkeypatch, form):
         ("data:image/png,abc", "expected data:…;base64"),
     ],
 )
-def test_sources_that_are_not_read_are_told(source, told):
+def test_05_sources_that_are_not_read_are_told(source, told):
     with pytest.raises(CorruptImage, match=f"conversation 0, image 0: .*{told}"):
         processor()(user({"type": "image", "image": source}, TEXT))
     with pytest.raises(CorruptImage, match=f"conversation 0, video 0: .*{told}"):
@@ -119,7 +119,7 @@ def test_sources_that_are_not_read_are_told(source, told):
         ([{"content": "a"}], "role: expected a text"),
     ],
 )  # fmt: skip
-def test_what_is_not_read_is_told(message, told):
+def test_01_07_what_is_not_read_is_told(message, told):
     with pytest.raises(PromptError, match=f"conversation 0: message 0.*{told}"):
         processor()(message)
     with pytest.raises(PromptError, match=told):
@@ -127,12 +127,12 @@ def test_what_is_not_read_is_told(message, told):
 
 
 @pytest.mark.parametrize("content", ["Hello there", [{"text": "Hello there"}]])
-def test_a_text_is_in_the_prompt_whatever_form_the_template_reads(content):
+def test_03_a_text_is_in_the_prompt_whatever_form_the_template_reads(content):
     batch = processor(LISTS)([{"role": "user", "content": content}])
     assert "Hello there" in TOKENIZER.decode(batch.tokens[0])
 
 
-def test_a_picture_that_the_template_does_not_write_is_told():
+def test_30_a_picture_that_the_template_does_not_write_is_told():
     """Its place would be that of another picture: the mark in a text."""
     template = ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     messages = [{"role": "tool", "content": [{"type": "image"}]}, {"role": "user", "content": "<image> or <image>"}]
@@ -141,26 +141,26 @@ def test_a_picture_that_the_template_does_not_write_is_told():
 
 
 @pytest.mark.parametrize(("mark", "kind"), [("<image>", "image"), ("<video>", "video")])
-def test_a_question_about_a_mark(mark, kind):
+def test_30_a_question_about_a_mark(mark, kind):
     told = re.escape(f"message 0 writes '{mark}', which stands for a {kind}")
     with pytest.raises(PictureMismatch, match=told):
         processor()(user({"type": "text", "text": f"What does {mark} do?"}))
 
 
 @pytest.mark.parametrize("prompt", [DeepSeekVL2Prompt(TOKENIZER), QwenVLPrompt(TOKENIZER)])
-def test_prompts_without_a_template_refuse_what_they_do_not_read(prompt):
+def test_01_prompts_without_a_template_refuse_what_they_do_not_read(prompt):
     with pytest.raises(PromptError, match="an item of type 'video'; this model reads text, image"):
         prompt([{"role": "user", "content": [{"type": "video"}]}], ())
     with pytest.raises(PromptError, match="message 0: the key 'tool_calls' is not read"):
         prompt([{"role": "user", "content": "a", "tool_calls": []}], ())
 
 
-def test_the_role_of_the_first_message():
+def test_03_the_role_of_the_first_message():
     with pytest.raises(PromptError, match="message 0 has the role 'User'; expected user or assistant"):
         DeepSeekVL2Prompt(TOKENIZER)([{"role": "User", "content": "a"}], ())
 
 
-def test_pixels_of_an_item():
+def test_08_pixels_of_an_item():
     def count(**keys):
         return visual_tokens(processor(views=NATIVE)(user({"type": "image", "image": PICTURE, **keys}, TEXT)))
 
@@ -180,7 +180,7 @@ def test_pixels_of_an_item():
         user({"type": "image", "max_pixels": 1024}), [PICTURE], name="x").load  # fmt: skip
 
 
-def test_pixels_of_a_video():
+def test_08_pixels_of_a_video():
     frames = [PICTURE] * 4
 
     def count(**keys):
@@ -195,7 +195,7 @@ def test_pixels_of_a_video():
 
 @pytest.mark.parametrize(("kind", "key"), SETTINGS)
 @pytest.mark.parametrize("value", [0, -1, True, "4096", 1.5, [4096], float("nan"), 2**31])
-def test_every_setting_of_an_item_has_a_range(kind, key, value):
+def test_08_every_setting_of_an_item_has_a_range(kind, key, value):
     if key == "fps" and value in (1.5, 2**31) and value is not True:
         return  # a rate may be a fraction
     source = [PICTURE] * 2 if kind == "video" else PICTURE
@@ -206,7 +206,7 @@ def test_every_setting_of_an_item_has_a_range(kind, key, value):
 @pytest.mark.parametrize(
     ("kind", "key"), [pair for pair in SETTINGS if pair[1] not in ("fps", "nframes", "min_frames")]
 )
-def test_a_system_of_fixed_sizes_refuses_settings_of_size(kind, key):
+def test_08_a_system_of_fixed_sizes_refuses_settings_of_size(kind, key):
     keys = {"resized_height": 8, "resized_width": 8} if key.startswith("resized") else {key: 8}
     source = [PICTURE] * 2 if kind == "video" else PICTURE
     with pytest.raises(PictureMismatch, match=r"remove (the key from the item|its other settings)"):
@@ -214,7 +214,7 @@ def test_a_system_of_fixed_sizes_refuses_settings_of_size(kind, key):
 
 
 @pytest.mark.parametrize("fps", [0, -1.0, float("nan"), float("inf"), True])
-def test_the_frame_rate_of_frames(fps):
+def test_26_the_frame_rate_of_frames(fps):
     with pytest.raises(
         PictureMismatch, match="conversation 0: fps: expected a number of frames per second above 0, got"
     ):

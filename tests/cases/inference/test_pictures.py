@@ -1,6 +1,7 @@
 """Pictures and videos of unusual form, and the number of frames that a folder states."""
 
 import io
+import resource
 
 import av
 import numpy as np
@@ -8,12 +9,19 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from vlm_jax.pretrained.processing.qwen_hf import _sampler
-from vlm_jax.processors.image import to_picture
+from vlm_jax.processors.anyres import AnyresViews
+from vlm_jax.processors.image import CorruptImage, to_picture
+from vlm_jax.processors.image_text import NaflexInputs, TensorFlowInputs
 from vlm_jax.processors.list_format import ListFormatError, from_list_format
+from vlm_jax.processors.naflex import interpolate
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.pixels import Pixels
+from vlm_jax.processors.smart_resize import bounded_size
 from vlm_jax.processors.square import SquareViews
+from vlm_jax.processors.tiles import DeepSeekVL2Views, FixedTilesViews, InternVLViews, Ovis2Views
 from vlm_jax.processors.video import FrameSettings, MiddleSampler, RateSampler, SegmentSampler, read_video
 from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.types import PatchFormat
 
 
 def values(picture) -> list[int]:
@@ -26,14 +34,14 @@ def png(picture, **options) -> bytes:
     return file.getvalue()
 
 
-def test_grey_of_32_bits_with_values_of_8_bits():
+def test_14_grey_of_32_bits_with_values_of_8_bits():
     assert values(Image.fromarray(np.array([[0, 7, 255]], np.int32))) == [0, 7, 255]
     assert values(Image.fromarray(np.array([[0, 256, 65535]], np.int32))) == [0, 1, 255]
     dark = Image.fromarray(np.array([[0, 200]], np.uint16))
     assert values(png(dark)) == values(dark) == [0, 0]  # of 16 bits, which a file states
 
 
-def test_transparency_of_16_bits():
+def test_14_transparency_of_16_bits():
     """The colour that a tRNS chunk names is blended with white."""
     grey = Image.fromarray(np.array([[1000, 40_000]], np.uint16))
     assert values(png(grey, transparency=1000)) == [255, 40_000 >> 8]
@@ -57,7 +65,7 @@ def _rgb16(pixels, clear) -> bytes:
 @pytest.mark.parametrize("fit", ["crop", "crop_rounded"])
 @pytest.mark.parametrize("size", [(3, 400), (400, 3), (1, 90), (90, 1)])
 @pytest.mark.parametrize("edge", [None, 20])
-def test_a_thin_picture_is_cropped_as_if_all_of_it_were_enlarged(fit, size, edge):
+def test_14_a_thin_picture_is_cropped_as_if_all_of_it_were_enlarged(fit, size, edge):
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
     views = SquareViews(Pixels(), (28, 28), 1, fit, shortest_edge=edge)
     picture = Image.fromarray(pixels)
@@ -81,7 +89,7 @@ def video(path, count=48, rate=8, gop=12):
     return path
 
 
-def test_a_video_that_was_cut_without_encoding_it_anew(tmp_path):
+def test_12_a_video_that_was_cut_without_encoding_it_anew(tmp_path):
     """The packets before the cut are in the file, but hidden by its edit list: what is shown is read."""
     path, cut_path = video(tmp_path / "a.mp4", 24, gop=24), tmp_path / "b.mp4"
     options = {"avoid_negative_ts": "disabled"}
@@ -102,12 +110,13 @@ STATED = [
     ({"do_sample_frames": True, "num_frames": 6}, [0, 8, 16, 24, 32, 40]),
     ({"do_sample_frames": True, "fps": 1}, [0, 8, 16, 24, 32, 40]),
     ({"fps": 1.0, "min_frames": 2, "max_frames": 4}, [0, 16, 31, 47]),  # spread as qwen-vl-utils does
+    ({"do_sample_frames": False, "fps": 1.0}, list(range(48))),
     ({}, [round(47 * i / 11) for i in range(12)]),
 ]
 
 
 @pytest.mark.parametrize(("stated", "indices"), STATED)
-def test_frames_of_a_file_follow_the_folder(stated, indices):
+def test_10_frames_of_a_file_follow_the_folder(stated, indices):
     assert _sampler(stated).chosen(48, 8.0).tolist() == indices
 
 
@@ -122,27 +131,85 @@ def test_frames_of_a_file_follow_the_folder(stated, indices):
         ({}, 12),
     ],
 )
-def test_frames_of_an_item(settings, count):
+def test_10_frames_of_an_item(settings, count):
     """As smart_nframes of qwen-vl-utils."""
     chosen = RateSampler().following(FrameSettings(**settings)).chosen(48, 8.0)
     assert len(chosen) == count and (chosen[0], chosen[-1]) == (0, 47)
 
 
-def test_more_frames_than_a_video_has():
+def test_10_more_frames_than_a_video_has():
     with pytest.raises(PictureMismatch, match="nframes: expected at most the video's 48 frames, got 50"):
         RateSampler(nframes=50).chosen(48, 8.0)
     with pytest.raises(PictureMismatch, match="fps: this system samples a number of frames; set nframes instead"):
         SegmentSampler().following(FrameSettings(fps=1.0))
 
 
-def test_middles_of_parts():
+def test_10_middles_of_parts():
     assert MiddleSampler(4).chosen(48, 8.0).tolist() == [6, 18, 30, 42]
     assert MiddleSampler(fps=1.0).chosen(48, 8.0).tolist() == [4, 12, 20, 28, 36, 44]
     assert len(MiddleSampler(4).following(FrameSettings(fps=0.5)).chosen(48, 8.0)) == 3
 
 
-def test_coordinates_of_qwen_vl_are_truncated():
+def test_30_coordinates_of_qwen_vl_are_truncated():
     assert from_list_format([{"box": [[1.9, 2, 3.5, 4.999]]}]) == "<box>(1,2),(3,4)</box>"
     for wrong in ([1, 2, 3], [1, 2, 3, float("nan")], ["1", 2, 3, 4]):
         with pytest.raises(ListFormatError, match="expected a box of four numbers"):
             from_list_format([{"box": [wrong]}])
+
+
+PIXELS = Pixels()
+ANYRES = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+THIN_VIEWS = {
+    "internvl": InternVLViews(PIXELS, 64, 4),
+    "fixed": FixedTilesViews(PIXELS, (336, 336), 576, (2, 2), True),
+    "anyres": AnyresViews(SquareViews(PIXELS, (336, 336), 576, "crop"), (24, 24), ANYRES, 336),
+    "ovis2": Ovis2Views(PIXELS, 448, 256),
+    "ovis2_port": Ovis2Views(PIXELS, 64, 256, port=True),
+    "deepseek_vl2": DeepSeekVL2Views(PIXELS, 384, (14, 14), ((384, 768), (768, 384))),
+    "native": NativeViews(PIXELS, PatchFormat(14, 2, 2), bounded_size, 3136, 200_704),
+    "naflex": NaflexInputs(PIXELS, 16, 256),
+    "naflex_floats": NaflexInputs(PIXELS, 16, 256, floats=True),
+    "tensorflow": TensorFlowInputs((224, 224)),
+    "tensorflow_crop": TensorFlowInputs((224, 224), "overlap", shortest_edge=256),
+}
+
+
+@pytest.mark.parametrize("name", THIN_VIEWS)
+@pytest.mark.parametrize("size", [(300_000, 1), (1, 300_000)])
+def test_14_a_thin_picture_costs_what_a_square_one_does(name, size):
+    """Of one colour, which it keeps; or it is told that it is too thin."""
+    views, picture = THIN_VIEWS[name], Image.new("RGB", size, (255, 255, 255))
+    run = views if isinstance(views, NaflexInputs | TensorFlowInputs) else views.images
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        made = run([picture])
+    except CorruptImage as error:
+        assert "too thin" in str(error) and name == "ovis2"
+        return
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+    pixels = made[0].pixels if isinstance(made, list) else made.patches if name.startswith("naflex") else made
+    if name not in ("anyres", "ovis2", "deepseek_vl2", "naflex", "naflex_floats"):  # which pad
+        assert (np.asarray(pixels) == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bilinear_antialias", "overlap"])
+@pytest.mark.parametrize("size", [(40, 7), (5, 90)])
+def test_14_blocks_of_a_large_picture_are_those_of_the_whole(monkeypatch, kind, size):
+    image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), np.uint8).astype(np.float32)
+    whole = interpolate(image, size, kind)
+    monkeypatch.setattr("vlm_jax.processors.naflex._MOST", 1)
+    monkeypatch.setattr("vlm_jax.processors.naflex._REACH", 16)
+    np.testing.assert_allclose(interpolate(image, size, kind), whole, atol=1e-3)
+    part = interpolate(image, size, kind, window=((1, 4), (2, 6)))
+    np.testing.assert_allclose(part, whole[1:4, 2:6], atol=1e-3)
+
+
+def test_14_a_large_transparent_picture_is_blended_in_bands(monkeypatch):
+    """Bit for bit as at once; the peak is that of the picture and its result."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 4), np.uint8)
+    whole = np.asarray(to_picture(Image.fromarray(pixels)))
+    monkeypatch.setattr("vlm_jax.processors.image._CHUNK", 500)
+    np.testing.assert_array_equal(np.asarray(to_picture(Image.fromarray(pixels))), whole)
+    white = Image.new("RGBA", (30, 40), (255, 255, 255, 255))
+    wanted = Image.alpha_composite(white, Image.fromarray(pixels)).convert("RGB")
+    np.testing.assert_array_equal(whole, np.asarray(wanted))

@@ -33,7 +33,7 @@ def sweep_of(folder, workdir, *labels, only=()):
     return Sweep(config.lock(), workdir, config_path="x.py", only=only, console=console)
 
 
-def test_a_point_that_cannot_be_is_named_and_the_others_are_run(folder, tmp_path, monkeypatch):
+def test_18_a_point_that_cannot_be_is_named_and_the_others_are_run(folder, tmp_path, monkeypatch):
     mesh = make_mesh(MeshSettings(data=1), jax.devices()[:1])
     monkeypatch.setattr(sweep_run, "make_mesh", lambda settings: mesh)
     sweep = sweep_of(folder, tmp_path / "sweep", "bad", "pool")
@@ -44,7 +44,7 @@ def test_a_point_that_cannot_be_is_named_and_the_others_are_run(folder, tmp_path
     assert "1 of 2 points failed: bad@1" in summary(sweep.failed, sweep.num_points, sweep.workdir)
 
 
-def test_a_sweep_of_which_nothing_is_left_is_refused(folder, tmp_path):
+def test_18_a_sweep_of_which_nothing_is_left_is_refused(folder, tmp_path):
     for labels, only in ((("bad",), ()), (("bad", "pool"), ("bad@1",))):
         with pytest.raises(ConfigError, match=r"config\.decoder\.rope\.theta: expected above 0, got nan"):
             sweep_of(folder, tmp_path / "sweep", *labels, only=only)
@@ -52,7 +52,7 @@ def test_a_sweep_of_which_nothing_is_left_is_refused(folder, tmp_path):
     assert not sweep_of(folder, tmp_path / "sweep", "bad", "pool", only=("pool@4",))._refused
 
 
-def test_a_second_worker_on_the_folder_is_refused(folder, tmp_path):
+def test_17_a_second_worker_on_the_folder_is_refused(folder, tmp_path):
     first, second = (sweep_of(folder, tmp_path / "sweep", "pool") for _ in range(2))
     with first._claim.held(), pytest.raises(WorkdirInUse, match="is in use by process"):
         second.run()

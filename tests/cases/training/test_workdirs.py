@@ -40,25 +40,25 @@ def run(folder, tmp_path_factory):
     return workdir, str(misspelt.value)
 
 
-def test_a_misspelt_path_is_named_and_leaves_the_folder_to_the_corrected_command(run, folder):
+def test_05_a_misspelt_path_is_named_and_leaves_the_folder_to_the_corrected_command(run, folder):
     workdir, misspelt = run
     assert f"config.data.train_path: there is no file '{folder}/trian.jsonl'" in misspelt
     assert json.loads((workdir / "config.json").read_text())["data"]["train_path"] == f"{folder}/train.jsonl"
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_log_in_the_folder_stays(run):
+def test_45_a_log_in_the_folder_stays(run):
     assert (run[0] / "train.log").read_text() == "mine"
 
 
-def test_another_start_is_refused_in_a_folder_of_a_run_from_scratch(run, folder, tmp_path):
+def test_07_another_start_is_refused_in_a_folder_of_a_run_from_scratch(run, folder, tmp_path):
     for start in (tmp_path, run[0]):
         with pytest.raises(ConfigError, match=r"no --init_from.*, and --init_from is now .*use another --workdir"):
             trainer_of(config_of(folder), run[0], init_from=start)
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints"])
-def test_a_run_starts_from_another_runs_folder_or_its_checkpoints(run, folder, inside):
+def test_08_a_run_starts_from_another_runs_folder_or_its_checkpoints(run, folder, inside):
     before = sorted(str(path) for path in run[0].rglob("*"))
     config, mesh = config_of(folder), make_mesh(MeshSettings(data=1), jax.devices()[:1])
     experiment = build(config)
@@ -73,11 +73,11 @@ def test_a_run_starts_from_another_runs_folder_or_its_checkpoints(run, folder, i
 @pytest.mark.parametrize(
     "change", [{"evaluation__batch_size": 2}, {"loop__keep": 3}, {"loop__log_every": 2}, {"loop__input_workers": 1}]
 )
-def test_keys_that_change_no_number_of_the_training_may_change(run, folder, change):
+def test_32_keys_that_change_no_number_of_the_training_may_change(run, folder, change):
     assert trainer_of(config_of(folder, **change), run[0]).finished()
 
 
-def test_a_reference_over_the_limit_is_told_before_the_training_and_the_named_key_helps(folder, tmp_path):
+def test_06_a_reference_over_the_limit_is_told_before_the_training_and_the_named_key_helps(folder, tmp_path):
     rows = [*records(3), {"id": 9, "image": "1.png", "question": "what?", "answer": "a" * 40}]
     rows = [{**row, "image": f"{folder}/{row['image']}"} for row in rows]
     changes = {"data__evaluation_path": write(tmp_path / "long.jsonl", rows)}
@@ -88,14 +88,14 @@ def test_a_reference_over_the_limit_is_told_before_the_training_and_the_named_ke
     trainer_of(config_of(folder, **changes, **{key: 41}), tmp_path / "run")
 
 
-def test_a_second_process_is_refused_and_told_who_runs(folder, tmp_path):
+def test_36_a_second_process_is_refused_and_told_who_runs(folder, tmp_path):
     config, workdir = config_of(folder), epath.Path(tmp_path) / "run"
     with Claim(workdir, config).held(), pytest.raises(WorkdirInUse, match="is in use by process"):
         trainer_of(config, workdir).run()
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_a_gradient_that_is_no_number_ends_the_run_and_is_not_saved(folder, tmp_path, monkeypatch, last):
+def test_20_a_gradient_that_is_no_number_ends_the_run_and_is_not_saved(folder, tmp_path, monkeypatch, last):
     """At the last step as in the middle; the loss is finite, as where the backward pass overflows."""
     made = loop.compile_step
 

@@ -122,7 +122,9 @@ def read_processor(
     if isinstance(model, VLM):
         check_conversations(processor, model)
         if model.decoder is not None:
-            processor = dataclasses.replace(processor, table_rows=model.decoder.vocab_size)
+            rows = model.decoder.vocab_size
+            pad_id = processor.pad_id if processor.pad_id < rows else 0  # of any row: padding is masked
+            processor = dataclasses.replace(processor, table_rows=rows, pad_id=pad_id)
     return processor
 
 

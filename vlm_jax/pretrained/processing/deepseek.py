@@ -7,6 +7,7 @@ from vlm_jax.pretrained.family import REQUIRED, check_supported, with_defaults
 from vlm_jax.pretrained.processing.settings import (
     COMMON,
     Folder,
+    canvas_sizes,
     chat_template,
     end_of_text,
     image_settings,
@@ -78,8 +79,8 @@ def processor2(folder: Folder, config: Config) -> Processor:
     own = with_defaults(processor_settings(folder), DEFAULTS2, where)
     check_supported(own, {"add_special_token": (False,), "sft_format": ("deepseek",)}, where)
     tokenizer = Tokenizer.from_folder(folder)
-    canvases = tuple((height, width) for width, height in own["candidate_resolutions"])
-    side = canvases[0][0]
+    side = own["candidate_resolutions"][0][1] if own["candidate_resolutions"] else 1
+    canvases = canvas_sizes(own["candidate_resolutions"], side, f"{where}: candidate_resolutions")
     rows = math.ceil(side // own["patch_size"] / own["downsample_ratio"])
     views = DeepSeekVL2Views(
         pixels({**COMMON, **own, "do_normalize": own["normalize"]}),

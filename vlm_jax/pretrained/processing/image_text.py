@@ -201,11 +201,11 @@ def _refuse(reason: str, texts: Sequence[str]) -> NoReturn:
 def _filled(tokenizer: Tokenizer, tower: TextTower, **fields: Any) -> TextInputs:
     if tokenizer.pad_id is None:
         raise TokenizerError(f"{tokenizer.origin}: expected a pad_token in tokenizer_config.json, for padding texts")
-    return TextInputs(tokenizer, tower.context_length, tokenizer.pad_id, **fields)
+    return TextInputs(tokenizer, tower.context_length, tokenizer.pad_id, table_rows=tower.vocab_size, **fields)
 
 
 def _filled_with_zeros(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:
-    return TextInputs(tokenizer, tower.context_length, 0)
+    return TextInputs(tokenizer, tower.context_length, 0, table_rows=tower.vocab_size)
 
 
 def _siglip_texts(folder: Folder, module: nn.Module) -> Texts | None:
@@ -243,7 +243,9 @@ def _big_vision_texts(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:
             "training: c4_en (32000) or mc4 (250000) for SigLIP, Gemma's (256000) for SigLIP 2"
         )
     pad_id = 0 if gemma else 1
-    return TextInputs(tokenizer, tower.context_length, pad_id, lower=True, bare=not gemma, end_id=1)
+    return TextInputs(
+        tokenizer, tower.context_length, pad_id, lower=True, bare=not gemma, end_id=1, table_rows=tower.vocab_size
+    )
 
 
 def _repeated(value: Any, count: int, where: str) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import TemplatePrompt
 from vlm_jax.processors.tiles import InternVLViews
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.video import FrameSampler, MiddleSampler, SegmentSampler
+from vlm_jax.processors.video import EveryFrame, FrameSampler, MiddleSampler, SegmentSampler
 from vlm_jax.types import Config, Fields
 
 # transformers, models/got_ocr2/image_processing_got_ocr2.py; the processor itself enables tiles.
@@ -57,5 +57,7 @@ def _sampler(folder: Folder) -> FrameSampler:
     videos = video_settings(folder)
     check_supported(videos, {"initial_shift": (True,)}, f"{folder}: video processor")
     if "num_frames" in videos:
-        return MiddleSampler(videos["num_frames"])
-    return MiddleSampler(fps=videos["fps"]) if "fps" in videos else SegmentSampler()
+        sampler = MiddleSampler(videos["num_frames"])
+    else:
+        sampler = MiddleSampler(fps=videos["fps"]) if "fps" in videos else SegmentSampler()
+    return EveryFrame(sampler) if videos.get("do_sample_frames") is False else sampler

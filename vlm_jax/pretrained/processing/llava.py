@@ -10,6 +10,7 @@ from vlm_jax.pretrained.llava import DEFAULTS, TOWERS
 from vlm_jax.pretrained.processing.settings import (
     CLIP_STATISTICS,
     Folder,
+    canvas_sizes,
     chat_template,
     end_of_text,
     pad_id,
@@ -26,6 +27,7 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.templates import LLAMA2, MPT, PLAIN, VICUNA
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.released_json import MOST_SIDE, shown
 from vlm_jax.types import Config
 
 # LLaVA, train/train.py, preprocess_multimodal, preprocess_v1, preprocess_llama_2, preprocess_mpt and preprocess_plain.
@@ -119,17 +121,28 @@ def canvases(pinpoints: str | Sequence[Sequence[int]], side: int, where: str) ->
     """(height, width) of the canvases: `[[336, 672], …]` as (width, height), as text, or as a range `(1x1),...,(2x2)`.
 
     Raises:
-      PretrainedError: another format.
+      PretrainedError: another format, or sizes that tiles of `side` pixels do not fill.
     """
+    where = f"{where}.image_grid_pinpoints"
     if isinstance(pinpoints, str):
         if found := re.findall(r"\((\d+)x(\d+)\)", pinpoints):
-            (across, down), (most_across, most_down) = (tuple(map(int, pair)) for pair in (found[0], found[-1]))
-            grids = [(i, j) for i in range(across, most_across + 1) for j in range(down, most_down + 1)]
-            return tuple((j * side, i * side) for i, j in grids)
-        try:
-            pinpoints = ast.literal_eval(pinpoints)
-        except (ValueError, SyntaxError) as error:
-            raise PretrainedError(
-                f"{where}.image_grid_pinpoints: expected pairs of pixels, got {pinpoints!r}"
-            ) from error
-    return tuple((height, width) for width, height in pinpoints)  # type: ignore[misc]
+            pinpoints = _range(found, side, where)
+        else:
+            try:
+                pinpoints = ast.literal_eval(pinpoints)
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+                raise PretrainedError(f"{where}: expected pairs of pixels, got {shown(pinpoints)}") from error
+    return canvas_sizes(pinpoints, side, where)
+
+
+def _range(corners: Sequence[tuple[str, str]], side: int, where: str) -> list[list[int]]:
+    """(width, height) of all grids of tiles from the first to the last."""
+    (across, down), (most_across, most_down) = corners[0], corners[-1]
+    most = MOST_SIDE // side
+    if any(len(number) > 4 or not 1 <= int(number) <= most for number in (*corners[0], *corners[-1])):
+        raise PretrainedError(
+            f"{where}: expected grids of 1 to {most} tiles of {side} pixels a side, got "
+            f"{shown(f'({across}x{down}),...,({most_across}x{most_down})')}"
+        )
+    rows = range(int(down), int(most_down) + 1)
+    return [[i * side, j * side] for i in range(int(across), int(most_across) + 1) for j in rows]

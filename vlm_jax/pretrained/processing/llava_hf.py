@@ -7,6 +7,7 @@ from typing import Any
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing.settings import (
     Folder,
+    canvas_sizes,
     image_settings,
     pad_id,
     processor_settings,
@@ -45,8 +46,9 @@ def processor_next(folder: Folder, config: Config) -> Processor:
     """LLaVA-NeXT's processor, with tiles."""
     base, grid = _square(folder, config)
     settings = image_settings(folder, {**DEFAULTS, "image_grid_pinpoints": PINPOINTS})
-    canvases = tuple((height, width) for height, width in settings["image_grid_pinpoints"])
-    views = AnyresViews(base, grid, canvases, side=base.size[0], port=True)
+    side, where = base.size[0], f"{folder}: image processor: image_grid_pinpoints"
+    canvases = tuple((down, across) for across, down in canvas_sizes(settings["image_grid_pinpoints"], side, where))
+    views = AnyresViews(base, grid, canvases, side=side, port=True)
     return _processor(folder, config, views, num_learned=1)
 
 

@@ -20,7 +20,7 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.prompt import Kind, TemplatePrompt
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.processors.video import RateSampler
+from vlm_jax.processors.video import EveryFrame, FrameSampler, RateSampler
 from vlm_jax.types import Config, Fields, PatchFormat
 
 # transformers, models/qwen2_vl/image_processing_qwen2_vl.py and video_processing_qwen2_vl.py.
@@ -66,14 +66,16 @@ def processor(folder: Folder, config: Config) -> Processor:
     return Processor(prompt, views, tokenizer, pad_id(tokenizer, config), rotary_3d=True, frame_sampler=sampler)
 
 
-def _sampler(videos: Config) -> RateSampler:
+def _sampler(videos: Config) -> FrameSampler:
     """Selects frames of video files as the folder states, by default as qwen-vl-utils does."""
     names = {"fps": "fps", "num_frames": "nframes", "min_frames": "min_frames", "max_frames": "max_frames"}
     given: Fields = {name: videos[key] for key, name in names.items() if key in videos}
     if "nframes" in given and "fps" in given:
         raise PretrainedError("video processor: num_frames and fps exclude each other; state one of them")
-    parts = bool(videos.get("do_sample_frames"))
-    return RateSampler(**given, multiple=videos.get("temporal_patch_size", 2), first_of_parts=parts)
+    stated = videos.get("do_sample_frames")
+    parts = stated is not None
+    sampler = RateSampler(**given, multiple=videos.get("temporal_patch_size", 2), first_of_parts=parts)
+    return EveryFrame(sampler) if stated is False else sampler
 
 
 def _limits(settings: Config, defaults: Mapping[str, int]) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from etils import epath
 from PIL import Image
@@ -15,7 +16,7 @@ from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.released_json import read_released
+from vlm_jax.released_json import PAIR, list_of, read_released, shown
 from vlm_jax.types import Config, Fields
 
 Folder = str | os.PathLike[str]
@@ -138,6 +139,26 @@ def height_and_width(value: object, where: str) -> Size:
     if isinstance(value, list | tuple):
         return value[0], value[1]
     raise PretrainedError(f"{where}: expected a number, or height and width, got {value!r}")
+
+
+def canvas_sizes(pairs: object, side: int, where: str) -> tuple[Size, ...]:
+    """(height, width) of canvases, which tiles of `side` pixels fill.
+
+    Args:
+      pairs: (width, height) of every canvas, as releases list them.
+      side: of a tile, in pixels.
+      where: name of the setting for errors.
+
+    Raises:
+      PretrainedError: no list of pairs, or a side that is no multiple of a tile's.
+    """
+    form = list_of(PAIR)
+    if not form.accepts(pairs) or not pairs:
+        raise PretrainedError(f"{where}: expected {form.expected}, got {shown(pairs)}")
+    found = tuple((height, width) for width, height in cast(Sequence[Sequence[int]], pairs))
+    if odd := next((size for size in found if size[0] % side or size[1] % side), None):
+        raise PretrainedError(f"{where}: expected multiples of a tile of {side} pixels, got {[odd[1], odd[0]]}")
+    return found
 
 
 def square_views(settings: Config, where: str, *, edge: bool) -> SquareViews:

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.experimental import pallas as pl
 
 from vlm_jax.layers import attention as module
-from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation
+from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation, entry, xla
 
-from ..parameters import drawn
+from ...parameters import drawn
 
 attention = jax.jit(module.attention, static_argnames=("scale", "implementation"))
 
@@ -53,8 +52,8 @@ def test_scale_and_bias(reference):
 @pytest.fixture(params=["xla", "blocked", "blocked together"])
 def in_blocks(request, monkeypatch):
     """Names an implementation; the blocked one takes two queries at a time, of one key head or of both."""
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 2 * 2 * 7)
-    monkeypatch.setattr(module, "_TOGETHER_BYTES", 4 * 2 * 2 * 7 * (2 if "together" in request.param else 1))
+    monkeypatch.setattr(xla, "BLOCK_BYTES", 4 * 2 * 2 * 7)
+    monkeypatch.setattr(xla, "TOGETHER_BYTES", 4 * 2 * 2 * 7 * (2 if "together" in request.param else 1))
     return request.param.split()[0]
 
 
@@ -136,6 +135,17 @@ def test_a_window_leaves_the_last_keys(reference, in_blocks, window, segmented, 
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+def test_positions_of_a_group_read_each_other(reference, in_blocks):
+    q, k, v = arrays()
+    segments, groups = jnp.asarray(SEGMENTS), np.array([[1, 1, 0, 2, 2, 0], [0, 0, 5, 5, 6, 6]])
+    context = Context("causal", segments, segments, groups=jnp.asarray(groups))
+    mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
+    for row, start in ((0, 0), (0, 3), (1, 2), (1, 4)):
+        mask[row, start, start + 1] = True
+    out = jax.jit(lambda *qkv: module.attention(*qkv, context, implementation=in_blocks))(q, k, v)
+    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-5)
+
+
 def test_a_window_counts_no_padding_of_a_cache(reference):
     """Prompts of two and of four tokens, padded on the right and on the left, two empty slots, and two tokens."""
     q, k, v = arrays(queries=2, keys=8)
@@ -169,49 +179,6 @@ def test_softmax_is_in_float32_whatever_the_dtype(reference):
     np.testing.assert_allclose(np.float32(out), 1.0, atol=0.01)
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Pallas kernels run by its interpreter, step by step on the CPU."""
-    real = pl.pallas_call
-
-    def call(*args, **kwargs):
-        return real(*args, **{**kwargs, "interpret": True})
-
-    monkeypatch.setattr(pl, "pallas_call", call)
-
-
-@pytest.mark.parametrize("kind", ["full", "causal"])
-@pytest.mark.parametrize("segmented", [False, True])
-def test_splash_equals_the_written_out_softmax(reference, interpreted, kind, segmented):
-    length = 128
-    q, k, v = arrays(batch=2, queries=length, keys=length, heads=2, kv_heads=1, dim=16)
-    segments = np.repeat([[1, 2, 2, 0], [1, 1, 1, 1]], 32, axis=1)
-    given = jnp.asarray(segments) if segmented else None
-    out = jax.jit(lambda *qkv: module.attention(*qkv, Context(kind, given, given), implementation="splash"))(q, k, v)
-    mask = readable(
-        2, length, length,
-        causal=kind == "causal",
-        query_segments=segments if segmented else None,
-        key_segments=segments,
-    )  # fmt: skip
-    np.testing.assert_allclose(out, reference.attention(q, k, v, mask), atol=1e-4)
-
-
-def test_splash_has_the_gradients_of_xla(interpreted):
-    q, k, v = arrays(batch=1, queries=128, keys=128, heads=2, kv_heads=1, dim=16)
-    segments = jnp.repeat(jnp.array([[1, 2]]), 64, axis=1)
-
-    def grads(implementation):
-        def loss(qkv):
-            context = Context("causal", segments, segments)
-            return jnp.sum(jnp.sin(module.attention(*qkv, context, implementation=implementation)))
-
-        return jax.jit(jax.grad(loss))([q, k, v])
-
-    for name, got, expected in zip("qkv", grads("splash"), grads("xla"), strict=True):
-        np.testing.assert_allclose(got, expected, atol=1e-4, err_msg=name)
-
-
 def test_splash_refuses_a_bias():
     q, k, v = arrays(queries=128, keys=128)
     with pytest.raises(ValueError, match="no bias"):
@@ -231,9 +198,11 @@ def test_splash_refuses_a_bias():
         ("gpu", jnp.bfloat16, 576, 128, Context("full"), "xla"),
         ("tpu", jnp.bfloat16, 64, 128, Context("full"), "splash"),
         ("tpu", jnp.float32, 64, 256, Context("causal"), "splash"),
+        ("tpu", jnp.bfloat16, 72, 729, Context("full"), "splash"),
         ("tpu", jnp.bfloat16, 64, 100, Context("full"), "xla"),
-        ("tpu", jnp.bfloat16, 64, 128, Context("causal", window=jnp.asarray(4)), "xla"),
-        ("tpu", jnp.bfloat16, 64, 128, Context("full", branches=jnp.zeros((1, 128), jnp.int32)), "xla"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("causal", window=jnp.asarray(4)), "flash"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("causal", groups=jnp.zeros((1, 128), jnp.int32)), "flash"),
+        ("tpu", jnp.bfloat16, 64, 128, Context("full", branches=jnp.zeros((1, 128), jnp.int32)), "flash"),
     ],
 )
 def test_the_platform_chooses(monkeypatch, platform, dtype, dim, length, context, expected):
@@ -242,38 +211,25 @@ def test_the_platform_chooses(monkeypatch, platform, dtype, dim, length, context
     assert choose_implementation(x, x, context) == expected
 
 
+def test_the_choice_is_logged_once(monkeypatch, caplog):
+    entry._tell.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    caplog.set_level("INFO", "vlm_jax")
+    x = jnp.zeros((1, 130, 1, 8))
+    for window in (None, 3, 4):
+        choose_implementation(x, x, Context("causal", window=None if window is None else jnp.asarray(window)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention on tpu: splash, for causal attention inside segments",
+        "attention on tpu: flash, for a window",
+    ]
+
+
 @pytest.mark.parametrize(("platform", "length"), [("tpu", 128), ("cpu", 1025)])
 def test_a_bias_is_for_the_written_out_softmax(monkeypatch, platform, length):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     x = jnp.zeros((1, length, 1, 64))
     assert choose_implementation(x, x, Context("full")) != "xla"
     assert choose_implementation(x, x, Context("full"), biased=True) == "xla"
-
-
-def test_cudnn_is_called_with_mask_bias_and_scale(monkeypatch, reference):
-    """The kernel itself needs a GPU; what it is given is what JAX's own attention understands."""
-    real, asked = jax.nn.dot_product_attention, []
-
-    def stand_in(*args, implementation, **kwargs):
-        asked.append(implementation)
-        return real(*args, implementation="xla", **kwargs)
-
-    monkeypatch.setattr(module.jax.nn, "dot_product_attention", stand_in)
-    q, k, v = arrays()
-    bias = np.random.default_rng(1).normal(size=(2, 4, 6, 6)).astype(np.float32)
-    segments = jnp.asarray(SEGMENTS)
-    out = module.attention(
-        q,
-        k,
-        v,
-        Context("causal", segments, segments),
-        bias=jnp.asarray(bias),
-        scale=0.3,
-        implementation="cudnn",
-    )
-    mask = readable(2, 6, 6, causal=True, query_segments=SEGMENTS, key_segments=SEGMENTS)
-    np.testing.assert_allclose(out, reference.attention(q, k, v, mask, scale=0.3, bias=bias), atol=1e-5)
-    assert asked == ["cudnn"]
 
 
 def projected(reference, x, params, heads):

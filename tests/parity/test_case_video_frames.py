@@ -1,0 +1,71 @@
+"""Frames of a video that the settings of a folder choose, compared with sample_frames of transformers."""
+
+import numpy as np
+import pytest
+from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.video_utils import VideoMetadata
+
+from vlm_jax.pretrained.processing import internvl_hf, qwen_hf
+from vlm_jax.processors.views import PictureMismatch
+
+LENGTHS = [(4, 8.0), (48, 8.0), (47, 25.0), (301, 29.97), (700, 30.0)]
+QWEN = [
+    {"fps": 1.0},
+    {"fps": 2, "min_frames": 4, "max_frames": 768},
+    {"fps": 0.5, "min_frames": 8, "max_frames": 10},
+    {"fps": 30.0, "min_frames": 4, "max_frames": 12},
+    {"num_frames": 4},
+    {"num_frames": 7},
+]
+INTERNVL = [{"num_frames": 4}, {"num_frames": 3}, {"fps": 1.0}, {"fps": 2.5}]
+
+
+def theirs(made, total, fps):
+    """The indices, or None where the reference raises."""
+    metadata = VideoMetadata(total_num_frames=total, fps=fps, duration=total / fps)
+    try:
+        return np.asarray(made.sample_frames(metadata)).tolist()
+    except ValueError:
+        return None
+
+
+def ours(sampler, total, fps):
+    try:
+        return sampler.chosen(total, fps).tolist()
+    except PictureMismatch:
+        return None
+
+
+@pytest.mark.parametrize(("total", "fps"), LENGTHS)
+@pytest.mark.parametrize("stated", QWEN)
+def test_frames_of_qwen(stated, total, fps):
+    wanted = theirs(Qwen2VLVideoProcessor(**stated), total, fps)
+    assert ours(qwen_hf._sampler({"do_sample_frames": True, **stated}), total, fps) == wanted
+
+
+@pytest.mark.parametrize(("total", "fps"), LENGTHS)
+@pytest.mark.parametrize("stated", INTERNVL)
+def test_frames_of_internvl(tmp_path, stated, total, fps):
+    made = InternVLVideoProcessor(do_sample_frames=True, **stated)
+    made.save_pretrained(tmp_path)
+    metadata = VideoMetadata(total_num_frames=total, fps=fps, duration=total / fps)
+    try:
+        wanted = np.asarray(made.sample_frames(metadata, fps=made.fps)).tolist()
+    except (ValueError, ZeroDivisionError):
+        wanted = None
+    found = ours(internvl_hf._sampler(tmp_path), total, fps)
+    assert wanted is None or found == wanted
+
+
+@pytest.mark.parametrize("made", [Qwen2VLVideoProcessor, InternVLVideoProcessor])
+def test_every_frame_without_sampling(tmp_path, made):
+    """`do_sample_frames` is false in these classes and in what they save; frames are then taken as they are."""
+    processor = made()
+    processor.save_pretrained(tmp_path)
+    assert processor.do_sample_frames is False
+    settings = {"do_sample_frames": False}
+    sampler = qwen_hf._sampler(settings) if made is Qwen2VLVideoProcessor else internvl_hf._sampler(tmp_path)
+    video = np.zeros((9, 3, 4, 4), np.uint8)
+    kept, _ = processor._decode_and_sample_videos([video], [{"total_num_frames": 9, "fps": 2.0}], False)
+    assert len(sampler.chosen(9, 2.0)) == len(kept[0])

@@ -1,0 +1,160 @@
+"""Locations on the web, at a server of this machine: limits of size and time, redirects, and what is no picture."""
+
+import base64
+import contextlib
+import http.server
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_jax import sources
+from vlm_jax.processors.image import CorruptImage, to_picture
+from vlm_jax.sources import SourceError, located
+
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC")
+LIMIT = 5000  # bytes
+SECONDS = 0.4
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """Pages by path; `asked` has the paths of all requests."""
+
+    asked: list[str]
+    over: threading.Event
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        getattr(self, self.path.split("/")[1].partition(".")[0])()
+
+    def send(self, body, kind="image/png", length=None, status=200, **headers):
+        self.send_response(status)
+        headers |= {"Content-Type": kind, "Content-Length": str(len(body) if length is None else length)}
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def picture(self):
+        self.send(PIXEL)
+
+    def unlabelled(self):
+        self.send(PIXEL, kind="text/html")
+
+    def page(self):
+        self.send(b"<html>sign in</html>", kind="image/png")
+
+    def large(self):
+        self.send(b"x" * (LIMIT + 1))
+
+    def endless(self):
+        self.send_response(200)
+        self.end_headers()
+        while not self.over.is_set():
+            self.wfile.write(b"x" * 1000)
+
+    def short(self):
+        self.send(PIXEL[:40], length=len(PIXEL))
+
+    def moved(self):
+        self.send(b"", status=302, Location="/picture.png")
+
+    def circle(self):
+        self.send(b"", status=302, Location="/circle")
+
+    def local(self):
+        self.send(b"", status=302, Location="file:///etc/passwd")
+
+    def other(self):
+        self.send(b"", status=302, Location="ftp://127.0.0.1/a.png")
+
+    def slow(self):
+        self.send_response(200)
+        self.end_headers()
+        while not self.over.wait(0.05):
+            self.wfile.write(b"x")
+
+    def silent(self):
+        self.over.wait(10)
+
+    def head(self):
+        """A head that never ends, byte by byte."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while not self.over.wait(0.05):
+            self.wfile.write(b"x")
+
+    def handle(self):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reader has had enough
+            super().handle()
+
+    def log_message(self, format, *args):
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def site():
+    Site.asked, Site.over = [], threading.Event()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    Site.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BYTES", LIMIT)
+    monkeypatch.setattr(sources, "SECONDS", SECONDS)
+
+
+def test_the_web_is_not_asked_unless_it_is_allowed(site):
+    before = len(Site.asked)
+    with pytest.raises(SourceError, match=r"is on the web, .* download it, or pass allow_network=True"):
+        located(f"{site}/picture.png")
+    with pytest.raises(CorruptImage, match="is on the web"):
+        to_picture(f"{site}/picture.png")
+    assert len(Site.asked) == before
+
+
+@pytest.mark.parametrize("path", ["picture.png", "unlabelled", "moved"])
+def test_a_picture_is_read_by_its_bytes_and_through_a_redirect(site, path):
+    """The kind that a server states is not read: many state a wrong one."""
+    assert located(f"{site}/{path}", allow_network=True) == PIXEL
+    found = to_picture(f"{site}/{path}", allow_network=True)
+    assert isinstance(found, Image.Image)
+    np.testing.assert_array_equal(np.asarray(found), [[[255, 0, 0]]])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("large", f"more than {LIMIT} bytes; download it"),
+        ("endless", f"more than {LIMIT} bytes"),
+        ("short", f"ended after 40 of {len(PIXEL)} bytes"),
+        ("circle", "cannot be downloaded .*redirect"),
+        ("local", "cannot be downloaded .*'file:///etc/passwd' is not allowed"),
+        ("other", "redirects to ftp://127.0.0.1/a.png, which is not on the web"),
+        ("missing", "cannot be downloaded"),
+    ],
+)
+def test_what_is_no_whole_file_is_named(site, path, message):
+    with pytest.raises(SourceError, match=rf"{site}/{path}: {message}"):
+        located(f"{site}/{path}", allow_network=True)
+
+
+@pytest.mark.parametrize("path", ["slow", "silent", "head"])
+def test_a_server_that_takes_its_time_is_left(site, path):
+    with pytest.raises(SourceError, match=rf"/{path}: not read within {SECONDS} seconds"):
+        located(f"{site}/{path}", allow_network=True)
+
+
+def test_a_page_in_place_of_a_picture_is_no_picture(site):
+    with pytest.raises(CorruptImage, match="unknown image format"):
+        to_picture(f"{site}/page", allow_network=True)
+
+
+def test_an_address_without_a_server_is_named():
+    with pytest.raises(SourceError, match=r"http://127\.0\.0\.1:1/a\.png: cannot be downloaded \(URLError"):
+        located("http://127.0.0.1:1/a.png", allow_network=True)

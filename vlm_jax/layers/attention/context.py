@@ -1,0 +1,123 @@
+"""What attention attends to: the mask of a sequence as data, and cached keys and values."""
+
+import dataclasses
+from typing import Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vlm_jax import axes
+from vlm_jax.layers.per_layer import joined
+from vlm_jax.types import PADDING_SEGMENT, Dtype, static_field, struct
+
+MaskKind = Literal["full", "causal"]
+
+
+class KeyValue(NamedTuple):
+    """Cached keys and values of one layer, or of all with a leading layer axis, in the layout of the products."""
+
+    key: Float[Array, "*L B K H S"]
+    value: Float[Array, "*L B K S H"]
+
+    AXES = ((axes.LAYERS, axes.BATCH, axes.KV_HEADS, None, None),) * 2  # of all layers
+    SLOTS = (-1, -2)  # the axis of positions in each
+
+    @classmethod
+    def empty(cls, depth: int, batch_size: int, length: int, num_heads: int, head_dim: int, dtype: Dtype) -> "KeyValue":
+        """`length` slots for every row of all layers."""
+        shape = (depth, batch_size, num_heads)
+        return cls(jnp.zeros((*shape, head_dim, length), dtype), jnp.zeros((*shape, length, head_dim), dtype))
+
+    def part(self, start: int, stop: int | None) -> "KeyValue":
+        """The keys and values of layers `start` to `stop` - 1."""
+        return KeyValue(*(leaf[start:stop] for leaf in self))
+
+    def joined(self, other: "KeyValue") -> "KeyValue":
+        """These layers followed by those of `other`."""
+        return KeyValue(*map(joined, self, other))
+
+
+@struct
+class Context:
+    """Inputs of attention other than the activations, shared by all layers of a stack.
+
+    Attributes:
+      mask_kind: `full` (each position attends to its segment) or `causal` (and to no later position).
+      query_segments: segment ids of the queries; None where there is one segment.
+      key_segments: segment ids of the keys, cached ones included.
+      branches: branch ids of both queries and keys (without a cache); a position attends to
+        branch 0 and its own branch. None where there is one branch.
+      groups: group ids of both queries and keys (without a cache); in causal attention, consecutive positions of one
+        id other than 0 also attend to each other, as those of an image prefix. None where there are no groups.
+      angles: RoPE angles of the queries' positions, or None.
+      magnitude: factor of rotated queries and keys.
+      query_scale: factor of every query, or None.
+      window: keys that a query of causal attention attends to at most, its own included; None for all.
+      key_bias: added to the scaled logits of every key, or None.
+      block: positions of the consecutive blocks inside which full attention without a cache stays; None for no blocks.
+    """
+
+    mask_kind: MaskKind = static_field()
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+    branches: Int[Array, "B T"] | None = None
+    angles: Float[Array, "B T half"] | None = None
+    key_bias: Float[Array, "B S"] | None = None
+    magnitude: float = static_field(default=1.0)
+    query_scale: Float[Array, "B T"] | None = None
+    window: Int[Array, ""] | None = None
+    block: int | None = static_field(default=None)
+    groups: Int[Array, "B T"] | None = None
+
+    def of_blocks(self) -> "Context":
+        """The context of a batch that has every block of a sequence as a row."""
+        queries, keys = (
+            x if x is None else x.reshape(-1, self.block) for x in (self.query_segments, self.key_segments)
+        )
+        return Context("full", query_segments=queries, key_segments=keys)
+
+
+def allowed(context: Context, num_queries: int, num_keys: int) -> Bool[Array, "B T S"] | Bool[Array, "1 T S"] | None:
+    """The attention mask, True where a query may attend to a key; None where every query may attend to every key."""
+    mask = None
+    if context.mask_kind == "causal":
+        mask = last_index(context, num_queries, num_keys)[:, :, None] >= jnp.arange(num_keys)[None, None]
+    if context.block is not None:
+        places = jnp.arange(num_keys) // context.block
+        mask = (places[:, None] == places[None, :])[None]
+    if context.query_segments is not None and context.key_segments is not None:
+        same = context.query_segments[:, :, None] == context.key_segments[:, None, :]
+        mask = same if mask is None else mask & same
+    if context.branches is not None:
+        keys = context.branches[:, None, :]
+        readable = (keys == 0) | (keys == context.branches[:, :, None])
+        mask = readable if mask is None else mask & readable
+    if context.window is not None:
+        if context.mask_kind != "causal" or mask is None:
+            raise ValueError(f"an attention window is for causal attention, not {context.mask_kind}")
+        order = key_order(context, num_keys)
+        of_queries = order[:, num_keys - num_queries :]
+        mask &= of_queries[:, :, None] - order[:, None, :] < context.window
+    return mask
+
+
+def last_index(context: Context, num_queries: int, num_keys: int) -> Int[Array, "B T"] | Int[Array, "1 T"]:
+    """The index of the last key that a causal query attends to: its own, or that of the last position of its group."""
+    own = jnp.arange(num_keys - num_queries, num_keys)[None]
+    if context.groups is None:
+        return own
+    groups = jnp.asarray(context.groups)
+    goes_on = (groups[:, :-1] == groups[:, 1:]) & (groups[:, 1:] != 0)
+    ends = jnp.where(jnp.pad(goes_on, ((0, 0), (0, 1))), num_keys, own)
+    return jax.lax.cummin(ends, axis=1, reverse=True)
+
+
+def key_order(context: Context, num_keys: int) -> Int[Array, "B S"] | Int[Array, "1 S"]:
+    """Indices of the keys among the unmasked ones, without those of other branches; windows count them."""
+    if context.branches is not None:
+        mask = allowed(dataclasses.replace(context, window=None, groups=None), num_keys, num_keys)
+        return jnp.sum(cast(Bool[Array, "_ _ _"], mask), axis=2)
+    if context.key_segments is None:
+        return jnp.arange(num_keys)[None]
+    return jnp.cumsum(context.key_segments != PADDING_SEGMENT, axis=1)

@@ -1,0 +1,113 @@
+"""The multi-head module around `attention`: projections, norms, rotary positions and the cache."""
+
+import functools
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vlm_jax import axes
+from vlm_jax.layers.attention.context import Context, KeyValue
+from vlm_jax.layers.attention.entry import attention
+from vlm_jax.layers.dense import Dense
+from vlm_jax.layers.norm import Norm, NormKind
+from vlm_jax.layers.rope import rotate
+from vlm_jax.types import Dtype, Tree
+
+HEADS = "heads"  # the collection for a layer's queries and keys, written only where it is mutable
+
+
+def last(held: Tree, sown: Tree) -> Tree:
+    """Reduction for `sow` that keeps the last value."""
+    del held
+    return sown
+
+
+class MultiHeadAttention(nn.Module):
+    """Projections around `attention`: self-attention, or cross-attention when `inputs_kv` is given.
+
+    Attributes:
+      num_heads: query heads Q.
+      num_kv_heads: key and value heads K; Q when None.
+      head_dim: H; width / Q when None.
+      use_bias: biases on the query, key and value projections.
+      out_bias: a bias on the output projection.
+      qk_norm: normalises queries and keys before RoPE, or None.
+      qk_norm_over: whether `qk_norm` is per head, or over all heads at once, as in InternViT.
+      norm_epsilon: epsilon of `qk_norm`.
+      out_dim: width of the output; the input's when None.
+      dtype: dtype of the products.
+      param_dtype: dtype of the stored parameters.
+    """
+
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    use_bias: bool = True
+    out_bias: bool = True
+    qk_norm: NormKind | None = None
+    qk_norm_over: Literal["head", "width"] = "head"
+    norm_epsilon: float = 1e-6
+    out_dim: int | None = None
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        *,
+        inputs_k: Float[Array, "B S E"] | None = None,
+        inputs_v: Float[Array, "B S E"] | None = None,
+        cache: KeyValue | None = None,
+    ) -> tuple[Float[Array, "B T F"], KeyValue | None]:
+        """Attends from `x` to `inputs_k` (itself when None) and, before it, to the cache.
+
+        Returns:
+          The output, and with a cache the new keys and values, in its layout and dtype, to be written to it.
+        """
+        inputs_k = x if inputs_k is None else inputs_k
+        inputs_v = inputs_k if inputs_v is None else inputs_v
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.head_dim is None and x.shape[-1] % self.num_heads:
+            raise ValueError(
+                f"{self.num_heads} heads do not divide a width of {x.shape[-1]}; set num_heads to a divisor of it"
+            )
+        head_dim = self.head_dim or x.shape[-1] // self.num_heads
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = functools.partial(Dense, use_bias=self.use_bias, **settings)
+        of_keys = (kv_heads * head_dim, (axes.EMBED, axes.KV_HEADS))
+        query = dense(self.num_heads * head_dim, (axes.EMBED, axes.HEADS), name="query")(x)
+        key, value = dense(*of_keys, name="key")(inputs_k), dense(*of_keys, name="value")(inputs_v)
+        query, key, value = (y.reshape(*y.shape[:-1], -1, head_dim) for y in (query, key, value))
+        if self.qk_norm is not None:
+            norm = {
+                "kind": self.qk_norm,
+                "epsilon": self.norm_epsilon,
+                "axis_name": axes.HEAD_DIM if self.qk_norm_over == "head" else axes.NORM,
+                **settings,
+            }
+
+            def normed(heads, name):
+                flat = heads if self.qk_norm_over == "head" else heads.reshape(*heads.shape[:-2], -1)
+                return Norm(name=name, **norm)(flat).reshape(heads.shape)
+
+            query, key = normed(query, "query_norm"), normed(key, "key_norm")
+        if context.angles is not None:
+            query, key = (rotate(x, context.angles, context.magnitude) for x in (query, key))
+        if context.query_scale is not None:
+            query = query * context.query_scale[:, :, None, None].astype(query.dtype)
+        if not self.is_initializing():
+            for name, heads_of in (("queries", query), ("keys", key)):
+                self.sow(HEADS, name, heads_of, init_fn=tuple, reduce_fn=last)
+        past = fresh = None
+        if cache is not None:
+            key, value = key.astype(cache.key.dtype), value.astype(cache.value.dtype)
+            fresh = KeyValue(key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3))
+            key, value = key.astype(self.dtype), value.astype(self.dtype)
+            past = cache if cache.key.shape[-1] else None
+        out = attention(query, key, value, context, past=past).reshape(*x.shape[:-1], -1)
+        width = self.out_dim or x.shape[-1]
+        return Dense(width, (axes.HEADS, axes.EMBED), use_bias=self.out_bias, name="out", **settings)(out), fresh
