@@ -129,11 +129,9 @@ class Program:
         root = next(one for one in condition if one.is_root)
         if root.opcode == "compare" and "direction=LT" in root.attributes:
             counter, limit = (own[name] for name in root.operands)
-            index = re.search(r"index=(\d+)", counter.attributes)
-            stop = _constant(limit, own)
+            index, stop = re.search(r"index=(\d+)", counter.attributes), _constant(limit, own)
             if counter.opcode == "get-tuple-element" and index is not None and stop is not None:
-                outside = {one.name: one for one in around}
-                start = _constant(outside[outside[loop.operands[0]].operands[int(index[1])]], outside)
+                start = _start(loop, int(index[1]), {one.name: one for one in around})
                 if start is not None:
                     return max(0, stop - start)
         raise UnknownTripCount(
@@ -186,6 +184,14 @@ def _closing(text: str, start: int) -> int:
         if not depth:
             return start + found.end()
     raise ValueError(f"a parenthesis is not closed: {text[:200]}")
+
+
+def _start(loop: Instruction, index: int, around: Mapping[str, Instruction]) -> int | None:
+    """The constant that an element of a loop's first carry is."""
+    given = around[loop.operands[0]]
+    if given.opcode != "tuple" or given.operands[index] not in around:
+        return None
+    return _constant(around[given.operands[index]], around)
 
 
 def _constant(one: Instruction, own: Mapping[str, Instruction]) -> int | None:
