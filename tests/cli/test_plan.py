@@ -6,7 +6,7 @@ import pytest
 import rich.console
 
 from vlm_jax.cli import command, plan
-from vlm_jax.cli.plan_output import plan_tables, search_table, sweep_table
+from vlm_jax.cli.plan_output import plan_tables, search_tables, sweep_tables
 from vlm_jax.config import ConfigError
 from vlm_jax.planner.memory import Memory, Share
 from vlm_jax.planner.plan import Moved, Plan
@@ -107,11 +107,11 @@ def test_a_search_and_a_sweep_are_tables():
         Candidate({"fsdp": 4, "tensor": 1}, "dots", plan_of(12 * GIB, 16 * GIB, 0.5)),
         Candidate({"fsdp": 2, "tensor": 2}, "none", None, "config.mesh: impossible"),
     ]
-    text = printed(search_table(found))
+    text = printed(*search_tables(found))
     assert "fsdp=4 tensor=1" in text and "12.00" in text and "config.mesh: impossible" in text
     points = [PlannedPoint("pool", 16, "v5e:2x2", found[0].plan), PlannedPoint("pool", 3, "v5e:2x2", None, "no grid")]
-    text = printed(sweep_table(points))
-    assert "2,000" in text and "no grid" in text
+    text = printed(*sweep_tables(points))
+    assert "2,000" in text and "pool@3: no grid" in text
 
 
 def test_candidates_of_a_search_use_every_device():

@@ -7,6 +7,7 @@ estimate of its time. No weight is made, and no data is read.
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from vlm_jax.cli import command, numbers
-from vlm_jax.cli.plan_output import plan_tables, search_table, sweep_table, working
+from vlm_jax.cli.plan_output import plan_tables, search_tables, sweep_tables, working
 from vlm_jax.config import ConfigError
 from vlm_jax.paths import absolute
 from vlm_jax.planner.kept import FOLDER
@@ -49,6 +50,9 @@ JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 PLANS = flags.DEFINE_string("plans", FOLDER, "Folder of finished plans, by what they depend on; empty for none.")
 
 
+WIDTH = 120  # of tables that are not on a terminal
+
+
 def main() -> None:
     """Plans what the flags ask for; exit status 1 where a plan does not fit."""
     jax.config.update("jax_platforms", "cpu")  # where the compiler runs; the slice is only described
@@ -57,7 +61,7 @@ def main() -> None:
         _sweep(request)
     elif SEARCH.value:
         found = search(request, _folder(), working)
-        _print([dataclasses.asdict(one) for one in found], [search_table(found)])
+        _print([dataclasses.asdict(one) for one in found], search_tables(found))
     elif LARGEST.value:
         _largest(request)
     else:
@@ -101,11 +105,12 @@ def _made(request: Request) -> Plan:
     return make_plan(request, _folder(), working)[0]
 
 
-def _print(fields: Any, tables: list[Any]) -> None:
+def _print(fields: Any, tables: Sequence[Any]) -> None:
     if JSON.value:
         print(json.dumps(fields))
         return
-    console = rich.console.Console(markup=False, highlight=False)
+    width = None if sys.stdout.isatty() else WIDTH
+    console = rich.console.Console(markup=False, highlight=False, width=width)
     for table in tables:
         console.print(table)
 
@@ -128,7 +133,7 @@ def _sweep(request: Request) -> None:
         results = [json.loads(line) for line in path.read_text().splitlines()]
         found = joined(results, points, TOPOLOGY.value[0])
         written.append(write_joined_report(found, folder, title=f"Accuracy against chip time on {TOPOLOGY.value[0]}"))
-    _print([point.to_json() for point in points], [sweep_table(points)])
+    _print([point.to_json() for point in points], sweep_tables(points))
     print("\n".join(str(path) for path in written), file=sys.stderr)
 
 

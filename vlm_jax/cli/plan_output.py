@@ -15,6 +15,7 @@ from vlm_jax.planner.search import Candidate
 from vlm_jax.sweep.planned import PlannedPoint
 
 GIB = 2**30
+NOT_PLANNED = "not planned"
 LINES = 6  # of temporaries and collectives
 
 
@@ -92,32 +93,32 @@ def _time(plan: Plan) -> rich.table.Table:
     return table
 
 
-def search_table(found: Sequence[Candidate]) -> rich.table.Table:
-    """Candidates of a search, the best first."""
+def search_tables(found: Sequence[Candidate]) -> list[rich.table.Table | str]:
+    """Candidates of a search, the best first, and why some have no plan."""
     table = rich.table.Table("mesh", "remat", "peak GiB", "fits", "ms a step", "MFU", title="meshes and remat policies")
     for one in found:
         mesh = " ".join(f"{axis}={size}" for axis, size in one.mesh.items())
         if one.plan is None:
-            table.add_row(mesh, one.remat, "", one.refused.splitlines()[0][:80], "", "")
+            table.add_row(mesh, one.remat, "", NOT_PLANNED, "", "")
             continue
         timed = one.plan.step_time
         numbers = ("", "") if timed is None else (f"{1e3 * timed.seconds:.4g}", f"{timed.mfu:.1%}")
         fits = "yes" if one.plan.memory.fits else "no"
         table.add_row(mesh, one.remat, f"{one.plan.memory.peak / GIB:.2f}", fits, *numbers)
-    return table
+    return [table, *dict.fromkeys(one.refused for one in found if one.plan is None)]
 
 
-def sweep_table(points: Sequence[PlannedPoint]) -> rich.table.Table:
-    """Points of a sweep, in its order."""
+def sweep_tables(points: Sequence[PlannedPoint]) -> list[rich.table.Table | str]:
+    """Points of a sweep, in its order, and why some have no plan."""
     columns = ("slice", "connector", "budget", "peak GiB", "fits", "ms a step", "tokens a second")
     table = rich.table.Table(*columns, title="plans, all of them estimates")
     for one in points:
         name = (one.topology, one.connector, str(one.token_budget or "released"))
         if one.plan is None:
-            table.add_row(*name, "", one.refused.splitlines()[0][:80], "", "")
+            table.add_row(*name, "", NOT_PLANNED, "", "")
             continue
         timed = one.plan.step_time
         speed = "" if timed is None else f"{one.plan.tokens / timed.seconds:,.0f}"
         numbers = ("" if timed is None else f"{1e3 * timed.seconds:.4g}", speed)
         table.add_row(*name, f"{one.plan.memory.peak / GIB:.2f}", "yes" if one.plan.memory.fits else "no", *numbers)
-    return table
+    return [table, *dict.fromkeys(f"{one.label}: {one.refused}" for one in points if one.plan is None)]
