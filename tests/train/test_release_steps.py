@@ -1,4 +1,4 @@
-"""Steps of a release: packed, on eight devices and in two microbatches, the numbers are those of the whole batch."""
+"""Steps of a release: packed, over a mesh with a ring and in two microbatches, the numbers are those of the batch."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ TURNS = (3, 1, 2, 1)
 METRICS = ("loss", "accuracy", "grad_norm")
 
 
-REPEATS = 4  # of the conversations: packed, a row for each of four shards in each of two microbatches
+REPEATS = 4  # of the conversations: packed, two rows for each of two shards in each of two microbatches
 
 
 def samples():
@@ -49,5 +49,5 @@ def test_packed_sharded_and_accumulated_steps_are_those_of_the_batch(name, image
     found = list(samples())
     packed = join([experiment.training_row(*pair, shape=shape) for pair in zip(found[::2], found[1::2], strict=True)])
     assert packed.segment_ids.max() == 2 and packed.loss_weights.sum() == batch.loss_weights.sum()
-    mesh = make_mesh(MeshSettings(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshSettings(data=1, fsdp=2, tensor=2, context=2))
     assert_close(of_steps(experiment, packed, mesh, accumulate=2), whole)
