@@ -266,17 +266,17 @@ def test_what_the_summary_says(page):
         "Best: mlp at 64 tokens, 90.0% [85.0, 94.0].",
         "Fewest tokens within the interval of the best read accuracy: pool at 16 tokens, 88.0% [83.0, 92.0], "
         "for 25% of the best's tokens and 66.7% of its FLOPs.",
+        "Fewest FLOPs within it: pool at 16 tokens, 88.0% [83.0, 92.0], 0.481 GFLOPs.",
         "Within 1 point of mlp at 64 tokens: mlp at 64 tokens.",
         "Within 5 points of mlp at 64 tokens: pool at 16 tokens.",
-        "Fewest FLOPs within it: pool at 16 tokens, 88.0% [83.0, 92.0], 0.481 GFLOPs.",
         "No control is within it with 16 tokens or fewer; the nearest is random at 16 tokens, 50.0% [43.0, 57.0].",
     ]
     assert [p.text for p in locate.all("p")] == [
         "Best: pool at 16 tokens, 60.0% [53.0, 67.0].",
         "No candidate with fewer tokens is within the interval of the best locate accuracy.",
+        "Fewest FLOPs within it: pool at 16 tokens, 60.0% [53.0, 67.0], 0.481 GFLOPs.",
         "Within 1 point of mlp at 64 tokens: pool at 16 tokens.",
         "Within 5 points of mlp at 64 tokens: pool at 16 tokens.",
-        "Fewest FLOPs within it: pool at 16 tokens, 60.0% [53.0, 67.0], 0.481 GFLOPs.",
         "A control is as good with 16 tokens or fewer: downsample_image at 9 tokens, 55.0% [48.0, 62.0].",
     ]
 
@@ -315,9 +315,9 @@ def test_one_point_without_examples(tmp_path):
     assert [p.text for p in one(page.all("li")).all("p")] == [
         "Best: pool at 16 tokens, 50.0% [40.0, 60.0].",
         "No candidate with fewer tokens is within the interval of the best vqa accuracy.",
+        "Fewest FLOPs within it: pool at 16 tokens, 50.0% [40.0, 60.0], 0.481 GFLOPs.",
         "Within 1 point of pool at 16 tokens: pool at 16 tokens.",
         "Within 5 points of pool at 16 tokens: pool at 16 tokens.",
-        "Fewest FLOPs within it: pool at 16 tokens, 50.0% [40.0, 60.0], 0.481 GFLOPs.",
         "No control was measured with 16 tokens or fewer.",
     ]
 
@@ -334,7 +334,7 @@ def test_every_seed_has_its_row_its_dot_and_its_fewest_tokens(tmp_path):
     assert [code.text for code in one(page.all("tbody")).all("code")] == commands
     said = [p.text for p in one(page.all("li")).all("p")]
     assert said[0].startswith("Best: pool at 64 tokens, 85.0% [")
-    assert said[2:4] == [
+    assert said[3:5] == [
         "Within 1 point of pool at 64 tokens: pool at 64 tokens (64, 64 by seed).",
         "Within 5 points of pool at 64 tokens: pool at 64 tokens (16, 4 by seed).",
     ]
