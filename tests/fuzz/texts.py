@@ -24,6 +24,7 @@ from vlm_jax.processors.processor import Processor
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiles import InternVLViews, Ovis2Views
+from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.video import RateSampler
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import PatchFormat
@@ -274,6 +275,14 @@ TARGETS = {
     "conversations": Target(
         _conversation,
         _prepare,
-        (ChatTemplateError, CorruptImage, FileNotFoundError, PictureMismatch, PromptError, SequenceTooLong),
+        (
+            ChatTemplateError,
+            CorruptImage,
+            FileNotFoundError,
+            PictureMismatch,
+            PromptError,
+            SequenceTooLong,
+            TokenizerError,
+        ),
     ),
 }
