@@ -18,7 +18,7 @@ from vlm_jax.data.schemas import Reader, Record, check_texts
 from vlm_jax.data.spelling import Notes, Spelling
 from vlm_jax.data.stores import MalformedRecords, files_of, open_store
 
-MOST_REPORTED = 20  # faulty records that one error lists
+MAX_REPORTED = 20  # faulty records that one error lists
 FILES_IN_MEMORY = 16
 _log = logging.getLogger(__name__)
 _opened: collections.OrderedDict[str, "RecordFile"] = collections.OrderedDict()
@@ -53,7 +53,7 @@ class RecordFile:
 
     Raises:
       ConfigError: there is no such file, or it has no record.
-      MalformedRecords: the file cannot be read, or records are malformed, the first MOST_REPORTED of which are listed.
+      MalformedRecords: the file cannot be read, or records are malformed, the first MAX_REPORTED of which are listed.
     """
 
     def __init__(self, path: str, rules: Rules, key: str):
@@ -115,7 +115,7 @@ class RecordFile:
             except ValueError as error:
                 num_faults += 1
                 ids.append(hash((index,)))
-                if len(faults) < MOST_REPORTED:
+                if len(faults) < MAX_REPORTED:
                     faults.append(f"  {self._store.place(index)}: {error}")
         if num_faults:
             more = f"\n  and {num_faults - len(faults)} more" if num_faults > len(faults) else ""

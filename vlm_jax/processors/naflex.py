@@ -14,7 +14,7 @@ from vlm_jax.interpolation import ResizeKind, interpolation_window
 
 Span = tuple[int, int]  # [start, stop)
 
-_MOST = 1 << 24  # values of an image, or weights of an axis, that are computed at once
+_MAX_VALUES = 1 << 24  # of an image, its result or the weights of an axis, that are computed at once
 _REACH = 2048  # about as many samples along an axis are read at once otherwise
 _SMALLEST, _LARGEST, _STEP = 1e-6, 100.0, 1e-5  # of the resize ratio
 
@@ -40,7 +40,8 @@ def interpolate(
     """
     whole = tuple((0, side) for side in size)
     (top, bottom), (left, right) = window or whole
-    if image.size <= _MOST and all(old * new <= _MOST for old, new in zip(image.shape, size, strict=False)):
+    values = image.size, math.prod(size) * image.shape[2], *map(math.prod, zip(image.shape, size, strict=False))
+    if max(values) <= _MAX_VALUES:
         return _block(image, size, kind, whole, before)[top:bottom, left:right]
     rows, cols = (list(_blocks(*ends)) for ends in zip(image.shape, size, ((top, bottom), (left, right)), strict=False))
     return np.concatenate(

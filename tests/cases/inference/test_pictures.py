@@ -197,7 +197,7 @@ def test_14_a_thin_picture_costs_what_a_square_one_does(name, size):
 def test_14_blocks_of_a_large_picture_are_those_of_the_whole(monkeypatch, kind, size):
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), np.uint8).astype(np.float32)
     whole = interpolate(image, size, kind)
-    monkeypatch.setattr("vlm_jax.processors.naflex._MOST", 1)
+    monkeypatch.setattr("vlm_jax.processors.naflex._MAX_VALUES", 1)
     monkeypatch.setattr("vlm_jax.processors.naflex._REACH", 16)
     np.testing.assert_allclose(interpolate(image, size, kind), whole, atol=1e-3)
     part = interpolate(image, size, kind, window=((1, 4), (2, 6)))
