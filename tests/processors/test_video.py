@@ -235,7 +235,7 @@ def test_every_frame_is_read_and_told_once(caplog):
     (told,) = [record.message for record in caplog.records if "every frame" in record.message]
     assert "do_sample_frames of the folder's video processor is false; set nframes or fps" in told
     assert len(sampler.chosen(768, 10)) == 768
-    with pytest.raises(PictureMismatch, match="expected at most 768 frames, .*do_sample_frames is false.*, got 769"):
+    with pytest.raises(PictureMismatch, match=r"expected at most 768 frames, .*do_sample_frames is false.*, got 769"):
         sampler.chosen(769, 10)
 
 

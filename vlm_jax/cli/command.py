@@ -55,12 +55,8 @@ class _Unlocking(ConfigFileFlagParser):
 
 def _place(path: str, error: BaseException) -> str:
     """A config file, with the line that an error comes from."""
-    path = path.partition(":")[0]
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if absolute(frame.filename) == absolute(path)
-    ]
+    path, frames = path.partition(":")[0], traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if absolute(frame.filename) == absolute(path)]
     return f"{path}:{lines[-1]}" if lines else path
 
 

@@ -82,9 +82,9 @@ class RecordFile:
         return (self[index] for index in range(len(self)))
 
     def fingerprint(self) -> str:
-        """Of where the file is, what it holds, and how it is read."""
-        content = {"path": self.path, "content": self._store.digest()}
-        return fingerprint({**content, "rules": dataclasses.asdict(self._rules)})
+        """Of the path, the content, and the rules by which records are read; placeholders only refuse records."""
+        rules = {name: value for name, value in dataclasses.asdict(self._rules).items() if name != "placeholders"}
+        return fingerprint({"path": self.path, "content": self._store.digest(), "rules": rules})
 
     def _record(self, index: int, notes: Notes, *, whole: bool = True) -> Record:
         rules = self._rules

@@ -212,8 +212,8 @@ class EveryFrame:
         _tell_every_frame()
         if num_frames > MAX_FRAMES:
             raise PictureMismatch(
-                f"expected at most {MAX_FRAMES} frames, since the folder's do_sample_frames is false and all frames are "
-                f"read, got {num_frames}; set nframes or fps in the item"
+                f"expected at most {MAX_FRAMES} frames, since the folder's do_sample_frames is false and all frames "
+                f"are read, got {num_frames}; set nframes or fps in the item"
             )
         return np.arange(num_frames)
 
@@ -225,8 +225,8 @@ class EveryFrame:
 @functools.cache  # once a process
 def _tell_every_frame() -> None:
     _log.warning(
-        "every frame of a video is read, since do_sample_frames of the folder's video processor is false; set nframes or "
-        "fps in the item to sample frames"
+        "every frame of a video is read, since do_sample_frames of the folder's video processor is false; set nframes "
+        "or fps in the item to sample frames"
     )
 
 
