@@ -114,6 +114,7 @@ def test_all_missing_keys_are_named_at_once():
         ("num_heads", None, "num_heads", "int"),
         ("learning_rate", "1e-3", "learning_rate", "float"),
         ("learning_rate", False, "learning_rate", "float"),
+        ("learning_rate", 10**400, "learning_rate", "a number of float64"),
         ("augment", 1, "augment", "bool"),
         ("grid", (1, 2, 3), "grid", "tuple[int, int]"),
         ("grid", (1, 2.5), "grid[1]", "int"),

@@ -51,14 +51,20 @@ class Site(http.server.BaseHTTPRequestHandler):
     def endless(self):
         self.send_response(200)
         self.end_headers()
-        while not self.over.is_set():
-            self.wfile.write(b"x" * 1000)
+        self.fill(b"x" * 1000)
 
     def short(self):
         self.send(PIXEL[:40], length=len(PIXEL))
 
     def moved(self):
         self.send(b"", status=302, Location="/picture.png")
+
+    def heavy(self):
+        """A redirect with an endless body."""
+        self.send_response(302)
+        self.send_header("Location", "/picture.png")
+        self.end_headers()
+        self.fill(b"x" * 1000)
 
     def circle(self):
         self.send(b"", status=302, Location="/circle")
@@ -69,11 +75,28 @@ class Site(http.server.BaseHTTPRequestHandler):
     def other(self):
         self.send(b"", status=302, Location="ftp://127.0.0.1/a.png")
 
+    def missing(self):
+        self.send(b"not here", status=404)
+
+    def broken(self):
+        self.send(b"", status=503)
+
     def slow(self):
         self.send_response(200)
         self.end_headers()
-        while not self.over.wait(0.05):
-            self.wfile.write(b"x")
+        self.drip(b"x")
+
+    def chunked(self, begin=b""):
+        """A chunk whose size never ends."""
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        self.wfile.write(begin)
+        self.drip(b"0" if not begin else b"a: b\r\n")
+
+    def trailer(self):
+        """A whole picture, then trailers without an end."""
+        self.chunked(b"%x\r\n%s\r\n0\r\n" % (len(PIXEL), PIXEL))
 
     def silent(self):
         self.over.wait(10)
@@ -81,8 +104,17 @@ class Site(http.server.BaseHTTPRequestHandler):
     def head(self):
         """A head that never ends, byte by byte."""
         self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        self.drip(b"x")
+
+    def fill(self, part):
+        """Writes as fast as it is read."""
+        while not self.over.is_set():
+            self.wfile.write(part)
+
+    def drip(self, part):
+        """Writes slowly, for ever."""
         while not self.over.wait(0.05):
-            self.wfile.write(b"x")
+            self.wfile.write(part)
 
     def handle(self):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reader has had enough
@@ -106,7 +138,6 @@ def site():
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
     monkeypatch.setattr(sources, "MAX_BYTES", LIMIT)
-    monkeypatch.setattr(sources, "SECONDS", SECONDS)
 
 
 def test_the_web_is_not_asked_unless_it_is_allowed(site):
@@ -118,7 +149,7 @@ def test_the_web_is_not_asked_unless_it_is_allowed(site):
     assert len(Site.asked) == before
 
 
-@pytest.mark.parametrize("path", ["picture.png", "unlabelled", "moved"])
+@pytest.mark.parametrize("path", ["picture.png", "unlabelled", "moved", "heavy"])
 def test_a_picture_is_read_by_its_bytes_and_through_a_redirect(site, path):
     """The kind that a server states is not read: many state a wrong one."""
     assert located(f"{site}/{path}", allow_network=True) == PIXEL
@@ -136,7 +167,8 @@ def test_a_picture_is_read_by_its_bytes_and_through_a_redirect(site, path):
         ("circle", "cannot be downloaded .*redirect"),
         ("local", "cannot be downloaded .*'file:///etc/passwd' is not allowed"),
         ("other", "redirects to ftp://127.0.0.1/a.png, which is not on the web"),
-        ("missing", "cannot be downloaded"),
+        ("missing", "cannot be downloaded .*HTTPError: HTTP Error 404"),
+        ("broken", "cannot be downloaded .*HTTPError: HTTP Error 503"),
     ],
 )
 def test_what_is_no_whole_file_is_named(site, path, message):
@@ -144,10 +176,16 @@ def test_what_is_no_whole_file_is_named(site, path, message):
         located(f"{site}/{path}", allow_network=True)
 
 
-@pytest.mark.parametrize("path", ["slow", "silent", "head"])
-def test_a_server_that_takes_its_time_is_left(site, path):
+@pytest.mark.parametrize("path", ["slow", "silent", "head", "chunked", "trailer"])
+def test_a_server_that_takes_its_time_is_left(monkeypatch, site, path):
+    monkeypatch.setattr(sources, "SECONDS", SECONDS)
+    running = set(threading.enumerate())
     with pytest.raises(SourceError, match=rf"/{path}: not read within {SECONDS} seconds"):
         located(f"{site}/{path}", allow_network=True)
+    left = [one for one in set(threading.enumerate()) - running if "process_request" not in one.name]
+    for one in left:  # its connection is ended
+        one.join(10)
+        assert not one.is_alive()
 
 
 def test_a_page_in_place_of_a_picture_is_no_picture(site):

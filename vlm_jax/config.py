@@ -191,7 +191,10 @@ def _converted(value: Any, hint: Any, path: str) -> Any:
             raise ConfigError(f"{path}: {error}") from error
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f"{path}: expected a number of float64, got {_shown(value)}") from None
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value

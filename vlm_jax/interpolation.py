@@ -45,7 +45,15 @@ def interpolation_weights(size_in: int, size_out: int, kind: ResizeKind) -> Floa
 def interpolation_window(
     size_in: int, size_out: int, kind: ResizeKind, outputs: tuple[int, int]
 ) -> tuple[Float[np.ndarray, "window reached"], tuple[int, int]]:
-    """The rows [start, stop) of `interpolation_weights`, and the samples [start, stop) that they can read."""
+    """Some rows of `interpolation_weights`, without the columns that are zero in all of them.
+
+    Args:
+      size_in, size_out, kind: as in `interpolation_weights`.
+      outputs: [start, stop) of the rows.
+
+    Returns:
+      The float32 matrix, and [start, stop) of its columns.
+    """
     start, stop = outputs
     step = size_in / size_out
     margin = 3 * max(step, 1.0) + 2  # more than the radius of any kernel
@@ -58,7 +66,7 @@ def interpolation_window(
 
 @functools.lru_cache(maxsize=16)  # shared by all frames of a video, and by videos of one size
 def fixed_point_weights(size_in: int, size_out: int, kind: AntialiasKind) -> tuple[scipy.sparse.csr_array, int]:
-    """The same in integers, as in torch for antialiased 8-bit pixels.
+    """`interpolation_weights` in integers, as in torch for antialiased 8-bit pixels.
 
     Args:
       size_in: number of samples.

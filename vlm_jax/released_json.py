@@ -85,10 +85,11 @@ COUNT = whole(1, 1 << 20)  # widths, heads, groups
 AT_LEAST_0 = whole(0, 1 << 20)
 DEPTH = whole(1, 1 << 12)
 ROWS = whole(1, 1 << 24)  # of vocabularies and of tables of positions
-MOST_SIDE = 1 << 12
-SIDE = whole(1, MOST_SIDE)  # pixels
+MAX_SIDE = 1 << 12
+SIDE = whole(1, MAX_SIDE)  # pixels
 AREA = whole(1, (1 << 31) - 1)
 LARGE_AREA = whole(1, (1 << 53) - 1)  # a limit of a whole video, which some releases set to practically none
+TILES = whole(0, 256)  # of an image; all grids of as many are listed
 INDEX = whole(-(1 << 12), 1 << 12)  # of a layer
 ID = whole(0, (1 << 31) - 1)
 NUMBER, POSITIVE = number(-_HUGE, _HUGE), number(0, _HUGE, above=True)
@@ -155,7 +156,7 @@ FORMS: dict[str, Form] = _table(
     (INDEX | list_of(INDEX), "vision_feature_layer"),
     (INDEX, "mm_vision_select_layer select_layer"),
     (SIDE | NULL, "force_image_size"),
-    (AT_LEAST_0, "min_dynamic_patch max_dynamic_patch min_patches max_patches"),
+    (TILES, "min_dynamic_patch max_dynamic_patch min_patches max_patches"),
     (list_of(ID, most=1 << 12), "visual_indicator_token_ids"),
     # config.json: numbers
     (

@@ -94,7 +94,7 @@ def _local(source: str) -> str:
 
 
 class _WebOnly(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to web addresses only."""
+    """Follows redirects to web addresses only, without reading their bodies, which may be of any size."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         """The request of a redirect; raises a `SourceError` for another scheme."""
@@ -102,27 +102,40 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
             raise SourceError(f"{shortened(req.full_url)}: redirects to {shortened(newurl)}, which is not on the web")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
+    def http_error_302(self, req, fp, code, msg, headers):
+        """Follows a redirect; a closed answer is read as empty."""
+        fp.close()
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
 
 class _Connections:
-    """Makes connections, and ends those that still wait for an answer's head when the time is over."""
+    """Makes connections, and keeps their sockets, so that a read of any part of an answer can be ended."""
 
     def __init__(self):
-        self._made: list[http.client.HTTPConnection] = []
-        self.expired = False
-        self.timer = threading.Timer(SECONDS, self._end)
-        self.timer.daemon = True
+        self._sockets: list[socket.socket] = []
+        self.ended = False
 
     def __call__(self, kind: type[http.client.HTTPConnection], host: str, **options: Any) -> http.client.HTTPConnection:
         made = kind(host, **options)
-        self._made.append(made)
+        connect = made.connect
+
+        def keep() -> None:
+            connect()
+            self._sockets.append(made.sock)
+            if self.ended:
+                self.end()
+
+        made.connect = keep
         return made
 
-    def _end(self) -> None:
-        self.expired = True
-        for one in self._made:
+    def end(self) -> None:
+        """Ends the connections made so far and later."""
+        self.ended = True
+        for one in self._sockets:
             with contextlib.suppress(OSError):
-                if one.sock is not None:
-                    one.sock.shutdown(socket.SHUT_RDWR)
+                one.shutdown(socket.SHUT_RDWR)
 
 
 class _Http(urllib.request.HTTPHandler):
@@ -144,36 +157,44 @@ class _Https(urllib.request.HTTPSHandler):
 
 
 def _downloaded(source: str) -> bytes:
-    """Downloads a file within the limits of size and time."""
-    connections = _Connections()
-    connections.timer.start()
+    """Downloads a file within the limits of size and time.
+
+    A thread does it, as a timeout of a socket is that of one step: a slow server may send a byte before each ends.
+    """
+    connections, found = _Connections(), list[bytes | SourceError]()
+    thread = threading.Thread(target=lambda: found.append(_fetched(source, connections)), daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    if not found:
+        connections.end()
+        raise SourceError(f"{shortened(source)}: not read within {SECONDS:g} seconds; download it")
+    if isinstance(found[0], SourceError):
+        raise found[0]
+    return found[0]
+
+
+def _fetched(source: str, connections: _Connections) -> bytes | SourceError:
+    """The bytes of a file, or why there are none."""
     opener = urllib.request.build_opener(_WebOnly, _Http(connections), _Https(connections))
-    late = f"{shortened(source)}: not read within {SECONDS:g} seconds; download it"
     try:
         request = urllib.request.Request(source, headers={"User-Agent": "vlm_jax"})
-        with opener.open(request, timeout=SECONDS) as answer:
-            return _body(answer, source, late, connections)
-    except (OSError, http.client.HTTPException, UnicodeError, ValueError) as error:
-        if isinstance(error, SourceError):
-            raise
-        if connections.expired:
-            raise SourceError(late) from error
-        raise SourceError(f"{shortened(source)}: cannot be downloaded ({type(error).__name__}: {error})") from error
-    finally:
-        connections.timer.cancel()
+        with opener.open(request, timeout=SECONDS + 1) as answer:  # the limit of the whole comes first
+            return _body(answer, source)
+    except SourceError as error:
+        return error
+    except Exception as error:  # an address, a certificate, a header and a chunk each have errors of their own
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        return SourceError(f"{shortened(source)}: cannot be downloaded ({type(error).__name__}: {error})")
 
 
-def _body(answer: http.client.HTTPResponse, source: str, late: str, connections: _Connections) -> bytes:
+def _body(answer: http.client.HTTPResponse, source: str) -> bytes:
     parts, size = [], 0
     while part := answer.read1(_CHUNK):
         parts.append(part)
         size += len(part)
         if size > MAX_BYTES:
             raise SourceError(f"{shortened(source)}: more than {MAX_BYTES} bytes; download it and pass a path")
-        if connections.expired:
-            break
-    if connections.expired:  # its end may be that of the connection
-        raise SourceError(late)
     if answer.length:  # of what was promised; `read1` ends without an error
         raise SourceError(f"{shortened(source)}: ended after {size} of {size + answer.length} bytes; download it")
     return b"".join(parts)

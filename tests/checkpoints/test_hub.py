@@ -401,3 +401,10 @@ def test_errors_of_the_hub_keep_their_reason(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(CheckpointFileError, match="LocalEntryNotFoundError: no internet"):
         open_checkpoint("google/siglip")
+
+
+def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
+    """As in a cache of the hub whose blob was deleted."""
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    with pytest.raises(CheckpointFileError, match=r"model\.safetensors: a link to a file that does not exist"):
+        open_checkpoint(tmp_path)

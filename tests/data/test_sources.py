@@ -9,7 +9,7 @@ from PIL import Image
 from vlm_jax.config import parse
 from vlm_jax.data import SOURCES
 from vlm_jax.data.loader import batch_at
-from vlm_jax.data.source import Settings, Source, Tools
+from vlm_jax.data.source import Elements, Settings, Source, Tools
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.image import image_size, normalize, open_image
@@ -99,3 +99,14 @@ def test_a_source_keeps_its_contract(kind, tmp_path, processor):
     first = source.train("questions", 5)[40_000]
     learned = ours.targets[0][ours.loss_weights[0] == 1.0]
     assert processor.tokenizer.decode(learned) == "".join(text_of(message) for message in first.messages[1::2])
+
+
+def test_elements_are_a_sequence():
+    squares, wanted = Elements(lambda index: index * index, 5), [0, 1, 4, 9, 16]
+    assert list(squares) == wanted and 9 in squares and list(reversed(squares)) == wanted[::-1]
+    assert [squares[index] for index in (0, -1, np.int64(2))] == [0, 16, 4]
+    for part in (slice(1, 3), slice(None, None, -2), slice(-2, 99), slice(3, 3)):
+        assert squares[part] == wanted[part]
+    for outside in (5, -6):
+        with pytest.raises(IndexError):
+            squares[outside]

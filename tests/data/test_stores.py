@@ -1,6 +1,7 @@
 """Files of every format: where their records are, what they hold, and how a damaged one is named."""
 
 import base64
+import dataclasses
 import gzip
 import io
 import json
@@ -252,3 +253,16 @@ def test_a_file_is_checked_once_and_again_after_it_has_changed(tmp_path):
     changed = open_records(str(path), RULES, "train_path")
     assert text_of(changed[0].messages[0]) == "another"
     assert changed.fingerprint() != before
+
+
+def test_placeholders_of_a_prompt_do_not_change_the_data(tmp_path):
+    """They refuse records, but change none: rows that were packed stay valid for another prompt."""
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps(said("q")))
+    plain, marked, other = (
+        open_records(str(path), dataclasses.replace(RULES, **changes), "train_path")
+        for changes in ({}, {"placeholders": ("<img>",)}, {"tasks": (*RULES.tasks, "more")})
+    )
+    assert plain.fingerprint() == marked.fingerprint() != other.fingerprint()
+    with pytest.raises(MalformedRecords):
+        open_records(str(path), dataclasses.replace(RULES, placeholders=("q",)), "train_path")

@@ -17,7 +17,10 @@ from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.known import _stand_ins, known_config, known_configs
 from vlm_jax.pretrained.loader import choose_family
 from vlm_jax.released_json import check_released
+from vlm_jax.train.check import check_config
 from vlm_jax.train.stages import parse_schedule
+
+FREE = ("stages",)  # sections whose keys are names of the user's own
 
 
 def _released(rng: random.Random) -> dict[str, Any]:
@@ -49,7 +52,12 @@ def _paths() -> tuple[str, ...]:
 
 
 def _overrides(rng: random.Random) -> dict[str, Any]:
-    return {rng.choice(_paths()): rng.choice(VALUES) for _ in range(rng.randint(1, 2))}
+    paths = [rng.choice(_paths()) for _ in range(rng.randint(1, 2))]
+    if not rng.randrange(4):
+        above, _, key = paths[0].rpartition(".")
+        place = rng.randrange(len(key))
+        paths[0] = f"{above}.{key[:place]}{key[place]}{key[place:]}".lstrip(".")  # a letter twice
+    return {path: rng.choice(VALUES) for path in paths}
 
 
 def _build(overrides: dict[str, Any]) -> None:
@@ -66,8 +74,11 @@ def _build(overrides: dict[str, Any]) -> None:
                 section[last] = value
         except OverflowError:  # refused by ml_collections
             return
+    check_config(config)  # first, as the command does
     build(config)
     parse_schedule(tuple(config.schedule), config.stages)
+    misspelt = [path for path in overrides if path not in _paths() and path.rpartition(".")[0] not in FREE]
+    assert not misspelt, f"{misspelt} are accepted"
 
 
 TARGETS = {

@@ -85,6 +85,10 @@ def test_a_tied_head_that_is_not_the_table_is_refused(tmp_path):
             "text_config.num_attention_heads: expected a divisor of hidden_size, 4, or the key head_dim, got 3",
         ),
         (
+            {**TINY, "head_dim": 3},
+            "text_config.head_dim: expected an even number, for rotary positions, got 3",
+        ),
+        (
             {**TINY, "rope_scaling": {"type": "ntk"}},
             "text_config.rope_scaling.rope_type: expected 'default' or 'mrope' or 'linear'",
         ),

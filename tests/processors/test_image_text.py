@@ -1,5 +1,6 @@
 """Images and texts of two towers and classifiers; `tests/parity/test_image_text.py` compares whole folders."""
 
+import dataclasses
 import inspect
 import pathlib
 
@@ -74,8 +75,15 @@ def test_what_is_not_read_is_refused(tokenizer):
         ImageTextProcessor(images)([picture], ["a"])
     with pytest.raises(PictureMismatch, match="expected images or texts, got none"):
         ImageTextProcessor(images, texts)()
-    with pytest.raises(PictureMismatch, match="expected a list of texts"):
-        ImageTextProcessor(images, texts)(texts="a")
+    unchecked = inspect.unwrap(ImageTextProcessor.__call__)  # without the checks of types in tests
+    for wrong, told in (
+        ("a", r"texts: expected a list, got 'a'; write \['a'\]"),
+        (5, "texts: expected a list, got one int"),
+        (["a", 3], r"texts\[1\]: expected a text, got 3"),
+        ([None], r"texts\[0\]: expected a text, got None"),
+    ):
+        with pytest.raises(PictureMismatch, match=told):
+            unchecked(ImageTextProcessor(images, dataclasses.replace(texts, lower=True)), texts=wrong)
     with pytest.raises(ValueError, match="image 1: its header claims 8x9 pixels, more than max_pixels=64"):
         ImageTextProcessor(images, max_pixels=64)([picture, Image.new("RGB", (9, 8))])
 

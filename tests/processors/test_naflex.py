@@ -4,10 +4,13 @@ TensorFlow's own arrays are met in tests/golden, as `bv_preprocess`.
 """
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from vlm_jax.interpolation import interpolation_weights
+from vlm_jax.processors.image_text import TensorFlowInputs
 from vlm_jax.processors.naflex import interpolate, size_for_sequence
 
 
@@ -42,3 +45,18 @@ def test_what_overshoots_stays_in_the_range_of_its_dtype():
     image[:, 4:] = 255
     out = interpolate(image, (1, 16), "bicubic")
     assert out.max() == 255 and out.min() == 0 and (np.diff(out[0, :, 0].astype(int))[7:9] >= 0).all()
+
+
+def test_the_crop_of_a_thin_image_takes_no_memory_of_its_whole_result():
+    """The shorter side becomes 1024 pixels, so that the longer one would be 122880."""
+    image = np.random.default_rng(0).integers(0, 256, (1, 120, 3), np.uint8)
+    size = (1024, 120 * 1024)
+    tracemalloc.start()
+    found = TensorFlowInputs((224, 224), shortest_edge=1024)._one(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    left = (size[1] - 224) // 2
+    weights = interpolation_weights(120, size[1], "bilinear")[left : left + 224]
+    row = np.trunc(weights @ image[0].astype(np.float32))
+    np.testing.assert_allclose(found, np.broadcast_to(row / 127.5 - 1, (224, 224, 3)), atol=1e-6)
+    assert peak < 32 * 2**20

@@ -5,6 +5,7 @@ import inspect
 import re
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -323,6 +324,19 @@ def test_examples_that_do_not_fit_a_row_are_named(shape, told):
 def test_a_batch_takes_a_stated_shape():
     batch = processor().batch([say("ab"), say("<image>")], [[], [picture()]], shape=RowShape(9, 2))
     assert batch.tokens.shape == (2, 9) and batch.images.shape == (2, 2, 4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"shape": (9, 2)}, r"shape: expected a RowShape, got \(9, 2\)"),
+        ({"name": "x"}, "name: is set by batch; remove it"),
+    ],
+)
+def test_arguments_of_a_batch_that_are_not_its_own(monkeypatch, options, told):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
+    with pytest.raises(PromptError, match=told):
+        processor().batch([say("ab")], **options)
 
 
 def test_what_is_no_video_is_named():

@@ -1,7 +1,5 @@
 """Parts of resized images: equal to those that are cut from the whole, and thin pictures cost what others do."""
 
-import resource
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +7,8 @@ from PIL import Image
 from vlm_jax.processors.image import ANTIALIAS, FIXED_POINT, CorruptImage
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
+
+from ..memory import peak_bytes
 
 
 def picture(width, height, mode="RGB"):
@@ -45,9 +45,9 @@ def test_a_part_of_a_grey_picture_is_that_of_the_whole(monkeypatch):
 def test_a_thin_picture_costs_what_a_square_one_does(fit, as_torch, size):
     """Of one colour, which it keeps."""
     views = SquareViews(Pixels(as_torch=as_torch), (336, 336), 1, fit, background=(9, 99, 199))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tile = np.asarray(views.tile(Image.new("RGB", size, (9, 99, 199))))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    made = []
+    assert peak_bytes(lambda: made.append(views.tile(Image.new("RGB", size, (9, 99, 199))))) < 300 * 2**20
+    tile = np.asarray(made[0])
     assert tile.shape == (336, 336, 3) and (tile == (9, 99, 199)).all()
 
 

@@ -2,6 +2,7 @@
 
 import fractions
 import io
+import logging
 import struct
 
 import av
@@ -9,12 +10,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_jax.processors import video as video_module
 from vlm_jax.processors.image import CorruptImage
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.smart_resize import qwen_size
 from vlm_jax.processors.tiles import InternVLViews
-from vlm_jax.processors.video import RateSampler, SegmentSampler, read_video, uniform_frames, video_size
+from vlm_jax.processors.video import (
+    EveryFrame,
+    FrameSettings,
+    MiddleSampler,
+    RateSampler,
+    SegmentSampler,
+    read_video,
+    uniform_frames,
+    video_size,
+)
+from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import PatchFormat
 
 from .test_processor import processor, say
@@ -200,3 +212,35 @@ def test_titles_in_another_encoding_are_ignored():
 )
 def test_uniform_frames_are_the_middles_of_equal_parts(count, wanted, expected):
     assert uniform_frames(count, wanted) == expected
+
+
+@pytest.mark.parametrize("read", [read_video, video_size])
+def test_frames_that_memory_does_not_hold_are_refused_before_they_are_decoded(monkeypatch, read):
+    source = video(6, 10)
+    monkeypatch.setattr(video_module, "MAX_VIDEO_PIXELS", 4 * 32 * 48)
+    assert read(source, SegmentSampler(4))  # as many as are held
+    told = "its 6 selected frames of 32x48 pixels have more than 6144 pixels, .*select fewer with nframes or max_frames"
+    with pytest.raises(CorruptImage, match=told):
+        read(source, RateSampler(min_frames=6))
+    assert read(video(2, 10), SegmentSampler(40))  # a repeated frame is held once
+
+
+def test_every_frame_is_read_and_told_once(caplog):
+    video_module._tell_every_frame.cache_clear()
+    sampler = EveryFrame(MiddleSampler(4))
+    with caplog.at_level(logging.WARNING):
+        frames, rate = read_video(video(5, 10), sampler)
+        read_video(video(3, 10), sampler)
+    assert (levels(frames), rate) == (list(range(5)), 10)
+    (told,) = [record.message for record in caplog.records if "every frame" in record.message]
+    assert "do_sample_frames of the folder's video processor is false; set nframes or fps" in told
+    assert len(sampler.chosen(768, 10)) == 768
+    with pytest.raises(PictureMismatch, match=r"expected at most 768 frames, .*do_sample_frames is false.*, got 769"):
+        sampler.chosen(769, 10)
+
+
+def test_settings_of_a_video_sample_its_frames_where_a_folder_does_not():
+    sampler = EveryFrame(MiddleSampler(4))
+    assert sampler.following(FrameSettings()) is sampler
+    assert sampler.following(FrameSettings(nframes=2)).chosen(48, 8.0).tolist() == [12, 36]
+    assert sampler.following(FrameSettings(fps=1)).chosen(48, 8.0).tolist() == [4, 12, 20, 28, 36, 44]

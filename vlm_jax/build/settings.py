@@ -155,7 +155,7 @@ class RowSettings:
 
     @property
     def keys(self) -> dict[str, str]:
-        """What a row can have too little of -> the key that sets how much it has, of those that are set."""
+        """The config key that sets each capacity of a row, by the capacity's name, for the keys that are set."""
         changed = {}
         if self.text_length is not None:
             changed["positions"] = "config.row.text_length"

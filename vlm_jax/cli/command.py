@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
+from vlm_jax.config import did_you_mean
 from vlm_jax.paths import absolute
 from vlm_jax.ranges import Count, Natural
 from vlm_jax.train.loop import Interrupted
@@ -34,9 +36,41 @@ class _Unlocking(ConfigFileFlagParser):
     """Loads a config to which overrides may add keys."""
 
     def parse(self, path: str) -> Any:
-        """The config of a file, or of a file and the argument after its colon."""
-        config = super().parse(path)
-        return config.unlock() if isinstance(config, ConfigDict) else config
+        """The config of a file, or of a file and the argument after its colon.
+
+        Raises:
+          flags.Error: the file fails, or an override is in a section that the config does not have.
+        """
+        try:
+            config = super().parse(path)
+        except Exception as error:  # anything that a Python file can raise; `parse` wraps some with their traceback
+            cause = error.__context__ if isinstance(error, TypeError | ValueError) and error.__context__ else error
+            raise flags.Error(f"{_place(path, cause)}: {type(cause).__name__}: {cause}") from error
+        if not isinstance(config, ConfigDict):
+            return config
+        for word in overrides():
+            _check_section(config, word)
+        return config.unlock()
+
+
+def _place(path: str, error: BaseException) -> str:
+    """A config file, with the line that an error comes from."""
+    path, frames = path.partition(":")[0], traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if absolute(frame.filename) == absolute(path)]
+    return f"{path}:{lines[-1]}" if lines else path
+
+
+def _check_section(config: ConfigDict, word: str) -> None:
+    section: Any = config
+    for key in word.partition("=")[0].split(".")[1:-1]:
+        if key.endswith("]"):  # of a tuple
+            return
+        if not isinstance(section, ConfigDict) or key not in section:
+            near = did_you_mean(key, section) if isinstance(section, ConfigDict) else ""
+            raise flags.Error(f"{word}: the config has no such section{near}")
+        section = section[key]
+    if not isinstance(section, ConfigDict):
+        raise flags.Error(f"{word}: the config has no such section")
 
 
 flags.FLAGS["config"].parser = _Unlocking(name="config", lock_config=False)
@@ -72,11 +106,7 @@ def run(main: Callable[[], Any], *, default_config: str | None = None, needs_wor
     flags.mark_flag_as_required("config")
     sys.argv[1:] = opened(sys.argv[1:])
 
-    parsed = False
-
     def guarded(argv: list[str]) -> None:
-        nonlocal parsed
-        parsed = True
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument: {argv[1]}")
         if LIST_KEYS.value:
@@ -100,17 +130,7 @@ def run(main: Callable[[], Any], *, default_config: str | None = None, needs_wor
             print(f"{error}: free space on {WORKDIR.value}, and rerun the same command to resume", file=sys.stderr)
             sys.exit(1)
 
-    try:
-        app.run(guarded, flags_parser=_parsed)
-    except (AttributeError, KeyError) as error:
-        if parsed:
-            raise
-        # An override in a section that the config does not have: the error has its name, and a similar one.
-        words = [word for word in overrides() if any(part in str(error) for part in word.split("=")[0].split(".")[1:])]
-        near = re.search(r'Did you mean "(.+?)"', str(error))
-        hint = f"; did you mean '{near[1]}'?" if near else ""
-        print(f"ConfigError: {' '.join(words)}: the config has no such section{hint}", file=sys.stderr)
-        sys.exit(1)
+    app.run(guarded, flags_parser=_parsed)
 
 
 def opened(words: Sequence[str]) -> list[str]:
@@ -134,15 +154,14 @@ def opened(words: Sequence[str]) -> list[str]:
 
 
 def _parsed(argv: list[str]) -> list[str]:
-    """Parses flags; an error inside a config file is printed as its last line, without the traceback in its message."""
+    """Parses flags; an error is printed as one message, without its traceback."""
     try:
         rest = flags.FLAGS(argv)
         _ = CONFIG.value.keys  # a file that does not exist is found missing here
         return rest
     except (flags.Error, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        in_file = "Traceback" in str(error) or isinstance(error, OSError)
-        said = f"{lines[0]} {lines[-1]}" if in_file else str(error)
+        said = " ".join(dict.fromkeys((lines[0], lines[-1]))) if isinstance(error, OSError) else str(error)
         print(f"ConfigError: {said}\nPass --help for the flags", file=sys.stderr)
         sys.exit(1)
 

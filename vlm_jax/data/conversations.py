@@ -361,15 +361,15 @@ class ConversationSource:
         """
         _check_stream(stream)
         count, size = len(self.evaluation_records), self.settings.evaluation_size
-        return EvaluationSamples(self.evaluation_records, drawn(count, size, seed))
+        return EvaluationSamples(self.evaluation_records, random_indices(count, size, seed))
 
     def references(self, seed: int, stream: str = "questions") -> Iterator[tuple[str, str]]:
         """As `Source.references`."""
         return self.evaluation(seed, stream).references()
 
 
-def drawn(count: int, size: int | None, seed: int) -> Sequence[int]:
-    """`size` of `count` indices, drawn by the seed, in order; all where that is None."""
+def random_indices(count: int, size: int | None, seed: int) -> Sequence[int]:
+    """`size` random indices below `count`, in increasing order; all of them when `size` is None or larger."""
     if size is None or size >= count:
         return range(count)
     return np.sort(np.random.default_rng(seed).choice(count, size, replace=False)).tolist()

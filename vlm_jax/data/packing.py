@@ -49,7 +49,7 @@ Row = tuple[int, ...]
 
 WINDOW = 2048  # elements that are measured and packed together
 WINDOWS_IN_MEMORY = 4
-MOST_REPORTED = 20  # samples too large for a row that one error lists
+MAX_REPORTED = 20  # samples too large for a row that one error lists
 FORMAT = 2  # of files and plans: raise it when the same loads would be packed differently
 _FILE_NAME = re.compile(r"(\d{8,})-(\d+)\.npz")
 _log = logging.getLogger(__name__)
@@ -138,8 +138,8 @@ def _check_loads(loads: Sequence[Load], shape: RowShape, name_of: Callable[[int]
             key = ROW_KEYS.get(words, "config.row.kept")
             faults.append(f"{name_of(index)} needs {need} {words}, {key} is {size}")
     if faults:
-        more = f"\n  and {len(faults) - MOST_REPORTED} more" if len(faults) > MOST_REPORTED else ""
-        listed = "\n".join(f"  {fault}" for fault in faults[:MOST_REPORTED])
+        more = f"\n  and {len(faults) - MAX_REPORTED} more" if len(faults) > MAX_REPORTED else ""
+        listed = "\n".join(f"  {fault}" for fault in faults[:MAX_REPORTED])
         raise TooLargeForRow(
             f"samples that do not fit in a row:\n{listed}{more}\nRaise the key, lower config.token_budget, or "
             "remove the samples; samples are never truncated."

@@ -8,7 +8,7 @@ from jaxtyping import Int, UInt8
 from vlm_jax.config import ConfigError
 from vlm_jax.data.scans import NUM_CLASSES, Split, render
 
-MOST_SIZES = 8  # renderings are stored in at most this many sizes, evenly spaced
+MAX_SIZES = 8  # renderings are stored in at most this many sizes, evenly spaced
 NOISE_BANK = 1 << 16  # number of possible offsets of a page's noise in the bank of normal deviates
 
 
@@ -83,7 +83,7 @@ class DigitPages:
             raise ConfigError(f"config.data.noise: expected 0 or more grey levels, got {noise}")
         self.rows, self.cols, self.page_size = rows, cols, page_size
         self._intensity, self._noise = intensity, noise
-        spread = np.linspace(min_digit, max_digit, min(MOST_SIZES, max_digit - min_digit + 1))
+        spread = np.linspace(min_digit, max_digit, min(MAX_SIZES, max_digit - min_digit + 1))
         self._renderings = render(split, tuple(int(size) for size in np.rint(spread)), variants)
         self._sizes = np.array(self._renderings.sizes)
         row, col = np.divmod(np.arange(rows * cols), cols)

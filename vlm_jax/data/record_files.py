@@ -18,7 +18,7 @@ from vlm_jax.data.schemas import Reader, Record, check_texts
 from vlm_jax.data.spelling import Notes, Spelling
 from vlm_jax.data.stores import MalformedRecords, files_of, open_store
 
-MOST_REPORTED = 20  # faulty records that one error lists
+MAX_REPORTED = 20  # faulty records that one error lists
 FILES_IN_MEMORY = 16
 _log = logging.getLogger(__name__)
 _opened: collections.OrderedDict[str, "RecordFile"] = collections.OrderedDict()
@@ -53,7 +53,7 @@ class RecordFile:
 
     Raises:
       ConfigError: there is no such file, or it has no record.
-      MalformedRecords: the file cannot be read, or records are malformed, the first MOST_REPORTED of which are listed.
+      MalformedRecords: the file cannot be read, or records are malformed, the first MAX_REPORTED of which are listed.
     """
 
     def __init__(self, path: str, rules: Rules, key: str):
@@ -82,9 +82,9 @@ class RecordFile:
         return (self[index] for index in range(len(self)))
 
     def fingerprint(self) -> str:
-        """Of where the file is, what it holds, and how it is read."""
-        content = {"path": self.path, "content": self._store.digest()}
-        return fingerprint({**content, "rules": dataclasses.asdict(self._rules)})
+        """Of the path, the content, and the rules by which records are read; placeholders only refuse records."""
+        rules = {name: value for name, value in dataclasses.asdict(self._rules).items() if name != "placeholders"}
+        return fingerprint({"path": self.path, "content": self._store.digest(), "rules": rules})
 
     def _record(self, index: int, notes: Notes, *, whole: bool = True) -> Record:
         rules = self._rules
@@ -115,7 +115,7 @@ class RecordFile:
             except ValueError as error:
                 num_faults += 1
                 ids.append(hash((index,)))
-                if len(faults) < MOST_REPORTED:
+                if len(faults) < MAX_REPORTED:
                     faults.append(f"  {self._store.place(index)}: {error}")
         if num_faults:
             more = f"\n  and {num_faults - len(faults)} more" if num_faults > len(faults) else ""

@@ -48,7 +48,7 @@ class Tools:
 
 @dataclasses.dataclass(frozen=True)
 class Elements(Sequence[Any]):
-    """What a function makes of each of `count` indices, made when it is asked for; nothing is kept."""
+    """A sequence whose elements are computed by `make` from their indices at every access; a slice is a list."""
 
     make: Callable[[int], Any]
     count: int
@@ -57,14 +57,13 @@ class Elements(Sequence[Any]):
         return self.count
 
     def __getitem__(self, index: Any) -> Any:
-        if not -self.count <= index < self.count:
-            raise IndexError(f"index {index} of {self.count} elements")
-        return self.make(index % self.count)
+        places = range(self.count)[index]
+        return self.make(places) if isinstance(places, int) else [self.make(place) for place in places]
 
 
 @dataclasses.dataclass(frozen=True)
 class SizedStream:
-    """A training stream of which it is known, before any pixel is decoded, how large its samples are.
+    """A training stream whose sample sizes are known before any pixel is decoded.
 
     Attributes:
       samples: element i is that of `Source.train`, but None where it cannot be read.

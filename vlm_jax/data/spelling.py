@@ -19,7 +19,7 @@ ROLES = {
     "system": "system",
     "developer": "system",
 }
-MOST_EDITS = 2  # between a known key and what is taken for a misspelling of it
+MAX_EDITS = 2  # between a known key and what is taken for a misspelling of it
 
 # Names of LLaMA-Factory's dataset_info.json -> the key that they stand for here.
 COLUMNS = {name: name for name in ("messages", "images", "videos", "system", "prompt", "completion", "id")}
@@ -144,9 +144,9 @@ def _holds_turns(value: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def misspelt(name: str, known: tuple[str, ...]) -> str | None:
     """The known key of which a name is a misspelling; keys of two letters have none."""
-    near = [(edits(name, key), abs(len(name) - len(key)), key) for key in known if len(key) > MOST_EDITS]
-    best = min(near, default=(MOST_EDITS + 1, 0, ""))
-    return best[-1] if best[0] <= MOST_EDITS else None
+    near = [(edits(name, key), abs(len(name) - len(key)), key) for key in known if len(key) > MAX_EDITS]
+    best = min(near, default=(MAX_EDITS + 1, 0, ""))
+    return best[-1] if best[0] <= MAX_EDITS else None
 
 
 def edits(first: str, second: str) -> int:

@@ -103,8 +103,8 @@ class Matching:
         keys = {f"{way}/recall@{k}": (way, k) for way in ("image_to_text", "text_to_image") for k in self.settings.ks}
         if self.settings.class_names:
             keys[f"{ZERO_SHOT}/top_1"] = ZERO_SHOT, 1
-        within = {name: functools.partial(_within, key, k) for name, (key, k) in keys.items()}
-        return {"accuracy": shares(rows, within)}
+        hits = {name: functools.partial(_is_hit, key, k) for name, (key, k) in keys.items()}
+        return {"accuracy": shares(rows, hits)}
 
     def lines(self, metrics: Fields) -> list[str]:
         """One line for each number."""
@@ -122,7 +122,7 @@ class Matching:
         return class_ranks(image, classes, np.asarray(labels))
 
 
-def _within(key: str, k: int, row: Fields) -> bool:
+def _is_hit(key: str, k: int, row: Fields) -> bool:
     """Whether fewer than `k` wrong candidates are before the right one."""
     return row[key] < k
 

@@ -32,7 +32,7 @@ from vlm_jax.sharding.processes import to_host
 from vlm_jax.sharding.rules import partition_spec, use_mesh
 from vlm_jax.types import PADDING_SEGMENT, Batch, Dtype, Params, Positions, Tree, struct
 
-MOST_TOKENS = 1 << 24  # of an answer, far above any model's positions
+MAX_TOKENS = 1 << 24  # of an answer, far above any model's positions
 CACHE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _REPORTED = 4  # columns of a report after its tokens
 SOUND = -1  # the step of a row whose logits are not known to be NaN
@@ -338,8 +338,8 @@ def _check(
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         if isinstance(value, bool) or not isinstance(value, Whole) or value < 1:
             wrong.append(f"{name}: expected 1 or more, got {value!r}")
-        elif value > MOST_TOKENS:
-            wrong.append(f"{name}: expected at most {MOST_TOKENS}, got {value}")
+        elif value > MAX_TOKENS:
+            wrong.append(f"{name}: expected at most {MAX_TOKENS}, got {value}")
     if cache_dtype is not None and cache_dtype not in CACHE_DTYPES:
         wrong.append(f"cache_dtype: expected {' or '.join(CACHE_DTYPES)}, got {cache_dtype!r}")
     wrong += [f"end_ids: expected 0 to {vocab - 1}, got {index}" for index in end_ids if not 0 <= index < vocab]

@@ -107,6 +107,20 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special=False)
 
 
+def check_strings(given: object, name: str) -> None:
+    """Raises a `GenerationError` unless given a list of strings; a string would be read letter by letter."""
+    if isinstance(given, str):
+        raise GenerationError(f"{name}: expected a list of strings, got the string {given!r}; pass [{given!r}]")
+    if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+        raise GenerationError(f"{name}: expected a list of strings, got {given!r}")
+
+
+def check_function(given: object, name: str) -> None:
+    """Raises a `GenerationError` unless given a function or None."""
+    if given is not None and not callable(given):
+        raise GenerationError(f"{name}: expected a function, got {given!r}")
+
+
 def complete(
     model: nn.Module,
     params: Params,
@@ -133,14 +147,10 @@ def complete(
     Raises:
       GenerationError: an empty stop string, a string instead of a list, or as `engine.generate`.
     """
-    if isinstance(stop, str):  # else every character would be a stop string
-        raise GenerationError(f"stop: expected a list of strings, got the string {stop!r}; pass [{stop!r}]")
-    if not isinstance(stop, Sequence) or not all(isinstance(string, str) for string in stop):
-        raise GenerationError(f"stop: expected a list of strings, got {stop!r}")
+    check_strings(stop, "stop")
+    check_function(on_text, "on_text")
     if not isinstance(options.get("sampling", Sampling()), Sampling):
         raise GenerationError(f"sampling: expected Sampling(…), got {options['sampling']!r}")
-    if on_text is not None and not callable(on_text):
-        raise GenerationError(f"on_text: expected a function, got {on_text!r}")
     if "" in stop:
         raise GenerationError("stop: expected non-empty strings, got ''; it would end every answer immediately")
     named = {string: tokenizer.vocabulary.id_of(string) for string in stop}

@@ -10,7 +10,7 @@ from vlm_jax.layers.attention import Context, allowed
 from vlm_jax.types import PADDING_SEGMENT
 
 Saliency = Literal["none", "heads", "joined"]  # of an encoder: the mean over heads, or all of them as a single one
-_MOST_WEIGHTS = 2**27  # attention weights that are held at once
+_MAX_WEIGHTS = 2**27  # attention weights that are held at once
 
 
 class Heads(NamedTuple):
@@ -75,7 +75,7 @@ def _received(heads: Heads, context: Context, shares: Float[Array, "B T"]) -> Fl
             attended = jnp.where(mask, attended, 0)
         return jnp.einsum("bts,bt->bs", attended.sum(axis=(1, 2)) / count, shares)
 
-    size = max(1, _MOST_WEIGHTS // (batch * count * key.shape[1]))
+    size = max(1, _MAX_WEIGHTS // (batch * count * key.shape[1]))
     if size >= length:
         return of_block((grouped, shares, mask))
     blocks = -(-length // size)

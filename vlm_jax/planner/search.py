@@ -10,7 +10,7 @@ from vlm_jax.planner.request import Request, Working, make_plan, quietly
 from vlm_jax.planner.topology import PlanError, open_topology
 
 REMAT = ("none", "dots", "full")  # from most memory to least
-MOST_TENSOR = 8  # chips that share the heads of a layer; more than the links of a ring nearby serve
+MAX_TENSOR = 8  # chips that share the heads of a layer; more than the links of a ring nearby serve
 TIMED = 3  # candidates that are compiled for their time
 ROUNDS, CLOSE = (
     4,
@@ -37,7 +37,7 @@ class Candidate:
 
 def candidates(num_devices: int) -> Iterator[tuple[dict[str, int], str]]:
     """Meshes and remat policies, the least communication and recomputation first."""
-    for power in range(int(math.log2(MOST_TENSOR)) + 1):
+    for power in range(int(math.log2(MAX_TENSOR)) + 1):
         tensor = 2**power
         if num_devices % tensor == 0:
             for remat in REMAT:

@@ -33,7 +33,7 @@ from vlm_jax.system import System
 from vlm_jax.types import Config, Dtype, Tree
 
 # Of a packed image where no token budget bounds it; the most that the processors of Qwen2.5-VL and Ovis 2.5 allow.
-MOST_PIXELS = 16384 * 28 * 28
+MAX_PIXELS = 16384 * 28 * 28
 PIXELS = Pixels((0.5,) * 3, (0.5,) * 3)
 
 
@@ -86,7 +86,7 @@ def _views(name: str, model: VLM, rotary_3d: bool) -> Views:
         form = encoder.patch_format
         tokens = connector.num_tokens(encoder.grid(form.block_size, form.block_size))
         least = form.block_size**2
-        return NativeViews(PIXELS, form, qwen_size, least, MOST_PIXELS, tokens, rotary_3d=rotary_3d)
+        return NativeViews(PIXELS, form, qwen_size, least, MAX_PIXELS, tokens, rotary_3d=rotary_3d)
     size = _size(name, encoder)
     return SquareViews(PIXELS, size, connector.num_tokens(encoder.grid(*size)))
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from vlm_jax.checkpoints.hub import Checkpoint
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.generation.sampling import GenerationError, Sampling
-from vlm_jax.generation.text import Completion
+from vlm_jax.generation.text import Completion, check_function, check_strings
 from vlm_jax.models.two_tower import Embeddings, TwoTower
 from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.family import PretrainedError, marker
@@ -225,15 +225,13 @@ class Pretrained:
           ChatTemplateError: no template in the folder, or messages that it rejects.
         """
         self.system.processor  # noqa: B018 (raises for a model without conversations)
-        if isinstance(stop_tokens, str) or not isinstance(stop_tokens, Sequence):
-            raise GenerationError(f"stop_tokens: expected a list of names of tokens, got {stop_tokens!r}")
+        check_strings(stop_tokens, "stop_tokens")
+        check_function(on_text, "on_text")
         if not isinstance(processor_options, Mapping):
             raise GenerationError(f"processor_options: expected a dict, got {processor_options!r}")
         for name in ("names", "mesh", "end_ids"):
             if name in options:
                 raise GenerationError(f"{name}: is set by generate; remove it")
-        if on_text is not None and not callable(on_text):
-            raise GenerationError(f"on_text: expected a function, got {on_text!r}")
         options["names"] = ("prompt",)
         (answer,) = self.system.answer(
             self._laid_out,

@@ -27,7 +27,7 @@ QUANTISED_KEYS = {
 }
 
 
-_MOST_LAYERS = 128  # that are built whatever the checkpoint
+_MAX_LAYERS = 128  # that are built whatever the checkpoint
 
 
 def recognised(path: Path, config: Config | None) -> tuple[Path, Fields]:
@@ -74,7 +74,7 @@ def check_tensors(config: Config, checkpoint: Mapping[str, SourceTensor], folder
             raise _quantised(folder, f"{method}: it has {key}")
     # A layer is a tensor or more, or one row of tensors that stack all layers. Files of a part have fewer tensors.
     rows = (tensor.shape[0] for tensor in checkpoint.values() if len(tensor.shape) > 1)
-    most = max(_MOST_LAYERS, len(checkpoint), max(rows, default=0) if config.get("model_name") else 0)
+    most = max(_MAX_LAYERS, len(checkpoint), max(rows, default=0) if config.get("model_name") else 0)
     for name, depth in _depths(config, ""):
         if depth > most:
             raise PretrainedError(

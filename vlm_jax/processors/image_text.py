@@ -96,7 +96,7 @@ class TensorFlowInputs:
             size = (rows, cols)
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         window = (top, top + height), (left, left + width)
-        resized = interpolate(image, size, self.kind, window=window, before=None if self.whole else _floats)
+        resized = interpolate(image, size, self.kind, window=window, convert=None if self.whole else _floats)
         return resized.astype(np.float32) / 127.5 - 1
 
 
@@ -130,7 +130,7 @@ class NaflexInputs:
         if self.floats:
             mean, std = self.pixels.mean, self.pixels.std
             normalised = functools.partial(normalize, mean=mean, std=std)
-            frame = interpolate(self.pixels.array(picture), size, "bilinear_antialias", before=normalised)
+            frame = interpolate(self.pixels.array(picture), size, "bilinear_antialias", convert=normalised)
         else:
             frame = self.pixels.tiles([self.pixels.resized(picture, size)])[0]
         patches, grid = patchify(frame[None], patch_size=self.patch_size, channels_last=True)
@@ -144,7 +144,7 @@ class TextInputs:
     Attributes:
       tokenizer: also adds its start and end tokens.
       length: number of tokens of every text.
-      pad_id: id of padding, which is not masked.
+      pad_id: id of padding, which is not masked, so that the table needs a row for it.
       lower: converts texts to lower case.
       bare: removes punctuation and repeated spaces.
       end_id: appended to every text instead of the tokenizer's start and end tokens; None for these.
@@ -169,8 +169,8 @@ class TextInputs:
             if len(ids) > self.length:
                 end = ids[-1:] if ids[-1] in (self.tokenizer.eos_id, self.end_id) else []
                 ids = [*ids[: self.length - len(end)], *end]
+            self.tokenizer.check_rows(ids, self.table_rows, f"text {number}")
             row[: len(ids)] = ids
-            self.tokenizer.check_rows(row.tolist(), self.table_rows, f"text {number}")  # with its padding
         return tokens
 
     def cleaned(self, text: str) -> str:
@@ -209,12 +209,14 @@ class ImageTextProcessor:
           allow_network: whether images with a web address are downloaded.
 
         Raises:
-          PictureMismatch: both are empty, one is not a list, or the model does not take it.
+          PictureMismatch: both are empty, one is not a list, an item is not a text, or the model does not take it.
           CorruptImage: an image cannot be read, or is too large.
         """
-        if isinstance(texts, str):
-            raise PictureMismatch(f"texts: expected a list of texts, got the text {texts!r}; write [{texts!r}]")
         check_list(images, "images")
+        check_list(texts, "texts")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise PictureMismatch(f"texts[{number}]: expected a text, got {text!r}")
         for what, given, reads in (("images", images, self.images), ("texts", texts, self.texts)):
             if given and reads is None:
                 raise PictureMismatch(f"this model takes no {what}, got {len(given)}")

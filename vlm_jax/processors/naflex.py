@@ -14,7 +14,7 @@ from vlm_jax.interpolation import ResizeKind, interpolation_window
 
 Span = tuple[int, int]  # [start, stop)
 
-_MOST = 1 << 24  # values of an image, or weights of an axis, that are computed at once
+_MAX_VALUES = 1 << 24  # of an image, its result or the weights of an axis, that are computed at once
 _REACH = 2048  # about as many samples along an axis are read at once otherwise
 _SMALLEST, _LARGEST, _STEP = 1e-6, 100.0, 1e-5  # of the resize ratio
 
@@ -25,7 +25,7 @@ def interpolate(
     kind: ResizeKind,
     *,
     window: tuple[Span, Span] | None = None,
-    before: Callable[[np.ndarray], np.ndarray] | None = None,
+    convert: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Num[np.ndarray, "window_height window_width channels"]:
     """Resizes to (height, width) pixels in float32, and returns the image's dtype.
 
@@ -34,17 +34,18 @@ def interpolate(
       size: height and width of the result, in pixels.
       kind: SigLIP's square images are `bilinear`, NaFlex's `bilinear_antialias`.
       window: [start, stop) of the rows and of the columns of the result that are wanted; all when None.
-      before: converts pixels, of any part of the image, before they are resized; the result then has its dtype.
+      convert: a function of pixels of any part of the image, called before resizing; the result has its dtype.
 
     Source: big_vision, pp/ops_image.py, get_resize.
     """
     whole = tuple((0, side) for side in size)
     (top, bottom), (left, right) = window or whole
-    if image.size <= _MOST and all(old * new <= _MOST for old, new in zip(image.shape, size, strict=False)):
-        return _block(image, size, kind, whole, before)[top:bottom, left:right]
+    values = image.size, math.prod(size) * image.shape[2], *map(math.prod, zip(image.shape, size, strict=False))
+    if max(values) <= _MAX_VALUES:
+        return _block(image, size, kind, whole, convert)[top:bottom, left:right]
     rows, cols = (list(_blocks(*ends)) for ends in zip(image.shape, size, ((top, bottom), (left, right)), strict=False))
     return np.concatenate(
-        [np.concatenate([_block(image, size, kind, (down, across), before) for across in cols], 1) for down in rows]
+        [np.concatenate([_block(image, size, kind, (down, across), convert) for across in cols], 1) for down in rows]
     )
 
 
@@ -60,13 +61,13 @@ def _block(
     size: tuple[int, int],
     kind: ResizeKind,
     window: tuple[Span, ...],
-    before: Callable[[np.ndarray], np.ndarray] | None,
+    convert: Callable[[np.ndarray], np.ndarray] | None,
 ) -> np.ndarray:
     (rows, down), (cols, across) = (
         interpolation_window(old, new, kind, part) for old, new, part in zip(image.shape, size, window, strict=False)
     )
     given = image[slice(*down), slice(*across)]
-    given = given if before is None else before(given)
+    given = given if convert is None else convert(given)
     resized = np.einsum("ih,hwc,jw->ijc", rows, given.astype(np.float32), cols, optimize=True)
     if np.issubdtype(given.dtype, np.integer):
         limits = np.iinfo(given.dtype)

@@ -16,7 +16,7 @@ from vlm_jax.processors.views import ItemSize, Layout, PictureMismatch, Prepared
 from vlm_jax.types import Fields, Grid, PackedPatches, PatchFormat, Tree
 
 # Of an image whose size its message sets. Source: qwen-vl-utils, vision_process.py, MIN_PIXELS and MAX_PIXELS.
-LEAST_BLOCKS, MOST_BLOCKS = 4, 16384
+MIN_BLOCKS, MAX_BLOCKS = 4, 16384
 # (size of an image, side of a block, minimum and maximum pixels) -> size: a function of `smart_resize`.
 SizeRule = Callable[[Size, int, int, int], Size]
 
@@ -241,7 +241,7 @@ class NativeViews:
 
 def _item_limits(size: ItemSize, least: int, most: int, block_pixels: int) -> tuple[int, int]:
     """Minimum and maximum pixels of an item, from the release's."""
-    smallest, largest = LEAST_BLOCKS * block_pixels, MOST_BLOCKS * block_pixels
+    smallest, largest = MIN_BLOCKS * block_pixels, MAX_BLOCKS * block_pixels
     if size.resized is not None:
         return smallest, largest
     found_least = least if size.min_pixels is None else size.min_pixels

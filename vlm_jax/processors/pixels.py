@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from vlm_jax.processors.image import ANTIALIAS, CorruptImage, height_and_width, normalize, resize_in_fixed_point
-from vlm_jax.processors.thin import MOST_LENGTH, Axis, is_large, resized_part
+from vlm_jax.processors.thin import MAX_LENGTH, Axis, is_large, resized_part
 from vlm_jax.processors.tiling import Size
 
 
@@ -50,7 +50,7 @@ class Pixels:
         if min(size) < 1:
             raise CorruptImage(f"a picture of {picture.height}x{picture.width} pixels is too thin for these views")
         in_parts = is_large((size[1], picture.height), picture)  # after the first pass
-        if self.resample in ANTIALIAS and (in_parts or max(picture.size) > MOST_LENGTH):
+        if self.resample in ANTIALIAS and (in_parts or max(picture.size) > MAX_LENGTH):
             rows, columns = (
                 Axis(0, own, new, (0, new)) for own, new in zip(height_and_width(picture), size, strict=True)
             )

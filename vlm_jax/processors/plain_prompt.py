@@ -40,7 +40,7 @@ class PlainPrompt:
 
     @property
     def placeholders(self) -> Mapping[Kind, tuple[str, ...]]:
-        """See `Prompt`; special tokens are not allowed in a text, as which this one is told when a file is opened."""
+        """The image token, which texts of data files must not contain; see `Prompt`."""
         mark = self.tokenizer.names.get("image_token")
         return {"image": () if mark is None else (mark,), "video": ()}
 

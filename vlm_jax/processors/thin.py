@@ -15,8 +15,8 @@ from PIL import Image
 from vlm_jax.interpolation import fixed_point_bits, window_weights
 from vlm_jax.processors.image import ANTIALIAS
 
-MOST_PIXELS = 1 << 24  # of an image that is made whole
-MOST_LENGTH = 1 << 20  # of a side, for which Pillow makes all weights at once
+MAX_PIXELS = 1 << 24  # of an image that is made whole
+MAX_LENGTH = 1 << 20  # of a side, for which Pillow makes all weights at once
 PILLOW_BITS = 22
 _CHUNK = 1 << 20  # values that are computed at once
 _WEIGHTS = 1 << 18  # weights of an axis that are held at once
@@ -45,7 +45,7 @@ class Axis:
         for begin in range(first, last, max(1, length)):
             yield dataclasses.replace(self, window=(begin, min(begin + length, last)))
 
-    def within(self, axis: "Axis") -> tuple[int, int]:
+    def relative_to(self, axis: "Axis") -> tuple[int, int]:
         """[start, stop) of this window in that of another axis."""
         return self.window[0] - axis.window[0], self.window[1] - axis.window[0]
 
@@ -53,7 +53,7 @@ class Axis:
 def is_large(size: tuple[int, ...], picture: Image.Image) -> bool:
     """Whether an image of `size` is so much larger than the picture that only parts of it are to be made."""
     pixels = size[0] * size[1]
-    return pixels > MOST_PIXELS and pixels > 2 * picture.width * picture.height
+    return pixels > MAX_PIXELS and pixels > 2 * picture.width * picture.height
 
 
 def resized_part(
@@ -85,11 +85,11 @@ def resized_part(
     if picture.height > picture.width:
         across = wide(columns)
         for axis in rows.blocks():
-            made[slice(*axis.within(rows))] = _block(picture, tall(axis), across, colours)
+            made[slice(*axis.relative_to(rows))] = _block(picture, tall(axis), across, colours)
     else:
         down = tall(rows)
         for axis in columns.blocks():
-            made[:, slice(*axis.within(columns))] = _block(picture, down, wide(axis), colours)
+            made[:, slice(*axis.relative_to(columns))] = _block(picture, down, wide(axis), colours)
     return Image.fromarray(made[:, :, 0] if made.shape[2] == 1 else made)
 
 

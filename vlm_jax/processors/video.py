@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ from vlm_jax.paths import regular
 from vlm_jax.processors.image import CorruptImage, resolved
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import Fields
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,8 @@ def check_rate(fps: object) -> None:
         raise PictureMismatch(f"fps: expected a number of frames per second above 0, got {fps!r}")
 
 
+MAX_FRAMES = 768  # of a video whose frames are all read
+MAX_VIDEO_PIXELS = 1 << 31  # of the selected frames of a video, as in 1000 of 1080x1920
 # FFmpeg's names of containers of one file. Others, such as playlists and descriptions of sessions, make FFmpeg open
 # other files and the network.
 CONTAINERS = (
@@ -194,27 +200,34 @@ class EveryFrame:
 
     Attributes:
       sampler: selects frames of a video that has settings of its own.
-      most: maximum frames of a video, since all of them are held.
 
     Source: transformers, video_processing_utils.py, _decode_and_sample_videos.
     """
 
     sampler: FrameSampler
-    most: int = 768
 
     def chosen(self, num_frames: int, video_fps: float | int) -> np.ndarray:
         """Indices of the frames; see `FrameSampler`."""
         del video_fps
-        if num_frames > self.most:
+        _tell_every_frame()
+        if num_frames > MAX_FRAMES:
             raise PictureMismatch(
-                f"expected at most {self.most} frames, since the folder's do_sample_frames is false and all frames are "
-                f"read, got {num_frames}; set nframes or fps in the item"
+                f"expected at most {MAX_FRAMES} frames, since the folder's do_sample_frames is false and all frames "
+                f"are read, got {num_frames}; set nframes or fps in the item"
             )
         return np.arange(num_frames)
 
     def following(self, settings: FrameSettings) -> "FrameSampler":
         """See `FrameSampler`; with a setting, frames are sampled."""
         return self if settings == FrameSettings() else self.sampler.following(settings)
+
+
+@functools.cache  # once a process
+def _tell_every_frame() -> None:
+    _log.warning(
+        "every frame of a video is read, since do_sample_frames of the folder's video processor is false; set nframes "
+        "or fps in the item to sample frames"
+    )
 
 
 def read_video(
@@ -239,12 +252,12 @@ def read_video(
 
     Raises:
       FileNotFoundError: there is no such file.
-      CorruptImage: it has no video that can be decoded, or the frames are too large.
+      CorruptImage: it has no video that can be decoded, or the frames are too large, each or all together.
     """
     with _opened(resolved(source, name, allow_network=allow_network), name) as (container, name):
         stream, total, fps = _counted(container, max_pixels, name)
         container.seek(0)
-        chosen = sampling.chosen(total, fps)
+        chosen = _chosen(sampling, stream, total, fps, name)
         wanted, frames = set(chosen.tolist()), {}
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
@@ -276,7 +289,7 @@ def video_size(
         if frame is None:
             raise CorruptImage(f"{name}: no frame can be decoded")
         height, width = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
-        return len(sampling.chosen(total, fps)), height, width
+        return len(_chosen(sampling, stream, total, fps, name)), height, width
 
 
 @contextlib.contextmanager
@@ -314,6 +327,19 @@ def _counted(container: Any, max_pixels: int, name: str) -> tuple[Any, int, floa
     if not total or not fps:
         raise CorruptImage(f"{name}: {total} frames at {fps} frames per second")
     return stream, total, fps
+
+
+def _chosen(sampling: FrameSampler, stream: Any, total: int, fps: float, name: str) -> np.ndarray:
+    """Indices of the frames of a stream; raises if they would not fit into memory."""
+    chosen = sampling.chosen(total, fps)
+    count = len(set(chosen.tolist()))
+    if count * stream.width * stream.height > MAX_VIDEO_PIXELS:
+        raise CorruptImage(
+            f"{name}: its {count} selected frames of {stream.height}x{stream.width} pixels have more than "
+            f"{MAX_VIDEO_PIXELS} pixels, all of which are held; select fewer with nframes or max_frames, or shrink the "
+            "video"
+        )
+    return chosen
 
 
 def _upright(picture: Image.Image, degrees: int) -> Image.Image:

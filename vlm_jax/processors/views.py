@@ -30,7 +30,7 @@ def check_list(given: object, what: str) -> None:
     """Raises unless given a list; a bare image, array or string would be iterated.
 
     Args:
-      given: a caller's images or videos.
+      given: a caller's images, videos or texts.
       what: its name in errors.
 
     Raises:

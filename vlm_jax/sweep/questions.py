@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 
 from vlm_jax.config import ConfigError
-from vlm_jax.data.conversations import Conversations, EvaluationSamples, Records, drawn, num_questions
+from vlm_jax.data.conversations import Conversations, EvaluationSamples, Records, num_questions, random_indices
 from vlm_jax.data.source import Tools
 from vlm_jax.data.stores import files_of
 from vlm_jax.processors.boxes import format_box
@@ -50,7 +50,7 @@ class Questions:
         measured = functools.partial(video_size, sampling=frame_sampler)
         tools = Tools(format_box, open_image, image_size, lambda image: image, measured, placeholders)
         self._records = Records(path, files, tools, key="evaluation_path")
-        self._indices = drawn(len(self._records), num_samples, seed)
+        self._indices = random_indices(len(self._records), num_samples, seed)
         counts = (num_questions(self._records.records[index]) for index in self._indices)
         self._ends = np.cumsum(np.fromiter(counts, np.int64))
 

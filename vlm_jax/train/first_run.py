@@ -26,7 +26,7 @@ EPOCHS = ((100_000, 1), (0, 3))  # by the number of samples
 # Learning rate of a model of so many parameters: LLaVA-1.5's for 7B, larger for smaller models, up to a limit.
 RATE, PARAMS, POWER, HIGHEST_RATE = 2e-5, 7e9, 0.4, 2e-3
 LORA_RATE = 10.0  # times that of parameters
-HELD_OUT, MOST_HELD_OUT = 0.05, 200  # share and number of records of the evaluation
+HELD_OUT, MAX_HELD_OUT = 0.05, 200  # share and number of records of the evaluation
 PROVISIONAL = 1 << 20
 
 
@@ -95,7 +95,7 @@ def completed(config: RunConfig, *, epochs: float | None = None) -> tuple[RunCon
     count = sum(map(len, files))
     if config.data.evaluation_path is not None:
         choose("data.held_out", 0)
-    count -= choose("data.held_out", min(MOST_HELD_OUT, math.ceil(count * HELD_OUT)))
+    count -= choose("data.held_out", min(MAX_HELD_OUT, math.ceil(count * HELD_OUT)))
     found = measured(experiment, files, count)
     samples_per_row = _choose_row(choose, found)
     _choose_stage(choose, found.count, samples_per_row, epochs)

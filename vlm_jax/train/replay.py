@@ -13,7 +13,7 @@ from vlm_jax.paths import absolute
 from vlm_jax.types import Tree
 
 REPLAY = "replay"  # folder of a workdir
-MOST = 20  # batches that a workdir keeps, the first ones
+MAX_BATCHES = 20  # batches that a workdir keeps, the first ones
 # Structs of which batches are made, by name.
 STRUCTS: dict[str, Any] = {name: found for name, found in vars(types).items() if dataclasses.is_dataclass(found)}
 
@@ -33,7 +33,7 @@ class Replay(NamedTuple):
 
 
 def write(workdir: epath.Path, step: int, batch: Tree, seed: int) -> None:
-    """Writes `replay/STEP.npz` of a workdir, unless it has `MOST` batches.
+    """Writes `replay/STEP.npz` of a workdir, unless it has `MAX_BATCHES` batches.
 
     Args:
       workdir: of the run.
@@ -43,7 +43,7 @@ def write(workdir: epath.Path, step: int, batch: Tree, seed: int) -> None:
     """
     path = workdir / REPLAY / f"{step}.npz"
     path.parent.mkdir(exist_ok=True)
-    if len(list(path.parent.iterdir())) >= MOST:
+    if len(list(path.parent.iterdir())) >= MAX_BATCHES:
         return
     content = io.BytesIO()
     arrays: dict[str, Any] = {"step": step - 1, "seed": seed, **_flat(batch, "batch")}

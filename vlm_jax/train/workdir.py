@@ -15,29 +15,38 @@ CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 INIT_FROM = "init_from"  # key of `config.json` for where a run started; None for its own release or random parameters
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it, so that it is always complete."""
+@contextlib.contextmanager
+def _draft(path: epath.Path) -> Iterator[IO[str]]:
+    """A file under a temporary name, renamed after it is written, so that the file at `path` is always complete."""
     draft = path.with_name(path.name + ".partial")
-    draft.write_text(text)
+    with draft.open("w") as file:
+        yield file
     draft.replace(path)
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file that is always complete."""
+    with _draft(path) as file:
+        file.write(text)
 
 
 @contextlib.contextmanager
 def whole_file(path: epath.Path) -> Iterator[IO[str]]:
     """A file to write piece by piece, which gets its name when all is written; the primary process writes it."""
-    draft = path.with_name(path.name + ".partial")
-    if is_primary():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with draft.open("w") if is_primary() else open(os.devnull, "w") as file:
+    if not is_primary():
+        with open(os.devnull, "w") as file:
+            yield file
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _draft(path) as file:
         yield file
-    if is_primary():
-        draft.replace(path)
 
 
 def write_lines(path: epath.Path, lines: Iterable[Mapping[str, object]]) -> None:
-    """Writes a JSON-lines file as a whole; the primary process does."""
+    """Writes a JSON-lines file, line by line, that is always complete; the primary process does."""
     if is_primary():
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        with _draft(path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 class MetricsLog:
@@ -51,10 +60,7 @@ class MetricsLog:
 
     def __init__(self, workdir: epath.Path, step: int):
         self._path = workdir / METRICS_FILE
-        if not is_primary():
-            return
-        lines = [line for line in read_lines(self._path) if line["step"] <= step]
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(self._path, (line for line in each_line(self._path) if line["step"] <= step))
 
     def read(self) -> list[Fields]:
         """All lines so far, including those of earlier runs."""

@@ -1,5 +1,6 @@
 """What a folder is, before any of its tensors is matched: read, or one sentence with the way on."""
 
+import copy
 import json
 import shutil
 
@@ -11,9 +12,11 @@ import safetensors.numpy
 from PIL import Image
 
 import vlm_jax
+from vlm_jax.decoders.text_tower import TextTower
 from vlm_jax.encoders.resnet_stem import ResNetStem
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.processing import llava_hf
+from vlm_jax.pretrained.processing.image_text import _filled
 from vlm_jax.pretrained.recognition import QUANTISED_FILES, QUANTISED_KEYS
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.image_text import TextInputs
@@ -161,13 +164,23 @@ def test_17_padding_that_the_table_has_no_row_for(tmp_path):
     np.testing.assert_allclose(logits[0, -alone.shape[1] :], alone[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("pad", [False, True])
-def test_17_a_token_that_a_text_tower_has_no_row_for(pad):
-    """Of CLIP and SigLIP: an id outside their table, of a text or of its padding."""
-    inputs = TextInputs(TOKENIZER, 6, 999 if pad else 2, table_rows=200)
+def test_17_padding_of_a_text_tower_is_checked_with_the_folder():
+    """Of CLIP and SigLIP, whose padding is not masked."""
+    tower, tokenizer = TextTower(200, 6, 8, 1, 1, 8, causal=True, pooling="last"), copy.copy(TOKENIZER)
+    tokenizer.pad_id = 199
+    assert _filled(tokenizer, tower).pad_id == 199
+    tokenizer.pad_id = 200
+    told = "the padding token has the id 200, but the model's table has only 200 rows; name a pad_token"
+    with pytest.raises(TokenizerError, match=told):
+        _filled(tokenizer, tower)
+
+
+def test_17_a_token_that_a_text_tower_has_no_row_for():
+    """Of CLIP and SigLIP: an id outside their table."""
+    inputs = TextInputs(TOKENIZER, 6, 2, table_rows=200)
     assert inputs(["abcabc"]).tolist() == [[1, 197, 198, 199, 197, 198]]
     with pytest.raises(TokenizerError, match=r"text 1: the token .* has the id .*, but the model's table has only 200"):
-        inputs(["abcabc", "a" if pad else "dd"])
+        inputs(["abcabc", "dd"])
 
 
 def test_23_the_tokenizers_name_of_the_pictures_token_comes_first(tmp_path):

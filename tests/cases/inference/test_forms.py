@@ -156,6 +156,17 @@ def test_31_sizes_without_bounds(tmp_path, place, size):
         vlm_jax.from_pretrained(tmp_path)
 
 
+def test_31_numbers_of_tiles_without_bounds(tmp_path):
+    """All grids of as many tiles are listed."""
+    path, told = golden_folder("internvl2_qwen2", tmp_path / "folder"), "expected a whole number from 0 to 256, got"
+    edit(path, "config.json", ("max_dynamic_patch",), 2**20)
+    with pytest.raises(CheckpointFileError, match=rf"config\.json: max_dynamic_patch: {told} 1048576"):
+        vlm_jax.from_pretrained(path)
+    for key in ("min_dynamic_patch", "min_patches", "max_patches"):
+        with pytest.raises(PretrainedError, match=rf"a\.json: {key}: {told} 257"):
+            check_released({key: 257}, "a.json", PretrainedError)
+
+
 def test_31_more_layers_than_tensors(tmp_path):
     """Within the bounds of the form, but of no checkpoint of so few tensors."""
     edit(alphabet_folder(tmp_path), "config.json", ("num_hidden_layers",), 4000)

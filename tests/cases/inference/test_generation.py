@@ -4,6 +4,7 @@ import json
 import warnings
 
 import jax
+import jaxtyping
 import ml_dtypes
 import numpy as np
 import pytest
@@ -85,12 +86,19 @@ def test_15_a_penalty_of_another_type(tmp_path, wrong):
         *(({"max_new_tokens": wrong}, "max_new_tokens: expected") for wrong in (True, 0, 10**30)),
         *(({"chunk": wrong}, "chunk: expected") for wrong in (True, 0)),
         ({"stop": "a"}, "stop: expected a list of strings"),
-        ({"stop_tokens": "a"}, "stop_tokens: expected a list of names"),
+        ({"stop": ["a", 3]}, r"stop: expected a list of strings, got \['a', 3\]"),
+        ({"stop_tokens": "a"}, r"stop_tokens: expected a list of strings, got the string 'a'; pass \['a'\]"),
+        ({"stop_tokens": 3}, "stop_tokens: expected a list of strings, got 3"),
+        ({"stop_tokens": [3]}, r"stop_tokens: expected a list of strings, got \[3\]"),
+        ({"sampling": {"temperature": 1.0}}, r"sampling: expected Sampling\(…\), got {'temperature': 1.0}"),
+        ({"on_text": "print"}, "on_text: expected a function, got 'print'"),
+        ({"processor_options": 3}, "processor_options: expected a dict, got 3"),
         ({"mesh": None}, "mesh: is set by generate"),
         ({"names": ("a",)}, "names: is set by generate"),
     ],
 )
-def test_15_arguments_of_other_types(model, options, told):
+def test_15_arguments_of_other_types(monkeypatch, model, options, told):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users
     with pytest.raises(GenerationError, match=told):
         model.generate(ASKED, **{"max_new_tokens": 1, **options})
 

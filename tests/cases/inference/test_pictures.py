@@ -1,7 +1,6 @@
 """Pictures and videos of unusual form, and the number of frames that a folder states."""
 
 import io
-import resource
 
 import av
 import numpy as np
@@ -22,6 +21,8 @@ from vlm_jax.processors.tiles import DeepSeekVL2Views, FixedTilesViews, InternVL
 from vlm_jax.processors.video import FrameSettings, MiddleSampler, RateSampler, SegmentSampler, read_video
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import PatchFormat
+
+from ...memory import peak_bytes
 
 
 def values(picture) -> list[int]:
@@ -180,13 +181,13 @@ def test_14_a_thin_picture_costs_what_a_square_one_does(name, size):
     """Of one colour, which it keeps; or it is told that it is too thin."""
     views, picture = THIN_VIEWS[name], Image.new("RGB", size, (255, 255, 255))
     run = views if isinstance(views, NaflexInputs | TensorFlowInputs) else views.images
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = []
     try:
-        made = run([picture])
+        assert peak_bytes(lambda: made.append(run([picture]))) < 150 * 2**20
     except CorruptImage as error:
         assert "too thin" in str(error) and name == "ovis2"
         return
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+    (made,) = made
     pixels = made[0].pixels if isinstance(made, list) else made.patches if name.startswith("naflex") else made
     if name not in ("anyres", "ovis2", "deepseek_vl2", "naflex", "naflex_floats"):  # which pad
         assert (np.asarray(pixels) == 1).all()
@@ -197,7 +198,7 @@ def test_14_a_thin_picture_costs_what_a_square_one_does(name, size):
 def test_14_blocks_of_a_large_picture_are_those_of_the_whole(monkeypatch, kind, size):
     image = np.random.default_rng(0).integers(0, 255, (61, 83, 3), np.uint8).astype(np.float32)
     whole = interpolate(image, size, kind)
-    monkeypatch.setattr("vlm_jax.processors.naflex._MOST", 1)
+    monkeypatch.setattr("vlm_jax.processors.naflex._MAX_VALUES", 1)
     monkeypatch.setattr("vlm_jax.processors.naflex._REACH", 16)
     np.testing.assert_allclose(interpolate(image, size, kind), whole, atol=1e-3)
     part = interpolate(image, size, kind, window=((1, 4), (2, 6)))
@@ -205,7 +206,7 @@ def test_14_blocks_of_a_large_picture_are_those_of_the_whole(monkeypatch, kind, 
 
 
 def test_14_a_large_transparent_picture_is_blended_in_bands(monkeypatch):
-    """Bit for bit as at once; the peak is that of the picture and its result."""
+    """Bit for bit as at once, in the memory of the result and a few bands."""
     pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 4), np.uint8)
     whole = np.asarray(to_picture(Image.fromarray(pixels)))
     monkeypatch.setattr("vlm_jax.processors.image._CHUNK", 500)
@@ -213,3 +214,6 @@ def test_14_a_large_transparent_picture_is_blended_in_bands(monkeypatch):
     white = Image.new("RGBA", (30, 40), (255, 255, 255, 255))
     wanted = Image.alpha_composite(white, Image.fromarray(pixels)).convert("RGB")
     np.testing.assert_array_equal(whole, np.asarray(wanted))
+    monkeypatch.undo()
+    large = Image.new("RGBA", (4000, 3000), (1, 2, 3, 4))
+    assert peak_bytes(lambda: to_picture(large)) < 4000 * 3000 * 3 + 60 * 2**20

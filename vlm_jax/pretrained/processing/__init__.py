@@ -31,7 +31,7 @@ from vlm_jax.pretrained.processing import (
     qwen_hf,
     text,
 )
-from vlm_jax.pretrained.processing.settings import Folder
+from vlm_jax.pretrained.processing.settings import Folder, pad_row
 from vlm_jax.processors.image_text import ImageTextProcessor, NaflexInputs, SquareInputs, TensorFlowInputs
 from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.processor import Processor
@@ -123,7 +123,7 @@ def read_processor(
         check_conversations(processor, model)
         if model.decoder is not None:
             rows = model.decoder.vocab_size
-            pad_id = processor.pad_id if processor.pad_id < rows else 0  # of any row: padding is masked
+            pad_id = pad_row(processor.pad_id, rows, processor.tokenizer.origin, is_masked=True)
             processor = dataclasses.replace(processor, table_rows=rows, pad_id=pad_id)
     return processor
 

@@ -20,6 +20,7 @@ from vlm_jax.pretrained.processing.settings import (
     HALF_STATISTICS,
     Folder,
     image_settings,
+    pad_row,
     pixels,
     square_views,
     tokenizer_settings,
@@ -201,7 +202,8 @@ def _refuse(reason: str, texts: Sequence[str]) -> NoReturn:
 def _filled(tokenizer: Tokenizer, tower: TextTower, **fields: Any) -> TextInputs:
     if tokenizer.pad_id is None:
         raise TokenizerError(f"{tokenizer.origin}: expected a pad_token in tokenizer_config.json, for padding texts")
-    return TextInputs(tokenizer, tower.context_length, tokenizer.pad_id, table_rows=tower.vocab_size, **fields)
+    pad_id = pad_row(tokenizer.pad_id, tower.vocab_size, tokenizer.origin, is_masked=False)
+    return TextInputs(tokenizer, tower.context_length, pad_id, table_rows=tower.vocab_size, **fields)
 
 
 def _filled_with_zeros(tokenizer: Tokenizer, tower: TextTower) -> TextInputs:

@@ -27,7 +27,7 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.templates import LLAMA2, MPT, PLAIN, VICUNA
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
-from vlm_jax.released_json import MOST_SIDE, shown
+from vlm_jax.released_json import MAX_SIDE, shown
 from vlm_jax.types import Config
 
 # LLaVA, train/train.py, preprocess_multimodal, preprocess_v1, preprocess_llama_2, preprocess_mpt and preprocess_plain.
@@ -138,7 +138,7 @@ def canvases(pinpoints: str | Sequence[Sequence[int]], side: int, where: str) ->
 def _range(corners: Sequence[tuple[str, str]], side: int, where: str) -> list[list[int]]:
     """(width, height) of all grids of tiles from the first to the last."""
     (across, down), (most_across, most_down) = corners[0], corners[-1]
-    most = MOST_SIDE // side
+    most = MAX_SIDE // side
     if any(len(number) > 4 or not 1 <= int(number) <= most for number in (*corners[0], *corners[-1])):
         raise PretrainedError(
             f"{where}: expected grids of 1 to {most} tiles of {side} pixels a side, got "

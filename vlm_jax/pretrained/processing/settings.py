@@ -15,7 +15,7 @@ from vlm_jax.processors.image import FIXED_POINT
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
-from vlm_jax.processors.tokenizer import Tokenizer
+from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 from vlm_jax.released_json import PAIR, list_of, read_released, shown
 from vlm_jax.types import Config, Fields
 
@@ -233,3 +233,25 @@ def pad_id(tokenizer: Tokenizer, config: Config) -> int:
     stated = (config.get("pad_token_id"), text_section(config).get("pad_token_id"))
     candidates = (tokenizer.pad_id, *stated, tokenizer.eos_id, 0)
     return next(index for index in candidates if isinstance(index, int) and index >= 0)
+
+
+def pad_row(index: int, rows: int, origin: str, *, is_masked: bool) -> int:
+    """The row of a model's table for padding.
+
+    Args:
+      index: id of the padding token.
+      rows: number of rows of the table.
+      origin: where the id comes from, for errors.
+      is_masked: whether padding is masked; any row then serves for an id without one.
+
+    Raises:
+      TokenizerError: padding is not masked, and the table has no row for it.
+    """
+    if index < rows:
+        return index
+    if not is_masked:
+        raise TokenizerError(
+            f"{origin}: the padding token has the id {index}, but the model's table has only {rows} rows; name a "
+            "pad_token of the table in tokenizer_config.json"
+        )
+    return 0
