@@ -11,13 +11,14 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from vlm_jax.costs.chips import Chip
 from vlm_jax.costs.flops import KERNEL, flops_of, products_of
 from vlm_jax.planner.calibration import KERNEL_SHARE, SCALE, SPREAD, held_out_errors
 from vlm_jax.planner.collectives import Collective, collectives
 from vlm_jax.planner.memory import Memory, Share, groups, largest_temporaries, of_compiled, of_refusal
 from vlm_jax.planner.memory_traffic import hbm_bytes
 from vlm_jax.planner.predict import Estimate, estimate
-from vlm_jax.planner.program_text import Program, UnknownTripCount, parse_program
+from vlm_jax.planner.program_text import Program, UnreadableProgram, parse_program
 from vlm_jax.planner.topology import PlanError, Topology, libtpu_version
 from vlm_jax.sharding.rules import use_mesh
 from vlm_jax.types import Fields, Tree
@@ -60,7 +61,7 @@ class Moved:
       axes: of the mesh.
       times: runs in a step.
       sent: bytes that a chip sends in a step.
-      seconds: their time by a ring, hidden or not.
+      seconds: their time on the links, hidden by computation or not.
     """
 
     kind: str
@@ -223,11 +224,11 @@ def _flops(traced: jax.stages.Traced, num_devices: int) -> tuple[float, float]:
     return sum(flops for flops, _ in counted) / num_devices, kernels / num_devices
 
 
-def _read(program: Program, work: Work, chip: Any, num_devices: int, *, flops: float, kernel_flops: float) -> _Parts:
+def _read(program: Program, work: Work, chip: Chip, num_devices: int, *, flops: float, kernel_flops: float) -> _Parts:
     try:
         found, traffic = collectives(program, dict(work.mesh.shape)), hbm_bytes(program)
         largest = tuple(largest_temporaries(program))
-    except UnknownTripCount as error:
+    except UnreadableProgram as error:
         return _Parts(None, None, None, (), f"{error}; a time is not guessed")
     moved = _summed(found, chip)
     if chip.clock is None:
@@ -237,14 +238,14 @@ def _read(program: Program, work: Work, chip: Any, num_devices: int, *, flops: f
     return _Parts(traffic, moved, predicted, largest, "")
 
 
-def _summed(found: list[Collective], chip: Any) -> tuple[Moved, ...]:
+def _summed(found: list[Collective], chip: Chip) -> tuple[Moved, ...]:
     kinds = defaultdict[tuple[str, tuple[str, ...]], list[Collective]](list)
     for one in found:
         kinds[one.kind, one.axes].append(one)
     summed = []
     for (kind, axes), own in kinds.items():
         times, sent = sum(one.times for one in own), sum(one.times * one.sent for one in own)
-        summed.append(Moved(kind, axes, times, sent, sum(one.seconds(chip) for one in own)))
+        summed.append(Moved(kind, axes, times, sent, sum(one.times * one.seconds(chip) for one in own)))
     return tuple(sorted(summed, key=lambda one: -one.sent))
 
 
