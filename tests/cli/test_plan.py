@@ -1,6 +1,7 @@
 """What `cli.plan` asks for by its flags, and what it prints of a plan."""
 
 import io
+import json
 
 import pytest
 import rich.console
@@ -52,6 +53,9 @@ def test_flags_set_keys_of_the_config(flags):
         ({"sweep": True, "search": True}, "at most one"),
         ({"search": True, "stage": "decode"}, "--search: is for training"),
         ({"largest": True}, "--largest_batch: is for generation"),
+        ({"context": 4096}, "--context: is for generation"),
+        ({"budgets": ["64"]}, "--budgets: of --sweep only"),
+        ({"connectors": ["pool"], "join": "run"}, "--connectors, --join: of --sweep only"),
         ({}, "--release: expected an included config or a folder"),
     ],
 )
@@ -59,6 +63,35 @@ def test_flags_that_do_not_fit_are_named(flags, given, said):
     flags(**given)
     with pytest.raises(ConfigError, match=said):
         plan.requested()
+
+
+def test_a_sweep_without_budgets_has_that_of_the_config(flags, monkeypatch, tmp_path):
+    asked = []
+
+    def made(request):
+        asked.append((request.topology, request.config.connector.kind, request.config.token_budget))
+        return plan_of(12 * GIB, 16 * GIB, 0.5)
+
+    monkeypatch.setattr(plan, "_made", made)
+    monkeypatch.setattr(command, "WORKDIR", type("Flag", (), {"value": str(tmp_path / "plans")}))
+    flags(sweep=True, release="Qwen/Qwen2.5-VL-7B-Instruct", token_budget=256, connectors=["released", "pool"])
+    plan._sweep(plan.requested())
+    assert asked == [("v5p:4x4x4", None, 256), ("v5p:4x4x4", "pool", 256)]
+    points = json.loads((tmp_path / "plans" / "plans.json").read_text())
+    assert [point["token_budget"] for point in points] == [256, 256]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", '{"loss": 1.0}\n', "no JSON\n{}\n"], ids=["none", "empty", "other", "broken"]
+)
+def test_what_cannot_be_joined_is_named_before_anything_is_compiled(flags, monkeypatch, tmp_path, text):
+    monkeypatch.setattr(plan, "_made", lambda request: pytest.fail("compiled"))
+    monkeypatch.setattr(command, "WORKDIR", type("Flag", (), {"value": str(tmp_path / "plans")}))
+    if text is not None:
+        (tmp_path / "results.jsonl").write_text(text)
+    flags(sweep=True, release="Qwen/Qwen2.5-VL-7B-Instruct", join=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--join: .*results\.jsonl"):
+        plan._sweep(plan.requested())
 
 
 def plan_of(peak: int, available: int, seconds: float | None) -> Plan:

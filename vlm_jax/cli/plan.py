@@ -25,7 +25,10 @@ from vlm_jax.planner.request import Request, make_plan
 from vlm_jax.planner.search import find_largest, search
 from vlm_jax.ranges import Size
 from vlm_jax.sweep.planned import RELEASED, joined, planned_points, write_joined_report, write_plans
+from vlm_jax.sweep.run import RESULTS_FILE
 from vlm_jax.train import finetuning
+from vlm_jax.train.workdir import read_lines
+from vlm_jax.types import Fields
 
 RELEASE = flags.DEFINE_string(
     "release", None, "An included released config, as Qwen/Qwen2.5-VL-7B-Instruct, or a folder; config.release."
@@ -155,8 +158,10 @@ def _results(name: str) -> list[Fields]:
         found = read_lines(path)
     except ValueError as error:
         raise ConfigError(f"--join: {error}") from error
-    if not found:
-        raise ConfigError(f"--join: expected the workdir of a finished sweep or evaluation, {path} has no results")
+    if not found or any({"connector", "token_budget"} - set(line) for line in found):
+        raise ConfigError(
+            f"--join: expected the workdir of a finished sweep or evaluation; {path} has no results of one"
+        )
     return found
 
 
