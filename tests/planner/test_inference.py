@@ -6,16 +6,15 @@ import functools
 import jax
 import pytest
 
-from vlm_jax.config import ConfigError, parse
+from vlm_jax.config import ConfigError
 from vlm_jax.planner.inference import inference_work
 from vlm_jax.planner.memory import Memory
 from vlm_jax.planner.request import Request
 from vlm_jax.planner.search import ROUNDS, find_largest, largest_batch
 from vlm_jax.planner.settings import planned
 from vlm_jax.planner.topology import PlanError
-from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
-from .conftest import WIDTH
+from .conftest import WIDTH, mesh_of
 
 CONTEXT, BATCH = 128, 16
 
@@ -23,7 +22,7 @@ CONTEXT, BATCH = 128, 16
 @pytest.fixture(scope="module")
 def works(config):
     own, experiment = planned(config, 8)
-    mesh = make_mesh(parse(MeshSettings, own.mesh, "config.mesh"), jax.devices())
+    mesh = mesh_of(own, jax.devices())
     given = {"batch_size": BATCH, "context": CONTEXT}
     return {stage: inference_work(own, experiment, mesh, stage=stage, **given) for stage in ("prefill", "decode")}
 
@@ -46,7 +45,7 @@ def test_a_decoded_token_multiplies_every_kernel_of_the_decoder_once(works):
 
 def test_sizes_that_do_not_fit_are_named(config):
     own, experiment = planned(config, 8)
-    mesh = make_mesh(parse(MeshSettings, own.mesh, "config.mesh"), jax.devices())
+    mesh = mesh_of(own, jax.devices())
     with pytest.raises(ConfigError, match="--context: expected at least the prompt's 68"):
         inference_work(own, experiment, mesh, stage="decode", batch_size=8, context=10)
     with pytest.raises(ConfigError, match="12 prompts cannot be divided over 8 shards"):

@@ -62,9 +62,9 @@ def estimate(
       program: its text.
       found: its collectives.
       chip: that it is for, with a known clock.
-      flops: of a chip, those of kernels included.
-      kernel_flops: of a chip in attention kernels.
-      model_flops: of a chip, without those of rematerialisation.
+      flops: of a chip, those of kernels included, for the pairs of attention that masks leave.
+      kernel_flops: of a chip in attention kernels, for the same pairs.
+      model_flops: of a chip, without those of rematerialisation, and with all pairs of attention.
       traffic: bytes of a chip's main memory.
 
     Raises:

@@ -13,6 +13,7 @@ from vlm_jax import axes
 from vlm_jax.build import AnyExperiment, Experiment, build, of_system
 from vlm_jax.build.sections import check_model
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean
+from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
@@ -70,6 +71,21 @@ def remat_parts(model: nn.Module) -> tuple[str, ...]:
     elif isinstance(model, Classifier):
         parts = {"encoder": model.encoder}
     return tuple(part for part, module in parts.items() if "remat" in typing.get_type_hints(type(module)))
+
+
+def visible_share(model: nn.Module, length: int) -> float:
+    """Share of all pairs of positions that a decoder's causal mask and windows leave, on average over its blocks.
+
+    Args:
+      model: another model than a `VLM` has every pair.
+      length: positions of a row.
+    """
+    if not isinstance(model, VLM) or model.decoder is None:
+        return 1.0
+    windows = model.decoder.windows if isinstance(model.decoder, Transformer) else ()
+    sizes = [length if window is None else min(window, length) for window in windows or (None,)]
+    pairs = [size * (size + 1) / 2 + (length - size) * size for size in sizes]
+    return sum(pairs) / len(pairs) / length**2
 
 
 def has_experts(system: System) -> bool:
