@@ -16,6 +16,7 @@ from vlm_jax.planner.settings import planned
 from vlm_jax.planner.topology import Topology, open_topology
 from vlm_jax.planner.training import training_work
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.train.step import num_shards
 from vlm_jax.types import Fields
 
 Stage = Literal["train", "prefill", "decode"]
@@ -110,7 +111,7 @@ def _made(request: Request, topology: Topology) -> Plan:
             experiment,
             mesh,
             stage=request.stage,
-            batch_size=request.batch_size or mesh.shape["data"] * mesh.shape["fsdp"],
+            batch_size=request.batch_size or num_shards(mesh),
             context=request.context,
         )
     return compile_plan(work, topology, quick=request.quick)

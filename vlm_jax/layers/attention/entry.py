@@ -134,6 +134,9 @@ def attention(
       Outputs in the dtype of `query`. A query without any unmasked key gets a finite,
       meaningless value; padding is the only such case.
 
+    Raises:
+      ValueError: a forced implementation, or blocks, without a bias or a mask that is given.
+
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
     """
     scale = cast(float, query.shape[-1] ** -0.5) if scale is None else scale
