@@ -90,7 +90,8 @@ def test_the_host_holds_a_tensor_beside_what_its_devices_hold(checkpoint, monkey
         assert shards == {buffer.ctypes.data for buffer in buffers}
         assert peak < 0.5 * TENSOR_BYTES  # cuts alone
     else:  # every part of a stack that is split waits for the others; the embedding is not a stack
-        assert peak < 1.3 * TENSOR_BYTES * (2 if spec == SPECS["both, layers too"] else 1)
+        # Below two tensors: cuts stay until their transfers end, later on a busy machine.
+        assert peak < 1.6 * TENSOR_BYTES * (2 if spec == SPECS["both, layers too"] else 1)
         assert sum(buffer.nbytes for buffer in buffers) == TENSOR_BYTES
 
 

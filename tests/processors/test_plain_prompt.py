@@ -105,7 +105,7 @@ def test_context_stands_where_the_images_would():
             dialogue(TURNS * 2, num_images=1),
             (PICTURE,),
             SequenceTooLong,
-            r"'page' is 27 tokens long, over the limit of 16; raise config\.row\.text_length .* by 11 or more",
+            r"'page' is 27 tokens long, over the limit of 16; raise config\.row\.length by 11 or more",
         ),
         (
             dialogue([Turn("count 7", "1")], num_images=2),

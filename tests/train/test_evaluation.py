@@ -42,7 +42,8 @@ class Sums:
         self.asked += 1
 
     def metrics(self, rows):
-        return {"sum": {"mean": sum(row["total"] for row in rows) / len(rows)}, "n": len(rows)}
+        totals = [row["total"] for row in rows]
+        return {"sum": {"mean": sum(totals) / len(totals)}, "n": len(totals)}
 
     def lines(self, metrics):
         return [f"sum {metrics['n']}"]

@@ -77,7 +77,10 @@ def _tiled(config: RunConfig, settings: ProcessorSettings, channels: int, decode
     """Views of one size: the reducer or the connector meets the budget, view by view."""
     size, pixels = settings.image_size, settings.pixels(channels)
     if size is None:
-        raise ConfigError(f"config.processor.image_size: config.encoder.kind {config.encoder.kind} needs a size")
+        raise ConfigError(
+            "config.processor.image_size: expected (height, width) for config.encoder.kind "
+            f"{config.encoder.kind}, got None"
+        )
     if settings.min_tokens != 1:
         raise ConfigError(
             "config.processor.min_tokens: is for encoders that pack images of any size; remove the key, or "

@@ -13,6 +13,7 @@ from PIL import Image
 from vlm_jax.build import build
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.generation.text import Completion
+from vlm_jax.sweep.progress import PointsProgress
 from vlm_jax.sweep.run import Sweep
 from vlm_jax.system import System
 from vlm_jax.train.evaluation import Evaluations
@@ -38,9 +39,11 @@ def in_a_sweep(config, workdir):
     """(the evaluation of a point, the file of its answers)."""
     sweep = ConfigDict({"base": config, "candidates": {"pool": {"budgets": (4,), "connector": {"kind": "pool"}}}})
     sweep.sweep = ConfigDict({"shared": (), "seeds": (0,), "controls": ()})
-    made = Sweep(sweep, workdir, config_path="x.py", console=rich.console.Console(file=io.StringIO()))
+    console = rich.console.Console(file=io.StringIO())
+    made = Sweep(sweep, workdir, config_path="x.py", console=console)
     made._train_point = lambda *_: Outcome({}, None, None)
-    return lambda: made._run_point(made.points[0], None, None), workdir / "points" / "pool@4" / "answers.jsonl"
+    progress = PointsProgress(console, "steps", 1, 1)
+    return lambda: made._run_point(made.points[0], None, progress), workdir / "points" / "pool@4" / "answers.jsonl"
 
 
 @pytest.mark.parametrize("answered", [in_a_run, in_a_sweep])
