@@ -144,7 +144,10 @@ def test_one_view_keeps_the_error_of_its_kind():
         (made(tiles=(0, 2)), "tiles.0.: expected at least 1 and at most 100, got 0"),
         (made(frames=0), "config.processor.frames: expected at least 1"),
         (made(min_tokens=4), "config.processor.min_tokens: is for encoders that pack"),
-        (made(image_size=None), "config.processor.image_size: expected \\(height, width\\) for config.encoder.kind vit"),
+        (
+            made(image_size=None),
+            "config.processor.image_size: expected \\(height, width\\) for config.encoder.kind vit",
+        ),
         (made(native="qwen_vit", image_size=(48, 48)), "config.processor.image_size: set it to None"),
         (made(native="naflex", tiles=(2, 2)), r"config.processor.tiles: set it to \(1, 1\)"),
         (made(native="naflex", reducer=ConfigDict({"kind": "random"})), "random reduces image by image"),

@@ -13,6 +13,7 @@ import jax
 
 jax.config.update("jax_platforms", "cpu")
 
+from vlm_jax.budget import InfeasibleBudget  # noqa: E402
 from vlm_jax.cli.plan_output import working  # noqa: E402
 from vlm_jax.config import ConfigError  # noqa: E402
 from vlm_jax.planner.kept import FOLDER  # noqa: E402
@@ -63,7 +64,7 @@ def cells(request: Request, plan: Plan | None, refused: str) -> list[str]:
     found = [f"{plan.memory.peak / GIB:.1f}", "yes" if plan.memory.fits else f"{-plan.memory.spare / GIB:.1f} GiB over"]
     if own is None:
         return [*name, *found, plan.refused, "", "", ""]
-    speed = f"{plan.tokens / own.seconds:,.0f}"
+    speed = f"{plan.tokens_per_second:,.0f}"
     numbers = f"{1e3 * own.low:.4g} to {1e3 * own.high:.4g}", f"{own.mfu:.0%}", f"{own.exposed / own.seconds:.0%}"
     return [*name, *found, *numbers, speed]
 
@@ -82,7 +83,7 @@ def main() -> None:
         try:
             plan = make_plan(request, FOLDER, working)[0]
             plans.append(plan.to_json())
-        except (ConfigError, PlanError) as error:
+        except (ConfigError, InfeasibleBudget, PlanError) as error:
             refused = str(error)
         rows.append(cells(request, plan, refused))
         lines = [HEADER, ["---"] * len(HEADER), *rows]

@@ -1,6 +1,7 @@
 """What `cli.plan` asks for by its flags, and what it prints of a plan."""
 
 import io
+import json
 
 import pytest
 import rich.console
@@ -11,7 +12,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.planner.memory import Memory, Share
 from vlm_jax.planner.plan import Moved, Plan
 from vlm_jax.planner.predict import Estimate
-from vlm_jax.planner.search import Candidate, candidates
+from vlm_jax.planner.search import Candidate
 from vlm_jax.sweep.planned import PlannedPoint
 from vlm_jax.train import finetuning
 
@@ -52,6 +53,9 @@ def test_flags_set_keys_of_the_config(flags):
         ({"sweep": True, "search": True}, "at most one"),
         ({"search": True, "stage": "decode"}, "--search: is for training"),
         ({"largest": True}, "--largest_batch: is for generation"),
+        ({"context": 4096}, "--context: is for generation"),
+        ({"budgets": ["64"]}, "--budgets: of --sweep only"),
+        ({"connectors": ["pool"], "join": "run"}, "--connectors, --join: of --sweep only"),
         ({}, "--release: expected an included config or a folder"),
     ],
 )
@@ -59,6 +63,35 @@ def test_flags_that_do_not_fit_are_named(flags, given, said):
     flags(**given)
     with pytest.raises(ConfigError, match=said):
         plan.requested()
+
+
+def test_a_sweep_without_budgets_has_that_of_the_config(flags, monkeypatch, tmp_path):
+    asked = []
+
+    def made(request):
+        asked.append((request.topology, request.config.connector.kind, request.config.token_budget))
+        return plan_of(12 * GIB, 16 * GIB, 0.5)
+
+    monkeypatch.setattr(plan, "_made", made)
+    monkeypatch.setattr(command, "WORKDIR", type("Flag", (), {"value": str(tmp_path / "plans")}))
+    flags(sweep=True, release="Qwen/Qwen2.5-VL-7B-Instruct", token_budget=256, connectors=["released", "pool"])
+    plan._sweep(plan.requested())
+    assert asked == [("v5p:4x4x4", None, 256), ("v5p:4x4x4", "pool", 256)]
+    points = json.loads((tmp_path / "plans" / "plans.json").read_text())
+    assert [point["token_budget"] for point in points] == [256, 256]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", '{"loss": 1.0}\n', "no JSON\n{}\n"], ids=["none", "empty", "other", "broken"]
+)
+def test_what_cannot_be_joined_is_named_before_anything_is_compiled(flags, monkeypatch, tmp_path, text):
+    monkeypatch.setattr(plan, "_made", lambda request: pytest.fail("compiled"))
+    monkeypatch.setattr(command, "WORKDIR", type("Flag", (), {"value": str(tmp_path / "plans")}))
+    if text is not None:
+        (tmp_path / "results.jsonl").write_text(text)
+    flags(sweep=True, release="Qwen/Qwen2.5-VL-7B-Instruct", join=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--join: .*results\.jsonl"):
+        plan._sweep(plan.requested())
 
 
 def plan_of(peak: int, available: int, seconds: float | None) -> Plan:
@@ -108,13 +141,7 @@ def test_a_search_and_a_sweep_are_tables():
         Candidate({"fsdp": 2, "tensor": 2}, "none", None, "config.mesh: impossible"),
     ]
     text = printed(*search_tables(found))
-    assert "fsdp=4 tensor=1" in text and "12.00" in text and "config.mesh: impossible" in text
+    assert "fsdp=4 " in text and "fsdp=2 tensor=2" in text and "12.00" in text and "config.mesh: impossible" in text
     points = [PlannedPoint("pool", 16, "v5e:2x2", found[0].plan), PlannedPoint("pool", 3, "v5e:2x2", None, "no grid")]
     text = printed(*sweep_tables(points))
     assert "2,000" in text and "pool@3: no grid" in text
-
-
-def test_candidates_of_a_search_use_every_device():
-    found = list(candidates(12))
-    assert {mesh["tensor"] for mesh, _ in found} == {1, 2, 4}
-    assert all(mesh["fsdp"] * mesh["tensor"] == 12 for mesh, _ in found) and len(found) == 9

@@ -2,14 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from vlm_jax.costs.flops import count_flops
+from vlm_jax.costs.flops import KERNEL, count_flops, products
+from vlm_jax.costs.kernels import kernel_flops, visible_flops
 from vlm_jax.costs.training import training_flops
 from vlm_jax.layers.attention import Context
+from vlm_jax.layers.attention.splash import splash
 from vlm_jax.layers.block import TransformerStack
 
 M, K, N = 3, 5, 7
@@ -133,6 +136,23 @@ def test_a_kernel_of_splash_attention_counts_its_products():
     gradient = jax.grad(lambda *qkv: jax.vmap(kernel)(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     outer = 2 * 2 * 4 * 256 * 128  # each row of the output times its gradient, outside of the kernels
     assert count_flops(gradient, x, x, x) == (2 + 3 + 4) * product + outer
+
+
+@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segmented"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_masked_pairs_of_a_kernel_are_not_visible(causal, segmented):
+    """In splash attention, forward and backward; in ours, masks are data."""
+    segments = (jnp.ones((2, 256), jnp.int32),) * 2 if segmented else None
+    x = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+
+    def loss(*qkv):
+        return splash(*qkv, segments, causal=causal, scale=1.0).astype(jnp.float32).sum()
+
+    kernels = [one for one, _ in products(jax.grad(loss, argnums=(0, 1, 2)), x, x, x) if one.primitive.name == KERNEL]
+    share = np.tril(np.ones((256, 256))).mean() if causal else 1
+    assert len(kernels) == 3
+    for one in kernels:
+        assert visible_flops(one, 0.1) == pytest.approx(share * kernel_flops(one))
 
 
 def test_a_kernel_of_unknown_cost_is_refused():

@@ -37,8 +37,23 @@ def test_a_hash_depends_on_all_that_a_plan_depends_on(config, monkeypatch):
     ]
     hashes = [plan_hash(one.asked()) for one in (request, *others)]
     assert len(set(hashes)) == len(hashes) and plan_hash(request.asked()) == hashes[0]
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "--xla_some_flag=1")
+            hashes.append(plan_hash(request.asked()))
     monkeypatch.setattr(kept, "libtpu_version", lambda: "another")
-    assert plan_hash(request.asked()) != hashes[0]
+    hashes.append(plan_hash(request.asked()))
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_a_hash_depends_on_the_settings_of_a_released_folder(config, tmp_path):
+    request, hashes = Request(config, "v5e:2x2").changed(release=str(tmp_path)), []
+    for text in ("{}", '{"size": 1}'):
+        for name in ("config.json", "preprocessor_config.json"):
+            (tmp_path / name).write_text(text)
+            hashes.append(plan_hash(request.asked()))
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    assert len(set(hashes)) == 4 and plan_hash(request.asked()) == hashes[-1]
 
 
 def test_an_unknown_key_is_named(config):

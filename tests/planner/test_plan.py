@@ -1,5 +1,7 @@
 """Plans of a small model for real slices, against closed forms."""
 
+from collections import Counter
+
 import pytest
 
 from .conftest import WIDTH
@@ -30,15 +32,26 @@ def test_parameters_and_optimizer_have_their_closed_forms(trained):
 
 
 def test_collectives_of_fsdp_are_those_of_its_closed_form(trained):
-    """In bfloat16, a learned kernel is gathered forward, to recompute, and backward; its gradient is scattered once."""
+    """In bfloat16, a learned kernel is gathered forward, to recompute, and backward; its gradient is scattered once.
+
+    The compiler scatters no last dimension of a gradient: those of kernels whose outputs are divided are all-reduced.
+    """
     plan = trained["v5e:2x2"]
     kernels = {one.name: one.count for one in plan.parameters}
     decoder, rest = kernels["parameters of decoder"], kernels["parameters of connector"]
     encoder = kernels["parameters of encoder"]
-    sent = {kind: sum(one.sent for one in plan.moved if one.kind == kind) for kind in ("all-gather", "reduce-scatter")}
+    sent = Counter[str]()
+    for one in plan.moved:
+        sent[one.kind] += one.sent
     assert {one.axes for one in plan.moved} == {("fsdp",)}
     kept = 2 * 3 / 4  # bytes of an element that a ring of four sends for each of its elements
     assert kept * (2 * decoder + encoder) < sent["all-gather"] <= 1.1 * kept * (3 * (decoder + rest) + encoder)
+    by_output = 2 * (WIDTH * WIDTH + 2 * WIDTH * WIDTH) + WIDTH * WIDTH  # of attention and MLP, and of the connector
+    assert sent["reduce-scatter"] == pytest.approx(kept * (decoder + rest - by_output), rel=0.1)
+    assert sent["all-reduce"] == pytest.approx(2 * kept * by_output, rel=0.1)
+    rows, length = plan.rows // 4, plan.tokens // plan.rows
+    assert sent["all-to-all"] <= kept * rows * length * WIDTH  # the positions of a device at the decoder's width, once
+    assert set(sent) == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
 
 
 def test_a_time_is_an_estimate_with_its_terms(trained):

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vlm_jax.planner.collectives import collectives
 from vlm_jax.planner.memory_traffic import hbm_bytes
-from vlm_jax.planner.program_text import UnknownTripCount, num_bytes, parse_program
+from vlm_jax.planner.program_text import UnknownTripCount, UnreadableProgram, num_bytes, parse_program
 
 TEXT = """HloModule jit_step, is_scheduled=true
 
@@ -29,7 +29,10 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
   %x.1 = f32[5,8]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
   %fused = f32[1,8]{1,0:T(1,128)S(1)} fusion(%x.1, %i.1), calls=%sliced, backend_config={"estimated_cycles":"100"}
-  ROOT %t = (s32[]{:T(128)}, f32[5,8]{1,0:T(8,128)}) tuple(%i.1, %x.1)
+  %one = s32[]{:T(128)} constant(1)
+  %copied = s32[]{:T(128)S(6)} copy(%i.1)
+  %next = s32[]{:T(128)S(6)} add(%copied, %one)
+  ROOT %t = (s32[]{:T(128)}, f32[5,8]{1,0:T(8,128)}) tuple(%next, %x.1)
 }
 
 ENTRY %main (a: f32[5,8]) -> f32[5,8] {
@@ -58,9 +61,28 @@ def test_a_loop_of_unknown_length_is_refused():
         list(parse_program(TEXT.replace("FROM", "2").replace("direction=LT", "direction=NE")).schedule())
 
 
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [("constant(1)", "constant(2)"), (" add(", " subtract("), ("(%next, %x.1)", "(%i.1, %x.1)")],
+    ids=["by twos", "down", "not at all"],
+)
+def test_a_loop_that_does_not_count_by_ones_is_refused(given, other):
+    text = TEXT.replace("FROM", "0")
+    assert given in text and parse_program(text).runs() == {"main": 1, "body": 5}
+    with pytest.raises(UnknownTripCount, match=r"layers/while"):
+        parse_program(text.replace(given, other)).runs()
+
+
+def test_an_unknown_dtype_is_refused():
+    assert num_bytes("(f8e4m3[2,3]{1,0}, f4e2m1fn[8]{0}, token[], pred[])") == 6 + 4 + 0 + 1
+    with pytest.raises(UnreadableProgram, match="unknown dtype f6e3m2fn"):
+        num_bytes("f6e3m2fn[8]{0}")
+
+
 def test_a_slice_of_a_stack_reads_the_slice_and_another_memory_is_free():
     copied, sliced = 4 + 4, 8 * 4 + 4  # the count to its copy; a row of the stack and its index
-    assert hbm_bytes(parse_program(TEXT.replace("FROM", "0"))) == copied + 5 * sliced
+    counted = 4 + 4  # in another memory: only the count that is read, and the constant
+    assert hbm_bytes(parse_program(TEXT.replace("FROM", "0"))) == copied + 5 * (sliced + counted)
     assert num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4]{0:T(256)S(1)})") == 32
     assert num_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4]{0:T(256)S(1)})", in_hbm=True) == 24
 

@@ -1,11 +1,14 @@
 """Configs of included releases, completed without data, and the systems that they describe."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from configs import siglip_digits
+from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.models.two_tower import TwoTower
-from vlm_jax.planner.settings import planned
+from vlm_jax.planner.settings import planned, visible_share
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.known_system import known_system
 from vlm_jax.train import finetuning
@@ -43,6 +46,19 @@ def test_another_connector_meets_a_budget_on_squares(budget):
     views, model = experiment.system.processor.views, experiment.system.model
     assert views.num_tokens == budget == model.connector.num_tokens(model.encoder.grid(336, 336))
     assert experiment.row.images == 2
+
+
+def test_masks_of_a_decoder_leave_a_share_of_all_pairs(config):
+    """Against the mask itself: a causal block, and blocks with windows of 5 positions, and of more than there are."""
+    model = build(config).system.model
+    length = 20
+    ahead = np.arange(length)[:, None] - np.arange(length)
+    causal = ahead >= 0
+    assert visible_share(model, length) == pytest.approx(causal.mean())
+    windowed = model.clone(decoder=model.decoder.clone(windows=(5, 40)))
+    both = [causal & (ahead < window) for window in (5, 40)]
+    assert visible_share(windowed, length) == pytest.approx(np.mean(both))
+    assert visible_share(build(siglip_digits.get_config()).system.model, length) == 1
 
 
 def test_two_towers_have_their_own_inputs():

@@ -41,10 +41,25 @@ def test_an_objective_without_an_abstract_batch_is_named():
 
 
 def test_two_towers_are_traced_over_all_devices():
-    """Every device multiplies its images with the captions of all; each product is counted on every device."""
+    """Every device multiplies its images with the captions of all; each product is counted on every device.
+
+    A product runs once forward and twice backward; that of the patches has no gradient of its input. A block has four
+    kernels of attention and two of its MLP; a pooling head has one query.
+    """
     config = siglip_digits.get_config()
     mesh = make_mesh(parse(MeshSettings, config.mesh, "config.mesh"))
     work = training_work(config, build(config), mesh)
     rows = stage_of(config).batch_size
-    assert work.rows == rows and work.stage == "train" and work.model_flops > 3 * 2 * rows * rows * 96
+    width, hidden, patches, tokens = 96, 192, 4, 5
+
+    def block(length):
+        return 2 * length * (4 * width * width + 2 * width * hidden) + 2 * 2 * length * length * width
+
+    def pooling(length):
+        return 2 * ((2 + 2 * length) * width * width + 2 * width * hidden) + 2 * 2 * length * width
+
+    embedded = 2 * patches * 12 * 12 * width
+    towers = 2 * embedded + 3 * (2 * block(patches) + pooling(patches) + block(tokens) + pooling(tokens))
+    assert work.model_flops == rows * towers + 3 * 2 * rows * rows * width
+    assert work.rows == rows and work.stage == "train"
     assert {name for name in work.arguments if name.startswith("parameters")} >= {"parameters of image"}

@@ -25,7 +25,10 @@ from vlm_jax.planner.request import Request, make_plan
 from vlm_jax.planner.search import find_largest, search
 from vlm_jax.ranges import Size
 from vlm_jax.sweep.planned import RELEASED, joined, planned_points, write_joined_report, write_plans
+from vlm_jax.sweep.run import RESULTS_FILE
 from vlm_jax.train import finetuning
+from vlm_jax.train.workdir import read_lines
+from vlm_jax.types import Fields
 
 RELEASE = flags.DEFINE_string(
     "release", None, "An included released config, as Qwen/Qwen2.5-VL-7B-Instruct, or a folder; config.release."
@@ -41,7 +44,9 @@ CONTEXT = numbers.define(
 )
 SWEEP = flags.DEFINE_bool("sweep", False, "Plan all of --budgets, --connectors and --topology; into --workdir.")
 BUDGETS = flags.DEFINE_list("budgets", [], "Visual tokens of an image, with --sweep.")
-CONNECTORS = flags.DEFINE_list("connectors", [RELEASED], f"Connectors, with --sweep; {RELEASED} is the release's own.")
+CONNECTORS = flags.DEFINE_list(
+    "connectors", [], f"Connectors, with --sweep; {RELEASED}, which is the default, is the release's own."
+)
 JOIN = flags.DEFINE_string("join", None, "With --sweep, the workdir of a finished sweep or evaluation.")
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes and remat policies, and rank those that fit.")
 LARGEST = flags.DEFINE_bool("largest_batch", False, "Find the most rows of generation that fit.")
@@ -83,6 +88,12 @@ def requested() -> Request:
         raise ConfigError("--sweep, --search and --largest_batch: expected at most one of them")
     if SEARCH.value and STAGE.value != "train":
         raise ConfigError("--search: is for training; pass --stage=train")
+    if CONTEXT.value is not None and STAGE.value == "train":
+        raise ConfigError("--context: is for generation; pass --stage=prefill or --stage=decode")
+    named = {"--budgets": BUDGETS.value, "--connectors": CONNECTORS.value, "--join": JOIN.value}
+    lost = [name for name, value in named.items() if value]
+    if lost and not SWEEP.value:
+        raise ConfigError(f"{', '.join(lost)}: of --sweep only; pass --sweep")
     if LARGEST.value and STAGE.value == "train":
         raise ConfigError("--largest_batch: is for generation; pass --stage=prefill or --stage=decode")
     config = command.CONFIG.value
@@ -124,17 +135,34 @@ def _sweep(request: Request) -> None:
     """Plans the product, writes its files, and joins it with a finished sweep."""
     if command.WORKDIR.value is None:
         raise ConfigError("--workdir: expected the folder of the sweep's files; pass one")
-    folder, budgets = command.workdir(), [_number(word) for word in BUDGETS.value] or [None]
-    given: dict[str, Any] = {"connectors": CONNECTORS.value, "topologies": TOPOLOGY.value}
+    folder, results = command.workdir(), [] if JOIN.value is None else _results(JOIN.value)
+    budgets = [_number(word) for word in BUDGETS.value] or [request.config.token_budget]
+    given: dict[str, Any] = {"connectors": CONNECTORS.value or [RELEASED], "topologies": TOPOLOGY.value}
     points = list(planned_points(request, _made, budgets=budgets, **given))
     written = write_plans(points, folder)
     if JOIN.value is not None:
-        path = epath.Path(absolute(JOIN.value)) / "results.jsonl"
-        results = [json.loads(line) for line in path.read_text().splitlines()]
         found = joined(results, points, TOPOLOGY.value[0])
         written.append(write_joined_report(found, folder, title=f"Accuracy against chip time on {TOPOLOGY.value[0]}"))
     _print([point.to_json() for point in points], sweep_tables(points))
     print("\n".join(str(path) for path in written), file=sys.stderr)
+
+
+def _results(name: str) -> list[Fields]:
+    """The lines of a finished sweep or evaluation.
+
+    Raises:
+      ConfigError: there are none.
+    """
+    path = epath.Path(absolute(name)) / RESULTS_FILE
+    try:
+        found = read_lines(path)
+    except ValueError as error:
+        raise ConfigError(f"--join: {error}") from error
+    if not found or any({"connector", "token_budget"} - set(line) for line in found):
+        raise ConfigError(
+            f"--join: expected the workdir of a finished sweep or evaluation; {path} has no results of one"
+        )
+    return found
 
 
 def _number(word: str) -> int:

@@ -81,7 +81,7 @@ def _time(plan: Plan) -> rich.table.Table:
         own = plan.step_time
         table.add_row("time", f"{1e3 * own.seconds:.4g} ms ({1e3 * own.low:.4g} to {1e3 * own.high:.4g})")
         table.add_row("model FLOPs utilisation", f"{own.mfu:.1%}")
-        table.add_row("tokens a second", f"{plan.tokens / own.seconds:,.0f}")
+        table.add_row("tokens a second", f"{plan.tokens_per_second:,.0f}")
         terms = {"products at the peak": own.compute, "memory at its bandwidth": own.memory}
         terms |= {"compiler's cycles": own.instructions, "attention kernels": own.kernels}
         for name, seconds in (terms | {"exposed communication": own.exposed}).items():
@@ -97,7 +97,7 @@ def search_tables(found: Sequence[Candidate]) -> list[rich.table.Table | str]:
     """Candidates of a search, the best first, and why some have no plan."""
     table = rich.table.Table("mesh", "remat", "peak GiB", "fits", "ms a step", "MFU", title="meshes and remat policies")
     for one in found:
-        mesh = " ".join(f"{axis}={size}" for axis, size in one.mesh.items())
+        mesh = " ".join(f"{axis}={size}" for axis, size in one.mesh.items() if size > 1) or "one device"
         if one.plan is None:
             table.add_row(mesh, one.remat, "", NOT_PLANNED, "", "")
             continue
@@ -118,7 +118,7 @@ def sweep_tables(points: Sequence[PlannedPoint]) -> list[rich.table.Table | str]
             table.add_row(*name, "", NOT_PLANNED, "", "")
             continue
         timed = one.plan.step_time
-        speed = "" if timed is None else f"{one.plan.tokens / timed.seconds:,.0f}"
-        numbers = ("" if timed is None else f"{1e3 * timed.seconds:.4g}", speed)
+        speed = one.plan.tokens_per_second
+        numbers = ("" if timed is None else f"{1e3 * timed.seconds:.4g}", "" if speed is None else f"{speed:,.0f}")
         table.add_row(*name, f"{one.plan.memory.peak / GIB:.2f}", "yes" if one.plan.memory.fits else "no", *numbers)
     return [table, *dict.fromkeys(f"{one.label}: {one.refused}" for one in points if one.plan is None)]

@@ -65,7 +65,7 @@ def products_of(jaxpr: Any) -> list[tuple[JaxprEqn, int]]:
     return _of_jaxpr(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
-def num_shards(equation: JaxprEqn) -> int:
+def num_devices(equation: JaxprEqn) -> int:
     """Devices that run the inside of a `shard_map`, which has the shapes of one; 1 for other equations."""
     if equation.primitive.name != "shard_map":
         return 1
@@ -106,7 +106,7 @@ def _of_equation(equation: JaxprEqn) -> list[tuple[JaxprEqn, int]]:
     if name == "cond":
         branches = [_of_jaxpr(branch.jaxpr) for branch in params["branches"]]
         return max(branches, key=lambda found: sum(flops_of(inner) * times for inner, times in found))
-    length = params["length"] if name == "scan" else num_shards(equation)
+    length = params["length"] if name == "scan" else num_devices(equation)
     inner = [found for value in _jaxprs(params) for found in _of_jaxpr(getattr(value, "jaxpr", value))]
     return [(found, times * length) for found, times in inner]
 

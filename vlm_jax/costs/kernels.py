@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+LANES, SUBLANES = 128, 8  # of a tile, along which the integers of a position are repeated
+
 
 def attention_flops(equation: JaxprEqn, of_keys: int, of_values: int) -> int:
     """FLOPs of an attention kernel: products of every query with every key, masked or not, as is usual.
@@ -50,3 +52,36 @@ def kernel_flops(equation: JaxprEqn) -> int:
         if re.fullmatch(pattern, name):
             return count(equation)
     raise ValueError(f"the FLOPs of the kernel '{name}' are unknown; give it a cost_estimate, or add it to KERNELS")
+
+
+def visible_flops(equation: JaxprEqn, share: float) -> float:
+    """FLOPs of one call of an attention kernel for the pairs of queries and keys that its mask leaves.
+
+    Segments, branches and groups are not known before the step runs, and leave every pair here.
+
+    Args:
+      equation: of a kernel.
+      share: of the pairs that the masks of `layers.attention.flash` leave, which are data of the step.
+    """
+    name, flops = str(equation.params.get("name")), kernel_flops(equation)
+    if name.startswith("flash_"):
+        return share * flops
+    if name.startswith("splash_") and _is_causal(equation, name):
+        length = _queries(equation)
+        return flops * (length + 1) / (2 * length)
+    return float(flops)
+
+
+def _queries(equation: JaxprEqn) -> int:
+    given: list[Any] = [variable.aval for variable in equation.invars]
+    return next(array.shape[-2] for array in given if _is_float(array) and array.ndim >= 3)
+
+
+def _is_causal(equation: JaxprEqn, name: str) -> bool:
+    """Whether JAX's kernel has the positions of its queries beside the segments: it computes a causal mask of them."""
+    given: list[Any] = [variable.aval for variable in equation.invars]
+    floats = [array for array in given if _is_float(array) and array.ndim >= 3]
+    lengths = {floats[0].shape[-2], floats[1].shape[-2]}
+    shapes = [array.shape[-2:] for array in given if not _is_float(array) and array.ndim >= 2]
+    rows = sum((a in lengths and b == LANES) or (a == SUBLANES and b in lengths) for a, b in shapes)
+    return rows > 2 * ("_segmented" in name)

@@ -12,7 +12,7 @@ import jax
 from jax.extend.core import JaxprEqn, Literal
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from vlm_jax.costs.flops import KERNEL, PRODUCTS, flops_of, num_shards
+from vlm_jax.costs.flops import KERNEL, PRODUCTS, flops_of, num_devices
 from vlm_jax.layers.attention import written_out
 from vlm_jax.types import Tree
 
@@ -71,7 +71,7 @@ def _of_equation(equation: JaxprEqn, active: list[bool]) -> Counted:
     if inner is None:
         return 0, [any(active)] * count
     flops, found = _of_jaxpr(getattr(inner, "jaxpr", inner), active)
-    return flops * num_shards(equation), found
+    return flops * num_devices(equation), found
 
 
 def _of_scan(params: Any, active: list[bool]) -> Counted:

@@ -1,8 +1,9 @@
 """The constants of the predictor, fitted to published steps and frozen.
 
-Each row is a published time, and the time that `predict` gives before its scale for a stand-in: a model of the same
-sizes, batch and slice, compiled by libtpu 0.0.51. They are lookalikes, not reproductions: the published programs had
-kernels and flags of their own.
+Each row is a published time, and an estimate for a stand-in: a model of the same sizes, batch and slice. The estimates
+are of an earlier compilation, with libtpu 0.0.51 and an earlier predictor: cycles of the compiler, attention kernels at
+`KERNEL_SHARE` of the peak for all pairs, and collectives on rings. `predict` has been refined since, and this package
+does not remake them. They are lookalikes, not reproductions: the published programs had kernels and flags of their own.
 """
 
 import math
@@ -16,7 +17,7 @@ class Row(NamedTuple):
     Attributes:
       name: what runs on which slice.
       measured: published seconds.
-      estimated: seconds of the stand-in before the scale.
+      estimated: seconds of the stand-in before the scale, by the earlier predictor.
     """
 
     name: str
@@ -24,8 +25,7 @@ class Row(NamedTuple):
     estimated: float
 
 
-# Published training steps of language models on Cloud TPUs, and one product. The stand-ins were compiled once, before
-# any plan of this package, and are not remade by it.
+# Published training steps of language models on Cloud TPUs, and one product.
 ROWS = (
     Row("16B, v5e-256", 10.3, 11.0),
     Row("Llama-3.1-8B, v6e-8", 3.44, 3.44),

@@ -15,7 +15,7 @@ from vlm_jax.costs.flops import count_flops
 from vlm_jax.generation.engine import cache_shardings
 from vlm_jax.models.vlm import VLM
 from vlm_jax.planner.plan import Work
-from vlm_jax.planner.settings import details
+from vlm_jax.planner.settings import details, visible_share
 from vlm_jax.planner.training import abstract_batch
 from vlm_jax.sharding.rules import BATCH_AXES, placed, use_mesh
 from vlm_jax.train.step import num_shards
@@ -75,7 +75,17 @@ def inference_work(
         traced = jax.jit(step, donate_argnums=donated).trace(*given)
         flops = count_flops(step, *given)
     more: Any = {"batch_size": batch_size, "context": context, "cache_dtype": str(jnp.dtype(CACHE_DTYPE))}
-    return Work(stage, traced, mesh, arguments, flops, batch_size, positions, {**details(config, experiment), **more})
+    return Work(
+        stage=stage,
+        traced=traced,
+        mesh=mesh,
+        arguments=arguments,
+        model_flops=flops,
+        rows=batch_size,
+        tokens=positions,
+        visible=visible_share(model, length),
+        details={**details(config, experiment), **more},
+    )
 
 
 def _prefill(model: VLM, context: int, mesh: Mesh, variables: Params, batch: Batch) -> Tree:

@@ -19,6 +19,7 @@ from vlm_jax.planner.topology import libtpu_version
 from vlm_jax.types import Fields
 
 FOLDER = "~/.cache/vlm_jax/plans"
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables that the compilers read
 
 
 def kept_plan(asked: Fields, make: Callable[[], Plan], folder: str | None) -> tuple[Plan, bool]:
@@ -46,10 +47,12 @@ def kept_plan(asked: Fields, make: Callable[[], Plan], folder: str | None) -> tu
 
 
 def plan_hash(asked: Fields) -> str:
-    """A hash of what was asked, of this package's files and of the compilers' versions."""
+    """A hash of what was asked, of this package's files, and of the compilers' versions and flags."""
     names = ("jax", "jaxlib", "flax", "optax")
     versions = {name: importlib.metadata.version(name) for name in names} | {"libtpu": libtpu_version()}
-    text = json.dumps({"asked": asked, "versions": versions, "package": _package_hash()}, sort_keys=True)
+    flags = {name: os.environ.get(name, "") for name in FLAGS}
+    given = {"asked": asked, "versions": versions, "flags": flags, "package": _package_hash()}
+    text = json.dumps(given, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

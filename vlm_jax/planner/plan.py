@@ -1,29 +1,28 @@
 """A plan: what a compiled step takes of a slice that this machine does not have. All of it is an estimate."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
+import pathlib
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
+from vlm_jax.costs.chips import Chip
 from vlm_jax.costs.flops import KERNEL, flops_of, products_of
+from vlm_jax.costs.kernels import visible_flops
 from vlm_jax.planner.calibration import KERNEL_SHARE, SCALE, SPREAD, held_out_errors
 from vlm_jax.planner.collectives import Collective, collectives
+from vlm_jax.planner.compiler import compiled_for, text_of
 from vlm_jax.planner.memory import Memory, Share, groups, largest_temporaries, of_compiled, of_refusal
 from vlm_jax.planner.memory_traffic import hbm_bytes
 from vlm_jax.planner.predict import Estimate, estimate
-from vlm_jax.planner.program_text import Program, UnknownTripCount, parse_program
+from vlm_jax.planner.program_text import UnreadableProgram, parse_program
 from vlm_jax.planner.topology import PlanError, Topology, libtpu_version
-from vlm_jax.sharding.rules import use_mesh
 from vlm_jax.types import Fields, Tree
-
-# Compiles in about half the time; memory is within 2%, and times mean nothing.
-QUICK: Any = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Work:
       model_flops: of a step over all devices, without rematerialisation.
       rows: sequences of a step, over all devices.
       tokens: positions that a step computes, over all devices.
-      details: what describes it: model, lengths, budget, remat.
+      visible: share of the pairs of positions that the masks of the decoder leave.
+      details: model, lengths, budget and remat, for readers.
     """
 
     stage: str
@@ -48,6 +48,7 @@ class Work:
     model_flops: int
     rows: int
     tokens: int
+    visible: float
     details: Fields
 
 
@@ -60,7 +61,7 @@ class Moved:
       axes: of the mesh.
       times: runs in a step.
       sent: bytes that a chip sends in a step.
-      seconds: their time by a ring, hidden or not.
+      seconds: their time on the links, hidden by computation or not.
     """
 
     kind: str
@@ -137,22 +138,20 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
       PlanError: the compiler fails other than for want of memory.
     """
     since, shares = time.perf_counter(), groups(work.arguments)
-    available, compiled = int(topology.chip.hbm_bytes), None
-    try:
-        with use_mesh(work.mesh), _without_cache():
-            compiled = work.traced.lower().compile(compiler_options=dict(QUICK) if quick else None)
-        found = of_compiled(compiled, available)
-    except jax.errors.JaxRuntimeError as error:
-        refusal = of_refusal(str(error), sum(one.bytes for one in shares))
-        if refusal is None:
-            raise PlanError(f"{topology.name}: the compiler failed: {error}") from error
-        found = refusal
-    program, refused = _text(compiled, quick)
-    count = topology.chip, work.mesh.size
-    flops, of_kernels = _flops(work.traced, work.mesh.size)
-    parts = _Parts(None, None, None, (), refused)
-    if program is not None:
-        parts = _read(program, work, *count, flops=flops, kernel_flops=of_kernels)
+    flops = _flops(work)
+    with tempfile.TemporaryDirectory(prefix="plan") as name:
+        folder = pathlib.Path(name)
+        try:
+            compiled = compiled_for(work.mesh, work.traced, None if quick else folder)
+            found = of_compiled(compiled, int(topology.chip.hbm_bytes))
+            parts = _unread("compiled for its memory alone")
+            if not quick:
+                parts = _read(compiled, folder, work, topology.chip, flops)
+        except jax.errors.JaxRuntimeError as error:
+            refusal = of_refusal(str(error), sum(one.bytes for one in shares))
+            if refusal is None:
+                raise PlanError(f"{topology.name}: the compiler failed: {error}") from error
+            found, parts = refusal, _unread("the program does not fit, so that there is none to read")
     return Plan(
         stage=work.stage,
         rows=work.rows,
@@ -165,7 +164,7 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
         memory=found,
         parameters=tuple(shares),
         temporaries=parts.temporaries,
-        flops=flops,
+        flops=flops.products + flops.kernels,
         model_flops=work.model_flops / work.mesh.size,
         traffic=parts.traffic,
         moved=parts.moved,
@@ -175,20 +174,6 @@ def compile_plan(work: Work, topology: Topology, *, quick: bool = False) -> Plan
         assumptions=_assumptions(quick),
         versions={"libtpu": libtpu_version(), "jax": importlib.metadata.version("jax")},
     )
-
-
-@contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
-    """Compiles anew: JAX writes programs for absent devices to its cache, and cannot read them."""
-    config: Any = jax.config  # whose flags have no types
-    before = config.jax_enable_compilation_cache
-    compilation_cache.reset_cache()
-    config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        compilation_cache.reset_cache()
-        config.update("jax_enable_compilation_cache", before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,49 +187,59 @@ class _Parts:
     refused: str
 
 
-def _text(compiled: jax.stages.Compiled | None, quick: bool) -> tuple[Program | None, str]:
-    """The program's text, or why there is none."""
-    if compiled is None:
-        return None, "the program does not fit, so that there is none to read"
-    if quick:
-        return None, "compiled for its memory alone"
+@dataclasses.dataclass(frozen=True)
+class _Flops:
+    """FLOPs of one device.
+
+    Attributes:
+      products: of all but kernels.
+      kernels: of kernels, for every pair of a query and a key.
+      visible: of kernels, for the pairs that masks leave.
+    """
+
+    products: float
+    kernels: float
+    visible: float
+
+
+def _flops(work: Work) -> _Flops:
+    jaxpr: Any = work.traced.jaxpr
+    found = products_of(jaxpr.jaxpr)
+    kernels = [(one, times) for one, times in found if one.primitive.name == KERNEL]
+    return _Flops(
+        sum(flops_of(one) * times for one, times in found if one.primitive.name != KERNEL) / work.mesh.size,
+        sum(flops_of(one) * times for one, times in kernels) / work.mesh.size,
+        sum(visible_flops(one, work.visible) * times for one, times in kernels) / work.mesh.size,
+    )
+
+
+def _unread(why: str) -> _Parts:
+    return _Parts(None, None, None, (), why)
+
+
+def _read(compiled: jax.stages.Compiled, folder: pathlib.Path, work: Work, chip: Chip, flops: _Flops) -> _Parts:
     try:
-        text: Any = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        return None, f"libtpu cannot print this program: {str(error).splitlines()[0]}"
-    return parse_program(text), ""
-
-
-def _flops(traced: jax.stages.Traced, num_devices: int) -> tuple[float, float]:
-    """FLOPs of one device: all, and those of kernels."""
-    jaxpr: Any = traced.jaxpr
-    counted = [(flops_of(one) * times, one.primitive.name) for one, times in products_of(jaxpr.jaxpr)]
-    kernels = sum(flops for flops, name in counted if name == KERNEL)
-    return sum(flops for flops, _ in counted) / num_devices, kernels / num_devices
-
-
-def _read(program: Program, work: Work, chip: Any, num_devices: int, *, flops: float, kernel_flops: float) -> _Parts:
-    try:
+        program = parse_program(text_of(compiled, folder))
         found, traffic = collectives(program, dict(work.mesh.shape)), hbm_bytes(program)
         largest = tuple(largest_temporaries(program))
-    except UnknownTripCount as error:
-        return _Parts(None, None, None, (), f"{error}; a time is not guessed")
+    except UnreadableProgram as error:
+        return _unread(f"{error}; a time is not guessed")
     moved = _summed(found, chip)
     if chip.clock is None:
         return _Parts(traffic, moved, None, largest, f"the clock of {chip.name} is not known")
-    given = {"flops": flops, "kernel_flops": kernel_flops, "traffic": traffic}
-    predicted = estimate(program, found, chip, model_flops=work.model_flops / num_devices, **given)
+    given = {"flops": flops.products + flops.visible, "kernel_flops": flops.visible, "traffic": traffic}
+    predicted = estimate(program, found, chip, model_flops=work.model_flops / work.mesh.size, **given)
     return _Parts(traffic, moved, predicted, largest, "")
 
 
-def _summed(found: list[Collective], chip: Any) -> tuple[Moved, ...]:
+def _summed(found: list[Collective], chip: Chip) -> tuple[Moved, ...]:
     kinds = defaultdict[tuple[str, tuple[str, ...]], list[Collective]](list)
     for one in found:
         kinds[one.kind, one.axes].append(one)
     summed = []
     for (kind, axes), own in kinds.items():
         times, sent = sum(one.times for one in own), sum(one.times * one.sent for one in own)
-        summed.append(Moved(kind, axes, times, sent, sum(one.seconds(chip) for one in own)))
+        summed.append(Moved(kind, axes, times, sent, sum(one.times * one.seconds(chip) for one in own)))
     return tuple(sorted(summed, key=lambda one: -one.sent))
 
 
@@ -254,7 +249,10 @@ def _assumptions(quick: bool) -> tuple[str, ...]:
         return ("compiled at a low optimisation level: memory is within about 2% of the step's",)
     return (
         "an estimate by the TPU compiler's own cost model, not a measurement",
-        f"attention kernels reach {KERNEL_SHARE:.0%} of the peak; collectives are rings over links at full speed",
+        f"attention kernels reach {KERNEL_SHARE:.0%} of the peak on the pairs that causal masks and windows leave; "
+        "model FLOPs utilisation counts all pairs",
+        "collectives are on rings whose links are at full speed, and wait for one another",
         "input, checkpoints and evaluation take no time from the devices",
-        f"scale {SCALE}, range of {SPREAD:.0%} by published steps, each held out: {errors}",
+        f"scale {SCALE}, range of {SPREAD:.0%} by published steps, each held out, and estimates of stand-ins by an "
+        f"earlier compilation with libtpu 0.0.51: {errors}",
     )

@@ -6,13 +6,13 @@ is scaled by one constant, which is fitted to published steps (`calibration`).
 """
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Sequence
 
 from vlm_jax.costs.chips import Chip
 from vlm_jax.planner.calibration import KERNEL_SHARE, SCALE, SPREAD
-from vlm_jax.planner.collectives import Collective, exposed_seconds
+from vlm_jax.planner.collectives import Collective
 from vlm_jax.planner.memory_traffic import FREE, moved
+from vlm_jax.planner.overlap import exposed_seconds
 from vlm_jax.planner.program_text import Program
 
 KERNEL_TARGET = 'custom_call_target="tpu_custom_call"'  # a Pallas kernel, which has no estimate
@@ -62,27 +62,32 @@ def estimate(
       program: its text.
       found: its collectives.
       chip: that it is for, with a known clock.
-      flops: of a chip, those of kernels included.
-      kernel_flops: of a chip in attention kernels.
-      model_flops: of a chip, without those of rematerialisation.
+      flops: of a chip, those of kernels included, for the pairs of attention that masks leave.
+      kernel_flops: of a chip in attention kernels, for the same pairs.
+      model_flops: of a chip, without those of rematerialisation, and with all pairs of attention.
       traffic: bytes of a chip's main memory.
 
     Raises:
-      UnknownTripCount: a loop of unknown length.
+      UnreadableProgram: a loop of unknown length, or another unknown form.
     """
     assert chip.clock is not None
-    seconds, guessed = defaultdict[str, float](float), 0.0
-    for name, own, times in program.schedule():
+    communicates = {(one.computation, end) for one in found for end in (one.start, one.end)}
+    work, total, guessed = dict[tuple[str, str], float](), 0.0, 0.0
+    for name, times in program.runs().items():
+        own = program.computations[name]
         results = {one.name: one.result for one in own}
         for one in own:
+            key = name, one.name
+            if key in communicates:
+                continue
             if one.cycles is not None:
-                seconds[name] += times * one.cycles / chip.clock
-            elif _costs(one.opcode) and KERNEL_TARGET not in one.attributes:
-                taken = times * moved(one, results, program) / chip.hbm_bandwidth
-                seconds[name], guessed = seconds[name] + taken, guessed + taken
-    total = sum(seconds.values())
+                work[key] = one.cycles / chip.clock
+            elif _takes_time(one.opcode) and KERNEL_TARGET not in one.attributes:
+                work[key] = moved(one, results, program) / chip.hbm_bandwidth
+                guessed += times * work[key]
+            total += times * work.get(key, 0.0)
     kernels = kernel_flops / (KERNEL_SHARE * chip.flops)
-    exposed = exposed_seconds(found, seconds, chip)
+    exposed = exposed_seconds(program, found, work, chip)
     compute = flops / chip.flops
     middle = max(compute, SCALE * (total + kernels + exposed))
     return Estimate(
@@ -99,7 +104,7 @@ def estimate(
     )
 
 
-def _costs(opcode: str) -> bool:
-    """Whether an instruction takes time of its own: no bookkeeping, no collective, no copy beside computation."""
+def _takes_time(opcode: str) -> bool:
+    """Whether the core is busy with an instruction; it is not with bookkeeping, collectives and asynchronous copies."""
     moves = ("all-", "collective-", "reduce-scatter", "copy-start", "async-", "send", "recv")
     return opcode not in FREE and not opcode.startswith(moves)

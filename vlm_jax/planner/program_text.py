@@ -3,16 +3,21 @@
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
-# Bytes of an element; types of fewer than eight bits as parts of one.
+# Bytes of an element; an element of fewer than eight bits is a fraction of a byte.
+_FLOAT8 = ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
 ITEM_BYTES = {
-    **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1.0),
+    **dict.fromkeys(("pred", "s8", "u8", *(f"f8{name}" for name in _FLOAT8)), 1.0),
     **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2.0),
     **dict.fromkeys(("s32", "u32", "f32"), 4.0),
     **dict.fromkeys(("s64", "u64", "f64", "c64"), 8.0),
-    **dict.fromkeys(("s4", "u4"), 0.5),
-    "token": 0.0,
+    "c128": 16.0,
+    **dict.fromkeys(("s4", "u4", "f4e2m1fn"), 0.5),
+    **dict.fromkeys(("s2", "u2"), 0.25),
+    **dict.fromkeys(("s1", "u1"), 0.125),
+    **dict.fromkeys(("token", "opaque"), 0.0),
 }
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
@@ -20,7 +25,11 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 UNKNOWN_CYCLES = 2**63 - 1
 
 
-class UnknownTripCount(ValueError):
+class UnreadableProgram(ValueError):
+    """A program's text in a form that this package does not read; a number is not guessed."""
+
+
+class UnknownTripCount(UnreadableProgram):
     """A loop whose number of iterations does not follow from the program's text."""
 
 
@@ -91,7 +100,8 @@ class Program:
     def schedule(self, name: str | None = None, times: int = 1) -> Iterator[tuple[str, Computation, int]]:
         """Computations whose instructions run one after another, each with the number of times that it runs.
 
-        Those of fusions are left out: a fusion is one instruction. Of a conditional the dearest branch runs.
+        Computations of fusions are left out: a fusion is one instruction. Of the branches of a conditional, only the
+        one with the most cycles is included.
 
         Args:
           name: the outermost one; the entry when None.
@@ -104,19 +114,37 @@ class Program:
         own = self.computations[name]
         yield name, own, times
         for instruction in own:
-            if instruction.opcode == "while":
-                body = instruction.called("body")
-                assert body is not None
-                yield from self.schedule(body, times * self.trip_count(instruction, own))
-            elif instruction.opcode == "conditional":
-                yield from self.schedule(max(instruction.branches, key=self._weight), times)
-            elif instruction.opcode == "call":
-                called = instruction.called("to_apply")
-                assert called is not None
-                yield from self.schedule(called, times)
+            inner = self.inner(instruction, own)
+            if inner is not None:
+                yield from self.schedule(inner[0], times * inner[1])
+
+    def runs(self) -> dict[str, int]:
+        """How often each computation of the schedule runs.
+
+        Raises:
+          UnknownTripCount: of a loop.
+        """
+        found = Counter[str]()
+        for name, _, times in self.schedule():
+            found[name] += times
+        return dict(found)
+
+    def inner(self, instruction: Instruction, around: Computation) -> tuple[str, int] | None:
+        """The computation that a loop, a conditional or a call runs, and how often; None for other instructions.
+
+        Raises:
+          UnknownTripCount: of a loop.
+        """
+        if instruction.opcode == "while":
+            return str(instruction.called("body")), self.trip_count(instruction, around)
+        if instruction.opcode == "conditional":
+            return max(instruction.branches, key=self._weight), 1
+        if instruction.opcode == "call":
+            return str(instruction.called("to_apply")), 1
+        return None
 
     def trip_count(self, loop: Instruction, around: Computation) -> int:
-        """Iterations of a loop that counts from a constant up to another one, as loops of `scan` do.
+        """Iterations of a loop that counts by ones from a constant up to another one, as loops of `scan` do.
 
         Raises:
           UnknownTripCount: any other loop.
@@ -132,11 +160,25 @@ class Program:
             index, stop = re.search(r"index=(\d+)", counter.attributes), _constant(limit, own)
             if counter.opcode == "get-tuple-element" and index is not None and stop is not None:
                 start = _start(loop, int(index[1]), {one.name: one for one in around})
-                if start is not None:
+                if start is not None and self._adds_one(str(loop.called("body")), int(index[1])):
                     return max(0, stop - start)
         raise UnknownTripCount(
             f"the loop {loop.name} ({loop.op_name or 'made by the compiler'}) has an unknown number of iterations"
         )
+
+    def _adds_one(self, body: str, index: int) -> bool:
+        """Whether an iteration adds 1 to an element of the carry."""
+        own = {one.name: one for one in self.computations[body]}
+        root = next(one for one in own.values() if one.is_root)
+        if root.opcode != "tuple" or root.operands[index] not in own:
+            return False
+        added = _origin(own[root.operands[index]], own)
+        if added.opcode != "add":
+            return False
+        terms = [_origin(own[name], own) for name in added.operands]
+        counters = [one for one in terms if one.opcode == "get-tuple-element"]
+        steps = [_constant(one, own) for one in terms if one.opcode == "constant"]
+        return steps == [1] and [f"index={index}" in re.split(r"[, ]+", one.attributes) for one in counters] == [True]
 
     def _weight(self, name: str) -> int:
         return sum(one.cycles or 1 for one in self.computations[name])
@@ -157,7 +199,7 @@ def parse_program(text: str) -> Program:
         elif " = " in line:
             lines.append(_instruction(line))
     if not entry:
-        raise ValueError("the text has no entry computation")
+        raise UnreadableProgram("the text has no entry computation")
     return Program(found, entry)
 
 
@@ -196,17 +238,28 @@ def _start(loop: Instruction, index: int, around: Mapping[str, Instruction]) -> 
 
 def _constant(one: Instruction, own: Mapping[str, Instruction]) -> int | None:
     """The integer that an instruction is, through copies."""
-    while one.opcode in ("copy", "bitcast", "copy-done", "copy-start") and one.operands and one.operands[0] in own:
-        one = own[one.operands[0]]
+    one = _origin(one, own)
     return int(one.arguments) if one.opcode == "constant" and one.arguments.lstrip("-").isdigit() else None
 
 
+def _origin(one: Instruction, own: Mapping[str, Instruction]) -> Instruction:
+    """The instruction whose result copies pass on."""
+    while one.opcode in ("copy", "bitcast", "copy-done", "copy-start") and one.operands and one.operands[0] in own:
+        one = own[one.operands[0]]
+    return one
+
+
 def arrays(kind: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """The arrays of a type: dtype, shape and layout of each."""
+    """The arrays of a type: dtype, shape and layout of each.
+
+    Raises:
+      UnreadableProgram: a dtype that is not in `ITEM_BYTES`.
+    """
     found = []
     for dtype, sizes, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", kind)):
-        if dtype in ITEM_BYTES:
-            found.append((dtype, tuple(int(size) for size in sizes.split(",") if size), layout))
+        if dtype not in ITEM_BYTES:
+            raise UnreadableProgram(f"the program has arrays of the unknown dtype {dtype}")
+        found.append((dtype, tuple(int(size) for size in sizes.split(",") if size), layout))
     return found
 
 

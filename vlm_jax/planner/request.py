@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from vlm_jax.planner.settings import planned
 from vlm_jax.planner.topology import Topology, open_topology
 from vlm_jax.planner.training import training_work
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.train.step import num_shards
 from vlm_jax.types import Fields
 
 Stage = Literal["train", "prefill", "decode"]
@@ -69,9 +71,13 @@ class Request:
         """As JSON types, for the hash of a plan that is kept."""
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         release = self.config.release
-        path = None if release is None else pathlib.Path(absolute(release)) / "config.json"
-        folder = None if path is None or not path.exists() else path.read_text(encoding="utf-8")
-        return {**given, "config": plain(self.config), "folder": folder}
+        folder = None if release is None else pathlib.Path(absolute(release))
+        return {**given, "config": plain(self.config), "folder": {} if folder is None else _settings_of(folder)}
+
+
+def _settings_of(folder: pathlib.Path) -> dict[str, str]:
+    """Hashes of a release's JSON files: those of the model, its processor and its tokenizer."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.json"))}
 
 
 def make_plan(request: Request, folder: str | None, working: Working = quietly) -> tuple[Plan, bool]:
@@ -105,7 +111,7 @@ def _made(request: Request, topology: Topology) -> Plan:
             experiment,
             mesh,
             stage=request.stage,
-            batch_size=request.batch_size or mesh.shape["data"] * mesh.shape["fsdp"],
+            batch_size=request.batch_size or num_shards(mesh),
             context=request.context,
         )
     return compile_plan(work, topology, quick=request.quick)

@@ -1,21 +1,20 @@
 """Meshes and remat policies that fit a slice, ranked by predicted time; and the largest batch of generation."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 
-from vlm_jax.config import ConfigError
+from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.config import ConfigError, parse
 from vlm_jax.planner.plan import Plan
 from vlm_jax.planner.request import Request, Working, make_plan, quietly
+from vlm_jax.planner.settings import has_experts, planned, remat_parts
 from vlm_jax.planner.topology import PlanError, open_topology
+from vlm_jax.sharding.mesh import CONTEXT, DATA, EXPERT, FSDP, TENSOR, MeshSettings
 
 REMAT = ("none", "dots", "full")  # from most memory to least
-MAX_TENSOR = 8  # chips that share the heads of a layer; more than the links of a ring nearby serve
-TIMED = 3  # candidates that are compiled for their time
-ROUNDS, CLOSE = (
-    4,
-    0.02,
-)  # guesses of the largest batch; a guess that is closer to a plan than this share ends the search
+MAX_SIZES = {TENSOR: 8, DATA: 8, CONTEXT: 4, EXPERT: 8}  # devices along an axis beside `fsdp`
+ROUNDS = 8  # batches that are tried for the largest
+CLOSE = 0.02  # share of the rows by which the largest batch may be missed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +22,9 @@ class Candidate:
     """One mesh with one remat policy.
 
     Attributes:
-      mesh: size of `fsdp` and `tensor`.
-      remat: policy of encoder and decoder.
-      plan: for its time where it is among those compiled for it, else for its memory; None where it cannot be made.
+      mesh: size of every axis.
+      remat: policy of every part that has one; empty where none has.
+      plan: for its time where the candidate was compiled for it, else for its memory; None where it cannot be made.
       refused: why there is none.
     """
 
@@ -35,13 +34,29 @@ class Candidate:
     refused: str = ""
 
 
-def candidates(num_devices: int) -> Iterator[tuple[dict[str, int], str]]:
-    """Meshes and remat policies, the least communication and recomputation first."""
-    for power in range(int(math.log2(MAX_TENSOR)) + 1):
-        tensor = 2**power
-        if num_devices % tensor == 0:
-            for remat in REMAT:
-                yield {"fsdp": num_devices // tensor, "tensor": tensor}, remat
+def meshes(num_devices: int, given: MeshSettings, *, experts: bool) -> Iterator[dict[str, int]]:
+    """Meshes of a slice: `fsdp` alone, and beside one other axis of a power of 2.
+
+    Args:
+      num_devices: of the slice.
+      given: axes of the config; those of more than 1 are kept, but for `fsdp`.
+      experts: whether the model has experts, which an axis can divide.
+    """
+    sizes = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    kept = {name: size if size > 1 and name != FSDP else 1 for name, size in sizes.items()}
+    others = [{}] + [
+        {name: 2**power}
+        for name, most in MAX_SIZES.items()
+        if kept[name] == 1 and (experts or name != EXPERT)
+        for power in range(1, most.bit_length())
+    ]
+    for other in others:
+        mesh = {**kept, **other}
+        rest = num_devices
+        for size in mesh.values():
+            rest = rest // size if rest % size == 0 else 0
+        if rest:
+            yield {**mesh, FSDP: rest}
 
 
 def search(
@@ -51,7 +66,10 @@ def search(
     *,
     make: Callable[..., tuple[Plan, bool]] = make_plan,
 ) -> list[Candidate]:
-    """Compiles every candidate for its memory, at a low optimisation level, and those that fit for their time.
+    """Compiles every mesh for its memory, at a low optimisation level, and what fits for its time.
+
+    Of each mesh the remat policy with the least recomputation that fits is compiled for its time; policies with more
+    recomputation are not tried.
 
     Args:
       request: of training; its batch size is kept.
@@ -60,24 +78,41 @@ def search(
 
     Returns:
       First those with a time, the fastest first; then those that fit; then the others, the nearest to fitting first.
+
+    Raises:
+      ConfigError, InfeasibleBudget: of the config itself.
     """
+    num_devices = len(open_topology(request.topology).devices)
+    system = planned(request.config, num_devices, pictures=request.pictures)[1].system
+    parts, given = remat_parts(system.model), parse(MeshSettings, request.config.mesh, "config.mesh")
     found = []
-    for mesh, remat in candidates(len(open_topology(request.topology).devices)):
-        asked = _with(request, mesh, remat)
-        try:
-            found.append(Candidate(mesh, remat, make(asked.changed(quick=True), folder, working)[0]))
-        except (ConfigError, PlanError) as error:
-            found.append(Candidate(mesh, remat, None, str(error)))
-    fitting = [one for one in found if one.plan is not None and one.plan.memory.fits][:TIMED]
-    for one in fitting:
-        timed = make(_with(request, one.mesh, one.remat), folder, working)[0]
-        found[found.index(one)] = dataclasses.replace(one, plan=timed)
+    for mesh in meshes(num_devices, given, experts=has_experts(system)):
+        for remat in REMAT if parts else ("",):
+            policies = {f"{part}__remat": remat for part in parts}
+            asked = request.changed(**{f"mesh__{name}": size for name, size in mesh.items()}, **policies)
+            one = _tried(asked.changed(quick=True), mesh, remat, folder, working, make)
+            if one.plan is not None and one.plan.memory.fits:
+                timed = _tried(asked, mesh, remat, folder, working, make)
+                found.append(one if timed.plan is None else timed)
+                break
+            found.append(one)
+            if one.plan is None:
+                break
     return sorted(found, key=_rank)
 
 
-def _with(request: Request, mesh: dict[str, int], remat: str) -> Request:
-    axes = {f"mesh__{name}": size for name, size in {"data": 1, "context": 1, "expert": 1, **mesh}.items()}
-    return request.changed(**axes, encoder__remat=remat, decoder__remat=remat)
+def _tried(
+    request: Request,
+    mesh: dict[str, int],
+    remat: str,
+    folder: str | None,
+    working: Working,
+    make: Callable[..., tuple[Plan, bool]],
+) -> Candidate:
+    try:
+        return Candidate(mesh, remat, make(request, folder, working)[0])
+    except (ConfigError, InfeasibleBudget, PlanError) as error:
+        return Candidate(mesh, remat, None, str(error))
 
 
 def _rank(one: Candidate) -> tuple[int, float]:
@@ -89,53 +124,77 @@ def _rank(one: Candidate) -> tuple[int, float]:
 
 
 def find_largest(request: Request, make: Callable[[Request], Plan]) -> Plan:
-    """The plan of generation with the most rows that fit.
+    """The plan of generation with the most rows that fit, up to `CLOSE`.
 
-    Each guess lies on the straight line of memory through the two last plans; the first ones are small, and padding
-    bends the line for them.
+    A guess lies on the straight line of memory through two plans. Padding bends the line, and only a refused program
+    says how much of a chip the compiler gives away, so that guesses also halve the way from the most rows that fit to
+    the fewest that are refused. All are compiled for their memory; the result is compiled in full, with fewer rows
+    where it takes more than that.
 
     Args:
       request: of `prefill` or `decode`; its batch size is where the search starts.
       make: makes a plan.
 
     Raises:
-      PlanError: not even the first batch fits.
+      PlanError: not even the first batch fits, or memory does not grow with the batch.
     """
-    before = make(request.changed(quick=True))
-    if not before.memory.fits:
-        raise PlanError(f"--largest_batch: {before.rows} rows do not fit, {-before.memory.spare} bytes too much")
-    unit, best = before.rows, before
-    last = make(request.changed(quick=True, batch_size=4 * unit))
+    fits = make(request.changed(quick=True))
+    if not fits.memory.fits:
+        raise PlanError(f"--largest_batch: {fits.rows} rows do not fit, {-fits.memory.spare} bytes too much")
+    unit, guess = fits.rows, 4 * fits.rows
+    before: Plan | None = None
+    refused: Plan | None = None
     for _ in range(ROUNDS):
-        best = last if last.memory.fits and last.rows > best.rows else best
-        guess = largest_batch((before, last), unit)
-        if guess <= best.rows * (1 + CLOSE) and last.memory.fits:
+        step = _step(fits.rows, unit)
+        if refused is not None and refused.rows - fits.rows <= step:
             break
-        before, last = best, make(request.changed(quick=True, batch_size=max(unit, guess)))
-        if before.rows == last.rows:
-            break
-    best = last if last.memory.fits and last.rows > best.rows else best
-    return make(request.changed(batch_size=best.rows))
+        tried = make(request.changed(quick=True, batch_size=guess))
+        again = refused is not None and not tried.memory.fits
+        before, fits, refused = (fits, tried, refused) if tried.memory.fits else (before, fits, tried)
+        other = before if refused is None else refused
+        assert other is not None
+        guess = max(fits.rows + _step(fits.rows, unit), largest_batch((fits, other), unit))
+        if refused is not None and (again or guess >= refused.rows):
+            guess = max(fits.rows + unit, (fits.rows + refused.rows) // 2 // unit * unit)
+    return _in_full(request, make, fits.rows, unit)
+
+
+def _step(rows: int, unit: int) -> int:
+    """Rows by which the largest batch may be missed."""
+    return max(1, int(CLOSE * rows) // unit) * unit
+
+
+def _in_full(request: Request, make: Callable[[Request], Plan], rows: int, unit: int) -> Plan:
+    """The plan for the most rows up to so many that fits when it is compiled in full."""
+    while rows > 0:
+        plan = make(request.changed(batch_size=rows, quick=False))
+        if plan.memory.fits:
+            return plan
+        rows -= _step(rows, unit)
+    raise PlanError("--largest_batch: no batch fits that is compiled in full, although one does for its memory alone")
 
 
 def largest_batch(plans: tuple[Plan, Plan], unit: int) -> int:
     """The most rows of generation that fit, by the memory of two plans of different batches.
 
     Memory that does not grow with the batch (parameters, code) and memory that does (cache, activations) are told apart
-    by a straight line through the two.
+    by a straight line through the two. What may be used is the smaller of what the two say: a refused plan has the
+    compiler's limit, which is below the memory of the chip.
 
     Args:
       plans: of the same request, but for the batch size.
       unit: rows that the result is a multiple of.
 
     Raises:
-      ValueError: equal batches, or memory that does not grow.
+      PlanError: memory does not grow with the batch.
     """
     first, second = sorted(plans, key=lambda plan: plan.rows)
-    if first.rows == second.rows:
-        raise ValueError(f"expected plans of two batches, got {first.rows} rows twice")
     per_row = (second.memory.peak - first.memory.peak) / (second.rows - first.rows)
     if per_row <= 0:
-        raise ValueError(f"memory does not grow with the batch: {first.memory.peak} and {second.memory.peak} bytes")
+        raise PlanError(
+            f"--largest_batch: memory does not grow with the batch: {first.memory.peak} bytes for {first.rows} rows, "
+            f"{second.memory.peak} for {second.rows}; start at a larger --batch_size"
+        )
     fixed = first.memory.peak - per_row * first.rows
-    return int((first.memory.available - fixed) / per_row) // unit * unit
+    available = min(first.memory.available, second.memory.available)
+    return int((available - fixed) / per_row) // unit * unit

@@ -5,11 +5,17 @@ import pathlib
 import typing
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
+from vlm_jax import axes
 from vlm_jax.build import AnyExperiment, Experiment, build, of_system
 from vlm_jax.build.sections import check_model
 from vlm_jax.config import ConfigError, RunConfig, did_you_mean
+from vlm_jax.decoders.transformer import Transformer
+from vlm_jax.models.classifier import Classifier
+from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
@@ -47,14 +53,45 @@ def planned(config: RunConfig, num_devices: int, *, pictures: int = 1) -> tuple[
     with own.unlocked():
         _choose(choose, num_devices)
         system = _system(own)
-        if isinstance(system.model, VLM):
-            for part, module in (("encoder", system.model.encoder), ("decoder", system.model.decoder)):
-                if "remat" in typing.get_type_hints(type(module)):
-                    choose(f"{part}.remat", "full")
+        for part in remat_parts(system.model) if isinstance(system.model, VLM) else ():
+            choose(f"{part}.remat", "full")
         if "images" in own.row and own.row.images is None:
             own.row.images = PROVISIONAL
             own.row.images = _images(of_system(own, system), own, pictures)
     return own, of_system(own, system)
+
+
+def remat_parts(model: nn.Module) -> tuple[str, ...]:
+    """Sections of the config whose module has a remat policy."""
+    parts: dict[str, object] = {}
+    if isinstance(model, VLM):
+        parts = {"encoder": model.encoder, "decoder": model.decoder}
+    elif isinstance(model, TwoTower):
+        parts = {"encoder": model.image, "decoder": model.text}
+    elif isinstance(model, Classifier):
+        parts = {"encoder": model.encoder}
+    return tuple(part for part, module in parts.items() if "remat" in typing.get_type_hints(type(module)))
+
+
+def visible_share(model: nn.Module, length: int) -> float:
+    """Share of all pairs of positions that a decoder's causal mask and windows leave, on average over its blocks.
+
+    Args:
+      model: another model than a `VLM` has every pair.
+      length: positions of a row.
+    """
+    if not isinstance(model, VLM) or model.decoder is None:
+        return 1.0
+    windows = model.decoder.windows if isinstance(model.decoder, Transformer) else ()
+    sizes = [length if window is None else min(window, length) for window in windows or (None,)]
+    pairs = [size * (size + 1) / 2 + (length - size) * size for size in sizes]
+    return sum(pairs) / len(pairs) / length**2
+
+
+def has_experts(system: System) -> bool:
+    """Whether any parameter has an axis of experts."""
+    boxed: Any = jax.tree.leaves(system.boxed_shapes(), is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    return any(isinstance(leaf, nn.LogicallyPartitioned) and axes.EXPERT in leaf.names for leaf in boxed)
 
 
 def _choose(choose: Choice, num_devices: int) -> None:

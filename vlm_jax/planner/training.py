@@ -9,7 +9,7 @@ from vlm_jax.build import AnyExperiment
 from vlm_jax.config import RunConfig, parse
 from vlm_jax.optim.adamw import OptimizerSettings
 from vlm_jax.planner.plan import Work
-from vlm_jax.planner.settings import details
+from vlm_jax.planner.settings import details, visible_share
 from vlm_jax.sharding.rules import BATCH_AXES
 from vlm_jax.train.settings import LoopSettings
 from vlm_jax.train.stage_step import StageStep
@@ -53,11 +53,8 @@ def training_work(config: RunConfig, experiment: AnyExperiment, mesh: Mesh) -> W
         model_flops=flops,
         rows=rows[0],
         tokens=rows[0] * rows[1],
-        details={
-            **details(config, experiment),
-            **more,
-            "trained": sorted({path.split("/")[0] for path in step.trained}),
-        },
+        visible=visible_share(experiment.system.model, rows[1]),
+        details={**details(config, experiment), **more},
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Hashable
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlm_jax.adapter import NO_LORA, LoraSettings, adapted
+from vlm_jax.layers import mesh_axes
 from vlm_jax.leaves import joined, split
 from vlm_jax.sharding.rules import BATCH_AXES, use_mesh
 from vlm_jax.train.guard import Bounds, judged
@@ -114,7 +114,7 @@ def microbatches(batch: Tree, count: int, mesh: Mesh | None) -> Tree:
 
 def num_shards(mesh: Mesh) -> int:
     """Parts of equally many rows into which a batch is divided over the devices."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return mesh_axes.num_shards(BATCH_AXES, mesh)
 
 
 def _accumulated(

@@ -179,6 +179,25 @@ def test_softmax_is_in_float32_whatever_the_dtype(reference):
     np.testing.assert_allclose(np.float32(out), 1.0, atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"window": jnp.asarray(4)}, "a window"),
+        ({"branches": jnp.zeros((2, 128), jnp.int32)}, "branches"),
+        ({"groups": jnp.zeros((2, 128), jnp.int32)}, "groups"),
+    ],
+    ids=["window", "branches", "groups"],
+)
+def test_a_mask_that_an_implementation_lacks_is_refused(given, said):
+    q = jnp.zeros((2, 128, 4, 16))
+    with pytest.raises(ValueError, match=f"splash attention takes no mask of {said}"):
+        module.attention(q, q, q, Context("causal", **given), implementation="splash")
+    with pytest.raises(ValueError, match="queries after earlier keys"):
+        module.attention(q[:, :100], q, q, Context("causal"), implementation="splash")
+    with pytest.raises(ValueError, match=f"blocks of 64 is full: expected no mask of {said}"):
+        module.attention(q, q, q, Context("full", block=64, **given))
+
+
 def test_splash_refuses_a_bias():
     q, k, v = arrays(queries=128, keys=128)
     with pytest.raises(ValueError, match="no bias"):

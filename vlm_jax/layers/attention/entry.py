@@ -86,11 +86,9 @@ def _choice(on: str, query: jax.Array, key: jax.Array, context: Context, biased:
     if on == "tpu":
         if min(length, num_keys) < LANES:
             return "xla", f"fewer than {LANES} queries or keys"
-        earlier = context.mask_kind == "causal" and length != num_keys
-        masks = {"a window": context.window is not None, "branches": context.branches is not None}
-        masks |= {"groups": context.groups is not None, "queries after earlier keys": earlier}
-        if any(masks.values()):
-            return "flash", " and ".join(name for name, given in masks.items() if given)
+        masks = _masks(context, length, num_keys)
+        if masks:
+            return "flash", masks
         return "splash", f"{context.mask_kind} attention inside segments"
     if on == "gpu":
         if query.dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 256:
@@ -99,6 +97,14 @@ def _choice(on: str, query: jax.Array, key: jax.Array, context: Context, biased:
     if active_mesh() is None and 4 * batch * heads * length * num_keys > TOGETHER_BYTES:
         return "blocked", "many attention weights"
     return "xla", "few attention weights, or several devices"
+
+
+def _masks(context: Context, num_queries: int, num_keys: int) -> str:
+    """Masks that are neither segments nor causal over as many queries as keys, in words."""
+    earlier = context.mask_kind == "causal" and num_queries != num_keys
+    masks = {"a window": context.window is not None, "branches": context.branches is not None}
+    masks |= {"groups": context.groups is not None, "queries after earlier keys": earlier}
+    return " and ".join(name for name, given in masks.items() if given)
 
 
 def attention(
@@ -128,6 +134,9 @@ def attention(
       Outputs in the dtype of `query`. A query without any unmasked key gets a finite,
       meaningless value; padding is the only such case.
 
+    Raises:
+      ValueError: a forced implementation, or blocks, without a bias or a mask that is given.
+
     Source: Vaswani et al. 2017, section 3.2.1; Ainslie et al. 2023 for grouped heads.
     """
     scale = cast(float, query.shape[-1] ** -0.5) if scale is None else scale
@@ -149,12 +158,17 @@ def attention(
         return written(query, key, value, past, mask, bias, scale)
     if bias is not None:
         raise ValueError(f"{implementation} attention takes no bias; leave `implementation` None")
+    masks = _masks(context, query.shape[1], key.shape[1])
+    if implementation == "splash" and masks:
+        raise ValueError(f"splash attention takes no mask of {masks}; leave `implementation` None")
     return _IMPLEMENTATIONS[implementation](query, key, value, context, scale)
 
 
 def _in_blocks(query, key, value, context, scale, implementation):
     """Blocks as rows of a batch; every device folds the positions that it has."""
-    length = context.block
+    length, masks = context.block, _masks(context, query.shape[1], key.shape[1])
+    if masks or context.mask_kind != "full":
+        raise ValueError(f"attention in blocks of {length} is full: expected no mask of {masks or context.mask_kind}")
     if query.shape[1] % length or key.shape[1] != query.shape[1]:
         raise ValueError(
             f"attention in blocks of {length}: expected as many keys as queries, a multiple of the block, got "
