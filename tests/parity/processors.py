@@ -80,7 +80,13 @@ def official_video(theirs, messages, frames, fps, **metadata):
 
 
 def save(theirs, folder, **config):
+    """A folder as released: it does not state `do_sample_frames`, which `save_pretrained` writes as false."""
     theirs.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    if path.exists():
+        parts = json.loads(path.read_text())
+        parts.get("video_processor", {}).pop("do_sample_frames", None)
+        path.write_text(json.dumps(parts))
     (folder / "config.json").write_text(json.dumps(config))
     return folder, config
 
