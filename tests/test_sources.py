@@ -1,4 +1,4 @@
-"""Locations on the web, at a server of this machine: limits of size and time, redirects, and what is no picture."""
+"""Downloads of pictures from a local server: limits of size and time, redirects, and answers that are not pictures."""
 
 import base64
 import contextlib

@@ -30,7 +30,7 @@ def test_a_release_at_native_resolution_has_places_for_its_pictures():
     assert batch.positions.shape == (1, 4096, 3) and batch.images.patches.shape == (1, 4096, 1176)
     assert config.stages.instruction.batch_size == 16 and config.dtype == "bfloat16"
     assert config.encoder.remat == config.decoder.remat == "full"
-    # Bai et al. 2025, table 1: 3B, of which the language model's tied table is 0.3B and the tower 0.67B.
+    # Bai et al. 2025, table 1: 3B parameters. The tied embedding table has 0.3B of them, the vision tower 0.67B.
     assert sum(experiment.num_params().values()) == pytest.approx(3.75e9, rel=0.01)
 
 

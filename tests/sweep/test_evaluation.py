@@ -14,6 +14,7 @@ from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.video import RateSampler
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
+from vlm_jax.sweep.frontier import REQUIRED
 from vlm_jax.sweep.questions import Questions
 from vlm_jax.system import System
 
@@ -51,7 +52,10 @@ def test_points_that_cannot_be_met_are_named_and_the_others_go_on(finished):
     workdir, said = finished
     assert "none@4: skipped: release.token_budget: an image takes at least 36 visual tokens" in said
     assert "pool: skipped: a connector, whose parameters would be random; train it" in said
-    assert [line["label"] for line in lines(workdir / "results.jsonl")] == ["none@released", "fastv@4"]
+    found = lines(workdir / "results.jsonl")
+    assert [line["label"] for line in found] == ["none@released", "fastv@4"]
+    assert [line["connector"] for line in found] == ["none", "fastv"]
+    assert all(line.keys() >= REQUIRED for line in found)  # a sweep's lines, which `cli.plan --join` reads
 
 
 def test_answers_are_those_of_the_release_to_each_question_alone(released, finished):

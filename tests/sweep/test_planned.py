@@ -72,6 +72,17 @@ def test_joined_results_have_the_chip_time_of_an_example(points, tmp_path):
     assert "Predicted chip time of an example" in page and "A &lt; B" in page
 
 
+def test_a_release_as_it_is_has_the_plan_of_its_own_connector(tmp_path):
+    """As `cli.evaluate` writes it: `none`, without a budget."""
+    product = {"budgets": [None], "connectors": ["released"], "topologies": ["v5e:2x2"]}
+    request = Request(digits.get_config(), "v5e:2x2")
+    (point,) = planned_points(request, lambda _: plan_of(1e-3), **product)
+    given = result("none", None, 0.5) | {"num_visual_tokens": 9, "realised_visual_tokens": {"mean": 9, "max": 9}}
+    (found,) = joined([given], [point], "v5e:2x2")
+    assert found["chip_seconds"] == pytest.approx(1e-3 * 4 / 8)
+    assert "none@released" in write_joined_report([found], epath.Path(tmp_path), title="x").read_text()
+
+
 def test_results_without_a_plan_are_named(points):
     with pytest.raises(ConfigError, match=r"planned pool@16, pool@4, .*got other@4"):
         joined([result("other", 4, 0.1)], points, "v5e:2x2")

@@ -6,7 +6,6 @@ from absl import app, flags
 
 from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
-from vlm_jax.config import ConfigError
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> None:
             release=str(RELEASE.value),
             data=str(DATA.value),
             reducers=tuple(REDUCERS.value),
-            budgets=tuple(_number(word) for word in BUDGETS.value),
+            budgets=numbers.integers(BUDGETS.value, "budgets"),
             batch_size=BATCH_SIZE.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
             dtype=DTYPE.value,
@@ -55,13 +54,6 @@ def main(argv: list[str]) -> None:
     if failed:
         print(summary(failed, len(evaluation.points), evaluation.workdir), file=sys.stderr)
         sys.exit(1)
-
-
-def _number(word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise ConfigError(f"--budgets: expected integers, got {word!r}") from None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Flags of the command line that are numbers, whose range is in their type as that of a setting; see `ranges`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -41,3 +42,18 @@ def define(name: str, hint: Any, default: float | int | None, text: str) -> flag
       text: its help.
     """
     return flags.DEFINE(_Parser(name, hint), name, default, text, serializer=flags.ArgumentSerializer())
+
+
+def integers(words: Sequence[str], name: str) -> tuple[int, ...]:
+    """The integers of a flag that is a list.
+
+    Raises:
+      ConfigError: a word is not an integer.
+    """
+    made = []
+    for word in words:
+        try:
+            made.append(int(word))
+        except ValueError:
+            raise ConfigError(f"--{name}: expected integers, got {word!r}") from None
+    return tuple(made)

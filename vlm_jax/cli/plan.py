@@ -136,7 +136,7 @@ def _sweep(request: Request) -> None:
     if command.WORKDIR.value is None:
         raise ConfigError("--workdir: expected the folder of the sweep's files; pass one")
     folder, results = command.workdir(), [] if JOIN.value is None else _results(JOIN.value)
-    budgets = [_number(word) for word in BUDGETS.value] or [request.config.token_budget]
+    budgets = numbers.integers(BUDGETS.value, "budgets") or (request.config.token_budget,)
     given: dict[str, Any] = {"connectors": CONNECTORS.value or [RELEASED], "topologies": TOPOLOGY.value}
     points = list(planned_points(request, _made, budgets=budgets, **given))
     written = write_plans(points, folder)
@@ -163,13 +163,6 @@ def _results(name: str) -> list[Fields]:
             f"--join: expected the workdir of a finished sweep or evaluation; {path} has no results of one"
         )
     return found
-
-
-def _number(word: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise ConfigError(f"--budgets: expected integers, got {word!r}") from None
 
 
 if __name__ == "__main__":

@@ -223,18 +223,23 @@ class Evaluation:
         return lines
 
     def _result(self, point: ReleasePoint, tally: Tally, seconds: Sequence[float]) -> Line:
-        """One line of `results.jsonl`; FLOPs are of the first sample, times exclude the batch that compiles."""
+        """One line of `results.jsonl`, as of a sweep, with the reducer as `connector`.
+
+        FLOPs are of the first sample, times exclude the batch that compiles.
+        """
         sample = first_with_images(self._questions.start_at(0))
         batch = point.system.processor.batch([sample.messages[:-1]], [sample.images], [sample.videos])
         timed = seconds[1:]
         return {
             "label": point.label,
-            "reducer": point.reducer,
+            "connector": point.reducer,
             "token_budget": point.token_budget,
             "num_visual_tokens": tally.left(point.system.model)[0],
             "realised_visual_tokens": tally.realised(),
             "accuracy": tally.accuracy(),
             "seconds_per_sample": sum(timed) / len(timed) if timed else None,
+            "step_seconds": None,  # nothing is trained
+            "peak_bytes": None,
             "num_params": num_params(self._shapes),
             "flops": flops(point.system.model, self._shapes, batch),
             "seed": self._settings.seed,
@@ -247,13 +252,11 @@ class Evaluation:
         return folder / ANSWERS_FILE
 
     def _report(self, results: Sequence[Line]) -> None:
-        untrained = {"step_seconds": None, "peak_bytes": None}
-        lines = [{**result, "connector": result["reducer"], **untrained} for result in results]
 
         def answers(label: str) -> Iterator[Fields]:
             return each_line(self.workdir / "points" / label / ANSWERS_FILE)
 
-        shown = [drawable(line) for line in with_hard_questions(lines, DOWNSAMPLED, answers)]
+        shown = [drawable(line) for line in with_hard_questions(results, DOWNSAMPLED, answers)]
         draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=CONTROLS)
         title = f"Visual token budgets: {self._settings.release}"
         examples = self._examples([result["label"] for result in results])

@@ -16,6 +16,7 @@ from vlm_jax.planner.request import Request
 from vlm_jax.planner.topology import PlanError
 from vlm_jax.sweep.frontier import replace_whole, styles
 from vlm_jax.sweep.report import write_report
+from vlm_jax.sweep.run import drawable
 from vlm_jax.types import Fields
 
 PLANS_FILE, FIGURE_FILE, REPORT_FILE = "plans.json", "plans.png", "report.html"
@@ -118,7 +119,8 @@ def plans_figure(points: Sequence[PlannedPoint]) -> Figure:
 def joined(results: Sequence[Fields], points: Sequence[PlannedPoint], topology: str) -> list[Fields]:
     """The results of a sweep or an evaluation that have a plan on a slice, with its predicted seconds.
 
-    A point of a sweep is a connector or a reducer at a budget; it is found by that name and number.
+    A point of a sweep is a connector or a reducer at a budget; it is found by that name and number. `none`, a release
+    that an evaluation leaves as it is, has the plan of its own connector.
 
     Args:
       results: lines of `results.jsonl`.
@@ -133,7 +135,8 @@ def joined(results: Sequence[Fields], points: Sequence[PlannedPoint], topology: 
         for one in points
         if one.topology == topology and one.plan is not None and one.plan.step_time is not None
     }
-    keys = [(result["connector"], result["token_budget"]) for result in results]
+    names = [RELEASED if result["connector"] == "none" else result["connector"] for result in results]
+    keys = [(name, result["token_budget"]) for name, result in zip(names, results, strict=True)]
     found = [
         {**result, "chip_seconds": seconds[key] / _rows(points, key, topology)}
         for result, key in zip(results, keys, strict=True)
@@ -161,5 +164,5 @@ def write_joined_report(results: Sequence[Fields], folder: epath.Path, *, title:
       title: of the page.
     """
     path = folder / REPORT_FILE
-    write_report(results, path, controls=frozenset(), examples=(), title=title)
+    write_report([drawable(result) for result in results], path, controls=frozenset(), examples=(), title=title)
     return path

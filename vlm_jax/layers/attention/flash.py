@@ -176,8 +176,21 @@ def backward(
     )
 
 
-def _of_queries(given, blocks, tall, wide, interpret, dtype):
+def _given_specs(given, tall, wide, of_query, of_key, of_row) -> list[pl.BlockSpec]:
+    """Blocks of what both backward kernels read: query, key, value, gradient, logsumexp and delta."""
     query, key, value = given[:3]
+    return [
+        pl.BlockSpec((1, 1, tall, query.shape[3]), of_query),
+        pl.BlockSpec((1, 1, wide, key.shape[3]), of_key),
+        pl.BlockSpec((1, 1, wide, value.shape[3]), of_key),
+        pl.BlockSpec((1, 1, tall, value.shape[3]), of_query),
+        pl.BlockSpec((1, 1, 1, tall), of_row),
+        pl.BlockSpec((1, 1, 1, tall), of_row),
+    ]
+
+
+def _of_queries(given, blocks, tall, wide, interpret, dtype):
+    query, key = given[:2]
     group = query.shape[1] // key.shape[1]
     of_query = lambda b, h, i, j, fetched: (b, h, i, 0)  # noqa: E731
     of_key = lambda b, h, i, j, fetched: (b, lax.div(h, group), lax.max(fetched[b, i, j], 0), 0)  # noqa: E731
@@ -186,12 +199,7 @@ def _of_queries(given, blocks, tall, wide, interpret, dtype):
         num_scalar_prefetch=1,
         grid=(*query.shape[:2], *blocks.shape[1:]),
         in_specs=[
-            pl.BlockSpec((1, 1, tall, query.shape[3]), of_query),
-            pl.BlockSpec((1, 1, wide, key.shape[3]), of_key),
-            pl.BlockSpec((1, 1, wide, value.shape[3]), of_key),
-            pl.BlockSpec((1, 1, tall, value.shape[3]), of_query),
-            pl.BlockSpec((1, 1, 1, tall), of_row),
-            pl.BlockSpec((1, 1, 1, tall), of_row),
+            *_given_specs(given, tall, wide, of_query, of_key, of_row),
             pl.BlockSpec((1, _ROWS, tall), lambda b, h, i, j, fetched: (b, 0, i)),
             pl.BlockSpec((1, wide, _ROWS), lambda b, h, i, j, fetched: (b, lax.max(fetched[b, i, j], 0), 0)),
         ],
@@ -239,12 +247,7 @@ def _of_keys(given, blocks, tall, wide, interpret, dtype):
         num_scalar_prefetch=1,
         grid=(*key.shape[:2], blocks.shape[2], group * count),
         in_specs=[
-            pl.BlockSpec((1, 1, tall, query.shape[3]), of_query),
-            pl.BlockSpec((1, 1, wide, key.shape[3]), of_key),
-            pl.BlockSpec((1, 1, wide, value.shape[3]), of_key),
-            pl.BlockSpec((1, 1, tall, value.shape[3]), of_query),
-            pl.BlockSpec((1, 1, 1, tall), of_row),
-            pl.BlockSpec((1, 1, 1, tall), of_row),
+            *_given_specs(given, tall, wide, of_query, of_key, of_row),
             pl.BlockSpec((1, _ROWS, tall), lambda b, k, j, n, fetched: (b, 0, block(b, j, n, fetched))),
             pl.BlockSpec((1, wide, _ROWS), lambda b, k, j, n, fetched: (b, j, 0)),
         ],
