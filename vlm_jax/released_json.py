@@ -131,7 +131,7 @@ FORMS: dict[str, Form] = _table(
         moe_intermediate_size projection_dim num_channels n_queries num_query_tokens encoder_hidden_size
         resampler_n_heads resampler_n_latents resampler_head_dim hidden_stride spatial_merge_size temporal_patch_size
         head_width moe_layer_freq cross_attention_frequency num_visual_indicator_tokens merge_size mm_hidden_size
-        tokens_per_second""",
+        tokens_per_second in_channels in_chans prompt_embed_dim""",
     ),
     (
         COUNT | NULL,
@@ -150,6 +150,8 @@ FORMS: dict[str, Form] = _table(
     (whole(-1, 1 << 20), "num_patches"),
     (SIDES, "image_size"),
     (SIDES | NULL, "patch_size"),
+    (FLAG | AT_LEAST_0 | NULL, "rep_size"),
+    (list_of(COUNT, most=1 << 12), "downsample_channels"),
     (list_of(AT_LEAST_0, most=1 << 12), "global_attn_indexes"),
     (list_of(AT_LEAST_0, most=1 << 12) | INDEX_TEXT | NULL, "fullatt_block_indexes"),
     (list_of(TEXT, most=1 << 12) | NULL, "layer_types"),

@@ -48,6 +48,7 @@ LARGE = {
     "join": "{{ ('a' * 1000000).join(range(9999) | map('string')) }}",
     "join filter": "{{ range(99999) | join('a' * 1000000) }}",
     "indent": "{{ ('\\n' * 1000000) | indent(1000000) }}",
+    "indent of one line": "{{ 'a' | indent(10000000000) }}",
     "tojson": "{{ [[1]] | tojson(indent=10000000000) }}",
     "round": "{{ 1 | round(10000000000, 'ceil') }}",
     "batch": "{{ [1] | batch(10000000000, 0) | list }}",

@@ -162,6 +162,15 @@ def test_what_is_no_video_is_named():
     assert len(read_video(still.getvalue(), RateSampler())[0]) == 1
 
 
+def test_a_later_frame_has_bounds_too():
+    """A size may change within a stream; what a header tells is no bound of the memory."""
+    changing = b"".join(video(4, 10, size, "mpeg2video", "mpegts") for size in ((32, 48), (64, 96)))
+    frames, _ = read_video(changing, SegmentSampler(2))
+    assert {frame.size for frame in frames} == {(48, 32), (96, 64)}
+    with pytest.raises(CorruptImage, match="Invalid"):
+        read_video(changing, SegmentSampler(2), max_pixels=64 * 96 - 1)
+
+
 SDP = (
     b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 40400 RTP/AVP 96\na=rtpmap:96 H264/90000\n"
 )

@@ -125,7 +125,7 @@ class RegNetBlock(nn.Module):
         y = jax.nn.silu(norm("depthwise", conv(jnp.where(real, y, 0))))
         total = jnp.where(real, y, 0).astype(jnp.float32).sum((1, 2))
         mean = (total / jnp.maximum(mask.sum((1, 2)), 1)[:, None]).astype(self.dtype)
-        squeezed = round(x.shape[-1] * _SQUEEZE_RATIO)
+        squeezed = max(1, round(x.shape[-1] * _SQUEEZE_RATIO))
         gate = Mlp(squeezed, "silu", out_dim=self.width, name="squeeze_excite", **settings)(mean)
         y = y * jax.nn.sigmoid(gate)[:, None, None]
         y = pointwise("project", (axes.MLP, axes.EMBED), y)

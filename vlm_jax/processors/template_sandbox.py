@@ -303,7 +303,7 @@ def _of_filter(name: str, values: Sequence[Any], keywords: Mapping[str, Any]) ->
         start = keywords.get("start", values[2] if len(values) > 2 else 0)
         return whole * (1 if isinstance(start, int | float) else len(given[0]))  # sums of lists copy them
     if name == "indent":
-        return whole + str(given[0]).count("\n") * (numbers + size(given[1:]))
+        return whole + (1 + str(given[0]).count("\n")) * (numbers + size(given[1:]))
     if name == "tojson":
         return whole * (6 + numbers)
     if name == "round":

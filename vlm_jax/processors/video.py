@@ -55,6 +55,8 @@ def check_rate(fps: object) -> None:
 
 MAX_FRAMES = 768  # of a video whose frames are all read
 MAX_VIDEO_PIXELS = 1 << 31  # of the selected frames of a video, as in 1000 of 1080x1920
+# A later frame may be larger than the header tells, by this factor of its pixels or up to 4K.
+MAX_CHANGE, LARGE_FRAME = 4, 3840 * 2160
 # FFmpeg's names of containers of one file. Others, such as playlists and descriptions of sessions, make FFmpeg open
 # other files and the network.
 CONTAINERS = (
@@ -320,6 +322,8 @@ def _counted(container: Any, max_pixels: int, name: str) -> tuple[Any, int, floa
         raise CorruptImage(
             f"{name}: its frames have {stream.height}x{stream.width} pixels, more than max_pixels={max_pixels}"
         )
+    most = min(max_pixels, max(MAX_CHANGE * stream.width * stream.height, LARGE_FRAME))
+    stream.codec_context.options = {"max_pixels": str(most)}  # of every frame, whatever the header tells
     fps = float(stream.average_rate or stream.guessed_rate or 0)
     # The number of frames in headers may be missing or wrong; packets are counted without decoding.
     # Those before a cut, which the edit list of a file hides, are decoded but not shown.

@@ -1,7 +1,9 @@
 """Values of a folder's JSON files of another type or size: one clear error with file and key, or read rightly."""
 
+import ast
 import copy
 import json
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,6 +63,39 @@ def test_31_every_key_that_a_family_reads_has_a_form(name, monkeypatch):
     # Keys of rope's own section are checked where it is read.
     inside_rope = {"type", "rope_type", "factor", "mrope_section", "mscale", "mscale_all_dim", "beta_fast", "beta_slow"}
     assert read - FORMS.keys() - SECTIONS - inside_rope - {"model_registry"} == set()
+
+
+# Keys that `pretrained` reads of what is no released JSON, or that are checked where they are read.
+OF_OUR_CONFIGS = {
+    *("connector", "decoder", "encoder", "init_from", "kind", "learning_rates", "processor", "reducer", "release"),
+    *("stages", "token_budget", "out_dim", "stem_layers", "width_factor", "patches", "classifier", "classifier.weight"),
+}
+CHECKED_THERE = {
+    *("base_model_name_or_path", "load_in_4bit", "load_in_8bit", "quant_algo", "quant_method", "llava", "variant"),
+    *("beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor", "long_factor", "short_factor"),
+    *("mrope_section", "rope_type", "type", "truncate", "model_registry", "height", "longest_edge", "shortest_edge"),
+    *("eos_token", "image_token", "pad_token", "unk_token", "video_token"),
+}
+
+
+def keys_in_code() -> set[str]:
+    """Keys that modules of `pretrained` read with `settings["key"]` or `settings.get("key")`."""
+    found = set()
+    for path in pathlib.Path(vlm_jax.__path__[0], "pretrained").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+                given = node.slice
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+                given = node.args[0]
+            else:
+                continue
+            if isinstance(given, ast.Constant) and isinstance(given.value, str):
+                found.add(given.value)
+    return found
+
+
+def test_31_every_key_in_the_code_has_a_form():
+    assert keys_in_code() - FORMS.keys() - SECTIONS - OF_OUR_CONFIGS - CHECKED_THERE == set()
 
 
 def places(settings: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
