@@ -2,9 +2,10 @@
 
 Streams:
   questions: samples with one image and several turns of random tasks.
-  text_pages: the same questions without an image: the page's digits in reading order precede the first question. Text
-    has no ink, so that the box of a digit is that of its cell.
-  cells: `CellBatch`es of one page, for training only an encoder.
+  text_pages: the same questions without an image: the page as text precedes the first question. Text has no ink, so
+    that the box of a digit is that of its place.
+  cells: `CellBatch`es of one page, for training only an encoder: the digit of every place, or the class of blank ones,
+    and the box of its ink, or of the blank place.
   captions: samples with one image and its caption, the page's digits in reading order.
 
 Element i of a training stream depends only on (seed, stream, i).
@@ -19,9 +20,10 @@ import grain
 import numpy as np
 
 from vlm_jax.config import ConfigError, check_fields, did_you_mean
-from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order
+from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order, page_as_text, with_blanks
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
+from vlm_jax.data.scans import NUM_CLASSES
 from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
 from vlm_jax.ranges import Count, NonNegative, Range, Side
 from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
@@ -41,13 +43,14 @@ class Digits:
       rows: rows of cells.
       cols: columns of cells.
       page_size: side of the square page, pixels.
+      places: of a row or column of a cell, P: its digit stands in one of P * P places, and the others are blank.
       min_digit: smallest side of a pasted digit, pixels.
-      max_digit: largest side of a pasted digit, pixels; at most the cell's.
+      max_digit: largest side of a pasted digit, pixels; at most the place's.
       task_weights: relative frequency of each task; a task with weight 0 or
         omitted is not trained or evaluated.
       turns_per_page: questions about one page, in training.
-      text_scales: sides of the square of characters that represents a cell in `text_pages`, sampled for
-        each page; the first is that of evaluation pages.
+      text_scales: sides of the square of characters that represents a cell in `text_pages`, 1 or a multiple of
+        `places`, sampled for each page; the first is that of evaluation pages.
       evaluation_size: evaluation samples per task (and pages of the streams `cells` and `captions`).
       augment: whether training pages are augmented with warps, paler ink and noise; test pages never are.
       variants: warped copies of every scan, with `augment`.
@@ -58,6 +61,7 @@ class Digits:
     rows: Cells = 4
     cols: Cells = 4
     page_size: Side = 48
+    places: Annotated[int, Range(1, 16)] = 1
     min_digit: Side = 8
     max_digit: Side = 12
     task_weights: dict[str, NonNegative] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
@@ -72,7 +76,11 @@ class Digits:
     streams = STREAMS
     channels = 1
     num_images = 1
-    num_classes = 10
+
+    @property
+    def num_classes(self) -> int:
+        """The digits, and blank where a cell has several places."""
+        return NUM_CLASSES + (self.places > 1)
 
     @property
     def context_length(self) -> int:
@@ -81,8 +89,8 @@ class Digits:
 
     @property
     def cells(self) -> Grid:
-        """Rows and columns of the stream `cells`."""
-        return self.rows, self.cols
+        """Rows and columns of the stream `cells`: those of the places."""
+        return self.rows * self.places, self.cols * self.places
 
     def __post_init__(self):
         check_fields(self, "config.data.")
@@ -93,6 +101,12 @@ class Digits:
             raise ConfigError("config.data.task_weights: no task has a weight above 0; set one of " + ", ".join(TASKS))
         if not self.text_scales:
             raise ConfigError("config.data.text_scales: expected at least one side, got none")
+        for scale in self.text_scales:
+            if scale > 1 and scale % self.places:
+                raise ConfigError(
+                    f"config.data.text_scales: {scale} characters of a cell's row cannot show its {self.places} "
+                    f"places; set 1 or a multiple of {self.places}"
+                )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -123,6 +137,7 @@ class DigitSource:
             rows=settings.rows,
             cols=settings.cols,
             page_size=settings.page_size,
+            places=settings.places,
             min_digit=settings.min_digit,
             max_digit=settings.max_digit,
         )
@@ -222,18 +237,22 @@ class DigitSource:
         self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int
     ) -> Sample:
         if stream == "text_pages":
-            page = dataclasses.replace(page, boxes=self._train_pages.cell_boxes)
+            boxes = self._train_pages.place_boxes[page.places[..., 0], page.places[..., 1]]
+            page = dataclasses.replace(page, boxes=boxes)
         turns = [ask(task, page, draws, self._tools.format_box) for task, draws in questions]
         if stream == "text_pages":
-            return Sample(name, dialogue(turns, context=digits_in_reading_order(page, scale)), task=turns[-1].task)
+            context = page_as_text(page, scale, self.settings.places)
+            return Sample(name, dialogue(turns, context=context), task=turns[-1].task)
         return Sample(name, dialogue(turns, num_images=1), (page.pixels,), turns[-1].task)
 
     def _cells(self, page: Page) -> CellBatch:
         height, width, _ = page.pixels.shape
+        boxes = self._train_pages.place_boxes
+        boxes[page.places[..., 0], page.places[..., 1]] = page.boxes
         return CellBatch(
             images=self._tools.prepare_image(page.pixels)[None, None],
-            classes=page.classes[None].astype(np.int32),
-            boxes=(page.boxes / (width, height, width, height))[None].astype(np.float32),
+            classes=with_blanks(page, self.settings.places)[None].astype(np.int32),
+            boxes=(boxes / (width, height, width, height))[None].astype(np.float32),
         )
 
 

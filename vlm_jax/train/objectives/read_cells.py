@@ -11,19 +11,24 @@ import jax.numpy as jnp
 from vlm_jax.build import AnyExperiment
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
+from vlm_jax.ranges import NonNegative
 from vlm_jax.train.objectives.objective import Loss, Metrics, Objective, of_conversations
 from vlm_jax.types import CellBatch, Params, Tree
-
-BOX_WEIGHT = 5.0  # weight of the boxes' L1 relative to the classes' cross entropy, as in DETR
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadCells(Objective):
     """Class and box of every cell of a page, from the encoder's features.
 
+    Attributes:
+      box_weight: of the boxes' L1, beside the classes' cross entropy. Its gradient has the same size however small the
+        L1 is, so that a large weight keeps a small encoder from learning the classes.
+
     Source: cross entropy and 5 times L1 as in Carion et al. 2020 (DETR), section 3.1, without
     the matching, since every cell has a target.
     """
+
+    box_weight: NonNegative = 5.0
 
     streams: ClassVar[tuple[str, ...]] = ("cells",)
 
@@ -37,7 +42,7 @@ class ReadCells(Objective):
         del trained
         reader = of_conversations(experiment, "config.stages", "read_cells").cell_reader
         assert reader is not None  # set where a stage has this objective
-        return _read_cells(cast(Any, reader))
+        return _read_cells(cast(Any, reader), self.box_weight)
 
     def element(self, experiment: AnyExperiment, stream: str) -> Callable[[Any], Tree]:
         """The stream has batches of one."""
@@ -51,7 +56,7 @@ def as_it_is(element: Tree) -> Tree:
 
 
 @functools.lru_cache(maxsize=64)
-def _read_cells(reader: CellReader) -> Loss:
+def _read_cells(reader: CellReader, box_weight: float) -> Loss:
     def loss(
         params: Params,
         batch: CellBatch,
@@ -65,6 +70,6 @@ def _read_cells(reader: CellReader) -> Loss:
         classes = jnp.broadcast_to(batch.classes[..., None], logits.shape[:-1])
         value, accuracy = cross_entropy(logits, classes, jnp.ones(classes.shape))
         distance = jnp.abs(boxes - batch.boxes[..., None, :]).sum(-1).mean()
-        return value + BOX_WEIGHT * distance, {"accuracy": accuracy, "box_l1": distance}
+        return value + box_weight * distance, {"accuracy": accuracy, "box_l1": distance}
 
     return loss
