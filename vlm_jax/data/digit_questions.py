@@ -5,9 +5,7 @@
 | read | `read row 2 column 3` | the digit in that cell; rows and columns count from 1 |
 | transcribe | `transcribe row 2` | the row's digits, as `7419` |
 | count | `count 7` | number of cells with a 7, possibly 0 |
-| locate | `locate 7` | the box of the first 7 in reading order, as the box formatter writes it |
-
-`locate` asks for a digit that the page has once, where there is one.
+| locate | `locate row 2 column 3` | the box of the ink of the digit in that cell, as the box formatter writes it |
 """
 
 from collections.abc import Callable, Sequence
@@ -41,19 +39,16 @@ def ask(task: str, page: Page, draws: Sequence[float], format_box: Callable[...,
         return Turn(f"read row {row + 1} column {col + 1}", str(int(classes[row, col])), task)
     if task == "transcribe":
         return Turn(f"transcribe row {row + 1}", "".join(map(str, classes[row].tolist())), task)
-    digit = int(classes[row, col])
     if task == "count":
+        digit = int(classes[row, col])
         if draws[2] >= COUNT_PRESENT:
             digit = int((draws[2] - COUNT_PRESENT) / (1.0 - COUNT_PRESENT) * NUM_CLASSES)
         return Turn(f"count {digit}", str(int(np.count_nonzero(classes == digit))), task)
     if task == "locate":
-        once = np.flatnonzero(np.bincount(classes.ravel(), minlength=NUM_CLASSES) == 1)
-        if len(once):
-            digit = int(once[int(draws[2] * len(once))])
-        first = int(np.argmax(classes == digit))  # of the flattened page: reading order
-        box = page.boxes.reshape(-1, 4)[first].tolist()
         height, width, _ = page.pixels.shape
-        return Turn(f"locate {digit}", format_box(box, height, width), task)
+        return Turn(
+            f"locate row {row + 1} column {col + 1}", format_box(page.boxes[row, col].tolist(), height, width), task
+        )
     raise ValueError(f"unknown task '{task}'; expected one of {', '.join(TASKS)}")
 
 

@@ -3,7 +3,7 @@
 Streams:
   questions: samples with one image and several turns of random tasks.
   text_pages: the same questions without an image: the page as text precedes the first question. Text has no ink, so
-    that the box of a digit is that of its place.
+    that nothing is to be located.
   cells: `CellBatch`es of one page, for training only an encoder: the digit of every place, or the class of blank ones,
     and the box of its ink, or of the blank place.
   captions: samples with one image and its caption, the page's digits in reading order.
@@ -231,14 +231,17 @@ class DigitSource:
     def _tasks_of(self, stream: str) -> tuple[str, ...]:
         if stream not in STREAMS:
             raise ConfigError(f"digits: no stream '{stream}'{did_you_mean(stream, STREAMS)}")
-        return self.tasks
+        tasks = tuple(task for task in self.tasks if task != "locate") if stream == "text_pages" else self.tasks
+        if not tasks:
+            raise ConfigError(
+                "config.data.task_weights: no task of the stream text_pages has a weight above 0; set one of "
+                + ", ".join(task for task in TASKS if task != "locate")
+            )
+        return tasks
 
     def _sample(
         self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int
     ) -> Sample:
-        if stream == "text_pages":
-            boxes = self._train_pages.place_boxes[page.places[..., 0], page.places[..., 1]]
-            page = dataclasses.replace(page, boxes=boxes)
         turns = [ask(task, page, draws, self._tools.format_box) for task, draws in questions]
         if stream == "text_pages":
             context = page_as_text(page, scale, self.settings.places)

@@ -17,7 +17,7 @@ BOX_TOKENS = ("<box>", "</box>", "(", ")", ",")
 BLANK = "."  # in a page as text
 
 # A tag, a digit, a word, or any other single character; the spaces between them are dropped.
-_WORD = r"</?[a-z]+>|[0-9]|[^\s0-9<>(),]+|\S"
+_WORD = r"</?[a-z]+>|[0-9.]|[^\s0-9<>(),.]+|\S"
 
 
 def digits_tokenizer() -> Tokenizer:
