@@ -136,54 +136,24 @@ def test_the_evaluation_of_a_task_is_fixed_by_the_seed_whatever_else_is_asked():
     assert [s.messages for s in alone] != [s.messages for s in opened(task_weights={"count": 1.0}).evaluation(seed=3)]
 
 
-def test_text_pages_hold_the_digits_in_reading_order_and_locate_nothing():
-    source = opened()
-    stream = source.train("text_pages", seed=1)
+@pytest.mark.parametrize(("name", "key", "scale"), [("text_pages", 1, 1), ("fine_text_pages", 4, 3)])
+def test_text_pages_hold_the_digits_in_reading_order_and_locate_nothing(name, key, scale):
+    source = opened(text_scale=3)
+    stream = source.train(name, seed=1)
     for index in range(40):
         sample = stream[index]
         assert sample.images == ()
-        page = page_of(source, sample, (0, 1, 1, index))
-        digits = "".join(str(page.classes[row, col]) for row in range(3) for col in range(4))
+        page = page_of(source, sample, (0, 1, key, index))
+        digits = ""
+        for row in range(3):
+            digits += "".join(str(page.classes[row, col]) * scale for col in range(4)) * scale
         assert sample.messages[0]["content"][0] == {"type": "text", "text": digits}
+        assert len(digits) == source.settings.text_streams[name]
         for question, answer in turns(sample):
             assert not question.startswith("locate") and answer == answer_by_search(question, page)
-    assert {s.task for s in source.evaluation(0, "text_pages")} == {"read", "transcribe", "count"}
-    with pytest.raises(ConfigError, match="no task of the stream text_pages has a weight above 0; set one of read, tr"):
-        opened(task_weights={"locate": 1.0}).train("text_pages", seed=1)
-
-
-PLACES = {"rows": 2, "cols": 2, "places": 2, "min_digit": 8, "max_digit": 12}
-
-
-def test_text_pages_with_places_show_blanks():
-    source = opened(**PLACES, text_scales=(4,))
-    stream = source.train("text_pages", seed=1)
-    for index in range(10):
-        sample = stream[index]
-        page = page_of(source, sample, (0, 1, 1, index))
-        expected = [["."] * 8 for _ in range(8)]  # every place is a square of 2 x 2 characters
-        for row, col in np.ndindex(2, 2):
-            place_row, place_col = page.places[row, col]
-            for down, across in np.ndindex(2, 2):
-                expected[2 * place_row + down][2 * place_col + across] = str(page.classes[row, col])
-        assert sample.messages[0]["content"][0]["text"] == "".join(map("".join, expected))
-
-
-def test_cells_with_places_have_a_class_for_blanks():
-    source = opened(augment=False, **PLACES)
-    element = source.train("cells", seed=4)[9]
-    page = source._train_pages.compose(np.random.default_rng((0, 4, 2, 9)))
-    assert source.settings.cells == (4, 4) and source.settings.num_classes == 11
-    for row, col in np.ndindex(4, 4):
-        pixels = element.images[0, 0, 12 * row : 12 * row + 12, 12 * col : 12 * col + 12]
-        if pixels.any():
-            assert element.classes[0, row, col] == page.classes[row // 2, col // 2]
-            np.testing.assert_allclose(element.boxes[0, row, col], page.boxes[row // 2, col // 2] / 48, atol=1e-7)
-        else:
-            box = np.array([col, row, col + 1, row + 1]) / 4
-            assert element.classes[0, row, col] == 10
-            np.testing.assert_allclose(element.boxes[0, row, col], box, atol=1e-7)
-    assert np.count_nonzero(element.classes < 10) == 4
+    assert {s.task for s in source.evaluation(0, name)} == {"read", "transcribe", "count"}
+    with pytest.raises(ConfigError, match=f"no task of the stream {name} has a weight above 0; set one of read, tr"):
+        opened(task_weights={"locate": 1.0}).train(name, seed=1)
 
 
 def test_cells_hold_classes_and_boxes_as_fractions():
@@ -225,10 +195,6 @@ def test_only_training_pages_are_augmented():
         ({"task_weights": {"read": 0.0}}, r"config\.data\.task_weights: no task has a weight"),
         ({"turns_per_page": 0}, r"config\.data\.turns_per_page: expected at least 1"),
         ({"evaluation_size": 0}, r"config\.data\.evaluation_size: expected at least 1"),
-        (
-            {**PLACES, "text_scales": (1, 3)},
-            r"text_scales: 3 characters of a cell's row cannot show its 2 places; set 1",
-        ),
         ({"max_digit": 99}, r"config\.data\.max_digit: a digit of 99 pixels does not fit"),
         ({"max_digits": 9}, r"config\.data\.max_digits: unknown or unused key; did you mean 'max_digit'"),
     ],

@@ -69,7 +69,7 @@ class Experiment(WithParameters):
       source: settings of the data source; `open_source` opens it.
       row: shape of a training row.
       prompt: shape of a prompt of the evaluation; None for that of the longest of its batch.
-      text_row: shape of a training row of the stream `text_pages`, which has no pictures.
+      text_rows: shape of a training row of each stream without pictures.
       rows: how samples share rows of these shapes.
       num_frames: None, or how many of a sample's pictures stand for the clip that they are.
       cell_reader: the encoder under a dense head, where a stage's objective is `read_cells`.
@@ -81,7 +81,7 @@ class Experiment(WithParameters):
     source: Settings
     row: RowShape
     prompt: RowShape | None
-    text_row: RowShape
+    text_rows: dict[str, RowShape]
     rows: RowSettings
     num_frames: int | None = None
     cell_reader: CellReader | None = None
@@ -289,8 +289,10 @@ def _of_sections(config: RunConfig) -> Experiment:
         return RowShape(length, images, tuple(length - images * (count - drop.num_left(count)) for drop in drops))
 
     shape = row.shape(len(drops)) if row.pack else shaped(row.positions(visual))
-    length = shape.length if row.pack else row.positions(0) + source.context_length
-    text_row = RowShape(length, 0, (length,) * len(drops))
+    text_rows = {}
+    for stream, context in source.text_streams.items():
+        length = shape.length if row.pack else row.positions(0) + context
+        text_rows[stream] = RowShape(length, 0, (length,) * len(drops))
     prompt = PlainPrompt(tokenizer, settings.independent_turns)
     reduction = Reduction(vision.views, None, tuple(drop.num_left for drop in drops)) if drops else None
     processor = Processor(prompt, vision.views, tokenizer, tokenizer.pad_id or 0, reduction=reduction)
@@ -306,7 +308,7 @@ def _of_sections(config: RunConfig) -> Experiment:
         source=source,
         row=shape,
         prompt=shaped(evaluation.question_length + visual),
-        text_row=text_row,
+        text_rows=text_rows,
         rows=row,
         num_frames=settings.frames if num_images else None,
         cell_reader=_cell_reader(config, vision, source),
@@ -349,9 +351,9 @@ def of_system(config: Any, system: System) -> AnyExperiment:
     shape = row.shape(0 if reduction is None else len(reduction.drops))
     if source.channels != processor.views.channels:
         raise ConfigError(f"config.data.channels: expected {processor.views.channels}, as in the release")
-    text_row = RowShape(shape.length, 0, (shape.length,) * len(shape.kept))
+    text_rows = dict.fromkeys(source.text_streams, RowShape(shape.length, 0, (shape.length,) * len(shape.kept)))
     settings = {"learning_rates": _learning_rates(config), "lora": parse(LoraSettings, config.lora, "config.lora")}
-    return Experiment(system, source, shape, None, text_row, row, **settings)
+    return Experiment(system, source, shape, None, text_rows, row, **settings)
 
 
 def build_conversational(config: Any) -> Experiment:

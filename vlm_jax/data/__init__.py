@@ -18,7 +18,7 @@ one row. `loader.batches` and `loader.batch_at` join them:
 
 | kind | streams | what it is |
 |---|---|---|
-| digits | questions, text_pages, cells, captions | pages composed of real handwritten digits, no file needed |
+| digits | questions, text_pages, fine_text_pages, cells, captions | pages of real handwritten digits, no file needed |
 | conversations | questions, captions, preferences | files of conversations about pictures and videos; mixtures |
 
 An image that cannot be read is skipped by the source, up to a limit, and replaced by the next

@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import grain
 import numpy as np
@@ -94,8 +94,8 @@ class Conversations:
     max_checked: Count = 200_000
 
     streams = STREAMS
+    text_streams: ClassVar[dict[str, int]] = {}  # samples without pictures are among the others
     cells = None
-    context_length = 0
     num_classes = 0
 
     def __post_init__(self):

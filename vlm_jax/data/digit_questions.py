@@ -11,7 +11,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int
 
 from vlm_jax.data.pages import Page
 from vlm_jax.data.scans import NUM_CLASSES
@@ -20,7 +19,6 @@ from vlm_jax.types import Turn
 TASKS = ("read", "transcribe", "count", "locate")
 # Probability that `count` is about a digit of the page; else about any digit, which often does not occur.
 COUNT_PRESENT = 0.8
-BLANK = "."  # a place without a digit, in a page as text
 
 
 def ask(task: str, page: Page, draws: Sequence[float], format_box: Callable[..., str]) -> Turn:
@@ -46,34 +44,15 @@ def ask(task: str, page: Page, draws: Sequence[float], format_box: Callable[...,
         return Turn(f"count {digit}", str(int(np.count_nonzero(classes == digit))), task)
     if task == "locate":
         height, width, _ = page.pixels.shape
-        return Turn(
-            f"locate row {row + 1} column {col + 1}", format_box(page.boxes[row, col].tolist(), height, width), task
-        )
+        box = format_box(page.boxes[row, col].tolist(), height, width)
+        return Turn(f"locate row {row + 1} column {col + 1}", box, task)
     raise ValueError(f"unknown task '{task}'; expected one of {', '.join(TASKS)}")
 
 
-def digits_in_reading_order(page: Page) -> str:
-    """The digits of a page row by row, without separators."""
-    return "".join(map(str, page.classes.ravel().tolist()))
+def digits_in_reading_order(page: Page, scale: int = 1) -> str:
+    """The page as text: its digits row by row, without separators.
 
-
-def page_as_text(page: Page, cell: int, places: int) -> str:
-    """A page as text, row by row and without separators, like a grid of visual tokens.
-
-    Args:
-      page: the page.
-      cell: characters of a row or column of a cell: 1 for its digit alone, else a multiple of `places`, for squares of
-        copies of the digit in its place and of `BLANK` in the others.
-      places: of a row or column of a cell.
+    Every cell is written as a square of `scale` by `scale` copies of its digit, like a finer grid of
+    visual tokens.
     """
-    classes, copies = (page.classes, 1) if cell == 1 else (with_blanks(page, places), cell // places)
-    classes = classes.repeat(copies, 0).repeat(copies, 1)
-    return "".join("0123456789"[one] if one < NUM_CLASSES else BLANK for one in classes.ravel().tolist())
-
-
-def with_blanks(page: Page, places: int) -> Int[np.ndarray, "RP CP"]:
-    """The digit in every place of a page, NUM_CLASSES in those without."""
-    rows, cols = page.classes.shape
-    classes = np.full((rows * places, cols * places), NUM_CLASSES)
-    classes[page.places[..., 0], page.places[..., 1]] = page.classes
-    return classes
+    return "".join(map(str, page.classes.repeat(scale, 0).repeat(scale, 1).ravel().tolist()))

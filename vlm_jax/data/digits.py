@@ -2,10 +2,10 @@
 
 Streams:
   questions: samples with one image and several turns of random tasks.
-  text_pages: the same questions without an image: the page as text precedes the first question. Text has no ink, so
-    that nothing is to be located.
-  cells: `CellBatch`es of one page, for training only an encoder: the digit of every place, or the class of blank ones,
-    and the box of its ink, or of the blank place.
+  text_pages: the same questions without an image: the page's digits in reading order precede the first question. Text
+    has no ink, so that nothing is to be located.
+  fine_text_pages: the same, with a square of copies of its digit for every cell, like a finer grid of visual tokens.
+  cells: `CellBatch`es of one page, for training only an encoder.
   captions: samples with one image and its caption, the page's digits in reading order.
 
 Element i of a training stream depends only on (seed, stream, i).
@@ -20,15 +20,15 @@ import grain
 import numpy as np
 
 from vlm_jax.config import ConfigError, check_fields, did_you_mean
-from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order, page_as_text, with_blanks
+from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
-from vlm_jax.data.scans import NUM_CLASSES
 from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
 from vlm_jax.ranges import Count, NonNegative, Range, Side
 from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
 
-STREAMS = ("questions", "text_pages", "cells", "captions")
+STREAMS = ("questions", "text_pages", "cells", "captions", "fine_text_pages")
+TEXT_STREAMS = ("text_pages", "fine_text_pages")
 # First key of every generator, so that different uses of a seed generate different pages.
 TRAIN_KEY, TEST_KEY = 0, 1
 
@@ -43,14 +43,12 @@ class Digits:
       rows: rows of cells.
       cols: columns of cells.
       page_size: side of the square page, pixels.
-      places: of a row or column of a cell, P: its digit stands in one of P * P places, and the others are blank.
       min_digit: smallest side of a pasted digit, pixels.
-      max_digit: largest side of a pasted digit, pixels; at most the place's.
+      max_digit: largest side of a pasted digit, pixels; at most the cell's.
       task_weights: relative frequency of each task; a task with weight 0 or
         omitted is not trained or evaluated.
       turns_per_page: questions about one page, in training.
-      text_scales: sides of the square of characters that represents a cell in `text_pages`, 1 or a multiple of
-        `places`, sampled for each page; the first is that of evaluation pages.
+      text_scale: side of the square of characters that represents a cell in `fine_text_pages`.
       evaluation_size: evaluation samples per task (and pages of the streams `cells` and `captions`).
       augment: whether training pages are augmented with warps, paler ink and noise; test pages never are.
       variants: warped copies of every scan, with `augment`.
@@ -61,12 +59,11 @@ class Digits:
     rows: Cells = 4
     cols: Cells = 4
     page_size: Side = 48
-    places: Annotated[int, Range(1, 16)] = 1
     min_digit: Side = 8
     max_digit: Side = 12
     task_weights: dict[str, NonNegative] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
     turns_per_page: Count = 4
-    text_scales: tuple[Cells, ...] = (1,)
+    text_scale: Cells = 2
     evaluation_size: Count = 128
     augment: bool = True
     variants: Annotated[int, Range(1, 1000)] = 8
@@ -76,21 +73,18 @@ class Digits:
     streams = STREAMS
     channels = 1
     num_images = 1
+    num_classes = 10
 
     @property
-    def num_classes(self) -> int:
-        """The digits, and blank where a cell has several places."""
-        return NUM_CLASSES + (self.places > 1)
-
-    @property
-    def context_length(self) -> int:
-        """Maximum number of digits of a page as text, one token each."""
-        return self.rows * self.cols * max(self.text_scales) ** 2
+    def text_streams(self) -> dict[str, int]:
+        """The digits of a page as text, one token each, of the streams without pictures."""
+        cells = self.rows * self.cols
+        return {"text_pages": cells, "fine_text_pages": cells * self.text_scale**2}
 
     @property
     def cells(self) -> Grid:
-        """Rows and columns of the stream `cells`: those of the places."""
-        return self.rows * self.places, self.cols * self.places
+        """Rows and columns of the stream `cells`."""
+        return self.rows, self.cols
 
     def __post_init__(self):
         check_fields(self, "config.data.")
@@ -99,14 +93,6 @@ class Digits:
                 raise ConfigError(f"config.data.task_weights.{task}: no such task{did_you_mean(task, TASKS)}")
         if not self.tasks:
             raise ConfigError("config.data.task_weights: no task has a weight above 0; set one of " + ", ".join(TASKS))
-        if not self.text_scales:
-            raise ConfigError("config.data.text_scales: expected at least one side, got none")
-        for scale in self.text_scales:
-            if scale > 1 and scale % self.places:
-                raise ConfigError(
-                    f"config.data.text_scales: {scale} characters of a cell's row cannot show its {self.places} "
-                    f"places; set 1 or a multiple of {self.places}"
-                )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -137,7 +123,6 @@ class DigitSource:
             rows=settings.rows,
             cols=settings.cols,
             page_size=settings.page_size,
-            places=settings.places,
             min_digit=settings.min_digit,
             max_digit=settings.max_digit,
         )
@@ -149,7 +134,7 @@ class DigitSource:
         """An endless stream of training pages.
 
         Args:
-          stream: "questions", "text_pages", "cells" or "captions".
+          stream: one of STREAMS.
           seed: 0 or more.
 
         Returns:
@@ -178,9 +163,7 @@ class DigitSource:
         places = rng.permutation((np.arange(turns) + rng.random()) / turns)
         chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
         questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
-        scales = self.settings.text_scales
-        scale = scales[int(rng.random() * len(scales))]
-        return self._sample(f"digits/train/{seed}/{index}", stream, page, questions, scale)
+        return self._sample(f"digits/train/{seed}/{index}", stream, page, questions)
 
     def sized(self, stream: str, seed: int) -> SizedStream:
         """As `Source.sized`; pages are composed to know their questions."""
@@ -218,7 +201,7 @@ class DigitSource:
                 return self._cells(page)
             if stream == "captions":
                 return _captioned(name, page)
-            return self._sample(name, stream, page, [(task, rng.random(3).tolist())], self.settings.text_scales[0])
+            return self._sample(name, stream, page, [(task, rng.random(3).tolist())])
 
         return Elements(element, len(tasks) * size)
 
@@ -231,31 +214,27 @@ class DigitSource:
     def _tasks_of(self, stream: str) -> tuple[str, ...]:
         if stream not in STREAMS:
             raise ConfigError(f"digits: no stream '{stream}'{did_you_mean(stream, STREAMS)}")
-        tasks = tuple(task for task in self.tasks if task != "locate") if stream == "text_pages" else self.tasks
+        tasks = tuple(task for task in self.tasks if task != "locate") if stream in TEXT_STREAMS else self.tasks
         if not tasks:
             raise ConfigError(
-                "config.data.task_weights: no task of the stream text_pages has a weight above 0; set one of "
+                f"config.data.task_weights: no task of the stream {stream} has a weight above 0; set one of "
                 + ", ".join(task for task in TASKS if task != "locate")
             )
         return tasks
 
-    def _sample(
-        self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], scale: int
-    ) -> Sample:
+    def _sample(self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]]) -> Sample:
         turns = [ask(task, page, draws, self._tools.format_box) for task, draws in questions]
-        if stream == "text_pages":
-            context = page_as_text(page, scale, self.settings.places)
+        if stream in TEXT_STREAMS:
+            context = digits_in_reading_order(page, 1 if stream == "text_pages" else self.settings.text_scale)
             return Sample(name, dialogue(turns, context=context), task=turns[-1].task)
         return Sample(name, dialogue(turns, num_images=1), (page.pixels,), turns[-1].task)
 
     def _cells(self, page: Page) -> CellBatch:
         height, width, _ = page.pixels.shape
-        boxes = self._train_pages.place_boxes
-        boxes[page.places[..., 0], page.places[..., 1]] = page.boxes
         return CellBatch(
             images=self._tools.prepare_image(page.pixels)[None, None],
-            classes=with_blanks(page, self.settings.places)[None].astype(np.int32),
-            boxes=(boxes / (width, height, width, height))[None].astype(np.float32),
+            classes=page.classes[None].astype(np.int32),
+            boxes=(page.boxes / (width, height, width, height))[None].astype(np.float32),
         )
 
 

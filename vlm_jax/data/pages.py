@@ -1,4 +1,4 @@
-"""Pages of handwritten digits: one digit per cell, at a random size and position in one of the cell's places."""
+"""Pages of handwritten digits: one digit per cell, at a random size and position in it."""
 
 import dataclasses
 
@@ -21,13 +21,11 @@ class Page:
       classes: the digit in the cell at (row, column).
       boxes: (left, top, right, bottom) of the ink of that digit in pixels of the page, right and
         bottom excluded.
-      places: (row, column) of the place of that digit among all places of the page.
     """
 
     pixels: UInt8[np.ndarray, "height width 1"]
     classes: Int[np.ndarray, "R C"]
     boxes: Int[np.ndarray, "R C 4"]
-    places: Int[np.ndarray, "R C 2"]
 
 
 class DigitPages:
@@ -46,7 +44,6 @@ class DigitPages:
         page_size: int,
         min_digit: int,
         max_digit: int,
-        places: int = 1,
         variants: int = 0,
         intensity: float = 0.0,
         noise: float = 0.0,
@@ -59,8 +56,7 @@ class DigitPages:
           cols: columns of cells, C.
           page_size: side of the square page, pixels.
           min_digit: smallest side of a pasted digit, pixels; its ink may be narrower.
-          max_digit: largest side, pixels; must fit in the smallest place.
-          places: of a row or column of a cell, P: its digit stands in one of P * P, and the others are blank.
+          max_digit: largest side, pixels; must fit in the smallest cell.
           variants: warped copies of every scan, in addition to the scan.
           intensity: a page's ink is multiplied by a number in [1 - intensity, 1].
           noise: a page's noise is normal, with a standard deviation in [0, noise] grey levels of 255.
@@ -68,17 +64,16 @@ class DigitPages:
         Raises:
           ConfigError: an invalid value; names its key under config.data.
         """
-        for key, value in (("rows", rows), ("cols", cols), ("min_digit", min_digit), ("places", places)):
+        for key, value in (("rows", rows), ("cols", cols), ("min_digit", min_digit)):
             if value < 1:
                 raise ConfigError(f"config.data.{key}: expected at least 1, got {value}")
         if max_digit < min_digit:
             raise ConfigError(f"config.data.max_digit: {max_digit} is below min_digit, {min_digit}")
-        place = min(page_size // (rows * places), page_size // (cols * places))
-        if max_digit > place:
+        cell = min(page_size // rows, page_size // cols)
+        if max_digit > cell:
             raise ConfigError(
-                f"config.data.max_digit: a digit of {max_digit} pixels does not fit in a place of {place} "
-                f"({rows * places}x{cols * places} places on {page_size} pixels); set it to {place} or less, or "
-                "enlarge page_size"
+                f"config.data.max_digit: a digit of {max_digit} pixels does not fit in a cell of {cell} "
+                f"({rows}x{cols} cells on {page_size} pixels); set it to {cell} or less, or enlarge page_size"
             )
         if variants < 0:
             raise ConfigError(f"config.data.variants: expected 0 or more, got {variants}")
@@ -86,30 +81,24 @@ class DigitPages:
             raise ConfigError(f"config.data.intensity: expected a fraction in [0, 1), got {intensity}")
         if noise < 0.0:
             raise ConfigError(f"config.data.noise: expected 0 or more grey levels, got {noise}")
-        self.rows, self.cols, self.page_size, self._num_places = rows, cols, page_size, places
+        self.rows, self.cols, self.page_size = rows, cols, page_size
         self._intensity, self._noise = intensity, noise
         spread = np.linspace(min_digit, max_digit, min(MAX_SIZES, max_digit - min_digit + 1))
         self._renderings = render(split, tuple(int(size) for size in np.rint(spread)), variants)
         self._sizes = np.array(self._renderings.sizes)
-        # x or y at which the places of a row or a column begin, and the last one ends.
-        self._edges = [np.arange(many * places + 1) * page_size // (many * places) for many in (cols, rows)]
+        row, col = np.divmod(np.arange(rows * cols), cols)
+        self._corner = np.stack([col * page_size // cols, row * page_size // rows])  # x, y of each cell
+        end = np.stack([(col + 1) * page_size // cols, (row + 1) * page_size // rows])
+        self._extent = end - self._corner
         if noise:
             deviates = np.random.default_rng(0).standard_normal(NOISE_BANK + page_size**2)
             self._deviates = deviates.astype(np.float32)
-
-    @property
-    def place_boxes(self) -> Int[np.ndarray, "RP CP 4"]:
-        """(left, top, right, bottom) of every place, pixels, right and bottom excluded."""
-        across, down = self._edges
-        left, top = np.meshgrid(across[:-1], down[:-1])
-        right, bottom = np.meshgrid(across[1:], down[1:])
-        return np.stack([left, top, right, bottom], axis=-1)
 
     def compose(self, rng: np.random.Generator) -> Page:
         """Generates one page; all random choices are uniform.
 
         Digits are sampled first, then one of the digit's scans (and variants), so that the classes are
-        balanced. The size is the side of the pasted square; offsets keep the square in its place.
+        balanced. The size is the side of the pasted square; offsets keep the square in its cell.
         """
         table = self._renderings
         digit, scan, scale, *offset = rng.random((5, self.rows * self.cols))
@@ -117,26 +106,14 @@ class DigitPages:
         chosen = table.first[classes] + (scan * table.count[classes]).astype(np.int64)
         size_index = (scale * len(self._sizes)).astype(np.int64)
         size = self._sizes[size_index]
-        cell_row, cell_col = np.divmod(np.arange(self.rows * self.cols), self.cols)
-        corner, places = [], []
-        for first, edges, share in zip((cell_col, cell_row), self._edges, offset, strict=True):  # x, then y
-            within, share = np.divmod(share * self._num_places, 1.0)  # the place in the cell, the offset in the place
-            place = first * self._num_places + within.astype(np.int64)
-            room = edges[place + 1] - edges[place] - size + 1
-            corner.append(edges[place] + (share * room).astype(np.int64))
-            places.append(place)
-        boxes = table.boxes[size_index, chosen] + np.stack([*corner, *corner], axis=1)
+        place = self._corner + (np.stack(offset) * (self._extent - size + 1)).astype(np.int64)  # x, y
+        boxes = table.boxes[size_index, chosen] + np.concatenate([place, place]).T
 
         pixels = np.zeros((self.page_size, self.page_size), np.uint8)
-        for x, y, side, which, row in zip(*(a.tolist() for a in (*corner, size, size_index, chosen)), strict=True):
+        for x, y, side, which, row in zip(*(a.tolist() for a in (*place, size, size_index, chosen)), strict=True):
             pixels[y : y + side, x : x + side] = table.pixels[which][row]
         grid = (self.rows, self.cols)
-        return Page(
-            self._weathered(pixels, rng)[:, :, None],
-            classes.reshape(grid),
-            boxes.reshape(*grid, 4),
-            np.stack(places[::-1], axis=1).reshape(*grid, 2),
-        )
+        return Page(self._weathered(pixels, rng)[:, :, None], classes.reshape(grid), boxes.reshape(*grid, 4))
 
     def _weathered(self, pixels: UInt8[np.ndarray, "size size"], rng: np.random.Generator) -> np.ndarray:
         """The page with paler ink and noise, where these are set."""

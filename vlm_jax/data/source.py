@@ -6,7 +6,7 @@ reads the data and returns a `Source`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
@@ -116,16 +116,18 @@ class Settings(Protocol):
     Attributes:
       streams: names that `train` and `evaluation` accept.
       num_images: images per sample of `questions`; None where it varies.
-      context_length: maximum tokens of the text of a sample without images.
+      text_streams: streams without pictures, with the maximum tokens of the text before their questions.
       cells: rows and columns of the stream `cells`, or None without one.
       num_classes: classes of a cell.
     """
 
     streams: tuple[str, ...]
     num_images: int | None
-    context_length: int
     cells: Grid | None
     num_classes: int
+
+    @property
+    def text_streams(self) -> Mapping[str, int]: ...
 
     @property
     def tasks(self) -> tuple[str, ...]: ...

@@ -14,10 +14,9 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<image>", "<unk>")
 TASK_WORDS = ("read", "transcribe", "count", "locate", "row", "column")
 DIGITS = tuple("0123456789")
 BOX_TOKENS = ("<box>", "</box>", "(", ")", ",")
-BLANK = "."  # in a page as text
 
 # A tag, a digit, a word, or any other single character; the spaces between them are dropped.
-_WORD = r"</?[a-z]+>|[0-9.]|[^\s0-9<>(),.]+|\S"
+_WORD = r"</?[a-z]+>|[0-9]|[^\s0-9<>(),]+|\S"
 
 
 def digits_tokenizer() -> Tokenizer:
@@ -26,7 +25,7 @@ def digits_tokenizer() -> Tokenizer:
     `decode` returns the canonical text: one space around every task word, none elsewhere, so
     `decode(encode(text)) == text` for `read row 2 column 3`, `7419` and `<box>(12,30),(450,999)</box>`.
     """
-    words = (*SPECIAL_TOKENS, *TASK_WORDS, *DIGITS, *BOX_TOKENS, BLANK)
+    words = (*SPECIAL_TOKENS, *TASK_WORDS, *DIGITS, *BOX_TOKENS)
     vocabulary = {word: index for index, word in enumerate(words)}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_WORD), behavior="removed", invert=True)

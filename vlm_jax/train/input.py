@@ -99,7 +99,7 @@ def rows(
     source, stream = experiment.open_source(), stage.stream
     if not isinstance(experiment, Experiment) or not stage.settings.packs or experiment.rows.are_single:
         return source.train(stream, seed).map(stage.settings.element(experiment, stream))
-    settings, shape = experiment.rows, experiment.text_row if stream == "text_pages" else experiment.row
+    settings, shape = experiment.rows, experiment.text_rows.get(stream, experiment.row)
     sized = source.sized(stream, seed)
     measure = Measure(experiment, sized, shape)
     if settings.pack:

@@ -43,7 +43,7 @@ class NextToken(Objective):
     z_loss: NonNegative = 0.0
     logits_bytes: Bytes | None = None
 
-    streams: ClassVar[tuple[str, ...]] = ("questions", "text_pages")
+    streams: ClassVar[tuple[str, ...]] = ("questions", "text_pages", "fine_text_pages")
     packs: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -62,13 +62,13 @@ class NextToken(Objective):
     def element(self, experiment: AnyExperiment, stream: str) -> Callable[[Any], Tree]:
         """A row of one conversation."""
         experiment = of_conversations(experiment, "config.stages", "next_token")
-        shape = experiment.text_row if stream == "text_pages" else experiment.row
+        shape = experiment.text_rows.get(stream, experiment.row)
         return functools.partial(experiment.training_row, shape=shape)
 
     def example(self, experiment: AnyExperiment, stream: str) -> Tree:
         """A row."""
         experiment = of_conversations(experiment, "config.stages", "next_token")
-        return experiment.system.example(experiment.text_row if stream == "text_pages" else experiment.row)
+        return experiment.system.example(experiment.text_rows.get(stream, experiment.row))
 
 
 @functools.lru_cache(maxsize=64)  # equal objectives are one object, so that equal steps are compiled once
