@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
             "max_digit": 12,
             "task_weights": {"read": 2.0, "transcribe": 2.0, "count": 1.0, "locate": 1.0},
             "turns_per_page": 6,
+            "turns_per_text_page": 6,
             "text_scale": 2,
             "evaluation_size": 400,
             "augment": True,

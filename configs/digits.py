@@ -6,9 +6,10 @@ from configs import base, digits_stages
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Average pooling to 8 tokens; `smoke` shrinks every stage to a few steps."""
+    """Average pooling to 16 tokens; `smoke` shrinks every stage to a few steps."""
     config = base.get_config()
-    config.token_budget = 8
+    digits_stages.set_sizes(config)
+    config.token_budget = 16
     config.connector = ConfigDict({"kind": "pool"})
     config.stages = digits_stages.pretraining()
     config.stages.update(digits_stages.three_stages())

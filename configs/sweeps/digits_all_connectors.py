@@ -7,7 +7,6 @@ from configs.sweeps import digits_token_budget
 # Settings of the learned connectors for one grid of features. `hybrid_mlp`, which joins those of two
 # encoders, needs another model.
 CONNECTORS = {
-    "mlp": {},
     "pool": {},
     "concat": {},
     "pixel_shuffle": {},
@@ -16,11 +15,11 @@ CONNECTORS = {
     "ldp_v2": {},
     "resampler": {"num_heads": 4},
     "perceiver": {"depth": 2, "num_heads": 4},
-    "qformer": {"width": 96, "depth": 2, "num_heads": 4, "mlp_dim": 256},
+    "qformer": {"width": 64, "depth": 2, "num_heads": 4, "mlp_dim": 192},
     "c_abstractor": {"depth": 1},
     "token_packer": {"num_heads": 4},
 }
-BUDGETS = {"mlp": (16,), "ldp": (4,)}  # of the others (1, 4, 16)
+BUDGETS = {"ldp": (16,)}  # of the others (1, 4, 16)
 NESTED = (1, 2, 4, 8, 16)
 
 
@@ -33,17 +32,31 @@ def get_config(arg: str = "") -> ConfigDict:
     """
     config = digits_token_budget.get_config(arg)
     config.unlock()
-    candidates = {
-        kind: {"budgets": BUDGETS.get(kind, (1, 4, 16)), "connector": {"kind": kind, **settings}}
+    # The system that the shared stages train with all of its tokens; every other connector is adapted to it.
+    candidates: dict[str, dict] = {"mlp": {"budgets": (64,)}}
+    candidates |= {
+        kind: {
+            "budgets": BUDGETS.get(kind, (1, 4, 16)),
+            "connector": {"kind": kind, **settings},
+            "schedule": ("long_adaptation",),
+        }
         for kind, settings in CONNECTORS.items()
     }
     for kind in ("pool", "resampler"):
         connector = {"kind": "matryoshka", "budgets": NESTED, "inner": {"kind": kind, **CONNECTORS[kind]}}
-        candidates[f"matryoshka_{kind}"] = {"budgets": NESTED, "trained_at": NESTED[-1], "connector": connector}
+        candidates[f"matryoshka_{kind}"] = {
+            "budgets": NESTED,
+            "trained_at": NESTED[-1],
+            "connector": connector,
+            "schedule": ("long_adaptation",),
+        }
     if arg == "small":
-        candidates = {name: candidates[name] for name in ("pool", "matryoshka_pool")}
+        candidates = {name: candidates[name] for name in ("mlp", "pool", "matryoshka_pool")}
     elif arg == "smoke":
-        candidates = {name: {**candidates[name], "budgets": (1, 4)} for name in ("concat", "matryoshka_resampler")}
+        candidates = {
+            "mlp": candidates["mlp"],
+            **{name: {**candidates[name], "budgets": (1, 4)} for name in ("concat", "matryoshka_resampler")},
+        }
     config.candidates = ConfigDict(candidates)
     config.sweep.controls = ()
     return config.lock()

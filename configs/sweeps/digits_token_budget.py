@@ -1,55 +1,84 @@
-"""How many visual tokens does reading a page of digits need, and with which connector?"""
+"""How many visual tokens does reading a page of digits need, and through which connector or reducer?"""
 
 from ml_collections import ConfigDict
 
 from configs import base, digits_stages
 
+SHARED = ("encoder_pretraining", "decoder_pretraining", "fine_pretraining", "alignment", "instruction")
+# Adaptation of a connector of its own to the system that the shared stages trained with all 64 tokens.
+ADAPTED = {"schedule": ("adaptation",)}
+NESTED = (1, 2, 4, 8, 16, 64)
+MATRYOSHKA = {"kind": "matryoshka", "budgets": NESTED, "inner": {"kind": "pool"}}
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Connectors and two controls at 1 to 16 tokens.
+    """One system with 64 tokens; connectors adapted to fewer, reducers without training, and two controls.
 
     Args:
-      arg: "" for the sweep; `small` for average pooling to 1 and 16 tokens after a shorter
-        pre-training, in a few minutes; `smoke` for a few steps of two points.
+      arg: "" for two seeds; `full` for five, and more budgets; `small` for all tokens and average pooling to 1 and 16
+        after a shorter training, in a few minutes; `smoke` for a few steps of two points.
     """
     config = ConfigDict()
     config.base = base.get_config()
-    config.base.stages = digits_stages.pretraining()
-    config.base.stages.instruction = digits_stages.instruction()
-    config.base.schedule = ("encoder_pretraining", "decoder_pretraining", "instruction")
+    digits_stages.set_sizes(config.base)
+    stages = digits_stages.pretraining()
+    stages.update({"alignment": digits_stages.alignment(), "instruction": digits_stages.instruction()})
+    stages.update({"adaptation": digits_stages.adaptation(), "long_adaptation": digits_stages.adaptation(500)})
+    config.base.stages = stages
+    config.base.schedule = SHARED
 
     config.candidates = ConfigDict(
         {
-            "mlp": {"budgets": (16,), "connector": {"kind": "mlp"}},
-            "pool": {"budgets": (1, 2, 4, 8), "connector": {"kind": "pool"}},
-            "pixel_shuffle": {"budgets": (1, 4), "connector": {"kind": "pixel_shuffle"}},
-            "resampler": {"budgets": (1, 4, 16), "connector": {"kind": "resampler", "num_heads": 4}},
-            "random": {"budgets": (1, 4, 8), "reducer": {"kind": "random"}},
-            "downsample_image": {"budgets": (1, 4), "reducer": {"kind": "downsample_image"}},
+            "mlp": {"budgets": (64,)},
+            "visionzip": {"budgets": (4, 16), "reducer": {"kind": "visionzip"}},
+            "fastv": {"budgets": (4, 16), "reducer": {"kind": "fastv"}},
+            "random": {"budgets": (4, 16), "reducer": {"kind": "random"}},
+            "pool": {"budgets": (4, 16), "connector": {"kind": "pool"}, **ADAPTED},
+            "pixel_shuffle": {"budgets": (16,), "connector": {"kind": "pixel_shuffle"}, **ADAPTED},
+            "resampler": {
+                "budgets": (16,),
+                "connector": {"kind": "resampler", "num_heads": 4},
+                "schedule": ("long_adaptation",),
+            },
+            "matryoshka": {
+                "budgets": NESTED,
+                "trained_at": 64,
+                "connector": MATRYOSHKA,
+                "schedule": ("long_adaptation",),
+            },
+            "downsample_image": {
+                "budgets": (16,),
+                "connector": {"kind": "mlp"},
+                "reducer": {"kind": "downsample_image"},
+                **ADAPTED,
+            },
         }
     )
-    config.sweep = ConfigDict(
-        {
-            "shared": ("encoder_pretraining", "decoder_pretraining"),
-            "seeds": (0,),
-            "controls": ("random", "downsample_image"),
-        }
-    )
-    if arg == "small":
-        config.base.stages.encoder_pretraining.steps = 500
-        config.base.stages.decoder_pretraining.steps = 200
-        config.base.stages.instruction.steps = 150
+    config.sweep = ConfigDict({"shared": SHARED, "seeds": (0, 1), "controls": ("random", "downsample_image")})
+    if arg == "full":
+        config.sweep.seeds = (0, 1, 2, 3, 4)
+        for name in ("visionzip", "fastv", "random"):
+            config.candidates[name].budgets = (1, 4, 16, 32)
+        config.candidates.pyramid_drop = ConfigDict({"budgets": (16, 32), "reducer": {"kind": "pyramid_drop"}})
+        for name in ("pool", "downsample_image"):
+            config.candidates[name].budgets = (1, 4, 16)
+        config.candidates.pixel_shuffle.budgets = (4, 16)
+        config.candidates.resampler.budgets = (4, 16)
+    elif arg == "small":
+        for label, steps in (("encoder_pretraining", 400), ("decoder_pretraining", 300), ("instruction", 150)):
+            config.base.stages[label].steps = steps
         config.base.data.evaluation_size = 100
-        config.candidates = ConfigDict({"pool": {"budgets": (1, 16), "connector": {"kind": "pool"}}})
-        config.sweep.controls = ()
+        pool = {"budgets": (1, 16), "connector": {"kind": "pool"}, **ADAPTED}
+        config.candidates = ConfigDict({"mlp": {"budgets": (64,)}, "pool": pool})
+        config.sweep.seeds, config.sweep.controls = (0,), ()
     elif arg == "smoke":
         digits_stages.shrink(config.base.stages)
         config.base.data.evaluation_size = 4
         config.base.evaluation.batch_size = 16
         config.candidates = ConfigDict(
-            {name: {**config.candidates[name].to_dict(), "budgets": (8,)} for name in ("pool", "random")}
+            {name: {**config.candidates[name].to_dict(), "budgets": (16,)} for name in ("pool", "random")}
         )
-        config.sweep.controls = ("random",)
+        config.sweep.seeds, config.sweep.controls = (0,), ("random",)
     elif arg:
-        raise ValueError(f"this config takes small or smoke, not '{arg}'")
+        raise ValueError(f"this config takes full, small or smoke, not '{arg}'")
     return config.lock()

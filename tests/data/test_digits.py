@@ -138,7 +138,7 @@ def test_the_evaluation_of_a_task_is_fixed_by_the_seed_whatever_else_is_asked():
 
 @pytest.mark.parametrize(("name", "key", "scale"), [("text_pages", 1, 1), ("fine_text_pages", 4, 3)])
 def test_text_pages_hold_the_digits_in_reading_order_and_locate_nothing(name, key, scale):
-    source = opened(text_scale=3)
+    source = opened(text_scale=3, turns_per_text_page=7)
     stream = source.train(name, seed=1)
     for index in range(40):
         sample = stream[index]
@@ -149,6 +149,7 @@ def test_text_pages_hold_the_digits_in_reading_order_and_locate_nothing(name, ke
             digits += "".join(str(page.classes[row, col]) * scale for col in range(4)) * scale
         assert sample.messages[0]["content"][0] == {"type": "text", "text": digits}
         assert len(digits) == source.settings.text_streams[name]
+        assert len(turns(sample)) == 7
         for question, answer in turns(sample):
             assert not question.startswith("locate") and answer == answer_by_search(question, page)
     assert {s.task for s in source.evaluation(0, name)} == {"read", "transcribe", "count"}

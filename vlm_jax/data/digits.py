@@ -48,6 +48,7 @@ class Digits:
       task_weights: relative frequency of each task; a task with weight 0 or
         omitted is not trained or evaluated.
       turns_per_page: questions about one page, in training.
+      turns_per_text_page: questions about one page as text, in training; they are shorter.
       text_scale: side of the square of characters that represents a cell in `fine_text_pages`.
       evaluation_size: evaluation samples per task (and pages of the streams `cells` and `captions`).
       augment: whether training pages are augmented with warps, paler ink and noise; test pages never are.
@@ -63,6 +64,7 @@ class Digits:
     max_digit: Side = 12
     task_weights: dict[str, NonNegative] = dataclasses.field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
     turns_per_page: Count = 4
+    turns_per_text_page: Count = 4
     text_scale: Cells = 2
     evaluation_size: Count = 128
     augment: bool = True
@@ -157,7 +159,7 @@ class DigitSource:
             return self._cells(page)
         if stream == "captions":
             return _captioned(f"digits/train/{seed}/{index}", page)
-        turns = self.settings.turns_per_page
+        turns = self.settings.turns_per_text_page if stream in TEXT_STREAMS else self.settings.turns_per_page
         # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
         # the length of its row, as close to the weights as possible.
         places = rng.permutation((np.arange(turns) + rng.random()) / turns)
