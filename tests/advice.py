@@ -52,7 +52,7 @@ def marks() -> Iterator[tuple[str, str]]:
         text = path.read_text()
         for node in ast.walk(ast.parse(text)) if "tried(" in text else ():
             match node:
-                case ast.Call(func=ast.Name(id="tried"), args=[ast.Constant(value=words)]):
+                case ast.Call(func=ast.Name(id="tried"), args=[ast.Constant(value=str(words))]):
                     yield str(path.relative_to(TESTS)), with_holes(words)
 
 
