@@ -19,6 +19,8 @@ from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.family import PretrainedError, find_prefix, one_side, square_root
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
+from ..advice import tried
+
 ARCHIVE, TORCH = DATA / "vit_jax_token", DATA / "open_clip_rn"
 
 
@@ -58,8 +60,13 @@ def test_an_archive_is_written_back_as_it_was(tmp_path):
     assert original.keys() == again.keys()
     for key, array in original.items():
         np.testing.assert_array_equal(again[key], array)
-    with pytest.raises(CheckpointFileError, match=r"model\.npz exists"):
+    exists = tried("exists: write to another folder, or remove the old checkpoint")
+    with pytest.raises(CheckpointFileError, match=exists):
         loaded.save_pretrained(tmp_path / "saved")
+    loaded.save_pretrained(tmp_path / "another")
+    (tmp_path / "saved" / "model.npz").unlink()
+    loaded.save_pretrained(tmp_path / "saved")
+    assert arrays(tmp_path / "saved" / "model.npz").keys() == arrays(tmp_path / "another" / "model.npz").keys()
 
 
 def test_weights_are_written_last_and_a_failed_save_can_be_tried_again(tmp_path, monkeypatch):

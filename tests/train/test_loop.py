@@ -17,6 +17,7 @@ from vlm_jax.train import loop
 from vlm_jax.train.loop import Diverged, Interrupted, Trainer
 from vlm_jax.train.workdir import read_lines
 
+from ..advice import tried
 from .conftest import tiny_config
 
 
@@ -153,8 +154,12 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(config, one_device, finis
     for path in files:
         if path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"checkpoint 12 .*Delete the folder .*12 .*resumes from checkpoint 10"):
+    told = tried("checkpoint {12} in {} cannot be read: it is damaged or of another model. Delete the folder {}")
+    with pytest.raises(CheckpointError, match=f"{told}.*12 .*resumes from checkpoint 10"):
         train(config, one_device, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    again = train(config, one_device, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, finished[1].params)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(config, one_device, tmp_path):

@@ -23,6 +23,7 @@ from vlm_jax.pretrained.convert import open_conversion, write_adapter
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.loop import Trainer
 
+from ..advice import tried
 from .conftest import tiny_config
 from .stepping import assert_close, steps
 from .test_accumulate import batch_of, experiment_of
@@ -96,8 +97,10 @@ def test_a_workdir_and_its_exports_have_the_merged_averages(run, folder, tmp_pat
         ).max()
         > 1e-4
     )
-    with pytest.raises(CheckpointFileError, match="is not empty"):
+    with pytest.raises(CheckpointFileError, match=tried("{} is not empty: write to another folder")):
         write_adapter(folder, FAMILIES, workdir, tmp_path / "adapter")
+    names = [path.name for path in write_adapter(folder, FAMILIES, workdir, tmp_path / "another")]
+    assert names == [path.name for path in sorted((tmp_path / "adapter").iterdir())]
 
 
 def test_a_run_resumes_with_its_adapters_and_averages(run, one_device):
