@@ -36,9 +36,7 @@ FIXES = [
     (
         tiny_towers,
         {"stages": {"pairs": {**PLAIN, **ANSWERING}}},
-        tried(
-            "{next_token} trains a model that answers, and this is a {TwoTower}; use contrastive for two towers, classify"
-        ),
+        tried("trains a model that answers, and this is a {TwoTower}; use contrastive for two towers, classify"),
         {"stages": PAIRS},
     ),
     (
