@@ -13,6 +13,8 @@ from vlm_jax import sources
 from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.sources import SourceError, located
 
+from .advice import tried
+
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC")
 LIMIT = 5000  # bytes
 SECONDS = 0.4
@@ -142,11 +144,14 @@ def limits(monkeypatch):
 
 def test_the_web_is_not_asked_unless_it_is_allowed(site):
     before = len(Site.asked)
-    with pytest.raises(SourceError, match=r"is on the web, .* download it, or pass allow_network=True"):
+    with pytest.raises(
+        SourceError, match=tried("is on the web, which is not read by default; download it, or pass allow_network=True")
+    ):
         located(f"{site}/picture.png")
     with pytest.raises(CorruptImage, match="is on the web"):
         to_picture(f"{site}/picture.png")
     assert len(Site.asked) == before
+    assert located(f"{site}/picture.png", allow_network=True) == PIXEL
 
 
 @pytest.mark.parametrize("path", ["picture.png", "unlabelled", "moved", "heavy"])

@@ -55,7 +55,8 @@ def test_patchify_refuses_what_it_cannot_cut(size):
         patchify(np.zeros((1, *size, 3), np.float32), patch_size=2, merge_size=2)
     whole = [max(-(-side // 4) * 4, 4) for side in size]  # a multiple of 4
     assert (
-        patchify(np.zeros((1, *whole, 3), np.float32), patch_size=2, merge_size=2).shape[0] == whole[0] * whole[1] // 4
+        patchify(np.zeros((1, *whole, 3), np.float32), patch_size=2, merge_size=2)[0].shape[0]
+        == whole[0] * whole[1] // 4
     )
 
 

@@ -45,6 +45,20 @@ def copy_companions(source: Path, folder: epath.PathLike) -> tuple[epath.Path, .
     return tuple(folder / name for name in written)
 
 
+def target_folder(folder: str | os.PathLike[str]) -> Path:
+    """The local folder that a release is written to, with the home folder in place of a leading `~`.
+
+    Raises:
+      CheckpointFileError: not a path, none that a folder can have, or one in a bucket.
+    """
+    path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
+    if not isinstance(path, str) or not path.strip() or "\0" in path or is_remote(path):
+        raise CheckpointFileError(
+            f"expected the path of a local folder to write, got {folder!r}; pass one, as 'saved/1'"
+        )
+    return Path(absolute(path))
+
+
 def check_vacant(folder: Path) -> None:
     """Checks that a folder does not contain a checkpoint of any format.
 
