@@ -181,6 +181,22 @@ def test_what_is_no_whole_file_is_named(site, path, message):
         located(f"{site}/{path}", allow_network=True)
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("large", tried("more than {} bytes; download it and pass a path")),
+        ("short", tried("ended after {40} of {} bytes; download it")),
+        ("slow", tried("not read within {} seconds; download it")),
+    ],
+)
+def test_what_is_downloaded_is_read_by_its_path(monkeypatch, site, path, message, tmp_path):
+    monkeypatch.setattr(sources, "SECONDS", SECONDS)
+    with pytest.raises(CorruptImage, match=message):
+        to_picture(f"{site}/{path}", allow_network=True)
+    (tmp_path / "a.png").write_bytes(PIXEL)
+    np.testing.assert_array_equal(np.asarray(to_picture(str(tmp_path / "a.png"))), [[[255, 0, 0]]])
+
+
 @pytest.mark.parametrize("path", ["slow", "silent", "head", "chunked", "trailer"])
 def test_a_server_that_takes_its_time_is_left(monkeypatch, site, path):
     monkeypatch.setattr(sources, "SECONDS", SECONDS)

@@ -445,3 +445,21 @@ def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
     with pytest.raises(CheckpointFileError, match=r"model\.safetensors: a link to a file that does not exist"):
         open_checkpoint(tmp_path)
+
+
+def test_a_repository_is_given_by_its_folder_where_there_is_no_connection(tmp_path):
+    told = tried("Without a connection, download the repository elsewhere and pass the path of its folder")
+    with pytest.raises(CheckpointFileError, match=told):
+        hub.fetch("organisation/none")
+    save_checkpoint(tmp_path, TENSORS)
+    assert open_checkpoint(hub.fetch(tmp_path)).keys() == TENSORS.keys()
+
+
+def test_a_dtype_that_safetensors_lacks_is_cast(tmp_path):
+    values = np.array([1 + 0j, 2])
+    with pytest.raises(
+        CheckpointFileError, match=tried("safetensors does not support {w (complex128)}; cast to a numeric")
+    ):
+        save_checkpoint(tmp_path, {"w": values})
+    save_checkpoint(tmp_path, {"w": values.real.astype(np.float32)})
+    assert open_checkpoint(tmp_path)["w"][...].tolist() == [1.0, 2.0]

@@ -1,5 +1,6 @@
 """Config files that fail, and overrides in sections that a config does not have."""
 
+import re
 import subprocess
 import sys
 
@@ -100,6 +101,8 @@ def test_a_tuple_is_set_as_the_message_says(tmp_path):
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert refused.stderr.startswith("ConfigError: --config.schedule[0]=x: config.schedule holds ()")
     assert "schedule: !!python/tuple\n- a\n- b\n" in run("--config.schedule=('a', 'b')").stdout
+    assert re.search(tried("ConfigError: {}\nPass --help for the flags"), refused.stderr)
+    assert "--config.KEY=VALUE overrides a key" in re.sub(r"\s+", " ", run("--help").stdout)
 
 
 def test_keys_may_be_new_and_items_of_lists_have_indices(tmp_path, monkeypatch):

@@ -6,8 +6,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from configs import base
 from vlm_jax.build import build
+from vlm_jax.build.sections import check_sections
 from vlm_jax.cli.process import EXPLAINED
+from vlm_jax.config import ConfigError, parse
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.check import check_config
@@ -55,6 +58,11 @@ FIXES = [
         PACKED,
         tried("{pool} needs one image's grid, but {} packs several images into a sequence; choose one of {}"),
         MLP,
+    ),
+    (
+        {"connector": {"kind": "pool", "output_grid": (1, 1)}},
+        tried("this value is derived from the rest of the config; remove the key"),
+        {"connector": {"kind": "pool"}},
     ),
     (
         {"encoder": PACKED["encoder"], **MLP},
@@ -231,3 +239,13 @@ def test_advice_that_is_followed_helps(made, tmp_path, fault, message, fix):
     if fix is None:
         fault, fix = dict(list(fault.items())[1:]), {}
     begin(made, tmp_path / "second", {**fault, **fix})
+
+
+def test_a_missing_section_is_that_of_the_base(made):
+    config = config_of(made).copy_and_resolve_references().unlock()
+    del config["mesh"]
+    with pytest.raises(ConfigError, match=tried("config.{mesh}: missing; see configs/base.py")):
+        check_sections(config)
+    config.mesh = base.get_config().mesh
+    check_sections(config)
+    assert parse(MeshSettings, config.mesh, "config.mesh") == MeshSettings()

@@ -19,6 +19,7 @@ from vlm_jax.connectors.resampler import Resampler
 from vlm_jax.layers.squares import squares
 from vlm_jax.types import VisualFeatures
 
+from ..advice import tried
 from ..parameters import drawn
 
 WIDTH_IN, WIDTH = 6, 8
@@ -217,3 +218,10 @@ def test_resampler_heads_are_128_wide_unless_told():
 
     np.testing.assert_array_equal(tokens(None), tokens(2))
     assert np.abs(tokens(None) - tokens(1)).max() > 1e-3
+
+
+def test_squares_need_an_image_of_whole_squares():
+    connector = Concat(8, factor=2)
+    with pytest.raises(InfeasibleGrid, match=tried("choose an image size that gives multiples of {2} patches")):
+        connector.num_tokens((3, 4))
+    assert connector.num_tokens((4, 4)) == 4

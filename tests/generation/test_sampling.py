@@ -8,6 +8,8 @@ import pytest
 
 from vlm_jax.generation.sampling import GenerationError, Sampling, filtered, penalised, sample_tokens
 
+from ..advice import tried
+
 LOGITS = np.random.default_rng(1).normal(size=(4, 23)).astype(np.float32) * 2
 
 
@@ -105,3 +107,9 @@ def test_numbers_of_numpy_are_numbers():
     given = Sampling(np.float32(0.5), np.int64(3), np.float64(0.25), np.float16(2), np.uint32(7))
     assert given.values() == Sampling(0.5, 3, 0.25, 2, 7).values()
     assert len(given.values()) == 5
+
+
+def test_limits_of_sampling_need_a_temperature():
+    with pytest.raises(GenerationError, match=tried("{top_k}: is unused at temperature 0; set a temperature above 0")):
+        Sampling(temperature=0, top_k=3)
+    assert Sampling(temperature=0.5, top_k=3).top_k == 3

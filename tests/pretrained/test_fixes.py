@@ -1,13 +1,18 @@
 """What messages on the budget of a release advise works: a fault, the message, and the system that the fix gives."""
 
 import functools
+import json
 
 import pytest
 
+import vlm_jax
 from tests.contracts.releases import make
+from tests.processes import alphabet
 from vlm_jax.budget import InfeasibleBudget
+from vlm_jax.checkpoints.hub import CheckpointFileError
 from vlm_jax.config import ConfigError
 from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.pretrained.family import PretrainedError
 
 from ..advice import tried
 
@@ -70,3 +75,35 @@ def test_a_second_reducer_starts_from_the_release(system):
     ):
         with_budget(once, 2, reducer="random", path="release")
     assert with_budget(system("llava"), 2, reducer="random", path="release").processor.views.tile_tokens == 2
+
+
+def test_a_replaced_connector_is_not_saved_as_the_release(tmp_path):
+    (tmp_path / "llava").mkdir()
+    model = make("llava", tmp_path / "llava")
+    told = tried(
+        "no names for the {connector} that replaced the release's own; save the parameters as a run does, or load"
+    )
+    with pytest.raises(CheckpointFileError, match=told):
+        model.with_budget(4, connector="pool").save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    assert vlm_jax.from_pretrained(tmp_path / "llava").save_pretrained(tmp_path / "saved")
+
+
+def test_tiles_with_class_tokens_are_set_to_the_default(tmp_path):
+    make("llava_next", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    changed = {**config, "vision_feature_select_strategy": "full"}
+    told = tried("tiles with class tokens are not supported; set vision_feature_select_strategy to 'default'")
+    with pytest.raises(PretrainedError, match=told):
+        _ = vlm_jax.from_pretrained(tmp_path, config=changed).processor
+    changed["vision_feature_select_strategy"] = "default"
+    assert vlm_jax.from_pretrained(tmp_path, config=changed).processor.views.tile_tokens == 16
+
+
+def test_a_model_of_texts_has_no_budget(tmp_path):
+    alphabet.write(tmp_path)
+    told = tried("token_budget: this model has no encoder with a decoder; leave it out")
+    with pytest.raises(ConfigError, match=told):
+        vlm_jax.from_pretrained(tmp_path, token_budget=4)
+    answer = vlm_jax.from_pretrained(tmp_path).generate([{"role": "user", "content": "ab"}], max_new_tokens=2)
+    assert answer.text == "cd"

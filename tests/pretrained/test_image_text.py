@@ -14,6 +14,7 @@ from tests.processors.vocabularies import sentencepiece_model
 from vlm_jax.checkpoints.hub import CheckpointFileError
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.system import UnsupportedError
 
 from ..advice import tried
 
@@ -110,6 +111,12 @@ def test_pictures_without_a_tokenizer(tmp_path, picture):
     (tmp_path / "spiece.model").write_bytes(siglip_model(60))
     again = vlm_jax.from_pretrained(tmp_path)
     assert again.logits(again.processor([picture], ["the dog", "a fox"])).shape == (1, 2)
+    with pytest.raises(PretrainedError, match=tried("need images and texts; pass the processor both")):
+        again.logits(again.processor([picture]))
+    told = tried("a {TwoTower} has no conversations; call processor(images=…, texts=…) and logits, encode_images or")
+    with pytest.raises(UnsupportedError, match=told):
+        again.generate([{"role": "user", "content": "a"}], max_new_tokens=2)
+    assert again.encode_images([picture]).shape == (1, 32) == again.encode_texts(["a fox"]).shape
 
 
 @pytest.mark.parametrize(

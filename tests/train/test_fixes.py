@@ -10,6 +10,7 @@ from vlm_jax.train.check import check_config
 from vlm_jax.train.loop import Trainer
 
 from ..advice import tried
+from .conftest import tiny_config
 from .test_classify import classifier
 from .towers import tiny_towers
 
@@ -95,6 +96,33 @@ def begin(make, changes, mesh, workdir):
             section[key] = ConfigDict(value) if isinstance(value, dict) else value
     check_config(config)
     return Trainer(config, build(config), mesh, workdir)
+
+
+CELLS = {"connector": {"kind": "mlp"}, "token_budget": 16}
+PACKED = {
+    "kind": "naflex",
+    "table_grid": (4, 4),
+    "patch_size": 6,
+    "width": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "mlp_dim": 32,
+}
+DENSE = tiny_config().stages.to_dict()
+FIXES += [
+    (
+        tiny_config,
+        {"encoder.patch_size": 8, **CELLS, "token_budget": 9},
+        tried("{(2, 2)} cells do not divide the encoder's {(3, 3)} patches; change config"),
+        {"encoder.patch_size": 6, "token_budget": 16},
+    ),
+    (
+        tiny_config,
+        {"encoder": PACKED, "processor.image_size": None, **CELLS},
+        tried("cells need a grid, but config.encoder.kind {naflex} packs images into a sequence; remove the stage"),
+        {"stages": {"answering": DENSE["answering"]}, "schedule": ("answering",)},
+    ),
+]
 
 
 @pytest.mark.parametrize(("make", "fault", "message", "fix"), FIXES)

@@ -20,6 +20,7 @@ from vlm_jax.checkpoints.hub import (
     SINGLE_FILE,
     CheckpointFileError,
 )
+from vlm_jax.paths import absolute, is_remote
 from vlm_jax.types import Config
 
 MAX_SHARD_BYTES = 5 * 2**30
@@ -45,7 +46,7 @@ def copy_companions(source: Path, folder: epath.PathLike) -> tuple[epath.Path, .
     return tuple(folder / name for name in written)
 
 
-def target_folder(folder: str | os.PathLike[str]) -> Path:
+def target_folder(folder: object) -> Path:
     """The local folder that a release is written to, with the home folder in place of a leading `~`.
 
     Raises:
