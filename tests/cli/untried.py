@@ -55,28 +55,12 @@ UNTRIED = [
     # connectors/qformer.py
     "pass one",
     "leave it out",
-    # costs/flops.py
-    "count the FLOPs of its body instead",
-    # costs/kernels.py
-    "give it a cost_estimate, or add it to KERNELS",
     # decoders/deepseek.py
-    "leave these fields out",
     "set config.decoder.balance_weight to 0, or choose a reducer that acts before the",
-    # encoders/packed.py
-    "an image of {}x{} pixels cannot be divided into blocks of {}x{} patches of {} pixels;",
-    # generation/released.py
-    "pass sampling=Sampling({})",
-    # layers/squares.py
-    "pack patches with a merge_size that is a multiple of {}",
-    "use a connector that takes blocks (concat, pixel_shuffle, visual_vocabulary)",
-    # layers/windowed_stack.py
-    "saliency is of the last layer, without collected states: leave out `collect`",
     # models/vlm.py
     "set its combine to 'feature'",
     "set reduce to 'tokens', so that it acts after the connector",
     "set reduce to 'features'",
-    # optim/patterns.py
-    "give each a key",
     # planner/inference.py
     "plan --stage=train",
     # reducers/behind_connector.py
@@ -85,6 +69,4 @@ UNTRIED = [
     "set {}, as build does",
     # reducers/visionzip.py
     "{}: the rule 'as_released' needs a class token: set {}",
-    # system.py
-    "use its run's checkpoints",
 ]

@@ -146,6 +146,18 @@ def test_patches_packed_without_windows_or_blocks_are_refused():
         assert jax.eval_shape(KINDS[kind].init, jax.random.key(0), packed)
 
 
+def test_an_image_is_resized_and_states_are_left_out_as_said():
+    encoder = KINDS["qwen2_vl"]
+    with pytest.raises(ValueError, match=tried("an image of {6}x{4} pixels cannot be divided into blocks of {2}x{2}")):
+        encoder.grid(6, 4)
+    assert encoder.grid(8, 4) == (4, 2)
+    told = tried("saliency is of the last layer, without collected states: leave out `collect`")
+    encoder, packed = encoder.clone(saliency="heads"), packed_for(encoder)
+    with pytest.raises(ValueError, match=told):
+        jax.eval_shape(functools.partial(encoder.init, collect=True), jax.random.key(0), packed)
+    assert jax.eval_shape(encoder.init, jax.random.key(0), packed)
+
+
 def count(encoder):
     shapes = jax.eval_shape(encoder.init, jax.random.key(0), packed_for(encoder, [(1, 2, 2)]))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

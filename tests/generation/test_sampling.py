@@ -1,11 +1,13 @@
 """Filters of logits against their definitions in NumPy, token by token."""
 
 import inspect
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.generation.released import _sampled
 from vlm_jax.generation.sampling import GenerationError, Sampling, filtered, penalised, sample_tokens
 
 from ..advice import tried
@@ -113,3 +115,11 @@ def test_limits_of_sampling_need_a_temperature():
     with pytest.raises(GenerationError, match=tried("{top_k}: is unused at temperature 0; set a temperature above 0")):
         Sampling(temperature=0, top_k=3)
     assert Sampling(temperature=0.5, top_k=3).top_k == 3
+
+
+def test_the_sampling_of_a_release_is_that_of_the_call_in_its_note():
+    (told,) = _sampled({"do_sample": True, "top_k": 5, "temperature": 0.5})
+    assert re.search(
+        tried("answers here are greedy by default, pass sampling=Sampling({temperature=0.5, top_k=5})"), told
+    )
+    assert Sampling(temperature=0.5, top_k=5).temperature == 0.5

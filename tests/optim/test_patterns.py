@@ -131,3 +131,13 @@ def test_what_learns_at_which_rate_is_counted():
         "decoder: 15 parameters frozen",
         "encoder: 18 parameters at 0.05 to 0.1, 3 parameters at 0.1, 12 parameters frozen",
     ]
+
+
+def test_several_stacks_have_a_key_each():
+    shapes = {"encoder": {name: boxed(2)["encoder"]["blocks"] for name in ("high", "low")}}
+    with pytest.raises(
+        ConfigError, match=tried("has several stacks of layers ({encoder/high, encoder/low}); give each a key")
+    ):
+        leaf_rates(shapes, {"encoder": 1.0}, {"encoder": 0.5}, "stage")
+    found = leaf_rates(shapes, {"encoder": 1.0}, {"encoder/high": 0.5, "encoder/low": 0.25}, "stage")
+    assert found == {"encoder/high/layers/mlp/kernel": (0.5, 1.0), "encoder/low/layers/mlp/kernel": (0.25, 1.0)}

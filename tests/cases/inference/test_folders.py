@@ -85,6 +85,7 @@ def test_20_an_adapter_is_told_with_its_model(tmp_path, beside):
         shutil.copy(alphabet_folder(tmp_path / "base") / "config.json", tmp_path)
     edit(tmp_path, "adapter_config.json", ("peft_type",), "LORA")
     edit(tmp_path, "adapter_config.json", ("base_model_name_or_path",), "some/base-model")
+    edit(tmp_path, "adapter_config.json", ("bias",), "none")  # a text, as peft writes it
     tensor = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((8, 32), np.float32)}
     safetensors.numpy.save_file(tensor, tmp_path / "adapter_model.safetensors")
     told = refused(tmp_path, "an adapter of 'some/base-model', not a model")
