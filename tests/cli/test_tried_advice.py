@@ -18,17 +18,21 @@ def fitting(words, texts):
     return [words] if words in texts else [text for text in texts if words in text]
 
 
-def test_every_advice_is_followed_by_a_test(texts):
+@pytest.fixture(scope="module")
+def followed(texts):
+    """The texts whose advice a test follows."""
+    return {text for _, words in marks() for text in fitting(words, texts)}
+
+
+def test_every_advice_is_followed_by_a_test(texts, followed):
     """A new message needs a test that follows its advice: see `tests/advice.py`."""
-    followed = {text for _, words in marks() for text in fitting(words, texts)}
     known = {text for words in UNTRIED for text in fitting(with_holes(words), texts)}
     lacking = [f"{file}: {text.replace(HOLE, '{}')}" for text, file in texts.items() if text not in followed | known]
     assert not lacking, "\n".join(["no test follows the advice of:", *lacking])
 
 
-def test_what_is_untried_is_so(texts):
+def test_what_is_untried_is_so(texts, followed):
     """An advice that is now followed, or is gone, leaves the list."""
-    followed = {text for _, words in marks() for text in fitting(words, texts)}
     for words in UNTRIED:
         found = fitting(with_holes(words), texts)
         assert len(found) == 1, (words, found)
