@@ -91,16 +91,20 @@ def test_a_tuple_is_set_as_the_message_says(tmp_path):
     """In a process of its own, whose flags are parsed once."""
     path = tmp_path / "own.py"
     path.write_text(FILE)
-    code = "from vlm_jax.cli import command; command.run(lambda: print(command.CONFIG.value), needs_workdir=False)"
+    code = "from vlm_jax.cli import command; command.run(lambda: print(command.workdir(), command.CONFIG.value))"
     words = [sys.executable, "-W", "ignore", "-c", code, f"--config={path}"]
 
-    def run(word):
-        return subprocess.run([*words, word], capture_output=True, text=True)
+    def run(word, *more):
+        return subprocess.run([*words, word, *more], capture_output=True, text=True)
 
     refused = run("--config.schedule[0]=x")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert refused.stderr.startswith("ConfigError: --config.schedule[0]=x: config.schedule holds ()")
-    assert "schedule: !!python/tuple\n- a\n- b\n" in run("--config.schedule=('a', 'b')").stdout
+    assert "schedule: !!python/tuple\n- a\n- b\n" in run("--config.schedule=('a', 'b')", "--workdir=/run").stdout
+    lacks = run("--config.encoder.width=5")
+    told = tried("--workdir: expected the folder of the run; pass one")
+    assert lacks.returncode == 1 and re.search(told, lacks.stdout + lacks.stderr)
+    assert run("--config.encoder.width=5", "--workdir=/run").stdout.startswith("/run ")
     assert re.search(tried("ConfigError: {}\nPass --help for the flags"), refused.stderr)
     assert "--config.KEY=VALUE overrides a key" in re.sub(r"\s+", " ", run("--help").stdout)
 

@@ -36,7 +36,6 @@ UNTRIED = [
     # checkpoints/runs.py
     "train with config.lora, or export it whole",
     # cli/command.py
-    "--workdir: expected the folder of the run; pass one",
     "{}; rerun the same command to resume",
     "free space on {}, and rerun the same command to resume",
     # cli/convert.py
