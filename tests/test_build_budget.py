@@ -14,6 +14,8 @@ from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.types import PackedPatches, Sample, Turn, dialogue
 
+from .advice import tried
+
 VIT = {"patch_size": 12, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
 ENCODERS = {
     "qwen_vit": {**VIT},
@@ -100,7 +102,7 @@ def test_a_budget_is_shared_by_the_frames_of_a_clip(per, budget, clip):
     [
         (
             made(18, tiles=(2, 2), thumbnail=True),
-            "18 tokens are no equal parts for 5 views; nearest feasible: 10 and 20",
+            tried("config.token_budget: {18} tokens are {no equal parts for 5 views}; nearest feasible: {10 and 20}"),
         ),
         (
             made(28, tiles=(2, 2)),

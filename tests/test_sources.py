@@ -13,6 +13,8 @@ from vlm_jax import sources
 from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.sources import SourceError, located
 
+from .advice import tried
+
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC")
 LIMIT = 5000  # bytes
 SECONDS = 0.4
@@ -142,11 +144,14 @@ def limits(monkeypatch):
 
 def test_the_web_is_not_asked_unless_it_is_allowed(site):
     before = len(Site.asked)
-    with pytest.raises(SourceError, match=r"is on the web, .* download it, or pass allow_network=True"):
+    with pytest.raises(
+        SourceError, match=tried("is on the web, which is not read by default; download it, or pass allow_network=True")
+    ):
         located(f"{site}/picture.png")
     with pytest.raises(CorruptImage, match="is on the web"):
         to_picture(f"{site}/picture.png")
     assert len(Site.asked) == before
+    assert located(f"{site}/picture.png", allow_network=True) == PIXEL
 
 
 @pytest.mark.parametrize("path", ["picture.png", "unlabelled", "moved", "heavy"])
@@ -174,6 +179,22 @@ def test_a_picture_is_read_by_its_bytes_and_through_a_redirect(site, path):
 def test_what_is_no_whole_file_is_named(site, path, message):
     with pytest.raises(SourceError, match=rf"{site}/{path}: {message}"):
         located(f"{site}/{path}", allow_network=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("large", tried("more than {} bytes; download it and pass a path")),
+        ("short", tried("ended after {40} of {} bytes; download it")),
+        ("slow", tried("not read within {} seconds; download it")),
+    ],
+)
+def test_what_is_downloaded_is_read_by_its_path(monkeypatch, site, path, message, tmp_path):
+    monkeypatch.setattr(sources, "SECONDS", SECONDS)
+    with pytest.raises(CorruptImage, match=message):
+        to_picture(f"{site}/{path}", allow_network=True)
+    (tmp_path / "a.png").write_bytes(PIXEL)
+    np.testing.assert_array_equal(np.asarray(to_picture(str(tmp_path / "a.png"))), [[[255, 0, 0]]])
 
 
 @pytest.mark.parametrize("path", ["slow", "silent", "head", "chunked", "trailer"])

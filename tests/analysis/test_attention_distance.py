@@ -11,6 +11,8 @@ from vlm_jax.analysis.attention_distance import (
     patch_distances,
 )
 
+from ..advice import tried
+
 
 def test_distances_are_between_the_centres_of_patches():
     distances = patch_distances((3, 4), 14)
@@ -63,8 +65,11 @@ def test_a_patch_without_weight_left_is_finite():
 
 def test_weights_of_another_grid_are_refused():
     weights = np.zeros((1, 1, 1, 3, 3), np.float32)
-    with pytest.raises(ValueError, match=r"at least 4 tokens for a 2x2 grid, got .*\(1, 1, 1, 3, 3\)"):
+    with pytest.raises(
+        ValueError, match=tried("got weights of shape {(1, 1, 1, 3, 3)}; pass the grid of the images that the weights")
+    ):
         mean_attention_distance(weights, (2, 2), 4, renormalise=True)
+    assert mean_attention_distance(weights, (1, 2), 4, renormalise=True).shape == (1, 1)
 
 
 def test_the_figure_has_a_dot_for_every_head_above_its_layer():

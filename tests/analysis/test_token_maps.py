@@ -11,6 +11,8 @@ from vlm_jax.connectors import CONNECTORS
 from vlm_jax.reducers.random_drop import RandomDrop
 from vlm_jax.types import VisualFeatures, VisualTokens
 
+from ..advice import tried
+
 GRID, WIDTH, FEATURES = (4, 6), 5, 8
 
 
@@ -192,5 +194,8 @@ def test_the_figure_can_show_some_tokens_of_a_grey_page():
 
 
 def test_maps_of_another_grid_are_refused():
-    with pytest.raises(ValueError, match="over the 24 features of a 4x6 grid, got 9"):
+    with pytest.raises(
+        ValueError, match=tried("over the {24} features of a {4}x{6} grid, got {9}; pass the grid of the features")
+    ):
         draw_token_maps(page(), np.zeros((2, 9), np.float32), GRID)
+    assert len(draw_token_maps(page(), np.zeros((2, 9), np.float32), (3, 3), tokens=[1]).axes) == 1

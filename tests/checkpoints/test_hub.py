@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,6 +16,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from vlm_jax.checkpoints import hub
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint, read_config
 from vlm_jax.checkpoints.saving import save_archive, save_checkpoint
+
+from ..advice import tried
 
 TENSORS = {
     "b.weight": np.arange(24, dtype=np.float32).reshape(4, 6),
@@ -176,9 +179,16 @@ def test_other_files_are_refused(tmp_path):
 
 def test_a_pickled_array_in_an_npz_is_refused(tmp_path):
     path = tmp_path / "model.npz"
-    np.savez(path, good=np.zeros(2), bad=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(CheckpointFileError, match="bad is a pickled array, which is not read"):
+    np.savez(path, good=np.zeros(2), bad=np.array([1, 2.5], dtype=object))
+    told = tried(
+        "{bad} is a pickled array, which is not read, because opening one can run arbitrary code. Convert it once"
+    )
+    with pytest.raises(CheckpointFileError, match=told):
         open_checkpoint(path)
+    arrays = dict(np.load(path, allow_pickle=True))
+    arrays["bad"] = arrays["bad"].astype(np.float32)
+    np.savez(tmp_path / "new.npz", **arrays)
+    assert open_checkpoint(tmp_path / "new.npz")["bad"][...].dtype == np.float32
 
 
 @pytest.mark.parametrize("length", [0, 4, 40, -1])
@@ -186,8 +196,12 @@ def test_a_safetensors_file_cut_short_is_named(tmp_path, length):
     (path,) = save_checkpoint(tmp_path, TENSORS)
     content = path.read_bytes()[:length]
     path.write_bytes(content)
-    with pytest.raises(CheckpointFileError, match=rf"model.safetensors \({len(content)} bytes\): damaged or truncated"):
+    told = tried("bytes): damaged or truncated ({}); download it again")
+    with pytest.raises(CheckpointFileError, match=rf"model.safetensors \({len(content)} {told}"):
         open_checkpoint(tmp_path)
+    path.unlink()
+    save_checkpoint(tmp_path, TENSORS)  # as downloaded again
+    assert open_checkpoint(tmp_path).keys() == TENSORS.keys()
 
 
 @pytest.mark.parametrize("length", [0, 100, -1])
@@ -232,17 +246,20 @@ def test_an_npz_may_be_compressed_in_any_way_that_python_reads(tmp_path, method)
 )
 def test_an_npz_whose_shape_is_not_that_of_its_bytes_is_refused_before_it_is_read(tmp_path, shape):
     written_npz(tmp_path / "model.npz", HEADER % shape)
-    with pytest.raises(
-        CheckpointFileError, match=r"model.npz(: w has the shape .* but 12 bytes| \(\d+ bytes\): damaged)"
-    ):
+    told = tried("{w} has the shape {} of {} in its header, but {12} bytes; write the file again")
+    with pytest.raises(CheckpointFileError, match=rf"model.npz(: {told}| \(\d+ bytes\): damaged)"):
         open_checkpoint(tmp_path)
+    written_npz(tmp_path / "model.npz", HEADER % "(3,)")
+    assert open_checkpoint(tmp_path)["w"].shape == (3,)
 
 
 @pytest.mark.parametrize("names", [("w.npy", "w.npy"), ("w.npy", "w")])
 def test_an_npz_with_an_array_twice_is_refused(tmp_path, names):
     written_npz(tmp_path / "model.npz", HEADER % "(3,)", names=names)
-    with pytest.raises(CheckpointFileError, match=r"model\.npz: has w twice"):
+    with pytest.raises(CheckpointFileError, match=tried("has {w} twice; write it again with one array of each name")):
         open_checkpoint(tmp_path)
+    written_npz(tmp_path / "model.npz", HEADER % "(3,)")
+    assert list(open_checkpoint(tmp_path)) == ["w"]
 
 
 @pytest.mark.parametrize("place", [8, 10], ids=["encrypted", "method"])
@@ -270,8 +287,24 @@ def test_a_flipped_bit_in_an_npz_is_found_on_reading(tmp_path):
 def test_the_pointer_of_git_lfs_is_recognised(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(CheckpointFileError, match="git lfs pull"):
+    with pytest.raises(CheckpointFileError, match=tried("instead of the file; fetch it with `git lfs pull`")):
         open_checkpoint(path)
+    path.unlink()
+    save_checkpoint(tmp_path, TENSORS)  # as pulled
+    assert open_checkpoint(path).keys() == TENSORS.keys()
+
+
+def test_one_of_several_checkpoints_is_chosen_by_its_path(tmp_path):
+    for name in ("one", "two"):
+        safetensors.numpy.save_file({name: np.zeros(1, np.float32)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(
+        CheckpointFileError, match=tried("found {one.safetensors, two.safetensors}; pass the path of the file")
+    ):
+        open_checkpoint(tmp_path)
+    assert list(open_checkpoint(tmp_path / "two.safetensors")) == ["two"]
+    index = {"weight_map": {"one": "one.safetensors", "two": "two.safetensors"}}
+    (tmp_path / hub.INDEX_FILE).write_text(json.dumps(index))
+    assert sorted(open_checkpoint(tmp_path / hub.INDEX_FILE)) == ["one", "two"]
 
 
 def test_a_dtype_that_numpy_lacks_is_named(tmp_path):
@@ -296,6 +329,10 @@ def test_every_disagreement_of_index_and_shards_is_listed(tmp_path):
     assert f"{held[0]} is in {first} but not in the index" in message
     assert "the shard model-00003.safetensors is missing (1 tensors)" in message
     assert "../model.safetensors is not a file name next to the index" in message
+    assert re.search(tried("{} and its shards disagree; download them again:\n  "), message)
+    (tmp_path / "again").mkdir()
+    sharded(tmp_path / "again")
+    assert held[0] in open_checkpoint(tmp_path / "again")
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
@@ -408,3 +445,21 @@ def test_a_link_to_a_file_that_is_gone_is_named(tmp_path):
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
     with pytest.raises(CheckpointFileError, match=r"model\.safetensors: a link to a file that does not exist"):
         open_checkpoint(tmp_path)
+
+
+def test_a_repository_is_given_by_its_folder_where_there_is_no_connection(tmp_path):
+    told = tried("Without a connection, download the repository elsewhere and pass the path of its folder")
+    with pytest.raises(CheckpointFileError, match=told):
+        hub.fetch("organisation/none")
+    save_checkpoint(tmp_path, TENSORS)
+    assert open_checkpoint(hub.fetch(tmp_path)).keys() == TENSORS.keys()
+
+
+def test_a_dtype_that_safetensors_lacks_is_cast(tmp_path):
+    values = np.array([1 + 0j, 2])
+    with pytest.raises(
+        CheckpointFileError, match=tried("safetensors does not support {w (complex128)}; cast to a numeric")
+    ):
+        save_checkpoint(tmp_path, {"w": values})
+    save_checkpoint(tmp_path, {"w": values.real.astype(np.float32)})
+    assert open_checkpoint(tmp_path)["w"][...].tolist() == [1.0, 2.0]

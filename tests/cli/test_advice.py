@@ -1,6 +1,5 @@
 """What messages tell a user to set or to pass exists: every key of a config and every flag that a text names."""
 
-import ast
 import pathlib
 import re
 
@@ -25,6 +24,8 @@ from vlm_jax.train.objectives import OBJECTIVES
 from vlm_jax.train.settings import LoopSettings
 from vlm_jax.train.stages import Stage
 
+from ..advice import messages
+
 CLASSES = {
     "data": SOURCES.values(),
     "row": (RowSettings, CaptionSettings),
@@ -45,21 +46,6 @@ KNOWN = {
 }
 KNOWN["stages"] = {key for cls in (Stage, *OBJECTIVES.values()) for key in keys_of(cls)}
 OUTSIDE = {"base", "candidates", "sweep", "json"}  # the parts of a sweep's config; the file config.json
-
-
-def messages():
-    """(file, text) of every string of the package that is no docstring; an inserted value is {}."""
-    for path in sorted(pathlib.Path(vlm_jax.__file__).parent.rglob("*.py")):
-        nodes = list(ast.walk(ast.parse(path.read_text())))
-        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        for node in nodes:
-            if id(node) in docstrings:
-                continue
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
-                yield path.name, "".join(map(str, parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield path.name, node.value
 
 
 def test_every_key_of_a_config_that_a_text_names_exists():

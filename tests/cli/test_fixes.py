@@ -1,4 +1,4 @@
-"""What messages advise works: a fault, the message that names the fix, and the run that begins after it."""
+"""What messages advise works: a fault of a config, the message that names the fix, and the run that begins after it."""
 
 import functools
 
@@ -6,8 +6,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from configs import base
 from vlm_jax.build import build
+from vlm_jax.build.sections import check_sections
 from vlm_jax.cli.process import EXPLAINED
+from vlm_jax.config import ConfigError, parse
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.check import check_config
@@ -15,6 +18,7 @@ from vlm_jax.train.input import rows
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.stages import parse_schedule
 
+from ..advice import tried
 from ..cases.training.files import config_of, records, write, write_files
 
 SIZES = {"patch_size": 6, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32, "remat": "none"}
@@ -30,68 +34,149 @@ SAME = "{folder}/train.jsonl"
 
 # (fault, message, the fix as further changes; None where it takes the fault's first key back)
 FIXES = [
-    ({"token_budget": 3}, r"pool cannot give 3 tokens .* nearest feasible: 2 and 4", {"token_budget": 2}),
-    ({"token_budget": 17}, "nearest feasible: 16", {"token_budget": 16}),
-    (MLP, "mlp cannot give 4 tokens .* nearest feasible: 16", {"token_budget": 16}),
-    ({"decoder__vocab_size": 5}, r"5 is less than the 60 tokens .* or raise it", {"decoder__vocab_size": 60}),
-    (PACKED, "config.connector.kind: pool needs .* choose one of mlp, concat,", MLP),
-    ({"encoder": PACKED["encoder"], **MLP}, "image_size: set it to None", {"processor__image_size": None}),
+    (
+        {"token_budget": 3},
+        tried("{pool} cannot give {3} tokens from a {}x{} grid, because {}; nearest feasible: {2 and 4}"),
+        {"token_budget": 2},
+    ),
+    (
+        {"token_budget": 17},
+        tried("{pool} cannot give {17} tokens from a {4}x{4} grid, because {}; nearest feasible: {16}"),
+        {"token_budget": 16},
+    ),
+    (
+        MLP,
+        tried("{mlp} cannot give {4} tokens from a {4}x{4} grid, because {}; nearest feasible: {16}"),
+        {"token_budget": 16},
+    ),
+    (
+        {"decoder__vocab_size": 5},
+        tried("{5} is less than the {60} tokens of config.processor.tokenizer; use the release's, or raise it"),
+        {"decoder__vocab_size": 60},
+    ),
+    (
+        PACKED,
+        tried("{pool} needs one image's grid, but {} packs several images into a sequence; choose one of {}"),
+        MLP,
+    ),
+    (
+        {"connector": {"kind": "pool", "output_grid": (1, 1)}},
+        tried("this value is derived from the rest of the config; remove the key"),
+        {"connector": {"kind": "pool"}},
+    ),
+    (
+        {"encoder": PACKED["encoder"], **MLP},
+        tried("config.processor.{image_size}: set it to {None}; {} takes images of any size"),
+        {"processor__image_size": None},
+    ),
     (
         {"reducer": {"kind": "random"}, **PACKED, **MLP},
-        "config.reducer.kind: .* set it to none",
+        tried("reduces image by image, but {} packs several into a sequence; set it to none"),
         {"reducer": {"kind": "none"}},
     ),
-    ({"encoder__num_heads": 3}, "set num_heads to a divisor of it", {"encoder__num_heads": 4}),
-    ({"encoder__levels": (5,)}, "choose from these, or raise depth", {"encoder__depth": 5}),
-    ({"encoder__levels": (5,)}, "hidden states 0 to 1; choose from these", {"encoder__levels": (1,)}),
+    ({"encoder__num_heads": 3}, tried("set num_heads to a divisor of it"), {"encoder__num_heads": 4}),
+    (
+        {"encoder__levels": (5,)},
+        tried("with the hidden states 0 to {1}; choose from these, or raise {depth}"),
+        {"encoder__depth": 5},
+    ),
+    (
+        {"encoder__levels": (5,)},
+        tried("with the hidden states 0 to {1}; choose from these, or raise {depth}"),
+        {"encoder__levels": (1,)},
+    ),
     (
         {"reducer": {"kind": "fastv", "layer": 1}, **MLP},
-        "raise config.decoder.depth, or choose another reducer",
+        tried("raise config.decoder.depth, or choose another reducer"),
         {"decoder__depth": 2},
     ),
     (
         {"reducer": {"kind": "fastv", "layer": 2}, "decoder__depth": 2, **MLP},
-        "choose distinct layers from 1 to 1",
+        tried("choose distinct layers from 1 to {1}"),
         {"reducer": {"kind": "fastv", "layer": 1}},
     ),
     (
         {"processor__thumbnail": True},
-        "thumbnail: needs several tiles; set it to False",
+        tried("config.processor.thumbnail: needs several tiles; set it to False"),
         {"processor__thumbnail": False},
     ),
-    ({"processor__min_tokens": 4}, "min_tokens: .* remove the key, or choose one of naflex", None),
-    ({"processor__min_tokens": 4}, "remove the key, or choose one of naflex", {**PACKED, **MLP}),
-    ({"token_budget_per": "frame"}, "set config.processor.frames, or choose image", {"token_budget_per": "image"}),
-    ({"token_budget_per": "frame"}, "set config.processor.frames, or choose image", {"processor__frames": 1}),
+    (
+        {"processor__min_tokens": 4},
+        tried("encoders that pack images of any size; remove the key, or choose one of {}"),
+        None,
+    ),
+    (
+        {"processor__min_tokens": 4},
+        tried("encoders that pack images of any size; remove the key, or choose one of {}"),
+        {**PACKED, **MLP},
+    ),
+    (
+        {"token_budget_per": "frame"},
+        tried("set config.processor.frames, or choose image"),
+        {"token_budget_per": "image"},
+    ),
+    ({"token_budget_per": "frame"}, tried("set config.processor.frames, or choose image"), {"processor__frames": 1}),
     (
         {"data__num_images": None},
-        "set config.processor.frames to the number .*, or num_images",
+        tried("set config.processor.frames to the number of sampled frames, or num_images to the images"),
         {"processor__frames": 1},
     ),
-    ({"row__pictures": 3}, "config.row.pictures: is only for .* set it to None", {"row__pictures": None}),
-    ({"row__pack": True}, "need length .* and images .*; set both, and text_length to None", CUT),
+    (
+        {"row__pictures": 3},
+        tried("config.row.{pictures}: is only for a release, or with config.row.pack; set it to None"),
+        {"row__pictures": None},
+    ),
+    (
+        {"row__pack": True},
+        tried("need length (positions) and images (tiles, or places of patches); set both, and text_length to None"),
+        CUT,
+    ),
     (
         {"row__pack": True, **CUT, "row__length": 8},
         r"needs 12 positions, config\.row\.length is 8",
         {"row__length": 12},
     ),
-    ({"row__text_length": 2}, r"limit of 6; raise config\.row\.text_length by 6 or more", {"row__text_length": 8}),
-    ({"row__text_length": None, "row__length": 6}, r"raise config\.row\.length by 6 or more", {"row__length": 12}),
-    ({"data__evaluation_path": SAME}, "is train_path, .* use a separate file", None),
-    ({"lora__rank": 2}, "got rank=2 and target=.*; set both, or neither", {"lora__rank": 0}),
-    (LORA, "add 'lora' to the learning_rates of a stage", {RATES: {"lora": 1e-3}}),
-    (LORA, "or set config.lora.rank to 0", {"lora__rank": 0, "lora__target": ()}),
-    ({RATES: {"encodr": 1e-3}}, "no such parameter; did you mean 'encoder'", {RATES: LEARNED}),
-    ({"stages__tuning__beta": 0.1}, "is a key of the objective prefer; remove it", None),
+    (
+        {"row__text_length": 2},
+        tried("limit of {6}; raise {config.row.text_length} by {6} or more, or remove the sample"),
+        {"row__text_length": 8},
+    ),
+    (
+        {"row__text_length": None, "row__length": 6},
+        tried("raise {config.row.length} by {6} or more, or remove the sample"),
+        {"row__length": 12},
+    ),
+    (
+        {"data__evaluation_path": SAME},
+        tried("config.data.evaluation_path: is {train_path}, {}; use a separate file"),
+        None,
+    ),
+    ({"lora__rank": 2}, tried("got rank={2} and target={}; set both, or neither"), {"lora__rank": 0}),
+    (LORA, tried("add 'lora' to the learning_rates of a stage, or set config.lora.rank to 0"), {RATES: {"lora": 1e-3}}),
+    (
+        LORA,
+        tried("add 'lora' to the learning_rates of a stage, or set config.lora.rank to 0"),
+        {"lora__rank": 0, "lora__target": ()},
+    ),
+    (
+        {RATES: {"encodr": 1e-3}},
+        tried("; did you mean {'encoder' or 'decoder' or 'encoder/blocks'}?"),
+        {RATES: LEARNED},
+    ),
+    ({"stages__tuning__beta": 0.1}, tried("is a key of the objective {prefer}; remove it"), None),
     ({"stages__tuning__batch_size": 6, "stages__tuning__accumulate": 4}, "expected a divisor of the batch_size", None),
     ({"stages__tuning__warmup_steps": 9}, "expected fewer than 4 steps", {"stages__tuning__warmup_steps": 3}),
-    ({"stages__tuning__stream": "question"}, "did you mean 'questions'", {"stages__tuning__stream": "questions"}),
-    ({"schedule": ("tunin",)}, "did you mean 'tuning'", {"schedule": ("tuning",)}),
-    ({"loop__writers": ("tensorbord",)}, "did you mean 'tensorboard'", {"loop__writers": ("tensorboard",)}),
+    (
+        {"stages__tuning__stream": "question"},
+        tried("; did you mean '{questions}'?"),
+        {"stages__tuning__stream": "questions"},
+    ),
+    ({"schedule": ("tunin",)}, tried("; did you mean '{tuning}'?"), {"schedule": ("tuning",)}),
+    ({"loop__writers": ("tensorbord",)}, tried("; did you mean '{tensorboard}'?"), {"loop__writers": ("tensorboard",)}),
     ({"optimizer__clip_norm": 0.0}, r"\(inf for no clipping\)", {"optimizer__clip_norm": float("inf")}),
     (
         {"evaluation__max_new_tokens": 1},
-        "has 2 tokens .* raise config.evaluation.max_new_tokens",
+        tried("has {2} tokens with the end token, over the limit of {1}; raise {config.evaluation.max_new_tokens}"),
         {"evaluation__max_new_tokens": 2},
     ),
     (
@@ -106,7 +191,7 @@ FIXES = [
     ),
     (
         {"data__train_path": "{folder}/pairs.jsonl", **PREFER, "row__pack": True, **CUT},
-        r"set config\.row\.pack to False and",
+        tried("set config.row.pack to False and config.row.buckets to 1"),
         {"row__pack": False, "row__length": None, "row__images": None, "row__text_length": 60},
     ),
 ]
@@ -154,3 +239,13 @@ def test_advice_that_is_followed_helps(made, tmp_path, fault, message, fix):
     if fix is None:
         fault, fix = dict(list(fault.items())[1:]), {}
     begin(made, tmp_path / "second", {**fault, **fix})
+
+
+def test_a_missing_section_is_that_of_the_base(made):
+    config = config_of(made).copy_and_resolve_references().unlock()
+    del config["mesh"]
+    with pytest.raises(ConfigError, match=tried("config.{mesh}: missing; see configs/base.py")):
+        check_sections(config)
+    config.mesh = base.get_config().mesh
+    check_sections(config)
+    assert parse(MeshSettings, config.mesh, "config.mesh") == MeshSettings()

@@ -16,6 +16,8 @@ from vlm_jax.planner.search import Candidate
 from vlm_jax.sweep.planned import PlannedPoint
 from vlm_jax.train import finetuning
 
+from ..advice import tried
+
 GIB = 2**30
 
 
@@ -51,10 +53,10 @@ def test_flags_set_keys_of_the_config(flags):
         ({"topology": []}, "--topology: expected one slice"),
         ({"topology": ["v5e:2x2", "v5e:4x4"]}, "several with --sweep"),
         ({"sweep": True, "search": True}, "at most one"),
-        ({"search": True, "stage": "decode"}, "--search: is for training"),
-        ({"largest": True}, "--largest_batch: is for generation"),
-        ({"context": 4096}, "--context: is for generation"),
-        ({"budgets": ["64"]}, "--budgets: of --sweep only"),
+        ({"search": True, "stage": "decode"}, tried("--search: is for training; pass --stage=train")),
+        ({"largest": True}, tried("--largest_batch: is for generation; pass --stage=prefill or --stage=decode")),
+        ({"context": 4096}, tried("--context: is for generation; pass --stage=prefill or --stage=decode")),
+        ({"budgets": ["64"]}, tried("{--budgets}: of --sweep only; pass --sweep")),
         ({"connectors": ["pool"], "join": "run"}, "--connectors, --join: of --sweep only"),
         ({}, "--release: expected an included config or a folder"),
     ],
@@ -63,6 +65,22 @@ def test_flags_that_do_not_fit_are_named(flags, given, said):
     flags(**given)
     with pytest.raises(ConfigError, match=said):
         plan.requested()
+
+
+@pytest.mark.parametrize(
+    ("given", "stage"),
+    [
+        ({"search": True, "stage": "train"}, "train"),
+        ({"largest": True, "stage": "prefill"}, "prefill"),
+        ({"largest": True, "stage": "decode"}, "decode"),
+        ({"context": 4096, "stage": "prefill"}, "prefill"),
+        ({"context": 4096, "stage": "decode"}, "decode"),
+        ({"budgets": ["64"], "sweep": True}, "train"),
+    ],
+)
+def test_flags_that_are_passed_as_said_fit(flags, given, stage):
+    flags(release="Qwen/Qwen2.5-VL-7B-Instruct", **given)
+    assert plan.requested().stage == stage
 
 
 def test_a_sweep_without_budgets_has_that_of_the_config(flags, monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from vlm_jax.connectors.matryoshka import POOLING, QUERIES, Matryoshka
 from vlm_jax.data.loader import join
 from vlm_jax.types import Sample, Turn, VisualFeatures, dialogue
 
+from ..advice import tried
 from ..parameters import drawn
 
 WIDTH, BUDGETS = 8, (1, 4, 16, 64)
@@ -173,8 +174,11 @@ def test_what_cannot_be_nested_is_named(change, error, message):
 
 
 def test_grids_that_do_not_divide_are_not_nested():
-    with pytest.raises(InfeasibleBudget, match="pool gives 2x2 and 3x3 tokens for a 8x8 grid, which are not nested"):
+    with pytest.raises(
+        InfeasibleBudget, match=tried("for a {8}x{8} grid, which are not nested; choose budgets whose grids divide")
+    ):
         nested("pool", 9, (4, 9))
+    assert nested("pool", 16, (4, 16)).budgets == (4, 16)
     assert nested("pool", 16, None).budgets == (1, 2, 4, 8, 16)
     assert nested("pool", 6, None).budgets == (6,)  # 2x3, and 1x3 would be too flat
 

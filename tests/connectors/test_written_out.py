@@ -16,9 +16,10 @@ from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.connectors.pool import Pool
 from vlm_jax.connectors.resampler import Resampler
-from vlm_jax.layers.squares import squares
+from vlm_jax.layers.squares import in_rows, squares
 from vlm_jax.types import VisualFeatures
 
+from ..advice import tried
 from ..parameters import drawn
 
 WIDTH_IN, WIDTH = 6, 8
@@ -166,8 +167,18 @@ def test_squares_of_packed_images_are_those_of_each_image():
     features = VisualFeatures(strip, jnp.ones(strip.shape[:2], bool), (2, 10), block=2)
     np.testing.assert_array_equal(squares(features, 2, "concat")[0], jnp.concatenate(alone, axis=1))
     np.testing.assert_array_equal(squares(features, 1, "concat")[0][:, :, 0], strip)
-    with pytest.raises(InfeasibleGrid, match=r"concat: features in blocks of 2x2 on a 2x10 grid .* squares of 4x4"):
+    told = tried(
+        "{concat}: features in blocks of {2}x{2} on a {2}x{10} grid cannot be divided into squares of {4}x{4}; pack"
+    )
+    with pytest.raises(InfeasibleGrid, match=told):
         squares(features, 4, "concat")
+    wide = VisualFeatures(strip[:, :16], features.mask[:, :16], (4, 4), block=4)
+    assert squares(wide, 4, "concat")[0].shape == (1, 1, 16, WIDTH_IN)
+    with pytest.raises(
+        InfeasibleGrid, match=tried("use a connector that takes blocks (concat, pixel_shuffle, visual_vocabulary)")
+    ):
+        in_rows(features, "pool")
+    assert squares(features, 2, "concat")[0].shape == (1, 5, 4, WIDTH_IN)
 
 
 def test_pixel_shuffle_without_a_norm_and_with_an_mlp_of_its_own():
@@ -217,3 +228,10 @@ def test_resampler_heads_are_128_wide_unless_told():
 
     np.testing.assert_array_equal(tokens(None), tokens(2))
     assert np.abs(tokens(None) - tokens(1)).max() > 1e-3
+
+
+def test_squares_need_an_image_of_whole_squares():
+    connector = Concat(8, factor=2)
+    with pytest.raises(InfeasibleGrid, match=tried("choose an image size that gives multiples of {2} patches")):
+        connector.num_tokens((3, 4))
+    assert connector.num_tokens((4, 4)) == 4

@@ -1,5 +1,7 @@
 """Counted FLOPs against closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,15 @@ from flax import linen as nn
 from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu import splash_attention
 
+from vlm_jax.costs import kernels
 from vlm_jax.costs.flops import KERNEL, count_flops, products
 from vlm_jax.costs.kernels import kernel_flops, visible_flops
 from vlm_jax.costs.training import training_flops
 from vlm_jax.layers.attention import Context
 from vlm_jax.layers.attention.splash import splash
 from vlm_jax.layers.block import TransformerStack
+
+from ..advice import tried
 
 M, K, N = 3, 5, 7
 
@@ -155,20 +160,29 @@ def test_masked_pairs_of_a_kernel_are_not_visible(causal, segmented):
         assert visible_flops(one, 0.1) == pytest.approx(share * kernel_flops(one))
 
 
-def test_a_kernel_of_unknown_cost_is_refused():
-    def run(x):
-        return pl.pallas_call(lambda x, y: None, jax.ShapeDtypeStruct((8, 128), jnp.float32), name="mystery")(x)
+def test_a_kernel_of_unknown_cost_is_refused(monkeypatch):
+    def run(x, **stated):
+        out = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+        return pl.pallas_call(lambda x, y: None, out, name="mystery", **stated)(x)
 
-    with pytest.raises(ValueError, match="mystery"):
+    with pytest.raises(
+        ValueError, match=tried("the kernel '{mystery}' are unknown; give it a cost_estimate, or add it to")
+    ):
         count_flops(run, shape(8, 128))
+    stated = pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=0)
+    assert count_flops(functools.partial(run, cost_estimate=stated), shape(8, 128)) == 7
+    monkeypatch.setitem(kernels.KERNELS, "mystery", lambda equation: 9)
+    assert count_flops(run, shape(8, 128)) == 9
 
 
 def test_a_while_loop_is_refused():
     def run(x, w):
         return jax.lax.while_loop(lambda x: x.sum() < 3, lambda x: x @ w, x)
 
-    with pytest.raises(ValueError, match="while_loop"):
-        count_flops(run, X, shape(K, K))
+    told = tried("the length of a while_loop is unknown; count the FLOPs of its body instead")
+    with pytest.raises(ValueError, match=told):
+        count_flops(run, shape(M, K), shape(K, K))
+    assert count_flops(lambda x, w: x @ w, shape(M, K), shape(K, K)) == 2 * M * K * K
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -18,6 +18,7 @@ from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.rules import distribute, shardings, use_mesh
 from vlm_jax.types import Batch
 
+from ..advice import tried
 from ..parameters import drawn
 
 VOCAB, LENGTH, ROWS = 16, 6, 4
@@ -67,7 +68,10 @@ def test_layers_of_a_kind_that_follow_one_another_are_one_stack(fields, expected
             {"latent_dim": None, "content_dim": 6, "rope_dim": 4, "value_dim": 5},
             "content_dim is not read by plain attention, rope_dim .*, value_dim is",
         ),
-        ({"latent_dim": None, "query_latent_dim": 4}, "query_latent_dim is not read by plain"),
+        (
+            {"latent_dim": None, "query_latent_dim": 4},
+            tried("Deepseek: {query_latent_dim is not read by plain attention}; leave these fields out"),
+        ),
         ({"latent_dim": None, "logit_scale": 2.0}, "logit_scale is not read by plain"),
         ({"latent_dim": None, "attention_bias": True}, "attention_bias is not read by plain"),
         ({"latent_dim": 8, "num_kv_heads": 2}, "num_kv_heads is not read by latent"),
@@ -80,6 +84,7 @@ def test_layers_of_a_kind_that_follow_one_another_are_one_stack(fields, expected
 def test_fields_that_would_not_be_read_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Deepseek(**{**WITHOUT_ATTENTION, **fields})
+    assert Deepseek(**{**WITHOUT_ATTENTION, "latent_dim": None}).latent_dim is None
 
 
 def test_the_compressed_cache_holds_nothing_a_head():

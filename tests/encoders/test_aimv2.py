@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from vlm_jax.encoders.aimv2 import AIMv2
 
+from ..advice import tried
 from ..reducers import blocks
 
 ENCODER = AIMv2((10, 10), 2, width=8, depth=3, num_heads=2, mlp_dim=12)
@@ -65,5 +66,8 @@ def test_saliency_is_the_mean_attention_that_is_received_in_the_last_block(kind)
 
 
 def test_saliency_wants_a_block_and_no_collected_states():
-    with pytest.raises(ValueError, match="without collected states"):
+    with pytest.raises(
+        ValueError, match=tried("saliency is that of a last block, without collected states: leave out `collect`")
+    ):
         jax.eval_shape(functools.partial(ENCODER.clone(saliency="heads").apply, collect=True), params(), IMAGES)
+    assert jax.eval_shape(ENCODER.clone(saliency="heads").apply, params(), IMAGES).saliency is not None

@@ -10,6 +10,8 @@ from flax import linen as nn
 from vlm_jax.encoders.multiscale import MultiScale, merge_chessboard, split_chessboard
 from vlm_jax.types import VisualFeatures
 
+from ..advice import tried
+
 
 class Means(nn.Module):
     """The mean of every window of 2x2 pixels; first, the largest pixels of the whole piece.
@@ -98,12 +100,14 @@ def test_pieces_of_one_size_go_through_the_encoder_together():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"scales": ()}, "give either scales or image_sizes"),
+        ({"scales": ()}, tried("give either scales or image_sizes, got {()} and {()}")),
         ({"scales": (1,), "image_sizes": ((8, 8),)}, "give either scales or image_sizes"),
         ({"scales": (1, 2), "resize_output_to": 2}, "one of the 2 scales, got 2"),
         (
             {"scales": (), "image_sizes": ((8, 8), (18, 8), (25, 25)), "max_split_size": 8},
-            "at most 8x8 pixels do not divide every scale: 25x25 pixels in 4x4 pieces",
+            tried(
+                "of at most {8}x{8} pixels do not divide every scale: {25x25 pixels in 4x4 pieces}; change the scale or"
+            ),
         ),
     ],
 )
@@ -117,3 +121,12 @@ def test_sizes_that_do_not_fit_are_named(fields, message):
 def test_an_empty_image_is_refused():
     with pytest.raises(ValueError, match="0x8 pixels"):
         MultiScale(Means(), scales=(1, 2)).grid(0, 8)
+
+
+def test_sizes_that_are_given_as_said_fit():
+    assert MultiScale(Means(), scales=(1,)).grid(8, 8) == MultiScale(Means(), scales=(), image_sizes=((8, 8),)).grid(
+        8, 8
+    )
+    whole = {"scales": (), "image_sizes": ((8, 8), (16, 8), (24, 24)), "max_split_size": 8}
+    assert MultiScale(Means(), **whole).grid(8, 8)
+    assert MultiScale(Means(), **{**whole, "image_sizes": ((8, 8), (25, 25)), "max_split_size": 25}).grid(8, 8)

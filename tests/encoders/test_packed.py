@@ -11,6 +11,8 @@ from vlm_jax.encoders.qwen_vit import QwenViT
 from vlm_jax.encoders.siglip2_navit import Siglip2NaViT
 from vlm_jax.processors.patches import pack_patches
 
+from ..advice import tried
+
 SIZES = {"patch_size": 2, "width": 16, "depth": 4, "num_heads": 2, "mlp_dim": 24}
 WINDOWS = {"window_size": 8, "full_layers": (1, 3)}
 GRIDS = [(1, 6, 4), (2, 4, 10)]
@@ -130,10 +132,30 @@ def test_patches_of_another_encoder_are_refused(fields, message):
 
 def test_patches_packed_without_windows_or_blocks_are_refused():
     patches = np.zeros((6, 24), np.float32)
-    with pytest.raises(ValueError, match="6 patches cannot be merged by 2x2"):
+    with pytest.raises(ValueError, match=tried("{6} patches cannot be merged by {2}x{2}; pack with this merge_size")):
         KINDS["qwen2_vl"].init(jax.random.key(0), pack_patches(patches, [(1, 2, 3)]))
-    with pytest.raises(ValueError, match=r"layers \[0, 2\] attend inside windows"):
+    with pytest.raises(
+        ValueError,
+        match=tried(
+            "layers {[0, 2]} attend inside windows, but the patches were packed without windows: pass `window`"
+        ),
+    ):
         KINDS["qwen2_5_vl"].init(jax.random.key(0), pack_patches(patches[:4], [(1, 2, 2)], merge_size=2))
+    for kind, window in (("qwen2_vl", None), ("qwen2_5_vl", KINDS["qwen2_5_vl"].window)):
+        packed = pack_patches(patches[:4], [(1, 2, 2)], merge_size=2, window=window)
+        assert jax.eval_shape(KINDS[kind].init, jax.random.key(0), packed)
+
+
+def test_an_image_is_resized_and_states_are_left_out_as_said():
+    encoder = KINDS["qwen2_vl"]
+    with pytest.raises(ValueError, match=tried("an image of {6}x{4} pixels cannot be divided into blocks of {2}x{2}")):
+        encoder.grid(6, 4)
+    assert encoder.grid(8, 4) == (4, 2)
+    told = tried("saliency is of the last layer, without collected states: leave out `collect`")
+    encoder, packed = encoder.clone(saliency="heads"), packed_for(encoder)
+    with pytest.raises(ValueError, match=told):
+        jax.eval_shape(functools.partial(encoder.init, collect=True), jax.random.key(0), packed)
+    assert jax.eval_shape(encoder.init, jax.random.key(0), packed)
 
 
 def count(encoder):

@@ -8,6 +8,8 @@ from flax import linen as nn
 
 from vlm_jax.encoders.resnet import ModifiedResNet
 
+from ..advice import tried
+
 RESNET = ModifiedResNet((64, 64), layers=(1, 1, 1, 1), base_width=4, num_heads=2, projection_dim=6)
 
 
@@ -21,8 +23,12 @@ def test_the_grid_is_that_of_the_last_map(size):
 
 
 def test_another_size_than_that_of_training_is_refused():
-    with pytest.raises(ValueError, match=r"expected a map of 4 positions.*got 9"):
+    with pytest.raises(
+        ValueError,
+        match=tried("expected a map of {4} positions, as in training, got {9}; resize the images to image_size"),
+    ):
         jax.eval_shape(RESNET.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
+    assert jax.eval_shape(RESNET.init, jax.random.key(0), jnp.zeros((1, *RESNET.image_size, 3)))
     with pytest.raises(ValueError, match="smaller than one feature of 32"):
         RESNET.grid(64, 16)
 

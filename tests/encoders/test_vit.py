@@ -10,6 +10,8 @@ from flax import linen as nn
 
 from vlm_jax.encoders.vit import ViT
 
+from ..advice import tried
+
 DEPTH = 3
 FULL = ViT(
     image_size=(8, 12),
@@ -68,15 +70,23 @@ def test_a_selected_layer_is_that_hidden_state_and_later_blocks_are_not_built(la
     [
         ({**SELECTED, "select_layer": 4}, "select_layer 4: 3 blocks have the hidden states 0 to 3"),
         ({**SELECTED, "select_layer": -5}, "or -4 to -1"),
-        ({"select_layer": -2}, "set pooling to 'none'"),
+        (
+            {"select_layer": -2},
+            tried("set pooling to 'none' and leave representation_size and projection_dim out"),
+        ),
         (SELECTED, "final_norm 'pooled' has nothing to normalise"),
-        ({"class_token": False}, "set class_token too"),
+        ({"class_token": False}, tried("class_position needs a class token; set class_token too")),
         ({"image_size": None}, "need image_size"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(FULL.clone(**fields).init, jax.random.key(0), IMAGES)
+
+
+def test_fields_that_are_set_as_said_agree():
+    for fields in ({"select_layer": -2, **SELECTED, "final_norm": "none"}, {"class_token": True}):
+        assert jax.eval_shape(FULL.clone(**fields).init, jax.random.key(0), IMAGES)
 
 
 def test_a_representation_works_on_every_token_where_nothing_is_pooled():

@@ -6,6 +6,8 @@ from sklearn.metrics import top_k_accuracy_score
 
 from vlm_jax.evals.retrieval import retrieval_recall
 
+from ..advice import tried
+
 
 def features(count, seed, width=16):
     values = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
@@ -43,14 +45,25 @@ def test_equal_features_retrieve_nothing():
     assert set(retrieval_recall(same, same, ks=(6,)).values()) == {1.0}
 
 
+def test_images_without_a_text_are_removed_and_the_image_of_each_text_is_passed():
+    given = np.array([0, 1, 2, 2, 1])
+    assert retrieval_recall(features(3, 0), features(5, 1), given, ks=(5,))["image_to_text/recall@5"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"text_features": features(5, 1, 8)}, r"\(4, 16\) and \(5, 8\)"),
-        ({"text_image": None}, "5 texts and 4 images"),
+        (
+            {"text_image": None},
+            tried("expected as many texts as images without text_image, got {5} texts and {4} images; pass text_image"),
+        ),
         ({"text_image": np.arange(4)}, r"shape \(5,\)"),
         ({"text_image": np.array([0, 1, 2, 3, 4])}, "got 4 for text 4"),
-        ({"text_image": np.array([0, 1, 2, 2, 1])}, "none for image 3"),
+        (
+            {"text_image": np.array([0, 1, 2, 2, 1])},
+            tried("expected a text for every image, got none for image {3} ({1} such); remove it"),
+        ),
         (
             {"image_features": np.full((4, 16), np.nan, np.float32)},
             "image features, got infinity or nan in row 0",

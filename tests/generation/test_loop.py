@@ -14,6 +14,7 @@ from vlm_jax.generation.engine import generate
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
+from ..advice import tried
 from .toys import Toy, prompts, says
 
 VOCAB, PAD = 32, 31
@@ -167,8 +168,12 @@ def test_logits_that_are_nan_are_named_by_row_and_step(first, step):
     if step is None:
         assert run({"table": table}, batch, end_ids=[6]).lengths.tolist() == [8, 3]
         return
-    with pytest.raises(GenerationError, match=rf"sample 'b': .* new token {step} \(from 0\) are NaN; check the"):
+    with pytest.raises(GenerationError, match=rf"sample 'b': .* new token {step} \(from 0\)") as caught:
         run({"table": table}, batch, names=["sample 'a'", "sample 'b'"])
+    assert re.search(
+        tried("are NaN; check the parameters and the images for NaN, or compute in float32"), str(caught.value)
+    )
+    assert run({"table": np.nan_to_num(table)}, batch).lengths.tolist() == [8, 8]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4, 20])
@@ -207,11 +212,13 @@ def test_nan_behind_the_end_of_a_row_that_the_host_ends_is_no_error(chunk, mesh)
         ({"cache_dtype": "int8"}, "cache_dtype: expected float32 or bfloat16, got 'int8'"),
         (
             {"cache_length": 9},
-            r"long: a prompt of 3 tokens, in a batch padded to 3, and 8 new tokens need 10 slots, but the cache has 9",
+            tried(
+                "{10} slots, but the cache has {9}; raise cache_length, shorten the prompt, or reduce max_new_tokens"
+            ),
         ),
         (
             {"buckets": [2, 1]},
-            r"long: a prompt padded to 3 positions is longer than every bucket of \[2, 1\]; add one of 3 or more",
+            tried("is longer than every bucket of {[2, 1]}; add one of {3} or more to buckets, or shorten the prompt"),
         ),
         ({"buckets": ()}, r"long: a prompt padded to 3 positions is longer than every bucket of \[\]; add one of 3"),
         ({"rows": [1]}, "rows: expected one for each of the 2 rows of the batch, got 1"),
@@ -224,9 +231,32 @@ def test_what_cannot_be_generated_is_named(options, message):
         run(COUNTING, prompts([1], [1, 2, 3]), **{"names": ["short", "long"], **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [
+        ({"cache_length": 10}, [1, 3]),
+        ({"cache_length": 9}, [1, 2]),
+        ({"cache_length": 9, "max_new_tokens": 7}, [1, 3]),
+        ({"buckets": [2, 1, 3]}, [1, 3]),
+        ({"buckets": [2, 1]}, [1, 2]),
+    ],
+)
+def test_what_is_changed_as_said_is_generated(options, lengths):
+    rows = [list(range(1, length + 1)) for length in lengths]
+    given = {"max_new_tokens": 8, **options}
+    assert run(COUNTING, prompts(*rows), **given).lengths.tolist() == [given["max_new_tokens"]] * 2
+
+
 def test_a_model_without_a_language_model_is_named():
-    with pytest.raises(GenerationError, match=r"Dense has no language model .* load a release with one"):
+    told = tried(
+        "{Dense} has no language model to generate with; use apply() for its outputs, or load a release with one"
+    )
+    with pytest.raises(GenerationError, match=told):
         run(COUNTING, prompts([1]), nn.Dense(3))
+    assert (
+        nn.Dense(3).apply({"params": {"kernel": np.ones((2, 3)), "bias": np.zeros(3)}}, np.ones(2)).tolist()
+        == [2.0] * 3
+    )
 
 
 @pytest.mark.parametrize(("segments", "got"), [([2, 2, 2], "[2]"), ([1, 2, 2], "[1, 2]"), ([0, -1, -1], "[-1, 0]")])
@@ -234,18 +264,20 @@ def test_a_row_that_is_not_one_prompt_is_named(segments, got):
     """New tokens are of segment 1, and would read nothing of another one."""
     batch = prompts([1], [1, 2, 3])
     batch.segment_ids[1] = segments
-    with pytest.raises(
-        GenerationError, match=rf"long: expected segment ids 0 .* got {re.escape(got)}; put each prompt"
-    ):
+    told = tried("; put each prompt in a separate row, with segment id {1}")
+    with pytest.raises(GenerationError, match=rf"long: expected segment ids 0 .* got {re.escape(got)}{told}"):
         run(COUNTING, batch, names=["short", "long"])
+    assert run(COUNTING, prompts([1], [1], [2, 3])).lengths.shape == (3,)
 
 
 def test_a_row_with_branches_is_named():
     """A cache does not know of branches."""
     batch = prompts([1], [1, 2, 3])
     batch = dataclasses.replace(batch, branch_ids=np.asarray([[0, 0, 0], [0, 1, 2]], np.int32))
-    with pytest.raises(GenerationError, match=r"long: the batch has branch_ids, .* put each branch in a separate row"):
+    with pytest.raises(GenerationError, match=tried("put each branch in a separate row, with branch_ids=None")):
         run(COUNTING, batch, names=["short", "long"])
+    separate = dataclasses.replace(prompts([1], [1, 2], [1, 3]), branch_ids=None)
+    assert run(COUNTING, separate).lengths.shape == (3,)
 
 
 def test_what_only_training_reads_stays_on_the_host():

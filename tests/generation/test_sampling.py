@@ -1,12 +1,16 @@
 """Filters of logits against their definitions in NumPy, token by token."""
 
 import inspect
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.generation.released import _sampled
 from vlm_jax.generation.sampling import GenerationError, Sampling, filtered, penalised, sample_tokens
+
+from ..advice import tried
 
 LOGITS = np.random.default_rng(1).normal(size=(4, 23)).astype(np.float32) * 2
 
@@ -105,3 +109,17 @@ def test_numbers_of_numpy_are_numbers():
     given = Sampling(np.float32(0.5), np.int64(3), np.float64(0.25), np.float16(2), np.uint32(7))
     assert given.values() == Sampling(0.5, 3, 0.25, 2, 7).values()
     assert len(given.values()) == 5
+
+
+def test_limits_of_sampling_need_a_temperature():
+    with pytest.raises(GenerationError, match=tried("{top_k}: is unused at temperature 0; set a temperature above 0")):
+        Sampling(temperature=0, top_k=3)
+    assert Sampling(temperature=0.5, top_k=3).top_k == 3
+
+
+def test_the_sampling_of_a_release_is_that_of_the_call_in_its_note():
+    (told,) = _sampled({"do_sample": True, "top_k": 5, "temperature": 0.5})
+    assert re.search(
+        tried("answers here are greedy by default, pass sampling=Sampling({temperature=0.5, top_k=5})"), told
+    )
+    assert Sampling(temperature=0.5, top_k=5).temperature == 0.5

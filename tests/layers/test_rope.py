@@ -16,6 +16,8 @@ from vlm_jax.layers.rope import (
     yarn_magnitude,
 )
 
+from ..advice import tried
+
 THETA, DIM = 100.0, 16
 PLAIN = THETA ** (-2 * np.arange(DIM // 2) / DIM)  # radians a position
 POSITIONS = np.array([[0, 1, 7, 40]])
@@ -177,5 +179,8 @@ def test_positions_that_do_not_fit_are_refused():
         Rope(THETA, "longrope", original_length=4, short_factors=(1.0,) * 8, long_factors=(1.0,)).check(DIM)
     with pytest.raises(ValueError, match=r"sections \(2, 2\) are for 4 angles, not 8"):
         angles_of(sections=(2, 2))
-    with pytest.raises(ValueError, match="positions have three axes"):
+    with pytest.raises(
+        ValueError, match=tried("positions have three axes, but a Rope without sections takes one; set sections")
+    ):
         angles_of(positions=np.zeros((1, 2, 3), np.int32))
+    assert angles_of(positions=np.zeros((1, 2, 3), np.int32), sections=(2, 3, 3)) is not None

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from vlm_jax.losses.exchange import EXCHANGES, STREAMED, device_loss, distributed
 from vlm_jax.losses.two_tower import LOSSES, locked_image
 
+from ..advice import tried
+
 
 def mesh_of(*shape, names=("data",)):
     devices = np.array(jax.devices()[: int(np.prod(shape))])
@@ -139,8 +141,13 @@ def test_errors():
         distributed("sigmoid", mesh, "fsdp")
     with pytest.raises(ValueError, match="block_size of at least 1"):
         distributed("sigmoid", mesh, block_size=0)
-    with pytest.raises(ValueError, match="8 devices along mesh axis 'data', got 12 examples; use 8 or 16"):
+    with pytest.raises(
+        ValueError, match=tried("{8} devices along mesh axis {'data'}, got {12} examples; use {8} or {16}")
+    ):
         distributed("sigmoid", mesh)(SQUARE, SQUARE, scale=1.0)
+    for count in (8, 16):
+        rows = np.resize(SQUARE, (count, 12))
+        assert np.isfinite(distributed("sigmoid", mesh)(rows, rows, scale=1.0))
     with pytest.raises(ValueError, match=r"\(12, 12\) and \(8, 12\)"):
         distributed("sigmoid", mesh)(SQUARE, SQUARE[:8], scale=1.0)
     with pytest.raises(ValueError, match="got 1 of the three"):

@@ -18,6 +18,7 @@ from vlm_jax.models.vlm import without_masked
 from vlm_jax.reducers.random_drop import RandomDrop
 from vlm_jax.types import Batch
 
+from ..advice import tried
 from ..parameters import drawn
 from .conftest import TOKENS, VOCAB, WIDTH, make_model
 
@@ -68,7 +69,9 @@ def test_without_a_decoder_a_batch_gives_visual_tokens(model, params, batch):
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     with pytest.raises(ValueError, match="no decoder: expected a batch with images"):
         half.apply(params, dataclasses.replace(batch, images=None))
-    with pytest.raises(ValueError, match="no decoder, only an encoder and a connector"):
+    with pytest.raises(
+        ValueError, match=tried("only an encoder and a connector: call it, or visual_tokens, for visual tokens")
+    ):
         half.apply(params, batch, 7, method="prefill")
 
 

@@ -13,12 +13,25 @@ from vlm_jax.layers.dense import Named
 from vlm_jax.optim.adamw import OptimizerSettings, adamw
 from vlm_jax.optim.patterns import by_pattern, describe, leaf_rates
 
+from ..advice import tried
+
 PATHS = [
     "encoder/patch_embed/kernel",
     "encoder/blocks/layers/norm/scale",
     "decoder/layers/mlp/kernel",
     "decoder/norm/scale",
 ]
+
+
+def test_a_tie_is_settled_by_a_pattern_that_is_more_specific():
+    values = {"decoder/*": 1.0, "*er/norm/*": 2.0}  # eight characters each
+    told = tried(
+        "both match {decoder/norm/scale}, and neither is more specific (has more characters that are not wildcards)"
+    )
+    with pytest.raises(ConfigError, match=f"{told}; write one that is"):
+        by_pattern(values, PATHS, "rates")
+    settled = by_pattern({**values, "decoder/norm": 3.0}, PATHS, "rates")
+    assert settled == {PATHS[2]: 1.0, PATHS[3]: 3.0}
 
 
 @pytest.mark.parametrize(
@@ -100,15 +113,16 @@ def test_the_decay_over_stacked_layers_is_that_of_separate_layers():
 @pytest.mark.parametrize(
     ("decay", "message"),
     [
-        ({"decoder": 0.9}, r"stage\.layer_decay\.decoder: there are no layers in it"),
+        ({"decoder": 0.9}, tried("there are no layers in it; choose a part with layers, such as a transformer")),
         ({"encodr": 0.9}, r"stage\.layer_decay\.encodr: no such part or module; did you mean 'encoder'"),
         ({"encoder": 1.5}, r"expected above 0 and up to 1, got 1\.5"),
-        ({"encoder": 0.9, "encoder/blocks": 0.9}, r"is also in 'encoder'; keep one of the two"),
+        ({"encoder": 0.9, "encoder/blocks": 0.9}, tried("is also in '{encoder}'; keep one of the two")),
     ],
 )
 def test_a_decay_that_cannot_be_used_is_refused(decay, message):
     with pytest.raises(ConfigError, match=message):
         leaf_rates(boxed(2), {"encoder": 1.0}, decay, "stage")
+    assert leaf_rates(boxed(2), {"encoder": 1.0}, {"encoder": 0.9}, "stage")["encoder/final_norm/scale"] == 1.0
 
 
 def test_what_learns_at_which_rate_is_counted():
@@ -117,3 +131,13 @@ def test_what_learns_at_which_rate_is_counted():
         "decoder: 15 parameters frozen",
         "encoder: 18 parameters at 0.05 to 0.1, 3 parameters at 0.1, 12 parameters frozen",
     ]
+
+
+def test_several_stacks_have_a_key_each():
+    shapes = {"encoder": {name: boxed(2)["encoder"]["blocks"] for name in ("high", "low")}}
+    with pytest.raises(
+        ConfigError, match=tried("has several stacks of layers ({encoder/high, encoder/low}); give each a key")
+    ):
+        leaf_rates(shapes, {"encoder": 1.0}, {"encoder": 0.5}, "stage")
+    found = leaf_rates(shapes, {"encoder": 1.0}, {"encoder/high": 0.5, "encoder/low": 0.25}, "stage")
+    assert found == {"encoder/high/layers/mlp/kernel": (0.5, 1.0), "encoder/low/layers/mlp/kernel": (0.25, 1.0)}

@@ -14,6 +14,7 @@ from vlm_jax.planner.search import ROUNDS, find_largest, largest_batch
 from vlm_jax.planner.settings import planned
 from vlm_jax.planner.topology import PlanError
 
+from ..advice import tried
 from .conftest import WIDTH, mesh_of
 
 CONTEXT, BATCH = 128, 16
@@ -48,8 +49,14 @@ def test_sizes_that_do_not_fit_are_named(config):
     mesh = mesh_of(own, jax.devices())
     with pytest.raises(ConfigError, match="--context: expected at least the prompt's 68"):
         inference_work(own, experiment, mesh, stage="decode", batch_size=8, context=10)
-    with pytest.raises(ConfigError, match="12 prompts cannot be divided over 8 shards"):
+    with pytest.raises(
+        ConfigError,
+        match=tried(
+            "{12} prompts cannot be divided over {8} shards (data times fsdp of config.mesh); set a multiple of {8}"
+        ),
+    ):
         inference_work(own, experiment, mesh, stage="decode", batch_size=12, context=128)
+    assert inference_work(own, experiment, mesh, stage="decode", batch_size=16, context=128).tokens == 16
 
 
 CHIP, USABLE = 1024, 1008  # of a program that fits the chip's memory is known, of a refused one the compiler's limit
@@ -65,7 +72,12 @@ def test_the_largest_batch_lies_on_the_line_of_two_plans(trained):
     assert largest_batch((plan(8, 200), plan(16, 280)), 2) == 90  # 120 are fixed, ten a row
     assert largest_batch((plan(16, 280), plan(8, 200)), 16) == 80
     assert largest_batch((plan(8, 200), plan(100, 1120)), 2) == 88  # the compiler's limit
-    with pytest.raises(PlanError, match="does not grow"):
+    with pytest.raises(
+        PlanError,
+        match=tried(
+            "does not grow with the batch: {200} bytes for {8} rows, {200} for {16}; start at a larger --batch_size"
+        ),
+    ):
         largest_batch((plan(8, 200), plan(16, 200)), 8)
 
 

@@ -8,10 +8,13 @@ from configs import siglip_digits
 from vlm_jax.build import build
 from vlm_jax.config import ConfigError
 from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.models.vlm import VLM
 from vlm_jax.planner.settings import planned, visible_share
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.known_system import known_system
 from vlm_jax.train import finetuning
+
+from ..advice import tried
 
 
 def of_release(name, **values):
@@ -72,5 +75,9 @@ def test_what_cannot_be_planned_is_named():
         planned(of_release("Qwen/Qwen2.5-VL-7B-Instrct"), 4)
     with pytest.raises(PretrainedError, match="pass the folder"):
         known_system("deepseek-ai/deepseek-vl-7b-base", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    with pytest.raises(PretrainedError, match="name a whole system"):
+    with pytest.raises(
+        PretrainedError, match=tried("{facebook/sam-vit-base}: a {} by itself is not trained; name a whole system")
+    ):
         known_system("facebook/sam-vit-base", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    whole = known_system("Qwen/Qwen2.5-VL-7B-Instruct", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert isinstance(whole.model, VLM)

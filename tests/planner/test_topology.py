@@ -7,6 +7,8 @@ import pytest
 from vlm_jax.config import ConfigError
 from vlm_jax.planner.topology import PlanError, open_topology, parse_topology
 
+from ..advice import tried
+
 
 def test_names_have_a_kind_and_its_sides():
     assert parse_topology("v5p:4x4x4") == ("v5p", (4, 4, 4))
@@ -39,5 +41,10 @@ def test_slices_have_the_devices_of_their_chips():
 
 def test_without_the_compiler_its_installation_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(PlanError, match=r"pip install 'vlm_jax\[plan\]'"):
+    with pytest.raises(
+        PlanError,
+        match=tried("install libtpu, the compiler of TPUs, which runs on any CPU: pip install 'vlm_jax[plan]'"),
+    ):
         open_topology("v5e:2x2")
+    monkeypatch.undo()  # as installed
+    assert len(open_topology("v5e:2x2").devices) == 4

@@ -12,6 +12,8 @@ from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.objectives.objective import Objective
 from vlm_jax.train.stages import parse_schedule
 
+from ..advice import tried
+
 
 def stage_of(config):
     return parse_schedule(tuple(config.schedule), config.stages)[-1].stage
@@ -36,8 +38,10 @@ def test_an_abstract_batch_has_the_shapes_of_the_data(module):
 
 
 def test_an_objective_without_an_abstract_batch_is_named():
-    with pytest.raises(ConfigError, match="cannot be planned without its data"):
-        Objective.example(stage_of(digits.get_config()).settings, build(digits.get_config()), "questions")
+    settings, experiment = stage_of(digits.get_config()).settings, build(digits.get_config())
+    with pytest.raises(ConfigError, match=tried("cannot be planned without its data; plan another stage")):
+        Objective.example(settings, experiment, "questions")
+    assert settings.example(experiment, "questions") is not None
 
 
 def test_two_towers_are_traced_over_all_devices():

@@ -26,6 +26,7 @@ from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.state import TrainState
 from vlm_jax.types import Batch
 
+from ..advice import tried
 from ..processes.alphabet import CONFIG, LETTERS, write
 
 # Stacks of layers and of experts, fused and permuted rows, tensors that nothing reads, towers of two kinds, archives.
@@ -267,9 +268,10 @@ def test_a_run_is_written_as_a_release(side, golden, tmp_path):
 
 
 def test_a_run_of_another_model_is_refused(alphabet, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint in .*none/checkpoints; train that run"):
+    with pytest.raises(CheckpointError, match=tried("no complete checkpoint in {}; train that run to its end first")):
         open_conversion(alphabet.released, FAMILIES, run=tmp_path / "none")
     params = alphabet.model.params
+    assert open_conversion(alphabet.released, FAMILIES, run=trained(tmp_path / "none", params)).ways()
     other = {**params["decoder"], "head": {"kernel": jnp.ones((30, 31))}}
     workdir = trained(tmp_path / "run", {"decoder": other})
     message = r"of another model:\n  it has params/decoder/head/kernel \(30, 31\), expected \(30, 29\)$"
@@ -315,14 +317,18 @@ def test_targets_and_sources_that_are_refused(alphabet, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note").write_text("mine")
     for side in ("released", "orbax"):
-        with pytest.raises(CheckpointFileError, match=r"full exists; pass another --target, or remove it"):
+        with pytest.raises(CheckpointFileError, match=tried("{} exists; pass another --target, or remove it")):
             convert(getattr(alphabet, side), tmp_path / "full")
     assert [file.name for file in (tmp_path / "full").iterdir()] == ["note"]
+    convert(alphabet.orbax, tmp_path / "another")
+    shutil.rmtree(tmp_path / "full")
+    convert(alphabet.orbax, tmp_path / "full")
+    assert open_checkpoint(tmp_path / "full").keys() == open_checkpoint(tmp_path / "another").keys()
     with pytest.raises(CheckpointFileError, match=r"no model\.safetensors, model\.safetensors\.index\.json or \.npz"):
         (tmp_path / "empty").mkdir()
         (tmp_path / "empty" / "config.json").write_text(json.dumps(CONFIG))
         open_conversion(tmp_path / "empty", FAMILIES)
-    with pytest.raises(CheckpointFileError, match="released files are written to a local folder"):
+    with pytest.raises(CheckpointFileError, match=tried("{}: released files are written to a local folder; pass one")):
         open_conversion(alphabet.orbax, FAMILIES).write("gs://bucket/out")
     convert(alphabet.released, tmp_path / "empty2")
     (tmp_path / "empty3").mkdir()
@@ -332,10 +338,10 @@ def test_targets_and_sources_that_are_refused(alphabet, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: shutil.rmtree(folder / "params"), r"params: not a complete Orbax checkpoint"),
+        (lambda folder: shutil.rmtree(folder / "params"), tried("{}: not a complete Orbax checkpoint; write it again")),
         (
             lambda folder: shutil.rmtree(folder / "params" / "d"),
-            r"\S+ in \S+params cannot be read \(.*\); write it again",
+            tried("{} in {} cannot be read ({}); write it again"),
         ),
         (lambda folder: (folder / hub.MAP_FILE).write_text("{}"), r"checkpoint_map\.json: was modified or damaged"),
         (lambda folder: (folder / hub.MAP_FILE).write_text("{"), r"checkpoint_map\.json: not JSON"),
@@ -348,6 +354,10 @@ def test_a_damaged_folder_is_named(alphabet, tmp_path, damage, message):
     with pytest.raises(CheckpointFileError, match=message):
         convert(tmp_path / "orbax", tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["orbax"]
+    shutil.rmtree(tmp_path / "orbax")
+    convert(alphabet.released, tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").keys() == open_checkpoint(alphabet.released).keys()
 
 
 def renamed(folder, key):
@@ -361,7 +371,12 @@ def test_what_fails_on_the_way_leaves_nothing(alphabet, tmp_path, monkeypatch):
     for side in ("released", "orbax"):
         conversion = open_conversion(getattr(alphabet, side), FAMILIES)
         monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-        with pytest.raises(CheckpointFileError, match=r"and was removed .*no space left: .* bytes, 0 are free"):
+        full = tried("was removed ({}); free space, fix the permissions, or pass another --target")
+        with pytest.raises(CheckpointFileError, match=full) as caught:
             conversion.write(tmp_path / "out")
+        assert "no space left" in str(caught.value) and "bytes, 0 are free" in str(caught.value)
         assert not list(tmp_path.iterdir())
         monkeypatch.undo()
+        conversion.write(tmp_path / "out")
+        assert list((tmp_path / "out").iterdir())
+        shutil.rmtree(tmp_path / "out")

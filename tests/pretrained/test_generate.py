@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -13,6 +14,7 @@ from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 
+from ..advice import tried
 from ..processes.alphabet import CONFIG, LETTERS, write
 
 ASKED = [{"role": "user", "content": "ab"}]
@@ -88,15 +90,29 @@ def test_over_devices_as_on_one(folder, model):
     assert shared.generate(ASKED, **options) == model.generate(ASKED, **options)
 
 
-def test_errors(model, tmp_path):
+def test_errors(folder, model, tmp_path):
     with pytest.raises(TokenizerError, match=r"no token '<ent>'; did you mean '<end>'\?"):
         model.generate(ASKED, max_new_tokens=3, stop_tokens=["<ent>"])
     with pytest.raises(GenerationError, match="prompt: a prompt of 2 tokens"):
         model.generate(ASKED, max_new_tokens=8, cache_length=8)
     write(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(ChatTemplateError, match=re.escape(f"{tmp_path}: no chat template here; looked for")):
+    lacks = tried(
+        "no chat template here; looked for {}, {}/*.jinja. Put the release's template into chat_template.jinja"
+    )
+    with pytest.raises(ChatTemplateError, match=re.escape(str(tmp_path)) + ": " + lacks):
         vlm_jax.from_pretrained(tmp_path).generate(ASKED, max_new_tokens=3)
+    shutil.copy(folder / "chat_template.jinja", tmp_path)
+    expected = model.generate(ASKED, max_new_tokens=3)
+    assert vlm_jax.from_pretrained(tmp_path).generate(ASKED, max_new_tokens=3).tokens == expected.tokens
+    with pytest.raises(GenerationError, match=tried("{names}: is set by generate; remove it")):
+        model.generate(ASKED, max_new_tokens=3, names=["a"])
+    with pytest.raises(
+        GenerationError,
+        match=tried("{stop_tokens}: expected a list of strings, got the string {'<end>'}; pass [{'<end>'}]"),
+    ):
+        model.generate(ASKED, max_new_tokens=3, stop_tokens="<end>")
+    assert model.generate(ASKED, max_new_tokens=3, stop_tokens=["<end>"]).text in expected.text
 
 
 def test_layers_are_taken_apart_for_generation_once(folder, monkeypatch):

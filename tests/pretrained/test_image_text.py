@@ -14,6 +14,11 @@ from tests.processors.vocabularies import sentencepiece_model
 from vlm_jax.checkpoints.hub import CheckpointFileError
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.tokenizer import TokenizerError
+from vlm_jax.system import UnsupportedError
+
+from ..advice import tried
+
+OTHER_TOKENIZER = tried("expected {} tokens, as the text tower, got {}; use the tokenizer of its training: c4_en")
 
 
 @pytest.fixture
@@ -106,6 +111,12 @@ def test_pictures_without_a_tokenizer(tmp_path, picture):
     (tmp_path / "spiece.model").write_bytes(siglip_model(60))
     again = vlm_jax.from_pretrained(tmp_path)
     assert again.logits(again.processor([picture], ["the dog", "a fox"])).shape == (1, 2)
+    with pytest.raises(PretrainedError, match=tried("need images and texts; pass the processor both")):
+        again.logits(again.processor([picture]))
+    told = tried("a {TwoTower} has no conversations; call processor(images=…, texts=…) and logits, encode_images or")
+    with pytest.raises(UnsupportedError, match=told):
+        again.generate([{"role": "user", "content": "a"}], max_new_tokens=2)
+    assert again.encode_images([picture]).shape == (1, 32) == again.encode_texts(["a fox"]).shape
 
 
 @pytest.mark.parametrize(
@@ -135,8 +146,8 @@ def test_texts_of_big_vision(tmp_path, release, made, cleaned, pad, file):
     ("model", "message"),
     [
         (lambda rows: sentencepiece_model(vocab_size=rows, byte_fallback=False), r"expected .*SigLIP .*at \(None, 2\)"),
-        (lambda rows: siglip_model(rows - 10), r"expected \d+ tokens, as the text tower, got \d+; use the tokenizer"),
-        (lambda rows: gemma_model(rows + 101), r"expected \d+ tokens, as the text tower, got \d+; use the tokenizer"),
+        (lambda rows: siglip_model(rows - 10), OTHER_TOKENIZER),
+        (lambda rows: gemma_model(rows + 101), OTHER_TOKENIZER),
     ],
 )
 def test_tokenizers_of_other_models_are_refused_for_texts_alone(tmp_path, picture, model, message):
@@ -145,6 +156,8 @@ def test_tokenizers_of_other_models_are_refused_for_texts_alone(tmp_path, pictur
     assert len(ours.processor([picture]).images) == 1
     with pytest.raises(TokenizerError, match=f"1 texts cannot be encoded: .*{message}"):
         ours.processor(texts=["the dog"])
+    (tmp_path / "tokenizer.model").write_bytes(siglip_model(60))  # the tokenizer of its training
+    assert vlm_jax.from_pretrained(tmp_path).processor(texts=["the dog"]).tokens.shape[0] == 1
 
 
 def test_classifiers_of_vision_transformer_and_big_vision(tmp_path, picture):
@@ -162,7 +175,9 @@ def test_classifiers_of_vision_transformer_and_big_vision(tmp_path, picture):
 
 def test_a_tower_without_a_table_is_told_the_size_of_pictures(tmp_path, picture):
     """At load or by the config, which is written; others say what is missing."""
-    with pytest.raises(PretrainedError, match="pass image_size in pixels to from_pretrained, or add it"):
+    with pytest.raises(
+        PretrainedError, match=tried("pass image_size in pixels to from_pretrained, or add it to config.json")
+    ):
         _ = vlm_jax.from_pretrained(DATA / "bv_vit_gap_sincos_scan").processor
     asked = vlm_jax.from_pretrained(DATA / "bv_vit_gap_sincos_scan", image_size=24)
     found = asked.processor([picture]).images

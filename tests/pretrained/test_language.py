@@ -18,6 +18,8 @@ from vlm_jax.layers.rope import Rope
 from vlm_jax.pretrained.family import Names, PretrainedError
 from vlm_jax.pretrained.language import language_model
 
+from ..advice import tried
+
 DTYPES = {"dtype": jnp.float32, "param_dtype": jnp.float32}
 TINY = {
     "model_type": "llama",
@@ -62,9 +64,11 @@ def test_a_tied_table_that_is_stored_twice_is_written_twice(tmp_path):
 
 def test_a_tied_head_that_is_not_the_table_is_refused(tmp_path):
     saved(tmp_path, **{"lm_head.weight": np.zeros((5, 4), np.float32)})
-    with pytest.raises(PretrainedError, match=r"llama\.tie_word_embeddings: expected lm_head.weight to be model.embed"):
+    with pytest.raises(
+        PretrainedError, match=tried("{lm_head.weight} to be {model.embed_tokens.weight}, but they differ; set it")
+    ):
         vlm_jax.from_pretrained(tmp_path, config={**TINY, "tie_word_embeddings": True})
-    untied = vlm_jax.from_pretrained(tmp_path, config=TINY)
+    untied = vlm_jax.from_pretrained(tmp_path, config={**TINY, "tie_word_embeddings": False})
     assert not np.asarray(untied.params["decoder"]["head"]["kernel"]).any()
 
 

@@ -1,5 +1,6 @@
 """The public loader: files in, files out, devices, and everything that is rejected."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -15,9 +16,12 @@ from tests.golden.conftest import DATA
 from vlm_jax.checkpoints import release
 from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
 from vlm_jax.checkpoints.mismatch import CheckpointMismatch
+from vlm_jax.checkpoints.release import Release
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.family import PretrainedError, find_prefix, one_side, square_root
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+
+from ..advice import tried
 
 ARCHIVE, TORCH = DATA / "vit_jax_token", DATA / "open_clip_rn"
 
@@ -58,8 +62,33 @@ def test_an_archive_is_written_back_as_it_was(tmp_path):
     assert original.keys() == again.keys()
     for key, array in original.items():
         np.testing.assert_array_equal(again[key], array)
-    with pytest.raises(CheckpointFileError, match=r"model\.npz exists"):
+    exists = tried("exists: write to another folder, or remove the old checkpoint")
+    with pytest.raises(CheckpointFileError, match=exists):
         loaded.save_pretrained(tmp_path / "saved")
+    loaded.save_pretrained(tmp_path / "another")
+    (tmp_path / "saved" / "model.npz").unlink()
+    loaded.save_pretrained(tmp_path / "saved")
+    assert arrays(tmp_path / "saved" / "model.npz").keys() == arrays(tmp_path / "another" / "model.npz").keys()
+
+
+@pytest.mark.parametrize("target", [None, 3, "", " ", "a\0b", b"saved", "gs://bucket/saved"])
+def test_what_is_no_folder_is_named_and_nothing_is_written(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    loaded = vlm_jax.from_pretrained(ARCHIVE)
+    save = inspect.unwrap(type(loaded).save_pretrained)  # without the checks of types, which are before it in tests
+    monkeypatch.setattr(Release, "save", inspect.unwrap(Release.save))
+    told = tried("expected the path of a local folder to write, got {}; pass one, as 'saved/1'")
+    with pytest.raises(CheckpointFileError, match=told) as caught:
+        save(loaded, target)
+    assert repr(target) in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_relative_or_of_the_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for target, place in (("saved/1", tmp_path / "saved" / "1"), ("~/1", tmp_path / "home" / "1")):
+        files = vlm_jax.from_pretrained(ARCHIVE).save_pretrained(target)
+        assert files[-1] == place / "model.npz" and files[-1].exists()
 
 
 def test_weights_are_written_last_and_a_failed_save_can_be_tried_again(tmp_path, monkeypatch):

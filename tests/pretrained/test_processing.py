@@ -22,6 +22,7 @@ from vlm_jax.pretrained.processing.settings import image_settings, video_pixels
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tokenizer import TokenizerError
 
+from ..advice import tried
 from ..processors.vocabularies import tiktoken_ranks
 
 
@@ -43,8 +44,11 @@ def test_a_folder_and_its_model_agree(name, learned):
 def test_other_tokens_of_a_tile_are_told():
     model = vlm_jax.from_pretrained(DATA / "deepseek_vl2_tiny")
     views = dataclasses.replace(model.processor.views, tokens=(3, 3))
-    with pytest.raises(PretrainedError, match=r"a tile of 48x48 pixels has 9 tokens .* but 4 in the model"):
+    with pytest.raises(
+        PretrainedError, match=tried("{9} tokens by the processor's files, but {4} in the model; fix image_seq_length")
+    ):
         check_conversations(dataclasses.replace(model.processor, views=views), model.module)
+    check_conversations(model.processor, model.module)
 
 
 def test_other_patches_are_told():
@@ -80,8 +84,13 @@ def test_a_model_without_a_processor_is_told():
 def test_another_size_of_pictures_is_told(tmp_path):
     shutil.copytree(DATA / "s2_siglip", tmp_path, dirs_exist_ok=True)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 48, "width": 48}}))
-    with pytest.raises(PretrainedError, match=r"have images of \(48, 48\) pixels, but the model needs \(32, 32\)"):
+    needs = tried(
+        "{images} of {(48, 48)} pixels, but the model needs {(32, 32)}; set size and crop_size, or patch_size, in"
+    )
+    with pytest.raises(PretrainedError, match=needs):
         _ = vlm_jax.from_pretrained(tmp_path).processor
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 32, "width": 32}}))
+    assert vlm_jax.from_pretrained(tmp_path).processor([Image.new("RGB", (9, 9))]).images.shape == (1, 32, 32, 3)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from vlm_jax.processors.layout import Text
 from vlm_jax.processors.learned import PromptError
 from vlm_jax.processors.prompt import TemplatePrompt
 
+from ..advice import tried
+
 CHATML = """{%- for message in messages %}
 <|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}
@@ -94,7 +96,7 @@ def test_a_text_is_given_in_the_form_that_a_template_reads():
         (
             LISTS,
             [{"role": "system", "content": "be short"}, USER],
-            "message 0, of the role 'system': .* shows nothing",
+            tried("{0}, of the role {'system'}: the template shows nothing of its text, or of one of its texts; give"),
         ),
         (
             "{{ messages[0].content }}",
@@ -111,6 +113,10 @@ def test_a_text_is_given_in_the_form_that_a_template_reads():
 def test_a_text_that_a_template_does_not_show_is_named(source, messages, message):
     with pytest.raises(ChatTemplateError, match=message):
         ChatTemplate(source).render(messages, add_generation_prompt=False)
+
+
+def test_a_text_in_a_role_that_a_template_reads_is_shown():
+    assert "be short" in ChatTemplate(LISTS).render([{**USER, "content": "be short"}], add_generation_prompt=False)
 
 
 def test_a_list_is_not_written_as_python_writes_it():
@@ -132,10 +138,11 @@ def test_a_template_sees_no_objects():
     """An object has methods that are not for a template, and would be written as `<object>`."""
     template = ChatTemplate("{{ tools | tojson }}{{ messages[0].content }} {{ 'name' in messages[0] }}")
     assert template.render([{**USER, "name": None}], tools=[{"name": "f"}]) == '[{"name": "f"}]hi False'
-    with pytest.raises(
-        ChatTemplateError, match=r"^tools\[0\]: expected text, .* of type builtin_function.*JSON schema"
-    ):
+    advised = tried('; pass its JSON schema, {{"type": "function", "function": {{…}}}}')
+    with pytest.raises(ChatTemplateError, match=r"^tools\[0\]: expected text, .* of type builtin_function.*" + advised):
         template.render([USER], tools=[len])
+    schema = {"type": "function", "function": {"name": "len"}}
+    assert template.render([USER], tools=[schema]).startswith(json.dumps([schema]))
 
 
 def test_a_key_of_a_message_that_nothing_reads_is_told():

@@ -18,6 +18,8 @@ from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.processors.vocabulary import TokenizersVocabulary
 
+from ..advice import tried
+
 WORDS = {"<pad>": 0, "<end>": 1, "<unk>": 2, "a": 3, "b": 4}
 
 
@@ -73,8 +75,13 @@ def test_what_is_not_read_is_refused(tokenizer):
         ImageTextProcessor(None, texts)([picture])
     with pytest.raises(PictureMismatch, match="takes no texts"):
         ImageTextProcessor(images)([picture], ["a"])
-    with pytest.raises(PictureMismatch, match="expected images or texts, got none"):
+    with pytest.raises(
+        PictureMismatch, match=tried("expected images or texts, got none; pass images=[…], texts=[…] or both")
+    ):
         ImageTextProcessor(images, texts)()
+    assert ImageTextProcessor(images, texts)([picture]).images.shape == (1, 8, 8, 3)
+    assert ImageTextProcessor(images, texts)(texts=["a"]).tokens.shape == (1, 4)
+    assert len(ImageTextProcessor(images, texts)([picture], ["a"]).inputs) == 2
     unchecked = inspect.unwrap(ImageTextProcessor.__call__)  # without the checks of types in tests
     for wrong, told in (
         ("a", r"texts: expected a list, got 'a'; write \['a'\]"),

@@ -14,6 +14,7 @@ from vlm_jax.processors.templates import DEEPSEEK, INTERNVL, OVIS2, OVIS2_5_TRAI
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 from vlm_jax.processors.vocabulary import SentencePieceVocabulary
 
+from ..advice import tried
 from .test_processor import SQUARE, picture
 from .test_spelled_prompt import TOKENIZER, spelled
 from .vocabularies import sentencepiece_model
@@ -204,10 +205,10 @@ def test_as_released_takes_no_weights():
     assert learned(pieces) == "" and spelled(pieces).endswith("What? ASSISTANT: no. ASSISTANT: Yes.</s>")
     assert learned(prompt([asked, TURNS[3]], (), **{**options, "targets": True})) == " Yes.</s>"
     for messages, more in (([asked, TURNS[3]], {"turns": "last"}), ([asked, {**TURNS[3], "weight": 0.5}], {})):
-        with pytest.raises(
-            PromptError, match="targets='as_released' learns what the release's code does; remove turns="
-        ):
+        advised = tried("learns what the release's code does; remove turns={} and the keys loss and weight of messages")
+        with pytest.raises(PromptError, match=advised):
             prompt(messages, (), **options, **more)
+    assert spelled(prompt([asked, TURNS[3]], (), **options))
     with pytest.raises(PromptError, match="expected the role 'user', got 'system'"):
         prompt([{"role": "system", "content": "S"}, *TURNS], (), **options)
 
@@ -265,5 +266,11 @@ def test_a_token_across_an_end_is_learned_or_refused():
     ids, marked = encode_learned(tokenizer, text, [Span(len("hello"), len(text))], add_special=False)
     assert tokenizer.decode([index for index, each in zip(ids, marked, strict=True) if each]) == "the dog"
     assert tokenizer.decode([index for index, each in zip(ids, marked, strict=True) if not each]) == "hello"
-    with pytest.raises(TokenizerError, match=r"a token crosses the start or end of trained text, at 'hello th' \| 'e"):
+    advised = tried(
+        "trained text, at {'hello th'} | {'e dog'}; make the chat template write a space or a special token there"
+    )
+    with pytest.raises(TokenizerError, match=advised):
         encode_learned(tokenizer, text, [Span(len("hello th"), len(text))], add_special=False)
+    spaced = "hello th e dog"
+    ids, marked = encode_learned(tokenizer, spaced, [Span(len("hello th"), len(spaced))], add_special=False)
+    assert tokenizer.decode([index for index, each in zip(ids, marked, strict=True) if each]).strip() == "e dog"

@@ -5,6 +5,8 @@ import pytest
 from vlm_jax.processors.patches import num_places, pack_patches, packed_length, patchify, window_of_blocks
 from vlm_jax.types import PatchFormat
 
+from ..advice import tried
+
 GRIDS = [(1, 6, 4), (2, 4, 10), (1, 2, 2)]
 
 
@@ -46,8 +48,16 @@ def test_an_image_is_repeated_over_the_frames_of_a_patch():
 
 @pytest.mark.parametrize("size", [(6, 8), (8, 6), (0, 8)])
 def test_patchify_refuses_what_it_cannot_cut(size):
-    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels .* multiple of 4"):
+    advised = tried(
+        "frames of {}x{} pixels cannot be divided into blocks of {2}x{2} patches of {2} pixels; resize both"
+    )
+    with pytest.raises(ValueError, match=advised):
         patchify(np.zeros((1, *size, 3), np.float32), patch_size=2, merge_size=2)
+    whole = [max(-(-side // 4) * 4, 4) for side in size]  # a multiple of 4
+    assert (
+        patchify(np.zeros((1, *whole, 3), np.float32), patch_size=2, merge_size=2)[0].shape[0]
+        == whole[0] * whole[1] // 4
+    )
 
 
 def test_positions_follow_the_order_of_patches():
@@ -120,14 +130,24 @@ def test_packed_sequences_form_a_batch():
 @pytest.mark.parametrize(
     ("grids", "patches", "more", "message"),
     [
-        ([(1, 6, 5)], 30, {}, r"\(1, 6, 5\)\] cannot be merged by 2x2"),
+        (
+            [(1, 6, 5)],
+            30,
+            {},
+            tried("grids {[(1, 6, 5)]} cannot be merged by {2}x{2}: rows and columns must be multiples of {2}; resize"),
+        ),
         ([(1, 4, 4), (1, 3, 4)], 28, {}, r"\[\(1, 3, 4\)\] cannot be merged"),
         ([(1, 4, 4)], 12, {}, "have 16 patches in total, but got 12"),
         ([(2, 4, 4)], 16, {}, "have 32 patches in total, but got 16"),
         ([(0, 4, 4)], 0, {}, "each at least 1"),
         ([], 0, {}, "rows of .frames, rows, columns."),
         ([(4, 4)], 16, {}, "rows of .frames, rows, columns."),
-        ([(1, 4, 4)], 16, {"length": 12}, "16 patches need a length of 16, but length is 12; .* multiple of 4"),
+        (
+            [(1, 4, 4)],
+            16,
+            {"length": 12},
+            tried("{16} patches need a length of {16}, but length is {12}; pass a multiple of {4} that is at least"),
+        ),
         ([(1, 4, 4)], 16, {"length": 18}, "multiple of 4"),
         ([(1, 4, 6)], 24, {"window": 2, "length": 24}, "24 patches need a length of 32, .* multiple of 16"),
     ],
@@ -135,6 +155,12 @@ def test_packed_sequences_form_a_batch():
 def test_what_does_not_fit_is_refused(grids, patches, more, message):
     with pytest.raises(ValueError, match=message):
         pack_patches(np.zeros((patches, 3), np.float32), grids, merge_size=2, **more)
+
+
+def test_patches_are_packed_as_messages_say():
+    assert pack_patches(np.zeros((24, 3), np.float32), [(1, 6, 4)], merge_size=2).patches.shape[-2] == 24
+    assert pack_patches(np.zeros((16, 3), np.float32), [(1, 4, 4)], merge_size=2, length=20).patches.shape[-2] == 20
+    assert pack_patches(np.zeros((8, 3), np.float32), [(1, 4, 2)], merge_size=2, length=12).patches.shape[-2] == 12
 
 
 @pytest.mark.parametrize("window", [2, 3, 4])

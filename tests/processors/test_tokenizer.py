@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 
+from ..advice import tried
 from .vocabularies import TEXTS, sentencepiece_model, tiktoken_ranks
 
 LINES = ["hello world", "the dog\n\nin  the image", "", "图片 é 🦊!", "x"]
@@ -160,11 +161,12 @@ def test_qwen2s_two_files(tmp_path):
     assert tokenizer.encode("the<|im_end|>") == [257, 258]
     assert all(tokenizer.decode(tokenizer.encode(line)) == line for line in LINES)
     write(tmp_path, tokenizer_config__json={"tokenizer_class": "GPT2Tokenizer"})
-    with pytest.raises(
-        TokenizerError,
-        match=r"tokenizer_class Qwen2Tokenizer or CLIPTokenizer, tokenizer_config\.json has GPT2Tokenizer",
-    ):
+    advised = tried("tokenizer_config.json has {GPT2Tokenizer}; save the tokenizer as a tokenizer.json")
+    with pytest.raises(TokenizerError, match=advised):
         Tokenizer.from_folder(tmp_path)
+    whole = tokenizers.Tokenizer(models.BPE(vocabulary, [("t", "h"), ("th", "e")]))
+    whole.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path).encode("the") == [257]
 
 
 def test_what_a_folder_lacks_is_named(tmp_path, qwen):
@@ -240,7 +242,9 @@ def test_a_tokenizer_file_is_read_with_its_own_names(tmp_path):
     assert tokenizer.decode([1, 5, 6, 2]) == "a cat"
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unknown_id) == (0, 1, 2, 4)
     assert tokenizer.id_of(tokenizer.names["image_token"]) == 3
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: bos_token '<s>', eos_token '<eos>' not in its"):
+    with pytest.raises(
+        TokenizerError, match=tried("{bos_token '<s>', eos_token '<eos>'} not in its vocabulary; use the names in")
+    ):
         Tokenizer.from_file(path, {**names, "bos_token": "<s>", "eos_token": "<eos>"})
 
 

@@ -3,6 +3,7 @@
 import fractions
 import io
 import logging
+import re
 import struct
 
 import av
@@ -29,6 +30,7 @@ from vlm_jax.processors.video import (
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import PatchFormat
 
+from ..advice import tried
 from .test_processor import processor, say
 
 
@@ -228,9 +230,14 @@ def test_frames_that_memory_does_not_hold_are_refused_before_they_are_decoded(mo
     source = video(6, 10)
     monkeypatch.setattr(video_module, "MAX_VIDEO_PIXELS", 4 * 32 * 48)
     assert read(source, SegmentSampler(4))  # as many as are held
-    told = "its 6 selected frames of 32x48 pixels have more than 6144 pixels, .*select fewer with nframes or max_frames"
+    told = tried(
+        "its {6} selected frames of {32}x{48} pixels have more than {6144} pixels, all of which are held; select fewer"
+    )
     with pytest.raises(CorruptImage, match=told):
         read(source, RateSampler(min_frames=6))
+    assert read(source, RateSampler(min_frames=6).following(FrameSettings(nframes=4)))
+    assert read(source, RateSampler(min_frames=2, max_frames=4).following(FrameSettings(max_frames=4)))
+    assert read(video(6, 10, size=(16, 24)), RateSampler(min_frames=6))  # a smaller one
     assert read(video(2, 10), SegmentSampler(40))  # a repeated frame is held once
 
 
@@ -242,10 +249,13 @@ def test_every_frame_is_read_and_told_once(caplog):
         read_video(video(3, 10), sampler)
     assert (levels(frames), rate) == (list(range(5)), 10)
     (told,) = [record.message for record in caplog.records if "every frame" in record.message]
-    assert "do_sample_frames of the folder's video processor is false; set nframes or fps" in told
+    assert re.search(tried("is false; set nframes or fps in the item to sample frames"), told)
     assert len(sampler.chosen(768, 10)) == 768
-    with pytest.raises(PictureMismatch, match=r"expected at most 768 frames, .*do_sample_frames is false.*, got 769"):
+    advised = tried("do_sample_frames is false and all frames are read, got {769}; set nframes or fps in the item")
+    with pytest.raises(PictureMismatch, match=f"expected at most 768 frames.*{advised}"):
         sampler.chosen(769, 10)
+    assert len(sampler.following(FrameSettings(nframes=8)).chosen(769, 10)) == 8
+    assert len(sampler.following(FrameSettings(fps=1)).chosen(769, 10)) == 76
 
 
 def test_settings_of_a_video_sample_its_frames_where_a_folder_does_not():

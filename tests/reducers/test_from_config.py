@@ -22,6 +22,8 @@ from vlm_jax.reducers import REDUCERS
 from vlm_jax.sweep.points import costs
 from vlm_jax.train.objectives.next_token import NextToken
 
+from ..advice import tried
+
 BUDGET = 9
 FIELDS = {"fastv": {"layer": 1}, "visionzip": {"contextual_share": 0.3}, "prumerge": {"spatial_share": 0.3}}
 KINDS = [kind for kind in REDUCERS if kind != "none"]
@@ -172,10 +174,13 @@ def test_an_encoder_without_a_way_to_do_so_is_refused(kind, encoder):
         }[encoder]
     )
     config.token_budget = 16 if kind == "tome" else BUDGET
-    with pytest.raises(
-        ConfigError, match=rf"config\.reducer\.kind: {kind} works inside the encoder, but {encoder} does"
-    ):
+    told = tried(
+        "does not support it (no field {}); choose another config.{encoder}.kind, such as {vit}, or another reducer"
+    )
+    with pytest.raises(ConfigError, match=f"{kind} works inside the encoder, but {encoder} {told}"):
         build(config)
+    config.encoder = ConfigDict({"kind": "vit", **small, "num_heads": 2})
+    assert build(config).budget.left == config.token_budget
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from vlm_jax.encoders.vit import ViT
 from vlm_jax.layers.token_merging import Merged, merge, merge_schedule
 from vlm_jax.types import PackedPatches
 
+from ..advice import tried
 from ..parameters import drawn
 from . import blocks, definitions
 
@@ -156,8 +157,13 @@ def test_bfloat16_is_near_to_float32(fields):
     ids=str,
 )
 def test_an_encoder_that_cannot_say_so_refuses(fields, asked):
-    with pytest.raises(ValueError, match="a reducer inside the encoder needs at least one block"):
+    with pytest.raises(
+        ValueError,
+        match=tried("with `saliency` or `merged`, leave out `collect` and levels, with `merged` also keep_class"),
+    ):
         jax.eval_shape(vit(**fields, **asked).init, jax.random.key(0), IMAGES)
+    allowed = {"select_layer": -1} if "select_layer" in fields else {"class_token": True}
+    assert jax.eval_shape(vit(**allowed, **asked).init, jax.random.key(0), IMAGES)
 
 
 NAFLEX = {"patch_size": 2, "table_grid": (4, 4), "width": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12}

@@ -2,10 +2,13 @@
 
 import io
 import json
+import re
+import shutil
 
 import pytest
 import rich.console
 import safetensors.numpy
+from etils import epath
 
 import vlm_jax
 from vlm_jax.config import ConfigError
@@ -14,10 +17,12 @@ from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.processors.video import RateSampler
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
+from vlm_jax.sweep.failures import summary
 from vlm_jax.sweep.frontier import REQUIRED
 from vlm_jax.sweep.questions import Questions
 from vlm_jax.system import System
 
+from ..advice import tried
 from .releases import MAX_NEW_TOKENS, VISUAL_TOKENS, conversation
 
 
@@ -146,9 +151,25 @@ def test_a_point_that_fails_is_named_and_tried_again(evaluation, finished, tmp_p
         assert evaluation(tmp_path / "work", reducers=("fastv", "none")).run() == failed
     assert lines(tmp_path / "work" / "failed.jsonl") == [{"label": "fastv@4", "error": failed["fastv@4"]}]
     assert [line["label"] for line in lines(tmp_path / "work" / "results.jsonl")] == ["none@released"]
+    advised = tried("{1} of {2} points failed: {fastv@4}; see {}. The same command tries them again")
+    assert re.search(advised, summary(failed, 2, epath.Path(tmp_path)))
     assert evaluation(tmp_path / "work", reducers=("fastv", "none")).run() == {}
     assert (tmp_path / "work" / "failed.jsonl").read_text() == ""
     assert answers_of(tmp_path / "work", "fastv@4") == answers_of(finished[0], "fastv@4")
+
+
+def test_more_answers_than_questions_need_another_workdir(evaluation, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "work")
+    written, whole = (
+        folder / "points" / "none@released" / "answers.jsonl" for folder in (tmp_path / "work", finished[0])
+    )
+    written.write_text(whole.read_text() + whole.read_text().splitlines()[0] + "\n")
+    results = (tmp_path / "work" / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "work" / "results.jsonl").write_text(results[1])  # without those of none@released
+    found = evaluation(tmp_path / "work").run()
+    assert re.search(tried("has {6} answers to {5} questions; use another workdir"), found["none@released"])
+    assert evaluation(tmp_path / "other", reducers=("none",)).run() == {}
+    assert answers_of(tmp_path / "other", "none@released") == whole.read_text()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -18,8 +19,11 @@ from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError
 from vlm_jax.sharding.rules import placed
 from vlm_jax.sweep import run as sweep_run
+from vlm_jax.sweep.frontier import combine_seeds
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
+
+from ..advice import tried
 
 PATCHES, WIDTH, DEPTH, MLP = 4, 16, 2, 32
 
@@ -173,12 +177,21 @@ def test_what_a_sweep_writes_and_prints(swept):
     assert (swept.workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
     report = (swept.workdir / "report.html").read_text()
     assert all(result["command"] in report for result in swept.results)
+    with pytest.raises(ValueError, match=tried("nothing to report: {0} results, none with an accuracy; run the sweep")):
+        combine_seeds([])
+    assert [point.label for point in combine_seeds(swept.results)] == ["pool@1", "random@2"]
     printed = swept.printed
     assert "2 points, by shape" in printed and printed.index("by shape") < printed.index("95% intervals")
 
 
 def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_device, undrawn, tmp_path):
-    alone = make(config, tmp_path, console, only=("random@2",)).run()
+    """Also where points were once built differently, in another folder."""
+    shutil.copytree(swept.workdir, tmp_path / "old")
+    old = [{**result, "config_hash": "of old"} for result in swept.results]
+    (tmp_path / "old" / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in old))
+    with pytest.raises(ValueError, match=tried("the package builds points differently now. Use another --workdir")):
+        make(config, tmp_path / "old", console).run()
+    alone = make(config, tmp_path / "new", console, only=("random@2",)).run()
     assert [result["label"] for result in alone] == ["random@2"]
     measured = ("step_seconds", "prefill_seconds", "decode_seconds")
     assert {k: v for k, v in alone[0].items() if k not in measured} == {

@@ -16,6 +16,7 @@ from vlm_jax.train.loop import Trainer
 from vlm_jax.train.workdir import read_lines
 from vlm_jax.types import Batch, Sample, Turn, dialogue
 
+from ..advice import tried
 from .conftest import tiny_config
 from .stepping import assert_close, steps
 
@@ -113,7 +114,7 @@ def test_a_run_accumulates_in_every_stage(config, one_device, tmp_path):
     [
         (3, r"config\.stages\.seeing\.accumulate: expected a divisor of the batch_size of 8, got 3"),
         (0, r"config\.stages\.seeing\.accumulate: expected at least 1, got 0"),
-        (4, r"config\.stages\.seeing: microbatches of 2 rows .* cannot be divided over 4 shards"),
+        (4, tried("microbatches of {2} rows (batch_size over accumulate) cannot be divided over {4} shards")),
     ],
 )
 def test_a_batch_that_cannot_be_split_is_refused(config, tmp_path, accumulate, message):
@@ -123,3 +124,6 @@ def test_a_batch_that_cannot_be_split_is_refused(config, tmp_path, accumulate, m
     with pytest.raises(ConfigError, match=message):
         Trainer(config, build(config), mesh, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with config.unlocked():
+        config.stages.seeing.batch_size, config.stages.seeing.accumulate = 4 * max(accumulate, 1), max(accumulate, 1)
+    assert Trainer(config, build(config), mesh, tmp_path / "run").num_steps == 12

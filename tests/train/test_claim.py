@@ -13,6 +13,8 @@ from vlm_jax.train import lock as locks
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.lock import WorkdirInUse, lock
 
+from ..advice import tried
+
 CONFIG = {
     "seed": 0,
     "release": None,
@@ -65,8 +67,18 @@ def test_a_start_that_fails_leaves_nothing(workdir, tmp_path):
 def test_a_folder_of_something_else_is_refused(workdir, name):
     (workdir / name).parent.mkdir(parents=True)
     (workdir / name).write_text("words")
-    with pytest.raises(ConfigError, match=rf"has {name.split('/')[0]} and no config\.json.* not a run's folder"):
+    told = tried("and no {config.json}, so it is not a run's folder; use another --workdir")
+    with pytest.raises(ConfigError, match=f"has {name.split('/')[0]} {told}"):
         Claim(workdir, CONFIG)
+    assert recorded(workdir / "another") == recorded(workdir / "another")
+
+
+def test_a_file_is_no_folder_of_a_run(workdir):
+    workdir.parent.mkdir()
+    workdir.write_text("words")
+    with pytest.raises(ConfigError, match=tried("expected a folder, found a file; use another --workdir")):
+        Claim(workdir, CONFIG)
+    assert recorded(workdir.parent / "another")["seed"] == CONFIG["seed"]
 
 
 def test_another_start_is_refused_with_both(workdir):
@@ -75,6 +87,10 @@ def test_another_start_is_refused_with_both(workdir):
         Claim(workdir, CONFIG, init_from="/runs/b/checkpoints")
     with pytest.raises(ConfigError, match=r"started from /runs/a/checkpoints, .* is now its own first parameters"):
         Claim(workdir, CONFIG)
+    with pytest.raises(ConfigError, match=tried("use another --workdir, or the original --init_from")):
+        Claim(workdir, CONFIG)
+    assert recorded(workdir, init_from="/runs/a/checkpoints") == recorded(workdir, init_from="/runs/a/checkpoints")
+    assert recorded(workdir.parent / "another")["seed"] == CONFIG["seed"]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +106,10 @@ def test_keys_that_move_no_number_may_change_and_are_recorded(workdir, path, val
 @pytest.mark.parametrize(("path", "value"), [("seed", 1), ("stages.one.steps", 5), ("stages.two.steps", 5)])
 def test_other_keys_may_not(workdir, path, value):
     before = recorded(workdir)
-    with pytest.raises(ConfigError, match=rf"created with another config(.|\n)*config\.{path}: . here, {value} there"):
+    told = tried("was created with another config; use another --workdir, or the original config. In the folder (here)")
+    with pytest.raises(ConfigError, match=rf"{told}(.|\n)*config\.{path}: . here, {value} there"):
         Claim(workdir, changed(path, value), last_stage="two")
+    assert recorded(workdir.parent / "another", changed(path, value)) != before and recorded(workdir) == before
     assert json.loads((workdir / "config.json").read_text()) == before
 
 
@@ -135,7 +153,15 @@ def test_a_lock_ends_with_its_process(tmp_path):
     assert path.exists()  # left by the process that was killed
     with lock(path), pytest.raises(WorkdirInUse, match=f"process {os.getpid()} "), lock(path):
         pass
+    with lock(path):
+        told = tried("is in use by {}; wait until it ends, stop it, or use another --workdir")
+        with pytest.raises(WorkdirInUse, match=told), lock(path):
+            pass
+        with lock(path.with_name("another.lock")):
+            pass
     assert not path.exists()
+    with lock(path):
+        pass
 
 
 def test_without_locks_the_newest_process_has_the_folder(tmp_path, monkeypatch):

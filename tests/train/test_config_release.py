@@ -23,6 +23,8 @@ from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.loop import Trainer
 
+from ..advice import tried
+
 LENGTH, TILES = 128, 3
 
 
@@ -118,10 +120,13 @@ def test_a_workdir_answers_with_the_trained_parameters(run, folder):
             {"row": {"length": None, "images": 1, "text_length": 9}},
             r"config\.row: .* with pack, need length",
         ),
-        ({"token_budget_per": "tile"}, r"config\.token_budget_per: the budget of a release"),
+        (
+            {"token_budget_per": "tile"},
+            tried("config.token_budget_per: the budget of a release is per image, or per tile; set it to image"),
+        ),
         (
             {"evaluation": {"batch_size": 1, "question_length": 9, "max_new_tokens": 2}},
-            r"config\.evaluation\.question_length: .* set it to None",
+            tried("config.evaluation.question_length: prompts of a release have any length; set it to None"),
         ),
         ({"processor": {"max_pixel": 9}}, r"config\.processor\.max_pixel: unknown or unused key"),
     ],
@@ -129,6 +134,11 @@ def test_a_workdir_answers_with_the_trained_parameters(run, folder):
 def test_wrong_sections_are_named(folder, changes, message):
     with pytest.raises(ConfigError, match=message):
         build(config_of(folder, **changes))
+
+
+def test_sections_that_are_set_as_the_messages_say_are_read(folder):
+    evaluation = {"batch_size": 1, "question_length": None, "max_new_tokens": 2}
+    assert build(config_of(folder, token_budget_per="image", evaluation=evaluation)).prompt is None
 
 
 def test_a_workdir_has_the_settings_of_its_run(folder, tmp_path):

@@ -15,6 +15,8 @@ from vlm_jax.train.first_run import completed, is_incomplete
 from vlm_jax.train.input import rows
 from vlm_jax.train.stages import parse_schedule
 
+from ..advice import tried
+
 NUM_SAMPLES = 50
 
 
@@ -99,8 +101,9 @@ def test_adapters_learn_alone_unless_rates_are_given(folder):
 
 
 def test_a_run_without_data_is_refused(folder):
-    with pytest.raises(ConfigError, match=r"config\.data\.train_path: expected the file to train on, got None"):
+    with pytest.raises(ConfigError, match=tried("expected the file to train on, got None; pass --data=FILE")):
         completed(config_of(folder, **{"data.train_path": None}))
+    assert completed(config_of(folder))[0].data.train_path  # as --data sets it
     with pytest.raises(ConfigError, match=r"config\.data\.held_out: expected fewer than the 50 records"):
         build(completed(config_of(folder, **{"data.held_out": 50}))[0]).open_source()
 

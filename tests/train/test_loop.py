@@ -11,12 +11,16 @@ from etils import epath
 
 from vlm_jax.build import build
 from vlm_jax.checkpoints.orbax import CheckpointError
+from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.sharding.rules import placed
+from vlm_jax.system import UnsupportedError
 from vlm_jax.train import loop
 from vlm_jax.train.loop import Diverged, Interrupted, Trainer
 from vlm_jax.train.workdir import read_lines
 
+from ..advice import tried
 from .conftest import tiny_config
 
 
@@ -153,8 +157,23 @@ def test_a_damaged_checkpoint_is_named_with_the_way_on(config, one_device, finis
     for path in files:
         if path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"checkpoint 12 .*Delete the folder .*12 .*resumes from checkpoint 10"):
+    told = tried("checkpoint {12} in {} cannot be read: it is damaged or of another model. Delete the folder {}")
+    with pytest.raises(CheckpointError, match=f"{told}.*12 .*resumes from checkpoint 10"):
         train(config, one_device, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    again = train(config, one_device, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, finished[1].params)
+
+
+def test_parameters_of_a_run_without_a_release_are_in_its_checkpoints(config, one_device, finished, tmp_path):
+    experiment = build(config)
+    with pytest.raises(
+        UnsupportedError, match=tried("from a config has no released schema; use its run's checkpoints")
+    ):
+        experiment.system.save_pretrained(tmp_path / "saved", finished[1].params)
+    shapes = placed(experiment.boxed_shapes(), one_device)
+    found = read_parts(finished[0] / "checkpoints", {"decoder": shapes["decoder"]})
+    jax.tree.map(np.testing.assert_array_equal, found["decoder"], finished[1].params["decoder"])
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(config, one_device, tmp_path):

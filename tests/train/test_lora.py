@@ -20,9 +20,11 @@ from vlm_jax.layers.lora import lora_shapes
 from vlm_jax.leaves import flatten
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.convert import open_conversion, write_adapter
+from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.loop import Trainer
 
+from ..advice import tried
 from .conftest import tiny_config
 from .stepping import assert_close, steps
 from .test_accumulate import batch_of, experiment_of
@@ -86,6 +88,10 @@ def test_a_workdir_and_its_exports_have_the_merged_averages(run, folder, tmp_pat
     open_conversion(folder, FAMILIES, run=workdir).write(tmp_path / "exported")
     assert_close(dict(vlm_jax.from_pretrained(tmp_path / "exported").params), outcome.params)
     write_adapter(folder, FAMILIES, workdir, tmp_path / "adapter")
+    with pytest.raises(PretrainedError, match=tried("not a model; load it with from_pretrained('{}', adapter='{}')")):
+        vlm_jax.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(PretrainedError, match=tried("is a run, whose own adapters are merged; pass a release")):
+        vlm_jax.from_pretrained(workdir, adapter=tmp_path / "adapter")
     with_adapter = vlm_jax.from_pretrained(folder, adapter=tmp_path / "adapter")
     assert_close(dict(with_adapter.params), outcome.params)
     without = dict(vlm_jax.from_pretrained(folder).params)
@@ -96,8 +102,10 @@ def test_a_workdir_and_its_exports_have_the_merged_averages(run, folder, tmp_pat
         ).max()
         > 1e-4
     )
-    with pytest.raises(CheckpointFileError, match="is not empty"):
+    with pytest.raises(CheckpointFileError, match=tried("{} is not empty: write to another folder")):
         write_adapter(folder, FAMILIES, workdir, tmp_path / "adapter")
+    names = [path.name for path in write_adapter(folder, FAMILIES, workdir, tmp_path / "another")]
+    assert names == [path.name for path in sorted((tmp_path / "adapter").iterdir())]
 
 
 def test_a_run_resumes_with_its_adapters_and_averages(run, one_device):

@@ -13,7 +13,7 @@ import numpy as np
 from vlm_jax.checkpoints.hub import Checkpoint, CheckpointFileError
 from vlm_jax.checkpoints.params import export_params, import_params
 from vlm_jax.checkpoints.rules import Rule, matcher, matching
-from vlm_jax.checkpoints.saving import check_vacant, copy_companions, save_archive, save_checkpoint
+from vlm_jax.checkpoints.saving import check_vacant, copy_companions, save_archive, save_checkpoint, target_folder
 from vlm_jax.types import Config, Fields, Params
 
 
@@ -88,9 +88,10 @@ class Release:
           The files written.
 
         Raises:
-          CheckpointFileError: the folder contains a checkpoint, or a part has no name in the released schema.
+          CheckpointFileError: no path, the folder contains a checkpoint, or a part has no name in the released schema.
           CheckpointMismatch: `params` do not have the release's shapes.
         """
+        folder = target_folder(folder)
         if self.unnamed:
             parts = " and the ".join(self.unnamed)
             raise CheckpointFileError(
@@ -101,7 +102,6 @@ class Release:
         for key, tensor in self.checkpoint.items():
             if key not in tensors and matching(self.ignore, key):
                 tensors[key] = tensor  # read when its shard is written
-        folder = Path(folder)
         check_vacant(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "config.json"

@@ -20,6 +20,7 @@ from vlm_jax.checkpoints.hub import (
     SINGLE_FILE,
     CheckpointFileError,
 )
+from vlm_jax.paths import absolute, is_remote
 from vlm_jax.types import Config
 
 MAX_SHARD_BYTES = 5 * 2**30
@@ -43,6 +44,20 @@ def copy_companions(source: Path, folder: epath.PathLike) -> tuple[epath.Path, .
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((source / name).read_bytes())
     return tuple(folder / name for name in written)
+
+
+def target_folder(folder: object) -> Path:
+    """The local folder that a release is written to, with the home folder in place of a leading `~`.
+
+    Raises:
+      CheckpointFileError: not a path, none that a folder can have, or one in a bucket.
+    """
+    path = os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
+    if not isinstance(path, str) or not path.strip() or "\0" in path or is_remote(path):
+        raise CheckpointFileError(
+            f"expected the path of a local folder to write, got {folder!r}; pass one, as 'saved/1'"
+        )
+    return Path(absolute(path))
 
 
 def check_vacant(folder: Path) -> None:

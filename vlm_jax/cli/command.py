@@ -61,16 +61,34 @@ def _place(path: str, error: BaseException) -> str:
 
 
 def _check_section(config: ConfigDict, word: str) -> None:
+    """Raises a flags.Error for an override in a section that the config does not have, or of an item of a tuple."""
     section: Any = config
-    for key in word.partition("=")[0].split(".")[1:-1]:
-        if key.endswith("]"):  # of a tuple
-            return
+    *sections, last = word.partition("=")[0].split(".")[1:]
+    for key in sections:
+        if key.endswith("]"):
+            return _check_items(section, key, word)
         if not isinstance(section, ConfigDict) or key not in section:
             near = did_you_mean(key, section) if isinstance(section, ConfigDict) else ""
             raise flags.Error(f"{word}: the config has no such section{near}")
         section = section[key]
     if not isinstance(section, ConfigDict):
         raise flags.Error(f"{word}: the config has no such section")
+    if last.endswith("]"):
+        _check_items(section, last, word)
+
+
+def _check_items(section: Any, key: str, word: str) -> None:
+    """Raises a flags.Error unless a key such as `places[1]` has the item, and the item can be set: of a list."""
+    name, *indices = re.findall(r"[^\[\]]+", key)
+    value = held = section.get(name) if isinstance(section, ConfigDict) else None
+    for index in indices:
+        if not isinstance(value, list) or not re.fullmatch(r"\d+", index) or int(index) >= len(value):
+            path = word.partition("[")[0]
+            raise flags.Error(
+                f"{word}: {path.removeprefix('--')} holds {held!r}, of which no item {key.removeprefix(name)} can be "
+                f"set; set the whole value, such as {path}=\"('a', 'b')\" for a tuple of texts"
+            )
+        value = value[int(index)]
 
 
 flags.FLAGS["config"].parser = _Unlocking(name="config", lock_config=False)

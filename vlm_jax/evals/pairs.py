@@ -79,7 +79,12 @@ class Matching:
                 label_of(name, caption, self.settings.class_names)
 
     def rows(self, params: Params) -> Iterator[Fields]:
-        """All rows, when all images and captions are embedded; embeddings and captions are kept, no picture is."""
+        """All rows, when all images and captions are embedded.
+
+        A rank compares a query with all candidates, so the embeddings of all samples are kept on the host: of `D`
+        dimensions in float32, 8 D bytes a sample (6 KiB for 768), and twice that while those of the batches are
+        joined; also ids and captions. Pictures are not, and of similarities `block_size` rows of `retrieval_ranks`.
+        """
         of_images, of_texts = _encoders(self.experiment, params)
         names, captions, image, text = [], [], [], []
         samples: Any = self.experiment.open_source().evaluation(self.seed, CAPTIONS)

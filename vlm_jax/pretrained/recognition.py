@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vlm_jax.checkpoints.hub import read_config
+from vlm_jax.checkpoints.hub import CheckpointFileError, read_config
 from vlm_jax.checkpoints.rules import SourceTensor
+from vlm_jax.config import read_json
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.released_json import DEPTHS, SECTIONS, check_released
 from vlm_jax.types import Config, Fields
@@ -43,7 +44,7 @@ def recognised(path: Path, config: Config | None) -> tuple[Path, Fields]:
     """
     folder = path if path.is_dir() else path.parent
     if (folder / ADAPTER).exists():
-        base = read_config(folder, name=ADAPTER).get("base_model_name_or_path")
+        base = read_json(folder / ADAPTER, CheckpointFileError).get("base_model_name_or_path")
         raise PretrainedError(
             f"{folder}: an adapter of '{base}', not a model; load it with from_pretrained('{base}', adapter='{folder}')"
         )

@@ -178,11 +178,6 @@ class Evaluation:
         while start < len(self._questions):
             begun = time.perf_counter()
             asked = list(itertools.islice(samples, size))
-            if len(asked) <= skipped:
-                raise ValueError(
-                    f"{path} has {start} answers to {len(self._questions)} questions, but the images of {len(asked)} "
-                    "more can be read; repair the images, or use another workdir"
-                )
             lines = self._answer(point.system, params, asked)[skipped:]
             seconds.append((time.perf_counter() - begun) / (len(lines) + skipped))
             with path.open("a") as file:

@@ -220,6 +220,11 @@ def _check_start(start: tuple[str, ...], shapes: Params, shared: Params, path: s
             in_float32({part: tree[part]}, [path for path, _ in flatten({part: tree[part]})])
             for tree in (shapes, shared)  # whichever of them trains the part
         )
+        if own != given and part in ("encoder", "decoder"):
+            raise ConfigError(
+                f"{path}: its {part} has other shapes than that of the shared stages, which every candidate has; take "
+                "the section that changes it out, or set config.sweep.shared to ()"
+            )
         if own != given:
             raise ConfigError(
                 f"{path}: its {part} has other shapes than that of the shared stages; give the candidate a section "

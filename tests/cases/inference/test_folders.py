@@ -22,6 +22,7 @@ from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.image_text import TextInputs
 from vlm_jax.processors.tokenizer import TokenizerError
 
+from ...advice import tried
 from ...processors.letters import TOKENIZER
 from .folders import alphabet_folder, edit, golden_folder
 
@@ -59,6 +60,9 @@ def test_18_a_quantised_release_is_told_by_its_config(tmp_path, settings, method
     edit(alphabet_folder(tmp_path), "config.json", ("quantization_config",), settings)
     (tmp_path / "model.safetensors").write_bytes(b"")  # no tensor is looked at
     assert "dequantize()" in refused(tmp_path, rf"its weights are quantised \({method}\), which is not read")
+    told = tried("which is not read; load the release that is not quantised, or save it dequantised once")
+    refused(tmp_path, told)
+    assert vlm_jax.from_pretrained(alphabet_folder(tmp_path / "plain")).generate(ASKED, max_new_tokens=2).text == "cd"
 
 
 @pytest.mark.parametrize(("name", "method"), QUANTISED_FILES.items())
@@ -81,6 +85,7 @@ def test_20_an_adapter_is_told_with_its_model(tmp_path, beside):
         shutil.copy(alphabet_folder(tmp_path / "base") / "config.json", tmp_path)
     edit(tmp_path, "adapter_config.json", ("peft_type",), "LORA")
     edit(tmp_path, "adapter_config.json", ("base_model_name_or_path",), "some/base-model")
+    edit(tmp_path, "adapter_config.json", ("bias",), "none")  # a text, as peft writes it
     tensor = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((8, 32), np.float32)}
     safetensors.numpy.save_file(tensor, tmp_path / "adapter_model.safetensors")
     told = refused(tmp_path, "an adapter of 'some/base-model', not a model")
@@ -89,8 +94,10 @@ def test_20_an_adapter_is_told_with_its_model(tmp_path, beside):
 
 def test_18_gguf_is_told(tmp_path):
     (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
-    refused(tmp_path, "GGUF files are not read; load the release's safetensors")
+    refused(tmp_path, tried("GGUF files are not read; load the release's safetensors, or convert it once"))
     refused(tmp_path / "model-q4.gguf", "GGUF files are not read")
+    alphabet_folder(tmp_path)  # adds the release's safetensors
+    assert vlm_jax.from_pretrained(tmp_path).generate(ASKED, max_new_tokens=2).text == "cd"
 
 
 @pytest.mark.parametrize("also", [False, True])
@@ -144,7 +151,9 @@ def test_17_a_token_that_the_table_has_no_row_for(tmp_path):
     path = alphabet_folder(tmp_path)
     add_token(path, "<extra>")
     model = vlm_jax.from_pretrained(path)
-    told = "the token '<extra>' has the id 29, but the model's table has only 29 rows"
+    told = tried(
+        "the token '{<extra>}' has the id {29}, but the model's table has only {29} rows; leave it out of the text"
+    )
     with pytest.raises(TokenizerError, match=told):
         model.processor([{"role": "user", "content": "a<extra>"}])
     with pytest.raises(TokenizerError, match=told):
@@ -170,9 +179,13 @@ def test_17_padding_of_a_text_tower_is_checked_with_the_folder():
     tokenizer.pad_id = 199
     assert _filled(tokenizer, tower).pad_id == 199
     tokenizer.pad_id = 200
-    told = "the padding token has the id 200, but the model's table has only 200 rows; name a pad_token"
+    told = tried(
+        "the padding token has the id {200}, but the model's table has only {200} rows; name a pad_token of the"
+    )
     with pytest.raises(TokenizerError, match=told):
         _filled(tokenizer, tower)
+    tokenizer.pad_id = 0
+    assert _filled(tokenizer, tower).pad_id == 0
 
 
 def test_17_a_token_that_a_text_tower_has_no_row_for():

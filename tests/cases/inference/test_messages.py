@@ -23,6 +23,7 @@ from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.types import PatchFormat
 
+from ...advice import tried
 from ...processors.letters import MARKS, TEMPLATE, TOKENIZER
 
 # In the manner of llava-hf: pictures first, then texts, and lists alone.
@@ -136,8 +137,12 @@ def test_30_a_picture_that_the_template_does_not_write_is_told():
     """Its place would be that of another picture: the mark in a text."""
     template = ChatTemplate("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
     messages = [{"role": "tool", "content": [{"type": "image"}]}, {"role": "user", "content": "<image> or <image>"}]
-    with pytest.raises(ChatTemplateError, match="the template writes 2 of the 3 images of the messages"):
+    with pytest.raises(
+        ChatTemplateError, match=tried("the template writes {2} of the {3} {image}s of the messages; give them in")
+    ):
         processor(template)(messages, images=[PICTURE] * 3)
+    read = user({"type": "image"}, TEXT)
+    assert visual_tokens(processor(LISTS)(read, images=[PICTURE])) == 3
 
 
 @pytest.mark.parametrize(("mark", "kind"), [("<image>", "image"), ("<video>", "video")])

@@ -20,7 +20,7 @@ from vlm_jax.train.input import rows
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.stages import parse_schedule
 
-from ...cli.test_advice import messages
+from ...advice import messages
 from .files import config_of, records, write
 
 
@@ -44,7 +44,8 @@ def all_rows(config: ConfigDict) -> None:
 
 def test_26_keys_of_the_data_that_errors_name_can_be_given(folder, tmp_path):
     """In the configs of fine-tuning, and the named key helps."""
-    files = {path.name for path in pathlib.Path(data.__path__[0]).glob("*.py")} - {"digits.py", "pages.py"}
+    files = {f"data/{path.name}" for path in pathlib.Path(data.__path__[0]).glob("*.py")}
+    files -= {"data/digits.py", "data/pages.py"}
     named = {key for file, text in messages() if file in files for key in re.findall(r"config\.data\.([a-z_]+)", text)}
     assert {"max_corrupt", "held_out", "tasks", "columns"} <= named
     for config in (finetune.get_config(), finetuning.get_config()):

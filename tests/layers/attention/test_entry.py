@@ -1,5 +1,7 @@
 """Attention against softmax written out, query by query."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import linen as nn
 from vlm_jax.layers import attention as module
 from vlm_jax.layers.attention import Context, KeyValue, MultiHeadAttention, choose_implementation, entry, xla
 
+from ...advice import tried
 from ...parameters import drawn
 
 attention = jax.jit(module.attention, static_argnames=("scale", "implementation"))
@@ -190,8 +193,10 @@ def test_softmax_is_in_float32_whatever_the_dtype(reference):
 )
 def test_a_mask_that_an_implementation_lacks_is_refused(given, said):
     q = jnp.zeros((2, 128, 4, 16))
-    with pytest.raises(ValueError, match=f"splash attention takes no mask of {said}"):
+    with pytest.raises(ValueError, match=f"splash attention takes no mask of {said}") as caught:
         module.attention(q, q, q, Context("causal", **given), implementation="splash")
+    assert re.search(tried("splash attention takes no mask of {}; leave `implementation` None"), str(caught.value))
+    assert jax.eval_shape(lambda: module.attention(q, q, q, Context("causal", **given))).shape == q.shape
     with pytest.raises(ValueError, match="queries after earlier keys"):
         module.attention(q[:, :100], q, q, Context("causal"), implementation="splash")
     with pytest.raises(ValueError, match=f"blocks of 64 is full: expected no mask of {said}"):
@@ -200,8 +205,10 @@ def test_a_mask_that_an_implementation_lacks_is_refused(given, said):
 
 def test_splash_refuses_a_bias():
     q, k, v = arrays(queries=128, keys=128)
-    with pytest.raises(ValueError, match="no bias"):
-        module.attention(q, k, v, Context("full"), bias=jnp.zeros((2, 4, 128, 128)), implementation="splash")
+    bias = jnp.zeros((2, 4, 128, 128))
+    with pytest.raises(ValueError, match=tried("{splash} attention takes no bias; leave `implementation` None")):
+        module.attention(q, k, v, Context("full"), bias=bias, implementation="splash")
+    assert jax.eval_shape(lambda: module.attention(q, k, v, Context("full"), bias=bias)).shape == q.shape
 
 
 @pytest.mark.parametrize(
