@@ -9,8 +9,9 @@ from vlm_jax.sweep import points as points_module
 from vlm_jax.sweep.costs import Costs, costs
 from vlm_jax.sweep.points import list_points
 
-# Kinds that are not candidates: one joins the features of two encoders, the other wraps candidates.
-ELSEWHERE = {"hybrid_mlp", "matryoshka"}
+# Kinds that are not candidates of their own: that of the shared system, one that joins the features of two encoders,
+# and one that wraps candidates.
+ELSEWHERE = {"mlp", "hybrid_mlp", "matryoshka"}
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def points():
     """Points of every candidate, without FLOPs: all budgets of one matryoshka, and of the others the largest."""
     config = digits_all_connectors.get_config()
     with config.unlocked():
+        config.sweep.seeds = (0,)
         config.base.encoder.remat = config.base.decoder.remat = "none"  # tracing is faster
         for name in config.candidates:
             if name != "matryoshka_resampler":
@@ -37,11 +39,13 @@ def test_every_connector_that_takes_one_grid_is_a_candidate():
 
 
 def test_every_budget_is_feasible():
-    for candidate in digits_all_connectors.get_config().candidates.values():
+    candidates = digits_all_connectors.get_config().candidates
+    assert candidates.mlp.budgets == (64,)  # every patch
+    for candidate in [candidate for name, candidate in candidates.items() if name != "mlp"]:
         settings = candidate.connector.get("inner", candidate.connector).to_dict()
         kind = CONNECTORS[settings.pop("kind")]
         for budget in candidate.budgets:
-            assert kind(features=8, **settings, **kind.for_budget(budget, (4, 4))).num_tokens((4, 4)) == budget
+            assert kind(features=8, **settings, **kind.for_budget(budget, (8, 8))).num_tokens((8, 8)) == budget
 
 
 def test_every_point_meets_its_budget(points):
@@ -52,7 +56,9 @@ def test_every_point_meets_its_budget(points):
 
 def test_a_matryoshka_has_one_training_and_every_other_point_its_own(points):
     for point in points:
-        if not point.connector.startswith("matryoshka"):
+        if point.connector == "mlp":
+            assert point.trained_as == "untrained" and not point.config.schedule  # the shared stages train it
+        elif not point.connector.startswith("matryoshka"):
             assert point.trained_as == point.label and point.training[0] is point.config
         else:
             assert point.trained_as == f"{point.connector}@16" and point.training[0].token_budget == 16
@@ -65,12 +71,15 @@ def test_a_matryoshka_has_one_training_and_every_other_point_its_own(points):
 @pytest.mark.parametrize(
     ("arg", "labels"),
     [
-        ("small", {f"pool@{n}" for n in (1, 4, 16)} | {f"matryoshka_pool@{n}" for n in (1, 2, 4, 8, 16)}),
-        ("smoke", {f"{name}@{n}" for name in ("concat", "matryoshka_resampler") for n in (1, 4)}),
+        ("small", {"mlp@64"} | {f"pool@{n}" for n in (1, 4, 16)} | {f"matryoshka_pool@{n}" for n in (1, 2, 4, 8, 16)}),
+        ("smoke", {"mlp@64"} | {f"{name}@{n}" for name in ("concat", "matryoshka_resampler") for n in (1, 4)}),
     ],
 )
 def test_smaller_sweeps(arg, labels, monkeypatch):
     """Every point is built and meets its budget; costs and shapes, which are traced, are those of `points`."""
     monkeypatch.setattr(points_module, "costs", uncounted)
     monkeypatch.setattr(Experiment, "boxed_shapes", lambda experiment: dict.fromkeys(PARTS))
-    assert {point.label for point in list_points(digits_all_connectors.get_config(arg))} == labels
+    config = digits_all_connectors.get_config(arg)
+    with config.unlocked():
+        config.sweep.seeds = (0,)
+    assert {point.label for point in list_points(config)} == labels

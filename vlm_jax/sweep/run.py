@@ -103,7 +103,8 @@ class Sweep:
                 starts = {seed: self._train_shared(seed, progress) for seed in seeds}
                 for number, point in enumerate(todo, start=1):
                     with failures.noted(point.label):
-                        results[point.label] = self._run_point(point, starts[point.config.seed], progress)
+                        start = starts[point.config.seed]
+                        results[point.label] = self._run_point(point, start, progress, _is_timed(point, results))
                     write_lines(self.workdir / RESULTS_FILE, results.values())
                     progress.next_point()
                     rest = {other.trained_as for other in todo[number:]}
@@ -168,7 +169,10 @@ class Sweep:
             self._outcomes[label] = outcome
         return outcome
 
-    def _run_point(self, point: Point, start: epath.Path | None, progress: PointsProgress) -> dict[str, Any]:
+    def _run_point(
+        self, point: Point, start: epath.Path | None, progress: PointsProgress, is_timed: bool
+    ) -> dict[str, Any]:
+        """The result of a point; its answers are timed unless they are already, with another seed."""
         outcome = self._train_point(point, start, progress)
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
         samples = point.experiment.open_source().evaluation(point.config.seed)
@@ -178,7 +182,7 @@ class Sweep:
                 tally.add(vars(answer))
                 kept = {name: getattr(answer, name) for name in ("sample_id", "task", "text", "correct")}
                 file.write(json.dumps(kept) + "\n")
-        times = generation_seconds(point.experiment, outcome.params, samples, evaluation)
+        times = {} if is_timed else generation_seconds(point.experiment, outcome.params, samples, evaluation)
         return self._result(point, outcome, tally, times)
 
     def _result(self, point: Point, outcome: Outcome, tally: Tally, times: dict[str, float]) -> dict[str, Any]:
@@ -273,6 +277,13 @@ class Sweep:
         return report
 
 
+def _is_timed(point: Point, results: dict[str, dict[str, Any]]) -> bool:
+    """Whether a result of the point has times, with whichever seed: they do not depend on it."""
+    same = (point.connector, point.config.token_budget)
+    of_point = [line for line in results.values() if (line["connector"], line["token_budget"]) == same]
+    return any("prefill_seconds" in line for line in of_point)
+
+
 def _shared_name(seed: int) -> str:
     """The run of the shared stages, and its folder."""
     return f"shared_{seed}"
@@ -307,7 +318,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
         for task in tasks:
             share = point.accuracy.get(task)
             cells.append(
-                f"{100 * share.mean:.0f} [{100 * share.low:.0f},{100 * share.high:.0f}]" if share is not None else ""
+                f"{100 * share.mean:.0f} {100 * share.low:.0f}-{100 * share.high:.0f}" if share is not None else ""
             )
         rows.append((point.label, f"{point.costs['tokens']:g}", *cells))
     return text_table(f"accuracy on unseen data in %, with 95% intervals ({told_seeds(points)})", rows)
