@@ -20,6 +20,7 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, check_fields, did_you_mean
 from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order
+from vlm_jax.data.drawing import bounds_of, draw_tasks
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
@@ -144,8 +145,7 @@ class DigitSource:
           ConfigError: no such stream, or no task for it has a weight.
         """
         tasks = self._tasks_of(stream)
-        weights = np.array([self.settings.task_weights[task] for task in tasks])
-        bounds = np.cumsum(weights / weights.sum())[:-1]
+        bounds = bounds_of([self.settings.task_weights[task] for task in tasks])
         return grain.MapDataset.range(ENDLESS).map(functools.partial(self._element, stream, seed, tasks, bounds))
 
     def _element(
@@ -158,10 +158,7 @@ class DigitSource:
         if stream == "captions":
             return _captioned(f"digits/train/{seed}/{index}", page)
         turns = self.settings.turns_per_page
-        # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
-        # the length of its row, as close to the weights as possible.
-        places = rng.permutation((np.arange(turns) + rng.random()) / turns)
-        chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
+        chosen = draw_tasks(rng, tasks, bounds, turns)
         questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
         scales = self.settings.text_scales
         scale = scales[int(rng.random() * len(scales))]
