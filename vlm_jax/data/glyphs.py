@@ -15,6 +15,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_jax.config import ConfigError, did_you_mean
+from vlm_jax.data.scans import ink_boxes
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 SMALLEST_EM = 4  # pixels
@@ -113,22 +114,22 @@ def render_glyphs(name: str, height: int, width: int) -> Glyphs:
     where = f"config.data.grids: a cell of {height}x{width} pixels"
     for em in range(2 * height, SMALLEST_EM - 1, -1):
         font = load_font(name, em)
-        inks = np.array([font.getbbox(character, anchor=ORIGIN) for character in CHARACTERS]).astype(int)
+        # Columns of PIL's boxes are those of ink and advance together; rows are those of ink.
+        boxes = [font.getbbox(character, anchor=ORIGIN) for character in CHARACTERS]
+        top, bottom = int(min(box[1] for box in boxes)), int(max(box[3] for box in boxes))
         advances = np.array([font.getlength(character) for character in CHARACTERS])
-        top, bottom = inks[:, 1].min(), inks[:, 3].max()
         if advances.max() <= width and bottom - top <= height:
             break
     else:
         raise ConfigError(f"{where} is too small for the font {name}; enlarge page_size, or have fewer rows or columns")
     left, base = np.rint((width - advances) / 2).astype(int), (height - (bottom - top)) // 2 - top
-    boxes = inks + np.stack([left, np.full_like(left, base)] * 2, axis=1)
-    overhang = int(max(0, -boxes[:, 0].min(), boxes[:, 2].max() - width))
-    pixels = np.stack(
-        [
-            _drawn(font, character, (overhang + start, base), (height, width + 2 * overhang))
-            for character, start in zip(CHARACTERS, left.tolist(), strict=True)
-        ]
+    size = (height, width + 2 * em)  # no ink is further outside
+    wide = np.stack(
+        [_drawn(font, text, (em + start, base), size) for text, start in zip(CHARACTERS, left.tolist(), strict=True)]
     )
+    boxes = ink_boxes(wide) - np.array([em, 0, em, 0])
+    overhang = int(max(0, -boxes[:, 0].min(), boxes[:, 2].max() - width))
+    pixels = wide[:, :, em - overhang : em + width + overhang]
     _check_distinct(pixels, f"{where} in the font {name} at {em} pixels")
     return Glyphs(em, pixels, boxes, overhang)
 
