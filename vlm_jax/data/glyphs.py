@@ -20,6 +20,7 @@ from vlm_jax.data.scans import ink_boxes
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 SMALLEST_EM = 4  # pixels
 NOWHERE = "\uffff"  # no font has it, so that its picture is that of a missing character
+SYMBOL_FONTS = ("cmex10", "cmsy10")  # which have delimiters and operators in the places of letters
 ORIGIN = "ls"  # PIL's name for the left end of the base line
 
 
@@ -53,8 +54,8 @@ def font_folder() -> pathlib.Path:
 @functools.cache
 def font_names() -> tuple[str, ...]:
     """Names of the fonts that have all characters, such as `DejaVuSansMono`, in alphabetic order."""
-    names = sorted(path.stem for path in font_folder().glob("*.ttf"))
-    return tuple(name for name in names if _is_complete(load_font(name, 16)))
+    names = {path.stem for path in font_folder().glob("*.ttf")}.difference(SYMBOL_FONTS)
+    return tuple(name for name in sorted(names) if _is_complete(load_font(name, 16)))
 
 
 def load_font(name: str, em: int) -> ImageFont.FreeTypeFont:
@@ -69,14 +70,10 @@ def load_font(name: str, em: int) -> ImageFont.FreeTypeFont:
 
 
 def _is_complete(font: ImageFont.FreeTypeFont) -> bool:
-    missing = _picture(font, NOWHERE)
-    pictures = {_picture(font, character) for character in CHARACTERS}
-    return len(pictures) == len(CHARACTERS) and missing not in pictures and all(any(ink) for _, ink in pictures)
-
-
-def _picture(font: ImageFont.FreeTypeFont, character: str) -> tuple[tuple[int, int], bytes]:
-    mask = font.getmask(character)
-    return mask.size, bytes(mask)
+    em = int(font.size)
+    missing, *pictures = [_drawn(font, text, (em, 2 * em), (3 * em, 3 * em)) for text in (NOWHERE, *CHARACTERS)]
+    known = {picture.tobytes() for picture in pictures}
+    return len(known) == len(CHARACTERS) and missing.tobytes() not in known and all(map(np.any, pictures))
 
 
 def check_fonts(names: tuple[str, ...], path: str) -> None:
@@ -88,11 +85,9 @@ def check_fonts(names: tuple[str, ...], path: str) -> None:
     """
     for name in names:
         if name not in font_names():
-            raise ConfigError(f"{path}: matplotlib has no font '{name}' of all characters{_near(name)}")
-
-
-def _near(name: str) -> str:
-    return did_you_mean(name, font_names())
+            raise ConfigError(
+                f"{path}: matplotlib has no font '{name}' of all characters{did_you_mean(name, font_names())}"
+            )
 
 
 @functools.lru_cache(maxsize=256)
