@@ -13,16 +13,17 @@ import functools
 import pathlib
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
 
 from vlm_jax.data.glyphs import CHARACTERS
 from vlm_jax.evals.vqa import character_precision
-from vlm_jax.sweep.frontier import Accuracy, combine_seeds, styles, tasks_of, told_seeds
+from vlm_jax.sweep.frontier import Accuracy, Style, combine_seeds, styles, tasks_of, told_seeds
 from vlm_jax.train.workdir import read_lines
 
 CONTROLS = ("random", "downsample_image")
@@ -129,33 +130,37 @@ def draw(found: Sequence[Reading], seeds: str, curves: str = "connector") -> Fig
         for curve, look in looks.items():
             own = sorted((r for r in shown if by_curve(r) == curve), key=lambda r: r.per_token)
             if own:
-                style = {"color": look.color, "marker": look.marker, "linestyle": "--" if look.dashed else "-"}
-                _draw_curve(panel, own, label=curve, **style)
+                _draw_curve(panel, own, look)
         for length in {reading.characters for reading in shown}:
             panel.axhline(guessed_precision(length), color="0.6", linestyle=":", linewidth=1, gid="guess")
         panel.set_title(f"{name} ({seeds})", loc="left", fontsize=9)
         _format(panel, sorted({reading.per_token for reading in shown}))
     figure.axes[0].set_ylabel("character precision")
     figure.supxlabel("characters per visual token", fontsize=10)
-    handles = {line.get_label(): line for axes in figure.axes for line in axes.containers}
-    names = [name for name in looks if name in handles]
-    labels = [f"{name} (control)" if name in CONTROLS else name for name in names]
-    figure.legend([handles[name] for name in names], labels, loc="outside upper center", ncols=4, frameon=False)
+    handles = [Line2D([], [], color=look.color, marker=look.marker, linestyle=_line(look)) for look in looks.values()]
+    labels = [f"{name} (control)" if name in CONTROLS else name for name in looks]
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
-def _draw_curve(panel: Axes, own: Sequence[Reading], **look: Any) -> None:
+def _line(look: Style) -> Literal["-", "--"]:
+    return "--" if look.dashed else "-"
+
+
+def _draw_curve(panel: Axes, own: Sequence[Reading], look: Style) -> None:
     shares = [reading.precision for reading in own]
     panel.errorbar(
         [reading.per_token for reading in own],
         [share.mean for share in shares],
         # Rounding may put a mean of 1 slightly above its interval.
         yerr=[[max(0.0, s.mean - s.low) for s in shares], [max(0.0, s.high - s.mean) for s in shares]],
+        color=look.color,
+        marker=look.marker,
+        linestyle=_line(look),
         markersize=5,
         linewidth=1.2,
         elinewidth=0.9,
         capsize=2,
-        **look,
     )
 
 

@@ -57,4 +57,4 @@ def draw_tasks(
       turns: number of turns.
     """
     places = rng.permutation((np.arange(turns) + rng.random()) / turns)
-    return [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
+    return [tasks[int(place)] for place in np.searchsorted(bounds, places, side="right")]
