@@ -215,6 +215,8 @@ def test_an_element_depends_on_seed_and_index_alone():
     tested = opened(augment=False).evaluation(seed=5)
     assert [s.messages for s in tested] == [s.messages for s in opened().evaluation(seed=5)]
     assert [s.messages for s in tested] != [s.messages for s in opened().evaluation(seed=6)]
+    pages = {task: [s.answer for s in tested if s.task == task] for task in ("ocr:2x3", "ocr:4x6")}
+    assert not any(large.startswith(small) for small, large in zip(*pages.values(), strict=True))
     alone = opened(grids=GRIDS[1:], task_weights={"ocr_line": 1.0}).evaluation(seed=5)
     assert [s.messages for s in alone] == [s.messages for s in tested if s.task == "ocr_line:4x6"]
 
