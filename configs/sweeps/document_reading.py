@@ -98,7 +98,7 @@ def stages() -> ConfigDict:
                 **shared,
                 "objective": "read_cells",
                 "stream": "cells",
-                "steps": 600,
+                "steps": 900,
                 "learning_rates": {"encoder": 4e-3, "cell_head": 4e-3},
             },
             "decoder_pretraining": {
