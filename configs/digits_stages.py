@@ -30,8 +30,8 @@ def set_sizes(config: ConfigDict) -> None:
 def pretraining() -> ConfigDict:
     """The encoder with dense supervision, and the decoder on pages as text.
 
-    Text comes first with a character for each cell, where every task is learned in a few hundred steps, and then with
-    the four that a cell has as patches.
+    Text comes first with a character for each cell, where what to look for is learned in a few hundred steps, and then
+    with the four that a cell has as patches.
     """
     encoder = _stage("cells", 900, {"encoder": 5e-3, "cell_head": 5e-3}, batch_size=32)
     # With the weight of DETR, 5, the boxes' gradient keeps the encoder from learning the classes.
@@ -40,7 +40,7 @@ def pretraining() -> ConfigDict:
         {
             "encoder_pretraining": encoder,
             "decoder_pretraining": _stage("text_pages", 800, {"decoder": 4e-3}, batch_size=16),
-            "fine_pretraining": _stage("fine_text_pages", 200, {"decoder": 2e-3}),
+            "fine_pretraining": _stage("fine_text_pages", 350, {"decoder": 2e-3}),
         }
     )
 

@@ -55,6 +55,7 @@ CHECKED = {
     OBJECTIVES["contrastive"]: {"loss": "softmax"},
     SETTINGS["loop"]: {},
     SOURCES["digits"]: {},
+    SOURCES["documents"]: {},
     SOURCES["conversations"]: {"train_path": "a", "held_out": 1},
 }
 

@@ -136,10 +136,10 @@ def test_the_evaluation_of_a_task_is_fixed_by_the_seed_whatever_else_is_asked():
     assert [s.messages for s in alone] != [s.messages for s in opened(task_weights={"count": 1.0}).evaluation(seed=3)]
 
 
-@pytest.mark.parametrize(("name", "key", "scale"), [("text_pages", 1, 1), ("fine_text_pages", 4, 3)])
-def test_text_pages_hold_the_digits_in_reading_order_and_locate_nothing(name, key, scale):
-    source = opened(text_scale=3, turns_per_text_page=7)
-    stream = source.train(name, seed=1)
+@pytest.mark.parametrize(("name", "key", "scale", "count"), [("text_pages", 1, 1, 7), ("fine_text_pages", 4, 3, 5)])
+def test_text_pages_hold_the_digits_in_reading_order_and_boxes_of_cells(name, key, scale, count):
+    source = opened(text_scale=3, turns_per_text_page=7, turns_per_page=5)
+    stream, located = source.train(name, seed=1), 0
     for index in range(40):
         sample = stream[index]
         assert sample.images == ()
@@ -149,12 +149,22 @@ def test_text_pages_hold_the_digits_in_reading_order_and_locate_nothing(name, ke
             digits += "".join(str(page.classes[row, col]) * scale for col in range(4)) * scale
         assert sample.messages[0]["content"][0] == {"type": "text", "text": digits}
         assert len(digits) == source.settings.text_streams[name]
-        assert len(turns(sample)) == 7
+        assert len(turns(sample)) == count
         for question, answer in turns(sample):
-            assert not question.startswith("locate") and answer == answer_by_search(question, page)
-    assert {s.task for s in source.evaluation(0, name)} == {"read", "transcribe", "count"}
-    with pytest.raises(ConfigError, match=f"no task of the stream {name} has a weight above 0; set one of read, tr"):
-        opened(task_weights={"locate": 1.0}).train(name, seed=1)
+            if not question.startswith("locate"):
+                assert answer == answer_by_search(question, page)
+                continue
+            located += 1
+            row, col = int(question.split()[2]) - 1, int(question.split()[4]) - 1
+            assert answer == format_box([12 * col, 16 * row, 12 * col + 12, 16 * row + 16], 48, 48)
+    assert located > 10 if name == "fine_text_pages" else not located
+    tasks = {"read", "transcribe", "count", "locate"}
+    assert {s.task for s in source.evaluation(0, name)} == tasks - ({"locate"} if name == "text_pages" else set())
+
+
+def test_text_pages_need_a_task():
+    with pytest.raises(ConfigError, match="no task of the stream text_pages has a weight above 0; set one of read, tr"):
+        opened(task_weights={"locate": 1.0}).train("text_pages", seed=1)
 
 
 def test_cells_hold_classes_and_boxes_as_fractions():

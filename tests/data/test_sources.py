@@ -12,6 +12,7 @@ from vlm_jax.data.loader import batch_at
 from vlm_jax.data.source import Elements, Settings, Source, Tools
 from vlm_jax.processors.boxes import format_box
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
+from vlm_jax.processors.documents_vocabulary import documents_tokenizer
 from vlm_jax.processors.image import image_size, normalize, open_image
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.plain_prompt import PlainPrompt
@@ -44,13 +45,13 @@ def conversations_section(folder):
 
 SECTIONS = {
     "digits": lambda folder: {"variants": 1, "evaluation_size": 4},
+    "documents": lambda folder: {"grids": ((2, 2), (2, 4)), "page_size": 48, "evaluation_size": 4},
     "conversations": conversations_section,
 }
 
 
-@pytest.fixture
-def processor():
-    tokenizer = digits_tokenizer()
+def processor_of(kind):
+    tokenizer = documents_tokenizer() if kind == "documents" else digits_tokenizer()
     return Processor(PlainPrompt(tokenizer), FixedTilesViews(Pixels((0.5,), (0.5,)), (48, 48), 4), tokenizer, 0)
 
 
@@ -59,7 +60,8 @@ def test_every_kind_is_under_contract():
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-def test_a_source_keeps_its_contract(kind, tmp_path, processor):
+def test_a_source_keeps_its_contract(kind, tmp_path):
+    processor = processor_of(kind)
     settings = parse(SOURCES[kind], SECTIONS[kind](tmp_path), "config.data")
     assert isinstance(settings, Settings)
     source = settings.open(

@@ -33,6 +33,17 @@ def test_accuracy_counts_task_by_task():
     assert Tally().accuracy() == {} and Tally().realised() == {"mean": 0, "max": 0} and Tally().left(MODEL) == (0, 0)
 
 
+def test_shares_of_what_is_right_are_averaged():
+    """Wilson's interval with the sum of the shares as successes, from its own formula."""
+    shares_right = [1.0, 0.75, 0.5, 0.0, 0.25]
+    answers = [Answer(str(i), "ocr:2x2", "", "", "", right) for i, right in enumerate(shares_right)]
+    found = tallied(answers).accuracy()["ocr:2x2"]
+    z, n, p = 1.959963984540054, 5, 0.5
+    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    assert found["mean"] == 0.5 and found["n"] == 5
+    np.testing.assert_allclose((found["low"], found["high"]), (0.5 - half, 0.5 + half), atol=1e-12)
+
+
 def test_shares_of_rows_that_can_be_read_once():
     table = shares(
         iter([{"rank": 0}, {"rank": 3}, {"rank": 1}]), {f"@{k}": lambda row, k=k: row["rank"] < k for k in (1, 2, 9)}

@@ -11,9 +11,11 @@ from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals import vqa
 from vlm_jax.evals.intervals import wilson_interval
-from vlm_jax.evals.vqa import exact, overlap
+from vlm_jax.evals.vqa import character_precision, exact, overlap, score
 from vlm_jax.generation import text as generation_text
 from vlm_jax.generation.engine import Generated
+from vlm_jax.generation.text import Completion
+from vlm_jax.processors.documents_vocabulary import documents_tokenizer
 from vlm_jax.processors.layout import SequenceTooLong
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.types import Sample, Turn, dialogue
@@ -40,6 +42,45 @@ def test_an_interval_needs_a_trial():
 )
 def test_exact(answer, reference, right):
     assert exact(answer, reference) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "precision"),
+    [
+        ("sitting", "kitten", 1 - 3 / 7),  # k to s, e to i, and a g: Levenshtein's distance of 3
+        ("flaw", "lawn", 1 - 2 / 4),
+        ("abcd", "abcd", 1.0),
+        (" abcd\n", "abcd", 1.0),
+        ("bcd", "abcd", 3 / 4),  # one missing at the front does not shift the rest
+        ("abcdabcd", "abcd", 4 / 8),  # as much too much as there is
+        ("wxyz", "abcd", 0.0),
+        ("", "abcd", 0.0),
+        ("", "", 1.0),
+        ("e\u0301", "\u00e9", 1.0),  # one character, composed or not
+    ],
+)
+def test_character_precision(answer, reference, precision):
+    assert character_precision(answer, reference) == pytest.approx(precision, abs=1e-12)
+    assert character_precision(reference, answer) == pytest.approx(precision, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "reason", "correct"),
+    [
+        ("ocr:1x4", "abcd", "end", 1.0),
+        ("ocr:1x4", "abxd", "end", 0.75),
+        ("ocr_line:1x4", "abxd", "end", 0.75),
+        ("ocr", "abxd", "end", 0.75),  # of a record, without a size
+        ("ocr:1x4", "abcdefgh", "length", 0.5),  # what has no end counts as far as it is written
+        ("read", "abcd", "end", True),
+        ("read", "abxd", "end", False),
+        ("read", "abcd", "length", False),
+        ("ocrs", "abxd", "end", False),
+    ],
+)
+def test_a_score_is_a_share_for_tasks_of_fractions_and_else_right_or_wrong(task, text, reason, correct):
+    given = score(documents_tokenizer(), task, Completion(text, (), reason), "abcd")
+    assert given == correct and type(given) is type(correct)
 
 
 def box(*numbers):

@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
+from vlm_jax.processors.documents_vocabulary import documents_tokenizer
 from vlm_jax.processors.tokenizer import Tokenizer, TokenizerError
 
 from ..advice import tried
@@ -215,6 +216,17 @@ def test_each_digit_is_one_token_and_spaces_between_them_are_dropped():
     tokenizer = digits_tokenizer()
     assert tokenizer.encode("7 4 1 9") == tokenizer.encode("7419") == [18, 15, 12, 20]
     assert len(tokenizer.encode("<box>(12,30),(450,999)</box>")) == 19
+
+
+def test_the_vocabulary_of_pages_of_text_is_specials_words_and_characters():
+    tokenizer = documents_tokenizer()
+    assert tokenizer.vocab_size == 45  # by hand: 5 special tokens, 4 words, 26 letters, 10 digits
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.id_of("<image>")) == (0, 1, 2, 3)
+    assert tokenizer.encode("READ LINE OF BY") == [5, 6, 7, 8]
+    assert tokenizer.encode("az09") == [9, 34, 35, 44]
+    assert tokenizer.encode("read7by4") == [26, 13, 9, 12, 42, 10, 33, 39]  # letters of a page are no words
+    for text in ("READ 8 BY 16", "READ LINE 3 OF 8 BY 16", "READ LINE 12 OF 16 BY 16", "read7by4", "x"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_special_tokens_are_left_out_of_decoded_text():

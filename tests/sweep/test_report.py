@@ -309,6 +309,20 @@ def test_an_answer_of_nothing_says_so(page):
     assert [dd.text for dd in list(page.all("article"))[1].all("dd", data_label="mlp@64")] == ["(nothing) ✗ wrong"]
 
 
+def test_an_answer_that_is_partly_right_says_how_much(tmp_path):
+    answers = {"mlp@64": ("74x9", 0.75), "pool@16": ("7419", 1.0), "pool@4": ("", 0.0)}
+    page = report(tmp_path, examples=[Example(PIXELS, "READ 1 BY 4", "7419", "ocr:1x4", answers)])
+    found = [one(page.all("dd", data_label=label)) for label in answers]
+    said = {dd.attributes["data-label"]: (dd.attributes["class"], dd.text) for dd in found}
+    assert said == {
+        "mlp@64": ("said wrong", "74x9 75.0% right"),
+        "pool@16": ("said right", "7419 ✓ right"),
+        "pool@4": ("said wrong", "(nothing) ✗ wrong"),
+    }
+    counted = [option.text for option in one(page.all("select", id="shown")).all("option")]
+    assert counted == ["mlp@64: 0 of these 1 right", "pool@16: 1 of these 1 right", "pool@4: 0 of these 1 right"]
+
+
 def test_one_point_without_examples(tmp_path):
     page = report(tmp_path, [result("pool", 16, {"vqa": (0.5, 0.4, 0.6)})], examples=[])
     assert list(page.all("section", id="examples")) == []
@@ -368,6 +382,10 @@ def test_questions_that_a_smaller_picture_cannot_answer_are_scored_by_themselves
     low, high = (f"{100 * end:.1f}" for end in wilson_interval(2, 3))
     assert cells["pool@4"] == f"66.7[{low}, {high}], n = 3"
     assert set(cells) == {"downsample_image@4 control", "pool@4"}
+    # Where answers are partly right, the control has not answered what it gets partly right.
+    right = {label: [0.5 * share + 0.5 for share in shares] for label, shares in right.items()}
+    lines = with_hard_questions(runs, "downsample_image", answers)
+    assert [line["hard_accuracy"].get("vqa", {}).get("mean") for line in lines] == [0.5, 2.5 / 3, None]
     right["pool@4"] = right["pool@4"][:4]
     with pytest.raises(ValueError, match="zip"):
         with_hard_questions(runs, "downsample_image", answers)

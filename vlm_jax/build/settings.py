@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from vlm_jax.config import ConfigError, check_fields, check_keys
 from vlm_jax.paths import absolute
 from vlm_jax.processors.digits_vocabulary import digits_tokenizer
+from vlm_jax.processors.documents_vocabulary import documents_tokenizer
 from vlm_jax.processors.image import FILTERS
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.tokenizer import Tokenizer
@@ -14,6 +15,7 @@ from vlm_jax.types import ROW_KEYS, RowShape
 
 Tiles = Annotated[int, Range(1, 100)]  # in a row or a column
 SPECIAL_TOKENS = ("pad", "bos", "eos", "image")
+TOKENIZERS = {"digits": digits_tokenizer, "documents": documents_tokenizer}  # built in, by the kind of the data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class ImageTextSettings(PixelSettings):
     """`config.processor` of two towers: preprocessing of images and captions.
 
     Attributes:
-      tokenizer: `digits` for the built-in vocabulary of the digit pages, else a tokenizer.json.
+      tokenizer: `digits` or `documents` for the built-in vocabulary of these pages, else a tokenizer.json.
       special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not <pad> and
         so on.
     """
@@ -71,7 +73,7 @@ class ImageTextSettings(PixelSettings):
     def __post_init__(self):
         super().__post_init__()
         check_keys(self.special_tokens, SPECIAL_TOKENS, "config.processor.special_tokens")
-        if self.special_tokens and self.tokenizer == "digits":
+        if self.special_tokens and self.tokenizer in TOKENIZERS:
             raise ConfigError("config.processor.special_tokens: the built-in tokenizer has its own; remove them")
 
     def read_tokenizer(self) -> Tokenizer:
@@ -81,13 +83,15 @@ class ImageTextSettings(PixelSettings):
           ConfigError: the file cannot be read.
           TokenizerError: as `Tokenizer.from_file`.
         """
-        if self.tokenizer == "digits":
-            return digits_tokenizer()
+        if self.tokenizer in TOKENIZERS:
+            return TOKENIZERS[self.tokenizer]()
         names = {f"{role}_token": self.special_tokens.get(role, f"<{role}>") for role in SPECIAL_TOKENS}
         try:
             return Tokenizer.from_file(absolute(self.tokenizer), names)
         except OSError as error:
-            raise ConfigError(f"config.processor.tokenizer: {error}; expected digits, or a tokenizer.json") from error
+            raise ConfigError(
+                f"config.processor.tokenizer: {error}; expected {', '.join(TOKENIZERS)}, or a tokenizer.json"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ one row. `loader.batches` and `loader.batch_at` join them:
 | kind | streams | what it is |
 |---|---|---|
 | digits | questions, text_pages, fine_text_pages, cells, captions | pages of real handwritten digits, no file needed |
+| documents | questions, text_pages, cells, captions | pages of text in matplotlib's fonts, no file needed |
 | conversations | questions, captions, preferences | files of conversations about pictures and videos; mixtures |
 
 An image that cannot be read is skipped by the source, up to a limit, and replaced by the next
@@ -27,5 +28,6 @@ record: the numbering of elements and the batches of other hosts do not change.
 
 from vlm_jax.data.conversations import Conversations
 from vlm_jax.data.digits import Digits
+from vlm_jax.data.documents import Documents
 
-SOURCES = {"digits": Digits, "conversations": Conversations}
+SOURCES = {"digits": Digits, "documents": Documents, "conversations": Conversations}

@@ -2,9 +2,9 @@
 
 Streams:
   questions: samples with one image and several turns of random tasks.
-  text_pages: the same questions without an image: the page's digits in reading order precede the first question. Text
-    has no ink, so that nothing is to be located.
+  text_pages: questions without an image: the page's digits in reading order precede the first. Nothing is located.
   fine_text_pages: the same, with a square of copies of its digit for every cell, like a finer grid of visual tokens.
+    Text has no ink, so that the box of a digit is that of its cell.
   cells: `CellBatch`es of one page, for training only an encoder.
   captions: samples with one image and its caption, the page's digits in reading order.
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, check_fields, did_you_mean
 from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order
+from vlm_jax.data.drawing import bounds_of, draw_tasks
 from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
@@ -28,7 +29,6 @@ from vlm_jax.ranges import Count, NonNegative, Range, Side
 from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
 
 STREAMS = ("questions", "text_pages", "cells", "captions", "fine_text_pages")
-TEXT_STREAMS = ("text_pages", "fine_text_pages")
 # First key of every generator, so that different uses of a seed generate different pages.
 TRAIN_KEY, TEST_KEY = 0, 1
 
@@ -48,7 +48,7 @@ class Digits:
       task_weights: relative frequency of each task; a task with weight 0 or
         omitted is not trained or evaluated.
       turns_per_page: questions about one page, in training.
-      turns_per_text_page: questions about one page as text, in training; they are shorter.
+      turns_per_text_page: questions about one page of `text_pages`, in training; they are shorter.
       text_scale: side of the square of characters that represents a cell in `fine_text_pages`.
       evaluation_size: evaluation samples per task (and pages of the streams `cells` and `captions`).
       augment: whether training pages are augmented with warps, paler ink and noise; test pages never are.
@@ -146,8 +146,7 @@ class DigitSource:
           ConfigError: no such stream, or no task for it has a weight.
         """
         tasks = self._tasks_of(stream)
-        weights = np.array([self.settings.task_weights[task] for task in tasks])
-        bounds = np.cumsum(weights / weights.sum())[:-1]
+        bounds = bounds_of([self.settings.task_weights[task] for task in tasks])
         return grain.MapDataset.range(ENDLESS).map(functools.partial(self._element, stream, seed, tasks, bounds))
 
     def _element(
@@ -159,11 +158,8 @@ class DigitSource:
             return self._cells(page)
         if stream == "captions":
             return _captioned(f"digits/train/{seed}/{index}", page)
-        turns = self.settings.turns_per_text_page if stream in TEXT_STREAMS else self.settings.turns_per_page
-        # Systematic sampling: one random number for all turns keeps the task frequencies of a page, and so
-        # the length of its row, as close to the weights as possible.
-        places = rng.permutation((np.arange(turns) + rng.random()) / turns)
-        chosen = [tasks[place] for place in np.searchsorted(bounds, places, side="right")]
+        turns = self.settings.turns_per_text_page if stream == "text_pages" else self.settings.turns_per_page
+        chosen = draw_tasks(rng, tasks, bounds, turns)
         questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
         return self._sample(f"digits/train/{seed}/{index}", stream, page, questions)
 
@@ -216,17 +212,20 @@ class DigitSource:
     def _tasks_of(self, stream: str) -> tuple[str, ...]:
         if stream not in STREAMS:
             raise ConfigError(f"digits: no stream '{stream}'{did_you_mean(stream, STREAMS)}")
-        tasks = tuple(task for task in self.tasks if task != "locate") if stream in TEXT_STREAMS else self.tasks
-        if not tasks:
+        if stream != "text_pages":
+            return self.tasks
+        if self.tasks == ("locate",):
             raise ConfigError(
-                f"config.data.task_weights: no task of the stream {stream} has a weight above 0; set one of "
+                "config.data.task_weights: no task of the stream text_pages has a weight above 0; set one of "
                 + ", ".join(task for task in TASKS if task != "locate")
             )
-        return tasks
+        return tuple(task for task in self.tasks if task != "locate")
 
     def _sample(self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]]) -> Sample:
+        if stream == "fine_text_pages":
+            page = dataclasses.replace(page, boxes=self._train_pages.cell_boxes)
         turns = [ask(task, page, draws, self._tools.format_box) for task, draws in questions]
-        if stream in TEXT_STREAMS:
+        if stream in self.settings.text_streams:
             context = digits_in_reading_order(page, 1 if stream == "text_pages" else self.settings.text_scale)
             return Sample(name, dialogue(turns, context=context), task=turns[-1].task)
         return Sample(name, dialogue(turns, num_images=1), (page.pixels,), turns[-1].task)

@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from vlm_jax.config import ConfigError
+from vlm_jax.data.drawing import Weathering
 from vlm_jax.data.scans import NUM_CLASSES, Split, render
 
 MAX_SIZES = 8  # renderings are stored in at most this many sizes, evenly spaced
-NOISE_BANK = 1 << 16  # number of possible offsets of a page's noise in the bank of normal deviates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DigitPages:
         if noise < 0.0:
             raise ConfigError(f"config.data.noise: expected 0 or more grey levels, got {noise}")
         self.rows, self.cols, self.page_size = rows, cols, page_size
-        self._intensity, self._noise = intensity, noise
+        self._weather = Weathering(page_size, intensity, noise)
         spread = np.linspace(min_digit, max_digit, min(MAX_SIZES, max_digit - min_digit + 1))
         self._renderings = render(split, tuple(int(size) for size in np.rint(spread)), variants)
         self._sizes = np.array(self._renderings.sizes)
@@ -90,9 +90,11 @@ class DigitPages:
         self._corner = np.stack([col * page_size // cols, row * page_size // rows])  # x, y of each cell
         end = np.stack([(col + 1) * page_size // cols, (row + 1) * page_size // rows])
         self._extent = end - self._corner
-        if noise:
-            deviates = np.random.default_rng(0).standard_normal(NOISE_BANK + page_size**2)
-            self._deviates = deviates.astype(np.float32)
+
+    @property
+    def cell_boxes(self) -> Int[np.ndarray, "R C 4"]:
+        """(left, top, right, bottom) of every cell, pixels, right and bottom excluded."""
+        return np.concatenate([self._corner, self._corner + self._extent]).T.reshape(self.rows, self.cols, 4)
 
     def compose(self, rng: np.random.Generator) -> Page:
         """Generates one page; all random choices are uniform.
@@ -113,15 +115,4 @@ class DigitPages:
         for x, y, side, which, row in zip(*(a.tolist() for a in (*place, size, size_index, chosen)), strict=True):
             pixels[y : y + side, x : x + side] = table.pixels[which][row]
         grid = (self.rows, self.cols)
-        return Page(self._weathered(pixels, rng)[:, :, None], classes.reshape(grid), boxes.reshape(*grid, 4))
-
-    def _weathered(self, pixels: UInt8[np.ndarray, "size size"], rng: np.random.Generator) -> np.ndarray:
-        """The page with paler ink and noise, where these are set."""
-        if not self._intensity and not self._noise:
-            return pixels
-        paler, louder, start = rng.random(3)
-        page = pixels * np.float32(1.0 - self._intensity * paler)
-        if self._noise:
-            first = int(start * NOISE_BANK)
-            page += self._deviates[first : first + page.size].reshape(page.shape) * np.float32(self._noise * louder)
-        return np.clip(np.rint(page), 0, 255).astype(np.uint8)
+        return Page(self._weather(pixels, rng)[:, :, None], classes.reshape(grid), boxes.reshape(*grid, 4))

@@ -119,7 +119,7 @@ def render(split: Split, sizes: tuple[int, ...], variants: int) -> Renderings:
     return Renderings(
         sizes=sizes,
         pixels=pixels,
-        boxes=np.stack([_ink_boxes(table) for table in pixels]),
+        boxes=np.stack([ink_boxes(table) for table in pixels]),
         first=np.concatenate([[0], np.cumsum(count)[:-1]]),
         count=count,
     )
@@ -148,11 +148,11 @@ def _without_faint(pixels: np.ndarray) -> UInt8[np.ndarray, "n size size"]:
     return grey
 
 
-def _ink_boxes(pixels: UInt8[np.ndarray, "n size size"]) -> Int[np.ndarray, "n 4"]:
-    """The tight bounding box (left, top, right, bottom) of the nonzero pixels."""
-    size = pixels.shape[1]
+def ink_boxes(pixels: UInt8[np.ndarray, "n height width"]) -> Int[np.ndarray, "n 4"]:
+    """The tight bounding box (left, top, right, bottom) of the nonzero pixels, right and bottom excluded."""
+    _, height, width = pixels.shape
     cols, rows = pixels.max(axis=1) > 0, pixels.max(axis=2) > 0
     return np.stack(
-        [cols.argmax(1), rows.argmax(1), size - cols[:, ::-1].argmax(1), size - rows[:, ::-1].argmax(1)],
+        [cols.argmax(1), rows.argmax(1), width - cols[:, ::-1].argmax(1), height - rows[:, ::-1].argmax(1)],
         axis=1,
     )

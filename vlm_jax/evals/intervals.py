@@ -11,8 +11,12 @@ from scipy import stats
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: int | float, trials: int) -> tuple[float, float]:
     """The 95% interval of a proportion.
+
+    Args:
+      successes: their number, or the sum of shares in [0, 1].
+      trials: their number.
 
     Raises:
       ValueError: no trials.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,14 +15,15 @@ class Tally:
     """Sums over answers.
 
     Attributes:
-      right, asked: numbers of correct answers and of questions, by task.
+      right: sums of what is correct of answers, by task: their number where answers are right or wrong.
+      asked: numbers of questions, by task.
       num_images: images of all samples.
       entering: visual tokens of these that enter the decoder.
       most: maximum of the entering tokens of one image.
       by_span: visual tokens of all prompts in the decoder's first layers, and after each drop.
     """
 
-    right: Counter[str] = dataclasses.field(default_factory=Counter)
+    right: defaultdict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     asked: Counter[str] = dataclasses.field(default_factory=Counter)
     num_images: int = 0
     entering: int = 0

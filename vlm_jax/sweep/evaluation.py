@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.evals.tally import Tally
-from vlm_jax.evals.vqa import check_references, is_right
+from vlm_jax.evals.vqa import check_references, score
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
@@ -202,7 +202,6 @@ class Evaluation:
         )
         lines = []
         for sample, answer in zip(samples, answers, strict=False):
-            right = is_right(processor.tokenizer, sample.task, answer.text, sample.answer)
             sizes = [(image.shape[0], image.shape[1]) for image in sample.images]
             counts = processor.count_visual_tokens(sizes)
             lines.append(
@@ -210,7 +209,7 @@ class Evaluation:
                     "sample_id": sample.sample_id,
                     "task": sample.task,
                     "text": answer.text,
-                    "correct": answer.reason == "end" and right,
+                    "correct": score(processor.tokenizer, sample.task, answer, sample.answer),
                     "visual_tokens": counts,
                     "tokens_by_span": list(answer.visual_tokens) if counts else [],
                 }

@@ -67,7 +67,7 @@ MEASURED = ("prefill_seconds", "decode_seconds", "seconds_per_sample", "chip_sec
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """A share of correct answers in [0, 1]: its mean over seeds and the 95% interval of that.
+    """A share of what is correct of answers, in [0, 1]: its mean over seeds and the 95% interval of that.
 
     Attributes:
       mean, low, high: shares; the interval is that of `evals.intervals.intervals_over_seeds`.

@@ -2,7 +2,7 @@
 
 Where downscaling the picture to as few tokens answers a question as well, no method can show that it keeps more; so
 points are scored by themselves on the questions that the control `downsample_image` gets wrong at the same budget
-(VTC-Bench, arXiv 2510.07143).
+(VTC-Bench, arXiv 2510.07143). Where answers are partly right, these are the ones that it does not get wholly right.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ def with_hard_questions(
                         f"answers of {label} and {result['label']} differ in their questions: "
                         f"{of_control['sample_id']} and {line['sample_id']}; use another --workdir"
                     )
-                if not of_control["correct"]:
+                if of_control["correct"] < 1:
                     tally.add({"visual_tokens": (), "tokens_by_span": (), **line})
         scored.append({**result, "hard_accuracy": tally.accuracy()})
     return scored

@@ -46,14 +46,14 @@ class Example:
       question: the question.
       reference: the correct answer.
       task: determines the metric.
-      answers: {point label, as `pool@16`: (text, whether it is correct)}.
+      answers: {point label, as `pool@16`: (text, whether it is correct or how much of it)}.
     """
 
     image: UInt8[np.ndarray, "height width channels"]
     question: str
     reference: str
     task: str
-    answers: dict[str, tuple[str, bool]]
+    answers: dict[str, tuple[str, bool | float]]
 
 
 def write_report(
@@ -86,7 +86,7 @@ def report_html(
     points, tasks = combine_seeds(results), tasks_of(results)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the legend has the sweep's order
-    environment.filters |= {"percent": percent, "quantity": quantity}
+    environment.filters |= {"percent": percent, "quantity": quantity, "verdict": verdict}
     room = resources.files("vlm_jax.sweep")
     template = environment.from_string((room / "report.html").read_text(encoding="utf-8"))
     return template.render(
@@ -109,6 +109,13 @@ def report_html(
 def percent(share: Number) -> str:
     """A share in [0, 1], in percent with one decimal."""
     return f"{100 * share:.1f}"
+
+
+def verdict(correct: bool | float) -> str:
+    """Whether an answer is right, or how much of it."""
+    if 0 < correct < 1:
+        return f"{percent(correct)}% right"
+    return "✓ right" if correct else "✗ wrong"
 
 
 def quantity(value: Number) -> str:
@@ -231,11 +238,11 @@ def picture_url(image: UInt8[np.ndarray, "height width channels"]) -> str:
 
 
 def score_examples(points: Iterable[FrontierPoint], examples: Sequence[Example]) -> dict[str, tuple[int, int]]:
-    """{label: (correctly answered examples, answered examples)}, in the order of the points."""
+    """{label: (wholly correctly answered examples, answered examples)}, in the order of the points."""
     given = dict.fromkeys(label for example in examples for label in example.answers)
     known = [point.label for point in points if point.label in given]
     scores = {}
     for label in dict.fromkeys([*known, *given]):
         correct = [example.answers[label][1] for example in examples if label in example.answers]
-        scores[label] = (sum(correct), len(correct))
+        scores[label] = (sum(share == 1 for share in correct), len(correct))
     return scores

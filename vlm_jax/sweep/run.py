@@ -248,7 +248,7 @@ class Sweep:
                 shown[sample.sample_id] = sample
             if min(taken.values()) >= EXAMPLES_PER_TASK:
                 break
-        spoken: dict[str, dict[str, tuple[str, bool]]] = {name: {} for name in shown}
+        spoken: dict[str, dict[str, tuple[str, bool | float]]] = {name: {} for name in shown}
         for other in self.points:
             for line in self._answers(other.label):
                 if line["sample_id"] in shown:
