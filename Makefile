@@ -13,6 +13,8 @@ PYTEST := -n 2 --dist loadfile --no-loadscope-reorder
 UNCHECKED := --jaxtyping-packages=
 MINUTES ?= 10
 WORKDIR ?= workdir/digits_token_budget
+# An argument of the sweep's config: `make sweep SWEEP=:full WORKDIR=workdir/full`.
+SWEEP ?=
 # A fixed release: an open range takes the newest build, with several GB of CUDA packages. The CPU
 # build serves as well where the package index offers it.
 TORCH ?= torch==2.13.0
@@ -26,7 +28,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 .PHONY: sweep test parity lint types imports smoke golden processes fuzz
 
 sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
-	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py --workdir=$(WORKDIR)
+	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py$(SWEEP) --workdir=$(WORKDIR)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST) $(ARGS)

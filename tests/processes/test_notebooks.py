@@ -42,7 +42,7 @@ def test_the_token_budget_notebook_runs_and_shows_the_frontier_and_both_maps(mon
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 3  # the frontier, and the maps of each budget
     text = "".join(output.get("text", "") for output in outputs)
-    assert "pool@1: 1 tokens read" in text and "pool@16: 16 tokens read" in text
+    assert all(f"{point} tokens read 64 patches" in text for point in ("mlp@64: 64", "pool@1: 1", "pool@16: 16"))
 
 
 def test_there_are_notebooks():
