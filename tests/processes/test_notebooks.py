@@ -32,7 +32,7 @@ def shrunk(notebook) -> None:
     cell.source = f"{config}\nworkdir = {run}"
 
 
-def test_the_token_budget_notebook_runs_and_shows_the_frontier_and_both_maps(monkeypatch):
+def test_the_token_budget_notebook_runs_and_shows_the_frontier_and_all_maps(monkeypatch):
     monkeypatch.setenv("PIP_DRY_RUN", "1")  # its first cell would point the environment of the tests at this checkout
     notebook = nbformat.read(COLABS / "token_budget.ipynb", as_version=4)
     shrunk(notebook)
@@ -40,7 +40,7 @@ def test_the_token_budget_notebook_runs_and_shows_the_frontier_and_both_maps(mon
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3  # the frontier, and the maps of each budget
+    assert len(pictures) == 4  # the frontier, and the maps of each budget
     text = "".join(output.get("text", "") for output in outputs)
     assert all(f"{point} tokens read 64 patches" in text for point in ("mlp@64: 64", "pool@1: 1", "pool@16: 16"))
 

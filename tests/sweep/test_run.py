@@ -16,7 +16,7 @@ from tests.train.conftest import tiny_config
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import build
 from vlm_jax.checkpoints.runs import read_parts
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, config_hash
 from vlm_jax.sharding.rules import placed
 from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.frontier import combine_seeds
@@ -263,6 +263,16 @@ def test_the_workdir_of_another_sweep_is_refused(config, console, swept):
         config.base.optimizer.weight_decay = 0.5
     with pytest.raises(ConfigError, match=r"config\.base\.optimizer\.weight_decay: 0\.05 here, 0\.5 there"):
         make(config, swept.workdir, console)
+
+
+def test_a_sweep_takes_more_seeds_and_candidates(config, console, swept):
+    with config.unlocked():
+        config.sweep.seeds = (0, 3)
+        config.candidates.another = ConfigDict({"budgets": (4,), "connector": {"kind": "mlp"}})
+    grown = make(config, swept.workdir, console)
+    hashes = {point.label: config_hash(point.config) for point in grown.points}
+    assert sorted(hashes) == ["another@4", "another@4#3", "pool@1", "pool@1#3", "random@2", "random@2#3"]
+    assert {line["label"]: line["config_hash"] for line in lines(swept.workdir)}.items() <= hashes.items()
 
 
 def test_a_nested_candidate_is_trained_once_and_evaluated_at_every_budget(

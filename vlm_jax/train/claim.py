@@ -29,6 +29,10 @@ FREE = (
     "config.data.evaluation_*",
     "config.data.max_checked",
     "config.data.max_corrupt",
+    # A sweep grows: each of its points has a config, and a folder, of its own.
+    "config.candidates.*",
+    "config.sweep.seeds",
+    "config.sweep.controls",
 )
 # Keys whose values are paths; `config.json` has them in absolute form, so that it means the same everywhere.
 PATHS = ("*release", "*.tokenizer", "*.teacher", "*.train_path", "*.evaluation_path", "*.mixture.*.path")
