@@ -13,6 +13,8 @@ import pathlib
 import shutil
 from collections.abc import Sequence
 
+from etils import epath
+
 from vlm_jax.sweep.findings import Enough, find
 from vlm_jax.sweep.frontier import Accuracy, FrontierPoint, combine_seeds, tasks_of, told_seeds
 from vlm_jax.train.workdir import read_lines
@@ -25,7 +27,7 @@ MARKS = ("<!-- results -->\n", "<!-- end of results -->")
 
 def sections() -> dict[str, str]:
     """What each of PAGES shows of `results.jsonl`."""
-    results = read_lines(HERE / "results.jsonl")
+    results = read_lines(epath.Path(HERE / "results.jsonl"))
     points, tasks = combine_seeds(results), tasks_of(results)
     found = sentences(points, tasks)
     return {
@@ -93,7 +95,7 @@ def main() -> None:
     parser.add_argument("workdir", nargs="?", type=pathlib.Path, help="of a finished sweep")
     given = parser.parse_args().workdir
     if given is not None:
-        lines = [json.dumps(line | {"command": ""}) for line in read_lines(given / "results.jsonl")]
+        lines = [json.dumps(line | {"command": ""}) for line in read_lines(epath.Path(given / "results.jsonl"))]
         (HERE / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         shutil.copyfile(given / "frontier.png", HERE / "frontier.png")
     for name, text in sections().items():

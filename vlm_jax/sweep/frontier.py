@@ -138,9 +138,15 @@ def pareto_front(points: Sequence[tuple[Number, Number]]) -> list[int]:
 
 
 def total_costs(result: dict[str, Any]) -> dict[str, Number]:
-    """The costs of one result, by key of AXES, in base units; an unmeasured time is left out."""
+    """The costs of one result, by key of AXES, in base units; an unmeasured time is left out.
+
+    Tokens are those that enter the decoder, or where it drops some, the mean over its layers.
+    """
+    tokens = result["realised_visual_tokens"]["mean"]
+    if result.get("mean_visual_tokens", 0) > result["num_visual_tokens"]:  # dropped inside the decoder
+        tokens = result["mean_visual_tokens"]
     costs = {
-        "tokens": result["realised_visual_tokens"]["mean"],
+        "tokens": tokens,
         "flops": sum(result["flops"].values()),
         "parameters": sum(result["num_params"].values()),
         "step_seconds": result["step_seconds"],
