@@ -13,7 +13,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.connector = ConfigDict({"kind": "pool"})
     config.stages = digits_stages.pretraining()
     config.stages.update(digits_stages.three_stages())
-    config.schedule = ("encoder_pretraining", "decoder_pretraining", "alignment", "multitask", "instruction")
+    config.schedule = (
+        "encoder_pretraining",
+        "decoder_pretraining",
+        "fine_pretraining",
+        "alignment",
+        "multitask",
+        "instruction",
+    )
     if arg == "smoke":
         digits_stages.shrink(config.stages)
         config.data.evaluation_size = 4

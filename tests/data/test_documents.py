@@ -9,12 +9,14 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm_jax.config import ConfigError, parse
-from vlm_jax.data import SOURCES
+from vlm_jax.data import SOURCES, glyphs
 from vlm_jax.data.document_pages import DocumentPages, finer, text_of_page
 from vlm_jax.data.glyphs import CHARACTERS, font_names, render_glyphs
 from vlm_jax.data.source import Tools
 from vlm_jax.processors import documents_vocabulary
 from vlm_jax.types import CellBatch, text_of
+
+from ..advice import tried
 
 TOOLS = Tools(
     format_box=lambda *args: "",
@@ -311,7 +313,6 @@ def test_a_finer_page_repeats_classes_and_boxes():
     ("options", "message"),
     [
         ({"grids": ()}, r"config\.data\.grids: expected at least one text size"),
-        ({"grids": ((2, 3), (2, 3))}, r"config\.data\.grids\[1\]: 2x3 is there twice"),
         (
             {"grids": ((5, 3),)},
             r"config\.data\.page_size: 96 pixels are not divided by the 5x3 cells .* multiple of 15",
@@ -333,13 +334,67 @@ def test_a_finer_page_repeats_classes_and_boxes():
         ({"test_fonts": ("cmex10",)}, r"config\.data\.test_fonts: matplotlib has no font 'cmex10' of all characters"),
         ({"task_weights": {"ocrr": 1.0}}, r"config\.data\.task_weights\.ocrr: no such task; did you mean 'ocr'"),
         ({"task_weights": {"ocr": 0.0}}, r"config\.data\.task_weights: no task has a weight"),
-        ({"jitter": 5}, r"config\.data\.jitter: 5 pixels are over a quarter of the smallest cell's side, 16"),
         ({"font": "cmtt10"}, r"config\.data\.font: unknown or unused key; did you mean 'fonts'"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused_by_their_key(options, message):
     with pytest.raises(ConfigError, match=message):
         opened(**options)
+
+
+SMALLEST = {"grids": ((16, 16),), "page_size": 80, "jitter": 0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "fix"),
+    [
+        (
+            {"grids": ((2, 3), (2, 3))},
+            tried("config.data.grids[{}]: {} is there twice; remove one"),
+            {"grids": ((2, 3),)},
+        ),
+        (
+            {"grids": ((5, 3),)},
+            tried("pixels are not divided by the {} cells of config.data.grids[{}]; set it to a multiple of {}"),
+            {"page_size": 90},
+        ),
+        ({"jitter": 5}, tried("are over a quarter of the smallest cell's side, {}; lower it"), {"jitter": 4}),
+        (
+            {"grids": ((96, 3),), "jitter": 0},
+            tried("is too small for the font {}; enlarge page_size"),
+            {"page_size": 1152},
+        ),
+        (
+            {"grids": ((96, 3),), "jitter": 0},
+            tried("is too small for the font {}; enlarge page_size, or have fewer rows or columns"),
+            {"grids": ((8, 3),)},
+        ),
+        (
+            {**SMALLEST, "fonts": ("DejaVuSans",)},
+            tried("shows '{}' and '{}' alike; enlarge page_size"),
+            {"page_size": 192},
+        ),
+        (
+            {**SMALLEST, "fonts": ("DejaVuSans", "DejaVuSansMono")},
+            tried("shows '{}' and '{}' alike; enlarge page_size, or omit the font"),
+            {"fonts": ("DejaVuSansMono",)},
+        ),
+    ],
+)
+def test_what_an_error_advises_helps(options, message, fix):
+    with pytest.raises(ConfigError, match=message):
+        opened(**options)
+    sample = opened(**{**options, **fix}).train("questions", seed=0)[0]
+    assert sample.images[0].shape == 2 * ({**SMALL, **options, **fix}["page_size"],) + (1,)
+
+
+def test_fonts_need_matplotlib(monkeypatch):
+    glyphs.font_folder.cache_clear()
+    monkeypatch.setattr(glyphs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=tried("install it: pip install matplotlib")):
+        glyphs.font_folder()
+    monkeypatch.undo()
+    assert str(glyphs.font_folder()) == f"{matplotlib.get_data_path()}/fonts/ttf"
 
 
 def test_an_unknown_stream_is_refused():

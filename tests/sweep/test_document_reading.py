@@ -66,7 +66,7 @@ def test_every_sample_fits_its_row_its_prompt_and_its_answer(arg):
     questions, texts = source.train("questions", 0), source.train("text_pages", 0)
     for index in range(30):
         experiment.training_row(questions[index])
-        experiment.training_row(texts[index], shape=experiment.text_row)
+        experiment.training_row(texts[index], shape=experiment.text_rows["text_pages"])
     for sample in source.evaluation(0):
         assert len(tokenizer.encode(sample.answer)) < config.base.evaluation.max_new_tokens
         assert 1 + len(tokenizer.encode(sample.question)) <= config.base.evaluation.question_length

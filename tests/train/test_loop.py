@@ -193,7 +193,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(config, one_d
         ({"stages.answering.stream": "question"}, r"stages\.answering\.stream: unknown 'question'.*'questions'"),
         (
             {"stages.answering.stream": "cells"},
-            r"stream: the objective next_token takes questions or text_pages, got 'cells'",
+            r"stream: the objective next_token takes questions or text_pages or fine_text_pages, got 'cells'",
         ),
         ({"stages.answering.learning_rates": {"conector": 1.0}}, r"learning_rates\.conector.*'connector'"),
         ({"stages.answering.learning_rates": {}}, "expected at least one above 0, got none"),

@@ -91,7 +91,8 @@ def test_eight_devices_and_accumulation_equal_one(finished, data, tmp_path):
     outcome = train(config, make_mesh(MeshSettings(data=2, context=2, tensor=2)), tmp_path)
     for name in ("loss", "reward_margin", "accuracy"):
         ours, whole = ([line[name] for line in lines(folder)] for folder in (tmp_path, finished[0]))
-        np.testing.assert_allclose(ours, whole, atol=1e-5, err_msg=name)
+        first = int(name == "accuracy")  # before the first step margins are 0 but for rounding, which tells who wins
+        np.testing.assert_allclose(ours[first:], whole[first:], atol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), outcome.params, dict(finished[1].params))
 
 

@@ -45,7 +45,7 @@ def all_rows(config: ConfigDict) -> None:
 def test_26_keys_of_the_data_that_errors_name_can_be_given(folder, tmp_path):
     """In the configs of fine-tuning, and the named key helps."""
     files = {f"data/{path.name}" for path in pathlib.Path(data.__path__[0]).glob("*.py")}
-    files -= {"data/digits.py", "data/pages.py"}
+    files -= {f"data/{name}.py" for name in ("digits", "pages", "documents", "document_pages", "glyphs")}
     named = {key for file, text in messages() if file in files for key in re.findall(r"config\.data\.([a-z_]+)", text)}
     assert {"max_corrupt", "held_out", "tasks", "columns"} <= named
     for config in (finetune.get_config(), finetuning.get_config()):

@@ -43,7 +43,9 @@ def in_a_sweep(config, workdir):
     made = Sweep(sweep, workdir, config_path="x.py", console=console)
     made._train_point = lambda *_: Outcome({}, None, None)
     progress = PointsProgress(console, "steps", 1, 1)
-    return lambda: made._run_point(made.points[0], None, progress), workdir / "points" / "pool@4" / "answers.jsonl"
+    return lambda: made._run_point(
+        made.points[0], None, progress, False
+    ), workdir / "points" / "pool@4" / "answers.jsonl"
 
 
 @pytest.mark.parametrize("answered", [in_a_run, in_a_sweep])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vlm_jax.build import AnyExperiment
+from vlm_jax.config import check_fields
 from vlm_jax.losses.cross_entropy import cross_entropy
 from vlm_jax.models.cell_reader import CellReader
 from vlm_jax.ranges import NonNegative
@@ -31,6 +32,9 @@ class ReadCells(Objective):
     box_weight: NonNegative = 5.0
 
     streams: ClassVar[tuple[str, ...]] = ("cells",)
+
+    def __post_init__(self):
+        check_fields(self, "")
 
     def check(self, experiment: AnyExperiment, *, accumulate: int, path: str) -> None:
         """Refuses a model without conversations."""
