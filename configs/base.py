@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     # share a row of `length` positions and `images` tiles.
     config.row = ConfigDict(
         {
-            "text_length": 60,
+            "text_length": 64,
             "length": placeholder(int),
             "images": placeholder(int),
             "pictures": placeholder(int),

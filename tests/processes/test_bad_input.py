@@ -24,7 +24,7 @@ def test_a_config_file_that_fails_is_one_message(tmp_path):
         ),
         ("--config.encodr.width=4", "--config.encodr.width=4: the config has no such section; did you mean 'encoder'?"),
         ("--config.data.max_corrupt=4", "config.data.max_corrupt: unknown or unused key"),  # not of digits
-        ("--config.token_budget=3", "pool cannot give 3 tokens from a 8x8 grid"),
+        ("--config.token_budget=3", "pool cannot give 3 tokens from a 4x4 grid"),
         ("--config.encoder.kind=vitt", "config.encoder.kind: no kind 'vitt'; did you mean 'vit'?"),
     ],
 )
