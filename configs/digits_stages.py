@@ -21,7 +21,7 @@ def set_sizes(config: ConfigDict) -> None:
     config.data.update({"min_digit": 11, "variants": 16, "turns_per_page": 8, "turns_per_text_page": 12})
     config.data.task_weights = ConfigDict({"read": 1.0, "transcribe": 1.0, "count": 2.0, "locate": 0.5})
     config.data.evaluation_size = 200
-    config.row.text_length = 72
+    config.row.text_length = 78  # also where every count is of two digits
     config.encoder.update({"patch_size": 6, "width": 64, "depth": 2, "mlp_dim": 192, "remat": "none"})
     config.decoder.update({"width": 64, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 128, "remat": "none"})
     config.loop.log_every = 100
@@ -52,7 +52,7 @@ def alignment() -> ConfigDict:
 
 def instruction() -> ConfigDict:
     """Connector and decoder learn to answer from pages; the encoder is frozen."""
-    return ConfigDict(_stage("questions", 500, {"connector": 2e-3, "decoder": 2e-3}))
+    return ConfigDict(_stage("questions", 600, {"connector": 2e-3, "decoder": 2e-3}))
 
 
 def adaptation(steps: int = 250) -> ConfigDict:

@@ -41,13 +41,13 @@ def test_a_decoded_token_multiplies_every_kernel_of_the_decoder_once(works):
     kernels = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * 2 * WIDTH) + WIDTH * 26
     attention = 2 * 2 * 2 * WIDTH * (CONTEXT + 1)
     assert works["decode"].model_flops == BATCH * (2 * kernels + attention) and works["decode"].tokens == BATCH
-    assert works["prefill"].tokens == BATCH * 88
+    assert works["prefill"].tokens == BATCH * 94
 
 
 def test_sizes_that_do_not_fit_are_named(config):
     own, experiment = planned(config, 8)
     mesh = mesh_of(own, jax.devices())
-    with pytest.raises(ConfigError, match="--context: expected at least the prompt's 88"):
+    with pytest.raises(ConfigError, match="--context: expected at least the prompt's 94"):
         inference_work(own, experiment, mesh, stage="decode", batch_size=8, context=10)
     with pytest.raises(
         ConfigError,
