@@ -106,7 +106,9 @@ def test_a_reducer_acts_on_packed_images_behind_the_connector():
 def test_tokens_are_merged_in_the_encoder():
     reducer = ToMe(num_kept=6, merged=(2,))
     model = VLM(VIT.clone(**reducer.required_fields()["encoder"]), Concat(WIDTH, 1), reducer=reducer, reduce="tokens")
-    with pytest.raises(ValueError, match=tried("{tome} works in the {encoder}, not on tokens; set reduce to 'features'")):
+    with pytest.raises(
+        ValueError, match=tried("{tome} works in the {encoder}, not on tokens; set reduce to 'features'")
+    ):
         shape_seen(model)
     assert shape_seen(model.clone(reduce="features")) == (2, 6, WIDTH)
 
