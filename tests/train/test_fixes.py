@@ -182,7 +182,9 @@ def test_released_towers_are_trained_by_their_own_config(tmp_path):
     config = of_release(finetune_towers.get_config(), folder)
     check_config(config)
     stage = parse_schedule(config.schedule, config.stages)[0].stage
-    assert rows(build(config), stage, 0)[0].tokens.shape == (1, 8)
+    experiment = build(config)
+    length = experiment.system.model.text.context_length
+    assert rows(experiment, stage, 0)[0].tokens.shape == (1, length)
 
 
 def test_classes_of_a_release_are_named(tmp_path):
