@@ -78,7 +78,7 @@ def test_a_reducer_acts_on_two_encoders_that_are_joined():
 
 def test_two_encoders_have_one_grid():
     pair = Hybrid(VIT, VIT.clone(image_size=(4, 8)), low_size=4, combine="tuple")
-    told = tried("and {1x2} (low); change an encoder's image or patch size")
+    told = tried("(low); change an encoder's image or patch size")
     with pytest.raises(InfeasibleGrid, match=told):
         shape_seen(VLM(pair, CONNECTED))
     of_size, of_patch = pair.clone(low=VIT, low_size=8), pair.clone(low=VIT.clone(image_size=(4, 8), patch_size=2))
