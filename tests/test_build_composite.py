@@ -9,13 +9,17 @@ from vlm_jax.config import ConfigError
 from vlm_jax.encoders.hybrid import Hybrid
 from vlm_jax.encoders.multiscale import MultiScale
 
+from .advice import tried
+
 VIT = {"kind": "vit", "patch_size": 12, "width": 8, "depth": 1, "num_heads": 2, "mlp_dim": 8}
 SAM = {**VIT, "kind": "sam", "neck_dim": 8, "global_blocks": (0,)}
 
 
-def built(encoder, budget):
+def built(encoder, budget, connector=None):
     config = base.get_config()
     config.encoder = ConfigDict(encoder)
+    if connector is not None:
+        config.connector = ConfigDict(connector)
     config.token_budget = budget
     return build(config)
 
@@ -59,10 +63,6 @@ def test_a_part_may_have_an_image_size_of_its_own():
             "config.encoder.encoder.image_size: expected",
         ),
         (
-            {"kind": "hybrid", "high": SAM, "low": VIT, "low_size": 24, "combine": "tuple"},
-            "config.encoder.combine: 'tuple' returns two feature maps",
-        ),
-        (
             {"kind": "hybrid", "high": SAM, "low": VIT, "low_size": 24, "combine": "mean"},
             "config.encoder.combine: expected one of",
         ),
@@ -71,3 +71,14 @@ def test_a_part_may_have_an_image_size_of_its_own():
 def test_a_wrong_section_is_named(section, message):
     with pytest.raises(ConfigError, match=message):
         built(section, budget=16)
+
+
+def test_two_feature_maps_are_joined():
+    low = {**VIT, "patch_size": 6}
+    section = {"kind": "hybrid", "high": SAM, "low": low, "low_size": 24, "combine": "tuple"}
+    told = tried("'tuple' returns two feature maps; use 'feature', which joins them, with hybrid_mlp")
+    with pytest.raises(ConfigError, match=told):
+        built(section, budget=16)
+    shapes = built({**section, "combine": "feature"}, budget=16, connector={"kind": "hybrid_mlp"}).boxed_shapes()
+    halves = [shapes["connector"][name]["kernel"].value.shape for name in ("high", "low")]
+    assert halves == [(8, base.get_config().decoder.width // 2)] * 2

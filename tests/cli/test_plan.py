@@ -91,8 +91,11 @@ def test_a_sweep_without_budgets_has_that_of_the_config(flags, monkeypatch, tmp_
         return plan_of(12 * GIB, 16 * GIB, 0.5)
 
     monkeypatch.setattr(plan, "_made", made)
-    monkeypatch.setattr(command, "WORKDIR", type("Flag", (), {"value": str(tmp_path / "plans")}))
     flags(sweep=True, release="Qwen/Qwen2.5-VL-7B-Instruct", token_budget=256, connectors=["released", "pool"])
+    monkeypatch.setattr(command, "WORKDIR", type("Flag", (), {"value": None}))
+    with pytest.raises(ConfigError, match=tried("--workdir: expected the folder of the sweep's files; pass one")):
+        plan._sweep(plan.requested())
+    monkeypatch.setattr(command, "WORKDIR", type("Flag", (), {"value": str(tmp_path / "plans")}))
     plan._sweep(plan.requested())
     assert asked == [("v5p:4x4x4", None, 256), ("v5p:4x4x4", "pool", 256)]
     points = json.loads((tmp_path / "plans" / "plans.json").read_text())

@@ -25,6 +25,7 @@ from vlm_jax.train.state import TrainState
 from vlm_jax.train.step import train_step
 from vlm_jax.types import Batch
 
+from ..advice import tried
 from ..parameters import drawn
 from .language import check, made, their_logits
 from .systems import llava, qwen2_5_vl
@@ -216,3 +217,20 @@ def test_an_adapter_of_a_language_model_is_merged(name, tmp_path):
     batch = Batch(*map(jnp.asarray, (ids, places, np.ones_like(ids), np.full_like(ids, -1))))
     ours = vlm_jax.from_pretrained(tmp_path / "model", adapter=tmp_path / "adapter")
     check(ours.apply(batch), their_logits(adapter.eval(), ids))
+
+
+def test_an_adapter_of_another_kind_is_merged_by_peft(tmp_path):
+    model = made("llama")
+    model.save_pretrained(tmp_path / "model")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=True)
+    adapter = peft.get_peft_model(model, config)
+    adapter.save_pretrained(tmp_path / "adapter")
+    told = tried("Merge it with peft (merge_and_unload) and load the merged model")
+    with pytest.raises(CheckpointFileError, match=told):
+        vlm_jax.from_pretrained(tmp_path / "model", adapter=tmp_path / "adapter")
+    ids = np.arange(14, dtype=np.int32).reshape(2, 7)
+    expected = their_logits(adapter.eval(), ids)
+    adapter.merge_and_unload().save_pretrained(tmp_path / "merged")
+    places = np.broadcast_to(np.arange(7, dtype=np.int32), ids.shape)
+    batch = Batch(*map(jnp.asarray, (ids, places, np.ones_like(ids), np.full_like(ids, -1))))
+    check(vlm_jax.from_pretrained(tmp_path / "merged").apply(batch), expected)

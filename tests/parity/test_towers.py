@@ -4,14 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from flax import linen as nn
 
 import vlm_jax
-from vlm_jax.checkpoints.hub import read_config
+from vlm_jax.checkpoints.hub import CheckpointFileError, read_config
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.types import PackedPatches
+
+from ..advice import tried
 
 DEPTH, PATCH, SIDE, CHANNELS, VOCABULARY, LENGTH = 3, 4, 12, 3, 40, 8
 _SIZES = {"num_hidden_layers": DEPTH, "num_attention_heads": 2}
@@ -214,6 +217,21 @@ def test_image_classifier_and_back(tmp_path):
         expected = model(**to_torch(pictures()), interpolate_pos_encoding=False).logits
     assert relative_error(jax.jit(ours.apply)(jnp.asarray(pictures())), expected) <= 1e-4
     assert_exported(ours, model, tmp_path)
+
+
+def test_a_pickle_is_converted_by_the_code_of_its_message(tmp_path, monkeypatch):
+    model = made("ViTForImageClassification", **VISION, num_labels=5, qkv_bias=False)
+    ours = through_files(model, tmp_path)
+    (tmp_path / "torch" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "torch" / "pytorch_model.bin")
+    told = tried("Convert it once if you trust it: tensors = torch.load(FILE, map_location='cpu',")
+    with pytest.raises(CheckpointFileError, match=told) as caught:
+        vlm_jax.from_pretrained(tmp_path / "torch")
+    monkeypatch.chdir(tmp_path / "torch")
+    code = str(caught.value).partition("if you trust it: ")[2]
+    exec(code, {"torch": torch, "safetensors": safetensors, "FILE": "pytorch_model.bin"})
+    again = vlm_jax.from_pretrained(tmp_path / "torch")
+    jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
 
 
 REAL_SIZES = {

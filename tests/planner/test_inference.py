@@ -13,8 +13,10 @@ from vlm_jax.planner.request import Request
 from vlm_jax.planner.search import ROUNDS, find_largest, largest_batch
 from vlm_jax.planner.settings import planned
 from vlm_jax.planner.topology import PlanError
+from vlm_jax.planner.training import training_work
 
 from ..advice import tried
+from ..train.test_classify import classifier
 from .conftest import WIDTH, mesh_of
 
 CONTEXT, BATCH = 128, 16
@@ -57,6 +59,15 @@ def test_sizes_that_do_not_fit_are_named(config):
     ):
         inference_work(own, experiment, mesh, stage="decode", batch_size=12, context=128)
     assert inference_work(own, experiment, mesh, stage="decode", batch_size=16, context=128).tokens == 16
+
+
+def test_a_classifier_is_planned_in_training():
+    own, experiment = planned(classifier(), 8)
+    mesh = mesh_of(own, jax.devices())
+    told = tried("--stage={prefill}: a {Classifier} generates no text; plan --stage=train")
+    with pytest.raises(ConfigError, match=told):
+        inference_work(own, experiment, mesh, stage="prefill", batch_size=8, context=None)
+    assert training_work(own, experiment, mesh).rows == own.stages.pairs.batch_size
 
 
 CHIP, USABLE = 1024, 1008  # of a program that fits the chip's memory is known, of a refused one the compiler's limit

@@ -3,16 +3,24 @@
 import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import vlm_jax
 from tests.contracts.releases import make
+from tests.golden.conftest import DATA
 from tests.processes import alphabet
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.checkpoints.hub import CheckpointFileError
 from vlm_jax.config import ConfigError
+from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.budgets import with_budget
+from vlm_jax.pretrained.configured import configured
 from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.known_system import known_system
+from vlm_jax.pretrained.loader import open_system
+from vlm_jax.types import ImageTextBatch
 
 from ..advice import tried
 
@@ -107,3 +115,53 @@ def test_a_model_of_texts_has_no_budget(tmp_path):
         vlm_jax.from_pretrained(tmp_path, token_budget=4)
     answer = vlm_jax.from_pretrained(tmp_path).generate([{"role": "user", "content": "ab"}], max_new_tokens=2)
     assert answer.text == "cd"
+
+
+def test_a_pooling_connector_takes_a_reducer_before_the_encoder(system):
+    pooled = with_budget(system("llava"), 16, connector="pool", path="release")
+    told = tried("{random} returns {4} features, for which the connector gives {16} tokens; choose another")
+    with pytest.raises(ConfigError, match=told):
+        with_budget(pooled, 4, reducer="random", path="release")
+    assert with_budget(pooled, 4, **SMALLER, path="release").processor.views.tile_tokens == 4
+
+
+def test_a_system_with_files_of_its_own_is_planned_by_its_folder(system):
+    name, dtypes = "deepseek-ai/deepseek-vl-7b-base", {"dtype": jnp.float32, "param_dtype": jnp.float32}
+    told = tried("pass the folder")
+    with pytest.raises(PretrainedError, match=rf"the size of images for Hybrid is in files .*; {told}$"):
+        known_system(name, **dtypes)
+    assert system("deepseek_vl_hybrid").processor.views.tile_tokens == 16  # as its processor_config.json says
+
+
+def test_a_tower_without_a_head_gives_features():
+    tower = vlm_jax.from_pretrained(DATA / "s2_siglip")
+    batch = ImageTextBatch(jnp.zeros((1, 32, 32, 3)))
+    with pytest.raises(PretrainedError, match=tried("'{}' has no head in this checkpoint; call apply for features")):
+        tower.logits(batch)
+    assert jax.jit(tower.apply)(*batch.inputs).tokens.shape == (1, 64, 32)
+
+
+NO_SECTIONS = {"token_budget": None, "reducer": {}, "connector": {}, "encoder": {}, "decoder": {}, "processor": {}}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "fix"),
+    [
+        (
+            {"token_budget": 4},
+            tried("config.token_budget: a {TwoTower} has no visual tokens to count; set it to None"),
+            {"token_budget": None},
+        ),
+        (
+            {"reducer": {"kind": "random"}},
+            tried("config.{reducer}.kind: a {TwoTower} has no {reducer}; set it to None"),
+            {"reducer": {"kind": None}},
+        ),
+        ({"connector": {"kind": "mlp"}}, r"config\.connector\.kind: .*; set it to None", {"connector": {"kind": None}}),
+    ],
+)
+def test_two_towers_have_no_budget(fault, message, fix):
+    own = open_system(DATA / "open_clip_vit", FAMILIES, dtype="float32")
+    with pytest.raises(ConfigError, match=message):
+        configured(own, {**NO_SECTIONS, **fault})
+    assert configured(own, {**NO_SECTIONS, **fix, "encoder": {"remat": "full"}}).model.image.remat == "full"

@@ -13,6 +13,8 @@ from tests.golden.conftest import DATA
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.pretrained.llava import PREFIX
 
+from ..advice import tried
+
 NAMES = ("llava15", "mobilevlm_v2")
 
 
@@ -85,6 +87,11 @@ def test_what_a_tower_is_not(tmp_path):
     lost = released("llava15", tmp_path / "lost", tower="../nowhere/clip")
     with pytest.raises(PretrainedError, match=r"mm_vision_tower: .* no tensors of its vision tower, and '\.\./nowhere"):
         vlm_jax.from_pretrained(lost)
+    with pytest.raises(PretrainedError, match=tried("Download the tower and set {mm_vision_tower} to its folder ({})")):
+        vlm_jax.from_pretrained(lost)
+    config = json.loads((lost / "config.json").read_text())
+    (lost / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(tmp_path / "lost" / "clip")}))
+    jax.tree.map(np.testing.assert_array_equal, vlm_jax.from_pretrained(lost).params, told("llava15").params)
     other = released("llava15", tmp_path / "other", tower="../clip")
     (tmp_path / "other" / "clip" / "config.json").write_text('{"model_type": "siglip"}')
     with pytest.raises(PretrainedError, match="expected a config of clip or clip_vision_model, got 'siglip'"):

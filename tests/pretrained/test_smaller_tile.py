@@ -1,12 +1,18 @@
 """The size of a tile that meets a budget: 336 pixels are 24 x 24 patches of 14, as in LLaVA-1.5."""
 
+import functools
+
+import jax
+import numpy as np
 import pytest
+from flax.core import FrozenDict
 
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import ConfigError
 from vlm_jax.connectors.concat import Concat
 from vlm_jax.connectors.ldp import LDP
 from vlm_jax.connectors.ldp_v2 import LDPv2
+from vlm_jax.connectors.matryoshka import Matryoshka
 from vlm_jax.connectors.mlp import MlpConnector
 from vlm_jax.connectors.pixel_shuffle import PixelShuffle
 from vlm_jax.connectors.resampler import Resampler
@@ -16,6 +22,9 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.pretrained.smaller_tile import smaller_tile
 from vlm_jax.processors.pixels import Pixels
 from vlm_jax.processors.square import SquareViews
+from vlm_jax.reducers.uniform_stride import UniformStride
+
+from ..advice import tried
 
 SECTION = {"kind": "downsample_image"}
 
@@ -29,6 +38,13 @@ def solve(tokens, connector, side=336, encoder=None, section=SECTION, class_toke
     grid = encoder.grid(side, side)
     views = SquareViews(Pixels(), (side, side), connector.num_tokens(grid) + class_tokens)
     return smaller_tile(VLM(encoder, connector), views, grid, tokens, section, "config.reducer")
+
+
+def reduced(encoder, connector, tokens, reduce):
+    """The shape of the tokens with another reducer."""
+    model = VLM(encoder, connector, reducer=UniformStride(num_kept=tokens), reduce=reduce)
+    seen = functools.partial(model.init_with_output, jax.random.key(0), method="visual_tokens")
+    return jax.eval_shape(seen, np.zeros((1, *encoder.image_size, 3), np.float32))[0].tokens.shape
 
 
 @pytest.mark.parametrize(
@@ -76,10 +92,20 @@ def test_what_gives_as_many_tokens_at_any_size_is_refused():
 
 def test_a_class_token_has_no_place_in_the_grid():
     encoder = vit(336, class_token=True, keep_class_token=True)
-    with pytest.raises(ConfigError, match="a class token is among them"):
+    told = tried("{} leaves a grid of tokens, and a tile has {577}, which are more than its {24}x{24} grid (a")
+    with pytest.raises(ConfigError, match=rf"{told} class token is among them\); choose another reducer"):
         solve(144, MlpConnector(8), encoder=encoder, class_tokens=1)
+    assert reduced(encoder, MlpConnector(8), 144, "features") == (1, 144, 8)
 
 
 def test_unknown_settings_are_refused():
     with pytest.raises(ConfigError, match=r"config\.reducer\.size"):
         solve(144, MlpConnector(8), section={**SECTION, "size": 3})
+
+
+def test_a_connector_of_one_grid_takes_another_reducer():
+    nested = Matryoshka(8, FrozenDict(kind="pool"), (4, 16), 16, ({"output_grid": (2, 2)}, {"output_grid": (4, 4)}))
+    told = tried("{} leaves no grid inside {4}x{4} of which {Matryoshka} makes {2}x{2} tokens; choose another reducer")
+    with pytest.raises(ConfigError, match=told):
+        solve(4, nested, side=56)
+    assert reduced(vit(56), nested, 4, "tokens") == (1, 4, 8)

@@ -1,6 +1,9 @@
 """A disk that becomes full while a run saves: a file system of a few hundred kilobytes."""
 
 import json
+import re
+
+from ..advice import tried
 
 # A separate mount for the one process, so that nothing remains.
 SMALL_DISK = ("unshare", "--map-root-user", "--mount", "sh", "-c")
@@ -15,7 +18,7 @@ def test_a_full_disk_is_explained_and_the_run_goes_on_when_there_is_space(comman
     status, errors = command.finish(disk / "run", prefix=(*SMALL_DISK, script, "sh"))
     assert status == 1, errors
     assert "no space left: a checkpoint needs about" in errors
-    assert "free space" in errors
+    assert re.search(tried("free space or fix the permissions, and rerun the same command to resume"), errors)
     assert "Traceback" not in errors
     numbered = [path for path in (kept / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert all((path / "_CHECKPOINT_METADATA").exists() for path in numbered)  # whole ones only

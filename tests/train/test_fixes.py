@@ -1,13 +1,22 @@
 """What messages on two towers and classifiers advise works: a fault of the config, the message, the run that begins."""
 
+import json
+import shutil
+
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
-from vlm_jax.build import build
+from configs import finetune, finetune_towers
+from tests.golden.conftest import DATA
+from tests.pretrained.test_image_text import siglip_model
+from vlm_jax.build import build, build_conversational
 from vlm_jax.config import ConfigError
 from vlm_jax.train import writers
 from vlm_jax.train.check import check_config
+from vlm_jax.train.input import rows
 from vlm_jax.train.loop import Trainer
+from vlm_jax.train.stages import parse_schedule
 
 from ..advice import tried
 from .conftest import tiny_config
@@ -139,3 +148,49 @@ def test_a_writer_that_is_not_installed_is_left_out(one_device, tmp_path, monkey
     with pytest.raises(ConfigError, match=told):
         begin(tiny_towers, {"loop.writers": ("wandb",)}, one_device, tmp_path)
     assert begin(tiny_towers, {"loop.writers": ()}, one_device, tmp_path).num_steps == 2
+
+
+def test_two_towers_are_trained_by_the_command(one_device, tmp_path):
+    told = tried("got a {TwoTower}; train it by cli.train with a config such as configs/finetune_towers.py")
+    with pytest.raises(ConfigError, match=told):
+        build_conversational(tiny_towers(pairs={}))
+    assert begin(tiny_towers, {}, one_device, tmp_path).num_steps == 2
+
+
+def release_of(name, folder):
+    """A golden folder with a tokenizer, and a captioned image to train and evaluate on."""
+    shutil.copytree(DATA / name, folder, dirs_exist_ok=True)
+    (folder / "spiece.model").write_bytes(siglip_model(60))
+    Image.new("RGB", (32, 32)).save(folder / "0.png")
+    for file in ("train.jsonl", "evaluation.jsonl"):
+        (folder / file).write_text(json.dumps({"id": "0", "image": "0.png", "caption": "the dog"}))
+    return folder
+
+
+def of_release(config, folder):
+    config = config.copy_and_resolve_references().unlock()
+    config.release, config.mesh.fsdp = str(folder), 1
+    config.data.update({f"{name}_path": str(folder / f"{name}.jsonl") for name in ("train", "evaluation")})
+    return config
+
+
+def test_released_towers_are_trained_by_their_own_config(tmp_path):
+    folder = release_of("bv_siglip", tmp_path)
+    told = tried("is a {TwoTower}, which answers no questions; train it with --config=configs/finetune_towers.py")
+    with pytest.raises(ConfigError, match=told):
+        build(of_release(finetune.get_config(), folder))
+    config = of_release(finetune_towers.get_config(), folder)
+    check_config(config)
+    stage = parse_schedule(config.schedule, config.stages)[0].stage
+    experiment = build(config)
+    length = experiment.system.model.text.context_length
+    assert rows(experiment, stage, 0)[0].tokens.shape == (1, length)
+
+
+def test_classes_of_a_release_are_named(tmp_path):
+    config = of_release(finetune_towers.get_config(), release_of("vit_jax_token", tmp_path))
+    config.stages.pairs = ConfigDict(CLASSES.stages.pairs.to_dict())
+    with pytest.raises(ConfigError, match=tried("{}; name the classes with the kind class_head")):
+        build(config)
+    config.decoder = ConfigDict({"kind": "class_head", "names": tuple("abcdefg")})
+    assert build(config).labels == tuple("abcdefg")

@@ -1,30 +1,36 @@
 """Runs with adapters and moving averages, and what is read and exported of them."""
 
 import dataclasses
+import json
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 import vlm_jax
+from tests.golden.conftest import DATA
 from vlm_jax.adapter import LORA, LoraSettings, adapted, merged
 from vlm_jax.build import build
-from vlm_jax.checkpoints.hub import CheckpointFileError
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints
+from vlm_jax.checkpoints.hub import CheckpointFileError, open_checkpoint
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, CheckpointError, RunCheckpoints
+from vlm_jax.checkpoints.peft import save_adapter
 from vlm_jax.config import ConfigError
 from vlm_jax.layers.dense import Dense
 from vlm_jax.layers.lora import lora_shapes
 from vlm_jax.leaves import flatten
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.convert import open_conversion, write_adapter
-from vlm_jax.pretrained.family import PretrainedError
+from vlm_jax.pretrained.family import PretrainedError, marker
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.loop import Trainer
+from vlm_jax.train.state import TrainState
 
 from ..advice import tried
+from ..parameters import drawn
 from .conftest import tiny_config
 from .stepping import assert_close, steps
 from .test_accumulate import batch_of, experiment_of
@@ -106,6 +112,65 @@ def test_a_workdir_and_its_exports_have_the_merged_averages(run, folder, tmp_pat
         write_adapter(folder, FAMILIES, workdir, tmp_path / "adapter")
     names = [path.name for path in write_adapter(folder, FAMILIES, workdir, tmp_path / "another")]
     assert names == [path.name for path in sorted((tmp_path / "adapter").iterdir())]
+
+
+def test_what_an_adapter_folder_lacks_is_exported_whole(run, folder, tmp_path):  # noqa: F811
+    _, _, workdir, _, _, outcome = run
+    stated = json.loads((workdir / "config.json").read_text())
+    learned = {"instruction": {**stated["stages"]["instruction"], "learning_rates": {"lora": 1e-2, "connector": 1e-3}}}
+    plain = tmp_path / "plain"
+    checkpoints = RunCheckpoints(plain / CHECKPOINTS, 1)
+    checkpoints.save(4, TrainState(jnp.zeros((), jnp.int32), outcome.params, None), {"position": 0})
+    checkpoints.close()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / CHECKPOINTS).symlink_to(workdir / CHECKPOINTS)
+    started = tried("{}: this run started from {elsewhere}, whose parameters an adapter folder does not have; export")
+    for given, changes, told in (
+        (tmp_path / "own", {"init_from": "elsewhere"}, started),
+        (
+            tmp_path / "own",
+            {"stages": learned},
+            tried("{}: this run also trained {connector}, which an adapter folder does not have; export it whole"),
+        ),
+        (plain, {}, tried("{}: this run has no adapters; train with config.lora, or export it whole")),
+    ):
+        (given / "config.json").write_text(json.dumps(stated | changes))
+        with pytest.raises((CheckpointError, CheckpointFileError), match=told):
+            write_adapter(folder, FAMILIES, given, tmp_path / "adapter")
+        target = tmp_path / f"whole{len(list(tmp_path.iterdir()))}"
+        open_conversion(folder, FAMILIES, run=given).write(target)
+        assert_close(dict(vlm_jax.from_pretrained(target).params), outcome.params)
+    assert write_adapter(folder, FAMILIES, workdir, tmp_path / "adapter")  # of a run with config.lora
+
+
+def test_kernels_of_other_modules_have_no_adapter_folder(tmp_path):
+    source = DATA / "open_clip_vit"
+    model = vlm_jax.from_pretrained(source)
+    config, dtypes = (
+        json.loads((source / "config.json").read_text()),
+        {"dtype": jnp.float32, "param_dtype": jnp.float32},
+    )
+    description = FAMILIES[marker(config)](config, open_checkpoint(source), **dtypes)
+    boxed = description.boxed_shapes()
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(nn.meta.unbox(boxed))}
+
+    def saved(target):
+        settings = dataclasses.replace(SETTINGS, target=target)
+        lora = nn.meta.unbox(drawn(lora_shapes(boxed, settings)))
+        adapters = {path: np.asarray(leaf) for path, leaf in flatten(lora[LORA])}
+        learned = merged({**model.params, **lora}, settings)
+        return learned, lambda: save_adapter(
+            tmp_path / "adapter", adapters, settings, description.rules, shapes, (), str(source)
+        )
+
+    learned, save = saved(("image/blocks",))
+    with pytest.raises(CheckpointFileError, match=tried("take it out of config.lora.target, or export the run as a")):
+        save()
+    model.save_pretrained(tmp_path / "whole", params=learned)
+    assert_close(dict(vlm_jax.from_pretrained(tmp_path / "whole").params), learned)
+    learned, save = saved(("image/blocks/*/mlp",))
+    save()
+    assert_close(dict(vlm_jax.from_pretrained(source, adapter=tmp_path / "adapter").params), learned)
 
 
 def test_a_run_resumes_with_its_adapters_and_averages(run, one_device):

@@ -20,6 +20,8 @@ from vlm_jax.train.input import rows
 from vlm_jax.train.loop import Trainer
 from vlm_jax.train.stages import parse_schedule
 
+from ..advice import tried
+
 LENGTH = 160
 SIZES = [(20, 40), (33, 24), (16, 16)]  # (height, width)
 COUNTS = (0, 1, 3, 2, 1, 0)  # pictures of the samples; one more has a broken file
@@ -165,7 +167,10 @@ def test_a_sample_that_fits_no_row_is_named(data, released):
     config = config_of(release, data, {"pictures": 2})
     with pytest.raises(TooLargeForRow, match=r"train\.jsonl:2' needs 3 pictures, config\.row\.pictures is 2"):
         dataset_of(config)[1][0]
-    with pytest.raises(ConfigError, match=r"config\.row\.pictures: visionzip acts on every picture"):
+    told = tried("{visionzip} acts on every picture of a packed row; set the most pictures that a row has")
+    with pytest.raises(ConfigError, match=told):
         build(config_of(release, data, {"pictures": None}))
+    first = dataset_of(config_of(release, data, {"pictures": 3}))[1][0]
+    assert first.images.images.counts.shape[-1] == 3
     with pytest.raises(ConfigError, match=r"config\.row\.kept: .* each of 0 drops"):
         build(config_of(release, data, {"kept": (3,)}))
