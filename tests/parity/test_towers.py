@@ -222,8 +222,9 @@ def test_image_classifier_and_back(tmp_path):
 def test_a_pickle_is_converted_by_the_code_of_its_message(tmp_path, monkeypatch):
     model = made("ViTForImageClassification", **VISION, num_labels=5, qkv_bias=False)
     ours = through_files(model, tmp_path)
-    (tmp_path / "torch" / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "torch" / "pytorch_model.bin")
+    file = tmp_path / "torch" / "model.safetensors"
+    torch.save(safetensors.torch.load_file(file), tmp_path / "torch" / "pytorch_model.bin")  # names as they are saved
+    file.unlink()
     told = tried("Convert it once if you trust it: tensors = torch.load(FILE, map_location='cpu',")
     with pytest.raises(CheckpointFileError, match=told) as caught:
         vlm_jax.from_pretrained(tmp_path / "torch")
