@@ -8,7 +8,6 @@ marks `<!-- results -->` and `<!-- end of results -->` of README.md, here and at
 """
 
 import argparse
-import json
 import pathlib
 import shutil
 from collections.abc import Sequence
@@ -95,9 +94,8 @@ def main() -> None:
     parser.add_argument("workdir", nargs="?", type=pathlib.Path, help="of a finished sweep")
     given = parser.parse_args().workdir
     if given is not None:
-        lines = [json.dumps(line | {"command": ""}) for line in read_lines(epath.Path(given / "results.jsonl"))]
-        (HERE / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        shutil.copyfile(given / "frontier.png", HERE / "frontier.png")
+        for name in ("results.jsonl", "frontier.png"):
+            shutil.copyfile(given / name, HERE / name)
     for name, text in sections().items():
         page = PAGES[name]
         before, rest = page.read_text(encoding="utf-8").split(MARKS[0], 1)

@@ -9,7 +9,7 @@ import scipy.stats
 from etils import epath
 from PIL import Image
 
-from vlm_jax.sweep.frontier import combine_seeds, draw_frontier, frontier_figure, pareto_front
+from vlm_jax.sweep.frontier import combine_seeds, draw_frontier, frontier_figure, pareto_front, total_costs
 
 CONTROLS = frozenset({"random"})
 
@@ -32,6 +32,16 @@ def result(connector, budget, accuracy, *, seed=0, encoder_flops=4e8, **replaced
         "config_hash": "abc",
         "command": f"python -m vlm_jax.cli.sweep --only={connector}@{budget}",
     } | replaced
+
+
+def test_tokens_dropped_inside_the_decoder_count_by_layer():
+    """64 tokens in two layers and 4 in the third are 44 of each: more than the 4 that are left."""
+    entering = {"realised_visual_tokens": {"mean": 64, "max": 64}}
+    dropped = result("fastv", 4, {}, mean_visual_tokens=44.0, **entering)
+    assert total_costs(dropped)["tokens"] == 44
+    # Pictures of any size may have fewer tokens than the budget, which is only a bound.
+    smaller = result("pool", 16, {}, mean_visual_tokens=16.0, realised_visual_tokens={"mean": 9.5, "max": 16})
+    assert total_costs(smaller)["tokens"] == 9.5
 
 
 RESULTS = [

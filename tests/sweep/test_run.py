@@ -199,6 +199,16 @@ def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_de
     }
 
 
+def test_a_point_is_timed_with_one_seed(config):
+    with config.unlocked():
+        config.sweep.seeds = (0, 3)
+    points = {point.label: point for point in list_points(config)}
+    line = {"connector": "pool", "token_budget": 1, "prefill_seconds": 0.1}
+    assert sweep_run._is_timed(points["pool@1#3"], {"pool@1": line})
+    assert not sweep_run._is_timed(points["random@2#3"], {"pool@1": line})
+    assert not sweep_run._is_timed(points["pool@1#3"], {"pool@1": {"connector": "pool", "token_budget": 1}})
+
+
 def test_points_start_from_the_shared_stages(swept, one_device):
     shapes = {"encoder": placed(build(tiny_sweep().base).boxed_shapes(), one_device)["encoder"]}
     shared, *points = (

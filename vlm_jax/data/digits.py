@@ -21,12 +21,11 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, check_fields, did_you_mean
 from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order
-from vlm_jax.data.drawing import bounds_of, draw_tasks
-from vlm_jax.data.packing import fingerprint
+from vlm_jax.data.drawing import bounds_of, captioned, draw_tasks, sized
 from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
 from vlm_jax.ranges import Count, NonNegative, Range, Side
-from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, dialogue
+from vlm_jax.types import CellBatch, Grid, Sample, dialogue
 
 STREAMS = ("questions", "text_pages", "cells", "captions", "fine_text_pages")
 # First key of every generator, so that different uses of a seed generate different pages.
@@ -157,22 +156,15 @@ class DigitSource:
         if stream == "cells":
             return self._cells(page)
         if stream == "captions":
-            return _captioned(f"digits/train/{seed}/{index}", page)
+            return captioned(f"digits/train/{seed}/{index}", page.pixels, digits_in_reading_order(page))
         turns = self.settings.turns_per_text_page if stream == "text_pages" else self.settings.turns_per_page
         chosen = draw_tasks(rng, tasks, bounds, turns)
         questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
         return self._sample(f"digits/train/{seed}/{index}", stream, page, questions)
 
     def sized(self, stream: str, seed: int) -> SizedStream:
-        """As `Source.sized`; pages are composed to know their questions."""
-        samples = self.train(stream, seed)
-
-        def sizes(sample: Sample | CellBatch) -> SampleSizes:
-            assert isinstance(sample, Sample)
-            return SampleSizes(sample.sample_id, sample.messages, tuple(image.shape[:2] for image in sample.images))
-
-        data = fingerprint({"digits": dataclasses.asdict(self.settings)})
-        return SizedStream(samples, samples.map(sizes), None, data)
+        """As `Source.sized`."""
+        return sized(self.train(stream, seed), "digits", self.settings)
 
     def evaluation(self, seed: int, stream: str = "questions") -> Sequence[Sample | CellBatch]:
         """The fixed set of pages of test scans for a seed, composed as they are iterated.
@@ -198,7 +190,7 @@ class DigitSource:
             if stream == "cells":
                 return self._cells(page)
             if stream == "captions":
-                return _captioned(name, page)
+                return captioned(name, page.pixels, digits_in_reading_order(page))
             return self._sample(name, stream, page, [(task, rng.random(3).tolist())])
 
         return Elements(element, len(tasks) * size)
@@ -237,9 +229,3 @@ class DigitSource:
             classes=page.classes[None].astype(np.int32),
             boxes=(page.boxes / (width, height, width, height))[None].astype(np.float32),
         )
-
-
-def _captioned(name: str, page: Page) -> Sample:
-    caption = digits_in_reading_order(page)
-    messages = ({"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": caption})
-    return Sample(name, messages, (page.pixels,), "caption")

@@ -35,13 +35,12 @@ import numpy as np
 
 from vlm_jax.config import ConfigError, check_fields, did_you_mean
 from vlm_jax.data.document_pages import DocumentPages, finer, text_of_page
-from vlm_jax.data.drawing import bounds_of, draw_tasks
+from vlm_jax.data.drawing import bounds_of, captioned, draw_tasks, sized
 from vlm_jax.data.glyphs import CHARACTERS, check_fonts
-from vlm_jax.data.packing import fingerprint
 from vlm_jax.data.pages import Page
 from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
 from vlm_jax.ranges import Count, NonNegative, Range, Side
-from vlm_jax.types import CellBatch, Grid, Sample, SampleSizes, Turn, dialogue
+from vlm_jax.types import CellBatch, Grid, Sample, Turn, dialogue
 
 KINDS = ("ocr", "ocr_line")
 STREAMS = ("questions", "text_pages", "cells", "captions")
@@ -226,22 +225,15 @@ class DocumentSource:
         if stream == "cells":
             return self._cells(page)
         if stream == "captions":
-            return _captioned(name, page)
+            return captioned(name, page.pixels, text_of_page(page))
         chosen = draw_tasks(rng, kinds, bounds, settings.turns_per_page)
         questions = list(zip(chosen, rng.random(settings.turns_per_page).tolist(), strict=True))
         contexts = [context for context in settings.contexts if _divides(grid, context)]
         return _sample(name, stream, page, questions, contexts[int(rng.random() * len(contexts))])
 
     def sized(self, stream: str, seed: int) -> SizedStream:
-        """As `Source.sized`; pages are composed to know their questions."""
-        samples = self.train(stream, seed)
-
-        def sizes(sample: Sample | CellBatch) -> SampleSizes:
-            assert isinstance(sample, Sample)
-            return SampleSizes(sample.sample_id, sample.messages, tuple(image.shape[:2] for image in sample.images))
-
-        data = fingerprint({"documents": dataclasses.asdict(self.settings)})
-        return SizedStream(samples, samples.map(sizes), None, data)
+        """As `Source.sized`."""
+        return sized(self.train(stream, seed), "documents", self.settings)
 
     def evaluation(self, seed: int, stream: str = "questions") -> Sequence[Sample | CellBatch]:
         """The fixed set of test pages for a seed, composed as they are iterated.
@@ -268,7 +260,7 @@ class DocumentSource:
             if stream == "cells":
                 return self._cells(page)
             if stream == "captions":
-                return _captioned(name, page)
+                return captioned(name, page.pixels, text_of_page(page))
             context = next(context for context in self.settings.contexts if _divides(grid, context))
             return _sample(name, stream, page, [(kind, rng.random())], context)
 
@@ -295,14 +287,6 @@ def _sample(name: str, stream: str, page: Page, questions: Sequence[tuple[str, f
     if stream == "text_pages":
         return Sample(name, dialogue(turns, context=text_of_page(finer(page, context))), task=turns[-1].task)
     return Sample(name, dialogue(turns, num_images=1), (page.pixels,), turns[-1].task)
-
-
-def _captioned(name: str, page: Page) -> Sample:
-    messages = (
-        {"role": "user", "content": [{"type": "image"}]},
-        {"role": "assistant", "content": text_of_page(page)},
-    )
-    return Sample(name, messages, (page.pixels,), "caption")
 
 
 def _check_stream(stream: str) -> None:

@@ -1,9 +1,16 @@
-"""What sources of composed pages share: the ink and noise of a page, and the tasks of its turns."""
+"""What sources of composed pages share: a page's ink and noise, the tasks of its turns, captions and sizes."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import grain
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from vlm_jax.data.packing import fingerprint
+from vlm_jax.data.source import SizedStream
+from vlm_jax.types import CellBatch, Sample, SampleSizes
 
 NOISE_BANK = 1 << 16  # number of possible offsets of a page's noise in the bank of normal deviates
 
@@ -58,3 +65,25 @@ def draw_tasks(
     """
     places = rng.permutation((np.arange(turns) + rng.random()) / turns)
     return [tasks[int(place)] for place in np.searchsorted(bounds, places, side="right")]
+
+
+def captioned(name: str, pixels: UInt8[np.ndarray, "height width 1"], caption: str) -> Sample:
+    """A sample of the stream `captions`."""
+    messages = ({"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": caption})
+    return Sample(name, messages, (pixels,), "caption")
+
+
+def sized(samples: grain.MapDataset[Sample | CellBatch], kind: str, settings: Any) -> SizedStream:
+    """As `Source.sized`, of the samples of `Source.train`; pages are composed to know their questions.
+
+    Args:
+      samples: of a stream other than `cells`.
+      kind: of the source.
+      settings: its dataclass, on which the data depend.
+    """
+
+    def sizes(sample: Sample | CellBatch) -> SampleSizes:
+        assert isinstance(sample, Sample)
+        return SampleSizes(sample.sample_id, sample.messages, tuple(image.shape[:2] for image in sample.images))
+
+    return SizedStream(samples, samples.map(sizes), None, fingerprint({kind: dataclasses.asdict(settings)}))

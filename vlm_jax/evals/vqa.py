@@ -70,8 +70,8 @@ def overlap(answer: str, reference: str) -> bool:
 def character_precision(answer: str, reference: str) -> float:
     """1 - Levenshtein's distance, as a share of the longer of the two texts; spaces at their ends are ignored.
 
-    Source: the normalized edit distance of OmniDocBench, subtracted from 1. DeepSeek-OCR (arXiv 2510.18234) reports
-    that distance in table 3; in table 2 it reports a precision by text tokens per visual token, without a formula.
+    Source: the normalized edit distance of OmniDocBench, subtracted from 1. DeepSeek-OCR (arXiv 2510.18234, figure 1)
+    reports a precision by text tokens per visual token, without a formula.
     """
     answer, reference = composed(answer).strip(), composed(reference).strip()
     return 1.0 - edits(answer, reference) / max(len(answer), len(reference), 1)

@@ -65,7 +65,7 @@ def test_31_every_key_that_a_family_reads_has_a_form(name, monkeypatch):
     assert read - FORMS.keys() - SECTIONS - inside_rope - {"model_registry"} == set()
 
 
-# Keys that `pretrained` reads of what is no released JSON, or that are checked where they are read.
+# Keys that `pretrained` reads from our own configs, and those that it checks where it reads them.
 OF_OUR_CONFIGS = {
     *("connector", "decoder", "encoder", "init_from", "kind", "learning_rates", "processor", "reducer", "release"),
     *("stages", "token_budget", "out_dim", "stem_layers", "width_factor", "patches", "classifier", "classifier.weight"),
