@@ -64,6 +64,17 @@ def test_a_palette_is_resolved():
     assert open_image(saved(picture)).tolist() == [[[200, 100, 50], [10, 20, 30]]]
 
 
+@pytest.mark.parametrize(("kind", "pixels"), [(2, [[[3, 2, 1], [6, 5, 4]]]), (3, [[[1, 1, 1], [2, 2, 2]]])])
+def test_a_map_of_colours_is_not_for_pixels_that_are_no_indices(kind, pixels):
+    """The TGA format allows a map in files of true colour (2) and of grey (3), where it has no effect."""
+    depth = {2: 24, 3: 8}[kind]
+    header = struct.pack("<BBBHHBHHHHBB", 0, 1, kind, 0, 4, 24, 0, 0, 2, 1, depth, 0x20)
+    data = header + bytes(range(100, 112)) + (b"\1\2\3\4\5\6" if kind == 2 else b"\1\2")
+    assert open_image(data).tolist() == pixels
+    assert np.asarray(to_picture(data)).tolist() == pixels
+    assert np.asarray(to_picture(Image.open(io.BytesIO(data)))).tolist() == pixels
+
+
 def test_transparency_is_laid_over_white():
     rgba = np.array([[[200, 0, 0, 255], [200, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
     pixels = open_image(saved(Image.fromarray(rgba)))

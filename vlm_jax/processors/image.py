@@ -214,6 +214,8 @@ def _decoded(picture: Image.Image, max_pixels: int, name: str) -> Image.Image:
     """Upright, in mode L or RGB. A file's header is read before its pixels are."""
     _check_size(picture, max_pixels, name)
     wide = isinstance(picture, ImageFile.ImageFile) and any("16" in str(tile[3]) for tile in picture.tile)
+    if picture.mode not in ("P", "PA"):
+        picture.palette = None  # a grey TGA may have a map of colours; loading would give it to the pixels
     try:
         picture.load()
         clear = picture.info.get("transparency")
