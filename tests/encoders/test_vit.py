@@ -116,3 +116,10 @@ def test_the_grid_of_a_hybrid_is_that_of_its_stem(layers, size):
     vit, image = FULL.clone(**fields), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     out = jax.eval_shape(lambda x: vit.init_with_output(jax.random.key(0), x)[0], image)
     assert out.grid == vit.grid(*size) and out.tokens.shape[1] == out.grid[0] * out.grid[1]
+
+
+def test_a_stem_has_whole_groups_of_channels():
+    """GroupNorm of Wu and He 2018 with 32 groups, as in vision_transformer's ResNet."""
+    vit = FULL.clone(stem_layers=(), stem_width=48, patch_size=1, image_size=(32, 32))
+    with pytest.raises(ValueError, match="stem_width: expected a multiple of 32, .*got 48"):
+        vit.init(jax.random.key(0), IMAGES)

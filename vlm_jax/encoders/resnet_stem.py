@@ -65,7 +65,7 @@ class ResNetStem(nn.Module):
 
     Attributes:
       layers: residual units in every stage; none for the root alone.
-      width: channels of the root; stage i has 4 * width * 2**i.
+      width: channels of the root, a multiple of 32, which are normalised in groups; stage i has 4 * width * 2**i.
       dtype: dtype of the products.
       param_dtype: dtype of the stored parameters.
 
@@ -88,6 +88,8 @@ class ResNetStem(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B height width channels"]) -> Float[Array, "B rows cols D"]:
+        if self.width % _GROUPS:
+            raise ValueError(f"stem_width: expected a multiple of {_GROUPS}, its groups of channels, got {self.width}")
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = Conv(self.width, 7, 2, name="conv_root", **_STANDARDISED, **settings)(images)
         x = jax.nn.relu(GroupNorm(name="norm_root", **settings)(x))
