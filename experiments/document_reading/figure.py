@@ -1,6 +1,6 @@
 """Character precision against characters per visual token, from the results of a sweep of pages of text.
 
-    python experiments/document_reading/figure.py WORKDIR/results.jsonl [--task=ocr_line] [--curves=size] [--output=PNG]
+    python experiments/document_reading/figure.py WORKDIR/results.jsonl [--task=ocr] [--curves=size] [--output=PNG]
 
 Prints the table of the points as Markdown, and draws one panel per text size with a curve per connector, or with
 `--curves=size` one panel per connector with a curve per text size: if only the characters per token count, the curves
@@ -179,7 +179,7 @@ def _format(panel: Axes, ratios: Sequence[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", help="results.jsonl of the sweep")
-    parser.add_argument("--task", default="ocr", choices=("ocr", "ocr_line"))
+    parser.add_argument("--task", default="ocr_line", choices=("ocr", "ocr_line"))
     parser.add_argument("--curves", default="connector", choices=("connector", "size"))
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "precision.png")
     given = parser.parse_args()
