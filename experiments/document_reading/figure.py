@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
 
 from vlm_jax.data.glyphs import CHARACTERS
-from vlm_jax.evals.vqa import character_precision
+from vlm_jax.evals.metrics.text import character_precision
 from vlm_jax.sweep.frontier import Accuracy, Style, combine_seeds, styles, tasks_of, told_seeds
 from vlm_jax.sweep.pages import markdown, show
 from vlm_jax.train.workdir import read_lines

@@ -28,6 +28,7 @@ NUM_SAMPLES = numbers.define(
 )
 SEED = numbers.define("seed", Seed, 0, "Seed for sampling records.")
 TASKS = flags.DEFINE_list("tasks", ["vqa"], "Allowed values of a record's task; the first is the default.")
+METRICS = flags.DEFINE_list("metrics", [], "Metrics of tasks, as task=metric; by the task's name if unset.")
 
 
 def main(argv: list[str]) -> None:
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
             num_samples=NUM_SAMPLES.value,
             seed=SEED.value,
             tasks=tuple(TASKS.value),
+            metrics=tuple(METRICS.value),
         )
         evaluation = Evaluation(settings, str(WORKDIR.value))
         failed = evaluation.run()

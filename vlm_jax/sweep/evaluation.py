@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,10 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError, check_fields
+from vlm_jax.evals.metrics import check_metrics
+from vlm_jax.evals.scores import Scores
 from vlm_jax.evals.tally import Tally
-from vlm_jax.evals.vqa import check_references, score
+from vlm_jax.evals.vqa import check_references, judged_answer
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
@@ -64,6 +66,7 @@ class ReleaseEvaluation:
       num_samples: number of records to evaluate, sampled by the seed; None for all.
       seed: seed for sampling records.
       tasks: allowed values of a record's `task`; the first is the default.
+      metrics: metrics as `task=name`, for tasks with another one than `evals.metrics.BY_TASK` says.
     """
 
     release: str
@@ -76,11 +79,22 @@ class ReleaseEvaluation:
     num_samples: Count | None = None
     seed: Seed = 0
     tasks: tuple[str, ...] = ("vqa",)
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_fields(self, "--")
         if not self.reducers or not self.tasks:
             raise ConfigError("--reducers, --tasks: expected at least one name each")
+        for given in self.metrics:
+            if not all(given.partition("=")):
+                raise ConfigError(f"--metrics: expected task=metric, as in vqa=anls, got '{given}'")
+        check_metrics(self.chosen_metrics, "--metrics")
+
+    @property
+    def chosen_metrics(self) -> dict[str, str]:
+        """{task: name} of `metrics`."""
+        parts = [given.partition("=") for given in self.metrics]
+        return {task: name for task, _, name in parts}
 
     def command(self, workdir: str, point: ReleasePoint) -> str:
         """The command that evaluates only one point."""
@@ -90,6 +104,8 @@ class ReleaseEvaluation:
             "workdir": f"{workdir}/{point.label}",
         }
         words = ["python", "-m", COMMAND]
+        if not self.metrics:
+            del given["metrics"]
         for name, value in given.items():
             if value is not None:
                 value = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -168,7 +184,7 @@ class Evaluation:
 
     def _run_point(self, point: ReleasePoint, params: Any, progress: PointsProgress) -> Line:
         path = self._answers(point)
-        tally, start = resume(path)
+        tally, scores, start = resume(path, self._settings.chosen_metrics)
         if start > len(self._questions):
             raise ValueError(f"{path} has {start} answers to {len(self._questions)} questions; use another workdir")
         size, seconds = self._settings.batch_size, []
@@ -184,9 +200,10 @@ class Evaluation:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
             for line in lines:
                 tally.add(line)
+                scores.add(line)
             start, skipped = start + len(lines), 0
             progress.advance(point.label, start, point.label)
-        return self._result(point, tally, seconds)
+        return {**self._result(point, tally, seconds), "scores": scores.result()}
 
     def _answer(self, system: System, params: Any, samples: list[Sample]) -> list[Line]:
         """Answers of a batch, padded by repeating its last sample."""
@@ -204,12 +221,13 @@ class Evaluation:
         for sample, answer in zip(samples, answers, strict=False):
             sizes = [(image.shape[0], image.shape[1]) for image in sample.images]
             counts = processor.count_visual_tokens(sizes)
+            score, response = judged_answer(self._settings.chosen_metrics, processor.tokenizer, sample, answer)
             lines.append(
                 {
                     "sample_id": sample.sample_id,
                     "task": sample.task,
-                    "text": answer.text,
-                    "correct": score(processor.tokenizer, sample.task, answer, sample.answer),
+                    **dataclasses.asdict(response),
+                    "correct": score,
                     "visual_tokens": counts,
                     "tokens_by_span": list(answer.visual_tokens) if counts else [],
                 }
@@ -278,20 +296,22 @@ class Evaluation:
         return examples
 
 
-def resume(path: epath.Path) -> tuple[Tally, int]:
-    """The tally of a file's complete lines, and their number; removes a truncated last line from the file."""
-    tally, count, size, whole = Tally(), 0, 0, 0
+def resume(path: epath.Path, metrics: Mapping[str, str]) -> tuple[Tally, Scores, int]:
+    """The counts of a file's complete lines, and their number; removes a truncated last line from the file."""
+    tally, scores, count, size, whole = Tally(), Scores(metrics), 0, 0, 0
     if not path.exists():
-        return tally, 0
+        return tally, scores, 0
     with path.open("rb") as file:
         for line in file:
             size += len(line)
             if line.endswith(b"\n"):
-                tally.add(json.loads(line))
+                row = json.loads(line)
+                tally.add(row)
+                scores.add(row)
                 count, whole = count + 1, size
     if whole < size:
         write_whole(path, path.read_bytes()[:whole].decode())
-    return tally, count
+    return tally, scores, count
 
 
 def _listed(refused: Sequence[RefusedPoint]) -> str:
