@@ -16,7 +16,9 @@ from flax import linen as nn
 
 from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.evals.metrics import check_metrics
-from vlm_jax.evals.scores import Scores
+from vlm_jax.evals.paired import differences, told_differences
+from vlm_jax.evals.predictions import check_parquet, write_parquet
+from vlm_jax.evals.scores import SCORED, Scores
 from vlm_jax.evals.tally import Tally
 from vlm_jax.evals.vqa import check_references, judged_answer
 from vlm_jax.paths import absolute
@@ -47,6 +49,7 @@ from vlm_jax.types import Fields, Sample
 
 CONTROLS = frozenset({"random", "uniform_stride", "downsample_image"})
 COMMAND = "vlm_jax.cli.evaluate"
+PARQUET_FILE, COMPARISON_FILE = "answers.parquet", "comparison.jsonl"
 
 Line = dict[str, Any]
 
@@ -67,6 +70,9 @@ class ReleaseEvaluation:
       seed: seed for sampling records.
       tasks: allowed values of a record's `task`; the first is the default.
       metrics: metrics as `task=name`, for tasks with another one than `evals.metrics.BY_TASK` says.
+      parquet: whether the answers of a point are also written as `answers.parquet`.
+      compare: the workdir of another evaluation, whose points of the same labels are compared with these, or the folder
+        of one point, with which all are compared; None for neither.
     """
 
     release: str
@@ -80,6 +86,8 @@ class ReleaseEvaluation:
     seed: Seed = 0
     tasks: tuple[str, ...] = ("vqa",)
     metrics: tuple[str, ...] = ()
+    parquet: bool = False
+    compare: str | None = None
 
     def __post_init__(self):
         check_fields(self, "--")
@@ -89,6 +97,12 @@ class ReleaseEvaluation:
             if not all(given.partition("=")):
                 raise ConfigError(f"--metrics: expected task=metric, as in vqa=anls, got '{given}'")
         check_metrics(self.chosen_metrics, "--metrics")
+        if self.parquet:
+            check_parquet("--parquet")
+        if self.compare is not None and not _has_answers(epath.Path(absolute(self.compare))):
+            raise ConfigError(
+                f"--compare: expected the workdir of an evaluation, or a point's folder, got '{self.compare}'"
+            )
 
     @property
     def chosen_metrics(self) -> dict[str, str]:
@@ -96,16 +110,22 @@ class ReleaseEvaluation:
         parts = [given.partition("=") for given in self.metrics]
         return {task: name for task, _, name in parts}
 
+    @property
+    def of_answers(self) -> Fields:
+        """The settings that answers and their scores depend on; `metrics` only where some are chosen."""
+        settings = dataclasses.asdict(self)
+        for name in ("parquet", "compare", *(() if self.metrics else ("metrics",))):
+            del settings[name]
+        return settings
+
     def command(self, workdir: str, point: ReleasePoint) -> str:
         """The command that evaluates only one point."""
-        given = dataclasses.asdict(self) | {
+        given = self.of_answers | {
             "reducers": (point.reducer,),
             "budgets": () if point.token_budget is None else (point.token_budget,),
             "workdir": f"{workdir}/{point.label}",
         }
         words = ["python", "-m", COMMAND]
-        if not self.metrics:
-            del given["metrics"]
         for name, value in given.items():
             if value is not None:
                 value = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -148,7 +168,7 @@ class Evaluation:
         )
         references = self._questions.references()
         check_references(processor.tokenizer, references, settings.max_new_tokens, "--max_new_tokens")
-        self._claim = Claim(self.workdir, dataclasses.asdict(settings))
+        self._claim = Claim(self.workdir, settings.of_answers)
 
     def run(self) -> dict[str, str]:
         """Evaluates unfinished points, then draws the frontier and writes the report.
@@ -180,6 +200,12 @@ class Evaluation:
         ordered = [results[point.label] for point in self.points if point.label in results]
         if ordered:
             self._report(ordered)
+            labels = [result["label"] for result in ordered]
+            if self._settings.parquet:
+                for folder in (self.workdir / "points" / label for label in labels):
+                    write_parquet(each_line(folder / ANSWERS_FILE), folder / PARQUET_FILE)
+            if self._settings.compare is not None:
+                self._compare(labels)
         return failures.errors
 
     def _run_point(self, point: ReleasePoint, params: Any, progress: PointsProgress) -> Line:
@@ -204,6 +230,23 @@ class Evaluation:
             start, skipped = start + len(lines), 0
             progress.advance(point.label, start, point.label)
         return {**self._result(point, tally, seconds), "scores": scores.result()}
+
+    def _compare(self, labels: Sequence[str]) -> None:
+        """Says and keeps how the points differ from those of `compare`."""
+        assert self._settings.compare is not None
+        other, lines = epath.Path(absolute(self._settings.compare)), []
+        for label in labels:
+            theirs = other if (other / ANSWERS_FILE).exists() else other / "points" / label
+            if not (theirs / ANSWERS_FILE).exists():
+                self._console.print(f"{label}: not compared: {theirs} has no answers", markup=False, soft_wrap=True)
+                continue
+            rows = each_line(self.workdir / "points" / label / ANSWERS_FILE), each_line(theirs / ANSWERS_FILE)
+            found = differences(*rows, self._settings.chosen_metrics)
+            lines += [{"label": label, "against": str(theirs), **dataclasses.asdict(one)} for one in found]
+            self._console.print(
+                "\n".join([f"{label} against {theirs}", *told_differences(found)]), markup=False, soft_wrap=True
+            )
+        write_lines(self.workdir / COMPARISON_FILE, lines)
 
     def _answer(self, system: System, params: Any, samples: list[Sample]) -> list[Line]:
         """Answers of a batch, padded by repeating its last sample."""
@@ -297,7 +340,11 @@ class Evaluation:
 
 
 def resume(path: epath.Path, metrics: Mapping[str, str]) -> tuple[Tally, Scores, int]:
-    """The counts of a file's complete lines, and their number; removes a truncated last line from the file."""
+    """The counts of a file's complete lines, and their number; removes a truncated last line from the file.
+
+    Raises:
+      ValueError: a line was written before answers had references.
+    """
     tally, scores, count, size, whole = Tally(), Scores(metrics), 0, 0, 0
     if not path.exists():
         return tally, scores, 0
@@ -306,12 +353,19 @@ def resume(path: epath.Path, metrics: Mapping[str, str]) -> tuple[Tally, Scores,
             size += len(line)
             if line.endswith(b"\n"):
                 row = json.loads(line)
+                if not set(SCORED) <= row.keys():
+                    raise ValueError(f"{path}: answers of an earlier version, without references; use another workdir")
                 tally.add(row)
                 scores.add(row)
                 count, whole = count + 1, size
     if whole < size:
         write_whole(path, path.read_bytes()[:whole].decode())
     return tally, scores, count
+
+
+def _has_answers(folder: epath.Path) -> bool:
+    """Whether a folder is that of a point, or of an evaluation with points."""
+    return (folder / ANSWERS_FILE).exists() or (folder / RESULTS_FILE).exists()
 
 
 def _listed(refused: Sequence[RefusedPoint]) -> str:

@@ -72,9 +72,8 @@ class Sweep:
         self.failed: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self.points = list_points(config, only, self._refused)
-        for point in self.points:
-            chosen = parse(EvaluationSettings, point.config.evaluation, "config.evaluation").metrics
-            check_metrics(chosen, "config.evaluation.metrics")
+        evaluation = parse(EvaluationSettings, config.base.evaluation, "config.base.evaluation")
+        check_metrics(evaluation.metrics, "config.base.evaluation.metrics")
         self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
         self._claim = Claim(self.workdir, config)
 

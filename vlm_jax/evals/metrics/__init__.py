@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.evals.metrics.answers import Anls, RelaxedAccuracy, VqaAccuracy
 from vlm_jax.evals.metrics.boxes import Box, Boxes
+from vlm_jax.evals.metrics.caption import Caption
 from vlm_jax.evals.metrics.choice import Choice
+from vlm_jax.evals.metrics.html import Html, Teds
 from vlm_jax.evals.metrics.metric import Metric, Response
 from vlm_jax.evals.metrics.text import Characters, Exact
 from vlm_jax.evals.metrics.yes_no import Mme, Pope
@@ -28,6 +30,9 @@ METRICS: Mapping[str, Metric] = {
     "characters": Characters(),
     "box": Box(),
     "boxes": Boxes(),
+    "caption": Caption(),
+    "teds": Teds(),
+    "html": Html(),
 }
 
 # Tasks of the data sources, and of benchmarks, whose metric is not `exact`.
@@ -41,6 +46,8 @@ BY_TASK: Mapping[str, str] = {
     **dict.fromkeys(("ai2d", "mmbench", "mmstar", "scienceqa", "seedbench"), "choice"),
     **dict.fromkeys(("refcoco", "refcoco+", "refcocog"), "box"),
     "grefcoco": "boxes",
+    **dict.fromkeys(("coco_caption", "flickr30k", "nocaps", "textcaps"), "caption"),
+    "pubtabnet": "teds",
 }
 
 
