@@ -57,8 +57,8 @@ python -m vlm_jax.cli.train --config=configs/digits.py --list_keys
 
 This page is made from the classes that read the keys. A key that no class reads, one of another type and a number
 outside its range are errors before anything is built; the message names the path and the nearest key. Upper bounds of
-32,768 and more only protect from overflow, and are left out here. *Required* keys have no default in their class. Where a table has several classes, the kind of the data, the model or the release
-chooses one.
+32,768 and more only protect from overflow, and are left out here. *Required* keys have no default in their class. Where
+a section has several classes, the kind of the data, the model or the release chooses one.
 """
 
 
@@ -103,7 +103,7 @@ def _model() -> Iterator[str]:
         "reducer": (REDUCERS, "Training-free reducers; `none` is the default."),
         "connector": (
             {**CONNECTORS, "similarity": Similarity},
-            "Of a release, a `kind` of `None` is the release's own connector. Fields that `token_budget` solves are not "
+            "Of a release, a `kind` of `None` is the release's own connector. Fields that `token_budget` solves are no "
             "keys.",
         ),
         "decoder": ({**DECODERS, **TOWERS}, "Of a release, keys replace fields of its own decoder, such as `remat`."),

@@ -3,6 +3,7 @@
 mkdocs calls `on_config` and `on_files`; no page made here is kept in the repository.
 """
 
+import ast
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,19 @@ from mkdocs.structure.files import File, Files  # noqa: E402
 FIGURES = {"assets/frontier.png": "experiments/digits_token_budget/frontier.png"}
 # Modules of their own beside the packages.
 MODULES = ("budget", "config", "ranges", "system", "types")
+API_HEAD = """# API
+
+`vlm_jax.from_pretrained` loads a release; what it returns answers, counts tokens, gives logits and writes the release
+back. The packages below are for those who build on it; shapes in signatures have the letters of
+[`vlm_jax.types`](types.md).
+
+::: vlm_jax.pretrained.from_pretrained
+
+::: vlm_jax.pretrained.pretrained.Pretrained
+
+## Packages
+
+"""
 PAGES: dict[str, Callable[[], str]] = {
     "reference/config.md": config_keys.page,
     "reference/commands.md": flag_tables.page,
@@ -41,30 +55,11 @@ def api_page(name: str) -> str:
 def api_index() -> str:
     """What users of the library call, and the list of packages."""
     rows = [f"- [`vlm_jax.{name}`]({name}.md): {_summary(name)}" for name in api_names()]
-    return "\n".join(
-        [
-            "# API",
-            "",
-            "`vlm_jax.from_pretrained` loads a release; what it returns answers, counts tokens, gives logits and writes",
-            "the release back. The packages below are for those who build on it; the shapes in signatures use the",
-            "letters of [`vlm_jax.types`](types.md).",
-            "",
-            "::: vlm_jax.pretrained.from_pretrained",
-            "",
-            "::: vlm_jax.pretrained.pretrained.Pretrained",
-            "",
-            "## Packages",
-            "",
-            *rows,
-            "",
-        ]
-    )
+    return API_HEAD + "\n".join(rows) + "\n"
 
 
 def _summary(name: str) -> str:
     """The first sentence of a module's docstring."""
-    import ast
-
     path = ROOT / "vlm_jax" / name / "__init__.py"
     path = path if path.exists() else path.parent.with_suffix(".py")
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
