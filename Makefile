@@ -25,7 +25,7 @@ TORCHVISION ?= torchvision==0.28.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
-.PHONY: sweep test parity lint types imports smoke golden processes fuzz
+.PHONY: sweep test parity lint types imports smoke golden processes fuzz docs
 
 sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
 	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py$(SWEEP) --workdir=$(WORKDIR)
@@ -45,6 +45,10 @@ processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full d
 
 fuzz: $(VENV)/.test  ## malformed inputs of all readers, for MINUTES
 	$(BIN)/python -m tests.fuzz.run --minutes=$(MINUTES) $(ARGS)
+
+docs: $(VENV)/.docs  ## the pages, without a warning, into build/site; and every command of them
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest -n 2 tests/docs $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -69,6 +73,10 @@ $(VENV)/.core: setup.py | $(BIN)/python
 
 $(VENV)/.test: setup.py | $(BIN)/python
 	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/.docs: setup.py | $(BIN)/python
+	$(PIP) --editable '.[test,docs]'
 	touch $@
 
 $(VENV)/.dev: setup.py | $(BIN)/python

@@ -43,6 +43,7 @@ EXTRAS = {
     ],
     # Live reference models. The Makefile installs a fixed torch, and torchvision, first; see TORCH there.
     "parity": ["peft>=0.19", "pyarrow>=17.0", "torch>=2.6", "transformers>=5.24"],
+    "docs": ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "dev": ["import-linter>=2.5", "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
     "tpu": ["jax[tpu]>=0.10.2"],

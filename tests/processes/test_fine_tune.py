@@ -59,10 +59,10 @@ def run(folder, words):
 
 
 def commands():
-    """Those of the page in README, word for word."""
-    page = (ROOT / "README.md").read_text().split("## Fine-tune on your data")[1]
-    block = next(part for part in page.split("```")[1::2] if part.startswith("\npython"))
-    found = [shlex.split(line) for line in block.strip().splitlines()]
+    """Those of the page, word for word."""
+    page = (ROOT / "docs" / "how-to" / "fine-tune.md").read_text()
+    block = next(part for part in page.split("```")[1::2] if part.startswith("bash\npython"))
+    found = [shlex.split(line) for line in block.strip().splitlines()[1:]]
     assert [words[0] for words in found] == ["python", "python"]
     return [words[1:] for words in found]
 

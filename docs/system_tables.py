@@ -1,0 +1,233 @@
+"""The page of the systems that load: families with what compares them, and the included released configs."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from vlm_jax.connectors import CONNECTORS
+from vlm_jax.decoders import DECODERS
+from vlm_jax.encoders import COMPOSITE_ENCODERS, ENCODERS, PACKED_ENCODERS
+from vlm_jax.encoders.vit import ViT
+from vlm_jax.models.classifier import Classifier
+from vlm_jax.models.two_tower import TwoTower
+from vlm_jax.models.vlm import VLM
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.family import marker
+from vlm_jax.pretrained.known import describe_known, known_config, known_configs
+
+
+class Row(NamedTuple):
+    """One system of the first table.
+
+    Attributes:
+      name: of the system.
+      kinds: its model types, keys of `FAMILIES`.
+      loaded: which parts.
+      golden: what is compared with arrays of the official code.
+      live: what is compared with a model of `transformers`.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    loaded: str
+    golden: str = ""
+    live: str = ""
+
+
+ROWS = (
+    Row(
+        "LLaVA 1.5, 1.6 (own names)",
+        ("llava_llama",),
+        "CLIP tower, S², anyres, projector, Llama or Qwen2",
+        "pixels, tiles, features, batches, logits, loss, greedy ids",
+    ),
+    Row(
+        "LLaVA, LLaVA-NeXT (`transformers`)",
+        ("llava", "llava_next"),
+        "the same, with Mistral",
+        live="conversation to answer, and back",
+    ),
+    Row(
+        "MobileVLM, MobileVLM V2",
+        ("mobilevlm",),
+        "CLIP tower, LDP, MobileLLaMA",
+        "features, batches, logits, loss, greedy ids",
+    ),
+    Row(
+        "Qwen-VL, Qwen-VL-Chat; Qwen",
+        ("qwen",),
+        "vision tower, resampler, Qwen",
+        "pixels, ids, boxes, features, logits, loss, greedy ids",
+    ),
+    Row(
+        "Qwen2-VL, Qwen2.5-VL",
+        ("qwen2_vl", "qwen2_vl_vision", "qwen2_5_vl", "qwen2_5_vl_vision"),
+        "native resolution, merger, M-RoPE, Qwen2",
+        live="conversation (a video too) to answer, and back",
+    ),
+    Row(
+        "DeepSeek-VL (own names, `transformers`)",
+        ("multi_modality", "deepseek_vl", "deepseek_vl_hybrid"),
+        "SigLIP or SAM + SigLIP, projector, Llama",
+        "features, logits, greedy ids",
+        "conversation to answer, and back",
+    ),
+    Row(
+        "DeepSeek-VL2",
+        ("deepseek_vl_v2",),
+        "SigLIP tiles, projector, latent attention, mixture of experts",
+        "pixels, ids, layouts, router choices, caches, logits, loss, greedy ids",
+        "only DeepSeek-V2",
+    ),
+    Row(
+        "InternVL (own names)",
+        ("internvl_chat", "intern_vit_6b"),
+        "InternViT, pixel shuffle, Llama, InternLM2, Qwen2",
+        "tiles, features, logits, loss, greedy ids",
+    ),
+    Row(
+        "InternVL (`transformers`)",
+        ("internvl",),
+        "the same, with Qwen2",
+        live="conversation (a video too) to answer, and back",
+    ),
+    Row(
+        "Ovis 2 (own names, `transformers`)",
+        ("ovis", "ovis2"),
+        "AIMv2, visual vocabulary, Qwen2",
+        "pixels, ids, features, logits, loss, greedy ids",
+        "conversation to answer, and back",
+    ),
+    Row(
+        "Ovis 2.5",
+        ("ovis2_5",),
+        "native resolution, visual vocabulary, Qwen3",
+        "pixels, ids, labels, a video, features, logits, loss, gradients, greedy ids",
+    ),
+    Row(
+        "Llama, Mistral, Qwen2, Qwen3, InternLM2, DeepSeek-V2",
+        ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3", "internlm2", "deepseek_v2"),
+        "only the language model",
+        "InternLM2 inside InternVL",
+        "logits, greedy ids, and back",
+    ),
+    Row(
+        "BLIP-2, InstructBLIP, Idefics2",
+        (
+            *(f"{name}{part}" for name in ("blip_2", "instructblip") for part in ("_qformer", "_vision_model")),
+            *("blip-2", "instructblip", "idefics2", "idefics2_vision"),
+        ),
+        "only tower and Q-Former or perceiver",
+        live="visual tokens, and back",
+    ),
+    Row(
+        "ViT (vision_transformer, big_vision `.npz`, `transformers`)",
+        ("vit_jax", "big_vision.vit", "vit"),
+        "class token, gap, map and none heads, hybrid ResNet stem",
+        "features, logits; images by TensorFlow's resizing",
+        "images to classes, and back",
+    ),
+    Row(
+        "CLIP (OpenAI names, open_clip, `transformers`)",
+        ("clip", "clip_text_model", "clip_vision_model", "open_clip"),
+        "ViT and ModifiedResNet, text tower",
+        "features, logits, losses, gradients",
+        "images and texts to logits, zero-shot classes, and back",
+    ),
+    Row(
+        "SigLIP, SigLIP 2 with NaFlex (`transformers`, big_vision)",
+        (
+            *(f"siglip{number}{part}" for number in ("", "2") for part in ("", "_text_model", "_vision_model")),
+            "big_vision.proj.image_text.two_towers",
+            "big_vision.proj.image_text.text_transformer",
+        ),
+        "both towers",
+        "features, logits, losses, gradients; images by TensorFlow's resizing",
+        "images and texts to logits, zero-shot classes, and back",
+    ),
+    Row("SAM", ("sam", "sam_vision_model"), "image encoder", live="features, and back"),
+)
+HEAD = """# Systems
+
+A released folder is recognised by the model type of its config. Both tables are made from the package; the build
+fails if a model type that the package loads is missing here.
+
+## Families
+"""
+MEANING = """
+Golden arrays are outputs of the official implementations (`tests/golden`). Live means a randomly initialised model of
+`transformers`, saved and loaded here (`tests/parity`): from a conversation to the answer, compared with its own
+processor, the ids are equal, pixels within 1e-5, logits within 1e-4 of the largest, and 32 greedy ids equal, for text,
+one image, two, and a video; "and back" means that `transformers` reads the output of `save_pretrained` and gives the
+same results. Videos are compared with its video processors (Qwen2-VL, Qwen2.5-VL, InternVL), as frames and as files
+that PyAV decodes for both; frames are resized with torch's rounding, which differs from Pillow's.
+
+A `.npz` of big_vision has no tokenizer: copy that of its texts next to it as `tokenizer.model`, the SentencePiece model
+c4_en or mc4 for SigLIP, Gemma's for SigLIP 2. It is identified by its vocabulary; texts raise an error with any other.
+
+## Included released configs
+
+These need no folder to be [planned](../how-to/slice.md). *Visual tokens* are those of one square view, or of one tile,
+as released.
+"""
+
+
+def page() -> str:
+    """The whole page as Markdown.
+
+    Raises:
+      ValueError: a model type of `FAMILIES` is in no row, or a row has one that is not.
+    """
+    listed = [kind for row in ROWS for kind in row.kinds]
+    if sorted(listed) != sorted(FAMILIES):
+        wrong = sorted(set(listed) ^ set(FAMILIES)) or sorted(kind for kind in listed if listed.count(kind) > 1)
+        raise ValueError(f"docs/system_tables.py: ROWS must have every model type of FAMILIES once; check {wrong}")
+    return "\n".join([HEAD, *_families(), MEANING, *_released(), ""])
+
+
+def _families() -> Iterator[str]:
+    yield "| system | model types | what is loaded | golden arrays of the official code | live `transformers` |"
+    yield "| --- | --- | --- | --- | --- |"
+    for row in ROWS:
+        kinds = ", ".join(f"`{kind}`" for kind in row.kinds)
+        yield f"| {row.name} | {kinds} | {row.loaded} | {row.golden} | {row.live} |"
+
+
+def _released() -> Iterator[str]:
+    yield "| release | model type | encoder | connector | decoder | visual tokens |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name in known_configs():
+        cells = (f"`{name}`", f"`{marker(known_config(name))}`", *_parts(describe_known(name).module))
+        yield f"| {' | '.join(cells)} |"
+
+
+def _parts(model: Any) -> tuple[str, str, str, str]:
+    """Kinds of a module's parts, and the visual tokens of a square view."""
+    if isinstance(model, TwoTower):
+        return _kind(model.image), "", _kind(model.text), ""
+    if isinstance(model, Classifier):
+        return _kind(model.encoder), "", "classes", ""
+    if not isinstance(model, VLM):
+        return _kind(model), "", "", ""
+    return _kind(model.encoder), _kind(model.connector), _kind(model.decoder), _tokens(model)
+
+
+def _tokens(model: VLM) -> str:
+    encoder, connector = model.encoder, model.connector
+    if encoder is None or connector is None:
+        return ""
+    if type(encoder) in PACKED_ENCODERS.values():
+        return "by the size of the image"
+    if isinstance(encoder, ViT) and encoder.image_size is not None:
+        return str(connector.num_tokens(encoder.grid(*encoder.image_size)))
+    return ""
+
+
+def _kind(module: Any) -> str:
+    """The name of a module in its table, with its depth and width."""
+    if module is None:
+        return ""
+    tables = (ENCODERS, PACKED_ENCODERS, COMPOSITE_ENCODERS, CONNECTORS, DECODERS)
+    names = [name for table in tables for name, cls in table.items() if cls is type(module)]
+    name = names[0] if names else type(module).__name__
+    depth, width = getattr(module, "depth", None), getattr(module, "width", None)
+    return f"`{name}`" + (f", {depth} × {width}" if isinstance(depth, int) and isinstance(width, int) else "")

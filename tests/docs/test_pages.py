@@ -1,0 +1,121 @@
+"""What pages name exists: flags, keys, targets of make, extras, files and links."""
+
+import re
+import sys
+
+import pytest
+
+from .sources import PAGES, ROOT, blocks, loose_flags, name_of, used_flags
+
+sys.path.append(str(ROOT / "docs"))
+
+import config_keys
+import flag_tables
+
+OTHERS = {"spot", "logdir"}  # of gcloud and tensorboard
+NAMES = [name_of(page) for page in PAGES]
+by_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """The flags of every command."""
+    return {name: flag_tables.accepted(name) for name in flag_tables.commands()}
+
+
+@pytest.fixture(scope="module")
+def keys():
+    """Names of all config keys, with those inside of sections, and the sections."""
+    page = config_keys.page()
+    names = re.findall(r"^\| `([\w.]+)` \|", page, re.M)
+    return {part for name in names for part in name.split(".")} | set(re.findall(r"^## config\.(\w+)", page, re.M))
+
+
+def test_every_command_is_known(flags):
+    assert set(flags) >= {"convert", "evaluate", "generate", "plan", "sweep", "train"}
+    assert {"image", "draw", "compilation_cache"} <= flags["generate"] and "workdir" not in flags["generate"]
+    assert {"workdir", "release", "config", "distributed", "compilation_cache"} <= flags["train"]
+
+
+def test_keys_have_types_ranges_and_defaults():
+    """Of some keys, written here by hand; every key has a meaning."""
+    page = config_keys.page()
+    for row in (
+        "| `rank` | int | at least 0 | `0` | of the adapters; 0 for none. |",
+        "| `log_every` | int | at least 1 | `20` | steps between writes of `metrics.jsonl`, which has one line per "
+        "step, and of a line on the terminal. |",
+        "| `pack` | bool |  | `False` | whether several samples share a row, told apart by segment ids. |",
+        "| `mixture.NAME.path` | str |  | *required* | of the file. |",
+    ):
+        assert row in page, row
+    assert not [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")]
+    assert "`output_grid`" not in page  # solved from the budget
+    assert "`num_queries`" not in page
+
+
+def test_keys_of_the_base_config_are_on_the_page(keys):
+    from configs import base
+
+    def names(section):
+        for key in section:
+            yield key
+            if key not in ("task_weights", "special_tokens") and hasattr(section[key], "items"):
+                yield from names(section[key])
+
+    missing = set(names(base.get_config())) - keys - {"kind", "stages", "schedule"}
+    assert not missing
+
+
+@by_page
+def test_flags_and_keys_exist(page, flags, keys):
+    everyone = set().union(*flags.values())
+    named = used_flags(page) + [("", flag) for flag in loose_flags(page)]
+    for command, flag in named:
+        if flag.startswith("config."):
+            last = flag.split(".")[-1]
+            labels = ("encoder_pretraining", "instruction", "base")
+            path = [part for part in flag.split(".")[1:] if part not in labels]
+            assert last == "KEY" or last == "kind" or path[-1] in keys, f"--{flag}: no such key"
+        elif flag != "help":
+            assert flag in (flags[command] if command else everyone | OTHERS), f"{command} --{flag}: no such flag"
+
+
+@by_page
+def test_targets_extras_and_files_exist(page):
+    text = page.read_text()
+    makefile, setup = (ROOT / "Makefile").read_text(), (ROOT / "setup.py").read_text()
+    for target in re.findall(r"\bmake ([a-z]+)(?=[`\s])", " ".join(one.text for one in blocks(page)) + text):
+        if f"`make {target}" in text or target in ("sweep", "test"):
+            assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"
+    for extra in re.findall(r"(?:\.|vlm_jax)\[(\w+)\]'", text):
+        assert f'"{extra}": [' in setup, f"extra {extra}"
+    for path in re.findall(r"\b((?:configs|experiments|tests|colabs|vlm_jax)/[\w/.-]+\.(?:py|md|ipynb|png))", text):
+        titles = [one.title for one in blocks(page)]
+        assert (ROOT / path).exists() or path in titles or "test_middle" in path, path
+
+
+@by_page
+def test_links_lead_to_pages(page):
+    """Of pages that the build makes, the names are in docs/hooks.py; their anchors are checked by mkdocs."""
+    made = ("reference/commands.md", "reference/config.md", "reference/systems.md", "reference/api/")
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if not link.startswith("http") and not any(name in link for name in made) and link != "assets/frontier.png":
+            assert (page.parent / link).resolve().exists(), link
+
+
+@by_page
+def test_marks_say_why(page):
+    for block in blocks(page):
+        assert block.language in ("bash", "python", "json", "diff", "text"), block.language
+        assert bool(block.mark) == bool(block.detail.strip())
+        if block.language == "bash" and block.mark != "not run":
+            assert all(words[:2] == ["python", "-m"] for words in block.commands()), block.text
+
+
+def test_badges_say_what_setup_says():
+    setup = (ROOT / "setup.py").read_text()
+    least = re.search(r'python_requires=">=([\d.]+)"', setup)[1]
+    jax = re.search(r'"jax>=([\d.]+)"', setup)[1]
+    for badge, said in (("python", f"Python: {least} or newer"), ("jax", f"JAX: {jax} or newer")):
+        assert f"<title>{said}</title>" in (ROOT / "docs" / "assets" / f"{badge}.svg").read_text()
+    assert 'license="Apache-2.0"' in setup
