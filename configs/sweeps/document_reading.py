@@ -33,11 +33,11 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "mlp": {"budgets": (64,)},
             "matryoshka_pool": {"budgets": (1, 4, 16, 64), "trained_at": 64, "connector": matryoshka, **LONGER},
-            "pixel_shuffle": {"budgets": (1, 4, 16), "connector": {"kind": "pixel_shuffle"}, **ADAPTED},
-            "resampler": {"budgets": (1, 4, 16), "connector": resampler, **LONGER},
-            "random": {"budgets": (1, 4, 16), "reducer": {"kind": "random"}},
+            "pixel_shuffle": {"budgets": (4, 16), "connector": {"kind": "pixel_shuffle"}, **ADAPTED},
+            "resampler": {"budgets": (4, 16), "connector": resampler, **LONGER},
+            "random": {"budgets": (4, 16), "reducer": {"kind": "random"}},
             "downsample_image": {
-                "budgets": (1, 4, 16),
+                "budgets": (4, 16),
                 "connector": {"kind": "mlp"},
                 "reducer": {"kind": "downsample_image"},
                 **ADAPTED,
@@ -73,7 +73,7 @@ def model() -> ConfigDict:
             "kind": "documents",
             "grids": GRIDS,
             "page_size": PAGE,
-            "context_grids": ((8, 8),),
+            "context_grids": ((8, 8), (4, 8), (4, 4)),
             "task_weights": {"ocr_line": 1.0},
             "turns_per_page": 6,
             "evaluation_size": 128,
@@ -95,7 +95,7 @@ def stages() -> ConfigDict:
     shared = {"batch_size": 16, "accumulate": 1, "warmup_steps": 30}
     encoder = {**shared, "objective": "read_cells", "stream": "cells", "steps": 2000}
     encoder["box_weight"] = 0.15  # with DETR's 5 the boxes keep a small encoder from learning the classes
-    text = {**shared, "objective": "next_token", "stream": "text_pages", "steps": 1500}
+    text = {**shared, "objective": "next_token", "stream": "text_pages", "steps": 2000}
     found = {
         "encoder_pretraining": encoder | {"learning_rates": {"encoder": 5e-3, "cell_head": 5e-3}},
         "decoder_pretraining": text | {"learning_rates": {"decoder": 4e-3}},
@@ -103,8 +103,8 @@ def stages() -> ConfigDict:
     for name, steps, learning_rates in (
         ("alignment", 150, {"connector": 6e-3}),
         ("instruction", 600, {"connector": 2e-3, "decoder": 2e-3}),
-        ("adaptation", 250, {"connector": 6e-3, "decoder": 2e-3}),
-        ("long_adaptation", 500, {"connector": 6e-3, "decoder": 2e-3}),
+        ("adaptation", 800, {"connector": 6e-3, "decoder": 2e-3}),
+        ("long_adaptation", 1000, {"connector": 6e-3, "decoder": 2e-3}),
     ):
         found[name] = text | {"stream": "questions", "steps": steps, "learning_rates": learning_rates}
     return ConfigDict(found)

@@ -19,7 +19,7 @@ LABELS = {
     *(
         f"{name}@{tokens}"
         for name in ("pixel_shuffle", "resampler", "random", "downsample_image")
-        for tokens in (1, 4, 16)
+        for tokens in (4, 16)
     ),
 }
 
