@@ -52,7 +52,7 @@ JOIN = flags.DEFINE_string(
 )
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes and remat policies, and rank those that fit.")
 LARGEST = flags.DEFINE_bool("largest_batch", False, "Find the most rows of generation that fit.")
-MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "Compile for the memory alone, in half the time; no time.")
+MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "Compile faster, for the memory alone, without a time.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 PLANS = flags.DEFINE_string("plans", FOLDER, "Folder of finished plans, by what they depend on; empty for none.")
 
