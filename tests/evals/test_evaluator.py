@@ -19,6 +19,8 @@ ANSWERS = [
     Answer("c", "count", "count 1", "2", "2", True, references=("2",)),
 ]
 
+SHARE = {"low": 0.0, "high": 1.0, "n": 4}
+
 
 def test_metrics_of_rows_read_back_are_those_of_the_answers(monkeypatch):
     config, given = base.get_config(), []
@@ -60,6 +62,13 @@ def test_metrics_of_rows_read_back_are_those_of_the_answers(monkeypatch):
     assert metrics["num_visual_tokens"] == {"mean": 40 / 3, "max": 16}
     assert metrics["visual_tokens_left"] == metrics["mean_visual_tokens"] == 40 / 3
     assert len(made.lines(metrics)) == 3  # a mean is said once
+    said, values = made.lines(metrics), {"f1": metrics["scores"]["read"]["mean"], "recall": {**SHARE, "mean": 0.25}}
+    assert made.lines(metrics | {"scores": {"read": values}}) == [
+        *said,
+        "read, f1: 0.500 (0.500 to 0.500, n=2)",  # of one page
+        "read, recall: 0.250 (0.000 to 1.000, n=4)",
+    ]
+    assert made.lines({key: value for key, value in metrics.items() if key != "scores"}) == said
     assert made.lines(metrics)[1] == "read: 0.500 (0.095 to 0.905, n=2)"
 
 

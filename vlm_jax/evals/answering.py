@@ -71,7 +71,8 @@ class Answering:
         """One line for the visual tokens, one for each task, and one for each value of metrics with several."""
         tokens = metrics["num_visual_tokens"]
         first = f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most"
-        return [first, *told(metrics["accuracy"]), *told_scores(metrics["scores"])]
+        scores = metrics.get("scores", {})  # not in a line that an earlier version wrote
+        return [first, *told(metrics["accuracy"]), *told_scores(scores)]
 
 
 def cast_floats(params: Params, dtype: Dtype) -> Params:

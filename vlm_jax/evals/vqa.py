@@ -98,7 +98,7 @@ def group_of(sample: Sample) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for image in sample.images:
         digest.update(repr(image.shape).encode())
-        digest.update(np.ascontiguousarray(image))
+        digest.update(np.ascontiguousarray(image).data)
     for video in sample.videos:
         digest.update(video.encode() if isinstance(video, str) else video)
     return digest.hexdigest()
