@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
             "turns_per_page": 6,
             "turns_per_text_page": 6,
             "text_scale": 2,
+            "coarse_share": 0.0,
             "evaluation_size": 400,
             "augment": True,
             "variants": 8,

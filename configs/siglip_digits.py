@@ -61,6 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "block_size": 512,
                 "teacher": placeholder(str),
                 "distillation_weight": 1.0,
+                "max_scale": placeholder(float),
                 "steps": 1000,
                 "batch_size": 64,
                 "accumulate": 1,

@@ -466,6 +466,7 @@ class Sample:
       task: determines the metric of the answer; any text for data sets with a single task.
       videos: a path or the bytes of each video file, in the order of their items.
       rejected: the conversation to which `messages` is preferred, with the same images; empty without one.
+      references: all right answers to the last question, where there are several to compare with; else empty.
     """
 
     sample_id: str
@@ -474,6 +475,7 @@ class Sample:
     task: str = "vqa"
     videos: tuple[str | bytes, ...] = ()
     rejected: tuple[Message, ...] = ()
+    references: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:

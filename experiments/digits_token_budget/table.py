@@ -16,12 +16,12 @@ from etils import epath
 
 from vlm_jax.sweep.findings import Enough, find
 from vlm_jax.sweep.frontier import Accuracy, FrontierPoint, combine_seeds, tasks_of, told_seeds
+from vlm_jax.sweep.pages import markdown, show
 from vlm_jax.train.workdir import read_lines
 
 HERE = pathlib.Path(__file__).resolve().parent
 PAGES = {"overview": HERE.parent.parent / "README.md", "details": HERE / "README.md"}
 CONTROLS = frozenset({"random", "downsample_image"})
-MARKS = ("<!-- results -->\n", "<!-- end of results -->")
 
 
 def sections() -> dict[str, str]:
@@ -77,17 +77,6 @@ def told(accuracy: Accuracy) -> str:
     return f"{100 * accuracy.mean:.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def shown(page: pathlib.Path) -> str:
-    """What a page has between the marks."""
-    return page.read_text(encoding="utf-8").split(MARKS[0], 1)[1].split(MARKS[1], 1)[0]
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -97,9 +86,7 @@ def main() -> None:
         for name in ("results.jsonl", "frontier.png"):
             shutil.copyfile(given / name, HERE / name)
     for name, text in sections().items():
-        page = PAGES[name]
-        before, rest = page.read_text(encoding="utf-8").split(MARKS[0], 1)
-        page.write_text(before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1], 1)[1], encoding="utf-8")
+        show(PAGES[name], text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Character precision against characters per visual token, from the results of a sweep of pages of text.
 
-    python experiments/document_reading/figure.py WORKDIR/results.jsonl [--task=ocr_line] [--curves=size] [--output=PNG]
+    python experiments/document_reading/figure.py WORKDIR/results.jsonl [--task=ocr] [--curves=size] [--output=PNG]
 
 Prints the table of the points as Markdown, and draws one panel per text size with a curve per connector, or with
 `--curves=size` one panel per connector with a curve per text size: if only the characters per token count, the curves
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import random
+import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,10 +23,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
 
 from vlm_jax.data.glyphs import CHARACTERS
-from vlm_jax.evals.vqa import character_precision
+from vlm_jax.evals.metrics.text import character_precision
 from vlm_jax.sweep.frontier import Accuracy, Style, combine_seeds, styles, tasks_of, told_seeds
+from vlm_jax.sweep.pages import markdown, show
 from vlm_jax.train.workdir import read_lines
 
+HERE = pathlib.Path(__file__).resolve().parent
+SHOWN = "ocr_line"  # what README.md shows
 CONTROLS = ("random", "downsample_image")
 GUESSES = 50  # pairs of random texts
 
@@ -39,12 +43,14 @@ class Reading:
       tokens: visual tokens of a page; the mean over seeds.
       size: lines, and characters of a line.
       precision: mean over seeds, and its interval.
+      length: characters of an answer: those of a line, or of the page.
     """
 
     connector: str
     tokens: float
     size: tuple[int, int]
     precision: Accuracy
+    length: int
 
     @property
     def characters(self) -> int:
@@ -62,7 +68,7 @@ class Reading:
         return f"{self.characters} characters ({self.size[0]}x{self.size[1]})"
 
 
-def readings(results: Sequence[dict[str, Any]], task: str = "ocr") -> list[Reading]:
+def readings(results: Sequence[dict[str, Any]], task: str = SHOWN) -> list[Reading]:
     """The points of a sweep on one task, of all text sizes, by size and then in the sweep's order.
 
     Args:
@@ -78,8 +84,9 @@ def readings(results: Sequence[dict[str, Any]], task: str = "ocr") -> list[Readi
         if kind != task or not size:
             continue
         rows, cols = map(int, size.split("x"))
+        lengths = {"ocr": rows, "ocr_line": 1}  # lines
         found += [
-            Reading(point.connector, point.costs["tokens"], (rows, cols), point.accuracy[name])
+            Reading(point.connector, point.costs["tokens"], (rows, cols), point.accuracy[name], lengths[task] * cols)
             for point in points
             if name in point.accuracy
         ]
@@ -98,18 +105,15 @@ def guessed_precision(length: int) -> float:
 
 def table(found: Sequence[Reading]) -> str:
     """Markdown, one row for each reading; precisions in percent with their intervals."""
-    lines = [
-        "| characters | connector | visual tokens | characters per token | precision, % |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for reading in sorted(found, key=lambda r: (r.characters, r.tokens)):
         share = reading.precision
         interval = f"{100 * share.mean:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
-        cells = (f"{reading.characters}", f"`{reading.connector}`", f"{reading.tokens:g}", f"{reading.per_token:g}")
-        lines.append("| " + " | ".join((*cells, interval)) + " |")
-    for length in dict.fromkeys(reading.characters for reading in found):
-        lines.append(f"| {length} | guessing |  |  | {100 * guessed_precision(length):.1f} |")
-    return "\n".join(lines)
+        cells = [f"{reading.characters}", f"`{reading.connector}`", f"{reading.tokens:g}", f"{reading.per_token:g}"]
+        rows.append([*cells, interval])
+    for size, length in dict.fromkeys((reading.characters, reading.length) for reading in found):
+        rows.append([f"{size}", "guessing", "", "", f"{100 * guessed_precision(length):.1f}"])
+    return markdown(["characters", "connector", "visual tokens", "characters per token", "precision, %"], rows)
 
 
 def draw(found: Sequence[Reading], seeds: str, curves: str = "connector") -> Figure:
@@ -131,7 +135,7 @@ def draw(found: Sequence[Reading], seeds: str, curves: str = "connector") -> Fig
             own = sorted((r for r in shown if by_curve(r) == curve), key=lambda r: r.per_token)
             if own:
                 _draw_curve(panel, own, look)
-        for length in {reading.characters for reading in shown}:
+        for length in {reading.length for reading in shown}:
             panel.axhline(guessed_precision(length), color="0.6", linestyle=":", linewidth=1, gid="guess")
         panel.set_title(f"{name} ({seeds})", loc="left", fontsize=9)
         _format(panel, sorted({reading.per_token for reading in shown}))
@@ -176,18 +180,30 @@ def _format(panel: Axes, ratios: Sequence[float]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
+def section() -> str:
+    """What README.md shows of `results.jsonl`."""
+    results = read_lines(epath.Path(HERE / "results.jsonl"))
+    seeds = told_seeds(combine_seeds(results))
+    return f"\n{table(readings(results, SHOWN))}\n\nMeans of {seeds} with 95% intervals.\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", help="results.jsonl of the sweep")
-    parser.add_argument("--task", default="ocr", choices=("ocr", "ocr_line"))
+    parser.add_argument("workdir", nargs="?", type=pathlib.Path, help="of a finished sweep")
+    parser.add_argument("--task", default=SHOWN, choices=("ocr", "ocr_line"))
     parser.add_argument("--curves", default="connector", choices=("connector", "size"))
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "precision.png")
+    parser.add_argument("--output", type=pathlib.Path)
     given = parser.parse_args()
-    results = read_lines(epath.Path(given.results))
+    source = HERE if given.workdir is None else given.workdir
+    results = read_lines(epath.Path(source / "results.jsonl"))
     found = readings(results, given.task)
     print(table(found))
-    draw(found, told_seeds(combine_seeds(results)), given.curves).savefig(given.output)
-    print(given.output)
+    figure = draw(found, told_seeds(combine_seeds(results)), given.curves)
+    figure.savefig(given.output or HERE / "precision.png")
+    if given.output is None:
+        if given.workdir is not None:
+            shutil.copyfile(given.workdir / "results.jsonl", HERE / "results.jsonl")
+        show(HERE / "README.md", section())
 
 
 if __name__ == "__main__":

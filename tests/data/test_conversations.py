@@ -146,6 +146,7 @@ def test_turns_of_a_conversation_are_trained_together_and_asked_one_by_one(tmp_p
         "id": "c",
         "image": ["images/test0", "images/test1"],
         "turns": [["x", "1"], ["y", "2"]],
+        "references": [["1", "one"], ["2"]],
         "task": "yes_no",
     }
     (tmp_path / "test.jsonl").write_text(json.dumps(line))
@@ -154,6 +155,7 @@ def test_turns_of_a_conversation_are_trained_together_and_asked_one_by_one(tmp_p
     asked = list(settings.open(TOOLS).evaluation(seed=0))
     assert [sample.sample_id.split(":")[1] for sample in asked] == ["c#1", "c#2"]
     assert [sample.question for sample in asked] == ["x", "y"]
+    assert [sample.references for sample in asked] == [("1", "one"), ("2",)]
     assert {sample.task for sample in asked} == {"yes_no"}
     assert all(len(sample.images) == 2 and len(sample.messages) == 2 for sample in asked)
     assert all(images_of(sample.messages[0]) == [{"type": "image"}] * 2 for sample in asked)
@@ -168,11 +170,12 @@ def test_the_last_answer_of_a_conversation_is_the_reference_and_the_rest_its_pro
         "id": "c",
         "image": ["images/test3", "images/test4"],
         "conversations": [{"from": speaker, "value": value} for speaker, value in turns],
+        "references": ["2", "two"],
     }
     (tmp_path / "test.jsonl").write_text(json.dumps(line))
     settings = dataclasses.replace(source.settings, num_images=None)
     (asked,) = settings.open(TOOLS).evaluation(seed=0)
-    assert asked.sample_id == f"{tmp_path}/test.jsonl:c"
+    assert asked.sample_id == f"{tmp_path}/test.jsonl:c" and asked.references == ("2", "two")
     assert [int(image.max()) for image in asked.images] == [3, 4]
     assert [message["role"] for message in asked.messages] == ["system", *["user", "assistant"] * 2]
     assert [len(images_of(message)) for message in asked.messages] == [0, 1, 0, 1, 0]

@@ -164,6 +164,25 @@ def test_text_pages_hold_the_digits_in_reading_order_and_boxes_of_cells(name, ke
     assert {s.task for s in source.evaluation(0, name)} == tasks - ({"locate"} if name == "text_pages" else set())
 
 
+def test_a_share_of_the_fine_pages_has_one_character_a_cell():
+    """The questions, and the pages of the evaluation, are those without the share."""
+    fine, mixed = (opened(coarse_share=share).train("fine_text_pages", 0) for share in (0.0, 0.25))
+    contexts = {True: 0, False: 0}
+    for index in range(200):
+        one, other = fine[index], mixed[index]
+        assert one.messages[1:] == other.messages[1:]
+        texts = [sample.messages[0]["content"][0]["text"] for sample in (one, other)]
+        contexts[texts[0] != texts[1]] += 1
+        if texts[0] != texts[1]:
+            rows = [texts[0][start : start + 8] for start in range(0, 48, 16)]
+            assert texts[1] == "".join(row[::2] for row in rows), (texts, index)
+    assert 30 < contexts[True] < 70  # 50 are expected, with a standard deviation of 6
+    evaluations = (
+        opened(coarse_share=share, evaluation_size=4).evaluation(0, "fine_text_pages") for share in (0.0, 1.0)
+    )
+    assert [sample.messages for sample in next(evaluations)] == [sample.messages for sample in next(evaluations)]
+
+
 def test_text_pages_need_a_task():
     with pytest.raises(ConfigError, match=tried("no task of the stream text_pages has a weight above 0; set one of")):
         opened(task_weights={"locate": 1.0}).train("text_pages", seed=1)

@@ -214,6 +214,13 @@ def test_a_key_that_would_be_lost_is_refused(extra, message):
         ({"completion": "q"}, "key 'prompt' is missing"),
         ({"texts": [{"user": "q"}]}, "texts, turn 1: key 'assistant' is missing"),
         ({"texts": [{"usr": "q", "assistant": "a"}]}, "texts, turn 1: unknown key 'usr'; did you mean 'user'"),
+        ({"question": "q", "answer": "a", "references": "a"}, "references: expected a list of texts, none .* got 'a'"),
+        ({"question": "q", "answer": "a", "references": ["a", ""]}, r"references: expected .* got \['a', ''\]"),
+        ({"question": "q", "answer": "a", "references": [["a"]]}, r"references: expected .* got \[\['a'\]\]"),
+        (
+            {"turns": [["q", "a"], ["r", "b"]], "references": [["a"]]},
+            r"references: expected a list of texts for each of the 2 turns, .* got \[\['a'\]\]",
+        ),
         ({"caption": "a"}, "caption: expected an image or a video, got none"),
         ({"image": "a.png", "rating": 3}, "no key with turns: expected one of conversations, .* got image, rating"),
     ],
@@ -221,6 +228,16 @@ def test_a_key_that_would_be_lost_is_refused(extra, message):
 def test_a_faulty_record_says_what_is_wrong(fields, message):
     with pytest.raises(ValueError, match=message):
         record_of(fields)
+
+
+def test_several_right_answers():
+    people = ["a", "a", "b"]
+    assert record_of({"question": "q", "answer": "a", "references": people}).references == (("a", "a", "b"),)
+    assert record_of(llava("q", "a", references=people)).references == (("a", "a", "b"),)
+    record = record_of({"turns": [["q", "a"], ["r", "b"]], "references": [people, ["b"]]})
+    assert record.references == (("a", "a", "b"), ("b",))
+    for none in (None, []):
+        assert record_of({"question": "q", "answer": "a", "references": none}).references == ()
 
 
 def test_bytes_of_references():

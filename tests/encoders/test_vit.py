@@ -121,5 +121,5 @@ def test_the_grid_of_a_hybrid_is_that_of_its_stem(layers, size):
 def test_a_stem_has_whole_groups_of_channels():
     """GroupNorm of Wu and He 2018 with 32 groups, as in vision_transformer's ResNet."""
     vit = FULL.clone(stem_layers=(), stem_width=48, patch_size=1, image_size=(32, 32))
-    with pytest.raises(ValueError, match="stem_width: expected a multiple of 32, .*got 48"):
+    with pytest.raises(ValueError, match=r"stem_width: expected a multiple of 32, .*got 48"):
         vit.init(jax.random.key(0), IMAGES)

@@ -4,17 +4,19 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import base
 from vlm_jax.build import build
+from vlm_jax.config import ConfigError
 from vlm_jax.evals import answering
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.evals.vqa import Answer
 
 ANSWERS = [
-    Answer("a", "read", "read row 1", "7", "7", True, (16,), (16,)),
-    Answer("b", "read", "read row 2", "5", "7", False, (16, 8), (24,)),
-    Answer("c", "count", "count 1", "2", "2", True),
+    Answer("a", "read", "read row 1", "7", "7", True, (16,), (16,), ("7",), "page"),
+    Answer("b", "read", "read row 2", "5", "7", False, (16, 8), (24,), ("5", "6"), "page", False),
+    Answer("c", "count", "count 1", "2", "2", True, references=("2",)),
 ]
 
 
@@ -45,12 +47,25 @@ def test_metrics_of_rows_read_back_are_those_of_the_answers(monkeypatch):
         "correct": False,
         "visual_tokens": [16, 8],
         "tokens_by_span": [24],
+        "references": ["5", "6"],
+        "group": "page",
+        "is_finished": False,
     }
     metrics = made.metrics([json.loads(json.dumps(row)) for row in rows])
     assert {task: (entry["mean"], entry["n"]) for task, entry in metrics["accuracy"].items()} == {
         "read": (0.5, 2),
         "count": (1.0, 1),
     }
+    assert {task: entry["mean"]["mean"] for task, entry in metrics["scores"].items()} == {"read": 0.5, "count": 1.0}
     assert metrics["num_visual_tokens"] == {"mean": 40 / 3, "max": 16}
     assert metrics["visual_tokens_left"] == metrics["mean_visual_tokens"] == 40 / 3
+    assert len(made.lines(metrics)) == 3  # a mean is said once
     assert made.lines(metrics)[1] == "read: 0.500 (0.095 to 0.905, n=2)"
+
+
+def test_an_unknown_metric_is_an_error_of_the_config():
+    config = base.get_config()
+    with config.unlocked():
+        config.evaluation.metrics = {"read": "exat"}
+    with pytest.raises(ConfigError, match=r"config\.evaluation\.metrics: task 'read': there is no metric 'exat'"):
+        evaluator_of(build(config), config)

@@ -1,5 +1,7 @@
 """Accuracy and its interval, and what counts as an answer."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,14 +11,17 @@ from scipy.stats import binomtest
 from configs import base
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
+from vlm_jax.config import ConfigError
 from vlm_jax.evals import vqa
 from vlm_jax.evals.intervals import wilson_interval
-from vlm_jax.evals.vqa import character_precision, exact, overlap, score
+from vlm_jax.evals.metrics import check_metrics
+from vlm_jax.evals.vqa import group_of, judged_answer
 from vlm_jax.generation import text as generation_text
 from vlm_jax.generation.engine import Generated
 from vlm_jax.generation.text import Completion
 from vlm_jax.processors.documents_vocabulary import documents_tokenizer
 from vlm_jax.processors.layout import SequenceTooLong
+from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.types import Sample, Turn, dialogue
 
@@ -36,32 +41,13 @@ def test_an_interval_needs_a_trial():
         wilson_interval(0, 0)
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "right"),
-    [("7", "7", True), (" 7 ", "7\n", True), ("7 1", "71", False), ("", "7", False), ("A", "a", False)],
-)
-def test_exact(answer, reference, right):
-    assert exact(answer, reference) is right
+def box(*numbers):
+    return "<box>({},{}),({},{})</box>".format(*numbers)
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "precision"),
-    [
-        ("sitting", "kitten", 1 - 3 / 7),  # k to s, e to i, and a g: Levenshtein's distance of 3
-        ("flaw", "lawn", 1 - 2 / 4),
-        ("abcd", "abcd", 1.0),
-        (" abcd\n", "abcd", 1.0),
-        ("bcd", "abcd", 3 / 4),  # one missing at the front does not shift the rest
-        ("abcdabcd", "abcd", 4 / 8),  # as much too much as there is
-        ("wxyz", "abcd", 0.0),
-        ("", "abcd", 0.0),
-        ("", "", 1.0),
-        ("e\u0301", "\u00e9", 1.0),  # one character, composed or not
-    ],
-)
-def test_character_precision(answer, reference, precision):
-    assert character_precision(answer, reference) == pytest.approx(precision, abs=1e-12)
-    assert character_precision(reference, answer) == pytest.approx(precision, abs=1e-12)
+def sample(name, task, answer="7"):
+    picture = np.zeros((48, 48, 1), np.uint8)
+    return Sample(name, dialogue([Turn("read 0 0", answer)], num_images=1), (picture,), task)
 
 
 @pytest.mark.parametrize(
@@ -76,37 +62,55 @@ def test_character_precision(answer, reference, precision):
         ("read", "abxd", "end", False),
         ("read", "abcd", "length", False),
         ("ocrs", "abxd", "end", False),
+        ("exact:ocr", "abxd", "end", False),  # the name of a metric
     ],
 )
-def test_a_score_is_a_share_for_tasks_of_fractions_and_else_right_or_wrong(task, text, reason, correct):
-    given = score(documents_tokenizer(), task, Completion(text, (), reason), "abcd")
+def test_a_score_is_a_share_where_the_metric_is_one_and_else_right_or_wrong(task, text, reason, correct):
+    given, _ = judged_answer({}, documents_tokenizer(), sample("x", task, "abcd"), Completion(text, (), reason))
     assert given == correct and type(given) is type(correct)
 
 
-def box(*numbers):
-    return "<box>({},{}),({},{})</box>".format(*numbers)
+def test_the_metric_of_a_task_can_be_chosen():
+    def score(chosen, task):
+        return judged_answer(chosen, documents_tokenizer(), sample("x", task, "abcd"), Completion("abxd", (), "end"))[0]
+
+    assert score({"read": "characters"}, "read") == score({"read": "characters"}, "read:1") == 0.75
+    assert score({"ocr": "exact"}, "ocr:1x4") is False
+    assert score({"ocr": "exact", "ocr:1x4": "characters"}, "ocr:1x4") == 0.75  # of one size
+    with pytest.raises(ConfigError, match=r"config\.x: task 'read': there is no metric 'exat'; did you mean 'exact'\?"):
+        check_metrics({"read": "exat"}, "config.x")
 
 
-@pytest.mark.parametrize(
-    ("answer", "right"),
-    [
-        (box(0, 0, 100, 100), True),
-        (box(0, 0, 100, 50), True),  # half of it: 0.5, which is enough
-        (box(0, 0, 100, 49), False),
-        (box(50, 0, 150, 100), False),  # 5000 of 15000
-        (box(500, 500, 600, 600), False),
-        (box(0, 0, 100, 100) + box(0, 0, 100, 100), False),  # one box is asked for
-        ("the digit is at " + box(0, 0, 100, 100), True),
-        ("", False),
-    ],
-)
-def test_overlap(answer, right):
-    assert overlap(answer, box(0, 0, 100, 100)) is right
+class Lower(Tokenizer):
+    """A tokenizer that writes everything in lower case."""
+
+    def __init__(self):
+        pass
+
+    def encode(self, text):
+        return text.lower()
+
+    def decode(self, ids):
+        return ids
 
 
-def sample(name, task, answer="7"):
-    picture = np.zeros((48, 48, 1), np.uint8)
-    return Sample(name, dialogue([Turn("read 0 0", answer)], num_images=1), (picture,), task)
+def test_any_of_several_references_is_right_and_is_kept_as_the_tokenizer_writes_it():
+    several = dataclasses.replace(sample("x", "read", "AB"), references=("AB", "C D"))
+    lower = Lower()
+    for text, right, kept in (("AB", True, ("AB", "C D")), ("c d", True, ("ab", "c d")), ("e", False, ("AB", "C D"))):
+        score, response = judged_answer({}, lower, several, Completion(text, (), "end"))
+        assert (score, response.references) == (right, kept)
+
+
+def test_answers_about_the_same_pictures_are_a_group():
+    def group(*values, videos=(), name="x"):
+        pictures = tuple(np.full((2, 3, 1), value, np.uint8) for value in values)
+        return group_of(Sample(name, dialogue([Turn("q", "a")]), pictures, videos=videos))
+
+    assert group(1, name="x#1") == group(1, name="x#2") and len({group(1), group(2), group(1, 2), group(1, 1)}) == 4
+    assert group(videos=("a.mp4",)) != group(videos=(b"b",)) and group(name="x#1") == "x#1"
+    turned = np.zeros((3, 2, 1), np.uint8)
+    assert group_of(Sample("x", dialogue([Turn("q", "a")]), (turned,))) != group(0)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +170,8 @@ def test_answers_are_generated_in_batches_cut_at_their_end_and_scored(monkeypatc
         assert (answer.sample_id, answer.task, answer.question, answer.reference) == asked
         assert text is None or answer.text == text
         assert answer.correct is correct, given.sample_id
+        assert (answer.references, answer.is_finished) == ((given.answer,), given.sample_id != "endless")
+    assert len({answer.group for answer in answers}) == 1  # of one picture
 
 
 @pytest.mark.parametrize(("axes", "given"), [({"data": 8}, True), ({"data": 4, "context": 2}, False), (None, False)])

@@ -107,6 +107,26 @@ def test_the_schedule_ends_where_it_should(warmup):
     assert rates(10) == pytest.approx(0.05) and rates(100) == pytest.approx(0.05)
 
 
+def test_a_step_leaves_a_parameter_at_most_its_limit():
+    """As if `optax.adamw` were followed by the minimum with the limit."""
+    settings = OptimizerSettings(weight_decay=0.0, clip_norm=1e9, final_scale=1.0)
+    tx = adamw(settings, {"log_scale": 0.3, "bias": 0.3}, 0, 9, {"log_scale": 1.0})
+    plain = optax.adamw(0.3, b1=settings.b1, b2=settings.b2, eps=settings.epsilon, weight_decay=0.0)
+    params = expected = {"log_scale": jnp.float32(0.5), "bias": jnp.float32(0.5)}
+    state, other = tx.init(params), plain.init(params)
+    found = []
+    for gradient in (-1.0, -1.0, -1.0, 5.0):
+        gradients = {"log_scale": jnp.float32(gradient), "bias": jnp.float32(gradient)}
+        updates, state = tx.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, other = plain.update(gradients, other, expected)
+        expected = optax.apply_updates(expected, updates)
+        expected["log_scale"] = jnp.minimum(expected["log_scale"], 1.0)
+        np.testing.assert_allclose([*params.values()], [*expected.values()], rtol=1e-6)
+        found.append(float(params["log_scale"]))
+    assert found[1:3] == [1.0, 1.0] and found[3] < 1.0 < float(params["bias"])
+
+
 def test_a_parameter_without_a_rate_is_an_error():
     with pytest.raises(ValueError, match="connector/kernel"):
         adamw(SETTINGS, by_leaf(RATES), 0, 4).init({**tree(0), "connector": {"kernel": np.ones(2)}})

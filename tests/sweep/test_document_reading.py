@@ -14,12 +14,12 @@ from vlm_jax.sweep.costs import Costs
 from vlm_jax.sweep.points import list_points, shared_config
 
 LABELS = {
-    "mlp@256",
-    *(f"matryoshka_pool@{tokens}" for tokens in (4, 16, 64, 256)),
+    "mlp@64",
+    *(f"matryoshka_pool@{tokens}" for tokens in (1, 4, 16, 64)),
     *(
         f"{name}@{tokens}"
         for name in ("pixel_shuffle", "resampler", "random", "downsample_image")
-        for tokens in (4, 16, 64)
+        for tokens in (4, 16)
     ),
 }
 
@@ -39,7 +39,7 @@ def figure():
 
 @pytest.mark.parametrize(
     ("arg", "labels"),
-    [("", LABELS), ("small", {"mlp@256", "pixel_shuffle@16"}), ("smoke", {"pixel_shuffle@16", "random@16"})],
+    [("", LABELS), ("small", {"mlp@64", "pixel_shuffle@16"}), ("smoke", {"pixel_shuffle@16", "random@16"})],
 )
 def test_every_point_is_built_and_meets_its_budget(arg, labels, monkeypatch):
     """Costs and shapes are not traced."""
@@ -49,8 +49,11 @@ def test_every_point_is_built_and_meets_its_budget(arg, labels, monkeypatch):
     assert {point.label for point in points} == labels
     for point in points:
         assert point.costs.num_visual_tokens == point.config.token_budget
-        assert point.trained_as == ("matryoshka_pool@256" if "matryoshka" in point.label else point.label)
-        assert point.config.schedule[-1] == "instruction"
+        name = point.label.split("@")[0]
+        trained = {"matryoshka_pool": "matryoshka_pool@64", "mlp": "untrained", "random": "untrained"}
+        assert point.trained_as == trained.get(name, point.label)
+        steps = {"untrained": (), "resampler@16": ("long_adaptation",)}.get(point.trained_as)
+        assert steps is None or tuple(point.config.schedule) == steps
 
 
 def test_an_unknown_argument_is_refused():
@@ -99,7 +102,7 @@ RESULTS = [
 
 
 def test_readings_are_by_characters_per_visual_token(figure):
-    found = figure.readings(RESULTS)
+    found = figure.readings(RESULTS, "ocr")
     assert [(r.connector, r.characters, r.per_token, r.precision.mean) for r in found] == [
         ("mlp", 16, 1 / 16, 0.9),
         ("random", 16, 1.0, 0.5),
@@ -114,7 +117,7 @@ def test_readings_are_by_characters_per_visual_token(figure):
 
 
 def test_the_table_has_every_reading_and_what_guessing_reaches(figure):
-    rows = figure.table(figure.readings(RESULTS)).splitlines()[2:]
+    rows = figure.table(figure.readings(RESULTS, "ocr")).splitlines()[2:]
     assert rows[:3] == [
         "| 16 | `random` | 16 | 1 | 50.0 [45.0, 55.0] |",
         "| 16 | `mlp` | 16 | 1 | 60.0 [55.0, 65.0] |",
@@ -129,7 +132,9 @@ def test_the_table_has_every_reading_and_what_guessing_reaches(figure):
 
 def test_seeds_are_averaged_with_their_interval(figure):
     several = [*RESULTS, result("mlp", 16, 1, {"ocr:4x4": 0.7, "ocr:8x16": 0.5, "ocr_line:4x4": 0.3})]
-    reading = next(r for r in figure.readings(several) if (r.connector, r.tokens, r.characters) == ("mlp", 16, 16))
+    reading = next(
+        r for r in figure.readings(several, "ocr") if (r.connector, r.tokens, r.characters) == ("mlp", 16, 16)
+    )
     assert reading.precision.mean == pytest.approx(0.65) and reading.precision.seeds == {0: 0.6, 1: 0.7}
     assert reading.precision.low < 0.6 and reading.precision.high > 0.7
 
@@ -142,7 +147,7 @@ def test_seeds_are_averaged_with_their_interval(figure):
     ],
 )
 def test_curves_are_drawn_over_a_logarithmic_axis(figure, curves, titles, names, tmp_path):
-    drawn = figure.draw(figure.readings(RESULTS), "1 seed", curves)
+    drawn = figure.draw(figure.readings(RESULTS, "ocr"), "1 seed", curves)
     drawn.savefig(tmp_path / "figure.png")
     assert [axes.get_title(loc="left") for axes in drawn.axes] == [f"{title} (1 seed)" for title in titles]
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == names
@@ -154,3 +159,8 @@ def test_curves_are_drawn_over_a_logarithmic_axis(figure, curves, titles, names,
     guesses = [line for line in first.lines if line.get_gid() == "guess"]
     lengths = (16,) if curves == "connector" else (16, 128)
     assert sorted(line.get_ydata()[0] for line in guesses) == [figure.guessed_precision(n) for n in lengths]
+
+
+def test_guesses_are_as_long_as_what_is_asked_for(figure):
+    lines, pages = figure.readings(RESULTS, "ocr_line"), figure.readings(RESULTS, "ocr")
+    assert {reading.length for reading in lines} == {4} and {reading.length for reading in pages} == {16, 128}

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import rich.console
@@ -156,6 +157,62 @@ def test_a_point_that_fails_is_named_and_tried_again(evaluation, finished, tmp_p
     assert evaluation(tmp_path / "work", reducers=("fastv", "none")).run() == {}
     assert (tmp_path / "work" / "failed.jsonl").read_text() == ""
     assert answers_of(tmp_path / "work", "fastv@4") == answers_of(finished[0], "fastv@4")
+
+
+def test_metrics_can_be_chosen_and_all_their_values_are_in_the_results(evaluation, finished, tmp_path):
+    assert evaluation(tmp_path / "work", reducers=("none",), metrics=("vqa=characters",)).run() == {}
+    (found,), whole = lines(tmp_path / "work" / "results.jsonl"), lines(finished[0] / "results.jsonl")[0]
+    answers = [
+        lines(folder / "points" / "none@released" / "answers.jsonl") for folder in (tmp_path / "work", finished[0])
+    ]
+    assert [line["text"] for line in answers[0]] == [line["text"] for line in answers[1]]
+    scores = [line["correct"] for line in answers[0]]
+    assert found["accuracy"]["vqa"]["mean"] == pytest.approx(sum(scores) / 5)
+    assert set(found["scores"]["vqa"]) == {"mean", "character_error_rate", "word_error_rate"}
+    assert found["scores"]["vqa"]["mean"]["mean"] == pytest.approx(sum(scores) / 5)
+    assert whole["scores"] == {"vqa": {"mean": whole["scores"]["vqa"]["mean"]}}
+    assert whole["scores"]["vqa"]["mean"]["mean"] == pytest.approx(whole["accuracy"]["vqa"]["mean"])
+    assert "--metrics=vqa=characters" in found["command"] and "--metrics" not in whole["command"]
+    for given, message in (("vqa", "expected task=metric"), ("vqa=f2", "task 'vqa': there is no metric 'f2'")):
+        with pytest.raises(ConfigError, match=f"--metrics: {message}"):
+            evaluation(tmp_path / "other", metrics=(given,))
+
+
+def test_points_are_compared_with_those_of_another_evaluation_or_with_one_point(evaluation, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "work")
+    said = io.StringIO()
+    assert evaluation(tmp_path / "work", said, compare=str(finished[0])).run() == {}
+    found = lines(tmp_path / "work" / "comparison.jsonl")
+    assert [line["label"] for line in found] == ["none@released", "fastv@4"]
+    assert all(line["ours"] == line["theirs"] and line["p_value"] == 1 for line in found)
+    one = finished[0] / "points" / "none@released"
+    assert f"none@released against {one}" in said.getvalue()
+    assert evaluation(tmp_path / "work", compare=str(one)).run() == {}
+    found, results = lines(tmp_path / "work" / "comparison.jsonl"), lines(finished[0] / "results.jsonl")
+    assert [line["ours"] for line in found] == [pytest.approx(line["accuracy"]["vqa"]["mean"]) for line in results]
+    assert [line["against"] for line in found] == [str(one)] * 2 and found[1]["theirs"] == found[0]["ours"]
+    with pytest.raises(ConfigError, match="--compare: expected the workdir of an evaluation, or a point's folder"):
+        evaluation(tmp_path / "work", compare=str(tmp_path))
+
+
+def test_answers_without_references_need_another_workdir(evaluation, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "work")
+    (tmp_path / "work" / "results.jsonl").unlink()
+    written = tmp_path / "work" / "points" / "none@released" / "answers.jsonl"
+    before = [{key: line[key] for key in ("sample_id", "task", "text", "correct")} for line in lines(written)[:2]]
+    written.write_text("".join(json.dumps(line) + "\n" for line in before))
+    found = evaluation(tmp_path / "work").run()
+    assert re.search(
+        tried("{6}: answers of an earlier version, without references; use another workdir"), found["none@released"]
+    )
+    assert evaluation(tmp_path / "other", reducers=("none",)).run() == {}
+
+
+def test_parquet_needs_pyarrow(evaluation, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=tried("pip install 'vlm_jax[parquet]', or omit the flag")):
+        evaluation(tmp_path / "work", parquet=True)
+    assert evaluation(tmp_path / "work").points
 
 
 def test_more_answers_than_questions_need_another_workdir(evaluation, finished, tmp_path):

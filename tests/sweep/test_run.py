@@ -171,6 +171,8 @@ def test_what_a_sweep_writes_and_prints(swept):
     assert set(result["accuracy"]) == {"read", "transcribe", "count", "locate"}
     for entry in result["accuracy"].values():
         assert entry["n"] == 3 and 0 <= entry["low"] <= entry["mean"] <= entry["high"] <= 1
+    means = {task: values["mean"]["mean"] for task, values in result["scores"].items()}
+    assert means == pytest.approx({task: entry["mean"] for task, entry in result["accuracy"].items()})
     assert result["command"] == (
         "python -m vlm_jax.cli.sweep --config=configs/tiny.py --only=random@2 --workdir=workdir/random@2"
     )
@@ -242,6 +244,11 @@ def test_points_start_from_the_shared_stages(swept, one_device):
             lambda c: c.base.evaluation.update({"every": 2}),
             ConfigError,
             r"base\.evaluation\.every: points are evaluated",
+        ),
+        (
+            lambda c: c.base.evaluation.update({"metrics": {"read": "exat"}}),
+            ConfigError,
+            r"config\.base\.evaluation\.metrics: task 'read': there is no metric 'exat'; did you mean 'exact'",
         ),
         (lambda c: c.sweep.update({"shared": ("answering",)}), ConfigError, "must be the first stages"),
         (

@@ -16,6 +16,7 @@ from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.train.input import rows
 from vlm_jax.train.loop import Interrupted, Trainer
+from vlm_jax.train.objectives.contrastive import Contrastive
 from vlm_jax.train.stages import parse_schedule
 from vlm_jax.train.workdir import read_lines
 
@@ -77,6 +78,15 @@ def test_a_locked_tower_stands_still_and_the_rest_moves(one_device, tmp_path):
     assert params["bias"] != start["bias"] and params["log_scale"] != start["log_scale"]
     kernels = [tree["text"]["blocks"]["layers"]["mlp"]["up"]["kernel"] for tree in (params, start)]
     assert not np.array_equal(*kernels)
+
+
+def test_the_scale_of_softmax_is_kept_at_most_100_as_in_clip(one_device, tmp_path):
+    """Radford et al. 2021, section 2.5; that of SigLIP has no limit but a given one, here below where it begins."""
+    limits = [Contrastive(**fields).limits for fields in ({"loss": "softmax"}, {"loss": "sigmoid"})]
+    assert limits == [{"log_scale": np.log(100.0)}, {}]
+    config = tiny_towers(pairs={"loss": "sigmoid", "max_scale": 9.0, "steps": 2})
+    train(config, one_device, tmp_path)
+    np.testing.assert_allclose([line["scale"] for line in lines(tmp_path)], [10.0, 9.0], rtol=1e-6)
 
 
 def test_distillation_learns_from_the_workdir_of_a_teacher_and_resumes_with_it(finished, one_device, tmp_path):

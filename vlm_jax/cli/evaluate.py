@@ -6,6 +6,7 @@ from absl import app, flags
 
 from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
+from vlm_jax.evals.paired import DifferentQuestions
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
@@ -28,6 +29,14 @@ NUM_SAMPLES = numbers.define(
 )
 SEED = numbers.define("seed", Seed, 0, "Seed for sampling records.")
 TASKS = flags.DEFINE_list("tasks", ["vqa"], "Allowed values of a record's task; the first is the default.")
+METRICS = flags.DEFINE_list("metrics", [], "Metrics of tasks, as task=metric; by the task's name if unset.")
+PARQUET = flags.DEFINE_bool("parquet", False, "Also writes the answers of each point as answers.parquet.")
+COMPARE = flags.DEFINE_string(
+    "compare",
+    None,
+    "The workdir of another evaluation of the same data, or the folder of one of its points: says how all metrics "
+    "differ, with intervals and p-values.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +45,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     keep_programs()
     quieten()
-    with explained(OSError):
+    with explained(OSError, DifferentQuestions):
         settings = ReleaseEvaluation(
             release=str(RELEASE.value),
             data=str(DATA.value),
@@ -48,6 +57,9 @@ def main(argv: list[str]) -> None:
             num_samples=NUM_SAMPLES.value,
             seed=SEED.value,
             tasks=tuple(TASKS.value),
+            metrics=tuple(METRICS.value),
+            parquet=PARQUET.value,
+            compare=COMPARE.value,
         )
         evaluation = Evaluation(settings, str(WORKDIR.value))
         failed = evaluation.run()

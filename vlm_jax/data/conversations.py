@@ -251,7 +251,8 @@ class Records:
         if images is None or self._video_sizes(record) is None:
             return None
         videos = tuple(media.content(video) for video in record.videos)
-        return Sample(self.name(record), record.messages, images, record.task, videos, record.rejected)
+        references = record.references[-1] if record.references else ()
+        return Sample(self.name(record), record.messages, images, record.task, videos, record.rejected, references)
 
     def sizes(self, index: int) -> SampleSizes | None:
         """The sample at `index` without its pixels, or None if the header of an image or video cannot be read.
@@ -395,7 +396,8 @@ class EvaluationSamples:
             sample = self.records.read(index)
             if sample is None:
                 continue
-            count = num_questions(self.records.records[index])
+            record = self.records.records[index]
+            count = num_questions(record)
             if count == 1:
                 yield sample
                 continue
@@ -403,7 +405,9 @@ class EvaluationSamples:
             for number in range(count):
                 question, answer = sample.messages[2 * number : 2 * number + 2]
                 messages = (question if not number else _with(question, shown), answer)
-                yield dataclasses.replace(sample, sample_id=f"{sample.sample_id}#{number + 1}", messages=messages)
+                references = record.references[number] if record.references else ()
+                name = f"{sample.sample_id}#{number + 1}"
+                yield dataclasses.replace(sample, sample_id=name, messages=messages, references=references)
 
     def references(self) -> Iterator[tuple[str, str]]:
         """Names of the samples and their reference answers, without reading an image."""

@@ -24,7 +24,7 @@ from vlm_jax.data.digit_questions import TASKS, ask, digits_in_reading_order
 from vlm_jax.data.drawing import bounds_of, captioned, draw_tasks, sized
 from vlm_jax.data.pages import DigitPages, Page
 from vlm_jax.data.source import ENDLESS, Elements, SizedStream, Tools
-from vlm_jax.ranges import Count, NonNegative, Range, Side
+from vlm_jax.ranges import Count, NonNegative, Range, Share, Side
 from vlm_jax.types import CellBatch, Grid, Sample, dialogue
 
 STREAMS = ("questions", "text_pages", "cells", "captions", "fine_text_pages")
@@ -49,6 +49,7 @@ class Digits:
       turns_per_page: questions about one page, in training.
       turns_per_text_page: questions about one page of `text_pages`, in training; they are shorter.
       text_scale: side of the square of characters that represents a cell in `fine_text_pages`.
+      coarse_share: share of the pages of `fine_text_pages`, in training, whose cells are one character each.
       evaluation_size: evaluation samples per task (and pages of the streams `cells` and `captions`).
       augment: whether training pages are augmented with warps, paler ink and noise; test pages never are.
       variants: warped copies of every scan, with `augment`.
@@ -65,6 +66,7 @@ class Digits:
     turns_per_page: Count = 4
     turns_per_text_page: Count = 4
     text_scale: Cells = 2
+    coarse_share: Share = 0.0
     evaluation_size: Count = 128
     augment: bool = True
     variants: Annotated[int, Range(1, 1000)] = 8
@@ -160,7 +162,8 @@ class DigitSource:
         turns = self.settings.turns_per_text_page if stream == "text_pages" else self.settings.turns_per_page
         chosen = draw_tasks(rng, tasks, bounds, turns)
         questions = list(zip(chosen, rng.random((turns, 3)).tolist(), strict=True))
-        return self._sample(f"digits/train/{seed}/{index}", stream, page, questions)
+        is_coarse = rng.random() < self.settings.coarse_share
+        return self._sample(f"digits/train/{seed}/{index}", stream, page, questions, is_coarse)
 
     def sized(self, stream: str, seed: int) -> SizedStream:
         """As `Source.sized`."""
@@ -213,12 +216,15 @@ class DigitSource:
             )
         return tuple(task for task in self.tasks if task != "locate")
 
-    def _sample(self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]]) -> Sample:
+    def _sample(
+        self, name: str, stream: str, page: Page, questions: list[tuple[str, list[float]]], is_coarse: bool = False
+    ) -> Sample:
         if stream == "fine_text_pages":
             page = dataclasses.replace(page, boxes=self._train_pages.cell_boxes)
         turns = [ask(task, page, draws, self._tools.format_box) for task, draws in questions]
         if stream in self.settings.text_streams:
-            context = digits_in_reading_order(page, 1 if stream == "text_pages" else self.settings.text_scale)
+            scale = 1 if stream == "text_pages" or is_coarse else self.settings.text_scale
+            context = digits_in_reading_order(page, scale)
             return Sample(name, dialogue(turns, context=context), task=turns[-1].task)
         return Sample(name, dialogue(turns, num_images=1), (page.pixels,), turns[-1].task)
 

@@ -9,7 +9,7 @@ characters per visual token at a budget, is part of a sample's task:
 | ocr_line:8x16 | `READ LINE 3 OF 8 BY 16` | the 16 characters of the third line, counted from 1 |
 
 The question states the lines and columns, since how the text is laid out is not what is asked. Answers are scored by
-the share of characters that is right; see `evals.vqa.character_precision`.
+the share of characters that is right; see `evals.metrics.text.character_precision`.
 
 Streams:
   questions: samples with one image and several turns of random tasks.

@@ -13,8 +13,9 @@ The key with the turns tells the schema; schemas may be mixed in one file.
 | `question`, `answer` | one such question |
 | `caption` | a text to say about a picture |
 
-Other keys: `id` (text or number), `image`, `images`, `video`, `videos` (a path or a list of them), `system` (a text)
-and `task` (by default the first of the configured tasks). Any of them may be missing, null or empty.
+Other keys: `id` (text or number), `image`, `images`, `video`, `videos` (a path or a list of them), `system` (a text),
+`task` (by default the first of the configured tasks) and `references` (all right answers to the last question, such as
+those of ten people; with `turns` a list for each). Any of them may be missing, null or empty.
 
 - User and assistant turns alternate after an optional system turn; the last is an assistant's. An assistant's turn
   before the first user's is left out, as in LLaVA, and counted in a warning.
@@ -42,7 +43,7 @@ from vlm_jax.data.spelling import Notes, Spelling, misspelt, pass_over
 from vlm_jax.types import Fields, Message
 
 KINDS = ("image", "video")
-COMMON = ("id", "image", "images", "video", "videos", "system", "task")
+COMMON = ("id", "image", "images", "video", "videos", "system", "task", "references")
 ITEM_KEYS = ("type", "text", "image", "image_url", "video", "video_url")
 PASSED_ON = ("loss", "weight")  # keys of a message that are kept
 
@@ -60,6 +61,8 @@ class Record:
       messages: a user's content is a list of items `image`, `video` and `text`, any other content is a text.
       independent: whether every question is to be asked by itself.
       rejected: the conversation to which `messages` is preferred; empty without one.
+      references: all right answers, for each independent question or for the last one; empty where its answer is the
+        only one.
     """
 
     record_id: str | None
@@ -69,6 +72,7 @@ class Record:
     messages: tuple[Message, ...]
     independent: bool = False
     rejected: tuple[Message, ...] = ()
+    references: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +112,9 @@ class Reader:
         messages = self._messages(schema, SCHEMAS[schema](self, fields), fields, files)
         name = None if record_id is None else str(record_id)
         independent = schema in ("turns", "question")
-        return Record(name, tuple(files["image"]), tuple(files["video"]), task, messages, independent, rejected)
+        references = _references(fields, len(messages) // 2 if schema == "turns" else None)
+        files_of_record = tuple(files["image"]), tuple(files["video"])
+        return Record(name, *files_of_record, task, messages, independent, rejected, references)
 
     def _messages(
         self, schema: str, turns: list[Turn], fields: Fields, files: dict[str, list[Media]]
@@ -321,6 +327,23 @@ def _number(where: str, value: Any) -> bool | int | float:
     if not isinstance(value, bool | int | float) or not 0 <= value < float("inf"):
         raise ValueError(f"{where}: expected true, false or a number of at least 0, got {value!r}")
     return value
+
+
+def _references(fields: Fields, num_turns: int | None) -> tuple[tuple[str, ...], ...]:
+    """The right answers of a record, a list for each of the turns, or without a number of them one list."""
+    given = fields.get("references")
+    if given in (None, []):
+        return ()
+    lists = [given] if num_turns is None else given
+    if (
+        not isinstance(lists, list)
+        or (num_turns is not None and len(lists) != num_turns)
+        or not all(isinstance(texts, list) and texts for texts in lists)
+        or not all(isinstance(text, str) and text for texts in lists for text in texts)
+    ):
+        expected = "a list of texts" if num_turns is None else f"a list of texts for each of the {num_turns} turns"
+        raise ValueError(f"references: expected {expected}, none of them empty, got {given!r}")
+    return tuple(map(tuple, lists))
 
 
 def _conversations(reader: Reader, fields: Fields) -> list[Turn]:

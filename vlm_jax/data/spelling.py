@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vlm_jax.config import ConfigError, check_keys
@@ -149,8 +149,8 @@ def misspelt(name: str, known: tuple[str, ...]) -> str | None:
     return best[-1] if best[0] <= MAX_EDITS else None
 
 
-def edits(first: str, second: str) -> int:
-    """Levenshtein's distance: insertions, deletions and replacements of letters."""
+def edits(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """Levenshtein's distance: insertions, deletions and replacements of letters, or of other items."""
     row = list(range(len(second) + 1))
     for i, mine in enumerate(first, start=1):
         previous, row[0] = row[0], i

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
-from vlm_jax.evals.evaluator import told
+from vlm_jax.evals.evaluator import told, told_scores
+from vlm_jax.evals.scores import Scores
 from vlm_jax.evals.tally import Tally
 from vlm_jax.evals.vqa import answers, check_references
 from vlm_jax.types import Dtype, Fields, Params
@@ -50,13 +51,15 @@ class Answering:
             yield {name: list(value) if isinstance(value, tuple) else value for name, value in vars(answer).items()}
 
     def metrics(self, rows: Iterable[Fields]) -> Fields:
-        """Accuracy by task, and visual tokens per image."""
-        tally = Tally()
+        """Accuracy and values of the metric by task, and visual tokens per image."""
+        tally, scores = Tally(), Scores(self.settings.metrics)
         for row in rows:
             tally.add(row)
+            scores.add(row)
         left, mean = tally.left(self.experiment.system.model)
         return {
             "accuracy": tally.accuracy(),
+            "scores": scores.result(),
             "token_budget": self.token_budget,
             "num_visual_tokens": tally.realised(),
             # The tokens that enter the decoder are above; a reducer inside it keeps fewer.
@@ -65,10 +68,10 @@ class Answering:
         }
 
     def lines(self, metrics: Fields) -> list[str]:
-        """One line for the visual tokens, and one for each task."""
+        """One line for the visual tokens, one for each task, and one for each value of metrics with several."""
         tokens = metrics["num_visual_tokens"]
         first = f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most"
-        return [first, *told(metrics["accuracy"])]
+        return [first, *told(metrics["accuracy"]), *told_scores(metrics["scores"])]
 
 
 def cast_floats(params: Params, dtype: Dtype) -> Params:

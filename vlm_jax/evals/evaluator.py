@@ -49,6 +49,12 @@ def told(shares: dict[str, Share]) -> list[str]:
     ]
 
 
+def told_scores(scores: dict[str, dict[str, Share]]) -> list[str]:
+    """One line for each value of the tasks whose metric has several."""
+    several = {task: values for task, values in scores.items() if len(values) > 1}
+    return told({f"{task}, {name}": value for task, values in several.items() for name, value in values.items()})
+
+
 def batched(samples: Iterable[Sample], size: int) -> Iterator[tuple[list[Sample], list[Sample]]]:
     """Samples in groups, read one group at a time, and each group padded to `size` by repeats of its last sample."""
     samples = iter(samples)

@@ -10,6 +10,7 @@ from vlm_jax.config import RunConfig, parse
 from vlm_jax.evals.answering import Answering
 from vlm_jax.evals.classification import ClassificationSettings, Classifying
 from vlm_jax.evals.evaluator import Evaluator
+from vlm_jax.evals.metrics import check_metrics
 from vlm_jax.evals.pairs import Matching, PairSettings
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
@@ -21,6 +22,7 @@ PATH = "config.evaluation"
 def _answering(experiment: AnyExperiment, config: RunConfig) -> Evaluator:
     assert isinstance(experiment, Experiment)
     settings = parse(EvaluationSettings, config.evaluation, PATH)
+    check_metrics(settings.metrics, f"{PATH}.metrics")
     return Answering(experiment, settings, config.seed, config.token_budget, config.dtype)
 
 
@@ -46,6 +48,6 @@ def evaluator_of(experiment: AnyExperiment, config: RunConfig) -> Evaluator:
     """The evaluator of an experiment's kind of model, by `config.evaluation`.
 
     Raises:
-      ConfigError: an unknown, missing or ill-typed key.
+      ConfigError: an unknown, missing or ill-typed key, or an unknown metric.
     """
     return EVALUATORS[type(experiment.system.model)](experiment, config)

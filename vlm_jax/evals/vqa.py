@@ -1,8 +1,9 @@
 """Accuracy of generated answers per task, with 95% intervals."""
 
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,20 +11,17 @@ from jax.sharding import Mesh
 
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
-from vlm_jax.data.spelling import edits
 from vlm_jax.evals.intervals import wilson_interval
+from vlm_jax.evals.metrics import Metric, Response, metric_of
 from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.text import Completion
-from vlm_jax.processors.boxes import intersection_over_union, parse_boxes
 from vlm_jax.processors.layout import SequenceTooLong
-from vlm_jax.processors.normal_form import composed
 from vlm_jax.processors.processor import Example
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.sharding.mesh import CONTEXT
 from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.types import TEXT_SLOT, Params, Sample
 
-MIN_IOU = 0.5
 # What bounds a prompt.
 KEYS = {
     "positions": "config.evaluation.question_length",
@@ -41,9 +39,12 @@ class Answer:
       question: the text of the last message before the answer.
       reference: the right answer.
       text: what the model said.
-      correct: whether that counts as right, or for tasks of `FRACTIONS` how much of it, in [0, 1].
+      correct: whether that counts as right, or how much of it, in [0, 1]; by the task's metric.
       visual_tokens: of each of the sample's images, how many reached the decoder.
       tokens_by_span: visual tokens of the prompt in the decoder's first layers, and after each drop.
+      references: what the answer was compared with, all right answers as the tokenizer writes them if that is nearer.
+      group: of the answers about the same pictures.
+      is_finished: whether the answer has an end.
     """
 
     sample_id: str
@@ -54,61 +55,53 @@ class Answer:
     correct: bool | float
     visual_tokens: tuple[int, ...] = ()
     tokens_by_span: tuple[int, ...] = (0,)
+    references: tuple[str, ...] = ()
+    group: str = ""
+    is_finished: bool = True
 
 
-def exact(answer: str, reference: str) -> bool:
-    """Equality of texts, ignoring spaces at the ends and how Unicode composes a character."""
-    return composed(answer).strip() == composed(reference).strip()
+def judged(metric: Metric, tokenizer: Tokenizer, response: Response) -> tuple[bool | float, Response]:
+    """The score of an answer, and the answer with the references that it was compared with.
 
-
-def overlap(answer: str, reference: str) -> bool:
-    """Whether the answer has exactly one box, with an intersection over union of at least 0.5 with the reference's."""
-    boxes, wanted = parse_boxes(answer), parse_boxes(reference)
-    return len(boxes) == 1 and intersection_over_union(boxes[0], wanted[0]) >= MIN_IOU
-
-
-def character_precision(answer: str, reference: str) -> float:
-    """1 - Levenshtein's distance, as a share of the longer of the two texts; spaces at their ends are ignored.
-
-    Source: the normalized edit distance of OmniDocBench, subtracted from 1. DeepSeek-OCR (arXiv 2510.18234, figure 1)
-    reports a precision by text tokens per visual token, without a formula.
+    A tokenizer may write a text in another way, as in lower case; an answer of the model can only equal the references
+    as its tokenizer writes them. The better one of the scores with these and with the given ones counts.
     """
-    answer, reference = composed(answer).strip(), composed(reference).strip()
-    return 1.0 - edits(answer, reference) / max(len(answer), len(reference), 1)
+    spelled = tuple(_spelled(tokenizer, text) for text in response.references)
+    variants = [response]
+    if spelled != response.references:
+        variants.append(dataclasses.replace(response, references=spelled))
+    scores = [metric.score(variant) for variant in variants]
+    best = max(scores)
+    return best, variants[scores.index(best)]
 
 
-# Tasks with another metric than exact match. Of a task such as `ocr:8x16`, what is before the colon counts.
-SCORERS: dict[str, Callable[[str, str], bool]] = {"locate": overlap}
-# Tasks whose answers may be partly right. An answer without an end counts as far as it was written.
-FRACTIONS: dict[str, Callable[[str, str], float]] = {"ocr": character_precision, "ocr_line": character_precision}
+def _spelled(tokenizer: Tokenizer, text: str) -> str:
+    """A reference as the tokenizer writes it, if with anything."""
+    spelled = tokenizer.decode(tokenizer.encode(text))
+    return spelled if spelled.strip() else text
 
 
-def score(tokenizer: Tokenizer, task: str, completion: Completion, reference: str) -> bool | float:
-    """Whether a generated answer is right, or for tasks of `FRACTIONS` how much of it, in [0, 1]."""
-    metric = FRACTIONS.get(_kind(task))
-    if metric is None:
-        return completion.reason == "end" and is_right(tokenizer, task, completion.text, reference)
-    return max(metric(completion.text, text) for text in _spellings(tokenizer, reference))
+def judged_answer(
+    metrics: Mapping[str, str], tokenizer: Tokenizer, sample: Sample, completion: Completion
+) -> tuple[bool | float, Response]:
+    """As `judged`, for a generated answer to the last question of a sample; `metrics` as of `metric_of`."""
+    references = sample.references or (sample.answer,)
+    finished = completion.reason == "end"
+    response = Response(completion.text, references, sample.question, group_of(sample), finished)
+    return judged(metric_of(sample.task, metrics), tokenizer, response)
 
 
-def _kind(task: str) -> str:
-    return task.partition(":")[0]
-
-
-def _spellings(tokenizer: Tokenizer, reference: str) -> tuple[str, ...]:
-    """A reference answer, and how the tokenizer writes it, if with anything."""
-    spelled = tokenizer.decode(tokenizer.encode(reference))
-    return (reference, spelled) if spelled.strip() and spelled != reference else (reference,)
-
-
-def is_right(tokenizer: Tokenizer, task: str, answer: str, reference: str) -> bool:
-    """Whether an answer counts as right, by the task's metric.
-
-    A tokenizer may write a text in another way, as in lower case; an answer of the model can only equal the reference
-    as its tokenizer writes it, which counts as well.
-    """
-    scorer = SCORERS.get(_kind(task), exact)
-    return any(scorer(answer, text) for text in _spellings(tokenizer, reference))
+def group_of(sample: Sample) -> str:
+    """A digest of the pictures and videos of a sample, or without any its name."""
+    if not sample.images and not sample.videos:
+        return sample.sample_id
+    digest = hashlib.blake2b(digest_size=8)
+    for image in sample.images:
+        digest.update(repr(image.shape).encode())
+        digest.update(np.ascontiguousarray(image))
+    for video in sample.videos:
+        digest.update(video.encode() if isinstance(video, str) else video)
+    return digest.hexdigest()
 
 
 def generation_mesh(params: Params) -> Mesh | None:
@@ -159,9 +152,10 @@ def _answered(
         counts, text = example.visual_tokens, completion.text
         if sum(counts) != shown:
             raise ValueError(f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places")
-        correct = score(system.processor.tokenizer, sample.task, completion, sample.answer)
+        correct, judged_as = judged_answer(settings.metrics, system.processor.tokenizer, sample, completion)
         asked = sample.sample_id, sample.task, sample.question, sample.answer
-        yield Answer(*asked, text, correct, counts, tokens_by_span(example))
+        compared = judged_as.references, judged_as.group, judged_as.is_finished
+        yield Answer(*asked, text, correct, counts, tokens_by_span(example), *compared)
 
 
 def check_references(

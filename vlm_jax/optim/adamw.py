@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated
 
 import jax
@@ -78,7 +79,11 @@ def decays(path: tuple) -> bool:
 
 
 def adamw(
-    settings: OptimizerSettings, rates: Mapping[str, float | tuple[float, ...]], warmup_steps: int, steps: int
+    settings: OptimizerSettings,
+    rates: Mapping[str, float | tuple[float, ...]],
+    warmup_steps: int,
+    steps: int,
+    limits: Mapping[str, float] = MappingProxyType({}),
 ) -> optax.GradientTransformation:
     """AdamW over a tree of parameters; clipping, moments and updates are in float32 for parameters of any dtype.
 
@@ -88,13 +93,14 @@ def adamw(
         the slices of its first axis.
       warmup_steps: steps of linear warm-up.
       steps: all steps of the stage.
+      limits: the largest value that a step leaves a parameter, by path.
 
     Raises:
       ConfigError: the warm-up is not shorter than the stage.
 
     Source: Loshchilov and Hutter 2019 (AdamW), algorithm 2.
     """
-    return _adamw(settings, tuple(sorted(rates.items())), warmup_steps, steps)
+    return _adamw(settings, tuple(sorted(rates.items())), warmup_steps, steps, tuple(sorted(limits.items())))
 
 
 @functools.lru_cache(maxsize=64)  # equal optimizers are one object, so that equal steps are compiled once
@@ -103,6 +109,7 @@ def _adamw(
     rates: tuple[tuple[str, float | tuple[float, ...]], ...],
     warmup_steps: int,
     steps: int,
+    limits: tuple[tuple[str, float], ...],
 ) -> optax.GradientTransformation:
     if warmup_steps >= steps:
         raise ConfigError(f"warmup_steps: expected fewer than the {steps} steps of the stage, got {warmup_steps}")
@@ -116,6 +123,7 @@ def _adamw(
             ),
             optax.scale_by_schedule(schedule(1.0, warmup_steps, steps, settings.final_scale)),
             _scale_by_rates(dict(rates)),
+            _keep_below(dict(limits)),
         )
     )
 
@@ -137,6 +145,18 @@ def _scale_by_rates(rates: Mapping[str, float | tuple[float, ...]]) -> optax.Gra
         return map_with_path(scaled, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _keep_below(limits: Mapping[str, float]) -> optax.GradientTransformation:
+    """Shortens updates that would leave a parameter above its limit."""
+
+    def shortened(path: str, update: jax.Array, param: jax.Array) -> jax.Array:
+        return jnp.minimum(update, limits[path] - param) if path in limits else update
+
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        return map_with_path(shortened, updates, params) if limits else updates, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _scale_by_adam(settings: OptimizerSettings) -> optax.GradientTransformation:

@@ -11,8 +11,10 @@ from vlm_jax.planner.program_text import UnreadableProgram
 
 Group = tuple[int, ...]
 _LIST = r"\{\d+(?:,\d+)*\}"
-_MESH = r"mesh\[('\w+'=\d+(?:, ?'\w+'=\d+)*)\] \{('\w+'(?:, ?'\w+')*)\}"
-_IOTA = r"\[(\d+),(\d+)\]<=\[(\d+(?:,\d+)*)\](?:T\((\d+(?:,\d+)*)\))?"
+_SIDES = r"(\d+(?:,\d+)*)"
+_ORDER = rf"\[{_SIDES}\](?:T\({_SIDES}\))?"
+_MESH = rf"mesh\[('\w+'=\d+(?:, ?'\w+'=\d+)*)\](?:, device_ids=\({_ORDER}\))? \{{('\w+'(?:, ?'\w+')*)\}}"
+_IOTA = rf"\[(\d+),(\d+)\]<={_ORDER}"
 _LISTED = rf"\{{({_LIST}(?:, ?{_LIST})*)?\}}"
 _END = r"(?=, \w+=|\s*$)"  # another attribute, or nothing
 
@@ -34,18 +36,26 @@ def device_groups(attributes: str, num_devices: int) -> list[Group]:
     mesh, iota, listed = (re.match(form + _END, given) for form in (_MESH, _IOTA, _LISTED))
     if mesh is not None:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        over = re.findall(r"'(\w+)'", mesh[2])
-        if math.prod(sizes.values()) == num_devices and set(over) <= set(sizes):
-            return groups_of(sizes, over)
+        over = re.findall(r"'(\w+)'", mesh[4])
+        order = _ordered(mesh[2] or str(num_devices), mesh[3])
+        if math.prod(sizes.values()) == num_devices == len(order) and set(over) <= set(sizes):
+            return [tuple(order[place] for place in group) for group in groups_of(sizes, over)]
     elif iota is not None:
-        sides = tuple(map(int, iota[3].split(",")))
-        if math.prod(sides) == num_devices == int(iota[1]) * int(iota[2]):
-            order = np.arange(num_devices).reshape(sides)
-            order = order.transpose(tuple(map(int, iota[4].split(",")))) if iota[4] else order
-            return [tuple(group) for group in order.reshape(int(iota[1]), int(iota[2])).tolist()]
+        order, count, size = _ordered(iota[3], iota[4]), int(iota[1]), int(iota[2])
+        if len(order) == num_devices == count * size:
+            return [tuple(order[start : start + size]) for start in range(0, num_devices, size)]
     elif listed is not None:
         return _listed(listed[1]) if listed[1] else [tuple(range(num_devices))]
     raise UnreadableProgram(f"unknown groups of {num_devices} devices: replica_groups={given[:120]}")
+
+
+def _ordered(sides: str, axes: str | None) -> list[int]:
+    """Devices counted along the sides, in the order of transposed axes; none where these are not the sides' axes."""
+    shape = tuple(map(int, sides.split(",")))
+    order = tuple(map(int, axes.split(","))) if axes else tuple(range(len(shape)))
+    if sorted(order) != list(range(len(shape))):
+        return []
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1).tolist()
 
 
 def device_pairs(attributes: str) -> list[tuple[int, int]]:

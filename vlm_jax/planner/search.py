@@ -129,7 +129,7 @@ def find_largest(request: Request, make: Callable[[Request], Plan]) -> Plan:
     A guess lies on the straight line of memory through two plans. Padding bends the line, and only a refused program
     says how much of a chip the compiler gives away, so that guesses also halve the way from the most rows that fit to
     the fewest that are refused. All are compiled for their memory; the result is compiled in full, with fewer rows
-    where it takes more than that.
+    where it takes more than that, unless the request is for memory alone.
 
     Args:
       request: of `prefill` or `decode`; its batch size is where the search starts.
@@ -140,7 +140,10 @@ def find_largest(request: Request, make: Callable[[Request], Plan]) -> Plan:
     """
     fits = make(request.changed(quick=True))
     if not fits.memory.fits:
-        raise PlanError(f"--largest_batch: {fits.rows} rows do not fit, {-fits.memory.spare} bytes too much")
+        raise PlanError(
+            f"--largest_batch: {fits.rows} rows do not fit, {-fits.memory.spare} bytes too much; start at a smaller "
+            "--batch_size"
+        )
     unit, guess = fits.rows, 4 * fits.rows
     before: Plan | None = None
     refused: Plan | None = None
@@ -165,9 +168,9 @@ def _step(rows: int, unit: int) -> int:
 
 
 def _in_full(request: Request, make: Callable[[Request], Plan], rows: int, unit: int) -> Plan:
-    """The plan for the most rows up to so many that fits when it is compiled in full."""
+    """The plan for the most rows up to so many that fits when it is compiled as the request says."""
     while rows > 0:
-        plan = make(request.changed(batch_size=rows, quick=False))
+        plan = make(request.changed(batch_size=rows))
         if plan.memory.fits:
             return plan
         rows -= _step(rows, unit)

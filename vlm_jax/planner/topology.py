@@ -44,13 +44,11 @@ class Topology(NamedTuple):
     Attributes:
       name: as given, `v5p:4x4x4`.
       chip: what each device can do.
-      sides: chips along each dimension.
       devices: for `sharding.mesh.make_mesh`.
     """
 
     name: str
     chip: Chip
-    sides: tuple[int, ...]
     devices: tuple[Any, ...]
 
 
@@ -74,7 +72,7 @@ def open_topology(name: str) -> Topology:
     devices = tuple(found.devices)
     chip = chip_of(devices[0].device_kind)
     assert chip is not None and len(devices) == math.prod(sides) * chip.devices_per_chip
-    return Topology(name, chip, sides, devices)
+    return Topology(name, chip, devices)
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:

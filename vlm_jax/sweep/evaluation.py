@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,12 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError, check_fields
+from vlm_jax.evals.metrics import check_metrics
+from vlm_jax.evals.paired import differences, told_differences
+from vlm_jax.evals.predictions import check_parquet, write_parquet
+from vlm_jax.evals.scores import SCORED, Scores
 from vlm_jax.evals.tally import Tally
-from vlm_jax.evals.vqa import check_references, score
+from vlm_jax.evals.vqa import check_references, judged_answer
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import open_system
@@ -45,6 +49,7 @@ from vlm_jax.types import Fields, Sample
 
 CONTROLS = frozenset({"random", "uniform_stride", "downsample_image"})
 COMMAND = "vlm_jax.cli.evaluate"
+PARQUET_FILE, COMPARISON_FILE = "answers.parquet", "comparison.jsonl"
 
 Line = dict[str, Any]
 
@@ -64,6 +69,10 @@ class ReleaseEvaluation:
       num_samples: number of records to evaluate, sampled by the seed; None for all.
       seed: seed for sampling records.
       tasks: allowed values of a record's `task`; the first is the default.
+      metrics: metrics as `task=name`, for tasks with another one than `evals.metrics.BY_TASK` says.
+      parquet: whether the answers of a point are also written as `answers.parquet`.
+      compare: the workdir of another evaluation, whose points of the same labels are compared with these, or the folder
+        of one point, with which all are compared; None for neither.
     """
 
     release: str
@@ -76,15 +85,42 @@ class ReleaseEvaluation:
     num_samples: Count | None = None
     seed: Seed = 0
     tasks: tuple[str, ...] = ("vqa",)
+    metrics: tuple[str, ...] = ()
+    parquet: bool = False
+    compare: str | None = None
 
     def __post_init__(self):
         check_fields(self, "--")
         if not self.reducers or not self.tasks:
             raise ConfigError("--reducers, --tasks: expected at least one name each")
+        for given in self.metrics:
+            if not all(given.partition("=")):
+                raise ConfigError(f"--metrics: expected task=metric, as in vqa=anls, got '{given}'")
+        check_metrics(self.chosen_metrics, "--metrics")
+        if self.parquet:
+            check_parquet("--parquet")
+        if self.compare is not None and not _has_answers(epath.Path(absolute(self.compare))):
+            raise ConfigError(
+                f"--compare: expected the workdir of an evaluation, or a point's folder, got '{self.compare}'"
+            )
+
+    @property
+    def chosen_metrics(self) -> dict[str, str]:
+        """{task: name} of `metrics`."""
+        parts = [given.partition("=") for given in self.metrics]
+        return {task: name for task, _, name in parts}
+
+    @property
+    def of_answers(self) -> Fields:
+        """The settings that answers and their scores depend on; `metrics` only where some are chosen."""
+        settings = dataclasses.asdict(self)
+        for name in ("parquet", "compare", *(() if self.metrics else ("metrics",))):
+            del settings[name]
+        return settings
 
     def command(self, workdir: str, point: ReleasePoint) -> str:
         """The command that evaluates only one point."""
-        given = dataclasses.asdict(self) | {
+        given = self.of_answers | {
             "reducers": (point.reducer,),
             "budgets": () if point.token_budget is None else (point.token_budget,),
             "workdir": f"{workdir}/{point.label}",
@@ -132,7 +168,7 @@ class Evaluation:
         )
         references = self._questions.references()
         check_references(processor.tokenizer, references, settings.max_new_tokens, "--max_new_tokens")
-        self._claim = Claim(self.workdir, dataclasses.asdict(settings))
+        self._claim = Claim(self.workdir, settings.of_answers)
 
     def run(self) -> dict[str, str]:
         """Evaluates unfinished points, then draws the frontier and writes the report.
@@ -164,11 +200,17 @@ class Evaluation:
         ordered = [results[point.label] for point in self.points if point.label in results]
         if ordered:
             self._report(ordered)
+            labels = [result["label"] for result in ordered]
+            if self._settings.parquet:
+                for folder in (self.workdir / "points" / label for label in labels):
+                    write_parquet(each_line(folder / ANSWERS_FILE), folder / PARQUET_FILE)
+            if self._settings.compare is not None:
+                self._compare(labels)
         return failures.errors
 
     def _run_point(self, point: ReleasePoint, params: Any, progress: PointsProgress) -> Line:
         path = self._answers(point)
-        tally, start = resume(path)
+        tally, scores, start = resume(path, self._settings.chosen_metrics)
         if start > len(self._questions):
             raise ValueError(f"{path} has {start} answers to {len(self._questions)} questions; use another workdir")
         size, seconds = self._settings.batch_size, []
@@ -184,9 +226,27 @@ class Evaluation:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
             for line in lines:
                 tally.add(line)
+                scores.add(line)
             start, skipped = start + len(lines), 0
             progress.advance(point.label, start, point.label)
-        return self._result(point, tally, seconds)
+        return {**self._result(point, tally, seconds), "scores": scores.result()}
+
+    def _compare(self, labels: Sequence[str]) -> None:
+        """Says and keeps how the points differ from those of `compare`."""
+        assert self._settings.compare is not None
+        other, lines = epath.Path(absolute(self._settings.compare)), []
+        for label in labels:
+            theirs = other if (other / ANSWERS_FILE).exists() else other / "points" / label
+            if not (theirs / ANSWERS_FILE).exists():
+                self._console.print(f"{label}: not compared: {theirs} has no answers", markup=False, soft_wrap=True)
+                continue
+            rows = each_line(self.workdir / "points" / label / ANSWERS_FILE), each_line(theirs / ANSWERS_FILE)
+            found = differences(*rows, self._settings.chosen_metrics)
+            lines += [{"label": label, "against": str(theirs), **dataclasses.asdict(one)} for one in found]
+            self._console.print(
+                "\n".join([f"{label} against {theirs}", *told_differences(found)]), markup=False, soft_wrap=True
+            )
+        write_lines(self.workdir / COMPARISON_FILE, lines)
 
     def _answer(self, system: System, params: Any, samples: list[Sample]) -> list[Line]:
         """Answers of a batch, padded by repeating its last sample."""
@@ -204,12 +264,13 @@ class Evaluation:
         for sample, answer in zip(samples, answers, strict=False):
             sizes = [(image.shape[0], image.shape[1]) for image in sample.images]
             counts = processor.count_visual_tokens(sizes)
+            score, response = judged_answer(self._settings.chosen_metrics, processor.tokenizer, sample, answer)
             lines.append(
                 {
                     "sample_id": sample.sample_id,
                     "task": sample.task,
-                    "text": answer.text,
-                    "correct": score(processor.tokenizer, sample.task, answer, sample.answer),
+                    **dataclasses.asdict(response),
+                    "correct": score,
                     "visual_tokens": counts,
                     "tokens_by_span": list(answer.visual_tokens) if counts else [],
                 }
@@ -278,20 +339,33 @@ class Evaluation:
         return examples
 
 
-def resume(path: epath.Path) -> tuple[Tally, int]:
-    """The tally of a file's complete lines, and their number; removes a truncated last line from the file."""
-    tally, count, size, whole = Tally(), 0, 0, 0
+def resume(path: epath.Path, metrics: Mapping[str, str]) -> tuple[Tally, Scores, int]:
+    """The counts of a file's complete lines, and their number; removes a truncated last line from the file.
+
+    Raises:
+      ValueError: a line was written before answers had references.
+    """
+    tally, scores, count, size, whole = Tally(), Scores(metrics), 0, 0, 0
     if not path.exists():
-        return tally, 0
+        return tally, scores, 0
     with path.open("rb") as file:
         for line in file:
             size += len(line)
             if line.endswith(b"\n"):
-                tally.add(json.loads(line))
+                row = json.loads(line)
+                if not set(SCORED) <= row.keys():
+                    raise ValueError(f"{path}: answers of an earlier version, without references; use another workdir")
+                tally.add(row)
+                scores.add(row)
                 count, whole = count + 1, size
     if whole < size:
         write_whole(path, path.read_bytes()[:whole].decode())
-    return tally, count
+    return tally, scores, count
+
+
+def _has_answers(folder: epath.Path) -> bool:
+    """Whether a folder is that of a point, or of an evaluation with points."""
+    return (folder / ANSWERS_FILE).exists() or (folder / RESULTS_FILE).exists()
 
 
 def _listed(refused: Sequence[RefusedPoint]) -> str:

@@ -11,6 +11,8 @@ from etils import epath
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import config_hash, parse
+from vlm_jax.evals.metrics import check_metrics
+from vlm_jax.evals.scores import SCORED, Scores
 from vlm_jax.evals.tally import Tally
 from vlm_jax.evals.timing import generation_seconds
 from vlm_jax.evals.vqa import answers
@@ -70,6 +72,8 @@ class Sweep:
         self.failed: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self.points = list_points(config, only, self._refused)
+        evaluation = parse(EvaluationSettings, config.base.evaluation, "config.base.evaluation")
+        check_metrics(evaluation.metrics, "config.base.evaluation.metrics")
         self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
         self._claim = Claim(self.workdir, config)
 
@@ -176,14 +180,15 @@ class Sweep:
         outcome = self._train_point(point, start, progress)
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
         samples = point.experiment.open_source().evaluation(point.config.seed)
-        tally = Tally()
+        tally, scores = Tally(), Scores(evaluation.metrics)
         with whole_file(self._folder(point.label) / ANSWERS_FILE) as file:
             for answer in answers(point.experiment, outcome.params, samples, evaluation):
                 tally.add(vars(answer))
-                kept = {name: getattr(answer, name) for name in ("sample_id", "task", "text", "correct")}
+                scores.add(vars(answer))
+                kept = {name: getattr(answer, name) for name in ("sample_id", "correct", *SCORED)}
                 file.write(json.dumps(kept) + "\n")
         times = {} if is_timed else generation_seconds(point.experiment, outcome.params, samples, evaluation)
-        return self._result(point, outcome, tally, times)
+        return {**self._result(point, outcome, tally, times), "scores": scores.result()}
 
     def _result(self, point: Point, outcome: Outcome, tally: Tally, times: dict[str, float]) -> dict[str, Any]:
         left, mean = point.costs.num_visual_tokens, point.costs.mean_visual_tokens

@@ -60,7 +60,8 @@ class StageStep:
     @property
     def tx(self) -> Any:
         """The optimizer of the trained parameters."""
-        return adamw(self.optimizer, self.rates, self.stage.warmup_steps, self.stage.steps)
+        limits = self.stage.settings.limits
+        return adamw(self.optimizer, self.rates, self.stage.warmup_steps, self.stage.steps, limits)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""

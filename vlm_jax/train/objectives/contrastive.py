@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,13 +26,14 @@ from vlm_jax.paths import absolute
 from vlm_jax.pretrained import FAMILIES
 from vlm_jax.pretrained.loader import is_run, open_system
 from vlm_jax.processors.image_text import ImageTextProcessor
-from vlm_jax.ranges import NonNegative, Size
+from vlm_jax.ranges import NonNegative, Positive, Size
 from vlm_jax.sharding.rules import BATCH_AXES, placed
 from vlm_jax.system import System
 from vlm_jax.train.objectives.objective import Loss, Metrics, Objective
 from vlm_jax.train.workdir import CONFIG_FILE, INIT_FROM
 from vlm_jax.types import DistilledBatch, ImageTextBatch, Params, Sample, Tree
 
+CLIP_MAX_SCALE = 100.0
 ONE_DEVICE = {"softmax": softmax_loss, "sigmoid": sigmoid_loss, "distillation": distillation_loss}
 
 
@@ -49,8 +50,10 @@ class Contrastive(Objective):
       block_size: images whose logits are held at once.
       teacher: with `distillation`: a released two-tower model, or the workdir of a run of one. It is frozen.
       distillation_weight: weight of the cross entropy with the teacher.
+      max_scale: a step leaves the scale of the similarities at most this large, also where it began above; None for
+        CLIP's 100 with softmax, and for no limit with sigmoid.
 
-    Source: Radford et al. 2021 (CLIP), section 2.3; Zhai et al. 2023 (SigLIP), section 3; open_clip's
+    Source: Radford et al. 2021 (CLIP), sections 2.3 and 2.5; Zhai et al. 2023 (SigLIP), section 3; open_clip's
     `DistillClipLoss`; Zhai et al. 2022 (LiT), section 3.
     """
 
@@ -59,6 +62,7 @@ class Contrastive(Objective):
     block_size: Size = DEFAULT_BLOCK_SIZE
     teacher: str | None = None
     distillation_weight: NonNegative = 1.0
+    max_scale: Positive | None = None
 
     streams: ClassVar[tuple[str, ...]] = (CAPTIONS,)
 
@@ -69,6 +73,12 @@ class Contrastive(Objective):
                 raise ValueError(f"{key}: no '{getattr(self, key)}'{did_you_mean(getattr(self, key), known)}")
         if (self.teacher is None) != (self.loss != "distillation"):
             raise ValueError("teacher: the loss distillation has one, and no other; set or remove it")
+
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """As `Objective.limits`: of the scale, which is stored as a logarithm."""
+        scale = CLIP_MAX_SCALE if self.max_scale is None and self.loss != "sigmoid" else self.max_scale
+        return {} if scale is None else {"log_scale": math.log(scale)}
 
     def check(self, experiment: AnyExperiment, *, accumulate: int, path: str) -> None:
         """Requires two towers, and the whole batch at once."""

@@ -1,7 +1,7 @@
 """What an objective is: the keys of a stage that belong to it, and the loss and the rows that it makes."""
 
 import abc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -67,6 +67,11 @@ class Objective(abc.ABC):
         """
         del experiment, stream
         raise ConfigError(f"objective: {type(self).__name__} cannot be planned without its data; plan another stage")
+
+    @property
+    def limits(self) -> Mapping[str, float]:
+        """The largest values that a step leaves parameters, by path."""
+        return {}
 
     def reference_shapes(self, trained: Params) -> Params | None:
         """Shapes of `reference`, in the boxes that name their axes.

@@ -1,0 +1,53 @@
+"""Short answers: published examples of VQA accuracy, ANLS and relaxed accuracy, and options of multiple choice."""
+
+import pytest
+
+from vlm_jax.evals.metrics import METRICS
+from vlm_jax.evals.metrics.answers import Anls, RelaxedAccuracy, VqaAccuracy
+from vlm_jax.evals.metrics.choice import Choice, options_of
+from vlm_jax.evals.metrics.metric import Response
+from vlm_jax.evals.metrics.yes_no import Mme
+
+
+@pytest.mark.parametrize(("agreeing", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy_by_the_number_of_people_who_agree(agreeing, accuracy):
+    """The table of the VQA challenge's evaluation page: min(n / 3, 1), averaged over the ten choices of nine people."""
+    people = ("Yes",) * agreeing + ("no",) * (10 - agreeing)
+    assert VqaAccuracy().score(Response("yes.", people)) == pytest.approx(accuracy * (agreeing < 10))
+    assert VqaAccuracy().score(Response("Yes", people)) == pytest.approx(accuracy)
+
+
+def test_a_single_reference_is_compared_when_normalised():
+    assert VqaAccuracy().score(Response("The TWO dogs!", ("2 dogs",))) == 1.0
+    assert VqaAccuracy().score(Response("three dogs", ("2 dogs",))) == 0.0
+
+
+def test_anls_is_zero_from_half_of_the_text_on():
+    assert Anls().score(Response("Johann", ("johanN  ",))) == 1.0
+    assert Anls().score(Response("abcd", ("abxx",))) == 0.0
+    assert Anls().score(Response("abcde", ("abcxx", "xxxxx"))) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("answer", "right"), [("95", True), ("94.9", False), ("1.05e2", True), ("9500%", True)])
+def test_numbers_within_five_percent_are_right(answer, right):
+    assert RelaxedAccuracy().score(Response(answer, ("7", "100"))) is right
+
+
+@pytest.mark.parametrize(
+    ("reference", "right"), [("B", True), ("(b)", True), ("B.", True), ("a dog", True), ("A", False), ("a cat", False)]
+)
+def test_the_right_option_is_a_letter_or_a_text(reference, right):
+    question = "What is it?\n(A) a cat\n(B) a dog"
+    assert options_of(question) == {"A": "a cat", "B": "a dog"}
+    for answer in ("B", "The answer is B.", "It is a dog."):
+        assert Choice().score(Response(answer, (reference,), question)) is right
+
+
+def test_both_questions_about_a_picture_are_right_or_not():
+    """Of three pictures one is wholly right, one half: 3 of 6 questions, 1 of 3 pictures, and 100 (1/2 + 1/3)."""
+    said = [("yes", "yes"), ("no", "no"), ("yes", "no"), ("No.", "no"), ("yes", "no"), ("other", "yes")]
+    responses = [Response(text, (right,), group=f"{place // 2}") for place, (text, right) in enumerate(said)]
+    mixed = [responses[place] for place in (0, 2, 4, 1, 3, 5)]
+    for given in (responses, mixed):
+        values = Mme().of_sums(METRICS["mme"].statistics(given).sum(axis=0))
+        assert values == pytest.approx([1 / 2, 1 / 3, 250 / 3])
