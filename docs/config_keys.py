@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from docstrings import attributes, summary
+from docstrings import attributes, escaped, summary
 
 from vlm_jax import ranges
 from vlm_jax.adapter import LoraSettings
@@ -145,7 +145,7 @@ def _section(name: str, path: str, classes: list[tuple[str, Any]], text: str = "
     for title, cls in classes:
         if title:
             yield f"\n### {path}: {title}\n"
-        yield f"\n{summary(cls)} Read by `{cls.__module__}.{cls.__qualname__}`.\n"
+        yield f"\n{escaped(summary(cls))} Read by `{cls.__module__}.{cls.__qualname__}`.\n"
         yield from _table(rows_of(cls, path, derived_of(cls, name)))
 
 
@@ -263,5 +263,5 @@ def _table(rows: list[Key]) -> Iterator[str]:
     yield "| key | type | range | default | meaning |"
     yield "| --- | --- | --- | --- | --- |"
     for row in rows:
-        cells = (f"`{row.name}`", row.kind, row.limits, row.default, row.text)
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("*/", "\\*/") for cell in cells) + " |"
+        cells = (f"`{row.name}`", row.kind, row.limits, row.default, escaped(row.text))
+        yield f"| {' | '.join(cells)} |"

@@ -12,6 +12,14 @@ def summary(cls: Any) -> str:
     return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
 
 
+def escaped(text: str) -> str:
+    """Text for a cell of a table: on one line, with characters of Markdown outside of code as they are."""
+    parts = " ".join(text.split()).split("`")
+    outside = [part.replace("*", "\\*").replace("<", "&lt;").replace("|", "\\|") for part in parts[::2]]
+    parts[::2] = outside
+    return "`".join(parts)
+
+
 def attributes(cls: Any) -> dict[str, str]:
     """What a class and its bases say of each field; `a, b: text` is about both."""
     found = dict[str, str]()

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from absl import flags
+from docstrings import escaped
 
 CLI = Path(__file__).resolve().parents[1] / "vlm_jax" / "cli"
 SHARED = {"command": "Runs of a config", "process": "Every command"}
@@ -67,6 +68,7 @@ def _table(own: dict[str, Any]) -> Iterator[str]:
     yield "| --- | --- | --- | --- |"
     for name, flag in own.items():
         takes = getattr(flag.parser, "syntactic_help", "") or flag.flag_type()
-        default = "" if flag.default in (None, []) else f"`{flag.default}`"
-        cells = (f"`--{name}`", takes, default, flag.help)
-        yield "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
+        if takes.startswith("<"):  # of an enum, <a|b|c>
+            takes = takes.strip("<>").replace("|", ", ")
+        default = "" if flag.default in (None, [], "") else f"`{flag.default}`"
+        yield f"| `--{name}` | {escaped(takes)} | {default} | {escaped(flag.help)} |"

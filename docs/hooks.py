@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import config_keys  # noqa: E402 (found by the line above)
 import flag_tables  # noqa: E402
+import metric_tables  # noqa: E402
 import system_tables  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
@@ -37,6 +38,7 @@ back. The packages below are for those who build on it; shapes in signatures hav
 PAGES: dict[str, Callable[[], str]] = {
     "reference/config.md": config_keys.page,
     "reference/commands.md": flag_tables.page,
+    "reference/metrics.md": metric_tables.page,
     "reference/systems.md": system_tables.page,
 }
 

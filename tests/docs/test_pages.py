@@ -49,8 +49,8 @@ def test_keys_have_types_ranges_and_defaults():
     ):
         assert row in page, row
     assert not [line for line in page.splitlines() if line.startswith("| `") and line.endswith("|  |")]
-    assert "`output_grid`" not in page  # solved from the budget
-    assert "`num_queries`" not in page
+    for solved in ("output_grid", "num_queries", "num_kept", "features"):
+        assert f"| `{solved}` |" not in page
 
 
 def test_keys_of_the_base_config_are_on_the_page(keys):
@@ -97,7 +97,7 @@ def test_targets_extras_and_files_exist(page):
 @by_page
 def test_links_lead_to_pages(page):
     """Of pages that the build makes, the names are in docs/hooks.py; their anchors are checked by mkdocs."""
-    made = ("reference/commands.md", "reference/config.md", "reference/systems.md", "reference/api/")
+    made = [f"reference/{name}" for name in ("commands.md", "config.md", "metrics.md", "systems.md", "api/")]
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not link.startswith("http") and not any(name in link for name in made) and link != "assets/frontier.png":
             assert (page.parent / link).resolve().exists(), link
