@@ -4,12 +4,14 @@ mkdocs calls `on_config` and `on_files`; no page made here is kept in the reposi
 """
 
 import ast
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where the compiler of TPUs is installed, none is looked for
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import config_keys  # noqa: E402 (found by the line above)
