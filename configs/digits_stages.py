@@ -18,7 +18,9 @@ def _stage(stream: str, steps: int, learning_rates: dict[str, float], *, batch_s
 def set_sizes(config: ConfigDict) -> None:
     """Sets, in place, pages and a model with 64 patches, four in a cell, that learn all tasks in a few minutes."""
     config.token_budget = 64
-    config.data.update({"min_digit": 11, "variants": 16, "turns_per_page": 8, "turns_per_text_page": 12, "coarse_share": 0.5})
+    config.data.update(
+        {"min_digit": 11, "variants": 16, "turns_per_page": 8, "turns_per_text_page": 12, "coarse_share": 0.5}
+    )
     config.data.task_weights = ConfigDict({"read": 1.0, "transcribe": 1.0, "count": 2.0, "locate": 0.5})
     config.data.evaluation_size = 200
     config.row.text_length = 78  # also where every count is of two digits

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float
 from vlm_jax.evals.bootstrap import repetitions
 from vlm_jax.evals.metrics import Metric, metric_of
 from vlm_jax.evals.scores import response_of
-from vlm_jax.types import Fields
 
 PERMUTATIONS = 10_000
 BLOCK = 500  # permutations, or replicates, at a time
@@ -75,7 +74,7 @@ def differences(
     return found
 
 
-def _check_questions(ours: Mapping[str, Fields], theirs: Mapping[str, Fields]) -> None:
+def _check_questions(ours: Mapping[str, Mapping[str, Any]], theirs: Mapping[str, Mapping[str, Any]]) -> None:
     alone = sorted(set(ours) ^ set(theirs))
     changed = [name for name in ours if name in theirs and ours[name]["group"] != theirs[name]["group"]]
     changed += [name for name in ours if name in theirs and ours[name]["question"] != theirs[name]["question"]]
@@ -88,7 +87,7 @@ def _check_questions(ours: Mapping[str, Fields], theirs: Mapping[str, Fields]) -
         )
 
 
-def _summed(metric: Metric, rows: Sequence[Fields]) -> dict[str, Float[np.ndarray, "statistics"]]:
+def _summed(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> dict[str, Float[np.ndarray, "statistics"]]:
     """{group: sums of the statistics of its answers}."""
     responses, sums = [response_of(row) for row in rows], {}
     for response, statistics in zip(responses, metric.statistics(responses), strict=True):
@@ -111,8 +110,8 @@ def _compared(
     low, high = np.quantile(replicates, (0.025, 0.975), axis=0) if len(replicates) else (mine - other,) * 2
     p_values = _p_values(metric, ours, theirs)
     return [
-        Difference(task, name, *map(float, numbers), count)
-        for name, *numbers in zip(metric.values, mine, other, low, high, p_values, strict=True)
+        Difference(task, name, float(one), float(two), float(least), float(most), float(p_value), count)
+        for name, one, two, least, most, p_value in zip(metric.values, mine, other, low, high, p_values, strict=True)
     ]
 
 

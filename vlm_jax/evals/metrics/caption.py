@@ -89,7 +89,8 @@ def words(text: str) -> list[str]:
         if token in _REMOVED:
             continue
         parts = _CLITIC.match(token)
-        found += parts.groups() if parts else _DIVIDED.get(token, _BRACKETS.get(token, token)).split()
+        word: str = _DIVIDED.get(token) or _BRACKETS.get(token) or token
+        found += parts.groups() if parts else word.split()
     return found
 
 
