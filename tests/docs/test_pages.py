@@ -11,6 +11,8 @@ sys.path.append(str(ROOT / "docs"))
 
 import config_keys
 import flag_tables
+import metric_tables
+import system_tables
 
 OTHERS = {"spot", "logdir"}  # of gcloud and tensorboard
 NAMES = [name_of(page) for page in PAGES]
@@ -64,6 +66,21 @@ def test_keys_of_the_base_config_are_on_the_page(keys):
 
     missing = set(names(base.get_config())) - keys - {"kind", "stages", "schedule"}
     assert not missing
+
+
+def test_systems_have_the_visual_tokens_of_their_papers():
+    """LLaVA-1.5, section 3.2: 24 x 24; Qwen-VL, section 2.1: 256 queries; InternVL 1.5, section 3.1: 256 a tile."""
+    rows = [row.strip("| ").split(" | ") for row in system_tables.page().splitlines() if row.startswith("| `")]
+    tokens = {row[0].strip("`"): row[-1] for row in rows}
+    assert tokens["llava-hf/llava-1.5-7b-hf"] == "576"
+    assert tokens["Qwen/Qwen-VL"] == tokens["OpenGVLab/InternVL2-8B"] == "256"
+    assert tokens["Qwen/Qwen2.5-VL-7B-Instruct"] == "by the size of the image"
+
+
+def test_metrics_have_their_tasks():
+    page = metric_tables.page()
+    (row,) = [row for row in page.splitlines() if row.startswith("| `anls` |")]
+    assert "`mean`" in row and "Biten et al. 2019" in row and row.endswith("| `docvqa`, `infovqa`, `stvqa` |")
 
 
 @by_page
