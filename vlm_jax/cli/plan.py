@@ -47,10 +47,12 @@ BUDGETS = flags.DEFINE_list("budgets", [], "Visual tokens of an image, with --sw
 CONNECTORS = flags.DEFINE_list(
     "connectors", [], f"Connectors, with --sweep; {RELEASED}, which is the default, is the release's own."
 )
-JOIN = flags.DEFINE_string("join", None, "With --sweep, the workdir of a finished sweep or evaluation.")
+JOIN = flags.DEFINE_string(
+    "join", None, "With --sweep, the workdir of a finished sweep or evaluation, to join with plans of the first slice."
+)
 SEARCH = flags.DEFINE_bool("search", False, "Try meshes and remat policies, and rank those that fit.")
 LARGEST = flags.DEFINE_bool("largest_batch", False, "Find the most rows of generation that fit.")
-MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "Compile for the memory alone, in about half the time.")
+MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "Compile faster, for the memory alone, without a time.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 PLANS = flags.DEFINE_string("plans", FOLDER, "Folder of finished plans, by what they depend on; empty for none.")
 
