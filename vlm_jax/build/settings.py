@@ -63,7 +63,7 @@ class ImageTextSettings(PixelSettings):
 
     Attributes:
       tokenizer: `digits` or `documents` for the built-in vocabulary of these pages, else a tokenizer.json.
-      special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not <pad> and
+      special_tokens: names of the tokenizer's `pad`, `bos`, `eos` and `image`, where they are not `<pad>` and
         so on.
     """
 

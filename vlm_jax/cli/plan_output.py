@@ -83,8 +83,8 @@ def _time(plan: Plan) -> rich.table.Table:
         table.add_row("model FLOPs utilisation", f"{own.mfu:.1%}")
         table.add_row("tokens a second", f"{plan.tokens_per_second:,.0f}")
         terms = {"products at the peak": own.compute, "memory at its bandwidth": own.memory}
-        cycles = f"compiler's cycles, {own.without_cycles:.1%} of it by bytes where it has none"
-        terms |= {cycles: own.instructions, "attention kernels": own.kernels}
+        terms |= {"compiler's cycles": own.instructions, "of these by bytes": own.instructions * own.without_cycles}
+        terms |= {"attention kernels": own.kernels}
         for name, seconds in (terms | {"exposed communication": own.exposed}).items():
             table.add_row(f"  {name}", f"{1e3 * seconds:.4g} ms")
     for line in plan.assumptions:
