@@ -11,10 +11,11 @@ from vlm_jax.sweep.frontier import Accuracy, FrontierPoint
 from vlm_jax.sweep.pages import show, shown
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "digits_token_budget"
+DOCUMENTS = FOLDER.parent / "document_reading"
 
 
-def loaded(name):
-    spec = importlib.util.spec_from_file_location(f"digits_{name}", FOLDER / f"{name}.py")
+def loaded(name, folder=FOLDER):
+    spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -33,6 +34,14 @@ def agreement():
 def test_pages_show_the_results_of_the_file(table):
     for name, text in table.sections().items():
         assert shown(table.PAGES[name]) == text
+
+
+def test_the_page_of_documents_shows_the_results_of_its_file():
+    assert shown(DOCUMENTS / "README.md") == loaded("figure", DOCUMENTS).section()
+    first = json.loads((DOCUMENTS / "results.jsonl").read_text().splitlines()[0])
+    percent = 100 * first["accuracy"]["ocr_line:4x4"]["mean"]
+    cells = f"| 16 | `{first['connector']}` | {first['token_budget']} | {16 / first['token_budget']:g} | {percent:.1f} ["
+    assert cells in shown(DOCUMENTS / "README.md")
 
 
 def test_the_table_of_the_overview_has_the_means_of_the_file(table):
