@@ -40,8 +40,8 @@ def test_the_page_of_documents_shows_the_results_of_its_file():
     assert shown(DOCUMENTS / "README.md") == loaded("figure", DOCUMENTS).section()
     first = json.loads((DOCUMENTS / "results.jsonl").read_text().splitlines()[0])
     percent = 100 * first["accuracy"]["ocr_line:4x4"]["mean"]
-    cells = f"| 16 | `{first['connector']}` | {first['token_budget']} | {16 / first['token_budget']:g} | {percent:.1f} ["
-    assert cells in shown(DOCUMENTS / "README.md")
+    name, tokens = first["connector"], first["token_budget"]
+    assert f"| 16 | `{name}` | {tokens} | {16 / tokens:g} | {percent:.1f} [" in shown(DOCUMENTS / "README.md")
 
 
 def test_the_table_of_the_overview_has_the_means_of_the_file(table):
