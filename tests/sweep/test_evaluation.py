@@ -203,7 +203,8 @@ def test_answers_without_references_need_another_workdir(evaluation, finished, t
     written.write_text("".join(json.dumps(line) + "\n" for line in before))
     found = evaluation(tmp_path / "work").run()
     assert re.search(
-        tried("{6}: answers of an earlier version, without references; use another workdir"), found["none@released"]
+        tried("{answers.jsonl}: answers of an earlier version, without references; use another workdir"),
+        found["none@released"],
     )
     assert evaluation(tmp_path / "other", reducers=("none",)).run() == {}
 

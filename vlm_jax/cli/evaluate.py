@@ -6,7 +6,6 @@ from absl import app, flags
 
 from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
-from vlm_jax.evals.paired import DifferentQuestions
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
@@ -45,7 +44,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     keep_programs()
     quieten()
-    with explained(OSError, DifferentQuestions):
+    with explained(OSError):
         settings = ReleaseEvaluation(
             release=str(RELEASE.value),
             data=str(DATA.value),

@@ -19,6 +19,7 @@ from vlm_jax.config import ConfigError
 from vlm_jax.data.conversations import TooManyCorruptImages
 from vlm_jax.data.packing import StalePlan
 from vlm_jax.data.stores import MalformedRecords
+from vlm_jax.evals.paired import DifferentQuestions
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.paths import absolute
 from vlm_jax.planner.topology import PlanError
@@ -42,6 +43,7 @@ EXPLAINED = (
     CheckpointMismatch,
     ConfigError,
     CorruptImage,
+    DifferentQuestions,
     Diverged,
     GenerationError,
     InfeasibleBudget,
