@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 import shlex
 import shutil
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 from tests.contracts import releases
 from tests.golden.conftest import DATA
 from tests.pretrained.test_image_text import siglip_model
+from tests.processes.conftest import environment, programs  # noqa: F401 (`programs` is a fixture of every test)
 
 from .sources import PAGES, ROOT, blocks, name_of
 
@@ -81,22 +81,9 @@ def write(folder, block):
     path.write_text(text.replace(old, new))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def programs(request, tmp_path_factory):
-    """The compilation cache of all commands, from all workers."""
-    folder = tmp_path_factory.getbasetemp()
-    if hasattr(request.config, "workerinput"):
-        folder = folder.parent
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
-        yield
-
-
 def run(folder, words):
     """(exit status, standard output, standard error) of Python with words, on one device."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    env = {**os.environ, "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(folder), "HOME": str(folder)}
+    env = {**environment(1), "PYTHONPATH": str(folder), "HOME": str(folder)}
     done = subprocess.run(
         [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT
     )

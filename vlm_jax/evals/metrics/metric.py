@@ -1,5 +1,6 @@
 """The interface of metrics: how answers of a task are scored, one by one and all together."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
@@ -58,16 +59,16 @@ class Metric(Protocol):
         ...
 
 
-class MeanScore:
+class MeanScore(abc.ABC):
     """What metrics share whose only number of many answers is the mean of their scores."""
 
     values: ClassVar[tuple[str, ...]] = ("mean",)
     num_statistics: ClassVar[int] = 2
     needs_all: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def score(self, response: Response) -> bool | float:
         """As `Metric.score`."""
-        raise NotImplementedError
 
     def statistics(self, responses: Sequence[Response]) -> Float[np.ndarray, "responses statistics"]:
         """As `Metric.statistics`: the score, and 1."""
