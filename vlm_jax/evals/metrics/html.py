@@ -1,5 +1,6 @@
 """HTML: tables by the similarity of their trees (TEDS), documents by that and by the edit distance of the markup."""
 
+import abc
 import functools
 import html.parser
 from collections.abc import Callable, Sequence
@@ -78,7 +79,35 @@ def parse(text: str) -> _Element:
     return builder.root
 
 
-class Teds:
+class _Similarities(abc.ABC):
+    """A metric whose values are means of similarities, each with the nearest reference; the first is the score."""
+
+    needs_all: ClassVar[bool] = False
+
+    @property
+    @abc.abstractmethod
+    def similarities(self) -> Sequence[Callable[[str, str], float]]:
+        """Functions of (answer, reference), one of each value; in [0, 1]."""
+
+    def score(self, response: Response) -> float:
+        """As `Metric.score`."""
+        return _nearest(self.similarities[0], response)
+
+    def statistics(self, responses: Sequence[Response]) -> Float[np.ndarray, "responses statistics"]:
+        """As `Metric.statistics`: the similarities, and 1."""
+        rows = [[*(_nearest(one, response) for one in self.similarities), 1.0] for response in responses]
+        return np.array(rows, float).reshape(-1, len(self.similarities) + 1)
+
+    def of_sums(self, sums: Float[np.ndarray, "*resamples statistics"]) -> Float[np.ndarray, "*resamples values"]:
+        """As `Metric.of_sums`."""
+        return ratio(sums[..., :-1], sums[..., -1:])
+
+
+def _nearest(similarity: Callable[[str, str], float], response: Response) -> float:
+    return max(similarity(response.text, text) for text in response.references)
+
+
+class Teds(_Similarities):
     """Similarity of tables by the edit distance of their trees; 0 where there is no table. The first table counts.
 
     A replaced cell costs the edit distance of its characters and tags as a share of the longer one, and 1 where spans
@@ -91,23 +120,11 @@ class Teds:
 
     values: ClassVar[tuple[str, ...]] = ("mean", "structure")
     num_statistics: ClassVar[int] = 3
-    needs_all: ClassVar[bool] = False
 
-    def score(self, response: Response) -> float:
-        """As `Metric.score`."""
-        return max(table_similarity(response.text, text) for text in response.references)
-
-    def statistics(self, responses: Sequence[Response]) -> Float[np.ndarray, "responses statistics"]:
-        """As `Metric.statistics`: both similarities, each of the nearest reference, and 1."""
-        rows = []
-        for response in responses:
-            shapes = (table_similarity(response.text, text, content=False) for text in response.references)
-            rows.append((self.score(response), max(shapes), 1.0))
-        return np.array(rows, float).reshape(-1, self.num_statistics)
-
-    def of_sums(self, sums: Float[np.ndarray, "*resamples statistics"]) -> Float[np.ndarray, "*resamples values"]:
-        """As `Metric.of_sums`."""
-        return ratio(sums[..., :2], sums[..., 2:])
+    @property
+    def similarities(self) -> Sequence[Callable[[str, str], float]]:
+        """As `_Similarities.similarities`."""
+        return table_similarity, functools.partial(table_similarity, content=False)
 
 
 def table_similarity(answer: str, reference: str, *, content: bool = True) -> float:
@@ -174,7 +191,7 @@ def _pieces(element: _Element) -> list[str]:
     return pieces
 
 
-class Html:
+class Html(_Similarities):
     """Similarity of HTML documents by the edit distance of their trees, and by that of their markup.
 
     Nodes are all elements of the body, or of the whole text without one. A replaced element costs the edit distance of
@@ -188,24 +205,11 @@ class Html:
 
     values: ClassVar[tuple[str, ...]] = ("mean", "structure", "markup")
     num_statistics: ClassVar[int] = 4
-    needs_all: ClassVar[bool] = False
 
-    def score(self, response: Response) -> float:
-        """As `Metric.score`."""
-        return max(document_similarity(response.text, text) for text in response.references)
-
-    def statistics(self, responses: Sequence[Response]) -> Float[np.ndarray, "responses statistics"]:
-        """As `Metric.statistics`: the three similarities, each of the nearest reference, and 1."""
-        rows = []
-        for response in responses:
-            shapes = (document_similarity(response.text, text, content=False) for text in response.references)
-            markups = (markup_similarity(response.text, text) for text in response.references)
-            rows.append((self.score(response), max(shapes), max(markups), 1.0))
-        return np.array(rows, float).reshape(-1, self.num_statistics)
-
-    def of_sums(self, sums: Float[np.ndarray, "*resamples statistics"]) -> Float[np.ndarray, "*resamples values"]:
-        """As `Metric.of_sums`."""
-        return ratio(sums[..., :3], sums[..., 3:])
+    @property
+    def similarities(self) -> Sequence[Callable[[str, str], float]]:
+        """As `_Similarities.similarities`."""
+        return document_similarity, functools.partial(document_similarity, content=False), markup_similarity
 
 
 def document_similarity(answer: str, reference: str, *, content: bool = True) -> float:
