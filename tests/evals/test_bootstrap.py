@@ -7,12 +7,12 @@ import scipy.stats
 
 from vlm_jax.evals.bootstrap import REPLICATES, Bootstrap, repetitions
 from vlm_jax.evals.metrics import METRICS
-from vlm_jax.evals.metrics.metric import MeanScore
+from vlm_jax.evals.metrics.text import Exact
 from vlm_jax.evals.scores import Scores
 
 
 def means(groups, values):
-    bootstrap = Bootstrap(MeanScore())
+    bootstrap = Bootstrap(Exact())
     for group, value in zip(groups, values, strict=True):
         bootstrap.add(str(group), np.array([value, 1.0]))
     return bootstrap.result()["mean"]
