@@ -31,13 +31,17 @@ CORE = [
     "tokenizers>=0.21",
 ]
 
+SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
+
 EXTRAS = {
     "test": [
+        *SERVE,
         "beartype>=0.22",
         "jax[tpu]>=0.10.2",  # tests/planner compiles for real slices
         "ipykernel>=6.29",
         "nbclient>=0.10.2",
         "nbformat>=5.10",
+        "openai>=3.0",
         "pytest>=8.4",
         "pytest-xdist>=3.6",
     ],
@@ -49,6 +53,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     # The compiler of TPUs, libtpu, in the version of the installed jax; it runs on any CPU.
     "plan": ["jax[tpu]>=0.10.2"],
+    "serve": SERVE,
     "ray": ["ray[default]>=2.40"],
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],

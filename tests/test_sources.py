@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlm_jax import sources
 from vlm_jax.processors.image import CorruptImage, to_picture
-from vlm_jax.sources import SourceError, located
+from vlm_jax.sources import SourceError, WebAccess, located
 
 from .advice import tried
 
@@ -67,6 +67,10 @@ class Site(http.server.BaseHTTPRequestHandler):
         self.send_header("Location", "/picture.png")
         self.end_headers()
         self.fill(b"x" * 1000)
+
+    def elsewhere(self):
+        """The same picture under another name of the host."""
+        self.send(b"", status=302, Location=f"http://localhost:{self.server.server_port}/picture.png")
 
     def circle(self):
         self.send(b"", status=302, Location="/circle")
@@ -217,3 +221,33 @@ def test_a_page_in_place_of_a_picture_is_no_picture(site):
 def test_an_address_without_a_server_is_named():
     with pytest.raises(SourceError, match=r"http://127\.0\.0\.1:1/a\.png: cannot be downloaded \(URLError"):
         located("http://127.0.0.1:1/a.png", allow_network=True)
+
+
+def test_only_hosts_that_are_allowed_are_asked(site):
+    """The host of the address and that of a redirect; a name before @ is no host."""
+    access = WebAccess(hosts=["127.0.0.1"])
+    assert located(f"{site}/moved", allow_network=access) == PIXEL
+    before = len(Site.asked)
+    for address, host in (
+        (site.replace("127.0.0.1", "localhost"), "localhost"),
+        (site.replace("127.0.0.1", "127.0.0.1@[::1]"), "::1"),
+        ("http:///picture.png", ""),
+    ):
+        with pytest.raises(SourceError, match=f"the host '{host}' is not allowed; expected one of: 127.0.0.1"):
+            located(address, allow_network=access)
+    with pytest.raises(SourceError, match="not a web address"):
+        located("http://[::1/a.png", allow_network=access)
+    assert len(Site.asked) == before
+    with pytest.raises(SourceError, match=r"/picture\.png: the host 'localhost' is not allowed"):
+        located(f"{site}/elsewhere", allow_network=access)
+    assert Site.asked[before:] == ["/elsewhere"]
+    assert located(f"{site}/elsewhere", allow_network=WebAccess()) == PIXEL
+
+
+def test_limits_of_an_access_go_before_those_of_all(site):
+    with pytest.raises(SourceError, match=f"more than {len(PIXEL) - 1} bytes"):
+        located(f"{site}/picture.png", allow_network=WebAccess(max_bytes=len(PIXEL) - 1))
+    assert located(f"{site}/picture.png", allow_network=WebAccess(max_bytes=len(PIXEL))) == PIXEL
+    assert len(located(f"{site}/large", allow_network=WebAccess(max_bytes=LIMIT + 1))) == LIMIT + 1
+    with pytest.raises(SourceError, match=r"/silent: not read within 0\.3 seconds"):
+        located(f"{site}/silent", allow_network=WebAccess(seconds=0.3))

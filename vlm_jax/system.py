@@ -205,7 +205,7 @@ class System:
         max_new_tokens: int,
         names: Sequence[str],
         end_ids: Sequence[int] = (),
-        sampling: Sampling | None = None,
+        sampling: Sampling | Sequence[Sampling] | None = None,
         **options: Any,
     ) -> list[Completion]:
         """Answers to prompts that the processor has laid out; arguments as of `answer`, whose answers these are."""

@@ -8,7 +8,7 @@ from vlm_jax.cli.process import EXPLAINED
 
 # Errors that are met inside the package, where they become one of EXPLAINED, or that a command handles itself.
 INSIDE = {"UnreadableFile", "Unbalanced", "ListFormatError", "Interrupted", "SourceError", "TemplateLimit", "_Stopped"}
-INSIDE |= {"UnknownTripCount", "UnreadableProgram"}
+INSIDE |= {"UnknownTripCount", "UnreadableProgram", "RequestError"}
 
 
 def test_every_error_of_the_package_is_explained_or_met_inside():

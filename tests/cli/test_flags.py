@@ -169,3 +169,13 @@ def test_a_command_is_rerun_when_there_is_space(given, tmp_path, monkeypatch, ca
     written.unlink()
     command.run(lambda: written.write_text("{}\n"))
     assert capsys.readouterr().err == "" and written.read_text() == "{}\n"
+
+
+def test_a_server_needs_its_libraries(opened, monkeypatch):
+    serve = opened("serve")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "uvicorn", None)
+        told = tried("cli.serve: {uvicorn} is not installed: pip install 'vlm_jax[serve]'")
+        with pytest.raises(ConfigError, match=told):
+            serve.libraries()
+    assert callable(serve.libraries()[1].make_app)

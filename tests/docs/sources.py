@@ -3,6 +3,7 @@
     <!-- not run: WHY -->       the next block is not run
     <!-- run with: WORDS -->    its commands are run with these words added, which shorten them
     <!-- fails: TEXT -->        its commands end with status 1 and an error that has the text
+    <!-- in the background: TEXT -->  its command runs until the end of the page, which goes on when it says the text
 
 A block with a title is a file that the reader writes, or, of language diff, changes.
 """
@@ -14,7 +15,7 @@ import shlex
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MARKS = ("not run", "run with", "fails")
+MARKS = ("not run", "run with", "fails", "in the background")
 _FENCE = re.compile(r"(?:<!-- ([a-z ]+): ([^\n]*?) -->\n)?^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.M | re.S)
 _COMMAND = re.compile(r"vlm_jax\.cli\.(\w+)((?:[^\n`]|\\\n)*)")
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image, ImageDraw
@@ -81,17 +82,39 @@ def write(folder, block):
     path.write_text(text.replace(old, new))
 
 
-def run(folder, words):
-    """(exit status, standard output, standard error) of Python with words, on one device."""
+def process(folder, words):
+    """Arguments of `subprocess.run` for Python with words, on one device."""
     env = {**environment(1), "PYTHONPATH": str(folder), "HOME": str(folder)}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=env, capture_output=True, text=True, timeout=TIMEOUT
-    )
+    return {"args": [sys.executable, *words], "cwd": folder, "env": env, "text": True}
+
+
+def run(folder, words):
+    """(exit status, standard output, standard error) of Python with words."""
+    done = subprocess.run(**process(folder, words), capture_output=True, timeout=TIMEOUT)
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.fixture
+def background(folder):
+    """Starts Python with words and returns when it says a text; the process is killed after the page."""
+    started = []
+
+    def start(words, text):
+        file = folder / f"background_{len(started)}.txt"
+        with open(file, "w") as log:
+            started.append(subprocess.Popen(**process(folder, words), stdout=log, stderr=log))
+        while text not in file.read_text():
+            assert started[-1].poll() is None, file.read_text()
+            time.sleep(0.5)
+
+    yield start
+    for one in started:
+        one.kill()
+        one.wait()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=name_of)
-def test_commands_of_the_page(page, folder):
+def test_commands_of_the_page(page, folder, background):
     """In their order; the code of a page is one script after them, as it may use what they wrote."""
     code = []
     for block in blocks(page):
@@ -104,7 +127,11 @@ def test_commands_of_the_page(page, folder):
         elif block.language == "bash":
             for words in block.commands():
                 added = shlex.split(block.detail) if block.mark == "run with" else []
-                status, out, errors = run(folder, [*words[1:], *added, "--compilation_cache="])
+                words = [*words[1:], *added, "--compilation_cache="]
+                if block.mark == "in the background":
+                    background(words, block.detail)
+                    continue
+                status, out, errors = run(folder, words)
                 if block.mark == "fails":
                     assert status == 1 and block.detail in errors and "Traceback" not in errors, errors
                 else:

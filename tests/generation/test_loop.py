@@ -176,6 +176,35 @@ def test_logits_that_are_nan_are_named_by_row_and_step(first, step):
     assert run({"table": np.nan_to_num(table)}, batch).lengths.tolist() == [8, 8]
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 20])
+def test_a_row_that_is_nan_leaves_and_the_others_go_on(chunk):
+    table = COUNTING["table"].copy()
+    table[[2, 8]] = np.nan
+    lost = []
+    result = run(
+        {"table": table}, prompts([10], [1], [2], [20], [4]), chunk=chunk, on_nan=lambda *row: lost.append(row)
+    )
+    assert [row for row, _ in lost] == [2, 1, 4]
+    steps = [re.search(r"row (\d): .* new token (\d) \(from 0\) are NaN", str(error)).groups() for _, error in lost]
+    assert steps == [("2", "0"), ("1", "1"), ("4", "4")]
+    assert result.lengths.tolist() == [8, 1, 0, 8, 4]
+    assert result.tokens[[0, 3]].tolist() == [[*range(11, 19)], [*range(21, 29)]]
+    assert result.tokens[4, :4].tolist() == [5, 6, 7, 8] and result.tokens[1, 0] == 2
+
+
+def test_rows_draw_with_settings_of_their_own_and_tell_their_prompts():
+    settings = [DRAWS, Sampling(temperature=2.0, seed=6), Sampling(temperature=0.5, seed=5)]
+    batch, told = prompts([1, 2, 3], [4], [5]), []
+    whole = run(NOISE, batch, sampling=settings, rows=[0, 0, 0], on_prompts=told.append)
+    for row, (ids, one) in enumerate(zip(([1, 2, 3], [4], [5]), settings, strict=True)):
+        assert run(NOISE, prompts(ids), sampling=one).tokens[0].tolist() == whole.tokens[row].tolist()
+    assert [lengths.tolist() for lengths in told] == [[[3], [1], [1]]]
+    shared = run(NOISE, batch, sampling=settings, rows=[0, 0, 0], mesh=make_mesh(MeshSettings(data=8)))
+    assert shared.tokens.tolist() == whole.tokens.tolist()
+    with pytest.raises(GenerationError, match="sampling: expected one for each of the 3 rows of the batch, got 2"):
+        run(NOISE, batch, sampling=settings[:2])
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 4, 20])
 @pytest.mark.parametrize("mesh", [None, MeshSettings(data=4, tensor=2)])
 def test_nan_behind_the_end_of_a_row_that_the_host_ends_is_no_error(chunk, mesh):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.generation.released import _sampled
-from vlm_jax.generation.sampling import GenerationError, Sampling, filtered, penalised, sample_tokens
+from vlm_jax.generation.sampling import GenerationError, Sampling, filtered, penalised, row_values, sample_tokens
 
 from ..advice import tried
 
@@ -32,6 +32,46 @@ def by_definition(logits, top_k, top_p):
 def test_top_k_and_top_p(top_k, top_p):
     k, p = None if top_k is None else np.int32(top_k), None if top_p is None else np.float32(top_p)
     np.testing.assert_array_equal(filtered(jnp.asarray(LOGITS), k, p), by_definition(LOGITS, top_k, top_p))
+
+
+def test_rows_with_limits_of_their_own():
+    top_k, top_p = [1, 4, 23, 7], [0.5, 0.9, 0.01, 0.999]
+    rows = [by_definition(LOGITS[n : n + 1], top_k[n], top_p[n]) for n in range(4)]
+    found = filtered(jnp.asarray(LOGITS), jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32))
+    np.testing.assert_array_equal(found, np.concatenate(rows))
+    assert not np.array_equal(found, filtered(jnp.asarray(LOGITS), np.int32(7), np.float32(0.999)))
+
+
+def test_rows_with_settings_of_their_own_draw_as_alone():
+    """Temperatures, seeds and penalties of rows; the last setting is also that of rows that fill a mesh."""
+    rows = [
+        Sampling(0.7, 5, 0.9, 1.5, seed=3),
+        Sampling(1.5, 9, 0.8, 1.1, seed=9),
+        Sampling(3.0, 20, 0.99, 2.0, seed=4),
+    ]
+    seen, logits = jnp.asarray(LOGITS > 1), jnp.asarray(LOGITS)
+    values, told = row_values(rows, 4), set()
+    assert values["temperature"].tolist() == np.float32([0.7, 1.5, 3.0, 3.0]).tolist()
+    for step in range(12):
+        place = jnp.asarray(step)
+        together = sample_tokens(logits, values, seen, jnp.arange(4), place).tolist()
+        for row, sampling in enumerate([*rows, rows[-1]]):
+            one = slice(row, row + 1)
+            alone = sample_tokens(logits[one], sampling.values(), seen[one], jnp.asarray([row]), place)
+            assert together[row] == int(alone[0])
+        told.add(tuple(together))
+    assert len(told) > 6
+
+
+def test_rows_of_a_batch_use_the_same_settings():
+    greedy, drawn = Sampling(), Sampling(temperature=1.0)
+    fix = tried(
+        "sampling: row 0 uses {no settings}, row {1} {}; put rows that use other settings into a separate batch"
+    )
+    with pytest.raises(GenerationError, match=fix):
+        row_values([greedy, drawn], 2)
+    assert row_values([greedy, greedy], 2) == {}
+    assert row_values([drawn, drawn], 2)["seed"].tolist() == [0, 0]
 
 
 def test_what_ties_with_the_last_of_top_k_stays():

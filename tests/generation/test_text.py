@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 from vlm_jax.generation import text as module
 from vlm_jax.generation.engine import Generated
 from vlm_jax.generation.sampling import GenerationError
-from vlm_jax.generation.text import TextStream, complete
+from vlm_jax.generation.text import RowSettings, TextStream, complete
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.processors.vocabulary import TokenizersVocabulary
 from vlm_jax.types import Batch
@@ -112,7 +112,7 @@ def test_answers_of_a_batch(monkeypatch, tokenizer, size):
     lines[0].append(end)
     length = max(map(len, lines))
 
-    def engine(model, params, batch, *, end_ids, watch, pad_id, max_new_tokens):
+    def engine(model, params, batch, *, end_ids, watch, pad_id, max_new_tokens, on_prompts):
         lengths = np.zeros(3, np.int32)
         going = np.ones(3, bool)
         tokens = np.full((3, length), pad_id, np.int32)
@@ -170,6 +170,67 @@ def test_stop_strings_that_would_end_every_answer_are_refused(tokenizer, stop, m
     zeros = np.zeros((1, 1), np.int32)
     with pytest.raises(GenerationError, match=message):
         complete(nn.Module(), {}, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer, end_ids=[], stop=stop)
+
+
+def test_every_row_has_settings_of_its_own(monkeypatch, tokenizer):
+    """Limits, stop strings and special tokens that end one row alone, and a row that leaves; each told at once."""
+    special = tokenizer.eos_id
+    name = tokenizer.vocabulary.special[special]
+    line = tokenizer.encode("the dog in")
+    said, happened, left = [*line, special, *line], [], []
+
+    def engine(model, params, batch, *, end_ids, watch, **options):
+        assert list(end_ids) == []  # or the token would end other rows too
+        ended = np.zeros(5, bool)
+        for index in said:
+            happened.append("chunk")
+            left.append(len(left))
+            ended = watch(np.full((5, 1), index, np.int32), 1 - ended.astype(np.int32))
+        assert ended.tolist() == [True, True, True, True, False]
+
+    monkeypatch.setattr(module, "generate", engine)
+    zeros = np.zeros((5, 1), np.int32)
+    settings = [
+        RowSettings(max_new_tokens=2),
+        RowSettings(stop=["og"]),
+        RowSettings(stop=[name]),
+        RowSettings(leaves=lambda: len(left) == 3),
+        RowSettings(),
+    ]
+    answers = complete(
+        nn.Module(), {}, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer, end_ids=[], settings=settings,
+        on_answer=lambda row, answer: happened.append((row, answer)), skip_special=False,
+    )  # fmt: skip
+    ends = [happened.index((row, answer)) for row, answer in enumerate(answers)]
+    dog = next(n for n in range(len(line)) if "og" in tokenizer.decode(line[: n + 1]))
+    chunks = [happened[:place].count("chunk") for place in ends]
+    assert chunks == [2, dog + 1, len(line) + 1, 3, len(said)]
+    assert [answer.reason for answer in answers] == ["length", "stop", "stop", "left", "length"]
+    assert [answer.tokens for answer in answers] == [tuple(said[:count]) for count in chunks]
+    assert [answer.text for answer in answers[:3]] == [tokenizer.decode(line[:2]), "the d", "the dog in"]
+    with pytest.raises(GenerationError, match="settings: expected one for each of the 5 rows of the batch, got 4"):
+        complete(
+            nn.Module(), {}, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer, end_ids=[], settings=settings[1:]
+        )
+
+
+def test_a_row_that_is_nan_is_told_and_leaves(monkeypatch, tokenizer):
+    ids, happened = tokenizer.encode("the dog"), []
+
+    def engine(model, params, batch, *, end_ids, watch, on_nan, **options):
+        watch(np.full((2, 1), ids[0], np.int32), np.ones(2, np.int32))
+        on_nan(1, GenerationError("NaN"))
+        watch(np.full((2, 1), ids[1], np.int32), np.asarray([1, 0]))
+
+    monkeypatch.setattr(module, "generate", engine)
+    zeros = np.zeros((2, 1), np.int32)
+    answers = complete(
+        nn.Module(), {}, Batch(zeros, zeros, zeros + 1, zeros - 1), tokenizer, end_ids=[],
+        on_answer=lambda row, answer: happened.append((row, answer.reason, answer.tokens)),
+        on_nan=lambda row, error: happened.append((row, str(error))),
+    )  # fmt: skip
+    assert happened == [(1, "NaN"), (1, "left", (ids[0],)), (0, "length", tuple(ids[:2]))]
+    assert [answer.reason for answer in answers] == ["length", "left"]
 
 
 def test_every_split_of_a_text_tells_the_same(tokenizer):

@@ -21,7 +21,7 @@ from vlm_jax import axes
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.decoder import Decoder
 from vlm_jax.generation.buckets import fitted, whole_rows
-from vlm_jax.generation.sampling import GenerationError, Sampling, Whole, sample_tokens
+from vlm_jax.generation.sampling import GenerationError, Sampling, Whole, row_values, sample_tokens
 from vlm_jax.layers.attention import KeyValue
 from vlm_jax.layers.latent_attention import LatentKeyValue
 from vlm_jax.layers.per_layer import layers_apart
@@ -111,7 +111,7 @@ def generate(
     max_new_tokens: int,
     end_ids: Sequence[int] = (),
     pad_id: int = 0,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling | Sequence[Sampling] = Sampling(),  # noqa: B008 (frozen)
     chunk: int = 32,
     cache_dtype: str | None = None,
     cache_length: int | None = None,
@@ -119,6 +119,8 @@ def generate(
     rows: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     watch: Watch | None = None,
+    on_prompts: Callable[[Int[np.ndarray, "B spans"]], None] | None = None,
+    on_nan: Callable[[int, GenerationError], None] | None = None,
     mesh: Mesh | None = None,
 ) -> Generated:
     """New tokens for every prompt of a batch.
@@ -130,7 +132,7 @@ def generate(
       max_new_tokens: G, the maximum number of tokens of an answer, including its end token.
       end_ids: tokens that end a row.
       pad_id: pads a row after its end.
-      sampling: sampling settings.
+      sampling: sampling settings of all rows, or of each; see `sampling.row_values`.
       chunk: the maximum number of tokens between two reports to the host.
       cache_dtype: float32 or bfloat16; the decoder's own dtype when None.
       cache_length: slots of the cache; as many as needed when None.
@@ -139,6 +141,9 @@ def generate(
         tokens in any batch.
       names: names of the rows in errors.
       watch: called with the new tokens after every chunk, may end rows; NaN after such an end is no error.
+      on_prompts: called with `Generated.prompt_lengths` before the first tokens are watched.
+      on_nan: called with a row whose logits are NaN, which then ends while the others go on; when None, that is an
+        error.
       mesh: mesh of the parameters: rows are sharded over its data axes, heads of the
         cache over its tensor axis.
 
@@ -148,13 +153,15 @@ def generate(
     """
     size = len(batch.tokens)
     _check(model, max_new_tokens, end_ids, chunk, cache_dtype, mesh)
-    _check_lengths(size, rows=rows, names=names)
+    each = None if isinstance(sampling, Sampling) else sampling
+    _check_lengths(size, rows=rows, names=names, sampling=each)
     names = [f"row {row}" for row in range(size)] if names is None else names
     batch, cache_length = fitted(batch, max_new_tokens, cache_length, buckets, names)
     batch, extra = whole_rows(batch, mesh)
     numbers = np.asarray([*(range(size) if rows is None else rows), *[0] * extra], np.int32)
     given = _placed((batch, numbers, np.arange(size + extra) >= size), mesh)
-    ends, values = np.asarray(sorted(set(end_ids)), np.int32), sampling.values()
+    ends = np.asarray(sorted(set(end_ids)), np.int32)
+    values = sampling.values() if isinstance(sampling, Sampling) else row_values(sampling, size + extra)
     variables = {"params": prepared(params, mesh)}
     limit, static = np.int32(max_new_tokens), {"model": model, "pad_id": pad_id}
     tokens = np.full((size, max_new_tokens), pad_id, np.int32)
@@ -167,15 +174,21 @@ def generate(
             found = to_host(report)
             if prompt_lengths is None:
                 found, prompt_lengths = np.split(found, [1 + _REPORTED], axis=1)
+                if on_prompts is not None:
+                    on_prompts(prompt_lengths[:size])
             new, counts, ended, nan_step, step = _read(found, size)
             nan = nan_step != SOUND
             counts = counts - nan  # tokens from NaN on are invalid
             stopping = np.zeros(size, bool) if watch is None else watch(new, counts)
             for row in np.flatnonzero(nan & ~stopping).tolist():
-                raise GenerationError(
+                error = GenerationError(
                     f"{names[row]}: the logits of its new token {nan_step[row]} (from 0) are NaN; check the "
                     "parameters and the images for NaN, or compute in float32"
                 )
+                if on_nan is None:
+                    raise error
+                on_nan(row, error)
+            stopping = stopping | nan
             for row, count in enumerate(counts):
                 tokens[row, lengths[row] : lengths[row] + count] = new[row, :count]
             lengths, transfers = lengths + counts, transfers + 1

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vlm_jax.types import Config, Fields
+from vlm_jax.types import Config, Fields, Tree
 
 Whole = int | np.integer
 Number = Whole | float | np.floating
@@ -75,7 +76,10 @@ class Sampling:
             raise GenerationError("\n".join(wrong))
 
     def values(self) -> Fields:
-        """The settings in use, as scalars; other values of the same settings need no compilation."""
+        """The settings in use, as scalars; other values of the same settings need no compilation.
+
+        Rows of one batch may have values of their own for the same settings, see `row_values`.
+        """
         used: Fields = {}
         if self.temperature > 0:
             used |= {"temperature": _representable(self.temperature), "seed": np.uint32(self.seed)}
@@ -86,6 +90,23 @@ class Sampling:
         if self.repetition_penalty != 1:
             used["repetition_penalty"] = _representable(self.repetition_penalty)
         return used
+
+
+def row_values(samplings: Sequence[Sampling], size: int) -> Fields:
+    """The settings in use of every row, as arrays [size]; rows after the last setting repeat it.
+
+    Raises:
+      GenerationError: the rows do not use the same settings.
+    """
+    rows = [sampling.values() for sampling in samplings]
+    for row, values in enumerate(rows):
+        if values.keys() != rows[0].keys():
+            raise GenerationError(
+                f"sampling: row 0 uses {', '.join(rows[0]) or 'no settings'}, row {row} {', '.join(values) or 'none'}; "
+                "put rows that use other settings into a separate batch"
+            )
+    rows += rows[-1:] * (size - len(rows))
+    return {name: np.stack([values[name] for values in rows]) for name in rows[0]}
 
 
 def _representable(number: Number) -> np.float32:
@@ -105,7 +126,7 @@ def sample_tokens(
 
     Args:
       logits: float32.
-      values: the result of `Sampling.values`.
+      values: the result of `Sampling.values` or `row_values`.
       seen: tokens that occur in a row, for the repetition penalty.
       rows: seeds of the rows, so that samples do not depend on the other rows of the batch.
       step: index of the token.
@@ -115,28 +136,36 @@ def sample_tokens(
     if "temperature" not in values:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits - logits.max(axis=-1, keepdims=True)  # so that no temperature makes the largest logit infinite
-    logits = filtered(logits / values["temperature"], values.get("top_k"), values.get("top_p"))
+    logits = filtered(logits / _column(values["temperature"]), values.get("top_k"), values.get("top_p"))
 
-    def draw(row, logits):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(values["seed"]), row), step)
+    def draw(seed, row, logits):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), step)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
-    return jax.vmap(draw)(rows, logits)
+    return jax.vmap(draw)(jnp.broadcast_to(values["seed"], rows.shape), rows, logits)
+
+
+def _column(values: Tree) -> Tree:
+    """One value, or one for every row, as [1 or B, 1]."""
+    return jnp.reshape(values, (-1, 1))
 
 
 def penalised(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""] | np.float32
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array | np.ndarray, "*rows"] | np.float32
 ) -> Float[Array, "B V"]:
     """Repetition penalty. Source: Keskar et al. 2019 (CTRL), section 4.1; negative logits as in transformers."""
+    penalty = _column(penalty)
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def filtered(
     logits: Float[Array, "B V"],
-    top_k: Int[Array, ""] | np.int32 | None,
-    top_p: Float[Array, ""] | np.float32 | None,
+    top_k: Int[Array | np.ndarray, "*rows"] | np.int32 | None,
+    top_p: Float[Array | np.ndarray, "*rows"] | np.float32 | None,
 ) -> Float[Array, "B V"]:
     """Logits with minus infinity for excluded tokens; first `top_k`, then `top_p` among the remaining ones.
+
+    Each is one value, or one for every row.
 
     Of equal logits `top_k` keeps all, and `top_p` as many as it needs, as in transformers' logits processors.
 
@@ -146,12 +175,12 @@ def filtered(
         return logits
     rising = jnp.sort(logits, axis=-1)
     if top_k is not None:
-        place = jnp.maximum(logits.shape[-1] - top_k, 0)
-        least = jax.lax.dynamic_slice_in_dim(rising, place, 1, axis=1)
+        place = jnp.maximum(logits.shape[-1] - _column(top_k), 0)
+        least = jnp.take_along_axis(rising, jnp.broadcast_to(place, (len(logits), 1)), axis=-1)
         logits, rising = (jnp.where(values < least, -jnp.inf, values) for values in (logits, rising))
     if top_p is not None:
         # Excludes the least likely tokens with a total of at most 1 - top_p; among ties at the threshold, the surplus.
-        kept = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) > 1 - top_p
+        kept = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) > 1 - _column(top_p)
         count = jnp.maximum(kept.sum(-1, keepdims=True), 1)
         least = jnp.take_along_axis(rising, logits.shape[-1] - count, axis=-1)
         tied, surplus = logits == least, (logits >= least).sum(-1, keepdims=True) - count

@@ -1,18 +1,20 @@
 """Generated tokens as text: streaming, stop strings, and answers."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from flax import linen as nn
 
-from vlm_jax.generation.engine import Generated, generate
+from vlm_jax.generation.engine import generate
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.processors.tokenizer import Tokenizer
 from vlm_jax.types import PADDING_SEGMENT, TEXT_SLOT, Batch, Params
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes an incomplete character to
+
+Reason = Literal["end", "stop", "length", "left"]
 
 # The row, and the text to append.
 OnText = Callable[[int, str], None]
@@ -25,15 +27,38 @@ class Completion:
     Attributes:
       text: the answer up to the stop string, without end tokens.
       tokens: its ids, including the end token or the last one of the stop string.
-      reason: why it ended: an end token, a stop string, or the limit of new tokens.
+      reason: why it ended: an end token, a stop string, the limit of new tokens, or the row left the batch.
       visual_tokens: number of visual tokens in the prompt, in the first layers of the decoder and after each
         drop of visual tokens; empty without images.
     """
 
     text: str
     tokens: tuple[int, ...]
-    reason: Literal["end", "stop", "length"]
+    reason: Reason
     visual_tokens: tuple[int, ...] = ()
+
+
+# The row, and its answer.
+OnAnswer = Callable[[int, Completion], None]
+
+
+def _stays() -> bool:
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSettings:
+    """Settings of one row of a batch.
+
+    Attributes:
+      max_new_tokens: maximum tokens of its answer, at most that of the batch; None for that of the batch.
+      stop: strings before which it ends, in addition to those of the batch.
+      leaves: called between chunks; the row ends with the tokens that it has when it returns True.
+    """
+
+    max_new_tokens: int | None = None
+    stop: Sequence[str] = ()
+    leaves: Callable[[], bool] = _stays
 
 
 class TextStream:
@@ -121,6 +146,68 @@ def check_function(given: object, name: str) -> None:
         raise GenerationError(f"{name}: expected a function, got {given!r}")
 
 
+class _Answer:
+    """The answer of one row while its tokens arrive.
+
+    Attributes:
+      tokens: its ids so far.
+      reason: why it ended; None before its end.
+      stop_ids: special tokens among its stop strings; the text omits them, so they are found by their ids.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        end_ids: Collection[int],
+        stop: Sequence[str],
+        settings: RowSettings,
+        skip_special: bool,
+    ):
+        named = {string: tokenizer.vocabulary.id_of(string) for string in (*stop, *settings.stop)}
+        self.tokens: list[int] = []
+        self.reason: Reason | None = None
+        self.stop_ids = {index for index in named.values() if index in tokenizer.special_ids}
+        self._ends, self._settings = frozenset(end_ids), settings
+        spelled = [string for string, index in named.items() if index not in self.stop_ids]
+        self._stream = TextStream(tokenizer, spelled, skip_special=skip_special)
+
+    @property
+    def text(self) -> str:
+        """The text so far, up to a stop string."""
+        return self._stream.text
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Appends tokens, up to the end of the answer, and returns the new text that is final."""
+        text = []
+        for index in ids:
+            if self.reason is not None:
+                break
+            self.tokens.append(index)
+            text.append(self._read(index))
+            if self.reason is None and len(self.tokens) == self._settings.max_new_tokens:
+                self.reason = "length"
+        if self.reason is None and self._settings.leaves():
+            self.reason = "left"
+        return "".join(text)
+
+    def finish(self, reason: Reason) -> str:
+        """Ends the answer, by `reason` if it has no end yet, and returns the remaining text."""
+        self.reason = self.reason or reason
+        return self._stream.finish()
+
+    def _read(self, index: int) -> str:
+        if index in self._ends:
+            self.reason = "end"
+        elif index in self.stop_ids:
+            self.reason = "stop"
+        else:
+            text = self._stream.push([index])
+            if self._stream.stopped:
+                self.reason = "stop"
+            return text
+        return ""
+
+
 def complete(
     model: nn.Module,
     params: Params,
@@ -129,7 +216,10 @@ def complete(
     *,
     end_ids: Sequence[int],
     stop: Sequence[str] = (),
+    settings: Sequence[RowSettings] | None = None,
     on_text: OnText | None = None,
+    on_answer: OnAnswer | None = None,
+    on_nan: Callable[[int, GenerationError], None] | None = None,
     skip_special: bool = True,
     **options: Any,
 ) -> list[Completion]:
@@ -140,51 +230,79 @@ def complete(
       tokenizer: decodes the answers.
       stop: strings before which an answer ends. The host searches for them between chunks; one that is a special
         token ends its row on the device, like `end_ids`.
+      settings: settings of each row; the host checks them between chunks.
       on_text: called with each piece of text as it is generated; the pieces of a row form its answer.
+      on_answer: called with each answer as soon as it is complete, while others go on.
+      on_nan: called with a row whose logits are NaN, which then leaves while the others go on; when None, that is an
+        error.
       skip_special: omits special tokens from the text.
       **options: further arguments of `engine.generate`.
 
     Raises:
       GenerationError: an empty stop string, a string instead of a list, or as `engine.generate`.
     """
-    check_strings(stop, "stop")
     check_function(on_text, "on_text")
-    if not isinstance(options.get("sampling", Sampling()), Sampling):
-        raise GenerationError(f"sampling: expected Sampling(…), got {options['sampling']!r}")
-    if "" in stop:
-        raise GenerationError("stop: expected non-empty strings, got ''; it would end every answer immediately")
-    named = {string: tokenizer.vocabulary.id_of(string) for string in stop}
-    stop_ids = {index for index in named.values() if index in tokenizer.special_ids}
-    ends = {*end_ids, *stop_ids}
-    spelled = [string for string, index in named.items() if index not in stop_ids]
-    streams = [TextStream(tokenizer, spelled, skip_special=skip_special) for _ in range(len(batch.tokens))]
+    check_sampling(options.get("sampling", Sampling()))
+    size = len(batch.tokens)
+    settings = [RowSettings()] * size if settings is None else settings
+    if len(settings) != size:
+        raise GenerationError(f"settings: expected one for each of the {size} rows of the batch, got {len(settings)}")
+    for strings in (stop, *(one.stop for one in settings)):
+        check_strings(strings, "stop")
+        if "" in strings:
+            raise GenerationError("stop: expected non-empty strings, got ''; it would end every answer immediately")
+    of_all = _Answer(tokenizer, end_ids, stop, RowSettings(), skip_special).stop_ids
+    answers = [_Answer(tokenizer, end_ids, stop, one, skip_special) for one in settings]
+    prompts: list[np.ndarray] = []
+    completions: list[Completion | None] = [None] * size
 
     def tell(row: int, text: str) -> None:
         if on_text is not None and text:
             on_text(row, text)
 
+    def end(row: int, reason: Reason) -> None:
+        answer = answers[row]
+        tell(row, answer.finish(reason))
+        assert answer.reason is not None
+        visual = _visual_tokens(batch, row, prompts)
+        completions[row] = completion = Completion(answer.text, tuple(answer.tokens), answer.reason, visual)
+        if on_answer is not None:
+            on_answer(row, completion)
+
     def watch(new: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        for row, (stream, ids, count) in enumerate(zip(streams, new.tolist(), counts, strict=True)):
-            tell(row, stream.push([index for index in ids[:count] if index not in ends]))
-        return np.asarray([stream.stopped for stream in streams])
+        for row, (answer, ids, count) in enumerate(zip(answers, new.tolist(), counts, strict=True)):
+            if answer.reason is None:
+                tell(row, answer.push(ids[:count]))
+                if answer.reason is not None:
+                    end(row, answer.reason)
+        return np.asarray([answer.reason is not None for answer in answers])
 
-    options = {"pad_id": tokenizer.pad_id or 0, **options}
-    generated = generate(model, params, batch, end_ids=sorted(ends), watch=watch, **options)
-    answers = []
-    for row, stream in enumerate(streams):
-        tell(row, stream.finish())
-        length = stream.length if stream.stopped else generated.lengths[row]
-        ids = tuple(generated.tokens[row, :length].tolist())
-        stopped = stream.stopped or ids[-1] in stop_ids.difference(end_ids)
-        reason = "stop" if stopped else "end" if ids[-1] in ends else "length"
-        answers.append(Completion(stream.text, ids, reason, _visual_tokens(batch, row, generated)))
-    return answers
+    def leave(row: int, error: GenerationError) -> None:
+        assert on_nan is not None
+        on_nan(row, error)
+        end(row, "left")
+
+    if on_nan is not None:
+        options["on_nan"] = leave
+    options = {"pad_id": tokenizer.pad_id or 0, "on_prompts": prompts.append, **options}
+    generate(model, params, batch, end_ids=sorted({*end_ids, *of_all}), watch=watch, **options)
+    for row, completion in enumerate(completions):
+        if completion is None:
+            end(row, "length")
+    return [completion for completion in completions if completion is not None]
 
 
-def _visual_tokens(batch: Batch, row: int, generated: Generated) -> tuple[int, ...]:
+def check_sampling(given: object) -> None:
+    """Raises a `GenerationError` unless given a Sampling, or a list of them."""
+    listed = isinstance(given, Sequence) and all(isinstance(one, Sampling) for one in given)
+    if not listed and not isinstance(given, Sampling):
+        raise GenerationError(f"sampling: expected Sampling(…), got {given!r}")
+
+
+def _visual_tokens(batch: Batch, row: int, prompts: Sequence[np.ndarray]) -> tuple[int, ...]:
     """Number of visual tokens of a prompt in each span of layers, from the positions in its cache."""
-    if batch.images is None or generated.prompt_lengths is None:
+    if batch.images is None or not prompts:
         return ()
     segments, shown = np.asarray(batch.segment_ids[row]), np.asarray(batch.visual_index[row])
     num_text = int(np.count_nonzero((segments != PADDING_SEGMENT) & (shown == TEXT_SLOT)))
-    return tuple((generated.prompt_lengths[row] - num_text).tolist())
+    return tuple((prompts[0][row] - num_text).tolist())
