@@ -49,9 +49,7 @@ def test_collectives_of_fsdp_are_those_of_its_closed_form(trained):
     by_output = 2 * (WIDTH * WIDTH + 2 * WIDTH * WIDTH) + WIDTH * WIDTH  # of attention and MLP, and of the connector
     assert sent["reduce-scatter"] == pytest.approx(kept * (decoder + rest - by_output), rel=0.1)
     assert sent["all-reduce"] == pytest.approx(2 * kept * by_output, rel=0.1)
-    rows, length = plan.rows // 4, plan.tokens // plan.rows
-    assert sent["all-to-all"] <= kept * rows * length * WIDTH  # the positions of a device at the decoder's width, once
-    assert set(sent) == {"all-gather", "reduce-scatter", "all-reduce", "all-to-all"}
+    assert set(sent) == {"all-gather", "reduce-scatter", "all-reduce"}  # no activation changes its device
 
 
 def test_a_time_is_an_estimate_with_its_terms(trained):

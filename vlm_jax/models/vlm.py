@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.decoder import Decoder, HeadKernel
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
+from vlm_jax.layers.local_rows import local_rows, on_own_device
 from vlm_jax.reducers.behind_connector import positions_of_kept, reduce_packed, token_features
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import (
@@ -49,6 +50,7 @@ class Embedded(NamedTuple):
 
 
 Images = Float[Array, "images height width channels"] | PackedPatches | TwoSizes
+Seen = TypeVar("Seen", VisualFeatures, VisualTokens, VisualFeatures | tuple[VisualFeatures, VisualFeatures])
 _NO_DECODER = "this model has no decoder, only an encoder and a connector: call it, or visual_tokens, for visual tokens"
 
 
@@ -73,6 +75,13 @@ def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
     before = jnp.cumsum(masked, axis=1) - masked
     starts = given != jnp.pad(given[:, :-1], ((0, 0), (1, 0)), constant_values=PADDING_SEGMENT)
     return batch.positions - (before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1))
+
+
+def _kept_in_place(seen: Seen) -> Seen:
+    """Features, those of two encoders, or visual tokens, each on the device of its row of the batch."""
+    if isinstance(seen, tuple):
+        return cast(Seen, tuple(map(_kept_in_place, seen)))
+    return dataclasses.replace(seen, tokens=on_own_device(seen.tokens))
 
 
 class VLM(nn.Module):
@@ -127,7 +136,7 @@ class VLM(nn.Module):
         """
         if self.encoder is None or self.connector is None:
             raise ValueError("this is a language model without an encoder: expected a batch with images=None")
-        features = self.encoder(images)
+        features = _kept_in_place(self.encoder(images))
         reducer = None if self.reducer is None or self.reducer.reduces_in == "decoder" else self.reducer
         if reducer is None:
             return self._connected(self.connector, features, instruction, deterministic)
@@ -145,7 +154,7 @@ class VLM(nn.Module):
                 f"{reducer.kind} acts on the features of one image, but several are packed in a row; set reduce to "
                 "'tokens', so that it acts after the connector"
             )
-        reduced = reducer(features, deterministic=deterministic)
+        reduced = _kept_in_place(reducer(features, deterministic=deterministic))
         tokens = self._connected(self.connector, reduced, instruction, deterministic)
         if reduced.kept is None or self.connector.token_grid(reduced.grid) != reduced.grid:
             return tokens  # a token is computed from several features, or all features are kept
@@ -161,7 +170,7 @@ class VLM(nn.Module):
         """The connector's tokens; checks their number."""
         connect = cast(Callable[..., VisualTokens], connector)  # some kinds take two encoders, or an instruction
         instructed = {} if instruction is None else {"instruction": instruction}
-        tokens = connect(features, deterministic=deterministic, **instructed)
+        tokens = _kept_in_place(connect(features, deterministic=deterministic, **instructed))
         grid = (features[0] if isinstance(features, tuple) else features).grid  # both encoders have the same grid
         expected = connector.num_tokens(grid)
         if tokens.tokens.shape[1] != expected:
@@ -210,9 +219,7 @@ class VLM(nn.Module):
         size = batch.tokens.shape[0]
         visual = self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
         table, real, num_learned = self.table(visual, size, text.dtype)
-        index = batch.visual_index[..., None]
-        rows = jnp.take_along_axis(table, jnp.maximum(index, 0), axis=1)
-        shown = jnp.take_along_axis(real, jnp.maximum(batch.visual_index, 0), axis=1)
+        rows, shown = local_rows((table, real), jnp.maximum(batch.visual_index, 0))
         segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
         positions, places = without_masked(batch, segments), None
         if batch.visual_positions is not None and visual.kept is not None:
@@ -228,7 +235,7 @@ class VLM(nn.Module):
                     "with this reducer"
                 )
             places = jax.tree.map(jnp.asarray, places)
-        return Embedded(jnp.where(index == TEXT_SLOT, text, rows), segments, places, positions)
+        return Embedded(jnp.where(batch.visual_index[..., None] == TEXT_SLOT, text, rows), segments, places, positions)
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"] | VisualTokens:
         """Float32 logits at every position; without a decoder, the visual tokens of the images."""

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.budget import InfeasibleGrid
+from vlm_jax.layers.local_rows import local_rows, row_by_row
 from vlm_jax.layers.squares import squares
 from vlm_jax.reducers.reducer import Reducer, pick
 from vlm_jax.types import Grid, PackedImages, VisualFeatures, VisualTokens
@@ -101,13 +103,18 @@ def reduce_packed(
     place = jnp.arange(most)[None, None]
     target = jnp.where(place < numbers[..., None], first[..., None] + place, total).reshape(batch, -1)
     kept = (left.kept.reshape(batch, num_images, most) + starts[..., None]).reshape(batch, -1)
-    row = jnp.arange(batch)[:, None]
 
     def in_row(x):
-        x = x.reshape(batch, num_images * most, *x.shape[2:])
-        return jnp.zeros((batch, total, *x.shape[2:]), x.dtype).at[row, target].set(x, mode="drop")
+        return laid_out(x.reshape(batch, num_images * most, *x.shape[2:]), target, total=total)
 
     return VisualTokens(in_row(left.tokens), in_row(left.mask), in_row(kept.reshape(left.kept.shape)))
+
+
+@row_by_row
+def laid_out(x: jax.Array, target: Int[Array, "B K"], *, total: int) -> jax.Array:
+    """Rows of `total` elements with x[b, k] at index target[b, k]; an index from `total` on is left out."""
+    row = jnp.arange(x.shape[0])[:, None]
+    return jnp.zeros((x.shape[0], total, *x.shape[2:]), x.dtype).at[row, target].set(x, mode="drop")
 
 
 def positions_of_kept(
@@ -124,4 +131,5 @@ def positions_of_kept(
     tiles = kept.shape[0] // batch
     first = jnp.arange(tiles)[None, :, None] * (visual_positions.shape[1] // tiles)
     numbers = (kept.reshape(batch, tiles, -1) + first).reshape(batch, -1)
-    return pick(jnp.asarray(visual_positions), jnp.take_along_axis(numbers, rows, axis=1))
+    (numbers,) = local_rows((numbers,), rows)
+    return local_rows((jnp.asarray(visual_positions),), numbers)[0]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import Share
 from vlm_jax.reducers.reducer import KeepsFeatures, every, real, unit
 from vlm_jax.types import VisualFeatures
@@ -55,8 +56,10 @@ class DivPrune(KeepsFeatures):
             alone = jnp.eye(mask.shape[1], dtype=bool)[None] | ~mask[:, None]
             first = jnp.min(jnp.where(alone, jnp.inf, distances), axis=-1)
         else:  # the second smallest, because the distance to itself is included
-            first = -jax.lax.top_k(-jnp.where(mask[:, None], distances, jnp.inf), 2)[0][..., 1]
-        return farthest_first(distances, mask, first, self.num_left(mask.shape[1]), again=self.rule == "as_released")
+            first = second_smallest(jnp.where(mask[:, None], distances, jnp.inf))
+        return farthest_first(
+            distances, mask, first, count=self.num_left(mask.shape[1]), again=self.rule == "as_released"
+        )
 
 
 def cosine_distances(features: VisualFeatures) -> Float[Array, "B N N"]:
@@ -65,8 +68,15 @@ def cosine_distances(features: VisualFeatures) -> Float[Array, "B N N"]:
     return 1 - jnp.einsum("bnd,bmd->bnm", units, units)
 
 
+@row_by_row
+def second_smallest(distances: Float[Array, "B N N"]) -> Float[Array, "B N"]:
+    """Of every feature, the second smallest distance."""
+    return -jax.lax.top_k(-distances, 2)[0][..., 1]
+
+
+@row_by_row
 def farthest_first(
-    distances: Float[Array, "B N N"], mask: Bool[Array, "B N"], first: Float[Array, "B N"], count: int, *, again: bool
+    distances: Float[Array, "B N N"], mask: Bool[Array, "B N"], first: Float[Array, "B N"], *, count: int, again: bool
 ) -> Int[Array, "B K"]:
     """Indices of `count` features in the order of selection; masked features come last.
 
@@ -79,13 +89,12 @@ def farthest_first(
     """
     row = jnp.arange(mask.shape[0])
 
-    def take(number, carry):
-        scores, least, taken, order = carry
+    def take(carry, _):
+        scores, least, taken = carry
         barred = jnp.zeros_like(taken) if again else taken
         chosen = jnp.argmax(jnp.where(barred, _TAKEN, jnp.where(mask, scores, _MASKED)), axis=1)
         least = jnp.minimum(least, distances[row, chosen])
-        return least, least, taken.at[row, chosen].set(True), order.at[:, number].set(chosen)
+        return (least, least, taken.at[row, chosen].set(True)), chosen
 
-    order = jnp.zeros((mask.shape[0], count), jnp.int32)
-    start = (first, jnp.full_like(first, jnp.inf), jnp.zeros_like(mask), order)
-    return jax.lax.fori_loop(0, count, take, start)[3]
+    start = first, jnp.full_like(first, jnp.inf), jnp.zeros_like(mask)
+    return jax.lax.scan(take, start, length=count)[1].T

@@ -2,12 +2,12 @@
 
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import Share, Size
-from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest, marked, pick, real, spread, unit
+from vlm_jax.reducers.reducer import KeepsFeatures, Part, best, every, highest, marked, pick, real, spread, unit
 from vlm_jax.types import Fields, VisualFeatures
 
 
@@ -85,7 +85,7 @@ class PruMerge(KeepsFeatures):
         kept = highest(weights, mask, self.num_kept - num_spatial)
         if not num_spatial:
             return kept
-        even = spread(mask & ~marked(kept, mask.shape[1]), num_spatial)
+        even = spread(mask & ~marked(kept, size=mask.shape[1]), num_spatial)
         return jnp.sort(jnp.concatenate([kept, even], axis=1), axis=1)
 
     def _added(
@@ -101,11 +101,8 @@ class PruMerge(KeepsFeatures):
         keys = unit(keys.reshape(*weights.shape, -1))
         similarity = jnp.einsum("bkh,bnh->bkn", pick(keys, kept), pick(keys, others))
         similarity = jnp.where(usable, similarity, -jnp.inf)
-        near = jax.lax.top_k(similarity, min(self.num_neighbors, others.shape[1] - 1))[1]
-        row = jnp.arange(weights.shape[0])[:, None, None]
-        place = jnp.arange(kept.shape[1])[None, :, None]
-        shares = jnp.zeros(similarity.shape).at[row, place, near].set(pick(weights, others)[row, near])
-        shares = jnp.where(usable, shares, 0)
+        near = best(similarity, count=min(self.num_neighbors, others.shape[1] - 1))
+        shares = jnp.where(usable, shares_of(pick(weights, others), near), 0)
         return jnp.einsum("bkn,bnd->bkd", shares, pick(tokens, others).astype(jnp.float32)).astype(tokens.dtype)
 
     def _released(
@@ -119,11 +116,11 @@ class PruMerge(KeepsFeatures):
         mask = features.mask
         batch, size = mask.shape
         ranked = jnp.where(mask, jnp.nan_to_num(weights), -jnp.inf)
-        kept = jax.lax.top_k(ranked, self.num_salient(size))[1]
+        kept = best(ranked, count=self.num_salient(size))
         again = jnp.zeros(kept.shape, bool)
         if steps := self.spatial(size):
             even = jnp.broadcast_to(jnp.asarray(steps, jnp.int32)[None], (batch, len(steps)))
-            again = jnp.concatenate([again, pick(marked(kept, size), even)], axis=1)
+            again = jnp.concatenate([again, pick(marked(kept, size=size), even)], axis=1)
             kept = jnp.concatenate([kept, even], axis=1)
         rest_of = left_out(kept, jnp.where(self.adaptive, 0, again.sum(axis=1)), size) & mask
         # Neighbours are searched among all kept features, duplicates included, and the last token's.
@@ -140,10 +137,18 @@ class PruMerge(KeepsFeatures):
         return self.left(features, found, jnp.concatenate([kept, last], axis=1), shown)
 
 
+@row_by_row
+def shares_of(weights: Float[Array, "B N"], near: Int[Array, "B M K"]) -> Float[Array, "B M N"]:
+    """The weights of the features near each kept one; 0 for others."""
+    row, place = jnp.arange(near.shape[0])[:, None, None], jnp.arange(near.shape[1])[None, :, None]
+    found = jnp.zeros((*near.shape[:2], weights.shape[1]))
+    return found.at[row, place, near].set(weights[row, near])
+
+
 def left_out(kept: Int[Array, "B K"], num_twice: Int[Array, "B"], size: int) -> Bool[Array, "B N"]:
     """Features summed in the last token: those not kept, without the first one per duplicate among the kept.
 
     Source: clip_encoder.py, complement_idx, which drops as many leading indices as there are kept ones.
     """
-    others = ~marked(kept, size)
+    others = ~marked(kept, size=size)
     return others & (jnp.cumsum(others, axis=1) > num_twice[:, None])

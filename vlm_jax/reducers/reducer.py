@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.budget import refuse
+from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import Natural
 from vlm_jax.types import Fields, Grid, VisualFeatures
 
@@ -171,15 +172,22 @@ class KeepsFeatures(PassesFeatures):
         return jax.lax.stop_gradient(features.saliency), jax.lax.stop_gradient(features.keys)
 
 
+@row_by_row
 def pick(x: jax.Array, index: Int[Array, "B K"]) -> jax.Array:
     """x[b, index[b, k]] for every image b."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
+@row_by_row
+def best(scores: Float[Array, "B *rest N"], *, count: int) -> Int[Array, "B *rest K"]:
+    """Indices of the `count` highest scores, the highest first."""
+    return jax.lax.top_k(scores, count)[1]
+
+
 def highest(scores: Float[Array, "B N"], mask: Bool[Array, "B N"], count: int) -> Int[Array, "B K"]:
     """Indices, ascending, of the `count` highest scores; masked features are chosen last."""
     scores = jnp.where(mask, jnp.nan_to_num(scores), -jnp.inf)
-    return jnp.sort(jax.lax.top_k(scores, count)[1], axis=-1)
+    return jnp.sort(best(scores, count=count), axis=-1)
 
 
 def spread(wanted: Bool[Array, "B N"], count: int) -> Int[Array, "B K"]:
@@ -193,7 +201,8 @@ def spread(wanted: Bool[Array, "B N"], count: int) -> Int[Array, "B K"]:
     return jnp.sort(pick(order, jnp.where(total >= count, steps * total // max(count, 1), steps)), axis=1)
 
 
-def marked(index: Int[Array, "B K"], size: int) -> Bool[Array, "B N"]:
+@row_by_row
+def marked(index: Int[Array, "B K"], *, size: int) -> Bool[Array, "B N"]:
     """True at the indices."""
     return jnp.zeros((index.shape[0], size), bool).at[jnp.arange(index.shape[0])[:, None], index].set(True)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.ranges import Share
-from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest, marked, pick, real, unit
+from vlm_jax.reducers.reducer import KeepsFeatures, Part, best, every, highest, marked, pick, real, unit
 from vlm_jax.types import Fields, VisualFeatures
 
 
@@ -72,9 +72,7 @@ class VisionZip(KeepsFeatures):
             saliency = saliency.at[:, 0].set(jnp.inf)
         mask, count = features.mask, self.num_contextual
         size = min(self.num_kept, mask.shape[1])
-        dominant = (
-            jnp.sort(jax.lax.top_k(saliency, size - count)[1]) if released else highest(saliency, mask, size - count)
-        )
+        dominant = jnp.sort(best(saliency, count=size - count)) if released else highest(saliency, mask, size - count)
         if not count:
             return self.take(features, dominant)
         merged = contextual(real(features.tokens, mask), mask, keys, dominant, count)
@@ -94,11 +92,11 @@ def contextual(
     count: int,
 ) -> Contextual:
     """`count` contextual features, merged from the features that are not dominant."""
-    rest = ~marked(dominant, mask.shape[1])
+    rest = ~marked(dominant, size=mask.shape[1])
     order = jnp.argsort(jnp.where(rest, jnp.where(mask, 0, 1), 2), axis=1)  # the unmasked rest, padding, dominant ones
     step = jnp.maximum((rest & mask).sum(axis=1, keepdims=True) // count, 1)
     targets = pick(order, jnp.arange(count)[None] * step)
-    merged = rest & mask & ~marked(targets, mask.shape[1])
+    merged = rest & mask & ~marked(targets, size=mask.shape[1])
     keys = unit(real(keys, mask).astype(jnp.float32).mean(axis=2))
     similarity = jnp.einsum("bnh,bch->bnc", keys, pick(keys, targets))
     joins = jax.nn.one_hot(jnp.argmax(similarity, axis=-1), count) * merged[..., None]
