@@ -20,6 +20,7 @@ CORE = [
     "orbax-checkpoint>=0.12.8",
     "pillow>=11.0",
     "plotly>=6.0",
+    "rapidfuzz>=3.13",
     "rich>=13.9",
     "safetensors>=0.5",
     "scikit-learn>=1.6",

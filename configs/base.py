@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.evaluation = ConfigDict(
-        {"batch_size": 200, "question_length": 8, "max_new_tokens": 24, "every": placeholder(int)}
+        {"batch_size": 200, "question_length": 8, "max_new_tokens": 24, "every": placeholder(int), "metrics": ()}
     )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1, "expert": 1})
     return config

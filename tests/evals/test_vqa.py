@@ -14,7 +14,7 @@ from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import ConfigError
 from vlm_jax.evals import vqa
 from vlm_jax.evals.intervals import wilson_interval
-from vlm_jax.evals.metrics import check_metrics
+from vlm_jax.evals.metrics import chosen_metrics
 from vlm_jax.evals.vqa import group_of, judged_answer
 from vlm_jax.generation import text as generation_text
 from vlm_jax.generation.engine import Generated
@@ -77,8 +77,21 @@ def test_the_metric_of_a_task_can_be_chosen():
     assert score({"read": "characters"}, "read") == score({"read": "characters"}, "read:1") == 0.75
     assert score({"ocr": "exact"}, "ocr:1x4") is False
     assert score({"ocr": "exact", "ocr:1x4": "characters"}, "ocr:1x4") == 0.75  # of one size
-    with pytest.raises(ConfigError, match=r"config\.x: task 'read': there is no metric 'exat'; did you mean 'exact'\?"):
-        check_metrics({"read": "exat"}, "config.x")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("read=exat",), r"task 'read': there is no metric 'exat'; did you mean 'exact'\?"),
+        (("read",), r"expected task=metric, as in vqa=anls, got 'read'"),
+        (("=anls",), r"expected task=metric, as in vqa=anls, got '=anls'"),
+        (("read=exact", "read=anls"), r"expected one metric for task 'read', got 'exact' and 'anls'"),
+    ],
+)
+def test_a_choice_of_a_metric_that_cannot_be(given, message):
+    with pytest.raises(ConfigError, match=rf"config\.x: {message}"):
+        chosen_metrics(given, "config.x")
+    assert chosen_metrics(("read=exact", "ocr:1x4=anls"), "config.x") == {"read": "exact", "ocr:1x4": "anls"}
 
 
 class Lower(Tokenizer):

@@ -195,20 +195,6 @@ def test_points_are_compared_with_those_of_another_evaluation_or_with_one_point(
         evaluation(tmp_path / "work", compare=str(tmp_path))
 
 
-def test_answers_without_references_need_another_workdir(evaluation, finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "work")
-    (tmp_path / "work" / "results.jsonl").unlink()
-    written = tmp_path / "work" / "points" / "none@released" / "answers.jsonl"
-    before = [{key: line[key] for key in ("sample_id", "task", "text", "correct")} for line in lines(written)[:2]]
-    written.write_text("".join(json.dumps(line) + "\n" for line in before))
-    found = evaluation(tmp_path / "work").run()
-    assert re.search(
-        tried("{answers.jsonl}: answers of an earlier version, without references; use another workdir"),
-        found["none@released"],
-    )
-    assert evaluation(tmp_path / "other", reducers=("none",)).run() == {}
-
-
 def test_parquet_needs_pyarrow(evaluation, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=tried("pip install 'vlm_jax[parquet]', or omit the flag")):

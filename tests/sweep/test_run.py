@@ -246,7 +246,7 @@ def test_points_start_from_the_shared_stages(swept, one_device):
             r"base\.evaluation\.every: points are evaluated",
         ),
         (
-            lambda c: c.base.evaluation.update({"metrics": {"read": "exat"}}),
+            lambda c: c.base.evaluation.update({"metrics": ("read=exat",)}),
             ConfigError,
             r"config\.base\.evaluation\.metrics: task 'read': there is no metric 'exat'; did you mean 'exact'",
         ),

@@ -209,14 +209,14 @@ class EvaluationSettings:
         padded to the longest of their batch.
       max_new_tokens: maximum tokens of an answer, including its end token.
       every: steps between evaluations during training; None for one at its end alone.
-      metrics: names of metrics by task, for tasks with another one than `evals.metrics.BY_TASK` says.
+      metrics: metrics as `task=name`, for tasks with another one than `evals.metrics.BY_TASK` says.
     """
 
     batch_size: Size
     question_length: Size | None
     max_new_tokens: Size
     every: Count | None = None
-    metrics: dict[str, str] = dataclasses.field(default_factory=dict)
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self):
         check_fields(self, "config.evaluation.")

@@ -4,8 +4,10 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from rapidfuzz.distance import Levenshtein
 
 from vlm_jax.config import ConfigError, check_keys
 from vlm_jax.data.media import holds_media
@@ -144,16 +146,6 @@ def _holds_turns(value: Any) -> bool:
 @functools.lru_cache(maxsize=4096)
 def misspelt(name: str, known: tuple[str, ...]) -> str | None:
     """The known key of which a name is a misspelling; keys of two letters have none."""
-    near = [(edits(name, key), abs(len(name) - len(key)), key) for key in known if len(key) > MAX_EDITS]
+    near = [(Levenshtein.distance(name, key), abs(len(name) - len(key)), key) for key in known if len(key) > MAX_EDITS]
     best = min(near, default=(MAX_EDITS + 1, 0, ""))
     return best[-1] if best[0] <= MAX_EDITS else None
-
-
-def edits(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """Levenshtein's distance: insertions, deletions and replacements of letters, or of other items."""
-    row = list(range(len(second) + 1))
-    for i, mine in enumerate(first, start=1):
-        previous, row[0] = row[0], i
-        for j, theirs in enumerate(second, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (mine != theirs))
-    return row[-1]

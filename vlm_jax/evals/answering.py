@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals.evaluator import told, told_scores
+from vlm_jax.evals.metrics import chosen_metrics
 from vlm_jax.evals.scores import Scores
 from vlm_jax.evals.tally import Tally
-from vlm_jax.evals.vqa import answers, check_references
+from vlm_jax.evals.vqa import METRICS_KEY, answers, check_references
 from vlm_jax.types import Dtype, Fields, Params
 
 
@@ -52,7 +53,7 @@ class Answering:
 
     def metrics(self, rows: Iterable[Fields]) -> Fields:
         """Accuracy and values of the metric by task, and visual tokens per image."""
-        tally, scores = Tally(), Scores(self.settings.metrics)
+        tally, scores = Tally(), Scores(chosen_metrics(self.settings.metrics, METRICS_KEY))
         for row in rows:
             tally.add(row)
             scores.add(row)
@@ -71,8 +72,7 @@ class Answering:
         """One line for the visual tokens, one for each task, and one for each value of metrics with several."""
         tokens = metrics["num_visual_tokens"]
         first = f"visual tokens per image: {tokens['mean']} on average, {tokens['max']} at most"
-        scores = metrics.get("scores", {})  # not in a line that an earlier version wrote
-        return [first, *told(metrics["accuracy"]), *told_scores(scores)]
+        return [first, *told(metrics["accuracy"]), *told_scores(metrics["scores"])]
 
 
 def cast_floats(params: Params, dtype: Dtype) -> Params:

@@ -10,8 +10,9 @@ from vlm_jax.config import RunConfig, parse
 from vlm_jax.evals.answering import Answering
 from vlm_jax.evals.classification import ClassificationSettings, Classifying
 from vlm_jax.evals.evaluator import Evaluator
-from vlm_jax.evals.metrics import check_metrics
+from vlm_jax.evals.metrics import chosen_metrics
 from vlm_jax.evals.pairs import Matching, PairSettings
+from vlm_jax.evals.vqa import METRICS_KEY
 from vlm_jax.models.classifier import Classifier
 from vlm_jax.models.two_tower import TwoTower
 from vlm_jax.models.vlm import VLM
@@ -22,7 +23,7 @@ PATH = "config.evaluation"
 def _answering(experiment: AnyExperiment, config: RunConfig) -> Evaluator:
     assert isinstance(experiment, Experiment)
     settings = parse(EvaluationSettings, config.evaluation, PATH)
-    check_metrics(settings.metrics, f"{PATH}.metrics")
+    chosen_metrics(settings.metrics, METRICS_KEY)
     return Answering(experiment, settings, config.seed, config.token_budget, config.dtype)
 
 

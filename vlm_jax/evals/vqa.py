@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from vlm_jax.build import Experiment
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.evals.intervals import wilson_interval
-from vlm_jax.evals.metrics import Metric, Response, metric_of
+from vlm_jax.evals.metrics import Metric, Response, chosen_metrics, metric_of
 from vlm_jax.generation.engine import prepared
 from vlm_jax.generation.text import Completion
 from vlm_jax.processors.layout import SequenceTooLong
@@ -23,6 +23,7 @@ from vlm_jax.sharding.rules import mesh_of
 from vlm_jax.types import TEXT_SLOT, Params, Sample
 
 # What bounds a prompt.
+METRICS_KEY = "config.evaluation.metrics"
 KEYS = {
     "positions": "config.evaluation.question_length",
     "tiles or patches": "config.data.num_images",
@@ -122,15 +123,20 @@ def answers(
         longer than `max_new_tokens`.
       ValueError: the number of visual tokens in a prompt differs from that of its images.
     """
-    mesh = generation_mesh(params)
+    mesh, chosen = generation_mesh(params), chosen_metrics(settings.metrics, METRICS_KEY)
     params = prepared(params, mesh)  # once for all batches
     size, samples = settings.batch_size, iter(samples)
     while group := list(itertools.islice(samples, size)):
-        yield from _answered(experiment, params, group, settings, mesh)
+        yield from _answered(experiment, params, group, settings, chosen, mesh)
 
 
 def _answered(
-    experiment: Experiment, params: Params, group: Sequence[Sample], settings: EvaluationSettings, mesh: Mesh | None
+    experiment: Experiment,
+    params: Params,
+    group: Sequence[Sample],
+    settings: EvaluationSettings,
+    chosen: Mapping[str, str],
+    mesh: Mesh | None,
 ) -> Iterator[Answer]:
     """Answers to at most `batch_size` samples."""
     system, shape = experiment.system, experiment.prompt
@@ -152,7 +158,7 @@ def _answered(
         counts, text = example.visual_tokens, completion.text
         if sum(counts) != shown:
             raise ValueError(f"sample '{sample.sample_id}': {counts} visual tokens are to fill {shown} places")
-        correct, judged_as = judged_answer(settings.metrics, system.processor.tokenizer, sample, completion)
+        correct, judged_as = judged_answer(chosen, system.processor.tokenizer, sample, completion)
         asked = sample.sample_id, sample.task, sample.question, sample.answer
         compared = judged_as.references, judged_as.group, judged_as.is_finished
         yield Answer(*asked, text, correct, counts, tokens_by_span(example), *compared)

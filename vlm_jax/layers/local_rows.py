@@ -17,7 +17,8 @@ from vlm_jax import axes
 from vlm_jax.layers.mesh_axes import active_mesh, num_shards, spec_of
 
 Tables = TypeVar("Tables", bound=tuple[Shaped[Array, "B ..."], ...])
-Given, Result = ParamSpec("Given"), TypeVar("Result")
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 def local_rows(tables: Tables, index: Int[Array, "B T"]) -> Tables:

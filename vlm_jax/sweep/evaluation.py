@@ -15,10 +15,10 @@ from etils import epath
 from flax import linen as nn
 
 from vlm_jax.config import ConfigError, check_fields
-from vlm_jax.evals.metrics import check_metrics
+from vlm_jax.evals.metrics import chosen_metrics
 from vlm_jax.evals.paired import differences, told_differences
 from vlm_jax.evals.predictions import check_parquet, write_parquet
-from vlm_jax.evals.scores import SCORED, Scores
+from vlm_jax.evals.scores import Scores
 from vlm_jax.evals.tally import Tally
 from vlm_jax.evals.vqa import check_references, judged_answer
 from vlm_jax.paths import absolute
@@ -93,10 +93,7 @@ class ReleaseEvaluation:
         check_fields(self, "--")
         if not self.reducers or not self.tasks:
             raise ConfigError("--reducers, --tasks: expected at least one name each")
-        for given in self.metrics:
-            if not all(given.partition("=")):
-                raise ConfigError(f"--metrics: expected task=metric, as in vqa=anls, got '{given}'")
-        check_metrics(self.chosen_metrics, "--metrics")
+        chosen_metrics(self.metrics, "--metrics")
         if self.parquet:
             check_parquet("--parquet")
         if self.compare is not None and not _has_answers(epath.Path(absolute(self.compare))):
@@ -107,8 +104,7 @@ class ReleaseEvaluation:
     @property
     def chosen_metrics(self) -> dict[str, str]:
         """{task: name} of `metrics`."""
-        parts = [given.partition("=") for given in self.metrics]
-        return {task: name for task, _, name in parts}
+        return chosen_metrics(self.metrics, "--metrics")
 
     @property
     def of_answers(self) -> Fields:
@@ -340,11 +336,7 @@ class Evaluation:
 
 
 def resume(path: epath.Path, metrics: Mapping[str, str]) -> tuple[Tally, Scores, int]:
-    """The counts of a file's complete lines, and their number; removes a truncated last line from the file.
-
-    Raises:
-      ValueError: a line was written before answers had references.
-    """
+    """The counts of a file's complete lines, and their number; removes a truncated last line from the file."""
     tally, scores, count, size, whole = Tally(), Scores(metrics), 0, 0, 0
     if not path.exists():
         return tally, scores, 0
@@ -353,8 +345,6 @@ def resume(path: epath.Path, metrics: Mapping[str, str]) -> tuple[Tally, Scores,
             size += len(line)
             if line.endswith(b"\n"):
                 row = json.loads(line)
-                if not set(SCORED) <= row.keys():
-                    raise ValueError(f"{path}: answers of an earlier version, without references; use another workdir")
                 tally.add(row)
                 scores.add(row)
                 count, whole = count + 1, size

@@ -11,7 +11,7 @@ from etils import epath
 from vlm_jax.build import build
 from vlm_jax.build.settings import EvaluationSettings
 from vlm_jax.config import config_hash, parse
-from vlm_jax.evals.metrics import check_metrics
+from vlm_jax.evals.metrics import chosen_metrics
 from vlm_jax.evals.scores import SCORED, Scores
 from vlm_jax.evals.tally import Tally
 from vlm_jax.evals.timing import generation_seconds
@@ -73,7 +73,7 @@ class Sweep:
         self._refused: dict[str, str] = {}
         self.points = list_points(config, only, self._refused)
         evaluation = parse(EvaluationSettings, config.base.evaluation, "config.base.evaluation")
-        check_metrics(evaluation.metrics, "config.base.evaluation.metrics")
+        self._metrics = chosen_metrics(evaluation.metrics, "config.base.evaluation.metrics")
         self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
         self._claim = Claim(self.workdir, config)
 
@@ -180,7 +180,7 @@ class Sweep:
         outcome = self._train_point(point, start, progress)
         evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
         samples = point.experiment.open_source().evaluation(point.config.seed)
-        tally, scores = Tally(), Scores(evaluation.metrics)
+        tally, scores = Tally(), Scores(self._metrics)
         with whole_file(self._folder(point.label) / ANSWERS_FILE) as file:
             for answer in answers(point.experiment, outcome.params, samples, evaluation):
                 tally.add(vars(answer))

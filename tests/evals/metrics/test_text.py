@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from vlm_jax.evals.metrics.edit_distance import edits
 from vlm_jax.evals.metrics.metric import Response
 from vlm_jax.evals.metrics.text import Characters, character_precision, same_text
 
@@ -34,24 +33,6 @@ def test_same_text(answer, reference, right):
 def test_character_precision(answer, reference, precision):
     assert character_precision(answer, reference) == pytest.approx(precision, abs=1e-12)
     assert character_precision(reference, answer) == pytest.approx(precision, abs=1e-12)
-
-
-def plain_edits(first, second):
-    """Levenshtein's recurrence, cell by cell."""
-    table = np.zeros((len(first) + 1, len(second) + 1), int)
-    table[:, 0], table[0] = np.arange(len(first) + 1), np.arange(len(second) + 1)
-    for i, mine in enumerate(first, start=1):
-        for j, theirs in enumerate(second, start=1):
-            table[i, j] = min(table[i - 1, j] + 1, table[i, j - 1] + 1, table[i - 1, j - 1] + (mine != theirs))
-    return table[-1, -1]
-
-
-def test_edits_are_those_of_the_recurrence():
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        first, second = ("".join(rng.choice(list("abc"), rng.integers(0, 12))) for _ in range(2))
-        assert edits(first, second) == plain_edits(first, second)
-    assert edits(["the", "cat"], ["the", "black", "cat"]) == 1 and edits("", "") == 0
 
 
 def test_error_rates_are_edits_of_all_answers_over_the_length_of_all_references():

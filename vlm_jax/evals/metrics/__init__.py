@@ -5,7 +5,7 @@ A metric is an object of `metric.Metric`. `METRICS` has all of them by name. The
 `ocr:8x16`, what is before the colon counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vlm_jax.config import ConfigError, did_you_mean
 from vlm_jax.evals.metrics.answers import Anls, RelaxedAccuracy, VqaAccuracy
@@ -17,7 +17,7 @@ from vlm_jax.evals.metrics.metric import Metric, Response
 from vlm_jax.evals.metrics.text import Characters, Exact
 from vlm_jax.evals.metrics.yes_no import Mme, Pope
 
-__all__ = ["BY_TASK", "METRICS", "Metric", "Response", "check_metrics", "metric_of"]
+__all__ = ["BY_TASK", "METRICS", "Metric", "Response", "chosen_metrics", "metric_of"]
 
 METRICS: Mapping[str, Metric] = {
     "exact": Exact(),
@@ -56,24 +56,32 @@ def metric_of(task: str, chosen: Mapping[str, str]) -> Metric:
 
     Args:
       task: of a sample.
-      chosen: names of metrics by task, or by what is before a task's colon; checked by `check_metrics`.
+      chosen: names of metrics by task, or by what is before a task's colon; as of `chosen_metrics`.
     """
     kind = task.partition(":")[0]
     default = BY_TASK.get(kind, kind if kind in METRICS else "exact")
     return METRICS[chosen.get(task, chosen.get(kind, default))]
 
 
-def check_metrics(chosen: Mapping[str, str], path: str) -> None:
-    """Checks that all chosen metrics exist.
+def chosen_metrics(given: Sequence[str], path: str) -> dict[str, str]:
+    """{task: name} of choices such as `vqa=anls`.
 
     Args:
-      chosen: names of metrics by task.
+      given: the choices, for tasks with another metric than `BY_TASK` says.
       path: the key or flag that they are from.
 
     Raises:
-      ConfigError: one does not.
+      ConfigError: one has another form, a task is chosen for twice, or a metric does not exist.
     """
-    for task, name in chosen.items():
+    chosen: dict[str, str] = {}
+    for choice in given:
+        task, _, name = choice.partition("=")
+        if not task or not name:
+            raise ConfigError(f"{path}: expected task=metric, as in vqa=anls, got '{choice}'")
+        if task in chosen:
+            raise ConfigError(f"{path}: expected one metric for task '{task}', got '{chosen[task]}' and '{name}'")
         if name not in METRICS:
             near = did_you_mean(name, METRICS)
             raise ConfigError(f"{path}: task '{task}': there is no metric '{name}'{near}")
+        chosen[task] = name
+    return chosen

@@ -3,7 +3,8 @@
 import functools
 import re
 
-from vlm_jax.evals.metrics.edit_distance import edits
+from rapidfuzz.distance import Levenshtein
+
 from vlm_jax.evals.metrics.metric import MeanScore, Response
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -93,7 +94,7 @@ def _plain(text: str) -> str:
 
 def _distance(first: str, second: str) -> float:
     """Levenshtein's distance as a share of the longer text."""
-    return edits(first, second) / max(len(first), len(second), 1)
+    return Levenshtein.distance(first, second) / max(len(first), len(second), 1)
 
 
 class RelaxedAccuracy(MeanScore):

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
+from rapidfuzz.distance import Levenshtein
 
-from vlm_jax.evals.metrics.edit_distance import edits
 from vlm_jax.evals.metrics.metric import Response, ratio
 from vlm_jax.evals.metrics.tree_distance import Node, tree_distance
 
@@ -223,7 +223,7 @@ def document_similarity(answer: str, reference: str, *, content: bool = True) ->
 def markup_similarity(answer: str, reference: str) -> float:
     """1 - Levenshtein's distance of the tags and characters of two documents, as a share of the longer one."""
     mine, theirs = (_without_spaces(_pieces(_body(parse(text)))) for text in (answer, reference))
-    return 1.0 - edits(mine, theirs) / max(len(mine), len(theirs), 1)
+    return 1.0 - Levenshtein.distance(mine, theirs) / max(len(mine), len(theirs), 1)
 
 
 def _without_spaces(pieces: Sequence[str]) -> list[str]:
@@ -272,7 +272,7 @@ def _replaced() -> Callable[[Node, Node], float]:
 
     @functools.lru_cache(maxsize=100_000)
     def share(mine: tuple[str, ...], theirs: tuple[str, ...]) -> float:
-        return edits(mine, theirs) / max(len(mine), len(theirs), 1)
+        return Levenshtein.distance(mine, theirs) / max(len(mine), len(theirs), 1)
 
     def cost(mine: Node, theirs: Node) -> float:
         if mine.label != theirs.label:

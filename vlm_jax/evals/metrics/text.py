@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Float
+from rapidfuzz.distance import Levenshtein
 
-from vlm_jax.evals.metrics.edit_distance import edits
 from vlm_jax.evals.metrics.metric import MeanScore, Response, ratio
 from vlm_jax.processors.normal_form import composed
 
@@ -43,7 +43,7 @@ class Characters:
             scores = [character_precision(text, reference) for reference in references]
             nearest = references[int(np.argmax(scores))]
             words, wanted = text.split(), nearest.split()
-            counts = edits(text, nearest), len(nearest), edits(words, wanted), len(wanted)
+            counts = Levenshtein.distance(text, nearest), len(nearest), Levenshtein.distance(words, wanted), len(wanted)
             rows.append((max(scores), 1.0, *counts))
         return np.array(rows, float).reshape(-1, self.num_statistics)
 
@@ -69,4 +69,4 @@ def character_precision(answer: str, reference: str) -> float:
     reports a precision by text tokens per visual token, without a formula.
     """
     answer, reference = clean(answer), clean(reference)
-    return 1.0 - edits(answer, reference) / max(len(answer), len(reference), 1)
+    return 1.0 - Levenshtein.distance(answer, reference) / max(len(answer), len(reference), 1)
