@@ -59,7 +59,7 @@ EXTRAS = {
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
     "wandb": ["wandb>=0.19"],
-    "eval": ["lmms-eval>=0.5"],
+    "eval": ["lmms-eval>=0.7.3,<0.8"],  # harnesses/lmms_eval.py
 }
 
 setuptools.setup(
@@ -76,4 +76,5 @@ setuptools.setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
+    entry_points={"lmms_eval.models": ["vlm_jax = vlm_jax.harnesses.manifest:MANIFEST"]},
 )
