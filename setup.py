@@ -32,6 +32,10 @@ CORE = [
     "tokenizers>=0.21",
 ]
 
+# What lmms-eval 0.7 imports; the Makefile installs itself, without what else it asks for.
+LMMS_EVAL = ["accelerate>=1.0", "datasets>=4.0", "evaluate>=0.4", "loguru>=0.7", "pytablewriter>=1.2", "sacrebleu>=2.4"]
+LMMS_EVAL += ["tenacity>=9.0"]
+
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
 EXTRAS = {
@@ -47,7 +51,13 @@ EXTRAS = {
         "pytest-xdist>=3.6",
     ],
     # Live reference models. The Makefile installs a fixed torch, and torchvision, first; see TORCH there.
-    "parity": ["peft>=0.19", "pyarrow>=17.0", "torch>=2.6", "transformers>=5.24"],
+    "parity": [
+        "peft>=0.19",
+        "pyarrow>=17.0",
+        "torch>=2.6",
+        "transformers>=5.24",
+        *LMMS_EVAL,
+    ],
     "docs": ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "dev": ["import-linter>=2.5", "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
