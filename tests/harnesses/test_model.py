@@ -124,10 +124,11 @@ def test_a_batch_of_eight_is_eight_batches(model, folder):
 
 def test_an_answer_ends_before_a_stop_string(model):
     """The first of several answers that has a letter after its start."""
-    for number, answer in enumerate(model.answers(requests(model.answer_settings({"max_new_tokens": 6})))):
-        until = next((letter for letter in answer.text[1:] if letter.isascii() and letter != answer.text[0]), None)
-        if until is not None:
-            break
-    settings = model.answer_settings({"max_new_tokens": 6, "until": ["never said", until]})
+    whole = model.answers(requests(model.answer_settings({"max_new_tokens": 6})))
+    letters = [
+        next((one for one in answer.text[1:] if one.isascii() and one != answer.text[0]), "") for answer in whole
+    ]
+    number = next(number for number, letter in enumerate(letters) if letter)
+    settings = model.answer_settings({"max_new_tokens": 6, "until": ["never said", letters[number]]})
     stopped = model.answers(requests(settings))[number]
-    assert stopped.text == answer.text[: answer.text.index(until)] and stopped.new_tokens < 6
+    assert stopped.text == whole[number].text.partition(letters[number])[0] and stopped.new_tokens < 6
