@@ -33,8 +33,8 @@ CORE = [
 ]
 
 # What lmms-eval 0.7 imports; the Makefile installs itself, without what else it asks for.
-LMMS_EVAL = ["accelerate>=1.0", "datasets>=4.0", "evaluate>=0.4", "loguru>=0.7", "pytablewriter>=1.2", "sacrebleu>=2.4"]
-LMMS_EVAL += ["tenacity>=9.0"]
+LMMS_EVAL = ["accelerate>=1.0", "datasets>=4.0", "evaluate>=0.4", "loguru>=0.7", "pytablewriter>=1.2", "pytz"]
+LMMS_EVAL += ["sacrebleu>=2.4", "tenacity>=9.0"]
 
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
