@@ -40,7 +40,7 @@ import pathlib
 from PIL import Image
 from rapidfuzz.distance import Levenshtein
 
-FOLDER = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parent.parent
 
 
 def text(doc, lmms_eval_specific_kwargs=None):
@@ -156,7 +156,8 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     for number in range(QUESTIONS):
         Image.fromarray(rng.integers(0, 256, (24, 30, 3), np.uint8)).save(folder / f"{number}.png")
-    (folder / "utils.py").write_text(UTILS)
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "utils.py").write_text(UTILS)
     data = write_records(folder, ["x"] * QUESTIONS)
     first = evaluated(folder, data, folder / "first")
     answers = [first[label][1] for label in BUDGETS]
@@ -164,7 +165,7 @@ def folder(tmp_path_factory):
     data = write_records(folder, references)
     for name, form in (("read", READ), ("choose", CHOOSE), ("rounds", ROUNDS)):
         text = form if form is CHOOSE else form.format(limit=MAX_NEW_TOKENS)
-        (folder / f"{name}.yaml").write_text(TASK.format(name=f"test_{name}", data=data) + text)
+        (folder / "tasks" / f"{name}.yaml").write_text(TASK.format(name=f"test_{name}", data=data) + text)
     return folder
 
 
@@ -185,7 +186,12 @@ def theirs(folder):
         ("simple", "read", "none@released", {"force_simple": True, "batch_size": 4, "limit": 3}),
     ):
         arguments = ",".join(filter(None, [f"pretrained={folder / 'release'}", BUDGETS[label]]))
-        common = {"model": "vlm_jax", "model_args": arguments, "tasks": f"test_{task}", "include_path": str(folder)}
+        common = {
+            "model": "vlm_jax",
+            "model_args": arguments,
+            "tasks": f"test_{task}",
+            "include_path": str(folder / "tasks"),
+        }
         runs.append({**common, "output_path": str(folder / "out" / name), "log_samples": True, **more})
     (folder / "runs.yaml").write_text(json.dumps(runs))
     path = os.pathsep.join([environment()["PYTHONPATH"], str(INSTALLED)])
