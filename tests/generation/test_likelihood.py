@@ -91,7 +91,7 @@ def test_the_most_likely_first_token_is_greedy(folder):
 
 def test_what_is_refused(folder):
     model = vlm_jax.from_pretrained(folder)
-    with pytest.raises(PromptError, match=tried("continuations: expected a list of texts, got {given!r}; write ['…']")):
+    with pytest.raises(PromptError, match=tried("continuations: expected a list of texts, got {}; write ['…']")):
         model.log_likelihoods(MESSAGES, " red", [PICTURES[0]])
     assert len(model.log_likelihoods(MESSAGES, [" red"], [PICTURES[0]])) == 1
     with pytest.raises(PromptError, match=tried("is empty; give it at least one token")):

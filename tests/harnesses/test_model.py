@@ -49,7 +49,7 @@ def test_settings_are_read(model, given, expected):
 @pytest.mark.parametrize("key", ["num_beams", "image_aspect_ratio", "visual_cot"])
 def test_other_settings_are_refused_by_name(model, folder, key):
     given = {key: {"num_beams": 4, "image_aspect_ratio": "pad"}.get(key, False), "temperature": 0}
-    with pytest.raises(GenerationError, match=tried("is not supported{fix}; remove it from the request")) as error:
+    with pytest.raises(GenerationError, match=tried("is not supported{}; remove it from the request")) as error:
         model.answer_settings(given)
     assert str(error.value).startswith(f"generation setting {key}=") and f"ignore={key}" in str(error.value)
     assert model.answer_settings({"temperature": 0}) == model.answer_settings({})
@@ -77,7 +77,7 @@ def test_settings_without_effect_are_told_once(model, caplog):
         for _ in range(2):
             model.answer_settings({"top_p": 0.9, "do_sample": False})
     (record,) = caplog.records
-    words = tried("{name}={own[name]} has no effect on greedy answers; set do_sample=true to sample")
+    words = tried("{}={} has no effect on greedy answers; set do_sample=true to sample")
     assert re.fullmatch(words, record.getMessage())
     assert model.answer_settings({"top_p": 0.9, "do_sample": True}).sampling == Sampling(1.0, top_p=0.9)
 

@@ -82,6 +82,6 @@ def test_what_is_refused(made, picture):
         made(max_new_token=5)
     model = made(max_new_tokens=1)
     item = {"type": "image", "value": picture}
-    with pytest.raises(PromptError, match=tried("the key '{unread[0]}' of an item of VLMEvalKit is not read; remove")):
+    with pytest.raises(PromptError, match=tried("the key '{}' of an item of VLMEvalKit is not read; remove")):
         model.generate([{**item, "min_pixels": 4}, {"type": "text", "value": QUESTION}])
     assert isinstance(model.generate([item, {"type": "text", "value": QUESTION}]), str)

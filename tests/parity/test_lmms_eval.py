@@ -61,7 +61,7 @@ def target(doc):
 
 
 def place(doc):
-    return doc["choice"]
+    return int(doc["id"]) % 3
 
 
 def read(doc, results):
@@ -141,7 +141,7 @@ def write_records(folder, references):
             {"from": "human", "value": f"<image>\nwhat is in it{'?' * number}"},
             {"from": "gpt", "value": reference},
         ]
-        record = {"id": str(number), "image": f"{number}.png", "conversations": said, "choice": number % 3}
+        record = {"id": str(number), "image": f"{number}.png", "conversations": said}
         lines.append(json.dumps(record))
     path = folder / "questions.jsonl"
     path.write_text("\n".join(lines) + "\n")
@@ -177,22 +177,24 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def theirs(folder):
-    """{run: the samples of lmms-eval}, and its results: one process for all budgets and tasks."""
-    runs = []
-    for name, task, label, more in (
-        *((label, "read", label, {"batch_size": 8 if label == "visionzip@16" else 1}) for label in BUDGETS),
-        ("choose", "choose", "visionzip@4", {"force_simple": True, "batch_size": 8}),
-        ("rounds", "rounds", "none@released", {"batch_size": 4}),
-        ("simple", "read", "none@released", {"force_simple": True, "batch_size": 4, "limit": 3}),
+    """{(run, task): the scores of lmms-eval, its samples}: one process for all budgets and tasks."""
+    runs, given = [], {}
+    for name, tasks, label, more in (
+        ("none@released", "read,rounds", "none@released", {"batch_size": 4}),
+        ("visionzip@16", "read", "visionzip@16", {"batch_size": 8}),
+        ("visionzip@4", "read", "visionzip@4", {"batch_size": 1}),
+        ("simple", "choose,read", "visionzip@4", {"batch_size": 8, "force_simple": True}),
     ):
-        arguments = ",".join(filter(None, [f"pretrained={folder / 'release'}", BUDGETS[label]]))
-        common = {
+        given[name] = [f"test_{task}" for task in tasks.split(",")]
+        run = {
             "model": "vlm_jax",
-            "model_args": arguments,
-            "tasks": f"test_{task}",
+            "model_args": ",".join(filter(None, [f"pretrained={folder / 'release'}", BUDGETS[label]])),
+            "tasks": ",".join(given[name]),
             "include_path": str(folder / "tasks"),
+            "output_path": str(folder / "out" / name),
+            "log_samples": True,
         }
-        runs.append({**common, "output_path": str(folder / "out" / name), "log_samples": True, **more})
+        runs.append({**run, **more})
     (folder / "runs.yaml").write_text(json.dumps(runs))
     path = os.pathsep.join([environment()["PYTHONPATH"], str(INSTALLED)])
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
@@ -202,20 +204,20 @@ def theirs(folder):
     )
     log = done.stdout.decode()[-5000:] + done.stderr.decode()[-5000:]
     found = {}
-    for run in runs:
-        name = pathlib.Path(run["output_path"]).name
-        (samples,) = list(pathlib.Path(run["output_path"]).rglob("*_samples_*.jsonl")) or [log]
-        (results,) = list(pathlib.Path(run["output_path"]).rglob("*_results.json")) or [log]
-        assert isinstance(samples, pathlib.Path) and isinstance(results, pathlib.Path), log
-        (scores,) = json.loads(results.read_text())["results"].values()
-        found[name] = scores, lines(samples)
+    for name, tasks in given.items():
+        written = sorted((folder / "out" / name).rglob("*.json*"))
+        assert len(written) == 1 + len(tasks), log
+        (scores,) = [json.loads(path.read_text())["results"] for path in written if path.suffix == ".json"]
+        for task in tasks:
+            (samples,) = [lines(path) for path in written if path.name.endswith(f"_samples_{task}.jsonl")]
+            found[name, task.removeprefix("test_")] = scores[task], samples
     return found
 
 
 @pytest.mark.parametrize("label", BUDGETS)
 def test_answers_and_the_frontier_are_those_of_evaluate(ours, theirs, label):
     """Sample by sample, their scores and numbers of visual tokens, and the mean; in batches of 1 and of 8."""
-    (result, answers), (scores, samples) = ours[label], theirs[label]
+    (result, answers), (scores, samples) = ours[label], theirs[label, "read"]
     assert [sample["doc_id"] for sample in samples] == list(range(QUESTIONS))
     assert [sample["filtered_resps"] for sample in samples] == [answer["text"] for answer in answers]
     assert [sample["characters"] for sample in samples] == [answer["correct"] for answer in answers]
@@ -227,16 +229,16 @@ def test_answers_and_the_frontier_are_those_of_evaluate(ours, theirs, label):
 
 def test_the_frontier_has_three_points(ours, theirs):
     """Answers differ between the budgets, and so do the scores."""
-    texts = [tuple(sample["filtered_resps"] for sample in theirs[label][1]) for label in BUDGETS]
+    texts = [tuple(sample["filtered_resps"] for sample in theirs[label, "read"][1]) for label in BUDGETS]
     assert len(set(texts)) == 3
-    assert len({theirs[label][0]["characters,none"] for label in BUDGETS}) > 1
+    assert len({theirs[label, "read"][0]["characters,none"] for label in BUDGETS}) > 1
     assert [ours[label][1][0]["visual_tokens"] for label in BUDGETS] == [[36], [16], [4]]
 
 
 def test_choices_are_those_of_the_likelihood(folder, theirs):
     """What lmms-eval takes for right is the choice with the greatest log-likelihood."""
     model = vlm_jax.from_pretrained(folder / "release", token_budget=4, reducer="visionzip")
-    scores, samples = theirs["choose"]
+    scores, samples = theirs["simple", "choose"]
     right = []
     for number, sample in enumerate(samples):
         image = {"type": "image", "image": str(folder / f"{number}.png")}
@@ -252,7 +254,7 @@ def test_choices_are_those_of_the_likelihood(folder, theirs):
 
 def test_each_round_is_asked_after_the_answer_before(folder, theirs):
     model = vlm_jax.from_pretrained(folder / "release")
-    for number, sample in enumerate(theirs["rounds"][1]):
+    for number, sample in enumerate(theirs["none@released", "rounds"][1]):
         image, said = {"type": "image", "image": str(folder / f"{number}.png")}, []
         for _ in range(2):
             question = f"after {said[-1]!r}?" if said else f"what is in it{'?' * number}"
@@ -264,8 +266,8 @@ def test_each_round_is_asked_after_the_answer_before(folder, theirs):
 
 def test_without_messages_the_answers_are_the_same(theirs):
     """`--force_simple`: pictures, then the text."""
-    both = [[sample["filtered_resps"] for sample in theirs[name][1][:3]] for name in ("simple", "none@released")]
-    assert both[0] == both[1] and len(theirs["simple"][1]) == 3
+    said = [[sample["filtered_resps"] for sample in theirs[run, "read"][1]] for run in ("simple", "visionzip@4")]
+    assert said[0] == said[1] and len(said[0]) == QUESTIONS
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +336,7 @@ def test_a_stretch_of_a_video_is_refused(harness, model, folder):
     """Its path alone is read, as are the bytes of a picture."""
     kept = {"path": str(folder / "0.png"), "bytes": None}
     item = {"type": "image", "url": {**kept, "video_start": 1}}
-    words = tried("{where}: the key '{unread[0]}' of a {item['type']} is not read; remove it")
+    words = tried("{}: the key '{}' of a {} is not read; remove it")
     for url in (item["url"], kept, {"bytes": (folder / "0.png").read_bytes()}):
         message = asked({"type": "image", "url": url})
         request = instance(harness, "generate_until", "", lambda doc, m=message: m, {}, 0, "test", "test")

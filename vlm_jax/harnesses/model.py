@@ -215,7 +215,7 @@ class HarnessModel:
         return [found[number] for number in range(len(requests))]
 
     def _answer(
-        self, conversations: Sequence[Conversation], numbers: Sequence[int], settings: AnswerSettings, fill: int
+        self, conversations: Sequence[Conversation], numbers: tuple[int, ...], settings: AnswerSettings, fill: int
     ) -> list[Answered]:
         """Answers to one batch; `fill` rows are added, which leave it after the prompt."""
         processor = self._system.processor

@@ -432,6 +432,7 @@ class Processor:
         turns: Turns,
         limits: tuple[int | None, int | None],
         add_generation_prompt: bool | None,
+        continuation: str = "",
         **variables: object,
     ) -> Example:
         counts = [len(place.layout) for place in images], [sum(len(one.layout) for one in parts) for parts in videos]
@@ -447,6 +448,7 @@ class Processor:
                 add_generation_prompt=prompt,
                 targets=targets,
                 turns=turns,
+                continuation=continuation,
                 **variables,
             )
             if targets and targets != AS_RELEASED and not any(answer_weights(messages, turns)):
