@@ -33,8 +33,8 @@ CORE = [
 ]
 
 # What lmms-eval 0.7 imports; the Makefile installs itself, without what else it asks for.
-LMMS_EVAL = ["accelerate>=1.0", "datasets>=4.0", "evaluate>=0.4", "loguru>=0.7", "pytablewriter>=1.2", "pytz"]
-LMMS_EVAL += ["sacrebleu>=2.4", "tenacity>=9.0"]
+LMMS_EVAL = ["accelerate>=1.0", "datasets>=4.0", "evaluate>=0.4", "filelock<4", "loguru>=0.7", "pytablewriter>=1.2"]
+LMMS_EVAL += ["pytz", "sacrebleu>=2.4", "tenacity>=9.0"]
 
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
@@ -64,12 +64,12 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     # The compiler of TPUs, libtpu, in the version of the installed jax; it runs on any CPU.
     "plan": ["jax[tpu]>=0.10.2"],
-    "serve": SERVE,
+    "serve": [*SERVE],
     "ray": ["ray[default]>=2.40"],
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
     "wandb": ["wandb>=0.19"],
-    "eval": ["lmms-eval>=0.7.3,<0.8"],  # harnesses/lmms_eval.py
+    "eval": ["filelock<4", "lmms-eval>=0.7.3,<0.8"],  # harnesses/lmms_eval.py; which imports filelock._api
 }
 
 setuptools.setup(

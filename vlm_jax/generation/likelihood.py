@@ -83,7 +83,7 @@ def log_likelihoods(
         own = np.asarray(log_probs[:count], np.float64)
         if np.isnan(own).any():
             raise GenerationError(
-                f"{name}: the logits of its continuation are NaN; check the parameters and the images for NaN, or "
+                f"{name}: the likelihood of its continuation is NaN; check the images and the parameters for NaN, or "
                 "compute in float32"
             )
         found.append(Likelihood(float(own.sum()), bool(is_best[:count].all()), count))

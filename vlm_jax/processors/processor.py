@@ -367,6 +367,7 @@ class Processor:
             turns=turns,
             limits=(max_visual_tokens, max_video_tokens),
             add_generation_prompt=add_generation_prompt,
+            continuation="",
             **variables,
         ).load
 
@@ -432,7 +433,7 @@ class Processor:
         turns: Turns,
         limits: tuple[int | None, int | None],
         add_generation_prompt: bool | None,
-        continuation: str = "",
+        continuation: str,
         **variables: object,
     ) -> Example:
         counts = [len(place.layout) for place in images], [sum(len(one.layout) for one in parts) for parts in videos]
