@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import mimetypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts  # type: ignore
@@ -36,6 +36,17 @@ class VisualTokenCounts(TokenCounts):
     def to_dict(self) -> dict[str, int | None]:
         """As lmms-eval logs them with a sample."""
         return {**super().to_dict(), "visual_tokens": self.visual_tokens}
+
+
+class LikelihoodResult(GenerationResult):
+    """A pair (likelihood, whether it is the greedy answer) as `text`, which lmms-eval 0.7 hands on as it is.
+
+    It makes a text of a bare pair (api/instance.py, unwrap_generation_output), which its metrics cannot read.
+    """
+
+    def __iter__(self) -> Iterator[float | bool]:
+        """The pair, which the interface of a model names."""
+        return iter(self.text)
 
 
 class _Model(lmms):
@@ -113,7 +124,7 @@ class _Model(lmms):
             active = going
         return [GenerationResult([answer.text for answer in of_one], _counts(of_one)) for of_one in answers]
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[LikelihoodResult]:
         """(likelihood, whether it is the greedy answer) of the continuation of each request.
 
         For a task of the output type `loglikelihood` the log-likelihood, the sum over its tokens. For `multiple_choice`
@@ -139,7 +150,8 @@ class _Model(lmms):
             signs.append(-1.0 if is_choice else 1.0)
         with tqdm(total=len(requests), desc="Model Responding") as bar:
             found = self.model.log_likelihoods(asked, bar.update)
-        return [(sign * one.log_likelihood, one.is_greedy) for sign, one in zip(signs, found, strict=True)]
+        pairs = [(sign * one.log_likelihood, one.is_greedy) for sign, one in zip(signs, found, strict=True)]
+        return [LikelihoodResult(pair) for pair in pairs]
 
     def _shown(self, to_visual: Callable[[Any], Any], text: str, number: int, task: str, split: str) -> list[Fields]:
         """The pictures of a document and a text, as one message."""
