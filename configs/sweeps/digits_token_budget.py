@@ -31,7 +31,8 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "mlp": {"budgets": (64,)},
             "visionzip": {"budgets": (4, 16), "reducer": {"kind": "visionzip"}},
-            "fastv": {"budgets": (4, 16), "reducer": {"kind": "fastv"}},
+            # The decoder has three layers, of which two may read a digit before the drop of the default, as seeds have it.
+            "fastv": {"budgets": (4, 16), "reducer": {"kind": "fastv", "layer": 1}},
             "random": {"budgets": (4, 16), "reducer": {"kind": "random"}},
             "pool": {"budgets": (4, 16), "connector": {"kind": "pool"}, **ADAPTED},
             "pixel_shuffle": {"budgets": (16,), "connector": {"kind": "pixel_shuffle"}, **ADAPTED},
