@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "mlp": {"budgets": (64,)},
             "visionzip": {"budgets": (4, 16), "reducer": {"kind": "visionzip"}},
-            # The decoder has three layers, of which two may read a digit before the drop of the default, as seeds have it.
+            # Of three layers. With the default, two, some seeds have read the digit before the drop and some have not.
             "fastv": {"budgets": (4, 16), "reducer": {"kind": "fastv", "layer": 1}},
             "random": {"budgets": (4, 16), "reducer": {"kind": "random"}},
             "pool": {"budgets": (4, 16), "connector": {"kind": "pool"}, **ADAPTED},
