@@ -54,7 +54,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.2"],
     # The compiler of TPUs, libtpu, in the version of the installed jax; it runs on any CPU.
     "plan": ["jax[tpu]>=0.10.2"],
-    "serve": SERVE,
+    "serve": [*SERVE],
     "ray": ["ray[default]>=2.40"],
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],

@@ -23,7 +23,8 @@ def get_config(arg: str = "") -> ConfigDict:
     digits_stages.set_sizes(config.base)
     stages = digits_stages.pretraining()
     stages.update({"alignment": digits_stages.alignment(), "instruction": digits_stages.instruction()})
-    stages.update({"adaptation": digits_stages.adaptation(), "long_adaptation": digits_stages.adaptation(500)})
+    for label, steps in (("adaptation", 250), ("long_adaptation", 500), ("resampler_adaptation", 800)):
+        stages[label] = digits_stages.adaptation(steps)
     config.base.stages = stages
     config.base.schedule = SHARED
 
@@ -39,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "resampler": {
                 "budgets": (16,),
                 "connector": {"kind": "resampler", "num_heads": 4},
-                "schedule": ("long_adaptation",),
+                "schedule": ("resampler_adaptation",),
             },
             "matryoshka": {
                 "budgets": NESTED,

@@ -24,7 +24,14 @@ def started(tmp_path):
         words = [sys.executable, "-m", "vlm_jax.cli.serve", f"--release={folder}", "--port=0", *arguments]
         words.append("--compilation_cache=")
         process = subprocess.Popen(
-            words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            words,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell starts what runs in its background with the signal ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         processes.append(process)
         return process
