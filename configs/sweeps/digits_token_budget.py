@@ -67,7 +67,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.candidates.pixel_shuffle.budgets = (4, 16)
         config.candidates.resampler.budgets = (4, 16)
     elif arg == "small":
-        for label, steps in (("encoder_pretraining", 400), ("decoder_pretraining", 300), ("instruction", 150)):
+        shorter = {"encoder_pretraining": 400, "decoder_pretraining": 300, "fine_pretraining": 350, "instruction": 150}
+        for label, steps in shorter.items():
             config.base.stages[label].steps = steps
         config.base.data.evaluation_size = 100
         pool = {"budgets": (1, 16), "connector": {"kind": "pool"}, **ADAPTED}
