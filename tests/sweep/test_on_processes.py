@@ -1,19 +1,24 @@
 """Tasks in processes that divide the CPUs: their order, their ends of every kind, and the rows of a sweep."""
 
+import contextlib
 import functools
 import json
 import os
 import signal
+import types
 
 import pytest
 
 from vlm_jax.cli import executors
 from vlm_jax.config import ConfigError
-from vlm_jax.sweep.executor import Task
+from vlm_jax.sweep import on_processes
+from vlm_jax.sweep.executor import LocalExecutor, Task
 from vlm_jax.sweep.on_processes import ProcessExecutor, divided, own_cpus
+from vlm_jax.sweep.on_ray import RaySettings
 from vlm_jax.sweep.run import Sweep
 from vlm_jax.train.loop import Interrupted
 
+from ..advice import tried
 from .test_run import new_console, tiny_sweep
 
 TIMES = ("step_seconds", "prefill_seconds", "decode_seconds", "peak_bytes")
@@ -37,14 +42,32 @@ def test_more_processes_than_cpus_are_refused():
         divided([0, 1], 3)
 
 
-def test_a_flag_of_another_executor_is_refused(monkeypatch):
-    monkeypatch.setattr(executors, "EXECUTOR", type("Flag", (), {"value": "ray"}))
-    monkeypatch.setattr(executors, "PROCESSES", type("Flag", (), {"value": 2}))
-    with (
-        pytest.raises(ConfigError, match="--processes: only with --executor=local; omit the flag"),
-        executors.open_executor(),
-    ):
-        pass
+@pytest.fixture
+def opened(monkeypatch):
+    """Opens the executor of flags with these values; the one of Ray is its settings."""
+
+    def opens(**values):
+        for name, value in {"executor": "local", "processes": 1, **values}.items():
+            monkeypatch.setattr(executors, name.upper(), types.SimpleNamespace(name=name, value=value))
+        monkeypatch.setattr(executors, "ray_executor", contextlib.nullcontext)
+        with executors.open_executor() as executor:
+            return executor
+
+    return opens
+
+
+def test_a_flag_of_another_executor_is_refused(opened):
+    with pytest.raises(ConfigError, match=tried("--processes: only with --executor=local; omit the flag")):
+        opened(executor="ray", processes=2)
+    assert isinstance(opened(executor="ray"), RaySettings)
+
+
+def test_chips_are_not_divided_by_processes(opened, monkeypatch):
+    monkeypatch.setattr(on_processes, "platform", lambda: "gpu")
+    told = tried("--processes: divides CPUs; omit it, or use --executor=ray, which divides the chips of a host")
+    with pytest.raises(ConfigError, match=told):
+        opened(processes=2)
+    assert isinstance(opened(), LocalExecutor) and isinstance(opened(executor="ray"), RaySettings)
 
 
 def told(path, report):

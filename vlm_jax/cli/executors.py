@@ -38,9 +38,10 @@ def open_executor() -> Iterator[Executor]:
       ConfigError: a flag of Ray without it, or as `ray_executor`.
     """
     settings = RaySettings(RAY_ADDRESS.value, CHIPS_PER_POINT.value, CPUS_PER_POINT.value)
+    is_apart = EXECUTOR.value == "ray" or PROCESSES.value != 1
+    if is_apart and jax.distributed.is_initialized():
+        raise ConfigError("--executor=ray, --processes: a point is one process; omit --distributed")
     if EXECUTOR.value == "ray":
-        if jax.distributed.is_initialized():
-            raise ConfigError("--executor=ray: a point is one process; omit --distributed")
         if PROCESSES.value != 1:
             raise ConfigError("--processes: only with --executor=local; omit the flag")
         with ray_executor(settings) as executor:
@@ -52,6 +53,4 @@ def open_executor() -> Iterator[Executor]:
     if PROCESSES.value == 1:
         yield LocalExecutor()
         return
-    if jax.distributed.is_initialized():
-        raise ConfigError("--processes: a point is one process; omit --distributed")
     yield ProcessExecutor(PROCESSES.value)

@@ -10,7 +10,7 @@ import multiprocessing.connection
 import os
 import pickle
 from collections.abc import Generator, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -99,7 +99,7 @@ class ProcessExecutor:
                             if not worker.process.is_alive():
                                 worker = workers[number] = self._start(self._shares[number])
                             worker.task = ready
-                            worker.pipe.send(pickle.dumps(ready.call))
+                            worker.pipe.send((ready.label, pickle.dumps(ready.call)))
                     for found in self._heard(workers, report):
                         ended.add(found.label)
                         yield found
@@ -123,23 +123,23 @@ class ProcessExecutor:
     def _heard(self, workers: Sequence[_Worker], report: Report) -> Generator[Ended, None, None]:
         """What busy workers have said: reports are passed on, tasks that ended are yielded."""
         busy = {worker.pipe: worker for worker in workers if worker.task}
-        for pipe in multiprocessing.connection.wait(list(busy), timeout=POLL_SECONDS):
+        for pipe in cast(list[Any], multiprocessing.connection.wait(list(busy), timeout=POLL_SECONDS)):
             worker = busy[pipe]
             assert worker.task is not None
             label = worker.task.label
             try:
-                kind, said = pipe.recv()
+                said = pipe.recv()
             except (EOFError, OSError):
                 worker.process.join()
                 told = f"{label}: its process ended with status {worker.process.exitcode}, -9 being out of memory"
-                kind, said = "ended", (None, ProcessLost(told))
-            if kind == "report":
+                said = Ended(label, error=ProcessLost(told))
+            if not isinstance(said, Ended):
                 report(*said)
                 continue
             worker.task = None
-            if isinstance(said[1], Interrupted):
-                raise said[1]
-            yield Ended(label, *said)
+            if isinstance(said.error, Interrupted):
+                raise said.error
+            yield said
 
 
 def _work(pipe: Any, cpus: tuple[int, ...], settings: dict[str, Any], folder: str) -> None:
@@ -152,12 +152,12 @@ def _work(pipe: Any, cpus: tuple[int, ...], settings: dict[str, Any], folder: st
     os.chdir(folder)
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
-            call = pickle.loads(pipe.recv())
+            label, call = pipe.recv()
             try:
-                pipe.send(("ended", (call(functools.partial(_report, pipe)), None)))
+                pipe.send(Ended(label, pickle.loads(call)(functools.partial(_report, pipe))))
             except Exception as error:  # of whatever kind: it is the point's
-                pipe.send(("ended", (None, portable(error))))
+                pipe.send(Ended(label, error=portable(error)))
 
 
 def _report(pipe: Any, run: str, done: int, note: str) -> None:
-    pipe.send(("report", (run, done, note)))
+    pipe.send((run, done, note))
