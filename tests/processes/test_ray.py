@@ -10,7 +10,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -20,11 +19,11 @@ from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
 from ..advice import tried
 from .conftest import ROOT, environment
 from .test_two_processes import free_port
+from .watching import curve, finish, processes_of, rows, steps, wait_for
 
 RAY = pathlib.Path(sys.executable).with_name("ray")
 # A token of this run's own: what Ray does without depends on whether the user has one.
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-TIMES = ("step_seconds", "prefill_seconds", "decode_seconds", "seconds_per_sample")
 
 
 def start_host(*arguments: str) -> subprocess.Popen:
@@ -57,20 +56,6 @@ def kill_host(host: subprocess.Popen) -> None:
     host.stdout.close()
 
 
-def processes_of(host: subprocess.Popen) -> list[int]:
-    """Ids of a process and all its descendants."""
-    parents = {}
-    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue  # it ended
-    found = [host.pid]
-    for process in found:
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
-
-
 @pytest.fixture(scope="module")
 def hosts(programs):
     """(address of the cluster, its second host)."""
@@ -83,45 +68,11 @@ def hosts(programs):
         yield address, second
 
 
-def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120):
-    """The first value of a condition that is true; an error if a process ends, or time is up, before it."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        if process is not None and process.poll() is not None:
-            raise AssertionError(process.communicate())
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return value
-
-
 def start(command: str, *arguments: str) -> subprocess.Popen:
     words = [sys.executable, "-m", f"vlm_jax.cli.{command}", "--compilation_cache=", *arguments]
     return subprocess.Popen(
         words, cwd=ROOT, env={**environment(), **TOKEN}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def finish(process: subprocess.Popen) -> str:
-    """Standard error of a command that has succeeded."""
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return errors
-
-
-def rows(workdir: pathlib.Path) -> list[dict]:
-    lines = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
-def steps(workdir: pathlib.Path, label: str) -> list[str]:
-    """Whole lines of a point's `metrics.jsonl`."""
-    path = workdir / "points" / label / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def curve(lines: list[str]) -> list[tuple]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in map(json.loads, lines)]
 
 
 def test_a_sweep_whose_second_host_is_killed_has_the_rows_of_the_local_executor(hosts, tmp_path):

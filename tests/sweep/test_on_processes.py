@@ -21,7 +21,7 @@ from vlm_jax.train.loop import Interrupted
 from ..advice import tried
 from .test_run import new_console, tiny_sweep
 
-TIMES = ("step_seconds", "prefill_seconds", "decode_seconds", "peak_bytes")
+TIMES = ("step_seconds", "prefill_seconds", "decode_seconds")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_flag_of_another_executor_is_refused(opened):
 
 def test_chips_are_not_divided_by_processes(opened, monkeypatch):
     monkeypatch.setattr(on_processes, "platform", lambda: "gpu")
-    told = tried("--processes: divides CPUs; omit it, or use --executor=ray, which divides the chips of a host")
+    told = tried("--processes: divides CPUs; set it to 1, or use --executor=ray to divide chips")
     with pytest.raises(ConfigError, match=told):
         opened(processes=2)
     assert isinstance(opened(), LocalExecutor) and isinstance(opened(executor="ray"), RaySettings)
@@ -111,7 +111,7 @@ def test_tasks_end_as_they_do_and_the_others_go_on(tmp_path):
     cpus = own_cpus()
     assert tuple(ended["told"].result) in divided(cpus, 2)
     assert isinstance(ended["refused"].error, ValueError) and str(ended["refused"].error) == "no"
-    assert str(ended["killed"].error).startswith("killed: its process ended with status -9")
+    assert str(ended["killed"].error).startswith("its process ended with status -9 (SIGKILL")
 
 
 def test_a_task_that_was_stopped_stops_the_sweep():

@@ -18,6 +18,7 @@ from vlm_jax.train.lock import WorkdirInUse, lock
 from vlm_jax.train.loop import Interrupted
 
 POINT_LOCK = "point.lock"
+STOPPED = "stopped by SIGTERM, and points resume from their newest checkpoints"
 LEASE_SECONDS = 120  # NFS keeps the locks of a lost host for 90 seconds
 
 _log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import jax
 
 from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.ranges import Count
-from vlm_jax.sweep.executor import Ended, Report, Task, sigterm
+from vlm_jax.sweep.executor import STOPPED, Ended, Report, Task, sigterm
 from vlm_jax.sweep.ray_worker import TPU_BOUNDS, Reports, Result, work
 from vlm_jax.train.loop import Interrupted
 
@@ -96,7 +96,13 @@ def divide(hosts: Sequence[Mapping[str, float]], settings: RaySettings) -> Share
     if kind == "TPU" and chips not in TPU_BOUNDS:
         chips, why = min(counts), f", as {chips} chips cannot be cut out of a host (1, 2, 4 and 8 can)"
     cpus = settings.cpus_per_point or min(int(host.get("CPU", 0) * chips / host[kind]) for host in having)
-    told = _at_once([count // chips for count in counts])
+    at_once = [int(host[kind]) // chips for host in having]
+    if cpus:
+        at_once = [min(count, int(host.get("CPU", 0)) // cpus) for count, host in zip(at_once, having, strict=True)]
+    if not any(at_once):
+        most = max(int(host.get("CPU", 0)) for host in having)
+        raise ConfigError(f"--cpus_per_point: expected at most {most}, the CPUs of a host, got {cpus}")
+    told = _at_once(at_once)
     return Share(kind, chips, cpus, f"a point takes {chips} of the {max(counts)} {unit} of a host{why}; {told}")
 
 
@@ -204,17 +210,19 @@ class RayExecutor:
                     for label, run, done, note in self._told(reports):
                         losses.progressed(label, done)
                         report(run, done, note)
-                    if stopped.is_set():
-                        raise Interrupted("stopped by SIGTERM, and points resume from their newest checkpoints")
                     for handle in ready:
                         task = running.pop(handle)
                         result = self._result(handle)
+                        if stopped.is_set() and result.error is not None:
+                            break
                         if result.stopped and losses.may_try_again(task.label):
                             _log.warning("%s: its worker was lost, it is tried again: %s", task.label, result.error)
                             waiting.append(task)
                             continue
                         ended.add(task.label)
                         yield Ended(task.label, result.value, result.error)
+                    if stopped.is_set():
+                        raise Interrupted(STOPPED)
         finally:
             for handle in running:
                 self._ray.cancel(handle, force=True)

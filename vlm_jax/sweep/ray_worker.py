@@ -26,7 +26,7 @@ class Result:
     Attributes:
       value: what its call returned.
       error: what its call raised; None if it returned.
-      stopped: whether the worker was stopped by SIGTERM and saved, so that another can resume.
+      stopped: whether the worker was lost, or was stopped by SIGTERM and saved, so that another can resume.
     """
 
     value: Any = None
@@ -111,7 +111,7 @@ def work(label: str, call: bytes, kind: str | None, folder: str, reports: Any) -
       reports: a handle of the actor `Reports`.
     """
     ray = importlib.import_module("ray")
-    _show_messages()
+    show_messages()
     ids = sorted(ray.get_runtime_context().get_accelerator_ids().get(kind, []))
     hold_chips(kind, ids)
     os.environ |= chip_environment(kind, ids)
@@ -126,7 +126,7 @@ def work(label: str, call: bytes, kind: str | None, folder: str, reports: Any) -
         return Result(error=portable(error), stopped=stopped)
 
 
-def _show_messages() -> None:
+def show_messages() -> None:
     """Shows this package's messages once, which Ray prints where the command runs; the root has other handlers."""
     messages = logging.getLogger("vlm_jax")
     messages.setLevel(logging.INFO)

@@ -145,7 +145,7 @@ class ReleaseRunner:
         )
 
     def __reduce__(self):
-        return ReleaseRunner, (self._settings, str(self._workdir))
+        return kept_runner, (self._settings, str(self._workdir))
 
     def check_references(self) -> None:
         """Checks that every reference can be answered.
@@ -259,6 +259,12 @@ class ReleaseRunner:
             "seed": self._settings.seed,
             "command": self._settings.command("workdir", point),
         }
+
+
+@functools.lru_cache(maxsize=1)
+def kept_runner(settings: ReleaseEvaluation, workdir: str) -> ReleaseRunner:
+    """The runner of a worker, which keeps the parameters for the next point."""
+    return ReleaseRunner(settings, workdir)
 
 
 def resume(path: epath.Path, metrics: Mapping[str, str]) -> tuple[Tally, Scores, int]:
