@@ -10,17 +10,19 @@ import time
 
 import ray
 
-from vlm_jax.config import ConfigError
-from vlm_jax.sweep.executor import Task
-from vlm_jax.sweep.on_ray import RaySettings, ray_executor
+EARLY = "jax" in sys.modules  # a worker imports this module when it reads its task
+
+from vlm_jax.config import ConfigError  # noqa: E402
+from vlm_jax.sweep.executor import Task  # noqa: E402
+from vlm_jax.sweep.on_ray import RaySettings, ray_executor  # noqa: E402
 
 
 def seen(label, report):
-    """The environment of the task, when it ran, and whether JAX was there before it."""
-    begun, early = time.time(), "jax" in sys.modules
+    """The environment of the task, when it ran, and whether JAX was imported before the task was read."""
+    begun = time.time()
     report(label, 1, "")
     time.sleep(1)
-    return {"environment": dict(os.environ), "begun": begun, "ended": time.time(), "early": early}
+    return {"environment": dict(os.environ), "begun": begun, "ended": time.time(), "early": EARLY}
 
 
 def failing(report):
@@ -28,7 +30,7 @@ def failing(report):
 
 
 def main():
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.INFO, force=True)  # absl has given the root a handler
     ray.init(address="local", num_cpus=8, resources={"TPU": 4}, object_store_memory=80 * 2**20)
     tasks = [Task(f"seen {number}", functools.partial(seen, f"seen {number}")) for number in range(4)]
     tasks.append(Task("failing", failing, ("seen 0", "seen 3")))
