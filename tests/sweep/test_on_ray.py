@@ -160,9 +160,15 @@ def test_a_lost_task_is_tried_again_and_what_is_after_it_waits():
 def test_what_runs_is_cancelled_when_the_command_is_stopped_or_gives_up():
     executor = Scripted({"a": [Result()], "b": []}, stop="a")
     before = signal.getsignal(signal.SIGTERM)
+    every = executor.run(tasks_of(a=(), b=()), print)
+    assert next(every) == Ended("a")  # what has ended is kept
     with pytest.raises(Interrupted, match="stopped by SIGTERM"):
-        list(executor.run(tasks_of(a=(), b=()), print))
-    assert executor.cancelled == ["a", "b"] and signal.getsignal(signal.SIGTERM) is before
+        next(every)
+    assert executor.cancelled == ["b"] and signal.getsignal(signal.SIGTERM) is before
+    executor = Scripted({"a": [Result(error=NO)], "b": []}, stop="a")
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):  # the error may be that of the signal
+        next(executor.run(tasks_of(a=(), b=()), print))
+    assert executor.cancelled == ["b"]
     executor = Scripted({"a": [Result()], "b": []})
     with contextlib.closing(executor.run(tasks_of(a=(), b=()), print)) as every:
         assert next(every) == Ended("a")
