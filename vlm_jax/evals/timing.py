@@ -27,8 +27,8 @@ def generation_seconds(
 
     Returns:
       Seconds per example: `prefill_seconds` of the pictures, the prompt and the first new token, `decode_seconds` of
-      every new token after it. Both are medians of repetitions, of which the first may compile; `decode_seconds` is
-      left out where all answers are of one token.
+      every new token after it. Both are medians of three runs, so that the time to compile in the first one does not
+      count. `decode_seconds` is left out where all answers are of one token.
     """
     system, shape, size = experiment.system, experiment.prompt, settings.batch_size
     few = list(itertools.islice(samples, size))

@@ -18,6 +18,8 @@ from vlm_jax.train.lock import WorkdirInUse, lock
 from vlm_jax.train.loop import Interrupted
 
 POINT_LOCK = "point.lock"
+# Settings of JAX that a flag of the command has set, and a worker needs as well.
+CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 STOPPED = "stopped by SIGTERM, and points resume from their newest checkpoints"
 LEASE_SECONDS = 120  # NFS keeps the locks of a lost host for 90 seconds
 

@@ -19,14 +19,13 @@ import jax
 
 from vlm_jax.config import ConfigError
 from vlm_jax.layers.platform import platform
-from vlm_jax.sweep.executor import STOPPED, Ended, Report, Task, sigterm
+from vlm_jax.sweep.executor import CACHE_SETTINGS, STOPPED, Ended, Report, Task, sigterm
 from vlm_jax.sweep.ray_worker import portable, show_messages
 from vlm_jax.train.loop import Interrupted
 
 POLL_SECONDS = 0.5
 SAVE_SECONDS = 60  # for runs that are stopped
-# Settings of JAX that flags of this process have set, which a worker needs as well.
-SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_platforms")
+SETTINGS = (*CACHE_SETTINGS, "jax_platforms")
 
 _log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import jax
 
 from vlm_jax.config import ConfigError, check_fields
 from vlm_jax.ranges import Count
-from vlm_jax.sweep.executor import STOPPED, Ended, Report, Task, sigterm
+from vlm_jax.sweep.executor import CACHE_SETTINGS, STOPPED, Ended, Report, Task, sigterm
 from vlm_jax.sweep.ray_worker import TPU_BOUNDS, Reports, Result, work
 from vlm_jax.train.loop import Interrupted
 
@@ -267,7 +267,7 @@ def environment(share: Share) -> dict[str, str]:
         for name, value in os.environ.items()
         if name.startswith("JAX_") or name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
     }
-    for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"):  # set by a flag
+    for name in CACHE_SETTINGS:
         if (value := getattr(jax.config, name)) is not None:
             kept[name.upper()] = str(value)
     threads = dict.fromkeys(THREADS, str(max(1, share.cpus)))
