@@ -15,6 +15,8 @@ MINUTES ?= 10
 WORKDIR ?= workdir/digits_token_budget
 # An argument of the sweep's config: `make sweep SWEEP=:full WORKDIR=workdir/full`.
 SWEEP ?=
+# Processes of the sweep, which divide the CPUs: its small steps leave a second one idle.
+PROCESSES ?= $(if $(filter 1,$(shell nproc 2>/dev/null)),1,2)
 # A fixed release: an open range takes the newest build, with several GB of CUDA packages. The CPU
 # build serves as well where the package index offers it.
 TORCH ?= torch==2.13.0
@@ -31,7 +33,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 .PHONY: sweep test parity lint types imports smoke golden processes fuzz docs
 
 sweep: $(VENV)/.core  ## the main job: accuracy against the token budget
-	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py$(SWEEP) --workdir=$(WORKDIR)
+	$(BIN)/python -m vlm_jax.cli.sweep --config=configs/sweeps/digits_token_budget.py$(SWEEP) \
+		--workdir=$(WORKDIR) --processes=$(PROCESSES)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST) $(ARGS)

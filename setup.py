@@ -38,8 +38,11 @@ LMMS_EVAL += ["pytz", "sacrebleu>=2.4", "tenacity>=9.0"]
 
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
+RAY = ["ray>=2.50"]
+
 EXTRAS = {
     "test": [
+        *RAY,
         *SERVE,
         "beartype>=0.22",
         "jax[tpu]>=0.10.2",  # tests/planner compiles for real slices
@@ -65,7 +68,7 @@ EXTRAS = {
     # The compiler of TPUs, libtpu, in the version of the installed jax; it runs on any CPU.
     "plan": ["jax[tpu]>=0.10.2"],
     "serve": [*SERVE],
-    "ray": ["ray[default]>=2.40"],
+    "ray": [*RAY],
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
     "wandb": ["wandb>=0.19"],

@@ -43,7 +43,7 @@ def pretraining() -> ConfigDict:
         {
             "encoder_pretraining": encoder,
             "decoder_pretraining": _stage("text_pages", 800, {"decoder": 4e-3}, batch_size=16),
-            "fine_pretraining": _stage("fine_text_pages", 450, {"decoder": 2e-3}),
+            "fine_pretraining": _stage("fine_text_pages", 700, {"decoder": 2e-3}),
         }
     )
 
@@ -55,7 +55,7 @@ def alignment() -> ConfigDict:
 
 def instruction() -> ConfigDict:
     """Connector and decoder learn to answer from pages; the encoder is frozen."""
-    return ConfigDict(_stage("questions", 600, {"connector": 2e-3, "decoder": 2e-3}))
+    return ConfigDict(_stage("questions", 850, {"connector": 2e-3, "decoder": 2e-3}))
 
 
 def adaptation(steps: int = 250) -> ConfigDict:

@@ -10,7 +10,7 @@ from absl import flags
 from docstrings import escaped
 
 CLI = Path(__file__).resolve().parents[1] / "vlm_jax" / "cli"
-SHARED = {"command": "Runs of a config", "process": "Every command"}
+SHARED = {"command": "Runs of a config", "executors": "Where points are run", "process": "Every command"}
 HEAD = """# Commands
 
 Every command is a module, `python -m vlm_jax.cli.NAME`; `--help` prints its flags. A fault of the input is one message
@@ -42,7 +42,7 @@ def flags_of(name: str) -> tuple[ModuleType, dict[str, Any]]:
 def accepted(name: str) -> set[str]:
     """Names of all flags that a command takes, without `config.KEY`."""
     module, own = flags_of(name)
-    shared = ["process", *(["command"] if "command" in vars(module) else [])]
+    shared = [other for other in SHARED if other == "process" or other in vars(module)]
     return {*own, *(flag for other in shared for flag in flags_of(other)[1])}
 
 
@@ -55,8 +55,10 @@ def page() -> str:
         usage, _, more = (module.__doc__ or "").strip().partition("\n\n")
         parts.append(f"```text\n{usage}\n```\n\n{more}\n")
         parts += list(_table(own))
-        if "command" in vars(module):
-            parts.append("\nand those of [runs of a config](#runs-of-a-config).\n")
+        shared = [title for other, title in SHARED.items() if other in vars(module)]
+        if shared:
+            links = " and ".join(f"[{title}](#{title.lower().replace(' ', '-')})" for title in shared)
+            parts.append(f"\nand those of {links}.\n")
     for name, title in SHARED.items():
         parts.append(f"\n## {title}\n")
         parts += list(_table(flags_of(name)[1]))

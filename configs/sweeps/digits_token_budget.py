@@ -23,7 +23,8 @@ def get_config(arg: str = "") -> ConfigDict:
     digits_stages.set_sizes(config.base)
     stages = digits_stages.pretraining()
     stages.update({"alignment": digits_stages.alignment(), "instruction": digits_stages.instruction()})
-    stages.update({"adaptation": digits_stages.adaptation(), "long_adaptation": digits_stages.adaptation(500)})
+    for label, steps in (("adaptation", 250), ("long_adaptation", 500), ("resampler_adaptation", 800)):
+        stages[label] = digits_stages.adaptation(steps)
     config.base.stages = stages
     config.base.schedule = SHARED
 
@@ -31,14 +32,15 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "mlp": {"budgets": (64,)},
             "visionzip": {"budgets": (4, 16), "reducer": {"kind": "visionzip"}},
-            "fastv": {"budgets": (4, 16), "reducer": {"kind": "fastv"}},
+            # Of three layers. With the default, two, some seeds have read the digit before the drop and some have not.
+            "fastv": {"budgets": (4, 16), "reducer": {"kind": "fastv", "layer": 1}},
             "random": {"budgets": (4, 16), "reducer": {"kind": "random"}},
             "pool": {"budgets": (4, 16), "connector": {"kind": "pool"}, **ADAPTED},
             "pixel_shuffle": {"budgets": (16,), "connector": {"kind": "pixel_shuffle"}, **ADAPTED},
             "resampler": {
                 "budgets": (16,),
                 "connector": {"kind": "resampler", "num_heads": 4},
-                "schedule": ("long_adaptation",),
+                "schedule": ("resampler_adaptation",),
             },
             "matryoshka": {
                 "budgets": NESTED,
@@ -65,7 +67,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.candidates.pixel_shuffle.budgets = (4, 16)
         config.candidates.resampler.budgets = (4, 16)
     elif arg == "small":
-        for label, steps in (("encoder_pretraining", 400), ("decoder_pretraining", 300), ("instruction", 150)):
+        shorter = {"encoder_pretraining": 400, "decoder_pretraining": 300, "fine_pretraining": 350, "instruction": 150}
+        for label, steps in shorter.items():
             config.base.stages[label].steps = steps
         config.base.data.evaluation_size = 100
         pool = {"budgets": (1, 16), "connector": {"kind": "pool"}, **ADAPTED}

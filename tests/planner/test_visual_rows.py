@@ -1,6 +1,7 @@
 """Rows of visual tokens stay on the device of their sequence: in programs for CPUs and a TPU, with the same numbers."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -97,13 +98,18 @@ def case(request):
 
 
 def test_no_collective_moves_visual_rows(case):
-    *_, mesh, _, compiled = case
+    _, _, mesh, given, compiled = case
     found = collectives(parse_program(compiled.as_text()), dict(mesh.shape))
-    assert {"all-gather", "all-reduce"} <= {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    # The rows of the text, of a table that is divided by its width, may be exchanged.
+    kinds = {one.kind for one in found if "decoder.embed" not in one.where}
+    assert {"all-gather", "all-reduce"} <= kinds <= {"all-gather", "all-reduce", "reduce-scatter"}
     visual = [one for one in found if "VLM.embed" in one.where and "decoder.embed" not in one.where]
     assert visual and not [one.where for one in visual if one.where.rsplit("/", 1)[-1] in COMPUTED]
-    normed = [one.given for one in visual if "connector/norm" in one.where]
-    assert max(normed, default=0) <= 4 * 4 * WIDTH  # a scale of four merged patches
+    # Parts of parameters are gathered for both passes, and gradients are summed over each axis; nothing else moves.
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(given[0]))
+    moved = {kind: sum(one.given * one.times for one in found if one.kind == kind) for kind in kinds}
+    assert moved["all-gather"] <= 1.1 * 2 * size / mesh.shape["fsdp"]
+    assert moved["all-reduce"] <= 1.1 * size * sum(count > 1 for count in mesh.shape.values())
 
 
 def test_values_and_gradients_are_those_of_one_device(case):

@@ -12,6 +12,13 @@ import pytest
 from .alphabet import write
 from .conftest import ROOT, environment
 
+# A shell starts what runs in its background with SIGINT ignored, which a program inherits.
+INTERRUPTIBLE = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
 
 @pytest.fixture
 def started(tmp_path):
@@ -21,10 +28,15 @@ def started(tmp_path):
     (folder / "generation_config.json").unlink()
 
     def start(*arguments):
-        words = [sys.executable, "-m", "vlm_jax.cli.serve", f"--release={folder}", "--port=0", *arguments]
-        words.append("--compilation_cache=")
+        words = [sys.executable, "-c", INTERRUPTIBLE, sys.executable, "-m", "vlm_jax.cli.serve", f"--release={folder}"]
+        words += ["--port=0", *arguments, "--compilation_cache="]
         process = subprocess.Popen(
-            words, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            words,
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         processes.append(process)
         return process

@@ -18,10 +18,11 @@ from vlm_jax.build import build
 from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, config_hash
 from vlm_jax.sharding.rules import placed
+from vlm_jax.sweep import point_run
 from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.frontier import combine_seeds
 from vlm_jax.sweep.points import list_points
-from vlm_jax.sweep.run import Sweep
+from vlm_jax.sweep.run import Sweep, Timing
 
 from ..advice import tried
 
@@ -89,7 +90,7 @@ def test_points_are_costed_by_shape_in_closed_form(config):
 @pytest.fixture
 def on_one_device(one_device, monkeypatch):
     """A fraction of the time of eight devices, on which `tests/train` trains and `tests/generation` answers."""
-    monkeypatch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
+    monkeypatch.setattr(point_run, "make_mesh", lambda settings: one_device)
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ class Swept:
 @pytest.fixture(scope="module")
 def swept(one_device, tmp_path_factory) -> Swept:
     workdir, evaluated = tmp_path_factory.mktemp("swept") / "sweep", []
-    real = sweep_run.answers
+    real = point_run.answers
 
     def dies_in_the_second_point(experiment, *arguments):
         evaluated.append(experiment.system.budget.left)
@@ -134,8 +135,8 @@ def swept(one_device, tmp_path_factory) -> Swept:
         return real(experiment, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
-        patch.setattr(sweep_run, "answers", dies_in_the_second_point)
+        patch.setattr(point_run, "make_mesh", lambda settings: one_device)
+        patch.setattr(point_run, "answers", dies_in_the_second_point)
         with pytest.raises(KeyboardInterrupt):
             make(tiny_sweep(), workdir, new_console()).run()
         first, trained = lines(workdir), metrics(workdir)
@@ -205,10 +206,16 @@ def test_a_point_is_timed_with_one_seed(config):
     with config.unlocked():
         config.sweep.seeds = (0, 3)
     points = {point.label: point for point in list_points(config)}
-    line = {"connector": "pool", "token_budget": 1, "prefill_seconds": 0.1}
-    assert sweep_run._is_timed(points["pool@1#3"], {"pool@1": line})
-    assert not sweep_run._is_timed(points["random@2#3"], {"pool@1": line})
-    assert not sweep_run._is_timed(points["pool@1#3"], {"pool@1": {"connector": "pool", "token_budget": 1}})
+    row = {"label": "pool@1", "connector": "pool", "token_budget": 1}
+    timing = Timing([{**row, "prefill_seconds": 0.1}], {})
+    assert not timing.is_due(points["pool@1#3"]) and timing.is_due(points["random@2#3"])
+    assert not timing.is_due(points["random@2"])  # the other seed is
+    assert Timing([row], {}).is_due(points["pool@1#3"])
+    failed = {}
+    timing = Timing([], failed)
+    assert timing.is_due(points["pool@1"])
+    failed["pool@1"] = "it has no times"
+    assert timing.is_due(points["pool@1#3"])
 
 
 def test_points_start_from_the_shared_stages(swept, one_device):

@@ -14,8 +14,8 @@ from configs import finetune
 from tests.train.conftest import tiny_config
 from vlm_jax.config import ConfigError
 from vlm_jax.generation.sampling import GenerationError
+from vlm_jax.sweep import point_run
 from vlm_jax.sweep import points as points_module
-from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.costs import Costs
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
@@ -68,7 +68,7 @@ class Swept:
 def swept(released, one_device, tmp_path_factory) -> Swept:
     (release, questions, _), workdir = released, tmp_path_factory.mktemp("swept") / "sweep"
     (questions.parent / "evaluation.jsonl").write_text(questions.read_text())
-    answers, first_params = sweep_run.answers, sweep_run.first_params
+    answers, first_params = point_run.answers, point_run.first_params
     evaluated, loaded, failed = [[], []], [0, 0], []
     call = 0
 
@@ -89,9 +89,9 @@ def swept(released, one_device, tmp_path_factory) -> Swept:
         return Sweep(sweep_config(release, questions), workdir, config_path="configs/tiny.py", console=console)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_run, "make_mesh", lambda settings: one_device)
-        patch.setattr(sweep_run, "answers", stopped)
-        patch.setattr(sweep_run, "first_params", counted)
+        patch.setattr(point_run, "make_mesh", lambda settings: one_device)
+        patch.setattr(point_run, "answers", stopped)
+        patch.setattr(point_run, "first_params", counted)
         first = sweep()
         with pytest.raises(KeyboardInterrupt):
             first.run()

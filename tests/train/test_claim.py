@@ -173,4 +173,6 @@ def test_without_locks_the_newest_process_has_the_folder(tmp_path, monkeypatch):
             second()
             with pytest.raises(WorkdirInUse, match=f"was taken over by process {os.getpid()} on"):
                 first()
+        with pytest.raises(WorkdirInUse, match="was taken over by another process, which has ended"):
+            first()
     assert not path.exists()

@@ -4,12 +4,13 @@ import sys
 
 from absl import app, flags
 
-from vlm_jax.cli import numbers
+from vlm_jax.cli import executors, numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Count, Seed, Size
 from vlm_jax.sweep.evaluation import Evaluation, ReleaseEvaluation
 from vlm_jax.sweep.failures import summary
+from vlm_jax.train.loop import Interrupted
 
 RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisation/name on the Hugging Face hub.")
 DATA = flags.DEFINE_string(
@@ -44,24 +45,29 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument: {argv[1]}")
     keep_programs()
     quieten()
-    with explained(OSError):
-        settings = ReleaseEvaluation(
-            release=str(RELEASE.value),
-            data=str(DATA.value),
-            reducers=tuple(REDUCERS.value),
-            budgets=numbers.integers(BUDGETS.value, "budgets"),
-            batch_size=BATCH_SIZE.value,
-            max_new_tokens=MAX_NEW_TOKENS.value,
-            dtype=DTYPE.value,
-            num_samples=NUM_SAMPLES.value,
-            seed=SEED.value,
-            tasks=tuple(TASKS.value),
-            metrics=tuple(METRICS.value),
-            parquet=PARQUET.value,
-            compare=COMPARE.value,
-        )
-        evaluation = Evaluation(settings, str(WORKDIR.value))
-        failed = evaluation.run()
+    try:
+        with explained(OSError):
+            settings = ReleaseEvaluation(
+                release=str(RELEASE.value),
+                data=str(DATA.value),
+                reducers=tuple(REDUCERS.value),
+                budgets=numbers.integers(BUDGETS.value, "budgets"),
+                batch_size=BATCH_SIZE.value,
+                max_new_tokens=MAX_NEW_TOKENS.value,
+                dtype=DTYPE.value,
+                num_samples=NUM_SAMPLES.value,
+                seed=SEED.value,
+                tasks=tuple(TASKS.value),
+                metrics=tuple(METRICS.value),
+                parquet=PARQUET.value,
+                compare=COMPARE.value,
+            )
+            with executors.open_executor() as executor:
+                evaluation = Evaluation(settings, str(WORKDIR.value), executor=executor)
+                failed = evaluation.run()
+    except Interrupted as stop:
+        print(f"{stop}; rerun the same command to resume", file=sys.stderr)
+        return
     if failed:
         print(summary(failed, len(evaluation.points), evaluation.workdir), file=sys.stderr)
         sys.exit(1)

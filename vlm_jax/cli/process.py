@@ -31,6 +31,8 @@ from vlm_jax.processors.plain_prompt import UnknownText
 from vlm_jax.processors.spelled_prompt import PromptError
 from vlm_jax.processors.tokenizer import TokenizerError
 from vlm_jax.processors.views import PictureMismatch
+from vlm_jax.sweep.on_processes import ProcessLost
+from vlm_jax.sweep.on_ray import WorkerLost
 from vlm_jax.system import UnsupportedError
 from vlm_jax.train.lock import WorkdirInUse
 from vlm_jax.train.loop import Diverged
@@ -52,6 +54,7 @@ EXPLAINED = (
     PictureMismatch,
     PlanError,
     PretrainedError,
+    ProcessLost,
     PromptError,
     SequenceTooLong,
     StalePlan,
@@ -60,6 +63,7 @@ EXPLAINED = (
     UnknownText,
     UnsupportedError,
     WorkdirInUse,
+    WorkerLost,
 )
 
 CACHE = flags.DEFINE_string(

@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from vlm_jax.cli import command
+from vlm_jax.cli import command, executors
 from vlm_jax.sweep.failures import summary
 from vlm_jax.sweep.run import Sweep
 
@@ -13,14 +13,16 @@ ONLY = flags.DEFINE_list("only", [], "Labels of the points to run, as pool@16; a
 
 def main() -> None:
     """Sweeps candidates at token budgets; see `vlm_jax.sweep.run`. Exit status 1 where a point failed."""
-    sweep = Sweep(
-        command.CONFIG.value,
-        command.workdir(),
-        config_path=command.config_path(),
-        only=tuple(ONLY.value),
-        overrides=command.overrides(),
-    )
-    sweep.run()
+    with executors.open_executor() as executor:
+        sweep = Sweep(
+            command.CONFIG.value,
+            command.workdir(),
+            config_path=command.config_path(),
+            only=tuple(ONLY.value),
+            overrides=command.overrides(),
+            executor=executor,
+        )
+        sweep.run()
     if sweep.failed:
         print(summary(sweep.failed, sweep.num_points, sweep.workdir), file=sys.stderr)
         sys.exit(1)

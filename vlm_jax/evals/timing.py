@@ -27,8 +27,8 @@ def generation_seconds(
 
     Returns:
       Seconds per example: `prefill_seconds` of the pictures, the prompt and the first new token, `decode_seconds` of
-      every new token after it. Both are medians of repetitions after one that compiles; `decode_seconds` is left out
-      where all answers are of one token.
+      every new token after it. Both are medians of three runs, so that the time to compile in the first one does not
+      count. `decode_seconds` is left out where all answers are of one token.
     """
     system, shape, size = experiment.system, experiment.prompt, settings.batch_size
     few = list(itertools.islice(samples, size))
@@ -42,7 +42,7 @@ def generation_seconds(
     def measured(num_tokens: int) -> tuple[float, int]:
         """Seconds of the batch, and the tokens of its longest answer."""
         taken, longest = [], 0
-        for _ in range(1 + REPEATS):
+        for _ in range(REPEATS):
             since = time.perf_counter()
             answers = system.complete(
                 params,
@@ -55,7 +55,7 @@ def generation_seconds(
             )
             taken.append(time.perf_counter() - since)
             longest = max(len(answer.tokens) for answer in answers)
-        return statistics.median(taken[1:]), longest
+        return statistics.median(taken), longest
 
     prefill, _ = measured(1)
     whole, longest = measured(most)

@@ -4,9 +4,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vlm_jax.layers.attention import Context, allowed
+from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.types import PADDING_SEGMENT
 
 Saliency = Literal["none", "heads", "joined"]  # of an encoder: the mean over heads, or all of them as a single one
@@ -51,10 +52,16 @@ def segment_saliency(heads: Heads, context: Context) -> Float[Array, "B T"]:
     if segments is None:
         return attention_saliency(heads, context, jnp.ones(heads.query.shape[:2]))
     real = segments != PADDING_SEGMENT
+    return _received(heads, context, real / jnp.maximum(_sizes(segments), 1))
+
+
+@row_by_row
+def _sizes(segments: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Number of tokens in the segment of each token."""
     # Segment ids of a row count up to its length at most.
     row = jnp.arange(segments.shape[0])[:, None]
-    sizes = jnp.zeros((segments.shape[0], segments.shape[1] + 1)).at[row, segments].add(1.0, mode="drop")
-    return _received(heads, context, real / jnp.maximum(jnp.take_along_axis(sizes, segments, axis=1), 1))
+    counts = jnp.zeros((segments.shape[0], segments.shape[1] + 1)).at[row, segments].add(1.0, mode="drop")
+    return jnp.take_along_axis(counts, segments, axis=1)
 
 
 def _received(heads: Heads, context: Context, shares: Float[Array, "B T"]) -> Float[Array, "B S"]:

@@ -23,9 +23,6 @@ def with_bytes(messages: Sequence[Message], access: WebAccess, max_media: int) -
       PromptError, PictureMismatch: as `read_messages`, or too many images and videos.
       SourceError: a location that is not allowed, or cannot be read.
     """
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise PromptError(f"message {number}: expected an object with role and content, got {message!r:.80}")
     read, found = read_messages(messages)
     if len(found) > max_media:
         raise PromptError(f"messages: expected at most {max_media} images and videos, got {len(found)}")

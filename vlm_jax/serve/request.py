@@ -95,6 +95,9 @@ class ChatRequest:
             raise ConfigError(f"request.stop: expected at most {MAX_STOPS} strings that are not empty")
         if not self.messages:
             raise ConfigError("request.messages: expected at least one message, got none")
+        for number, message in enumerate(self.messages):
+            if not isinstance(message, dict):
+                raise ConfigError(f"message {number}: expected an object with role and content, got {message!r:.80}")
 
     @property
     def stops(self) -> tuple[str, ...]:

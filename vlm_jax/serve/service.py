@@ -5,6 +5,7 @@ import functools
 import threading
 from collections.abc import Callable
 
+from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import check_fields
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.pretrained.pretrained import Pretrained
@@ -129,7 +130,10 @@ class Service:
     def _made(self, tokens: int | None, reducer: str | None, path: str) -> System:
         system = self._model.system
         if tokens is not None or reducer is not None:
-            system = with_budget(system, tokens, reducer=reducer, path=path)
+            try:
+                system = with_budget(system, tokens, reducer=reducer, path=path)
+            except InfeasibleBudget as error:  # of the solver, which knows configs alone
+                raise InfeasibleBudget(str(error).replace("config.token_budget", f"{path}.token_budget", 1)) from error
         processor = dataclasses.replace(system.processor, max_pixels=self.settings.max_pixels)
         made = dataclasses.replace(system, make_processor=lambda: processor)
         made.processor  # noqa: B018 (before the first request)

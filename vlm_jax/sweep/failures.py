@@ -1,13 +1,8 @@
 """Points of a sweep that failed: they are named, and the others go on."""
 
-import contextlib
-from collections.abc import Iterator
-
-import jax
 import rich.console
 from etils import epath
 
-from vlm_jax.train.loop import Interrupted
 from vlm_jax.train.workdir import write_lines
 
 FAILED_FILE = "failed.jsonl"
@@ -25,20 +20,6 @@ class Failures:
         self.errors: dict[str, str] = {}
         self._path, self._console = workdir / FAILED_FILE, console
         self._write()
-
-    @contextlib.contextmanager
-    def noted(self, label: str) -> Iterator[None]:
-        """An error inside is that of a point, and ends there.
-
-        `Interrupted` passes through, and so does any error where several processes run: the others would wait for the
-        one that went on.
-        """
-        try:
-            yield
-        except Exception as error:  # of whatever kind: the other points are still worth having
-            if isinstance(error, Interrupted) or jax.process_count() > 1:
-                raise
-            self.add(label, f"{type(error).__name__}: {error}")
 
     def add(self, label: str, error: str) -> None:
         """Says and keeps the error of a point."""

@@ -63,6 +63,21 @@ class Point:
     training: tuple[Any, Experiment]
     start: tuple[str, ...]
 
+    def __reduce__(self):
+        """Pickles the configs; what they build is built anew by whoever reads them."""
+        trained = None if self.training[0] is self.config else self.training[0]
+        given = self.label, self.connector, self.config, self.costs, self.trained_as, trained, self.start
+        return _rebuilt, given
+
+
+def _rebuilt(
+    label: str, connector: str, config: Any, costs: Costs, trained_as: str, trained: Any, start: tuple[str, ...]
+) -> Point:
+    """A point that was pickled; `trained` is the config of its training, None where that is its own."""
+    experiment = build_conversational(config)
+    training = (config, experiment) if trained is None else (trained, build_conversational(trained))
+    return Point(label, connector, config, experiment, costs, trained_as, training, start)
+
 
 def sweep_settings(config: Any) -> SweepSettings:
     """Parses `config.sweep`, and checks its labels against the rest of the config."""

@@ -1,38 +1,33 @@
 """Runs a sweep: the shared stages once, then every point; resumes where it was interrupted."""
 
-import json
+import functools
 import shlex
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import rich.console
 from etils import epath
 
-from vlm_jax.build import build
-from vlm_jax.build.settings import EvaluationSettings
-from vlm_jax.config import config_hash, parse
-from vlm_jax.evals.metrics import chosen_metrics
-from vlm_jax.evals.scores import SCORED, Scores
-from vlm_jax.evals.tally import Tally
-from vlm_jax.evals.timing import generation_seconds
-from vlm_jax.evals.vqa import answers
+from vlm_jax.config import config_hash
 from vlm_jax.paths import absolute
-from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sharding.processes import is_primary
+from vlm_jax.sweep.executor import Executor, LocalExecutor, Task
 from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.frontier import combine_seeds, draw_frontier, tasks_of, told_seeds
 from vlm_jax.sweep.hard import DOWNSAMPLED, with_hard_questions
+from vlm_jax.sweep.point_run import ANSWERS_FILE, PointRunner, shared_name
 from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settings
 from vlm_jax.sweep.progress import PointsProgress, text_table
 from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.report import Example, write_report
+from vlm_jax.sweep.rows import RESULTS_FILE, run_points
 from vlm_jax.train.claim import Claim
-from vlm_jax.train.loop import Outcome, Progress, Trainer, first_params
-from vlm_jax.train.workdir import each_line, read_lines, whole_file, write_lines
+from vlm_jax.train.loop import Outcome
+from vlm_jax.train.workdir import each_line, read_lines
 from vlm_jax.types import Fields, Sample
 
-RESULTS_FILE, FRONTIER_FILE, REPORT_FILE = "results.jsonl", "frontier.png", "report.html"
-ANSWERS_FILE = "answers.jsonl"
+FRONTIER_FILE, REPORT_FILE = "frontier.png", "report.html"
 EXAMPLES_PER_TASK = 4
 
 
@@ -45,6 +40,8 @@ class Sweep:
       only: labels of the points to run; all when empty. They may differ between runs of one workdir.
       config_path: path of the config, for the commands that reproduce points.
       overrides: command-line overrides of the config, for the same.
+      console: where progress and tables are printed.
+      executor: where points are run; in this process if None.
 
     Attributes:
       points: what is run.
@@ -63,18 +60,19 @@ class Sweep:
         only: tuple[str, ...] = (),
         overrides: tuple[str, ...] = (),
         console: rich.console.Console | None = None,
+        executor: Executor | None = None,
     ):
         self.workdir = epath.Path(absolute(workdir))
         self._config, self._config_path, self._overrides = config, config_path, overrides
         self._console = console or rich.console.Console(markup=False)
         self._settings = sweep_settings(config)
-        self._outcomes: dict[str, Outcome] = {}
         self.failed: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self.points = list_points(config, only, self._refused)
-        evaluation = parse(EvaluationSettings, config.base.evaluation, "config.base.evaluation")
-        self._metrics = chosen_metrics(evaluation.metrics, "config.base.evaluation.metrics")
-        self._mesh = make_mesh(parse(MeshSettings, config.base.mesh, "config.base.mesh"))
+        self._executor = executor or LocalExecutor()
+        self._runner = PointRunner(config.base, self._settings.shared, self.workdir)
+        if self._executor.in_process:
+            _ = self._runner.mesh  # a wrong number of devices is found before anything is written
         self._claim = Claim(self.workdir, config)
 
     def run(self) -> list[dict[str, Any]]:
@@ -102,22 +100,30 @@ class Sweep:
         for label, error in self._refused.items():
             failures.add(label, error)
         if todo:
+            labels, tasks = [point.label for point in todo], self._tasks(todo, Timing(results.values(), self.failed))
             with self._progress(todo) as progress:
-                seeds = dict.fromkeys(point.config.seed for point in todo)
-                starts = {seed: self._train_shared(seed, progress) for seed in seeds}
-                for number, point in enumerate(todo, start=1):
-                    with failures.noted(point.label):
-                        start = starts[point.config.seed]
-                        results[point.label] = self._run_point(point, start, progress, _is_timed(point, results))
-                    write_lines(self.workdir / RESULTS_FILE, results.values())
-                    progress.next_point()
-                    rest = {other.trained_as for other in todo[number:]}
-                    if rest and point.trained_as not in rest:  # the next point has parameters of its own
-                        self._outcomes.pop(point.trained_as, None)
+                run_points(self._executor, tasks, labels, results, failures, self._claim, progress)
         ordered = [results[point.label] for point in self.points if point.label in results]
         if ordered:
             self._show(ordered)
         return ordered
+
+    def _tasks(self, todo: list[Point], timing: "Timing") -> Iterator[Task]:
+        """The shared stages of every seed, then the points; those of one training follow each other."""
+        before: dict[str, str] = {}  # label of the newest point of a training
+        if self._settings.shared:
+            for seed in dict.fromkeys(point.config.seed for point in todo):
+                yield Task(shared_name(seed), functools.partial(self._runner.train_shared, seed))
+        several = Counter(point.trained_as for point in self.points)
+        for number, point in enumerate(todo, start=1):
+            name, rest = point.trained_as, {other.trained_as for other in todo[number:]}
+            after = [shared_name(point.config.seed)] if self._settings.shared else []
+            if point.config.schedule and name in before:
+                after.append(before[name])
+            before[name] = point.label
+            given: Any = {"command": self._command(point), "timed": timing.is_due(point)}
+            given["keep"] = name in rest or (not rest and several[name] > 1)
+            yield Task(point.label, functools.partial(self._runner.run, point, **given), tuple(after))
 
     @property
     def num_points(self) -> int:
@@ -131,20 +137,11 @@ class Sweep:
           KeyError: the sweep has no such point.
         """
         point = {point.label: point for point in self.points}[label]
+        several = sum(other.trained_as == point.trained_as for other in self.points) > 1
         with self._progress([point]) as progress:
-            return self._train_point(point, self._train_shared(point.config.seed, progress), progress)
-
-    def _train_shared(self, seed: int, progress: PointsProgress) -> epath.Path | None:
-        """Checkpoint directory of the shared stages for a seed, which are trained if needed."""
-        if not self._settings.shared:
-            return None
-        config = shared_config(self._config.base, seed, self._settings.shared)
-        name = _shared_name(seed)
-        report = self._reports(progress, name)
-        trainer = Trainer(config, build(config), self._mesh, self.workdir / name, progress=report)
-        if not trainer.finished():  # else its parameters need not be read, nor its step compiled
-            trainer.run()
-        return self.workdir / name / "checkpoints"
+            if self._settings.shared:
+                self._runner.train_shared(point.config.seed, progress.advance)
+            return self._runner.train(point, progress.advance, keep=several)
 
     @property
     def _downsampled(self) -> str | None:
@@ -153,64 +150,7 @@ class Sweep:
         return next((label for label, reducer in kinds.items() if reducer.get("kind") == DOWNSAMPLED), None)
 
     def _answers(self, label: str) -> Iterator[Fields]:
-        return each_line(self._folder(label) / ANSWERS_FILE)
-
-    def _folder(self, label: str) -> epath.Path:
-        return self.workdir / "points" / label
-
-    def _train_point(self, point: Point, start: epath.Path | None, progress: PointsProgress) -> Outcome:
-        """The run that the point's parameters are from, none where it trains nothing; what points share is kept."""
-        label, (config, experiment) = point.trained_as, point.training
-        if label in self._outcomes:
-            return self._outcomes[label]
-        given: Any = {"init_from": start, "init_parts": point.start}
-        if config.schedule:
-            folder, report = self._folder(label), self._reports(progress, label)
-            outcome = Trainer(config, experiment, self._mesh, folder, **given, progress=report).run()
-        else:
-            outcome = Outcome(first_params(experiment, self._mesh, config.seed, **given), None, None)
-        if sum(other.trained_as == label for other in self.points) > 1:
-            self._outcomes[label] = outcome
-        return outcome
-
-    def _run_point(
-        self, point: Point, start: epath.Path | None, progress: PointsProgress, is_timed: bool
-    ) -> dict[str, Any]:
-        """The result of a point; its answers are timed unless they are already, with another seed."""
-        outcome = self._train_point(point, start, progress)
-        evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
-        samples = point.experiment.open_source().evaluation(point.config.seed)
-        tally, scores = Tally(), Scores(self._metrics)
-        with whole_file(self._folder(point.label) / ANSWERS_FILE) as file:
-            for answer in answers(point.experiment, outcome.params, samples, evaluation):
-                tally.add(vars(answer))
-                scores.add(vars(answer))
-                kept = {name: getattr(answer, name) for name in ("sample_id", "correct", *SCORED)}
-                file.write(json.dumps(kept) + "\n")
-        times = {} if is_timed else generation_seconds(point.experiment, outcome.params, samples, evaluation)
-        return {**self._result(point, outcome, tally, times), "scores": scores.result()}
-
-    def _result(self, point: Point, outcome: Outcome, tally: Tally, times: dict[str, float]) -> dict[str, Any]:
-        left, mean = point.costs.num_visual_tokens, point.costs.mean_visual_tokens
-        if point.experiment.system.budget is None:  # pictures differ, and the costs are those of one sample
-            left, mean = tally.left(point.experiment.system.model)
-        return {
-            "label": point.label,
-            "connector": point.connector,
-            "token_budget": point.config.token_budget,
-            "num_visual_tokens": left,
-            "mean_visual_tokens": mean,
-            "realised_visual_tokens": tally.realised(),
-            "accuracy": tally.accuracy(),
-            "num_params": point.costs.num_params,
-            "flops": point.costs.flops,
-            "step_seconds": outcome.step_seconds,
-            **times,
-            "peak_bytes": outcome.peak_bytes,
-            "seed": point.config.seed,
-            "config_hash": config_hash(point.config),
-            "command": self._command(point),
-        }
+        return each_line(self._runner.folder(label) / ANSWERS_FILE)
 
     def _command(self, point: Point) -> str:
         words = ["python", "-m", "vlm_jax.cli.sweep", f"--config={self._config_path}", *self._overrides]
@@ -269,29 +209,29 @@ class Sweep:
         if self._settings.shared:
             for seed in dict.fromkeys(point.config.seed for point in todo):
                 shared = shared_config(self._config.base, seed, self._settings.shared)
-                steps[_shared_name(seed)] = _num_steps(shared)
+                steps[shared_name(seed)] = _num_steps(shared)
         return PointsProgress(self._console, "steps", sum(steps.values()), len(todo))
 
-    @staticmethod
-    def _reports(progress: PointsProgress, run: str) -> Progress:
-        """The callback of a run's steps."""
 
-        def report(step: int, steps: int, metrics: Fields) -> None:
-            progress.advance(run, step, f"{run}: {metrics['stage']}, loss {metrics['loss']:.3f}")
+class Timing:
+    """Which points are timed: of those that differ in their seed one, since times do not depend on it.
 
-        return report
+    Args:
+      results: rows of finished points.
+      failed: {label: error} of the points that failed, which have no times.
+    """
 
+    def __init__(self, results: Iterable[Fields], failed: Mapping[str, str]):
+        timed = [line for line in results if "prefill_seconds" in line]
+        self._timed = {(line["connector"], line["token_budget"]): line["label"] for line in timed}
+        self._failed = failed
 
-def _is_timed(point: Point, results: dict[str, dict[str, Any]]) -> bool:
-    """Whether a result of the point has times, with whichever seed: they do not depend on it."""
-    same = (point.connector, point.config.token_budget)
-    of_point = [line for line in results.values() if (line["connector"], line["token_budget"]) == same]
-    return any("prefill_seconds" in line for line in of_point)
-
-
-def _shared_name(seed: int) -> str:
-    """The run of the shared stages, and its folder."""
-    return f"shared_{seed}"
+    def is_due(self, point: Point) -> bool:
+        """Whether the point is to be timed; the next one that differs only in its seed then is not."""
+        of_point = (point.connector, point.config.token_budget)
+        if self._timed.get(of_point) in (None, *self._failed):
+            self._timed[of_point] = point.label
+        return self._timed[of_point] == point.label
 
 
 def _num_steps(config: Any) -> int:

@@ -60,7 +60,7 @@ class Claim:
     def __init__(
         self, workdir: epath.Path, config: RunConfig, *, init_from: str | None = None, last_stage: str | None = None
     ):
-        self._workdir, self._path, self._last_stage = workdir, workdir / CONFIG_FILE, last_stage
+        self.workdir, self._path, self._last_stage = workdir, workdir / CONFIG_FILE, last_stage
         self._ours: Fields = _with_absolute_paths({**plain(config), INIT_FROM: init_from})
         self._confirm: Callable[[], None] = lambda: None
         self._check()
@@ -76,16 +76,16 @@ class Claim:
         if not is_primary():
             yield self
             return
-        made, before = _missing_folders(self._workdir), _names(self._workdir)
-        self._workdir.mkdir(parents=True, exist_ok=True)
+        made, before = _missing_folders(self.workdir), _names(self.workdir)
+        self.workdir.mkdir(parents=True, exist_ok=True)
         try:
-            with lock(self._workdir / LOCK_FILE) as self._confirm:
+            with lock(self.workdir / LOCK_FILE) as self._confirm:
                 self._check()  # another process may have started here since
                 try:
                     yield self
                 finally:
                     if not self._path.exists():
-                        _remove([self._workdir / name for name in EARLY if name not in before and name != LOCK_FILE])
+                        _remove([self.workdir / name for name in EARLY if name not in before and name != LOCK_FILE])
         finally:
             for folder in made:
                 if folder.exists() and not any(folder.iterdir()):
@@ -119,18 +119,18 @@ class Claim:
         if not is_primary():
             return
         if not self._path.exists():
-            _check_unused(self._workdir)
+            _check_unused(self.workdir)
             return
         theirs, ours = json.loads(self._path.read_text()), self._ours
         if theirs.get(INIT_FROM) != ours[INIT_FROM]:
             raise ConfigError(
-                f"{self._workdir}: this run started from {_start(theirs.get(INIT_FROM))}, and --init_from is now "
+                f"{self.workdir}: this run started from {_start(theirs.get(INIT_FROM))}, and --init_from is now "
                 f"{_start(ours[INIT_FROM])}; use another --workdir, or the original --init_from"
             )
         lines = differences(self._without_free(theirs, theirs), self._without_free(ours, theirs))
         if lines:
             raise ConfigError(
-                f"{self._workdir} was created with another config; use another --workdir, or the original config. "
+                f"{self.workdir} was created with another config; use another --workdir, or the original config. "
                 "In the folder (here) and in this run (there):\n  " + "\n  ".join(lines)
             )
 

@@ -76,9 +76,9 @@ def _newest(path: epath.Path) -> Iterator[Callable[[], None]]:
     path.write_text(mine)
 
     def confirm() -> None:
-        found = path.read_text() if path.exists() else mine
-        if found != mine:
-            raise WorkdirInUse(f"{path.parent} was taken over by {found.strip()}; this run ends and saves nothing more")
+        found = path.read_text().strip() if path.exists() else "another process, which has ended"
+        if found != mine.strip():
+            raise WorkdirInUse(f"{path.parent} was taken over by {found}; this run ends and saves nothing more")
 
     try:
         yield confirm

@@ -13,7 +13,7 @@ from PIL import Image
 from vlm_jax.build import build
 from vlm_jax.evals.evaluators import evaluator_of
 from vlm_jax.generation.text import Completion
-from vlm_jax.sweep.progress import PointsProgress
+from vlm_jax.sweep.point_run import PointRunner
 from vlm_jax.sweep.run import Sweep
 from vlm_jax.system import System
 from vlm_jax.train.evaluation import Evaluations
@@ -41,11 +41,13 @@ def in_a_sweep(config, workdir):
     sweep.sweep = ConfigDict({"shared": (), "seeds": (0,), "controls": ()})
     console = rich.console.Console(file=io.StringIO())
     made = Sweep(sweep, workdir, config_path="x.py", console=console)
-    made._train_point = lambda *_: Outcome({}, None, None)
-    progress = PointsProgress(console, "steps", 1, 1)
-    return lambda: made._run_point(
-        made.points[0], None, progress, False
-    ), workdir / "points" / "pool@4" / "answers.jsonl"
+    runner = PointRunner(sweep.base, (), workdir)
+    runner.train = lambda *_, keep: Outcome({}, None, None)
+
+    def run():
+        runner.run(made.points[0], lambda *_: None, command="", timed=False, keep=False)
+
+    return run, workdir / "points" / "pool@4" / "answers.jsonl"
 
 
 @pytest.mark.parametrize("answered", [in_a_run, in_a_sweep])

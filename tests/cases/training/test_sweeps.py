@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vlm_jax.config import ConfigError
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
-from vlm_jax.sweep import run as sweep_run
+from vlm_jax.sweep import point_run
 from vlm_jax.sweep.failures import summary
 from vlm_jax.sweep.run import Sweep
 from vlm_jax.train.lock import WorkdirInUse
@@ -35,7 +35,7 @@ def sweep_of(folder, workdir, *labels, only=()):
 
 def test_18_a_point_that_cannot_be_is_named_and_the_others_are_run(folder, tmp_path, monkeypatch):
     mesh = make_mesh(MeshSettings(data=1), jax.devices()[:1])
-    monkeypatch.setattr(sweep_run, "make_mesh", lambda settings: mesh)
+    monkeypatch.setattr(point_run, "make_mesh", lambda settings: mesh)
     sweep = sweep_of(folder, tmp_path / "sweep", "bad", "pool")
     assert [line["label"] for line in sweep.run()] == ["pool@4"]
     error = "candidate 'bad' at 1 tokens: config.decoder.rope.theta: expected above 0, got nan"

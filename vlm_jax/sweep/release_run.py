@@ -1,0 +1,290 @@
+"""Evaluates one point of a release, in the folder of the point; resumes behind its last whole line."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from flax import linen as nn
+
+from vlm_jax.config import ConfigError, check_fields
+from vlm_jax.evals.metrics import chosen_metrics
+from vlm_jax.evals.predictions import check_parquet
+from vlm_jax.evals.scores import Scores
+from vlm_jax.evals.tally import Tally
+from vlm_jax.evals.vqa import check_references, judged_answer
+from vlm_jax.paths import absolute
+from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.loader import open_system
+from vlm_jax.ranges import Count, Seed, Size
+from vlm_jax.sweep.costs import first_with_images, flops, num_params
+from vlm_jax.sweep.executor import Report, exclusive
+from vlm_jax.sweep.point_run import ANSWERS_FILE
+from vlm_jax.sweep.questions import Questions
+from vlm_jax.sweep.release_points import ReleasePoint, list_release_points
+from vlm_jax.sweep.rows import RESULTS_FILE
+from vlm_jax.system import System
+from vlm_jax.train.workdir import write_whole
+from vlm_jax.types import Fields, Sample
+
+COMMAND = "vlm_jax.cli.evaluate"
+
+Line = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseEvaluation:
+    """Settings of an evaluation; the flags of `cli.evaluate`.
+
+    Attributes:
+      release: a released folder, or `organisation/name` on the Hugging Face hub.
+      data: a file of conversations, see `data.stores` and `data.schemas`.
+      reducers: names of `REDUCERS`; `none` is the release unchanged, and bounded by each budget if possible.
+      budgets: visual tokens of an image.
+      batch_size: prompts per batch.
+      max_new_tokens: maximum tokens of an answer, including its end token.
+      dtype: dtype of parameters and computation.
+      num_samples: number of records to evaluate, sampled by the seed; None for all.
+      seed: seed for sampling records.
+      tasks: allowed values of a record's `task`; the first is the default.
+      metrics: metrics as `task=name`, for tasks with another one than `evals.metrics.BY_TASK` says.
+      parquet: whether the answers of a point are also written as `answers.parquet`.
+      compare: the workdir of another evaluation, whose points of the same labels are compared with these, or the folder
+        of one point, with which all are compared; None for neither.
+    """
+
+    release: str
+    data: str
+    reducers: tuple[str, ...]
+    budgets: tuple[Size, ...] = ()
+    batch_size: Size = 8
+    max_new_tokens: Size = 32
+    dtype: str = "float32"
+    num_samples: Count | None = None
+    seed: Seed = 0
+    tasks: tuple[str, ...] = ("vqa",)
+    metrics: tuple[str, ...] = ()
+    parquet: bool = False
+    compare: str | None = None
+
+    def __post_init__(self):
+        check_fields(self, "--")
+        if not self.reducers or not self.tasks:
+            raise ConfigError("--reducers, --tasks: expected at least one name each")
+        chosen_metrics(self.metrics, "--metrics")
+        if self.parquet:
+            check_parquet("--parquet")
+        if self.compare is not None and not _has_answers(epath.Path(absolute(self.compare))):
+            raise ConfigError(
+                f"--compare: expected the workdir of an evaluation, or a point's folder, got '{self.compare}'"
+            )
+
+    @property
+    def chosen_metrics(self) -> dict[str, str]:
+        """{task: name} of `metrics`."""
+        return chosen_metrics(self.metrics, "--metrics")
+
+    @property
+    def of_answers(self) -> Fields:
+        """The settings that answers and their scores depend on; `metrics` only where some are chosen."""
+        settings = dataclasses.asdict(self)
+        for name in ("parquet", "compare", *(() if self.metrics else ("metrics",))):
+            del settings[name]
+        return settings
+
+    def command(self, workdir: str, point: ReleasePoint) -> str:
+        """The command that evaluates only one point."""
+        given = self.of_answers | {
+            "reducers": (point.reducer,),
+            "budgets": () if point.token_budget is None else (point.token_budget,),
+            "workdir": f"{workdir}/{point.label}",
+        }
+        words = ["python", "-m", COMMAND]
+        for name, value in given.items():
+            if value is not None:
+                value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                words.append(f"--{name}={value}")
+        return shlex.join(words)
+
+
+class ReleaseRunner:
+    """Evaluates points of one release in this process; pickled, it is made anew in the process of a worker.
+
+    Args:
+      settings: settings of the evaluation.
+      workdir: folder of the results.
+
+    Attributes:
+      points, refused: as of `list_release_points`.
+      questions: what is asked.
+
+    Raises:
+      ConfigError, InfeasibleBudget, SequenceTooLong, MalformedRecords: before weights are read or anything is written.
+    """
+
+    def __init__(self, settings: ReleaseEvaluation, workdir: epath.PathLike):
+        self._settings, self._workdir = settings, epath.Path(workdir)
+        self._system = open_system(settings.release, FAMILIES, dtype=settings.dtype)
+        self.points, self.refused = list_release_points(self._system, settings.reducers, settings.budgets)
+        self._shapes = nn.meta.unbox(self._system.boxed_shapes())
+        processor = self._system.processor
+        self.questions = Questions(
+            settings.data,
+            processor.views.channels,
+            processor.frame_sampler,
+            placeholders=processor.placeholders,
+            tasks=settings.tasks,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+        )
+
+    def __reduce__(self):
+        return kept_runner, (self._settings, str(self._workdir))
+
+    def check_references(self) -> None:
+        """Checks that every reference can be answered.
+
+        Raises:
+          SequenceTooLong: one is longer than an answer may be.
+        """
+        references, longest = self.questions.references(), self._settings.max_new_tokens
+        check_references(self._system.processor.tokenizer, references, longest, "--max_new_tokens")
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """Parameters of the release, for all points; kept in memory."""
+        return self._system.prepared(self._system.initial(jax.random.key(self._settings.seed)))
+
+    def folder(self, label: str) -> epath.Path:
+        """The folder of a point."""
+        return self._workdir / "points" / label
+
+    def run(self, label: str, report: Report) -> Line:
+        """Asks a point the questions that it has not answered.
+
+        Args:
+          label: of the point.
+          report: is told the questions.
+
+        Returns:
+          The row of `results.jsonl`.
+
+        Raises:
+          WorkdirInUse: another process evaluates the point.
+          ValueError: more answers than questions are there.
+        """
+        point = {point.label: point for point in self.points}[label]
+        with exclusive(self.folder(label)) as confirm:
+            return self._run(point, report, confirm)
+
+    def _run(self, point: ReleasePoint, report: Report, confirm: Callable[[], None]) -> Line:
+        path = self.folder(point.label) / ANSWERS_FILE
+        tally, scores, start = resume(path, self._settings.chosen_metrics)
+        if start > len(self.questions):
+            raise ValueError(f"{path} has {start} answers to {len(self.questions)} questions; use another workdir")
+        size, seconds = self._settings.batch_size, []
+        report(point.label, start, point.label)
+        # A partially written batch is answered again as a whole, so that its answers are the same.
+        samples, skipped = self.questions.start_at(start - start % size), start % size
+        while start < len(self.questions):
+            begun = time.perf_counter()
+            asked = list(itertools.islice(samples, size))
+            lines = self._answer(point.system, asked)[skipped:]
+            seconds.append((time.perf_counter() - begun) / (len(lines) + skipped))
+            confirm()
+            with path.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
+            for line in lines:
+                tally.add(line)
+                scores.add(line)
+            start, skipped = start + len(lines), 0
+            report(point.label, start, point.label)
+        return {**self._result(point, tally, seconds), "scores": scores.result()}
+
+    def _answer(self, system: System, samples: list[Sample]) -> list[Line]:
+        """Answers of a batch, padded by repeating its last sample."""
+        processor, size = system.processor, self._settings.batch_size
+        filled = samples + [samples[-1]] * (size - len(samples))
+        answers = system.answer(
+            self.params,
+            [sample.messages[:-1] for sample in filled],
+            [sample.images for sample in filled],
+            [sample.videos for sample in filled],
+            max_new_tokens=self._settings.max_new_tokens,
+            names=[f"sample '{sample.sample_id}'" for sample in filled],
+        )
+        lines = []
+        for sample, answer in zip(samples, answers, strict=False):
+            sizes = [(image.shape[0], image.shape[1]) for image in sample.images]
+            counts = processor.count_visual_tokens(sizes)
+            score, response = judged_answer(self._settings.chosen_metrics, processor.tokenizer, sample, answer)
+            lines.append(
+                {
+                    "sample_id": sample.sample_id,
+                    "task": sample.task,
+                    **dataclasses.asdict(response),
+                    "correct": score,
+                    "visual_tokens": counts,
+                    "tokens_by_span": list(answer.visual_tokens) if counts else [],
+                }
+            )
+        return lines
+
+    def _result(self, point: ReleasePoint, tally: Tally, seconds: Sequence[float]) -> Line:
+        """One line of `results.jsonl`, as of a sweep, with the reducer as `connector`.
+
+        FLOPs are of the first sample, times exclude the batch that compiles.
+        """
+        sample = first_with_images(self.questions.start_at(0))
+        batch = point.system.processor.batch([sample.messages[:-1]], [sample.images], [sample.videos])
+        timed = seconds[1:]
+        return {
+            "label": point.label,
+            "connector": point.reducer,
+            "token_budget": point.token_budget,
+            "num_visual_tokens": tally.left(point.system.model)[0],
+            "realised_visual_tokens": tally.realised(),
+            "accuracy": tally.accuracy(),
+            "seconds_per_sample": sum(timed) / len(timed) if timed else None,
+            "step_seconds": None,  # nothing is trained
+            "peak_bytes": None,
+            "num_params": num_params(self._shapes),
+            "flops": flops(point.system.model, self._shapes, batch),
+            "seed": self._settings.seed,
+            "command": self._settings.command("workdir", point),
+        }
+
+
+@functools.lru_cache(maxsize=1)
+def kept_runner(settings: ReleaseEvaluation, workdir: str) -> ReleaseRunner:
+    """The runner of a worker, which keeps the parameters for the next point."""
+    return ReleaseRunner(settings, workdir)
+
+
+def resume(path: epath.Path, metrics: Mapping[str, str]) -> tuple[Tally, Scores, int]:
+    """The counts of a file's complete lines, and their number; removes a truncated last line from the file."""
+    tally, scores, count, size, whole = Tally(), Scores(metrics), 0, 0, 0
+    if not path.exists():
+        return tally, scores, 0
+    with path.open("rb") as file:
+        for line in file:
+            size += len(line)
+            if line.endswith(b"\n"):
+                row = json.loads(line)
+                tally.add(row)
+                scores.add(row)
+                count, whole = count + 1, size
+    if whole < size:
+        write_whole(path, path.read_bytes()[:whole].decode())
+    return tally, scores, count
+
+
+def _has_answers(folder: epath.Path) -> bool:
+    """Whether a folder is that of a point, or of an evaluation with points."""
+    return (folder / ANSWERS_FILE).exists() or (folder / RESULTS_FILE).exists()
