@@ -44,6 +44,10 @@ class LikelihoodResult(GenerationResult):
     It makes a text of a bare pair (api/instance.py, unwrap_generation_output), which its metrics cannot read.
     """
 
+    def __init__(self, pair: tuple[float, bool]):
+        self.text: Any = pair
+        self.token_counts = None
+
     def __iter__(self) -> Iterator[float | bool]:
         """The pair, which the interface of a model names."""
         return iter(self.text)
