@@ -34,7 +34,7 @@ CORE = [
 
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
-RAY = ["ray>=2.50"]
+RAY = ["ray[tune]>=2.50"]
 
 EXTRAS = {
     "test": [

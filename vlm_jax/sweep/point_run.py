@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -17,6 +18,7 @@ from vlm_jax.evals.timing import generation_seconds
 from vlm_jax.evals.vqa import answers
 from vlm_jax.sharding.mesh import MeshSettings, make_mesh
 from vlm_jax.sweep.executor import Report, exclusive
+from vlm_jax.sweep.halving import Halving, HalvingSettings, steps_done
 from vlm_jax.sweep.points import Point, shared_config
 from vlm_jax.train.loop import Outcome, Progress, Trainer, first_params
 from vlm_jax.train.workdir import whole_file
@@ -65,13 +67,27 @@ class PointRunner:
             if not trainer.finished():  # else its parameters need not be read, nor its step compiled
                 trainer.run()
 
-    def train(self, point: Point, report: Report, *, keep: bool) -> Outcome:
+    def halving(self, label: str, settings: HalvingSettings, others: Sequence[str]) -> Halving:
+        """The rungs of a training.
+
+        Args:
+          label: of the training.
+          settings: `config.sweep.halving`.
+          others: labels of the trainings that it is compared with.
+        """
+        return Halving(settings, self.folder(label), tuple(map(self.folder, others)))
+
+    def train(self, point: Point, report: Report, *, keep: bool, halving: Halving | None = None) -> Outcome:
         """The run that the point's parameters are from, none where it trains nothing.
 
         Args:
           point: what is trained, from the shared stages that are finished.
           report: is told its steps.
           keep: whether the outcome stays in memory, for another point with the same parameters.
+          halving: rungs at which the training may be stopped; None for none.
+
+        Raises:
+          Stopped: the training is stopped at a rung, or was.
         """
         label, (config, experiment) = point.trained_as, point.training
         outcome = self._outcomes.pop(label, None)
@@ -80,18 +96,25 @@ class PointRunner:
             given: Any = {"init_from": start, "init_parts": point.start}
             if config.schedule:
                 told = _progress(report, label)
-                outcome = Trainer(config, experiment, self.mesh, self.folder(label), **given, progress=told).run()
+                if halving is not None:
+                    told = halving.watched(told)
+                trainer = Trainer(config, experiment, self.mesh, self.folder(label), **given, progress=told)
+                if halving is not None:  # another process may have been stopped, or killed, at a rung
+                    halving.check(steps_done(self.folder(label)), trainer.num_steps)
+                outcome = trainer.run()
             else:
                 outcome = Outcome(first_params(experiment, self.mesh, config.seed, **given), None, None)
         if keep:
             self._outcomes[label] = outcome
         return outcome
 
-    def run(self, point: Point, report: Report, *, command: str, timed: bool, keep: bool) -> Fields:
+    def run(
+        self, point: Point, report: Report, *, command: str, timed: bool, keep: bool, halving: Halving | None = None
+    ) -> Fields:
         """Trains and evaluates a point.
 
         Args:
-          point, report, keep: as of `train`.
+          point, report, keep, halving: as of `train`.
           command: the command that runs only this point, for its row.
           timed: whether answers are timed.
 
@@ -100,9 +123,10 @@ class PointRunner:
 
         Raises:
           WorkdirInUse: another process runs the point.
+          Stopped: as of `train`.
         """
         with exclusive(self.folder(point.label)) as confirm:
-            outcome = self.train(point, report, keep=keep)
+            outcome = self.train(point, report, keep=keep, halving=halving)
             evaluation = parse(EvaluationSettings, point.config.evaluation, "config.evaluation")
             samples = point.experiment.open_source().evaluation(point.config.seed)
             tally, scores = Tally(), Scores(self._metrics)
@@ -150,6 +174,7 @@ def _row(point: Point, outcome: Outcome, tally: Tally, times: dict[str, float], 
         **times,
         "peak_bytes": outcome.peak_bytes,
         "seed": point.config.seed,
+        **({"drawn": dict(point.drawn)} if point.drawn else {}),
         "config_hash": config_hash(point.config),
         "command": command,
     }
