@@ -19,7 +19,8 @@ from vlm_jax.sweep.costs import Costs, costs, first_with_images
 from vlm_jax.sweep.halving import HalvingSettings, ray_schedulers
 from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.search import Place, RandomSettings, check_ranges, places, set_values
-from vlm_jax.train.check import check_training
+from vlm_jax.train.check import SETTINGS, check_training
+from vlm_jax.train.stages import parse_schedule
 from vlm_jax.types import Params, Sample
 
 SECTIONS = ("encoder", "reducer", "connector", "decoder")
@@ -257,12 +258,21 @@ def _made(
     try:
         drawn = set_values(run, place, settings.random)
         if drawn:
-            check_sections(run)
-            check_training(run)
+            _check_drawn(run)
         return run, build_conversational(run), drawn
     except ValueError as error:
         tokens = "its released tokens" if budget is None else f"{budget} tokens"
         raise type(error)(f"candidate '{place.name}' at {tokens}: {error}") from error
+
+
+def _check_drawn(run: Any) -> None:
+    """Checks the sections that the trainer reads; `build` checks the others."""
+    check_sections(run)
+    check_training(run)
+    for key, cls in SETTINGS.items():
+        parse(cls, run[key], f"config.{key}")
+    if run.schedule:
+        parse_schedule(run.schedule, run.stages)
 
 
 def _said(budget: int | None) -> str:

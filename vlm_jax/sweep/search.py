@@ -46,8 +46,8 @@ class RangeSettings:
             raise ConfigError(f"{path}.low: expected a number {floor}below high, {self.high}, got {self.low}")
         if self.key.partition(".")[0] in OWN:
             raise ConfigError(
-                f"{path}.key: '{self.key}' is set by the sweep; draw it by sweep.seeds or a candidate's budgets or "
-                "schedule"
+                f"{path}.key: '{self.key}' is set by the sweep itself; use config.sweep.seeds, or budgets and schedule "
+                "of candidates"
             )
 
     def draw(self, random: np.random.Generator) -> Any:
@@ -167,15 +167,14 @@ def check_ranges(random: RandomSettings, configs: list[Any]) -> None:
     """
     for name, settings in random.ranges.items():
         if not any(_section_of(config, settings.key) is not None for config in configs):
-            first, *rest = settings.key.split(".")
+            first, _, rest = settings.key.partition(".")
             known = {key for config in configs for key in config}
-            if first in known and rest:
-                known = {
-                    ".".join((first, key)) for config in configs if is_section(config[first]) for key in config[first]
-                }
+            if first in known:
+                known = {key for config in configs if is_section(config[first]) for key in config[first]}
+                first = rest.partition(".")[0]
             raise ConfigError(
                 f"config.sweep.random.ranges.{name}.key: no candidate's own config has the section of '{settings.key}'"
-                f"{did_you_mean('.'.join((first, *rest[:1])), known)}"
+                f"{did_you_mean(first, known)}"
             )
 
 
