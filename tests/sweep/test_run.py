@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import rich.console
+from etils import epath
 from ml_collections import ConfigDict
 
 from tests.train.conftest import tiny_config
@@ -23,6 +24,7 @@ from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.frontier import combine_seeds
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep, Timing
+from vlm_jax.train.workdir import each_line
 
 from ..advice import tried
 
@@ -202,11 +204,9 @@ def test_a_point_whose_loss_is_high_is_stopped_and_the_other_has_its_row(
     sweep = make(config, workdir, console)
     results = sweep.run()
     assert [untimed(result) for result in results] == [untimed(swept.results[0])]
-    curves = {
-        name: [json.loads(line)["loss"] for line in (workdir / "points" / name / "metrics.jsonl").open()]
-        for name in ("pool@1", "slow@1")
-    }
-    rungs = {name: [json.loads(line) for line in (workdir / "points" / name / "rungs.jsonl").open()] for name in curves}
+    folders = {name: epath.Path(workdir / "points" / name) for name in ("pool@1", "slow@1")}
+    curves = {name: [line["loss"] for line in each_line(folder / "metrics.jsonl")] for name, folder in folders.items()}
+    rungs = {name: list(each_line(folder / "rungs.jsonl")) for name, folder in folders.items()}
     assert [(line["step"], line["stopped"]) for line in rungs["pool@1"]] == [(2, False), (4, False)]
     losses = [line["loss"] for line in rungs["pool@1"]]
     assert losses == pytest.approx([curves["pool@1"][1], curves["pool@1"][3]])

@@ -28,7 +28,7 @@ def main() -> None:
         sweep.run()
     if sweep.stopped:
         count = f"{len(sweep.stopped)} of {sweep.num_points} points were stopped by config.sweep.halving"
-        print(f"{count}: {', '.join(sweep.stopped)}; see {sweep.workdir / STOPPED_FILE}", file=sys.stderr)
+        print(f"{count}, as {sweep.workdir / STOPPED_FILE} says: {', '.join(sweep.stopped)}", file=sys.stderr)
     if sweep.failed:
         print(summary(sweep.failed, sweep.num_points, sweep.workdir), file=sys.stderr)
         sys.exit(1)
