@@ -40,7 +40,8 @@ class Task:
     Attributes:
       label: its name in the sweep.
       call: runs it, and returns what `Ended.result` is; what it is made of can be pickled.
-      after: labels of the tasks that have to end before, with or without an error.
+      after: labels of the tasks that have to end before, with or without an error; the last is the one whose process
+        is the best for this task.
     """
 
     label: str

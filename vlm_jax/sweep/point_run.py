@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ ANSWERS_FILE = "answers.jsonl"
 
 
 class PointRunner:
-    """Runs points of one sweep in this process; pickled, it is made anew in the process of a worker.
+    """Runs points of one sweep in this process; pickled, it is that of the process of a worker, see `kept_runner`.
 
     Args:
       base: `config.base`.
@@ -42,9 +43,14 @@ class PointRunner:
         self._metrics = chosen_metrics(evaluation.metrics, "config.base.evaluation.metrics")
         self._settings = parse(MeshSettings, base.mesh, "config.base.mesh")
         self._outcomes: dict[str, Outcome] = {}
+        self.keeps_one = False  # outcome at a time, where points with the same parameters follow each other
 
     def __reduce__(self):
-        return PointRunner, (self._base, self._shared, str(self._workdir))
+        return kept_runner, (self._pickled,)
+
+    @functools.cached_property
+    def _pickled(self) -> bytes:
+        return pickle.dumps((self._base, self._shared, str(self._workdir)))
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -91,6 +97,8 @@ class PointRunner:
         """
         label, (config, experiment) = point.trained_as, point.training
         outcome = self._outcomes.pop(label, None)
+        if self.keeps_one:
+            self._outcomes.clear()
         if outcome is None:
             start = self._workdir / shared_name(config.seed) / "checkpoints" if self._shared else None
             given: Any = {"init_from": start, "init_parts": point.start}
@@ -139,6 +147,14 @@ class PointRunner:
                 confirm()
             times = generation_seconds(point.experiment, outcome.params, samples, evaluation) if timed else {}
         return {**_row(point, outcome, tally, times, command), "scores": scores.result()}
+
+
+@functools.lru_cache(maxsize=1)
+def kept_runner(pickled: bytes) -> PointRunner:
+    """The runner of a worker, which keeps the parameters for the next point that has them."""
+    runner = PointRunner(*pickle.loads(pickled))
+    runner.keeps_one = True
+    return runner
 
 
 def shared_name(seed: int) -> str:
