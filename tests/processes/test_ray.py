@@ -131,9 +131,8 @@ def test_a_point_whose_loss_is_high_is_stopped_on_a_cluster(hosts, tmp_path):
     finish(start("sweep", *given, "--only=pool@1"))
     kept = (tmp_path / "results.jsonl").read_text()
     errors = finish(start("sweep", *given, "--executor=ray", f"--ray_address={hosts[0]}"))
-    assert (
-        f"1 of 2 points were stopped by config.sweep.halving, as {tmp_path / 'stopped.jsonl'} says: still@1" in errors
-    )
+    said = "1 of 2 points were stopped by config.sweep.halving, as"
+    assert f"{said} {tmp_path / 'stopped.jsonl'} says: still@1" in errors
     assert "was lost" not in errors and "Traceback" not in errors
     (stopped,) = map(json.loads, (tmp_path / "stopped.jsonl").read_text().splitlines())
     assert stopped["label"] == "still@1" and re.match("at step 20 with a loss of .*1 others", stopped["stopped"])
