@@ -38,7 +38,7 @@ LMMS_EVAL += ["pytz", "sacrebleu>=2.4", "tenacity>=9.0"]
 
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
-RAY = ["ray>=2.50"]
+RAY = ["ray[tune]>=2.50"]
 
 EXTRAS = {
     "test": [
