@@ -76,6 +76,7 @@ def executed(name: str, *, short: bool, folder: pathlib.Path = COLABS) -> Any:
             sources[number] = cell.source
             cell.source = "\n".join("" if line.startswith("%pip") else line for line in cell.source.splitlines())
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONWARNINGS": "ignore::Warning:tqdm"}
     client = nbclient.NotebookClient(notebook, timeout=TIMEOUT, resources={"metadata": {"path": str(folder)}})
     client.execute(env=env)
     for number, source in sources.items():

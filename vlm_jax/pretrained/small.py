@@ -17,7 +17,7 @@ from vlm_jax.checkpoints.saving import check_vacant, save_checkpoint
 from vlm_jax.pretrained import llava_hf
 from vlm_jax.types import Tree
 
-WIDTH, IMAGE_SIZE, PATCH_SIZE = 32, 32, 4
+WIDTH, IMAGE_SIZE, PATCH_SIZE = 64, 32, 4
 SPECIAL = ("<s>", "</s>", "<pad>", "<image>")
 BOXES = ("<box>", "</box>")
 VOCABULARY = 320  # 256 bytes, the tokens above, words, and rows that no token has

@@ -17,8 +17,8 @@ from vlm_jax.train.first_run import completed
 from vlm_jax.train.loop import Trainer
 
 FOLDER = "~/.cache/vlm_jax/small-release"
-PICTURES, STEPS, BATCH_SIZE = 2048, 360, 16
-LEARNING_RATE = 3e-3
+PICTURES, STEPS, BATCH_SIZE = 2048, 480, 16
+LEARNING_RATE = 1.2e-3
 _CORNERS = tuple(str(place * 1000 // PLACES) for place in range(1, PLACES + 1))
 WORDS = (*COLOURS, *_CORNERS, "USER", "ASSISTANT", "What", "Which", "Where", " colour", " is", " the", " square")
 
