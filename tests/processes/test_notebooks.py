@@ -112,9 +112,9 @@ def test_token_budget(ran):
 
 
 def test_ask_a_release(ran):
-    """A red square in the second row and the third column of four."""
+    """A blue square in the second row and the third column of four."""
     text, figures = ran("ask_a_release")
-    assert "answer: red" in text and "visual tokens: (64,)" in text and "small-release" in text
+    assert "answer: blue" in text and "visual tokens: (64,)" in text and "small-release" in text
     assert "NamedBox(box=(32.0, 16.0, 48.0, 32.0)" in text
     assert figures == 3
 
