@@ -33,7 +33,7 @@ def page(name: str) -> tuple[str, dict[str, bytes]]:
         text = ""
         for output in cell.outputs:
             if output.output_type == "stream":
-                text += output.text
+                text += output.text if output.name == "stdout" else ""  # not the warnings of other packages
                 continue
             data = output.get("data", {})
             if "image/png" in data:
