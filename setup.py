@@ -10,7 +10,7 @@ CORE = [
     "grain>=0.2.18",
     "huggingface_hub>=1.0",
     # Python 3.11 gets jax 0.10.2; Python 3.12 gets jax 0.12 or later. Both are tested.
-    "jax>=0.10.2",
+    "jax>=0.10.0",
     "jaxtyping>=0.3.11",
     "jinja2>=3.1.6",
     "matplotlib>=3.10",
