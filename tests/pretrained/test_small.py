@@ -49,6 +49,6 @@ def test_a_folder_with_a_checkpoint_is_refused(small):
 
 
 def test_more_words_than_rows_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=tried("pass fewer")):
+    with pytest.raises(ValueError, match=tried("words: expected at most {}, got {}; pass fewer")):
         write_small_release(tmp_path, words=tuple(f"word{number}" for number in range(100)))
     write_small_release(tmp_path, words=tuple(f"word{number}" for number in range(58)))
