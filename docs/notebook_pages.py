@@ -3,16 +3,11 @@
 import base64
 import html
 import re
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "colabs"))
+from colabs import execute
+from colabs.install_cell import FIRST_LINE
 
-import run  # noqa: E402 (found by the line above)
-from install_cell import FIRST_LINE  # noqa: E402
-
-NAMES = tuple(run.SHORT)
+NAMES = tuple(execute.SHORT)
 LINES = 40  # of an output that are shown
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
