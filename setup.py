@@ -9,8 +9,9 @@ CORE = [
     "flax>=0.12.8",
     "grain>=0.2.18",
     "huggingface_hub>=1.0",
-    # Python 3.11 gets jax 0.10.2; Python 3.12 gets jax 0.12 or later. Both are tested.
-    "jax>=0.10.0",
+    # Python 3.11 gets jax 0.10.2; Python 3.12 gets jax 0.12 or later. Both are tested. With 0.10.0 the platform of a
+    # mesh is not known while a program is traced (tests/layers/test_platform.py).
+    "jax>=0.10.2",
     "jaxtyping>=0.3.11",
     "jinja2>=3.1.6",
     "matplotlib>=3.10",

@@ -3,14 +3,9 @@
 import base64
 import html
 import re
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "colabs"))
-
-import execute  # noqa: E402 (found by the line above)
-from install_cell import FIRST_LINE  # noqa: E402
+from colabs import execute
+from colabs.install_cell import FIRST_LINE
 
 NAMES = tuple(execute.SHORT)
 LINES = 40  # of an output that are shown
