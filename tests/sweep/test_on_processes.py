@@ -19,7 +19,7 @@ from vlm_jax.sweep.on_ray import RaySettings
 from vlm_jax.sweep.point_run import PointRunner
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
-from vlm_jax.train.loop import Interrupted
+from vlm_jax.train.loop import Interrupted, Outcome
 
 from ..advice import tried
 from .test_run import new_console, tiny_sweep
@@ -138,23 +138,23 @@ def test_a_worker_keeps_the_parameters_of_one_training(tmp_path, monkeypatch):
     runner = PointRunner(tiny_sweep().base, ("seeing",), tmp_path)
     first, second = (pickle.loads(pickle.dumps(runner)) for _ in range(2))
     assert first is second and first is not runner
-    trained = []
+    trained, labels = [], ["pool@1", "random@2"]
 
     class Trained(point_run.Trainer):
         def __init__(self, *given, **more):
             trained.append(given[3].name)
 
         def run(self):
-            return f"outcome of {trained[-1]}"
+            return Outcome({}, float(labels.index(trained[-1])), None)
 
     monkeypatch.setattr(point_run, "Trainer", Trained)
     pool, random = points["pool@1"], points["random@2"]
     for one, expected in ((runner, 2), (first, 3)):
         trained.clear()
         for point in (pool, random, pool):
-            assert one.train(point, print, keep=True) == f"outcome of {point.label}"
+            assert one.train(point, print, keep=True).step_seconds == labels.index(point.label)
         assert len(trained) == expected  # a worker reads the first one again, and has room for the second
-        assert one.train(pool, print, keep=False) == "outcome of pool@1" and len(trained) == expected
+        assert one.train(pool, print, keep=False).step_seconds == 0 and len(trained) == expected
 
 
 def test_a_task_that_was_stopped_stops_the_sweep():

@@ -158,15 +158,15 @@ def _check_halving(config: Any, settings: SweepSettings) -> None:
 
 
 def list_points(config: Any, only: tuple[str, ...] = (), refused: dict[str, str] | None = None) -> list[Point]:
-    """Every candidate at every one of its budgets and every seed, or those that are drawn: first the untrained.
+    """Every candidate at each of its budgets and each seed, or those that `sweep.random` draws.
 
     Points that train nothing come first, then the others by tokens.
 
-    A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and
-    decoder, each of which replaces the base's. With `trained_at` it is trained once, at that budget, and
-    its parameters are evaluated at all of `budgets`. Its `schedule` has the stages that train it behind the
-    shared ones, where they are not those of `config.base.schedule`; with none it is evaluated as the release or
-    the shared stages leave it. A budget of None leaves a release its own tokens.
+    A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and decoder, each of which
+    replaces the base's. With `trained_at` it is trained once, at that budget, and its parameters are evaluated at all
+    of `budgets`. Its `schedule` has the stages that train it behind the shared ones, where they are not those of
+    `config.base.schedule`; with none it is evaluated as the release or the shared stages leave it. A budget of None
+    leaves a release its own tokens.
 
     Args:
       config: a sweep's config: `base`, `candidates`, `sweep`.

@@ -120,3 +120,10 @@ def test_both_questions_about_a_picture_are_right_or_not():
     for given in (responses, mixed):
         values = Mme().of_sums(METRICS["mme"].statistics(given).sum(axis=0))
         assert values == pytest.approx([1 / 2, 1 / 3, 250 / 3])
+
+
+def test_any_number_of_questions_about_a_picture_is_right_or_not():
+    """One of one, and two of three: 3 of 4 questions, 1 of 2 pictures."""
+    said = [("yes", "a"), ("yes", "b"), ("yes", "b"), ("no", "b")]
+    responses = [Response(text, ("yes",), group=group) for text, group in said]
+    assert Mme().of_sums(Mme().statistics(responses).sum(axis=0)) == pytest.approx([3 / 4, 1 / 2, 125])
