@@ -61,6 +61,11 @@ def holov(image):
     return {i: tokens[i] for i in definitions.holov(tokens, saliency, KEPT, 6, 0.7)}
 
 
+def holov_of_one(image):
+    tokens, saliency, _ = image
+    return {i: tokens[i] for i in definitions.holov(tokens, saliency, KEPT, len(tokens), 0.09)}
+
+
 REDUCERS = {
     "uniform_stride": (UniformStride(KEPT), stride),
     "divprune": (DivPrune(KEPT), divprune),
@@ -76,9 +81,10 @@ REDUCERS = {
     "fastervlm": (FasterVLM(KEPT), fastervlm),
     "vispruner": (VisPruner(KEPT), vispruner),
     "holov": (HoloV(KEPT, num_crops=6, variety=0.7), holov),
+    "holov, more crops than features": (HoloV(KEPT, num_crops=99), holov_of_one),
     "prumerge, all neighbours": (PruMerge(KEPT), lambda image: definitions.prumerge(*image, KEPT, 99)),
 }
-AS_THEY_ARE = ("uniform_stride", "divprune", "fastervlm", "vispruner", "holov")
+AS_THEY_ARE = ("uniform_stride", "divprune", "fastervlm", "vispruner", "holov", "holov, more crops than features")
 every_reducer = pytest.mark.parametrize("name", REDUCERS)
 
 

@@ -19,7 +19,8 @@ class Crops(NamedTuple):
     """The crops of an image.
 
     Attributes:
-      number: of each feature, the number of its crop; the number of crops for a masked feature.
+      number: of each feature, the number of its crop; the number of crops for a masked feature. There are no more
+        crops than features.
       sizes: real features of each crop.
       shares: features that each crop keeps, which may be more than it has.
     """
@@ -84,7 +85,7 @@ class HoloV(KeepsFeatures):
         batch, size = mask.shape
         place, count = jnp.arange(size)[None], self.num_left(size)
         inside = jnp.where(shares < sizes, rank, place)  # below `size`
-        order = jnp.argsort(jnp.where(chosen, crops.number * size + inside, (self.num_crops + 1) * size), axis=1)
+        order = jnp.argsort(jnp.where(chosen, crops.number * size + inside, (size + 1) * size), axis=1)
         kept = jnp.pad(order, ((0, 0), (0, max(0, count - size))))[:, :count]
         there = jnp.arange(count)[None] < chosen.sum(axis=1, keepdims=True)
         kept = jnp.where(there, kept, size - 1)
@@ -94,8 +95,9 @@ class HoloV(KeepsFeatures):
     def crops(self, features: VisualFeatures) -> Crops:
         """The crops of the real features, with their shares."""
         mask, total = features.mask, self.num_left(features.mask.shape[1])
-        number = crop_numbers(mask, self.num_crops)
-        sizes = jax.nn.one_hot(number, self.num_crops, dtype=jnp.int32).sum(axis=1)
+        num_crops = min(self.num_crops, mask.shape[1])
+        number = crop_numbers(mask, num_crops)
+        sizes = jax.nn.one_hot(number, num_crops, dtype=jnp.int32).sum(axis=1)
         scores = self._scores(features, number, sizes)
         weights = scores / (scores.sum(axis=1, keepdims=True) + _SMALL)
         shares = jnp.floor(weights * total).astype(jnp.int32)
@@ -109,7 +111,7 @@ class HoloV(KeepsFeatures):
         """The mean score of every crop."""
         saliency = real(jnp.nan_to_num(self.attended(features)[0]), features.mask)
         variance = _variance(features, number, _of_feature(sizes, number))
-        members = jax.nn.one_hot(number, self.num_crops)
+        members = jax.nn.one_hot(number, sizes.shape[1])
         attention, spread = (
             jnp.einsum("bn,bnp->bp", x, members, precision="highest") / jnp.maximum(sizes, 1)
             for x in (saliency, variance)
