@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from vlm_jax import axes
 from vlm_jax.adapter import ADAPTER
 from vlm_jax.layers.dense import Dense
-from vlm_jax.layers.mesh_axes import active_mesh, spec_of
+from vlm_jax.layers.mesh_axes import active_mesh, num_shards, spec_of
 from vlm_jax.types import Dtype, Tree
 
 LANES = 128  # of a TPU's registers and matrix units
@@ -101,7 +101,7 @@ class Mlp(nn.Module):
     def _parts(self) -> int:
         """The number of parts of the hidden units."""
         mesh = active_mesh()
-        sharded = mesh is not None and spec_of((axes.MLP,), (self.hidden_dim,), mesh)[0] is not None
+        sharded = mesh is not None and num_shards(spec_of((axes.MLP,), (self.hidden_dim,), mesh)[0], mesh) > 1
         if self.depth != 2 or self.use_bias or sharded or self.is_initializing() or self._has_adapter():
             return 1
         return max((n for n in range(1, self.most_parts + 1) if self.hidden_dim % (n * LANES) == 0), default=1)
