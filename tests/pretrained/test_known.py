@@ -52,6 +52,7 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "facebook/sam-vit-huge": (637_026_048, 0),
     "google/siglip-base-patch16-224": (203_155_970, 0),
     "google/siglip-large-patch16-384": (652_478_466, 0),
+    "google/siglip-so400m-patch14-224": (877_360_306, 0),
     "google/siglip-so400m-patch14-384": (877_960_498, 0),
     "google/siglip2-giant-opt-patch16-384": (1_871_885_426, 0),
     "google/siglip2-so400m-patch14-384": (1_136_008_498, 0),
