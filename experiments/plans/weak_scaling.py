@@ -2,7 +2,7 @@
 
     python experiments/plans/weak_scaling.py [--most=512]
 
-Above: predicted time of a step, with its range, and what nothing hides of its communication. Below: time of each kind of
+Above: predicted time of a step, with its range, and the communication that nothing hides. Below: time of each kind of
 collective on the links, the largest of which limits the scaling. Finished plans are kept, so that a second run resumes.
 """
 
