@@ -1,9 +1,14 @@
 """Tiny random DINOv2 of transformers, with and without registers: hidden states, positions at other sizes, and back."""
 
+import importlib.util
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
@@ -90,3 +95,41 @@ def test_the_position_table_is_resized_as_registers_need_it(tmp_path):
         expected = model(**to_torch(images)).pooler_output
         found = transformers.Dinov2WithRegistersModel.from_pretrained(tmp_path / "ours")(**to_torch(images))
     torch.testing.assert_close(found.pooler_output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_onnx_export_of_the_tower_is_read_back(tmp_path):
+    """As torch's exporter writes it: weights of products transposed and numbered, the position table in two halves."""
+    path = pathlib.Path(__file__).parents[2] / "experiments" / "real_tower" / "convert.py"
+    spec = importlib.util.spec_from_file_location("real_tower_convert", path)
+    convert = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(convert)
+    model = made("Dinov2Model", **SMALL, use_mask_token=False)
+    model.save_pretrained(tmp_path / "torch")
+    released = safetensors.numpy.load_file(tmp_path / "torch" / "model.safetensors")
+    tensors, nodes = {"decoder.bias": np.ones(2), "onnx::MatMul_7": np.ones((2, 2))}, []
+    nodes.append(convert.Node("MatMul", "/decoder/MatMul", ("x", "onnx::MatMul_7")))
+    for number, (key, value) in enumerate(released.items(), 100):
+        module = f"/backbone/{key.rpartition('.')[0]}".replace(".", "/").replace("layer/", "layer.")
+        if key == "embeddings.position_embeddings":
+            tensors |= {"onnx::Concat_1": value[:, :1], "onnx::Reshape_2": value[:, 1:]}
+            nodes.append(convert.Node("Concat", "/backbone/embeddings/Concat_6", ("onnx::Concat_1", "x")))
+            nodes.append(convert.Node("Reshape", "/backbone/embeddings/Reshape_1", ("onnx::Reshape_2", "x")))
+        elif key.startswith("encoder") and value.ndim == 2:
+            tensors[f"onnx::MatMul_{number}"] = value.T
+            nodes.append(convert.Node("MatMul", f"{module}/MatMul", ("x", f"onnx::MatMul_{number}")))
+        else:
+            tensors[f"backbone.{key}"] = value
+    found = convert.released_tensors(tensors, nodes)
+    assert found.keys() == released.keys()
+    for key, value in released.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)
+    convert.write(tmp_path / "written", found, SMALL["num_attention_heads"])
+    config = json.loads((tmp_path / "written" / "config.json").read_text())
+    assert {key: config[key] for key in SMALL} == SMALL
+    images = np.random.default_rng(1).normal(size=(1, 20, 20, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = model(**to_torch(images)).pooler_output
+    pooled = jax.jit(vlm_jax.from_pretrained(tmp_path / "written").apply)(jnp.asarray(images)).pooled
+    assert relative_error(pooled, expected) <= 1e-5
+    with pytest.raises(ValueError, match="expected both halves of the position table, got patches"):
+        convert.released_tensors(tensors, [node for node in nodes if node.op != "Concat"])
