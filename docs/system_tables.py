@@ -127,6 +127,12 @@ ROWS = (
         "images to classes, and back",
     ),
     Row(
+        "DINOv2, with and without registers (`transformers`)",
+        ("dinov2", "dinov2_with_registers"),
+        "tower, or with classes",
+        live="images to features and classes, and back",
+    ),
+    Row(
         "CLIP (OpenAI names, open_clip, `transformers`)",
         ("clip", "clip_text_model", "clip_vision_model", "open_clip"),
         "ViT and ModifiedResNet, text tower",

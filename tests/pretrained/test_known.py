@@ -47,6 +47,14 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "deepseek-ai/deepseek-vl2-tiny": ("3.37", _SO400M_HEAD),
     "deepseek-ai/deepseek-vl2-small": ("16.1", _SO400M_HEAD),
     "deepseek-ai/deepseek-vl2": ("27.5", _SO400M_HEAD),
+    "facebook/dinov2-small": (22_056_576, 384),  # the mask token of the pretraining
+    "facebook/dinov2-base": (86_580_480, 768),
+    "facebook/dinov2-large": (304_368_640, 1024),
+    "facebook/dinov2-giant": (1_136_480_768, 1536),
+    "facebook/dinov2-with-registers-small": (22_058_112, 384),
+    "facebook/dinov2-with-registers-base": (86_583_552, 768),
+    "facebook/dinov2-with-registers-large": (304_372_736, 1024),
+    "facebook/dinov2-with-registers-giant": (1_136_486_912, 1536),
     "facebook/sam-vit-base": (89_670_912, 0),  # the image encoder
     "facebook/sam-vit-large": (308_278_272, 0),
     "facebook/sam-vit-huge": (637_026_048, 0),

@@ -99,16 +99,17 @@ def dart(states, norms, tokens, text, count, pivots):
 
 
 def tome_merge(x, size, place, metric, count, prefix):
-    """Bolya et al. 2023, section 3: every other token, its best edge, the best edges merged."""
+    """Bolya et al. 2023, section 3: every other token, its best edge, the best edges merged; none of the prefix."""
     first, second = list(range(0, len(x), 2)), list(range(1, len(x), 2))
     edges = []
-    for a in first[prefix:]:
-        b = max(second, key=lambda b: cosine(metric[a], metric[b]))
+    for a in (a for a in first if a >= prefix):
+        b = max((b for b in second if b >= prefix), key=lambda b: cosine(metric[a], metric[b]))
         edges.append((cosine(metric[a], metric[b]), a, b))
     edges = sorted(edges, key=lambda edge: -edge[0])[:count]
     gone = {a for _, a, _ in edges}
     members = {b: [b, *[a for _, a, target in edges if target == b]] for b in second}
     groups = [[a] for a in first if a not in gone] + [members[b] for b in second]
+    groups.sort(key=lambda group: min(place[group[0]], prefix))  # the prefix stays in front
     total = np.array([size[group].sum() for group in groups])
     merged = np.array([(x[group] * size[group, None]).sum(0) for group in groups]) / total[:, None]
     return merged, total, np.array([place[group[0]] for group in groups])

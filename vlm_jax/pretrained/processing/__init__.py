@@ -80,6 +80,8 @@ IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageText
     "clip": image_text.clip,
     "clip_text_model": image_text.clip,
     "clip_vision_model": image_text.clip,
+    "dinov2": image_text.dinov2,
+    "dinov2_with_registers": image_text.dinov2,
     "open_clip": image_text.open_clip,
     "siglip": image_text.siglip,
     "siglip_text_model": image_text.siglip,
@@ -90,6 +92,8 @@ IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageText
     "vit": image_text.vit,
     "vit_jax": image_text.vit_jax,
 }
+# Of these, towers whose position table transformers interpolates for images of any size.
+ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
 
 
 def read_processor(
@@ -113,7 +117,8 @@ def read_processor(
         made = IMAGE_TEXT_PROCESSORS[name](folder, config, model)
         if image_size is not None and isinstance(made.images, SquareInputs):
             made = dataclasses.replace(made, images=made.images.at((image_size, image_size)))
-        check_image_text(made, model)
+        if name not in ANY_SIZE:
+            check_image_text(made, model)
         return made
     if name not in PROCESSORS:
         registered = sorted((*PROCESSORS, *IMAGE_TEXT_PROCESSORS))
