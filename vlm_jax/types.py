@@ -139,11 +139,14 @@ class VisualTokens:
       mask: True where a token is real.
       kept: after a reducer, the index of each token among all tokens (or features) of its image or packed
         row before the reducer; else None.
+      levels: what is added to the outputs of the decoder's first blocks at the positions of the tokens: for each block D
+        channels, concatenated; None for nothing.
     """
 
     tokens: Float[Array, "B M D"]
     mask: Bool[Array, "B M"]
     kept: Int[Array, "B M"] | None = None
+    levels: Float[Array, "B M F"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Language models of the Llama family: Llama, Mistral, Qwen2, Qwen3, and those of Qwen2-VL and Qwen2.5-VL."""
+"""Language models of the Llama family: Llama, Mistral, Qwen2, Qwen3, and those of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
 
 import re
 from collections.abc import Mapping
@@ -77,6 +77,18 @@ QWEN2_VL_DEFAULTS: Fields = {
     "rope_theta": 1_000_000.0,
 }
 QWEN2_VL_SECTIONS = (16, 24, 24)
+# transformers, models/qwen3_vl/configuration_qwen3_vl.py, Qwen3VLTextConfig.
+QWEN3_VL_DEFAULTS: Fields = {
+    **_COMMON,
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "attention_bias": False,
+    "max_position_embeddings": 128_000,
+    "rope_theta": 500_000.0,
+}
+QWEN3_VL_SECTIONS = (24, 20, 20)
 
 
 def llama(
@@ -89,6 +101,7 @@ def llama(
     qkv_bias: bool = False,
     qk_norm: bool = False,
     sections: tuple[int, ...] = (),
+    interleaved: bool = False,
     **dtypes: Dtype,
 ) -> LanguageModel:
     """Llama; and, with other settings, Qwen2 (biases on query, key and value) and Qwen3 (normalised heads).
@@ -115,7 +128,7 @@ def llama(
         mlp_dim=settings["intermediate_size"],
         activation=ACTIVATIONS[settings["hidden_act"]],
         head_dim=settings["head_dim"],
-        rope=released_rope(settings, where, head_dim, sections),
+        rope=released_rope(settings, where, head_dim, sections, interleaved=interleaved),
         norm_epsilon=settings["rms_norm_eps"],
         qk_norm=qk_norm,
         windows=_windows(settings, where),
@@ -157,6 +170,12 @@ def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str,
     return llama(
         config, checkpoint, where, defaults=QWEN2_VL_DEFAULTS, qkv_bias=True, sections=QWEN2_VL_SECTIONS, **more
     )
+
+
+def qwen3_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
+    """The language model of Qwen3-VL: Qwen3 with M-RoPE, whose axes take turns."""
+    settings = {"defaults": QWEN3_VL_DEFAULTS, "sections": QWEN3_VL_SECTIONS, "interleaved": True}
+    return llama(config, checkpoint, where, qk_norm=True, **settings, **more)
 
 
 def _windows(settings: Config, where: str) -> tuple[int | None, ...]:
