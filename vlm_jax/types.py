@@ -190,6 +190,21 @@ class Instruction:
     mask: Bool[Array, "B T"]
 
 
+class VideoSize(NamedTuple):
+    """Size of a video of which no frame is decoded.
+
+    Attributes:
+      num_frames: number of sampled frames.
+      height, width: of a frame, in pixels.
+      times: of every frame, in seconds from the start; empty where only their rate is known.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    times: tuple[float, ...] = ()
+
+
 @struct
 class PackedImages:
     """Positions of the images of a packed row among its merged tokens; for reducers, which act image by image.
@@ -504,13 +519,13 @@ class SampleSizes:
     Attributes:
       sample_id, messages: as of `Sample`.
       sizes: (height, width) of each picture, pixels.
-      videos: (number of sampled frames, height, width) of each video.
+      videos: size of each video.
     """
 
     sample_id: str
     messages: tuple[Message, ...]
     sizes: tuple[tuple[int, int], ...] = ()
-    videos: tuple[tuple[int, int, int], ...] = ()
+    videos: tuple[VideoSize, ...] = ()
 
 
 def text_of(message: Message) -> str:

@@ -41,6 +41,7 @@ from .systems import (
     ovis2,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_vl,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -49,10 +50,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 NEW = 32
 
 
-SYSTEMS = (llava, llava_next, deepseek_vl, deepseek_vl_hybrid, internvl, ovis2, qwen2_vl, qwen2_5_vl)
+SYSTEMS = (llava, llava_next, deepseek_vl, deepseek_vl_hybrid, internvl, ovis2, qwen2_vl, qwen2_5_vl, qwen3_vl)
 
 
-VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl")
+VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 FPS = 2.0
