@@ -110,6 +110,35 @@ def test_select_layer_gives_a_hidden_state(kind, select):
     np.testing.assert_allclose(tokens.reshape(hidden.shape)[0, :104], hidden[0, :104], atol=1e-4)
 
 
+def test_levels_are_hidden_states_beside_the_attention():
+    """Those that are collected, of towers with whole and with windowed layers, which reducers look into."""
+    kind = "siglip2_navit in windows"
+    packed, params = packed_for(KINDS[kind]), params_of(kind)
+    hidden = encode(kind)(params, packed).hidden
+    found = jax.jit(KINDS[kind].clone(levels=(0, 2, -1), saliency="heads").apply)(params, packed)
+    assert found.saliency is not None
+    expected = np.concatenate([hidden[0], hidden[2], hidden[4]], axis=-1)
+    np.testing.assert_allclose(found.levels[0, :104], expected[0, :104], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"levels": (2, 1)}, r"levels: expected numbers of hidden states in ascending order, got \(2, 1\)"),
+        (
+            {"levels": (3,), "select_layer": 2},
+            tried("2 of 4 blocks are built, with the hidden states 0 to 2; choose from these"),
+        ),
+    ],
+)
+def test_levels_that_are_not_computed_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        KINDS["siglip2_navit"].clone(**fields).init(jax.random.key(0), packed_for(KINDS["siglip2_navit"]))
+    jax.eval_shape(
+        KINDS["siglip2_navit"].clone(levels=(1, 2)).init, jax.random.key(0), packed_for(KINDS["siglip2_navit"])
+    )
+
+
 def test_select_layer_beyond_the_depth_is_refused():
     encoder = KINDS["qwen2_5_vl"].clone(select_layer=5)
     with pytest.raises(ValueError, match="4 blocks have the hidden states 0 to 4"):

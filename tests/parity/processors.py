@@ -175,6 +175,7 @@ def qwen(kind, folder):
         size={"shortest_edge": 1024, "longest_edge": 5120 if third else 2048},
         image_mean=[0.4, 0.5, 0.6],
         cap_pixels_per_frame=False,
+        do_sample_frames=False,
     )
     theirs = made(images, tokenizer(*names), videos, chat_template=template(QWEN_TAGS, video=QWEN_VIDEO))
     folder, config = save(theirs, folder, model_type=kind, vision_config=vision)

@@ -176,17 +176,25 @@ def qwen2_5_vl(folder):
     return qwen_vl(folder, "qwen2_5_vl", *classes, vision)
 
 
+QWEN3_TOWER = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [0, 2],
+}
+
+
 def qwen3_vl(folder):
-    vision = {
-        "depth": 3,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "out_hidden_size": 32,
-        "num_position_embeddings": 25,
-        "deepstack_visual_indexes": [0, 2],
-    }
     classes = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
-    return qwen_vl(folder, "qwen3_vl", *classes, vision, head_dim=8, num_hidden_layers=3)
+    return qwen_vl(folder, "qwen3_vl", *classes, QWEN3_TOWER, head_dim=8, num_hidden_layers=3)
+
+
+def qwen3_vl_moe(folder):
+    classes = transformers.Qwen3VLMoeConfig, transformers.Qwen3VLMoeForConditionalGeneration
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    return qwen_vl(folder, "qwen3_vl", *classes, QWEN3_TOWER, head_dim=8, num_hidden_layers=3, **experts)
 
 
 def saved(folder, processor, model):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import vlm_jax
 from vlm_jax.budget import InfeasibleBudget
@@ -42,6 +43,7 @@ from .systems import (
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
+    qwen3_vl_moe,
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -50,10 +52,21 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 NEW = 32
 
 
-SYSTEMS = (llava, llava_next, deepseek_vl, deepseek_vl_hybrid, internvl, ovis2, qwen2_vl, qwen2_5_vl, qwen3_vl)
+SYSTEMS = (
+    llava,
+    llava_next,
+    deepseek_vl,
+    deepseek_vl_hybrid,
+    internvl,
+    ovis2,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen3_vl,
+    qwen3_vl_moe,
+)
 
 
-VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+VIDEOS = ("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 
 
 FPS = 2.0
@@ -162,6 +175,23 @@ def test_answers_of_a_ragged_batch(system):
     assert (batch.segment_ids[0] == 0).any()
     answers = complete(ours.module, ours.params, batch, ours.tokenizer, end_ids=ours.end_ids, max_new_tokens=NEW)
     assert [list(answer.tokens) for answer in answers] == [said(system, *each)[0] for each in given]
+
+
+@pytest.mark.parametrize("system", (qwen3_vl_moe,), indirect=True, ids=lambda made: made.__name__)
+def test_experts_as_the_release_stores_them(system, tmp_path):
+    """With [in, out] kernels, and another key of the config; transformers turns both when it reads the release."""
+    _, model, ours = system
+    tensors = load_file(ours.folder / "model.safetensors")
+    experts = [name for name in tensors if ".experts." in name]
+    assert len(experts) == 6 and tensors[experts[0]].ndim == 3
+    tensors |= {name: np.ascontiguousarray(tensors[name].swapaxes(1, 2)) for name in experts}
+    config = json.loads((ours.folder / "config.json").read_text())
+    config["text_config"]["num_experts"] = config["text_config"].pop("num_local_experts")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    jax.tree.map(np.testing.assert_array_equal, vlm_jax.from_pretrained(tmp_path).params, ours.params)
+    for name, tensor in type(model).from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("system", (llava_next, qwen2_5_vl), indirect=True, ids=lambda made: made.__name__)

@@ -118,7 +118,7 @@ def turned(file, degrees):
 def test_the_size_of_a_file_is_that_of_its_frames(degrees):
     source = turned(video(30, 10), degrees)
     frames, *_ = read_video(source, RateSampler())
-    assert video_size(source, RateSampler()) == (len(frames), frames[0].height, frames[0].width)
+    assert video_size(source, RateSampler())[:3] == (len(frames), frames[0].height, frames[0].width)
     with pytest.raises(CorruptImage, match=r"clip: its frames have 32x48 pixels, more than max_pixels=9"):
         video_size(source, RateSampler(), max_pixels=9, name="clip")
     with pytest.raises(CorruptImage, match="clip: "):

@@ -155,7 +155,6 @@ class PackedTrunk(nn.Module, kw_only=True):
             found, saliency=restore_order(attended.saliency[..., None], packed)[..., 0], keys=keys
         )
 
-
     def _level_numbers(self, depth: int) -> tuple[int, ...]:
         """The non-negative numbers of the hidden states of `levels`, of `depth` blocks that are built.
 

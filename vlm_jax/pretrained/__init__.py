@@ -82,6 +82,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": qwen2_vl.describe,
     "qwen2_5_vl_vision": qwen2_vl.describe,
     "qwen3_vl": qwen3_vl.describe,
+    "qwen3_vl_moe": qwen3_vl.describe,
+    "qwen3_vl_moe_vision": qwen3_vl.describe,
     "qwen3_vl_vision": qwen3_vl.describe,
     "sam": sam.describe,
     "sam_vision_model": sam.describe,

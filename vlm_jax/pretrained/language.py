@@ -36,6 +36,7 @@ LANGUAGE_MODELS: dict[str, Callable[..., LanguageModel]] = {
     "qwen2_vl": qwen2_vl,
     "qwen2_vl_text": qwen2_vl,
     "qwen3": qwen3,
+    "qwen3_vl_moe_text": qwen3_vl,
     "qwen3_vl_text": qwen3_vl,
 }
 SYSTEMS = ("qwen", "qwen2_5_vl", "qwen2_vl")  # with the config of a full system

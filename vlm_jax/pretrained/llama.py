@@ -89,6 +89,23 @@ QWEN3_VL_DEFAULTS: Fields = {
     "rope_theta": 500_000.0,
 }
 QWEN3_VL_SECTIONS = (24, 20, 20)
+# The same of models/qwen3_vl_moe, Qwen3VLMoeTextConfig.
+QWEN3_VL_MOE_DEFAULTS: Fields = {
+    **QWEN3_VL_DEFAULTS,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": None,
+    "tie_word_embeddings": True,
+    "moe_intermediate_size": 1408,
+    "num_experts": 60,
+    "num_local_experts": None,  # the same in files of later versions
+    "num_experts_per_tok": 4,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
 
 
 def llama(
@@ -119,6 +136,14 @@ def llama(
         "out_bias": settings["attention_bias"],
         "mlp_bias": settings["mlp_bias"],
     }
+    experts: Fields = {}
+    if "moe_intermediate_size" in settings:
+        check_supported(settings, {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])}, where)
+        experts = {
+            "expert_dim": settings["moe_intermediate_size"],
+            "num_experts": settings["num_local_experts"] or settings["num_experts"],
+            "num_selected": settings["num_experts_per_tok"],
+        }
     decoder = Transformer(
         vocab_size=settings["vocab_size"],
         width=settings["hidden_size"],
@@ -134,10 +159,17 @@ def llama(
         windows=_windows(settings, where),
         tie_embeddings=tied,
         **biases,
+        **experts,
         **dtypes,
     )
+    trunk = trunk_rules(
+        **biases,
+        qk_norm=qk_norm,
+        expert_dim=decoder.expert_dim,
+        out_first=_out_first(checkpoint.get(f"{names.trunk}layers.0.mlp.experts.gate_up_proj"), decoder),
+    )
     rules = (
-        *prefixed(trunk_rules(**biases, qk_norm=qk_norm), names.trunk),
+        *prefixed(trunk, names.trunk),
         *vocabulary(f"{names.trunk}embed_tokens.weight", f"{names.head}lm_head.weight", checkpoint, where, tied=tied),
     )
     return LanguageModel(decoder, rules, (rf"{re.escape(names.trunk)}(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",))
@@ -173,9 +205,15 @@ def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str,
 
 
 def qwen3_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
-    """The language model of Qwen3-VL: Qwen3 with M-RoPE, whose axes take turns."""
-    settings = {"defaults": QWEN3_VL_DEFAULTS, "sections": QWEN3_VL_SECTIONS, "interleaved": True}
-    return llama(config, checkpoint, where, qk_norm=True, **settings, **more)
+    """The language model of Qwen3-VL: Qwen3 with M-RoPE, whose axes take turns; dense, or with experts in every layer."""
+    sparse = config["model_type"] == "qwen3_vl_moe_text"
+    settings: Fields = {"defaults": QWEN3_VL_MOE_DEFAULTS if sparse else QWEN3_VL_DEFAULTS, "interleaved": True}
+    return llama(config, checkpoint, where, qk_norm=True, sections=QWEN3_VL_SECTIONS, **settings, **more)
+
+
+def _out_first(stored: SourceTensor | None, decoder: Transformer) -> bool:
+    """Whether experts are stored as [out, in]: by files that transformers wrote, not by those of the release."""
+    return stored is not None and decoder.expert_dim is not None and stored.shape[1] == 2 * decoder.expert_dim
 
 
 def _windows(settings: Config, where: str) -> tuple[int | None, ...]:

@@ -1,4 +1,4 @@
-"""Qwen3-VL: the vision tower and its mergers, with or without the language model."""
+"""Qwen3-VL, dense and with experts: the vision tower and its mergers, with or without the language model."""
 
 from collections.abc import Mapping
 

@@ -71,7 +71,7 @@ class VolumeLimits:
         Raises:
           CorruptImage: one side is more than 200 times the other.
         """
-        most = self.max_pixels
+        most, num_frames = self.max_pixels, max(num_frames, depth)  # a single frame is repeated
         if self.max_tokens is not None:
             share = min(self.max_tokens * unit**2, self.max_pixels // num_frames)
             most = max(share, int(self.min_pixels * 1.05)) * num_frames
@@ -81,7 +81,7 @@ class VolumeLimits:
             height, width = int(height * scale), int(width * scale)
         check_aspect((height, width))
         rows, cols = round(height / unit), round(width / unit)
-        volume = max(round(num_frames / depth), 1) * depth * rows * cols * unit**2
+        volume = round(num_frames / depth) * depth * rows * cols * unit**2
         if volume > most:
             shrink = math.sqrt(num_frames * height * width / most)
             rows, cols = (max(1, math.floor(side / shrink / unit)) for side in (height, width))
