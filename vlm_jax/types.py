@@ -139,8 +139,8 @@ class VisualTokens:
       mask: True where a token is real.
       kept: after a reducer, the index of each token among all tokens (or features) of its image or packed
         row before the reducer; else None.
-      levels: what is added to the outputs of the decoder's first blocks at the positions of the tokens: for each block D
-        channels, concatenated; None for nothing.
+      levels: what is added to the outputs of the decoder's first blocks at the positions of the tokens: D channels
+        for each block, concatenated; None for nothing.
     """
 
     tokens: Float[Array, "B M D"]

@@ -212,6 +212,16 @@ def test_the_command_line(system, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(images[0]))
 
 
+@pytest.mark.parametrize("system", (qwen3_vl_moe,), indirect=True, ids=lambda made: made.__name__)
+def test_boxes_in_thousandths_of_the_image(system):
+    """As Qwen3-VL's cookbooks read them, whatever the size of the model's input."""
+    ours, picture = system[2], pictures(5)[4]
+    text = '[{"bbox_2d": [80, 250, 500, 1000], "label": "a sign"}]'
+    (box,) = ours.boxes(Completion(text, tuple(ours.tokenizer.encode(text)), "end"), picture)
+    expected = [0.08 * picture.width, 0.25 * picture.height, 0.5 * picture.width, picture.height]
+    np.testing.assert_allclose(box.box, expected)
+
+
 def test_boxes_and_documents_in_pixels_of_what_was_seen(tmp_path):
     """Qwen2.5-VL counts pixels of the image as its processor resized it."""
     processor, _, ours = qwen2_5_vl(tmp_path)

@@ -16,8 +16,8 @@ from vlm_jax.types import Dtype, VisualFeatures, VisualTokens
 class Concat(WholeSquares, nn.Module):
     """Norm, concatenation of factor x factor neighbours, linear, GELU, linear; the hidden width is that of the square.
 
-    With `levels`, each of the encoder's hidden states in `VisualFeatures.levels` has a merger of its own, which normalises
-    whole squares; what it gives is in `VisualTokens.levels` (DeepStack).
+    With `levels`, each of the encoder's hidden states in `VisualFeatures.levels` has a merger of its own, which
+    normalises whole squares; what it gives is in `VisualTokens.levels` (DeepStack).
 
     It takes the features of single images and of packed ones, which are in blocks of neighbours.
 

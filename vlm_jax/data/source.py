@@ -31,7 +31,8 @@ class Tools:
         likewise; `processors.image.image_size`.
       prepare_image: uint8 [height, width, channels] -> the encoder's float32 pixels;
         `Experiment.prepare_image`.
-      video_size: (path, *, max_pixels), or (bytes, …, name=…) -> `VideoSize`, without decoding frames; raises likewise; `processors.video.video_size`.
+      video_size: (path, *, max_pixels), or (bytes, …, name=…) -> `VideoSize`, without decoding frames; raises
+        likewise; `processors.video.video_size`.
       placeholders: texts that stand for an image or a video in the model's prompt, which no text of a record may have.
     """
 

@@ -47,8 +47,8 @@ class Rope:
       attention_factor: of `yarn` and `longrope`, factor of rotated queries and keys; by the paper's formula when None.
       sections: of M-RoPE, numbers of wavelengths for the temporal position, the row, the column, and so
         on in this order; empty where positions have one axis.
-      interleaved: of M-RoPE, whether row and column take every third wavelength from the second and from the third on, up
-        to three times their sections, and the temporal position all others, as in Qwen3-VL.
+      interleaved: of M-RoPE, whether row and column take every third wavelength from the second and from the third
+        on, up to three times their sections, and the temporal position all others, as in Qwen3-VL.
 
     Raises:
       ValueError: the scaling lacks a field that it needs, or a field is set that it does not read.

@@ -41,8 +41,8 @@ class Embedded(NamedTuple):
       segment_ids: those of the batch; a masked visual token is padding.
       places: positions of the visual tokens, for a decoder that drops some of them, else None.
       positions: those of the batch, with the original positions of visual tokens that keep them.
-      levels: what is added to the outputs of the decoder's first blocks, D channels for each, concatenated: those of the
-        visual tokens, and zeros for text; None for nothing.
+      levels: what is added to the outputs of the decoder's first blocks, D channels for each, concatenated: those of
+        the visual tokens, and zeros for text; None for nothing.
     """
 
     x: Float[Array, "B T D"]

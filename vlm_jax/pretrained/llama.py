@@ -205,7 +205,7 @@ def qwen2_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str,
 
 
 def qwen3_vl(config: Config, checkpoint: Mapping[str, SourceTensor], where: str, **more: Any) -> LanguageModel:
-    """The language model of Qwen3-VL: Qwen3 with M-RoPE, whose axes take turns; dense, or with experts in every layer."""
+    """The language model of Qwen3-VL: Qwen3 with interleaved M-RoPE; dense, or with experts in every layer."""
     sparse = config["model_type"] == "qwen3_vl_moe_text"
     settings: Fields = {"defaults": QWEN3_VL_MOE_DEFAULTS if sparse else QWEN3_VL_DEFAULTS, "interleaved": True}
     return llama(config, checkpoint, where, qk_norm=True, sections=QWEN3_VL_SECTIONS, **settings, **more)

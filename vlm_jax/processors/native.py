@@ -49,8 +49,8 @@ class VolumeLimits:
 
     Attributes:
       min_pixels, max_pixels: of a video.
-      max_tokens: of a frame, which also gets at most an even share of `max_pixels`, or `min_pixels` with a margin of 5%;
-        None for no limit.
+      max_tokens: of a frame, which also gets at most an even share of `max_pixels`, or `min_pixels` with a margin of
+        5%; None for no limit.
 
     Source: transformers, models/qwen3_vl/video_processing_qwen3_vl.py, resize, and models/glm4v, smart_resize.
     """
@@ -111,6 +111,7 @@ class NativeViews:
       video_limits: limits of a video's frames, each or all together; those of images when None.
       video_parts: whether each temporal patch of a video has a position of its own in the text.
       video_pixels: resizing and normalisation of a video's frames; `pixels` when None.
+      box_scale: side of an image in the unit of an answer's JSON boxes; None for pixels of the model's input.
       image_edges, video_edges: the learned rows before and after an image and a video; None for none.
       rotary_3d: whether tokens have positions of time, row and column.
       tokens_per_second: temporal positions per second of video; None for one per temporal patch.
@@ -127,6 +128,7 @@ class NativeViews:
     video_limits: VideoLimits | VolumeLimits | None = None
     video_parts: bool = False
     video_pixels: Pixels | None = None
+    box_scale: int | None = None
     image_edges: tuple[int, int] | None = None
     video_edges: tuple[int, int] | None = None
     rotary_3d: bool = False
@@ -197,7 +199,7 @@ class NativeViews:
     def video(
         self, frames: Sequence[Image.Image], fps: float | int | None, max_tokens: int | None = None
     ) -> list[PreparedImage]:
-        """A video as one entry, or in parts; its frames get the size of the first, or a smaller one for `max_tokens`."""
+        """A video, whole or in parts; its frames get the size of the first, or a smaller one to meet `max_tokens`."""
         size = self._video_size(len(frames), height_and_width(frames[0]), max_tokens)
         interval = 1.0
         if self.tokens_per_second is not None and fps is not None:

@@ -247,7 +247,7 @@ class Clip(NamedTuple):
 
 
 def times_of_parts(times: Sequence[float], frames_per_part: int) -> list[float]:
-    """The time of each part of a video in seconds: the mean of its first and its last frame; the last frame is repeated.
+    """The time of each part of a video in seconds: the mean of its first and last frame; the last part may be shorter.
 
     Source: transformers, models/qwen3_vl/processing_qwen3_vl.py, _calculate_timestamps.
     """

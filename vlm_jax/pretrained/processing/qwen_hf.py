@@ -15,6 +15,7 @@ from vlm_jax.pretrained.processing.settings import (
     video_settings,
 )
 from vlm_jax.processors import as_released
+from vlm_jax.processors.boxes import SCALE
 from vlm_jax.processors.chat import ChatTemplate
 from vlm_jax.processors.learned import Learned
 from vlm_jax.processors.native import NativeViews, VideoLimits, VolumeLimits
@@ -88,6 +89,7 @@ def processor3(folder: Folder, config: Config) -> Processor:
         video_limits=VolumeLimits(*_limits(videos, QWEN3_VIDEO_PIXELS), capped),
         video_parts=True,
         video_pixels=video_pixels(folder, {**settings, **HALF_STATISTICS}),
+        box_scale=SCALE,
         rotary_3d=True,
     )
     prompt = TemplatePrompt(
