@@ -11,8 +11,8 @@ from flax import linen as nn
 
 from vlm_jax.config import ConfigError
 from vlm_jax.costs.flops import count_flops
-from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders import dropping
+from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.layers.rope import Rope
 from vlm_jax.processors.reduction import visual_places

@@ -84,7 +84,8 @@ def _kept_in_place(seen: Seen) -> Seen:
     """Features, those of two encoders, or visual tokens, each on the device of its row of the batch."""
     if isinstance(seen, tuple):
         return cast(Seen, tuple(map(_kept_in_place, seen)))
-    return dataclasses.replace(seen, tokens=on_own_device(seen.tokens))
+    levels = None if seen.levels is None else on_own_device(seen.levels)
+    return dataclasses.replace(seen, tokens=on_own_device(seen.tokens), levels=levels)
 
 
 class VLM(nn.Module):
