@@ -139,11 +139,14 @@ class VisualTokens:
       mask: True where a token is real.
       kept: after a reducer, the index of each token among all tokens (or features) of its image or packed
         row before the reducer; else None.
+      levels: what is added to the outputs of the decoder's first blocks at the positions of the tokens: D channels
+        for each block, concatenated; None for nothing.
     """
 
     tokens: Float[Array, "B M D"]
     mask: Bool[Array, "B M"]
     kept: Int[Array, "B M"] | None = None
+    levels: Float[Array, "B M F"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +188,21 @@ class Instruction:
 
     tokens: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
+
+
+class VideoSize(NamedTuple):
+    """Size of a video of which no frame is decoded.
+
+    Attributes:
+      num_frames: number of sampled frames.
+      height, width: of a frame, in pixels.
+      times: of every frame, in seconds from the start; empty where only their rate is known.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    times: tuple[float, ...] = ()
 
 
 @struct
@@ -501,13 +519,13 @@ class SampleSizes:
     Attributes:
       sample_id, messages: as of `Sample`.
       sizes: (height, width) of each picture, pixels.
-      videos: (number of sampled frames, height, width) of each video.
+      videos: size of each video.
     """
 
     sample_id: str
     messages: tuple[Message, ...]
     sizes: tuple[tuple[int, int], ...] = ()
-    videos: tuple[tuple[int, int, int], ...] = ()
+    videos: tuple[VideoSize, ...] = ()
 
 
 def text_of(message: Message) -> str:

@@ -172,6 +172,30 @@ FOLDERS = {
         image="<|vision_start|><|image_pad|><|vision_end|>",
         files=QWEN_FILES,
     ),
+    "qwen3_vl": Folder(
+        {
+            "model_type": "qwen3_vl",
+            "vision_config": {
+                **QWEN_TOWER,
+                "depth": 3,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 25,
+                "deepstack_visual_indexes": [0, 2],
+            },
+            "text_config": {**QWEN_TEXT, "model_type": "qwen3_vl_text", "head_dim": 8},
+            **HEAD,
+        },
+        names={
+            "model.visual.patch_embed.proj.weight": (1,),
+            "model.language_model.embed_tokens.weight": (1, 1),
+            "lm_head.weight": (1, 1),
+        },
+        added=QWEN_TAGS,
+        image="<|vision_start|><|image_pad|><|vision_end|>",
+        files=QWEN_FILES,
+    ),
     "internvl_chat": Folder(
         {"llm_config.vocab_size": VOCABULARY, "max_dynamic_patch": 3},
         golden="internvl2_qwen2",

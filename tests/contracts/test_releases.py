@@ -33,7 +33,7 @@ IN_DECODER = ("fastv", "pyramid_drop", "dart")
 # are computed, drops in the other kinds of decoders, and a drawn connector where it brings learned rows.
 COMPUTED = ("visionzip", "tome", "downsample_image")
 ALL_COMPUTED = ("llava", "qwen2_5_vl")
-ALSO_COMPUTED = (("deepseek_vl_v2", "fastv"), ("qwen", "fastv"), ("ovis", "pixel_shuffle"))
+ALSO_COMPUTED = (("qwen3_vl", "fastv"), ("deepseek_vl_v2", "fastv"), ("qwen", "fastv"), ("ovis", "pixel_shuffle"))
 TRACED = ("pyramid_drop", "pixel_shuffle", "resampler")
 BUDGET = 4
 # Tokens of a tile, or of the 20x40 image that is packed; and its tiles.
@@ -54,8 +54,9 @@ TOKENS = {
     "qwen": (9, 1),
     "qwen2_5_vl": (10, 1),
     "qwen2_vl": (10, 1),
+    "qwen3_vl": (10, 1),
 }
-PACKED = ("ovis2_5", "qwen2_5_vl", "qwen2_vl")
+PACKED = ("ovis2_5", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 # What is refused, and a part of the message.
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {
@@ -96,7 +97,9 @@ def decoded(decoder):
     """A function of the decoder's parameters, embeddings and branches that gives logits."""
 
     def run(module, given, branches):
-        hidden, _ = module(given.x, given.positions, given.segment_ids, branch_ids=branches)
+        hidden, _ = module(
+            given.x, given.positions, given.segment_ids, branch_ids=branches, levels=given.levels
+        )
         return module.logits(hidden)
 
     return jax.jit(lambda params, *given: decoder.apply({"params": params}, *given, method=run))
@@ -211,7 +214,7 @@ def test_a_full_budget_changes_no_logit(name, released):
 
 
 @pytest.mark.parametrize(
-    ("name", "cell"), [*((name, "divprune") for name in sorted(FOLDERS)), ("llava", "fastv"), ("qwen2_5_vl", "fastv")]
+    ("name", "cell"), [*((name, "divprune") for name in sorted(FOLDERS)), ("llava", "fastv"), ("qwen3_vl", "fastv")]
 )
 def test_rows_give_what_each_gives_alone(name, cell, reduced):
     """Rows of 0, 1 and 3 pictures in one batch, and two conversations in a row, compared with batches of one row."""
@@ -238,7 +241,7 @@ def test_rows_give_what_each_gives_alone(name, cell, reduced):
         close(found, alone[count])
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
 def test_kept_tokens_keep_their_positions(name, released):
     """As the release gives them where the other tokens are left out of its row by hand."""
     model = released(name)

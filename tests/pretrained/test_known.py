@@ -42,6 +42,13 @@ PUBLISHED: dict[str, tuple[int | str, int]] = {
     "Qwen/Qwen2.5-VL-3B-Instruct": ("3.75", 0),
     "Qwen/Qwen2.5-VL-7B-Instruct": (8_292_166_656, 0),
     "Qwen/Qwen2.5-VL-72B-Instruct": ("73.4", 0),
+    # As transformers 5.24 counts, with one table where it is also the head.
+    "Qwen/Qwen3-VL-2B-Instruct": (2_127_532_032, 0),
+    "Qwen/Qwen3-VL-4B-Instruct": (4_437_815_808, 0),
+    "Qwen/Qwen3-VL-8B-Instruct": (8_767_123_696, 0),
+    "Qwen/Qwen3-VL-32B-Instruct": (33_357_390_064, 0),
+    "Qwen/Qwen3-VL-30B-A3B-Instruct": (31_070_754_032, 0),
+    "Qwen/Qwen3-VL-235B-A22B-Instruct": (235_670_022_896, 0),
     "deepseek-ai/deepseek-vl-1.3b-base": ("1.98", _SIGLIP_L_HEAD),
     "deepseek-ai/deepseek-vl-7b-base": ("7.34", _SIGLIP_L_HEAD),
     "deepseek-ai/deepseek-vl2-tiny": ("3.37", _SO400M_HEAD),

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from vlm_jax.config import ConfigError
 from vlm_jax.costs.flops import count_flops
+from vlm_jax.decoders import dropping
 from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.layers.rope import Rope
@@ -260,6 +261,22 @@ def test_fewer_operations_are_done(batch, drops):
             expected += 2 * length * 2 * WIDTH * head_dim * (HEADS + KV)
     assert cost(drops) == expected
     assert cost(drops) < cost(())
+
+
+def test_levels_are_dropped_with_their_tokens(batch):
+    rng = np.random.default_rng(7)
+    x, levels = (rng.normal(size=(*LAYOUT.shape, width)).astype(np.float32) for width in (WIDTH, 2 * WIDTH))
+    every = jnp.broadcast_to(jnp.arange(LENGTH)[None], LAYOUT.shape)
+    angles = jnp.zeros((*LAYOUT.shape, 1))
+    rows = dropping.Rows(
+        jnp.asarray(x), batch.positions, None, angles, None, batch.segment_ids, None, every, jnp.asarray(levels)
+    )
+    saliency = jnp.asarray(rng.uniform(size=LAYOUT.shape).astype(np.float32))
+    left, _ = dropping.drop(rows, places_of(batch), saliency, jnp.full((2, 2), 2), 2, LENGTH - 8)
+    for row in range(2):
+        places = [np.flatnonzero((x[row] == own).all(-1))[0] for own in np.asarray(left.x[row])]
+        assert len(set(places)) == LENGTH - 8
+        np.testing.assert_array_equal(left.levels[row], levels[row][places])
 
 
 @every_drops

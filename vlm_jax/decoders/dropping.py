@@ -37,6 +37,7 @@ class Rows:
       query_scale: factor of the queries, or None.
       segment_ids, branch_ids: as in `Batch`.
       index: index in the whole sequence; out of range for a dropped token that serves as padding.
+      levels: what is added to the outputs of the first layers, or None.
     """
 
     x: Float[Array, "B T D"]
@@ -47,6 +48,14 @@ class Rows:
     segment_ids: Int[Array, "B T"]
     branch_ids: Int[Array, "B T"] | None
     index: Int[Array, "B T"]
+    levels: Float[Array, "B T F"] | None = None
+
+    def levels_of(self, stack: int, layer: int) -> Float[Array, "B T F"] | None:
+        """The levels from those of a stack's first layer `stack` on; None where layers from `layer` on have none."""
+        width = self.x.shape[-1]
+        if self.levels is None or self.levels.shape[-1] <= layer * width:
+            return None
+        return self.levels[..., stack * width :]
 
 
 def lengths_left(places: VisualPlaces, drops: Sequence[Drop]) -> list[int]:
@@ -214,13 +223,14 @@ class DropsTokens:
         cache: Cache | None,
         branch_ids: Int[Array, "B T"] | None,
         places: VisualPlaces | None,
+        levels: Float[Array, "B T F"] | None = None,
     ) -> tuple[Rows, Cache | None]:
         """Runs all layers; returns the remaining rows and the updated cache."""
         every = jnp.broadcast_to(jnp.arange(embeddings.shape[1])[None], segment_ids.shape)
         lengths, cache = rotary_lengths(self.rope, positions, segment_ids, cache)
         angles = self.rope.angles(positions, self.rotary_dim(), lengths)
         scale = self.query_scale(positions)
-        rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every)
+        rows = Rows(embeddings, positions, lengths, angles, scale, segment_ids, branch_ids, every, levels)
         drops = () if places is None else self.drops
         left = [] if places is None else lengths_left(places, drops)
         whole = places
@@ -290,14 +300,14 @@ class DropsTokens:
             own = held[number] if held else None
             if coming is not None and coming.ranked_by == last - 1 == stop - 1:
                 head, tail = (None, None) if own is None else (own.part(0, -1), own.part(-1, None))
-                x, head = stack.run(x, context, first - a, last - 1 - a, cache=head)
+                x, head = stack.run(x, context, first - a, last - 1 - a, cache=head, levels=rows.levels_of(a, first))
                 x, tail, heads = stack.attend(x, context, last - 1 - a, cache=tail)
-                x = stack.feed_forward(x, last - 1 - a)
+                x = stack.feed_forward(x, last - 1 - a, levels=rows.levels_of(a, last - 1))
                 own = tail if head is None or tail is None else head.joined(tail)
             elif (first, last) == (a, b):
-                x, own, _ = stack(x, context, cache=own)
+                x, own, _ = stack(x, context, cache=own, levels=rows.levels_of(a, first))
             else:
-                x, own = stack.run(x, context, first - a, last - a, cache=own)
+                x, own = stack.run(x, context, first - a, last - a, cache=own, levels=rows.levels_of(a, first))
             written.append(own)
         if coming is not None and heads is None:
             stack, layer = self._stack_of(coming.ranked_by)

@@ -15,7 +15,7 @@ from vlm_jax.decoders.decoder import Decoder, HeadKernel
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.layers.local_rows import local_rows, on_own_device
-from vlm_jax.reducers.behind_connector import positions_of_kept, reduce_packed, token_features
+from vlm_jax.reducers.behind_connector import kept_levels, positions_of_kept, reduce_packed, token_features
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import (
     PADDING_SEGMENT,
@@ -41,12 +41,15 @@ class Embedded(NamedTuple):
       segment_ids: those of the batch; a masked visual token is padding.
       places: positions of the visual tokens, for a decoder that drops some of them, else None.
       positions: those of the batch, with the original positions of visual tokens that keep them.
+      levels: what is added to the outputs of the decoder's first blocks, D channels for each, concatenated: those of
+        the visual tokens, and zeros for text; None for nothing.
     """
 
     x: Float[Array, "B T D"]
     segment_ids: Int[Array, "B T"]
     places: VisualPlaces | None
     positions: Positions
+    levels: Float[Array, "B T F"] | None = None
 
 
 Images = Float[Array, "images height width channels"] | PackedPatches | TwoSizes
@@ -81,7 +84,8 @@ def _kept_in_place(seen: Seen) -> Seen:
     """Features, those of two encoders, or visual tokens, each on the device of its row of the batch."""
     if isinstance(seen, tuple):
         return cast(Seen, tuple(map(_kept_in_place, seen)))
-    return dataclasses.replace(seen, tokens=on_own_device(seen.tokens))
+    levels = None if seen.levels is None else on_own_device(seen.levels)
+    return dataclasses.replace(seen, tokens=on_own_device(seen.tokens), levels=levels)
 
 
 class VLM(nn.Module):
@@ -148,7 +152,7 @@ class VLM(nn.Module):
         if self.reduce == "tokens":
             tokens = self._connected(self.connector, features, instruction, deterministic)
             found = token_features(tokens, features, self.connector.token_grid(features.grid))
-            return self._reduced(reducer, found, images, deterministic)
+            return self._reduced(reducer, found, tokens.levels, images, deterministic)
         if isinstance(images, PackedPatches):
             raise ValueError(
                 f"{reducer.kind} acts on the features of one image, but several are packed in a row; set reduce to "
@@ -180,20 +184,27 @@ class VLM(nn.Module):
             )
         return tokens
 
-    def _reduced(self, reducer: Reducer, found: VisualFeatures, images: Images, deterministic: bool) -> VisualTokens:
-        """Applies the reducer to the connector's tokens."""
+    def _reduced(
+        self,
+        reducer: Reducer,
+        found: VisualFeatures,
+        levels: Float[Array, "B M F"] | None,
+        images: Images,
+        deterministic: bool,
+    ) -> VisualTokens:
+        """Applies the reducer to the connector's tokens, and keeps their levels."""
         if reducer.reduces_in is not None:
             raise ValueError(
                 f"{reducer.kind} works in the {reducer.reduces_in}, not on tokens; set reduce to 'features'"
             )
         if not isinstance(images, PackedPatches):
             left = reducer(found, deterministic=deterministic)
-            return VisualTokens(left.tokens, left.mask, left.kept)
+            return kept_levels(VisualTokens(left.tokens, left.mask, left.kept), levels)
         if images.images is None:
             raise ValueError(
                 f"{reducer.kind}: expected packed patches with the positions of each image's tokens (images)"
             )
-        return reduce_packed(reducer, found, images.images, deterministic=deterministic)
+        return kept_levels(reduce_packed(reducer, found, images.images, deterministic=deterministic), levels)
 
     def table(
         self, tokens: VisualTokens, size: int, dtype: Dtype
@@ -219,7 +230,14 @@ class VLM(nn.Module):
         size = batch.tokens.shape[0]
         visual = self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
         table, real, num_learned = self.table(visual, size, text.dtype)
-        rows, shown = local_rows((table, real), jnp.maximum(batch.visual_index, 0))
+        index, levels = jnp.maximum(batch.visual_index, 0), None
+        if visual.levels is None:
+            rows, shown = local_rows((table, real), index)
+        else:
+            added = visual.levels.reshape(size, -1, visual.levels.shape[-1]).astype(text.dtype)
+            added = jnp.pad(added, ((0, 0), (num_learned, 0), (0, 0)))
+            rows, shown, levels = local_rows((table, real, added), index)
+            levels = jnp.where(batch.visual_index[..., None] == TEXT_SLOT, 0, levels)
         segments = jnp.where((batch.visual_index == TEXT_SLOT) | shown, batch.segment_ids, PADDING_SEGMENT)
         positions, places = without_masked(batch, segments), None
         if batch.visual_positions is not None and visual.kept is not None:
@@ -235,7 +253,8 @@ class VLM(nn.Module):
                     "with this reducer"
                 )
             places = jax.tree.map(jnp.asarray, places)
-        return Embedded(jnp.where(batch.visual_index[..., None] == TEXT_SLOT, text, rows), segments, places, positions)
+        x = jnp.where(batch.visual_index[..., None] == TEXT_SLOT, text, rows)
+        return Embedded(x, segments, places, positions, levels)
 
     def __call__(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T V"] | VisualTokens:
         """Float32 logits at every position; without a decoder, the visual tokens of the images."""
@@ -255,7 +274,12 @@ class VLM(nn.Module):
             raise ValueError(_NO_DECODER)
         given = self.embed(batch, deterministic=deterministic)
         hidden, _ = self.decoder(
-            given.x, given.positions, given.segment_ids, branch_ids=batch.branch_ids, places=given.places
+            given.x,
+            given.positions,
+            given.segment_ids,
+            branch_ids=batch.branch_ids,
+            places=given.places,
+            levels=given.levels,
         )
         return hidden
 
@@ -281,7 +305,9 @@ class VLM(nn.Module):
         given = self.embed(batch)
         segments = given.segment_ids
         cache = self.decoder.init_cache(batch.tokens.shape[0], cache_length, cache_dtype, places=given.places)
-        hidden, written = self.decoder(given.x, given.positions, segments, cache, places=given.places)
+        hidden, written = self.decoder(
+            given.x, given.positions, segments, cache, places=given.places, levels=given.levels
+        )
         assert written is not None
         last = jnp.max(jnp.where(segments == PADDING_SEGMENT, 0, jnp.arange(segments.shape[1])[None]), axis=1)
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)

@@ -299,10 +299,12 @@ class Pretrained:
         return document_blocks(answer.text, *self._sizes(image, max_visual_tokens))
 
     def _sizes(self, image: Picture, max_visual_tokens: int | None) -> tuple[Size, Size | None]:
-        """The size of an image, and of the model's input if its answers refer to input pixels."""
+        """The size of an image, and its size in the unit of the answer's boxes if that is not their own."""
         size, views = height_and_width(to_picture(image)), self.system.processor.views
         if not isinstance(views, NativeViews):
             return size, None
+        if views.box_scale is not None:
+            return size, (views.box_scale, views.box_scale)
         views = views if max_visual_tokens is None else views.within(max_visual_tokens)
         return size, views.size(size)
 

@@ -110,6 +110,23 @@ def reduce_packed(
     return VisualTokens(in_row(left.tokens), in_row(left.mask), in_row(kept.reshape(left.kept.shape)))
 
 
+def kept_levels(left: VisualTokens, levels: Float[Array, "B M F"] | None) -> VisualTokens:
+    """The tokens that a reducer left, each with the levels of the token whose position it takes.
+
+    Args:
+      left: with `kept`.
+      levels: of all tokens before the reducer; None where there are none.
+
+    Raises:
+      ValueError: the reducer does not tell which tokens are kept.
+    """
+    if levels is None:
+        return left
+    if left.kept is None:
+        raise ValueError("tokens with levels: expected a reducer that returns the indices of kept tokens (`kept`)")
+    return dataclasses.replace(left, levels=pick(levels, left.kept))
+
+
 @row_by_row
 def laid_out(x: jax.Array, target: Int[Array, "B K"], *, total: int) -> jax.Array:
     """Rows of `total` elements with x[b, k] at index target[b, k]; an index from `total` on is left out."""

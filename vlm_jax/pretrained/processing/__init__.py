@@ -71,6 +71,10 @@ PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
     "qwen2_5_vl_text": text.processor,
     "qwen2_vl_text": text.processor,
     "qwen3": text.processor,
+    "qwen3_vl": qwen_hf.processor3,
+    "qwen3_vl_moe": qwen_hf.processor3,
+    "qwen3_vl_moe_text": text.processor,
+    "qwen3_vl_text": text.processor,
 }
 # The same for two-tower models and classifiers, which have no conversations.
 IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageTextProcessor]] = {
