@@ -175,6 +175,11 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     at_tokens = packed or laid_out != grid
     if kind == "downsample_image":
         return _with_smaller_pictures(system, model, tokens, section, path)
+    if reducer_class.reduces_clips and not packed:
+        raise ConfigError(
+            f"{path}.kind: {kind} compares the frames of a video, but {type(encoder).__name__} encodes each frame "
+            "as an image of its own; choose another reducer"
+        )
     if packed and reducer_class.reduces_in == "encoder":
         raise ConfigError(
             f"{path}.kind: {kind} merges tokens inside the encoder, which breaks the windows and blocks of "
@@ -202,6 +207,8 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     if packed:
         budget = min(budget, given[1])
     solved = reducer_class.for_budget(budget, given, depth)
+    if reducer_class.reduces_clips:
+        solved["frames"] = 1  # packed videos have their own numbers
     if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
     made = parse(reducer_class, {key: section[key] for key in section if key != "kind"}, path, **solved)

@@ -26,6 +26,7 @@ from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.items import Kind, MediaItem, read_messages, texts_of
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns, answer_weights
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.prompt import Prompt, Slot
 from vlm_jax.processors.reduction import Reduction, Tokens
 from vlm_jax.processors.tiling import Size
@@ -415,11 +416,12 @@ class Processor:
             made = [None] * len(layouts) if prepared is None else prepared[number]
             before = full.video_layouts(count, (height, width), most)
             parts = zip(layouts, before, made, strict=True)
-            found.append([self._place(layout, first, load, part) for layout, first, part in parts])
+            frames = views.format.num_slots(count) if isinstance(views, NativeViews) else 1
+            found.append([self._place(layout, first, load, part, frames) for layout, first, part in parts])
         return found
 
-    def _place(self, layout: Layout, full: Layout, load: int, prepared: PreparedImage | None) -> Place:
-        tokens = None if self.reduction is None else self.reduction.tokens(load, layout, full, prepared)
+    def _place(self, layout: Layout, full: Layout, load: int, prepared: PreparedImage | None, frames: int = 1) -> Place:
+        tokens = None if self.reduction is None else self.reduction.tokens(load, layout, full, prepared, frames)
         return Place(layout, load, prepared, tokens)
 
     def _example(
