@@ -56,8 +56,8 @@ class FastVID(ReducesClips, KeepsAttended):
     By the rule `as_released` every frame has `ratio` of its tokens, rounded down. Without `still` the counts are those
     for LLaVA-OneVision, where remainders of a division among anchors are lost. With it they are those for Qwen2.5-VL:
     only the last of neighbouring frames of a segment that are at least so similar keeps tokens, remainders are shared,
-    at most half of a frame is context, a segment has at least one context token, and context tokens of other anchors are
-    merged too.
+    at most half of a frame is context, a segment has at least one context token, and context tokens of other anchors
+    are merged too.
 
     Attributes:
       num_segments: segments, at least (DySeg_c).
