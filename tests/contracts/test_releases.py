@@ -23,7 +23,15 @@ CELLS = {
     "pixel_shuffle": {"connector": "pixel_shuffle"},
     "resampler": {"connector": {"kind": "resampler", "num_heads": 4}},
 }
-RANKED = ("visionzip", "prumerge", "fastervlm", "vispruner", "holov")  # by the encoder's attention
+RANKED = (
+    "visionzip",
+    "prumerge",
+    "fastervlm",
+    "vispruner",
+    "holov",
+    "fastvid",
+    "holitom",
+)  # by the encoder's attention
 IN_DECODER = ("fastv", "pyramid_drop", "dart")
 # Tracing and compiling every cell would take most of the time of `make test`. So of each system those of one cell are
 # computed for each mechanism (tokens ranked by attention, tokens merged, fewer pixels; tokens chosen, with logits, by
@@ -56,7 +64,6 @@ TOKENS = {
     "qwen2_vl": (10, 1),
 }
 PACKED = ("ovis2_5", "qwen2_5_vl", "qwen2_vl")
-OF_VIDEOS = ("dycoke", "prunevid", "fastvid", "holitom")
 # What is refused, and a part of the message.
 _GRID, _BLOCKS = "needs their grid", "can merge at most half"
 REFUSED = {
@@ -70,7 +77,6 @@ REFUSED = {
     **{("deepseek_vl_hybrid", kind): "no field saliency" for kind in RANKED},
     **{("qwen", kind): "queries without a position" for kind in RANKED},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
-    **{(name, kind): "compares the frames of a video" for name in TOKENS if name not in PACKED for kind in OF_VIDEOS},
 }  # fmt: skip
 SIZES = [(20, 40), (33, 24), (16, 16)]  # of images, in pixels
 

@@ -175,11 +175,6 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     at_tokens = packed or laid_out != grid
     if kind == "downsample_image":
         return _with_smaller_pictures(system, model, tokens, section, path)
-    if reducer_class.reduces_clips and not packed:
-        raise ConfigError(
-            f"{path}.kind: {kind} compares the frames of a video, but {type(encoder).__name__} encodes each frame "
-            "as an image of its own; choose another reducer"
-        )
     if packed and reducer_class.reduces_in == "encoder":
         raise ConfigError(
             f"{path}.kind: {kind} merges tokens inside the encoder, which breaks the windows and blocks of "
@@ -208,7 +203,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         budget = min(budget, given[1])
     solved = reducer_class.for_budget(budget, given, depth)
     if reducer_class.reduces_clips:
-        solved["frames"] = 1  # packed videos have their own numbers
+        solved["frames"] = 1  # a picture; packed videos have their own numbers
     if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
     made = parse(reducer_class, {key: section[key] for key in section if key != "kind"}, path, **solved)
@@ -226,6 +221,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         drops=tuple(drop.num_left for drop in made.drops()) if isinstance(made, ReducesInDecoder) else (),
         keeps_positions=made.positions == "keep" and not in_decoder,
         is_packed=packed and not in_decoder,
+        compares_frames=reducer_class.reduces_clips,
     )
     if not in_decoder:
         if packed:

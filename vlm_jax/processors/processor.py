@@ -408,6 +408,12 @@ class Processor:
     ) -> list[list[Place]]:
         """The places of each video of a conversation, over which its load is divided."""
         found = []
+        apart = self.reduction is not None and self.reduction.compares_frames and not self.reduction.is_packed
+        if videos and apart:
+            raise PictureMismatch(
+                "the reducer compares the frames of a video, but this system encodes each frame as an image of its "
+                "own; send images, or choose a reducer that is not for videos"
+            )
         for number, ((count, height, width), item) in enumerate(zip(videos, own, strict=True)):
             views = self.views.sized(item)
             full = views if self.reduction is None else self.reduction.before.sized(item)

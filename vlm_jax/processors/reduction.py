@@ -41,6 +41,7 @@ class Reduction:
       drops: for each drop inside the decoder, number of tokens that entered it -> number after the drop.
       keeps_positions: whether kept tokens keep their positions; else they are renumbered.
       is_packed: whether images are packed in one sequence, so that the reducer needs their positions.
+      compares_frames: whether it compares the frames of a video, which must then be packed.
     """
 
     before: Views
@@ -48,6 +49,7 @@ class Reduction:
     drops: tuple[Callable[[int], int], ...] = ()
     keeps_positions: bool = False
     is_packed: bool = False
+    compares_frames: bool = False
 
     def left(self, count: int) -> int:
         """Number of tokens out of `count` that enter the decoder."""

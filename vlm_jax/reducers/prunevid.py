@@ -36,8 +36,8 @@ class PruneVid(ReducesClips):
     cosines among the tokens at its place, in the mean over all pairs of frames of the segment, exceed `threshold`:
     these are averaged. The static tokens of a segment and the other tokens of each frame are groups, which are
     clustered by density peaks; the budget is divided in proportion to their sizes, the densest peaks first. A token
-    that is left is the mean of its cluster. Where fewer tokens than the budget remain, static tokens of later frames are
-    kept beside, the least static ones first. Tokens stay in order of their centres. A still picture is clustered.
+    that is left is the mean of its cluster. Where fewer tokens than the budget remain, static tokens of later frames
+    are kept beside, the least static ones first. Tokens stay in order of their centres. A still picture is clustered.
 
     By the rule `as_released` a group of more than 14 tokens has `cluster_ratio` of them as clusters, rounded down, and
     others stay; the static tokens of a segment come first, and the clusters of a group by falling score.
