@@ -73,10 +73,8 @@ def prunevid(clip, segments, count, threshold):
     for group in groups:
         centers = [i for i in group if i in kept]
         for center in centers:
-            joined = [
-                tokens[i] for i in group if i == center or (i not in centers and nearest(tokens, i, centers) == center)
-            ]
-            found[center] = np.mean(joined, axis=0)
+            joined = [i for i in group if i not in centers and nearest(tokens, i, centers) == center]
+            found[center] = np.mean([tokens[i] for i in [center, *joined]], axis=0)
     own = {f: frames for frames in segments for f in frames}
     later = sorted(later, key=lambda i: (similarity(own[i // clip.shape[1]], i % clip.shape[1]), i))
     return {**found, **{i: tokens[i] for i in later[: count - len(found)]}}

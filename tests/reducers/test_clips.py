@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.reducers.behind_connector import reduce_packed
 from vlm_jax.reducers.density_peaks import density_peaks
 from vlm_jax.reducers.dycoke import DyCoke
 from vlm_jax.reducers.fastvid import FastVID
 from vlm_jax.reducers.holitom import HoliTom
 from vlm_jax.reducers.prunevid import PruneVid
-from vlm_jax.types import VisualFeatures
+from vlm_jax.types import PackedImages, VisualFeatures
 
 from . import clip_definitions as definitions
 
@@ -38,7 +40,7 @@ def cut(clip, scenes):
     if len(scenes) > 1:
         return scenes
     means = clip.mean(1)
-    after = 1 + int(np.argmin([definitions.cosine(a, b) for a, b in zip(means, means[1:], strict=False)]))
+    after = 1 + int(np.argmin([definitions.cosine(a, b) for a, b in itertools.pairwise(means)]))
     return scenes[0][:after], scenes[0][after:]
 
 
@@ -119,18 +121,29 @@ def test_frames_that_are_images_are_reduced_as_a_packed_video(kind):
         saliency=jnp.asarray(np.concatenate([saliency, saliency[::-1]])),
         keys=jnp.zeros((2 * count, places, 1, 1)),
     )
-    out = jitted(kind, num_kept=2, frames=count)(twice)
-    assert out.grid == (1, 2) and out.tokens.shape == (2 * count, 2, WIDTH)
+    out = jitted(kind, num_kept=5, frames=count)(twice)
+    assert out.grid == (1, 5) and out.tokens.shape == (2 * count, 5, WIDTH)
     one = dataclasses.replace(packed(), mask=packed().mask.at[1].set(False))
-    expected = jitted(kind, num_kept=2 * count)(one)
+    expected = jitted(kind, num_kept=5 * count)(one)
     index = np.asarray(out.kept[:count]) + places * np.arange(count)[:, None]
     np.testing.assert_array_equal(index.reshape(-1), expected.kept[0])
     np.testing.assert_allclose(out.tokens[:count].reshape(-1, WIDTH), expected.tokens[0], atol=1e-6)
 
 
+def test_videos_of_one_packed_row_are_reduced_apart():
+    alone, size = jitted("dycoke", num_kept=10)(packed()), packed().mask.shape[1]
+    counts = packed().mask.sum(axis=1)
+    order = np.concatenate([np.arange(counts[0]), size + np.arange(counts[1])])
+    row = VisualFeatures(packed().tokens.reshape(1, -1, WIDTH)[:, order], jnp.ones((1, 60), bool), (1, 60))
+    images = PackedImages(jnp.asarray([[0, counts[0]]]), counts[None], int(counts[0]), packed().frames[None])
+    left = jax.jit(lambda row: reduce_packed(DyCoke(10), row, images, deterministic=True))(row)
+    np.testing.assert_array_equal(left.kept[0], np.concatenate([alone.kept[0], counts[0] + alone.kept[1]]))
+    np.testing.assert_array_equal(left.tokens[0], alone.tokens.reshape(-1, WIDTH))
+
+
 def test_clips_are_whole():
     features = dataclasses.replace(packed(), frames=None)
-    with pytest.raises(ValueError, match=r"clips of 3 frames, got 2 images"):
+    with pytest.raises(ValueError, match="a multiple of 3 images, the frames of a clip, got 2 images"):
         jitted("dycoke", num_kept=2, frames=3)(features)
 
 

@@ -412,7 +412,7 @@ class Processor:
         if videos and apart:
             raise PictureMismatch(
                 "the reducer compares the frames of a video, but this system encodes each frame as an image of its "
-                "own; send images, or choose a reducer that is not for videos"
+                "own; pass images, or choose a reducer that is not for videos"
             )
         for number, ((count, height, width), item) in enumerate(zip(videos, own, strict=True)):
             views = self.views.sized(item)

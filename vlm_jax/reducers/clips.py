@@ -3,6 +3,7 @@
 Functions act on the tokens of one clip, frame after frame; frames have equally many tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, TypeAlias
 
@@ -108,15 +109,15 @@ class ReducesClips(KeepsFeatures):
         frames = 1 if packed else self.frames
         if batch % frames:
             raise ValueError(
-                f"{self.kind}: expected clips of {frames} frames, got {batch} images; set config.processor.frames to "
-                "the number of frames of every clip"
+                f"{self.kind}: expected a multiple of {frames} images, the frames of a clip, got {batch} images"
             )
         count = features.mask.sum(axis=1) if packed else jnp.full(batch // frames, size * frames)
         number = jnp.full(batch // frames, frames) if features.frames is None else features.frames
-        saliency = jnp.nan_to_num(self.saliency_of(features))
-        parts = [x.reshape(batch // frames, size * frames, *x.shape[2:]) for x in (features.tokens, features.mask,
-                                                                                   saliency)]  # fmt: skip
-        tokens, kept, mask = self.of_clips(real(parts[0], parts[1]), *parts[1:], number, count, num_frames=frames)
+        saliency = jnp.nan_to_num(self.saliency_of(features)).reshape(batch // frames, -1)
+        mask = features.mask.reshape(saliency.shape)
+        tokens = real(features.tokens.reshape(*mask.shape, -1), mask)
+        of_clip = functools.partial(self._of_clip, whole=self.num_left(size) * frames)
+        tokens, kept, mask = row_by_row(jax.vmap(of_clip))(tokens, mask, saliency, number, count)
         first = (jnp.arange(batch) % frames * size)[:, None]  # an image's own first feature
         kept = kept.reshape(batch, -1) - first
         tokens = tokens.reshape(batch, kept.shape[1], -1).astype(features.tokens.dtype)
@@ -126,33 +127,20 @@ class ReducesClips(KeepsFeatures):
         """The attention to the features where the method ranks by it; else zeros."""
         return jnp.zeros(features.mask.shape)
 
-    def of_clips(
+    def _of_clip(
         self,
-        tokens: Float[Array, "C L D"],
-        mask: Bool[Array, "C L"],
-        saliency: Float[Array, "C L"],
-        frames: Int[Array, "C"],
-        count: Int[Array, "C"],
-        *,
-        num_frames: int,
-    ) -> tuple[Float[Array, "C K D"], Int[Array, "C K"], Bool[Array, "C K"]]:
-        """What is left of every clip: tokens, their indices in it, and their mask.
-
-        Args:
-          frames: frames of each clip.
-          count: features of a clip, with masked ones inside.
-          num_frames: images of a clip, which give as many features each.
-        """
-        whole = self.num_left(tokens.shape[1] // num_frames) * num_frames
-
-        def of_clip(tokens, mask, saliency, frames, count):
-            clip = as_clip(tokens, mask, saliency, frames, count)
-            left, kept, shown = self.of_clip(clip, whole)
-            if self.rule == "exact":  # a clip with no more features is unchanged
-                left = jnp.where(mask.sum() > whole, left, clip.tokens[kept])
-            return left, kept, shown
-
-        return row_by_row(jax.vmap(of_clip))(tokens, mask, saliency, frames, count)
+        tokens: Float[Array, "L D"],
+        mask: Bool[Array, "L"],
+        saliency: Float[Array, "L"],
+        frames: Int[Array, ""],
+        count: Int[Array, ""],
+        whole: int,
+    ) -> Left:
+        clip = as_clip(tokens, mask, saliency, frames, count)
+        left, kept, shown = self.of_clip(clip, whole)
+        if self.rule == "exact":  # a clip with no more features is unchanged
+            left = jnp.where(mask.sum() > whole, left, clip.tokens[kept])
+        return left, kept, shown
 
     def of_clip(self, clip: Clip, count: int) -> Left:
         """What is left of a clip: `count` tokens, by `as_released` those that are not masked."""

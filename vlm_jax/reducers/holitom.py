@@ -1,11 +1,12 @@
 """HoliTom: static tokens are merged over the windows that save most, others kept by the attention in their frame."""
 
+import functools
 from fractions import Fraction
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.ranges import Share, Size
 from vlm_jax.reducers.clips import (
@@ -115,20 +116,10 @@ class HoliTom(ReducesClips, KeepsAttended):
         number = jnp.arange(size)
         saved = saved_tokens(clip, runs)
 
-        def step(best: Int[Array, "F1"], last: Int[Array, ""]) -> tuple[Int[Array, "F1"], Int[Array, ""]]:
-            within = (number <= last) & (last - number < self.longest_window)
-            found = jnp.where(within, best[:size] + saved[:, last], -1)
-            start = size - 1 - jnp.argmax(found[::-1])
-            return best.at[last + 1].set(found[start]), start
-
-        _, start = jax.lax.scan(step, jnp.zeros(size + 1, jnp.int32), number)
-
-        def back(state: tuple[jax.Array, jax.Array], frame: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            last, first = state
-            first = jnp.where(frame == last, start[frame], first)
-            return (jnp.where(frame == first, first - 1, last), first), frame == first
-
-        _, starts = jax.lax.scan(back, (clip.frames - 1, jnp.asarray(-2)), number, reverse=True)
+        find = functools.partial(_best_start, saved, self.longest_window)
+        _, start = jax.lax.scan(find, jnp.zeros(size + 1, jnp.int32), number)
+        last = (clip.frames - 1).astype(jnp.int32), jnp.int32(-2)
+        _, starts = jax.lax.scan(functools.partial(_back, start), last, number, reverse=True)
         return segments(starts, clip.frames)
 
     def numbers(self, clip: Clip, merged: Merged, count: int) -> Int[Array, "L"]:
@@ -143,6 +134,27 @@ class HoliTom(ReducesClips, KeepsAttended):
         rounded = (2 * over + under) // (2 * under)
         rounded -= (2 * over % (2 * under) == under) & (rounded % 2 == 1)  # halves to even
         return jnp.where(merged.static, rounded, -(-over // under))
+
+
+def _best_start(
+    saved: Int[Array, "F F"], longest: int, best: Int[Array, "F1"], last: Int[Array, ""]
+) -> tuple[Int[Array, "F1"], Int[Array, ""]]:
+    """The first frame of the window that ends at `last`; best[f] is what the frames before f save."""
+    size = len(saved)
+    number = jnp.arange(size)
+    within = (number <= last) & (last - number < longest)
+    found = jnp.where(within, best[:size] + saved[:, last], -1)
+    start = (size - 1 - jnp.argmax(found[::-1])).astype(jnp.int32)
+    return best.at[last + 1].set(found[start]), start
+
+
+def _back(
+    start: Int[Array, "F"], window: tuple[Int[Array, ""], Int[Array, ""]], frame: Int[Array, ""]
+) -> tuple[tuple[Int[Array, ""], Int[Array, ""]], Bool[Array, ""]]:
+    """Whether a window begins at a frame, from the last frame back; `window` is its last frame and its first."""
+    last, first = window
+    first = jnp.where(frame == last, start[frame], first)
+    return (jnp.where(frame == first, first - 1, last), first), frame == first
 
 
 def saved_tokens(clip: Clip, runs: Int[Array, "L"]) -> Int[Array, "F F"]:

@@ -125,16 +125,18 @@ def refined(labels: Int[Array, "F"], there: Bool[Array, "F"]) -> Int[Array, "F"]
     has_right = (behind < size) & there[right]
     right_length = jnp.where(has_right, length[right], 0)  # that run is whole
 
-    def step(before: _Run, frame: tuple[jax.Array, ...]) -> tuple[_Run, jax.Array]:
-        label, is_open, right_label, right_length = frame
-        filled = jnp.where(right_length > before.length, right_label, jnp.where(before.length > 0, before.label, 0))
-        filled = jnp.where(before.was_open, before.label, filled)  # as the frames before it in the open run
-        label = jnp.where(is_open, filled, label)
-        length = jnp.where((label == before.label) & (before.length > 0), before.length + 1, 1)
-        return _Run(label, length, is_open), label
-
     nothing = _Run(jnp.asarray(-1, labels.dtype), jnp.asarray(0), jnp.asarray(False))
-    return jax.lax.scan(step, nothing, (labels, is_open, labels[right], right_length))[1]
+    return jax.lax.scan(_filled, nothing, (labels, is_open, labels[right], right_length))[1]
+
+
+def _filled(before: _Run, frame: tuple[jax.Array, ...]) -> tuple[_Run, jax.Array]:
+    """The run that ends at a frame, and the frame's label, that of a neighbour where its run is open."""
+    label, is_open, right_label, right_length = frame
+    filled = jnp.where(right_length > before.length, right_label, jnp.where(before.length > 0, before.label, 0))
+    filled = jnp.where(before.was_open, before.label, filled)  # as the frames before it in the open run
+    label = jnp.where(is_open, filled, label)
+    length = jnp.where((label == before.label) & (before.length > 0), before.length + 1, 1)
+    return _Run(label, length, is_open), label
 
 
 def static_similarity(clip: Clip, found: Segments) -> Float[Array, "L"]:
