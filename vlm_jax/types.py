@@ -106,6 +106,8 @@ class VisualFeatures:
       first_dim: static; number of channels of the first of two encoders, where `tokens` has the channels
         of both, else None.
       num_prefix: static; number of leading features that are not patches: 1 with a class token, else 0.
+      frames: of packed videos, the number of frames into which the unmasked features of each divide evenly; None for
+        images.
       kept: after a reducer, the index of each feature in the reducer's input (for a merged
         one, the index whose position it takes), else None.
     """
@@ -122,6 +124,7 @@ class VisualFeatures:
     first_dim: int | None = static_field(default=None)
     kept: Int[Array, "B N"] | None = None
     num_prefix: int = static_field(default=0)
+    frames: Int[Array, "B"] | None = None
 
     def reduced(
         self, tokens: Float[Array, "B K D"], mask: Bool[Array, "B K"], grid: Grid, kept: Int[Array, "B K"] | None = None
@@ -213,11 +216,13 @@ class PackedImages:
       starts: index of each image's first token in the row, in the processor's order.
       counts: tokens of each image; 0 where there is none.
       longest: static; maximum tokens of one image.
+      frames: frames of each, which have equally many tokens; None where all are images.
     """
 
     starts: Int[Array, "B I"]
     counts: Int[Array, "B I"]
     longest: int = static_field(default=0)
+    frames: Int[Array, "B I"] | None = None
 
 
 @struct

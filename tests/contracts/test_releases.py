@@ -11,9 +11,11 @@ from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.config import ConfigError
 from vlm_jax.pretrained.budgets import with_budget
 from vlm_jax.processors.processor import Processor
+from vlm_jax.processors.views import PictureMismatch
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.types import RowShape
 
+from ..advice import tried
 from .releases import FOLDERS, make
 
 CELLS = {
@@ -23,7 +25,15 @@ CELLS = {
     "pixel_shuffle": {"connector": "pixel_shuffle"},
     "resampler": {"connector": {"kind": "resampler", "num_heads": 4}},
 }
-RANKED = ("visionzip", "prumerge", "fastervlm", "vispruner", "holov")  # by the encoder's attention
+RANKED = (
+    "visionzip",
+    "prumerge",
+    "fastervlm",
+    "vispruner",
+    "holov",
+    "fastvid",
+    "holitom",
+)  # by the encoder's attention
 IN_DECODER = ("fastv", "pyramid_drop", "dart")
 # Tracing and compiling every cell would take most of the time of `make test`. So of each system those of one cell are
 # computed for each mechanism (tokens ranked by attention, tokens merged, fewer pixels; tokens chosen, with logits, by
@@ -184,6 +194,34 @@ def test_a_budget_is_met_or_refused(name, cell, released, reduced):
     values = given if drops else given.x
     assert values.shape[:2] == batch.tokens.shape and values.dtype == np.float32
     assert found is None or np.isfinite(values).all()
+
+
+def clip(count=5):
+    return [np.random.default_rng(1).integers(0, 255, (20, 40, 3), np.uint8) for _ in range(count)]
+
+
+def test_a_reducer_of_videos_knows_the_frames_of_a_packed_video(released):
+    system = with_budget(released("qwen2_5_vl").system, BUDGET, reducer="dycoke")
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "image"}, {"type": "text", "text": "So?"}]}]
+    example = system.processor.example(messages, pictures(1), [clip()])
+    batch = system.processor.rows([[example]], targets=False)
+    packed = batch.images.images
+    times = [len(set(one.positions[:, 0].tolist())) for one in example.images]
+    assert packed.frames.tolist() == [times] == [[3, 1]]  # two frames are a patch
+    assert packed.counts[0, 0] % 3 == 0 and packed.counts[0, 1] == TOKENS["qwen2_5_vl"][0]
+    assert int((batch.visual_index >= 0).sum()) == 2 * BUDGET
+
+
+def test_frames_that_are_images_are_no_video_to_a_reducer_of_videos(released):
+    system = released("internvl_chat").system
+    messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "So?"}]}]
+    reduced = with_budget(system, BUDGET, reducer="dycoke").processor
+    with pytest.raises(PictureMismatch, match=tried("pass images, or choose a reducer that is not for videos")):
+        reduced.example(messages, (), [clip()])
+    images = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "So?"}]}]
+    assert reduced.example(images, pictures(1)).visual_tokens == (BUDGET * TOKENS["internvl_chat"][1],)
+    other = with_budget(system, BUDGET, reducer="random").processor
+    assert other.example(messages, (), [clip()]).visual_tokens == (BUDGET * 5,)
 
 
 def test_few_cells_are_refused():

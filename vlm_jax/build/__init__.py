@@ -288,6 +288,11 @@ def _of_sections(config: RunConfig) -> Experiment:
         return RowShape(length, images, tuple(length - images * (count - drop.num_left(count)) for drop in drops))
 
     shape = row.shape(len(drops)) if row.pack else shaped(row.positions(visual))
+    if vision.reducer is not None and vision.reducer.reduces_clips and shape.images % (settings.frames or 1):
+        raise ConfigError(
+            f"config.row.images: {config.reducer.kind} compares the frames of whole clips; expected a multiple of "
+            f"config.processor.frames={settings.frames}, got {shape.images}"
+        )
     text_rows = {}
     for stream, context in source.text_streams.items():
         length = shape.length if row.pack else row.positions(0) + context

@@ -202,6 +202,8 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
     if packed:
         budget = min(budget, given[1])
     solved = reducer_class.for_budget(budget, given, depth)
+    if reducer_class.reduces_clips:
+        solved["frames"] = 1  # a picture; packed videos have their own numbers
     if processor.rotary_3d:  # grounding depends on rows and columns
         section = {"positions": "keep", **section}
     made = parse(reducer_class, {key: section[key] for key in section if key != "kind"}, path, **solved)
@@ -219,6 +221,7 @@ def _with_reducer(system: System, model: VLM, tokens: int | None, section: Field
         drops=tuple(drop.num_left for drop in made.drops()) if isinstance(made, ReducesInDecoder) else (),
         keeps_positions=made.positions == "keep" and not in_decoder,
         is_packed=packed and not in_decoder,
+        compares_frames=reducer_class.reduces_clips,
     )
     if not in_decoder:
         if packed:

@@ -25,6 +25,7 @@ from vlm_jax.processors.image import CorruptImage, to_picture
 from vlm_jax.processors.items import Kind, MediaItem, read_messages, texts_of
 from vlm_jax.processors.layout import SequenceTooLong, Text, Visual, lay_out
 from vlm_jax.processors.learned import AS_RELEASED, PromptError, Targets, Turns, answer_weights
+from vlm_jax.processors.native import NativeViews
 from vlm_jax.processors.prompt import Prompt, Slot
 from vlm_jax.processors.reduction import Reduction, Tokens
 from vlm_jax.processors.tiling import Size
@@ -423,21 +424,29 @@ class Processor:
     ) -> list[list[Place]]:
         """The places of each video of a conversation, over which its load is divided."""
         found = []
+        reduction = self.reduction
         for number, ((count, height, width, times), item) in enumerate(zip(videos, own, strict=True)):
             views = self.views.sized(item)
-            full = views if self.reduction is None else self.reduction.before.sized(item)
+            full = views if reduction is None else reduction.before.sized(item)
             layouts = views.video_layouts(count, (height, width), most)
+            if reduction is not None and reduction.compares_frames and not (reduction.is_packed and len(layouts) == 1):
+                raise PictureMismatch(
+                    "the reducer compares the frames of a video, but this system encodes each frame as an image of its "
+                    "own; pass images, or choose a reducer that is not for videos"
+                )
             load = views.video_load(count, (height, width), most) // len(layouts)
             made = [None] * len(layouts) if prepared is None else prepared[number]
             before = full.video_layouts(count, (height, width), most)
             at = times_of_parts(times, views.frames_per_part)[: len(layouts)]  # a bound may leave fewer parts
+            frames = views.format.num_slots(count) if isinstance(views, NativeViews) else 1
+            each = frames // len(layouts)
             parts = zip(layouts, before, made, at, strict=True)
-            places = [(self._place(layout, first, load, part), time) for layout, first, part, time in parts]
+            places = [(self._place(layout, first, load, part, each), time) for layout, first, part, time in parts]
             found.append([place._replace(time=time) for place, time in places])
         return found
 
-    def _place(self, layout: Layout, full: Layout, load: int, prepared: PreparedImage | None) -> Place:
-        tokens = None if self.reduction is None else self.reduction.tokens(load, layout, full, prepared)
+    def _place(self, layout: Layout, full: Layout, load: int, prepared: PreparedImage | None, frames: int = 1) -> Place:
+        tokens = None if self.reduction is None else self.reduction.tokens(load, layout, full, prepared, frames)
         return Place(layout, load, prepared, tokens)
 
     def _example(

@@ -6,6 +6,7 @@
 | in the encoder's blocks | tome | features of the encoder |
 | before the connector | random, uniform_stride, visionzip, prumerge, divprune | features that the connector gets |
 | before the connector | fastervlm, vispruner, holov | features that the connector gets |
+| before the connector, over a video | dycoke, prunevid, fastvid, holitom | features of a frame, in the mean |
 | in the decoder's layers | fastv, pyramid_drop, dart | visual tokens of an image in the last layers |
 
 A connector after a reducer keeps all features. Kept tokens stay in order; a merged token is at the position of one of
@@ -38,10 +39,14 @@ from collections.abc import Mapping
 from vlm_jax.reducers.dart import DART
 from vlm_jax.reducers.divprune import DivPrune
 from vlm_jax.reducers.downsample_image import DownsampleImage
+from vlm_jax.reducers.dycoke import DyCoke
 from vlm_jax.reducers.fastervlm import FasterVLM
 from vlm_jax.reducers.fastv import FastV
+from vlm_jax.reducers.fastvid import FastVID
+from vlm_jax.reducers.holitom import HoliTom
 from vlm_jax.reducers.holov import HoloV
 from vlm_jax.reducers.prumerge import PruMerge
+from vlm_jax.reducers.prunevid import PruneVid
 from vlm_jax.reducers.pyramid_drop import PyramidDrop
 from vlm_jax.reducers.random_drop import RandomDrop
 from vlm_jax.reducers.reducer import Reducer
@@ -62,6 +67,10 @@ REDUCERS: Mapping[str, type[Reducer] | None] = {
     "fastervlm": FasterVLM,
     "vispruner": VisPruner,
     "holov": HoloV,
+    "dycoke": DyCoke,
+    "prunevid": PruneVid,
+    "fastvid": FastVID,
+    "holitom": HoliTom,
     "fastv": FastV,
     "pyramid_drop": PyramidDrop,
     "dart": DART,

@@ -89,6 +89,7 @@ def reduce_packed(
         (1, longest),
         saliency=None if features.saliency is None else of_images(features.saliency),
         keys=None if features.keys is None else of_images(features.keys),
+        frames=None if images.frames is None else jnp.asarray(images.frames).reshape(-1),
     )
     left = reducer(apart, deterministic=deterministic)
     if left.kept is None:

@@ -25,6 +25,7 @@ class Reducer(Protocol):
     Attributes:
       kind: its key in `REDUCERS`, for errors.
       reduces_in: the part in whose blocks it reduces, or None.
+      reduces_clips: whether it compares the frames of a video; it then has a field `frames`.
       rule: `exact` meets the budget exactly and leaves images within it unchanged; `as_released` has the counts,
         the order and the extra tokens of the released code.
       positions: whether kept tokens keep their positions (on all axes), or the row is renumbered.
@@ -32,6 +33,7 @@ class Reducer(Protocol):
 
     kind: ClassVar[str]
     reduces_in: ClassVar[Part | None]
+    reduces_clips: ClassVar[bool]
 
     @property
     def rule(self) -> Rule: ...
@@ -78,6 +80,7 @@ class PassesFeatures(nn.Module, kw_only=True):
 
     kind: ClassVar[str]
     reduces_in: ClassVar[Part | None] = None
+    reduces_clips: ClassVar[bool] = False
 
     rule: Rule = "exact"
     positions: PositionRule = "consecutive"
