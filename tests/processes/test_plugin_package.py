@@ -52,7 +52,6 @@ def test_commands_know_its_kinds(installed, tmp_path):
     """A run of a few steps by config keys alone."""
     _, site = installed
     keys = ["connector.kind=middle", "reducer.kind=central", "token_budget=2", "stages.answering.steps=2"]
-    keys += ["evaluation.every=None", "loop.save_every=2"]
     words = ["-m", "vlm_jax.cli.train", f"--config={CONFIG}", f"--workdir={tmp_path}", "--compilation_cache="]
     status, _, errors = run(site, ROOT, *words, *(f"--config.{key}" for key in keys))
     assert status == 0, errors
