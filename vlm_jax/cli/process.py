@@ -23,6 +23,7 @@ from vlm_jax.evals.paired import DifferentQuestions
 from vlm_jax.generation.sampling import GenerationError
 from vlm_jax.paths import absolute
 from vlm_jax.planner.topology import PlanError
+from vlm_jax.plugins import PluginError
 from vlm_jax.pretrained.family import PretrainedError
 from vlm_jax.processors.chat import ChatTemplateError
 from vlm_jax.processors.image import CorruptImage
@@ -53,6 +54,7 @@ EXPLAINED = (
     MalformedRecords,
     PictureMismatch,
     PlanError,
+    PluginError,
     PretrainedError,
     ProcessLost,
     PromptError,

@@ -1,13 +1,16 @@
 """Released checkpoints by their own configs: `vlm_jax.from_pretrained`, and the table of families.
 
 One file per family converts the released config, with defaults for missing keys, to a
-module, its rules and the keys that it ignores (`family.Description`).
+module, its rules and the keys that it ignores (`family.Description`). A package outside of vlm_jax adds its families by
+`register_family`; see `vlm_jax.plugins`.
 """
 
 import os
+from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
+from vlm_jax.plugins import Registry, lacking_of_function
 from vlm_jax.pretrained import (
     big_vision,
     blip,
@@ -36,10 +39,16 @@ from vlm_jax.pretrained.budgets import Section
 from vlm_jax.pretrained.family import Family
 from vlm_jax.pretrained.loader import load
 from vlm_jax.pretrained.pretrained import Pretrained
+from vlm_jax.pretrained.processing import (
+    IMAGE_TEXT_PROCESSORS,
+    PROCESSORS,
+    MakesImageTextProcessor,
+    MakesProcessor,
+)
 from vlm_jax.types import Config
 
 # Model type of a released config (`family.marker`) -> its family.
-FAMILIES: dict[str, Family] = {
+_OWN: Mapping[str, Family] = {
     "big_vision.proj.image_text.text_transformer": big_vision.describe_text,
     "big_vision.proj.image_text.two_towers": big_vision.describe_two_towers,
     "big_vision.vit": big_vision.describe_vit,
@@ -92,6 +101,33 @@ FAMILIES: dict[str, Family] = {
     "sam_vision_model": sam.describe,
     **language.FAMILIES,
 }
+
+FAMILIES = Registry("register_family", _OWN, lacking_of_function(Family))
+
+
+def register_family(
+    model_type: str,
+    describe: Family,
+    *,
+    processor: MakesProcessor | None = None,
+    image_text_processor: MakesImageTextProcessor | None = None,
+) -> None:
+    """Adds a family of another package to `FAMILIES`.
+
+    Args:
+      model_type: of its released configs (`family.marker`).
+      describe: as `family.Family`; `vlm_jax.testing.families` tests it.
+      processor: makes the processor of a system with conversations from a folder and its config; None for a tower.
+      image_text_processor: makes that of a two-tower model or a classifier.
+
+    Raises:
+      PluginError: the model type is taken, or a function takes other arguments.
+    """
+    FAMILIES.register(model_type, describe)
+    if processor is not None:
+        PROCESSORS.register(model_type, processor)
+    if image_text_processor is not None:
+        IMAGE_TEXT_PROCESSORS.register(model_type, image_text_processor)
 
 
 def from_pretrained(

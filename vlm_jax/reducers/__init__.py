@@ -32,10 +32,14 @@ or `as_released`: the counts, the order and the extra tokens of the released cod
 tokens keep their positions, or positions are renumbered (`consecutive`).
 
 `REDUCERS["none"]` is None: features are unchanged, and the connector meets the budget.
+
+A package outside of vlm_jax adds its kinds by `register_reducer`; see `vlm_jax.plugins`.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
+from vlm_jax.plugins import Registry, lacking_of_class
 from vlm_jax.reducers.dart import DART
 from vlm_jax.reducers.divprune import DivPrune
 from vlm_jax.reducers.downsample_image import DownsampleImage
@@ -55,7 +59,7 @@ from vlm_jax.reducers.uniform_stride import UniformStride
 from vlm_jax.reducers.visionzip import VisionZip
 from vlm_jax.reducers.vispruner import VisPruner
 
-REDUCERS: Mapping[str, type[Reducer] | None] = {
+_OWN: Mapping[str, type[Reducer] | None] = {
     "none": None,
     "random": RandomDrop,
     "uniform_stride": UniformStride,
@@ -75,3 +79,18 @@ REDUCERS: Mapping[str, type[Reducer] | None] = {
     "pyramid_drop": PyramidDrop,
     "dart": DART,
 }
+
+REDUCERS = Registry("register_reducer", _OWN, lacking_of_class(Reducer))
+
+
+def register_reducer(kind: str, reducer: type[Any]) -> None:
+    """Adds a reducer of another package to `REDUCERS`.
+
+    Args:
+      kind: its name, `config.reducer.kind`, and the class attribute `kind`.
+      reducer: a Linen module with the interface above; `vlm_jax.testing.reducers` tests it.
+
+    Raises:
+      PluginError: the name is taken, or the class lacks a part of the interface.
+    """
+    REDUCERS.register(kind, reducer)

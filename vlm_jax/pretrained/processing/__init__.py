@@ -5,8 +5,9 @@ two-tower models and classifiers it also takes the module, and returns a `proces
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from flax import linen as nn
 
@@ -16,6 +17,7 @@ from vlm_jax.encoders.naflex import NaflexViT
 from vlm_jax.encoders.resnet import ModifiedResNet
 from vlm_jax.encoders.vit import ViT
 from vlm_jax.models.vlm import VLM
+from vlm_jax.plugins import Registry, lacking_of_function
 from vlm_jax.pretrained.family import PretrainedError, marker, text_section
 from vlm_jax.pretrained.processing import (
     deepseek,
@@ -40,13 +42,27 @@ from vlm_jax.processors.views import NoViews, Tiles
 from vlm_jax.types import Config
 
 
+@runtime_checkable
+class MakesProcessor(Protocol):
+    """Makes the processor of a system with conversations."""
+
+    def __call__(self, folder: Folder, config: Config, /) -> Processor: ...
+
+
+@runtime_checkable
+class MakesImageTextProcessor(Protocol):
+    """Makes the processor of a two-tower model or a classifier."""
+
+    def __call__(self, folder: Folder, config: Config, model: nn.Module, /) -> ImageTextProcessor: ...
+
+
 def _llava(folder: Folder, config: Config) -> Processor:
     """For the release's own format or that of transformers, which have the same model type."""
     return (llava if "mm_vision_tower" in config else llava_hf).processor(folder, config)
 
 
 # Model type of a released config (`family.marker`) -> function that creates its processor.
-PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
+_CONVERSATIONS: Mapping[str, MakesProcessor] = {
     "deepseek_v2": text.processor,
     "deepseek_vl": deepseek_hf.processor,
     "deepseek_vl_hybrid": deepseek_hf.processor_hybrid,
@@ -77,7 +93,7 @@ PROCESSORS: dict[str, Callable[[Folder, Config], Processor]] = {
     "qwen3_vl_text": text.processor,
 }
 # The same for two-tower models and classifiers, which have no conversations.
-IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageTextProcessor]] = {
+_IMAGE_TEXT: Mapping[str, MakesImageTextProcessor] = {
     "big_vision.proj.image_text.text_transformer": image_text.big_vision,
     "big_vision.proj.image_text.two_towers": image_text.big_vision,
     "big_vision.vit": image_text.big_vision_vit,
@@ -98,6 +114,9 @@ IMAGE_TEXT_PROCESSORS: dict[str, Callable[[Folder, Config, nn.Module], ImageText
 }
 # Of these, towers whose position table transformers interpolates for images of any size.
 ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers"})
+# With those that `register_family` of vlm_jax.pretrained adds.
+PROCESSORS = Registry("register_family", _CONVERSATIONS, lacking_of_function(MakesProcessor))
+IMAGE_TEXT_PROCESSORS = Registry("register_family", _IMAGE_TEXT, lacking_of_function(MakesImageTextProcessor))
 
 
 def read_processor(
