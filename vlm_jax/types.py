@@ -85,6 +85,21 @@ TEXT_SLOT = -1  # visual_index of a text position
 
 
 @struct
+class Guidance:
+    """An image's features and its question in one space, for reducers that choose by the question.
+
+    Attributes:
+      image: embedding of each feature, not normalised.
+      text: embedding of each segment of the question, not normalised.
+      mask: True where a segment is real.
+    """
+
+    image: Float[Array, "B N E"]
+    text: Float[Array, "B S E"]
+    mask: Bool[Array, "B S"]
+
+
+@struct
 class VisualFeatures:
     """The output of an encoder for a flat batch of images.
 
@@ -106,6 +121,7 @@ class VisualFeatures:
       first_dim: static; number of channels of the first of two encoders, where `tokens` has the channels
         of both, else None.
       num_prefix: static; number of leading features that are not patches: 1 with a class token, else 0.
+      guidance: the features and the image's question as a guide embeds them (`models.guide`), else None.
       kept: after a reducer, the index of each feature in the reducer's input (for a merged
         one, the index whose position it takes), else None.
     """
@@ -122,6 +138,7 @@ class VisualFeatures:
     first_dim: int | None = static_field(default=None)
     kept: Int[Array, "B N"] | None = None
     num_prefix: int = static_field(default=0)
+    guidance: Guidance | None = None
 
     def reduced(
         self, tokens: Float[Array, "B K D"], mask: Bool[Array, "B K"], grid: Grid, kept: Int[Array, "B K"] | None = None

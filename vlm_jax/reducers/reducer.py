@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 from vlm_jax.budget import refuse
 from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import Natural
-from vlm_jax.types import Fields, Grid, VisualFeatures
+from vlm_jax.types import Fields, Grid, Guidance, VisualFeatures
 
 Rule = Literal["exact", "as_released"]
 PositionRule = Literal["keep", "consecutive"]
 Part = Literal["encoder", "decoder"]
+GuidedBy = Literal["clip"]
+Question = Literal["first", "last"]
 
 
 @runtime_checkable
@@ -25,6 +27,9 @@ class Reducer(Protocol):
     Attributes:
       kind: its key in `REDUCERS`, for errors.
       reduces_in: the part in whose blocks it reduces, or None.
+      guided_by: what it needs to know of the question: `clip` for `VisualFeatures.guidance`, the embeddings by both
+        towers of a CLIP; None where it needs nothing, or finds the text in the decoder's sequence.
+      on_tokens: whether it acts on the connector's tokens even where it could act before the connector.
       rule: `exact` meets the budget exactly and leaves images within it unchanged; `as_released` has the counts,
         the order and the extra tokens of the released code.
       positions: whether kept tokens keep their positions (on all axes), or the row is renumbered.
@@ -32,6 +37,8 @@ class Reducer(Protocol):
 
     kind: ClassVar[str]
     reduces_in: ClassVar[Part | None]
+    guided_by: ClassVar[GuidedBy | None]
+    on_tokens: ClassVar[bool]
 
     @property
     def rule(self) -> Rule: ...
@@ -78,6 +85,8 @@ class PassesFeatures(nn.Module, kw_only=True):
 
     kind: ClassVar[str]
     reduces_in: ClassVar[Part | None] = None
+    guided_by: ClassVar[GuidedBy | None] = None
+    on_tokens: ClassVar[bool] = False
 
     rule: Rule = "exact"
     positions: PositionRule = "consecutive"
@@ -154,6 +163,19 @@ class KeepsFeatures(PassesFeatures):
         """Replaces the features at `kept` by `tokens`, with their mask unless one is given."""
         mask = pick(features.mask, kept) if mask is None else mask
         return features.reduced(tokens, mask, (1, tokens.shape[1]), kept)
+
+    def guidance(self, features: VisualFeatures) -> Guidance:
+        """The embeddings of the features and of the question, of a kind that is `guided_by` CLIP.
+
+        Raises:
+          ValueError: there are none.
+        """
+        if features.guidance is None:
+            raise ValueError(
+                f"{self.kind} chooses by the question, but got features without guidance: expected a model with a "
+                "guide and a batch with question, as with_budget makes them of a release"
+            )
+        return features.guidance
 
     def passes(self, features: VisualFeatures) -> bool:
         """Whether no image can have more features than are kept."""
