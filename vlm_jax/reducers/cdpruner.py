@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.reducers.divprune import cosines
-from vlm_jax.reducers.reducer import GuidedBy, KeepsFeatures, Question, Rule, every, marked, unit
+from vlm_jax.reducers.reducer import GuidedByClip, Rule, every, marked, unit
 from vlm_jax.types import Guidance, VisualFeatures
 
 # Variance that is left of a feature that the selected ones already span, up to rounding; and scores below it.
@@ -17,18 +17,12 @@ _SPANNED = 1e-6
 _MASKED, _TAKEN = -3.0, -jnp.inf
 
 
-class CDPruner(KeepsFeatures):
+class CDPruner(GuidedByClip):
     """Keeps features by a determinantal point process that is conditioned on the question, in order.
 
     The kernel is the cosine of every two tokens, times the relevance of both; the subset with the largest determinant
     is built greedily. Relevance is minus the mean cosine of a patch to the question, both as CLIP embeds them, scaled
-    to [0, 1] (minus, because CLIP's patches are least like a text where the text's object is).
-
-    Attributes:
-      text_model: folder, or name on the hub, of the CLIP whose image tower the system has: it gives the text tower and
-        both projections. Required.
-      question: in a conversation of several questions, whether the first one chooses, or the last one, so that each
-        question, asked in turn, chooses anew.
+    to [0, 1].
 
     Source: Zhang et al. 2025 (CDPruner), section 3.3 and algorithm 1; llava_arch.py, encode_images. Similarity is of
     the connector's tokens, as there, and the question is cut into segments of the text tower's length, whose cosines
@@ -41,11 +35,7 @@ class CDPruner(KeepsFeatures):
     """
 
     kind: ClassVar[str] = "cdpruner"
-    guided_by: ClassVar[GuidedBy | None] = "clip"
     on_tokens: ClassVar[bool] = True
-
-    text_model: str | None = None
-    question: Question = "first"
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         del deterministic

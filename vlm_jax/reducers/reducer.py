@@ -164,19 +164,6 @@ class KeepsFeatures(PassesFeatures):
         mask = pick(features.mask, kept) if mask is None else mask
         return features.reduced(tokens, mask, (1, tokens.shape[1]), kept)
 
-    def guidance(self, features: VisualFeatures) -> Guidance:
-        """The embeddings of the features and of the question, of a kind that is `guided_by` CLIP.
-
-        Raises:
-          ValueError: there are none.
-        """
-        if features.guidance is None:
-            raise ValueError(
-                f"{self.kind} chooses by the question, but got features without guidance: expected a model with a "
-                "guide and a batch with question, as with_budget makes them of a release"
-            )
-        return features.guidance
-
     def passes(self, features: VisualFeatures) -> bool:
         """Whether no image can have more features than are kept."""
         return features.mask.shape[1] <= self.num_kept
@@ -200,6 +187,35 @@ class KeepsAttended(KeepsFeatures):
                 f"{self.kind} needs features with saliency and keys: set {self.required_fields()}, as build does"
             )
         return jax.lax.stop_gradient(features.saliency), jax.lax.stop_gradient(features.keys)
+
+
+class GuidedByClip(KeepsFeatures):
+    """Keeps features by the question, as the CLIP whose image tower the system has embeds both.
+
+    Attributes:
+      text_model: folder of that CLIP, or its name on the hub, of which the text tower and the projections are read; the
+        tower that the release's config names when None.
+      question: in a conversation of several questions, whether the `first` one chooses, or the `last` one, so that each
+        question, asked in turn, chooses anew.
+    """
+
+    guided_by: ClassVar[GuidedBy | None] = "clip"
+
+    text_model: str | None = None
+    question: Question = "first"
+
+    def guidance(self, features: VisualFeatures) -> Guidance:
+        """The embeddings of the features and of the question.
+
+        Raises:
+          ValueError: there are none.
+        """
+        if features.guidance is None:
+            raise ValueError(
+                f"{self.kind} chooses by the question, but got features without guidance: expected a model with a "
+                "guide and a batch with question, as with_budget makes them of a release"
+            )
+        return features.guidance
 
 
 @row_by_row
