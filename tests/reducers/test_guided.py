@@ -20,9 +20,11 @@ from vlm_jax.checkpoints.saving import save_checkpoint
 from vlm_jax.config import ConfigError
 from vlm_jax.models.vlm import flat_images, flat_question
 from vlm_jax.pretrained import FAMILIES
+from vlm_jax.pretrained.guide import clip_guide
 from vlm_jax.reducers import cdpruner
 from vlm_jax.reducers.cdpruner import CDPruner
 from vlm_jax.reducers.trim import TRIM
+from vlm_jax.sweep.release_run import ReleaseRunner
 from vlm_jax.types import Guidance, VisualFeatures
 
 from ..advice import tried
@@ -166,15 +168,29 @@ def test_the_question_that_is_set_chooses_and_no_other_row_matters(folders):
 
 
 def test_the_guide_is_read_from_the_clip_and_not_written_with_the_release(folders, tmp_path):
-    model, _, whole = folders
+    model, folder, whole = folders
     reduced = model.with_budget(KEPT, reducer={"kind": "cdpruner", "text_model": str(whole)})
     guide, theirs = reduced.params["guide"], vlm_jax.from_pretrained(whole).params
     image = {"image_norm": theirs["image"]["final_norm"], "image_projection": theirs["image"]["projection"]}
     jax.tree.map(np.testing.assert_array_equal, guide, {"text": theirs["text"], **image})
     assert set(reduced.params) == {*model.params, "guide"}
+    released = {"mm_vision_tower": f"../{whole.name}"}  # of LLaVA's own config, relative to its folder
+    named = clip_guide(model.module.encoder, None, released, folder, kind="cdpruner", path="config.reducer")
+    assert named.borrowed.checkpoint.keys() == reduced.system.release.borrowed[0].checkpoint.keys()
     reduced.save_pretrained(tmp_path / "out")
     again = vlm_jax.from_pretrained(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def test_an_evaluation_reads_the_guide_once_for_all_its_points(folders):
+    model, _, whole = folders
+    runner = ReleaseRunner.__new__(ReleaseRunner)
+    runner.__dict__ |= {"params": model.params, "_borrowed": {}}
+    assert runner.params_of(model.system).keys() == model.params.keys()
+    first = runner.params_of(model.with_budget(KEPT, reducer={"kind": "trim", "text_model": str(whole)}).system)
+    assert set(first) == {*model.params, "guide"}
+    other = model.with_budget(3, reducer={"kind": "cdpruner", "text_model": str(whole)}).system
+    assert runner.params_of(other)["guide"] is first["guide"]
 
 
 def test_what_has_no_clip_or_another_one_is_refused(folders, tmp_path):
@@ -202,13 +218,11 @@ def test_what_has_no_clip_or_another_one_is_refused(folders, tmp_path):
 def test_models_without_a_clip_are_refused(folders, tmp_path):
     config = tiny_config().unlock()
     config.reducer.kind = "cdpruner"
-    words = "set config.release to one with a CLIP's tower, or choose another reducer"
-    with pytest.raises(ConfigError, match=tried(words)):
+    with pytest.raises(ConfigError, match=tried("set config.release to one with a CLIP's tower, or choose another")):
         build(config)
     config.reducer.kind = "random"
     build(config)
     hybrid = make("deepseek_vl_hybrid", tmp_path)
-    words = "choose a release with one CLIP tower, such as LLaVA, or another reducer"
-    with pytest.raises(ConfigError, match=tried(words)):
+    with pytest.raises(ConfigError, match=tried("choose a release with one CLIP tower, such as LLaVA, or another")):
         hybrid.with_budget(KEPT, reducer={"kind": "cdpruner", "text_model": str(folders[2])})
     assert hybrid.with_budget(KEPT, reducer="random").module.guide is None

@@ -53,7 +53,8 @@ def with_budget(
         pixels; with one of them the exact number for a tile. For an image that is packed at its own resolution it is
         the exact number with a reducer (or fewer if it has fewer), and a bound with another connector. None
         keeps the release's number, or that of the sections.
-      reducer: a training-free reducer, without parameters; where positions have three axes, tokens keep theirs
+      reducer: a training-free reducer, without parameters of its own; one that chooses by the question reads parts of a
+        CLIP, which become the model's `guide`. Where positions have three axes, tokens keep theirs
         unless the section says otherwise. `downsample_image` shows the encoder fewer pixels, of each tile as it is
         made as released, and is a bound for a packed picture.
       connector: takes the place of the release's own; its parameters are drawn anew.

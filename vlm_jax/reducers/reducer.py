@@ -17,7 +17,7 @@ Rule = Literal["exact", "as_released"]
 PositionRule = Literal["keep", "consecutive"]
 Part = Literal["encoder", "decoder"]
 GuidedBy = Literal["clip"]
-Question = Literal["first", "last"]
+WhichQuestion = Literal["first", "last"]
 
 
 @runtime_checkable
@@ -202,7 +202,7 @@ class GuidedByClip(KeepsFeatures):
     guided_by: ClassVar[GuidedBy | None] = "clip"
 
     text_model: str | None = None
-    question: Question = "first"
+    question: WhichQuestion = "first"
 
     def guidance(self, features: VisualFeatures) -> Guidance:
         """The embeddings of the features and of the question.
