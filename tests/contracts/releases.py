@@ -296,7 +296,7 @@ def make(name: str, folder: Path) -> Pretrained:
     if name == "qwen":
         (folder / "qwen.tiktoken").write_bytes(tiktoken_ranks())
     elif not (folder / "tokenizer.json").exists():
-        _write_tokenizer(folder, case.added)
+        write_tokenizer(folder, case.added)
     if case.whole:
         return from_pretrained(folder)
     config: dict[str, Any] = dict(case.config)
@@ -332,7 +332,7 @@ def _changed(source: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _write_tokenizer(folder: Path, added: tuple[str, ...]) -> None:
+def write_tokenizer(folder: Path, added: tuple[str, ...]) -> None:
     """Bytes, and tokens that releases add."""
     alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(alphabet, []))

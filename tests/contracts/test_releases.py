@@ -19,22 +19,16 @@ from ..advice import tried
 from .releases import FOLDERS, make
 
 CELLS = {
-    **{kind: {"reducer": kind} for kind in REDUCERS if kind != "none"},
+    # Those that choose by the question read a CLIP too: tests/reducers/test_guided.py.
+    **{kind: {"reducer": kind} for kind, cls in REDUCERS.items() if cls is not None and cls.guided_by is None},
     "fastv": {"reducer": {"kind": "fastv", "layer": 1}},
     "dart": {"reducer": {"kind": "dart", "layer": 1}},
     "pixel_shuffle": {"connector": "pixel_shuffle"},
     "resampler": {"connector": {"kind": "resampler", "num_heads": 4}},
 }
-RANKED = (
-    "visionzip",
-    "prumerge",
-    "fastervlm",
-    "vispruner",
-    "holov",
-    "fastvid",
-    "holitom",
-)  # by the encoder's attention
-IN_DECODER = ("fastv", "pyramid_drop", "dart")
+# By the encoder's attention.
+RANKED = ("visionzip", "prumerge", "fastervlm", "vispruner", "holov", "fastvid", "holitom")
+IN_DECODER = ("fastv", "pyramid_drop", "dart", "sparsevlm")
 # Tracing and compiling every cell would take most of the time of `make test`. So of each system those of one cell are
 # computed for each mechanism (tokens ranked by attention, tokens merged, fewer pixels; tokens chosen, with logits, by
 # the test of rows alone). The decoder of a cell is the release's, so that embeddings are all that
@@ -107,9 +101,7 @@ def decoded(decoder):
     """A function of the decoder's parameters, embeddings and branches that gives logits."""
 
     def run(module, given, branches):
-        hidden, _ = module(
-            given.x, given.positions, given.segment_ids, branch_ids=branches, levels=given.levels
-        )
+        hidden, _ = module(given.x, given.positions, given.segment_ids, branch_ids=branches, levels=given.levels)
         return module.logits(hidden)
 
     return jax.jit(lambda params, *given: decoder.apply({"params": params}, *given, method=run))

@@ -198,6 +198,11 @@ def _reducer(
     if reducer_class is None:
         parse_kind({"none": _NoFields}, section, "config.reducer")
         return None
+    if reducer_class.guided_by is not None:
+        raise ConfigError(
+            f"config.reducer.kind: {section.kind} compares the image with the question as its CLIP embeds both, and a "
+            "model of a config has no CLIP; set config.release to one with a CLIP's tower, or choose another reducer"
+        )
     part = reducer_class.reduces_in
     depth = encoder.num_blocks if part == "encoder" else decoder.depth if part == "decoder" else 0
     solved = reducer_class.for_budget(budget, grid, depth)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.decoders.cache import Cache
 from vlm_jax.decoders.duplicates import pivots_of, unlike_pivots
+from vlm_jax.decoders.raters import rated, raters_of, relevance
 from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, TransformerStack
@@ -236,6 +237,9 @@ class DropsTokens:
         whole = places
         spans = _spans(drops, self.depth) if cache is None else _spans_of(cache)
         following, shift = next_position(positions, segment_ids), None
+        raters = None
+        if places is not None and any(drop.rating is not None for drop in drops):
+            raters = raters_of(embeddings, segment_ids, places)
         written: list[Cache] = []
         for number, (start, stop) in enumerate(spans):
             coming = drops[number] if number < len(drops) else None
@@ -251,7 +255,7 @@ class DropsTokens:
             if part is not None:
                 written.append(part)
             if coming is not None and places is not None and whole is not None and heads is not None:
-                saliency = self._saliency(rows, heads, places, whole, coming)
+                rows, saliency = self._ranked(rows, heads, places, whole, coming, raters)
                 most = coming.num_left(whole.index.shape[2])
                 rows, places = drop(rows, places, saliency, numbers_left(whole, coming), most, left[number])
                 if coming.renumbers:
@@ -259,17 +263,30 @@ class DropsTokens:
                     shift = following - next_position(rows.positions, rows.segment_ids)
         return rows, Cache.chained(written) if written else None
 
-    def _saliency(
-        self, rows: Rows, heads: Heads, places: VisualPlaces, whole: VisualPlaces, coming: Drop
-    ) -> Float[Array, "B T"]:
-        """What ranks the tokens for a drop: attention, or 1 at those that are least like the pivots."""
-        if coming.pivots is None:
-            stack, layer = self._stack_of(coming.ranked_by)
-            context = stack.context_of(layer, self.context(rows))
-            return attention_saliency(heads, context, places.ranking.astype(jnp.float32))
-        number = numbers_left(whole, coming)
-        pivots = pivots_of(heads.key, rows.segment_ids, places, number, coming.pivots)
-        return unlike_pivots(self.final_norm(rows.x), rows.segment_ids, places, pivots, number).astype(jnp.float32)
+    def _ranked(
+        self,
+        rows: Rows,
+        heads: Heads,
+        places: VisualPlaces,
+        whole: VisualPlaces,
+        coming: Drop,
+        raters: Bool[Array, "B I whole"] | None,
+    ) -> tuple[Rows, Float[Array, "B T"]]:
+        """What ranks the tokens for a drop: attention, or 1 at those to keep; and the rows with merged tokens."""
+        if coming.pivots is not None:
+            number = numbers_left(whole, coming)
+            pivots = pivots_of(heads.key, rows.segment_ids, places, number, coming.pivots)
+            unlike = unlike_pivots(self.final_norm(rows.x), rows.segment_ids, places, pivots, number)
+            return rows, unlike.astype(jnp.float32)
+        stack, layer = self._stack_of(coming.ranked_by)
+        context = stack.context_of(layer, self.context(rows))
+        if coming.rating is None or raters is None:
+            return rows, attention_saliency(heads, context, places.ranking.astype(jnp.float32))
+        left = jnp.take_along_axis(raters, rows.index[:, None], axis=2, mode="fill", fill_value=False)
+        scores = jax.lax.stop_gradient(relevance(heads, context, left, places, coming.rating))
+        found = rated(rows.x, rows.segment_ids, places, scores, whole, coming.rating)
+        index = jnp.take_along_axis(rows.index, found.source, axis=1)
+        return dataclasses.replace(rows, x=found.x, index=index), found.left.astype(jnp.float32)
 
     def _turned(self, rows: Rows) -> Rows:
         """The rows with the rotary angles and query scales of their positions."""

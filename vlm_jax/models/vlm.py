@@ -15,6 +15,7 @@ from vlm_jax.decoders.decoder import Decoder, HeadKernel
 from vlm_jax.encoders.encoder import Encoder
 from vlm_jax.layers.learned_rows import LearnedRows
 from vlm_jax.layers.local_rows import local_rows, on_own_device
+from vlm_jax.models.guide import Guide
 from vlm_jax.reducers.behind_connector import kept_levels, positions_of_kept, reduce_packed, token_features
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import (
@@ -26,6 +27,7 @@ from vlm_jax.types import (
     Instruction,
     PackedPatches,
     Positions,
+    Question,
     TwoSizes,
     VisualFeatures,
     VisualPlaces,
@@ -64,6 +66,13 @@ def flat_images(images: Float[Array, "B I height width channels"] | PackedPatche
     return jax.tree.map(lambda pixels: pixels.reshape(-1, *pixels.shape[2:]), images)
 
 
+def flat_question(batch: Batch) -> Question | None:
+    """The questions of a batch's images, in the order of `flat_images`."""
+    if batch.question is None:
+        return None
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), batch.question)
+
+
 def without_masked(batch: Batch, segments: Int[Array, "B T"]) -> Positions:
     """Positions computed without masked visual tokens: later positions in the segment are decreased.
 
@@ -100,6 +109,7 @@ class VLM(nn.Module):
         before the connector, or on the connector's `tokens`, required where several images are packed in a row.
       learned_rows: the first rows of every example's visual table, before the tokens of its images: a
         `LearnedRows`, or `connector` for the `indicators()` of the connector; None for none.
+      guide: embeds images and questions for a reducer that is `guided_by` them, else None.
     """
 
     encoder: Encoder | None
@@ -108,6 +118,7 @@ class VLM(nn.Module):
     reducer: Reducer | None = None
     reduce: Literal["features", "tokens"] = "features"
     learned_rows: LearnedRows | Literal["connector"] | None = None
+    guide: Guide | None = None
 
     @property
     def num_learned_rows(self) -> int:
@@ -125,22 +136,35 @@ class VLM(nn.Module):
         return self.connector
 
     def visual_tokens(
-        self, images: Images, instruction: Instruction | None = None, *, deterministic: bool = True
+        self,
+        images: Images,
+        instruction: Instruction | None = None,
+        question: Question | None = None,
+        *,
+        deterministic: bool = True,
     ) -> VisualTokens:
         """Visual tokens of a flat batch of images, or of sequences of packed ones, after the reducer.
 
         Args:
           images: normalised pixels, or packed patches.
           instruction: for a connector that takes one, one row per image.
+          question: for a model with a guide, that of every image.
           deterministic: False in training.
 
         Raises:
           ValueError: the connector's number of tokens differs from its `num_tokens`, there is no encoder, or the
-            reducer cannot act on packed images, or on the features of two encoders.
+            reducer cannot act on packed images, or on the features of two encoders; there is a guide, but no question.
         """
         if self.encoder is None or self.connector is None:
             raise ValueError("this is a language model without an encoder: expected a batch with images=None")
         features = _kept_in_place(self.encoder(images))
+        if self.guide is not None:
+            if question is None or isinstance(features, tuple):
+                raise ValueError(
+                    "this model chooses visual tokens by the question: expected a batch with question, made by the "
+                    "processor of a system with this reducer"
+                )
+            features = dataclasses.replace(features, guidance=self.guide(features, question))
         reducer = None if self.reducer is None or self.reducer.reduces_in == "decoder" else self.reducer
         if reducer is None:
             return self._connected(self.connector, features, instruction, deterministic)
@@ -228,7 +252,9 @@ class VLM(nn.Module):
             segments = jnp.asarray(batch.segment_ids)
             return Embedded(text, segments, None, without_masked(batch, segments))
         size = batch.tokens.shape[0]
-        visual = self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
+        visual = self.visual_tokens(
+            flat_images(batch.images), batch.instruction, flat_question(batch), deterministic=deterministic
+        )
         table, real, num_learned = self.table(visual, size, text.dtype)
         index, levels = jnp.maximum(batch.visual_index, 0), None
         if visual.levels is None:
@@ -261,7 +287,9 @@ class VLM(nn.Module):
         if self.decoder is None:
             if batch.images is None:
                 raise ValueError("this model has no decoder: expected a batch with images, got images=None")
-            return self.visual_tokens(flat_images(batch.images), batch.instruction, deterministic=deterministic)
+            return self.visual_tokens(
+                flat_images(batch.images), batch.instruction, flat_question(batch), deterministic=deterministic
+            )
         return self.decoder.logits(self.hidden(batch, deterministic=deterministic))
 
     def hidden(self, batch: Batch, *, deterministic: bool = True) -> Float[Array, "B T D"]:

@@ -495,6 +495,9 @@ class Processor:
             )
         load = sum(place.load for place in order)
         tokens = tuple(place.tokens for place in order if place.tokens is not None)
+        if self.reduction is not None and self.reduction.question is not None:
+            asked = self.reduction.question(messages, self.placeholders, f"{name}, question")
+            tokens = tuple(dataclasses.replace(one, question=asked) for one in tokens)
         kept = () if self.reduction is None else self.reduction.kept(length, tokens)
         prepared = tuple(place.prepared for place in order if place.prepared is not None)
         taken = Load(length, load, kept, len(order))

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.question import QuestionTexts
 from vlm_jax.processors.views import Layout, PreparedImage, Tiles, Views
 from vlm_jax.types import PADDING_SEGMENT, Batch, PackedImages, RowShape, VisualPlaces
 
@@ -21,6 +22,7 @@ class Tokens:
       positions: position of each in the sequence, from 0; on three axes where text has three.
       extent: offset of the positions after the image.
       frames: frames of a packed video, 1 for an image.
+      question: segments of the question by which they are chosen, where the reducer chooses by it, else None.
     """
 
     groups: tuple[int, ...]
@@ -28,6 +30,7 @@ class Tokens:
     positions: Int[np.ndarray, "n"] | Int[np.ndarray, "n 3"]
     extent: int
     frames: int = 1
+    question: Int[np.ndarray, "S T"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Reduction:
       keeps_positions: whether kept tokens keep their positions; else they are renumbered.
       is_packed: whether images are packed in one sequence, so that the reducer needs their positions.
       compares_frames: whether it compares the frames of a video, which must then be packed.
+      question: converts the question for a reducer that chooses by it, else None.
     """
 
     before: Views
@@ -50,6 +54,7 @@ class Reduction:
     keeps_positions: bool = False
     is_packed: bool = False
     compares_frames: bool = False
+    question: QuestionTexts | None = None
 
     def left(self, count: int) -> int:
         """Number of tokens out of `count` that enter the decoder."""
@@ -124,6 +129,10 @@ class Reduction:
             frames = [[tokens.frames for tokens in row] for row in rows]
             packed = _packed(groups, frames, num_images, longest)
             batch = dataclasses.replace(batch, images=dataclasses.replace(batch.images, images=packed))  # type: ignore
+        if self.question is not None and batch.images is not None:
+            asked = [[one.question for one in row for _ in one.groups if one.question is not None] for row in rows]
+            question = self.question.batched(asked, batch.images.shape[1])  # type: ignore[union-attr]
+            batch = dataclasses.replace(batch, question=question)
         if self.drops and (num_images or batch.images is not None):  # rows of text may have room for images
             left = [[self.left(count) for count in of_row] for of_row in groups]
             places = visual_places(batch, left, max(num_images, 1), self._most_left(left, shape), num_learned)

@@ -15,14 +15,17 @@ from vlm_jax.types import Grid, PackedImages, VisualFeatures, VisualTokens
 
 
 def token_features(tokens: VisualTokens, features: VisualFeatures, token_grid: Grid | None) -> VisualFeatures:
-    """A connector's tokens as input of a reducer, with the mean saliency and the mean keys of their blocks.
+    """A connector's tokens as input of a reducer, with the mean saliency, keys and embeddings of their blocks.
 
     Args:
       tokens: output of the connector.
       features: input of the connector.
-      token_grid: the connector's `token_grid` for the features' grid; None gives neither saliency nor keys.
+      token_grid: the connector's `token_grid` for the features' grid; None gives none of these.
     """
     found = VisualFeatures(tokens.tokens, tokens.mask, token_grid or (1, tokens.mask.shape[1]))
+    if token_grid is not None and features.guidance is not None:
+        image = block_means(dataclasses.replace(features, tokens=features.guidance.image), token_grid)
+        found = dataclasses.replace(found, guidance=dataclasses.replace(features.guidance, image=image))
     if token_grid is None or features.saliency is None or features.keys is None:
         return found
     batch, count, heads, dim = features.keys.shape

@@ -16,7 +16,7 @@ from vlm_jax.encoders import ENCODERS
 from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.testing.kinds import SIZES, small, under_test
-from vlm_jax.types import VisualFeatures
+from vlm_jax.types import Guidance, VisualFeatures
 
 LAYERS = 5  # of the part that a kind works in
 
@@ -48,6 +48,11 @@ def numbered(grid, batch=3, mask=None):
         grid,
         saliency=jnp.asarray(rng.uniform(size=(batch, count)), jnp.float32),
         keys=jnp.asarray(rng.normal(size=(batch, count, 2, 4)), jnp.float32),
+        guidance=Guidance(
+            jnp.asarray(rng.normal(size=(batch, count, 5)), jnp.float32),
+            jnp.asarray(rng.normal(size=(batch, 2, 5)), jnp.float32),
+            jnp.asarray(np.arange(2 * batch).reshape(batch, 2) != 3),
+        ),
     )
 
 
