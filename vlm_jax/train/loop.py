@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.adapter import LORA, merged
 from vlm_jax.build import AnyExperiment
-from vlm_jax.checkpoints.orbax import CHECKPOINTS, RunCheckpoints, parts_directory
+from vlm_jax.checkpoints.orbax import CHECKPOINTS, Resumed, RunCheckpoints, parts_directory
 from vlm_jax.checkpoints.runs import read_parts
 from vlm_jax.config import ConfigError, RunConfig, parse
 from vlm_jax.data.loader import batch_at
@@ -163,7 +163,7 @@ class Trainer:
         """Whether every step has been run and saved."""
         if not (self.workdir / CHECKPOINTS).exists():
             return False
-        checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
+        checkpoints = self._checkpoints()
         with contextlib.closing(checkpoints):
             return checkpoints.latest() == self.num_steps
 
@@ -177,25 +177,24 @@ class Trainer:
           WorkdirInUse: another process runs in the workdir.
         """
         with self._claim.held():
-            checkpoints = RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep)
             previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-            step = checkpoints.latest() or 0
-            log = RunLog(self.workdir, self._config, step, self._settings.writers)
-            try:
-                return self._run(step, checkpoints, log)
-            finally:
-                signal.signal(signal.SIGTERM, previous)
-                log.close()
-                self._profiler.close()
-                checkpoints.close()
+            with contextlib.ExitStack() as stack:
+                stack.callback(signal.signal, signal.SIGTERM, previous)
+                checkpoints = stack.enter_context(contextlib.closing(self._checkpoints()))
+                stack.callback(self._profiler.close)
+                resumed = checkpoints.newest(lambda step: self._abstract_state(span_at(self._spans, step)))
+                step = 0 if resumed is None else resumed.step
+                log = RunLog(self.workdir, self._config, step, self._settings.writers)
+                stack.callback(log.close)
+                return self._run(resumed, checkpoints, log)
 
-    def _run(self, step: int, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
+    def _checkpoints(self) -> RunCheckpoints:
+        return RunCheckpoints(self.workdir / CHECKPOINTS, self._settings.keep, self._settings.keep_every)
+
+    def _run(self, resumed: Resumed | None, checkpoints: RunCheckpoints, log: RunLog) -> Outcome:
+        step, position = (0, {}) if resumed is None else (resumed.step, resumed.position)
         span = span_at(self._spans, step)
-        position: Fields = {}
-        if checkpoints.latest() is None:
-            state = self._first_state(span)
-        else:
-            state, position = checkpoints.restore(step, self._abstract_state(span))
+        state = self._first_state(span) if resumed is None else resumed.state
         self._evaluations.start(step)
         self._evaluate(state, log, checkpoints, None)  # where an earlier process was killed before it was made
         while True:
