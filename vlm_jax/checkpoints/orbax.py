@@ -70,8 +70,8 @@ class RunCheckpoints:
     """The numbered checkpoints of one workdir.
 
     Saving returns immediately and continues in the background; a checkpoint appears under its number
-    only when it is complete, so a killed run keeps the previous one. A checkpoint has the checksums of its arrays and of
-    its position, and a list of its files; each read compares them.
+    only when it is complete, so a killed run keeps the previous one. A checkpoint has the checksums of its arrays and
+    of its position, and a list of its files; each read compares them.
 
     Args:
       directory: parent of the numbered folders, local or `gs://`; created when missing.
@@ -135,7 +135,7 @@ class RunCheckpoints:
     def newest(self, like: Callable[[int], Tree]) -> Resumed | None:
         """Reads the newest checkpoint that is not damaged, and says which others are.
 
-        The folders of damaged ones that are newer are renamed to `N.damaged`, so that the run saves under their numbers.
+        The folders of damaged ones that are newer are renamed to `N.damaged`, and the run saves under their numbers.
 
         Args:
           like: given a checkpoint's number, the pytree of its state, as of `restore`.
@@ -168,7 +168,9 @@ class RunCheckpoints:
         numbers = {int(path.name) for path in self.directory.iterdir() if path.name.isdigit()}
         if incomplete := sorted(numbers - set(self._manager.all_steps())):
             _log.warning(
-                "%s: incomplete, and not read: %s", self.directory, ", ".join(f"checkpoint {step}" for step in incomplete)
+                "%s: incomplete, and not read: %s",
+                self.directory,
+                ", ".join(f"checkpoint {step}" for step in incomplete),
             )
 
     def _set_aside(self, number: int, error: CheckpointError, step: int) -> None:
@@ -204,9 +206,9 @@ class RunCheckpoints:
             state = ocp.StandardCheckpointHandler().restore(folder / STATE, args=ocp.args.StandardRestore(like))
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
             problem = error
-        if not _failed_anywhere(problem is not None) and expected is not None:
-            if lines := list(differing(expected, array_checksums(_named(state)))):
-                problem = ValueError(few(lines))
+        if not _failed_anywhere(problem is not None):
+            lines = [] if expected is None else list(differing(expected, array_checksums(_named(state))))
+            problem = ValueError(few(lines)) if lines else None
         if _failed_anywhere(problem is not None):
             reason = "another process cannot read its part" if problem is None else first_line(problem)
             raise CheckpointError(
@@ -332,8 +334,8 @@ def damaged(state: epath.Path, reason: str) -> CheckpointError:
     """
     folder = state.parent
     return CheckpointError(
-        f"{folder} is damaged: {reason}. Rename the folder to {folder.name}.damaged to read the checkpoint before it, if "
-        "there is one"
+        f"{folder} is damaged: {reason}. Rename the folder to {folder.name}.damaged to read the checkpoint before it, "
+        "if there is one"
     )
 
 

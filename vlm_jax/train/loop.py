@@ -63,7 +63,8 @@ class Outcome:
     Attributes:
       params: parameters by part, on the mesh: averages where `optimizer.ema` is on, and merged with the adapters of
         `config.lora`.
-      step_seconds: median seconds of a step of the last stage, its input included; None without a stage.
+      step_seconds: median seconds of a step of the last stage, its input included; None without a stage, or where the
+        log was lost.
       peak_bytes: bytes that one device needs for a step of the last stage; None likewise.
     """
 
@@ -175,6 +176,7 @@ class Trainer:
           Diverged: a step is not good (`guard.GuardSettings`); the previous checkpoint is kept.
           CheckpointError: a checkpoint cannot be written or read.
           WorkdirInUse: another process runs in the workdir.
+          WorkdirError: a file of the workdir cannot be read or written.
         """
         with self._claim.held():
             previous = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -209,7 +211,7 @@ class Trainer:
         wait_for_all("the last metrics are written")
         lines = log.read()
         seconds = [line["seconds"] for line in lines if line["stage"] == span.stage.label]
-        return Outcome(self._usable(state), statistics.median(seconds), most_bytes)
+        return Outcome(self._usable(state), statistics.median(seconds) if seconds else None, most_bytes)
 
     def _run_stage(self, span: Span, state: TrainState, position, log: RunLog, checkpoints: RunCheckpoints):
         """Steps from the state's to the stage's last; returns the state and the most bytes that a step needs."""
