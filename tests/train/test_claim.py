@@ -151,7 +151,7 @@ def test_paths_are_recorded_in_absolute_form(workdir, tmp_path, monkeypatch):
 def test_a_config_that_was_cut_short_is_named(workdir, content):
     recorded(workdir)
     (workdir / "config.json").write_bytes(content)
-    told = tried("has to be that of the run's start; copy it back, or use another --workdir")
+    told = tried("has to be that of the run's start; put it back, or use another --workdir")
     with pytest.raises(ConfigError, match=rf"{workdir}/config\.json: (not JSON|expected a JSON object).*{told}"):
         Claim(workdir, CONFIG)
     assert recorded(workdir.parent / "another")["seed"] == CONFIG["seed"]

@@ -147,7 +147,6 @@ class RunCheckpoints:
           CheckpointError: every checkpoint is damaged or of another model.
         """
         damaged: dict[int, CheckpointError] = {}
-        self._tell_incomplete()
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found = Resumed(step, *self.restore(step, like(step)))
@@ -163,15 +162,6 @@ class RunCheckpoints:
                 "same command to start anew"
             )
         return None
-
-    def _tell_incomplete(self) -> None:
-        numbers = {int(path.name) for path in self.directory.iterdir() if path.name.isdigit()}
-        if incomplete := sorted(numbers - set(self._manager.all_steps())):
-            _log.warning(
-                "%s: incomplete, and not read: %s",
-                self.directory,
-                ", ".join(f"checkpoint {step}" for step in incomplete),
-            )
 
     def _set_aside(self, number: int, error: CheckpointError, step: int) -> None:
         folder = self.directory / str(number)

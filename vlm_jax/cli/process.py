@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import flags
@@ -99,7 +100,7 @@ def quieten() -> None:
 def _without_closed_loops(hook: Callable[..., object]) -> Callable[..., object]:
     """A hook for exceptions in callbacks, silent about those of TensorStore that end after a save or a read failed."""
 
-    def show(args: sys.UnraisableHookArgs) -> None:
+    def show(args: Any) -> None:
         if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
             hook(args)
 

@@ -125,7 +125,7 @@ class Claim:
             return read_json(self._path, ConfigError)
         except ConfigError as error:
             raise ConfigError(
-                f"{error}. The file has to be that of the run's start; copy it back, or use another --workdir"
+                f"{error}. The file has to be that of the run's start; put it back, or use another --workdir"
             ) from error
 
     def _check(self) -> None:

@@ -98,8 +98,8 @@ class MetricsLog:
                 file.write(text)
         except OSError as error:
             raise WorkdirError(
-                f"{self._path}: cannot be written ({error.strerror}); free space or fix the permissions, and rerun the "
-                "same command to resume from the newest checkpoint"
+                f"{self._path}: cannot be written ({error.strerror}): the folder was removed, or its disk is full. "
+                "Rerun the same command to resume from the newest checkpoint"
             ) from error
 
 
