@@ -5,7 +5,8 @@ import io
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from absl import flags
@@ -37,6 +38,7 @@ from vlm_jax.sweep.on_ray import WorkerLost
 from vlm_jax.system import UnsupportedError
 from vlm_jax.train.lock import WorkdirInUse
 from vlm_jax.train.loop import Diverged
+from vlm_jax.train.workdir import WorkdirError
 
 # Errors whose message is for the user, without a traceback.
 EXPLAINED = (
@@ -64,6 +66,7 @@ EXPLAINED = (
     TooManyCorruptImages,
     UnknownText,
     UnsupportedError,
+    WorkdirError,
     WorkdirInUse,
     WorkerLost,
 )
@@ -93,6 +96,17 @@ def quieten() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger("vlm_jax").setLevel(logging.INFO)
     absl_logging.get_absl_handler().addFilter(lambda one: not ("orbax" in one.pathname or one.name == "asyncio"))
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+
+
+def _without_closed_loops(hook: Callable[..., object]) -> Callable[..., object]:
+    """A hook for exceptions in callbacks, silent about those of TensorStore that end after a save or a read failed."""
+
+    def show(args: Any) -> None:
+        if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == "Event loop is closed"):
+            hook(args)
+
+    return show
 
 
 def escape_unprintable() -> None:
