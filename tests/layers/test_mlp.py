@@ -74,23 +74,3 @@ def test_the_backward_pass_stores_only_outputs_of_products(gated, depth, stored)
     params = nn.meta.unbox(drawn(jax.eval_shape(layer.init, jax.random.key(0), x)))
     _, vjp = jax.vjp(layer.apply, params, x)
     assert sum(leaf.shape[:-1] == x.shape[:-1] and leaf.shape[-1] == 8 for leaf in jax.tree.leaves(vjp)) == stored
-
-
-@pytest.mark.parametrize(("hidden_dim", "most_parts", "parts"), [(512, 4, 4), (384, 4, 3), (512, 1, 1), (320, 4, 1)])
-def test_parts_give_the_same_with_less_memory(hidden_dim, most_parts, parts):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(300, 8)), jnp.float32)
-    whole = Mlp(hidden_dim, "silu", gated=True, use_bias=False)
-    params = nn.meta.unbox(drawn(jax.eval_shape(whole.init, jax.random.key(0), x)))
-
-    def compiled(layer):
-        gradients = jax.value_and_grad(lambda params, x: jnp.sum(layer.apply(params, x) ** 2), (0, 1))
-        return jax.jit(gradients).lower(params, x).compile()
-
-    ours, expected = compiled(whole.clone(most_parts=most_parts)), compiled(whole)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), ours(params, x), expected(params, x)
-    )
-    held, whole_held = (one.memory_analysis().temp_size_in_bytes for one in (ours, expected))
-    hidden = x.shape[0] * hidden_dim * 4
-    # Without parts the gradient holds gate, up and a gradient of each; with them those of one part.
-    assert whole_held - held >= 2 * hidden * (1 - 1 / parts) if parts > 1 else held == whole_held

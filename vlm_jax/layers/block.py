@@ -26,8 +26,6 @@ LayerCache = Tree  # a `KeyValue` or a `LatentKeyValue` of one layer, or of all 
 
 RematPolicy = Literal["none", "full", "dots"]
 
-FULL_REMAT_PARTS = 4  # most parts of the feed-forward's hidden units, whose values are the most that a block holds
-
 REMAT_POLICIES: Fields = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -41,7 +39,6 @@ class TransformerBlock(nn.Module):
       num_heads, num_kv_heads, head_dim, qk_norm, qk_norm_over: as in `MultiHeadAttention`.
       mlp_dim: hidden width of the feed-forward.
       activation, gated: as in `Mlp`.
-      mlp_parts: `most_parts` of the `Mlp`.
       norm: kind of both norms.
       norm_epsilon: epsilon of every norm.
       qkv_bias: biases on query, key and value.
@@ -68,7 +65,6 @@ class TransformerBlock(nn.Module):
     qkv_bias: bool = True
     use_bias: bool = True
     mlp_bias: bool | None = None
-    mlp_parts: int = 1
     qk_norm: NormKind | None = None
     qk_norm_over: Literal["head", "width"] = "head"
     layer_scale: float | None = None
@@ -117,19 +113,13 @@ class TransformerBlock(nn.Module):
         if self.experts is not None:
             return MixtureOfExperts(activation=self.activation, name="mlp", **self.experts, **settings)
         bias = self.use_bias if self.mlp_bias is None else self.mlp_bias
-        own = {"gated": self.gated, "use_bias": bias, "most_parts": self.mlp_parts}
-        return Mlp(self.mlp_dim, self.activation, name="mlp", **own, **settings)
+        return Mlp(self.mlp_dim, self.activation, gated=self.gated, use_bias=bias, name="mlp", **settings)
 
     def _scaled(self, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T D"]:
         if self.layer_scale is None:
             return x
         init = with_axes(nn.initializers.constant(self.layer_scale), axes.NORM)
         return x * self.param(name, init, x.shape[-1:], self.param_dtype).astype(self.dtype)[None, None]
-
-
-def settings_of(block: Config, remat: RematPolicy) -> Fields:
-    """Keyword arguments of a `TransformerBlock` in a stack with this policy."""
-    return {**block, "mlp_parts": FULL_REMAT_PARTS} if remat == "full" else {**block}
 
 
 def with_level(x: Float[Array, "B T D"], levels: Float[Array, "B T F"] | None, index: Any) -> Float[Array, "B T D"]:
@@ -173,8 +163,7 @@ class TransformerStack(nn.Module):
       depth: number of blocks.
       remat: what is stored for the backward pass. `none`: all but attention weights and intermediates of
         norms and activations, which are recomputed; `dots`: the outputs of the linear layers
-        and the inputs of the blocks; `full`: the inputs of the blocks, and the hidden units of the feed-forward
-        are computed in up to `FULL_REMAT_PARTS` parts.
+        and the inputs of the blocks; `full`: the inputs of the blocks.
       unroll: blocks per loop iteration; `depth` unrolls fully.
       block: keyword arguments of `TransformerBlock`.
       windows: attention window of each block in positions, or None; empty where no block has one.
@@ -210,7 +199,7 @@ class TransformerStack(nn.Module):
         scanned = scan_layers(block, self.depth, in_axes=(0, 0, 0, nn.broadcast, nn.broadcast), unroll=self.unroll)
         windows = self._windows(0, self.depth)
         index = None if levels is None else jnp.arange(self.depth)
-        layers = scanned(collect=collect, name="layers", **settings_of(self.block, self.remat))
+        layers = scanned(collect=collect, name="layers", **self.block)
         x, (cache, inputs) = layers(x, cache, windows, index, levels, context)
         return x, cache, jnp.concatenate([cast(jax.Array, inputs), x[None]]) if collect else None
 
@@ -296,8 +285,7 @@ class TransformerStack(nn.Module):
         return nn.meta.unbox(self.variables["params"]["layers"])
 
     def _apply(self, params: Params, *args: Tree, mutable: Sequence[str] = (), **kwargs: Any) -> Tree:
-        block = TransformerBlock(**settings_of(self.block, self.remat), parent=None)
-        return block.apply({"params": params}, *args, mutable=mutable, **kwargs)
+        return TransformerBlock(**self.block, parent=None).apply({"params": params}, *args, mutable=mutable, **kwargs)
 
     def _rematted(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
         if self.remat == "none":

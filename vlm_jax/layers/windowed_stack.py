@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax import axes
 from vlm_jax.layers.attention import HEADS, Context
-from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy, TransformerBlock, settings_of
+from vlm_jax.layers.block import REMAT_POLICIES, RematPolicy, TransformerBlock
 from vlm_jax.layers.saliency import Heads, Saliency, segment_saliency
 from vlm_jax.types import Config, PackedPatches, Params, Tree
 
@@ -149,8 +149,7 @@ class WindowedStack(nn.Module):
         given = self.has_variable("params", "layers")
         params = self.get_variable("params", "layers") if given else self.param("layers", self._init, x.shape[-1])
         params = nn.meta.unbox(params)
-        block = TransformerBlock(**settings_of(self.block, self.remat), parent=None)
-        layers = _Layers(block, self.remat, packed, angles, collect)
+        layers = _Layers(TransformerBlock(**self.block, parent=None), self.remat, packed, angles, collect)
         state = _State.of(x, () if collect else self.levels)
         each = params, None if state.levels is None else self._slots()
         if self.saliency != "none":
