@@ -51,7 +51,13 @@ def test_its_own_tests_and_the_contracts_pass(installed):
 def test_commands_know_its_kinds(installed, tmp_path):
     """A run of a few steps by config keys alone."""
     _, site = installed
-    keys = ["connector.kind=middle", "reducer.kind=central", "token_budget=2", "stages.answering.steps=2"]
+    keys = [
+        "connector.kind=middle",
+        "reducer.kind=central",
+        "token_budget=2",
+        "stages.answering.steps=2",
+        "stages.answering.warmup_steps=1",
+    ]
     words = ["-m", "vlm_jax.cli.train", f"--config={CONFIG}", f"--workdir={tmp_path}", "--compilation_cache="]
     status, _, errors = run(site, ROOT, *words, *(f"--config.{key}" for key in keys))
     assert status == 0, errors
