@@ -97,9 +97,7 @@ def decoded(decoder):
     """A function of the decoder's parameters, embeddings and branches that gives logits."""
 
     def run(module, given, branches):
-        hidden, _ = module(
-            given.x, given.positions, given.segment_ids, branch_ids=branches, levels=given.levels
-        )
+        hidden, _ = module(given.x, given.positions, given.segment_ids, branch_ids=branches, levels=given.levels)
         return module.logits(hidden)
 
     return jax.jit(lambda params, *given: decoder.apply({"params": params}, *given, method=run))
