@@ -166,7 +166,7 @@ class PackedTrunk(nn.Module, kw_only=True):
         if beyond or not all(-self.depth - 1 <= level <= self.depth for level in self.levels):
             raise ValueError(
                 f"levels {self.levels}: {depth} of {self.depth} blocks are built, with the hidden states 0 to {depth}; "
-                "choose from these"
+                "choose among these"
             )
         if list(numbers) != sorted(set(numbers)):
             raise ValueError(f"levels: expected numbers of hidden states in ascending order, got {self.levels}")
