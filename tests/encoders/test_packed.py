@@ -124,7 +124,7 @@ def test_levels_are_hidden_states_beside_the_attention():
 def test_levels_that_are_not_computed_are_refused():
     encoder = KINDS["siglip2_navit"].clone(select_layer=2)
     packed = packed_for(encoder)
-    with pytest.raises(ValueError, match=tried("with hidden states up to {}; choose from these")):
+    with pytest.raises(ValueError, match=tried("with the hidden states 0 to {}; choose among these")):
         encoder.clone(levels=(3,)).init(jax.random.key(0), packed)
     with pytest.raises(ValueError, match=r"levels: expected numbers of hidden states in ascending order, got \(2, 1\)"):
         encoder.clone(levels=(2, 1)).init(jax.random.key(0), packed)

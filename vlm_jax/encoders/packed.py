@@ -165,8 +165,8 @@ class PackedTrunk(nn.Module, kw_only=True):
         beyond = [level for level, number in zip(self.levels, numbers, strict=True) if number > depth]
         if beyond or not all(-self.depth - 1 <= level <= self.depth for level in self.levels):
             raise ValueError(
-                f"levels {self.levels}: {depth} of {self.depth} blocks are built, with hidden states up to {depth}; "
-                "choose from these"
+                f"levels {self.levels}: {depth} of {self.depth} blocks are built, with the hidden states 0 to {depth}; "
+                "choose among these"
             )
         if list(numbers) != sorted(set(numbers)):
             raise ValueError(f"levels: expected numbers of hidden states in ascending order, got {self.levels}")
