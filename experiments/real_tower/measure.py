@@ -42,7 +42,7 @@ PHOTOGRAPHS = (
     *("ihc", "moon", "motorcycle_left", "retina", "rocket"),
 )
 CONTROLS = ("random", "uniform_stride", "downsample_image")
-METHODS = tuple(kind for kind in CHOOSING if kind not in CONTROLS)
+METHODS = tuple(kind for kind in CHOOSING if kind not in (*CONTROLS, "tome"))  # whose programs compile for minutes
 BEST, FULL = "any vectors", "none"  # the leading singular vectors of the features, and all of these
 POINTS = (
     (FULL, GRID[0] * GRID[1]),
@@ -50,7 +50,7 @@ POINTS = (
 )
 SALIENT, SHOWN = (("saliency", "heads"),), 32  # fields of the tower for most reducers; the budget that is drawn
 DRAWS = 3  # of `random`
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MEASURES = {
     "explained": "variance explained",
     "nearest": "cosine to the nearest token",
