@@ -191,8 +191,9 @@ class Measuring:
 
 def explained(features: np.ndarray, tokens: np.ndarray) -> float:
     """Share of the features' variance that linear combinations of the tokens give; features are [N, D]."""
-    _, values, basis = np.linalg.svd(tokens.astype(np.float64), full_matrices=False)
-    basis = basis[values > 1e-6 * values[0]]
+    values, vectors = np.linalg.eigh(tokens @ tokens.T)  # of K x K, which is faster than the tokens' singular vectors
+    held = values > 1e-10 * values[-1]
+    basis = (vectors[:, held] / np.sqrt(values[held])).T @ tokens
     rest = features - features @ basis.T @ basis
     return float(1 - (rest**2).sum() / ((features - features.mean(0)) ** 2).sum())
 
