@@ -73,7 +73,8 @@ def template(image: str) -> str:
     return (
         "{% for m in messages %}{{ m['role'] | upper }}:{% if m['role'] == 'assistant' %}{% generation %}"
         "{% for c in m['content'] %} {{ c['text'] }}{% endfor %}</s>{% endgeneration %}{% else %}"
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "\n{% else %}{{ c['text'] }}{% endif %}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}" + image + "\n"
+        "{% elif c['type'] == 'video' %}" + image.replace("image", "video") + "\n{% else %}{{ c['text'] }}{% endif %}"
         "{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
 
