@@ -284,10 +284,14 @@ def newest_arrays(directory: epath.PathLike) -> tuple[epath.Path, Checksums | No
       CheckpointError: there is no checkpoint, or it is damaged.
     """
     state = newest_state(directory)
+    problem, checksums = None, None
     try:
-        return state, described_by(state.parent)[1]
+        checksums = described_by(state.parent)[1]
     except ValueError as error:
-        raise damaged(state, str(error)) from error
+        problem = error
+    if _failed_anywhere(problem is not None):  # the first process alone compares the files
+        raise damaged(state, str(problem or "the first process names the file")) from problem
+    return state, checksums
 
 
 def described_by(folder: epath.Path) -> tuple[Fields, Checksums | None]:
