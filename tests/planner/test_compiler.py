@@ -13,6 +13,7 @@ from vlm_jax.planner.memory import of_compiled, of_refusal
 from vlm_jax.planner.predict import KERNEL_TARGET
 from vlm_jax.planner.program_text import UnreadableProgram, parse_program
 from vlm_jax.planner.topology import open_topology
+from vlm_jax.train.step import TPU_OPTIONS
 
 GIB = 2**30
 MESH = {"data": 1, "fsdp": 4, "tensor": 1, "context": 1, "expert": 1}
@@ -57,6 +58,21 @@ def test_an_all_reduce_uses_the_dimensions_of_links_that_the_compiler_lays_its_r
     assert (found.kind, found.axes, found.group) == ("all-reduce", tuple(over), size)
     seconds = 2 * (size - 1) / size * (4 << 20) / (2 * dims) / topology.chip.link_bandwidth
     assert found.seconds(topology.chip) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("options", [None, TPU_OPTIONS])
+def test_a_training_step_gathers_kernels_whole(tmp_path, options):
+    """By itself the compiler divides their products, and passes parts of kernels on from device to device."""
+    topology = open_topology("v5e:4x4")
+    mesh = jax.make_mesh((16,), ("fsdp",), (jax.sharding.AxisType.Auto,), devices=topology.devices)
+    kernel, x = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, P("fsdp")))
+        for shape in ((2048, 8192), (16 * 4096, 2048))
+    )
+    jitted = jax.jit(jnp.dot, compiler_options=options, out_shardings=x.sharding)
+    text = text_of(compiled_for(mesh, jitted.trace(x, kernel), tmp_path), tmp_path)
+    found = {one.kind for one in collectives(parse_program(text), {"fsdp": 16})}
+    assert found == ({"collective-permute"} if options is None else {"all-gather"})
 
 
 def test_a_kernel_whose_attributes_take_several_lines_is_one_instruction(tmp_path):
