@@ -42,7 +42,8 @@ PHOTOGRAPHS = (
     *("ihc", "moon", "motorcycle_left", "retina", "rocket"),
 )
 CONTROLS = ("random", "uniform_stride", "downsample_image")
-METHODS = tuple(kind for kind in CHOOSING if kind not in (*CONTROLS, "tome"))  # whose programs compile for minutes
+# Of pictures. The programs of `tome` compile for minutes.
+METHODS = tuple(kind for kind, cls in CHOOSING.items() if kind not in (*CONTROLS, "tome") and not cls.reduces_clips)
 BEST, FULL = "any vectors", "none"  # the leading singular vectors of the features, and all of these
 POINTS = (
     (FULL, GRID[0] * GRID[1]),

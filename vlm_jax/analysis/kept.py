@@ -16,11 +16,11 @@ from vlm_jax.reducers import REDUCERS
 from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import Array, Config, Grid, Params, VisualFeatures
 
-# Reducers that choose among features or tokens; the others need a prompt, or change the image.
+# Reducers that choose among features or tokens; the others need a prompt or its question, or change the image.
 CHOOSING: dict[str, type[Reducer]] = {
     kind: found
     for kind, found in REDUCERS.items()
-    if found is not None and found.reduces_in != "decoder" and kind != "downsample_image"
+    if found is not None and found.reduces_in != "decoder" and found.guided_by is None and kind != "downsample_image"
 }
 
 
