@@ -299,6 +299,8 @@ def draw_measures(rows: list[dict[str, Any]]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
         axes.set(xlabel="tokens of 256", title=title)
+        if axes.get_ylim()[0] < 0:  # worse than the mean feature, as of a smaller picture
+            axes.set_ylim(0, 1.02)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(handles=lines, loc="outside right center", frameon=False, fontsize=9)
     return figure
