@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vlm_jax.layers.density_peaks import density_peaks
 from vlm_jax.reducers.behind_connector import reduce_packed
-from vlm_jax.reducers.density_peaks import density_peaks
 from vlm_jax.reducers.dycoke import DyCoke
 from vlm_jax.reducers.fastvid import FastVID
 from vlm_jax.reducers.holitom import HoliTom

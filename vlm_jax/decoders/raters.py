@@ -1,5 +1,6 @@
 """Rating visual tokens by some of the text after them, and merging those that are dropped (SparseVLM)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.decoders.duplicates import at, real_tokens, text_behind
 from vlm_jax.layers.attention import Context
+from vlm_jax.layers.density_peaks import distances, nearest_centers, peak_scores, ranks
 from vlm_jax.layers.saliency import Heads, head_saliency
 from vlm_jax.types import PADDING_SEGMENT, Numbers, Rating, VisualPlaces
 
@@ -44,9 +46,9 @@ class Clusters(NamedTuple):
       means: of each cluster's tokens.
     """
 
-    centers: Int[Array, "B I G"]
-    assigned: Int[Array, "B I N"]
-    means: Float[Array, "B I G D"]
+    centers: Int[Array, "*images G"]
+    assigned: Int[Array, "*images N"]
+    means: Float[Array, "*images G D"]
 
 
 def raters_of(
@@ -171,25 +173,19 @@ def cluster(
 
     Source: Du et al. 2016 (DPC-KNN), as SparseVLM has it; llava/model/language_model/utils.py, cluster_and_merge.
     """
-    x = x.astype(jnp.float32)
-    both = mask[..., None] & mask[:, :, None]
-    difference = jnp.linalg.norm(x[:, :, :, None] - x[:, :, None], axis=-1) / x.shape[-1] ** 0.5
-    distances = jnp.where(both, difference, jnp.inf)
-    near = jnp.square(jnp.sort(distances, axis=-1)[..., :most])
-    near = jnp.where(jnp.arange(most)[None, None, None] < number[..., None, None], near, 0)
-    density = jnp.exp(-near.sum(axis=-1) / jnp.maximum(number, 1)[..., None])
-    density = density if noise is None else density + noise[None, None]
-    farthest = jnp.max(jnp.where(both, difference, 0), axis=(2, 3))[..., None]
-    denser = (density[:, :, None] > density[..., None]) & both
-    separation = jnp.min(jnp.where(denser, difference, farthest[..., None]), axis=-1)
-    scores = jnp.where(mask, separation * density, -jnp.inf)
-    centers = jnp.argsort(-scores, axis=-1)[..., :most]
-    used = jnp.arange(most)[None, None] < number[..., None]
-    to_centers = jnp.where(used[..., None], jnp.take_along_axis(distances, centers[..., None], axis=2), jnp.inf)
-    assigned = jnp.argmin(to_centers, axis=2)
-    own = (centers[..., None] == jnp.arange(x.shape[2])[None, None, None]) & used[..., None]
-    assigned = jnp.where(own.any(axis=2), jnp.argmax(own, axis=2), assigned)
-    member = (assigned[:, :, None] == jnp.arange(most)[None, None, :, None]) & mask[:, :, None]
-    sizes = jnp.maximum(member.sum(axis=-1), 1) + (0 if noise is None else 1e-6)
-    means = jnp.einsum("bign,bind->bigd", member.astype(jnp.float32), jnp.where(mask[..., None], x, 0))
-    return Clusters(centers, assigned, means / sizes[..., None])
+    found = jax.vmap(jax.vmap(functools.partial(_clusters, most=most, noise=noise)))
+    return found(jnp.where(mask[..., None], x, 0).astype(jnp.float32), mask, number)
+
+
+def _clusters(
+    x: Float[Array, "N D"], mask: Bool[Array, "N"], number: Int[Array, ""], most: int, noise: Float[Array, "N"] | None
+) -> Clusters:
+    """Those of one image."""
+    distance, pairs = distances(x), mask[:, None] & mask[None]
+    rank = ranks(peak_scores(distance, pairs, most, number, noise), pairs)
+    joined = nearest_centers(distance, pairs, rank < number, rank)
+    assigned = jnp.where(joined < len(x), rank[jnp.minimum(joined, len(x) - 1)], most)
+    member = assigned[None] == jnp.arange(most)[:, None]
+    sizes = jnp.maximum(member.sum(axis=1), 1) + (0 if noise is None else 1e-6)
+    means = member.astype(jnp.float32) @ x / sizes[:, None]
+    return Clusters(jnp.argsort(rank)[:most], assigned, means)

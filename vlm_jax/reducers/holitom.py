@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.layers.density_peaks import distances, nearest_centers, peak_scores, ranks, together
 from vlm_jax.ranges import Share, Size
 from vlm_jax.reducers.clips import (
     Clip,
@@ -24,7 +25,6 @@ from vlm_jax.reducers.clips import (
     similarity_before,
     sorted_best,
 )
-from vlm_jax.reducers.density_peaks import distances, nearest_centers, peak_scores, ranks, together
 from vlm_jax.reducers.reducer import KeepsAttended
 from vlm_jax.types import VisualFeatures
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vlm_jax.layers.density_peaks import distances, nearest_centers, peak_scores, ranks, together
 from vlm_jax.ranges import Share, Size
 from vlm_jax.reducers.clips import (
     Clip,
@@ -23,7 +24,6 @@ from vlm_jax.reducers.clips import (
     sorted_best,
     table,
 )
-from vlm_jax.reducers.density_peaks import distances, nearest_centers, peak_scores, ranks, together
 from vlm_jax.reducers.reducer import unit
 
 _SMALL = 14  # tokens; by the release, a group that has no more is not clustered

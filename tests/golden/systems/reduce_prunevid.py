@@ -9,8 +9,8 @@ import numpy as np
 
 from tests.golden import comparison
 from tests.golden.systems.reduce_dycoke import given, reduced
+from vlm_jax.layers.density_peaks import density_peaks
 from vlm_jax.reducers.clips import as_clip, merge_static
-from vlm_jax.reducers.density_peaks import density_peaks
 from vlm_jax.reducers.prunevid import PruneVid, refined, static_similarity
 
 

@@ -4,8 +4,8 @@ Functions of one set of vectors take the groups that are clustered apart as a ma
 group of; `density_peaks` is for a batch of sets.
 
 Source: Rodriguez and Laio 2014; Du et al. 2016; cluster_dpc_knn, as it is in the released code of PruneVid, FastVID,
-HoliTom and SparseVLM. Deviations: no noise is added to densities, so that among equally dense vectors none is denser;
-a group with fewer vectors than neighbours has as many neighbours as vectors.
+HoliTom and SparseVLM. Deviations: no noise is added to densities unless it is given, so that among equally dense vectors
+none is denser; a group with fewer vectors than neighbours has as many neighbours as vectors.
 """
 
 import functools
@@ -33,7 +33,11 @@ def together(group: Int[Array, "N"], member: Bool[Array, "N"]) -> Bool[Array, "N
 
 
 def peak_scores(
-    distance: Float[Array, "N N"], pairs: Bool[Array, "N N"], most: int, neighbors: Int[Array, "N"] | int | None = None
+    distance: Float[Array, "N N"],
+    pairs: Bool[Array, "N N"],
+    most: int,
+    neighbors: Int[Array, "N"] | int | None = None,
+    noise: Float[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
     """Density times the distance to the nearest denser vector of the group; -inf for vectors in no group.
 
@@ -42,12 +46,14 @@ def peak_scores(
       pairs: which are of the same group.
       most: nearest neighbours whose distances give the density, the vector itself included.
       neighbors: fewer neighbours for the group of each vector; None for `most`.
+      noise: added to the densities, so that none are equal.
     """
     size = pairs.sum(axis=1)
     count = jnp.clip(most if neighbors is None else neighbors, 1, jnp.maximum(jnp.minimum(size, most), 1))
     near = -jax.lax.top_k(jnp.where(pairs, -distance, -jnp.inf), min(most, len(distance)))[0]
     squares = jnp.where(jnp.arange(near.shape[1])[None] < count[:, None], near**2, 0)
     density = jnp.exp(-squares.sum(axis=1) / count)
+    density = density if noise is None else density + noise
     widest = jnp.where(pairs, distance, 0).max(axis=1)
     widest = jnp.where(pairs, widest[None], 0).max(axis=1)  # of the whole group
     denser = pairs & (density[None] > density[:, None])
