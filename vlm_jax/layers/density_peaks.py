@@ -4,8 +4,8 @@ Functions of one set of vectors take the groups that are clustered apart as a ma
 group of; `density_peaks` is for a batch of sets.
 
 Source: Rodriguez and Laio 2014; Du et al. 2016; cluster_dpc_knn, as it is in the released code of PruneVid, FastVID,
-HoliTom and SparseVLM. Deviations: no noise is added to densities unless given, so that among equally dense vectors none is
-denser; a group with fewer vectors than neighbours has as many neighbours as vectors.
+HoliTom and SparseVLM. Deviations: no noise is added to densities unless given, so that among equally dense vectors none
+is denser; a group with fewer vectors than neighbours has as many neighbours as vectors.
 """
 
 import functools
