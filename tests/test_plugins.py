@@ -90,7 +90,7 @@ def test_a_second_thread_waits_for_the_plugins(install, monkeypatch):
     install(
         "theirs_three", "import theirs_events as e\n" + connector("median") + "    e.started.set(); e.go.wait(60)\n"
     )
-    threads = [threading.Thread(target=lambda: found.append("median" in CONNECTORS)) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append("later" in CONNECTORS)) for _ in range(2)]
     threads[0].start()
     assert started.wait(60)
     threads[1].start()
@@ -99,7 +99,15 @@ def test_a_second_thread_waits_for_the_plugins(install, monkeypatch):
     go.set()
     for thread in threads:
         thread.join()
-    assert found == [True, True]
+    assert found == [False, False] and "median" in CONNECTORS
+
+
+def test_a_broken_package_leaves_the_kinds_of_others_as_they_are(install):
+    install("theirs_whole", connector("median"))
+    install("theirs_broken", "import no_such_module\n")
+    assert CONNECTORS["median"].kind == "median" and "mlp" in CONNECTORS
+    with pytest.raises(PluginError, match="theirs_broken"):
+        "medium" in CONNECTORS  # noqa: B015
 
 
 def test_every_broken_entry_point_is_named_with_its_package(install):

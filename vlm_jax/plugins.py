@@ -160,9 +160,14 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         (PLUGINS if self._plugins is None else self._plugins).load()
 
     def __getitem__(self, name: str) -> Entry:
-        if name in self.own:
-            return self.own[name]
-        self._load()
+        for table in (self.own, self._added):
+            if name in table:
+                return table[name]
+        try:
+            self._load()
+        except PluginError:
+            if name not in self._added:  # else another package failed
+                raise
         return self._added[name]
 
     def __iter__(self) -> Iterator[str]:

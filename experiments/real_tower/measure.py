@@ -168,7 +168,8 @@ class Measuring:
         encoded = {SALIENT: self.encode(views.pixels, SALIENT)}
         encoded[()] = encoded[SALIENT]
         features = np.asarray(encoded[()].tokens, np.float64)
-        singular = np.stack([np.linalg.svd(one, full_matrices=False)[2] for one in features])
+        centres = features.mean(1, keepdims=True)
+        singular = np.stack([np.linalg.svd(one, full_matrices=False)[2] for one in features - centres]) + centres
         for kind, budget in POINTS:
             drawn = []
             for draw in range(DRAWS if kind == "random" else 1):
@@ -191,12 +192,14 @@ class Measuring:
 
 
 def explained(features: np.ndarray, tokens: np.ndarray) -> float:
-    """Share of the features' variance that linear combinations of the tokens give; features are [N, D]."""
+    """Share of the variance of features [N, D] that combinations of tokens give, both less the features' mean."""
+    centre = features.mean(0)
+    features, tokens = features - centre, tokens - centre
     values, vectors = np.linalg.eigh(tokens @ tokens.T)  # of K x K, which is faster than the tokens' singular vectors
     held = values > 1e-10 * values[-1]
     basis = (vectors[:, held] / np.sqrt(values[held])).T @ tokens
     rest = features - features @ basis.T @ basis
-    return float(1 - (rest**2).sum() / ((features - features.mean(0)) ** 2).sum())
+    return float(1 - (rest**2).sum() / (features**2).sum())
 
 
 def nearest(features: np.ndarray, tokens: np.ndarray) -> float:
@@ -299,8 +302,6 @@ def draw_measures(rows: list[dict[str, Any]]) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
         axes.set(xlabel="tokens of 256", title=title)
-        if axes.get_ylim()[0] < 0:  # worse than the mean feature, as of a smaller picture
-            axes.set_ylim(0, 1.02)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(handles=lines, loc="outside right center", frameon=False, fontsize=9)
     return figure
@@ -318,7 +319,7 @@ def table(rows: list[dict[str, Any]], measure: str) -> str:
             one = own[budget]
             text = f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
             sure = one.get("more_than_random", {})
-            better, worse = sure.get("low", 0) > 0, sure.get("high", 0) < 0
+            better, worse = sure.get("low", 0) > 1e-9, sure.get("high", 0) < -1e-9  # means of shares are not exact
             cells.append(f"**{text}**" if better and kind != BEST else f"{text} ↓" if worse else text)
         lines.append(cells)
     return f"**{MEASURES[measure].capitalize()}**\n\n{markdown(['reducer', *map(str, BUDGETS)], lines)}\n"

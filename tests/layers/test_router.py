@@ -13,7 +13,7 @@ SETTINGS = [
     {"num_selected": 3},
     {"num_selected": 3, "normalize": True, "scale": 1.5},
     {"num_selected": 2, "scoring": "sigmoid", "normalize": True},
-    {"num_selected": 1, "normalize": True, "scale": 2.0},  # a single weight is not normalised
+    {"num_selected": 1, "normalize": True, "scale": 2.0},  # the weight is 2
     {"num_selected": 3, "selection": "group_limited_greedy", "num_groups": 4, "num_selected_groups": 2, "scale": 16.0},
     {"num_selected": 3, "selection": "noaux_tc", "scoring": "sigmoid", "normalize": True, "scale": 2.0},
     {
@@ -50,7 +50,7 @@ def routed(x, params, settings):
     chosen = np.argsort(ranking)[-settings["num_selected"] :]
     weights = np.zeros(EXPERTS)
     weights[chosen] = scores[chosen]
-    if settings.get("normalize") and settings["num_selected"] > 1:
+    if settings.get("normalize"):
         weights /= weights.sum()
     return weights * settings.get("scale", 1.0), scores
 

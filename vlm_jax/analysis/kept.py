@@ -1,7 +1,7 @@
 """What training-free reducers keep of an encoder's features, or of a release's visual tokens."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,28 @@ from matplotlib.figure import Figure
 from vlm_jax.config import ConfigError, choose, parse
 from vlm_jax.pretrained.pretrained import Pretrained
 from vlm_jax.reducers import REDUCERS
-from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.types import Array, Config, Grid, Params, VisualFeatures
 
+
+def _chooses(cls: type[Any] | None, kind: str) -> TypeGuard[type[Any]]:
+    if cls is None or kind == "downsample_image":
+        return False
+    return cls.reduces_in != "decoder" and cls.guided_by is None
+
+
 # Reducers that choose among features or tokens; the others need a prompt or its question, or change the image.
-CHOOSING: dict[str, type[Reducer]] = {
-    kind: found
-    for kind, found in REDUCERS.items()
-    if found is not None and found.reduces_in != "decoder" and found.guided_by is None and kind != "downsample_image"
-}
+CHOOSING: dict[str, type[Any]] = {kind: cls for kind, cls in REDUCERS.own.items() if _chooses(cls, kind)}
+
+
+def choosing(kind: str) -> type[Any]:
+    """The class of a kind of `CHOOSING`, or of one of another package that chooses too.
+
+    Raises:
+      ConfigError: no such kind.
+    """
+    if kind in CHOOSING:
+        return CHOOSING[kind]
+    return choose({other: cls for other, cls in REDUCERS.items() if _chooses(cls, other)}, kind, "reducer")
 
 
 class Kept(NamedTuple):
@@ -54,7 +67,7 @@ def reduced_features(
       encoder: of images of one size.
       params: its parameters, boxed or not; those of the encoder without the reducer.
       images: normalised pixels.
-      kind: a key of `CHOOSING`.
+      kind: as of `choosing`.
       budget: features to leave of each image.
       settings: fields of the reducer.
       key: of what `random` draws, another subset for each image; its fixed one without.
@@ -63,7 +76,7 @@ def reduced_features(
       ConfigError: unknown kind or settings, or an encoder without a field that the reducer needs.
       InfeasibleBudget: the budget cannot be met.
     """
-    reducer_class = choose(CHOOSING, kind, "reducer")
+    reducer_class = choosing(kind)
     depth = getattr(encoder, "num_blocks", 0)
     solved = reducer_class.for_budget(budget, encoder.grid(*images.shape[1:3]), depth)
     reducer = parse(reducer_class, dict(settings or {}), "reducer", **solved)
@@ -97,7 +110,7 @@ def kept_of_release(
     Args:
       model: with an encoder, a connector and a decoder.
       image: normalised pixels of a tile.
-      kind: a key of `CHOOSING`.
+      kind: as of `choosing`.
       budget: tokens to keep of a tile.
 
     Returns:
@@ -106,7 +119,7 @@ def kept_of_release(
     Raises:
       ConfigError, InfeasibleBudget: as `Pretrained.with_budget`, or an unknown kind.
     """
-    choose(CHOOSING, kind, "reducer")
+    choosing(kind)
     module = model.module
     grid = module.connector.token_grid(module.encoder.grid(*image.shape[1:3]))
     if grid is None:

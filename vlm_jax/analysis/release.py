@@ -86,7 +86,7 @@ def analyse_release(
     Args:
       model: a tower, a two-tower model, a classifier, or a vision-language model of images of one size.
       pictures: at least one; attention distances are averaged over all.
-      reducers: kinds of `kept.CHOOSING`; on a tower they act on its features, on a vision-language model as
+      reducers: kinds as of `kept.choosing`; on a tower they act on its features, on a vision-language model as
         `config.reducer`.
       token_budget: features or tokens that these keep; a quarter when None.
       num_projections, num_components, batch_size: as in `analyse`; projections are at most the tokens' width.

@@ -138,7 +138,8 @@ def check_model(config: RunConfig, *, unset: bool = False) -> None:
 def _check_released(config: RunConfig, unset: bool) -> None:
     """The sections that change a release, where a kind of None is the release's own."""
     for key, table in (("reducer", REDUCERS), ("connector", CONNECTORS)):
-        if config[key].get("kind") is not None:
-            check_kind({"none": None, **table}, config[key], f"config.{key}", unset=unset)
+        kind = config[key].get("kind")
+        if kind is not None:
+            check_kind({"none": None} if kind == "none" else table, config[key], f"config.{key}", unset=unset)
     check_values(ReleaseProcessorSettings, config.processor, "config.processor", unset=unset)
     check_values(RowSettings, config.row, "config.row", unset=unset)

@@ -17,12 +17,12 @@ from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Count, Size
 
 RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisation/name on the Hugging Face hub.")
-IMAGE = flags.DEFINE_multi_string("image", [], "An image; repeatable. The first is drawn.")
+IMAGE = flags.DEFINE_multi_string("image", None, "An image; repeatable. The first is drawn.")
 OUTPUT = flags.DEFINE_string("output", None, "The folder of the report, local or gs://; created if missing.")
 REDUCERS = flags.DEFINE_list(
     "reducers",
     ["random", "uniform_stride", "divprune"],
-    f"Reducers whose choice is drawn, of {', '.join(CHOOSING)}; empty for none.",
+    f"Reducers whose choice is drawn, as {', '.join(CHOOSING)}; empty for none.",
 )
 TOKEN_BUDGET = numbers.define(
     "token_budget", Size, None, "Tokens that --reducers keep of an image, or of a tile; a quarter if unset."
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         model = vlm_jax.from_pretrained(str(RELEASE.value), dtype=DTYPE.value, image_size=IMAGE_SIZE.value)
         analysis = analyse_release(
             model,
-            list(IMAGE.value),
+            list(IMAGE.value or ()),
             reducers=REDUCERS.value,
             token_budget=TOKEN_BUDGET.value,
             num_projections=PROJECTIONS.value,

@@ -54,7 +54,7 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
       query_latent_dim, content_dim, rope_dim, value_dim, logit_scale: as in `LatentAttention`.
       attention_bias: `use_bias` of `LatentAttention`.
       scoring, selection, num_groups, num_selected_groups: as in `Router`.
-      normalize_weights, weight_scale: `normalize` and `scale` of `Router`.
+      normalize_weights, weight_scale: `normalize` (of more than one expert) and `scale` of `Router`.
       balance_weight, balance_over: as in `Router`.
       rope: how positions become rotary angles.
       norm_epsilon: epsilon of the RMSNorms of the blocks and of the last one.
@@ -155,7 +155,7 @@ class Deepseek(DropsTokens, LinearHead, nn.Module):
                 "selection": self.selection,
                 "num_groups": self.num_groups,
                 "num_selected_groups": self.num_selected_groups,
-                "normalize": self.normalize_weights,
+                "normalize": self.normalize_weights and self.num_selected > 1,
                 "scale": self.weight_scale,
                 "balance_weight": self.balance_weight,
                 "balance_over": self.balance_over,

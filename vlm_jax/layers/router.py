@@ -39,7 +39,7 @@ class Router(nn.Module):
         of their top two. The bias is used for selection only; it has no gradient.
       num_groups, num_selected_groups: groups of experts and how many of them are available to a token; 1 and
         1 mean no groups.
-      normalize: with several experts, divides the selected scores by their sum.
+      normalize: divides the selected scores by their sum.
       scale: factor of the weights.
       balance_weight: factor of the balance loss; 0 for none.
       balance_over: shares and means are over a row (`sequence`), averaged over rows, or over the `batch`.
@@ -77,7 +77,7 @@ class Router(nn.Module):
         scores = jax.nn.softmax(logits) if self.scoring == "softmax" else jax.nn.sigmoid(logits)
         expert = jax.lax.top_k(self._ranking(scores), self.num_selected)[1]
         weight = jnp.take_along_axis(scores, expert, axis=-1)
-        if self.normalize and self.num_selected > 1:
+        if self.normalize:
             weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
         if self.balance_weight and not self.is_initializing():
             self.sow(LOSSES, "balance", self.balance_weight * self._imbalance(scores, expert))

@@ -57,7 +57,8 @@ def with_budget(
         CLIP, which become the model's `guide`. Where positions have three axes, tokens keep theirs
         unless the section says otherwise. `downsample_image` shows the encoder fewer pixels, of each tile as it is
         made as released, and is a bound for a packed picture.
-      connector: takes the place of the release's own; its parameters are drawn anew.
+      connector: takes the place of the release's own; its parameters are drawn anew. One without levels leaves out
+        what the release adds to its decoder's first layers (DeepStack).
       path: of the config that the sections are from, for messages.
 
     Raises:
@@ -139,6 +140,11 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: Fie
     solved = connector_class.for_budget(budget, grid, **asked)
     rest = {key: value for key, value in section.items() if key not in asked}
     dtypes = {"dtype": released.dtype, "param_dtype": released.param_dtype}  # type: ignore[union-attr]
+    encoder, levels = model.encoder, getattr(released, "levels", 0)
+    if levels and hasattr(connector_class, "levels"):
+        rest.setdefault("levels", levels)
+    elif levels:  # which this connector does not read
+        encoder = encoder.clone(levels=())  # type: ignore[union-attr]
     made = parse_kind(CONNECTORS, rest, path, **solved, features=decoder.width, **dtypes)  # type: ignore[union-attr]
     learned, drawn = model.learned_rows, ["connector"]
     if learned == "connector":  # rows of the release's own connector, which is replaced
@@ -151,7 +157,7 @@ def _with_connector(system: System, model: VLM, tokens: int | None, section: Fie
         views = views.within(tokens)
     return dataclasses.replace(
         system,
-        model=model.clone(connector=made, learned_rows=learned),
+        model=model.clone(encoder=encoder, connector=made, learned_rows=learned),
         make_processor=_returning(dataclasses.replace(processor, views=views)),
         release=None if system.release is None else system.release.without(*drawn),
     )

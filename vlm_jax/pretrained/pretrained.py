@@ -21,7 +21,7 @@ from vlm_jax.generation.text import Completion, check_function, check_strings
 from vlm_jax.models.two_tower import Embeddings, TwoTower
 from vlm_jax.pretrained.budgets import Section, with_budget
 from vlm_jax.pretrained.family import PretrainedError, marker
-from vlm_jax.pretrained.processing import IMAGE_TEXT_PROCESSORS, image_text
+from vlm_jax.pretrained.processing import has_image_text_processor, image_text
 from vlm_jax.pretrained.processing.settings import write_image_size
 from vlm_jax.processors.conversation import Conversation, Picture, Video
 from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document_blocks
@@ -335,7 +335,7 @@ class Pretrained:
 
     def _resized_views(self) -> SquareViews | None:
         """The views of a model that was resized at load and has a processor; else None, which keeps its files."""
-        if self.image_size is None or marker(self.config) not in IMAGE_TEXT_PROCESSORS:
+        if self.image_size is None or not has_image_text_processor(marker(self.config)):
             return None
         try:
             images = self.processor.images

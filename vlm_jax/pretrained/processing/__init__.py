@@ -119,6 +119,11 @@ PROCESSORS = Registry("register_family", _CONVERSATIONS, lacking_of_function(Mak
 IMAGE_TEXT_PROCESSORS = Registry("register_family", _IMAGE_TEXT, lacking_of_function(MakesImageTextProcessor))
 
 
+def has_image_text_processor(name: str) -> bool:
+    """Whether a model type has no conversations; of own model types it loads no plug-in."""
+    return name not in PROCESSORS.own and name in IMAGE_TEXT_PROCESSORS
+
+
 def read_processor(
     folder: Path, config: Config, model: nn.Module, image_size: int | None
 ) -> Processor | ImageTextProcessor:
@@ -136,7 +141,7 @@ def read_processor(
       TokenizerError, ChatTemplateError: the folder has no tokenizer, or no chat template.
     """
     name = marker(config)
-    if name in IMAGE_TEXT_PROCESSORS:
+    if has_image_text_processor(name):
         made = IMAGE_TEXT_PROCESSORS[name](folder, config, model)
         if image_size is not None and isinstance(made.images, SquareInputs):
             made = dataclasses.replace(made, images=made.images.at((image_size, image_size)))
@@ -210,7 +215,8 @@ def end_ids(folder: Path, config: Config, model: nn.Module) -> tuple[int, ...]:
       TokenizerError: the vocabulary lacks one of the processor's.
     """
     name, path = marker(config), folder / "generation_config.json"
-    processor = PROCESSORS[name](folder, config) if name in PROCESSORS else None
+    has_none = has_image_text_processor(name) or name not in PROCESSORS
+    processor = None if has_none else PROCESSORS[name](folder, config)
     tokenizer = Tokenizer.from_folder(folder) if processor is None else processor.tokenizer
     stated = read_config(folder, name=path.name) if path.exists() else {}
     own = () if processor is None else processor.end_tokens

@@ -38,9 +38,9 @@ QWEN3_VIDEO_TOKENS = 768
 # transformers, models/qwen2_5_vl/configuration_qwen2_5_vl.py, Qwen2_5_VLVisionConfig.
 QWEN2_5_DEFAULTS = {"tokens_per_second": 4, "window_size": 112}
 TOKENS: dict[Kind, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-# QwenLM/Qwen3-VL, qwen-vl-finetune, data_processor.py, preprocess_qwen_visual.
 # The template's own tags stay around all parts of a video: processing_qwen3_vl.py, replace_video_token.
 QWEN3_PART = "<{seconds} seconds><|vision_start|><|video_pad|><|vision_end|>"
+# QwenLM/Qwen3-VL, qwen-vl-finetune, data_processor.py, preprocess_qwen_visual.
 LEARNED = Learned(end="<|im_end|>\n", crossing=False)
 
 
