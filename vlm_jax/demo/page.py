@@ -1,0 +1,155 @@
+"""The page of `cli.demo`, in Gradio."""
+
+import html
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import gradio as gr
+
+from vlm_jax.demo.comparison import comparison
+from vlm_jax.demo.trial import Answer, Progress, Trial, TrialError
+
+LOG = logging.getLogger(__name__)
+CSS = Path(__file__).with_name("page.css")
+FONTS, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # nothing is fetched from other sites
+HEADS = ("", "At the budget", "Full budget", "Ratio")
+FAILED = "The question was not answered; the log of the server has the cause."
+
+
+def make_app(trial: Trial, *, token_budget: int | None = None, reducer: str | None = None) -> fastapi.FastAPI:
+    """The application with the page.
+
+    Args:
+      trial: answers the questions; its queue is stopped with the application.
+      token_budget, reducer: what the slider and the menu show first; a ninth of the tokens, and the first of
+        `trial.PREFERRED` that suits the release, when None.
+    """
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    return gr.mount_gradio_app(
+        app,
+        make_page(trial, token_budget=token_budget, reducer=reducer),
+        "/",
+        footer_links=[],
+        ssr_mode=False,
+        max_file_size=trial.service.settings.max_body_bytes,
+        theme=gr.themes.Default(font=FONTS, font_mono=MONOSPACE),
+        css_paths=[CSS],
+    )
+
+
+def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | None = None) -> gr.Blocks:
+    """The page; arguments as of `make_app`."""
+    name, kind = trial.service.name, reducer or trial.initial_reducer
+    most = trial.most_tokens(kind)
+    with gr.Blocks(title=f"{name} · vlm_jax", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(f"# {html.escape(name)}")
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=300):
+                picture = gr.Image(
+                    label="Picture",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=280,
+                    elem_id="picture",
+                )
+                # Gradio would open the file itself; a file that is no picture, or a huge one, is told by `ask`.
+                picture.preprocess = _path
+                question = gr.Textbox(label="Question", placeholder="What does the sign say?", elem_id="question")
+                budget = gr.Slider(
+                    1,
+                    most,
+                    value=min(token_budget or max(1, most // 9), most),
+                    step=1,
+                    label="token_budget",
+                    info=trial.unit(kind),
+                    elem_id="budget",
+                )
+                menu = gr.Dropdown(list(trial.reducers), value=kind, label="Reducer", filterable=False, elem_id="menu")
+                with gr.Row():
+                    asks = gr.Button("Ask", variant="primary", min_width=100, elem_id="ask")
+                    stops = gr.Button("Stop", min_width=100, elem_id="stop")
+            with gr.Column(min_width=300):
+                message = gr.HTML(_stage(""), elem_id="message")
+                answer = gr.Textbox(label="Answer at the budget", lines=2, interactive=False, elem_id="answer")
+                full = gr.Textbox(label="Answer at the full budget", lines=2, interactive=False, elem_id="full")
+                table = gr.HTML(_table(Answer(), Answer()), elem_id="comparison")
+                drawing = _drawing("What was kept, and boxes of the answer", "drawing")
+                caption = gr.Markdown(visible=False, elem_id="caption")
+                full_drawing = _drawing("Boxes of the answer at the full budget", "full_drawing")
+
+        shown = [message, answer, full, table, drawing, caption, full_drawing]
+
+        def ask(source: str | None, text: str, tokens: int, chosen: str) -> Iterator[list[Any]]:
+            yield _updates(Progress("Reading the picture"))
+            try:
+                for progress in trial.ask(source, text, int(tokens), chosen):
+                    yield _updates(progress)
+            except TrialError as error:
+                yield [_failed(str(error)), *[gr.skip()] * (len(shown) - 1)]
+            except Exception:  # XLA's errors, as for lack of memory; the next question may be answered
+                LOG.exception("a question failed")
+                yield [_failed(FAILED), *[gr.skip()] * (len(shown) - 1)]
+
+        def chosen_reducer(chosen: str, tokens: int) -> Any:
+            most = trial.most_tokens(chosen)
+            return gr.Slider(maximum=most, value=min(int(tokens), most), info=trial.unit(chosen))
+
+        given = [picture, question, budget, menu]
+        options = {"show_progress": "hidden", "api_visibility": "private"}
+        asking = [event(ask, given, shown, **options) for event in (asks.click, question.submit)]
+        stops.click(lambda: _stage("Stopped"), None, message, cancels=asking, **options)
+        menu.change(chosen_reducer, [menu, budget], budget, **options)
+    page.queue(default_concurrency_limit=1, max_size=trial.service.settings.max_requests)  # times are of one question
+    return page
+
+
+def _path(payload: Any) -> str | None:
+    """The path of an uploaded file."""
+    return None if payload is None else payload.path
+
+
+def _drawing(label: str, name: str) -> gr.Image:
+    return gr.Image(
+        label=label,
+        alt_text=label,
+        format="png",
+        type="pil",
+        interactive=False,
+        visible=False,
+        buttons=["download", "fullscreen"],
+        elem_id=name,
+    )
+
+
+def _updates(progress: Progress) -> list[Any]:
+    """The values of the components that an answer changes."""
+    return [
+        _stage(progress.stage),
+        progress.budget.text,
+        progress.full.text,
+        _table(progress.budget, progress.full),
+        gr.Image(value=progress.drawing, visible=progress.drawing is not None),
+        gr.Markdown(value=html.escape(progress.caption), visible=bool(progress.caption)),
+        gr.Image(value=progress.full_drawing, visible=progress.full_drawing is not None),
+    ]
+
+
+def _stage(text: str) -> str:
+    return f'<p class="stage" role="status">{html.escape(text)}</p>' if text else ""
+
+
+def _failed(text: str) -> str:
+    return f'<p class="failed" role="alert">{html.escape(text)}</p>'
+
+
+def _table(budget: Answer, full: Answer) -> str:
+    heads = "".join(f'<th scope="col">{head}</th>' for head in HEADS)
+    rows = "".join(
+        f'<tr><th scope="row">{what}</th>' + "".join(f"<td>{number}</td>" for number in numbers) + "</tr>"
+        for what, *numbers in comparison(budget, full)
+    )
+    return f"<table><caption>Without compilation</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
