@@ -34,10 +34,13 @@ CORE = [
 
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
+DEMO = ["fastapi>=0.115.2", "gradio>=6.0", "uvicorn>=0.40"]
+
 RAY = ["ray>=2.50"]
 
 EXTRAS = {
     "test": [
+        *DEMO,
         *RAY,
         *SERVE,
         "beartype>=0.22",
@@ -58,6 +61,7 @@ EXTRAS = {
     # The compiler of TPUs, libtpu, in the version of the installed jax; it runs on any CPU.
     "plan": ["jax[tpu]>=0.10.2"],
     "serve": [*SERVE],
+    "demo": [*DEMO],
     "ray": [*RAY],
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
@@ -74,6 +78,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["vlm_jax", "vlm_jax.*"]),
     package_data={
+        "vlm_jax.demo": ["page.css"],
         "vlm_jax.pretrained": ["released/*.json"],
         "vlm_jax.sweep": ["report.html", "report.css", "report.js"],
     },

@@ -81,8 +81,8 @@ def write(folder) -> None:
 def street() -> Image.Image:
     """A picture of a street with a sign at `BOX`, 480 x 360 pixels."""
     width, height = 480, 360
-    rows, cols = np.mgrid[:height, :width]
-    sky = np.stack([150 + rows // 6, 190 + rows // 8, 235 + 0 * rows], axis=-1)
+    rows, columns = np.mgrid[:height, :width]
+    sky = np.stack([150 + rows // 6, 190 + rows // 8, 235 + 0 * columns], axis=-1)
     picture = Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     draw.polygon([(0, 200), (110, 110), (230, 200)], fill=(96, 125, 104))

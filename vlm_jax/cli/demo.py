@@ -30,7 +30,9 @@ TOKEN_BUDGET = numbers.define(
 )
 REDUCER = flags.DEFINE_string("reducer", None, "What the menu shows first; visionzip if unset, where it suits.")
 MAX_NEW_TOKENS = numbers.define("max_new_tokens", Size, 128, "Maximum tokens of an answer.")
-MAX_LENGTH = numbers.define("max_length", Size, 16384, "Maximum tokens of a prompt with its answer, the image included.")
+MAX_LENGTH = numbers.define(
+    "max_length", Size, 16384, "Maximum tokens of a prompt with its answer, the image included."
+)
 CHUNK = numbers.define("chunk", Count, 4, "Maximum tokens between two pieces of an answer, and until Stop has effect.")
 MAX_QUESTIONS = numbers.define("max_questions", Count, 32, "Maximum questions that wait; they are answered in order.")
 MAX_BUDGETS = numbers.define("max_budgets", Count, 128, "Different pairs of token_budget and reducer until it ends.")
@@ -72,7 +74,11 @@ def main(argv: list[str]) -> None:
         made = pages.make_app(trial, token_budget=TOKEN_BUDGET.value, reducer=REDUCER.value)
         logging.getLogger("vlm_jax").info("the page's reducers: %s", ", ".join(trial.reducers))
         config = uvicorn.Config(
-            made, host=HOST.value, port=PORT.value, timeout_graceful_shutdown=SHUTDOWN_SECONDS.value, server_header=False
+            made,
+            host=HOST.value,
+            port=PORT.value,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS.value,
+            server_header=False,
         )
         try:
             uvicorn.Server(config).run()

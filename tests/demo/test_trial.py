@@ -1,0 +1,95 @@
+"""Questions without a browser: answers equal those of `cli.generate`, what was kept, and bad input."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.contracts.releases import make
+from tests.demo import scripted
+from vlm_jax.demo.comparison import comparison
+from vlm_jax.demo.kept import kept_boxes, kept_tokens
+from vlm_jax.demo.trial import Answer, Trial, TrialError
+from vlm_jax.serve.service import ServeSettings
+
+QUESTION = "What does the sign say?"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make("llava", tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def trial(model):
+    settings = ServeSettings(max_batch=1, num_batches=1, batch_wait=0.0, max_new_tokens=6, max_pixels=400_000)
+    made = Trial("llava", model, settings)
+    yield made
+    made.service.batcher.stop()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("picture") / "street.png"
+    scripted.street().save(path)
+    return path
+
+
+def message():
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+
+
+@pytest.mark.parametrize(("reducer", "counts"), [("uniform_stride", (4,)), ("fastv", (16, 4))])
+def test_answers_are_those_of_generate(trial, model, picture, reducer, counts):
+    """`cli.generate` prints what `Pretrained.generate` returns."""
+    *_, last = trial.ask(picture, QUESTION, 4, reducer)
+    expected = model.with_budget(4, reducer=reducer).generate(message(), [picture], max_new_tokens=6)
+    whole = model.generate(message(), [picture], max_new_tokens=6)
+    assert (last.budget.text, last.full.text) == (expected.text, whole.text)
+    assert last.budget.visual_tokens == expected.visual_tokens == counts
+    assert last.full.visual_tokens == (16,) and last.stage == ""
+    assert 0 < last.budget.first_seconds <= last.budget.seconds
+
+
+def test_uniform_stride_keeps_every_fourth_token(model, picture):
+    """Of 16 tokens 0, 4, 8, 12: the left column of the 4 x 4 grid; the picture is 480 x 360, its square 60 to 420."""
+    reduced = model.with_budget(4, reducer="uniform_stride")
+    batch = reduced.system.processor(message(), [picture])
+    assert kept_tokens(reduced.system, model.params, batch).tolist() == [0, 4, 8, 12]
+    boxes = kept_boxes(model.system, reduced.system, model.params, batch, (360, 480))
+    expected = [(60, 0, 150, 90), (60, 90, 150, 180), (60, 180, 150, 270), (60, 270, 150, 360)]
+    np.testing.assert_allclose(boxes, expected, atol=16)  # a tile of 16 pixels is 21 x 16 before its crop
+
+
+@pytest.mark.parametrize("reducer", ["fastv", "pyramid_drop", "visionzip"])
+def test_as_many_tokens_are_kept_as_the_budget_has(model, picture, reducer):
+    reduced = model.with_budget(5, reducer=reducer)
+    batch = reduced.system.processor(message(), [picture])
+    kept = kept_tokens(reduced.system, model.params, batch)
+    assert len(set(kept.tolist())) == 5 and set(kept.tolist()) <= set(range(16))
+
+
+def test_bad_input_has_a_message(trial, picture, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    Image.new("RGB", (1000, 500)).save(tmp_path / "huge.png")
+    for source, text, tokens, reducer, told in (
+        (None, QUESTION, 4, "random", "no picture yet"),
+        (picture, "  ", 4, "random", "no question yet"),
+        (tmp_path / "a.png", QUESTION, 4, "random", "unknown image format"),
+        (tmp_path / "huge.png", QUESTION, 4, "random", "500x1000 pixels, more than max_pixels=400000"),
+        (picture, QUESTION, 17, "random", "[Tt]oken.budget"),
+        (picture, QUESTION, 5, "none", "[Tt]oken.budget"),
+    ):
+        with pytest.raises(TrialError, match=told):
+            list(trial.ask(source, text, tokens, reducer))
+    assert list(trial.ask(picture, QUESTION, 4, "random"))[-1].full.num_tokens > 0
+
+
+def test_the_table_has_ratios_of_tokens_and_seconds():
+    budget = Answer("a", (16, 4), 3, 0.5, 1.0, completion=object())
+    full = Answer("b", (16,), 5, 1.0, 4.0, completion=object())
+    assert comparison(budget, full) == [
+        ("Visual tokens", "16 → 4", "16", "4 ×"),
+        ("Seconds to the first text", "0.5", "1", "2 ×"),
+        ("Seconds in all", "1", "4", "4 ×"),
+        ("Tokens of the answer", "3", "5", ""),
+    ]
