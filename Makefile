@@ -24,6 +24,10 @@ TORCH ?= torch==2.13.0
 # in a folder of its own, which only tests/parity/conftest.py puts on the path.
 TORCHVISION ?= torchvision==0.28.0
 
+# A headless Chromium for the page of cli.demo, from the npm registry; with CHROMIUM=/usr/bin/chromium in the environment
+# the tests use that one instead.
+BROWSER ?= @sparticuz/chromium@153.0.0
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 
@@ -42,7 +46,7 @@ parity: $(VENV)/.parity  ## against live torch models
 golden: $(VENV)/.test  ## against arrays of the official implementations
 	$(BIN)/python -m pytest -n 2 $(UNCHECKED) tests/golden $(ARGS)
 
-processes: $(VENV)/.test  ## commands and notebooks as processes: killed, full disks, several hosts; ten seconds a fuzz target
+processes: $(VENV)/.test $(VENV)/.browser  ## commands and notebooks as processes: killed, full disks, several hosts; ten seconds a fuzz target
 	$(BIN)/python -m pytest $(PYTEST) tests/processes $(ARGS)
 	$(BIN)/python -m pytest -n 2 tests/fuzz $(ARGS)
 
@@ -76,6 +80,12 @@ $(VENV)/.core: setup.py | $(BIN)/python
 
 $(VENV)/.test: setup.py | $(BIN)/python
 	$(PIP) --editable '.[test]'
+	touch $@
+
+$(VENV)/.browser: Makefile | $(BIN)/python
+ifeq ($(CHROMIUM),)
+	npm install --prefix $(VENV)/browser --ignore-scripts --no-audit --no-fund --loglevel=error '$(BROWSER)'
+endif
 	touch $@
 
 $(VENV)/.docs: setup.py | $(BIN)/python

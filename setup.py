@@ -48,7 +48,9 @@ EXTRAS = {
         "ipykernel>=6.29",
         "nbclient>=0.10.2",
         "nbformat>=5.10",
+        "brotli>=1.1",  # unpacks the browser of tests/processes/browser.py
         "openai>=3.0",
+        "playwright>=1.50",
         "pytest>=8.4",
         "pytest-xdist>=3.6",
     ],

@@ -130,7 +130,7 @@ class Trial:
         return next(kind for kind in PREFERRED if kind in self.reducers)
 
     def most_tokens(self, reducer: str) -> int:
-        """The largest token budget that has an effect: of a tile with a reducer, else of an image with all its tiles."""
+        """The largest budget with an effect: of a tile with a reducer, else of an image with all its tiles."""
         views = self._model.system.processor.views
         if reducer != NONE and isinstance(views, Tiles):
             return views.tile_tokens
