@@ -9,6 +9,7 @@ from tests.demo import scripted
 from vlm_jax.demo.comparison import comparison
 from vlm_jax.demo.kept import kept_boxes, kept_tokens
 from vlm_jax.demo.trial import Answer, Trial, TrialError
+from vlm_jax.generation.text import Completion
 from vlm_jax.serve.service import ServeSettings
 
 QUESTION = "What does the sign say?"
@@ -51,13 +52,14 @@ def test_answers_are_those_of_generate(trial, model, picture, reducer, counts):
 
 
 def test_uniform_stride_keeps_every_fourth_token(model, picture):
-    """Of 16 tokens 0, 4, 8, 12: the left column of the 4 x 4 grid; the picture is 480 x 360, its square 60 to 420."""
+    """Of 16 tokens 0, 4, 8, 12: the left column of the 4 x 4 grid; of 480 x 360 pixels, resized to 21 x 16, columns 2 to 18."""
     reduced = model.with_budget(4, reducer="uniform_stride")
     batch = reduced.system.processor(message(), [picture])
     assert kept_tokens(reduced.system, model.params, batch).tolist() == [0, 4, 8, 12]
     boxes = kept_boxes(model.system, reduced.system, model.params, batch, (360, 480))
-    expected = [(60, 0, 150, 90), (60, 90, 150, 180), (60, 180, 150, 270), (60, 270, 150, 360)]
-    np.testing.assert_allclose(boxes, expected, atol=16)  # a tile of 16 pixels is 21 x 16 before its crop
+    left, right = 2 * 480 / 21, 6 * 480 / 21
+    expected = [(left, top, right, top + 90) for top in (0, 90, 180, 270)]
+    np.testing.assert_allclose(boxes, expected, atol=2)
 
 
 @pytest.mark.parametrize("reducer", ["fastv", "pyramid_drop", "visionzip"])
@@ -85,8 +87,8 @@ def test_bad_input_has_a_message(trial, picture, tmp_path):
 
 
 def test_the_table_has_ratios_of_tokens_and_seconds():
-    budget = Answer("a", (16, 4), 3, 0.5, 1.0, completion=object())
-    full = Answer("b", (16,), 5, 1.0, 4.0, completion=object())
+    done = Completion("a", (1, 2, 3), "end")
+    budget, full = Answer("a", (16, 4), 3, 0.5, 1.0, done), Answer("b", (16,), 5, 1.0, 4.0, done)
     assert comparison(budget, full) == [
         ("Visual tokens", "16 → 4", "16", "4 ×"),
         ("Seconds to the first text", "0.5", "1", "2 ×"),

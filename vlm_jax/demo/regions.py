@@ -98,7 +98,7 @@ def _lines(views: Tiles, size: Size) -> Iterator[tuple[Line, Line]]:
         )
 
 
-def _tiles(views: Tiles, values: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "tiles height width"]:
+def _tiles(views: Tiles, values: Float[np.ndarray, "height width"]) -> Float[np.ndarray, "tiles rows cols"]:
     """The first channel of the tiles of a grey picture with values from 0 to 1."""
     picture = Image.fromarray(np.rint(values * LEVELS).astype(np.uint8))
     (prepared,) = views.images([picture if views.channels == 1 else picture.convert("RGB")])  # type: ignore[attr-defined]
