@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.advice import tried
 from tests.contracts.releases import make
 from tests.demo import scripted
+from tests.processes.alphabet import write
+from vlm_jax import from_pretrained
+from vlm_jax.config import ConfigError
 from vlm_jax.demo.comparison import comparison
 from vlm_jax.demo.kept import kept_boxes, kept_tokens
 from vlm_jax.demo.trial import Answer, Trial, TrialError
 from vlm_jax.generation.text import Completion
 from vlm_jax.serve.service import ServeSettings
+from vlm_jax.system import UnsupportedError
 
 QUESTION = "What does the sign say?"
 
@@ -52,7 +57,10 @@ def test_answers_are_those_of_generate(trial, model, picture, reducer, counts):
 
 
 def test_uniform_stride_keeps_every_fourth_token(model, picture):
-    """Of 16 tokens 0, 4, 8, 12: the left column of the 4 x 4 grid; of 480 x 360 pixels, resized to 21 x 16, columns 2 to 18."""
+    """Of 16 tokens 0, 4, 8, 12: the left column of the 4 x 4 grid.
+
+    The 480 x 360 pixels are resized to 21 x 16, of which the tile has columns 2 to 18.
+    """
     reduced = model.with_budget(4, reducer="uniform_stride")
     batch = reduced.system.processor(message(), [picture])
     assert kept_tokens(reduced.system, model.params, batch).tolist() == [0, 4, 8, 12]
@@ -74,8 +82,8 @@ def test_bad_input_has_a_message(trial, picture, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     Image.new("RGB", (1000, 500)).save(tmp_path / "huge.png")
     for source, text, tokens, reducer, told in (
-        (None, QUESTION, 4, "random", "no picture yet"),
-        (picture, "  ", 4, "random", "no question yet"),
+        (None, QUESTION, 4, "random", tried("There is no picture yet: choose one, or drop it on the page.")),
+        (picture, "  ", 4, "random", tried("There is no question yet: write one.")),
         (tmp_path / "a.png", QUESTION, 4, "random", "unknown image format"),
         (tmp_path / "huge.png", QUESTION, 4, "random", "500x1000 pixels, more than max_pixels=400000"),
         (picture, QUESTION, 17, "random", "[Tt]oken.budget"),
@@ -84,6 +92,33 @@ def test_bad_input_has_a_message(trial, picture, tmp_path):
         with pytest.raises(TrialError, match=told):
             list(trial.ask(source, text, tokens, reducer))
     assert list(trial.ask(picture, QUESTION, 4, "random"))[-1].full.num_tokens > 0
+
+
+def test_an_answer_that_takes_too_long_has_a_message(model, picture, trial):
+    late = Trial("llava", model, ServeSettings(max_batch=1, num_batches=1, max_new_tokens=6, request_seconds=1e-9))
+    try:
+        with pytest.raises(TrialError, match=tried("{}; raise --answer_seconds")):
+            list(late.ask(picture, QUESTION, 4, "random"))
+    finally:
+        late.service.batcher.stop()
+    assert trial.service.settings.request_seconds == 600.0
+    assert list(trial.ask(picture, QUESTION, 4, "random"))[-1].stage == ""
+
+
+def test_a_release_without_pictures_is_refused(tmp_path, model):
+    write(tmp_path)
+    with pytest.raises(UnsupportedError, match=tried("a language model without an encoder; pass a vision-language")):
+        Trial("alphabet", from_pretrained(tmp_path), ServeSettings())
+    assert "visionzip" in Trial("llava", model, ServeSettings()).reducers
+
+
+def test_a_reducer_that_does_not_suit_the_release_is_refused(trial, monkeypatch):
+    with pytest.raises(ConfigError, match="--reducer: no kind 'fastw'; did you mean 'fastv'"):
+        trial.check_reducer("fastw")
+    monkeypatch.setattr(trial, "reducers", ("none", "random"))
+    with pytest.raises(ConfigError, match=tried("does not suit this release; choose one of {none, random}")):
+        trial.check_reducer("visionzip")
+    trial.check_reducer("random")
 
 
 def test_the_table_has_ratios_of_tokens_and_seconds():

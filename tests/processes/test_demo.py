@@ -167,7 +167,6 @@ def test_help_has_all_flags_with_defaults():
     ("arguments", "message"),
     [
         (["--release=/none"], "CheckpointFileError"),
-        (["--release=/none", "--reducer=fastw"], "ConfigError: --reducer: no kind 'fastw'; did you mean 'fastv'"),
         (["--release=/none", "--max_pixels=0"], "flag --max_pixels=0: expected at least 1, got 0"),
     ],
 )

@@ -10,13 +10,12 @@ from absl import app, flags
 import vlm_jax
 from vlm_jax.cli import numbers
 from vlm_jax.cli.process import explained, keep_programs, quieten, show_flags
-from vlm_jax.config import ConfigError, choose
+from vlm_jax.config import ConfigError
 from vlm_jax.demo.trial import Trial
 from vlm_jax.generation.engine import CACHE_DTYPES
 from vlm_jax.paths import absolute
 from vlm_jax.pretrained.loader import DTYPES
 from vlm_jax.ranges import Bytes, Count, Natural, Positive, Size
-from vlm_jax.reducers import REDUCERS
 from vlm_jax.serve.service import ServeSettings
 
 RELEASE = flags.DEFINE_string("release", None, "A released folder, or organisation/name on the Hugging Face hub.")
@@ -64,13 +63,10 @@ def main(argv: list[str]) -> None:
             request_seconds=ANSWER_SECONDS.value,
             max_budgets=MAX_BUDGETS.value,
         )
-        if REDUCER.value is not None:
-            choose(REDUCERS, REDUCER.value, "--reducer")
         model = vlm_jax.from_pretrained(release, dtype=DTYPE.value, adapter=ADAPTER.value)
         trial = Trial(os.path.basename(absolute(release)), model, settings, cache_dtype=CACHE_DTYPE.value)
-        if REDUCER.value not in (None, *trial.reducers):
-            told = f"--reducer: {REDUCER.value} does not suit this release; choose one of {', '.join(trial.reducers)}"
-            raise ConfigError(told)
+        if REDUCER.value is not None:
+            trial.check_reducer(REDUCER.value)
         made = pages.make_app(trial, token_budget=TOKEN_BUDGET.value, reducer=REDUCER.value)
         logging.getLogger("vlm_jax").info("the page's reducers: %s", ", ".join(trial.reducers))
         config = uvicorn.Config(

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from vlm_jax.budget import InfeasibleBudget, InfeasibleGrid
-from vlm_jax.config import ConfigError
+from vlm_jax.config import ConfigError, choose
 from vlm_jax.demo.compilations import compilations
 from vlm_jax.demo.drawing import draw_kept, shown
 from vlm_jax.demo.kept import kept_boxes
@@ -128,6 +128,13 @@ class Trial:
     def initial_reducer(self) -> str:
         """The reducer that a page starts with."""
         return next(kind for kind in PREFERRED if kind in self.reducers)
+
+    def check_reducer(self, kind: str) -> None:
+        """Raises a ConfigError unless the release can have a reducer."""
+        choose(REDUCERS, kind, "--reducer")
+        if kind not in self.reducers:
+            told = f"--reducer: {kind} does not suit this release; choose one of {', '.join(self.reducers)}"
+            raise ConfigError(told)
 
     def most_tokens(self, reducer: str) -> int:
         """The largest budget with an effect: of a tile with a reducer, else of an image with all its tiles."""
