@@ -179,3 +179,13 @@ def test_a_server_needs_its_libraries(opened, monkeypatch):
         with pytest.raises(ConfigError, match=told):
             serve.libraries()
     assert callable(serve.libraries()[1].make_app)
+
+
+def test_a_page_needs_its_libraries(opened, monkeypatch):
+    demo = opened("demo")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "uvicorn", None)
+        told = tried("cli.demo: {uvicorn} is not installed: pip install 'vlm_jax[demo]'")
+        with pytest.raises(ConfigError, match=told):
+            demo.libraries()
+    assert callable(demo.libraries()[1].make_app)
