@@ -15,7 +15,7 @@ from tests.contracts.releases import CLIP, CROP, FOLDERS, HEAD, TEXT, Folder, ma
 
 BOX = (520, 300, 860, 780)  # in thousandths of the picture
 PIECES = (
-    *("The ", "red ", "sign ", "says ", '"', "STOP", '". ', "It is ", "here: "),
+    *("The ", "red ", "sign ", 'says "', "STOP", '". ', "It is ", "here: "),
     *("<ref>sign", "</ref>", "<box>(520,", "300),(", "860,", "780)", "</box>"),
 )
 ANSWER = "".join(PIECES)
