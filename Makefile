@@ -23,6 +23,9 @@ TORCH ?= torch==2.13.0
 # The release made for it; without what it asks for, so that it never brings another build of torch, and
 # in a folder of its own, which only tests/parity/conftest.py puts on the path.
 TORCHVISION ?= torchvision==0.28.0
+# Likewise without what it asks for, such as an earlier av; what it imports is in the extra parity. Only the process
+# and the tests of tests/parity/test_lmms_eval.py have its folder on the path.
+LMMS_EVAL ?= lmms-eval==0.7.3
 
 # A headless Chromium for the page of cli.demo, from the npm registry; with CHROMIUM=/usr/bin/chromium in the environment
 # the tests use that one instead.
@@ -99,5 +102,6 @@ $(VENV)/.dev: setup.py | $(BIN)/python
 $(VENV)/.parity: setup.py | $(BIN)/python
 	$(PIP) '$(TORCH)'
 	$(PIP) --no-deps --upgrade --target $(VENV)/torchvision '$(TORCHVISION)'
+	$(PIP) --no-deps --upgrade --target $(VENV)/lmms_eval '$(LMMS_EVAL)'
 	$(PIP) --editable '.[test,parity]'
 	touch $@

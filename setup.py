@@ -9,7 +9,8 @@ CORE = [
     "flax>=0.12.8",
     "grain>=0.2.18",
     "huggingface_hub>=1.0",
-    # Python 3.11 gets jax 0.10.2; Python 3.12 gets jax 0.12 or later. Both are tested.
+    # Python 3.11 gets jax 0.10.2; Python 3.12 gets jax 0.12 or later. Both are tested. With 0.10.0 the platform of a
+    # mesh is not known while a program is traced (tests/layers/test_platform.py).
     "jax>=0.10.2",
     "jaxtyping>=0.3.11",
     "jinja2>=3.1.6",
@@ -32,11 +33,15 @@ CORE = [
     "tokenizers>=0.21",
 ]
 
+# What lmms-eval 0.7 imports; the Makefile installs itself, without what else it asks for.
+LMMS_EVAL = ["accelerate>=1.0", "datasets>=4.0", "evaluate>=0.4", "filelock<4", "loguru>=0.7", "pytablewriter>=1.2"]
+LMMS_EVAL += ["pytz", "sacrebleu>=2.4", "tenacity>=9.0"]
+
 SERVE = ["starlette>=1.0", "uvicorn>=0.40"]
 
-DEMO = ["fastapi>=0.115.2", "gradio>=6.0", "uvicorn>=0.40"]
+RAY = ["ray[tune]>=2.50"]
 
-RAY = ["ray>=2.50"]
+DEMO = ["fastapi>=0.115.2", "gradio>=6.0", "uvicorn>=0.40"]
 
 EXTRAS = {
     "test": [
@@ -55,7 +60,13 @@ EXTRAS = {
         "pytest-xdist>=3.6",
     ],
     # Live reference models. The Makefile installs a fixed torch, and torchvision, first; see TORCH there.
-    "parity": ["peft>=0.19", "pyarrow>=17.0", "torch>=2.6", "transformers>=5.24"],
+    "parity": [
+        "peft>=0.19",
+        "pyarrow>=17.0",
+        "torch>=2.6",
+        "transformers>=5.24",
+        *LMMS_EVAL,
+    ],
     "docs": ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"],
     "dev": ["import-linter>=2.5", "pre-commit>=4.0", "pyright[nodejs]>=1.1.400", "ruff>=0.14"],
     "gpu": ["jax[cuda13]>=0.10.2"],
@@ -68,7 +79,7 @@ EXTRAS = {
     "parquet": ["pyarrow>=17.0"],
     "video": ["av>=14.0"],
     "wandb": ["wandb>=0.19"],
-    "eval": ["lmms-eval>=0.5"],
+    "eval": ["filelock<4", "lmms-eval>=0.7.3,<0.8"],  # harnesses/lmms_eval.py; which imports filelock._api
 }
 
 setuptools.setup(
@@ -86,4 +97,5 @@ setuptools.setup(
     },
     install_requires=CORE,
     extras_require=EXTRAS,
+    entry_points={"lmms_eval.models": ["vlm_jax = vlm_jax.harnesses.manifest:MANIFEST"]},
 )

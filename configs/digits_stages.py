@@ -48,9 +48,9 @@ def pretraining() -> ConfigDict:
     )
 
 
-def alignment() -> ConfigDict:
+def alignment(steps: int = 150) -> ConfigDict:
     """The connector alone learns to give the decoder what it reads as text."""
-    return ConfigDict(_stage("questions", 150, {"connector": 6e-3}))
+    return ConfigDict(_stage("questions", steps, {"connector": 6e-3}))
 
 
 def instruction() -> ConfigDict:

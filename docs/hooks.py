@@ -1,4 +1,4 @@
-"""The pages that are made while the documentation is built: config keys, commands, systems and the API.
+"""The pages that are made while the documentation is built: config keys, commands, systems, notebooks and the API.
 
 mkdocs calls `on_config` and `on_files`; no page made here is kept in the repository.
 """
@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 import config_keys  # noqa: E402 (found by the line above)
 import flag_tables  # noqa: E402
 import metric_tables  # noqa: E402
+import notebook_pages  # noqa: E402
 import system_tables  # noqa: E402
 from mkdocs.structure.files import File, Files  # noqa: E402
 
@@ -92,6 +93,11 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, path, content=page()))
     for path, source in FIGURES.items():
         files.append(File.generated(config, path, abs_src_path=str(ROOT / source)))
+    for name in notebook_pages.NAMES:
+        text, figures = notebook_pages.page(name)
+        files.append(File.generated(config, f"notebooks/{name}.md", content=text))
+        for file, content in figures.items():
+            files.append(File.generated(config, f"notebooks/{file}", content=content))
     for name in api_names():
         files.append(File.generated(config, f"reference/api/{name}.md", content=api_page(name)))
     files.append(File.generated(config, "reference/api/index.md", content=api_index()))

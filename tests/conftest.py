@@ -42,6 +42,7 @@ FIRST = (
     "tests/train/",
     "tests/sweep/",
     "tests/contracts/",
+    "tests/parity/test_lmms_eval.py",
     "tests/parity/test_training_benchmark.py",
     "tests/parity/test_generation_benchmark.py",
     "tests/processes/test_siglip.py",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from vlm_jax.checkpoints.release import Release
 from vlm_jax.generation.engine import prepared
+from vlm_jax.generation.likelihood import Likelihood, log_likelihoods
 from vlm_jax.generation.released import greedy_sampling
 from vlm_jax.generation.sampling import Sampling
 from vlm_jax.generation.text import Completion, complete
@@ -224,6 +225,35 @@ class System:
             if answer.visual_tokens and answer.visual_tokens[0] != entering:
                 raise AssertionError(f"{entering} visual tokens were laid out, the decoder got {answer.visual_tokens}")
         return answers
+
+    def log_likelihoods(
+        self,
+        params: Params,
+        conversations: Sequence[Conversation],
+        continuations: Sequence[str],
+        images: Sequence[Sequence[Picture]] = (),
+        videos: Sequence[Sequence[Video]] = (),
+        *,
+        processor_options: Fields | None = None,
+        names: Sequence[str] | None = None,
+        **options: Any,
+    ) -> list[Likelihood]:
+        """The likelihood of a text as the answer, or its start, to each conversation of a batch.
+
+        Args:
+          params, conversations, images, videos, processor_options, names: as of `answer`.
+          continuations: of every conversation; it follows the generation prompt as it is, so that a space between
+            them belongs to it, and no end token is added.
+          **options: other arguments of `generation.likelihood.log_likelihoods`.
+
+        Raises:
+          PromptError: not one text for each conversation, or an empty one.
+          GenerationError: as of `generation.likelihood.log_likelihoods`.
+        """
+        given = {"continuations": continuations, **(processor_options or {})}
+        batch = self.processor.batch(conversations, images, videos, **given)
+        names = names or [f"conversation {number}" for number in range(len(conversations))]
+        return log_likelihoods(self.model, params, batch, names=names, **options)
 
     def _sayable(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The ids in the model's vocabulary; a folder may list others."""

@@ -343,6 +343,8 @@ class Drop(NamedTuple):
       share: if given, the share of an image's initial tokens to keep instead of `num_kept`.
       rounding: rounds the share's number down, or to the nearest integer (halves to even).
       renumbers: positions are renumbered from 0 after it, without the dropped tokens.
+      pivots: if given, tokens are not ranked by attention: numbers of pivots among an image's tokens and in the text
+        after it, chosen by the keys of `ranked_by`; those least like them are kept. See `decoders.duplicates`.
     """
 
     layer: int
@@ -351,11 +353,15 @@ class Drop(NamedTuple):
     share: float | None = None
     rounding: Literal["down", "nearest"] = "down"
     renumbers: bool = False
+    pivots: tuple[int, int] | None = None
 
     def num_left(self, count: int) -> int:
         """Number of tokens after it of an image that enters the decoder with `count`."""
         if self.share is None:
             return min(self.num_kept, count)
+        if self.pivots is not None:  # every pivot takes as many, besides the image's own
+            of_all = sum(self.pivots)
+            return min(self.pivots[0] + of_all * int(count * self.share / of_all), count)
         return int(count * self.share) if self.rounding == "down" else round(count * self.share)
 
 

@@ -23,8 +23,9 @@ def get_config(arg: str = "") -> ConfigDict:
     digits_stages.set_sizes(config.base)
     stages = digits_stages.pretraining()
     stages.update({"alignment": digits_stages.alignment(), "instruction": digits_stages.instruction()})
-    for label, steps in (("adaptation", 250), ("long_adaptation", 500), ("resampler_adaptation", 800)):
+    for label, steps in (("adaptation", 250), ("long_adaptation", 500), ("resampler_adaptation", 600)):
         stages[label] = digits_stages.adaptation(steps)
+    stages["resampler_alignment"] = digits_stages.alignment(800)
     config.base.stages = stages
     config.base.schedule = SHARED
 
@@ -40,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "resampler": {
                 "budgets": (16,),
                 "connector": {"kind": "resampler", "num_heads": 4},
-                "schedule": ("resampler_adaptation",),
+                "schedule": ("resampler_alignment", "resampler_adaptation"),
             },
             "matryoshka": {
                 "budgets": NESTED,

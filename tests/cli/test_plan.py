@@ -156,6 +156,20 @@ def test_a_plan_is_printed_with_its_verdict():
     assert "does not fit: 4.00 GiB too much" in text and "not predicted: compiled for its memory alone" in text
 
 
+@pytest.mark.parametrize("peak", [12 * GIB, 20 * GIB])
+def test_a_search_in_which_nothing_fits_fails(flags, monkeypatch, capsys, peak):
+    found = [Candidate({"fsdp": 4}, "full", plan_of(peak, 16 * GIB, None)), Candidate({"data": 4}, "", None, "no")]
+    monkeypatch.setattr(plan, "search", lambda request, folder, working: found)
+    flags(search=True, release="Qwen/Qwen2.5-VL-7B-Instruct")
+    if peak > 16 * GIB:
+        with pytest.raises(SystemExit) as exited:
+            plan.main()
+        assert exited.value.code == 1
+    else:
+        plan.main()
+    assert f"{peak / GIB:.2f}" in capsys.readouterr().out
+
+
 def test_a_search_and_a_sweep_are_tables():
     found = [
         Candidate({"fsdp": 4, "tensor": 1}, "dots", plan_of(12 * GIB, 16 * GIB, 0.5)),

@@ -58,7 +58,7 @@ def solve(kind, budget, grid):
 
 
 def solve_for(kind, budget, grid, num_layers):
-    fields = {"layer": 1} if kind == "fastv" else {}
+    fields = {"layer": 1} if kind in ("fastv", "dart") else {}
     return small(REDUCERS[kind], **REDUCERS[kind].for_budget(budget, grid, num_layers), **fields)
 
 

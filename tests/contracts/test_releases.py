@@ -19,10 +19,12 @@ from .releases import FOLDERS, make
 CELLS = {
     **{kind: {"reducer": kind} for kind in REDUCERS if kind != "none"},
     "fastv": {"reducer": {"kind": "fastv", "layer": 1}},
+    "dart": {"reducer": {"kind": "dart", "layer": 1}},
     "pixel_shuffle": {"connector": "pixel_shuffle"},
     "resampler": {"connector": {"kind": "resampler", "num_heads": 4}},
 }
-IN_DECODER = ("fastv", "pyramid_drop")
+RANKED = ("visionzip", "prumerge", "fastervlm", "vispruner", "holov")  # by the encoder's attention
+IN_DECODER = ("fastv", "pyramid_drop", "dart")
 # Tracing and compiling every cell would take most of the time of `make test`. So of each system those of one cell are
 # computed for each mechanism (tokens ranked by attention, tokens merged, fewer pixels; tokens chosen, with logits, by
 # the test of rows alone). The decoder of a cell is the release's, so that embeddings are all that
@@ -64,8 +66,8 @@ REFUSED = {
     **{(name, "tome"): _BLOCKS for name in ("llava_llama", "multi_modality")},
     **{(name, "tome"): "breaks the windows and blocks" for name in PACKED},
     ("deepseek_vl_hybrid", "tome"): "has no blocks of its own",
-    **{("deepseek_vl_hybrid", kind): "no field saliency" for kind in ("visionzip", "prumerge")},
-    **{("qwen", kind): "queries without a position" for kind in ("visionzip", "prumerge")},
+    **{("deepseek_vl_hybrid", kind): "no field saliency" for kind in RANKED},
+    **{("qwen", kind): "queries without a position" for kind in RANKED},
     **{(name, "resampler"): "packs several of any size" for name in PACKED},
 }  # fmt: skip
 SIZES = [(20, 40), (33, 24), (16, 16)]  # of images, in pixels

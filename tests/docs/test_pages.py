@@ -14,7 +14,7 @@ import flag_tables
 import metric_tables
 import system_tables
 
-OTHERS = {"spot", "logdir"}  # of gcloud and tensorboard
+OTHERS = {"spot", "logdir", "force_simple", "log_samples"}  # of gcloud, tensorboard and lmms-eval
 NAMES = [name_of(page) for page in PAGES]
 by_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 

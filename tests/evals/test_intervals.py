@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from vlm_jax.evals.intervals import Trainings, intervals_over_seeds
+from vlm_jax.evals.intervals import Trainings, _usual, intervals_over_seeds
 
 
 def test_two_points_whose_seeds_spread_alike_share_their_variance():
@@ -34,6 +34,17 @@ def test_intervals_hold_the_mean_95_times_in_100(num_seeds):
         ends = intervals_over_seeds([Trainings(tuple(column), 200) for column in shares.T])
         held += [low <= mean <= high for (low, high), mean in zip(ends, truth, strict=True)]
     assert 0.92 < np.mean(held) < 0.97
+
+
+def test_the_usual_variance_is_that_of_which_variances_are_drawn():
+    """Smyth 2004, section 4: variances of d degrees are s² F(d, d0), of which s² and d0 are found."""
+    drawn = 2.5 * scipy.stats.f(4, 30).rvs(400_000, random_state=0)
+    usual, weight = _usual(drawn, np.full(len(drawn), 4))
+    assert usual == pytest.approx(2.5, rel=0.01) and weight == pytest.approx(30, rel=0.1)
+
+
+def test_variances_that_differ_by_chance_are_pooled_by_their_degrees():
+    assert _usual(np.array([1.0, 2.0]), np.array([1, 3])) == (7 / 4, np.inf)
 
 
 def test_one_seed_says_nothing_of_the_spread():

@@ -1,11 +1,17 @@
 """Both texts of a compiled program, and programs that libtpu cannot print."""
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vlm_jax.planner.collectives import collectives
-from vlm_jax.planner.compiler import text_of
+from vlm_jax.planner.compiler import compiled_for, text_of
+from vlm_jax.planner.predict import KERNEL_TARGET
 from vlm_jax.planner.program_text import UnreadableProgram, parse_program
+from vlm_jax.planner.topology import open_topology
 
 MESH = {"data": 1, "fsdp": 4, "tensor": 1, "context": 1, "expert": 1}
 
@@ -31,3 +37,49 @@ def test_a_program_that_cannot_be_printed_is_read_from_the_compilers_files(monke
         text_of(compiled, tmp_path)
     (tmp_path / "module_0000.jit_step.after_codegen.txt").write_text("HloModule jit_step")
     assert text_of(compiled, tmp_path) == "HloModule jit_step"
+
+
+@pytest.mark.parametrize(("sides", "names", "over", "dims"), [((16,), "a", "a", 2), ((4, 4), "ab", "b", 1)])
+def test_an_all_reduce_uses_the_dimensions_of_links_that_the_compiler_lays_its_rings_on(sides, names, over, dims):
+    """Of all chips of a torus both, by one axis of the mesh; of a row of it one."""
+    topology = open_topology("v5e:4x4")
+    mesh = jax.make_mesh(sides, tuple(names), (jax.sharding.AxisType.Auto,) * len(sides), devices=topology.devices)
+    kept = P(tuple(name for name in names if name != over))
+    summed = jax.shard_map(lambda x: jax.lax.psum(x, over), mesh=mesh, in_specs=P(tuple(names)), out_specs=kept)
+    given = jax.ShapeDtypeStruct((16, 1 << 20), jnp.float32, sharding=NamedSharding(mesh, P(tuple(names))))
+    compiled = compiled_for(mesh, jax.jit(summed).trace(given), None)
+    (found,) = collectives(parse_program(compiled.as_text()), dict(zip(names, sides, strict=True)))
+    size = 16 if dims == 2 else 4
+    assert (found.kind, found.axes, found.group) == ("all-reduce", tuple(over), size)
+    seconds = 2 * (size - 1) / size * (4 << 20) / (2 * dims) / topology.chip.link_bandwidth
+    assert found.seconds(topology.chip) == pytest.approx(seconds)
+
+
+def test_a_kernel_whose_attributes_take_several_lines_is_one_instruction():
+    """As those of splash; what comes after it in its computation is read too."""
+
+    def doubled(x_ref, y_ref):
+        y_ref[...] = 2 * x_ref[...]
+
+    device = open_topology("v5e:2x2").devices[0]
+    mesh = jax.sharding.Mesh([device], "a")
+    given = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=NamedSharding(mesh, P()))
+
+    def run(x):
+        kernel = pl.pallas_call(doubled, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), metadata={"xprof": "{}"})
+        return jax.lax.scan(lambda x, _: (kernel(x) @ jnp.ones((128, 128)), None), x, length=7)[0]
+
+    text = compiled_for(mesh, jax.jit(run).trace(given), None).as_text()
+    assert "kernel_metadata={\n" in text
+    program = parse_program(text)
+    (loop,) = (name for name, times in program.runs().items() if times == 7)
+    found = [one for one in program.computations[loop] if KERNEL_TARGET in one.attributes]
+    assert len(found) == 1 and found[0].op_name.endswith("pallas_call")
+    assert program.computations[loop][-1].is_root
+
+
+def test_a_computation_without_a_result_is_refused():
+    text = "ENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} parameter(0)\n}"
+    assert parse_program(text).runs() == {"main": 1}
+    with pytest.raises(UnreadableProgram, match="the computation main has no result"):
+        parse_program(text.replace("ROOT ", ""))

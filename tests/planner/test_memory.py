@@ -1,11 +1,18 @@
-"""What the compiler says of a program that does not fit, and bytes of arguments against closed forms."""
+"""What the compiler says of programs, against memory that is measured and bytes of arguments in closed form."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vlm_jax.planner.memory import groups, of_refusal
+from vlm_jax.planner.memory import groups, of_compiled, of_refusal
+from vlm_jax.planner.settings import planned
+from vlm_jax.planner.training import training_work
+from vlm_jax.sharding.mesh import MeshSettings, make_mesh
+from vlm_jax.sharding.rules import use_mesh
+
+from ..memory import peak_bytes
 
 G = 2**30
 
@@ -52,3 +59,27 @@ def test_groups_have_the_bytes_of_their_shards():
         }
     )
     assert [(one.name, one.bytes) for one in found] == [("parameters", 64 * 8 * 2 + 64 * 4), ("batch", 16 * 4)]
+
+
+def test_a_training_step_takes_the_memory_that_is_forecast(config):
+    """On a CPU: what the process has at its highest point, beyond the arguments, within a tenth."""
+    with config.copy_and_resolve_references().unlocked() as larger:
+        larger.stages.instruction.batch_size = 64
+        larger.encoder.update({"width": 256, "remat": "none"})
+        larger.decoder.update({"width": 256, "remat": "none", "depth": 4})
+        larger.update({"dtype": "float32"})
+    mesh = make_mesh(MeshSettings(), jax.devices()[:1])
+    work = training_work(*planned(larger, 1), mesh)
+    with use_mesh(mesh):
+        compiled = work.traced.lower().compile()
+    forecast = of_compiled(compiled, 0)
+
+    def filled(leaf, sharding):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            return jax.device_put(jax.random.key(0), sharding)
+        return jax.device_put(np.ones(leaf.shape, leaf.dtype), sharding)
+
+    arguments = jax.block_until_ready(jax.tree.map(filled, compiled.args_info[0], compiled.input_shardings[0]))
+    assert forecast.temporaries > 400 * 2**20
+    measured = peak_bytes(lambda: jax.block_until_ready(compiled(*arguments)))
+    assert measured + forecast.arguments == pytest.approx(forecast.peak, rel=0.1)

@@ -126,6 +126,21 @@ def test_an_evaluation_whose_command_is_killed_has_the_rows_of_the_local_executo
     assert [row["label"] for row in rows(tmp_path / "ray")] == ["none@released", "fastv@4"]
 
 
+def test_a_point_whose_loss_is_high_is_stopped_on_a_cluster(hosts, tmp_path):
+    given = ("--config=tests/processes/ray_sweep.py:halving", f"--workdir={tmp_path}")
+    finish(start("sweep", *given, "--only=pool@1"))
+    kept = (tmp_path / "results.jsonl").read_text()
+    errors = finish(start("sweep", *given, "--executor=ray", f"--ray_address={hosts[0]}"))
+    said = "1 of 2 points were stopped by config.sweep.halving, as"
+    assert f"{said} {tmp_path / 'stopped.jsonl'} says: still@1" in errors
+    assert "was lost" not in errors and "Traceback" not in errors
+    (stopped,) = map(json.loads, (tmp_path / "stopped.jsonl").read_text().splitlines())
+    assert stopped["label"] == "still@1" and re.match("at step 20 with a loss of .*1 others", stopped["stopped"])
+    assert len(steps(tmp_path, "still@1")) == 20 and len(steps(tmp_path, "pool@1")) == 60
+    assert (tmp_path / "results.jsonl").read_text() == kept and len(rows(tmp_path)) == 1
+    assert (tmp_path / "failed.jsonl").read_text() == ""
+
+
 def test_tasks_of_one_host_have_chips_of_their_own(tmp_path):
     words = [sys.executable, "-m", "tests.processes.ray_chips"]
     given = {**environment(), **TOKEN, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}

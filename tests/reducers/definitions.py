@@ -56,6 +56,48 @@ def prumerge(tokens, saliency, keys, count, neighbors, spatial=0):
     return found
 
 
+def vispruner(tokens, saliency, count, important):
+    """Zhang et al. 2025, section 3: alternating halves, of whose first the most similar leave, 8 at most."""
+    order = np.argsort(-saliency, kind="stable").tolist()
+    rest, wanted = order[important:], count - important
+    while len(rest) > wanted:
+        first, second = rest[::2], rest[1::2]
+        first.sort(key=lambda i: -max(cosine(tokens[i], tokens[j]) for j in second))
+        rest = first[min(8, len(rest) - wanted, len(first)) :] + second
+    return sorted(order[:important] + rest)
+
+
+def holov(tokens, saliency, count, num_crops, variety):
+    """Zou et al. 2025, section 3: shares of crops by attention and variance; the most attended of each."""
+    crops = [part.tolist() for part in np.array_split(np.arange(len(tokens)), num_crops) if len(part)]
+    scores = []
+    for crop in crops:
+        variances = []
+        for i in crop:
+            cosines = [0 if i == j else cosine(tokens[i], tokens[j]) for j in crop]
+            mean = sum(cosines) / max(len(crop) - 1, 1)
+            variances.append(sum((x - mean) ** 2 for x in cosines) / max(len(crop) - 1, 1))
+        attention = 1000 * saliency[crop]
+        scaled = np.array(variances) * attention.mean() / (np.mean(variances) + 1e-6)
+        scores.append((attention + variety * scaled).mean())
+    shares = [int(score / (sum(scores) + 1e-6) * count) for score in scores]
+    for crop in sorted(range(len(crops)), key=lambda crop: -scores[crop])[: count - sum(shares)]:
+        shares[crop] += 1
+    kept = {i for crop, share in zip(crops, shares, strict=True) for i in highest(saliency, crop, share)}
+    return sorted(kept | set(highest(saliency, set(range(len(tokens))) - kept, count - len(kept))))
+
+
+def dart(states, norms, tokens, text, count, pivots):
+    """Wen et al. 2025, section 3: pivots by the norm of keys, and for each the least similar tokens."""
+    kept = sorted(tokens, key=lambda place: -norms[place])[: pivots[0]][:count]
+    every = kept + sorted(text, key=lambda place: -norms[place])[: pivots[1]]
+    rest = count - len(kept)
+    for turn, pivot in enumerate(every):
+        others = sorted(set(tokens) - set(kept), key=lambda place: cosine(states[place], states[pivot]))
+        kept = kept + others[: rest // len(every) + (turn < rest % len(every))]
+    return sorted(kept)
+
+
 def tome_merge(x, size, place, metric, count, prefix):
     """Bolya et al. 2023, section 3: every other token, its best edge, the best edges merged."""
     first, second = list(range(0, len(x), 2)), list(range(1, len(x), 2))

@@ -25,7 +25,12 @@ from vlm_jax.train.objectives.next_token import NextToken
 from ..advice import tried
 
 BUDGET = 9
-FIELDS = {"fastv": {"layer": 1}, "visionzip": {"contextual_share": 0.3}, "prumerge": {"spatial_share": 0.3}}
+FIELDS = {
+    "fastv": {"layer": 1},
+    "dart": {"layer": 1},
+    "visionzip": {"contextual_share": 0.3},
+    "prumerge": {"spatial_share": 0.3},
+}
 KINDS = [kind for kind in REDUCERS if kind != "none"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

@@ -1,4 +1,4 @@
-"""FastV and PyramidDrop in a decoder, against NumPy blocks over rows that really get shorter."""
+"""FastV, PyramidDrop and DART in a decoder, against NumPy blocks over rows that really get shorter."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from vlm_jax.decoders.deepseek import Deepseek
 from vlm_jax.decoders.transformer import Transformer
 from vlm_jax.layers.rope import Rope
 from vlm_jax.processors.reduction import visual_places
+from vlm_jax.reducers.dart import DART
 from vlm_jax.reducers.fastv import FastV
 from vlm_jax.reducers.pyramid_drop import PyramidDrop
 from vlm_jax.types import Batch, Drop, VisualPlaces
@@ -26,8 +27,10 @@ VOCAB, WIDTH, DEPTH, HEADS, KV, THETA, EPSILON = 12, 16, 3, 2, 1, 100.0, 1e-6
 TOKENS = 6  # of an image
 FASTV = FastV(3, TOKENS, DEPTH, layer=1).drops()
 PYRAMID = PyramidDrop(2, TOKENS, DEPTH).drops()
+UNLIKE = DART(3, TOKENS, DEPTH, layer=1, image_pivots=1, text_pivots=2).drops()
 AT_ONCE = PyramidDrop(2, TOKENS, DEPTH, layers=(0, 2)).drops()
 every_drops = pytest.mark.parametrize("drops", [FASTV, PYRAMID], ids=["fastv", "pyramid_drop"])
+every_rule = pytest.mark.parametrize("drops", [FASTV, PYRAMID, UNLIKE], ids=["fastv", "pyramid_drop", "dart"])
 
 
 def decoder(drops=(), **fields):
@@ -111,12 +114,20 @@ def by_hand(batch, row, drops, ranking, windows=(None,) * DEPTH):
             q, k, _ = blocks.heads(source, ranked_by, HEADS, KV, EPSILON, positions[left], THETA)
             attended = blocks.weights(q, k, causal(len(left), windows[drop.ranked_by])).mean(0)
             received = dict(zip(left, attended[[list(left).index(r) for r in ranking]].mean(0), strict=True))
+            norms = dict(zip(left, np.abs(k).sum((1, 2)), strict=True))
+            states = dict(zip(left, blocks.norm(x, own["final_norm"], EPSILON), strict=True))
             keep = set(left)
             for image in counts:
                 tokens = [p for p in left if batch.visual_index[row, p] // TOKENS == image and LAYOUT[row, p] >= 0]
                 assert len(tokens) == counts[image]
                 counts[image] = drop.num_kept
-                keep -= set(tokens) - set(definitions.highest(received, tokens, drop.num_kept))
+                if drop.pivots is None:
+                    chosen = definitions.highest(received, tokens, drop.num_kept)
+                else:
+                    end = min(place for place in ranking if place > max(tokens))
+                    text = [p for p in left if max(tokens) < p <= end and LAYOUT[row, p] < 0]
+                    chosen = definitions.dart(states, norms, tokens, text, drop.num_kept, drop.pivots)
+                keep -= set(tokens) - set(chosen)
             chosen = [i for i, p in enumerate(left) if p in keep]
             left, x = left[chosen], x[chosen]
         if layer < DEPTH:
@@ -127,7 +138,7 @@ def by_hand(batch, row, drops, ranking, windows=(None,) * DEPTH):
     return blocks.norm(x, own["final_norm"], EPSILON) @ own["embedding"]["embedding"].T, left
 
 
-@every_drops
+@every_rule
 def test_a_prompt_keeps_what_its_last_token_looks_at(batch, drops):
     logits = jitted(drops)(params(), batch)
     assert logits.shape == (2, LENGTH, VOCAB)
@@ -152,7 +163,7 @@ def test_layers_with_windows_rank_and_read_what_lies_in_them(batch, drops):
     )
 
 
-@every_drops
+@every_rule
 def test_a_learned_row_keeps_what_the_ends_of_its_instructions_look_at(batch, drops):
     weights = np.zeros((2, LENGTH), np.float32)
     weights[0, [7, 15, 16]], weights[1, [17]] = 1, 1  # the positions before the learned ones
@@ -173,7 +184,7 @@ def test_a_visual_token_before_an_answer_stays(batch):
         assert [place for place in range(5, 11) if np.abs(logits[1, place]).max() > 0] == before
 
 
-@every_drops
+@every_rule
 def test_padding_changes_nothing(batch, drops):
     hidden = batch.segment_ids == 0
     other = dataclasses.replace(
@@ -192,7 +203,9 @@ def test_masked_tokens_go_before_real_ones(batch):
     np.testing.assert_array_equal(logits[0, [1, 3, 6]], 0)
 
 
-@pytest.mark.parametrize("drops", [FASTV, PYRAMID, AT_ONCE], ids=["fastv", "pyramid_drop", "before_any_layer"])
+@pytest.mark.parametrize(
+    "drops", [FASTV, PYRAMID, AT_ONCE, UNLIKE], ids=["fastv", "pyramid_drop", "before_any_layer", "dart"]
+)
 def test_the_cache_gives_the_logits_of_the_whole(batch, drops):
     """Prompts of all but two positions, then those one by one, against one row in which they rank nothing."""
     end = LENGTH - 2
@@ -287,6 +300,9 @@ def test_bfloat16_is_finite_and_near(batch, drops):
 
 def test_schedules_are_those_of_the_papers():
     assert FastV(288, 576, 32).drops() == (Drop(2, 288, 1),)
+    assert DART(64, 576, 32).drops() == (Drop(2, 64, 1, pivots=(4, 4)),)
+    (released,) = DART(1, 576, 32, rule="as_released", ratio=0.778).drops()
+    assert released.num_left(576) == 4 + 8 * 15  # 576 * 0.222 / 8 is 15.98
     halves = PyramidDrop(72, 576, 32).drops()
     assert halves == (Drop(8, 288, 8), Drop(16, 144, 16), Drop(24, 72, 24))
     assert PyramidDrop(4, 16, 3).drops() == (Drop(1, 8, 1), Drop(2, 4, 2))

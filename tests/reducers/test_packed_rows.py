@@ -16,10 +16,12 @@ from vlm_jax.models.vlm import VLM
 from vlm_jax.processors.patches import pack_patches
 from vlm_jax.reducers.behind_connector import block_means, positions_of_kept, reduce_packed
 from vlm_jax.reducers.divprune import DivPrune
+from vlm_jax.reducers.holov import HoloV
 from vlm_jax.reducers.prumerge import PruMerge
 from vlm_jax.reducers.random_drop import RandomDrop
 from vlm_jax.reducers.uniform_stride import UniformStride
 from vlm_jax.reducers.visionzip import VisionZip
+from vlm_jax.reducers.vispruner import VisPruner
 from vlm_jax.types import Batch, PackedImages, VisualFeatures
 
 from ..parameters import drawn
@@ -33,6 +35,8 @@ REDUCERS = {
     "divprune": (DivPrune(KEPT), lambda t, s, k: {i: t[i] for i in definitions.divprune(t, KEPT)}),
     "visionzip": (VisionZip(KEPT, contextual_share=3 / 7), lambda t, s, k: definitions.visionzip(t, s, k, KEPT, 3)),
     "prumerge": (PruMerge(KEPT, num_neighbors=4), lambda t, s, k: definitions.prumerge(t, s, k, KEPT, 4)),
+    "vispruner": (VisPruner(KEPT), lambda t, s, k: {i: t[i] for i in definitions.vispruner(t, s, KEPT, 3)}),
+    "holov": (HoloV(KEPT, num_crops=5), lambda t, s, k: {i: t[i] for i in definitions.holov(t, s, KEPT, 5, 0.09)}),
 }
 
 

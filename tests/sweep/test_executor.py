@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from vlm_jax.build import build_conversational
-from vlm_jax.sweep.executor import Ended, LocalExecutor, Task, exclusive
+from vlm_jax.sweep.executor import Ended, LocalExecutor, Stopped, Task, exclusive
 from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.point_run import PointRunner
 from vlm_jax.sweep.points import list_points
@@ -36,6 +36,15 @@ def test_tasks_run_in_their_order_and_an_error_ends_only_its_own():
     every = LocalExecutor().run([task("a", 1), task("b", error), task("c", 3)], lambda *said: told.append(said))
     assert next(every) == Ended("a", 1) and told == [("a", 1, "note")]  # nothing is run ahead
     assert list(every) == [Ended("b", error=error), Ended("c", 3)]
+
+
+def test_processes_of_one_run_stop_a_point_together_and_go_on(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    error = Stopped("at step 2")
+    ended = list(LocalExecutor().run([task("a", error), task("b", 1)], print))
+    assert ended == [Ended("a", error=error), Ended("b", 1)]
+    with pytest.raises(ValueError, match="no"):
+        list(LocalExecutor().run([task("a", ValueError("no"))], print))
 
 
 @pytest.mark.parametrize("error", [Interrupted("saved"), KeyboardInterrupt()])
@@ -82,6 +91,19 @@ def test_rows_are_kept_in_the_order_of_the_points_and_errors_are_named(tmp_path)
     assert rows_of(tmp_path, tasks, ["a", "b", "c"], rows) == {"b": "ValueError: no"}
     assert [line["label"] for line in read_lines(epath.Path(tmp_path) / "results.jsonl")] == ["old", "a", "c"]
     assert read_lines(epath.Path(tmp_path) / "failed.jsonl") == [{"label": "b", "error": "ValueError: no"}]
+
+
+def test_a_point_that_was_stopped_has_no_row_and_has_not_failed(tmp_path):
+    tasks = [task("a", Stopped("at step 2 with a loss of 3")), task("b", {"label": "b"})]
+    workdir = epath.Path(tmp_path)
+    failures, progress = Failures(workdir, new_console()), PointsProgress(new_console(), "steps", 1, 2)
+    rows = {}
+    run_points(LocalExecutor(), tasks, ["a", "b"], rows, failures, Held(workdir, 9), progress)
+    assert list(rows) == ["b"] and failures.errors == {} and progress.line().startswith("2/2 points")
+    stopped = [{"label": "a", "stopped": "at step 2 with a loss of 3"}]
+    assert read_lines(workdir / "stopped.jsonl") == stopped
+    Failures(workdir, new_console())  # the next call begins anew
+    assert read_lines(workdir / "stopped.jsonl") == []
 
 
 def test_without_what_points_share_no_point_is_run(tmp_path):

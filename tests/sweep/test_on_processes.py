@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import pickle
 import signal
 import types
 
@@ -11,12 +12,14 @@ import pytest
 
 from vlm_jax.cli import executors
 from vlm_jax.config import ConfigError
-from vlm_jax.sweep import on_processes
+from vlm_jax.sweep import on_processes, point_run
 from vlm_jax.sweep.executor import LocalExecutor, Task
 from vlm_jax.sweep.on_processes import ProcessExecutor, divided, own_cpus
 from vlm_jax.sweep.on_ray import RaySettings
+from vlm_jax.sweep.point_run import PointRunner
+from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep
-from vlm_jax.train.loop import Interrupted
+from vlm_jax.train.loop import Interrupted, Outcome
 
 from ..advice import tried
 from .test_run import new_console, tiny_sweep
@@ -112,6 +115,46 @@ def test_tasks_end_as_they_do_and_the_others_go_on(tmp_path):
     assert tuple(ended["told"].result) in divided(cpus, 2)
     assert isinstance(ended["refused"].error, ValueError) and str(ended["refused"].error) == "no"
     assert str(ended["killed"].error).startswith("its process ended with status -9 (SIGKILL")
+
+
+def process(report):
+    return os.getpid()
+
+
+def test_what_comes_after_a_task_runs_in_its_process():
+    """So that it has the parameters of the training before it."""
+    first = [Task(name, process) for name in ("a0", "b0")]
+    rest = [Task(f"{name}{number}", process, ("b0", f"{name}{number - 1}")) for number in (1, 2) for name in "ba"]
+    tasks = [*first, *rest]
+    ended = {one.label: one.result for one in ProcessExecutor(2).run(tasks, print)}
+    assert len(ended) == 6
+    for name in "ab":
+        assert len({ended[f"{name}{number}"] for number in range(3)}) == 1
+    assert ended["a0"] != ended["b0"]
+
+
+def test_a_worker_keeps_the_parameters_of_one_training(tmp_path, monkeypatch):
+    points = {point.label: point for point in list_points(tiny_sweep())}
+    runner = PointRunner(tiny_sweep().base, ("seeing",), tmp_path)
+    first, second = (pickle.loads(pickle.dumps(runner)) for _ in range(2))
+    assert first is second and first is not runner
+    trained, labels = [], ["pool@1", "random@2"]
+
+    class Trained(point_run.Trainer):
+        def __init__(self, *given, **more):
+            trained.append(given[3].name)
+
+        def run(self):
+            return Outcome({}, float(labels.index(trained[-1])), None)
+
+    monkeypatch.setattr(point_run, "Trainer", Trained)
+    pool, random = points["pool@1"], points["random@2"]
+    for one, expected in ((runner, 2), (first, 3)):
+        trained.clear()
+        for point in (pool, random, pool):
+            assert one.train(point, print, keep=True).step_seconds == labels.index(point.label)
+        assert len(trained) == expected  # a worker reads the first one again, and has room for the second
+        assert one.train(pool, print, keep=False).step_seconds == 0 and len(trained) == expected
 
 
 def test_a_task_that_was_stopped_stops_the_sweep():

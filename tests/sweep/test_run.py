@@ -10,19 +10,21 @@ import jax
 import numpy as np
 import pytest
 import rich.console
+from etils import epath
 from ml_collections import ConfigDict
 
 from tests.train.conftest import tiny_config
 from vlm_jax.budget import InfeasibleBudget
 from vlm_jax.build import build
 from vlm_jax.checkpoints.runs import read_parts
-from vlm_jax.config import ConfigError, config_hash
+from vlm_jax.config import ConfigError, config_hash, plain
 from vlm_jax.sharding.rules import placed
 from vlm_jax.sweep import point_run
 from vlm_jax.sweep import run as sweep_run
 from vlm_jax.sweep.frontier import combine_seeds
 from vlm_jax.sweep.points import list_points
 from vlm_jax.sweep.run import Sweep, Timing
+from vlm_jax.train.workdir import each_line
 
 from ..advice import tried
 
@@ -187,6 +189,43 @@ def test_what_a_sweep_writes_and_prints(swept):
     assert "2 points, by shape" in printed and printed.index("by shape") < printed.index("95% intervals")
 
 
+def test_a_point_whose_loss_is_high_is_stopped_and_the_other_has_its_row(
+    config, console, swept, on_one_device, undrawn, tmp_path
+):
+    with config.unlocked(), config.base.unlocked():
+        slow = config.base.stages.answering.to_dict()
+        config.base.stages.slow = ConfigDict(slow | {"learning_rates": {"connector": 1e-9, "decoder": 1e-9}})
+        config.candidates = ConfigDict({"pool": config.candidates.pool.to_dict()})
+        config.candidates.slow = ConfigDict(config.candidates.pool.to_dict() | {"schedule": ("slow",)})
+        config.sweep.update({"controls": (), "halving": {"first_steps": 2, "factor": 2}})
+    workdir = tmp_path / "sweep"
+    shutil.copytree(swept.workdir / "shared_0", workdir / "shared_0")
+    (workdir / "config.json").write_text(json.dumps(plain(config) | {"init_from": None}))  # else it is no sweep's
+    sweep = make(config, workdir, console)
+    results = sweep.run()
+    assert [untimed(result) for result in results] == [untimed(swept.results[0])]
+    folders = {name: epath.Path(workdir / "points" / name) for name in ("pool@1", "slow@1")}
+    curves = {name: [line["loss"] for line in each_line(folder / "metrics.jsonl")] for name, folder in folders.items()}
+    rungs = {name: list(each_line(folder / "rungs.jsonl")) for name, folder in folders.items()}
+    assert [(line["step"], line["stopped"]) for line in rungs["pool@1"]] == [(2, False), (4, False)]
+    losses = [line["loss"] for line in rungs["pool@1"]]
+    assert losses == pytest.approx([curves["pool@1"][1], curves["pool@1"][3]])
+    last = rungs["slow@1"][-1]
+    assert last["stopped"] and last["compared_with"] == 1 and len(curves["slow@1"]) == last["step"] < 8
+    assert last["loss"] > rungs["pool@1"][len(rungs["slow@1"]) - 1]["loss"]
+    where = f"at step {last['step']} with a loss of {last['loss']:.4g}, compared with 1 others"
+    assert sweep.stopped == {"slow@1": where} and sweep.failed == {}
+    assert f"slow@1: stopped {where}" in console.file.getvalue()
+    again = make(config, workdir, console)
+    assert again.run() == results and again.stopped == sweep.stopped
+    assert lines(workdir) == results and len((workdir / "stopped.jsonl").read_text().splitlines()) == 1
+
+
+def untimed(result) -> dict:
+    measured = ("step_seconds", "prefill_seconds", "decode_seconds")
+    return {key: value for key, value in result.items() if key not in measured}
+
+
 def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_device, undrawn, tmp_path):
     """Also where points were once built differently, in another folder."""
     shutil.copytree(swept.workdir, tmp_path / "old")
@@ -196,10 +235,7 @@ def test_the_command_of_a_point_makes_it_again(config, console, swept, on_one_de
         make(config, tmp_path / "old", console).run()
     alone = make(config, tmp_path / "new", console, only=("random@2",)).run()
     assert [result["label"] for result in alone] == ["random@2"]
-    measured = ("step_seconds", "prefill_seconds", "decode_seconds")
-    assert {k: v for k, v in alone[0].items() if k not in measured} == {
-        k: v for k, v in swept.results[1].items() if k not in measured
-    }
+    assert untimed(alone[0]) == untimed(swept.results[1])
 
 
 def test_a_point_is_timed_with_one_seed(config):

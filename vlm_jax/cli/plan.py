@@ -61,7 +61,7 @@ WIDTH = 120  # of tables that are not on a terminal
 
 
 def main() -> None:
-    """Plans what the flags ask for; exit status 1 where a plan does not fit."""
+    """Plans what the flags ask for; exit status 1 where the plan, or every one of a search, does not fit."""
     jax.config.update("jax_platforms", "cpu")  # where the compiler runs; the slice is only described
     request = requested()
     if SWEEP.value:
@@ -69,6 +69,8 @@ def main() -> None:
     elif SEARCH.value:
         found = search(request, _folder(), working)
         _print([dataclasses.asdict(one) for one in found], search_tables(found))
+        if not any(one.plan is not None and one.plan.memory.fits for one in found):
+            sys.exit(1)
     elif LARGEST.value:
         _largest(request)
     else:

@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vlm_jax.decoders.cache import Cache
+from vlm_jax.decoders.duplicates import pivots_of, unlike_pivots
 from vlm_jax.decoders.rotary import no_prompt, rotary_lengths
 from vlm_jax.layers.attention import Context, KeyValue
 from vlm_jax.layers.block import LayerCache, TransformerStack
 from vlm_jax.layers.latent_attention import LatentKeyValue
+from vlm_jax.layers.norm import Norm
 from vlm_jax.layers.rope import Rope
 from vlm_jax.layers.saliency import Heads, attention_saliency
 from vlm_jax.ranges import Depth
@@ -161,6 +163,7 @@ class DropsTokens:
     rope: Rope
     drops: tuple[Drop, ...]
     dtype: Dtype
+    final_norm: Norm
 
     @abc.abstractmethod
     def stacks(self) -> list[tuple[str, int, int]]:
@@ -238,15 +241,25 @@ class DropsTokens:
             if part is not None:
                 written.append(part)
             if coming is not None and places is not None and whole is not None and heads is not None:
-                stack, layer = self._stack_of(coming.ranked_by)
-                context = stack.context_of(layer, self.context(rows))
-                saliency = attention_saliency(heads, context, places.ranking.astype(jnp.float32))
+                saliency = self._saliency(rows, heads, places, whole, coming)
                 most = coming.num_left(whole.index.shape[2])
                 rows, places = drop(rows, places, saliency, numbers_left(whole, coming), most, left[number])
                 if coming.renumbers:
                     rows = self._turned(renumbered(rows))
                     shift = following - next_position(rows.positions, rows.segment_ids)
         return rows, Cache.chained(written) if written else None
+
+    def _saliency(
+        self, rows: Rows, heads: Heads, places: VisualPlaces, whole: VisualPlaces, coming: Drop
+    ) -> Float[Array, "B T"]:
+        """What ranks the tokens for a drop: attention, or 1 at those that are least like the pivots."""
+        if coming.pivots is None:
+            stack, layer = self._stack_of(coming.ranked_by)
+            context = stack.context_of(layer, self.context(rows))
+            return attention_saliency(heads, context, places.ranking.astype(jnp.float32))
+        number = numbers_left(whole, coming)
+        pivots = pivots_of(heads.key, rows.segment_ids, places, number, coming.pivots)
+        return unlike_pivots(self.final_norm(rows.x), rows.segment_ids, places, pivots, number).astype(jnp.float32)
 
     def _turned(self, rows: Rows) -> Rows:
         """The rows with the rotary angles and query scales of their positions."""

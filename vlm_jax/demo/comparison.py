@@ -41,5 +41,5 @@ def _row(what: str, budget: float | None, full: float | None) -> tuple[str, str,
     return what, shown[0], shown[1], MISSING if budget is None or full is None else _ratio(budget, full)
 
 
-def _ratio(budget: float, full: float) -> str:
+def _ratio(budget: float | int, full: float | int) -> str:
     return f"{full / budget:.2g} ×" if budget else MISSING

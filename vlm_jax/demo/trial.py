@@ -289,7 +289,7 @@ class Trial:
         boxes, said = self._boxes(system, answer, question.picture), []
         if kept is not None:
             picture = draw_kept(picture, kept * factor)
-            said.append(f"{reducer} kept the outlined parts; what is grey was dropped")
+            said.append(f"{reducer} kept the outlined parts, grey ones were dropped")
         if boxes:
             picture = draw_boxes(picture, _scaled(boxes, factor))
             said.append(f"the answer has {len(boxes)} box{'es' * (len(boxes) > 1)}")

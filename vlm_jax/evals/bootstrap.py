@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -35,6 +36,7 @@ class Bootstrap:
       metric: of the answers.
 
     Attributes:
+      metric: likewise.
       sums: of all answers.
       replicates: of the answers of each replicate.
       count: answers.
@@ -44,7 +46,7 @@ class Bootstrap:
     """
 
     def __init__(self, metric: Metric):
-        self._metric = metric
+        self.metric = metric
         self.sums: Float[np.ndarray, "statistics"] = np.zeros(metric.num_statistics)
         self.replicates: Float[np.ndarray, "replicates statistics"] = np.zeros((REPLICATES, metric.num_statistics))
         self.count = 0
@@ -57,11 +59,32 @@ class Bootstrap:
 
     def result(self) -> dict[str, Fields]:
         """{value: {"mean", "low", "high", "n"}}: the value, its 95% interval, and the number of answers."""
-        of_all, drawn = self._metric.of_sums(self.sums), self._metric.of_sums(self.replicates)
-        # A replicate of few groups may be empty.
-        drawn = drawn[self.replicates.any(axis=1)]
-        ends = np.quantile(drawn, (0.025, 0.975), axis=0) if len(drawn) else np.stack([of_all] * 2)
-        return {
-            name: {"mean": float(value), "low": float(low), "high": float(high), "n": self.count}
-            for name, value, low, high in zip(self._metric.values, of_all, *ends, strict=True)
-        }
+        return total([self])
+
+    @property
+    def values(self) -> Float[np.ndarray, "values"]:
+        """The metric's values of all answers."""
+        return self.metric.of_sums(self.sums)
+
+    @property
+    def drawn(self) -> Float[np.ndarray, "replicates values"]:
+        """The metric's values of each replicate."""
+        return self.metric.of_sums(self.replicates)
+
+
+def total(parts: Sequence[Bootstrap]) -> dict[str, Fields]:
+    """The sums of several tasks' values, as of `Bootstrap.result`.
+
+    Args:
+      parts: of the tasks, at least one, all with the same metric; a group of answers may be in several.
+    """
+    of_all, drawn = sum(part.values for part in parts), sum(part.drawn for part in parts)
+    assert isinstance(of_all, np.ndarray) and isinstance(drawn, np.ndarray)
+    # A replicate of few groups may be empty.
+    drawn = drawn[np.all([part.replicates.any(axis=1) for part in parts], axis=0)]
+    ends = np.quantile(drawn, (0.025, 0.975), axis=0) if len(drawn) else np.stack([of_all] * 2)
+    count = sum(part.count for part in parts)
+    return {
+        name: {"mean": float(value), "low": float(low), "high": float(high), "n": count}
+        for name, value, low, high in zip(parts[0].metric.values, of_all, *ends, strict=True)
+    }

@@ -50,8 +50,8 @@ def told(shares: dict[str, Share]) -> list[str]:
 
 
 def told_scores(scores: dict[str, dict[str, Share]]) -> list[str]:
-    """One line for each value of the tasks whose metric has several."""
-    several = {task: values for task, values in scores.items() if len(values) > 1}
+    """One line for each value of the tasks whose values are not the mean alone, which `told` says of accuracies."""
+    several = {task: values for task, values in scores.items() if set(values) != {"mean"}}
     return told({f"{task}, {name}": value for task, values in several.items() for name, value in values.items()})
 
 

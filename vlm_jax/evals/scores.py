@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vlm_jax.evals.bootstrap import Bootstrap
+from vlm_jax.evals.bootstrap import Bootstrap, total
 from vlm_jax.evals.metrics import Metric, Response, metric_of
+from vlm_jax.evals.metrics.yes_no import Mme
 from vlm_jax.types import Fields
 
 # Fields of a row that `Scores` reads.
@@ -43,11 +44,29 @@ class Scores:
             bootstrap.add(response.group, metric.statistics([response])[0])
 
     def result(self) -> dict[str, dict[str, Fields]]:
-        """{task: {value: {"mean", "low", "high", "n"}}}, as of `Bootstrap.result`."""
+        """{task: {value: {"mean", "low", "high", "n"}}}, as of `Bootstrap.result`; also totals of tasks of one kind."""
         for task, responses in self._kept.items():
             metric, _ = self._tasks[task]
             bootstrap = Bootstrap(metric)
             for response, statistics in zip(responses, metric.statistics(responses), strict=True):
                 bootstrap.add(response.group, statistics)
             self._tasks[task] = metric, bootstrap
-        return {task: bootstrap.result() for task, (_, bootstrap) in self._tasks.items()}
+        found = {task: bootstrap.result() for task, (_, bootstrap) in self._tasks.items()}
+        for kind, totals in self._totals().items():
+            found[kind] = found.get(kind, {}) | totals
+        return found
+
+    def _totals(self) -> dict[str, dict[str, Fields]]:
+        """{kind of tasks: {total: as of a value}}, of the totals all of whose subtasks have answers."""
+        kinds: dict[str, dict[str, Bootstrap]] = {}
+        for task, (metric, bootstrap) in self._tasks.items():
+            kind, _, subtask = task.partition(":")
+            if isinstance(metric, Mme):
+                kinds.setdefault(kind, {})[subtask] = bootstrap
+        found: dict[str, dict[str, Fields]] = {}
+        for kind, parts in kinds.items():
+            for name, subtasks in Mme.totals.items():
+                if parts.keys() >= set(subtasks):
+                    score = total([parts[subtask] for subtask in subtasks])["score"]
+                    found.setdefault(kind, {})[name] = score
+        return found

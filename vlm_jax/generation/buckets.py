@@ -87,6 +87,27 @@ def fitted(
     return dataclasses.replace(batch, **needed, places=places, targets=None, loss_weights=None), cache_length
 
 
+def lengthened(batch: Batch, length: int) -> Batch:
+    """The batch, with targets, padded on the right to `length` positions."""
+    padding = length - batch.tokens.shape[1]
+    if not padding:
+        return batch
+
+    def padded(name: str) -> np.ndarray:
+        array = np.asarray(getattr(batch, name))
+        return np.pad(array, ((0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)), constant_values=FILL.get(name, 0))
+
+    names = [*FILL, "targets", "loss_weights", *(["branch_ids"] if batch.branch_ids is not None else [])]
+    places = batch.places
+    if places is not None:
+        index = np.asarray(places.index)
+        index = np.where(index == batch.tokens.shape[1], np.int32(length), index)
+        ranking = np.pad(np.asarray(places.ranking), ((0, 0), (0, padding)))
+        lengths = tuple(min(bucket(kept, None, ""), length) for kept in places.lengths)
+        places = VisualPlaces(index, ranking, lengths)
+    return dataclasses.replace(batch, **{name: padded(name) for name in names}, places=places)
+
+
 def _shifted(places: VisualPlaces, padding: int, length: int) -> VisualPlaces:
     """Shifts places by left padding; row lengths are padded to buckets too, so that few programs are compiled."""
     ranking = np.pad(np.asarray(places.ranking), ((0, 0), (padding, 0)))

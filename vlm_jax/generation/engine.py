@@ -154,12 +154,12 @@ def generate(
     size = len(batch.tokens)
     _check(model, max_new_tokens, end_ids, chunk, cache_dtype, mesh)
     each = None if isinstance(sampling, Sampling) else sampling
-    _check_lengths(size, rows=rows, names=names, sampling=each)
+    check_lengths(size, rows=rows, names=names, sampling=each)
     names = [f"row {row}" for row in range(size)] if names is None else names
     batch, cache_length = fitted(batch, max_new_tokens, cache_length, buckets, names)
     batch, extra = whole_rows(batch, mesh)
     numbers = np.asarray([*(range(size) if rows is None else rows), *[0] * extra], np.int32)
-    given = _placed((batch, numbers, np.arange(size + extra) >= size), mesh)
+    given = placed((batch, numbers, np.arange(size + extra) >= size), mesh)
     ends = np.asarray(sorted(set(end_ids)), np.int32)
     values = sampling.values() if isinstance(sampling, Sampling) else row_values(sampling, size + extra)
     variables = {"params": prepared(params, mesh)}
@@ -195,7 +195,7 @@ def generate(
             if (stopping & (nan | ~ended)).any():
                 ended = ended | stopping
                 whole = np.concatenate([ended, np.ones(extra, bool)]), np.full(size + extra, SOUND, np.int32)
-                all_ended, nan_steps = _placed(whole, mesh)
+                all_ended, nan_steps = placed(whole, mesh)
                 state = dataclasses.replace(state, ended=all_ended, nan_step=nan_steps)
             if ended.all() or lengths.max() == max_new_tokens:
                 return Generated(tokens, lengths, step - 1, transfers, prompt_lengths[:size])
@@ -320,7 +320,7 @@ def cache_shardings(cache: Cache, mesh: Mesh) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(cache), found)
 
 
-def _placed(tree: Tree, mesh: Mesh | None) -> Tree:
+def placed(tree: Tree, mesh: Mesh | None) -> Tree:
     """Puts arrays with a leading batch axis on the mesh, or on the default device."""
     if mesh is None:
         return jax.device_put(tree)
@@ -341,12 +341,7 @@ def _check(
     mesh: Mesh | None,
 ) -> None:
     """Raises a GenerationError that lists every setting outside its range."""
-    if not isinstance(model, Generative) or model.decoder is None:
-        raise GenerationError(
-            f"{type(model).__name__} has no language model to generate with; use apply() for its outputs, or "
-            "load a release with one"
-        )
-    vocab = model.decoder.vocab_size
+    vocab = check_generative(model)
     wrong = []
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         if isinstance(value, bool) or not isinstance(value, Whole) or value < 1:
@@ -362,7 +357,17 @@ def _check(
         raise GenerationError("\n".join(wrong))
 
 
-def _check_lengths(size: int, **given: Sequence[object] | None) -> None:
+def check_generative(model: nn.Module) -> int:
+    """The size of a model's vocabulary; raises a GenerationError for a model without a language model."""
+    if not isinstance(model, Generative) or model.decoder is None:
+        raise GenerationError(
+            f"{type(model).__name__} has no language model to generate with; use apply() for its outputs, or "
+            "load a release with one"
+        )
+    return model.decoder.vocab_size
+
+
+def check_lengths(size: int, **given: Sequence[object] | None) -> None:
     """Raises a GenerationError for a per-row setting without one entry per row."""
     for name, values in given.items():
         if values is not None and len(values) != size:

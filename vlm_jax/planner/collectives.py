@@ -31,6 +31,7 @@ class Collective:
       start: name of the instruction in it that is the collective, or begins it.
       end: name of the instruction that waits for its result; None where `start` does.
       hops: of a collective-permute, messages over the busiest direction of a link.
+      dims: dimensions of links on which the compiler lays its rings, where it says so.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Collective:
     start: str
     end: str | None = None
     hops: int = 1
+    dims: int | None = None
 
     @property
     def sent(self) -> float:
@@ -50,12 +52,15 @@ class Collective:
         return sent_bytes(self.kind, self.given, self.group)
 
     def seconds(self, chip: Chip) -> float:
-        """Time of one run over one dimension of links for every mesh axis; a collective-permute uses one link."""
+        """Time of one run; a collective-permute uses one link.
+
+        Others are over the dimensions of links that the compiler names, or over one for every mesh axis.
+        """
         if not chip.link_bandwidth:
             return 0.0
         if self.kind == PERMUTE:
             return self.hops * self.given / chip.link_bandwidth
-        dims = min(max(1, len(self.axes)), chip.dims)
+        dims = min(self.dims or max(1, len(self.axes)), chip.dims)
         return link_bytes(self.kind, self.given, self.group, dims) / chip.link_bandwidth
 
 
@@ -139,4 +144,5 @@ def _collective(one: Instruction, kind: str, results: Mapping[str, str], mesh: M
     else:
         groups = device_groups(one.attributes, count)
         axes, size, hops = axes_of(groups, mesh), max(map(len, groups)), 1
-    return Collective(kind, axes, size, given, 0, one.op_name, "", "", hops=hops)
+    dims = re.search(r"NDRingStrategy\{.*?\bnum_dims:(\d+)", one.attributes)
+    return Collective(kind, axes, size, given, 0, one.op_name, "", "", hops=hops, dims=int(dims[1]) if dims else None)

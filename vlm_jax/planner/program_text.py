@@ -21,6 +21,7 @@ ITEM_BYTES = {
 }
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
+_BEGINS = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = ")  # an instruction
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 UNKNOWN_CYCLES = 2**63 - 1
 
@@ -185,22 +186,35 @@ class Program:
 
 
 def parse_program(text: str) -> Program:
-    """The program of a text as of `jax.stages.Compiled.as_text`."""
+    """The program of a text as of `jax.stages.Compiled.as_text`.
+
+    Raises:
+      UnreadableProgram: it has no entry computation, or a computation without a result.
+    """
     found: dict[str, Computation] = {}
-    entry, name, lines = "", None, list[Instruction]()
+    entry, name, lines = "", None, list[str]()
     for line in text.splitlines():
         if name is None:
             start = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if start is not None:
                 name, lines = start[2], []
                 entry = name if start[1] else entry
-        elif line.startswith("}"):
-            found[name], name = tuple(lines), None
-        elif " = " in line:
-            lines.append(_instruction(line))
+        elif line.rstrip() == "}":
+            found[name], name = _computation(name, lines), None
+        elif _BEGINS.match(line):
+            lines.append(line)
+        elif lines:  # attributes of kernels go on over several lines
+            lines[-1] += line
     if not entry:
         raise UnreadableProgram("the text has no entry computation")
     return Program(found, entry)
+
+
+def _computation(name: str, lines: list[str]) -> Computation:
+    own = tuple(map(_instruction, lines))
+    if sum(one.is_root for one in own) != 1:
+        raise UnreadableProgram(f"the text of the computation {name} has no result")
+    return own
 
 
 def _instruction(line: str) -> Instruction:

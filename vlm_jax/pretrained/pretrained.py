@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from vlm_jax.checkpoints.hub import Checkpoint
 from vlm_jax.checkpoints.release import Release
+from vlm_jax.generation.likelihood import Likelihood
 from vlm_jax.generation.sampling import GenerationError, Sampling
 from vlm_jax.generation.text import Completion, check_function, check_strings
 from vlm_jax.models.two_tower import Embeddings, TwoTower
@@ -27,6 +28,7 @@ from vlm_jax.processors.grounding import Block, NamedBox, answer_boxes, document
 from vlm_jax.processors.image import height_and_width, to_picture
 from vlm_jax.processors.image_text import SquareInputs
 from vlm_jax.processors.native import NativeViews
+from vlm_jax.processors.processor import check_continuations
 from vlm_jax.processors.square import SquareViews
 from vlm_jax.processors.tiling import Size
 from vlm_jax.processors.tokenizer import Tokenizer
@@ -248,6 +250,37 @@ class Pretrained:
             **options,
         )
         return answer
+
+    def log_likelihoods(
+        self,
+        messages: Conversation,
+        continuations: Sequence[str],
+        images: Sequence[Picture] = (),
+        videos: Sequence[Video] = (),
+        *,
+        max_visual_tokens: int | None = None,
+        processor_options: Config = MappingProxyType({}),
+    ) -> list[Likelihood]:
+        """How probable the model finds each of several answers to a conversation, such as those of a multiple choice.
+
+        Args:
+          messages, images, videos, max_visual_tokens, processor_options: as of `generate`.
+          continuations: the answers, or their starts; as of `System.log_likelihoods`.
+
+        Raises:
+          PromptError, GenerationError: as of `System.log_likelihoods`.
+        """
+        check_continuations(continuations, len(continuations))
+        count = len(continuations)
+        return self.system.log_likelihoods(
+            self._laid_out,
+            [messages] * count,
+            continuations,
+            [images] * count,
+            [videos] * count,
+            processor_options={"max_visual_tokens": max_visual_tokens, **processor_options},
+            mesh=mesh_of(self.params),
+        )
 
     def boxes(self, answer: Completion, image: Picture, *, max_visual_tokens: int | None = None) -> list[NamedBox]:
         """The boxes of an answer, in pixels of the image; may be empty.

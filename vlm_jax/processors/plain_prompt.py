@@ -52,6 +52,7 @@ class PlainPrompt:
         add_generation_prompt: bool = True,
         targets: Targets = False,
         turns: Turns = "all",
+        continuation: str = "",
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`.
@@ -90,7 +91,7 @@ class PlainPrompt:
                     count = next(remaining, 1) if item["type"] == "video" else 1
                     kind: Kind = "video" if item["type"] == "video" else "image"
                     pieces += [Slot(kind, image)] * count
-        return pieces
+        return pieces + ([Text(self._ids(continuation), 1.0)] if continuation else [])
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return _known_ids(self.tokenizer, text)

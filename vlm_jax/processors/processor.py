@@ -126,6 +126,7 @@ class Processor:
         videos: Sequence[Sequence[Video]] = (),
         *,
         targets: Targets = False,
+        continuations: Sequence[str] | None = None,
         shape: RowShape | None = None,
         **options: Any,
     ) -> Batch:
@@ -140,12 +141,14 @@ class Processor:
           videos: videos of every conversation: a location or bytes, or the frames as images.
           targets: what the release's fine-tuning code learns: assistants' answers and their end tokens, and what
             else it learns; without its faults, or with them for "as_released", where those are known.
+          continuations: of every conversation the text that follows the start of the answer, to compute its likelihood:
+            its tokens have loss weight 1, all others 0.
           shape: shape of every row; the smallest that fits all when None.
           **options: further arguments of `example`.
 
         Returns:
-          A Batch of NumPy arrays, padded on the left and without `targets` and `loss_weights`, or padded on the right
-          and with them.
+          A Batch of NumPy arrays, padded on the left and without `targets` and `loss_weights`; with targets or
+          continuations, padded on the right and with them.
 
         Raises:
           PictureMismatch: the images of a conversation do not match its messages, or are not a list.
@@ -170,10 +173,15 @@ class Processor:
         given = list(enumerate(zip(conversations, images, videos, strict=True)))
         for number, parts in given:
             check_given(f"conversation {number}", *parts)
+        each: list[Fields] = [{} for _ in given]
+        if continuations is not None:
+            check_continuations(continuations, len(given))
+            each = [{"continuation": text} for text in continuations]
         examples = [
-            self.example(*parts, targets=targets, name=f"conversation {number}", **options) for number, parts in given
+            self.example(*parts, targets=targets, name=f"conversation {number}", **own, **options)
+            for (number, parts), own in zip(given, each, strict=True)
         ]
-        return self.rows([[example] for example in examples], shape, targets=bool(targets))
+        return self.rows([[one] for one in examples], shape, targets=bool(targets) or continuations is not None)
 
     def rows(
         self,
@@ -255,6 +263,7 @@ class Processor:
         frame_sampler: FrameSampler | None = None,
         allow_network: bool = False,
         add_generation_prompt: bool | None = None,
+        continuation: str = "",
         **variables: object,
     ) -> Example:
         """One conversation with decoded and preprocessed images.
@@ -270,11 +279,14 @@ class Processor:
           frame_sampler: selects frames of video files; the processor's own when None.
           allow_network: whether images and videos with a web address are downloaded.
           add_generation_prompt: ends with the start of the answer; when None, only without `targets`.
+          continuation: as an entry of `continuations` of `batch`; empty for none.
           **variables: further variables of the chat template.
 
         Raises:
           As `batch`.
         """
+        if continuation and targets:
+            raise PromptError(f"{name}: expected targets or a continuation, got both; remove one of them")
         if targets not in (True, False, AS_RELEASED):
             raise PromptError(f"{name}: targets: expected true, false or '{AS_RELEASED}', got {targets!r}")
         with error_context(name):
@@ -313,6 +325,7 @@ class Processor:
             turns=turns,
             limits=limits,
             add_generation_prompt=add_generation_prompt,
+            continuation=continuation,
             **variables,
         )
 
@@ -354,6 +367,7 @@ class Processor:
             turns=turns,
             limits=(max_visual_tokens, max_video_tokens),
             add_generation_prompt=add_generation_prompt,
+            continuation="",
             **variables,
         ).load
 
@@ -419,6 +433,7 @@ class Processor:
         turns: Turns,
         limits: tuple[int | None, int | None],
         add_generation_prompt: bool | None,
+        continuation: str,
         **variables: object,
     ) -> Example:
         counts = [len(place.layout) for place in images], [sum(len(one.layout) for one in parts) for parts in videos]
@@ -434,6 +449,7 @@ class Processor:
                 add_generation_prompt=prompt,
                 targets=targets,
                 turns=turns,
+                continuation=continuation,
                 **variables,
             )
             if targets and targets != AS_RELEASED and not any(answer_weights(messages, turns)):
@@ -543,6 +559,16 @@ class Processor:
             return {"positions": prepared.positions} if whole and prepared is not None else {}
         found = reduction.positions(tokens, place.layout)
         return {"positions": found, "before": tokens.positions, "extent": tokens.extent}
+
+
+def check_continuations(given: object, size: int) -> None:
+    """Raises a `PromptError` unless given one text for each of `size` conversations, none of them empty."""
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
+        raise PromptError(f"continuations: expected a list of texts, got {given!r}; write ['…']")
+    if len(given) != size:
+        raise PromptError(f"continuations: expected one for each of {size} conversations, got {len(given)}")
+    if "" in given:
+        raise PromptError(f"continuations: number {list(given).index('')} is empty; give it at least one token")
 
 
 def _check_row(row: Sequence[Example], shape: RowShape, keys: Mapping[str, str]) -> None:

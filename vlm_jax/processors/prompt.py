@@ -67,6 +67,7 @@ class Prompt(Protocol):
         add_generation_prompt: bool,
         targets: Targets,
         turns: Turns,
+        continuation: str = "",
         **variables: Any,
     ) -> list[Text | Slot]:
         """The pieces of one conversation, in order.
@@ -79,6 +80,7 @@ class Prompt(Protocol):
           targets: as in the release's training: assistants' answers and their end tokens are learned. With
             "as_released" the release's faults are kept; see `as_released`.
           turns: which answers are learned; see `learned.answer_weights`.
+          continuation: text that follows the start of the answer, whose tokens are learned; without `targets` only.
           **variables: further variables of the template.
         """
         ...
@@ -134,9 +136,10 @@ class TemplatePrompt:
         add_generation_prompt: bool = True,
         targets: Targets = False,
         turns: Turns = "all",
+        continuation: str = "",
         **variables: Any,
     ) -> list[Text | Slot]:
-        """The pieces of one conversation; see `Prompt`."""
+        """The pieces of one conversation; see `Prompt`. A continuation is encoded together with the text before it."""
         check_kinds(messages, tuple(self.marks))
         with_faults = self.released is not None and targets == AS_RELEASED
         if targets and self.learned.images_first != "never" and not with_faults:
@@ -159,6 +162,9 @@ class TemplatePrompt:
         else:
             text, spans = self.template.render(without_weights(messages), **variables), []
         self._check_written(messages, text)
+        if continuation:
+            spans = [*spans, Span(len(text), len(text) + len(continuation))]
+            text += continuation
         pieces = self._pieces(text, spans, places)
         return self._with_tokens(pieces) if targets and turns == "all" and self.learned.tokens else pieces
 

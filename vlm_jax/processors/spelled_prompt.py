@@ -53,6 +53,7 @@ class DeepSeekVL2Prompt:
         add_generation_prompt: bool = True,
         targets: Targets = False,
         turns: Turns = "all",
+        continuation: str = "",
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`. Every question ends with the head of its answer.
@@ -82,7 +83,7 @@ class DeepSeekVL2Prompt:
                 )
             else:
                 pieces += self.spelled(text)
-        return pieces
+        return pieces + (self.spelled(continuation, 1.0) if continuation else [])
 
     def spelled(self, text: str, learned: float | bool = 0.0) -> list[Text | Slot]:
         """Encodes the text between images separately, without the tokenizer's special tokens."""
@@ -125,6 +126,7 @@ class QwenVLPrompt:
         add_generation_prompt: bool = True,
         targets: Targets = False,
         turns: Turns = "all",
+        continuation: str = "",
         **variables: object,
     ) -> list[Text | Slot]:
         """The pieces of one conversation; see `Prompt`.
@@ -148,7 +150,7 @@ class QwenVLPrompt:
                 pieces += self.spelled(newline, tag)
         if add_generation_prompt:
             pieces += [*self.spelled(start), *self.spelled("assistant"), *self.spelled(newline)]
-        return pieces
+        return pieces + self.spelled(continuation, 1.0)
 
     def content(self, content: Any) -> str:
         """A message's content as one text, with `<img>path</img>` for an image; an empty path where it has none."""

@@ -5,7 +5,8 @@
 | on the image | downsample_image | features of the encoder |
 | in the encoder's blocks | tome | features of the encoder |
 | before the connector | random, uniform_stride, visionzip, prumerge, divprune | features that the connector gets |
-| in the decoder's layers | fastv, pyramid_drop | visual tokens of an image in the last layers |
+| before the connector | fastervlm, vispruner, holov | features that the connector gets |
+| in the decoder's layers | fastv, pyramid_drop, dart | visual tokens of an image in the last layers |
 
 A connector after a reducer keeps all features. Kept tokens stay in order; a merged token is at the position of one of
 its members. `VLM.reduce` selects whether those before the connector act on its features or on its tokens.
@@ -34,9 +35,12 @@ tokens keep their positions, or positions are renumbered (`consecutive`).
 
 from collections.abc import Mapping
 
+from vlm_jax.reducers.dart import DART
 from vlm_jax.reducers.divprune import DivPrune
 from vlm_jax.reducers.downsample_image import DownsampleImage
+from vlm_jax.reducers.fastervlm import FasterVLM
 from vlm_jax.reducers.fastv import FastV
+from vlm_jax.reducers.holov import HoloV
 from vlm_jax.reducers.prumerge import PruMerge
 from vlm_jax.reducers.pyramid_drop import PyramidDrop
 from vlm_jax.reducers.random_drop import RandomDrop
@@ -44,6 +48,7 @@ from vlm_jax.reducers.reducer import Reducer
 from vlm_jax.reducers.tome import ToMe
 from vlm_jax.reducers.uniform_stride import UniformStride
 from vlm_jax.reducers.visionzip import VisionZip
+from vlm_jax.reducers.vispruner import VisPruner
 
 REDUCERS: Mapping[str, type[Reducer] | None] = {
     "none": None,
@@ -54,6 +59,10 @@ REDUCERS: Mapping[str, type[Reducer] | None] = {
     "visionzip": VisionZip,
     "prumerge": PruMerge,
     "divprune": DivPrune,
+    "fastervlm": FasterVLM,
+    "vispruner": VisPruner,
+    "holov": HoloV,
     "fastv": FastV,
     "pyramid_drop": PyramidDrop,
+    "dart": DART,
 }

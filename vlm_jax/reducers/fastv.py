@@ -16,8 +16,8 @@ class FastV(ReducesInDecoder):
         number of kept tokens is rounded to the nearest integer, halves to even. None for `num_kept`.
 
     Source: Chen et al. 2024 (FastV), section 4.1; fastv_kvcache.py. As there, the attention is that of the
-    last token of the instruction. Every image keeps the same number, or all
-    of its tokens. The rule `as_released` differs only in `ratio`.
+    last token of the instruction, and tokens keep their positions unless `positions` is `consecutive`. Every image
+    keeps the same number, or all of its tokens. The rule `as_released` differs only in `ratio`.
     """
 
     kind: ClassVar[str] = "fastv"

@@ -20,8 +20,9 @@ class PyramidDrop(ReducesInDecoder):
 
     Source: Xing et al. 2024 (PyramidDrop), section 3.2; modeling_llama_pdrop.py, pdrop_rank_drop. As there, the
     attention is that of the last token of the instruction, in training the mean over all instructions of a row.
-    Deviation of `exact`: the ratio is computed from the budget, where the paper sets 0.5. By `as_released` shares are
-    of each image's own number, rounded down, and positions are renumbered from 0 after every drop.
+    Deviations of `exact`: the ratio is computed from the budget, where the paper sets 0.5, and tokens keep their
+    positions, with their rotary angles, unless `positions` is `consecutive`. By `as_released` shares are of each
+    image's own number, rounded down, and positions are renumbered from 0 after every drop, whatever `positions` says.
     """
 
     kind: ClassVar[str] = "pyramid_drop"

@@ -25,6 +25,11 @@ LEASE_SECONDS = 120  # NFS keeps the locks of a lost host for 90 seconds
 
 _log = logging.getLogger(__name__)
 
+
+class Stopped(Exception):
+    """A point was stopped before its end since others are better; the message says where."""
+
+
 Report = Callable[[str, int, str], None]  # (run, steps or questions done of it, what it does)
 
 
@@ -35,7 +40,8 @@ class Task:
     Attributes:
       label: its name in the sweep.
       call: runs it, and returns what `Ended.result` is; what it is made of can be pickled.
-      after: labels of the tasks that have to end before, with or without an error.
+      after: labels of the tasks that have to end before, with or without an error; the last is the one whose process
+        is the best for this task.
     """
 
     label: str
@@ -94,7 +100,8 @@ class LocalExecutor:
             try:
                 ended = Ended(task.label, task.call(report))
             except Exception as error:  # of whatever kind: the other points are still worth having
-                if isinstance(error, Interrupted) or jax.process_count() > 1:
+                together = jax.process_count() > 1 and not isinstance(error, Stopped)  # all processes stop a point
+                if isinstance(error, Interrupted) or together:
                     raise
                 ended = Ended(task.label, error=error)
             yield ended

@@ -55,11 +55,17 @@ def own_cpus() -> list[int]:
 
 @dataclasses.dataclass
 class _Worker:
-    """A process and this process's end of its pipe; `task` is what it runs, None while it is idle."""
+    """A process and this process's end of its pipe.
+
+    Attributes:
+      task: what it runs; None while it is idle.
+      last: label of the newest task that it has run.
+    """
 
     process: Any
     pipe: Any
     task: Task | None = None
+    last: str = ""
 
 
 class ProcessExecutor:
@@ -112,11 +118,21 @@ class ProcessExecutor:
         return _Worker(process, ours)
 
     def _hand_out(self, waiting: list[Task], ended: set[str], workers: list[_Worker]) -> None:
-        """Gives a task to every idle worker, as far as there are tasks that can run."""
-        for number, worker in enumerate(workers):
-            ready = next((task for task in waiting if ended.issuperset(task.after)), None)
-            if worker.task is not None or ready is None:
+        """Gives a task to every idle worker, as far as there are tasks that can run.
+
+        One whose last `after` a worker ran last goes to that, which has kept the parameters.
+        """
+        idle = [number for number, worker in enumerate(workers) if worker.task is None]
+        able = [task for task in waiting if ended.issuperset(task.after)]
+        given = {
+            number: next((task for task in able if task.after[-1:] == (workers[number].last,)), None) for number in idle
+        }
+        for number in idle:
+            others = [task for task in able if task not in given.values()]
+            ready = given[number] or next(iter(others), None)
+            if ready is None:
                 continue
+            given[number], worker = ready, workers[number]
             waiting.remove(ready)
             if not worker.process.is_alive():
                 worker.pipe.close()
@@ -139,7 +155,7 @@ class ProcessExecutor:
             if not isinstance(message, Ended):
                 report(*message)
                 continue
-            worker.task = None
+            worker.task, worker.last = None, message.label
             if isinstance(message.error, Interrupted):
                 raise message.error
             yield message

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -15,8 +16,11 @@ from vlm_jax.leaves import flatten
 from vlm_jax.ranges import Seed, Size
 from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sweep.costs import Costs, costs, first_with_images
+from vlm_jax.sweep.halving import HalvingSettings, ray_schedulers
 from vlm_jax.sweep.release_points import AS_RELEASED
-from vlm_jax.train.check import check_training
+from vlm_jax.sweep.search import Place, RandomSettings, check_ranges, places, set_values
+from vlm_jax.train.check import SETTINGS, check_training
+from vlm_jax.train.stages import parse_schedule
 from vlm_jax.types import Params, Sample
 
 SECTIONS = ("encoder", "reducer", "connector", "decoder")
@@ -31,11 +35,15 @@ class SweepSettings:
         draws that anew, and has the other parts of the shared stages.
       seeds: every point is run once for each.
       controls: labels of candidates that are there to be compared with.
+      random: which points are drawn; None for every candidate at every budget and seed.
+      halving: which points that are trained for one budget are stopped before their end; None for none.
     """
 
     shared: tuple[str, ...] = ()
     seeds: tuple[Seed, ...] = (0,)
     controls: tuple[str, ...] = ()
+    random: RandomSettings | None = None
+    halving: HalvingSettings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Point:
 
     Attributes:
       label: `connector@budget`, and `#seed` for a seed beyond the first; `connector@released` without a budget.
-      connector: the candidate's label.
+      connector: the candidate's label, with `~number` of the draw where config keys are drawn.
       config: the whole config of the run.
       experiment: what it builds.
       costs: what it costs.
@@ -52,6 +60,7 @@ class Point:
         budget that all its points share; `untrained` for all points that train nothing.
       training: the config and the experiment of that run.
       start: parts that it has from the shared stages, where there are some.
+      drawn: {key of the config: value} that were drawn.
     """
 
     label: str
@@ -62,21 +71,29 @@ class Point:
     trained_as: str
     training: tuple[Any, Experiment]
     start: tuple[str, ...]
+    drawn: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __reduce__(self):
         """Pickles the configs; what they build is built anew by whoever reads them."""
         trained = None if self.training[0] is self.config else self.training[0]
-        given = self.label, self.connector, self.config, self.costs, self.trained_as, trained, self.start
+        given = self.label, self.connector, self.config, self.costs, self.trained_as, trained, self.start, self.drawn
         return _rebuilt, given
 
 
 def _rebuilt(
-    label: str, connector: str, config: Any, costs: Costs, trained_as: str, trained: Any, start: tuple[str, ...]
+    label: str,
+    connector: str,
+    config: Any,
+    costs: Costs,
+    trained_as: str,
+    trained: Any,
+    start: tuple[str, ...],
+    drawn: Mapping[str, Any],
 ) -> Point:
     """A point that was pickled; `trained` is the config of its training, None where that is its own."""
     experiment = build_conversational(config)
     training = (config, experiment) if trained is None else (trained, build_conversational(trained))
-    return Point(label, connector, config, experiment, costs, trained_as, training, start)
+    return Point(label, connector, config, experiment, costs, trained_as, training, start, drawn)
 
 
 def sweep_settings(config: Any) -> SweepSettings:
@@ -88,8 +105,13 @@ def sweep_settings(config: Any) -> SweepSettings:
     check_sections(config.base)
     check_training(config.base)
     for name, candidate in config.candidates.items():
-        check_section(candidate, f"config.candidates.{name}")
-        convert(candidate.get("budgets"), tuple[Size | None, ...], f"config.candidates.{name}.budgets")
+        path = f"config.candidates.{name}"
+        check_section(candidate, path)
+        convert(candidate.get("budgets"), tuple[Size | None, ...], f"{path}.budgets")
+        check_keys(candidate, ("budgets", "trained_at", "schedule", *SECTIONS), path)
+        check_keys(candidate.get("schedule", ()), config.base.stages, f"{path}.schedule")
+        if "trained_at" in candidate and candidate.get("schedule", config.base.schedule) == ():
+            raise ConfigError(f"{path}.trained_at: the candidate trains nothing; remove it")
     for label in settings.controls:
         if label not in config.candidates:
             raise ConfigError(f"config.sweep.controls: no candidate '{label}'{did_you_mean(label, config.candidates)}")
@@ -111,17 +133,40 @@ def sweep_settings(config: Any) -> SweepSettings:
                 f"config.base.stages.{label}.learning_rates.{pattern}: a shared stage trains no connector where every "
                 "candidate has its own"
             )
+    if settings.random is not None:
+        settings.random.check("config.sweep.random")
+        made = (point_config(config.base, one, None, 0, settings.shared) for one in config.candidates.values())
+        check_ranges(settings.random, list(made))
+    if settings.halving is not None:
+        _check_halving(config, settings)
     return settings
 
 
-def list_points(config: Any, only: tuple[str, ...] = (), refused: dict[str, str] | None = None) -> list[Point]:
-    """Every candidate at every one of its budgets and every seed: first those that train nothing, then by tokens.
+def _check_halving(config: Any, settings: SweepSettings) -> None:
+    """Whether losses of trainings can be compared: candidates learn by the same objectives; Ray Tune is installed."""
+    ray_schedulers()
+    first: tuple[str, Any] | None = None
+    for name, candidate in config.candidates.items():
+        run = point_config(config.base, candidate, None, 0, settings.shared)
+        learned = list(dict.fromkeys(run.stages[label].get("objective") for label in run.schedule))
+        first = (name, learned) if first is None and learned else first
+        if first is not None and learned and learned != first[1]:
+            raise ConfigError(
+                f"config.sweep.halving: the losses of candidates '{first[0]}' and '{name}' cannot be compared, their "
+                f"objectives are {first[1]} and {learned}; give them the same, or set it to None"
+            )
 
-    A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and
-    decoder, each of which replaces the base's. With `trained_at` it is trained once, at that budget, and
-    its parameters are evaluated at all of `budgets`. Its `schedule` has the stages that train it behind the
-    shared ones, where they are not those of `config.base.schedule`; with none it is evaluated as the release or
-    the shared stages leave it. A budget of None leaves a release its own tokens.
+
+def list_points(config: Any, only: tuple[str, ...] = (), refused: dict[str, str] | None = None) -> list[Point]:
+    """Every candidate at each of its budgets and each seed, or those that `sweep.random` draws.
+
+    Points that train nothing come first, then the others by tokens.
+
+    A candidate is a dict with `budgets` and any of the sections encoder, reducer, connector and decoder, each of which
+    replaces the base's. With `trained_at` it is trained once, at that budget, and its parameters are evaluated at all
+    of `budgets`. Its `schedule` has the stages that train it behind the shared ones, where they are not those of
+    `config.base.schedule`; with none it is evaluated as the release or the shared stages leave it. A budget of None
+    leaves a release its own tokens.
 
     Args:
       config: a sweep's config: `base`, `candidates`, `sweep`.
@@ -148,45 +193,41 @@ def list_points(config: Any, only: tuple[str, ...] = (), refused: dict[str, str]
         first = build_conversational(shared_config(config.base, settings.seeds[0], settings.shared))
         shared, trained = first.boxed_shapes(), {path.split("/")[0] for path in first.trained}
     untrained: list[Params] = []  # shapes of what points that train nothing have, each kind once
-    for name in config.candidates:
-        candidate, path = config.candidates[name], f"config.candidates.{name}"
-        check_keys(candidate, ("budgets", "trained_at", "schedule", *SECTIONS), path)
-        check_keys(candidate.get("schedule", ()), config.base.stages, f"{path}.schedule")
-        if "trained_at" in candidate and candidate.get("schedule", config.base.schedule) == ():
-            raise ConfigError(f"{path}.trained_at: the candidate trains nothing; remove it")
-        for number, seed in enumerate(settings.seeds):
-            made = functools.cache(functools.partial(_made, config.base, name, candidate, seed, settings.shared))
-            suffix = f"#{seed}" if number else ""
-            for budget in candidate.budgets:
-                label = f"{name}@{AS_RELEASED if budget is None else budget}{suffix}"
-                try:
-                    run, experiment = made(budget)
-                except OutOfRange as error:
-                    if refused is None:
-                        raise
-                    refused[label] = f"{type(error).__name__}: {error}"
-                    continue
-                trained_at = candidate.trained_at if "trained_at" in candidate else budget
-                training = (run, experiment) if trained_at == budget else made(trained_at)
-                if trained_at != budget and training[1].boxed_shapes() != experiment.boxed_shapes():
-                    raise ConfigError(
-                        f"{path}.trained_at: the parameters for {trained_at} tokens have other shapes than those for "
-                        f"{budget}; choose a connector that nests its budgets, such as matryoshka, or train each"
-                    )
-                start = _start(candidate, settings.shared, trained, experiment)
-                _check_start(start, training[1].boxed_shapes(), shared, path)
-                trained_as = f"{name}@{AS_RELEASED if trained_at is None else trained_at}{suffix}"
-                if not run.schedule:
-                    _check_untrained(experiment, start, path)
-                    if (shapes := experiment.boxed_shapes()) not in untrained:
-                        untrained.append(shapes)
-                    kind = untrained.index(shapes)
-                    # The parameters of a release are the same for any seed.
-                    trained_as = f"untrained{f'-{kind}' if kind else ''}{suffix if settings.shared else ''}"
-                sample = None if experiment.prompt is not None else sample_of(seed, experiment)
-                points[label] = Point(
-                    label, name, run, experiment, costs(experiment, sample), trained_as, training, start
-                )
+    made: dict[tuple[str, int], Made] = {}  # what a place's budget makes, each once
+    for one in places(config.candidates, settings.seeds, settings.random):
+        candidate, path = config.candidates[one.candidate], f"config.candidates.{one.candidate}"
+        key = one.name, one.seed
+        if key not in made:
+            made[key] = functools.cache(functools.partial(_made, config.base, one, candidate, settings))
+        suffix = f"#{one.seed}" if one.seed != settings.seeds[0] else ""
+        label = f"{one.name}@{_said(one.budget)}{suffix}"
+        try:
+            run, experiment, drawn = made[key](one.budget)
+        except OutOfRange as error:
+            if refused is None:
+                raise
+            refused[label] = f"{type(error).__name__}: {error}"
+            continue
+        trained_at = candidate.trained_at if "trained_at" in candidate else one.budget
+        training = (run, experiment) if trained_at == one.budget else made[key](trained_at)[:2]
+        if trained_at != one.budget and training[1].boxed_shapes() != experiment.boxed_shapes():
+            raise ConfigError(
+                f"{path}.trained_at: the parameters for {trained_at} tokens have other shapes than those for "
+                f"{one.budget}; choose a connector that nests its budgets, such as matryoshka, or train each"
+            )
+        start = _start(candidate, settings.shared, trained, experiment)
+        _check_start(start, training[1].boxed_shapes(), shared, path)
+        trained_as = f"{one.name}@{_said(trained_at)}{suffix}"
+        if not run.schedule:
+            _check_untrained(experiment, start, path)
+            if (shapes := experiment.boxed_shapes()) not in untrained:
+                untrained.append(shapes)
+            kind = untrained.index(shapes)
+            # The parameters of a release are the same for any seed.
+            trained_as = f"untrained{f'-{kind}' if kind else ''}{suffix if settings.shared else ''}"
+        sample = None if experiment.prompt is not None else sample_of(one.seed, experiment)
+        counted = costs(experiment, sample)
+        points[label] = Point(label, one.name, run, experiment, counted, trained_as, training, start, drawn)
     known = [*points, *(refused or ())]
     unknown = [label for label in only if label not in known]
     if unknown:
@@ -206,16 +247,36 @@ def list_points(config: Any, only: tuple[str, ...] = (), refused: dict[str, str]
     return sorted(chosen, key=place)
 
 
+Made = Callable[[int | None], tuple[Any, Experiment, dict[str, Any]]]
+
+
 def _made(
-    base: Any, name: str, candidate: Any, seed: int, shared: tuple[str, ...], budget: int | None
-) -> tuple[Any, Experiment]:
-    """Config and experiment of a candidate at a budget; errors name both."""
-    run = point_config(base, candidate, budget, seed, shared)
+    base: Any, place: Place, candidate: Any, settings: SweepSettings, budget: int | None
+) -> tuple[Any, Experiment, dict[str, Any]]:
+    """Config and experiment of a place at a budget, and its drawn values; errors name both."""
+    run = point_config(base, candidate, budget, place.seed, settings.shared)
     try:
-        return run, build_conversational(run)
+        drawn = set_values(run, place, settings.random)
+        if drawn:
+            _check_drawn(run)
+        return run, build_conversational(run), drawn
     except ValueError as error:
         tokens = "its released tokens" if budget is None else f"{budget} tokens"
-        raise type(error)(f"candidate '{name}' at {tokens}: {error}") from error
+        raise type(error)(f"candidate '{place.name}' at {tokens}: {error}") from error
+
+
+def _check_drawn(run: Any) -> None:
+    """Checks the sections that the trainer reads; `build` checks the others."""
+    check_sections(run)
+    check_training(run)
+    for key, cls in SETTINGS.items():
+        parse(cls, run[key], f"config.{key}")
+    if run.schedule:
+        parse_schedule(run.schedule, run.stages)
+
+
+def _said(budget: int | None) -> str:
+    return AS_RELEASED if budget is None else str(budget)
 
 
 def _start(candidate: Any, shared: tuple[str, ...], trained: set[str], experiment: Experiment) -> tuple[str, ...]:

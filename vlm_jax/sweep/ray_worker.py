@@ -119,11 +119,15 @@ def work(label: str, call: bytes, kind: str | None, folder: str, reports: Any) -
         os.chdir(folder)
         return Result(pickle.loads(call)(Reporter(label, reports)))
     except Exception as error:  # of whatever kind: it is the point's
-        loop = sys.modules.get("vlm_jax.train.loop")
-        stopped = loop is not None and isinstance(error, loop.Interrupted)
-        if not stopped:
+        stopped = _is_named(error, "vlm_jax.train.loop", "Interrupted")
+        if not stopped and not _is_named(error, "vlm_jax.sweep.executor", "Stopped"):
             _log.info("%s failed", label, exc_info=True)
         return Result(error=portable(error), stopped=stopped)
+
+
+def _is_named(error: Exception, module: str, name: str) -> bool:
+    """Whether the error is of a class of a module, which is not imported for that."""
+    return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
 
 
 def show_messages() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Sequence
 
-from vlm_jax.sweep.executor import Executor, Task
+from vlm_jax.sweep.executor import Executor, Stopped, Task
 from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.progress import PointsProgress
 from vlm_jax.train.claim import Claim
@@ -29,7 +29,7 @@ def run_points(
       tasks: of the points, and of what they share.
       todo: labels of the points, in the order of their rows.
       rows: {label: row} of finished points; gets those of `todo`.
-      failures: gets the points that failed; the others go on.
+      failures: gets the points that failed or were stopped; the others go on.
       claim: of the workdir, held.
       progress: of the points.
 
@@ -45,7 +45,9 @@ def run_points(
                     raise ended.error
                 continue
             claim.confirm()
-            if ended.error is not None:
+            if isinstance(ended.error, Stopped):
+                failures.add_stopped(ended.label, str(ended.error))
+            elif ended.error is not None:
                 failures.add(ended.label, f"{type(ended.error).__name__}: {ended.error}")
             else:
                 rows[ended.label] = ended.result

@@ -2,7 +2,7 @@
 
 import functools
 import shlex
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +15,7 @@ from vlm_jax.sharding.processes import is_primary
 from vlm_jax.sweep.executor import Executor, LocalExecutor, Task
 from vlm_jax.sweep.failures import Failures
 from vlm_jax.sweep.frontier import combine_seeds, draw_frontier, tasks_of, told_seeds
+from vlm_jax.sweep.halving import Halving, stopped_at, told
 from vlm_jax.sweep.hard import DOWNSAMPLED, with_hard_questions
 from vlm_jax.sweep.point_run import ANSWERS_FILE, PointRunner, shared_name
 from vlm_jax.sweep.points import Point, list_points, shared_config, sweep_settings
@@ -22,6 +23,7 @@ from vlm_jax.sweep.progress import PointsProgress, text_table
 from vlm_jax.sweep.release_points import AS_RELEASED
 from vlm_jax.sweep.report import Example, write_report
 from vlm_jax.sweep.rows import RESULTS_FILE, run_points
+from vlm_jax.sweep.search import DRAW
 from vlm_jax.train.claim import Claim
 from vlm_jax.train.loop import Outcome
 from vlm_jax.train.workdir import each_line, read_lines
@@ -46,6 +48,7 @@ class Sweep:
     Attributes:
       points: what is run.
       failed: {label: error} of the points that failed in the last `run`.
+      stopped: {label: where} of the points that `config.sweep.halving` has stopped, which have no row.
 
     Raises:
       ConfigError, InfeasibleBudget: before anything is written.
@@ -67,6 +70,7 @@ class Sweep:
         self._console = console or rich.console.Console(markup=False)
         self._settings = sweep_settings(config)
         self.failed: dict[str, str] = {}
+        self.stopped: dict[str, str] = {}
         self._refused: dict[str, str] = {}
         self.points = list_points(config, only, self._refused)
         self._executor = executor or LocalExecutor()
@@ -92,15 +96,24 @@ class Sweep:
 
     def _run(self) -> list[dict[str, Any]]:
         self._print(plan_table(self.points))
+        for point in self.points:
+            if point.drawn:
+                self._print(f"{point.label}: {', '.join(f'{key}={value}' for key, value in point.drawn.items())}")
         results = {line["label"]: line for line in read_lines(self.workdir / RESULTS_FILE)}
         self._check_results(results)
-        todo = [point for point in self.points if point.label not in results]
         failures = Failures(self.workdir, self._console)
-        self.failed = failures.errors
+        self.failed, self.stopped = failures.errors, failures.stopped
+        todo = [point for point in self.points if point.label not in results]
+        if self._settings.halving is not None:
+            for point in todo:
+                if (line := stopped_at(self._runner.folder(point.trained_as))) is not None:
+                    failures.add_stopped(point.label, told(line))
+            todo = [point for point in todo if point.label not in self.stopped]
         for label, error in self._refused.items():
             failures.add(label, error)
         if todo:
-            labels, tasks = [point.label for point in todo], self._tasks(todo, Timing(results.values(), self.failed))
+            labels, untimed = [point.label for point in todo], ChainMap(self.failed, self.stopped)
+            tasks = self._tasks(todo, Timing(results.values(), untimed))
             with self._progress(todo) as progress:
                 run_points(self._executor, tasks, labels, results, failures, self._claim, progress)
         ordered = [results[point.label] for point in self.points if point.label in results]
@@ -123,7 +136,17 @@ class Sweep:
             before[name] = point.label
             given: Any = {"command": self._command(point), "timed": timing.is_due(point)}
             given["keep"] = name in rest or (not rest and several[name] > 1)
+            given["halving"] = self._halving(point)
             yield Task(point.label, functools.partial(self._runner.run, point, **given), tuple(after))
+
+    def _halving(self, point: Point) -> Halving | None:
+        """The rungs of a point's training, which is compared with those at the same budget."""
+        settings, budget = self._settings.halving, point.training[0].token_budget
+        if settings is None or not point.config.schedule:
+            return None
+        others = [other for other in self.points if other.config.schedule and other.trained_as != point.trained_as]
+        same = dict.fromkeys(other.trained_as for other in others if other.training[0].token_budget == budget)
+        return self._runner.halving(point.trained_as, settings, tuple(same))
 
     @property
     def num_points(self) -> int:
@@ -171,7 +194,8 @@ class Sweep:
         """The table on the console, and the files of the primary process."""
         if is_primary():
             shown = [drawable(result) for result in with_hard_questions(results, self._downsampled, self._answers)]
-            controls = frozenset(self._settings.controls)
+            own = (point.connector for point in self.points)
+            controls = frozenset(name for name in own if name.partition(DRAW)[0] in self._settings.controls)
             draw_frontier(shown, self.workdir / FRONTIER_FILE, controls=controls)
             title = f"Visual token budgets: {self._config_path}"
             write_report(shown, self.workdir / REPORT_FILE, controls=controls, examples=self._examples(), title=title)
@@ -218,7 +242,7 @@ class Timing:
 
     Args:
       results: rows of finished points.
-      failed: {label: error} of the points that failed, which have no times.
+      failed: {label: error} of the points that failed or were stopped, which have no times.
     """
 
     def __init__(self, results: Iterable[Fields], failed: Mapping[str, str]):

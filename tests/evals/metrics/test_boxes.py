@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlm_jax.evals.metrics.boxes import Boxes, overlap
+from vlm_jax.evals.metrics.boxes import Box, Boxes, overlap
 from vlm_jax.evals.metrics.metric import Response
 
 
@@ -27,6 +27,12 @@ def test_overlap(answer, right):
     assert overlap(answer, box(0, 0, 100, 100)) is right
 
 
+def test_a_box_of_an_answer_without_an_end_is_wrong():
+    references = box(500, 500, 600, 600), box(0, 0, 100, 100)
+    assert Box().score(Response(box(0, 0, 100, 100), references)) is True
+    assert Box().score(Response(box(0, 0, 100, 100), references, is_finished=False)) is False
+
+
 @pytest.mark.parametrize(
     ("answer", "reference", "score"),
     [
@@ -34,6 +40,7 @@ def test_overlap(answer, right):
         (box(0, 0, 100, 100), box(200, 0, 300, 100) + box(0, 0, 100, 100), 2 / 3),
         (2 * box(0, 0, 100, 100), box(0, 0, 100, 100), 2 / 3),  # a box is in one pair
         (box(0, 0, 100, 49), box(0, 0, 100, 100), 0.0),
+        (box(0, 0, 100, 50), box(0, 0, 100, 100), 1.0),  # half of it is enough
         ("nothing", "none", 1.0),
         (box(0, 0, 1, 1), "none", 0.0),
         ("nothing", box(0, 0, 1, 1), 0.0),

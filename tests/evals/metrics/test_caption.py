@@ -71,5 +71,7 @@ def test_bleu_of_the_papers_example():
     metric = Caption()
     values = metric.of_sums(metric.statistics([Response("the the the the the the the.", references)]).sum(axis=0))
     assert values[2] == pytest.approx(2 / 7) and values[3:].tolist() == [0, 0, 0]
+    long = metric.of_sums(metric.statistics([Response("the cat sat down", ("the cat",))]).sum(axis=0))
+    assert long[2:4] == pytest.approx([2 / 4, math.sqrt(2 / 4 * 1 / 3)])  # no reward for more words
     short = metric.of_sums(metric.statistics([Response("the cat", references)]).sum(axis=0))
     assert short[2:4] == pytest.approx([math.exp(1 - 6 / 2)] * 2)  # brevity: two words, the nearest reference has six

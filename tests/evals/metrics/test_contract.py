@@ -66,6 +66,12 @@ def test_values_are_functions_of_sums(name):
 
 
 @every_metric
+def test_numbers_of_no_answers_are_zero(name):
+    metric = METRICS[name]
+    assert metric.of_sums(metric.statistics([]).sum(axis=0)).tolist() == [0.0] * len(metric.values)
+
+
+@every_metric
 def test_the_mean_score_is_a_value(name):
     metric = METRICS[name]
     values = metric.of_sums(metric.statistics(responses()).sum(axis=0))

@@ -47,6 +47,42 @@ def test_similarity_of_a_table(answer, similarity, structure):
     assert table_similarity(answer, TABLE, content=False) == pytest.approx(structure)
 
 
+@pytest.mark.parametrize(
+    ("span", "similarity"), [("2", 1), ("02", 1), (" 2 ", 1), ("3", 4 / 5), ("x", 4 / 5), ("", 4 / 5), ("0", 4 / 5)]
+)
+def test_spans_are_numbers(span, similarity):
+    """Of five elements one is replaced where they differ; what is no number is 1."""
+    spanned = TABLE.replace("<td>c", "<td colspan='2'>c")
+    assert table_similarity(TABLE.replace("<td>c", f"<td colspan='{span}'>c"), spanned) == pytest.approx(similarity)
+    is_one = span in ("x", "")
+    assert (table_similarity(TABLE.replace("<td>c", f"<td colspan='{span}'>c"), TABLE) == 1) == is_one
+
+
+def test_the_first_table_of_a_text_counts():
+    other = "<table><tr><td>zz</td></tr></table>"
+    assert table_similarity(TABLE + other, TABLE) == 1 > table_similarity(other + TABLE, TABLE)
+    assert table_similarity(f"<div><p>{TABLE}</p></div><div>{other}</div>", TABLE) == 1
+
+
+def test_a_similarity_of_tables_is_in_0_to_1():
+    """A row of three cells and four rows: one is removed and added, three are replaced, 5 of 4 elements."""
+    assert table_similarity(f"<table><tr>{'<td></td>' * 3}</tr></table>", f"<table>{'<tr></tr>' * 4}</table>") == 0
+    assert table_similarity("<table></table>", "<table>x</table>") == 1
+
+
+@pytest.mark.parametrize(
+    ("opened", "ended"),
+    [
+        ("<ul><li>a<li>b</ul>", "<ul><li>a</li><li>b</li></ul>"),
+        ("<p>a<p>b", "<p>a</p><p>b</p>"),
+        ("<select><option>a<option>b</select>", "<select><option>a</option><option>b</option></select>"),
+    ],
+)
+def test_ends_of_elements_may_be_left_out(opened, ended):
+    """HTML's standard, section 13.1.2.4 (optional tags)."""
+    assert document_similarity(opened, ended) == markup_similarity(opened, ended) == 1
+
+
 def test_similarity_of_a_document():
     page = "<body><h1>Cats</h1>\n<p>one  <b>two</b> three</p></body>"  # four elements
     assert document_similarity(f"<html><head><title>x</title></head>{page}</html>", page) == 1
@@ -56,6 +92,7 @@ def test_similarity_of_a_document():
     pieces = len("Cats") + 2 + len("one two three") - 2 + 2 + 2  # two spaces beside tags do not count
     assert markup_similarity(page.replace("Cats", "Bats"), page) == pytest.approx(1 - 1 / pieces)
     assert markup_similarity(page.replace("\n", ""), page) == 1 == markup_similarity("", "")
+    assert markup_similarity("<p>one\n two</p>", "<p>one two</p>") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlm_jax.evals.metrics.metric import Response
-from vlm_jax.evals.metrics.text import Characters, character_precision, same_text
+from vlm_jax.evals.metrics.text import Characters, Exact, character_precision, same_text
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,11 @@ from vlm_jax.evals.metrics.text import Characters, character_precision, same_tex
 )
 def test_same_text(answer, reference, right):
     assert same_text(answer, reference) is right
+
+
+def test_an_answer_without_an_end_is_not_the_reference():
+    assert Exact().score(Response("7", ("5", "7"))) is True
+    assert Exact().score(Response("7", ("5", "7"), is_finished=False)) is False
 
 
 @pytest.mark.parametrize(

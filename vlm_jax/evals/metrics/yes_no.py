@@ -1,7 +1,7 @@
 """Questions to answer with yes or no: POPE and MME."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -63,8 +63,9 @@ class Mme:
     """MME's pairs: accuracy of questions, of pictures whose questions are all right, and the sum of both in percent.
 
     The answer is "yes" or "no" by its first four letters. The two questions about a picture are those with equal
-    pixels. Every category of MME is a task of its own, such as `mme:count`, with a score of at most 200. Deviation:
-    spaces before the answer are ignored.
+    pixels. Every subtask of MME is a task of its own, such as `mme:count`, with a score of at most 200. Where all
+    subtasks of perception, or of cognition, have answers, the sums of their scores are the values `perception`, at most
+    2000, and `cognition`, at most 800, of the task `mme`. Deviation: spaces before the answer are ignored.
 
     Source: Fu et al. 2023 (MME), section 2.2, and calculation.py of its evaluation tool.
     """
@@ -72,6 +73,13 @@ class Mme:
     values: ClassVar[tuple[str, ...]] = ("accuracy", "accuracy_plus", "score")
     num_statistics: ClassVar[int] = 4
     needs_all: ClassVar[bool] = True
+    totals: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "perception": (
+            *("existence", "count", "position", "color", "posters"),
+            *("celebrity", "scene", "landmark", "artwork", "OCR"),
+        ),
+        "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+    }
 
     def score(self, response: Response) -> bool:
         """As `Metric.score`."""

@@ -1,0 +1,1 @@
+"""Adapters to evaluation harnesses: their models, by `vlm_jax.from_pretrained`."""
