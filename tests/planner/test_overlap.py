@@ -13,7 +13,8 @@ SECOND = int(CHIP.link_bandwidth)  # bytes that a link carries in one direction
 
 def program_of(*lines):
     shape = f"u8[{SECOND}]" + "{0}"
-    done = "\n".join(f"  %{line}" for line in lines).replace("SHAPE", shape)
+    *first, last = (f"%{line}" for line in lines)
+    done = "\n".join(f"  {line}" for line in (*first, f"ROOT {last}")).replace("SHAPE", shape)
     pairs = "{{0,1},{1,2},{2,3},{3,0},{4,4}}"
     return parse_program(
         f"ENTRY %main (a: u8[8]) -> u8[8] {{\n  %a = {shape} parameter(0)\n"

@@ -10,6 +10,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = pathlib.Path(__file__).parent / "tiny.py"
+_INTERRUPTIBLE = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+# Python that an interrupt ends: a shell starts what runs in its background with SIGINT ignored, which is inherited.
+INTERRUPTIBLE = (sys.executable, "-c", _INTERRUPTIBLE, sys.executable)
 
 
 def environment(devices: int = 1) -> dict[str, str]:

@@ -2,13 +2,12 @@
 
 import signal
 import subprocess
-import sys
 
 import pytest
 from PIL import Image
 
 from .alphabet import LETTERS, write
-from .conftest import ROOT, environment
+from .conftest import INTERRUPTIBLE, ROOT, environment
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def folder(tmp_path):
 def started(folder):
     def start(*arguments):
         """The process, with pipes."""
-        words = [sys.executable, "-m", "vlm_jax.cli.generate", f"--checkpoint={folder}", *arguments]
+        words = [*INTERRUPTIBLE, "-m", "vlm_jax.cli.generate", f"--checkpoint={folder}", *arguments]
         words.append("--compilation_cache=")
         return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

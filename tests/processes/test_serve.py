@@ -5,19 +5,11 @@ import json
 import re
 import signal
 import subprocess
-import sys
 
 import pytest
 
 from .alphabet import write
-from .conftest import ROOT, environment
-
-# A shell starts what runs in its background with SIGINT ignored, which a program inherits.
-INTERRUPTIBLE = """
-import os, signal, sys
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execv(sys.argv[1], sys.argv[1:])
-"""
+from .conftest import INTERRUPTIBLE, ROOT, environment
 
 
 @pytest.fixture
@@ -28,7 +20,7 @@ def started(tmp_path):
     (folder / "generation_config.json").unlink()
 
     def start(*arguments):
-        words = [sys.executable, "-c", INTERRUPTIBLE, sys.executable, "-m", "vlm_jax.cli.serve", f"--release={folder}"]
+        words = [*INTERRUPTIBLE, "-m", "vlm_jax.cli.serve", f"--release={folder}"]
         words += ["--port=0", *arguments, "--compilation_cache="]
         process = subprocess.Popen(
             words,

@@ -105,6 +105,9 @@ def test_a_range_of_a_stage_is_for_the_points_that_have_it(config):
         given = {"stages.other.learning_rates.connector": 0.5} if point.connector.startswith("pool") else {}
         assert point.drawn == given
         assert not given or point.config.stages.other.learning_rates.connector == 0.5
+    config.sweep.random.num_points = 3  # of which two would be the same
+    with pytest.raises(ConfigError, match="3 points are not found, only 2 that differ"):
+        list_points(config)
 
 
 def test_a_key_that_is_left_at_its_default_can_be_drawn(config):

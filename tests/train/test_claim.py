@@ -113,6 +113,18 @@ def test_other_keys_may_not(workdir, path, value):
     assert json.loads((workdir / "config.json").read_text()) == before
 
 
+def test_a_sweep_may_draw_more_points(workdir):
+    """The first ones stay; with other ranges they would not."""
+    of_sweep = {"sweep": {"random": {"num_points": 2, "ranges": {"rate": {"key": "a.b", "low": 0.1, "high": 1.0}}}}}
+    recorded(workdir, of_sweep)
+    more = json.loads(json.dumps(of_sweep))
+    more["sweep"]["random"]["num_points"] = 5
+    assert recorded(workdir, more)["sweep"] == more["sweep"]
+    more["sweep"]["random"]["ranges"]["rate"]["low"] = 0.2
+    with pytest.raises(ConfigError, match=r"config\.sweep\.random\.ranges\.rate\.low: 0\.1 here, 0\.2 there"):
+        Claim(workdir, more)
+
+
 def test_the_last_stage_may_have_more_steps(workdir, caplog):
     recorded(workdir)
     assert recorded(workdir, changed("stages.two.steps", 9))["stages"]["two"]["steps"] == 9

@@ -1,5 +1,6 @@
 """The models of lmms-eval (0.7): `lmms-eval --model vlm_jax --model_args pretrained=DIR,token_budget=64`."""
 
+import abc
 import dataclasses
 import functools
 import mimetypes
@@ -81,13 +82,13 @@ class _Model(lmms):
     def _document(self, task: str, split: str, number: int) -> Any:
         return self.task_dict[task][split][number]
 
+    @abc.abstractmethod
     def _request(self, request: Instance) -> tuple[Callable[[], Sequence[Config]], Config]:
         """What makes the messages of a request for one answer, and its generation settings."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _rounds(self, request: Instance) -> tuple[Callable[[int, list[str], Any], Round], Config]:
         """What makes the messages of a round, from its number and the answers before it, and generation settings."""
-        raise NotImplementedError
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """An answer to each request, with its numbers of tokens.

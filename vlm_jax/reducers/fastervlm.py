@@ -2,11 +2,11 @@
 
 from typing import ClassVar
 
-from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest
-from vlm_jax.types import Fields, VisualFeatures
+from vlm_jax.reducers.reducer import KeepsAttended, every, highest
+from vlm_jax.types import VisualFeatures
 
 
-class FasterVLM(KeepsFeatures):
+class FasterVLM(KeepsAttended):
     """Keeps the features with the highest attention from the class token, averaged over heads, in order.
 
     Source: Zhang et al. 2024 (FasterVLM), section 3.2; llava_arch.py, encode_images. As there, shares of attention that
@@ -16,10 +16,6 @@ class FasterVLM(KeepsFeatures):
     """
 
     kind: ClassVar[str] = "fastervlm"
-
-    def required_fields(self) -> dict[Part, Fields]:
-        """The attention of the last block, per head."""
-        return {"encoder": {"saliency": "heads"}}
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         del deterministic

@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import NonNegative, Share, Size
-from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, highest, pick, real
-from vlm_jax.types import Fields, VisualFeatures
+from vlm_jax.reducers.reducer import KeepsAttended, every, highest, pick, real
+from vlm_jax.types import VisualFeatures
 
 _SMALL = 1e-6  # of the release
 _SCALE = 1e3  # of attention
@@ -30,7 +30,7 @@ class Crops(NamedTuple):
     shares: Int[Array, "B P"]
 
 
-class HoloV(KeepsFeatures):
+class HoloV(KeepsAttended):
     """Splits the sequence of features into crops; each keeps its share of the budget, the most attended features.
 
     A feature's score is its attention, plus `variety` times the variance of its cosines to the others of the crop,
@@ -60,10 +60,6 @@ class HoloV(KeepsFeatures):
     num_crops: Size = 16
     variety: NonNegative = 0.09
     ratio: Share | None = None
-
-    def required_fields(self) -> dict[Part, Fields]:
-        """The attention of the last block, per head."""
-        return {"encoder": {"saliency": "heads"}}
 
     def num_left(self, count: int) -> int:
         """`num_kept`, or all where there are fewer; with `ratio`, its share of `count`."""

@@ -7,11 +7,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.layers.local_rows import row_by_row
 from vlm_jax.ranges import Share, Size
-from vlm_jax.reducers.reducer import KeepsFeatures, Part, best, every, highest, marked, pick, real, spread, unit
+from vlm_jax.reducers.reducer import KeepsAttended, Part, best, every, highest, marked, pick, real, spread, unit
 from vlm_jax.types import Fields, VisualFeatures
 
 
-class PruMerge(KeepsFeatures):
+class PruMerge(KeepsAttended):
     """Keeps the most salient features; to each its nearest features are added, weighted by their saliency.
 
     The nearest features are those with the largest cosine of keys, all heads concatenated.

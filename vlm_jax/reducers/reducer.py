@@ -159,6 +159,14 @@ class KeepsFeatures(PassesFeatures):
         """Whether no image can have more features than are kept."""
         return features.mask.shape[1] <= self.num_kept
 
+
+class KeepsAttended(KeepsFeatures):
+    """Keeps features by the attention that they get in the encoder's last block."""
+
+    def required_fields(self) -> dict[Part, Fields]:
+        """The attention of the last block, per head."""
+        return {"encoder": {"saliency": "heads"}}
+
     def attended(self, features: VisualFeatures) -> tuple[Float[Array, "B N"], Float[Array, "B N K H"]]:
         """Saliency and keys of the features.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.ranges import Share
-from vlm_jax.reducers.reducer import KeepsFeatures, Part, best, every, highest, marked, pick, real, unit
+from vlm_jax.reducers.reducer import KeepsAttended, Part, best, every, highest, marked, pick, real, unit
 from vlm_jax.types import Fields, VisualFeatures
 
 
@@ -25,7 +25,7 @@ class Contextual(NamedTuple):
     joins: Float[Array, "B N C"]
 
 
-class VisionZip(KeepsFeatures):
+class VisionZip(KeepsAttended):
     """Dominant features unchanged, and contextual features merged from the rest.
 
     Targets are sampled from the rest at even steps; each other feature is assigned to the target whose key, averaged

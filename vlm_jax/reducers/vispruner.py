@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vlm_jax.ranges import Share
-from vlm_jax.reducers.reducer import KeepsFeatures, Part, every, pick, real, unit
-from vlm_jax.types import Fields, VisualFeatures
+from vlm_jax.reducers.reducer import KeepsAttended, every, pick, real, unit
+from vlm_jax.types import VisualFeatures
 
 _MOST = 8  # features that leave in one round
 _LAST = 2.0  # above any cosine
 
 
-class VisPruner(KeepsFeatures):
+class VisPruner(KeepsAttended):
     """Important features, with the highest attention, and diverse ones from the rest; they stay in order.
 
     The rest stands by falling attention. In every round it is split into alternating halves, and the features of the
@@ -38,10 +38,6 @@ class VisPruner(KeepsFeatures):
     def num_important(self) -> int:
         """Number of important features."""
         return int(self.num_kept * self.important_share)
-
-    def required_fields(self) -> dict[Part, Fields]:
-        """The attention of the last block, per head."""
-        return {"encoder": {"saliency": "heads"}}
 
     def __call__(self, features: VisualFeatures, *, deterministic: bool) -> VisualFeatures:
         del deterministic

@@ -18,7 +18,7 @@ from vlm_jax.sharding.initial import in_float32
 from vlm_jax.sweep.costs import Costs, costs, first_with_images
 from vlm_jax.sweep.halving import HalvingSettings, ray_schedulers
 from vlm_jax.sweep.release_points import AS_RELEASED
-from vlm_jax.sweep.search import Place, RandomSettings, check_ranges, places, set_values
+from vlm_jax.sweep.search import Place, RandomSettings, applying, check_ranges, places, set_values
 from vlm_jax.train.check import SETTINGS, check_training
 from vlm_jax.train.stages import parse_schedule
 from vlm_jax.types import Params, Sample
@@ -194,7 +194,7 @@ def list_points(config: Any, only: tuple[str, ...] = (), refused: dict[str, str]
         shared, trained = first.boxed_shapes(), {path.split("/")[0] for path in first.trained}
     untrained: list[Params] = []  # shapes of what points that train nothing have, each kind once
     made: dict[tuple[str, int], Made] = {}  # what a place's budget makes, each once
-    for one in places(config.candidates, settings.seeds, settings.random):
+    for one in places(config.candidates, settings.seeds, settings.random, _applies(config, settings)):
         candidate, path = config.candidates[one.candidate], f"config.candidates.{one.candidate}"
         key = one.name, one.seed
         if key not in made:
@@ -245,6 +245,16 @@ def list_points(config: Any, only: tuple[str, ...] = (), refused: dict[str, str]
         return is_trained, "" if is_trained else point.trained_as, float(point.costs.num_visual_tokens)
 
     return sorted(chosen, key=place)
+
+
+def _applies(config: Any, settings: SweepSettings) -> dict[str, frozenset[str]] | None:
+    """The ranges of each candidate's points; None where nothing is drawn."""
+    if settings.random is None:
+        return None
+    configs = {
+        name: point_config(config.base, one, None, 0, settings.shared) for name, one in config.candidates.items()
+    }
+    return {name: applying(settings.random, one) for name, one in configs.items()}
 
 
 Made = Callable[[int | None], tuple[Any, Experiment, dict[str, Any]]]

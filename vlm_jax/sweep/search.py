@@ -108,13 +108,20 @@ class Place:
         return self.candidate if self.number is None else f"{self.candidate}{DRAW}{self.number}"
 
 
-def places(candidates: Any, seeds: tuple[int, ...], random: RandomSettings | None) -> list[Place]:
+def places(
+    candidates: Any,
+    seeds: tuple[int, ...],
+    random: RandomSettings | None,
+    applies: Mapping[str, frozenset[str]] | None = None,
+) -> list[Place]:
     """The points of a sweep: those of the grid in its order, or those that are drawn.
 
     Args:
       candidates: `config.candidates`, which are checked.
       seeds: of the sweep.
       random: `config.sweep.random`.
+      applies: of each candidate the names of the ranges that its points have values of, as of `applying`; of all when
+        None.
 
     Raises:
       ConfigError: more points are to be drawn than there are.
@@ -134,16 +141,18 @@ def places(candidates: Any, seeds: tuple[int, ...], random: RandomSettings | Non
             )
         order = np.random.default_rng(random.seed).permutation(len(grid))
         return [grid[index] for index in sorted(order[: random.num_points])]
-    return list(itertools.islice(_drawn(grid, random), random.num_points))
+    applies = {name: frozenset(random.ranges) for name in candidates} if applies is None else applies
+    return list(itertools.islice(_drawn(grid, random, applies), random.num_points))
 
 
-def _drawn(grid: list[Place], random: RandomSettings) -> Iterator[Place]:
+def _drawn(grid: list[Place], random: RandomSettings, applies: Mapping[str, frozenset[str]]) -> Iterator[Place]:
     generator, made = np.random.default_rng(random.seed), list[Place]()
     while True:
         for _ in range(TRIES):
             place = grid[int(generator.integers(len(grid)))]
             values = {name: settings.draw(generator) for name, settings in random.ranges.items()}
-            drawn = dataclasses.replace(place, values=values)
+            own = {name: value for name, value in values.items() if name in applies[place.candidate]}
+            drawn = dataclasses.replace(place, values=own)
             if drawn not in made:
                 break
         else:
@@ -178,17 +187,21 @@ def check_ranges(random: RandomSettings, configs: list[Any]) -> None:
             )
 
 
+def applying(random: RandomSettings, config: Any) -> frozenset[str]:
+    """The names of the ranges that a candidate's config has a section for."""
+    return frozenset(name for name, one in random.ranges.items() if _section_of(config, one.key) is not None)
+
+
 def set_values(config: Any, place: Place, random: RandomSettings | None) -> dict[str, Any]:
-    """Sets the drawn values of a place in its config, and returns those that the config has a section for."""
+    """Sets the drawn values of a place in its config, and returns them by key."""
     found: dict[str, Any] = {}
     for name, value in place.values.items():
         assert random is not None
         key = random.ranges[name].key
         section = _section_of(config, key)
-        if section is not None:
-            with section.ignore_type():
-                section[key.rpartition(".")[2]] = value
-            found[key] = value
+        with section.ignore_type():
+            section[key.rpartition(".")[2]] = value
+        found[key] = value
     return found
 
 

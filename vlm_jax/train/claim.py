@@ -33,6 +33,7 @@ FREE = (
     "config.candidates.*",
     "config.sweep.seeds",
     "config.sweep.controls",
+    "config.sweep.random.num_points",  # the first points stay
 )
 # Keys whose values are paths; `config.json` has them in absolute form, so that it means the same everywhere.
 PATHS = ("*release", "*.tokenizer", "*.teacher", "*.train_path", "*.evaluation_path", "*.mixture.*.path")

@@ -42,7 +42,7 @@ def in_a_sweep(config, workdir):
     console = rich.console.Console(file=io.StringIO())
     made = Sweep(sweep, workdir, config_path="x.py", console=console)
     runner = PointRunner(sweep.base, (), workdir)
-    runner.train = lambda *_, keep: Outcome({}, None, None)
+    runner.train = lambda *_, keep, halving: Outcome({}, None, None)
 
     def run():
         runner.run(made.points[0], lambda *_: None, command="", timed=False, keep=False)

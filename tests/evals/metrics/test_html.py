@@ -51,7 +51,7 @@ def test_similarity_of_a_table(answer, similarity, structure):
     ("span", "similarity"), [("2", 1), ("02", 1), (" 2 ", 1), ("3", 4 / 5), ("x", 4 / 5), ("", 4 / 5), ("0", 4 / 5)]
 )
 def test_spans_are_numbers(span, similarity):
-    """Of five elements one is replaced where they differ; what is no number is 1."""
+    """Of five elements one is replaced where they differ. A span without a number counts as 1."""
     spanned = TABLE.replace("<td>c", "<td colspan='2'>c")
     assert table_similarity(TABLE.replace("<td>c", f"<td colspan='{span}'>c"), spanned) == pytest.approx(similarity)
     is_one = span in ("x", "")
