@@ -1,6 +1,7 @@
 """A small release for the page: a LLaVA with a random tower, whose language model says one text with a box.
 
-Every piece of the text is a token with a fixed successor, as in tests/processes/alphabet.py; layers add nothing.
+Every piece of the text is a token with a fixed successor, as in tests/processes/alphabet.py. Layers add one thing: with
+`FOREVER` in the question, the answer begins again where it would end.
 """
 
 import json
@@ -20,6 +21,8 @@ PIECES = (
 )
 ANSWER = "".join(PIECES)
 FIRST = 260  # id of the first piece; before it bytes, <s>, </s>, <pad>, <image>
+FOREVER = "forever"
+NUM_TOKENS = FIRST + len(PIECES) + 1
 END, ASKED = 257, ":"  # the end of an answer, and what the prompt ends with
 SIDE, PATCH = 96, 8
 WIDTH = 280  # of the language model: one number for every token, and a few that are always 0
@@ -28,7 +31,7 @@ PREFIX = "language_model.model"
 
 def write(folder) -> None:
     """Writes the released files."""
-    text = {**TEXT, "model_type": "llama", "hidden_size": WIDTH, "vocab_size": FIRST + len(PIECES)}
+    text = {**TEXT, "model_type": "llama", "hidden_size": WIDTH, "vocab_size": NUM_TOKENS}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     case = Folder(
         {
@@ -58,9 +61,9 @@ def write(folder) -> None:
         make("scripted", folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     first = backend.token_to_id(ASKED)
-    backend.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in PIECES])
-    ids = [backend.token_to_id(piece) for piece in PIECES]
-    assert ids == list(range(FIRST, FIRST + len(PIECES)))
+    backend.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in (*PIECES, FOREVER)])
+    *ids, forever = [backend.token_to_id(piece) for piece in (*PIECES, FOREVER)]
+    assert [*ids, forever] == list(range(FIRST, NUM_TOKENS))
     backend.save(str(folder / "tokenizer.json"))
     path = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
@@ -69,10 +72,18 @@ def write(folder) -> None:
             tensor[:] = 0
         elif name.startswith(PREFIX) and name.endswith("norm.weight"):
             tensor[:] = 1
-    table = np.eye(FIRST + len(PIECES), WIDTH, dtype=np.float32)
+    # Attention, uniform without queries, carries the number of `FOREVER` to all later positions; END is not said there.
+    first_layer = f"{PREFIX}.layers.0.self_attn"
+    tensors[f"{first_layer}.q_proj.weight"][:] = 0
+    tensors[f"{first_layer}.v_proj.weight"][0] = np.eye(WIDTH)[forever]
+    tensors[f"{first_layer}.o_proj.weight"][forever, 0] = 1
+    for name in ("weight", "bias"):  # visual tokens have none of it
+        tensors[f"multi_modal_projector.linear_2.{name}"][forever] = 0
+    table = np.eye(NUM_TOKENS, WIDTH, dtype=np.float32)
     head = np.zeros_like(table)
     for token, following in zip([first, *ids], [*ids, END], strict=True):
         head[following, token] = 1
+    head[END, forever], head[ids[0], ids[-1]] = -1e6, 0.5
     tensors[f"{PREFIX}.embed_tokens.weight"], tensors["language_model.lm_head.weight"] = table, head
     safetensors.numpy.save_file(tensors, path)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": END}))

@@ -1,5 +1,7 @@
 """Questions without a browser: answers equal those of `cli.generate`, what was kept, and bad input."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,9 +12,11 @@ from tests.demo import scripted
 from tests.processes.alphabet import write
 from vlm_jax import from_pretrained
 from vlm_jax.config import ConfigError
+from vlm_jax.demo.answer import Answer
+from vlm_jax.demo.choices import Choices
 from vlm_jax.demo.comparison import comparison
 from vlm_jax.demo.kept import kept_boxes, kept_tokens
-from vlm_jax.demo.trial import Answer, Trial, TrialError
+from vlm_jax.demo.trial import Trial, TrialError
 from vlm_jax.generation.text import Completion
 from vlm_jax.serve.service import ServeSettings
 from vlm_jax.system import UnsupportedError
@@ -51,8 +55,8 @@ def test_answers_are_those_of_generate(trial, model, picture, reducer, counts):
     expected = model.with_budget(4, reducer=reducer).generate(message(), [picture], max_new_tokens=6)
     whole = model.generate(message(), [picture], max_new_tokens=6)
     assert (last.budget.text, last.full.text) == (expected.text, whole.text)
-    assert last.budget.visual_tokens == expected.visual_tokens == counts
-    assert last.full.visual_tokens == (16,) and last.stage == ""
+    assert last.budget.completion.visual_tokens == expected.visual_tokens == counts
+    assert last.full.completion.visual_tokens == (16,) and last.stage == ""
     assert 0 < last.budget.first_seconds <= last.budget.seconds
 
 
@@ -91,7 +95,7 @@ def test_bad_input_has_a_message(trial, picture, tmp_path):
     ):
         with pytest.raises(TrialError, match=told):
             list(trial.ask(source, text, tokens, reducer))
-    assert list(trial.ask(picture, QUESTION, 4, "random"))[-1].full.num_tokens > 0
+    assert list(trial.ask(picture, QUESTION, 4, "random"))[-1].full.completion.tokens
 
 
 def test_an_answer_that_takes_too_long_has_a_message(model, picture, trial):
@@ -105,25 +109,54 @@ def test_an_answer_that_takes_too_long_has_a_message(model, picture, trial):
     assert list(trial.ask(picture, QUESTION, 4, "random"))[-1].stage == ""
 
 
+def test_pairs_of_budget_and_reducer_are_limited(model, picture):
+    """The full budget is one of them."""
+    settings = ServeSettings(max_batch=1, num_batches=1, max_new_tokens=6, max_budgets=2)
+    few, more = (Trial("llava", model, dataclasses.replace(settings, max_budgets=most)) for most in (2, 3))
+    told = tried("All {2} pairs of budget and reducer are taken; choose an earlier one, or raise --max_budgets")
+    try:
+        assert list(few.ask(picture, QUESTION, 4, "random"))[-1].stage == ""
+        with pytest.raises(TrialError, match=told):
+            list(few.ask(picture, QUESTION, 5, "random"))
+        assert list(few.ask(picture, QUESTION, 4, "random"))[-1].stage == ""
+        for tokens in (4, 5):
+            assert list(more.ask(picture, QUESTION, tokens, "random"))[-1].stage == ""
+    finally:
+        for one in (few, more):
+            one.service.batcher.stop()
+
+
+def test_a_question_that_is_left_is_cancelled(trial, picture, monkeypatch):
+    jobs, submit = [], trial.service.batcher.submit
+    monkeypatch.setattr(trial.service.batcher, "submit", lambda job: submit(jobs.append(job) or job))
+    asked = trial.ask(picture, QUESTION, 4, "random")
+    while not next(asked).budget.text:
+        pass
+    assert [job.is_cancelled() for job in jobs] == [False]
+    asked.close()
+    assert [job.is_cancelled() for job in jobs] == [True]
+
+
 def test_a_release_without_pictures_is_refused(tmp_path, model):
     write(tmp_path)
     with pytest.raises(UnsupportedError, match=tried("a language model without an encoder; pass a vision-language")):
-        Trial("alphabet", from_pretrained(tmp_path), ServeSettings())
-    assert "visionzip" in Trial("llava", model, ServeSettings()).reducers
+        Choices(from_pretrained(tmp_path))
+    assert "visionzip" in Choices(model).reducers
 
 
-def test_a_reducer_that_does_not_suit_the_release_is_refused(trial, monkeypatch):
+def test_a_reducer_that_does_not_suit_the_release_is_refused(model):
+    choices = Choices(model)
     with pytest.raises(ConfigError, match="--reducer: no kind 'fastw'; did you mean 'fastv'"):
-        trial.check_reducer("fastw")
-    monkeypatch.setattr(trial, "reducers", ("none", "random"))
+        choices.initial_reducer("fastw")
+    vars(choices)["reducers"] = ("none", "random")
     with pytest.raises(ConfigError, match=tried("does not suit this release; choose one of {none, random}")):
-        trial.check_reducer("visionzip")
-    trial.check_reducer("random")
+        choices.initial_reducer("visionzip")
+    assert choices.initial_reducer("none") == "none" and choices.initial_reducer() == "random"
 
 
 def test_the_table_has_ratios_of_tokens_and_seconds():
-    done = Completion("a", (1, 2, 3), "end")
-    budget, full = Answer("a", (16, 4), 3, 0.5, 1.0, done), Answer("b", (16,), 5, 1.0, 4.0, done)
+    done, whole = Completion("a", (1, 2, 3), "end", (16, 4)), Completion("b", (1,) * 5, "end", (16,))
+    budget, full = Answer("a", done, 0.5, 1.0), Answer("b", whole, 1.0, 4.0)
     assert comparison(budget, full) == [
         ("Visual tokens", "16 → 4", "16", "4 ×"),
         ("Seconds to the first text", "0.5", "1", "2 ×"),

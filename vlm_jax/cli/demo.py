@@ -65,10 +65,8 @@ def main(argv: list[str]) -> None:
         )
         model = vlm_jax.from_pretrained(release, dtype=DTYPE.value, adapter=ADAPTER.value)
         trial = Trial(os.path.basename(absolute(release)), model, settings, cache_dtype=CACHE_DTYPE.value)
-        if REDUCER.value is not None:
-            trial.check_reducer(REDUCER.value)
         made = pages.make_app(trial, token_budget=TOKEN_BUDGET.value, reducer=REDUCER.value)
-        logging.getLogger("vlm_jax").info("the page's reducers: %s", ", ".join(trial.reducers))
+        logging.getLogger("vlm_jax").info("the page's reducers: %s", ", ".join(trial.choices.reducers))
         config = uvicorn.Config(
             made,
             host=HOST.value,

@@ -1,8 +1,6 @@
 """The table that compares an answer at a token budget with that at the full one."""
 
-from collections.abc import Sequence
-
-from vlm_jax.demo.trial import Answer
+from vlm_jax.demo.answer import Answer
 
 MISSING = "–"
 
@@ -10,36 +8,26 @@ MISSING = "–"
 def comparison(budget: Answer, full: Answer) -> list[tuple[str, str, str, str]]:
     """Rows of: what, at the budget, at the full budget, and their ratio; "–" where a number is missing.
 
-    Ratios are full / budget: how many times fewer tokens, and how many times faster.
+    Ratios are full / budget: how many times fewer tokens, and how many times faster. Of a reducer in the decoder, visual
+    tokens are those of each span of layers, and the ratio is that of the last layers.
     """
+    done = [answer.completion for answer in (budget, full)]
+    tokens = [() if completion is None else completion.visual_tokens for completion in done]
+    lengths = [MISSING if completion is None else str(len(completion.tokens)) for completion in done]
+    spans = [" → ".join(map(str, dict.fromkeys(counts))) or MISSING for counts in tokens]
+    last = [counts[-1] if counts else None for counts in tokens]
     return [
-        ("Visual tokens", _counts(budget.visual_tokens), _counts(full.visual_tokens), _tokens_ratio(budget, full)),
-        _row("Seconds to the first text", budget.first_seconds, full.first_seconds),
-        _row("Seconds in all", budget.seconds, full.seconds),
-        ("Tokens of the answer", _count(budget), _count(full), ""),
+        ("Visual tokens", spans[0], spans[1], _ratio(*last)),
+        ("Seconds to the first text", *_seconds(budget.first_seconds, full.first_seconds)),
+        ("Seconds in all", *_seconds(budget.seconds, full.seconds)),
+        ("Tokens of the answer", lengths[0], lengths[1], ""),
     ]
 
 
-def _counts(tokens: Sequence[int]) -> str:
-    """Of a reducer in the decoder, the tokens of each span of layers."""
-    return " → ".join(map(str, dict.fromkeys(tokens))) or MISSING
-
-
-def _count(answer: Answer) -> str:
-    return MISSING if answer.completion is None else str(answer.num_tokens)
-
-
-def _tokens_ratio(budget: Answer, full: Answer) -> str:
-    """Of the tokens in the last layers."""
-    if not budget.visual_tokens or not full.visual_tokens:
-        return MISSING
-    return _ratio(budget.visual_tokens[-1], full.visual_tokens[-1])
-
-
-def _row(what: str, budget: float | None, full: float | None) -> tuple[str, str, str, str]:
+def _seconds(budget: float | None, full: float | None) -> tuple[str, str, str]:
     shown = [MISSING if seconds is None else f"{seconds:.3g}" for seconds in (budget, full)]
-    return what, shown[0], shown[1], MISSING if budget is None or full is None else _ratio(budget, full)
+    return shown[0], shown[1], _ratio(budget, full)
 
 
-def _ratio(budget: float | int, full: float | int) -> str:
-    return f"{full / budget:.2g} ×" if budget else MISSING
+def _ratio(budget: float | int | None, full: float | int | None) -> str:
+    return f"{full / budget:.2g} ×" if budget and full is not None else MISSING

@@ -1,21 +1,24 @@
 """The page of `cli.demo`, in Gradio."""
 
 import html
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastapi
-import gradio as gr
+import fastapi  # type: ignore
+import gradio as gr  # type: ignore
 
+from vlm_jax.demo.answer import Answer, Progress
 from vlm_jax.demo.comparison import comparison
-from vlm_jax.demo.trial import Answer, Progress, Trial, TrialError
+from vlm_jax.demo.trial import Trial, TrialError
 
 LOG = logging.getLogger(__name__)
 CSS = Path(__file__).with_name("page.css")
 FONTS, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # nothing is fetched from other sites
 HEADS = ("", "At the budget", "Full budget", "Ratio")
+WAITING = "Waiting: questions are answered one at a time"
 FAILED = "The question was not answered; the log of the server has the cause."
 
 
@@ -23,29 +26,45 @@ def make_app(trial: Trial, *, token_budget: int | None = None, reducer: str | No
     """The application with the page.
 
     Args:
-      trial: answers the questions; its queue is stopped with the application.
+      trial: answers the questions.
       token_budget, reducer: what the slider and the menu show first; a ninth of the tokens, and the first of
-        `trial.PREFERRED` that suits the release, when None.
+        `choices.PREFERRED` that suits the release, when None.
+
+    Raises:
+      ConfigError: the reducer does not suit the release.
     """
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    theme = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=MONOSPACE)
     return gr.mount_gradio_app(
         app,
         make_page(trial, token_budget=token_budget, reducer=reducer),
         "/",
         footer_links=[],
+        run_history=False,
         ssr_mode=False,
         max_file_size=trial.service.settings.max_body_bytes,
-        theme=gr.themes.Default(font=FONTS, font_mono=MONOSPACE),
+        # Grey that can be read, with a contrast of at least 4.5.
+        theme=theme.set(
+            body_text_color_subdued="*neutral_600",
+            body_text_color_subdued_dark="*neutral_300",
+            button_primary_background_fill="*primary_600",
+        ),
         css_paths=[CSS],
     )
 
 
 def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | None = None) -> gr.Blocks:
     """The page; arguments as of `make_app`."""
-    name, kind = trial.service.name, reducer or trial.initial_reducer
-    most = trial.most_tokens(kind)
+    name, choices = trial.service.name, trial.choices
+    kind = choices.initial_reducer(reducer)
+    most = choices.most_tokens(kind)
     with gr.Blocks(title=f"{name} · vlm_jax", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(f"# {html.escape(name)}")
+        gr.HTML(
+            f"<h1>{html.escape(name)}</h1><p>Ask about a picture, and compare the answer at a budget of visual tokens "
+            "with that at the full one.</p>",
+            padding=False,
+            elem_id="head",
+        )
         with gr.Row(equal_height=False):
             with gr.Column(min_width=300):
                 picture = gr.Image(
@@ -64,19 +83,23 @@ def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | N
                     most,
                     value=min(token_budget or max(1, most // 9), most),
                     step=1,
+                    precision=0,
                     label="token_budget",
-                    info=trial.unit(kind),
+                    info=choices.unit(kind),
+                    buttons=[],
                     elem_id="budget",
                 )
-                menu = gr.Dropdown(list(trial.reducers), value=kind, label="Reducer", filterable=False, elem_id="menu")
+                menu = gr.Dropdown(
+                    list(choices.reducers), value=kind, label="Reducer", filterable=False, elem_id="reducer"
+                )
                 with gr.Row():
                     asks = gr.Button("Ask", variant="primary", min_width=100, elem_id="ask")
                     stops = gr.Button("Stop", min_width=100, elem_id="stop")
             with gr.Column(min_width=300):
-                message = gr.HTML(_stage(""), elem_id="message")
+                message = gr.HTML(padding=False, elem_id="message")
                 answer = gr.Textbox(label="Answer at the budget", lines=2, interactive=False, elem_id="answer")
                 full = gr.Textbox(label="Answer at the full budget", lines=2, interactive=False, elem_id="full")
-                table = gr.HTML(_table(Answer(), Answer()), elem_id="comparison")
+                table = gr.HTML(_table(Answer(), Answer()), padding=False, elem_id="comparison")
                 drawing = _drawing("What was kept, and boxes of the answer", "drawing")
                 caption = gr.Markdown(visible=False, elem_id="caption")
                 full_drawing = _drawing("Boxes of the answer at the full budget", "full_drawing")
@@ -84,9 +107,8 @@ def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | N
         shown = [message, answer, full, table, drawing, caption, full_drawing]
 
         def ask(source: str | None, text: str, tokens: int, chosen: str) -> Iterator[list[Any]]:
-            yield _updates(Progress("Reading the picture"))
             try:
-                for progress in trial.ask(source, text, int(tokens), chosen):
+                for progress in trial.ask(source, text, tokens, chosen):
                     yield _updates(progress)
             except TrialError as error:
                 yield [_failed(str(error)), *[gr.skip()] * (len(shown) - 1)]
@@ -95,13 +117,14 @@ def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | N
                 yield [_failed(FAILED), *[gr.skip()] * (len(shown) - 1)]
 
         def chosen_reducer(chosen: str, tokens: int) -> Any:
-            most = trial.most_tokens(chosen)
-            return gr.Slider(maximum=most, value=min(int(tokens), most), info=trial.unit(chosen))
+            most = choices.most_tokens(chosen)
+            return gr.Slider(maximum=most, value=min(tokens, most), info=choices.unit(chosen))
 
-        given = [picture, question, budget, menu]
         options = {"show_progress": "hidden", "api_visibility": "private"}
-        asking = [event(ask, given, shown, **options) for event in (asks.click, question.submit)]
-        stops.click(lambda: _stage("Stopped"), None, message, cancels=asking, **options)
+        triggers = [asks.click, question.submit]
+        gr.on(triggers, None, None, message, js=_returns(_stage(WAITING)), **options)  # in the browser, at once
+        asking = gr.on(triggers, ask, [picture, question, budget, menu], shown, **options)
+        stops.click(None, None, message, js=_returns(_stage("Stopped")), cancels=asking, **options)
         menu.change(chosen_reducer, [menu, budget], budget, **options)
     page.queue(default_concurrency_limit=1, max_size=trial.service.settings.max_requests)  # times are of one question
     return page
@@ -146,10 +169,16 @@ def _failed(text: str) -> str:
     return f'<p class="failed" role="alert">{html.escape(text)}</p>'
 
 
+def _returns(value: str) -> str:
+    """A function in JavaScript that returns a value."""
+    return f"() => {json.dumps(value)}"
+
+
 def _table(budget: Answer, full: Answer) -> str:
     heads = "".join(f'<th scope="col">{head}</th>' for head in HEADS)
     rows = "".join(
         f'<tr><th scope="row">{what}</th>' + "".join(f"<td>{number}</td>" for number in numbers) + "</tr>"
         for what, *numbers in comparison(budget, full)
     )
-    return f"<table><caption>Without compilation</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    caption = "<caption>Times are without compilation</caption>"
+    return f"<table>{caption}<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
