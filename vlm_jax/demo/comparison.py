@@ -8,8 +8,8 @@ MISSING = "–"
 def comparison(budget: Answer, full: Answer) -> list[tuple[str, str, str, str]]:
     """Rows of: what, at the budget, at the full budget, and their ratio; "–" where a number is missing.
 
-    Ratios are full / budget: how many times fewer tokens, and how many times faster. Of a reducer in the decoder, visual
-    tokens are those of each span of layers, and the ratio is that of the last layers.
+    Ratios are full / budget: how many times fewer tokens, and how many times faster. Visual tokens of a reducer in the
+    decoder are those of each span of layers, and the ratio is that of the last layers.
     """
     done = [answer.completion for answer in (budget, full)]
     tokens = [() if completion is None else completion.visual_tokens for completion in done]

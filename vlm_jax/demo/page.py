@@ -121,9 +121,10 @@ def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | N
             return gr.Slider(maximum=most, value=min(tokens, most), info=choices.unit(chosen))
 
         options = {"show_progress": "hidden", "api_visibility": "private"}
+        given = [picture, question, budget, menu]
         triggers = [asks.click, question.submit]
         gr.on(triggers, None, None, message, js=_returns(_stage(WAITING)), **options)  # in the browser, at once
-        asking = gr.on(triggers, ask, [picture, question, budget, menu], shown, **options)
+        asking = gr.on(triggers, ask, given, shown, trigger_mode="always_last", **options)
         stops.click(None, None, message, js=_returns(_stage("Stopped")), cancels=asking, **options)
         menu.change(chosen_reducer, [menu, budget], budget, **options)
     page.queue(default_concurrency_limit=1, max_size=trial.service.settings.max_requests)  # times are of one question

@@ -135,8 +135,7 @@ class Trial:
         for answer in self._run(question, token_budget, reducer):
             yield dataclasses.replace(answer, first_seconds=None, seconds=None)
         if compilations().count() > before:
-            for answer in self._run(question, token_budget, reducer):
-                pass
+            *_, answer = self._run(question, token_budget, reducer)
         yield answer
 
     def _run(self, question: Question, token_budget: int | None, reducer: str | None) -> Iterator[Answer]:
