@@ -122,6 +122,7 @@ def test_a_question_by_the_keyboard(opened, folder, name, width, scheme):
     numbers = page.locator("#comparison td").all_inner_texts()
     assert numbers[:3] == [str(BUDGET), "144", "4 ×"] and numbers[9:] == ["16", "16", ""]
     assert all(map(IN_SECONDS.fullmatch, numbers[3:9])), numbers
+    assert not page.get_by_role("listbox").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("#full_drawing img").count() == 1
     if shots := os.environ.get("VLM_JAX_SCREENSHOTS"):
@@ -147,7 +148,7 @@ def test_bad_input_has_a_message_and_the_next_question_is_answered(opened, folde
     page.click("#reducer input")
     page.get_by_role("option", name="none").click()
     page.click("#ask")
-    says(page, "Token_budget: expected at least 144")
+    says(page, "The token budget: an image takes at least 144 visual tokens, more than the 5 allowed")
     page.fill("#budget input[type=number]", "9999")
     page.click("#ask")
     page.wait_for_function(DONE)

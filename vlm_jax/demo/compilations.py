@@ -20,7 +20,7 @@ class Compilations:
         with self._lock:
             return self._count
 
-    def _heard(self, event: str, seconds: float, **_: object) -> None:
+    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == EVENT:
             with self._lock:
                 self._count += 1

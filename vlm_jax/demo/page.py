@@ -62,7 +62,6 @@ def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | N
         gr.HTML(
             f"<h1>{html.escape(name)}</h1><p>Ask about a picture, and compare the answer at a budget of visual tokens "
             "with that at the full one.</p>",
-            padding=False,
             elem_id="head",
         )
         with gr.Row(equal_height=False):
@@ -96,10 +95,10 @@ def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | N
                     asks = gr.Button("Ask", variant="primary", min_width=100, elem_id="ask")
                     stops = gr.Button("Stop", min_width=100, elem_id="stop")
             with gr.Column(min_width=300):
-                message = gr.HTML(padding=False, elem_id="message")
+                message = gr.HTML(elem_id="message")
                 answer = gr.Textbox(label="Answer at the budget", lines=2, interactive=False, elem_id="answer")
                 full = gr.Textbox(label="Answer at the full budget", lines=2, interactive=False, elem_id="full")
-                table = gr.HTML(_table(Answer(), Answer()), padding=False, elem_id="comparison")
+                table = gr.HTML(_table(Answer(), Answer()), elem_id="comparison")
                 drawing = _drawing("What was kept, and boxes of the answer", "drawing")
                 caption = gr.Markdown(visible=False, elem_id="caption")
                 full_drawing = _drawing("Boxes of the answer at the full budget", "full_drawing")

@@ -30,7 +30,11 @@ from vlm_jax.system import System
 
 REMEMBERED = 16  # answers at the full budget
 # Words of the server's messages, and those of the page.
-PLAIN = (("messages, image 0", "the picture"), ("request.token_budget", "token_budget"), ("request.reducer", "reducer"))
+PLAIN = {
+    "messages, image 0": "the picture",
+    "request.token_budget": "the token budget",
+    "request.reducer": "the reducer",
+}
 
 
 class TrialError(ValueError):
@@ -204,7 +208,7 @@ def _read(source: str | os.PathLike[str] | None, text: str, max_pixels: int) -> 
             content = file.read()
         return Question(content, to_picture(content, max_pixels=max_pixels, name="the picture"), text)
     except (CorruptImage, OSError) as error:
-        raise TrialError(f"The picture was not read: {error}") from error
+        raise TrialError(_plain(str(error))) from error
 
 
 def _stage(what: str, answer: Answer) -> str:
@@ -213,6 +217,6 @@ def _stage(what: str, answer: Answer) -> str:
 
 def _plain(message: str) -> str:
     """A message of the server in the words of a page."""
-    for words, plain in PLAIN:
+    for words, plain in PLAIN.items():
         message = message.replace(words, plain)
     return message[:1].upper() + message[1:]
