@@ -26,7 +26,6 @@ SECONDS = 60_000  # milliseconds of playwright
 IN_SECONDS = re.compile(r"[\d.e+-]+( ×)?")
 DONE = """() => document.querySelector('#drawing img') && !document.querySelector('#message p')
     && document.querySelectorAll('#comparison td')[8].innerText != '–'"""
-
 BEGINS = "words => document.querySelector('#answer textarea').value.startsWith(words)"
 
 
@@ -155,26 +154,39 @@ def test_bad_input_has_a_message_and_the_next_question_is_answered(opened, folde
     assert page.locator("#comparison td").all_inner_texts()[:3] == ["144", "144", "1 ×"]
 
 
+def asks(page, question):
+    page.fill("#question textarea", question)
+    page.click("#ask")
+
+
 def test_the_next_user_is_answered_once_the_tab_is_closed(opened, folder):
     first, second = opened(), opened()
-    for page, question in ((first, ENDLESS), (second, QUESTION)):
+    for page in (first, second):
         uploads(page, folder / "street.png")
-        page.fill("#question textarea", question)
-        page.click("#ask")
-        if page is first:
-            page.wait_for_function(
-                "words => document.querySelector('#answer textarea').value.startsWith(words)", arg=scripted.ANSWER * 2
-            )
+    asks(first, ENDLESS)
+    first.wait_for_function(BEGINS, arg=scripted.ANSWER * 2)
+    asks(second, QUESTION)
     says(second, "Waiting: questions are answered one at a time")
     assert answers(second) == ["", ""]
     first.close()
     second.wait_for_function(DONE)
     assert answers(second) == [scripted.ANSWER] * 2
-    second.fill("#question textarea", ENDLESS)
-    second.click("#ask")
-    says(second, "Answering at the budget")
+
+
+def test_a_question_is_answered_after_one_that_was_stopped(opened, folder):
+    """Also one that was stopped while it waited."""
+    first, second = opened(), opened()
+    for page in (first, second):
+        uploads(page, folder / "street.png")
+        page.click("#stop")  # stops nothing
+        asks(page, ENDLESS)
+        says(page, "Answering at the budget" if page is first else "Waiting")
     second.click("#stop")
     says(second, "Stopped")
-    second.fill("#question textarea", QUESTION)
-    second.click("#ask")
-    second.wait_for_function(DONE)
+    asks(second, QUESTION)
+    first.wait_for_function(BEGINS, arg=scripted.ANSWER * 2)
+    first.click("#stop")
+    asks(first, QUESTION)
+    for page in (first, second):
+        page.wait_for_function(DONE)
+        assert answers(page) == [scripted.ANSWER] * 2

@@ -19,6 +19,7 @@ CSS = Path(__file__).with_name("page.css")
 FONTS, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # nothing is fetched from other sites
 HEADS = ("", "At the budget", "Full budget", "Ratio")
 WAITING = "Waiting: questions are answered one at a time"
+STOPPED = "Stopped"
 FAILED = "The question was not answered; the log of the server has the cause."
 
 
@@ -103,28 +104,48 @@ def make_page(trial: Trial, *, token_budget: int | None = None, reducer: str | N
                 caption = gr.Markdown(visible=False, elem_id="caption")
                 full_drawing = _drawing("Boxes of the answer at the full budget", "full_drawing")
 
+        clock = gr.Number(visible=False)  # milliseconds since the page was opened, by the browser
         shown = [message, answer, full, table, drawing, caption, full_drawing]
+        stopped: dict[str | None, float] = {}  # by page: when its user last pressed Stop
 
-        def ask(source: str | None, text: str, tokens: int, chosen: str) -> Iterator[list[Any]]:
+        def ask(
+            source: str | None, text: str, tokens: int, chosen: str, asked: float, request: gr.Request
+        ) -> Iterator[list[Any]]:
+            def tells(message: str) -> list[Any]:
+                return [message, *[gr.skip()] * (len(shown) - 1)]
+
             try:
                 for progress in trial.ask(source, text, tokens, chosen):
+                    if asked <= stopped.get(request.session_hash, -1.0):
+                        yield tells(_stage(STOPPED))
+                        return
                     yield _updates(progress)
             except TrialError as error:
-                yield [_failed(str(error)), *[gr.skip()] * (len(shown) - 1)]
+                yield tells(_failed(str(error)))
             except Exception:  # XLA's errors, as for lack of memory; the next question may be answered
                 LOG.exception("a question failed")
-                yield [_failed(FAILED), *[gr.skip()] * (len(shown) - 1)]
+                yield tells(_failed(FAILED))
+
+        def stop(now: float, request: gr.Request) -> None:
+            stopped[request.session_hash] = now
+
+        def closed(request: gr.Request) -> None:
+            stopped.pop(request.session_hash, None)
 
         def chosen_reducer(chosen: str, tokens: int) -> Any:
             most = choices.most_tokens(chosen)
             return gr.Slider(maximum=most, value=min(tokens, most), info=choices.unit(chosen))
 
         options = {"show_progress": "hidden", "api_visibility": "private"}
-        given = [picture, question, budget, menu]
+        given = [picture, question, budget, menu, clock]
         triggers = [asks.click, question.submit]
         gr.on(triggers, None, None, message, js=_returns(_stage(WAITING)), **options)  # in the browser, at once
-        asking = gr.on(triggers, ask, given, shown, trigger_mode="always_last", **options)
-        stops.click(None, None, message, js=_returns(_stage("Stopped")), cancels=asking, **options)
+        timed = "(...given) => [...given.slice(0, -1), performance.now()]"
+        gr.on(triggers, ask, given, shown, js=timed, trigger_mode="always_last", **options)
+        stops.click(None, None, message, js=_returns(_stage(STOPPED)), **options)
+        # A question ends by itself, without `cancels`: Gradio loses a question that is asked while it cancels one.
+        stops.click(stop, clock, None, js=timed, queue=False, **options)
+        page.unload(closed)
         menu.change(chosen_reducer, [menu, budget], budget, **options)
     page.queue(default_concurrency_limit=1, max_size=trial.service.settings.max_requests)  # times are of one question
     return page

@@ -139,7 +139,10 @@ class Trial:
         for answer in self._run(question, token_budget, reducer):
             yield dataclasses.replace(answer, first_seconds=None, seconds=None)
         if compilations().count() > before:
-            *_, answer = self._run(question, token_budget, reducer)
+            untimed = dataclasses.replace(answer, first_seconds=None, seconds=None)
+            for again in self._run(question, token_budget, reducer):
+                answer = again
+                yield untimed  # the caller may close the iterator here
         yield answer
 
     def _run(self, question: Question, token_budget: int | None, reducer: str | None) -> Iterator[Answer]:
